@@ -207,12 +207,16 @@ def rotate(
 
 
 def _is_moments(node: Any) -> bool:
-  return any(hasattr(node, field) for field in FIRST + SECOND)
+  return bool(_moment_fields(node))
+
+
+def _moment_fields(node: Any) -> list[str]:
+  return [f for f in FIRST + SECOND if f in getattr(node, '_fields', ())]
 
 
 def _rotate_node(node, step, treedef, turns):
   """Returns one NamedTuple of moments with its leaves turned."""
-  fields = [field for field in FIRST + SECOND if hasattr(node, field)]
+  fields = _moment_fields(node)
   flat = {f: treedef.flatten_up_to(getattr(node, f)) for f in fields}
   rates = {f: treedef.flatten_up_to(getattr(step, f)) for f in fields}
   count = getattr(node, 'count', None)
