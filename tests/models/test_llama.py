@@ -1,6 +1,7 @@
 """LLaMA against plain statements of what it must compute."""
 
 import dataclasses
+import functools
 import re
 
 import chex
@@ -18,8 +19,6 @@ _SMALL = LlamaConfig(
   mlp_width=40,
   num_heads=4,
   num_layers=3,
-  # Larger than the default, so that every part of the model matters.
-  init_std=0.2,
   loss_chunk=10,
 )
 # Sums of float32 in another order: a few times 2^-24 of the largest term.
@@ -29,20 +28,24 @@ _FLOAT32 = {'rtol': 2e-5, 'atol': 2e-6}
 def _model(**changes):
   """A model and random parameters, norm scales included."""
   model = Layers(dataclasses.replace(_SMALL, **changes))
-  params = jax.jit(model.init)(jax.random.key(1))
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
   rng = np.random.default_rng(2)
 
-  def scatter(path, leaf):
-    if path[-1].key != 'scale':
-      return leaf
-    return (leaf + 0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+  def draw(path, leaf):
+    mean = 1.0 if path[-1].key == 'scale' else 0.0
+    return jnp.asarray(rng.normal(mean, 0.2, leaf.shape), leaf.dtype)
 
-  return model, jax.tree_util.tree_map_with_path(scatter, params)
+  return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def _batch(lengths, *, num_rows=2, seed=3):
+@functools.cache
+def _jit(function):
+  return jax.jit(function)
+
+
+def _batch(lengths=(4, 7), *, num_rows=2):
   """Random tokens; each row packs documents of these lengths."""
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(3)
   shape = (num_rows, sum(lengths))
   segments = np.repeat(np.arange(len(lengths)), lengths)
   positions = np.concatenate([np.arange(length) for length in lengths])
@@ -55,6 +58,8 @@ def _batch(lengths, *, num_rows=2, seed=3):
   }
 
 
+# Compiling is what these tests spend their time on.
+@functools.cache
 def _value_and_grad(model):
   return jax.jit(jax.value_and_grad(model, has_aux=True))
 
@@ -108,7 +113,12 @@ def test_bad_dimensions_are_named(make, message):
 
 @pytest.mark.parametrize('tied', [False, True])
 def test_parameters_are_a_plain_dict_of_stacks(tied):
-  model, params = _model(tied=tied, num_kv_heads=2, param_dtype='bfloat16')
+  model = Layers(
+    dataclasses.replace(
+      _SMALL, tied=tied, num_kv_heads=2, param_dtype='bfloat16'
+    )
+  )
+  params = jax.eval_shape(model.init, jax.random.key(0))
   shapes = {
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -130,7 +140,9 @@ def test_parameters_are_a_plain_dict_of_stacks(tied):
   if not tied:
     expected['lm_head/kernel'] = (D, V)
   assert shapes == expected
-  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.bfloat16}
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
+    jnp.dtype('bfloat16')
+  }
 
 
 def test_initial_weights_are_normal_and_differ_between_layers():
@@ -150,7 +162,7 @@ def test_a_logit_depends_on_no_later_token():
   def last_h(h_BTD, time):
     y = {**x, 'h': h_BTD}
     for index in range(3):
-      y = model.block(_layer(params, index), y)
+      y = _jit(model.block)(_layer(params, index), y)
     return jnp.sum(y['h'][:, time] ** 2)
 
   for time in (0, 4, 8):
@@ -163,7 +175,7 @@ def test_a_logit_depends_on_no_later_token():
 def test_documents_do_not_see_each_other():
   model, params = _model(num_kv_heads=2)
   batch = _batch([5, 8])
-  logits = jax.jit(model.logits)
+  logits = _jit(model.logits)
   before = logits(params, batch)
   other = {**batch, 'inputs': batch['inputs'].copy()}
   other['inputs'][:, :5] = (other['inputs'][:, :5] + 7) % 61
@@ -175,27 +187,29 @@ def test_documents_do_not_see_each_other():
 def test_packed_documents_equal_the_documents_alone():
   model, params = _model(num_kv_heads=2)
   packed = _batch([5, 8])
-  logits = model.logits(params, packed)
+  logits = _jit(model.logits)(params, packed)
   for start, stop in ((0, 5), (5, 13)):
     alone = {name: array[:, start:stop] for name, array in packed.items()}
     alone['segments'] = np.zeros_like(alone['segments'])
-    expected = model.logits(params, alone)
+    expected = _jit(model.logits)(params, alone)
     np.testing.assert_allclose(logits[:, start:stop], expected, **_FLOAT32)
 
 
 def test_rotation_depends_on_distance_alone():
   model, params = _model()
-  batch = _batch([9])
+  batch = _batch()
   moved = {**batch, 'positions': batch['positions'] + 5}
   # Angles of the order of 14 lose 2^-24 of their size, and so does the rest.
   np.testing.assert_allclose(
-    model.logits(params, moved),
-    model.logits(params, batch),
+    _jit(model.logits)(params, moved),
+    _jit(model.logits)(params, batch),
     rtol=1e-4,
     atol=1e-4,
   )
   stretched = {**batch, 'positions': batch['positions'] * 2}
-  difference = model.logits(params, stretched) - model.logits(params, batch)
+  difference = _jit(model.logits)(params, stretched) - _jit(model.logits)(
+    params, batch
+  )
   assert jnp.max(jnp.abs(difference)) > 1e-2
 
 
@@ -250,7 +264,7 @@ def test_whole_logits_never_exist():
 
 def test_loss_is_the_weighted_mean_over_all_positions():
   model, params = _model()
-  batch = _batch([4, 7])
+  batch = _batch()
   loss, aux = model(params, batch)
   log_p_BTV = np.asarray(jax.nn.log_softmax(model.logits(params, batch)))
   nll_BT = -np.take_along_axis(log_p_BTV, batch['targets'][..., None], -1)
@@ -262,7 +276,7 @@ def test_loss_is_the_weighted_mean_over_all_positions():
 
 def test_microbatches_average_to_the_batch():
   model, params = _model()
-  batch = _batch([9], num_rows=4)
+  batch = _batch(num_rows=4)
   batch['weights'] /= batch['weights'].mean()
   value_and_grad = _value_and_grad(model)
   whole = value_and_grad(params, batch)
@@ -278,7 +292,7 @@ def test_microbatches_average_to_the_batch():
 @pytest.mark.parametrize('tied', [False, True])
 def test_three_functions_compose_to_the_model(tied):
   model, params = _model(tied=tied, num_kv_heads=2)
-  batch = _batch([4, 7])
+  batch = _batch()
 
   def composed(params, batch):
     body = lambda x, layer: (model.block(layer, x), None)
@@ -294,12 +308,12 @@ def test_three_functions_compose_to_the_model(tied):
 
 def test_scan_equals_a_loop_over_blocks_forward_and_backward():
   model, params = _model()
-  batch = _batch([4, 7])
+  batch = _batch()
   x = model.embed(params, batch)
   inputs = []
   for index in range(3):
     inputs.append(x)
-    x = model.block(_layer(params, index), x)
+    x = _jit(model.block)(_layer(params, index), x)
   loss_of = lambda h: model.loss(params, {**x, 'h': h}, batch)[0]
   loss, dh = jax.value_and_grad(loss_of)(x['h'])
 
@@ -335,7 +349,7 @@ def test_tied_head_is_the_transposed_embedding():
   tied, params = _model(tied=True)
   untied, _ = _model()
   split = {**params, 'lm_head': {'kernel': params['embed']['embedding'].T}}
-  batch = _batch([9])
+  batch = _batch()
   (loss, _), grads = _value_and_grad(tied)(params, batch)
   (expected, _), parts = _value_and_grad(untied)(split, batch)
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -356,9 +370,11 @@ def test_grouped_heads_equal_repeated_heads(num_kv_heads):
     repeated = jnp.repeat(kernel, 4 // num_kv_heads, axis=2)
     attention[name] = {'kernel': repeated.reshape(3, 24, 24)}
   repeated = {**params, 'blocks': {**params['blocks'], 'attention': attention}}
-  batch = _batch([9])
+  batch = _batch()
   np.testing.assert_allclose(
-    grouped.logits(params, batch), full.logits(repeated, batch), **_FLOAT32
+    _jit(grouped.logits)(params, batch),
+    _jit(full.logits)(repeated, batch),
+    **_FLOAT32,
   )
 
 
@@ -366,19 +382,20 @@ def test_grouped_heads_equal_repeated_heads(num_kv_heads):
 def test_bfloat16_is_finite_and_close(param_dtype):
   exact, params = _model()
   rough, _ = _model(dtype='bfloat16', param_dtype=param_dtype)
-  batch = _batch([9])
+  batch = _batch()
   cast = jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
   (loss, _), grads = _value_and_grad(rough)(cast, batch)
   (expected, _), exact_grads = _value_and_grad(exact)(params, batch)
-  assert rough.logits(cast, batch).dtype == jnp.float32
+  assert _jit(rough.logits)(cast, batch).dtype == jnp.float32
   chex.assert_trees_all_equal_dtypes(grads, cast)
-  # bfloat16 rounds by up to 2^-9; three layers of matmuls add a few of those.
+  # About fifty roundings of at most 2^-9 each lie between a weight, the loss
+  # and the weight's gradient.
   np.testing.assert_allclose(loss, expected, rtol=1e-2)
   for grad, exact_grad in zip(
     jax.tree.leaves(grads), jax.tree.leaves(exact_grads), strict=True
   ):
     error = jnp.linalg.norm(grad.astype(jnp.float32) - exact_grad)
-    assert error < 0.05 * jnp.linalg.norm(exact_grad)
+    assert error < 0.1 * jnp.linalg.norm(exact_grad)
 
 
 def test_repeated_tokens_sum_their_gradient_in_float32():
