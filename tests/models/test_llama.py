@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.llama import Layers, LlamaConfig, llama
+from models.llama import Layers, LlamaConfig, RMSNorm, llama
 
 _SMALL = LlamaConfig(
   vocab_size=61,
@@ -89,9 +89,7 @@ def test_published_sizes_have_the_published_parameter_counts(
   assert round(count(kernels), 1) == linear_millions
 
 
-@pytest.mark.parametrize(
-  'size', ['9m', '20m', '35m', '40m', '71m', '100m', '250m', '3b']
-)
+@pytest.mark.parametrize('size', '9m 20m 35m 40m 71m 100m 250m 3b'.split())
 def test_other_sizes_are_consistent(size):
   assert llama(size, remat=True).remat
 
@@ -343,6 +341,17 @@ def test_bfloat16_is_finite_and_close():
   ):
     error = jnp.linalg.norm(grad.astype(jnp.float32) - exact_grad)
     assert error < 0.1 * jnp.linalg.norm(exact_grad)
+
+
+def test_norm_rounds_once():
+  norm = RMSNorm(_SMALL)
+  rng = np.random.default_rng(5)
+  h_BTD = jnp.asarray(rng.normal(size=(2, 5, 24)), jnp.bfloat16)
+  variables = {'params': {'scale': rng.normal(size=24).astype(np.float32)}}
+  exact = norm.apply(variables, h_BTD.astype(jnp.float32))
+  np.testing.assert_array_equal(
+    norm.apply(variables, h_BTD), exact.astype(jnp.bfloat16)
+  )
 
 
 @pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
