@@ -125,7 +125,9 @@ def grouped(
     inner: the transformation of both groups.
     labels: tree of 'low' and 'rest'.
   """
-  return optax.partition({'low': inner, 'rest': inner}, labels)
+  return optax.partition(
+    {'low': inner, 'rest': inner}, labels, mask_compatible_extra_args=True
+  )
 
 
 def restart_low(

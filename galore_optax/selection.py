@@ -13,8 +13,11 @@ Targets: TypeAlias = (
 )
 """Names weights: None (by shape), regexes, or a predicate `(path, leaf)`."""
 
+VECTOR = re.compile(r'\w*norm\w*|ln_\w*|scale|bias')
+"""Path components of vectors; with more axes, such a leaf is a stack."""
+
 NOT_A_MATRIX = re.compile(
-  r'embed\w*|lm_head|head|logits|wte|wpe|\w*norm\w*|ln_\w*|scale|bias'
+  r'embed\w*|lm_head|head|logits|wte|wpe|' + VECTOR.pattern
 )
 """Path components of leaves that `targets=None` never projects."""
 
@@ -70,6 +73,20 @@ def named_as_matrix(path: str) -> bool:
   False
   """
   return not any(NOT_A_MATRIX.fullmatch(part) for part in path.split('/'))
+
+
+def own_axes(path: str, ndim: int) -> tuple[int, ...]:
+  """Returns the axes of one matrix, or vector, of a leaf; others are batch.
+
+  By its shape a stack of norm scales [L, d] is a matrix; its path says not.
+
+  >>> own_axes('blocks/mlp/up/kernel', 3), own_axes('embed/embedding', 2)
+  ((-2, -1), (-2, -1))
+  >>> own_axes('blocks/mlp_norm/scale', 2), own_axes('temperature', 0)
+  ((-1,), ())
+  """
+  is_vector = any(VECTOR.fullmatch(part) for part in path.split('/'))
+  return tuple(range(-min(1 if is_vector else 2, ndim), 0))
 
 
 def matched(patterns: Sequence[str], tree: PyTree) -> list[bool]:
