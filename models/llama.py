@@ -1,0 +1,436 @@
+"""LLaMA in Flax: blocks stacked on a leading axis, loss in chunks of tokens.
+
+The linen modules below are the one definition of the mathematics; `Layers`
+offers the same model as pure functions, whole or one layer at a time.
+
+Shapes: B batch, T time (S where time is attended to), D width, F mlp width,
+N query heads, K key-value heads, H head dimension, V vocabulary, L layers,
+J chunks of C time steps each.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """Dimensions and number formats of a LLaMA."""
+
+  vocab_size: int
+  """Number of tokens that the embedding and the head know."""
+  width: int
+  """Size of the residual stream."""
+  mlp_width: int
+  """Size of the gated hidden layer."""
+  num_heads: int
+  """Query heads; the head dimension is width / num_heads."""
+  num_layers: int
+  """Number of blocks."""
+  num_kv_heads: int | None = None
+  """Key and value heads, each shared by a group of query heads (None: as many
+  as query heads)."""
+  rope_theta: float = 10_000.0
+  """Base of the rotary embedding's wavelengths."""
+  norm_eps: float = 1e-6
+  """Added to the mean square in RMSNorm."""
+  tied: bool = False
+  """Whether the head is the transposed embedding."""
+  init_std: float = 0.02
+  """Standard deviation of the normal initial weights."""
+  dtype: str = 'float32'
+  """Type of the activations and of the matmuls; norms, rotations, softmax and
+  loss are float32 inside."""
+  param_dtype: str = 'float32'
+  """Type of the parameters, hence of their gradients."""
+  remat: bool = False
+  """Whether the backward pass recomputes each block from its input."""
+  loss_chunk: int = 512
+  """Tokens whose logits exist at the same time; never fewer than one time step
+  of the whole batch."""
+
+  def __post_init__(self):
+    """Checks that the heads fit."""
+    if self.width % self.num_heads or self.head_dim % 2:
+      raise ValueError(
+        'width must be a multiple of 2 * num_heads, got '
+        f'width={self.width}, num_heads={self.num_heads}; choose another of '
+        'the two'
+      )
+    if self.num_heads % self.kv_heads:
+      raise ValueError(
+        'num_heads must be a multiple of num_kv_heads, got '
+        f'num_heads={self.num_heads}, num_kv_heads={self.kv_heads}; choose '
+        'a divisor of num_heads'
+      )
+    if self.loss_chunk < 1:
+      raise ValueError(
+        f'loss_chunk must be at least 1 token, got {self.loss_chunk}; the '
+        'default is 512'
+      )
+
+  @property
+  def head_dim(self) -> int:
+    """Size of one attention head."""
+    return self.width // self.num_heads
+
+  @property
+  def kv_heads(self) -> int:
+    """Number of key-value heads with the default filled in."""
+    if self.num_kv_heads is None:
+      return self.num_heads
+    return self.num_kv_heads
+
+
+# Width, mlp width, heads, layers of the models pre-trained in the paper's
+# repository.
+_SIZES = {
+  '9m': (128, 352, 4, 4),
+  '20m': (256, 688, 4, 4),
+  '35m': (384, 1024, 8, 6),
+  '40m': (416, 1024, 8, 8),
+  '60m': (512, 1376, 8, 8),
+  '71m': (512, 1368, 8, 12),
+  '100m': (640, 1708, 10, 12),
+  '130m': (768, 2048, 12, 12),
+  '250m': (768, 2560, 16, 24),
+  '350m': (1024, 2736, 16, 24),
+  '1b': (2048, 5461, 32, 24),
+  '3b': (2560, 6848, 32, 32),
+  '7b': (4096, 11008, 32, 32),
+}
+
+
+def llama(size: str, **overrides) -> LlamaConfig:
+  """A published size, '9m' to '7b', with 32,000 tokens and an untied head.
+
+  Args:
+    size: The size's name.
+    **overrides: Fields of `LlamaConfig` to set to something else.
+
+  Returns:
+    The configuration.
+
+  Example:
+    >>> llama('60m', dtype='bfloat16').width
+    512
+  """
+  if size not in _SIZES:
+    raise ValueError(
+      f'size must be one of {", ".join(_SIZES)}, got {size!r}; any other '
+      'model is a LlamaConfig'
+    )
+  width, mlp_width, num_heads, num_layers = _SIZES[size]
+  config = LlamaConfig(
+    vocab_size=32_000,
+    width=width,
+    mlp_width=mlp_width,
+    num_heads=num_heads,
+    num_layers=num_layers,
+  )
+  return dataclasses.replace(config, **overrides)
+
+
+def rotate(x_BTNH, positions_BT, *, theta):
+  """Rotary embedding; dimension i turns with dimension i + H/2."""
+  half = x_BTNH.shape[-1] // 2
+  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = positions_BT[:, :, None, None] * frequencies[None, None, None, :]
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+
+
+def negative_log_likelihood(h_BCD, kernel_DV, targets_BC):
+  """-log p(target) in float32; the logits are this function's own."""
+  # The kernel is cast here, inside the loop over chunks, so that its gradient
+  # is summed over chunks in the parameters' type.
+  logits_BCV = project_logits(h_BCD, kernel_DV)
+  tokens_V = jnp.arange(kernel_DV.shape[-1], dtype=targets_BC.dtype)
+  # A comparison, not a gather: the gather's gradient is a scatter into one
+  # more array of the logits' size.
+  chosen_BCV = targets_BC[..., None] == tokens_V[None, None, :]
+  chosen_BC = jnp.sum(jnp.where(chosen_BCV, logits_BCV, 0.0), axis=-1)
+  return jax.nn.logsumexp(logits_BCV, axis=-1) - chosen_BC
+
+
+def project_logits(h_BTD, kernel_DV):
+  """Logits in float32 from a matmul in the activations' type."""
+  return (h_BTD @ kernel_DV.astype(h_BTD.dtype)).astype(jnp.float32)
+
+
+def sum_in_chunks(h_BTD, kernel_DV, targets_BT, weights_BT, *, chunk):
+  """sum(weights * nll) with the logits of about `chunk` tokens at a time.
+
+  Chunks cut the time axis and keep the batch whole, so that a batch sharded
+  over devices stays where it is. The backward pass recomputes each chunk's
+  logits.
+  """
+  num_rows, num_steps = targets_BT.shape
+  num_chunks = -(-num_steps // max(1, chunk // num_rows))
+  size = -(-num_steps // num_chunks)
+
+  def split(x_BT):
+    rest = ((0, 0),) * (x_BT.ndim - 2)
+    padding = ((0, 0), (0, num_chunks * size - num_steps), *rest)
+    padded = jnp.pad(x_BT, padding)
+    shape = (num_rows, num_chunks, size, *x_BT.shape[2:])
+    return jnp.moveaxis(padded.reshape(shape), 1, 0)
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def sum_chunk(total, chunk_BC):
+    h_BCD, targets_BC, weights_BC = chunk_BC
+    nll_BC = negative_log_likelihood(h_BCD, kernel_DV, targets_BC)
+    return total + jnp.sum(weights_BC * nll_BC), None
+
+  chunks_JBC = jax.tree.map(split, (h_BTD, targets_BT, weights_BT))
+  return jax.lax.scan(sum_chunk, jnp.float32(0), chunks_JBC)[0]
+
+
+class RMSNorm(nn.Module):
+  """Divides by the root mean square, then scales; float32 inside."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, h_BTD):
+    """Normalizes the last axis."""
+    config = self.config
+    scale_D = self.param(
+      'scale', nn.initializers.ones, (config.width,), config.param_dtype
+    )
+    x_BTD = h_BTD.astype(jnp.float32)
+    square = jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True)
+    x_BTD *= jax.lax.rsqrt(square + config.norm_eps)
+    return (x_BTD * scale_D.astype(jnp.float32)[None, None, :]).astype(
+      h_BTD.dtype
+    )
+
+
+class Linear(nn.Module):
+  """A matrix [in, out], multiplied in the input's type."""
+
+  config: LlamaConfig
+  shape: tuple[int, int]
+
+  def setup(self):
+    """Declares the kernel."""
+    init = nn.initializers.normal(self.config.init_std)
+    self.kernel = self.param(
+      'kernel', init, self.shape, self.config.param_dtype
+    )
+
+  def __call__(self, x):
+    """Multiplies the last axis."""
+    return x @ self.kernel.astype(x.dtype)
+
+
+class Embedding(nn.Module):
+  """A row for each token."""
+
+  config: LlamaConfig
+
+  def setup(self):
+    """Declares the table."""
+    config = self.config
+    init = nn.initializers.normal(config.init_std)
+    shape = (config.vocab_size, config.width)
+    self.embedding = self.param('embedding', init, shape, config.param_dtype)
+
+  def __call__(self, tokens_BT):
+    """Looks rows up; a token outside the vocabulary gives NaN."""
+    # Rows first, cast second: no copy of the table, and repeated tokens sum
+    # their gradients in the parameters' type.
+    rows_BTD = jnp.take(self.embedding, tokens_BT, axis=0, mode='fill')
+    return rows_BTD.astype(self.config.dtype)
+
+
+class Attention(nn.Module):
+  """Causal attention with grouped heads, inside segments."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, h_BTD, positions_BT, segments_BT):
+    """Mixes time steps of one segment."""
+    config = self.config
+    D, H = config.width, config.head_dim
+
+    def heads(name, num_heads):
+      y = Linear(config, (D, num_heads * H), name=name)(h_BTD)
+      return y.reshape(*h_BTD.shape[:2], num_heads, H)
+
+    turn = functools.partial(
+      rotate, positions_BT=positions_BT, theta=config.rope_theta
+    )
+    mask_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+    y_BTNH = jax.nn.dot_product_attention(
+      turn(heads('q', config.num_heads)),
+      turn(heads('k', config.kv_heads)),
+      heads('v', config.kv_heads),
+      mask=mask_BTS[:, None],
+      is_causal=True,
+    )
+    return Linear(config, (D, D), name='o')(y_BTNH.reshape(h_BTD.shape))
+
+
+class Mlp(nn.Module):
+  """SwiGLU: down(silu(gate) * up)."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, h_BTD):
+    """Transforms each time step by itself."""
+    D, F = self.config.width, self.config.mlp_width
+    gate_BTF = Linear(self.config, (D, F), name='gate')(h_BTD)
+    up_BTF = Linear(self.config, (D, F), name='up')(h_BTD)
+    return Linear(self.config, (F, D), name='down')(
+      jax.nn.silu(gate_BTF) * up_BTF
+    )
+
+
+class Block(nn.Module):
+  """One layer: attention and mlp, each behind a norm, each added."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, x):
+    """Maps {'h', 'positions', 'segments'} to the same with a new 'h'."""
+    config = self.config
+    h_BTD = x['h']
+    h_BTD += Attention(config, name='attention')(
+      RMSNorm(config, name='attention_norm')(h_BTD),
+      x['positions'],
+      x['segments'],
+    )
+    h_BTD += Mlp(config, name='mlp')(RMSNorm(config, name='mlp_norm')(h_BTD))
+    return {**x, 'h': h_BTD}
+
+
+class Llama(nn.Module):
+  """The whole model; `batch` is the dict that `Layers` describes."""
+
+  config: LlamaConfig
+
+  def setup(self):
+    """Declares the parts under the names that their parameters carry."""
+    config = self.config
+    # Inside a scan nothing can be merged across iterations, so recomputation
+    # needs no barrier against it.
+    block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+    self.embed = Embedding(config)
+    self.blocks = block(config)
+    self.norm = RMSNorm(config)
+    if not config.tied:
+      self.lm_head = Linear(config, (config.width, config.vocab_size))
+
+  def __call__(self, batch):
+    """The loss of a batch and what it is made of."""
+    return self.score(self.run_blocks(self.enter(batch)), batch)
+
+  def logits(self, batch):
+    """Logits [B, T, V] in float32, all at once."""
+    x = self.run_blocks(self.enter(batch))
+    return project_logits(self.norm(x['h']), self.head_kernel())
+
+  def enter(self, batch):
+    """Embeds the inputs; positions and segments ride along."""
+    return {
+      'h': self.embed(batch['inputs']),
+      'positions': batch['positions'],
+      'segments': batch['segments'],
+    }
+
+  def run_blocks(self, x):
+    """All blocks, by a scan over their stacked parameters."""
+    scan = nn.scan(
+      lambda block, x: (block(x), None),
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      length=self.config.num_layers,
+    )
+    return scan(self.blocks, x)[0]
+
+  def score(self, x, batch):
+    """sum(weights * nll) / weights.size, and the two sums."""
+    weights_BT = batch['weights']
+    nll = sum_in_chunks(
+      self.norm(x['h']),
+      self.head_kernel(),
+      batch['targets'],
+      weights_BT,
+      chunk=self.config.loss_chunk,
+    )
+    return nll / weights_BT.size, {'nll': nll, 'weight': jnp.sum(weights_BT)}
+
+  def head_kernel(self):
+    """The matrix [D, V] that makes logits."""
+    if self.config.tied:
+      return self.embed.embedding.T
+    return self.lm_head.kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+  """The model as pure functions of a plain dict of parameters.
+
+  `batch` holds 'inputs', 'targets', 'positions', 'segments' [B, T] int32 and
+  'weights' [B, T] float32: a target of weight 0 is not scored, positions
+  restart at each document, and attention never crosses a segment.
+
+  `embed`, `block` and `loss` are the model one layer at a time; calling the
+  object is their composition with a scan over params['blocks'].
+  """
+
+  config: LlamaConfig
+
+  def init(self, key):
+    """Fresh parameters; their shapes under `jax.eval_shape`."""
+    keys = ('inputs', 'targets', 'positions', 'segments')
+    batch = dict.fromkeys(keys, jnp.zeros((1, 1), jnp.int32))
+    batch['weights'] = jnp.zeros((1, 1))
+    return Llama(self.config).init(key, batch)['params']
+
+  def __call__(self, params, batch):
+    """(loss, {'nll', 'weight'}) of a batch; see `loss`."""
+    return Llama(self.config).apply({'params': params}, batch)
+
+  def logits(self, params, batch):
+    """Logits [B, T, V] float32 from inputs, positions and segments."""
+    return Llama(self.config).apply(
+      {'params': params}, batch, method=Llama.logits
+    )
+
+  def embed(self, params, batch):
+    """x = {'h': [B, T, D], 'positions', 'segments'}; reads params['embed']."""
+    return Llama(self.config).apply(
+      {'params': params}, batch, method=Llama.enter
+    )
+
+  def block(self, layer_params, x):
+    """One block: params['blocks'] without the leading axis."""
+    return Block(self.config).apply({'params': layer_params}, x)
+
+  def loss(self, params, x, batch):
+    """Loss from the last block's x; reads every entry but params['blocks'].
+
+    With weights scaled to mean 1 over a whole batch, the mean of this loss
+    over microbatches of equal size is the token-weighted mean of the batch.
+
+    Args:
+      params: The parameters.
+      x: What the last block returned.
+      batch: The batch that x was embedded from.
+
+    Returns:
+      sum(weights * nll) / weights.size, and the sums {'nll', 'weight'}.
+    """
+    return Llama(self.config).apply(
+      {'params': params}, x, batch, method=Llama.score
+    )
