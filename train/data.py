@@ -1,12 +1,15 @@
 """Documents to batches: shuffled, tokenized, packed, checkpointable.
 
-B sequences of a batch, T tokens of a sequence.
+B sequences of a batch, T tokens of a sequence, n tokens of a document.
 """
+
+import functools
+from collections.abc import Sequence
 
 import grain
 import numpy as np
 
-from train.corpus import Documents
+from train.documents import Documents
 from train.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -45,7 +48,15 @@ def batches(
     document), `segments` (one number per document of a row, from 1; 0 is
     padding), all [B, T] int32, and `weights` [B, T] float32 (0 on padding).
   """
-  raise NotImplementedError
+  num_rows = _rows_of_a_process(batch_size, process_count)
+  stream = documents.stream(
+    seed=seed,
+    repeat=True,
+    process_index=process_index,
+    process_count=process_count,
+  )
+  rows = _packed(stream, tokenizer, sequence_length)
+  return iter(rows.batch(num_rows, drop_remainder=True).map(_training_batch))
 
 
 def validation_batches(
@@ -80,4 +91,94 @@ def validation_batches(
     process_index: usually jax.process_index().
     process_count: usually jax.process_count().
   """
-  raise NotImplementedError
+  num_rows = _rows_of_a_process(batch_size, process_count)
+  start = process_index * num_rows
+  rows = _packed(
+    documents.stream(seed=0, repeat=False), tokenizer, sequence_length
+  )
+  padded = rows.batch(
+    batch_size,
+    drop_remainder=False,
+    batch_fn=functools.partial(_stack_padded, batch_size),
+  )
+  if num_batches is not None:
+    padded = grain.experimental.LimitIterDataset(padded, num_batches)
+  return padded.map(
+    lambda batch: _batch(
+      {k: x[start : start + num_rows] for k, x in batch.items()}
+    )
+  )
+
+
+def _rows_of_a_process(batch_size: int, process_count: int) -> int:
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(
+      f'batch_size must be a positive multiple of the {process_count} '
+      f'processes, got {batch_size}: change batch_size'
+    )
+  return batch_size // process_count
+
+
+def _packed(
+  stream: grain.IterDataset, tokenizer: Tokenizer, sequence_length: int
+) -> grain.IterDataset:
+  """Rows of T pairs of input and target, with the target's bytes.
+
+  Pairs are made before packing: cutting token rows of T + 1 afterwards would
+  lose the target at every cut.
+  """
+  if sequence_length < 1:
+    raise ValueError(
+      f'sequence_length must be at least 1, got {sequence_length}: 256 is a '
+      'usual choice for a small model'
+    )
+  return grain.experimental.ConcatThenSplitIterDataset(
+    stream.map(functools.partial(_pairs, tokenizer=tokenizer)),
+    length_struct={'pairs': sequence_length},
+  )
+
+
+def _pairs(document: str, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+  """[n + 1, 3]: input, target, UTF-8 bytes of the target.
+
+  The bytes of a document add up to its size whatever the model does to it (a
+  space added in front, normalization): its first token takes the difference.
+  """
+  ids_n = tokenizer.encode(document)
+  pairs = np.empty((len(ids_n) + 1, 3), np.int32)
+  pairs[0, 0], pairs[1:, 0] = tokenizer.bos_id, ids_n
+  pairs[:-1, 1], pairs[-1, 1] = ids_n, tokenizer.eos_id
+  pairs[:-1, 2], pairs[-1, 2] = tokenizer.bytes_V[ids_n], 0
+  pairs[0, 2] += len(document.encode()) - pairs[:, 2].sum()
+  return {'pairs': pairs}
+
+
+def _stack_padded(
+  batch_size: int, rows: Sequence[dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+  """Stacks rows and adds rows of zeros up to batch_size."""
+  missing = batch_size - len(rows)
+  return {
+    key: np.stack([row[key] for row in rows] + missing * [0 * rows[0][key]])
+    for key in rows[0]
+  }
+
+
+def _batch(packed: dict[str, np.ndarray]) -> Batch:
+  """What the model reads, from packed pairs [B, T, 3]."""
+  inputs_BT, targets_BT, bytes_BT = np.moveaxis(packed['pairs'], -1, 0)
+  segments_BT = packed['pairs_segment_ids']
+  return {
+    'inputs': np.ascontiguousarray(inputs_BT),
+    'targets': np.ascontiguousarray(targets_BT),
+    'weights': (segments_BT > 0).astype(np.float32),
+    'positions': packed['pairs_positions'],
+    'segments': segments_BT,
+    'bytes': np.ascontiguousarray(bytes_BT),
+  }
+
+
+def _training_batch(packed: dict[str, np.ndarray]) -> Batch:
+  batch = _batch(packed)
+  del batch['bytes']
+  return batch
