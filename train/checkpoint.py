@@ -6,14 +6,15 @@ into a temporary directory and renames it at the end, so a save that fails
 leaves the checkpoints before it as they were.
 """
 
-from collections.abc import Iterator
 import contextlib
 import pathlib
+from collections.abc import Iterator
 
 import grain
 import jax
 import orbax.checkpoint as ocp
 
+from models.llama import Layers
 from train.config import Config, to_json
 from train.step import PyTree, State
 
@@ -58,9 +59,10 @@ def restore(
 
   Args:
     manager: of a directory that holds a checkpoint.
-    state: shapes of what was saved (jax.ShapeDtypeStruct).
+    state: shapes of what was saved.
     batches: an iterator made as the saved one was.
   """
+  state = on_device(state)
   items = ocp.args.Composite(
     params=ocp.args.StandardRestore(state.params),
     optimizer=ocp.args.StandardRestore(
@@ -69,19 +71,17 @@ def restore(
     data=grain.checkpoint.CheckpointRestore(batches),
   )
   found = manager.restore(manager.latest_step(), args=items)
-  return State(
-    found.optimizer['step'], found.params, found.optimizer['state']
-  )
+  return State(found.optimizer['step'], found.params, found.optimizer['state'])
 
 
-def restore_params(directory: pathlib.Path, params: PyTree) -> PyTree:
+def restore_params(directory: pathlib.Path, layers: Layers) -> PyTree:
   """Returns the parameters of the newest checkpoint, and nothing else."""
+  if not directory.is_dir():
+    raise FileNotFoundError(f'no checkpoint in {directory} yet')
+  shapes = on_device(jax.eval_shape(layers.init, jax.random.key(0)))
   with opened(directory) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise FileNotFoundError(f'no checkpoint in {directory} yet')
-    items = ocp.args.Composite(params=ocp.args.StandardRestore(on_device(params)))
-    return manager.restore(step, args=items).params
+    items = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
+    return manager.restore(manager.latest_step(), args=items).params
 
 
 def on_device(shapes: PyTree) -> PyTree:

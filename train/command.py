@@ -1,12 +1,12 @@
 """This module holds the command line of training, and its one error report."""
 
-from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import pathlib
 import runpy
 import sys
 import typing
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -126,7 +126,7 @@ def choices() -> dict[str, dict[str, type]]:
 
 
 def blank(kind: Any) -> Any:
-  """Returns an instance whose fields without a default are still to be given."""
+  """Returns an instance; the fields without a default are still to give."""
   required = [
     field.name
     for field in dataclasses.fields(kind)
@@ -148,7 +148,9 @@ def keys(config: Config) -> list[str]:
   """Returns every key that the command line takes with this config."""
   launch = [field.name for field in dataclasses.fields(Launch)][1:]
   named = [*launch, *flatten(config)]
-  nested = {name for name in named if any(x.startswith(f'{name}.') for x in named)}
+  nested = {
+    name for name in named if any(x.startswith(f'{name}.') for x in named)
+  }
   return [
     '--' + name.replace('_', '-')
     for name in named

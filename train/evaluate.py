@@ -5,9 +5,9 @@ is divided by their number and nothing else.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
 import math
 import pathlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import grain
@@ -19,6 +19,7 @@ from train import checkpoint
 from train.command import user_errors
 from train.config import Config
 from train.data import Batch, validation_batches
+from train.documents import Documents
 from train.run import Run
 from train.step import PyTree
 from train.tokenizer import Tokenizer
@@ -61,11 +62,14 @@ def describe(values: dict[str, float]) -> str:
 
 
 def held_out(
-  config: Config, tokenizer: Tokenizer, num_batches: int | None
+  config: Config,
+  documents: Documents,
+  tokenizer: Tokenizer,
+  num_batches: int | None,
 ) -> grain.IterDataset[Batch]:
   """Returns the validation batches of a config."""
   return validation_batches(
-    config.corpus.open('validation'),
+    documents,
     tokenizer,
     batch_size=config.batch_size // config.microbatches,
     sequence_length=config.sequence_length,
@@ -75,7 +79,9 @@ def held_out(
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Prints the perplexity of a run's newest checkpoint."""
-  parser = argparse.ArgumentParser('python -m train.evaluate', description=main.__doc__)
+  parser = argparse.ArgumentParser(
+    'python -m train.evaluate', description=main.__doc__
+  )
   parser.add_argument('run', type=pathlib.Path, help='directory of the run')
   parser.add_argument(
     '--batches',
@@ -86,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   with user_errors():
     run = Run(args.run)
     config = run.config()
-    batches = held_out(config, run.tokenizer(), args.batches)
+    documents = config.corpus.open('validation')
+    batches = held_out(config, documents, run.tokenizer(), args.batches)
     layers = Layers(config.model)
     params = checkpoint.restore_params(run.checkpoints_path, layers)
   print(describe(evaluate(make_sums(layers), params, batches)))

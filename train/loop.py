@@ -1,11 +1,11 @@
 """This module holds the training loop: steps, validations, saves, signals."""
 
-from collections.abc import Callable, Iterator
 import contextlib
 import math
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import (

@@ -1,10 +1,10 @@
 """This module holds where metrics go: a JSONL file, TensorBoard, a picture."""
 
-from collections.abc import Iterator
 import contextlib
 import importlib
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from matplotlib.figure import Figure

@@ -26,14 +26,16 @@ class AdamW:
   weight_decay: float = 0.0
   """Decoupled weight decay, multiplied by the learning rate."""
 
-  def build(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+  def build(
+    self, learning_rate: optax.Schedule
+  ) -> optax.GradientTransformation:
     """Returns the transformation."""
     return optax.adamw(learning_rate, **dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class Galore:
-  """AdamW in a low-rank subspace of the gradient, as its paper's code has it."""
+  """AdamW in a low-rank subspace of the gradient, as in the paper's code."""
 
   rank: int | float = 128
   """Directions kept of each projected weight: a number, or a share <= 1.0."""
@@ -58,7 +60,9 @@ class Galore:
   weight_decay: float = 0.0
   """Decoupled weight decay, multiplied by the learning rate."""
 
-  def build(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+  def build(
+    self, learning_rate: optax.Schedule
+  ) -> optax.GradientTransformation:
     """Returns the transformation."""
     options = {
       field.name: getattr(self, field.name)
@@ -80,7 +84,9 @@ class OptaxGalore:
   weight_decay: float = 0.0
   """Decoupled weight decay, multiplied by the learning rate."""
 
-  def build(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+  def build(
+    self, learning_rate: optax.Schedule
+  ) -> optax.GradientTransformation:
     """Returns the transformation.
 
     It is built twice because a leaf that it does not project leaves an array

@@ -55,6 +55,10 @@ class Run:
       )
     return from_json(Config, json.loads(self.config_path.read_text()))
 
+  def tokenizer(self) -> Tokenizer:
+    """Reads the tokenizer."""
+    return Tokenizer.load(self.tokenizer_path)
+
   def check(self, config: Config) -> None:
     """Raises ValueError where the run was started with another config."""
     differ = differences(self.config(), config)

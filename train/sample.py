@@ -1,8 +1,8 @@
 """This module holds sampling: `python -m train.sample RUN --prompt '...'`."""
 
 import argparse
-from collections.abc import Sequence
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,9 @@ def until(end: int, ids: list[int]) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Continues a prompt with the newest checkpoint of a run."""
-  parser = argparse.ArgumentParser('python -m train.sample', description=main.__doc__)
+  parser = argparse.ArgumentParser(
+    'python -m train.sample', description=main.__doc__
+  )
   parser.add_argument('run', type=pathlib.Path, help='directory of the run')
   parser.add_argument('--prompt', required=True, help='text to continue')
   parser.add_argument('--num-tokens', type=int, default=80, help='default: 80')

@@ -1,7 +1,7 @@
 """This module holds the training step: microbatches, gradient, update."""
 
-from collections.abc import Callable
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
