@@ -34,7 +34,7 @@ class Config:
   sequence_length: int
   """Tokens in a sequence."""
   microbatches: int = 1
-  """Parts that a batch is computed in, one at a time; the result is as whole."""
+  """Parts that a batch is computed in, one after another, to save memory."""
   warmup: float = 0.1
   """Share of the steps in which the learning rate rises from 0."""
   final: float = 0.1

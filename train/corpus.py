@@ -66,7 +66,7 @@ class TextFiles:
 
   separator: str | None = '\n\n'
   """What separates the documents of a plain text file: blank lines, or say
-  another text, such as '<|endoftext|>'; None makes each file one document."""
+  another text, such as '<|endoftext|>'; None or '' makes each file one."""
 
   holdout: float = 0.05
   """Share of the training documents kept for validation, chosen by a hash of
@@ -81,26 +81,26 @@ class TextFiles:
         and line), a file is not UTF-8, or there are no documents.
     """
     _check_holdout(self.holdout)
-    held_out = self.validation is None
-    pattern = self.train
-    if split == 'validation' and self.validation is not None:
-      pattern = self.validation
+    if self.validation is not None:
+      return Indexed(self._texts(getattr(self, split)))
+    texts = self._texts(self.train)
+    share = texts.where(lambda crcs_d: _in_split(split, crcs_d, self.holdout))
+    if not len(share):
+      raise ValueError(
+        f'the {split} split of {self.train!r} is empty: holdout={self.holdout} '
+        f'of {len(texts)} documents; give a validation file, another holdout, '
+        'or more documents (a plain text file is split at `separator`)'
+      )
+    return Indexed(share)
+
+  def _texts(self, pattern: str) -> Texts:
     texts = Texts(index(path, self.separator) for path in expand(pattern))
     if not len(texts):
       raise ValueError(
         f'no document in the files of {pattern!r}: at least one that is not '
         'blank is needed; give files with text'
       )
-    if not held_out:
-      return Indexed(texts)
-    share = texts.where(lambda crcs_d: _in_split(split, crcs_d, self.holdout))
-    if not len(share):
-      raise ValueError(
-        f'the {split} split of {pattern!r} is empty: holdout={self.holdout} '
-        f'of {len(texts)} documents; give a validation file, another holdout, '
-        'or more documents (a plain text file is split at `separator`)'
-      )
-    return Indexed(share)
+    return texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +159,7 @@ class Tfds:
       )
     return Sharded(
       tuple(str(path) for path in info.filepaths),
+      info.num_examples,
       lambda record: _text_of_example(features.deserialize_example_np(record)),
     )
 

@@ -62,10 +62,17 @@ class Indexed:
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-  """Documents in tfrecord shards: shards shuffled, interleaved, windowed."""
+  """Documents in tfrecord shards: shards shuffled, interleaved, windowed.
+
+  Where an epoch is longer than a window, or shared among processes, its end
+  mixes with the beginning of the next.
+  """
 
   paths: Sequence[str]
   """The shards."""
+
+  num_records: int
+  """In all shards."""
 
   text: Callable[[bytes], str]
   """What turns a record into a document."""
@@ -85,8 +92,10 @@ class Sharded:
       ordered.map(grain.experimental.TFRecordIterDataset),
       cycle_length=min(len(shuffled), _INTERLEAVED_SHARDS),
     )
+    # No longer than an epoch, which a small data set would see twice in one.
+    window = max(1, min(self.num_records // process_count, _SHUFFLED_RECORDS))
     windowed = grain.experimental.WindowShuffleIterDataset(
-      records, window_size=_SHUFFLED_RECORDS, seed=seed
+      records, window_size=window, seed=seed
     )
     return windowed.map(self.text)
 

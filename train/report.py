@@ -29,11 +29,15 @@ def memory_table(
     (row, np.array([size, row.basis_bytes, row.moment_bytes, plain.bytes]))
     for row, plain, size in zip(ours, adamw, sizes, strict=True)
   ]
+  total = sum(numbers for _, numbers in rows)
+  unit, size = ('GB', 1e9) if total[0] >= 1e10 else ('MB', 1e6)
   table = Table(
-    title=f'Memory with {name}, in MB',
+    title=f'Memory with {name}, in {unit}',
     title_justify='left',
     caption_justify='left',
     box=box.SIMPLE_HEAD,
+    show_edge=False,
+    pad_edge=False,
     padding=(0, 1, 0, 0),
   )
   table.add_column('parameter', overflow='fold')
@@ -41,10 +45,9 @@ def memory_table(
     table.add_column(head, justify='right')
   for row, numbers in rows:
     low = by(row.projected_shape) if row.projected_shape else '-'
-    table.add_row(row.path, by(row.shape), low, *megabytes(numbers))
+    table.add_row(row.path, by(row.shape), low, *decimals(numbers / size))
   table.add_section()
-  total = sum(numbers for _, numbers in rows)
-  table.add_row('all', '', '', *megabytes(total), style='bold')
+  table.add_row('all', '', '', *decimals(total / size), style='bold')
   count = sum(math.prod(row.shape) for row in ours)
   table.caption = f'{count:,} parameters, {total[0]:,} bytes\n' + compare(
     'optimizer state', total
@@ -64,13 +67,13 @@ def compare(what: str, numbers: np.ndarray) -> str:
   )
 
 
-def megabytes(numbers: np.ndarray) -> list[str]:
-  """Returns bytes in units of 10^6.
+def decimals(numbers: np.ndarray) -> list[str]:
+  """Returns numbers with two decimals.
 
-  >>> megabytes(np.array([1_234_567, 0]))
-  ['1.23', '0.00']
+  >>> decimals(np.array([1234.567, 0.0]))
+  ['1,234.57', '0.00']
   """
-  return [f'{number / 1e6:,.2f}' for number in numbers.tolist()]
+  return [f'{number:,.2f}' for number in numbers.tolist()]
 
 
 def by(shape: tuple[int, ...]) -> str:

@@ -93,7 +93,7 @@ def _lines(path: str) -> Iterator[tuple[int, int, int]]:
     for number, line in enumerate(file, 1):
       stop = start + len(line)
       if line.strip() and _text(line, path, number).strip():
-        yield start, stop, zlib.crc32(line)
+        yield start, stop, zlib.crc32(line.strip())
       start = stop
 
 
@@ -132,8 +132,8 @@ def _parts(path: str, separator: str | None) -> Iterator[tuple[int, int, int]]:
 
 
 def _separator(separator: str | None) -> re.Pattern[bytes]:
-  """The separator, its newlines in either convention; None never matches."""
-  if separator is None:
+  """The separator, its newlines in either convention; none never matches."""
+  if not separator:
     return re.compile(rb'(?!)')
   return re.compile(
     rb'\r?\n'.join(map(re.escape, separator.encode().split(b'\n')))
