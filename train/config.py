@@ -56,12 +56,11 @@ class Config:
     """Checks what can be checked without data."""
     for name in (
       *('steps', 'batch_size', 'sequence_length', 'microbatches'),
-      *('eval_every', 'save_every'),
+      *('eval_every', 'eval_batches', 'save_every'),
     ):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f'{name} must be at least 1, got {getattr(self, name)}'
-        )
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f'{name} must be at least 1, got {value}')
     if self.batch_size % self.microbatches:
       raise ValueError(
         f'batch_size must be a multiple of microbatches={self.microbatches}, '
@@ -77,7 +76,7 @@ class Config:
     return optax.warmup_cosine_decay_schedule(
       init_value=0.0,
       peak_value=self.learning_rate,
-      warmup_steps=int(self.warmup * self.steps),
+      warmup_steps=round(self.warmup * self.steps),
       decay_steps=self.steps,
       end_value=self.final * self.learning_rate,
     )

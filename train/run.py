@@ -53,7 +53,12 @@ class Run:
       raise FileNotFoundError(
         f'{self.directory} is not a run: it has no {self.config_path.name}'
       )
-    return from_json(Config, json.loads(self.config_path.read_text()))
+    try:
+      return from_json(Config, json.loads(self.config_path.read_text()))
+    except (AttributeError, KeyError, TypeError) as error:
+      raise ValueError(
+        f'{self.config_path} is no configuration of this version: {error}'
+      ) from error
 
   def tokenizer(self) -> Tokenizer:
     """Reads the tokenizer."""

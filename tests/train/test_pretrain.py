@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from models.llama import Layers
+from tests.train.program import write_config
 from train import checkpoint, evaluate, loop, metrics, pretrain, sample
 from train import step as step_lib
 from train.run import Run
-from tests.train.program import write_config
 
 
 @pytest.fixture(scope='module')
