@@ -22,13 +22,13 @@ KeyPath = tuple[Any, ...]
 
 
 def sized(tree: Any, size: int) -> Any:
-  """Returns abstract float32 leaves of shape (size, ..., size), ranks kept.
+  """Returns abstract leaves of shape (size, ..., size), ranks kept.
 
   >>> sized({'w': jnp.zeros((3, 5))}, 1)
   {'w': ShapeDtypeStruct(shape=(1, 1), dtype=float32)}
   """
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((size,) * x.ndim, jnp.float32), tree
+    lambda x: jax.ShapeDtypeStruct((size,) * x.ndim, x.dtype), tree
   )
 
 

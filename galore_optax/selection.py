@@ -89,12 +89,15 @@ def own_axes(path: str, ndim: int) -> tuple[int, ...]:
   return tuple(range(-min(1 if is_vector else 2, ndim), 0))
 
 
-def matched(patterns: Sequence[str], tree: PyTree) -> list[bool]:
+def matched(
+  patterns: Sequence[str], tree: PyTree, *, option: str = 'targets'
+) -> list[bool]:
   """Returns which leaves of `tree` a regex matches in full.
 
   Args:
     patterns: regexes on paths.
     tree: parameters; only paths are read.
+    option: what an error calls the patterns.
 
   Raises:
     ValueError: a regex is malformed, or matches no path of a whole tree.
@@ -103,20 +106,22 @@ def matched(patterns: Sequence[str], tree: PyTree) -> list[bool]:
   [False, True]
   """
   names = paths(tree)
-  hits = [[_fullmatch(pattern, name) for name in names] for pattern in patterns]
-  unused = [p for p, row in zip(patterns, hits, strict=True) if not any(row)]
+  regexes = [_compiled(pattern, option) for pattern in patterns]
+  unused = [
+    regex.pattern for regex in regexes if not any(map(regex.fullmatch, names))
+  ]
   if unused and names and not is_part(tree):
     raise ValueError(
-      f'targets {unused} match no parameter; a regex must match a whole path.'
+      f'{option} {unused} match no parameter; a regex must match a whole path.'
       ' Paths: ' + ', '.join(names)
     )
-  return [any(column) for column in zip(*hits, strict=True)]
+  return [any(regex.fullmatch(name) for regex in regexes) for name in names]
 
 
-def _fullmatch(pattern: str, name: str) -> bool:
+def _compiled(pattern: str, option: str) -> re.Pattern[str]:
   try:
-    return re.fullmatch(pattern, name) is not None
+    return re.compile(pattern)
   except re.error as error:
     raise ValueError(
-      f'target {pattern!r} is no regular expression: {error}'
+      f'{option}: {pattern!r} is no regular expression: {error}'
     ) from error
