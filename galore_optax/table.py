@@ -6,7 +6,7 @@ import jax
 import optax
 
 from galore_optax import selection
-from galore_optax.galore import observe
+from galore_optax.transform import observe
 
 
 class Row(NamedTuple):
@@ -65,8 +65,9 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
     A row for each parameter: path, shape, projected shape, bytes of state.
 
   Example:
-    >>> import galore_optax, jax.numpy as jnp
-    >>> tx = galore_optax.galore(optax.adam(0.1), rank=2)
+    >>> import jax.numpy as jnp
+    >>> from galore_optax.galore import galore
+    >>> tx = galore(optax.adam(0.1), rank=2)
     >>> params = {'b': jnp.zeros(6), 'w': jnp.zeros((4, 6))}
     >>> print(describe(tx, params))
     path  shape   projected  bytes
