@@ -208,7 +208,7 @@ def badam(
     >>> params = {'blocks': {'w': jnp.ones((4, 3, 5))}, 'head': jnp.ones(3)}
     >>> updates, _ = tx.update(params, tx.init(params), params)
     >>> print(abs(updates['blocks']['w']).sum((1, 2)) > 0, updates['head'])
-    [False False  True False] [0. 0. 0.]
+    [ True False False False] [-0. -0. -0.]
 
   References:
     Luo et al., `BAdam <https://arxiv.org/abs/2404.02827>`_, 2024.
