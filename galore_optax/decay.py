@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import core
 
 from galore_optax import moments
 
@@ -28,7 +29,7 @@ def decay_factors(
   Args:
     inner: the transformation.
     state: its state for `params`.
-    params: what the inner sees as parameters; only ranks are read.
+    params: what the inner sees as parameters; only shapes are read.
     extra_args: passed to the inner.
 
   Returns:
@@ -63,7 +64,7 @@ def check_decoupled(
 
   Args:
     inner: the transformation.
-    params: what the inner sees as parameters; only ranks are read.
+    params: what the inner sees as parameters; only shapes are read.
     projected: which leaves are projected.
 
   Raises:
@@ -123,7 +124,7 @@ def _close(one: Any, other: Any) -> bool:
 
 
 def _any_traced(tree: Any) -> bool:
-  return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+  return any(isinstance(x, core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def _filled(params: Any, values: list[float]) -> Any:
