@@ -30,7 +30,7 @@ def decay_factors(
   Args:
     inner: the transformation.
     state: its state for `params`.
-    params: what the inner sees as parameters; only ranks are read.
+    params: what the inner sees as parameters; only shapes are read.
     extra_args: passed to the inner.
 
   Returns:
@@ -102,7 +102,7 @@ def check_decoupled(
 
   Args:
     inner: the transformation.
-    params: what the inner sees as parameters; only ranks are read.
+    params: what the inner sees as parameters; only shapes are read.
     projected: which leaves are projected.
 
   Raises:

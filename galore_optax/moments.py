@@ -41,14 +41,15 @@ def counter_paths(
   >>> [jax.tree_util.keystr(p) for p in counter_paths(optax.adam(1.), params)]
   ['[0].count']
   """
-  one, two = (
-    dict(jax.tree_util.tree_leaves_with_path(_abstract_init(inner, params, n)))
-    for n in (1, 2)
+  # The real shapes too: Adafactor factors large weights alone.
+  real, one, two = (
+    dict(jax.tree_util.tree_leaves_with_path(jax.eval_shape(inner.init, tree)))
+    for tree in (params, sized(params, 1), sized(params, 2))
   )
   return {
     path
-    for path, leaf in one.items()
-    if path in two and two[path].shape == leaf.shape
+    for path, leaf in real.items()
+    if all(path in x and x[path].shape == leaf.shape for x in (one, two))
   }
 
 

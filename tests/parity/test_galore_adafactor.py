@@ -20,35 +20,6 @@ PLAIN = {'embed': (11, 7), 'bias': (19,)}
 RANK, GAP, SCALE, STEPS, LR = 5, 3, 0.25, 13, 0.5  # Refreshes at 0, 3, ... 12.
 
 
-@pytest.fixture
-def signs_by_rule(monkeypatch):
-  """A decomposition leaves signs open: the reference gets ours."""
-  decompose = galore_projector.GaLoreProjector.get_orthogonal_matrix
-
-  def fixed(columns, old):
-    peaks = columns.abs().argmax(dim=0, keepdim=True)
-    reference = columns.gather(0, peaks)
-    if old is not None:
-      reference = (columns * old).sum(dim=0, keepdim=True)
-    return columns * reference.sign()
-
-  def signed(self, weights, rank, type):
-    new, old = decompose(self, weights, rank, type), self.ortho_matrix
-    if type == 'left':
-      return fixed(new, old)
-    if type == 'right':
-      return fixed(new.T, None if old is None else old.T).T
-    left, right = (None, None) if old is None else old
-    return [
-      fixed(new[0], left),
-      fixed(new[1].T, None if right is None else right.T).T,
-    ]
-
-  monkeypatch.setattr(
-    galore_projector.GaLoreProjector, 'get_orthogonal_matrix', signed
-  )
-
-
 def sequence():
   """Returns weights, and a gradient for each step, with a decaying spectrum."""
   rng = np.random.default_rng(0)
