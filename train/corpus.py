@@ -12,6 +12,8 @@ import os
 import zlib
 from typing import Literal, Protocol
 
+import numpy as np
+
 from train.documents import Documents, Indexed, Sharded
 from train.text_files import Texts, expand, index
 
@@ -145,11 +147,6 @@ class Tfds:
         f'{self.name} has no split {name!r}, but {sorted(splits)}: set '
         f"{split} to one of them, or to a slice such as 'train[99%:]'"
       ) from error
-    if not info.num_examples:
-      raise ValueError(
-        f'split {name!r} of {self.name} is empty: it needs at least one '
-        'document; name another'
-      )
     if builder.info.file_format.value != 'tfrecord':
       return Indexed(builder.as_data_source(name), _text_of_example)
     if name not in splits:
@@ -172,7 +169,9 @@ def _check_holdout(holdout: float) -> None:
     )
 
 
-def _in_split(split: Split, crc, holdout: float):
+def _in_split(
+  split: Split, crc: int | np.ndarray, holdout: float
+) -> bool | np.ndarray:
   """Whether a hash puts it there; what is equal is never in both."""
   return (crc < holdout * 2**32) == (split == 'validation')
 

@@ -38,8 +38,8 @@ class Documents(Protocol):
 class Indexed:
   """Documents by random access, shuffled globally."""
 
-  source: Sequence[Any]
-  """Length and item suffice, as of any grain source."""
+  source: grain.sources.RandomAccessDataSource
+  """What has a length and items."""
 
   text: Callable[[Any], str] = str
   """What turns an item into a document."""
@@ -101,9 +101,16 @@ class Sharded:
 
 
 def _share(
-  source: Sequence[Any], seed: int, process_index: int, process_count: int
+  source: grain.sources.RandomAccessDataSource,
+  seed: int,
+  process_index: int,
+  process_count: int,
 ) -> grain.MapDataset:
   """Shuffled (by seed and epoch), then every process_count-th item."""
+  if not 0 <= seed < 2**31:
+    raise ValueError(
+      f'seed must be in 0..{2**31 - 1}, got {seed}: any small number will do'
+    )
   if len(source) < process_count:
     raise ValueError(
       f'{process_count} processes need as many documents (or shards), got '

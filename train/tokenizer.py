@@ -18,6 +18,8 @@ import sentencepiece
 # Packing pads with zeros, so that padding is id 0.
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(4)
 
+_NUM_RESERVED = 4 + 256
+
 # sentencepiece leaves out training lines beyond 4,192 bytes.
 _MAX_LINE_CHARS = 1000
 
@@ -141,18 +143,21 @@ def _lines(documents: Iterable[str], sample_chars: int) -> Iterator[str]:
       return
 
 
-def _explained(error: RuntimeError, vocab_size: int) -> Exception:
-  """What a failed training means to the user; other errors as they are."""
+def _explained(error: RuntimeError, vocab_size: int) -> ValueError:
+  """What a failed training means to the user."""
   if most := re.search(r'too high .* a value <= (\d+)', str(error)):
     return ValueError(
       f'vocab_size must be at most {most[1]} on this corpus, got {vocab_size}: '
       'lower vocab_size, or give more text'
     )
-  if least := re.search(
-    r'smaller than required_chars. \d+ vs (\d+)', str(error)
-  ):
+  least = re.search(r'smaller than required_chars. \d+ vs (\d+)', str(error))
+  if least or vocab_size < _NUM_RESERVED:
     return ValueError(
-      f'vocab_size must be at least {least[1]} on this corpus (its characters, '
-      f'256 bytes and 4 special ids), got {vocab_size}: raise vocab_size'
+      f'vocab_size must be at least {least[1] if least else _NUM_RESERVED} on '
+      'this corpus (its characters, 256 bytes and 4 special ids), got '
+      f'{vocab_size}: raise vocab_size'
     )
-  return error
+  return ValueError(
+    f'no tokenizer with vocab_size {vocab_size} can be trained on this corpus '
+    f'({error}): give more text'
+  )

@@ -51,7 +51,7 @@ class TestChitchat:
 
 class TestTextFiles:
   def test_blank_lines_separate_documents(self, tmp_path):
-    text = '\n\n'.join(PARAGRAPHS[:30]) + '\r\n\r\n\n' + PARAGRAPHS[30] + '\n'
+    text = '\n\n'.join(PARAGRAPHS[:30]) + '\r\n\r\n' + PARAGRAPHS[30] + '\n'
     (tmp_path / 'a.txt').write_bytes(text.encode())
     corpus = TextFiles(
       train=str(tmp_path / 'a.txt'), validation=str(tmp_path / 'a.txt')
@@ -159,6 +159,16 @@ class TestOrder:
     assert sorted(both) == sorted(2 * PARAGRAPHS)
     assert both[:60] != both[60:]
 
+  def test_state_resumes_in_the_second_epoch(self, documents):
+    stream = iter(documents.stream(seed=3, repeat=True))
+    for _ in range(77):
+      next(stream)
+    state = json.loads(json.dumps(stream.get_state()))
+    following = [next(stream) for _ in range(99)]
+    resumed = iter(documents.stream(seed=3, repeat=True))
+    resumed.set_state(state)
+    assert [next(resumed) for _ in range(99)] == following
+
   def test_shares_do_not_overlap(self, documents):
     shares = [
       read(documents, seed=3, process_index=i, process_count=2) for i in (0, 1)
@@ -171,7 +181,7 @@ class TestOrder:
       documents.stream(seed=0, repeat=True, process_count=99)
 
 
-def prepare(directory):
+def prepare(directory, field='text'):
   """A stand-in for C4: same name, config, version and features; 60 texts."""
   import tensorflow_datasets as tfds
 
@@ -181,7 +191,7 @@ def prepare(directory):
     BUILDER_CONFIGS = (tfds.core.BuilderConfig(name='en'),)
 
     def _info(self):
-      keys = ('content-length', 'content-type', 'text', 'timestamp', 'url')
+      keys = ('content-length', 'content-type', field, 'timestamp', 'url')
       features = {key: tfds.features.Text() for key in keys}
       return tfds.core.DatasetInfo(
         builder=self, features=tfds.features.FeaturesDict(features)
@@ -192,7 +202,7 @@ def prepare(directory):
 
     def _generate_examples(self):
       for i, text in enumerate(PARAGRAPHS):
-        yield i, dict.fromkeys(self.info.features, 'other') | {'text': text}
+        yield i, dict.fromkeys(self.info.features, 'other') | {field: text}
 
   builder = C4(config='en', data_dir=directory, file_format='array_record')
   config = tfds.download.DownloadConfig(num_shards=3)
@@ -248,6 +258,13 @@ class TestTfds:
     prepare(tmp_path)
     with pytest.raises(ValueError, match=r"no split 'validation', .*'train'"):
       Tfds(data_dir=str(tmp_path)).open('validation')
+
+  def test_data_set_without_text(self, tmp_path):
+    prepare(tmp_path, field='image')
+    with pytest.raises(
+      ValueError, match=r"c4/en has no feature 'text', but .*'image'"
+    ):
+      Tfds(data_dir=str(tmp_path)).open('train')
 
   def test_missing_directory(self, tmp_path):
     with pytest.raises(

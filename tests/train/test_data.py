@@ -210,3 +210,5 @@ def test_bad_sizes():
     validation(batch_size=0)
   with pytest.raises(ValueError, match=r'sequence_length .* at least 1, got 0'):
     training(sequence_length=0)
+  with pytest.raises(ValueError, match=r'seed must be in .* got -1'):
+    training(seed=-1)

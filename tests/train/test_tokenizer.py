@@ -19,6 +19,7 @@ def tokenizer():
 def test_ids_of_the_special_pieces(tokenizer):
   assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
   assert tokenizer.vocab_size == 320
+  assert not tokenizer.bytes_V[:4].any()
   assert tokenizer.decode([0, 1, *tokenizer.encode(TEXT), 2, 0]) == TEXT
 
 
@@ -82,9 +83,17 @@ def test_largest_vocabulary_the_message_names_works():
   assert train_tokenizer(DOCUMENTS, vocab_size=most).vocab_size == most
 
 
-def test_vocabulary_smaller_than_the_characters():
-  with pytest.raises(ValueError, match=r'at least \d+ .*, got 100: raise'):
-    train_tokenizer(DOCUMENTS, vocab_size=100)
+@pytest.mark.parametrize('vocab_size', [-1, 0, 1, 100, 260])
+def test_vocabulary_smaller_than_the_characters(vocab_size):
+  with pytest.raises(
+    ValueError, match=rf'at least \d+ .*got {vocab_size}: raise'
+  ):
+    train_tokenizer(DOCUMENTS, vocab_size=vocab_size)
+
+
+def test_nothing_to_train_on():
+  with pytest.raises(ValueError, match=r'no tokenizer .*: give more text'):
+    train_tokenizer(['\n\n'], vocab_size=300)
 
 
 def test_load_names_what_is_wrong(tmp_path):
