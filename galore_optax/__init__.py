@@ -3,10 +3,14 @@
 Importing this package makes `optax.chain` aware of `galore` stages, so that
 `optax.chain(galore(rank=512, gap=200), optax.adamw(lr))` keeps low-rank state.
 A chain without such a stage is optax's own, result for result.
+
+The methods are cells of one table. For a weight [m, n], m <= n, at rank r or
+density d, moments in float32 and bases in the weight's dtype:
 """
 
 import optax
 
+from galore_optax import methods
 from galore_optax.adafactor import (
   scale_by_galore_factored_rms as scale_by_galore_factored_rms,
 )
@@ -34,3 +38,4 @@ from galore_optax.table import describe as describe
 from galore_optax.transform import GaloreState as GaloreState
 
 optax.chain = chain
+__doc__ = f'{__doc__}\n{methods.table()}\n'
