@@ -7,6 +7,7 @@ import optax
 
 from galore_optax import adafactor, adam, decay, split, step_size
 from galore_optax.galore import galore
+from galore_optax.quantization import quantize_state
 from galore_optax.residual import Scaled
 from galore_optax.selection import Targets
 from galore_optax.subspace import Gaussian, Turns
@@ -48,6 +49,53 @@ def galore_adamw(
     adam.scale_by_galore_adam(b1=b1, b2=b2, eps=eps),
     optax.scale_by_learning_rate(learning_rate),
   )
+  return optax.chain(
+    galore(inner, **options),
+    decay.decay_updated_weights(learning_rate, weight_decay=weight_decay),
+  )
+
+
+def galore_adamw_8bit(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-6,
+  weight_decay: float = 0.0,
+  block_size: int = 256,
+  min_size: int = 4096,
+  **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """`galore_adamw` with its moments in blocks of 8 bits.
+
+  State of a weight [i, o], i <= o: a basis of r i elements in the weight's
+  dtype, and 2 r o bytes of codes with 4 bytes for each block.
+
+  Args:
+    learning_rate: a number, or a schedule of the step.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment before its bias correction.
+    weight_decay: decoupled, on the weight that the update has changed.
+    block_size: elements that share a float32 scale.
+    min_size: moments with fewer elements stay float32.
+    **options: those of `galore`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> tx = galore_adamw_8bit(0.01, rank=64)
+    >>> params = {'w': jnp.ones((128, 512))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+
+  References:
+    Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`_, 2021.
+  """
+  inner = optax.chain(
+    adam.scale_by_galore_adam(b1=b1, b2=b2, eps=eps),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+  inner = quantize_state(inner, block_size=block_size, min_size=min_size)
   return optax.chain(
     galore(inner, **options),
     decay.decay_updated_weights(learning_rate, weight_decay=weight_decay),
