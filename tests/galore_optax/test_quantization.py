@@ -379,8 +379,8 @@ def test_galore_takes_it_as_inner(moments):
     got, state = jax.jit(tx.update)(grads, state, params)
     expected, want = jax.jit(full.update)(grads, want, params)
   off = jnp.linalg.norm(got['w'] - expected['w'])
-  # Measured: 0.03 to 0.06, the codes' own error.
-  assert float(off / jnp.linalg.norm(expected['w'])) < 0.1
+  # Measured: 0.009 to 0.011, the codes' own error.
+  assert float(off / jnp.linalg.norm(expected['w'])) < 0.03
   paths = by_path(state)
   assert sum(map(is_quantized, paths.values())) == 2
   counts = {k: int(x) for k, x in paths.items() if k.endswith('].count')}
