@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARITY := .venv-parity/bin
 
+# Tests run on the CPU, whatever the machine has.
+test slow parity: export JAX_PLATFORMS := cpu
+
 .PHONY: train test slow parity lint clean
 
 train: .venv/train

@@ -1,0 +1,20 @@
+"""GaLore as an ordinary optax transformation.
+
+Importing this package makes `optax.chain` aware of `galore` stages, so that
+`optax.chain(galore(rank=512, gap=200), optax.adamw(lr))` keeps low-rank state.
+A chain without such a stage is optax's own, result for result.
+"""
+
+import optax
+
+from galore_optax.adam import scale_by_galore_adam as scale_by_galore_adam
+from galore_optax.galore import GaloreState as GaloreState
+from galore_optax.galore import chain as chain
+from galore_optax.galore import galore as galore
+from galore_optax.presets import galore_adamw as galore_adamw
+from galore_optax.selection import Elsewhere as Elsewhere
+from galore_optax.subspace import Gram as Gram
+from galore_optax.subspace import Svd as Svd
+from galore_optax.table import describe as describe
+
+optax.chain = chain

@@ -1,0 +1,168 @@
+"""This module holds the options of one `galore` and what they select."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from galore_optax import moments as moments_lib
+from galore_optax import projection as projection_lib
+from galore_optax import selection
+from galore_optax import subspace as subspace_lib
+
+Projection = projection_lib.Projection
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The checked options of `galore`, which documents them."""
+
+  rank: int | float
+  gap: int
+  scale: float
+  side: str
+  subspace: str | subspace_lib.Subspace
+  moments: str
+  targets: selection.Targets
+  axes: Mapping[str, projection_lib.Axes] | None
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for an option that fits no weight."""
+    if not _is_rank(self.rank):
+      raise ValueError(
+        'rank must be an integer >= 1 or a float in (0, 1], the share of the'
+        f' projected side, got {self.rank!r}'
+      )
+    if not isinstance(self.gap, int) or self.gap < 1:
+      raise ValueError(
+        f'gap must be an integer >= 1, in optimizer steps, got {self.gap!r}'
+      )
+    _one_of('side', self.side, projection_lib.SIDES)
+    _one_of('moments', self.moments, moments_lib.MOMENTS)
+    if not callable(self.subspace):
+      _one_of('subspace', self.subspace, tuple(subspace_lib.SUBSPACES))
+
+  @property
+  def finder(self) -> subspace_lib.Subspace:
+    """The subspace finder, a short name resolved."""
+    if isinstance(self.subspace, str):
+      return subspace_lib.SUBSPACES[self.subspace]
+    return self.subspace
+
+  def projections(self, tree: Any) -> list[Projection | None]:
+    """Returns how each leaf of `tree` is projected; None for the others.
+
+    Args:
+      tree: parameters or gradients; only paths, shapes and dtypes are read.
+
+    Raises:
+      ValueError: a target matches nothing or does not fit the rank, or
+        nothing at all is selected.
+    """
+    names, leaves = selection.paths(tree), jax.tree.leaves(tree)
+    candidates = [
+      self._candidate(name, leaf.shape)
+      for name, leaf in zip(names, leaves, strict=True)
+    ]
+    if self.targets is None:
+      chosen = [
+        candidate is not None
+        and selection.named_as_matrix(name)
+        and self._fits_default(candidate)
+        for name, candidate in zip(names, candidates, strict=True)
+      ]
+    else:
+      chosen = self._named(names, leaves, tree)
+      for name, leaf, c, yes in zip(
+        names, leaves, candidates, chosen, strict=True
+      ):
+        if yes:
+          _check_fits(name, leaf.shape, c)
+    if names and not any(chosen) and not selection.is_part(tree):
+      raise ValueError(self._nothing_selected(names, leaves))
+    return [
+      c if yes else None for c, yes in zip(candidates, chosen, strict=True)
+    ]
+
+  def _named(self, names, leaves, tree) -> list[bool]:
+    targets = self.targets
+    if callable(targets):
+      pairs = zip(names, leaves, strict=True)
+      return [bool(targets(name, leaf)) for name, leaf in pairs]
+    patterns = [targets] if isinstance(targets, str) else list(targets or ())
+    return selection.matched(patterns, tree)
+
+  def _candidate(self, path: str, shape: tuple[int, ...]) -> Projection | None:
+    """Returns how a leaf would be projected, None if it has no two axes."""
+    if len(shape) < 2:
+      return None
+    leaf = Projection(path, tuple(shape), self._axes(path, len(shape)), 1, ())
+    *_, i, o = leaf.matrix_shape
+    sides = projection_lib.projected_sides(self.side, i, o)
+    rank = self.rank
+    if isinstance(rank, float):
+      # A share of the longer side may exceed the rank of any gradient.
+      longest = max(leaf.matrix_shape[side] for side in sides)
+      rank = min(max(1, round(rank * longest)), i, o)
+    return dataclasses.replace(leaf, rank=rank, sides=sides)
+
+  def _axes(self, path: str, ndim: int):
+    for pattern, (i, o) in (self.axes or {}).items():
+      if re.fullmatch(pattern, path):
+        return _non_negative(i, ndim), _non_negative(o, ndim)
+    return (ndim - 2,), (ndim - 1,)
+
+  def _fits_default(self, projection: Projection) -> bool:
+    shorter = min(projection.matrix_shape[-2:])
+    if isinstance(self.rank, float):
+      return shorter > 1
+    return shorter > self.rank
+
+  def _nothing_selected(self, names, leaves) -> str:
+    shapes = ', '.join(
+      f'{name} {tuple(leaf.shape)}'
+      for name, leaf in zip(names, leaves, strict=True)
+    )
+    if self.targets is None:
+      return (
+        f'rank {self.rank} projects no parameter: by default those with both'
+        ' last axes larger than rank, embeddings, heads, norms and biases'
+        f' excepted. Lower rank or name targets. Parameters: {shapes}'
+      )
+    return f'targets select no parameter. Parameters: {shapes}'
+
+
+def _is_rank(rank: Any) -> bool:
+  if isinstance(rank, bool):
+    return False
+  if isinstance(rank, int):
+    return rank >= 1
+  return isinstance(rank, float) and 0 < rank <= 1
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+  if value not in known:
+    raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}')
+
+
+def _check_fits(
+  path: str, shape: tuple[int, ...], projection: Projection | None
+) -> None:
+  if projection is None:
+    raise ValueError(
+      f'{path} of shape {tuple(shape)} is a target but no matrix: it needs'
+      ' two axes. Leave it out of targets'
+    )
+  largest = min(projection.matrix_shape[-2:])
+  if projection.rank > largest:
+    raise ValueError(
+      f'rank must be in 1..{largest} for {path} of shape {tuple(shape)},'
+      f' got {projection.rank}'
+    )
+
+
+def _non_negative(axes, ndim: int) -> tuple[int, ...]:
+  axes = (axes,) if isinstance(axes, int) else tuple(axes)
+  return tuple(range(ndim)[axis] for axis in axes)

@@ -1,0 +1,105 @@
+"""This module holds how leaves of a parameter tree are chosen by path."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+
+PyTree: TypeAlias = Any
+
+Targets: TypeAlias = (
+  str | Sequence[str] | Callable[[str, jax.Array], bool] | None
+)
+"""Names weights: None (by shape), regexes, or a predicate `(path, leaf)`."""
+
+NOT_A_MATRIX = re.compile(
+  r'embed\w*|lm_head|head|logits|wte|wpe|\w*norm\w*|ln_\w*|scale|bias'
+)
+"""Path components of leaves that `targets=None` never projects."""
+
+
+@jax.tree_util.register_pytree_node_class
+class Elsewhere:
+  """A leafless node that says: this part of the model is updated elsewhere.
+
+  A layer-wise step shows a transformation one part of the tree at a time;
+  where the rest would be stands an `Elsewhere`, so that a target which names
+  a weight of another part is no mistake.
+  """
+
+  def tree_flatten(self) -> tuple[tuple[()], None]:
+    """Returns no children."""
+    return (), None
+
+  @classmethod
+  def tree_unflatten(cls, aux: None, children: tuple[()]) -> 'Elsewhere':
+    """Returns a new node."""
+    del aux, children
+    return cls()
+
+
+def paths(tree: PyTree) -> list[str]:
+  """Returns the path of each leaf, its keys joined by '/'.
+
+  >>> paths({'blocks': {'q': {'kernel': 0}}, 'norm': 1})
+  ['blocks/q/kernel', 'norm']
+  """
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+
+
+def is_part(tree: PyTree) -> bool:
+  """Whether some of the model that `tree` belongs to is elsewhere.
+
+  >>> is_part({'blocks': 1, 'embed': Elsewhere()})
+  True
+  """
+  nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Elsewhere))
+  return any(isinstance(node, Elsewhere) for node in nodes)
+
+
+def named_as_matrix(path: str) -> bool:
+  """Whether no component of `path` names an embedding, head, norm or bias.
+
+  >>> named_as_matrix('blocks/mlp/up/kernel')
+  True
+  >>> named_as_matrix('blocks/mlp_norm/scale')
+  False
+  """
+  return not any(NOT_A_MATRIX.fullmatch(part) for part in path.split('/'))
+
+
+def matched(patterns: Sequence[str], tree: PyTree) -> list[bool]:
+  """Returns which leaves of `tree` a regex matches in full.
+
+  Args:
+    patterns: regexes on paths.
+    tree: parameters; only paths are read.
+
+  Raises:
+    ValueError: a regex is malformed, or matches no path of a whole tree.
+
+  >>> matched(['.*/kernel'], {'up': {'bias': 0, 'kernel': 1}})
+  [False, True]
+  """
+  names = paths(tree)
+  hits = [[_fullmatch(pattern, name) for name in names] for pattern in patterns]
+  unused = [p for p, row in zip(patterns, hits, strict=True) if not any(row)]
+  if unused and names and not is_part(tree):
+    raise ValueError(
+      f'targets {unused} match no parameter; a regex must match a whole path.'
+      ' Paths: ' + ', '.join(names)
+    )
+  return [any(column) for column in zip(*hits, strict=True)]
+
+
+def _fullmatch(pattern: str, name: str) -> bool:
+  try:
+    return re.fullmatch(pattern, name) is not None
+  except re.error as error:
+    raise ValueError(
+      f'target {pattern!r} is no regular expression: {error}'
+    ) from error

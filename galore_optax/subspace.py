@@ -1,0 +1,114 @@
+"""This module holds how a basis is found.
+
+A finder is a frozen dataclass, called with one matrix: `finder(g_mn, basis_rm,
+key)` returns the new basis as orthonormal rows [r, m], where m is the side
+that is projected. `basis_rm` is the previous basis, zeros where there is none.
+
+Axes: m projected side, n other side, r rank.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Subspace: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Svd:
+  """The leading left singular vectors, by a singular value decomposition.
+
+  Exact. Cost: O(m n min(m, n)) flops, and m n + min(m, n) (m + n) floats of
+  scratch, in float32.
+
+  Example:
+    >>> g_mn = jnp.diag(jnp.array([1., 3., 2.]))[:, :2]
+    >>> abs(Svd()(g_mn, jnp.zeros((1, 3)), jax.random.key(0)))
+    Array([[0., 1., 0.]], dtype=float32)
+
+  References:
+    Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024.
+  """
+
+  def __call__(
+    self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
+  ) -> jax.Array:
+    """Returns the basis [r, m] of a gradient."""
+    del key
+    r, m = basis_rm.shape
+    # Only a rank above min(m, n) needs the vectors that span no gradient.
+    u, _, _ = jnp.linalg.svd(g_mn, full_matrices=r > min(g_mn.shape))
+    assert u.shape[0] == m
+    return u[:, :r].T
+
+
+@dataclasses.dataclass(frozen=True)
+class Gram:
+  """The leading left singular vectors, as eigenvectors of `g g^T`.
+
+  The span is Svd's. Error: squaring loses singular values below sqrt(eps) of
+  the largest (3e-4 in float32), so the product is summed at the highest matmul
+  precision. Cost: 2 m^2 n + O(m^3) flops, m^2 floats of scratch.
+
+  Example:
+    >>> g_mn = jnp.diag(jnp.array([1., 3., 2.]))[:, :2]
+    >>> abs(Gram()(g_mn, jnp.zeros((1, 3)), jax.random.key(0)))
+    Array([[0., 1., 0.]], dtype=float32)
+  """
+
+  def __call__(
+    self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
+  ) -> jax.Array:
+    """Returns the basis [r, m] of a gradient."""
+    del key
+    r = basis_rm.shape[0]
+    gram_mm = jnp.matmul(g_mn, g_mn.T, precision='highest')
+    # Eigenvalues ascend; the largest |value| of g keeps g g^T in range.
+    _, vectors = jnp.linalg.eigh(gram_mm)
+    return vectors[:, ::-1][:, :r].T
+
+
+SUBSPACES: dict[str, Subspace] = {'svd': Svd(), 'gram': Gram()}
+"""The short names that `galore(subspace=...)` takes."""
+
+
+def find(
+  finder: Subspace, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
+) -> jax.Array:
+  """Returns a new basis of one matrix, signs fixed by the previous one.
+
+  Args:
+    finder: how.
+    g_mn: gradient [m, n], at least float32.
+    basis_rm: previous basis [r, m], or zeros.
+    key: a random key.
+
+  >>> g_mn = jnp.array([[0., 0.], [-2., 0.]])
+  >>> find(Svd(), g_mn, jnp.zeros((1, 2)), jax.random.key(0))
+  Array([[0., 1.]], dtype=float32)
+  """
+  # A basis has no scale; the gradient's square may leave float32's range.
+  size = jnp.max(jnp.abs(g_mn))
+  g_mn = g_mn / jnp.where(size > 0, size, 1)
+  return fix_signs(finder(g_mn, basis_rm, key), basis_rm)
+
+
+def fix_signs(new_rm: jax.Array, old_rm: jax.Array) -> jax.Array:
+  """Flips each new vector to agree with the old one of the same index.
+
+  A decomposition leaves signs open, and moments that are kept across a
+  refresh would depend on them. Where the old vector says nothing (it is zero
+  or orthogonal) the entry of largest magnitude becomes positive.
+
+  >>> fix_signs(jnp.eye(2), jnp.array([[0., -1.], [0., 0.]]))
+  Array([[1., 0.],
+         [0., 1.]], dtype=float32)
+  """
+  agreement_r = jnp.sum(new_rm * old_rm, axis=-1)
+  peak_r1 = jnp.argmax(jnp.abs(new_rm), axis=-1, keepdims=True)
+  peak_r = jnp.take_along_axis(new_rm, peak_r1, axis=-1)[..., 0]
+  reference_r = jnp.where(agreement_r == 0, peak_r, agreement_r)
+  return jnp.where(reference_r[..., None] < 0, -new_rm, new_rm)

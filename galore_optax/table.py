@@ -1,0 +1,109 @@
+"""This module holds the table of what a transformation keeps for each leaf."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from galore_optax import selection
+from galore_optax.galore import observe
+
+
+class Row(NamedTuple):
+  """What a transformation keeps for one parameter."""
+
+  path: str
+  """Path of the parameter, keys joined by '/'."""
+  shape: tuple[int, ...]
+  """Its shape."""
+  projected_shape: tuple[int, ...] | None
+  """Shape of its projected gradient; None where it is not projected."""
+  basis_bytes: int
+  """Bytes of its basis."""
+  moment_bytes: int
+  """Bytes of all else of its shape in the state."""
+
+  @property
+  def bytes(self) -> int:
+    """Bytes of state that belong to the parameter."""
+    return self.basis_bytes + self.moment_bytes
+
+
+class Table(tuple[Row, ...]):
+  """Rows in the order of the parameters; `print` shows them aligned."""
+
+  __slots__ = ()
+
+  def __str__(self) -> str:
+    """Returns the rows as text."""
+    head = ('path', 'shape', 'projected', 'bytes')
+    lines = [head] + [
+      (
+        row.path,
+        str(row.shape),
+        '-' if row.projected_shape is None else str(row.projected_shape),
+        f'{row.bytes:,}',
+      )
+      for row in self
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return '\n'.join(
+      f'{path:<{widths[0]}}  {shape:<{widths[1]}}  {low:<{widths[2]}}'
+      f'  {size:>{widths[3]}}'
+      for path, shape, low, size in lines
+    )
+
+
+def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
+  """Returns what `tx` projects and keeps, without allocating anything.
+
+  Args:
+    tx: any transformation; a `galore` in it is found behind any wrapper.
+    params: parameters, or `jax.ShapeDtypeStruct`s of them.
+
+  Returns:
+    A row for each parameter: path, shape, projected shape, bytes of state.
+
+  Example:
+    >>> import galore_optax, jax.numpy as jnp
+    >>> tx = galore_optax.galore(optax.adam(0.1), rank=2)
+    >>> params = {'b': jnp.zeros(6), 'w': jnp.zeros((4, 6))}
+    >>> print(describe(tx, params))
+    path  shape   projected  bytes
+    b     (6,)    -             48
+    w     (4, 6)  (2, 6)       128
+  """
+  with observe() as seen:
+    state = jax.eval_shape(tx.init, params)
+  low_shapes = {p.path: p.low_shape for p in seen if p is not None}
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  names = selection.paths(params)
+  bases, rest = _bytes_by_owner(state, [path for path, _ in leaves])
+  return Table(
+    Row(name, tuple(leaf.shape), low_shapes.get(name), basis, other)
+    for name, (_, leaf), basis, other in zip(
+      names, leaves, bases, rest, strict=True
+    )
+  )
+
+
+def _bytes_by_owner(state: Any, owners: list[Any]) -> tuple[list, list]:
+  """Returns bytes of bases and of all else, by the parameter they belong to.
+
+  Paths in a state end in the path of a parameter, or hold it before the
+  fields of a container.
+  """
+  bases, rest = [0] * len(owners), [0] * len(owners)
+  basis_field = jax.tree_util.GetAttrKey('basis')
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    found = [i for i, owner in enumerate(owners) if _holds(path, owner)]
+    if found:
+      longest = max(found, key=lambda i: len(owners[i]))
+      into = bases if basis_field in path else rest
+      into[longest] += leaf.size * leaf.dtype.itemsize
+  return bases, rest
+
+
+def _holds(path: tuple[Any, ...], part: tuple[Any, ...]) -> bool:
+  starts = range(len(path) - len(part) + 1)
+  return any(path[i : i + len(part)] == part for i in starts)
