@@ -112,3 +112,82 @@ def fix_signs(new_rm: jax.Array, old_rm: jax.Array) -> jax.Array:
   peak_r = jnp.take_along_axis(new_rm, peak_r1, axis=-1)[..., 0]
   reference_r = jnp.where(agreement_r == 0, peak_r, agreement_r)
   return jnp.where(reference_r[..., None] < 0, -new_rm, new_rm)
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerIteration:
+  """An approximate leading subspace, by matmuls alone.
+
+  Multiplies the previous basis (a random one at first) by `g g^T` and makes
+  its rows orthonormal again by a Newton-Schulz iteration. No decomposition:
+  nothing is allocated outside XLA's plan, and nothing is slow on a GPU.
+
+  A small shift keeps the iteration well-conditioned where the gradient has
+  fewer than r directions: the previous vectors complete the basis there. The
+  basis spans a subspace; its vectors are in no order.
+
+  Cost: `steps` times 4 r m n + 60 r^2 m flops, three r m floats of scratch.
+  """
+
+  steps: int = 2
+  """Multiplications by g g^T at a refresh."""
+  first_steps: int = 6
+  """The same at the first one, from a random basis."""
+
+  def __call__(
+    self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
+  ) -> jax.Array:
+    """Returns the basis [r, m] of a gradient."""
+    known = jnp.any(basis_rm != 0)
+    random_rm = jax.random.normal(key, basis_rm.shape, g_mn.dtype)
+    start_rm = orthonormalize(jnp.where(known, basis_rm, random_rm))
+
+    def step(_, basis_rm):
+      low_rn = jnp.matmul(basis_rm, g_mn, precision='highest')
+      new_rm = jnp.matmul(low_rn, g_mn.T, precision='highest')
+      norm = jnp.sqrt(jnp.sum(jnp.square(new_rm)))
+      new_rm = new_rm / jnp.where(norm > 0, norm, 1)
+      return orthonormalize(new_rm + _SHIFT * basis_rm)
+
+    steps = jnp.where(known, self.steps, self.first_steps)
+    return jax.lax.fori_loop(0, steps, step, start_rm)
+
+
+# Of the norm of g g^T q: what the iteration cannot tell from zero.
+_SHIFT = 1e-5
+# Newton-Schulz: a quintic that lifts small singular values 3.4 times a step,
+# as often as the shift needs, then the cubic that converges to one.
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+_CUBIC = (1.5, -0.5, 0.0)
+_QUINTIC_STEPS, _CUBIC_STEPS = 11, 5
+
+
+def orthonormalize(x_rm: jax.Array) -> jax.Array:
+  """Returns the nearest matrix with orthonormal rows, by matmuls alone.
+
+  Error: 1e-5 in `q q^T - 1` if no singular value is below 1e-5 of the norm.
+
+  >>> q_rm = orthonormalize(jnp.array([[3., 0., 0.], [4., 0., 1e-3]]))
+  >>> abs(q_rm @ q_rm.T).round(4)
+  Array([[1., 0.],
+         [0., 1.]], dtype=float32)
+  """
+  norm = jnp.sqrt(jnp.sum(jnp.square(x_rm)))
+
+  def polynomial(x_rm, coefficients):
+    a, b, c = coefficients
+    gram_rr = jnp.matmul(x_rm, x_rm.T, precision='highest')
+    gram_rr = b * gram_rr + c * jnp.matmul(
+      gram_rr, gram_rr, precision='highest'
+    )
+    return a * x_rm + jnp.matmul(gram_rr, x_rm, precision='highest')
+
+  x_rm = x_rm / jnp.where(norm > 0, norm, 1)
+  for coefficients, steps in (
+    (_QUINTIC, _QUINTIC_STEPS),
+    (_CUBIC, _CUBIC_STEPS),
+  ):
+    x_rm = jax.lax.fori_loop(
+      0, steps, lambda _, x, c=coefficients: polynomial(x, c), x_rm
+    )
+  return x_rm
