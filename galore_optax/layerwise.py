@@ -269,16 +269,25 @@ class Layerwise:
     def body(i, carry):
       layer = num_layers - 1 - i
       x_l = stacks.unflat(stacks.take(saved, layer), x)
-      dx, *carry = carry
-      return self._layer(tree, stack, layer, x_l, dx, carry, read, visit)
+      # The layer's index is in the carry so that reads of a weight wait for
+      # the visits before them.
+      dx, carry = carry[0], (*carry[1:], layer)
+      return self._layer(tree, stack, x_l, dx, carry, read, visit)
 
     carry = (dx, [entries[name] for name in stack], squares)
     dx, block_entries, squares = lax.fori_loop(0, num_layers, body, carry)
     entries |= zip(stack, block_entries, strict=True)
 
-    for name, grad in self._embed_gradient(
-      tree, batch, dx, rest, embed
-    ).items():
+    # Behind a condition that is always true, which the compiler cannot know:
+    # it would make the zeros that the gradient of a lookup starts from before
+    # the loop, and hold them through it.
+    zeros = jax.tree.map(jnp.zeros_like, {name: rest[name] for name in embed})
+    embed = lax.cond(
+      squares != -1,
+      lambda: self._embed_gradient(tree, batch, dx, rest, embed),
+      lambda: zeros,
+    )
+    for name, grad in embed.items():
       if name in head:
         grad += head[name]
       squares = visit_rest(squares, name, grad)
@@ -325,7 +334,7 @@ class Layerwise:
 
     return self._sum(part, (batch, dx))[0]
 
-  def _layer(self, tree, names, layer, x, dx, carry, read, visit):
+  def _layer(self, tree, names, x, dx, carry, read, visit):
     """Returns the cotangents below one layer, its entries, the squares."""
 
     def block(weights, moving, x):
@@ -334,13 +343,14 @@ class Layerwise:
       return stacks.moving(y)
 
     def read_i(carry, i):
-      return read(carry[0][i], names[i], layer)
+      entries, _, layer = carry
+      return read(entries[i], names[i], layer)
 
     def visit_i(carry, i, grad):
-      entries, squares = carry
+      entries, squares, layer = carry
       entries = list(entries)
       entries[i] = visit(entries[i], names[i], grad, layer)
-      return entries, squares + clipping.sum_of_squares(grad)
+      return entries, squares + clipping.sum_of_squares(grad), layer
 
     if self.microbatches == 1:
       x, dx = stacks.take((x, dx), 0)
@@ -348,12 +358,12 @@ class Layerwise:
         lambda weights, moving: block(weights, moving, x),
         stacks.moving(x),
         dx,
-        tuple(carry),
+        carry,
         num_params=len(names),
         read=read_i,
         visit=visit_i,
       )
-      return jax.tree.map(lambda a: a[None], dx), *carry
+      return jax.tree.map(lambda a: a[None], dx), *carry[:2]
     weights = [read_i(carry, i) for i in range(len(names))]
 
     def part(part):
@@ -364,7 +374,7 @@ class Layerwise:
     grads, dx = self._sum(part, (x, dx))
     for i, grad in enumerate(grads):
       carry = visit_i(carry, i, grad)
-    return dx, *carry
+    return dx, *carry[:2]
 
   def _update(self, tree, key, name, stored, inner, grad, layer):
     """Returns one weight and its state, updated."""

@@ -7,7 +7,7 @@ done with it is done.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -70,6 +70,7 @@ def pull_back(
       return read(carry, reread[var])
     return residuals[var] if var in residuals else values[var]
 
+  gradients = jaxpr.outvars[:num_params]
   due = _due(jaxpr, num_params, reread)
   segments = _segments(jaxpr, sorted({0, *due, len(jaxpr.eqns)}))
   for done, (stop, segment) in enumerate(segments, 1):
@@ -78,10 +79,10 @@ def pull_back(
     values |= zip(segment.outvars, made, strict=True)
     for i in range(num_params):
       if due[i] == stop:
-        carry = visit(carry, i, value(jaxpr.outvars[i]))
+        carry = visit(carry, i, value(gradients[i]))
     needed = {v for _, later in segments[done:] for v in later.invars}
-    needed |= {jaxpr.outvars[i] for i in range(num_params) if due[i] > stop}
-    needed |= set(jaxpr.outvars[num_params:])
+    waiting = [v for v, last in zip(gradients, due, strict=True) if last > stop]
+    needed |= set(_variables(waiting + jaxpr.outvars[num_params:]))
     names = [v for v in values if v in needed]
     # What follows waits for the visits; residuals are of the forward pass,
     # and holding them up would order nothing.
@@ -100,8 +101,8 @@ def _due(
   """
   due = [1] * num_params
   for count, eqn in enumerate(jaxpr.eqns, 1):
-    for var in eqn.invars:
-      if not isinstance(var, jex.Literal) and var in reread:
+    for var in _variables(eqn.invars):
+      if var in reread:
         due[reread[var]] = count
     for i in range(num_params):
       if jaxpr.outvars[i] in eqn.outvars:
@@ -114,14 +115,12 @@ def _segments(
 ) -> list[tuple[int, jex.Jaxpr]]:
   """Cuts a program into pieces, each with the count of operations before it
   and in it; a piece returns what the program or a later piece reads."""
-  needed, segments = set(jaxpr.outvars), []
+  needed, segments = set(_variables(jaxpr.outvars)), []
   for start, stop in reversed(list(itertools.pairwise(bounds))):
     eqns = jaxpr.eqns[start:stop]
     made = [v for eqn in eqns for v in eqn.outvars]
-    read = dict.fromkeys(v for eqn in eqns for v in eqn.invars)
-    inputs = [
-      v for v in read if not isinstance(v, jex.Literal) and v not in made
-    ]
+    read = dict.fromkeys(_variables(v for eqn in eqns for v in eqn.invars))
+    inputs = [v for v in read if v not in made]
     piece = jaxpr.replace(
       constvars=[],
       invars=inputs,
@@ -132,3 +131,7 @@ def _segments(
     needed |= set(inputs)
     segments.append((stop, piece))
   return segments[::-1]
+
+
+def _variables(atoms: Iterable[Any]) -> list[jex.Var]:
+  return [v for v in atoms if isinstance(v, jex.Var)]
