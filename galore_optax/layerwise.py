@@ -65,6 +65,7 @@ def layerwise(
   clip_norm: float | None = None,
   clip: Literal['exact', 'previous'] = 'exact',
   microbatches: int = 1,
+  slices: dict[str, int] | None = None,
   weights: Weights | None = None,
 ) -> 'Layerwise':
   """Makes a training step that updates every layer as its gradient appears.
@@ -90,6 +91,9 @@ def layerwise(
       update, so that a refresh sees the gradient of the whole batch and no
       second layer's gradient is ever held. The inputs of the blocks are kept
       for the whole batch.
+    slices: weights outside the stack that are updated in this many slices of
+      their leading axis, each with a state of its own, by path: bounds the
+      scratch of a large vocabulary where `tx` works element by element.
     weights: how weights are stored; default, as the arrays they are.
 
   Returns:
@@ -132,6 +136,7 @@ def layerwise(
     clip_norm=clip_norm,
     clip=clip,
     microbatches=microbatches,
+    slices=slices or {},
     weights=weights or Weights(),
   )
 
@@ -145,6 +150,7 @@ class Layerwise:
   clip_norm: float | None
   clip: str
   microbatches: int
+  slices: dict[str, int]
   weights: Weights
 
   def init(self, params: PyTree) -> LayerwiseState:
@@ -159,7 +165,10 @@ class Layerwise:
 
     def init_weight(name, stored):
       init = lambda one: self.tx.init(tree.alone(name, self.weights.read(one)))
-      return jax.vmap(init)(stored) if parts.in_stack(name) else init(stored)
+      if name in self.slices:
+        stored = stacks.sliced(stored, self.slices[name])
+      stacked = parts.in_stack(name) or name in self.slices
+      return jax.vmap(init)(stored) if stacked else init(stored)
 
     return LayerwiseState(
       count=jnp.zeros([], jnp.int32),
@@ -185,8 +194,10 @@ class Layerwise:
     def visit(entry, name, grad, layer):
       if factor is not None:
         grad = clipping.times(grad, factor)
-      stored, inner = parts.at(name, entry, layer)
-      new = self._update(tree, key, name, stored, inner, grad, layer)
+      update = functools.partial(self._update, tree, key, name)
+      if name in self.slices:
+        return _update_in_slices(update, entry, grad, self.slices[name])
+      new = update(parts.at(name, entry, layer), grad, layer)
       return stacks.put(entry, new, layer) if parts.in_stack(name) else new
 
     entries = {name: (w, state.inner[name]) for name, w in weights.items()}
@@ -376,8 +387,9 @@ class Layerwise:
       carry = visit_i(carry, i, grad)
     return dx, *carry[:2]
 
-  def _update(self, tree, key, name, stored, inner, grad, layer):
+  def _update(self, tree, key, name, entry, grad, layer):
     """Returns one weight and its state, updated."""
+    stored, inner = entry
     updates, inner = self.tx.update(
       tree.alone(name, grad),
       inner,
@@ -406,6 +418,20 @@ class Layerwise:
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, full(a)), total)
     acc, stacked = lax.scan(body, zeros, parts)
     return jax.tree.map(lambda a, b: a.astype(b.dtype), acc, total), stacked
+
+
+def _update_in_slices(update, entry, grad, num):
+  """Returns (stored, inner state) of a weight, updated slice by slice."""
+  stored, inner = entry
+  grad = stacks.sliced(grad, num)
+
+  def body(i, entry):
+    new = update(stacks.take(entry, i), stacks.take(grad, i), i)
+    return stacks.put(entry, new, i)
+
+  entry = (stacks.sliced(stored, num), inner)
+  new, inner = lax.fori_loop(0, num, body, entry)
+  return stacks.unflat(new, stored), inner
 
 
 def _read_by(

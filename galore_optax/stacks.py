@@ -34,6 +34,23 @@ def put(tree: PyTree, one: PyTree, i: jax.Array | int) -> PyTree:
   )
 
 
+def sliced(tree: PyTree, num: int) -> PyTree:
+  """Returns the leaves [N, ...] as stacks [num, N / num, ...].
+
+  >>> sliced(jnp.zeros((6, 2)), 3).shape
+  (3, 2, 2)
+  """
+
+  def cut(a):
+    if a.shape[0] % num:
+      raise ValueError(
+        f'slices must divide the leading axis, got {num} for shape {a.shape}'
+      )
+    return a.reshape(num, -1, *a.shape[1:])
+
+  return jax.tree.map(cut, tree)
+
+
 def split(batch: PyTree, num: int) -> PyTree:
   """Returns microbatches [num, N / num, ...] of a batch [N, ...].
 
