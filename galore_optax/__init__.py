@@ -12,8 +12,13 @@ from galore_optax.galore import GaloreState as GaloreState
 from galore_optax.galore import chain as chain
 from galore_optax.galore import galore as galore
 from galore_optax.presets import galore_adamw as galore_adamw
+from galore_optax.refresh import Staggered as Staggered
 from galore_optax.selection import Elsewhere as Elsewhere
+from galore_optax.subspace import Coordinates as Coordinates
 from galore_optax.subspace import Gram as Gram
+from galore_optax.subspace import PowerIteration as PowerIteration
+from galore_optax.subspace import Randomized as Randomized
+from galore_optax.subspace import RandomOrthogonal as RandomOrthogonal
 from galore_optax.subspace import Svd as Svd
 from galore_optax.table import describe as describe
 

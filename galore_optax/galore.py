@@ -25,7 +25,8 @@ from galore_optax import decay, refresh
 from galore_optax import moments as moments_lib
 from galore_optax import projection as projection_lib
 from galore_optax.options import Options
-from galore_optax.projection import Axes, Projection
+from galore_optax.projection import Axes, Basis, Projection
+from galore_optax.refresh import Staggered, Units
 from galore_optax.selection import Targets
 from galore_optax.subspace import Subspace
 
@@ -65,7 +66,7 @@ def galore(
   inner: optax.GradientTransformation | None = None,
   *,
   rank: int | float = 128,
-  gap: int = 200,
+  gap: int | Staggered = 200,
   scale: float = 0.25,
   side: str = 'std',
   subspace: str | Subspace = 'svd',
@@ -89,14 +90,17 @@ def galore(
       alone. Default: what follows in `optax.chain`.
     rank: number r of basis vectors; a float in (0, 1] is a share of the
       projected side.
-    gap: updates from one refresh of the basis to the next; the first at 0.
+    gap: updates from one refresh of the basis to the next, the first at 0; or
+      `Staggered(updates)`, where matrices take turns.
     scale: multiplies the update that is projected back, nothing else.
     side: 'std' projects the shorter side (ties: input), 'reverse_std' the
       longer (ties: output), 'left' the input, 'right' the output, 'full' both.
-    subspace: how a basis is found, in float32 at least: 'svd', 'gram', or a
-      finder of `galore_optax.subspace`.
+    subspace: how a basis is found, in float32 at least: 'svd', 'gram',
+      'randomized', 'power', 'random', 'coordinates', or a finder with its own
+      options, of `galore_optax.subspace`.
     moments: what a refresh does to the inner state of projected leaves:
-      'keep' leaves it, 'reset' zeroes it and restarts its counters.
+      'keep' leaves it, 'reset' zeroes it and restarts its counters, 'rotate'
+      carries it to the new basis.
     targets: regexes that match whole paths ('blocks/attention/q/kernel'), or
       a predicate `(path, leaf) -> bool`. Default: leaves whose last two axes
       are larger than rank, but for embeddings, heads, norms, scales, biases.
@@ -182,8 +186,12 @@ def _projected(
     view = _views(projections, leaves, treedef)
     if any(projections):
       decay.check_decoupled(inner, view, [p is not None for p in projections])
+      if options.moments == 'rotate':
+        moments_lib.check_rotates(inner, view)
     basis = [
-      optax.MaskedNode() if p is None else refresh.first_basis(p, x.dtype)
+      optax.MaskedNode()
+      if p is None
+      else refresh.first_basis(options.finder, p, x.dtype)
       for p, x in zip(projections, leaves, strict=True)
     ]
     inner_state = _per_group(inner, options, projections, treedef).init(view)
@@ -205,8 +213,9 @@ def _projected(
     extra_args['layer'] = layer
     projections = options.projections(updates)
     grads, treedef = jax.tree.flatten(updates)
-    state = _maybe_refresh(inner, options, projections, updates, state, layer)
-    bases = treedef.flatten_up_to(state.basis)
+    leaves = refresh.units(projections, options.gap, layer)
+    state = _maybe_refresh(inner, options, leaves, updates, state, extra_args)
+    bases = _bases(options, leaves, treedef, state.basis, state.count)
     per_group = _per_group(inner, options, projections, treedef)
     low = [
       _full(g) if p is None else projection_lib.project(p, g, b)
@@ -252,49 +261,92 @@ def _per_group(
   return moments_lib.grouped(inner, treedef.unflatten(labels))
 
 
+def _bases(
+  options: Options,
+  leaves: list[Units | None],
+  treedef: Any,
+  kept: Any,
+  count: jax.Array,
+) -> list[Basis]:
+  """Returns the basis of each leaf, stored or made anew; () for the others."""
+  if refresh.is_stored(options.finder):
+    flat = treedef.flatten_up_to(kept)
+    pairs = zip(leaves, flat, strict=True)
+    return [() if leaf is None else refresh.as_basis(b) for leaf, b in pairs]
+  return [
+    () if leaf is None else refresh.remade(options.finder, leaf, count)
+    for leaf in leaves
+  ]
+
+
 def _maybe_refresh(
   inner: optax.GradientTransformationExtraArgs,
   options: Options,
-  projections: list[Projection | None],
+  leaves: list[Units | None],
   updates: optax.Updates,
   state: GaloreState,
-  layer: jax.Array | int,
+  extra_args: dict[str, Any],
 ) -> GaloreState:
-  """Returns the state with new bases if a refresh is due."""
-  grads, treedef = jax.tree.flatten(updates)
-  restarts = options.moments == 'reset'
-
-  def refreshed(state: GaloreState) -> GaloreState:
-    bases, kept = refresh.refresh(
-      options.finder,
-      projections,
-      grads,
-      treedef.flatten_up_to(state.basis),
-      key=jax.random.fold_in(jax.random.key(0), state.count // options.gap),
-      first=state.count == 0,
-      layer=layer,
-    )
-    inner_state = state.inner
-    if restarts:
-      low = [p and _view(p, g) for p, g in zip(projections, grads, strict=True)]
-      low = [optax.MaskedNode() if x is None else x for x in low]
-      inner_state = moments_lib.restart_low(
-        inner, inner_state, treedef.unflatten(low)
-      )
-    return GaloreState(
-      count=state.count,
-      basis=treedef.unflatten(bases),
-      inner=inner_state,
-      skipped=state.skipped + kept,
-    )
-
+  """Returns the state with new bases, and moments to match, if some are due."""
+  carries_moments = options.moments != 'keep'
+  if not (carries_moments or refresh.is_stored(options.finder)):
+    return state
   # What no refresh changes stays outside the cond, where it is not copied.
-  changing = state if restarts else state._replace(inner=None)
-  # The predicate is a scalar: a batched one would turn the cond into a
-  # select, and a basis would be found at every step.
-  due = state.count % options.gap == 0
-  changed = jax.lax.cond(due, refreshed, lambda state: state, changing)
-  return changed if restarts else changed._replace(inner=state.inner)
+  changing = state if carries_moments else state._replace(inner=None)
+  changed = jax.lax.cond(
+    # A scalar: a batched predicate would turn the cond into a select, and a
+    # basis would be found at every step.
+    refresh.is_due(leaves, options.gap, state.count),
+    lambda state: _refreshed(
+      inner, options, leaves, updates, state, extra_args
+    ),
+    lambda state: state,
+    changing,
+  )
+  return changed if carries_moments else changed._replace(inner=state.inner)
+
+
+def _refreshed(inner, options, leaves, updates, state, extra_args):
+  grads, treedef = jax.tree.flatten(updates)
+  projections = [leaf and leaf.projection for leaf in leaves]
+  old = _bases(options, leaves, treedef, state.basis, state.count - 1)
+  if refresh.is_stored(options.finder):
+    pairs = [
+      ((), 0)
+      if leaf is None
+      else refresh.refresh(options.finder, leaf, g, basis, state.count)
+      for leaf, g, basis in zip(leaves, grads, old, strict=True)
+    ]
+    new = [basis for basis, _ in pairs]
+    kept = jnp.array([count for _, count in pairs], jnp.int32)
+    state = state._replace(
+      basis=treedef.unflatten(
+        [refresh.as_kept(b) if b else optax.MaskedNode() for b in new]
+      ),
+      skipped=state.skipped + jnp.sum(kept, dtype=jnp.int32),
+    )
+  else:
+    new = _bases(options, leaves, treedef, state.basis, state.count)
+  if options.moments == 'keep':
+    return state
+  views = [_view(p, g) for p, g in zip(projections, grads, strict=True)]
+  if options.moments == 'reset':
+    low = [
+      x if p else optax.MaskedNode()
+      for p, x in zip(projections, views, strict=True)
+    ]
+    carried = moments_lib.restart_low(
+      inner, state.inner, treedef.unflatten(low)
+    )
+  else:
+    turns = [
+      leaf and refresh.turn(leaf, new_basis, old_basis, state.count)
+      for leaf, new_basis, old_basis in zip(leaves, new, old, strict=True)
+    ]
+    carried = moments_lib.rotate(
+      inner, state.inner, treedef.unflatten(views), turns, extra_args
+    )
+  return state._replace(inner=carried)
 
 
 def _views(

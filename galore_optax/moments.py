@@ -5,14 +5,18 @@ of parameters (moments) and what does not (counters) is read off `init`, run
 abstractly on parameters of two sizes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-MOMENTS = ('keep', 'reset')
+MOMENTS = ('keep', 'reset', 'rotate')
 """The short names that `galore(moments=...)` takes."""
+
+FIRST, SECOND = ('mu', 'trace'), ('nu',)
+"""Fields of first and of second moments in optax's states."""
 
 KeyPath = tuple[Any, ...]
 
@@ -137,3 +141,101 @@ def restart_low(
   low = state.inner_states['low']
   low = low._replace(inner_state=restart(inner, low.inner_state, params))
   return state._replace(inner_states={**state.inner_states, 'low': low})
+
+
+def check_rotates(inner: optax.GradientTransformation, params: Any) -> None:
+  """Raises if the inner keeps moments that `rotate` does not know.
+
+  Args:
+    inner: the transformation.
+    params: what it sees as parameters; only structure and ranks are read.
+
+  Raises:
+    ValueError: a field of moments is neither mu, trace nor nu.
+  """
+  counters = counter_paths(inner, params)
+  state = _abstract_init(inner, params, 1)
+  for path, _ in jax.tree_util.tree_leaves_with_path(state):
+    known = any(
+      jax.tree_util.GetAttrKey(field) in path for field in FIRST + SECOND
+    )
+    if path not in counters and not known:
+      raise ValueError(
+        "moments='rotate' knows the moments mu, trace and nu, got"
+        f" {jax.tree_util.keystr(path)}; use 'keep' or 'reset'"
+      )
+
+
+def rotate(
+  inner: optax.GradientTransformationExtraArgs,
+  state: Any,
+  params: Any,
+  turns: list[Callable[[jax.Array, int], jax.Array] | None],
+  extra_args: dict[str, Any],
+) -> Any:
+  """Returns the inner state carried from the old basis to the new one.
+
+  With C = P_new P_old^T the first moment becomes C mu. The second follows its
+  variance: with both corrected for bias, |C^2 (nu - mu^2) + (C mu)^2|, where
+  C^2 has the squared entries of C.
+
+  Args:
+    inner: the transformation; its moments are fields mu, trace or nu.
+    state: its state for `params`.
+    params: what it sees as parameters; only structure and ranks are read.
+    turns: for each leaf `turn(x, power)`, the product with C, its entries
+      raised to a power; None where the basis did not change.
+    extra_args: passed to the inner.
+
+  References:
+    Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024.
+  """
+  # After one step from zero on gradients of one, mu is 1 - b1 and nu 1 - b2.
+  ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), sized(params, 1))
+  probe = transplant_counters(inner, state, params, inner.init(ones))
+  _, probe = inner.update(ones, probe, ones, **extra_args)
+  nodes, treedef = jax.tree.flatten(state, is_leaf=_is_moments)
+  probes = jax.tree.leaves(probe, is_leaf=_is_moments)
+  return treedef.unflatten(
+    [
+      _rotate_node(node, step, jax.tree.structure(params), turns)
+      if _is_moments(node)
+      else node
+      for node, step in zip(nodes, probes, strict=True)
+    ]
+  )
+
+
+def _is_moments(node: Any) -> bool:
+  return any(hasattr(node, field) for field in FIRST + SECOND)
+
+
+def _rotate_node(node, step, treedef, turns):
+  """Returns one NamedTuple of moments with its leaves turned."""
+  fields = [field for field in FIRST + SECOND if hasattr(node, field)]
+  flat = {f: treedef.flatten_up_to(getattr(node, f)) for f in fields}
+  rates = {f: treedef.flatten_up_to(getattr(step, f)) for f in fields}
+  count = getattr(node, 'count', None)
+  for i, turn in enumerate(turns):
+    if turn is None:
+      continue
+    first = next((f for f in FIRST if f in fields), None)
+    m = flat[first][i] if first else None
+    if 'nu' in fields:
+      # Bias corrections; without a count the inner makes none.
+      w1, w2 = (
+        1.0 if count is None or f is None else _corrected(rates[f][i], count)
+        for f in (first, 'nu')
+      )
+      mean = 0.0 if m is None else m / w1
+      turned_mean = 0.0 if m is None else turn(m, 1) / w1
+      spread = turn(flat['nu'][i] / w2 - mean**2, 2)
+      flat['nu'][i] = w2 * jnp.abs(spread + turned_mean**2)
+    if first:
+      flat[first][i] = turn(m, 1)
+  return node._replace(**{f: treedef.unflatten(flat[f]) for f in fields})
+
+
+def _corrected(rate: jax.Array, count: jax.Array) -> jax.Array:
+  """Returns `1 - (1 - rate)**count`, at least the rate."""
+  return -jnp.expm1(jnp.maximum(count, 1) * jnp.log1p(-rate.reshape(())))

@@ -11,6 +11,7 @@ from galore_optax import moments as moments_lib
 from galore_optax import projection as projection_lib
 from galore_optax import selection
 from galore_optax import subspace as subspace_lib
+from galore_optax.refresh import Staggered
 
 Projection = projection_lib.Projection
 
@@ -20,7 +21,7 @@ class Options:
   """The checked options of `galore`, which documents them."""
 
   rank: int | float
-  gap: int
+  gap: int | Staggered
   scale: float
   side: str
   subspace: str | subspace_lib.Subspace
@@ -35,9 +36,15 @@ class Options:
         'rank must be an integer >= 1 or a float in (0, 1], the share of the'
         f' projected side, got {self.rank!r}'
       )
-    if not isinstance(self.gap, int) or self.gap < 1:
+    steps = self.gap.gap if isinstance(self.gap, Staggered) else self.gap
+    if not isinstance(steps, int) or steps < 1:
       raise ValueError(
         f'gap must be an integer >= 1, in optimizer steps, got {self.gap!r}'
+      )
+    if isinstance(self.gap, Staggered) and self.moments == 'reset':
+      raise ValueError(
+        "moments='reset' restarts a counter that all matrices share, so they"
+        " cannot take turns; use an integer gap, 'keep' or 'rotate'"
       )
     _one_of('side', self.side, projection_lib.SIDES)
     _one_of('moments', self.moments, moments_lib.MOMENTS)

@@ -12,8 +12,9 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-Basis: TypeAlias = jax.Array | tuple[jax.Array, ...]
-"""Orthonormal rows [..., r, m]; for side 'full' a pair, input side first."""
+Basis: TypeAlias = tuple[jax.Array, ...]
+"""For each projected side, orthonormal rows [..., r, m] or coordinates [..., r]
+(integers)."""
 
 Axes: TypeAlias = tuple[int | Sequence[int], int | Sequence[int]]
 """The input and the output axes of a weight; all other axes are batch."""
@@ -60,12 +61,9 @@ class Projection:
     return (*batch, low_i, low_o)
 
   @property
-  def basis_shapes(self) -> tuple[tuple[int, ...], ...]:
-    """Shape [..., r, m] of the basis of each projected side."""
-    batch = self.matrix_shape[:-2]
-    return tuple(
-      (*batch, self.rank, self.matrix_shape[side]) for side in self.sides
-    )
+  def num_matrices(self) -> int:
+    """Number of matrices in the stack."""
+    return math.prod(self.matrix_shape[:-2])
 
 
 def projected_sides(side: str, i: int, o: int) -> tuple[int, ...]:
@@ -131,38 +129,76 @@ def project(projection: Projection, g: jax.Array, basis: Basis) -> jax.Array:
   Args:
     projection: how the weight is projected.
     g: gradient in the weight's shape.
-    basis: orthonormal rows [..., r, m], or a pair of them.
+    basis: of each projected side.
 
   Cost: 2 r i o flops a side.
 
   >>> p = Projection('w', (3, 5), ((0,), (1,)), 2, (ROWS,))
-  >>> project(p, jnp.ones((3, 5)), jnp.eye(2, 3)).shape
+  >>> project(p, jnp.ones((3, 5)), (jnp.eye(2, 3),)).shape
   (2, 5)
   """
-  low = to_matrix(projection, g)
-  for side, basis_rm in _sides(projection, basis):
-    low = orient(_matmul(basis_rm, orient(low, side)), side)
-  return low
+  return contract(projection.sides, to_matrix(projection, g), basis)
 
 
-def unproject(projection: Projection, low: jax.Array, basis: Basis):
+def unproject(
+  projection: Projection, low: jax.Array, basis: Basis
+) -> jax.Array:
   """Returns the weight-shaped array whose projection is `low`, in float32.
 
   It inverts `project` on the span of the basis.
 
   >>> p = Projection('w', (3, 5), ((0,), (1,)), 2, (ROWS,))
-  >>> unproject(p, jnp.ones((2, 5)), jnp.eye(2, 3)).sum()
+  >>> unproject(p, jnp.ones((2, 5)), (jnp.eye(2, 3),)).sum()
   Array(10., dtype=float32)
   """
-  for side, basis_rm in _sides(projection, basis):
-    basis_mr = jnp.swapaxes(basis_rm, -2, -1)
-    low = orient(_matmul(basis_mr, orient(low, side)), side)
+  *_, i, o = projection.matrix_shape
+  size = {ROWS: i, COLUMNS: o}
+  for side, basis_rm in zip(projection.sides, basis, strict=True):
+    low_rn = orient(low, side)
+    if jnp.issubdtype(basis_rm.dtype, jnp.integer):
+      whole_mn = _scatter(basis_rm, low_rn, size[side])
+    else:
+      whole_mn = _matmul(jnp.swapaxes(basis_rm, -2, -1), low_rn)
+    low = orient(whole_mn, side)
   return from_matrix(projection, low)
 
 
-def _sides(projection: Projection, basis: Basis):
-  bases = basis if isinstance(basis, tuple) else (basis,)
-  return zip(projection.sides, bases, strict=True)
+def contract(
+  sides: Sequence[int], x: jax.Array, matrices: Sequence[jax.Array]
+) -> jax.Array:
+  """Returns `x` with each side m replaced by r, through rows [..., r, m].
+
+  >>> contract((COLUMNS,), jnp.ones((3, 5)), (jnp.eye(2, 5),)).shape
+  (3, 2)
+  """
+  for side, rows_rm in zip(sides, matrices, strict=True):
+    x_mn = orient(x, side)
+    if jnp.issubdtype(rows_rm.dtype, jnp.integer):
+      low_rn = jnp.take_along_axis(x_mn, rows_rm[..., None], axis=-2)
+    else:
+      low_rn = _matmul(rows_rm, x_mn)
+    x = orient(low_rn, side)
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def overlap(new: jax.Array, old: jax.Array) -> jax.Array:
+  """Returns `P_new P_old^T` [..., r, r], of rows or of coordinates.
+
+  >>> overlap(jnp.array([0, 2]), jnp.array([2, 3]))
+  Array([[0., 0.],
+         [1., 0.]], dtype=float32)
+  """
+  if jnp.issubdtype(new.dtype, jnp.integer):
+    return jnp.float32(new[..., :, None] == old[..., None, :])
+  return _matmul(new, jnp.swapaxes(old, -2, -1))
+
+
+def _scatter(index_r: jax.Array, low_rn: jax.Array, m: int) -> jax.Array:
+  """Returns zeros [..., m, n] with the rows of `low` at the indices."""
+  whole_mn = jnp.zeros((*low_rn.shape[:-2], m, low_rn.shape[-1]), low_rn.dtype)
+  return jnp.put_along_axis(
+    whole_mn, index_r[..., None], low_rn, axis=-2, inplace=False
+  )
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:

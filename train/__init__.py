@@ -1,0 +1,1 @@
+"""The training program: config, data, step, loop, checkpoint and metrics."""

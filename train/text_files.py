@@ -1,0 +1,150 @@
+"""Random access to the documents of text files, by an index of byte offsets.
+
+d documents of a file.
+"""
+
+import dataclasses
+import glob
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """Where the documents of one file are."""
+
+  path: str
+  starts_d: np.ndarray  # [d] int64, offset of the first byte
+  stops_d: np.ndarray  # [d] int64, offset past the last byte
+  crcs_d: np.ndarray  # [d] int64, CRC-32 of the bytes
+
+  def read(self, i: int) -> str:
+    """Document i."""
+    with open(self.path, 'rb') as file:
+      file.seek(self.starts_d[i])
+      content = file.read(self.stops_d[i] - self.starts_d[i])
+    return (
+      json.loads(content)['text'] if _is_jsonl(self.path) else content.decode()
+    )
+
+  def where(self, keep: Callable[[np.ndarray], np.ndarray]) -> 'File':
+    """The documents whose CRC satisfies `keep`, from [d] to a mask [d]."""
+    kept_d = keep(self.crcs_d)
+    columns = (self.starts_d, self.stops_d, self.crcs_d)
+    return File(self.path, *(x_d[kept_d] for x_d in columns))
+
+
+class Texts:
+  """Documents of several files, a grain random-access source of str."""
+
+  def __init__(self, files: Iterable[File]):
+    """The documents of files, in their order."""
+    self._files = tuple(files)
+    self._stops = np.cumsum([len(file.starts_d) for file in self._files])
+
+  def __len__(self) -> int:
+    """Number of documents."""
+    return int(self._stops[-1])
+
+  def __getitem__(self, i: int) -> str:
+    """Document i, read from its file."""
+    f = int(np.searchsorted(self._stops, i, side='right'))
+    # Counted from the end of file f, which is where document stops[f] begins.
+    return self._files[f].read(i - int(self._stops[f]))
+
+  def where(self, keep: Callable[[np.ndarray], np.ndarray]) -> 'Texts':
+    """The documents whose CRC satisfies `keep`."""
+    return Texts(file.where(keep) for file in self._files)
+
+
+def expand(pattern: str) -> list[str]:
+  """Files of a path or glob, sorted; FileNotFoundError if there are none."""
+  pattern = os.path.expanduser(pattern)
+  found = [pattern] if os.path.exists(pattern) else []
+  found = found or sorted(glob.glob(pattern, recursive=True))
+  paths = [path for path in found if os.path.isfile(path)]
+  if not paths:
+    raise FileNotFoundError(
+      f'no file matches {pattern!r}: give the path of a text file, or a quoted '
+      "glob such as 'corpus/**/*.jsonl'"
+    )
+  return paths
+
+
+def index(path: str, separator: str | None) -> File:
+  """Finds the documents of a file and checks that each can be read."""
+  spans = list(_lines(path) if _is_jsonl(path) else _parts(path, separator))
+  return File(path, *np.array(spans, np.int64).reshape(-1, 3).T)
+
+
+def _is_jsonl(path: str) -> bool:
+  return path.endswith('.jsonl')
+
+
+def _lines(path: str) -> Iterator[tuple[int, int, int]]:
+  """Spans and CRCs of the lines of a .jsonl whose text is not blank."""
+  start = 0
+  with open(path, 'rb') as file:
+    for number, line in enumerate(file, 1):
+      stop = start + len(line)
+      if line.strip() and _text(line, path, number).strip():
+        yield start, stop, zlib.crc32(line.strip())
+      start = stop
+
+
+def _text(line: bytes, path: str, number: int) -> str:
+  rule = 'a line must be a JSON object whose field "text" is a string'
+  try:
+    record = json.loads(line)
+    text = record['text']
+    # JSON can spell half a surrogate pair, which is no Unicode text.
+    text.encode()
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    shown = line[:60].decode('utf-8', 'replace').strip()
+    raise ValueError(
+      f'{path}, line {number}: {rule}, got {shown!r} '
+      f'({type(error).__name__}: {error}): correct or remove the line'
+    ) from error
+  return text
+
+
+def _parts(path: str, separator: str | None) -> Iterator[tuple[int, int, int]]:
+  """Spans and CRCs between separators, white space around them left out."""
+  with open(path, 'rb') as file:
+    content = file.read()
+  try:
+    content.decode()
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f'{path} must be UTF-8 text, got byte {content[error.start]:#04x} at '
+      f'offset {error.start}: convert it, or leave it out of the glob'
+    ) from error
+  start = 0
+  for match in _separator(separator).finditer(content):
+    yield from _stripped(content, start, match.start())
+    start = match.end()
+  yield from _stripped(content, start, len(content))
+
+
+def _separator(separator: str | None) -> re.Pattern[bytes]:
+  """The separator, its newlines in either convention; none never matches."""
+  if not separator:
+    return re.compile(rb'(?!)')
+  return re.compile(
+    rb'\r?\n'.join(map(re.escape, separator.encode().split(b'\n')))
+  )
+
+
+def _stripped(
+  content: bytes, start: int, stop: int
+) -> Iterator[tuple[int, int, int]]:
+  part = content[start:stop]
+  text = part.strip()
+  if text:
+    start += len(part) - len(part.lstrip())
+    yield start, start + len(text), zlib.crc32(text)
