@@ -1,0 +1,411 @@
+"""LLaMA against plain statements of what it must compute."""
+
+import dataclasses
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import cross_entropy
+from models.llama import Layers, LlamaConfig, llama
+
+_SMALL = LlamaConfig(
+  vocab_size=61,
+  width=24,
+  mlp_width=40,
+  num_heads=4,
+  num_layers=3,
+  # Larger than the default, so that every part of the model matters.
+  init_std=0.2,
+  loss_chunk=10,
+)
+# Sums of float32 in another order: a few times 2^-24 of the largest term.
+_FLOAT32 = {'rtol': 2e-5, 'atol': 2e-6}
+
+
+def _model(**changes):
+  """A model and random parameters, norm scales included."""
+  model = Layers(dataclasses.replace(_SMALL, **changes))
+  params = jax.jit(model.init)(jax.random.key(1))
+  rng = np.random.default_rng(2)
+
+  def scatter(path, leaf):
+    if path[-1].key != 'scale':
+      return leaf
+    return (leaf + 0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+  return model, jax.tree_util.tree_map_with_path(scatter, params)
+
+
+def _batch(lengths, *, num_rows=2, seed=3):
+  """Random tokens; each row packs documents of these lengths."""
+  rng = np.random.default_rng(seed)
+  shape = (num_rows, sum(lengths))
+  segments = np.repeat(np.arange(len(lengths)), lengths)
+  positions = np.concatenate([np.arange(length) for length in lengths])
+  return {
+    'inputs': rng.integers(_SMALL.vocab_size, size=shape, dtype=np.int32),
+    'targets': rng.integers(_SMALL.vocab_size, size=shape, dtype=np.int32),
+    'weights': rng.integers(3, size=shape).astype(np.float32),
+    'positions': np.tile(positions.astype(np.int32), (num_rows, 1)),
+    'segments': np.tile(segments.astype(np.int32), (num_rows, 1)),
+  }
+
+
+def _value_and_grad(model):
+  return jax.jit(jax.value_and_grad(model, has_aux=True))
+
+
+def _layer(params, index):
+  return jax.tree.map(lambda leaf: leaf[index], params['blocks'])
+
+
+@pytest.mark.parametrize(
+  ('size', 'millions', 'linear_millions'),
+  [
+    ('60m', 58.1, 25.3),
+    ('130m', 134.1, 84.9),
+    ('350m', 368.0, 302.4),
+    ('1b', 1339.1, 1207.9),
+    ('7b', 6738.4, 6476.0),
+  ],
+)
+def test_published_sizes_have_the_published_parameter_counts(
+  size, millions, linear_millions
+):
+  model = Layers(llama(size))
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
+  assert round(count(params), 1) == millions
+  kernels = [params['blocks']['attention'], params['blocks']['mlp']]
+  assert round(count(kernels), 1) == linear_millions
+
+
+@pytest.mark.parametrize(
+  'size', ['9m', '20m', '35m', '40m', '71m', '100m', '250m', '3b']
+)
+def test_other_sizes_are_consistent(size):
+  assert llama(size, remat=True).remat
+
+
+@pytest.mark.parametrize(
+  ('make', 'message'),
+  [
+    (lambda: llama('8b'), "one of 9m, .*, got '8b'"),
+    (lambda: dataclasses.replace(_SMALL, width=26), 'width=26, num_heads=4'),
+    (lambda: dataclasses.replace(_SMALL, width=12), 'width=12, num_heads=4'),
+    (lambda: dataclasses.replace(_SMALL, num_kv_heads=3), 'num_kv_heads=3'),
+    (lambda: dataclasses.replace(_SMALL, loss_chunk=0), 'got 0'),
+  ],
+)
+def test_bad_dimensions_are_named(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_parameters_are_a_plain_dict_of_stacks(tied):
+  model, params = _model(tied=tied, num_kv_heads=2, param_dtype='bfloat16')
+  shapes = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  L, D, F, V = 3, 24, 40, 61
+  expected = {
+    'embed/embedding': (V, D),
+    'blocks/attention_norm/scale': (L, D),
+    'blocks/attention/q/kernel': (L, D, D),
+    'blocks/attention/k/kernel': (L, D, 12),
+    'blocks/attention/v/kernel': (L, D, 12),
+    'blocks/attention/o/kernel': (L, D, D),
+    'blocks/mlp_norm/scale': (L, D),
+    'blocks/mlp/gate/kernel': (L, D, F),
+    'blocks/mlp/up/kernel': (L, D, F),
+    'blocks/mlp/down/kernel': (L, F, D),
+    'norm/scale': (D,),
+  }
+  if not tied:
+    expected['lm_head/kernel'] = (D, V)
+  assert shapes == expected
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.bfloat16}
+
+
+def test_initial_weights_are_normal_and_differ_between_layers():
+  params = Layers(llama('9m', num_layers=2)).init(jax.random.key(0))
+  kernel = params['blocks']['mlp']['up']['kernel']
+  # 45,056 draws: the standard error of their deviation is 0.02 / 300.
+  np.testing.assert_allclose(kernel.std(axis=(1, 2)), 0.02, rtol=0.02)
+  assert not np.allclose(kernel[0], kernel[1], atol=1e-3)
+  np.testing.assert_array_equal(params['norm']['scale'], 1.0)
+
+
+def test_a_logit_depends_on_no_later_token():
+  model, params = _model()
+  batch = _batch([9], num_rows=1)
+  x = model.embed(params, batch)
+
+  def last_h(h_BTD, time):
+    y = {**x, 'h': h_BTD}
+    for index in range(3):
+      y = model.block(_layer(params, index), y)
+    return jnp.sum(y['h'][:, time] ** 2)
+
+  for time in (0, 4, 8):
+    grad_TD = jax.grad(last_h)(x['h'], time)[0]
+    reach_T = jnp.max(jnp.abs(grad_TD), axis=-1)
+    np.testing.assert_array_equal(reach_T[time + 1 :], 0.0)
+    assert jnp.all(reach_T[: time + 1] > 0)
+
+
+def test_documents_do_not_see_each_other():
+  model, params = _model(num_kv_heads=2)
+  batch = _batch([5, 8])
+  logits = jax.jit(model.logits)
+  before = logits(params, batch)
+  other = {**batch, 'inputs': batch['inputs'].copy()}
+  other['inputs'][:, :5] = (other['inputs'][:, :5] + 7) % 61
+  after = logits(params, other)
+  np.testing.assert_array_equal(before[:, 5:], after[:, 5:])
+  assert np.all(np.abs(before[:, :5] - after[:, :5]).max(axis=-1) > 1e-3)
+
+
+def test_packed_documents_equal_the_documents_alone():
+  model, params = _model(num_kv_heads=2)
+  packed = _batch([5, 8])
+  logits = model.logits(params, packed)
+  for start, stop in ((0, 5), (5, 13)):
+    alone = {name: array[:, start:stop] for name, array in packed.items()}
+    alone['segments'] = np.zeros_like(alone['segments'])
+    expected = model.logits(params, alone)
+    np.testing.assert_allclose(logits[:, start:stop], expected, **_FLOAT32)
+
+
+def test_rotation_depends_on_distance_alone():
+  model, params = _model()
+  batch = _batch([9])
+  moved = {**batch, 'positions': batch['positions'] + 5}
+  # Angles of the order of 14 lose 2^-24 of their size, and so does the rest.
+  np.testing.assert_allclose(
+    model.logits(params, moved),
+    model.logits(params, batch),
+    rtol=1e-4,
+    atol=1e-4,
+  )
+  stretched = {**batch, 'positions': batch['positions'] * 2}
+  difference = model.logits(params, stretched) - model.logits(params, batch)
+  assert jnp.max(jnp.abs(difference)) > 1e-2
+
+
+# A chunk of one step, some that divide 13 steps of 2 rows and some that do
+# not, fewer tokens than rows, more than there are.
+@pytest.mark.parametrize('chunk', [1, 2, 6, 8, 13, 26, 1000])
+def test_chunks_of_any_size_give_the_whole_loss(chunk):
+  rng = np.random.default_rng(4)
+  h_BTD = rng.standard_normal((2, 13, 8), dtype=np.float32)
+  kernel_DV = rng.standard_normal((8, 31), dtype=np.float32)
+  batch = _batch([13])
+  targets_BT = batch['targets'] % 31
+
+  def whole(h_BTD, kernel_DV):
+    log_p_BTV = jax.nn.log_softmax(h_BTD @ kernel_DV)
+    log_p_BT = jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)
+    return -jnp.sum(batch['weights'] * log_p_BT[..., 0])
+
+  def chunked(h_BTD, kernel_DV):
+    return cross_entropy.sum_in_chunks(
+      h_BTD, kernel_DV, targets_BT, batch['weights'], chunk=chunk
+    )
+
+  grad = lambda f: jax.jit(jax.value_and_grad(f, (0, 1)))(h_BTD, kernel_DV)
+  chex.assert_trees_all_close(grad(chunked), grad(whole), **_FLOAT32)
+
+
+def test_whole_logits_never_exist():
+  V, T = 32_000, 1_024
+  config = dataclasses.replace(_SMALL, vocab_size=V, loss_chunk=128)
+
+  def temp_bytes(config):
+    model = Layers(config)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    batch = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((2, T), x.dtype), _batch([1])
+    )
+    x = jax.eval_shape(model.embed, params, batch)
+
+    def loss(params, h, batch):
+      return model.loss(params, {**x, 'h': h}, batch)[0]
+
+    step = jax.jit(jax.grad(loss, (0, 1)))
+    compiled = step.lower(params, x['h'], batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  logits = 2 * T * V * 4
+  assert temp_bytes(config) < logits / 4
+  # The measure itself: one chunk of everything does hold them.
+  assert temp_bytes(dataclasses.replace(config, loss_chunk=2 * T)) >= logits
+
+
+def test_loss_is_the_weighted_mean_over_all_positions():
+  model, params = _model()
+  batch = _batch([4, 7])
+  loss, aux = model(params, batch)
+  log_p_BTV = np.asarray(jax.nn.log_softmax(model.logits(params, batch)))
+  nll_BT = -np.take_along_axis(log_p_BTV, batch['targets'][..., None], -1)
+  nll = np.sum(batch['weights'] * nll_BT[..., 0])
+  np.testing.assert_allclose(aux['nll'], nll, rtol=1e-5)
+  np.testing.assert_allclose(loss, nll / 22, rtol=1e-5)
+  assert aux['weight'] == batch['weights'].sum()
+
+
+def test_microbatches_average_to_the_batch():
+  model, params = _model()
+  batch = _batch([9], num_rows=4)
+  batch['weights'] /= batch['weights'].mean()
+  value_and_grad = _value_and_grad(model)
+  whole = value_and_grad(params, batch)
+  halves = [
+    value_and_grad(params, {name: x[rows] for name, x in batch.items()})
+    for rows in (slice(0, 2), slice(2, 4))
+  ]
+  mean = jax.tree.map(lambda *parts: sum(parts) / 2, *halves)
+  chex.assert_trees_all_close(mean[0][0], whole[0][0], **_FLOAT32)
+  chex.assert_trees_all_close(mean[1], whole[1], **_FLOAT32)
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_three_functions_compose_to_the_model(tied):
+  model, params = _model(tied=tied, num_kv_heads=2)
+  batch = _batch([4, 7])
+
+  def composed(params, batch):
+    body = lambda x, layer: (model.block(layer, x), None)
+    rest = {name: params[name] for name in params if name != 'blocks'}
+    x = jax.lax.scan(body, model.embed(rest, batch), params['blocks'])[0]
+    return model.loss(rest, x, batch)
+
+  chex.assert_trees_all_equal(
+    _value_and_grad(composed)(params, batch),
+    _value_and_grad(model)(params, batch),
+  )
+
+
+def test_scan_equals_a_loop_over_blocks_forward_and_backward():
+  model, params = _model()
+  batch = _batch([4, 7])
+  x = model.embed(params, batch)
+  inputs = []
+  for index in range(3):
+    inputs.append(x)
+    x = model.block(_layer(params, index), x)
+  loss_of = lambda h: model.loss(params, {**x, 'h': h}, batch)[0]
+  loss, dh = jax.value_and_grad(loss_of)(x['h'])
+
+  layers = []
+  for index in reversed(range(3)):
+    rerun = lambda layer, h, x=inputs[index]: model.block(layer, {**x, 'h': h})[
+      'h'
+    ]
+    _, pull = jax.vjp(rerun, _layer(params, index), inputs[index]['h'])
+    dlayer, dh = pull(dh)
+    layers.insert(0, dlayer)
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+  (whole_loss, _), grads = _value_and_grad(model)(params, batch)
+  np.testing.assert_allclose(loss, whole_loss, rtol=1e-6)
+  chex.assert_trees_all_close(stacked, grads['blocks'], **_FLOAT32)
+
+
+def test_recomputation_changes_memory_and_no_number():
+  batch = _batch([64], num_rows=4)
+  results, temps = [], []
+  for remat in (False, True):
+    model, params = _model(remat=remat)
+    step = _value_and_grad(model)
+    results.append(step(params, batch))
+    compiled = step.lower(params, batch).compile()
+    temps.append(compiled.memory_analysis().temp_size_in_bytes)
+  chex.assert_trees_all_close(*results, **_FLOAT32)
+  assert temps[1] < 0.8 * temps[0]
+
+
+def test_tied_head_is_the_transposed_embedding():
+  tied, params = _model(tied=True)
+  untied, _ = _model()
+  split = {**params, 'lm_head': {'kernel': params['embed']['embedding'].T}}
+  batch = _batch([9])
+  (loss, _), grads = _value_and_grad(tied)(params, batch)
+  (expected, _), parts = _value_and_grad(untied)(split, batch)
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  np.testing.assert_allclose(
+    grads['embed']['embedding'],
+    parts['embed']['embedding'] + parts['lm_head']['kernel'].T,
+    **_FLOAT32,
+  )
+
+
+@pytest.mark.parametrize('num_kv_heads', [1, 2])
+def test_grouped_heads_equal_repeated_heads(num_kv_heads):
+  grouped, params = _model(num_kv_heads=num_kv_heads)
+  full, _ = _model()
+  attention = dict(params['blocks']['attention'])
+  for name in 'kv':
+    kernel = attention[name]['kernel'].reshape(3, 24, num_kv_heads, 6)
+    repeated = jnp.repeat(kernel, 4 // num_kv_heads, axis=2)
+    attention[name] = {'kernel': repeated.reshape(3, 24, 24)}
+  repeated = {**params, 'blocks': {**params['blocks'], 'attention': attention}}
+  batch = _batch([9])
+  np.testing.assert_allclose(
+    grouped.logits(params, batch), full.logits(repeated, batch), **_FLOAT32
+  )
+
+
+@pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
+def test_bfloat16_is_finite_and_close(param_dtype):
+  exact, params = _model()
+  rough, _ = _model(dtype='bfloat16', param_dtype=param_dtype)
+  batch = _batch([9])
+  cast = jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
+  (loss, _), grads = _value_and_grad(rough)(cast, batch)
+  (expected, _), exact_grads = _value_and_grad(exact)(params, batch)
+  assert rough.logits(cast, batch).dtype == jnp.float32
+  chex.assert_trees_all_equal_dtypes(grads, cast)
+  # bfloat16 rounds by up to 2^-9; three layers of matmuls add a few of those.
+  np.testing.assert_allclose(loss, expected, rtol=1e-2)
+  for grad, exact_grad in zip(
+    jax.tree.leaves(grads), jax.tree.leaves(exact_grads), strict=True
+  ):
+    error = jnp.linalg.norm(grad.astype(jnp.float32) - exact_grad)
+    assert error < 0.05 * jnp.linalg.norm(exact_grad)
+
+
+def test_repeated_tokens_sum_their_gradient_in_float32():
+  model, params = _model(dtype='bfloat16')
+  batch = _batch([700], num_rows=1)
+  batch['inputs'][:] = 5
+
+  def total(params):
+    return jnp.sum(model.embed(params, batch)['h'].astype(jnp.float32))
+
+  # A bfloat16 sum of ones stops at 256.
+  grad = jax.grad(total)(params)['embed']['embedding']
+  np.testing.assert_array_equal(grad[5], 700.0)
+
+
+def test_a_token_outside_the_vocabulary_shows():
+  model, params = _model()
+  batch = _batch([4], num_rows=1)
+  batch['inputs'][0, 2] = 61
+  assert jnp.isnan(model.embed(params, batch)['h'][0, 2]).all()
+
+
+def test_program_size_does_not_grow_with_depth():
+  def num_instructions(num_layers):
+    model = Layers(dataclasses.replace(_SMALL, num_layers=num_layers))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    text = _value_and_grad(model).lower(params, _batch([9])).as_text()
+    return len(re.findall(r'stablehlo\.\w+', text))
+
+  assert num_instructions(2) == num_instructions(9)

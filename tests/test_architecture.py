@@ -1,0 +1,80 @@
+"""The arrows between packages, read from the imports."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+OURS = {'galore_optax', 'models', 'train', 'configs'}
+HEAVY = {'flax', 'orbax', 'grain', 'tensorflow', 'tensorflow_datasets'}
+
+# Package to what it may import of ours.
+ARROWS = {
+  'galore_optax': {'galore_optax'},
+  'models': {'models'},
+  'train': {'train', 'models', 'galore_optax'},
+  'configs': {'configs', 'train', 'models'},
+}
+
+FILES = {
+  *('pyproject.toml', 'README.md', 'LICENSE', 'Makefile', 'CHANGELOG.md'),
+  *('.ci', '.gitignore', 'tests', *OURS),
+}
+
+
+def imports(path):
+  """Top-level names that a file imports, wherever in it."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name.split('.')[0] for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{path} imports relatively'
+      yield node.module.split('.')[0]
+
+
+def modules(package):
+  found = sorted((ROOT / package).rglob('*.py'))
+  assert found
+  return found
+
+
+@pytest.mark.parametrize('package', sorted(OURS))
+def test_arrows(package):
+  for path in modules(package):
+    assert set(imports(path)) & OURS <= ARROWS[package], path
+
+
+def test_the_library_needs_jax_and_optax_alone():
+  allowed = {'galore_optax', 'jax', 'optax', 'numpy', *sys.stdlib_module_names}
+  for path in modules('galore_optax'):
+    assert set(imports(path)) <= allowed, path
+
+
+def test_importing_the_library_loads_nothing_heavy():
+  code = 'import sys, galore_optax; print(*sys.modules)'
+  run = subprocess.run(
+    [sys.executable, '-c', code],
+    capture_output=True,
+    check=True,
+    cwd=ROOT,
+    text=True,
+  )
+  loaded = {name.split('.')[0] for name in run.stdout.split()}
+  assert 'galore_optax' in loaded and not loaded & HEAVY
+
+
+def test_no_other_top_level_names():
+  listing = subprocess.run(
+    ['git', 'ls-files'], capture_output=True, check=True, cwd=ROOT, text=True
+  )
+  names = {line.split('/')[0] for line in listing.stdout.splitlines()}
+  assert names <= FILES, names - FILES
+
+
+def test_files_are_short():
+  for package in OURS:
+    for path in modules(package):
+      assert len(path.read_text().splitlines()) < 400, path

@@ -1,0 +1,46 @@
+"""A model, a corpus and a config so small that a run takes seconds."""
+
+import pathlib
+import random
+
+CONFIG = """
+from models.llama import LlamaConfig
+from train.config import Config
+from train.corpus import TextFiles
+from train.optimizer import Galore
+
+config = Config(
+  model=LlamaConfig(
+    vocab_size=320, width=16, mlp_width=40, num_heads=2, num_layers=2
+  ),
+  corpus=TextFiles(train={corpus!r}, holdout=0.2),
+  optimizer=Galore(rank=4, gap=3),
+  steps=8,
+  learning_rate=0.01,
+  warmup=0.25,
+  batch_size=4,
+  sequence_length=24,
+  microbatches=2,
+  eval_every=4,
+  eval_batches=2,
+  save_every=5,
+)
+"""
+
+WORDS = (
+  'the a one some red blue old new small dog cat bird tree house river sees '
+  'likes finds eats near under over and but then'
+).split()
+
+
+def write_config(directory: pathlib.Path) -> str:
+  """Writes a corpus and a config; returns the config's path."""
+  choice = random.Random(0)
+  documents = [
+    ' '.join(choice.choices(WORDS, k=choice.randint(5, 40))) for _ in range(80)
+  ]
+  corpus = directory / 'corpus.txt'
+  corpus.write_text('\n\n'.join(documents))
+  config = directory / 'tiny.py'
+  config.write_text(CONFIG.format(corpus=str(corpus)))
+  return str(config)

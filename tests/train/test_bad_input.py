@@ -1,0 +1,136 @@
+"""Each mistake: one clear message, exit code 2, nothing written."""
+
+import re
+
+import pytest
+
+from tests.train.program import write_config
+from train import evaluate, pretrain, sample
+from train.run import Run
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+  """A config; the program runs beside it, where nothing may appear."""
+  monkeypatch.chdir(tmp_path)
+  return write_config(tmp_path)
+
+
+def refusal(capsys, main, args):
+  with pytest.raises(SystemExit) as stop:
+    main(args)
+  assert stop.value.code == 2
+  out, err = capsys.readouterr()
+  assert out == '' and err.startswith('error: ') and err.count('\n') == 1
+  return err
+
+
+def contents(directory):
+  return sorted(str(path) for path in directory.rglob('*'))
+
+
+@pytest.mark.parametrize(
+  'args, message',
+  [
+    (['--corpus.train', 'no/*.txt'], "no file matches 'no/.*txt'"),
+    (['--corpus.train', 'none.txt'], 'none.txt'),
+    (['--corpus.train', 'empty.txt'], 'empty.txt'),
+    (['--optimizer.rank', '0'], 'rank must be .* got 0'),
+    (['--optimizer.rank', '-3'], 'rank must be .* got -3'),
+    (['--optimizer.rank', '16'], 'rank 16 projects no parameter'),
+    (
+      ['--optimizer.rank', '17', '--optimizer.targets', '.*/q/.*'],
+      r'rank must be in 1..16 for blocks/attention/q/kernel',
+    ),
+    (['--optimizer.targets', '.*/nothing'], 'nothing.* match no parameter'),
+    (['--model.vocab-size', '9000'], '9000'),
+    (['--tokenizer', 'none.model'], 'none.model'),
+    (['--optimizer', 'Sgd'], "one of Galore, .* got 'Sgd'"),
+    (['--resume'], 'no run of tiny'),
+    (['--resume', '--run', 'runs/none'], 'none is not a run'),
+    (['--resume', '--run', '.'], '. is not a run'),
+    (['--run', '.'], '. exists; continue it with --resume'),
+    (['--batch-size', '0'], 'batch_size must be at least 1, got 0'),
+  ],
+)
+def test_training(config, args, message, tmp_path, capsys):
+  (tmp_path / 'empty.txt').write_text('\n\n \n')
+  before = contents(tmp_path)
+  err = refusal(capsys, pretrain.main, [config, *args])
+  assert re.search(message, err), err
+  assert contents(tmp_path) == before
+
+
+def test_unknown_config_file(config, tmp_path, capsys):
+  del config
+  before = contents(tmp_path)
+  assert 'none.py' in refusal(capsys, pretrain.main, ['none.py'])
+  assert contents(tmp_path) == before
+
+
+def test_unknown_config_key(config, tmp_path, capsys):
+  before = contents(tmp_path)
+  with pytest.raises(SystemExit) as stop:
+    pretrain.main([config, '--stepz', '3'])
+  assert stop.value.code == 2
+  assert 'valid keys: --run' in capsys.readouterr().err
+  assert contents(tmp_path) == before
+
+
+def test_resume_with_another_config(config, tmp_path, capsys):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(pretrain, 'train', lambda *args, **options: None)
+    assert pretrain.main([config]) == 0
+  before = contents(tmp_path)
+  err = refusal(
+    capsys,
+    pretrain.main,
+    [config, '--resume', '--steps', '9', '--optimizer.rank', '2'],
+  )
+  assert 'steps is 8 in the run and 9 now' in err
+  assert 'optimizer.rank is 4 in the run and 2 now' in err
+  assert contents(tmp_path) == before
+
+
+def test_tensorboard_without_the_extra(config, tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(__import__('sys').modules, 'tensorboardX', None)
+  before = contents(tmp_path)
+  err = refusal(capsys, pretrain.main, [config, '--tensorboard'])
+  assert "pip install 'galore-optax[tensorboard]'" in err
+  assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+  'main, args', [(evaluate.main, []), (sample.main, ['--prompt', 'a'])]
+)
+def test_a_directory_that_is_not_a_run(config, main, args, tmp_path, capsys):
+  del config
+  err = refusal(capsys, main, [str(tmp_path), *args])
+  assert 'is not a run' in err
+
+
+@pytest.mark.parametrize(
+  'main, args', [(evaluate.main, []), (sample.main, ['--prompt', 'a'])]
+)
+def test_a_run_without_a_checkpoint(config, main, args, capsys, tmp_path):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(pretrain, 'train', lambda *args, **options: None)
+    pretrain.main([config])
+  before = contents(tmp_path)
+  err = refusal(capsys, main, ['runs/tiny', *args])
+  assert 'no checkpoint in runs/tiny/checkpoints' in err
+  assert contents(tmp_path) == before
+
+
+def test_runs_are_numbered(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(pretrain, 'train', lambda *args, **options: None)
+  for _ in range(3):
+    assert pretrain.main([config]) == 0
+  runs = tmp_path / 'runs'
+  assert {x.name for x in runs.iterdir()} == {'tiny', 'tiny-2', 'tiny-3'}
+  found = []
+  monkeypatch.setattr(
+    pretrain, 'train', lambda setup, *args, **options: found.append(setup.run)
+  )
+  assert pretrain.main([config, '--resume']) == 0
+  assert found[0].directory.name == Run(runs / 'tiny-3').directory.name

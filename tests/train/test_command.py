@@ -1,0 +1,81 @@
+import pytest
+
+from tests.train.program import write_config
+from train import command
+from train.corpus import Tfds
+from train.optimizer import AdamW, Galore
+
+
+@pytest.fixture
+def path(tmp_path):
+  return write_config(tmp_path)
+
+
+def test_overrides_are_typed(path):
+  launch, name = command.parse(
+    [
+      *(path, '--steps', '200', '--optimizer.rank', '0.5', '--resume'),
+      *('--optimizer.targets', '.*/q/.*', '.*/k/.*', '--clip-norm', 'None'),
+    ]
+  )
+  assert name == 'tiny'
+  assert launch.resume and launch.run is None
+  assert launch.config.steps == 200
+  assert launch.config.optimizer == Galore(
+    rank=0.5, gap=3, targets=('.*/q/.*', '.*/k/.*')
+  )
+  assert launch.config.clip_norm is None
+
+
+def test_another_method_comes_with_its_own_defaults(path):
+  launch, _ = command.parse(
+    [path, '--optimizer', 'AdamW', '--optimizer.b1', '0.8', '--corpus', 'Tfds']
+  )
+  assert launch.config.optimizer == AdamW(b1=0.8)
+  assert launch.config.corpus == Tfds()
+
+
+def test_naming_the_method_in_use_keeps_its_options(path):
+  launch, _ = command.parse([path, '--optimizer', 'Galore'])
+  assert launch.config == command.load(path)
+
+
+def test_help_documents_every_key_with_its_default(path, capsys, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '200')
+  with pytest.raises(SystemExit) as stop:
+    command.parse([path, '--help'])
+  assert not stop.value.code
+  out = capsys.readouterr().out
+  for key in command.keys(command.load(path)):
+    assert key in out
+  assert 'Steps between two computations of the subspace. (default: 3)' in out
+
+
+@pytest.mark.parametrize(
+  'args', [['--optimizr.rank', '3'], ['--steps', 'x'], ['--optimizer.gap']]
+)
+def test_wrong_keys_end_with_the_valid_ones(path, args, capsys):
+  with pytest.raises(SystemExit) as stop:
+    command.parse([path, *args])
+  assert stop.value.code == 2
+  err = capsys.readouterr().err
+  assert args[0] in err
+  last = err.strip().splitlines()[-1]
+  assert last.startswith('valid keys: --run, --resume')
+  assert '--optimizer.rank' in last and '--model.width' in last
+
+
+def test_without_a_config_the_usage_is_shown(capsys):
+  for args, code in [([], 2), (['--help'], 0)]:
+    with pytest.raises(SystemExit) as stop:
+      command.parse(args)
+    assert stop.value.code == code
+    out, err = capsys.readouterr()
+    assert 'python -m train.pretrain CONFIG' in (err if code else out)
+
+
+def test_a_key_that_config_does_not_have(tmp_path):
+  path = tmp_path / 'wrong.py'
+  path.write_text('from train.config import Config\nconfig = Config(stepz=3)\n')
+  with pytest.raises(ValueError, match=r'wrong\.py: .*stepz'):
+    command.load(str(path))

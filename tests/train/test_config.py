@@ -1,0 +1,91 @@
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from models.llama import LlamaConfig
+from train.config import Config, differences, flatten, from_json, to_json
+from train.corpus import TextFiles
+from train.optimizer import AdamW, Galore
+
+CONFIG = Config(
+  model=LlamaConfig(
+    vocab_size=300, width=8, mlp_width=12, num_heads=2, num_layers=1
+  ),
+  corpus=TextFiles(train='a.txt'),
+  optimizer=Galore(rank=0.5, targets=('.*/q/.*',)),
+  steps=100,
+  learning_rate=0.02,
+  batch_size=4,
+  sequence_length=16,
+)
+
+
+@pytest.mark.parametrize('optimizer', [CONFIG.optimizer, AdamW(b1=0.8)])
+def test_json_round_trip(optimizer):
+  config = dataclasses.replace(CONFIG, optimizer=optimizer)
+  assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_differences_name_fields_and_both_values():
+  other = dataclasses.replace(
+    CONFIG, steps=50, optimizer=dataclasses.replace(CONFIG.optimizer, rank=2)
+  )
+  assert differences(CONFIG, CONFIG) == {}
+  assert differences(CONFIG, other) == {
+    'steps': (100, 50),
+    'optimizer.rank': (0.5, 2),
+  }
+  assert differences(CONFIG, dataclasses.replace(CONFIG, optimizer=AdamW()))[
+    'optimizer'
+  ] == ('Galore', 'AdamW')
+
+
+def test_schedule_rises_from_zero_and_falls_to_a_tenth():
+  rates = np.array([CONFIG.schedule()(count) for count in range(100)])
+  # The reference's formula, in float64; optax's is float32.
+  expected = [
+    0.02 * count / 10
+    if count < 10
+    else 0.002 + 0.009 * (1 + math.cos(math.pi * (count - 10) / 90))
+    for count in range(100)
+  ]
+  np.testing.assert_allclose(rates, expected, rtol=1e-5)
+  np.testing.assert_allclose(CONFIG.schedule()(100), 0.002, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'steps': 0}, 'steps must be at least 1, got 0'),
+    ({'microbatches': 3}, 'multiple of microbatches=3, got 4'),
+    ({'warmup': 1.0}, r'share of the steps in \[0, 1\), got 1.0'),
+    ({'eval_batches': 0}, 'eval_batches must be at least 1, got 0'),
+  ],
+)
+def test_bad_values_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(CONFIG, **change)
+
+
+def test_every_field_is_documented():
+  # The source, as documentation under a field leaves no trace at run time.
+  import ast
+  import inspect
+
+  import train.config
+  import train.optimizer
+
+  for module in (train.config, train.optimizer):
+    tree = ast.parse(inspect.getsource(module))
+    for cls in [x for x in tree.body if isinstance(x, ast.ClassDef)]:
+      for field, after in zip(cls.body, cls.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign):
+          assert isinstance(after, ast.Expr), f'{cls.name}: {field.target.id}'
+
+
+def test_flatten_has_every_key():
+  assert flatten(CONFIG)['optimizer.targets'] == ('.*/q/.*',)
+  assert flatten(CONFIG)['corpus'] == 'TextFiles'

@@ -1,0 +1,113 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_optax
+from train import step as step_lib
+
+# A bigram model: the step knows nothing of what is inside a loss. V tokens, D
+# width, B rows, T tokens of a row.
+V, D, B, T = 13, 8, 6, 9
+
+
+def loss(params, batch):
+  logits_BTV = params['embed'][batch['inputs']] @ params['up']
+  chosen_BT = jnp.take_along_axis(
+    jax.nn.log_softmax(logits_BTV.astype(jnp.float32)),
+    batch['targets'][..., None],
+    axis=-1,
+  )[..., 0]
+  nll = -jnp.sum(batch['weights'] * chosen_BT)
+  return nll / batch['weights'].size, {'nll': nll}
+
+
+def example(seed=0):
+  random = np.random.default_rng(seed)
+  # Rows differ in how many tokens are scored, so that a mean of means over
+  # microbatches would be wrong.
+  scored = np.arange(T)[None] < random.integers(1, T, B)[:, None]
+  return {
+    'inputs': random.integers(0, V, (B, T), dtype=np.int32),
+    'targets': random.integers(0, V, (B, T), dtype=np.int32),
+    'weights': scored.astype(np.float32),
+  }
+
+
+def weights(dtype=jnp.float32):
+  embed, up = jax.random.split(jax.random.key(0))
+  return {
+    'embed': jax.random.normal(embed, (V, D), dtype),
+    'up': jax.random.normal(up, (D, V), dtype),
+  }
+
+
+def run(tx, *, microbatches=1, num_steps=1, dtype=jnp.float32):
+  step = step_lib.make_step(
+    loss,
+    tx,
+    schedule=optax.constant_schedule(0.1),
+    microbatches=microbatches,
+  )
+  state = step_lib.init(weights(dtype), tx)
+  for seed in range(num_steps):
+    state, metrics = step(state, example(seed))
+  return state, metrics
+
+
+def test_loss_is_the_mean_over_scored_tokens():
+  batch, params = example(), weights()
+  tokens = batch['weights'].sum()
+  assert tokens < B * T
+  mean = lambda params: loss(params, batch)[1]['nll'] / tokens
+  expected, gradient = jax.value_and_grad(mean)(params)
+  _, metrics = run(optax.sgd(0.1))
+  # Two summation orders of 54 float32 numbers.
+  np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-6)
+  np.testing.assert_allclose(
+    metrics['grad_norm'], optax.tree.norm(gradient), rtol=1e-6
+  )
+  assert metrics['tokens'] == tokens
+
+
+@pytest.mark.parametrize('microbatches', [2, 3, 6])
+def test_microbatches_change_nothing(microbatches):
+  whole, expected = run(optax.sgd(1.0))
+  parts, metrics = run(optax.sgd(1.0), microbatches=microbatches)
+  # The gradient's float32 sum in another order; entries are up to 3.
+  chex.assert_trees_all_close(parts.params, whole.params, rtol=0, atol=1e-6)
+  chex.assert_trees_all_close(metrics, expected, rtol=1e-6)
+
+
+def test_microbatches_keep_types():
+  tx = optax.adam(0.01)
+  whole, _ = run(tx, dtype=jnp.bfloat16)
+  parts, _ = run(tx, dtype=jnp.bfloat16, num_steps=2, microbatches=2)
+  assert parts.params['up'].dtype == jnp.bfloat16
+  chex.assert_trees_all_equal_shapes_and_dtypes(whole, parts)
+
+
+def test_state_is_donated_and_the_step_compiles_once():
+  tx = galore_optax.galore_adamw(optax.constant_schedule(0.01), rank=4, gap=2)
+  step = step_lib.make_step(
+    chex.assert_max_traces(loss, n=1), tx, schedule=lambda count: 0.1 * count
+  )
+  first = state = step_lib.init(weights(), tx)
+  rates = []
+  for seed in range(4):
+    state, metrics = step(state, example(seed))
+    rates.append(float(metrics['learning_rate']))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
+  np.testing.assert_allclose(rates, [0, 0.1, 0.2, 0.3], rtol=1e-6)
+  assert state.step == 4
+
+
+def test_clipping_acts_before_the_optimizer():
+  clipped = optax.chain(optax.clip_by_global_norm(1e-2), optax.sgd(1.0))
+  after, metrics = run(clipped)
+  change = jax.tree.map(jnp.subtract, after.params, weights())
+  # Parameters near 1 hold a change of about 1e-3 to 1e-7.
+  np.testing.assert_allclose(optax.tree.norm(change), 1e-2, rtol=1e-4)
+  assert metrics['grad_norm'] > 0.1

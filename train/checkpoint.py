@@ -1,0 +1,92 @@
+"""This module holds checkpoints: what they contain, saved and restored.
+
+One Orbax checkpoint has four items: the parameters, the optimizer's state
+with the step, the position in the data, and the configuration. Orbax writes
+into a temporary directory and renames it at the end, so a save that fails
+leaves the checkpoints before it as they were.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from models.llama import Layers
+from train.config import Config, to_json
+from train.step import PyTree, State
+
+KEEP = 2  # checkpoints kept: the newest, and one should that be damaged
+
+
+@contextlib.contextmanager
+def opened(directory: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
+  """Yields the manager of a directory of checkpoints."""
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=KEEP,
+    # The state is donated to the next step, so a save in the background would
+    # need a copy of it.
+    enable_async_checkpointing=False,
+  )
+  with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+    yield manager
+
+
+def save(
+  manager: ocp.CheckpointManager,
+  state: State,
+  batches: grain.DatasetIterator,
+  config: Config,
+) -> None:
+  """Saves everything that a run needs to go on."""
+  items = ocp.args.Composite(
+    params=ocp.args.StandardSave(state.params),
+    optimizer=ocp.args.StandardSave(
+      {'step': state.step, 'state': state.optimizer}
+    ),
+    data=grain.checkpoint.CheckpointSave(batches),
+    config=ocp.args.JsonSave(to_json(config)),
+  )
+  manager.save(int(state.step), args=items)
+
+
+def restore(
+  manager: ocp.CheckpointManager, state: State, batches: grain.DatasetIterator
+) -> State:
+  """Returns the newest state, and moves `batches` to where it was.
+
+  Args:
+    manager: of a directory that holds a checkpoint.
+    state: shapes of what was saved.
+    batches: an iterator made as the saved one was.
+  """
+  state = on_device(state)
+  items = ocp.args.Composite(
+    params=ocp.args.StandardRestore(state.params),
+    optimizer=ocp.args.StandardRestore(
+      {'step': state.step, 'state': state.optimizer}
+    ),
+    data=grain.checkpoint.CheckpointRestore(batches),
+  )
+  found = manager.restore(manager.latest_step(), args=items)
+  return State(found.optimizer['step'], found.params, found.optimizer['state'])
+
+
+def restore_params(directory: pathlib.Path, layers: Layers) -> PyTree:
+  """Returns the parameters of the newest checkpoint, and nothing else."""
+  if not directory.is_dir():
+    raise FileNotFoundError(f'no checkpoint in {directory} yet')
+  shapes = on_device(jax.eval_shape(layers.init, jax.random.key(0)))
+  with opened(directory) as manager:
+    items = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
+    return manager.restore(manager.latest_step(), args=items).params
+
+
+def on_device(shapes: PyTree) -> PyTree:
+  """Returns shapes that say where to restore to: the first device."""
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+  )

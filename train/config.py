@@ -1,0 +1,152 @@
+"""This module holds the configuration of an experiment, and its JSON."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeAlias
+
+import optax
+
+from models.llama import LlamaConfig
+from train.corpus import Chitchat, TextFiles, Tfds
+from train.optimizer import Optimizer
+
+AnyCorpus: TypeAlias = Chitchat | TextFiles | Tfds
+"""What `Config.corpus` may be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One experiment, whole: a config file holds `config = Config(...)`."""
+
+  model: LlamaConfig
+  """The model; its vocab_size is also the size of a tokenizer trained here."""
+  corpus: AnyCorpus
+  """Where the text comes from."""
+  optimizer: Optimizer
+  """The optimizer and its options; the learning rate is the schedule's."""
+  steps: int
+  """Number of updates."""
+  learning_rate: float
+  """The highest learning rate, reached at the end of the warm-up."""
+  batch_size: int
+  """Sequences in an update."""
+  sequence_length: int
+  """Tokens in a sequence."""
+  microbatches: int = 1
+  """Parts that a batch is computed in, one after another, to save memory."""
+  warmup: float = 0.1
+  """Share of the steps in which the learning rate rises from 0."""
+  final: float = 0.1
+  """Share of the highest learning rate where the cosine ends."""
+  clip_norm: float | None = 1.0
+  """Global norm that a gradient is scaled down to; None leaves it alone."""
+  tokenizer: str | None = None
+  """A sentencepiece .model file; None trains one on the corpus."""
+  eval_every: int = 100
+  """Steps between two validations."""
+  eval_batches: int | None = None
+  """Batches in a validation; None is the whole split."""
+  save_every: int = 500
+  """Steps between two checkpoints."""
+  seed: int = 0
+  """Seed of the initial weights and of the order of the documents."""
+
+  def __post_init__(self):
+    """Checks what can be checked without data."""
+    for name in (
+      *('steps', 'batch_size', 'sequence_length', 'microbatches'),
+      *('eval_every', 'eval_batches', 'save_every'),
+    ):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f'{name} must be at least 1, got {value}')
+    if self.batch_size % self.microbatches:
+      raise ValueError(
+        f'batch_size must be a multiple of microbatches={self.microbatches}, '
+        f'got {self.batch_size}'
+      )
+    if not 0 <= self.warmup < 1:
+      raise ValueError(
+        f'warmup is a share of the steps in [0, 1), got {self.warmup}'
+      )
+
+  def schedule(self) -> optax.Schedule:
+    """Returns the learning rate by step: up from 0, then down a cosine."""
+    return optax.warmup_cosine_decay_schedule(
+      init_value=0.0,
+      peak_value=self.learning_rate,
+      warmup_steps=round(self.warmup * self.steps),
+      decay_steps=self.steps,
+      end_value=self.final * self.learning_rate,
+    )
+
+  def transformation(self) -> optax.GradientTransformation:
+    """Returns the optimizer, behind the clipping that is asked for."""
+    optimizer = self.optimizer.build(self.schedule())
+    if self.clip_norm is None:
+      return optimizer
+    return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+  """Returns a dataclass as a dict; 'kind' names the class of a nested one.
+
+  >>> to_json(Chitchat(holdout=0.1))
+  {'kind': 'Chitchat', 'holdout': 0.1}
+  """
+  return {'kind': type(config).__name__} | {
+    field.name: to_json(value) if dataclasses.is_dataclass(value) else value
+    for field in dataclasses.fields(config)
+    for value in [getattr(config, field.name)]
+  }
+
+
+def from_json(cls: type, data: dict[str, Any]) -> Any:
+  """Returns the dataclass that `to_json` took apart."""
+  hints = typing.get_type_hints(cls)
+  values = {}
+  for name, value in data.items():
+    if isinstance(value, dict):
+      kinds = {kind.__name__: kind for kind in variants(hints[name])}
+      values[name] = from_json(kinds[value['kind']], value)
+    elif name != 'kind':
+      values[name] = tuple(value) if isinstance(value, list) else value
+  return cls(**values)
+
+
+def variants(hint: Any) -> tuple[type, ...]:
+  """Returns the members of a union, or the one type that is none.
+
+  >>> [kind.__name__ for kind in variants(AnyCorpus)]
+  ['Chitchat', 'TextFiles', 'Tfds']
+  """
+  return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
+  """Returns every value by its dotted name; a nested class by its field's.
+
+  >>> flatten(Chitchat(holdout=0.1), 'corpus.')
+  {'corpus.holdout': 0.1}
+  """
+  flat = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      flat[prefix + field.name] = type(value).__name__
+      flat |= flatten(value, f'{prefix}{field.name}.')
+    else:
+      flat[prefix + field.name] = value
+  return flat
+
+
+def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
+  """Returns the fields whose values differ, and both values."""
+  a, b = flatten(ours), flatten(theirs)
+  missing = 'absent'
+  return {
+    name: (a.get(name, missing), b.get(name, missing))
+    for name in a | b
+    if a.get(name, missing) != b.get(name, missing)
+  }

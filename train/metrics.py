@@ -1,0 +1,90 @@
+"""This module holds where metrics go: a JSONL file, TensorBoard, a picture."""
+
+import contextlib
+import importlib
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from matplotlib.figure import Figure
+
+
+class Log(Protocol):
+  """Takes the metrics of a step."""
+
+  def __call__(self, step: int, values: dict[str, float]) -> None:
+    """Writes them."""
+
+
+@contextlib.contextmanager
+def opened(
+  path: pathlib.Path, *, step: int, tensorboard: bool
+) -> Iterator[Log]:
+  """Yields the log of a run that has done `step` steps.
+
+  Lines of later steps, written before the run was resumed, are dropped.
+
+  Args:
+    path: the JSONL file; TensorBoard's events go into its directory.
+    step: updates done so far.
+    tensorboard: whether to write events too.
+  """
+  kept = [line for line in read(path) if line['step'] <= step]
+  path.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+  with contextlib.ExitStack() as stack:
+    file = stack.enter_context(path.open('a', buffering=1))
+    events = None
+    if tensorboard:
+      events = event_writer()(str(path.parent), purge_step=step + 1)
+      stack.callback(events.close)
+
+    def log(step: int, values: dict[str, float]) -> None:
+      file.write(json.dumps({'step': step, **values}) + '\n')
+      if events:
+        for name, value in values.items():
+          events.add_scalar(name, value, step)
+
+    yield log
+
+
+def event_writer() -> Any:
+  """Returns TensorBoard's writer class; ImportError without the extra."""
+  try:
+    return importlib.import_module('tensorboardX').SummaryWriter
+  except ImportError as error:
+    raise ImportError(
+      '--tensorboard needs tensorboardX: '
+      "pip install 'galore-optax[tensorboard]', or leave the flag out"
+    ) from error
+
+
+def read(path: pathlib.Path) -> list[dict[str, float]]:
+  """Returns the lines of a metrics file, none if there is no file."""
+  if not path.exists():
+    return []
+  # A process that was killed may have left half a line at the end.
+  lines = path.read_text().split('\n')[:-1]
+  return [json.loads(line) for line in lines]
+
+
+def plot(metrics: pathlib.Path, picture: pathlib.Path, title: str) -> None:
+  """Draws the losses of a metrics file into a PNG."""
+  figure = Figure(figsize=(7, 4), dpi=150, layout='constrained')
+  axes = figure.subplots()
+  lines = read(metrics)
+  for name, style in {
+    'loss': {'color': 'tab:blue', 'linewidth': 0.8, 'label': 'training'},
+    'validation_loss': {
+      'color': 'tab:orange',
+      'marker': 'o',
+      'markersize': 3,
+      'label': 'validation',
+    },
+  }.items():
+    points = [(line['step'], line[name]) for line in lines if name in line]
+    axes.plot(*zip(*points, strict=True), **style)
+  axes.set(xlabel='step', ylabel='loss (nats per token)', title=title)
+  axes.grid(alpha=0.3)
+  axes.legend()
+  figure.savefig(picture)

@@ -1,0 +1,111 @@
+"""This module holds the optimizers a config can name, one dataclass each.
+
+Each has `build(learning_rate)`, which returns an optax transformation. A new
+method is a new dataclass in `Optimizer`.
+"""
+
+import dataclasses
+from typing import Literal, TypeAlias
+
+import jax
+import optax
+
+import galore_optax
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+  """AdamW on the whole gradient: the baseline."""
+
+  b1: float = 0.9
+  """Decay of the first moment."""
+  b2: float = 0.999
+  """Decay of the second moment."""
+  eps: float = 1e-8
+  """Added to the root of the second moment."""
+  weight_decay: float = 0.0
+  """Decoupled weight decay, multiplied by the learning rate."""
+
+  def build(
+    self, learning_rate: optax.Schedule
+  ) -> optax.GradientTransformation:
+    """Returns the transformation."""
+    return optax.adamw(learning_rate, **dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Galore:
+  """AdamW in a low-rank subspace of the gradient, as in the paper's code."""
+
+  rank: int | float = 128
+  """Directions kept of each projected weight: a number, or a share <= 1.0."""
+  gap: int = 200
+  """Steps between two computations of the subspace."""
+  scale: float = 0.25
+  """Factor of the projected weights' updates."""
+  side: Literal['std', 'reverse_std', 'left', 'right', 'full'] = 'std'
+  """Side of a weight to project; std is the shorter."""
+  subspace: Literal['svd', 'gram'] = 'svd'
+  """How the subspace is found."""
+  moments: Literal['keep', 'reset'] = 'keep'
+  """What becomes of Adam's moments when the subspace changes."""
+  targets: tuple[str, ...] | None = None
+  """Regexes of weights to project, as '.*/mlp/.*'; None picks by shape."""
+  b1: float = 0.9
+  """Decay of the first moment."""
+  b2: float = 0.999
+  """Decay of the second moment."""
+  eps: float = 1e-6
+  """Added to the root of the second moment, before bias correction."""
+  weight_decay: float = 0.0
+  """Decoupled weight decay, multiplied by the learning rate."""
+
+  def build(
+    self, learning_rate: optax.Schedule
+  ) -> optax.GradientTransformation:
+    """Returns the transformation."""
+    options = {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+    }
+    return galore_optax.galore_adamw(learning_rate, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptaxGalore:
+  """optax.contrib.galore as it comes, to compare with."""
+
+  rank: int = 128
+  """Directions kept of each weight with two axes."""
+  update_proj_gap: int = 200
+  """Steps between two computations of the subspace."""
+  scale: float = 1.0
+  """Factor of every update."""
+  weight_decay: float = 0.0
+  """Decoupled weight decay, multiplied by the learning rate."""
+
+  def build(
+    self, learning_rate: optax.Schedule
+  ) -> optax.GradientTransformation:
+    """Returns the transformation.
+
+    It is built twice because a leaf that it does not project leaves an array
+    of size zero in its state, which Orbax refuses to save. Where no leaf has
+    two axes it is Adam, with the same result for each leaf.
+    """
+    projected = optax.contrib.galore(learning_rate, **dataclasses.asdict(self))
+    plain = optax.chain(
+      optax.scale_by_adam(),
+      optax.add_decayed_weights(self.weight_decay),
+      optax.scale_by_learning_rate(learning_rate),
+    )
+    return optax.partition(
+      {'projected': projected, 'plain': plain},
+      lambda params: jax.tree.map(
+        lambda x: 'projected' if x.ndim == 2 else 'plain', params
+      ),
+    )
+
+
+Optimizer: TypeAlias = Galore | AdamW | OptaxGalore
+"""What `Config.optimizer` may be."""
