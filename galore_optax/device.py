@@ -9,7 +9,6 @@ import math
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,29 +75,22 @@ def topology_mesh(gpu: Gpu, *, devices: int = 1) -> jax.sharding.Mesh:
   return jax.sharding.Mesh(np.array(topology.devices), ('data',))
 
 
-def compile_step(
-  step: Callable[..., Any],
-  *arguments: PyTree,
-  donate: Sequence[int] = (),
-) -> Compiled:
+def compile_step(step: Any, *arguments: PyTree) -> Compiled:
   """Compiles a step for the cards that its arguments are placed on.
 
   Nothing is allocated: the arguments are `jax.ShapeDtypeStruct`s with
   shardings on a mesh of `topology_mesh`.
 
   Args:
-    step: the function.
+    step: a jitted function, donation included.
     *arguments: its abstract arguments.
-    donate: positions of the arguments that are written in place.
 
   Returns:
     What the compiler would allocate on each device.
   """
-  traced = jax.jit(step, donate_argnums=tuple(donate)).trace(*arguments)
-  lowered = traced.lower(lowering_platforms=('cuda',))
+  lowered = step.trace(*arguments).lower(lowering_platforms=('cuda',))
   with tempfile.TemporaryDirectory() as folder:
-    options = {'xla_dump_to': folder, 'xla_dump_hlo_as_text': True}
-    compiled = lowered.compile(compiler_options=options)
+    compiled = lowered.compile(compiler_options={'xla_dump_to': folder})
     buffers = _largest_buffers(pathlib.Path(folder))
   memory = compiled.memory_analysis()
   text = compiled.as_text()

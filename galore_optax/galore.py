@@ -230,9 +230,13 @@ def _projected(
       treedef.unflatten(low), state.inner, view, **extra_args
     )
     low = treedef.flatten_up_to(low)
+    # At once in the gradient's dtype: in float32 the update of one large
+    # weight would be the largest temporary of a layer-wise step.
     whole = [
-      u if p is None else projection_lib.unproject(p, options.scale * u, b)
-      for p, u, b in zip(projections, low, bases, strict=True)
+      u
+      if p is None
+      else projection_lib.unproject(p, options.scale * u, b).astype(g.dtype)
+      for p, u, b, g in zip(projections, low, bases, grads, strict=True)
     ]
     if params is not None:
       factors = treedef.flatten_up_to(factors)

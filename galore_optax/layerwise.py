@@ -17,7 +17,7 @@ from jax import lax
 
 from galore_optax import clipping, parts, stacks
 from galore_optax.pullback import pull_back
-from galore_optax.weights import Weights
+from galore_optax.weights import ARRAYS, Weights
 
 # Axes: L layers, the leading axis of a stack; K microbatches; N examples.
 
@@ -66,7 +66,7 @@ def layerwise(
   clip: Literal['exact', 'previous'] = 'exact',
   microbatches: int = 1,
   slices: dict[str, int] | None = None,
-  weights: Weights | None = None,
+  weights: Weights = ARRAYS,
 ) -> 'Layerwise':
   """Makes a training step that updates every layer as its gradient appears.
 
@@ -137,7 +137,7 @@ def layerwise(
     clip=clip,
     microbatches=microbatches,
     slices=slices or {},
-    weights=weights or Weights(),
+    weights=weights,
   )
 
 
