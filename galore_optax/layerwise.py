@@ -184,8 +184,10 @@ class Layerwise:
     weights = tree.weights(params)
     batch = stacks.split(batch, self.microbatches)
     saved, x = self._forward(tree, weights, batch)
-    backward = functools.partial(self._backward, tree, batch, saved, x)
-    factor = self._factor(state, weights, backward)
+    backward = functools.partial(self._backward, tree, batch, saved)
+    factor = self._factor(state, weights, functools.partial(backward, x))
+    # The second pass begins after the first: their gradients never coexist.
+    x, factor = lax.optimization_barrier((x, factor))
     key = jax.random.fold_in(jax.random.key(0), state.count)
 
     def read(entry, name, layer):
@@ -201,7 +203,7 @@ class Layerwise:
       return stacks.put(entry, new, layer) if parts.in_stack(name) else new
 
     entries = {name: (w, state.inner[name]) for name, w in weights.items()}
-    entries, metrics = backward(entries, read, visit)
+    entries, metrics = backward(x, entries, read, visit)
     state = LayerwiseState(
       count=optax.safe_increment(state.count),
       norm=metrics['grad_norm'],
