@@ -4,7 +4,8 @@ Source: Zhao et al., GaLore, 2024: rank 1024, gap 500, scale 0.25, learning
 rate 0.005, batch 512, 256 tokens, 150,000 steps, bfloat16. Here the weights'
 sums are rounded stochastically, and clipping is by the exact global norm.
 
-Command: python -m train.pretrain configs/llama_7b.py --corpus Tfds
+Command: python -m train.pretrain configs/llama_7b.py
+(c4/en prepared by TFDS; --corpus.data-dir says where)
 Memory: python -m train.plan configs/llama_7b.py --device rtx4090
 Expected: perplexity 14.65 after 19.7 B tokens of C4 (the paper). Ours: not yet
 run.
@@ -12,13 +13,13 @@ run.
 
 from models.llama import llama
 from train.config import Config
-from train.corpus import Chitchat
+from train.corpus import Tfds
 from train.optimizer import Galore8bit
 from train.update import Layerwise
 
 config = Config(
   model=llama('7b', dtype='bfloat16', param_dtype='bfloat16', remat=True),
-  corpus=Chitchat(),
+  corpus=Tfds('c4/en'),
   optimizer=Galore8bit(rank=1024, gap=500),
   update=Layerwise(clip='previous', slices=32, weights='rounded'),
   steps=150_000,

@@ -7,10 +7,14 @@ A chain without such a stage is optax's own, result for result.
 
 import optax
 
+from galore_optax.adafactor import (
+  scale_by_galore_factored_rms as scale_by_galore_factored_rms,
+)
 from galore_optax.adam import scale_by_galore_adam as scale_by_galore_adam
 from galore_optax.galore import GaloreState as GaloreState
 from galore_optax.galore import chain as chain
 from galore_optax.galore import galore as galore
+from galore_optax.presets import galore_adafactor as galore_adafactor
 from galore_optax.presets import galore_adamw as galore_adamw
 from galore_optax.refresh import Staggered as Staggered
 from galore_optax.selection import Elsewhere as Elsewhere

@@ -32,7 +32,7 @@ def decay_factors(
     extra_args: passed to the inner.
 
   Returns:
-    A tree of float32 scalars, such as `-learning_rate * weight_decay`.
+    A tree of scalars, such as `-learning_rate * weight_decay`.
 
   Example:
     >>> params = {'w': jnp.zeros((3, 5))}
@@ -57,8 +57,9 @@ def check_decoupled(
 ) -> None:
   """Raises if the inner reads params for more than decoupled decay.
 
-  It is tried, on a tree of 2 x 2 weights, at the first step and at a later
-  one (the first may have learning rate zero).
+  It is tried on 2 x 2 weights, whose values and zero must make updates that
+  differ by `decay_factors` and states that do not differ: decay that enters a
+  momentum is no longer decoupled.
 
   Args:
     inner: the transformation.
@@ -66,36 +67,63 @@ def check_decoupled(
     projected: which leaves are projected.
 
   Raises:
-    ValueError: an update of a projected leaf is not affine in its weight with
-      the slope that `decay_factors` reads.
+    ValueError: the inner's update of a projected leaf is not affine in the
+      weight with the slope that is read, or something else depends on it.
   """
   with jax.ensure_compile_time_eval():
     weights = _filled(params, [0.5, -2.0])
-    gradients = _filled(params, [1.0, 0.25])
-    state = inner.init(weights)
-    for count in (0, 100):
+    leaves, treedef = jax.tree.flatten(weights)
+    blind = treedef.unflatten(
+      [0 * w if p else w for w, p in zip(leaves, projected, strict=True)]
+    )
+    # With a learning rate of zero nothing can be seen: try the next.
+    for count in (0, 1, 10, 100, 1_000):
       try:
-        state = _at(inner, state, params, count)
-        with_w, _ = inner.update(gradients, state, weights)
-        zeros = jax.tree.map(jnp.zeros_like, weights)
-        without, _ = inner.update(gradients, state, zeros)
-        factors = decay_factors(inner, state, params, {})
+        seen, unseen, factors = _try(inner, params, weights, blind, count)
       except TypeError:
         return  # It needs extra args, which only `update` is given.
-      rows = zip(
-        *map(jax.tree.leaves, (with_w, without, factors, weights)),
-        strict=True,
-      )
-      for (u, u0, factor, w), yes in zip(rows, projected, strict=True):
-        if yes and not np.allclose(
-          u, u0 + factor * w, rtol=1e-4, atol=1e-4 * np.max(np.abs(u))
-        ):
-          raise ValueError(
-            'the inner transformation reads params for more than decoupled'
-            ' weight decay (a trust ratio or a parameter scale, perhaps); the'
-            ' params of a projected weight have no low-rank form. Use one'
-            ' without it, such as optax.adamw'
-          )
+      if _any_traced((seen, unseen)):
+        return  # A hyperparameter is traced: nothing can be compared.
+      shift = [
+        factor * w if p else 0 * w
+        for factor, w, p in zip(factors, leaves, projected, strict=True)
+      ]
+      updates, expected = jax.tree.leaves(seen[0]), jax.tree.leaves(unseen[0])
+      expected = [u + d for u, d in zip(expected, shift, strict=True)]
+      if not (_close(updates, expected) and _close(seen[1], unseen[1])):
+        raise ValueError(
+          'the inner transformation reads params for more than decoupled'
+          ' weight decay (a trust ratio, a parameter scale, or decay that'
+          ' enters a momentum, perhaps); the params of a projected weight have'
+          ' no low-rank form. Use one without it, such as optax.adamw'
+        )
+      if any(np.any(u) for u, p in zip(updates, projected, strict=True) if p):
+        return
+
+
+def _try(inner, params, weights, blind, count: int):
+  """Returns two (update, state), with weights and without, and factors."""
+  gradients = _filled(params, [1.0, 0.25])
+  seen, unseen = (
+    inner.update(gradients, _at(inner, inner.init(w), params, count), w)
+    for w in (weights, blind)
+  )
+  state = _at(inner, inner.init(weights), params, count)
+  factors = decay_factors(inner, state, params, {})
+  return seen, unseen, jax.tree.leaves(factors)
+
+
+def _close(one: Any, other: Any) -> bool:
+  """Whether all numbers of two trees agree, to 1e-4 of the largest of each."""
+  return all(
+    np.allclose(x, y, rtol=1e-4, atol=1e-4 * np.max(np.abs(x), initial=0))
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    if jnp.issubdtype(x.dtype, jnp.number)
+  )
+
+
+def _any_traced(tree: Any) -> bool:
+  return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def _filled(params: Any, values: list[float]) -> Any:

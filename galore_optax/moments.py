@@ -22,13 +22,13 @@ KeyPath = tuple[Any, ...]
 
 
 def sized(tree: Any, size: int) -> Any:
-  """Returns abstract float32 leaves of shape (size, ..., size), ranks kept.
+  """Returns abstract leaves of shape (size, ..., size), ranks kept.
 
   >>> sized({'w': jnp.zeros((3, 5))}, 1)
   {'w': ShapeDtypeStruct(shape=(1, 1), dtype=float32)}
   """
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((size,) * x.ndim, jnp.float32), tree
+    lambda x: jax.ShapeDtypeStruct((size,) * x.ndim, x.dtype), tree
   )
 
 
@@ -125,7 +125,9 @@ def grouped(
     inner: the transformation of both groups.
     labels: tree of 'low' and 'rest'.
   """
-  return optax.partition({'low': inner, 'rest': inner}, labels)
+  return optax.partition(
+    {'low': inner, 'rest': inner}, labels, mask_compatible_extra_args=True
+  )
 
 
 def restart_low(
@@ -207,12 +209,16 @@ def rotate(
 
 
 def _is_moments(node: Any) -> bool:
-  return any(hasattr(node, field) for field in FIRST + SECOND)
+  return bool(_moment_fields(node))
+
+
+def _moment_fields(node: Any) -> list[str]:
+  return [f for f in FIRST + SECOND if f in getattr(node, '_fields', ())]
 
 
 def _rotate_node(node, step, treedef, turns):
   """Returns one NamedTuple of moments with its leaves turned."""
-  fields = [field for field in FIRST + SECOND if hasattr(node, field)]
+  fields = _moment_fields(node)
   flat = {f: treedef.flatten_up_to(getattr(node, f)) for f in fields}
   rates = {f: treedef.flatten_up_to(getattr(step, f)) for f in fields}
   count = getattr(node, 'count', None)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from galore_optax import moments as moments_lib
 from galore_optax import projection as projection_lib
@@ -37,7 +38,7 @@ class Options:
         f' projected side, got {self.rank!r}'
       )
     steps = self.gap.gap if isinstance(self.gap, Staggered) else self.gap
-    if not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
       raise ValueError(
         f'gap must be an integer >= 1, in optimizer steps, got {self.gap!r}'
       )
@@ -69,8 +70,9 @@ class Options:
         nothing at all is selected.
     """
     names, leaves = selection.paths(tree), jax.tree.leaves(tree)
+    selection.matched(list(self.axes or {}), tree, option='axes')
     candidates = [
-      self._candidate(name, leaf.shape)
+      self._candidate(name, leaf)
       for name, leaf in zip(names, leaves, strict=True)
     ]
     if self.targets is None:
@@ -86,7 +88,7 @@ class Options:
         names, leaves, candidates, chosen, strict=True
       ):
         if yes:
-          _check_fits(name, leaf.shape, c)
+          _check_fits(name, leaf, c)
     if names and not any(chosen) and not selection.is_part(tree):
       raise ValueError(self._nothing_selected(names, leaves))
     return [
@@ -101,11 +103,11 @@ class Options:
     patterns = [targets] if isinstance(targets, str) else list(targets or ())
     return selection.matched(patterns, tree)
 
-  def _candidate(self, path: str, shape: tuple[int, ...]) -> Projection | None:
-    """Returns how a leaf would be projected, None if it has no two axes."""
-    if len(shape) < 2:
+  def _candidate(self, path: str, x: Any) -> Projection | None:
+    """Returns how a leaf would be projected, None if it is no real matrix."""
+    if len(x.shape) < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
       return None
-    leaf = Projection(path, tuple(shape), self._axes(path, len(shape)), 1, ())
+    leaf = Projection(path, tuple(x.shape), self._axes(path, x.shape), 1, ())
     *_, i, o = leaf.matrix_shape
     sides = projection_lib.projected_sides(self.side, i, o)
     rank = self.rank
@@ -115,10 +117,18 @@ class Options:
       rank = min(max(1, round(rank * longest)), i, o)
     return dataclasses.replace(leaf, rank=rank, sides=sides)
 
-  def _axes(self, path: str, ndim: int):
-    for pattern, (i, o) in (self.axes or {}).items():
+  def _axes(self, path: str, shape: tuple[int, ...]):
+    ndim = len(shape)
+    for pattern, axes in (self.axes or {}).items():
       if re.fullmatch(pattern, path):
-        return _non_negative(i, ndim), _non_negative(o, ndim)
+        i, o = (_as_tuple(group) for group in axes)
+        used = {axis % ndim for axis in i + o if -ndim <= axis < ndim}
+        if len(used) < len(i + o):
+          raise ValueError(
+            f'axes must be distinct and in {-ndim}..{ndim - 1} for {path} of'
+            f' shape {tuple(shape)}, got {axes!r}'
+          )
+        return tuple(x % ndim for x in i), tuple(x % ndim for x in o)
     return (ndim - 2,), (ndim - 1,)
 
   def _fits_default(self, projection: Projection) -> bool:
@@ -154,22 +164,20 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}')
 
 
-def _check_fits(
-  path: str, shape: tuple[int, ...], projection: Projection | None
-) -> None:
+def _check_fits(path: str, x: Any, projection: Projection | None) -> None:
+  shape = tuple(x.shape)
   if projection is None:
     raise ValueError(
-      f'{path} of shape {tuple(shape)} is a target but no matrix: it needs'
-      ' two axes. Leave it out of targets'
+      f'{path} of shape {shape} and dtype {x.dtype} is a target but no matrix:'
+      ' it needs two axes of real numbers. Leave it out of targets'
     )
   largest = min(projection.matrix_shape[-2:])
   if projection.rank > largest:
     raise ValueError(
-      f'rank must be in 1..{largest} for {path} of shape {tuple(shape)},'
+      f'rank must be in 1..{largest} for {path} of shape {shape},'
       f' got {projection.rank}'
     )
 
 
-def _non_negative(axes, ndim: int) -> tuple[int, ...]:
-  axes = (axes,) if isinstance(axes, int) else tuple(axes)
-  return tuple(range(ndim)[axis] for axis in axes)
+def _as_tuple(axes) -> tuple[int, ...]:
+  return (axes,) if isinstance(axes, int) else tuple(axes)

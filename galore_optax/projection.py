@@ -195,10 +195,12 @@ def overlap(new: jax.Array, old: jax.Array) -> jax.Array:
 
 def _scatter(index_r: jax.Array, low_rn: jax.Array, m: int) -> jax.Array:
   """Returns zeros [..., m, n] with the rows of `low` at the indices."""
-  whole_mn = jnp.zeros((*low_rn.shape[:-2], m, low_rn.shape[-1]), low_rn.dtype)
-  return jnp.put_along_axis(
-    whole_mn, index_r[..., None], low_rn, axis=-2, inplace=False
+  *batch, r, n = low_rn.shape
+  one = lambda index_r, low_rn: (
+    jnp.zeros((m, n), low_rn.dtype).at[index_r].set(low_rn)
   )
+  whole = jax.vmap(one)(index_r.reshape(-1, r), low_rn.reshape(-1, r, n))
+  return whole.reshape(*batch, m, n)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:

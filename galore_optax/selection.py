@@ -13,8 +13,11 @@ Targets: TypeAlias = (
 )
 """Names weights: None (by shape), regexes, or a predicate `(path, leaf)`."""
 
+VECTOR = re.compile(r'\w*norm\w*|ln_\w*|scale|bias')
+"""Path components of vectors; with more axes, such a leaf is a stack."""
+
 NOT_A_MATRIX = re.compile(
-  r'embed\w*|lm_head|head|logits|wte|wpe|\w*norm\w*|ln_\w*|scale|bias'
+  r'embed\w*|lm_head|head|logits|wte|wpe|' + VECTOR.pattern
 )
 """Path components of leaves that `targets=None` never projects."""
 
@@ -72,12 +75,29 @@ def named_as_matrix(path: str) -> bool:
   return not any(NOT_A_MATRIX.fullmatch(part) for part in path.split('/'))
 
 
-def matched(patterns: Sequence[str], tree: PyTree) -> list[bool]:
+def own_axes(path: str, ndim: int) -> tuple[int, ...]:
+  """Returns the axes of one matrix, or vector, of a leaf; others are batch.
+
+  By its shape a stack of norm scales [L, d] is a matrix; its path says not.
+
+  >>> own_axes('blocks/mlp/up/kernel', 3), own_axes('embed/embedding', 2)
+  ((-2, -1), (-2, -1))
+  >>> own_axes('blocks/mlp_norm/scale', 2), own_axes('temperature', 0)
+  ((-1,), ())
+  """
+  is_vector = any(VECTOR.fullmatch(part) for part in path.split('/'))
+  return tuple(range(-min(1 if is_vector else 2, ndim), 0))
+
+
+def matched(
+  patterns: Sequence[str], tree: PyTree, *, option: str = 'targets'
+) -> list[bool]:
   """Returns which leaves of `tree` a regex matches in full.
 
   Args:
     patterns: regexes on paths.
     tree: parameters; only paths are read.
+    option: what an error calls the patterns.
 
   Raises:
     ValueError: a regex is malformed, or matches no path of a whole tree.
@@ -86,20 +106,22 @@ def matched(patterns: Sequence[str], tree: PyTree) -> list[bool]:
   [False, True]
   """
   names = paths(tree)
-  hits = [[_fullmatch(pattern, name) for name in names] for pattern in patterns]
-  unused = [p for p, row in zip(patterns, hits, strict=True) if not any(row)]
+  regexes = [_compiled(pattern, option) for pattern in patterns]
+  unused = [
+    regex.pattern for regex in regexes if not any(map(regex.fullmatch, names))
+  ]
   if unused and names and not is_part(tree):
     raise ValueError(
-      f'targets {unused} match no parameter; a regex must match a whole path.'
+      f'{option} {unused} match no parameter; a regex must match a whole path.'
       ' Paths: ' + ', '.join(names)
     )
-  return [any(column) for column in zip(*hits, strict=True)]
+  return [any(regex.fullmatch(name) for regex in regexes) for name in names]
 
 
-def _fullmatch(pattern: str, name: str) -> bool:
+def _compiled(pattern: str, option: str) -> re.Pattern[str]:
   try:
-    return re.fullmatch(pattern, name) is not None
+    return re.compile(pattern)
   except re.error as error:
     raise ValueError(
-      f'target {pattern!r} is no regular expression: {error}'
+      f'{option}: {pattern!r} is no regular expression: {error}'
     ) from error

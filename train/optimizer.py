@@ -8,6 +8,7 @@ import dataclasses
 from typing import Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import galore_optax
@@ -33,7 +34,7 @@ class AdamW:
     self, learning_rate: optax.Schedule
   ) -> optax.GradientTransformation:
     """Returns the transformation."""
-    return optax.adamw(learning_rate, **dataclasses.asdict(self))
+    return in_float32(optax.adamw(learning_rate, **dataclasses.asdict(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +198,29 @@ class OptaxGalore:
         lambda x: 'projected' if x.ndim == 2 else 'plain', params
       ),
     )
+
+
+def in_float32(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Runs tx on float32 copies, so that its moments are float32.
+
+  optax keeps them in the type of the parameters, and a second moment in
+  bfloat16 never decays: 0.999 of it rounds to itself.
+  """
+  cast = lambda tree: optax.tree.cast(tree, jnp.float32)
+
+  def update(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    wide, state = tx.update(cast(updates), state, cast(params))
+    return optax.tree.cast_like(wide, updates), state
+
+  return optax.GradientTransformation(
+    lambda params: tx.init(cast(params)), update
+  )
 
 
 Optimizer: TypeAlias = (

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 import galore_optax
+from train.optimizer import AdamW
 from train.step import PyTree
 
 
@@ -23,7 +24,9 @@ def memory_table(
     name: of the optimizer.
   """
   ours = galore_optax.describe(tx, params)
-  adamw = galore_optax.describe(optax.adamw(0.0), params)
+  adamw = galore_optax.describe(
+    AdamW().build(optax.constant_schedule(0.0)), params
+  )
   sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)]
   rows = [
     (row, np.array([size, row.basis_bytes, row.moment_bytes, plain.bytes]))

@@ -1,6 +1,5 @@
 """Layer-wise = whole tree, on the same gradients."""
 
-import functools
 
 import chex
 import jax
@@ -9,8 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax.clipping import clip_coefficient, clipped
-from galore_optax.layerwise import Weights, layerwise
+from galore_optax.layerwise import layerwise
 
 L, D, F, V = 5, 6, 11, 13
 

@@ -1,6 +1,7 @@
 """LLaMA against plain statements of what it must compute."""
 
 import dataclasses
+import functools
 import re
 
 import chex
@@ -9,17 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import cross_entropy
-from models.llama import Layers, LlamaConfig, llama
+from models.llama import Layers, LlamaConfig, RMSNorm, llama
 
 _SMALL = LlamaConfig(
   vocab_size=61,
   width=24,
   mlp_width=40,
   num_heads=4,
+  num_kv_heads=2,
   num_layers=3,
-  # Larger than the default, so that every part of the model matters.
-  init_std=0.2,
   loss_chunk=10,
 )
 # Sums of float32 in another order: a few times 2^-24 of the largest term.
@@ -29,20 +28,24 @@ _FLOAT32 = {'rtol': 2e-5, 'atol': 2e-6}
 def _model(**changes):
   """A model and random parameters, norm scales included."""
   model = Layers(dataclasses.replace(_SMALL, **changes))
-  params = jax.jit(model.init)(jax.random.key(1))
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
   rng = np.random.default_rng(2)
 
-  def scatter(path, leaf):
-    if path[-1].key != 'scale':
-      return leaf
-    return (leaf + 0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+  def draw(path, leaf):
+    mean = 1.0 if path[-1].key == 'scale' else 0.0
+    return jnp.asarray(rng.normal(mean, 0.2, leaf.shape), leaf.dtype)
 
-  return model, jax.tree_util.tree_map_with_path(scatter, params)
+  return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def _batch(lengths, *, num_rows=2, seed=3):
+@functools.cache
+def _jit(function):
+  return jax.jit(function)
+
+
+def _batch(lengths=(4, 7), *, num_rows=2):
   """Random tokens; each row packs documents of these lengths."""
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(3)
   shape = (num_rows, sum(lengths))
   segments = np.repeat(np.arange(len(lengths)), lengths)
   positions = np.concatenate([np.arange(length) for length in lengths])
@@ -55,6 +58,8 @@ def _batch(lengths, *, num_rows=2, seed=3):
   }
 
 
+# Compiling is what these tests spend their time on.
+@functools.cache
 def _value_and_grad(model):
   return jax.jit(jax.value_and_grad(model, has_aux=True))
 
@@ -84,9 +89,7 @@ def test_published_sizes_have_the_published_parameter_counts(
   assert round(count(kernels), 1) == linear_millions
 
 
-@pytest.mark.parametrize(
-  'size', ['9m', '20m', '35m', '40m', '71m', '100m', '250m', '3b']
-)
+@pytest.mark.parametrize('size', '9m 20m 35m 40m 71m 100m 250m 3b'.split())
 def test_other_sizes_are_consistent(size):
   assert llama(size, remat=True).remat
 
@@ -108,7 +111,8 @@ def test_bad_dimensions_are_named(make, message):
 
 @pytest.mark.parametrize('tied', [False, True])
 def test_parameters_are_a_plain_dict_of_stacks(tied):
-  model, params = _model(tied=tied, num_kv_heads=2, param_dtype='bfloat16')
+  model = Layers(dataclasses.replace(_SMALL, tied=tied, param_dtype='bfloat16'))
+  params = jax.eval_shape(model.init, jax.random.key(0))
   shapes = {
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -130,11 +134,14 @@ def test_parameters_are_a_plain_dict_of_stacks(tied):
   if not tied:
     expected['lm_head/kernel'] = (D, V)
   assert shapes == expected
-  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.bfloat16}
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
+    jnp.dtype('bfloat16')
+  }
 
 
 def test_initial_weights_are_normal_and_differ_between_layers():
-  params = Layers(llama('9m', num_layers=2)).init(jax.random.key(0))
+  model = Layers(llama('9m', num_layers=2))
+  params = jax.jit(model.init)(jax.random.key(0))
   kernel = params['blocks']['mlp']['up']['kernel']
   # 45,056 draws: the standard error of their deviation is 0.02 / 300.
   np.testing.assert_allclose(kernel.std(axis=(1, 2)), 0.02, rtol=0.02)
@@ -144,113 +151,65 @@ def test_initial_weights_are_normal_and_differ_between_layers():
 
 def test_a_logit_depends_on_no_later_token():
   model, params = _model()
-  batch = _batch([9], num_rows=1)
+  batch = _batch([11])
   x = model.embed(params, batch)
 
   def last_h(h_BTD, time):
-    y = {**x, 'h': h_BTD}
-    for index in range(3):
-      y = model.block(_layer(params, index), y)
+    body = lambda y, layer: (model.block(layer, y), None)
+    y = jax.lax.scan(body, {**x, 'h': h_BTD}, params['blocks'])[0]
     return jnp.sum(y['h'][:, time] ** 2)
 
-  for time in (0, 4, 8):
-    grad_TD = jax.grad(last_h)(x['h'], time)[0]
-    reach_T = jnp.max(jnp.abs(grad_TD), axis=-1)
-    np.testing.assert_array_equal(reach_T[time + 1 :], 0.0)
-    assert jnp.all(reach_T[: time + 1] > 0)
+  grad = jax.jit(jax.grad(last_h))
+  for time in (0, 4, 10):
+    reach_BT = jnp.max(jnp.abs(grad(x['h'], time)), axis=-1)
+    np.testing.assert_array_equal(reach_BT[:, time + 1 :], 0.0)
+    assert jnp.all(reach_BT[:, : time + 1] > 0)
 
 
 def test_documents_do_not_see_each_other():
-  model, params = _model(num_kv_heads=2)
-  batch = _batch([5, 8])
-  logits = jax.jit(model.logits)
+  model, params = _model()
+  batch = _batch()
+  logits = _jit(model.logits)
   before = logits(params, batch)
   other = {**batch, 'inputs': batch['inputs'].copy()}
-  other['inputs'][:, :5] = (other['inputs'][:, :5] + 7) % 61
+  other['inputs'][:, :4] = (other['inputs'][:, :4] + 7) % 61
   after = logits(params, other)
-  np.testing.assert_array_equal(before[:, 5:], after[:, 5:])
-  assert np.all(np.abs(before[:, :5] - after[:, :5]).max(axis=-1) > 1e-3)
+  np.testing.assert_array_equal(before[:, 4:], after[:, 4:])
+  assert np.all(np.abs(before[:, :4] - after[:, :4]).max(axis=-1) > 1e-3)
 
 
 def test_packed_documents_equal_the_documents_alone():
-  model, params = _model(num_kv_heads=2)
-  packed = _batch([5, 8])
-  logits = model.logits(params, packed)
-  for start, stop in ((0, 5), (5, 13)):
+  model, params = _model()
+  packed = _batch()
+  logits = _jit(model.logits)(params, packed)
+  for start, stop in ((0, 4), (4, 11)):
     alone = {name: array[:, start:stop] for name, array in packed.items()}
     alone['segments'] = np.zeros_like(alone['segments'])
-    expected = model.logits(params, alone)
+    expected = _jit(model.logits)(params, alone)
     np.testing.assert_allclose(logits[:, start:stop], expected, **_FLOAT32)
 
 
 def test_rotation_depends_on_distance_alone():
   model, params = _model()
-  batch = _batch([9])
+  batch = _batch()
   moved = {**batch, 'positions': batch['positions'] + 5}
   # Angles of the order of 14 lose 2^-24 of their size, and so does the rest.
   np.testing.assert_allclose(
-    model.logits(params, moved),
-    model.logits(params, batch),
+    _jit(model.logits)(params, moved),
+    _jit(model.logits)(params, batch),
     rtol=1e-4,
     atol=1e-4,
   )
   stretched = {**batch, 'positions': batch['positions'] * 2}
-  difference = model.logits(params, stretched) - model.logits(params, batch)
+  difference = _jit(model.logits)(params, stretched) - _jit(model.logits)(
+    params, batch
+  )
   assert jnp.max(jnp.abs(difference)) > 1e-2
-
-
-# A chunk of one step, some that divide 13 steps of 2 rows and some that do
-# not, fewer tokens than rows, more than there are.
-@pytest.mark.parametrize('chunk', [1, 2, 6, 8, 13, 26, 1000])
-def test_chunks_of_any_size_give_the_whole_loss(chunk):
-  rng = np.random.default_rng(4)
-  h_BTD = rng.standard_normal((2, 13, 8), dtype=np.float32)
-  kernel_DV = rng.standard_normal((8, 31), dtype=np.float32)
-  batch = _batch([13])
-  targets_BT = batch['targets'] % 31
-
-  def whole(h_BTD, kernel_DV):
-    log_p_BTV = jax.nn.log_softmax(h_BTD @ kernel_DV)
-    log_p_BT = jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)
-    return -jnp.sum(batch['weights'] * log_p_BT[..., 0])
-
-  def chunked(h_BTD, kernel_DV):
-    return cross_entropy.sum_in_chunks(
-      h_BTD, kernel_DV, targets_BT, batch['weights'], chunk=chunk
-    )
-
-  grad = lambda f: jax.jit(jax.value_and_grad(f, (0, 1)))(h_BTD, kernel_DV)
-  chex.assert_trees_all_close(grad(chunked), grad(whole), **_FLOAT32)
-
-
-def test_whole_logits_never_exist():
-  V, T = 32_000, 1_024
-  config = dataclasses.replace(_SMALL, vocab_size=V, loss_chunk=128)
-
-  def temp_bytes(config):
-    model = Layers(config)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    batch = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct((2, T), x.dtype), _batch([1])
-    )
-    x = jax.eval_shape(model.embed, params, batch)
-
-    def loss(params, h, batch):
-      return model.loss(params, {**x, 'h': h}, batch)[0]
-
-    step = jax.jit(jax.grad(loss, (0, 1)))
-    compiled = step.lower(params, x['h'], batch).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-  logits = 2 * T * V * 4
-  assert temp_bytes(config) < logits / 4
-  # The measure itself: one chunk of everything does hold them.
-  assert temp_bytes(dataclasses.replace(config, loss_chunk=2 * T)) >= logits
 
 
 def test_loss_is_the_weighted_mean_over_all_positions():
   model, params = _model()
-  batch = _batch([4, 7])
+  batch = _batch()
   loss, aux = model(params, batch)
   log_p_BTV = np.asarray(jax.nn.log_softmax(model.logits(params, batch)))
   nll_BT = -np.take_along_axis(log_p_BTV, batch['targets'][..., None], -1)
@@ -262,12 +221,18 @@ def test_loss_is_the_weighted_mean_over_all_positions():
 
 def test_microbatches_average_to_the_batch():
   model, params = _model()
-  batch = _batch([9], num_rows=4)
+  batch = _batch(num_rows=4)
   batch['weights'] /= batch['weights'].mean()
-  value_and_grad = _value_and_grad(model)
-  whole = value_and_grad(params, batch)
+  x = model.embed(params, batch)
+  rest = {name: params[name] for name in ('norm', 'lm_head')}
+  value_and_grad = _jit(jax.value_and_grad(model.loss, has_aux=True))
+  whole = value_and_grad(rest, {'h': x['h']}, batch)
   halves = [
-    value_and_grad(params, {name: x[rows] for name, x in batch.items()})
+    value_and_grad(
+      rest,
+      {'h': x['h'][rows]},
+      {name: array[rows] for name, array in batch.items()},
+    )
     for rows in (slice(0, 2), slice(2, 4))
   ]
   mean = jax.tree.map(lambda *parts: sum(parts) / 2, *halves)
@@ -275,10 +240,9 @@ def test_microbatches_average_to_the_batch():
   chex.assert_trees_all_close(mean[1], whole[1], **_FLOAT32)
 
 
-@pytest.mark.parametrize('tied', [False, True])
-def test_three_functions_compose_to_the_model(tied):
-  model, params = _model(tied=tied, num_kv_heads=2)
-  batch = _batch([4, 7])
+def test_three_functions_compose_to_the_model():
+  model, params = _model()
+  batch = _batch()
 
   def composed(params, batch):
     body = lambda x, layer: (model.block(layer, x), None)
@@ -294,22 +258,21 @@ def test_three_functions_compose_to_the_model(tied):
 
 def test_scan_equals_a_loop_over_blocks_forward_and_backward():
   model, params = _model()
-  batch = _batch([4, 7])
+  batch = _batch()
   x = model.embed(params, batch)
-  inputs = []
+  block = lambda layer, h: model.block(layer, {**x, 'h': h})['h']
+  backward = jax.jit(lambda layer, h, dh: jax.vjp(block, layer, h)[1](dh))
+  inputs = [x['h']]
   for index in range(3):
-    inputs.append(x)
-    x = model.block(_layer(params, index), x)
-  loss_of = lambda h: model.loss(params, {**x, 'h': h}, batch)[0]
-  loss, dh = jax.value_and_grad(loss_of)(x['h'])
+    inputs.append(
+      _jit(model.block)(_layer(params, index), x | {'h': inputs[-1]})['h']
+    )
+  score = jax.value_and_grad(lambda h: model.loss(params, {'h': h}, batch)[0])
+  loss, dh = jax.jit(score)(inputs.pop())
 
   layers = []
   for index in reversed(range(3)):
-    rerun = lambda layer, h, x=inputs[index]: model.block(layer, {**x, 'h': h})[
-      'h'
-    ]
-    _, pull = jax.vjp(rerun, _layer(params, index), inputs[index]['h'])
-    dlayer, dh = pull(dh)
+    dlayer, dh = backward(_layer(params, index), inputs[index], dh)
     layers.insert(0, dlayer)
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
@@ -323,10 +286,9 @@ def test_recomputation_changes_memory_and_no_number():
   results, temps = [], []
   for remat in (False, True):
     model, params = _model(remat=remat)
-    step = _value_and_grad(model)
+    step = _value_and_grad(model).lower(params, batch).compile()
     results.append(step(params, batch))
-    compiled = step.lower(params, batch).compile()
-    temps.append(compiled.memory_analysis().temp_size_in_bytes)
+    temps.append(step.memory_analysis().temp_size_in_bytes)
   chex.assert_trees_all_close(*results, **_FLOAT32)
   assert temps[1] < 0.8 * temps[0]
 
@@ -335,7 +297,7 @@ def test_tied_head_is_the_transposed_embedding():
   tied, params = _model(tied=True)
   untied, _ = _model()
   split = {**params, 'lm_head': {'kernel': params['embed']['embedding'].T}}
-  batch = _batch([9])
+  batch = _batch()
   (loss, _), grads = _value_and_grad(tied)(params, batch)
   (expected, _), parts = _value_and_grad(untied)(split, batch)
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -349,36 +311,62 @@ def test_tied_head_is_the_transposed_embedding():
 @pytest.mark.parametrize('num_kv_heads', [1, 2])
 def test_grouped_heads_equal_repeated_heads(num_kv_heads):
   grouped, params = _model(num_kv_heads=num_kv_heads)
-  full, _ = _model()
+  full, _ = _model(num_kv_heads=4)
   attention = dict(params['blocks']['attention'])
   for name in 'kv':
     kernel = attention[name]['kernel'].reshape(3, 24, num_kv_heads, 6)
     repeated = jnp.repeat(kernel, 4 // num_kv_heads, axis=2)
     attention[name] = {'kernel': repeated.reshape(3, 24, 24)}
   repeated = {**params, 'blocks': {**params['blocks'], 'attention': attention}}
-  batch = _batch([9])
+  batch = _batch()
   np.testing.assert_allclose(
-    grouped.logits(params, batch), full.logits(repeated, batch), **_FLOAT32
+    _jit(grouped.logits)(params, batch),
+    _jit(full.logits)(repeated, batch),
+    **_FLOAT32,
   )
 
 
-@pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
-def test_bfloat16_is_finite_and_close(param_dtype):
+def test_bfloat16_is_finite_and_close():
   exact, params = _model()
-  rough, _ = _model(dtype='bfloat16', param_dtype=param_dtype)
-  batch = _batch([9])
-  cast = jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
+  rough, _ = _model(dtype='bfloat16', param_dtype='bfloat16')
+  batch = _batch()
+  cast = jax.tree.map(lambda leaf: leaf.astype('bfloat16'), params)
   (loss, _), grads = _value_and_grad(rough)(cast, batch)
   (expected, _), exact_grads = _value_and_grad(exact)(params, batch)
-  assert rough.logits(cast, batch).dtype == jnp.float32
-  chex.assert_trees_all_equal_dtypes(grads, cast)
-  # bfloat16 rounds by up to 2^-9; three layers of matmuls add a few of those.
+  # About fifty roundings of at most 2^-9 each lie between a weight, the loss
+  # and the weight's gradient.
   np.testing.assert_allclose(loss, expected, rtol=1e-2)
   for grad, exact_grad in zip(
     jax.tree.leaves(grads), jax.tree.leaves(exact_grads), strict=True
   ):
     error = jnp.linalg.norm(grad.astype(jnp.float32) - exact_grad)
-    assert error < 0.05 * jnp.linalg.norm(exact_grad)
+    assert error < 0.1 * jnp.linalg.norm(exact_grad)
+
+
+def test_norm_rounds_once():
+  norm = RMSNorm(_SMALL)
+  rng = np.random.default_rng(5)
+  h_BTD = jnp.asarray(rng.normal(size=(2, 5, 24)), jnp.bfloat16)
+  variables = {'params': {'scale': rng.normal(size=24).astype(np.float32)}}
+  exact = norm.apply(variables, h_BTD.astype(jnp.float32))
+  np.testing.assert_array_equal(
+    norm.apply(variables, h_BTD), exact.astype(jnp.bfloat16)
+  )
+
+
+@pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
+def test_each_number_has_its_type(param_dtype):
+  model, params = _model(dtype='bfloat16', param_dtype=param_dtype)
+  batch = _batch()
+  x = jax.eval_shape(model.embed, params, batch)
+  assert x['h'].dtype == jnp.bfloat16
+  layer = jax.eval_shape(lambda params: _layer(params, 0), params)
+  assert jax.eval_shape(model.block, layer, x)['h'].dtype == jnp.bfloat16
+  assert jax.eval_shape(model.logits, params, batch).dtype == jnp.float32
+  step = _value_and_grad(model)
+  (loss, _), grads = jax.eval_shape(step, params, batch)
+  assert loss.dtype == jnp.float32
+  chex.assert_trees_all_equal_dtypes(grads, params)
 
 
 def test_repeated_tokens_sum_their_gradient_in_float32():

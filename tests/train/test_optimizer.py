@@ -59,3 +59,15 @@ def test_galore_takes_every_option(options):
   # Adam's two moments of the stack alone are 1848; projected with its basis,
   # the stack takes 3 * 3 * (14 + 2 * 22) = 522 or 3 * 3 * (22 + 2 * 14) = 450.
   assert 0 not in sizes and sum(sizes) < 1848
+
+
+def test_adamw_keeps_float32_moments_for_bfloat16_weights():
+  tx = AdamW().build(lambda count: 0.1)
+  params = optax.tree.cast(tree(0), jnp.bfloat16)
+  shapes = jax.eval_shape(tx.init, params)
+  for name in ('mu', 'nu'):
+    moments = optax.tree.get(shapes, name)
+    assert {x.dtype for x in jax.tree.leaves(moments)} == {jnp.dtype('f4')}
+  change, state = tx.update(params, tx.init(params), params)
+  chex.assert_trees_all_equal_dtypes(change, params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))

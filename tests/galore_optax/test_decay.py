@@ -1,0 +1,225 @@
+"""Weight decay through a black box: exact, or an error at init."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax import decay, galore
+
+LR = 0.1
+
+
+def normal(shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
+
+
+def model(dtype=jnp.float32):
+  return {
+    'up': {'kernel': normal((11, 17)).astype(dtype)},
+    'down': {'kernel': normal((17, 11), 1).astype(dtype)},
+    'stack': normal((2, 9, 13), 2).astype(dtype),
+    'norm': normal((13,), 3).astype(dtype),
+  }
+
+
+def warmup(count):
+  return LR * jnp.minimum(count / 4, 1)
+
+
+def mask_tree(params):
+  mask = jax.tree.map(lambda _: True, params)
+  mask['down']['kernel'] = mask['norm'] = False
+  return mask
+
+
+def ones_of(params):
+  return jax.tree.map(jnp.ones_like, params)
+
+
+def updates_of(tx, params, steps, gradients):
+  """Returns updates of each step at fixed params, and params afterwards."""
+  step = jax.jit(lambda g, state, params: tx.update(g, state, params))
+  state, trail = tx.init(params), []
+  for i in range(steps):
+    g = jax.tree.map(lambda x: x * (1 + i), gradients)  # noqa: B023
+    updates, state = step(g, state, params)
+    params = optax.apply_updates(params, updates)
+    trail.append((updates, params))
+  return trail
+
+
+@pytest.mark.parametrize(
+  'make_mask', [None, mask_tree, 'callable'], ids=['all', 'tree', 'callable']
+)
+def test_decay_alone_is_the_whole_trajectory_of_optax(make_mask):
+  # With zero gradients an update is decay and nothing else: for projected
+  # leaves too it must be optax's own, whatever the scale.
+  params = model()
+  mask = mask_tree if make_mask == 'callable' else make_mask
+  mask = mask(params) if mask is mask_tree and make_mask is mask_tree else mask
+  inner = optax.adamw(warmup, weight_decay=0.3, mask=mask)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  ours = updates_of(galore(inner, rank=4, gap=2, scale=9.0), params, 7, zeros)
+  want = updates_of(inner, params, 7, zeros)
+  for (u, w), (u_want, w_want) in zip(ours, want, strict=True):
+    # One float32 rounding: factor * w here, lr * (decay * w) in optax.
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-6),
+      (u, w),
+      (u_want, w_want),
+    )
+  first, last = ours[0][0], ours[-1][0]
+  assert not np.any(jax.tree.leaves(first)[0])  # The warm-up starts at zero.
+  assert np.any(last['up']['kernel'])
+  assert np.any(last['down']['kernel']) == (make_mask is None)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_a_whole_trajectory_with_decay_follows_float64(dtype):
+  """A NumPy oracle: w' = w - lr(t) (scale P u + decay w), masks included."""
+  params = {k: v for k, v in model(dtype).items() if k in ('up', 'down')}
+  mask = {'up': {'kernel': True}, 'down': {'kernel': False}}
+  inner = optax.adamw(warmup, weight_decay=0.3, mask=mask)
+  tx = galore(inner, rank=4, gap=3, scale=0.25)
+  step = jax.jit(tx.update)
+  state, seen = tx.init(params), params
+  want = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  moments = {k: [0.0, 0.0] for k in params}
+  for t in range(7):
+    gradients = {
+      k: {'kernel': normal(v['kernel'].shape, 50 + t).astype(dtype)}
+      for k, v in params.items()
+    }
+    updates, state = step(gradients, state, seen)
+    for name in params:
+      g = np.asarray(gradients[name]['kernel'], np.float64)
+      p = np.asarray(state.basis[name]['kernel'], np.float64)
+      low = p @ g if name == 'up' else g @ p.T
+      mu, nu = moments[name]
+      moments[name] = mu, nu = 0.9 * mu + 0.1 * low, 0.999 * nu + 1e-3 * low**2
+      u = mu / (1 - 0.9 ** (t + 1))
+      u = u / (np.sqrt(nu / (1 - 0.999 ** (t + 1))) + 1e-8)
+      u = p.T @ u if name == 'up' else u @ p
+      w = want[name]['kernel']
+      lr = LR * min(t / 4, 1)
+      u = -lr * (0.25 * u + 0.3 * mask[name]['kernel'] * w)
+      got = np.asarray(updates[name]['kernel'], np.float64)
+      # bfloat16 has 8 bits; float32 loses 2e-5 in 1 - 0.999^t and more in
+      # entries that cancel, measured against the largest.
+      atol = (2e-5 if dtype == jnp.float32 else 2**-8) * np.abs(u).max()
+      np.testing.assert_allclose(got, u, rtol=0, atol=atol)
+      assert updates[name]['kernel'].dtype == dtype
+    seen = optax.apply_updates(seen, updates)
+    # The oracle goes on from the same weights: it proves each step's decay.
+    want = jax.tree.map(lambda x: np.asarray(x, np.float64), seen)
+
+
+def test_decay_is_not_scaled():
+  params, zeros = model(), jax.tree.map(jnp.zeros_like, model())
+  run = lambda scale: updates_of(
+    galore(optax.adamw(LR, weight_decay=0.5), rank=3, scale=scale),
+    params, 1, zeros,
+  )[0][0]  # fmt: skip
+  one, other = run(1.0), run(0.01)
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  np.testing.assert_allclose(
+    one['up']['kernel'], -0.05 * params['up']['kernel'], rtol=1e-6
+  )
+
+
+def test_an_inner_that_reads_no_params_needs_none():
+  params = model()
+  tx = galore(optax.adam(LR), rank=3)
+  state = tx.init(params)
+  step = jax.jit(tx.update)
+  without, _ = step(ones_of(params), state)
+  with_params, _ = step(ones_of(params), state, params)
+  jax.tree.map(np.testing.assert_array_equal, without, with_params)
+
+
+def test_an_inner_that_reads_params_says_so():
+  params = model()
+  tx = galore(optax.adamw(LR, weight_decay=0.1), rank=3)
+  with pytest.raises(ValueError, match='params'):
+    tx.update(ones_of(params), tx.init(params))
+
+
+WARMUP = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 10, 100)
+COUPLED = {
+  'lamb': optax.lamb(LR),
+  'lamb, lr 0 at 0': optax.lamb(warmup),
+  'lamb, lr 0 at 0 and 100': optax.lamb(WARMUP),
+  'lars': optax.lars(LR),
+  'adafactor with parameter scale': optax.adafactor(LR),
+  'adaptive clipping': optax.chain(
+    optax.adaptive_grad_clip(0.01), optax.sgd(LR)
+  ),
+  'decay that enters momentum': optax.chain(
+    optax.add_decayed_weights(0.1), optax.sgd(LR, momentum=0.9)
+  ),
+  'L2 before Adam': optax.chain(optax.add_decayed_weights(0.1), optax.adam(LR)),
+  'novograd with decay': optax.novograd(LR, weight_decay=0.1),
+  'prodigy': optax.contrib.prodigy(),
+  'schedule_free inside': optax.contrib.schedule_free(optax.sgd(LR), LR),
+}
+
+
+@pytest.mark.parametrize('name', COUPLED)
+def test_other_uses_of_params_raise_at_init(name):
+  tx, params = galore(COUPLED[name], rank=3), {'w': jnp.ones((7, 9))}
+  with pytest.raises(ValueError, match='more than decoupled weight decay'):
+    tx.init(params)
+
+
+@pytest.mark.parametrize('transform', [jax.jit, jax.eval_shape])
+def test_they_raise_under_tracing_too(transform):
+  tx, params = (
+    galore(COUPLED['lamb, lr 0 at 0'], rank=3),
+    {'w': jnp.ones((7, 9))},
+  )
+  init = (
+    jax.jit(tx.init)
+    if transform is jax.jit
+    else functools.partial(jax.eval_shape, tx.init)
+  )
+  with pytest.raises(ValueError, match='more than decoupled weight decay'):
+    init(params)
+
+
+def test_an_unprojected_leaf_may_have_any_inner():
+  # LAMB reads the params of all leaves, but here only a bias goes through it.
+  inner = optax.partition(
+    {'w': optax.adamw(LR), 'b': optax.lamb(LR)}, {'w': 'w', 'bias': 'b'}
+  )
+  params = {'w': jnp.ones((7, 9)), 'bias': jnp.arange(1.0, 10.0)}
+  tx = galore(inner, rank=3)
+  updates, _ = tx.update(ones_of(params), tx.init(params), params)
+  alone = optax.lamb(LR)
+  want, _ = alone.update(jnp.ones(9), alone.init(jnp.ones(9)), params['bias'])
+  np.testing.assert_allclose(updates['bias'], want, rtol=1e-6)
+
+
+def test_a_traced_learning_rate_is_no_obstacle():
+  params = {'w': normal((7, 9))}
+
+  def first_update(lr):
+    tx = galore(optax.adamw(lr, weight_decay=0.1), rank=3)
+    return tx.update(params, tx.init(params), params)[0]['w']
+
+  rates = jnp.array([0.1, 0.2])
+  got = jax.vmap(first_update)(rates)
+  np.testing.assert_allclose(got[1], 2 * got[0], rtol=1e-5)
+
+
+def test_the_factor_follows_counters_and_hyperparameters():
+  params = {'w': jnp.zeros((3, 5)), 'b': jnp.zeros(4)}
+  inner = optax.inject_hyperparams(optax.adamw)(0.5, weight_decay=0.25)
+  inner = optax.with_extra_args_support(inner)
+  state = inner.init(params)
+  state.hyperparams['learning_rate'] = jnp.float32(2.0)
+  factors = decay.decay_factors(inner, state, params, {})
+  assert {k: float(x) for k, x in factors.items()} == {'b': -0.5, 'w': -0.5}

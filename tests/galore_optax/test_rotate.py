@@ -1,0 +1,104 @@
+"""Moments carried across a refresh."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax import Staggered, Svd, galore
+
+
+@dataclasses.dataclass(frozen=True)
+class Gauge:
+  """The span of the singular vectors, in a random orthogonal gauge."""
+
+  def __call__(self, g_mn, basis_rm, key):
+    basis_rm = Svd()(g_mn, basis_rm, key)
+    r = basis_rm.shape[0]
+    q_rr, _ = jnp.linalg.qr(jax.random.normal(key, (r, r)))
+    return q_rr @ basis_rm
+
+
+def _normal(*shape, seed=0):
+  return jnp.asarray(
+    np.random.default_rng(seed).normal(size=shape), jnp.float32
+  )
+
+
+PARAMS = {'q': _normal(3, 11, 17), 't': _normal(19, 13), 'b': _normal(5)}
+GRADS = [
+  {
+    k: _normal(*p.shape, seed=10 * t + i)
+    for i, (k, p) in enumerate(PARAMS.items())
+  }
+  for t in range(8)
+]
+
+
+def _run(inner, grads=GRADS, **options):
+  tx = galore(inner, rank=4, **options)
+  state, step, out = tx.init(PARAMS), jax.jit(tx.update), []
+  for g in grads:
+    updates, state = step(g, state, PARAMS)
+    out.append(updates)
+  return out, state
+
+
+@pytest.mark.parametrize('side', ['std', 'full'])
+@pytest.mark.parametrize('gap', [3, Staggered(3)], ids=['all', 'turns'])
+def test_momentum_does_not_depend_on_the_gauge(side, gap):
+  inner = optax.sgd(0.1, momentum=0.9)
+  run = lambda **options: _run(inner, gap=gap, side=side, **options)[0]
+  rotated = run(moments='rotate')
+  chex.assert_trees_all_close(
+    run(moments='rotate', subspace=Gauge()), rotated, atol=2e-6
+  )
+  kept = run(moments='keep', subspace=Gauge())
+  assert not np.allclose(kept[-1]['q'], rotated[-1]['q'], atol=1e-2)
+
+
+def test_the_second_moment_follows_its_variance():
+  """The rule of LDAdam, written out in float64."""
+  b1, b2, gap = 0.9, 0.99, 3
+  inner = optax.scale_by_adam(b1, b2)
+  _, before = _run(inner, GRADS[:gap], gap=gap, moments='rotate')
+  _, after = _run(inner, GRADS[: gap + 1], gap=gap, moments='rotate')
+  c = np.float64(after.basis['t']) @ np.float64(before.basis['t']).T
+  m, v = (np.float64(x['t']).T for x in (before.inner.mu, before.inner.nu))
+  w1, w2 = 1 - b1**gap, 1 - b2**gap
+  v = w2 * abs(c**2 @ (v / w2 - (m / w1) ** 2) + (c @ m / w1) ** 2)
+  low = np.float64(after.basis['t']) @ np.float64(GRADS[gap]['t']).T
+  expected_m = b1 * (c @ m) + (1 - b1) * low
+  expected_v = b2 * v + (1 - b2) * low**2
+  # Float32 sums of eight terms.
+  np.testing.assert_allclose(after.inner.mu['t'].T, expected_m, atol=1e-6)
+  np.testing.assert_allclose(after.inner.nu['t'].T, expected_v, atol=1e-6)
+
+
+def test_nothing_moves_when_the_basis_stays():
+  # The same gradient: the same basis, and C is the identity.
+  inner = optax.adam(0.1)
+  grads = GRADS[:1] * 5
+  for moments in ('keep', 'rotate'):
+    updates, _ = _run(inner, grads, gap=2, moments=moments)
+    expected, _ = _run(inner, grads, gap=100)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_schedules_inside_the_inner_go_on():
+  schedule = optax.linear_schedule(0.1, 0.0, 100)
+  adam = optax.inject_hyperparams(optax.adam)(schedule)
+  _, state = _run(adam, gap=3, moments='rotate')
+  assert int(state.inner.count) == len(GRADS)
+
+
+@pytest.mark.parametrize(
+  'inner', [optax.amsgrad(0.1), optax.adagrad(0.1)], ids=['amsgrad', 'adagrad']
+)
+def test_unknown_moments_raise(inner):
+  with pytest.raises(ValueError, match='knows the moments mu, trace and nu'):
+    galore(inner, rank=4, moments='rotate').init(PARAMS)

@@ -1,0 +1,200 @@
+"""Which leaves are projected, and errors with value, rule and remedy."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from galore_optax import Elsewhere, galore
+
+W = jnp.zeros((9, 13))
+
+
+def projected(params, **options):
+  """Returns the paths that have a basis."""
+  tx = galore(optax.sgd(0.1), **{'rank': 4, **options})
+  state = jax.eval_shape(tx.init, params)
+  leaves = jax.tree_util.tree_leaves_with_path(state.basis)
+  return {
+    jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in leaves
+  }
+
+
+def test_the_default_takes_matrices_larger_than_the_rank_on_both_axes():
+  params = {
+    'wide': jnp.zeros((5, 100)),
+    'tall': jnp.zeros((100, 5)),
+    'stack': jnp.zeros((2, 3, 5, 6)),
+    'as small as the rank': jnp.zeros((4, 100)),
+    'small stack': jnp.zeros((100, 5, 4)),
+    'vector': jnp.zeros(100),
+    'scalar': jnp.zeros(()),
+  }
+  assert projected(params) == {'wide', 'tall', 'stack'}
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['embed', 'embedding', 'embed_tokens', 'lm_head', 'head', 'logits', 'wte']
+  + ['wpe', 'norm', 'attention_norm', 'norm_1', 'layernorm', 'ln_f', 'scale']
+  + ['bias'],
+)
+def test_the_default_leaves_out(name):
+  params = {'up': W, 'a': {name: {'kernel': W}, 'b': [W, {name: W}]}}
+  assert projected(params) == {'up', 'a/b/0'}
+
+
+@pytest.mark.parametrize(
+  'name', ['heads', 'upscale', 'biased', 'headroom', 'wtes', 'my_embed']
+)
+def test_the_default_matches_whole_components(name):
+  assert projected({name: W}) == {name}
+
+
+MODEL = {
+  'blocks': {'q': {'kernel': W, 'bias': W[0]}, 'up': {'kernel': W}},
+  'embed': W,
+}
+
+
+@pytest.mark.parametrize(
+  'targets, expected',
+  [
+    (['blocks/q/kernel'], {'blocks/q/kernel'}),
+    ('blocks/q/kernel', {'blocks/q/kernel'}),
+    ([r'.*/kernel', 'embed'], {'blocks/q/kernel', 'blocks/up/kernel', 'embed'}),
+    (lambda path, leaf: 'up' in path and leaf.ndim == 2, {'blocks/up/kernel'}),
+    (('embed',), {'embed'}),
+  ],
+)
+def test_targets_by_name(targets, expected):
+  assert projected(MODEL, targets=targets) == expected
+
+
+def test_a_named_target_may_have_the_rank_as_its_side():
+  assert projected({'norm': jnp.zeros((4, 9))}, targets='norm') == {'norm'}
+
+
+def failure(params=MODEL, **options):
+  with pytest.raises(ValueError) as caught:
+    galore(optax.sgd(0.1), **{'rank': 4, **options}).init(params)
+  return str(caught.value)
+
+
+def test_a_regex_that_matches_nothing_lists_the_paths():
+  message = failure(targets=['.*/kernel', 'blocks/q', 'kernel'])
+  assert "['blocks/q', 'kernel']" in message
+  assert 'whole path' in message
+  assert 'blocks/q/kernel' in message and 'embed' in message
+
+
+def test_a_malformed_regex_is_named():
+  assert "'(oops'" in failure(targets='(oops')
+
+
+def test_a_target_that_the_rank_does_not_fit_says_the_range():
+  assert 'rank must be in 1..9 for embed of shape (9, 13), got 10' in failure(
+    targets='embed', rank=10
+  )
+
+
+def test_a_vector_is_no_target():
+  message = failure(targets='blocks/q/bias')
+  assert 'blocks/q/bias of shape (13,)' in message
+  assert 'no matrix' in message and 'Leave it out' in message
+
+
+def test_rank_512_on_a_model_of_width_512_raises():
+  params = {'q': jax.ShapeDtypeStruct((2, 512, 512), jnp.float32)}
+  message = failure(params, rank=512)
+  assert 'rank 512 projects no parameter' in message
+  assert 'Lower rank or name targets' in message
+  assert 'q (2, 512, 512)' in message
+
+
+@pytest.mark.parametrize('targets', [[], lambda path, leaf: False])
+def test_targets_that_select_nothing_raise(targets):
+  assert 'select no parameter' in failure(targets=targets)
+
+
+@pytest.mark.parametrize(
+  'option, value, rule',
+  [
+    ('rank', 0, 'an integer >= 1 or a float in (0, 1]'),
+    ('rank', -1, 'an integer >= 1'),
+    ('rank', 1.5, 'a float in (0, 1]'),
+    ('rank', 0.0, 'a float in (0, 1]'),
+    ('rank', float('nan'), 'a float in (0, 1]'),
+    ('rank', True, 'an integer >= 1'),
+    ('rank', '8', 'an integer >= 1'),
+    ('gap', 0, 'an integer >= 1, in optimizer steps'),
+    ('gap', -200, 'an integer >= 1'),
+    ('gap', 1.5, 'an integer >= 1'),
+    ('gap', True, 'an integer >= 1'),
+    ('side', 'up', 'std, reverse_std, left, right, full'),
+    ('subspace', 'magic', 'svd, gram'),
+    ('moments', 'drop', 'keep, reset'),
+  ],
+)
+def test_options_out_of_range_raise_at_once(option, value, rule):
+  with pytest.raises(ValueError) as caught:
+    galore(**{option: value})
+  message = str(caught.value)
+  assert message.startswith(f'{option} must be')
+  assert rule in message and repr(value) in message
+
+
+def test_the_update_raises_as_init_does():
+  # A state made for one tree, gradients of another.
+  tx = galore(optax.sgd(0.1), rank=4)
+  with pytest.raises(ValueError, match='projects no parameter'):
+    tx.update({'b': jnp.zeros(3)}, tx.init({'b': W}))
+
+
+class TestElsewhere:
+  """A part of the model: strict checks would be wrong there."""
+
+  def test_a_regex_may_name_the_other_part(self):
+    part = {'blocks': {'q': W}, 'embed': Elsewhere()}
+    assert projected(part, targets=['blocks/q', 'embed']) == {'blocks/q'}
+    other = {'blocks': Elsewhere(), 'embed': W}
+    assert projected(other, targets=['blocks/q']) == set()
+
+  def test_nothing_may_be_selected(self):
+    assert projected({'blocks': Elsewhere(), 'norm': W[0]}) == set()
+    assert projected({'blocks': Elsewhere(), 'embed': Elsewhere()}) == set()
+
+  def test_a_rank_that_does_not_fit_still_raises(self):
+    part = {'blocks': {'q': W}, 'embed': Elsewhere()}
+    with pytest.raises(ValueError, match='rank must be in'):
+      galore(optax.sgd(0.1), rank=40, targets='blocks/q').init(part)
+
+  def test_it_is_a_node_without_leaves(self):
+    assert jax.tree.leaves(Elsewhere()) == []
+    one, two = (jax.tree.structure({'a': Elsewhere(), 'b': 1}) for _ in '12')
+    assert one == two
+
+
+@pytest.mark.parametrize(
+  'axes, rule',
+  [
+    ({'.*/kernal': (0, 1)}, 'match no parameter'),
+    ({'(': (0, 1)}, 'no regular expression'),
+    ({'embed': (0, 2)}, 'axes must be distinct and in -2..1 for embed'),
+    ({'embed': (0, 0)}, 'axes must be distinct and in -2..1 for embed'),
+    ({'embed': (0, (1, -1))}, 'axes must be distinct and in -2..1 for embed'),
+  ],
+)
+def test_axes_that_name_no_matrix_raise(axes, rule):
+  assert rule in failure(axes=axes, targets='embed')
+
+
+def test_axes_may_name_a_part_that_is_elsewhere():
+  part = {'blocks': {'q': W}, 'embed': Elsewhere()}
+  assert projected(part, axes={'embed': (0, 1)}) == {'blocks/q'}
+
+
+def test_complex_and_integer_leaves_are_left_out():
+  params = {'c': W.astype(jnp.complex64), 'i': W.astype(jnp.int32), 'w': W}
+  assert projected(params) == {'w'}
+  assert 'complex64' in failure(params, targets='c')

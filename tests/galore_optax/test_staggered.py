@@ -1,0 +1,83 @@
+"""Matrices that take turns to refresh."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax import Staggered, galore
+
+SHAPES = {'down': (4, 11, 7), 'q': (4, 7, 7), 'up': (4, 7, 11), 'w': (9, 8)}
+
+
+def _grads(t):
+  rng = np.random.default_rng(t)
+  return {
+    k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in SHAPES.items()
+  }
+
+
+def _changes(gap, steps):
+  """Returns [steps, units]: which matrices found a new basis."""
+  tx = galore(optax.sgd(1.0), rank=2, gap=gap)
+  state, step, rows = tx.init(_grads(0)), jax.jit(tx.update), []
+  for t in range(steps):
+    old = state.basis
+    _, state = step(_grads(t), state)
+    rows.append(
+      np.concatenate(
+        [
+          np.atleast_1d(np.any(np.asarray(o != n), axis=(-2, -1)))
+          for o, n in zip(
+            jax.tree.leaves(old), jax.tree.leaves(state.basis), strict=True
+          )
+        ]
+      )
+    )
+  return np.stack(rows)
+
+
+def test_all_at_step_0_then_each_every_gap():
+  gap = 40
+  changes = _changes(Staggered(gap), 2 * gap + 1)
+  assert changes[0].all()
+  later = changes[1:]
+  # Thirteen matrices in forty steps: the golden section keeps them apart.
+  assert later.sum(axis=1).max() == 1
+  for unit in later.T:
+    (turns,) = np.nonzero(unit)
+    assert len(turns) == 2 and turns[1] - turns[0] == gap
+
+
+def test_an_integer_gap_finds_all_at_once():
+  changes = _changes(3, 7)
+  chex.assert_trees_all_equal(changes.all(axis=1), np.arange(7) % 3 == 0)
+  chex.assert_trees_all_equal(changes.any(axis=1), np.arange(7) % 3 == 0)
+
+
+def test_one_layer_at_a_time_is_the_stack():
+  """What a layer-wise step sees, told the layer's index, takes its turns."""
+  tx = galore(optax.adam(0.1), rank=2, gap=Staggered(5), subspace='random')
+  whole = {k: SHAPES[k] for k in ('down', 'q', 'up')}
+  pick = lambda t: {k: _grads(t)[k] for k in whole}
+  state, step = tx.init(pick(0)), jax.jit(tx.update)
+  layers = [
+    tx.init(jax.tree.map(lambda x, i=i: x[i], pick(0))) for i in range(4)
+  ]
+  one = jax.jit(lambda g, s, i: tx.update(g, s, layer=i))
+  for t in range(7):
+    updates, state = step(pick(t), state)
+    for i in range(4):
+      g = jax.tree.map(lambda x, i=i: x[i], pick(t))
+      u, layers[i] = one(g, layers[i], i)
+      # A product of a stack and of a matrix may sum in another order.
+      chex.assert_trees_all_close(
+        u, jax.tree.map(lambda x, i=i: x[i], updates), atol=1e-6
+      )
+
+
+def test_a_shared_counter_cannot_restart_in_turns():
+  with pytest.raises(ValueError, match='take turns'):
+    galore(optax.adam(0.1), gap=Staggered(5), moments='reset')

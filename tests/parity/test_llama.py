@@ -1,0 +1,138 @@
+"""LLaMA against transformers' LlamaForCausalLM with the same weights."""
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+
+from models import huggingface  # noqa: E402
+from models.llama import Layers, LlamaConfig  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+_CASES = pytest.mark.parametrize(
+  ('num_kv_heads', 'tied'), [(6, False), (2, False), (1, True), (6, True)]
+)
+
+
+def _config(num_kv_heads, tied):
+  return LlamaConfig(
+    vocab_size=101,
+    width=48,
+    mlp_width=88,
+    num_heads=6,
+    num_kv_heads=num_kv_heads,
+    num_layers=3,
+    rope_theta=500.0,
+    norm_eps=1e-5,
+    tied=tied,
+    loss_chunk=16,
+  )
+
+
+def _reference(config):
+  """transformers' model, its weights large enough to matter."""
+  torch.manual_seed(0)
+  model = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      vocab_size=config.vocab_size,
+      hidden_size=config.width,
+      intermediate_size=config.mlp_width,
+      num_attention_heads=config.num_heads,
+      num_key_value_heads=config.num_kv_heads,
+      num_hidden_layers=config.num_layers,
+      rms_norm_eps=config.norm_eps,
+      rope_parameters={
+        'rope_type': 'default',
+        'rope_theta': config.rope_theta,
+      },
+      tie_word_embeddings=config.tied,
+      initializer_range=0.2,
+      max_position_embeddings=64,
+      attn_implementation='eager',
+      dtype='float32',
+    )
+  )
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      if 'norm' in name:
+        parameter.add_(0.3 * torch.randn_like(parameter))
+  return model.eval()
+
+
+def _tensors(named):
+  return {name: x.detach().numpy().copy() for name, x in named}
+
+
+def _batch(config):
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(config.vocab_size, size=(3, 18), dtype=np.int32)
+  shape = (3, 17)
+  return {
+    'inputs': tokens[:, :-1],
+    'targets': tokens[:, 1:],
+    'weights': np.ones(shape, np.float32),
+    'positions': np.tile(np.arange(17, dtype=np.int32), (3, 1)),
+    'segments': np.zeros(shape, np.int32),
+  }
+
+
+def _assert_close(actual, expected):
+  # Float32 sums in another order; 5e-6 of the largest entry was seen.
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * scale)
+
+
+@_CASES
+def test_logits_and_gradients_equal(num_kv_heads, tied):
+  config = _config(num_kv_heads, tied)
+  reference = _reference(config)
+  params = huggingface.llama_params(
+    _tensors(reference.state_dict().items()), config
+  )
+  model, batch = Layers(config), _batch(config)
+
+  inputs = torch.from_numpy(batch['inputs']).long()
+  targets = torch.from_numpy(batch['targets']).long()
+  logits = reference(inputs).logits
+  loss = torch.nn.functional.cross_entropy(
+    logits.reshape(-1, config.vocab_size), targets.reshape(-1)
+  )
+  loss.backward()
+  gradients = {
+    name: parameter.grad.numpy()
+    for name, parameter in reference.named_parameters()
+  }
+
+  _assert_close(model.logits(params, batch), logits.detach().numpy())
+  step = jax.jit(jax.value_and_grad(model, has_aux=True))
+  (our_loss, _), our_gradients = step(params, batch)
+  np.testing.assert_allclose(our_loss, loss.item(), rtol=1e-5)
+  ours = huggingface.llama_tensors(our_gradients)
+  assert sorted(ours) == sorted(gradients)
+  for name, gradient in gradients.items():
+    _assert_close(ours[name], gradient)
+
+
+@_CASES
+def test_weights_round_trip_exactly(num_kv_heads, tied, tmp_path):
+  config = _config(num_kv_heads, tied)
+  reference = _reference(config)
+  reference.save_pretrained(tmp_path)
+  tensors = huggingface.read_safetensors(tmp_path)
+  params = huggingface.llama_params(tensors, config)
+  back = huggingface.llama_tensors(params)
+  assert sorted(back) == sorted(tensors)
+  for name in tensors:
+    np.testing.assert_array_equal(back[name], tensors[name])
+
+  for parameter in reference.parameters():
+    parameter.data.zero_()
+  file = tmp_path / 'model.safetensors'
+  file.unlink()
+  huggingface.write_safetensors(file, back)
+  again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+  for name, tensor in _tensors(again.named_parameters()).items():
+    np.testing.assert_array_equal(tensor, tensors[name])
