@@ -294,11 +294,10 @@ class Layerwise:
     # Behind a condition that is always true, which the compiler cannot know:
     # it would make the zeros that the gradient of a lookup starts from before
     # the loop, and hold them through it.
-    zeros = jax.tree.map(jnp.zeros_like, {name: rest[name] for name in embed})
     embed = lax.cond(
       squares != -1,
       lambda: self._embed_gradient(tree, batch, dx, rest, embed),
-      lambda: zeros,
+      lambda: {name: jnp.zeros_like(rest[name]) for name in embed},
     )
     for name, grad in embed.items():
       if name in head:
