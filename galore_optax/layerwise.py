@@ -194,9 +194,7 @@ class Layerwise:
       return self.weights.read(parts.at(name, entry[0], layer))
 
     def visit(entry, name, grad, layer):
-      if factor is not None:
-        grad = clipping.times(grad, factor)
-      update = functools.partial(self._update, tree, key, name)
+      update = functools.partial(self._update, tree, key, factor, name)
       if name in self.slices:
         return _update_in_slices(update, entry, grad, self.slices[name])
       new = update(parts.at(name, entry, layer), grad, layer)
@@ -388,9 +386,11 @@ class Layerwise:
       carry = visit_i(carry, i, grad)
     return dx, *carry[:2]
 
-  def _update(self, tree, key, name, entry, grad, layer):
-    """Returns one weight and its state, updated."""
+  def _update(self, tree, key, factor, name, entry, grad, layer):
+    """Returns one weight, layer or slice and its state, updated."""
     stored, inner = entry
+    if factor is not None:
+      grad = clipping.times(grad, factor)
     updates, inner = self.tx.update(
       tree.alone(name, grad),
       inner,

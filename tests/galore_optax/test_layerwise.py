@@ -14,7 +14,7 @@ from galore_optax.layerwise import layerwise
 from galore_optax.quantization import quantize_state
 from galore_optax.weights import is_stored, quantized
 
-L, D, F, V = 5, 6, 11, 13
+L, D, F, V = 3, 6, 11, 13
 
 
 class Residual:
@@ -119,16 +119,15 @@ def test_grad_norm_is_that_of_the_whole_gradient():
   assert state.norm == metrics['grad_norm']
 
 
-def galore_rule(**options):
-  # SGD under GaLore: linear, so that rounding does not grow as in Adam, where
-  # an entry that is nearly zero may change sign.
+def galore_rule():
+  # Momentum is linear: rounding does not grow as in Adam, where an entry that
+  # is nearly zero may change sign.
   return galore_optax.galore(
-    optax.trace(0.9),
+    optax.sgd(0.1, momentum=0.9),
     rank=3,
     gap=2,
-    scale=-0.1,
+    scale=1.0,
     targets=['blocks/.*'],
-    **options,
   )
 
 
@@ -187,14 +186,12 @@ def test_a_clipped_rule_is_clipped_by_the_whole_norm():
 
 def test_microbatches_are_one_large_batch_over_three_refreshes():
   model, tx = Residual(), galore_rule()
-  one = run(layerwise(model, tx), steps=6)
   three = run(layerwise(model, tx, microbatches=3), steps=6, examples=12)
   whole = run(layerwise(model, tx), steps=6, examples=12)
   # Sums over examples in another order, through three decompositions.
-  chex.assert_trees_all_close(three[0], whole[0], rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(three[2]['loss'], whole[2]['loss'], rtol=1e-5)
-  np.testing.assert_allclose(three[2]['nll'], whole[2]['nll'] / 3, rtol=1e-5)
-  assert not np.allclose(one[0]['blocks']['w'], whole[0]['blocks']['w'])
+  chex.assert_trees_all_close(three[0], whole[0], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(three[2]['loss'], whole[2]['loss'], rtol=1e-6)
+  np.testing.assert_allclose(three[2]['nll'], whole[2]['nll'], rtol=1e-6)
 
 
 def test_slices_change_nothing_but_the_scratch():
