@@ -170,20 +170,23 @@ def as_basis(kept: Any) -> Basis:
 
 
 def remade(finder: subspace.Subspace, leaf: Units, count: jax.Array) -> Basis:
-  """Returns a basis that is not stored, made from its seed."""
+  """Returns a basis that is not stored, made from seed and time."""
   projection = leaf.projection
+  r, batch = projection.rank, projection.matrix_shape[:-2]
   bases = []
   for number, side in enumerate(projection.sides):
     m = projection.matrix_shape[side]
-    # Such a finder looks at shapes alone.
-    g_mn = jnp.zeros((m, 1))
-    none_rm = jnp.zeros((projection.rank, m))
-    rows_krm = _each(
-      lambda key, g_mn=g_mn, none_rm=none_rm: finder(g_mn, none_rm, key),
-      leaf.keys_k(count, number),
-    )
-    batch = projection.matrix_shape[:-2]
-    bases.append(rows_krm.reshape(*batch, *rows_krm.shape[1:]))
+
+    def one(matrix, m=m):
+      key, turn = matrix
+      if isinstance(finder, subspace.Turns):
+        return finder.at(turn, r, m)
+      # Such a finder looks at shapes alone.
+      return finder(jnp.zeros((m, 1)), jnp.zeros((r, m)), key)
+
+    turns_k = leaf.refresh_index_k(count)
+    basis_k = _each(one, (leaf.keys_k(count, number), turns_k))
+    bases.append(basis_k.reshape(*batch, *basis_k.shape[1:]))
   return tuple(bases)
 
 

@@ -40,7 +40,12 @@ def save(
   batches: grain.DatasetIterator,
   config: Config,
 ) -> None:
-  """Saves everything that a run needs to go on."""
+  """Saves everything that a run needs to go on.
+
+  Raises:
+    OSError: it could not be written; the checkpoints before it are intact.
+  """
+  step = int(state.step)
   items = ocp.args.Composite(
     params=ocp.args.StandardSave(state.params),
     optimizer=ocp.args.StandardSave(
@@ -49,7 +54,14 @@ def save(
     data=grain.checkpoint.CheckpointSave(batches),
     config=ocp.args.JsonSave(to_json(config)),
   )
-  manager.save(int(state.step), args=items)
+  try:
+    manager.save(step, args=items)
+  except (OSError, ValueError) as error:
+    # A full disk is a ValueError where an array did not fit.
+    raise OSError(
+      f'cannot save step {step}: {error}. The checkpoints before it are '
+      'intact: make room, and go on with --resume'
+    ) from error
 
 
 def restore(

@@ -128,7 +128,9 @@ def progress(
     console=console,
     speed_estimate_period=120,
   ) as display:
-    task = display.add_task('train', total=steps, completed=start, text='')
+    task = display.add_task(
+      'train', total=steps, completed=start, text='compiling the step'
+    )
 
     def show(step: int, values: dict[str, float]) -> None:
       text = f'loss {values["loss"]:.3f}  lr {values["learning_rate"]:.2e}'

@@ -6,6 +6,7 @@ import signal
 import chex
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from models.llama import Layers
@@ -145,22 +146,29 @@ def test_a_loss_that_is_not_a_number_ends_the_run(
   assert int(saved(run)[0].step) == 5
 
 
-def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch, capsys):
-  config = write_config(tmp_path)
+@pytest.mark.parametrize('error', [OSError, ValueError])
+def test_a_save_that_fails_leaves_the_one_before(
+  finished, tmp_path, monkeypatch, capsys, error
+):
+  config, whole = finished
   run = Run(tmp_path / 'run')
-  real = checkpoint.to_json
-  calls = []
+  args = [config, '--run', str(run.directory)]
+  write = ocp.CheckpointManager.save
 
-  def full(config):
-    calls.append(config)
-    if len(calls) > 1:
-      raise OSError(28, 'No space left on device')
-    return real(config)
+  def full(manager, step, **kwargs):
+    if step == 8:
+      (manager.directory / '8.orbax-checkpoint-tmp').mkdir()
+      raise error('No space left on device')
+    write(manager, step, **kwargs)
 
-  monkeypatch.setattr(checkpoint, 'to_json', full)
-  assert pretrain.main([config, '--run', str(run.directory)]) == 1
-  assert 'No space left' in capsys.readouterr().err
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.CheckpointManager, 'save', full)
+    assert pretrain.main(args) == 1
+  err = capsys.readouterr().err
+  assert 'cannot save step 8: No space left on device' in err
   assert int(saved(run)[0].step) == 5
+  assert pretrain.main([*args, '--resume']) == 0
+  chex.assert_trees_all_equal(saved(run)[0], saved(whole)[0])
 
 
 def test_evaluate_prints_what_the_run_printed(finished, capsys):
