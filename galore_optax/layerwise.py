@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_optax import clipping, parts, stacks
+from galore_optax import clipping, gradients, parts, stacks
 from galore_optax.pullback import pull_back
 from galore_optax.weights import ARRAYS, Weights
 
@@ -270,7 +270,9 @@ class Layerwise:
     rest = {
       n: read(entries[n], n, 0) for n in tree.names if not parts.in_stack(n)
     }
-    loss, sums, head, embed, dx = self._loss_gradient(tree, batch, x, rest)
+    loss, sums, head, embed, dx = gradients.loss_gradient(
+      self.model, tree, batch, x, rest
+    )
     for name in [n for n in head if n not in embed]:
       squares = visit_rest(squares, name, head.pop(name))
 
@@ -294,7 +296,9 @@ class Layerwise:
     # the loop, and hold them through it.
     embed = lax.cond(
       squares != -1,
-      lambda: self._embed_gradient(tree, batch, dx, rest, embed),
+      lambda: gradients.embed_gradient(
+        self.model, tree, batch, dx, rest, embed
+      ),
       lambda: {name: jnp.zeros_like(rest[name]) for name in embed},
     )
     for name, grad in embed.items():
@@ -302,47 +306,6 @@ class Layerwise:
         grad += head[name]
       squares = visit_rest(squares, name, grad)
     return entries, {'loss': loss, 'grad_norm': jnp.sqrt(squares), **sums}
-
-  def _loss_gradient(self, tree, batch, x, rest):
-    """Returns loss, sums, gradients of what it reads, of the others, of x."""
-    first = jax.tree.map(lambda a: a[0], (batch, x))
-    embed = lambda rest: self.model.embed(tree.build(rest), first[0])
-    loss = lambda rest: self.model.loss(tree.build(rest), first[1], first[0])
-    by_loss = _read_by(loss, rest)
-    by_embed = [
-      n for n in rest if n not in by_loss or n in _read_by(embed, rest)
-    ]
-
-    def part(part):
-      part, x = part
-
-      def loss(head, moving):
-        params = tree.build({**rest, **head})
-        value, sums = self.model.loss(params, stacks.join(moving, x), part)
-        return value / self.microbatches, sums
-
-      head = {name: rest[name] for name in by_loss}
-      grad = jax.value_and_grad(loss, (0, 1), has_aux=True)
-      (value, sums), (head, dx) = grad(head, stacks.moving(x))
-      return (value, sums, head), dx
-
-    (value, sums, head), dx = self._sum(part, (batch, x))
-    return value, sums, head, by_embed, dx
-
-  def _embed_gradient(self, tree, batch, dx, rest, names):
-    """Returns the gradients of the named weights through the embedding."""
-
-    def part(part):
-      part, dx = part
-
-      def embed(read):
-        params = tree.build({**rest, **read})
-        return stacks.moving(self.model.embed(params, part))
-
-      _, vjp = jax.vjp(embed, {name: rest[name] for name in names})
-      return vjp(dx)[0], ()
-
-    return self._sum(part, (batch, dx))[0]
 
   def _layer(self, tree, names, x, dx, carry, read, visit):
     """Returns the cotangents below one layer, its entries, the squares."""
@@ -381,7 +344,7 @@ class Layerwise:
       f = lambda weights, moving: block(weights, moving, x)
       return jax.vjp(f, weights, stacks.moving(x))[1](dx)
 
-    grads, dx = self._sum(part, (x, dx))
+    grads, dx = gradients.sum_over(part, (x, dx))
     for i, grad in enumerate(grads):
       carry = visit_i(carry, i, grad)
     return dx, *carry[:2]
@@ -404,22 +367,6 @@ class Layerwise:
   def _read(self, weights):
     return {name: self.weights.read(w) for name, w in weights.items()}
 
-  def _sum(self, f, parts):
-    """Sums f's first result over microbatches, stacks the second."""
-    if self.microbatches == 1:
-      total, stacked = f(stacks.take(parts, 0))
-      return total, jax.tree.map(lambda a: a[None], stacked)
-    total, _ = jax.eval_shape(f, stacks.take(parts, 0))
-
-    def body(acc, part):
-      one, stacked = f(part)
-      return jax.tree.map(lambda a, b: a + b.astype(a.dtype), acc, one), stacked
-
-    full = lambda a: jnp.promote_types(a.dtype, jnp.float32)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, full(a)), total)
-    acc, stacked = lax.scan(body, zeros, parts)
-    return jax.tree.map(lambda a, b: a.astype(b.dtype), acc, total), stacked
-
 
 def _update_in_slices(update, entry, grad, num):
   """Returns (stored, inner state) of a weight, updated slice by slice."""
@@ -433,15 +380,3 @@ def _update_in_slices(update, entry, grad, num):
   entry = (stacks.sliced(stored, num), inner)
   new, inner = lax.fori_loop(0, num, body, entry)
   return stacks.unflat(new, stored), inner
-
-
-def _read_by(
-  f: Callable[[PyTree], PyTree], weights: dict[str, Any]
-) -> list[str]:
-  """Returns the weights that `f` reads."""
-  jaxpr = jax.make_jaxpr(f)(weights).jaxpr
-  used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars}
-  used |= {id(v) for v in jaxpr.outvars}
-  names = sorted(weights)
-  pairs = zip(names, jaxpr.invars, strict=True)
-  return [name for name, v in pairs if id(v) in used]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax import selection
-from galore_optax.galore import GaloreState
+from galore_optax.transform import GaloreState
 
 PyTree = Any
 

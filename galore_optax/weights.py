@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax.blockwise import Quantized, dequantize, quantize_linear
-from galore_optax.galore import GaloreState
 from galore_optax.rounding import apply_updates_stochastic
+from galore_optax.transform import GaloreState
 
 PyTree = Any
 Stored = Any
