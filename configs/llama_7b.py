@@ -2,7 +2,9 @@
 
 Source: Zhao et al., GaLore, 2024: rank 1024, gap 500, scale 0.25, learning
 rate 0.005, batch 512, 256 tokens, 150,000 steps, bfloat16. Here the weights'
-sums are rounded stochastically, and clipping is by the exact global norm.
+sums are rounded stochastically, bases are stored in blocks of 8 bits (about as
+exact as the reference's bfloat16), and clipping is by the global norm of the
+step before.
 
 Command: python -m train.pretrain configs/llama_7b.py
 (c4/en prepared by TFDS; --corpus.data-dir says where)
@@ -20,7 +22,7 @@ from train.update import Layerwise
 config = Config(
   model=llama('7b', dtype='bfloat16', param_dtype='bfloat16', remat=True),
   corpus=Tfds('c4/en'),
-  optimizer=Galore8bit(rank=1024, gap=500),
+  optimizer=Galore8bit(rank=1024, gap=500, basis_bits=8),
   update=Layerwise(clip='previous', slices=32, weights='rounded'),
   steps=150_000,
   learning_rate=0.005,

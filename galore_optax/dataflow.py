@@ -6,6 +6,7 @@ by leaf, or on a few rows of a leaf: the very operations of the function, in
 another order.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -251,5 +252,14 @@ def _evaluate(eqn: JaxprEqn, inputs: list[Any]) -> list[Any]:
   """Applies one equation through a program that holds nothing else."""
   pairs = zip(eqn.invars, inputs, strict=True)
   variables = {v: x for v, x in pairs if not isinstance(v, Literal)}
-  jaxpr = Jaxpr((), [*variables], eqn.outvars, [eqn], eqn.effects)
+  jaxpr = Jaxpr(
+    (), [*variables], eqn.outvars, [eqn], eqn.effects, _unnamed()
+  )
   return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*variables.values())
+
+
+@functools.cache
+def _unnamed() -> Any:
+  """Returns the debug information of a program without names."""
+  info = jax.make_jaxpr(lambda: 0)().jaxpr.debug_info
+  return info.with_unknown_names()
