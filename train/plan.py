@@ -182,7 +182,10 @@ def compile_for(
   config: Config, step: Any, state: PyTree, gpu: Gpu, devices: int
 ) -> device.Compiled:
   """Compiles a step for cards that are not there."""
-  mesh = device.topology_mesh(gpu, devices=devices)
+  try:
+    mesh = device.topology_mesh(gpu, devices=devices)
+  except RuntimeError as error:
+    raise ImportError(f'{error}; --estimate needs none') from error
   return device.compile_step(
     step,
     jax.tree.map(lambda x: placed(x, mesh), state),
