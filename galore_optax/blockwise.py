@@ -86,9 +86,14 @@ def _merge(blocks: jax.Array, num_columns: int) -> jax.Array:
   return x if x.shape[-1] == num_columns else x[..., :num_columns]
 
 
-def _poison(scale: jax.Array) -> jax.Array:
-  """NaN for a block with an entry that is not finite."""
-  return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
+def _max(blocks: jax.Array) -> jax.Array:
+  """The largest entry of a block; NaN if one is not finite.
+
+  NaN is replaced first: on the CPU XLA's own maximum of a long enough array
+  passes over it (seen with jaxlib 0.10.2).
+  """
+  largest = jnp.max(jnp.where(jnp.isfinite(blocks), blocks, jnp.inf), axis=-1)
+  return jnp.where(jnp.isfinite(largest), largest, jnp.nan)
 
 
 def _divide(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -143,7 +148,7 @@ def quantize(
 def quantize_rows(rows: jax.Array, *, code: Code, block_size: int) -> Quantized:
   """As `quantize`, with blocks along the last axis whatever its size."""
   blocks = _split(rows.astype(jnp.float32), block_size)
-  absmax = _poison(jnp.max(jnp.abs(blocks), axis=-1))
+  absmax = _max(jnp.abs(blocks))
   codes = dynamic.encode(_divide(blocks, absmax[..., None]), code)
   codes = _merge(codes, rows.shape[-1])
   return Quantized(codes, absmax, None, code, block_size, rows.shape[-1])
@@ -275,12 +280,11 @@ def quantize_linear(
   num_levels = _num_levels(bits, symmetric)
   if symmetric:
     offset, low = None, 0.0
-    scale = jnp.max(jnp.abs(blocks), axis=-1) / (num_levels // 2)
+    scale = _max(jnp.abs(blocks)) / (num_levels // 2)
   else:
     offset = jnp.min(blocks, axis=-1)
     low = offset[..., None]
-    scale = (jnp.max(blocks, axis=-1) - offset) / num_levels
-  scale = _poison(scale)
+    scale = (_max(blocks) - offset) / num_levels
   steps = _divide(blocks - low, scale[..., None])
   if key is None:
     steps = jnp.round(steps)

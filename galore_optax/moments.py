@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_optax.blockwise import Quantized, dequantize, quantize
+
 MOMENTS = ('keep', 'reset', 'rotate')
 """The short names that `galore(moments=...)` takes."""
 
@@ -218,6 +220,17 @@ def _is_moments(node: Any) -> bool:
   return bool(_moment_fields(node))
 
 
+def _read(moment: Any) -> jax.Array:
+  return dequantize(moment) if isinstance(moment, Quantized) else moment
+
+
+def _stored(new: jax.Array, old: Any) -> Any:
+  """Returns `new`, in 8 bits if `old` is."""
+  if not isinstance(old, Quantized):
+    return new
+  return quantize(new, code=old.code, block_size=old.block_size)
+
+
 def _moment_fields(node: Any) -> list[str]:
   return [f for f in FIRST + SECOND if f in getattr(node, '_fields', ())]
 
@@ -232,7 +245,7 @@ def _rotate_node(node, step, treedef, turns):
     if turn is None:
       continue
     first = next((f for f in FIRST if f in fields), None)
-    m = flat[first][i] if first else None
+    m = _read(flat[first][i]) if first else None
     if 'nu' in fields:
       # Bias corrections; without a count the inner makes none.
       w1, w2 = (
@@ -241,10 +254,11 @@ def _rotate_node(node, step, treedef, turns):
       )
       mean = 0.0 if m is None else m / w1
       turned_mean = 0.0 if m is None else turn(m, 1) / w1
-      spread = turn(flat['nu'][i] / w2 - mean**2, 2)
-      flat['nu'][i] = w2 * jnp.abs(spread + turned_mean**2)
+      spread = turn(_read(flat['nu'][i]) / w2 - mean**2, 2)
+      nu = w2 * jnp.abs(spread + turned_mean**2)
+      flat['nu'][i] = _stored(nu, flat['nu'][i])
     if first:
-      flat[first][i] = turn(m, 1)
+      flat[first][i] = _stored(turn(m, 1), flat[first][i])
   return node._replace(**{f: treedef.unflatten(flat[f]) for f in fields})
 
 

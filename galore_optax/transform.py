@@ -254,22 +254,19 @@ def _refreshed(inner, options, leaves, updates, state, extra_args):
   projections = [leaf and leaf.projection for leaf in leaves]
   old = _bases(options, leaves, treedef, state.basis, state.count - 1)
   if refresh.is_stored(options.finder):
+    kept = treedef.flatten_up_to(state.basis)
     pairs = [
-      ((), 0)
+      (basis, 0)
       if leaf is None
       else refresh.refresh(options.finder, leaf, g, basis, state.count)
-      for leaf, g, basis in zip(leaves, grads, old, strict=True)
+      for leaf, g, basis in zip(leaves, grads, kept, strict=True)
     ]
-    new = [basis for basis, _ in pairs]
-    kept = jnp.array([count for _, count in pairs], jnp.int32)
+    skips = jnp.array([count for _, count in pairs], jnp.int32)
     state = state._replace(
-      basis=treedef.unflatten(
-        [refresh.as_kept(b) if b else optax.MaskedNode() for b in new]
-      ),
-      skipped=state.skipped + jnp.sum(kept, dtype=jnp.int32),
+      basis=treedef.unflatten([basis for basis, _ in pairs]),
+      skipped=state.skipped + jnp.sum(skips, dtype=jnp.int32),
     )
-  else:
-    new = _bases(options, leaves, treedef, state.basis, state.count)
+  new = _bases(options, leaves, treedef, state.basis, state.count)
   if options.moments == 'keep':
     return state
   views = [_view(p, g) for p, g in zip(projections, grads, strict=True)]

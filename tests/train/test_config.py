@@ -38,9 +38,9 @@ def test_differences_name_fields_and_both_values():
     'steps': (100, 50),
     'optimizer.rank': (0.5, 2),
   }
-  assert differences(CONFIG, dataclasses.replace(CONFIG, optimizer=AdamW()))[
-    'optimizer'
-  ] == ('Galore', 'AdamW')
+  found = differences(CONFIG, dataclasses.replace(CONFIG, optimizer=AdamW()))
+  assert found['optimizer'] == ('Galore', 'AdamW')
+  assert found['optimizer.rank'] == (0.5, 'absent')
 
 
 def test_schedule_rises_from_zero_and_falls_to_a_tenth():
