@@ -203,7 +203,7 @@ class Layerwise:
     entries = {name: (w, state.inner[name]) for name, w in weights.items()}
     entries, metrics = backward(x, entries, read, visit)
     state = LayerwiseState(
-      count=optax.safe_increment(state.count),
+      count=jnp.asarray(optax.safe_increment(state.count)),
       norm=metrics['grad_norm'],
       inner={name: inner for name, (_, inner) in entries.items()},
     )

@@ -143,7 +143,7 @@ def scale_by_grouped_rms(
     updates: optax.Updates, state: Any, params: optax.Params | None = None
   ) -> tuple[optax.Updates, FactoredState]:
     del params
-    count = optax.safe_increment(state.count)
+    count = jnp.asarray(optax.safe_increment(state.count))
     decay = 1 - count.astype(jnp.float32) ** -decay_rate
     leaves, treedef = jax.tree.flatten(updates)
     results = [
@@ -185,7 +185,7 @@ def scale_by_weight_rms(
 
     return jax.tree.map(scale, updates, params), state
 
-  return optax.GradientTransformation(lambda _: optax.EmptyState(), update_fn)
+  return optax.GradientTransformation(optax.init_empty_state, update_fn)
 
 
 def _grouped(g, row, column, decay, eps, clip_threshold):

@@ -4,7 +4,7 @@ A stored weight is an array or a `Quantized`; the model computes with arrays.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,9 @@ ROUNDED = Weights(
 """bfloat16 weights whose sums are rounded stochastically."""
 
 
-def quantized(*, bits: int = 8, group: int = 256, dtype: Any) -> Weights:
+def quantized(
+  *, bits: Literal[4, 8] = 8, group: int = 256, dtype: Any
+) -> Weights:
   """Weights in blocks of integers, sums rounded stochastically.
 
   Weights of fewer than two axes beyond a stack's (norms, biases) stay arrays.
@@ -84,7 +86,7 @@ def quantized(*, bits: int = 8, group: int = 256, dtype: Any) -> Weights:
 
 
 def quantize_bases(
-  tx: optax.GradientTransformation, *, bits: int = 4, group: int = 256
+  tx: optax.GradientTransformation, *, bits: Literal[4, 8] = 4, group: int = 256
 ) -> optax.GradientTransformationExtraArgs:
   """Stores the bases of every `galore` in a transformation in few bits.
 

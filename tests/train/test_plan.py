@@ -84,7 +84,8 @@ def test_compiled_bytes_add_up(config, capsys):
 def test_table(config, capsys):
   assert plan.main([config, '--estimate']) == 0
   out = capsys.readouterr().out
-  assert 'embeddings and head' in out and 'RTX 4090' in out
+  # A narrow terminal folds the title.
+  assert 'embeddings and head' in out and '4090' in out
 
 
 @pytest.mark.parametrize(
