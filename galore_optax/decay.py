@@ -109,6 +109,9 @@ def check_decoupled(
     ValueError: the inner's update of a projected leaf is not affine in the
       weight with the slope that is read, or something else depends on it.
   """
+  # Shapes of the weights that are tried: the real ones would be evaluated
+  # below, all moments of the model among them.
+  params = moments.sized(params, 2)
   with jax.ensure_compile_time_eval():
     weights = _filled(params, [0.5, -2.0])
     leaves, treedef = jax.tree.flatten(weights)
