@@ -17,11 +17,11 @@ config = Config(
   corpus=Chitchat(),
   # Gram finds the subspace of the SVD in a fraction of its time.
   optimizer=Galore(rank=64, gap=50, subspace='gram'),
-  steps=200,
+  steps=300,
   learning_rate=0.01,
-  batch_size=16,
+  batch_size=8,
   sequence_length=128,
   eval_every=50,
   eval_batches=16,
-  save_every=100,
+  save_every=150,
 )

@@ -17,7 +17,10 @@ from galore_optax.adafactor import (
 from galore_optax.adam import scale_by_galore_adam as scale_by_galore_adam
 from galore_optax.galore import chain as chain
 from galore_optax.galore import galore as galore
+from galore_optax.layerwise import layerwise as layerwise
 from galore_optax.lazy import Lazy as Lazy
+from galore_optax.lomo import adalomo as adalomo
+from galore_optax.lomo import lomo as lomo
 from galore_optax.presets import apollo as apollo
 from galore_optax.presets import apollo_mini as apollo_mini
 from galore_optax.presets import badam as badam

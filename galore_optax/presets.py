@@ -6,6 +6,8 @@ import optax
 
 from galore_optax import adafactor, adam, decay, split, step_size
 from galore_optax.galore import galore
+from galore_optax.lomo import adalomo as adalomo
+from galore_optax.lomo import lomo as lomo
 from galore_optax.quantization import quantize_state
 from galore_optax.scaled import apollo as apollo
 from galore_optax.scaled import apollo_mini as apollo_mini
