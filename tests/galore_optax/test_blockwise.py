@@ -213,5 +213,6 @@ def test_rounds_without_temporaries_of_the_size_of_a_table():
   compiled = blockwise.quantize_rows.lower(
     x, code='signed', block_size=256
   ).compile()
-  # 4 MiB is one float32 copy; [n, 256] comparisons would be 1 GiB.
-  assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+  # 4 MiB is one float32 copy, which the CPU's maximum reads; [n, 256]
+  # comparisons would be 1 GiB.
+  assert compiled.memory_analysis().temp_size_in_bytes <= 2**22
