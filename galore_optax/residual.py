@@ -63,6 +63,8 @@ class Sgd:
 
   scale: float = 1.0
   """Multiplies the learning rate."""
+  follow: bool = True
+  """Whether the inner has a learning rate; if not, it follows the stage."""
 
   def init(self, projection: Projection) -> Any:
     """Returns no state."""
@@ -74,7 +76,8 @@ class Sgd:
   ) -> tuple[jax.Array, Any]:
     """Returns the scaled rest."""
     rest_io = outside(projection, split)
-    return self.scale * split.response * rest_io, state
+    rate = split.response if self.follow else 1.0
+    return self.scale * rate * rest_io, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Sign:
 
   scale: float = 1.0
   """Multiplies the learning rate."""
+  follow: bool = True
+  """Whether the inner has a learning rate; if not, it follows the stage."""
 
   def init(self, projection: Projection) -> Any:
     """Returns no state."""
@@ -98,7 +103,8 @@ class Sign:
   ) -> tuple[jax.Array, Any]:
     """Returns the scaled sign of the rest."""
     rest_io = jnp.sign(outside(projection, split))
-    return self.scale * split.response * rest_io, state
+    rate = split.response if self.follow else 1.0
+    return self.scale * rate * rest_io, state
 
 
 @dataclasses.dataclass(frozen=True)
