@@ -147,9 +147,10 @@ class Scaled:
     moves = rate > 0
     unit_io = factor / jnp.where(moves, rate, 1) * what_io
     norm = _norm(unit_io, (-2, -1))
-    bound = self.limit * (state[..., None, None] + TINY)
     last = state[..., None, None]
-    shrink = jnp.where(norm > bound, self.limit * last / norm, 1)
+    # After a zero gradient a bound of zero would hold for ever.
+    last = jnp.where(last > 0, last, jnp.inf)
+    shrink = jnp.minimum(self.limit * last / norm, 1)
     update_io = self.scale * split.response * shrink * unit_io
     new = jnp.where(moves, (shrink * norm)[..., 0, 0], state)
     return update_io, new
