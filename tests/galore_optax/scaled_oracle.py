@@ -33,8 +33,9 @@ class Scaled:
     scaled = scaled / (norm(low) + 1e-8)
     size = np.linalg.norm(scaled)
     if self.last is not None and size / (self.last + 1e-8) > self.limit:
-      scaled, size = scaled * self.limit * self.last / size, (
-        self.limit * self.last
+      scaled, size = (
+        scaled * self.limit * self.last / size,
+        (self.limit * self.last),
       )
     self.last = size
     return self.inside * up(adam) + self.outside * scaled

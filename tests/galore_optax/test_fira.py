@@ -7,7 +7,13 @@ import optax
 
 from galore_optax import fira
 from tests.galore_optax import scaled_oracle
-from tests.galore_optax.program import MATRICES, SHAPES, normal, trajectory, tree
+from tests.galore_optax.program import (
+  MATRICES,
+  SHAPES,
+  normal,
+  trajectory,
+  tree,
+)
 
 STEPS, GAP, RANK, DECAY = 8, 2, 3, 0.25
 WARM_UP = optax.linear_schedule(0.0, 0.25, 4)

@@ -1,18 +1,15 @@
 """FRUGAL against its own equations, its limits, and what it keeps."""
 
-import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from galore_optax import frugal, galore
+from galore_optax import frugal
 from tests.galore_optax.program import (
   MATRICES,
   SHAPES,
   Adam,
-  normal,
   trajectory,
   tree,
 )
