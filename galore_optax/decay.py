@@ -61,8 +61,10 @@ def responses(
 ) -> Any:
   """Returns what the inner, its moments fresh, makes of a gradient of one.
 
-  That is minus the learning rate of this step for SGD, Adam, Lion or RMSProp
-  with a schedule, whatever wraps it, and one without a learning rate.
+  That is minus the learning rate of this step for SGD, Adam or Lion with a
+  schedule, whatever wraps it, and one without a learning rate. It is more for
+  RMSProp without bias correction (by 1 / sqrt(1 - decay)) and for Nesterov
+  momentum (by 1 + decay).
 
   Args:
     inner: the transformation; no clipping by a norm, which would see the ones.

@@ -187,11 +187,14 @@ def frugal(
   alone and density 0 the residual rule alone, by structure.
 
   State of a weight [i, o], i <= o: an inner on density of its elements (Adam:
-  2 density i o, float32), and for 'svd' a basis of density i^2.
+  2 density i o, float32), and for 'svd' a basis of density i^2, for 'columns',
+  'rows' and 'entries' an int32 index of each coordinate.
 
   Args:
     learning_rate: a number, or a schedule of the step, for both parts.
-    density: share of each target that the inner works on, in [0, 1].
+    density: share of each target that the inner works on, in [0, 1]; rounded
+      to whole directions, coordinates or layers, at least one (the reference
+      truncates coordinates, perhaps to none).
     gap: updates from one subspace to the next.
     subspace: 'svd' or 'random' (directions), 'columns' or 'rows' (inputs or
       outputs), 'entries', or 'blocks' (whole layers of a stack, in turns).

@@ -63,6 +63,8 @@ class Sgd:
 
   scale: float = 1.0
   """Multiplies the learning rate."""
+  follow: bool = True
+  """Whether the inner has a learning rate; if not, it follows the stage."""
 
   def init(self, projection: Projection) -> Any:
     """Returns no state."""
@@ -74,7 +76,8 @@ class Sgd:
   ) -> tuple[jax.Array, Any]:
     """Returns the scaled rest."""
     rest_io = outside(projection, split)
-    return self.scale * split.response * rest_io, state
+    rate = split.response if self.follow else 1.0
+    return self.scale * rate * rest_io, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Sign:
 
   scale: float = 1.0
   """Multiplies the learning rate."""
+  follow: bool = True
+  """Whether the inner has a learning rate; if not, it follows the stage."""
 
   def init(self, projection: Projection) -> Any:
     """Returns no state."""
@@ -98,7 +103,8 @@ class Sign:
   ) -> tuple[jax.Array, Any]:
     """Returns the scaled sign of the rest."""
     rest_io = jnp.sign(outside(projection, split))
-    return self.scale * split.response * rest_io, state
+    rate = split.response if self.follow else 1.0
+    return self.scale * rate * rest_io, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +147,10 @@ class Scaled:
     moves = rate > 0
     unit_io = factor / jnp.where(moves, rate, 1) * what_io
     norm = _norm(unit_io, (-2, -1))
-    bound = self.limit * (state[..., None, None] + TINY)
     last = state[..., None, None]
-    shrink = jnp.where(norm > bound, self.limit * last / norm, 1)
+    # After a zero gradient a bound of zero would hold for ever.
+    last = jnp.where(last > 0, last, jnp.inf)
+    shrink = jnp.minimum(self.limit * last / norm, 1)
     update_io = self.scale * split.response * shrink * unit_io
     new = jnp.where(moves, (shrink * norm)[..., 0, 0], state)
     return update_io, new

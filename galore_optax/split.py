@@ -44,7 +44,12 @@ def split(
     raise ValueError(
       f'subspace must be one of {", ".join(WHERE)}, got {subspace!r}'
     )
-  rules = {'sign': Sign(residual_scale), 'sgd': Sgd(residual_scale)}
+  # The response of a `scale_by_...` to ones is no learning rate: that of
+  # optax.scale_by_rms is 3.16, that of Adam off one by a rounding.
+  rules = {
+    'sign': Sign(residual_scale, follow=False),
+    'sgd': Sgd(residual_scale, follow=False),
+  }
   if residual not in rules:
     raise ValueError(f"residual must be 'sign' or 'sgd', got {residual!r}")
   if density == 1:

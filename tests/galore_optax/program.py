@@ -1,0 +1,51 @@
+"""What the tests of methods run: small odd trees, and one compiled loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+SHAPES = {'tall': (13, 7), 'wide': (6, 11), 'square': (8, 8), 'vector': (5,)}
+MATRICES = ('tall', 'wide', 'square')
+
+
+def normal(shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape)
+
+
+def tree(shapes=SHAPES, seed=0, leading=(), dtype=None):
+  return {
+    name: jnp.asarray(normal((*leading, *shape), seed + i), dtype)
+    for i, (name, shape) in enumerate(shapes.items())
+  }
+
+
+@jax.jit(static_argnums=0)
+def trajectory(tx, params, grads):
+  """Returns weights and states after each of the gradients [T, ...].
+
+  A scan, so the state must keep its types.
+  """
+
+  def step(carry, g):
+    params, state = carry
+    updates, state = tx.update(g, state, params)
+    params = optax.apply_updates(params, updates)
+    return (params, state), (params, state)
+
+  return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
+
+
+class Adam:
+  """Adam of one weight in NumPy; eps outside, after bias correction."""
+
+  def __init__(self, b1=0.9, b2=0.999, eps=1e-8):
+    self.b1, self.b2, self.eps = b1, b2, eps
+    self.m = self.v = self.t = 0
+
+  def __call__(self, g):
+    self.t += 1
+    self.m = self.b1 * self.m + (1 - self.b1) * g
+    self.v = self.b2 * self.v + (1 - self.b2) * g * g
+    root = np.sqrt(self.v) / np.sqrt(1 - self.b2**self.t)
+    return self.m / (1 - self.b1**self.t) / (root + self.eps)

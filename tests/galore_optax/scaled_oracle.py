@@ -1,0 +1,62 @@
+"""Fira and APOLLO in NumPy, from their equations."""
+
+import numpy as np
+
+WARM_UP_STEPS = 4
+
+
+def learning_rate(t):
+  """Binary fractions, zero first: optax rounds schedules to float32."""
+  return min(t, WARM_UP_STEPS) / 16
+
+
+class Scaled:
+  """Adam without bias correction in a subspace, and what it scales."""
+
+  def __init__(self, *, whole, channels, inside, outside, limit=1.01):
+    self.whole, self.channels = whole, channels
+    self.inside, self.outside, self.limit = inside, outside, limit
+    self.m = self.v = 0
+    self.last = None
+
+  def __call__(self, g, p):
+    """Returns the update of g [i, o] for the rows p [r, i] or [r, o]."""
+    left = g.shape[0] <= g.shape[1]
+    low = p @ g if left else g @ p.T
+    up = (lambda x: p.T @ x) if left else (lambda x: x @ p)
+    self.m = 0.9 * self.m + 0.1 * low
+    self.v = 0.999 * self.v + 0.001 * low**2
+    adam = self.m / (np.sqrt(self.v) + 1e-6)
+    axis = (0 if left else 1) if self.channels else None
+    norm = lambda x: np.sqrt(np.sum(x**2, axis=axis, keepdims=True))
+    scaled = (g if self.whole else g - up(low)) * norm(adam)
+    scaled = scaled / (norm(low) + 1e-8)
+    size = np.linalg.norm(scaled)
+    if self.last is not None and size / (self.last + 1e-8) > self.limit:
+      scaled, size = (
+        scaled * self.limit * self.last / size,
+        (self.limit * self.last),
+      )
+    self.last = size
+    return self.inside * up(adam) + self.outside * scaled
+
+
+def run(make, weights, grads, basis, steps, decay):
+  """Returns the weights after each step, and how often a norm was limited."""
+  w = {name: np.array(x) for name, x in weights.items()}
+  rules = {name: make() for name in w}
+  m = v = 0
+  trail = []
+  for t in range(steps):
+    correction = np.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1))
+    lr = learning_rate(t)
+    for name in w:
+      g = np.asarray(grads[name][t])
+      if g.ndim == 1:
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        u = m / (np.sqrt(v) + 1e-6)
+      else:
+        u = rules[name](g, np.asarray(basis[name][t]))
+      w[name] = (w[name] - lr * correction * u) * (1 - lr * decay)
+    trail.append(dict(w))
+  return {name: np.stack([x[name] for x in trail]) for name in w}

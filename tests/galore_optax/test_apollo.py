@@ -1,0 +1,57 @@
+"""APOLLO and APOLLO-Mini against their own equations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax import Gaussian, apollo, apollo_mini, galore, refresh
+from tests.galore_optax import scaled_oracle
+from tests.galore_optax.program import MATRICES, SHAPES, trajectory, tree
+
+STEPS, GAP, DECAY = 8, 2, 0.25
+WARM_UP = optax.linear_schedule(0.0, 0.25, 4)
+
+
+def sketches(weights, rank):
+  """Returns the rows [T, r, m] that each matrix is sketched by."""
+  options = galore(rank=rank, gap=GAP, targets=MATRICES).options
+  leaves = refresh.units(options.projections(weights), GAP, 0)
+  count = jnp.arange(STEPS)
+  at = lambda leaf: jax.lax.map(
+    lambda t: refresh.remade(Gaussian(), leaf, t)[0], count
+  )
+  return {
+    name: leaf and jax.jit(at, static_argnums=0)(leaf)
+    for name, leaf in zip(sorted(weights), leaves, strict=True)
+  }
+
+
+@pytest.mark.parametrize('mini', [False, True], ids=['apollo', 'mini'])
+def test_it_is_the_papers_algorithm(mini):
+  rank, scale = (1, 9.0) if mini else (3, 4.0)
+  with jax.enable_x64(True):
+    weights, grads = tree(), tree(seed=10, leading=(STEPS,))
+    grads = {k: g.at[5].multiply(10) for k, g in grads.items()}
+    options = dict(gap=GAP, scale=scale, weight_decay=DECAY)
+    tx = (
+      apollo_mini(WARM_UP, targets=MATRICES, **options)
+      if mini
+      else apollo(WARM_UP, rank=rank, targets=MATRICES, **options)
+    )
+    ours, states = trajectory(tx, weights, grads)
+    make = lambda: scaled_oracle.Scaled(
+      whole=True, channels=not mini, inside=0.0, outside=np.sqrt(scale)
+    )
+    rows = sketches(weights, rank)
+    want = scaled_oracle.run(make, weights, grads, rows, STEPS, DECAY)
+  for name in SHAPES:
+    # float64 through roots of sums of squares.
+    np.testing.assert_allclose(ours[name], want[name], rtol=1e-9, atol=1e-10)
+  for name in MATRICES:
+    drawn = np.asarray(rows[name])
+    changed = np.any(drawn[1:] != drawn[:-1], axis=(1, 2))
+    assert changed.tolist() == [t % GAP == 0 for t in range(1, STEPS)]
+  # No sketch is kept.
+  assert not jax.tree.leaves(states[0].basis)

@@ -1,0 +1,129 @@
+"""BAdam: which layer trains when, what it keeps, and its equations."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax import Turns, badam
+from tests.galore_optax.program import Adam, normal, trajectory
+
+LAYERS, EVERY, DECAY = 3, 2, 0.25
+STEPS = 2 * LAYERS * EVERY + 1
+WARM_UP = optax.linear_schedule(0.0, 0.25, 4)
+"""Zero at the first step; binary fractions, as optax rounds to float32."""
+
+
+def model(seed=0, leading=()):
+  shapes = {'up': (LAYERS, 5, 7), 'norm': (LAYERS, 4)}
+  blocks = {
+    k: jnp.asarray(normal((*leading, *s), seed + i))
+    for i, (k, s) in enumerate(shapes.items())
+  }
+  head = jnp.asarray(normal((*leading, 6, 9), seed + 9))
+  return {'blocks': blocks, 'head': head}
+
+
+def oracle(weights, grads, turns, train_rest):
+  """Returns the weights after each step; turns[t] names the layer."""
+  w = jax.tree.map(np.array, weights)
+  adams, trail, rest = {}, [], Adam()
+  for t in range(STEPS):
+    lr, active = min(t, 4) / 16, turns[t]
+    for name, stack in w['blocks'].items():
+      if t % EVERY == 0:
+        adams[name] = Adam()
+      g = np.asarray(grads['blocks'][name][t, active])
+      layer = stack[active] * (1 - lr * DECAY) - lr * adams[name](g)
+      w['blocks'][name] = stack.copy()
+      w['blocks'][name][active] = layer
+    if train_rest:
+      u = rest(np.asarray(grads['head'][t]))
+      w['head'] = w['head'] * (1 - lr * DECAY) - lr * u
+    trail.append(jax.tree.map(np.copy, w))
+  return jax.tree.map(lambda *x: np.stack(x), *trail)
+
+
+def turns_of(blocks):
+  """Returns the layer that changed at each step after the first."""
+  changed = np.any(np.diff(np.asarray(blocks), axis=0) != 0, axis=(2, 3))
+  assert np.all(changed.sum(1) == 1)
+  return changed.argmax(1).tolist()
+
+
+@pytest.mark.parametrize('order', ['ascending', 'descending', 'random'])
+def test_it_is_the_papers_algorithm(order):
+  rest = order == 'ascending'
+  with jax.enable_x64(True):
+    weights, grads = model(), model(20, (STEPS,))
+    tx = badam(
+      WARM_UP,
+      switch_every=EVERY,
+      order=order,
+      weight_decay=DECAY,
+      train_rest=rest,
+    )
+    ours, _ = trajectory(tx, weights, grads)
+    # The learning rate is zero at step 0, so nothing shows that turn's layer;
+    # step 1 is of the same turn.
+    seen = turns_of(ours['blocks']['up'])
+    turns = seen[:1] + seen
+    want = oracle(weights, grads, turns, rest)
+  # float64 through roots of squares.
+  chex.assert_trees_all_close(ours, want, rtol=1e-9, atol=1e-10)
+  blocks = turns[::EVERY]
+  assert turns == np.repeat(blocks, EVERY).tolist()[:STEPS]
+  cycles = blocks[:LAYERS], blocks[LAYERS : 2 * LAYERS]
+  assert all(sorted(cycle) == list(range(LAYERS)) for cycle in cycles)
+  if order != 'random':
+    up = order == 'ascending'
+    assert cycles == ([0, 1, 2],) * 2 if up else cycles == ([2, 1, 0],) * 2
+  if not rest:
+    # To the bit.
+    np.testing.assert_array_equal(ours['head'][-1], weights['head'])
+
+
+def test_random_cycles_repeat_no_layer_and_are_not_all_alike():
+  at = jax.jit(lambda t: Turns('random', 1).at(t, 1, 5)[0])
+  cycles = np.array([at(t) for t in range(40)]).reshape(8, 5)
+  assert np.all(np.sort(cycles, axis=1) == np.arange(5))
+  assert len({tuple(cycle) for cycle in cycles.tolist()}) > 4
+
+
+def test_a_stack_of_one_layer_is_adam():
+  one = {'blocks': {'up': jnp.asarray(normal((1, 5, 7)), jnp.float32)}}
+  grads = {'blocks': {'up': jnp.asarray(normal((4, 1, 5, 7), 1), jnp.float32)}}
+  ours, _ = trajectory(badam(0.1, switch_every=9), one, grads)
+  want, _ = trajectory(optax.adam(0.1), one, grads)
+  # The order of two products: an ulp.
+  chex.assert_trees_all_close(ours, want, rtol=1e-6)
+
+
+def test_a_resumed_run_goes_on_with_the_cycle():
+  weights = jax.tree.map(jnp.float32, model())
+  grads = jax.tree.map(jnp.float32, model(20, (8,)))
+  tx = badam(0.1, switch_every=EVERY)
+  step = jax.jit(tx.update)
+
+  def run(w, state, steps):
+    for t in steps:
+      g = jax.tree.map(lambda x: x[t], grads)  # noqa: B023
+      updates, state = step(g, state, w)
+      w = jax.tree.map(jnp.add, w, updates)
+    return w, state
+
+  whole = run(weights, tx.init(weights), range(8))
+  w, state = run(weights, tx.init(weights), range(5))
+  leaves, treedef = jax.tree.flatten((w, state))
+  saved = [np.asarray(x) for x in leaves]
+  again = treedef.unflatten([jnp.asarray(x) for x in saved])
+  chex.assert_trees_all_equal(run(*again, range(5, 8)), whole)
+
+
+def test_it_keeps_the_moments_of_one_layer():
+  shapes = jax.eval_shape(lambda: jax.tree.map(jnp.float32, model()))
+  state = jax.eval_shape(badam(0.1, weight_decay=0.1).init, shapes)
+  floats = [x.size for x in jax.tree.leaves(state) if x.dtype == jnp.float32]
+  assert sum(floats) == 2 * (5 * 7 + 4)

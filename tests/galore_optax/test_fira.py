@@ -1,0 +1,62 @@
+"""Fira against its own equations, and its limiter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from galore_optax import fira
+from tests.galore_optax import scaled_oracle
+from tests.galore_optax.program import (
+  MATRICES,
+  SHAPES,
+  normal,
+  trajectory,
+  tree,
+)
+
+STEPS, GAP, RANK, DECAY = 8, 2, 3, 0.25
+WARM_UP = optax.linear_schedule(0.0, 0.25, 4)
+
+
+def test_it_is_the_papers_algorithm():
+  with jax.enable_x64(True):
+    weights, grads = tree(), tree(seed=10, leading=(STEPS,))
+    # A gradient that grows tenfold meets the limiter.
+    grads = {k: g.at[5].multiply(10) for k, g in grads.items()}
+    tx = fira(WARM_UP, rank=RANK, gap=GAP, scale=0.25, weight_decay=DECAY)
+    ours, states = trajectory(tx, weights, grads)
+    basis = states[0].basis
+    make = lambda: scaled_oracle.Scaled(
+      whole=False, channels=True, inside=0.25, outside=1.0
+    )
+    want = scaled_oracle.run(make, weights, grads, basis, STEPS, DECAY)
+  for name in SHAPES:
+    # float64 through roots of sums of squares.
+    np.testing.assert_allclose(ours[name], want[name], rtol=1e-9, atol=1e-10)
+  for name in MATRICES:
+    bases = np.asarray(basis[name])
+    changed = np.any(bases[1:] != bases[:-1], axis=(1, 2))
+    assert changed.tolist() == [t % GAP == 0 for t in range(1, STEPS)]
+    g = np.asarray(grads[name][-2])
+    g = g if g.shape[0] <= g.shape[1] else g.T
+    u, _, _ = np.linalg.svd(g)
+    span = u[:, :RANK] @ u[:, :RANK].T
+    np.testing.assert_allclose(bases[-1].T @ bases[-1], span, atol=1e-9)
+
+
+def test_no_odd_gradient_stops_a_matrix_for_ever():
+  # A norm of zero must not bound all later ones to zero.
+  tx, w = fira(0.1, rank=2, gap=100), {'w': jnp.zeros((3, 5, 7))}
+  g = jnp.asarray(normal((3, 5, 7)), jnp.float32)
+  # One layer each.
+  odd = g * jnp.array([0.0, jnp.nan, jnp.inf])[:, None, None]
+
+  def step(state, g):
+    _, state = tx.update({'w': g}, state, w)
+    return state, state[0].residual['w']
+
+  grads = jnp.stack([g, odd, g, g])
+  _, norms = jax.jit(lambda: jax.lax.scan(step, tx.init(w), grads))()
+  assert np.all(norms[0] > 0)
+  assert norms[1, 0] == 0 and norms[-1, 0] > 0
