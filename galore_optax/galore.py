@@ -9,6 +9,22 @@ The two spellings are one transformation::
 state of the next one. Hence `galore()` without an inner is a `Stage`, and
 `chain` here, which importing `galore_optax` makes `optax.chain`, gives the
 stage everything after it as its inner.
+
+What works, each proved by a test:
+
+| as | works | raises |
+| --- | --- | --- |
+| inner | sgd, momentum, nesterov, sign_sgd, lion | lbfgs (needs `value`) |
+| | adam, adamw, amsgrad, radam, nadam, adabelief | lamb, lars (trust ratio) |
+| | rmsprop, adagrad, adan, factored rms | adafactor scaled by parameters |
+| | adafactor without parameter scale | decay that enters a momentum |
+| inside the inner | masks, partition, schedules, clipping | |
+| | inject_hyperparams, MultiSteps, apply_if_finite | |
+| around | masked, partition, MultiSteps, named_chain | flatten (no matrix) |
+| | inject_hyperparams, apply_if_finite | |
+| | lookahead, contrib.schedule_free | |
+| users | flax TrainState, nnx.Optimizer, Equinox-like modules | |
+| | FrozenDict, Haiku's dicts with '/' in keys | |
 """
 
 import functools
@@ -66,7 +82,7 @@ def galore(
 
   Args:
     inner: any transformation that reads `params` for decoupled weight decay
-      alone. Default: what follows in `optax.chain`.
+      alone (the module has a table). Default: what follows in `optax.chain`.
     rank: number r of basis vectors; a float in (0, 1] is a share of the
       projected side.
     gap: updates from one refresh of the basis to the next, the first at 0; or

@@ -151,7 +151,7 @@ def _unprojected(
     u
     if p is None
     else jnp.zeros_like(g)
-    if options.scale == 0
+    if isinstance(options.scale, int | float) and options.scale == 0
     else projection_lib.unproject(p, options.scale * u, b).astype(g.dtype)
     for p, u, b, g in zip(projections, low, bases, grads, strict=True)
   ]
