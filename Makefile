@@ -6,10 +6,15 @@ PARITY := .venv-parity/bin
 # Tests run on the CPU, whatever the machine has.
 test slow parity: export JAX_PLATFORMS := cpu
 
-.PHONY: train test slow parity lint clean
+.PHONY: train train-layerwise test slow parity lint clean
 
 train: .venv/train
 	$(BIN)/python -m train.pretrain configs/quickstart.py $(ARGS)
+
+# The same model, each weight updated as its gradient appears.
+train-layerwise: .venv/train
+	$(BIN)/python -m train.pretrain configs/quickstart.py --update Layerwise \
+	  --optimizer Galore8bit --optimizer.rank 64 --optimizer.gap 100 $(ARGS)
 
 test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)

@@ -21,12 +21,12 @@ config = Config(
   ),
   corpus=Chitchat(),
   # Gram finds the subspace of the SVD in a fraction of its time.
-  optimizer=Galore(rank=64, gap=100, subspace='gram'),
-  steps=300,
+  optimizer=Galore(rank=64, gap=50, subspace='gram'),
+  steps=200,
   learning_rate=0.01,
   batch_size=16,
   sequence_length=128,
   eval_every=75,
   eval_batches=16,
-  save_every=150,
+  save_every=100,
 )

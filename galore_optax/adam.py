@@ -8,7 +8,11 @@ import optax
 
 
 def scale_by_galore_adam(
-  *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-6,
+  correct_bias: bool = True,
 ) -> optax.GradientTransformation:
   """Rescales by Adam with `eps` inside, before bias correction.
 
@@ -19,6 +23,7 @@ def scale_by_galore_adam(
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
+    correct_bias: False leaves out the first factor, the bias correction.
 
   Example:
     >>> tx = scale_by_galore_adam(eps=0.0)
@@ -45,15 +50,50 @@ def scale_by_galore_adam(
     count = optax.safe_increment(state.count)
     mu = optax.tree.update_moment(updates, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-    correction = jnp.sqrt(_one_minus_power(b2, count)) / _one_minus_power(
-      b1, count
-    )
+    correction = _bias_correction(b1, b2, count) if correct_bias else 1
     updates = jax.tree.map(
       lambda m, v: correction * m / (jnp.sqrt(v) + eps), mu, nu
     )
     return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
   return optax.GradientTransformation(init_fn, update_fn)
+
+
+def scale_by_bias_correction(
+  *, b1: float = 0.9, b2: float = 0.999
+) -> optax.GradientTransformation:
+  """Rescales by Adam's bias correction, where Adam has left it out.
+
+  Args:
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+
+  Example:
+    >>> tx = scale_by_bias_correction(b1=0.0, b2=0.75)
+    >>> g = {'w': jnp.array(1.0)}
+    >>> tx.update(g, tx.init(g))[0]['w'].round(3)
+    Array(0.5, dtype=float32)
+  """
+
+  def init_fn(params: optax.Params) -> optax.ScaleByScheduleState:
+    del params
+    return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+
+  def update_fn(
+    updates: optax.Updates, state: Any, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
+    del params
+    count = optax.safe_increment(state.count)
+    correction = _bias_correction(b1, b2, count)
+    updates = jax.tree.map(lambda u: (correction * u).astype(u.dtype), updates)
+    return updates, optax.ScaleByScheduleState(count=count)
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _bias_correction(b1: float, b2: float, count: Any) -> jax.Array:
+  root = jnp.sqrt(_one_minus_power(b2, count))
+  return root / _one_minus_power(b1, count)
 
 
 def _one_minus_power(decay: float, count: Any) -> jax.Array:

@@ -11,13 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import (
-  ClosedJaxpr,
-  Jaxpr,
-  JaxprEqn,
-  Literal,
-  jaxpr_as_fun,
-)
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 # Primitives that call another program once, with their own operands.
 _CALLS = {'jit', 'pjit', 'closed_call', 'custom_jvp_call'}
@@ -248,8 +242,8 @@ def run(
 
 
 def _evaluate(eqn: JaxprEqn, inputs: list[Any]) -> list[Any]:
-  """Applies one equation through a program that holds nothing else."""
-  pairs = zip(eqn.invars, inputs, strict=True)
-  variables = {v: x for v, x in pairs if not isinstance(v, Literal)}
-  jaxpr = Jaxpr((), [*variables], eqn.outvars, [eqn], eqn.effects)
-  return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*variables.values())
+  params, functions = eqn.primitive.get_bind_params(eqn.params), ()
+  if isinstance(params, tuple):  # As JAX returned it until 2025.
+    functions, params = params
+  outputs = eqn.primitive.bind(*functions, *inputs, **params)
+  return outputs if eqn.primitive.multiple_results else [outputs]

@@ -7,12 +7,14 @@ the factor can be read off a weight of one element: gradient and moments zero,
 parameter one, counters (and so schedules) the true ones.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from galore_optax import moments
 
@@ -28,7 +30,7 @@ def decay_factors(
   Args:
     inner: the transformation.
     state: its state for `params`.
-    params: what the inner sees as parameters; only ranks are read.
+    params: what the inner sees as parameters; only shapes are read.
     extra_args: passed to the inner.
 
   Returns:
@@ -44,10 +46,47 @@ def decay_factors(
   ones = jax.tree.map(
     lambda x: jnp.ones(x.shape, x.dtype), moments.sized(params, 1)
   )
-  probe = moments.transplant_counters(inner, state, params, inner.init(ones))
+  counters = moments.counter_paths(inner, params)
+  probe = moments.transplant(state, inner.init(ones), counters)
   zeros = jax.tree.map(jnp.zeros_like, ones)
   factors, _ = inner.update(zeros, probe, ones, **extra_args)
   return jax.tree.map(lambda x: x.reshape(()), factors)
+
+
+def responses(
+  inner: optax.GradientTransformationExtraArgs,
+  state: Any,
+  params: Any,
+  extra_args: dict[str, Any],
+) -> Any:
+  """Returns what the inner, its moments fresh, makes of a gradient of one.
+
+  That is minus the learning rate of this step for SGD, Adam, Lion or RMSProp
+  with a schedule, whatever wraps it, and one without a learning rate.
+
+  Args:
+    inner: the transformation; no clipping by a norm, which would see the ones.
+    state: its state for `params`.
+    params: what the inner sees as parameters; only ranks are read.
+    extra_args: passed to the inner.
+
+  Returns:
+    A tree of scalars.
+
+  Example:
+    >>> params = {'w': jnp.zeros((3, 5))}
+    >>> inner = optax.with_extra_args_support(optax.lion(0.5))
+    >>> responses(inner, inner.init(params), params, {})
+    {'w': Array(-0.5, dtype=float32)}
+  """
+  ones = jax.tree.map(
+    lambda x: jnp.ones(x.shape, x.dtype), moments.sized(params, 1)
+  )
+  zeros = jax.tree.map(jnp.zeros_like, ones)
+  clocks = moments.clock_paths(inner, params)
+  probe = moments.transplant(state, inner.init(zeros), clocks)
+  answers, _ = inner.update(ones, probe, zeros, **extra_args)
+  return jax.tree.map(lambda x: x.reshape(()), answers)
 
 
 def check_decoupled(
@@ -63,13 +102,16 @@ def check_decoupled(
 
   Args:
     inner: the transformation.
-    params: what the inner sees as parameters; only ranks are read.
+    params: what the inner sees as parameters; only shapes are read.
     projected: which leaves are projected.
 
   Raises:
     ValueError: the inner's update of a projected leaf is not affine in the
       weight with the slope that is read, or something else depends on it.
   """
+  # Shapes of the weights that are tried: the real ones would be evaluated
+  # below, all moments of the model among them.
+  params = moments.sized(params, 2)
   with jax.ensure_compile_time_eval():
     weights = _filled(params, [0.5, -2.0])
     leaves, treedef = jax.tree.flatten(weights)
@@ -123,7 +165,7 @@ def _close(one: Any, other: Any) -> bool:
 
 
 def _any_traced(tree: Any) -> bool:
-  return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+  return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def _filled(params: Any, values: list[float]) -> Any:
@@ -142,3 +184,68 @@ def _at(inner, state: Any, params: Any, count: int) -> Any:
     return jnp.full_like(x, count) if is_step and x.ndim == 0 else x
 
   return jax.tree_util.tree_map_with_path(move, state)
+
+
+def decay_updated_weights(
+  learning_rate: optax.ScalarOrSchedule, *, weight_decay: float
+) -> optax.GradientTransformation:
+  """Decays the weights that the update makes: w' = (w + u) (1 - lr decay).
+
+  Args:
+    learning_rate: a number, or a schedule of the step.
+    weight_decay: the decay.
+
+  Example:
+    >>> tx = decay_updated_weights(0.5, weight_decay=0.5)
+    >>> w = {'w': jnp.array(3.0)}
+    >>> u, _ = tx.update({'w': jnp.array(1.0)}, tx.init(w), w)
+    >>> w['w'] + u['w']
+    Array(3., dtype=float32)
+  """
+  schedule: Callable[[Any], Any] = (
+    learning_rate if callable(learning_rate) else lambda _: learning_rate
+  )
+
+  def init_fn(params: optax.Params) -> optax.ScaleByScheduleState:
+    del params
+    return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+
+  def update_fn(
+    updates: optax.Updates, state: Any, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
+    shrink = schedule(state.count) * weight_decay
+    if params is None:
+      raise ValueError('weight decay needs params: tx.update(g, state, params)')
+    updates = jax.tree.map(
+      lambda u, w: u - (shrink * (w + u)).astype(u.dtype), updates, params
+    )
+    count = optax.safe_increment(state.count)
+    return updates, optax.ScaleByScheduleState(count=count)
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+def decay_inside(
+  stage: optax.GradientTransformation, weight_decay: float
+) -> optax.GradientTransformation:
+  """Adds decay of the part of each weight that a projection keeps.
+
+  Args:
+    stage: a projection that returns the part of its gradients it keeps.
+    weight_decay: the decay.
+  """
+
+  def update_fn(
+    updates: optax.Updates, state: Any, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, Any]:
+    if params is None:
+      raise ValueError('weight decay needs params: tx.update(g, state, params)')
+    kept, state = stage.update(params, state)
+    decayed = jax.tree.map(
+      lambda u, w: u + (weight_decay * w).astype(u.dtype), updates, kept
+    )
+    return decayed, state
+
+  if not weight_decay:
+    return optax.identity()
+  return optax.GradientTransformation(stage.init, update_fn)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_optax.blockwise import Quantized, dequantize, quantize
+
 MOMENTS = ('keep', 'reset', 'rotate')
 """The short names that `galore(moments=...)` takes."""
 
@@ -41,32 +43,23 @@ def counter_paths(
   >>> [jax.tree_util.keystr(p) for p in counter_paths(optax.adam(1.), params)]
   ['[0].count']
   """
-  one, two = (
-    dict(jax.tree_util.tree_leaves_with_path(_abstract_init(inner, params, n)))
-    for n in (1, 2)
+  # The real shapes too: Adafactor factors large weights alone.
+  real, one, two = (
+    dict(jax.tree_util.tree_leaves_with_path(jax.eval_shape(inner.init, tree)))
+    for tree in (params, sized(params, 1), sized(params, 2))
   )
   return {
     path
-    for path, leaf in one.items()
-    if path in two and two[path].shape == leaf.shape
+    for path, leaf in real.items()
+    if all(path in x and x[path].shape == leaf.shape for x in (one, two))
   }
 
 
-def transplant_counters(
-  inner: optax.GradientTransformation, state: Any, params: Any, into: Any
-) -> Any:
-  """Returns the state `into` with the counters of `state`.
-
-  Args:
-    inner: the transformation of both states.
-    state: a state for `params`.
-    params: parameters; only structure and ranks are read.
-    into: a state for parameters of the same structure, of any shapes.
-  """
-  counters = counter_paths(inner, params)
+def transplant(state: Any, into: Any, paths: set[KeyPath]) -> Any:
+  """Returns the state `into` with what `state` has at the given paths."""
   values = dict(jax.tree_util.tree_leaves_with_path(state))
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: values[path] if path in counters else x, into
+    lambda path, x: values[path] if path in paths else x, into
   )
 
 
@@ -91,22 +84,36 @@ def restart(
     >>> int(adam.count), int(schedule.count)
     (0, 1)
   """
-  counters = counter_paths(inner, params)
-  leaf_paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  go_on = clock_paths(inner, params)
   fresh = dict(jax.tree_util.tree_leaves_with_path(inner.init(params)))
-  # A moment of leaf p stands at (*owner, field, *p).
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x if path in go_on else fresh[path], state
+  )
+
+
+def clock_paths(
+  inner: optax.GradientTransformation, params: Any
+) -> set[KeyPath]:
+  """Returns the paths of counters that stand beside no moments.
+
+  >>> params = {'w': jnp.zeros((3, 5))}
+  >>> inner = optax.adam(lambda count: 0.1)
+  >>> [jax.tree_util.keystr(path) for path in clock_paths(inner, params)]
+  ['[1].count']
+  """
+  counters = counter_paths(inner, params)
+  leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  state = _abstract_init(inner, params, 1)
+  # A moment of leaf p stands at (*owner, field, *p), or has fields of its own.
   owners = {
-    path[: -len(leaf) - 1]
-    for path in fresh.keys() - counters
-    for leaf in leaf_paths
-    if path[len(path) - len(leaf) :] == leaf
+    path[: start - 1]
+    for path, _ in jax.tree_util.tree_leaves_with_path(state)
+    if path not in counters
+    for leaf in leaves
+    for start in range(1, len(path) - len(leaf) + 1)
+    if path[start : start + len(leaf)] == leaf
   }
-
-  def renew(path: KeyPath, value: jax.Array) -> jax.Array:
-    goes_on = path in counters and path[:-1] not in owners
-    return value if goes_on else fresh[path]
-
-  return jax.tree_util.tree_map_with_path(renew, state)
+  return {path for path in counters if path[:-1] not in owners}
 
 
 def _abstract_init(inner, params, size: int):
@@ -194,7 +201,8 @@ def rotate(
   """
   # After one step from zero on gradients of one, mu is 1 - b1 and nu 1 - b2.
   ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), sized(params, 1))
-  probe = transplant_counters(inner, state, params, inner.init(ones))
+  counters = counter_paths(inner, params)
+  probe = transplant(state, inner.init(ones), counters)
   _, probe = inner.update(ones, probe, ones, **extra_args)
   nodes, treedef = jax.tree.flatten(state, is_leaf=_is_moments)
   probes = jax.tree.leaves(probe, is_leaf=_is_moments)
@@ -212,6 +220,17 @@ def _is_moments(node: Any) -> bool:
   return bool(_moment_fields(node))
 
 
+def _read(moment: Any) -> jax.Array:
+  return dequantize(moment) if isinstance(moment, Quantized) else moment
+
+
+def _stored(new: jax.Array, old: Any) -> Any:
+  """Returns `new`, in 8 bits if `old` is."""
+  if not isinstance(old, Quantized):
+    return new
+  return quantize(new, code=old.code, block_size=old.block_size)
+
+
 def _moment_fields(node: Any) -> list[str]:
   return [f for f in FIRST + SECOND if f in getattr(node, '_fields', ())]
 
@@ -226,7 +245,7 @@ def _rotate_node(node, step, treedef, turns):
     if turn is None:
       continue
     first = next((f for f in FIRST if f in fields), None)
-    m = flat[first][i] if first else None
+    m = _read(flat[first][i]) if first else None
     if 'nu' in fields:
       # Bias corrections; without a count the inner makes none.
       w1, w2 = (
@@ -235,10 +254,11 @@ def _rotate_node(node, step, treedef, turns):
       )
       mean = 0.0 if m is None else m / w1
       turned_mean = 0.0 if m is None else turn(m, 1) / w1
-      spread = turn(flat['nu'][i] / w2 - mean**2, 2)
-      flat['nu'][i] = w2 * jnp.abs(spread + turned_mean**2)
+      spread = turn(_read(flat['nu'][i]) / w2 - mean**2, 2)
+      nu = w2 * jnp.abs(spread + turned_mean**2)
+      flat['nu'][i] = _stored(nu, flat['nu'][i])
     if first:
-      flat[first][i] = turn(m, 1)
+      flat[first][i] = _stored(turn(m, 1), flat[first][i])
   return node._replace(**{f: treedef.unflatten(flat[f]) for f in fields})
 
 

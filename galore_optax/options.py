@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from galore_optax import moments as moments_lib
 from galore_optax import projection as projection_lib
+from galore_optax import residual as residual_lib
 from galore_optax import selection
 from galore_optax import subspace as subspace_lib
 from galore_optax.refresh import Staggered
@@ -26,6 +27,7 @@ class Options:
   scale: float
   side: str
   subspace: str | subspace_lib.Subspace
+  residual: str | residual_lib.Residual | None
   moments: str
   targets: selection.Targets
   axes: Mapping[str, projection_lib.Axes] | None
@@ -51,6 +53,8 @@ class Options:
     _one_of('moments', self.moments, moments_lib.MOMENTS)
     if not callable(self.subspace):
       _one_of('subspace', self.subspace, tuple(subspace_lib.SUBSPACES))
+    if self.residual is not None and not callable(self.residual):
+      _one_of('residual', self.residual, tuple(residual_lib.RESIDUALS))
 
   @property
   def finder(self) -> subspace_lib.Subspace:
@@ -58,6 +62,13 @@ class Options:
     if isinstance(self.subspace, str):
       return subspace_lib.SUBSPACES[self.subspace]
     return self.subspace
+
+  @property
+  def rule(self) -> residual_lib.Residual | None:
+    """The residual rule, a short name resolved."""
+    if isinstance(self.residual, str):
+      return residual_lib.RESIDUALS[self.residual]
+    return self.residual
 
   def projections(self, tree: Any) -> list[Projection | None]:
     """Returns how each leaf of `tree` is projected; None for the others.
@@ -88,7 +99,7 @@ class Options:
         names, leaves, candidates, chosen, strict=True
       ):
         if yes:
-          _check_fits(name, leaf, c)
+          self._check_fits(name, leaf, c)
     if names and not any(chosen) and not selection.is_part(tree):
       raise ValueError(self._nothing_selected(names, leaves))
     return [
@@ -112,16 +123,26 @@ class Options:
     sides = projection_lib.projected_sides(self.side, i, o)
     rank = self.rank
     if isinstance(rank, float):
-      # A share of the longer side may exceed the rank of any gradient.
       longest = max(leaf.matrix_shape[side] for side in sides)
-      rank = min(max(1, round(rank * longest)), i, o)
+      rank = max(1, int(rank * longest + 0.5))
+      rank = min(rank, self._largest_rank(leaf.matrix_shape, sides))
     return dataclasses.replace(leaf, rank=rank, sides=sides)
+
+  def _largest_rank(self, shape: tuple[int, ...], sides: tuple[int, ...]):
+    """Returns the rank of a gradient, or the number of its coordinates."""
+    if isinstance(self.finder, subspace_lib.Coordinates | subspace_lib.Turns):
+      return min(shape[side] for side in sides)
+    return min(shape[-2:])
 
   def _axes(self, path: str, shape: tuple[int, ...]):
     ndim = len(shape)
     for pattern, axes in (self.axes or {}).items():
       if re.fullmatch(pattern, path):
-        i, o = (_as_tuple(group) for group in axes)
+        i, o = _as_tuple(axes[0]), axes[1]
+        if o is ...:
+          inputs = {axis % ndim for axis in i}
+          o = tuple(axis for axis in range(ndim) if axis not in inputs)
+        o = _as_tuple(o)
         used = {axis % ndim for axis in i + o if -ndim <= axis < ndim}
         if len(used) < len(i + o):
           raise ValueError(
@@ -132,10 +153,24 @@ class Options:
     return (ndim - 2,), (ndim - 1,)
 
   def _fits_default(self, projection: Projection) -> bool:
-    shorter = min(projection.matrix_shape[-2:])
+    shorter = min(projection.shape[-2:])
     if isinstance(self.rank, float):
       return shorter > 1
     return shorter > self.rank
+
+  def _check_fits(self, path: str, x: Any, projection: Projection | None):
+    shape = tuple(x.shape)
+    if projection is None:
+      raise ValueError(
+        f'{path} of shape {shape} and dtype {x.dtype} is a target but no'
+        ' matrix: it needs two axes of real numbers. Leave it out of targets'
+      )
+    largest = self._largest_rank(projection.matrix_shape, projection.sides)
+    if projection.rank > largest:
+      raise ValueError(
+        f'rank must be in 1..{largest} for {path} of shape {shape},'
+        f' got {projection.rank}'
+      )
 
   def _nothing_selected(self, names, leaves) -> str:
     shapes = ', '.join(
@@ -162,21 +197,6 @@ def _is_rank(rank: Any) -> bool:
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
   if value not in known:
     raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}')
-
-
-def _check_fits(path: str, x: Any, projection: Projection | None) -> None:
-  shape = tuple(x.shape)
-  if projection is None:
-    raise ValueError(
-      f'{path} of shape {shape} and dtype {x.dtype} is a target but no matrix:'
-      ' it needs two axes of real numbers. Leave it out of targets'
-    )
-  largest = min(projection.matrix_shape[-2:])
-  if projection.rank > largest:
-    raise ValueError(
-      f'rank must be in 1..{largest} for {path} of shape {shape},'
-      f' got {projection.rank}'
-    )
 
 
 def _as_tuple(axes) -> tuple[int, ...]:

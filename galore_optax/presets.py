@@ -1,14 +1,17 @@
 """This module holds named methods, each a few lines of the algebra."""
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from galore_optax import adafactor, adam, step_size
+from galore_optax import adafactor, adam, decay, split, step_size
 from galore_optax.galore import galore
+from galore_optax.quantization import quantize_state
+from galore_optax.scaled import apollo as apollo
+from galore_optax.scaled import apollo_mini as apollo_mini
+from galore_optax.scaled import fira as fira
+from galore_optax.selection import Targets
+from galore_optax.subspace import Turns
 
 
 def galore_adamw(
@@ -35,6 +38,7 @@ def galore_adamw(
     **options: those of `galore`: rank, gap, scale, side, subspace, ...
 
   Example:
+    >>> import jax.numpy as jnp
     >>> tx = galore_adamw(0.01, rank=2, weight_decay=0.1)
     >>> params = {'w': jnp.ones((4, 6))}
     >>> updates, state = tx.update(params, tx.init(params), params)
@@ -48,7 +52,54 @@ def galore_adamw(
   )
   return optax.chain(
     galore(inner, **options),
-    decay_updated_weights(learning_rate, weight_decay=weight_decay),
+    decay.decay_updated_weights(learning_rate, weight_decay=weight_decay),
+  )
+
+
+def galore_adamw_8bit(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-6,
+  weight_decay: float = 0.0,
+  block_size: int = 256,
+  min_size: int = 4096,
+  **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """`galore_adamw` with its moments in blocks of 8 bits.
+
+  State of a weight [i, o], i <= o: a basis of r i elements in the weight's
+  dtype, and 2 r o bytes of codes with 4 bytes for each block.
+
+  Args:
+    learning_rate: a number, or a schedule of the step.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment before its bias correction.
+    weight_decay: decoupled, on the weight that the update has changed.
+    block_size: elements that share a float32 scale.
+    min_size: moments with fewer elements stay float32.
+    **options: those of `galore`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> tx = galore_adamw_8bit(0.01, rank=64)
+    >>> params = {'w': jnp.ones((128, 512))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+
+  References:
+    Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`_, 2021.
+  """
+  inner = optax.chain(
+    adam.scale_by_galore_adam(b1=b1, b2=b2, eps=eps),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+  inner = quantize_state(inner, block_size=block_size, min_size=min_size)
+  return optax.chain(
+    galore(inner, **options),
+    decay.decay_updated_weights(learning_rate, weight_decay=weight_decay),
   )
 
 
@@ -89,6 +140,7 @@ def galore_adafactor(
     The transformation. Its `update` needs params.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> tx = galore_adafactor(0.01, rank=2, scale_parameter=True)
     >>> params = {'w': jnp.ones((4, 6))}
     >>> updates, state = tx.update(params, tx.init(params), params)
@@ -115,40 +167,119 @@ def galore_adafactor(
   )
 
 
-def decay_updated_weights(
-  learning_rate: optax.ScalarOrSchedule, *, weight_decay: float
-) -> optax.GradientTransformation:
-  """Decays the weights that the update makes: w' = (w + u) (1 - lr decay).
+def frugal(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  density: float = 0.25,
+  gap: int = 200,
+  subspace: str = 'svd',
+  inner: optax.GradientTransformation | None = None,
+  residual: str = 'sign',
+  residual_scale: float = 1.0,
+  weight_decay: float = 0.0,
+  targets: Targets = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Adam (or another inner) on a share of a weight, sign descent elsewhere.
+
+  The state of the inner starts anew with each subspace. Density 1 is the inner
+  alone and density 0 the residual rule alone, by structure.
+
+  State of a weight [i, o], i <= o: an inner on density of its elements (Adam:
+  2 density i o, float32), and for 'svd' a basis of density i^2.
+
+  Args:
+    learning_rate: a number, or a schedule of the step, for both parts.
+    density: share of each target that the inner works on, in [0, 1].
+    gap: updates from one subspace to the next.
+    subspace: 'svd' or 'random' (directions), 'columns' or 'rows' (inputs or
+      outputs), 'entries', or 'blocks' (whole layers of a stack, in turns).
+    inner: a transformation without a learning rate. Default: Adam.
+    residual: 'sign' or 'sgd'.
+    residual_scale: multiplies the learning rate of the residual.
+    weight_decay: decoupled, times the learning rate, on every leaf.
+    targets: as in `galore`; other leaves are the inner's in full.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> tx = frugal(0.01, density=0.25, subspace='columns')
+    >>> params = {'w': jnp.ones((8, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+
+  References:
+    Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
+  """
+  return optax.chain(
+    split.split(
+      optax.scale_by_adam() if inner is None else inner,
+      density=density,
+      gap=gap,
+      subspace=subspace,
+      residual=residual,
+      residual_scale=residual_scale,
+      targets=targets,
+    ),
+    optax.add_decayed_weights(weight_decay),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def badam(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  switch_every: int = 100,
+  order: str = 'random',
+  inner: optax.GradientTransformation | None = None,
+  weight_decay: float = 0.0,
+  blocks: str = 'blocks/.*',
+  train_rest: bool = False,
+  seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """Adam (or another inner) on one layer of a stack at a time.
+
+  Its moments are those of one layer, and start anew with the next one. The
+  position in the cycle follows from the step count, so a resumed run goes on.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    weight_decay: the decay.
+    switch_every: updates of a layer before the next one's turn.
+    order: 'random' (a permutation, new in each cycle), 'ascending' or
+      'descending'.
+    inner: a transformation without a learning rate. Default: Adam.
+    weight_decay: decoupled, on what is trained.
+    blocks: regex on the paths of the stacked leaves [L, ...].
+    train_rest: train what is in no block (embedding, head, norm) too, at every
+      step; it is frozen otherwise.
+    seed: of the random order.
 
   Example:
-    >>> tx = decay_updated_weights(0.5, weight_decay=0.5)
-    >>> w = {'w': jnp.array(3.0)}
-    >>> u, _ = tx.update({'w': jnp.array(1.0)}, tx.init(w), w)
-    >>> w['w'] + u['w']
-    Array(3., dtype=float32)
+    >>> import jax.numpy as jnp
+    >>> tx = badam(0.01, switch_every=2)
+    >>> params = {'blocks': {'w': jnp.ones((4, 3, 5))}, 'head': jnp.ones(3)}
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> print(abs(updates['blocks']['w']).sum((1, 2)) > 0, updates['head'])
+    [ True False False False] [-0. -0. -0.]
+
+  References:
+    Luo et al., `BAdam <https://arxiv.org/abs/2404.02827>`_, 2024.
   """
-  schedule: Callable[[Any], Any] = (
-    learning_rate if callable(learning_rate) else lambda _: learning_rate
+  adam = optax.scale_by_adam() if inner is None else inner
+  stage: dict[str, Any] = dict(
+    rank=1,
+    gap=switch_every,
+    scale=1.0,
+    side='left',
+    subspace=Turns(order, seed),
+    targets=[blocks],
+    axes={blocks: (0, ...)},
   )
-
-  def init_fn(params: optax.Params) -> optax.ScaleByScheduleState:
-    del params
-    return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
-
-  def update_fn(
-    updates: optax.Updates, state: Any, params: optax.Params | None = None
-  ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
-    shrink = schedule(state.count) * weight_decay
-    if params is None:
-      raise ValueError('weight decay needs params: tx.update(g, state, params)')
-    updates = jax.tree.map(
-      lambda u, w: u - (shrink * (w + u)).astype(u.dtype), updates, params
-    )
-    count = optax.safe_increment(state.count)
-    return updates, optax.ScaleByScheduleState(count=count)
-
-  return optax.GradientTransformation(init_fn, update_fn)
+  active = optax.chain(
+    galore(adam, moments='reset', **stage),
+    decay.decay_inside(galore(optax.identity(), **stage), weight_decay),
+  )
+  rest = optax.chain(adam, optax.add_decayed_weights(weight_decay))
+  return optax.chain(
+    split.partition(
+      active, rest if train_rest else optax.set_to_zero(), [blocks]
+    ),
+    optax.scale_by_learning_rate(learning_rate),
+  )

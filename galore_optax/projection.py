@@ -7,7 +7,7 @@ side, n the other, r the rank. Leading axes (layers, experts) are batch.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ Basis: TypeAlias = tuple[jax.Array, ...]
 """For each projected side, orthonormal rows [..., r, m] or coordinates [..., r]
 (integers)."""
 
-Axes: TypeAlias = tuple[int | Sequence[int], int | Sequence[int]]
-"""The input and the output axes of a weight; all other axes are batch."""
+Axes: TypeAlias = tuple[int | Sequence[int], Any]
+"""The input and the output axes of a weight; all other axes are batch. As
+output axes, `...` stands for all that are left."""
 
 SIDES = ('std', 'reverse_std', 'left', 'right', 'full')
 

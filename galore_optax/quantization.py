@@ -15,10 +15,10 @@ import optax
 from galore_optax import dataflow, leafwise
 from galore_optax.blockwise import Quantized as Quantized
 from galore_optax.blockwise import dequantize as dequantize
-from galore_optax.blockwise import dynamic_map as dynamic_map
 from galore_optax.blockwise import full as full
 from galore_optax.blockwise import quantize as quantize
 from galore_optax.blockwise import quantize_linear as quantize_linear
+from galore_optax.dynamic import dynamic_map as dynamic_map
 from galore_optax.rounding import (
   apply_updates_stochastic as apply_updates_stochastic,
 )

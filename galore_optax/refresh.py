@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_optax import lazy, subspace
 from galore_optax import projection as projection_lib
-from galore_optax import subspace
 from galore_optax.projection import Basis, Projection
 
 GOLDEN = 0.618033988749895
@@ -124,6 +124,8 @@ def first_basis(
     m = projection.matrix_shape[side]
     basis = subspace.first_basis(finder, projection.rank, m, dtype)
     bases.append(jnp.broadcast_to(basis, (*batch, *basis.shape)))
+  if isinstance(finder, lazy.Lazy):
+    return lazy.begin(finder, tuple(bases), projection.num_matrices)
   return as_kept(tuple(bases))
 
 
@@ -166,24 +168,29 @@ def as_kept(basis: Basis) -> Any:
 
 def as_basis(kept: Any) -> Basis:
   """Returns a tuple with one entry a side; inverts `as_kept`."""
+  if isinstance(kept, lazy.LazyBasis):
+    return kept.basis
   return kept if isinstance(kept, tuple) else (kept,)
 
 
 def remade(finder: subspace.Subspace, leaf: Units, count: jax.Array) -> Basis:
-  """Returns a basis that is not stored, made from its seed."""
+  """Returns a basis that is not stored, made from seed and time."""
   projection = leaf.projection
+  r, batch = projection.rank, projection.matrix_shape[:-2]
   bases = []
   for number, side in enumerate(projection.sides):
     m = projection.matrix_shape[side]
-    # Such a finder looks at shapes alone.
-    g_mn = jnp.zeros((m, 1))
-    none_rm = jnp.zeros((projection.rank, m))
-    rows_krm = _each(
-      lambda key, g_mn=g_mn, none_rm=none_rm: finder(g_mn, none_rm, key),
-      leaf.keys_k(count, number),
-    )
-    batch = projection.matrix_shape[:-2]
-    bases.append(rows_krm.reshape(*batch, *rows_krm.shape[1:]))
+
+    def one(matrix, m=m):
+      key, turn = matrix
+      if isinstance(finder, subspace.Turns):
+        return finder.at(turn, r, m)
+      # Such a finder looks at shapes alone.
+      return finder(jnp.zeros((m, 1)), jnp.zeros((r, m)), key)
+
+    turns_k = leaf.refresh_index_k(count)
+    basis_k = _each(one, (leaf.keys_k(count, number), turns_k))
+    bases.append(basis_k.reshape(*batch, *basis_k.shape[1:]))
   return tuple(bases)
 
 
@@ -191,28 +198,59 @@ def refresh(
   finder: subspace.Subspace,
   leaf: Units,
   g: jax.Array,
-  basis: Basis,
+  kept: Any,
   count: jax.Array,
-) -> tuple[Basis, jax.Array]:
+) -> tuple[Any, jax.Array]:
   """Finds the basis of those matrices of a leaf that are due.
-
-  A stack runs matrix by matrix, so that its workspace is one matrix's.
 
   Args:
     finder: how a basis is found.
     leaf: its units.
     g: gradient, in the weight's shape.
-    basis: the present one.
+    kept: what the state keeps for the leaf.
     count: [], int32: updates done so far.
 
   Returns:
-    The basis, and how many matrices kept theirs as their gradient (or what was
-    found) was not finite: [], int32.
+    What it keeps now, and how many matrices kept their basis as the gradient
+    (or what was found) was not finite: [], int32.
+  """
+  due_k = None if isinstance(leaf.gap, int) else leaf.due_k(count)
+  if not isinstance(finder, lazy.Lazy):
+    basis, skips = _refresh_due(finder, leaf, g, as_basis(kept), count, due_k)
+    return as_kept(basis), skips
+  found_k = leaf.due_k(count) & (kept.wait_k == 0)
+  basis, skips = _refresh_due(finder, leaf, g, kept.basis, count, found_k)
+  new = lazy.after(finder, kept, basis, found_k, count == 0)
+  if due_k is None:
+    return new, skips
+  # A matrix whose turn it is not does not wait either.
+  patience = zip(new[1:], kept[1:], strict=True)
+  return lazy.LazyBasis(
+    basis,
+    *(
+      jnp.where(due_k.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
+      for x, y in patience
+    ),
+  ), skips
+
+
+def _refresh_due(
+  finder: subspace.Subspace,
+  leaf: Units,
+  g: jax.Array,
+  basis: Basis,
+  count: jax.Array,
+  due_k: jax.Array | None,
+) -> tuple[Basis, jax.Array]:
+  """Refreshes some matrices of a leaf, or all where `due_k` is None.
+
+  A stack runs matrix by matrix, so that its workspace is one matrix's.
   """
   projection = leaf.projection
   k, batch = projection.num_matrices, len(projection.matrix_shape) - 2
   g_kio = projection_lib.to_matrix(projection, g)
   g_kio = g_kio.reshape(k, *g_kio.shape[batch:])
+  mask_k = leaf.due_k(count) if due_k is None else due_k
   new, kept = [], jnp.zeros([], jnp.int32)
   for number, (side, old) in enumerate(
     zip(projection.sides, basis, strict=True)
@@ -222,13 +260,13 @@ def refresh(
       g_io, old_rm, key, due = matrix
       g_mn = projection_lib.orient(g_io, side)
       find = lambda: _refresh_matrix(finder, g_mn, old_rm, key, count == 0)
-      if isinstance(leaf.gap, int):
+      if due_k is None:
         return find()
       return jax.lax.cond(due, find, lambda: (old_rm, jnp.int32(0)))
 
     old_k = old.reshape(k, *old.shape[batch:])
     keys_k = leaf.keys_k(count, number)
-    new_k, kept_k = _each(one, (g_kio, old_k, keys_k, leaf.due_k(count)))
+    new_k, kept_k = _each(one, (g_kio, old_k, keys_k, mask_k))
     new.append(new_k.reshape(old.shape))
     kept += jnp.sum(kept_k, dtype=jnp.int32)
   return tuple(new), kept

@@ -1,5 +1,6 @@
 """This module holds how leaves of a parameter tree are chosen by path."""
 
+import collections
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -20,6 +21,8 @@ NOT_A_MATRIX = re.compile(
   r'embed\w*|lm_head|head|logits|wte|wpe|' + VECTOR.pattern
 )
 """Path components of leaves that `targets=None` never projects."""
+
+VALUE = jax.tree_util.GetAttrKey('value')
 
 
 @jax.tree_util.register_pytree_node_class
@@ -48,9 +51,17 @@ def paths(tree: PyTree) -> list[str]:
   >>> paths({'blocks': {'q': {'kernel': 0}}, 'norm': 1})
   ['blocks/q/kernel', 'norm']
   """
+  keys = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  parents = collections.Counter(path[:-1] for path in keys)
   return [
-    jax.tree_util.keystr(path, simple=True, separator='/')
-    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    jax.tree_util.keystr(
+      # An NNX variable is a node around one leaf, which its optimizer shows at
+      # init and takes off at update.
+      path[:-1] if path[-1:] == (VALUE,) and parents[path[:-1]] == 1 else path,
+      simple=True,
+      separator='/',
+    )
+    for path in keys
   ]
 
 

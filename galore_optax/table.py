@@ -1,12 +1,16 @@
 """This module holds the table of what a transformation keeps for each leaf."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
 
 from galore_optax import selection
-from galore_optax.galore import observe
+from galore_optax.transform import observe
+
+KeyPath: TypeAlias = tuple[Any, ...]
+
+BASIS = jax.tree_util.GetAttrKey('basis')
 
 
 class Row(NamedTuple):
@@ -65,8 +69,9 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
     A row for each parameter: path, shape, projected shape, bytes of state.
 
   Example:
-    >>> import galore_optax, jax.numpy as jnp
-    >>> tx = galore_optax.galore(optax.adam(0.1), rank=2)
+    >>> import jax.numpy as jnp
+    >>> from galore_optax.galore import galore
+    >>> tx = galore(optax.adam(0.1), rank=2)
     >>> params = {'b': jnp.zeros(6), 'w': jnp.zeros((4, 6))}
     >>> print(describe(tx, params))
     path  shape   projected  bytes
@@ -88,22 +93,39 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
 
 
 def _bytes_by_owner(state: Any, owners: list[Any]) -> tuple[list, list]:
-  """Returns bytes of bases and of all else, by the parameter they belong to.
-
-  Paths in a state end in the path of a parameter, or hold it before the
-  fields of a container.
-  """
+  """Returns bytes of bases and of all else, by the parameter they belong to."""
   bases, rest = [0] * len(owners), [0] * len(owners)
-  basis_field = jax.tree_util.GetAttrKey('basis')
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    found = [i for i, owner in enumerate(owners) if _holds(path, owner)]
-    if found:
-      longest = max(found, key=lambda i: len(owners[i]))
-      into = bases if basis_field in path else rest
-      into[longest] += leaf.size * leaf.dtype.itemsize
+    is_basis = BASIS in path
+    owner = (_owner_of_basis if is_basis else _owner)(path, owners)
+    # A scalar is a counter, unless it stands where a parameter would.
+    if owner is not None and (
+      leaf.ndim or path[-1:] == owners[owner][-1:] != ()
+    ):
+      into = bases if is_basis else rest
+      into[owner] += leaf.size * leaf.dtype.itemsize
   return bases, rest
 
 
-def _holds(path: tuple[Any, ...], part: tuple[Any, ...]) -> bool:
-  starts = range(len(path) - len(part) + 1)
-  return any(path[i : i + len(part)] == part for i in starts)
+def _owner_of_basis(path: KeyPath, owners: list[KeyPath]) -> int | None:
+  """Returns the parameter whose path follows the field of bases."""
+  start = path.index(BASIS) + 1
+  found = [
+    i for i, owner in enumerate(owners) if path[start:][: len(owner)] == owner
+  ]
+  return max(found, key=lambda i: len(owners[i]), default=None)
+
+
+def _owner(path: KeyPath, owners: list[KeyPath]) -> int | None:
+  """Returns the parameter whose path comes last, before fields of a container.
+
+  Of two that end together it is the longer; a chain's own indices, which a
+  list of parameters shares, come first.
+  """
+  found = [
+    (end, len(owner), i)
+    for i, owner in enumerate(owners)
+    for end in range(len(owner), len(path) + 1)
+    if path[end - len(owner) : end] == owner
+  ]
+  return max(found)[-1] if found else None

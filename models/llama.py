@@ -259,7 +259,9 @@ class Block(nn.Module):
     """Maps {'h', 'positions', 'segments'} to the same with a new 'h'."""
     config = self.config
     h_BTD = x['h']
-    h_BTD += Attention(config, name='attention')(
+    # Under remat the mlp's backward pass runs without attention's residuals.
+    attention = nn.remat(Attention) if config.remat else Attention
+    h_BTD += attention(config, name='attention')(
       RMSNorm(config, name='attention_norm')(h_BTD),
       x['positions'],
       x['segments'],

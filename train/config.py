@@ -10,6 +10,7 @@ import optax
 from models.llama import LlamaConfig
 from train.corpus import Chitchat, TextFiles, Tfds
 from train.optimizer import Optimizer
+from train.update import Update, WholeTree
 
 AnyCorpus: TypeAlias = Chitchat | TextFiles | Tfds
 """What `Config.corpus` may be."""
@@ -33,6 +34,8 @@ class Config:
   """Sequences in an update."""
   sequence_length: int
   """Tokens in a sequence."""
+  update: Update = dataclasses.field(default_factory=WholeTree)
+  """Whether gradients exist all at once or one at a time."""
   microbatches: int = 1
   """Parts that a batch is computed in, one after another, to save memory."""
   warmup: float = 0.1

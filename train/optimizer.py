@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import optax
 
 import galore_optax
+from galore_optax.lomo import adalomo, lomo
+from galore_optax.quantization import quantize_state
+from galore_optax.weights import quantize_bases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Galore:
   """Factor of the projected weights' updates."""
   side: Literal['std', 'reverse_std', 'left', 'right', 'full'] = 'std'
   """Side of a weight to project; std is the shorter."""
-  subspace: Literal['svd', 'gram'] = 'svd'
+  subspace: Literal['svd', 'gram', 'randomized', 'power'] = 'svd'
   """How the subspace is found."""
   moments: Literal['keep', 'reset'] = 'keep'
   """What becomes of Adam's moments when the subspace changes."""
@@ -70,6 +73,95 @@ class Galore:
       for field in dataclasses.fields(self)
     }
     return galore_optax.galore_adamw(learning_rate, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Galore8bit:
+  """GaLore with Adam's moments in blocks of 8 bits."""
+
+  rank: int | float = 128
+  """Directions kept of each projected weight: a number, or a share <= 1.0."""
+  gap: int = 200
+  """Steps between two computations of the subspace."""
+  scale: float = 0.25
+  """Factor of the projected weights' updates."""
+  side: Literal['std', 'reverse_std', 'left', 'right', 'full'] = 'std'
+  """Side of a weight to project; std is the shorter."""
+  subspace: Literal['svd', 'gram', 'randomized', 'power'] = 'power'
+  """How the subspace is found; power allocates nothing outside the plan."""
+  basis_bits: Literal[4, 8] | None = None
+  """Bits of a stored basis; None keeps it in the weights' type."""
+  b1: float = 0.9
+  """Decay of the first moment."""
+  b2: float = 0.999
+  """Decay of the second moment."""
+  eps: float = 1e-8
+  """Added to the root of the second moment."""
+
+  def build(
+    self, learning_rate: optax.Schedule
+  ) -> optax.GradientTransformation:
+    """Returns the transformation."""
+    adam = optax.adam(learning_rate, b1=self.b1, b2=self.b2, eps=self.eps)
+    tx = galore_optax.galore(
+      quantize_state(adam),
+      rank=self.rank,
+      gap=self.gap,
+      scale=self.scale,
+      side=self.side,
+      subspace=self.subspace,
+    )
+    if self.basis_bits is None:
+      return tx
+    return quantize_bases(tx, bits=self.basis_bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam8bit:
+  """Adam on the whole gradient with moments in blocks of 8 bits."""
+
+  b1: float = 0.9
+  """Decay of the first moment."""
+  b2: float = 0.999
+  """Decay of the second moment."""
+  eps: float = 1e-8
+  """Added to the root of the second moment."""
+
+  def build(
+    self, learning_rate: optax.Schedule
+  ) -> optax.GradientTransformation:
+    """Returns the transformation."""
+    return quantize_state(optax.adam(learning_rate, **dataclasses.asdict(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lomo:
+  """SGD without state, for a layer-wise update."""
+
+  weight_decay: float = 0.0
+  """Decoupled weight decay, multiplied by the learning rate."""
+
+  def build(
+    self, learning_rate: optax.Schedule
+  ) -> optax.GradientTransformation:
+    """Returns the transformation; the config clips."""
+    return lomo(learning_rate, clip_norm=None, weight_decay=self.weight_decay)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaLomo:
+  """LOMO with a factored second moment and grouped normalisation."""
+
+  weight_decay: float = 0.0
+  """Decoupled weight decay, multiplied by the rate of the weight."""
+
+  def build(
+    self, learning_rate: optax.Schedule
+  ) -> optax.GradientTransformation:
+    """Returns the transformation; the config clips."""
+    return adalomo(
+      learning_rate, clip_norm=None, weight_decay=self.weight_decay
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,5 +223,7 @@ def in_float32(
   )
 
 
-Optimizer: TypeAlias = Galore | AdamW | OptaxGalore
+Optimizer: TypeAlias = (
+  Galore | Galore8bit | AdamW | Adam8bit | Lomo | AdaLomo | OptaxGalore
+)
 """What `Config.optimizer` may be."""

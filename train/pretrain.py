@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import grain
 import jax
-import optax
 import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +31,6 @@ class Setup:
   run: Run
   config: Config
   layers: Layers
-  tx: optax.GradientTransformation
   tokenizer: Tokenizer
   batches: grain.DatasetIterator
   held_out: Documents
@@ -76,7 +74,6 @@ def prepare(launch: Launch, name: str) -> Setup:
     run=where,
     config=config,
     layers=layers,
-    tx=tx,
     tokenizer=tokenizer,
     batches=batches(
       documents,
@@ -114,20 +111,16 @@ def train(setup: Setup, console: Console, *, tensorboard: bool) -> None:
   held_out = evaluate.held_out(
     config, setup.held_out, setup.tokenizer, config.eval_batches
   )
+  init, step = step_lib.build(config, layers)
   with checkpoint.opened(where.checkpoints_path) as manager:
-    state = begin(setup, manager)
+    state = begin(setup, init, manager)
     with metrics.opened(
       where.metrics_path, step=int(state.step), tensorboard=tensorboard
     ) as log:
       state = loop.train(
         state,
         config,
-        step=step_lib.make_step(
-          layers,
-          setup.tx,
-          schedule=config.schedule(),
-          microbatches=config.microbatches,
-        ),
+        step=step,
         batches=setup.batches,
         validate=lambda params: evaluate.evaluate(sums, params, held_out),
         save=lambda state: checkpoint.save(
@@ -147,10 +140,12 @@ def train(setup: Setup, console: Console, *, tensorboard: bool) -> None:
   console.print(f'curves: {where.curves_path}')
 
 
-def begin(setup: Setup, manager: ocp.CheckpointManager) -> State:
+def begin(
+  setup: Setup, init: step_lib.Init, manager: ocp.CheckpointManager
+) -> State:
   """Returns the newest state, or the first one where none was saved."""
   key = jax.random.key(setup.config.seed)
-  fresh = lambda: step_lib.init(setup.layers.init(key), setup.tx)
+  fresh = lambda: init(key)
   if manager.latest_step() is None:
     return jax.jit(fresh)()
   return checkpoint.restore(manager, jax.eval_shape(fresh), setup.batches)

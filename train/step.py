@@ -8,12 +8,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_optax.layerwise import Layerwise, layerwise
+from models.llama import Layers
+from train.config import Config
+from train.update import WholeTree
+
 # Axes: B rows of a batch, T tokens of a row.
 
 PyTree: TypeAlias = Any
 Batch: TypeAlias = dict[str, jax.Array]
 Loss: TypeAlias = Callable[[PyTree, Batch], tuple[jax.Array, PyTree]]
+Init: TypeAlias = Callable[[jax.Array], 'State']
 Step: TypeAlias = Callable[['State', Batch], tuple['State', PyTree]]
+
+# The weights that `slices` cuts; a tied model has one of them.
+VOCABULARY = ('embed/embedding', 'lm_head/kernel')
 
 
 class State(NamedTuple):
@@ -24,7 +33,65 @@ class State(NamedTuple):
   optimizer: optax.OptState  # the optimizer's state, made from params
 
 
-def init(params: PyTree, tx: optax.GradientTransformation) -> State:
+def build(config: Config, layers: Layers) -> tuple[Init, Step]:
+  """Returns what starts and what continues the training of a config."""
+  schedule = config.schedule()
+  if isinstance(config.update, WholeTree):
+    tx = config.transformation()
+    step = make_step(
+      layers, tx, schedule=schedule, microbatches=config.microbatches
+    )
+    return lambda key: init(layers.init(key), tx), step
+  update, dtype = config.update, config.model.param_dtype
+  stored = update.stored(dtype)
+  update_layers = layerwise(
+    layers,
+    config.optimizer.build(schedule),
+    clip_norm=config.clip_norm,
+    clip=update.clip,
+    microbatches=config.microbatches,
+    slices=dict.fromkeys(VOCABULARY, update.slices)
+    if update.slices > 1
+    else {},
+    weights=stored,
+  )
+
+  def init_layers(key: jax.Array) -> State:
+    params = layers.init(key)
+    blocks = jax.tree.map(
+      lambda w: stored.store(w) if w.ndim > 2 else w, params['blocks']
+    )
+    return init(params | {'blocks': blocks}, update_layers)
+
+  return init_layers, make_layerwise_step(update_layers, schedule=schedule)
+
+
+def make_layerwise_step(update: Layerwise, *, schedule: optax.Schedule) -> Step:
+  """Returns the same as `make_step` for a layer-wise update."""
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state: State, batch: Batch) -> tuple[State, PyTree]:
+    batch, tokens = with_mean_weight(batch)
+    params, optimizer, metrics = update(state.params, state.optimizer, batch)
+    metrics = {
+      'loss': metrics['loss'],
+      'grad_norm': metrics['grad_norm'],
+      'learning_rate': jnp.asarray(schedule(state.step)),
+      'tokens': tokens,
+    }
+    return State(state.step + 1, params, optimizer), metrics
+
+  return step
+
+
+def with_mean_weight(batch: Batch) -> tuple[Batch, jax.Array]:
+  """Returns the batch with weights of mean 1, and their sum before."""
+  tokens = jnp.sum(batch['weights'])
+  weights_BT = batch['weights'] * (batch['weights'].size / tokens)
+  return {**batch, 'weights': weights_BT}, tokens
+
+
+def init(params: PyTree, tx: Any) -> State:
   """Returns the state before the first update."""
   return State(jnp.zeros([], jnp.int32), params, tx.init(params))
 
@@ -51,11 +118,8 @@ def make_step(
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: State, batch: Batch) -> tuple[State, PyTree]:
-    tokens = jnp.sum(batch['weights'])
-    weights_BT = batch['weights'] * (batch['weights'].size / tokens)
-    value, grads = mean_gradient(
-      loss, state.params, {**batch, 'weights': weights_BT}, microbatches
-    )
+    batch, tokens = with_mean_weight(batch)
+    value, grads = mean_gradient(loss, state.params, batch, microbatches)
     updates, optimizer = tx.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {

@@ -254,6 +254,17 @@ def test_moments_and_updates_have_their_dtypes():
   }
 
 
+def test_bfloat16_gradients_are_rescaled_in_float32():
+  tx = adafactor.scale_by_galore_factored_rms()
+  g = {'kernel': jnp.asarray(normal(0, (5, 9)), jnp.bfloat16)}
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), g)
+  u, _ = tx.update(g, tx.init(g))
+  exact, _ = tx.update(wide, tx.init(wide))
+  chex.assert_trees_all_equal(
+    u, jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
+  )
+
+
 @pytest.mark.parametrize('moments', ['keep', 'reset'])
 def test_traces_once(moments):
   params = {k: jnp.float32(normal(0, s)) for k, s in SHAPES.items()}
@@ -291,6 +302,25 @@ def test_orbax_round_trip_resumes_bit_equal(tmp_path):
   chex.assert_trees_all_equal(
     update(params, restored, params), update(params, state, params)
   )
+
+
+@pytest.mark.parametrize('moments', ['keep', 'reset'])
+def test_a_part_of_the_tree_equals_its_leaves_in_the_whole(moments):
+  params = {
+    'blocks': {'up': jnp.float32(normal(0, (5, 9)))},
+    'embed': jnp.float32(normal(1, (6, 4))),
+  }
+  tx = galore_adafactor(
+    0.1, b1=0.9, scale_parameter=True, moments=moments, **OPTIONS
+  )
+  whole, _ = trajectory(tx, params, [params] * 3)
+  for name in params:
+    elsewhere = {k: galore_optax.Elsewhere() for k in params}
+    part = elsewhere | {name: params[name]}
+    alone, _ = trajectory(tx, part, [part] * 3)
+    for one, all_ in zip(alone, whole, strict=True):
+      # Another program: XLA may fuse, and so round, otherwise.
+      chex.assert_trees_all_close(one[name], all_[name], rtol=1e-6)
 
 
 def test_factored_rms_is_an_inner_of_its_own():

@@ -1,11 +1,14 @@
 """Which leaves are projected, and errors with value, rule and remedy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
-from galore_optax import Elsewhere, galore
+from galore_optax import Elsewhere, galore, selection
 
 W = jnp.zeros((9, 13))
 
@@ -198,3 +201,20 @@ def test_complex_and_integer_leaves_are_left_out():
   params = {'c': W.astype(jnp.complex64), 'i': W.astype(jnp.int32), 'w': W}
   assert projected(params) == {'w'}
   assert 'complex64' in failure(params, targets='c')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Attention:
+  query: jax.Array
+  value: jax.Array
+
+
+def test_an_attribute_named_value_is_a_component_among_others():
+  # NNX wraps each leaf in a node with nothing but a value.
+  params = {'a': Attention(W, W), 'variable': nnx.Param(W)}
+  assert selection.paths(params) == ['a/query', 'a/value', 'variable']
+  assert projected(params, targets='a/value|variable') == {
+    'a/value',
+    'variable/value',
+  }

@@ -1,0 +1,31 @@
+"""LLaMA-7B with layer-wise 8-bit GaLore, for one card of 24 GB.
+
+Source: Zhao et al., GaLore, 2024: rank 1024, gap 500, scale 0.25, learning
+rate 0.005, batch 512, 256 tokens, 150,000 steps, bfloat16. Here the weights'
+sums are rounded stochastically, bases are stored in blocks of 8 bits (about as
+exact as the reference's bfloat16), and clipping is by the global norm of the
+step before.
+
+Command: python -m train.pretrain configs/llama_7b.py
+(c4/en prepared by TFDS; --corpus.data-dir says where)
+Memory: python -m train.plan configs/llama_7b.py --device rtx4090
+Expected: perplexity 14.65 after 19.7 B tokens of C4 (the paper). Ours: not yet
+run.
+"""
+
+from models.llama import llama
+from train.config import Config
+from train.corpus import Tfds
+from train.optimizer import Galore8bit
+from train.update import Layerwise
+
+config = Config(
+  model=llama('7b', dtype='bfloat16', param_dtype='bfloat16', remat=True),
+  corpus=Tfds('c4/en'),
+  optimizer=Galore8bit(rank=1024, gap=500, basis_bits=8),
+  update=Layerwise(clip='previous', slices=32, weights='rounded'),
+  steps=150_000,
+  learning_rate=0.005,
+  batch_size=16,
+  sequence_length=256,
+)

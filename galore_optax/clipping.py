@@ -1,0 +1,89 @@
+"""This module holds clipping by the global norm, in pieces or at once."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+
+class ClippedTransformation(optax.GradientTransformationExtraArgs):
+  """A rule that clips by the global norm first, in a form that can be read.
+
+  A layer-wise step meets the gradient in pieces, whose own norms are of no
+  use: it takes `clip_norm` and applies `rule` to the pieces it has clipped.
+  """
+
+  clip_norm: float
+  rule: optax.GradientTransformationExtraArgs
+
+
+def clipped(
+  rule: optax.GradientTransformation, clip_norm: float | None
+) -> optax.GradientTransformationExtraArgs:
+  """Puts clipping by the exact global norm before a rule.
+
+  Args:
+    rule: what is applied to the clipped gradient.
+    clip_norm: largest global norm, or None for no clipping.
+
+  Returns:
+    The transformation. `layerwise`, given one, clips by the norm of the whole
+    gradient too.
+
+  Example:
+    >>> tx = clipped(optax.sgd(1.0), 1.0)
+    >>> params = {'w': jnp.array([6.0, 8.0])}
+    >>> updates, _ = tx.update(params, tx.init(params))
+    >>> print(f'{optax.tree.norm(updates):.4f}')
+    1.0000
+  """
+  rule = optax.with_extra_args_support(rule)
+  if clip_norm is None:
+    return rule
+
+  def update_fn(updates, state, params=None, **extra_args):
+    norm = jnp.sqrt(sum_of_squares(updates))
+    updates = times(updates, clip_coefficient(norm, clip_norm))
+    return rule.update(updates, state, params, **extra_args)
+
+  tx = ClippedTransformation(rule.init, update_fn)
+  tx.clip_norm, tx.rule = clip_norm, rule
+  return tx
+
+
+def clip_coefficient(norm: jax.Array, clip_norm: float) -> jax.Array:
+  """Returns what brings a gradient of this norm to at most `clip_norm`.
+
+  The small constant is that of PyTorch and of LOMO; it makes a norm of zero
+  harmless.
+
+  >>> clip_coefficient(jnp.array([0.5, 4.0]), 1.0).round(4)
+  Array([1.  , 0.25], dtype=float32)
+  """
+  return jnp.minimum(1.0, clip_norm / (norm + 1e-6))
+
+
+def sum_of_squares(tree: PyTree) -> jax.Array:
+  """Returns the squared norm of all leaves together, float32.
+
+  >>> print(sum_of_squares({'a': jnp.array([3.0]), 'b': jnp.array([4.0])}))
+  25.0
+  """
+  squares = [jnp.sum(jnp.square(_full(a))) for a in jax.tree.leaves(tree)]
+  return sum(squares, jnp.zeros([], jnp.float32))
+
+
+def times(tree: PyTree, factor: jax.Array) -> PyTree:
+  """Returns each leaf times a float32 factor, rounded once to its dtype.
+
+  >>> times(jnp.ones(2, jnp.bfloat16), jnp.float32(0.5))
+  Array([0.5, 0.5], dtype=bfloat16)
+  """
+  return jax.tree.map(lambda a: (_full(a) * factor).astype(a.dtype), tree)
+
+
+def _full(a: jax.Array) -> jax.Array:
+  return a.astype(jnp.promote_types(a.dtype, jnp.float32))

@@ -1,0 +1,97 @@
+"""This module holds the table of methods: which cell of the algebra each is."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import optax
+
+from galore_optax import presets
+from galore_optax.galore import galore
+
+
+class Method(NamedTuple):
+  """One row: a method in the terms of `galore`."""
+
+  name: str
+  """The preset."""
+  subspace: str
+  """How the subspace is found."""
+  inner: str
+  """What works inside it."""
+  residual: str
+  """What works outside it."""
+  moments: str
+  """What a new subspace does to the inner's state."""
+  state: str
+  """Elements of state for a weight [m, n], m <= n, rank r or density d."""
+  count: Callable[[int, int, int], int]
+  """The same as a function of m, n, r; the density is r / m."""
+  make: Callable[[int, int], optax.GradientTransformation]
+  """Makes the transformation for m and r, learning rate 1."""
+
+
+METHODS = (
+  Method(
+    *('galore_adamw', 'svd', 'Adam', 'none', 'keep', 'r m + 2 r n'),
+    lambda m, n, r: r * m + 2 * r * n,
+    lambda m, r: presets.galore_adamw(1.0, rank=r),
+  ),
+  Method(
+    *('galore_adafactor', 'svd', 'Adafactor', 'none', 'keep', 'r m + r + n'),
+    lambda m, n, r: r * m + r + n,
+    lambda m, r: presets.galore_adafactor(1.0, rank=r),
+  ),
+  Method(
+    *("galore(side='full')", 'svd, both sides', 'any', 'none', 'keep'),
+    'r (m + n) + 2 r^2 (Adam)',
+    lambda m, n, r: r * (m + n) + 2 * r * r,
+    lambda m, r: galore(optax.adam(1.0), rank=r, side='full'),
+  ),
+  Method(
+    *('frugal', 'svd', 'any', 'sign or SGD', 'reset', 'd m^2 + 2 d m n (Adam)'),
+    lambda m, n, r: r * m + 2 * r * n,
+    lambda m, r: presets.frugal(1.0, density=r / m),
+  ),
+  Method(
+    *("frugal(subspace='columns')", 'coordinates', 'any', 'sign or SGD'),
+    *('reset', 'd m + 2 d m n (Adam)'),
+    lambda m, n, r: r + 2 * r * n,
+    lambda m, r: presets.frugal(1.0, density=r / m, subspace='columns'),
+  ),
+  Method(
+    *('fira', 'svd', 'Adam', 'scaled by channel', 'keep', 'r m + 2 r n + 1'),
+    lambda m, n, r: r * m + 2 * r * n + 1,
+    lambda m, r: presets.fira(1.0, rank=r),
+  ),
+  Method(
+    *('apollo', 'Gaussian, a seed', 'Adam', 'whole, by channel', 'keep'),
+    '2 r n + 1',
+    lambda m, n, r: 2 * r * n + 1,
+    lambda m, r: presets.apollo(1.0, rank=r),
+  ),
+  Method(
+    *('apollo_mini', 'Gaussian, a seed', 'Adam', 'whole, by matrix', 'keep'),
+    '2 n + 1',
+    lambda m, n, r: 2 * n + 1,
+    lambda m, r: presets.apollo_mini(1.0),
+  ),
+  Method(
+    *('badam', 'one layer of L, in turns', 'any', 'none', 'reset'),
+    '2 m n / L (Adam)',
+    lambda m, n, r: 2 * n,
+    lambda m, r: presets.badam(1.0, blocks='.*'),
+  ),
+)
+"""Every method that is a cell of the algebra."""
+
+
+def table() -> str:
+  """Returns the methods as a Markdown table.
+
+  >>> print(table().splitlines()[0])
+  | method | subspace | inner | residual | moments | elements of state |
+  """
+  head = ('method', 'subspace', 'inner', 'residual', 'moments')
+  rows = [(*head, 'elements of state'), ('---',) * 6]
+  rows += [(f'`{method.name}`', *method[1:6]) for method in METHODS]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)

@@ -1,0 +1,102 @@
+"""This module holds the split of weights between an inner and a simple rule."""
+
+from typing import Any
+
+import jax
+import optax
+
+from galore_optax import selection
+from galore_optax.galore import galore
+from galore_optax.options import Options
+from galore_optax.residual import Sgd, Sign
+from galore_optax.selection import Targets
+from galore_optax.subspace import Turns
+
+WHERE: dict[str, dict[str, Any]] = {
+  'svd': dict(subspace='svd'),
+  'random': dict(subspace='random'),
+  'columns': dict(subspace='coordinates', side='left'),
+  'rows': dict(subspace='coordinates', side='right'),
+  'entries': dict(
+    subspace='coordinates', side='left', axes={'.*': ((-2, -1), ())}
+  ),
+  'blocks': dict(
+    subspace=Turns('descending'), side='left', axes={'.*': (0, ...)}
+  ),
+}
+"""How `frugal` splits a kernel [in, out]: the options of `galore`."""
+
+
+def split(
+  inner: optax.GradientTransformation,
+  *,
+  density: float,
+  gap: int,
+  subspace: str,
+  residual: str,
+  residual_scale: float,
+  targets: Targets,
+) -> optax.GradientTransformation:
+  """Returns the part of `frugal` before decay and learning rate."""
+  if not 0 <= density <= 1:
+    raise ValueError(f'density must be in [0, 1], got {density!r}')
+  if subspace not in WHERE:
+    raise ValueError(
+      f'subspace must be one of {", ".join(WHERE)}, got {subspace!r}'
+    )
+  rules = {'sign': Sign(residual_scale), 'sgd': Sgd(residual_scale)}
+  if residual not in rules:
+    raise ValueError(f"residual must be 'sign' or 'sgd', got {residual!r}")
+  if density == 1:
+    return inner
+  stage = galore(
+    inner,
+    rank=float(density) or 1.0,
+    gap=gap,
+    scale=1.0,
+    residual=rules[residual],
+    moments='reset',
+    targets=targets,
+    **WHERE[subspace],
+  )
+  if density > 0:
+    return stage
+  alone = optax.chain(
+    optax.scale_by_sign() if residual == 'sign' else optax.identity(),
+    optax.scale(residual_scale),
+  )
+  return partition(alone, inner, targets)
+
+
+def partition(
+  chosen: optax.GradientTransformation,
+  rest: optax.GradientTransformation,
+  targets: Targets,
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `chosen` for the targets and `rest` for the other leaves.
+
+  Args:
+    chosen: the transformation of the targets.
+    rest: the transformation of what `targets` leaves out.
+    targets: as in `galore`.
+
+  Example:
+    >>> tx = partition(optax.sgd(1.0), optax.set_to_zero(), ['a'])
+    >>> params = {'a': jax.numpy.ones(2), 'b': jax.numpy.ones(2)}
+    >>> tx.update(params, tx.init(params))[0]['b']
+    Array([0., 0.], dtype=float32)
+  """
+
+  def labels(params: optax.Params) -> Any:
+    if targets is None or callable(targets):
+      whole = Options(
+        1.0, 1, 1.0, 'std', 'svd', None, 'keep', targets, None
+      ).projections(params)
+      marks = [projection is not None for projection in whole]
+    else:
+      patterns = [targets] if isinstance(targets, str) else list(targets)
+      marks = selection.matched(patterns, params)
+    names = ['chosen' if mark else 'rest' for mark in marks]
+    return jax.tree.unflatten(jax.tree.structure(params), names)
+
+  return optax.partition({'chosen': chosen, 'rest': rest}, labels)

@@ -1,0 +1,314 @@
+"""This module holds the transformation itself: what `init` and `update` do."""
+
+import contextlib
+import contextvars
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax import decay, refresh, residual
+from galore_optax import moments as moments_lib
+from galore_optax import projection as projection_lib
+from galore_optax.options import Options
+from galore_optax.projection import Basis, Projection
+from galore_optax.refresh import Units
+
+_seen: contextvars.ContextVar[list[Projection | None] | None]
+_seen = contextvars.ContextVar('seen', default=None)
+
+
+class GaloreState(NamedTuple):
+  """The state of `galore`."""
+
+  count: jax.Array
+  """[], int32: updates done so far."""
+  basis: Any
+  """Tree like the parameters: orthonormal rows [..., r, m] in the weight's
+  dtype (a pair of them for side 'full'); MaskedNode where not projected."""
+  inner: Any
+  """State of the inner transformation, for the low-rank shapes."""
+  skipped: jax.Array
+  """[], int32: bases kept at a refresh as the gradient was not finite."""
+  residual: Any
+  """Tree like the parameters: state of the residual rule; MaskedNode where
+  there is none."""
+
+
+@contextlib.contextmanager
+def observe():
+  """Yields a list to which each `galore` adds its projections at `init`.
+
+  So a description finds them behind any wrapper.
+  """
+  seen: list[Projection | None] = []
+  token = _seen.set(seen)
+  try:
+    yield seen
+  finally:
+    _seen.reset(token)
+
+
+def projected(
+  inner: optax.GradientTransformation, options: Options
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `inner` run on projected gradients; see `galore`."""
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params: optax.Params) -> GaloreState:
+    projections = options.projections(params)
+    seen = _seen.get()
+    if seen is not None:
+      seen.extend(projections)
+    leaves, treedef = jax.tree.flatten(params)
+    view = _views(projections, leaves, treedef)
+    if any(projections):
+      decay.check_decoupled(inner, view, [p is not None for p in projections])
+      if options.moments == 'rotate':
+        moments_lib.check_rotates(inner, view)
+    none = optax.MaskedNode()
+    basis = [
+      none if p is None else refresh.first_basis(options.finder, p, x.dtype)
+      for p, x in zip(projections, leaves, strict=True)
+    ]
+    rests = [
+      none if p is None or options.rule is None else options.rule.init(p)
+      for p in projections
+    ]
+    return GaloreState(
+      count=jnp.zeros([], jnp.int32),
+      basis=treedef.unflatten(basis),
+      inner=_per_group(inner, options, projections, treedef).init(view),
+      skipped=jnp.zeros([], jnp.int32),
+      residual=treedef.unflatten(rests),
+    )
+
+  def update_fn(
+    updates: optax.Updates,
+    state: Any,
+    params: optax.Params | None = None,
+    *,
+    layer: jax.Array | int = 0,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, GaloreState]:
+    extra_args['layer'] = layer
+    projections = options.projections(updates)
+    grads, treedef = jax.tree.flatten(updates)
+    leaves = refresh.units(projections, options.gap, layer)
+    state = _maybe_refresh(inner, options, leaves, updates, state, extra_args)
+    bases = _bases(options, leaves, treedef, state.basis, state.count)
+    low_grads = [
+      _full(g) if p is None else projection_lib.project(p, g, b)
+      for p, g, b in zip(projections, grads, bases, strict=True)
+    ]
+    weights = None if params is None else treedef.flatten_up_to(params)
+    view = None if weights is None else _views(projections, weights, treedef)
+    per_group = _per_group(inner, options, projections, treedef)
+    low, inner_state = per_group.update(
+      treedef.unflatten(low_grads), state.inner, view, **extra_args
+    )
+    low = treedef.flatten_up_to(low)
+    whole = _unprojected(options, projections, low, bases, grads)
+    # Each reads what the inner does to one number off the state before.
+    ask = (per_group, state.inner, treedef.unflatten(low_grads), extra_args)
+    rests = state.residual
+    if options.rule is not None:
+      splits = zip(
+        *(projections, grads, bases, low_grads, low),
+        treedef.flatten_up_to(decay.responses(*ask)),
+        strict=True,
+      )
+      whole, rests = _with_residual(options, splits, whole, treedef, rests)
+    if weights is not None:
+      factors = treedef.flatten_up_to(decay.decay_factors(*ask))
+      whole = _decayed(projections, whole, factors, weights)
+    whole = [u.astype(g.dtype) for u, g in zip(whole, grads, strict=True)]
+    return treedef.unflatten(whole), GaloreState(
+      count=jnp.asarray(optax.safe_increment(state.count)),
+      basis=state.basis,
+      inner=inner_state,
+      skipped=state.skipped,
+      residual=rests,
+    )
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _unprojected(
+  options: Options,
+  projections: list[Projection | None],
+  low: list[jax.Array],
+  bases: list[Basis],
+  grads: list[jax.Array],
+) -> list[jax.Array]:
+  """Returns the scaled updates in the weights' shapes.
+
+  At once in the gradient's dtype: in float32 the update of one large weight
+  would be the largest temporary of a layer-wise step.
+  """
+  return [
+    u
+    if p is None
+    else jnp.zeros_like(g)
+    if options.scale == 0
+    else projection_lib.unproject(p, options.scale * u, b).astype(g.dtype)
+    for p, u, b, g in zip(projections, low, bases, grads, strict=True)
+  ]
+
+
+def _with_residual(
+  options: Options, splits: Any, whole: list[Any], treedef: Any, states: Any
+) -> tuple[list[jax.Array], Any]:
+  """Returns the updates with what the residual rule adds, and its states."""
+  rule = options.rule
+  assert rule is not None
+  out, new = [], []
+  pairs = zip(splits, whole, treedef.flatten_up_to(states), strict=True)
+  for (p, g, basis, low_g, low_u, response), update, state in pairs:
+    if p is not None:
+      g_io = projection_lib.to_matrix(p, _full(g))
+      split = residual.Split(g_io, basis, low_g, low_u, response)
+      added_io, state = rule(p, split, state)
+      update = update + projection_lib.from_matrix(p, added_io)
+    out.append(update)
+    new.append(state)
+  return out, treedef.unflatten(new)
+
+
+def _decayed(
+  projections: list[Projection | None],
+  updates: list[jax.Array],
+  factors: list[jax.Array],
+  weights: list[jax.Array],
+) -> list[jax.Array]:
+  """Returns the updates with decay that acts on the whole weight."""
+  return [
+    u if p is None else u + factor * w
+    for p, u, factor, w in zip(
+      projections, updates, factors, weights, strict=True
+    )
+  ]
+
+
+def _per_group(
+  inner: optax.GradientTransformationExtraArgs,
+  options: Options,
+  projections: list[Projection | None],
+  treedef: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """Returns the inner, with a state for each group where one restarts."""
+  if options.moments != 'reset':
+    return inner
+  labels = ['rest' if p is None else 'low' for p in projections]
+  return moments_lib.grouped(inner, treedef.unflatten(labels))
+
+
+def _bases(
+  options: Options,
+  leaves: list[Units | None],
+  treedef: Any,
+  kept: Any,
+  count: jax.Array,
+) -> list[Basis]:
+  """Returns the basis of each leaf, stored or made anew; () for the others."""
+  if refresh.is_stored(options.finder):
+    flat = treedef.flatten_up_to(kept)
+    pairs = zip(leaves, flat, strict=True)
+    return [() if leaf is None else refresh.as_basis(b) for leaf, b in pairs]
+  return [
+    () if leaf is None else refresh.remade(options.finder, leaf, count)
+    for leaf in leaves
+  ]
+
+
+def _maybe_refresh(
+  inner: optax.GradientTransformationExtraArgs,
+  options: Options,
+  leaves: list[Units | None],
+  updates: optax.Updates,
+  state: GaloreState,
+  extra_args: dict[str, Any],
+) -> GaloreState:
+  """Returns the state with new bases, and moments to match, if some are due."""
+  carries_moments = options.moments != 'keep'
+  if not (carries_moments or refresh.is_stored(options.finder)):
+    return state
+  # What no refresh changes stays outside the cond, where it is not copied.
+  changing = state if carries_moments else state._replace(inner=None)
+  changed = jax.lax.cond(
+    # A scalar: a batched predicate would turn the cond into a select, and a
+    # basis would be found at every step.
+    refresh.is_due(leaves, options.gap, state.count),
+    lambda state: _refreshed(
+      inner, options, leaves, updates, state, extra_args
+    ),
+    lambda state: state,
+    changing,
+  )
+  return changed if carries_moments else changed._replace(inner=state.inner)
+
+
+def _refreshed(inner, options, leaves, updates, state, extra_args):
+  grads, treedef = jax.tree.flatten(updates)
+  projections = [leaf and leaf.projection for leaf in leaves]
+  old = _bases(options, leaves, treedef, state.basis, state.count - 1)
+  if refresh.is_stored(options.finder):
+    kept = treedef.flatten_up_to(state.basis)
+    pairs = [
+      (basis, 0)
+      if leaf is None
+      else refresh.refresh(options.finder, leaf, g, basis, state.count)
+      for leaf, g, basis in zip(leaves, grads, kept, strict=True)
+    ]
+    skips = jnp.array([count for _, count in pairs], jnp.int32)
+    state = state._replace(
+      basis=treedef.unflatten([basis for basis, _ in pairs]),
+      skipped=state.skipped + jnp.sum(skips, dtype=jnp.int32),
+    )
+  new = _bases(options, leaves, treedef, state.basis, state.count)
+  if options.moments == 'keep':
+    return state
+  views = [_view(p, g) for p, g in zip(projections, grads, strict=True)]
+  if options.moments == 'reset':
+    low = [
+      x if p else optax.MaskedNode()
+      for p, x in zip(projections, views, strict=True)
+    ]
+    carried = moments_lib.restart_low(
+      inner, state.inner, treedef.unflatten(low)
+    )
+  else:
+    turns = [
+      leaf and refresh.turn(leaf, new_basis, old_basis, state.count)
+      for leaf, new_basis, old_basis in zip(leaves, new, old, strict=True)
+    ]
+    carried = moments_lib.rotate(
+      inner, state.inner, treedef.unflatten(views), turns, extra_args
+    )
+  return state._replace(inner=carried)
+
+
+def _views(
+  projections: list[Projection | None], leaves: list[Any], treedef: Any
+) -> Any:
+  """Returns the parameters that the inner sees."""
+  return treedef.unflatten(
+    [_view(p, x) for p, x in zip(projections, leaves, strict=True)]
+  )
+
+
+def _view(projection: Projection | None, x: Any) -> Any:
+  if projection is None:
+    return _full(x)
+  return jnp.zeros(
+    projection.low_shape, jnp.promote_types(x.dtype, jnp.float32)
+  )
+
+
+def _full(x: Any) -> Any:
+  """Returns an array, abstract or not, in float32 at least."""
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(x.shape, dtype)
+  return x.astype(dtype)

@@ -1,0 +1,165 @@
+"""This module holds how weights and bases are stored between steps.
+
+A stored weight is an array or a `Quantized`; the model computes with arrays.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax.blockwise import Quantized, dequantize, quantize_linear
+from galore_optax.rounding import apply_updates_stochastic
+from galore_optax.transform import GaloreState
+
+PyTree = Any
+Stored = Any
+
+
+def is_stored(x: Any) -> bool:
+  """Whether a node of a tree is one stored weight, though no array."""
+  return isinstance(x, Quantized)
+
+
+class Weights(NamedTuple):
+  """How one weight is stored."""
+
+  store: Callable[[jax.Array], Stored]
+  """An initial weight, stored."""
+  read: Callable[[Stored], jax.Array]
+  """The array that the model computes with."""
+  write: Callable[[Stored, jax.Array, jax.Array], Stored]
+  """The stored weight plus an update; the key is for stochastic rounding."""
+
+
+ARRAYS = Weights(
+  store=lambda weight: weight,
+  read=lambda stored: stored,
+  write=lambda stored, update, key: optax.apply_updates(stored, update),
+)
+"""Weights are kept as they are, sums rounded to nearest."""
+
+ROUNDED = Weights(
+  store=lambda weight: weight,
+  read=lambda stored: stored,
+  write=apply_updates_stochastic,
+)
+"""bfloat16 weights whose sums are rounded stochastically."""
+
+
+def quantized(
+  *, bits: Literal[4, 8] = 8, group: int = 256, dtype: Any
+) -> Weights:
+  """Weights in blocks of integers, sums rounded stochastically.
+
+  Weights of fewer than two axes beyond a stack's (norms, biases) stay arrays.
+
+  Args:
+    bits: of an element, 8 or 4.
+    group: elements that share a float32 scale.
+    dtype: of the arrays that the model computes with.
+
+  Example:
+    >>> weights = quantized(dtype=jnp.bfloat16)
+    >>> stored = weights.store(jnp.ones((2, 4, 256)))
+    >>> stored.nbytes, weights.read(stored).dtype
+    (2080, dtype(bfloat16))
+  """
+
+  def store(weight):
+    return quantize_linear(weight, bits=bits, group=group)
+
+  def read(stored):
+    if is_stored(stored):
+      return dequantize(stored).astype(dtype)
+    return stored
+
+  def write(stored, update, key):
+    if not is_stored(stored):
+      return apply_updates_stochastic(stored, update, key)
+    total = dequantize(stored) + update.astype(jnp.float32)
+    return quantize_linear(total, bits=bits, group=group, key=key)
+
+  return Weights(store, read, write)
+
+
+def quantize_bases(
+  tx: optax.GradientTransformation, *, bits: Literal[4, 8] = 4, group: int = 256
+) -> optax.GradientTransformationExtraArgs:
+  """Stores the bases of every `galore` in a transformation in few bits.
+
+  A basis is quantized when it is found, and not again until the next one. It
+  is an array only while its weight is updated: this is for a layer-wise step,
+  where that is one weight at a time.
+
+  Args:
+    tx: what holds a `galore`.
+    bits: of an element, 8 or 4.
+    group: elements that share a float32 scale.
+
+  Example:
+    >>> import galore_optax
+    >>> tx = quantize_bases(galore_optax.galore(optax.sgd(0.1), rank=2))
+    >>> tx.init({'w': jnp.ones((512, 512))}).basis['w'].nbytes
+    528
+  """
+  tx = optax.with_extra_args_support(tx)
+  pack = lambda basis: quantize_linear(basis, bits=bits, group=group)
+
+  def init_fn(params):
+    return _map_bases(lambda b: jax.tree.map(pack, b), tx.init(params))
+
+  def update_fn(updates, state, params=None, **extra_args):
+    stored = _bases(state)
+    grads, treedef = jax.tree.flatten(updates)
+
+    def unpack(basis):
+      nodes = zip(treedef.flatten_up_to(basis), grads, strict=True)
+      read = lambda q, g: dequantize(q).astype(g.dtype)
+      dense = [
+        jax.tree.map(lambda q, g=g: read(q, g), node, is_leaf=is_stored)
+        for node, g in nodes
+      ]
+      return treedef.unflatten(dense)
+
+    dense = [unpack(basis) for basis in stored]
+    replaced = _replace_bases(state, dense)
+    updates, new = tx.update(updates, replaced, params, **extra_args)
+
+    def repack(old, before, basis):
+      changed = jnp.any(basis != before)
+      return jax.tree.map(
+        lambda a, b: jnp.where(changed, a, b), pack(basis), old
+      )
+
+    packed = [
+      jax.tree.map(repack, old, before, basis, is_leaf=is_stored)
+      for old, before, basis in zip(stored, dense, _bases(new), strict=True)
+    ]
+    return updates, _replace_bases(new, packed)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_galore(x: Any) -> bool:
+  return isinstance(x, GaloreState)
+
+
+def _bases(state: PyTree) -> list[PyTree]:
+  nodes = jax.tree.leaves(state, is_leaf=_is_galore)
+  return [node.basis for node in nodes if _is_galore(node)]
+
+
+def _replace_bases(state: PyTree, bases: list[PyTree]) -> PyTree:
+  rest = iter(bases)
+  return _map_bases(lambda _: next(rest), state)
+
+
+def _map_bases(f: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
+  return jax.tree.map(
+    lambda x: x._replace(basis=f(x.basis)) if _is_galore(x) else x,
+    state,
+    is_leaf=_is_galore,
+  )

@@ -1,0 +1,170 @@
+"""optax's contract: types, shapes, tracing, checkpoints, donation, devices."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from galore_optax import galore, galore_adamw
+
+KINDS = {
+  'keep': lambda: galore(optax.adamw(0.1), rank=4, gap=2),
+  'reset': lambda: galore(optax.adamw(0.1), rank=4, gap=2, moments='reset'),
+  'full': lambda: galore(optax.adamw(0.1), rank=4, gap=2, side='full'),
+  'gram': lambda: galore_adamw(0.1, rank=4, gap=2, subspace='gram'),
+}
+every_kind = pytest.mark.parametrize('kind', KINDS)
+
+
+def normal(shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
+
+
+def params(dtype=jnp.float32):
+  tree = {
+    'blocks': {'up': normal((2, 9, 13)), 'norm': normal((2, 9), 1)},
+    'down': normal((17, 7), 2),
+    'bias': normal((5,), 3),
+    'scalar': normal((), 4),
+  }
+  return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def gradients(i=0, dtype=jnp.float32):
+  return jax.tree.map(lambda x: jnp.sin(x * (i + 2)).astype(dtype), params())
+
+
+def types(tree):
+  return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+
+
+@every_kind
+def test_types(kind):
+  """The state keeps its types, and updates have those of gradients."""
+  for dtype in (jnp.float32, jnp.bfloat16):
+    tx, w, g = KINDS[kind](), params(dtype), gradients(dtype=dtype)
+    state = jax.eval_shape(tx.init, w)
+    updates, after = jax.eval_shape(tx.update, g, state, w)
+    assert types(state) == types(after)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, g)
+  # From shapes as from arrays, without a trace too.
+  shapes = jax.eval_shape(lambda: w)
+  assert types(tx.init(shapes)) == types(state)
+  arrays = jax.tree.leaves(state)
+  assert all(x.size for x in arrays)
+  # Moments are float32 under bfloat16 weights; bases are as the weights.
+  floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+  low = sum(x.dtype == jnp.bfloat16 for x in floats)
+  assert low == (4 if kind == 'full' else 2)
+
+
+def test_float32_gradients_of_bfloat16_weights():
+  tx, w, g = KINDS['keep'](), params(jnp.bfloat16), gradients()
+  state = tx.init(w)
+  updates, after = jax.eval_shape(tx.update, g, state, w)
+  chex.assert_trees_all_equal_dtypes(updates, g)
+  assert types(jax.eval_shape(lambda: state)) == types(after)
+
+
+def test_a_state_goes_through_cond_and_scan():
+  tx, w = KINDS['keep'](), params()
+
+  @jax.jit
+  def some(state):
+    def step(state, i):
+      update = lambda s: tx.update(gradients(), s, w)[1]
+      return jax.lax.cond(i % 2 == 0, update, lambda s: s, state), None
+
+    return jax.lax.scan(step, state, jnp.arange(4))[0]
+
+  assert int(some(tx.init(w)).count) == 2
+
+
+@every_kind
+def test_one_trace_serves_all_steps(kind):
+  tx, w = KINDS[kind](), params()
+  update = jax.jit(chex.assert_max_traces(tx.update, n=1))
+  chex.clear_trace_counter()
+  state = tx.init(w)
+  for i in range(5):
+    _, state = update(gradients(i), state, w)
+
+
+def test_jit_changes_nothing():
+  tx, w = KINDS['keep'](), params()
+  state = want_state = tx.init(w)
+  update = jax.jit(tx.update)
+  for i in range(3):
+    updates, state = update(gradients(i), state, w)
+    want, want_state = tx.update(gradients(i), want_state, w)
+    # Fusion rounds otherwise: an ulp or two.
+    chex.assert_trees_all_close(updates, want, rtol=1e-4, atol=1e-6)
+
+
+def test_donated_state_is_used_up():
+  tx, w = KINDS['keep'](), params()
+  update = jax.jit(tx.update, donate_argnums=1)
+  state = tx.init(w)
+  plain, want_state = jax.jit(tx.update), tx.init(w)
+  for i in range(3):
+    used = jax.tree.leaves(state)
+    updates, state = update(gradients(i), state, w)
+    want, want_state = plain(gradients(i), want_state, w)
+    chex.assert_trees_all_equal(updates, want)
+    assert all(x.is_deleted() for x in used if x.ndim > 1)
+
+
+def test_tree_map_params_reaches_bases_and_moments_alone():
+  tx, w = KINDS['keep'](), params()
+  state = tx.init(w)
+  marked = optax.tree.map_params(
+    tx, lambda x: 'params', state, transform_non_params=lambda x: 'other'
+  )
+  assert marked.count == marked.skipped == marked.inner[0].count == 'other'
+  assert marked.basis['blocks']['up'] == marked.basis['down'] == 'params'
+  assert set(jax.tree.leaves(marked.inner[0].mu)) == {'params'}
+  assert jax.tree.structure(marked) == jax.tree.structure(state)
+
+
+@every_kind
+def test_orbax_brings_the_state_back(kind, tmp_path):
+  tx, w = KINDS[kind](), params(jnp.bfloat16)
+  update = jax.jit(tx.update)
+  state = tx.init(w)
+  for i in range(3):
+    _, state = update(gradients(i, jnp.bfloat16), state, w)
+  with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'state', state)
+    checkpointer.wait_until_finished()
+    back = checkpointer.restore(tmp_path / 'state', jax.eval_shape(tx.init, w))
+  chex.assert_trees_all_equal(back, state)
+  chex.assert_trees_all_equal_structs(back, state)
+  for i in range(3, 5):
+    g = gradients(i, jnp.bfloat16)
+    (updates, state), (want, back) = update(g, state, w), update(g, back, w)
+    chex.assert_trees_all_equal(updates, want)
+
+
+@pytest.mark.parametrize('spec', [('x', None), (None, 'x')])
+def test_eight_devices_are_one(spec):
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+  w = {'wide': normal((16, 24)), 'stack': normal((2, 24, 16), 1)}
+  put = lambda tree: {
+    k: jax.device_put(
+      x, NamedSharding(mesh, PartitionSpec(*(None,) * (x.ndim - 2), *spec))
+    )
+    for k, x in tree.items()
+  }
+  tx = KINDS['keep']()
+  update = jax.jit(tx.update)
+  state = want_state = tx.init(w)
+  for i in range(4):
+    g = jax.tree.map(lambda x: jnp.sin(x * (i + 2)), w)  # noqa: B023
+    updates, state = update(put(g), state, put(w))
+    want, want_state = update(g, want_state, w)
+    # Sums across devices are in another order.
+    chex.assert_trees_all_close(updates, want, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,249 @@
+"""Layer-wise = whole tree, on the same gradients."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import galore_optax
+from galore_optax.clipping import clip_coefficient, clipped
+from galore_optax.layerwise import layerwise
+from galore_optax.quantization import quantize_state
+from galore_optax.weights import is_stored, quantized
+
+L, D, F, V = 3, 6, 11, 13
+
+
+class Residual:
+  """h + tanh(h W) U, entered by an embedding, read by a head.
+
+  Positions ride along as an integer leaf.
+  """
+
+  def __init__(self, tied=False):
+    self.tied = tied
+
+  def embed(self, params, batch):
+    h = params['embed']['table'][batch['tokens']]
+    return {'h': h, 'positions': batch['positions']}
+
+  def block(self, layer_params, x):
+    h = x['h'] + 0.1 * x['positions'][..., None].astype(x['h'].dtype)
+    h = h + jnp.tanh(h @ layer_params['w']) @ layer_params['u']
+    return {**x, 'h': h}
+
+  def loss(self, params, x, batch):
+    head = params['embed']['table'].T if self.tied else params['head']['w']
+    logits = (x['h'] * params['norm']['scale'][None, None]) @ head
+    nll = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['targets']
+    )
+    return jnp.mean(nll), {'nll': jnp.sum(nll)}
+
+  def __call__(self, params, batch):
+    x = self.embed(params, batch)
+    x, _ = jax.lax.scan(
+      lambda x, p: (self.block(p, x), None), x, params['blocks']
+    )
+    return self.loss(params, x, batch)
+
+
+def make_params(seed=0, dtype=jnp.float32):
+  draw = np.random.default_rng(seed).normal
+  leaf = lambda *shape: jnp.asarray(draw(size=shape) * 0.3, dtype)
+  return {
+    'embed': {'table': leaf(V, D)},
+    'blocks': {'w': leaf(L, D, F), 'u': leaf(L, F, D)},
+    'norm': {'scale': leaf(D)},
+    'head': {'w': leaf(D, V)},
+  }
+
+
+def make_batch(seed=0, examples=4):
+  draw = np.random.default_rng(seed + 100)
+  tokens = draw.integers(0, V, size=(examples, 8))
+  return {
+    'tokens': jnp.asarray(tokens[:, :-1]),
+    'targets': jnp.asarray(tokens[:, 1:]),
+    'positions': jnp.tile(jnp.arange(7), (examples, 1)),
+  }
+
+
+def whole_tree_step(model, tx):
+  tx = optax.with_extra_args_support(tx)
+
+  @jax.jit
+  def step(params, state, batch):
+    (loss, _), grads = jax.value_and_grad(model, has_aux=True)(params, batch)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, loss, grads
+
+  return step
+
+
+def run(step, *, steps=3, params=None, examples=4):
+  params = make_params() if params is None else params
+  state = step.init(params)
+  step = jax.jit(step, donate_argnums=(0, 1))
+  params = jax.tree.map(jnp.copy, params)
+  for i in range(steps):
+    params, state, metrics = step(params, state, make_batch(i, examples))
+  return params, state, metrics
+
+
+def run_whole_tree(model, tx, *, steps=3, params=None):
+  params = make_params() if params is None else params
+  state = tx.init(params)
+  step = whole_tree_step(model, tx)
+  for i in range(steps):
+    params, state, loss, grads = step(params, state, make_batch(i))
+  return params, {'loss': loss, 'grads': grads}
+
+
+def test_equals_the_whole_tree_step_bit_by_bit():
+  model, tx = Residual(), optax.lion(0.01)
+  params, _, metrics = run(layerwise(model, tx))
+  whole, expected = run_whole_tree(model, tx)
+  chex.assert_trees_all_equal(params, whole)
+  assert metrics['loss'] == expected['loss']
+
+
+def test_grad_norm_is_that_of_the_whole_gradient():
+  model, tx = Residual(), optax.sgd(0.1)
+  _, state, metrics = run(layerwise(model, tx), steps=1)
+  norm = optax.tree.norm(run_whole_tree(model, tx, steps=1)[1]['grads'])
+  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-6)
+  assert state.norm == metrics['grad_norm']
+
+
+def galore_rule():
+  # Momentum is linear: rounding does not grow as in Adam, where an entry that
+  # is nearly zero may change sign.
+  return galore_optax.galore(
+    optax.sgd(0.1, momentum=0.9),
+    rank=3,
+    gap=2,
+    scale=1.0,
+    targets=['blocks/.*'],
+  )
+
+
+def test_galore_equals_the_whole_tree_step():
+  model, tx = Residual(), galore_rule()
+  params, state, _ = run(layerwise(model, tx), steps=5)
+  basis = state.inner['blocks/w'].basis['blocks']['w']
+  assert basis.shape == (L, 3, D)
+  whole, _ = run_whole_tree(model, tx, steps=5)
+  # The decompositions are of one matrix here and of a stack there.
+  chex.assert_trees_all_close(params, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_adamw_equals_the_whole_tree_step():
+  model, tx = Residual(tied=True), optax.adamw(0.01)
+  params, _, _ = run(layerwise(model, tx))
+  whole, _ = run_whole_tree(model, tx)
+  # XLA fuses multiplications and additions differently in the two programs,
+  # and the tied embedding's gradients are added in another order.
+  chex.assert_trees_all_close(params, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('clip', ['exact', 'previous'])
+def test_clips_by_the_norm_of_the_whole_gradient(clip):
+  model, bound = Residual(), 0.2
+  step = layerwise(model, optax.sgd(0.1), clip_norm=bound, clip=clip)
+  params, _, metrics = run(step, steps=1)
+  whole, _ = run_whole_tree(model, clipped(optax.sgd(0.1), bound), steps=1)
+  assert metrics['grad_norm'] > bound
+  # The norm's squares are added leaf by leaf and layer by layer.
+  chex.assert_trees_all_close(params, whole, rtol=1e-6, atol=1e-7)
+
+
+def test_previous_norm_is_that_of_the_step_before():
+  model, bound = Residual(), 0.2
+  tx = optax.sgd(0.1)
+  start, state, metrics = run(layerwise(model, tx, clip_norm=bound), steps=1)
+  step = layerwise(model, tx, clip_norm=bound, clip='previous')
+  batch = make_batch(1)
+  params, _, _ = jax.jit(step)(start, state, batch)
+  grads = jax.grad(model, has_aux=True)(start, batch)[0]
+  factor = clip_coefficient(metrics['grad_norm'], bound)
+  expected = jax.tree.map(lambda p, g: p - 0.1 * factor * g, start, grads)
+  # Another program than the step, fused otherwise.
+  chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_clipped_rule_is_clipped_by_the_whole_norm():
+  model = Residual()
+  one = run(layerwise(model, clipped(optax.sgd(0.1), 0.2)), steps=1)
+  two = run(layerwise(model, optax.sgd(0.1), clip_norm=0.2), steps=1)
+  chex.assert_trees_all_equal(one[0], two[0])
+  with pytest.raises(ValueError, match='give one of the two'):
+    layerwise(model, clipped(optax.sgd(0.1), 0.2), clip_norm=0.2)
+
+
+def test_microbatches_are_one_large_batch_over_three_refreshes():
+  model, tx = Residual(), galore_rule()
+  three = run(layerwise(model, tx, microbatches=3), steps=6, examples=12)
+  whole = run(layerwise(model, tx), steps=6, examples=12)
+  # Sums over examples in another order, through three decompositions.
+  chex.assert_trees_all_close(three[0], whole[0], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(three[2]['loss'], whole[2]['loss'], rtol=1e-6)
+  np.testing.assert_allclose(three[2]['nll'], whole[2]['nll'], rtol=1e-6)
+
+
+def test_slices_change_nothing_but_the_scratch():
+  model, tx = Residual(), optax.sgd(0.1, momentum=0.9)
+  plain = run(layerwise(model, tx))
+  cut = run(layerwise(model, tx, slices={'head/w': 3}))
+  chex.assert_trees_all_equal(cut[0], plain[0])
+  assert cut[1].inner['head/w'][0].trace['head']['w'].shape == (3, D // 3, V)
+  with pytest.raises(ValueError, match='must divide'):
+    layerwise(model, tx, slices={'head/w': 4}).init(make_params())
+
+
+def test_state_comes_back_from_a_checkpoint_bit_by_bit(tmp_path):
+  step = layerwise(Residual(), quantize_state(optax.adam(0.01), min_size=32))
+  params, state, _ = run(step, steps=2)
+  saved = {'params': params, 'state': state}
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'step', saved)
+    checkpointer.wait_until_finished()
+    back = checkpointer.restore(
+      tmp_path / 'step', jax.tree.map(ocp.utils.to_shape_dtype_struct, saved)
+    )
+  batch, step = make_batch(7), jax.jit(step)
+  on = step(params, state, batch)
+  again = step(back['params'], back['state'], batch)
+  chex.assert_trees_all_equal(on, again)
+
+
+def test_weights_in_eight_bits_are_read_and_written():
+  weights = quantized(bits=8, group=32, dtype=jnp.float32)
+  params = make_params()
+  params['blocks'] = jax.tree.map(weights.store, params['blocks'])
+  read = lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_stored)
+  step = layerwise(Residual(), optax.sgd(0.1), weights=weights)
+  new, _, _ = run(step, steps=1, params=params)
+  assert is_stored(new['blocks']['w'])
+  exact, _, _ = run(
+    layerwise(Residual(), optax.sgd(0.1)), steps=1, params=read(params)
+  )
+  gap = np.abs(read(new)['blocks']['w'] - exact['blocks']['w'])
+  # Rounded up or down: off by less than a step of the block.
+  assert gap.max() < 1.01 * np.max(new['blocks']['w'].scale)
+  assert gap.max() > 0
+
+
+def test_rejects_what_it_cannot_do():
+  with pytest.raises(ValueError, match="'exact' or 'previous'"):
+    layerwise(Residual(), optax.sgd(0.1), clip_norm=1.0, clip='never')
+  step = layerwise(Residual(), optax.sgd(0.1), microbatches=3)
+  with pytest.raises(ValueError, match='must divide the batch of 4, got 3'):
+    run(step, steps=1)
+  with pytest.raises(ValueError, match='match no parameter'):
+    layerwise(
+      Residual(), galore_optax.galore(optax.sgd(0.1), rank=2, targets=['x'])
+    ).init(make_params())

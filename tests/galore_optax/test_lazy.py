@@ -1,0 +1,50 @@
+"""Subspaces that are found less often the less they move."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from galore_optax import galore
+from galore_optax.lazy import Lazy
+
+
+def _run(moving, steps, threshold=0.6):
+  """Returns at which steps each matrix of a stack of two found a basis."""
+  tx = galore(
+    optax.sgd(1.0), rank=3, gap=1, subspace=Lazy(threshold=threshold, memory=2)
+  )
+  still = np.random.default_rng(0).normal(size=(2, 11, 13))
+  still[:, 3:] *= 1e-3
+  state, step, found = (
+    tx.init({'w': jnp.float32(still)}),
+    jax.jit(tx.update),
+    [],
+  )
+  for t in range(steps):
+    g = still.copy()
+    if moving:
+      g[1] = np.random.default_rng(t + 1).normal(size=(11, 13))
+    before = state.basis['w'].gaps_k, state.basis['w'].wait_k
+    _, state = step({'w': jnp.float32(g)}, state)
+    found.append(np.asarray(before[1]) == 0)
+  return np.stack(found), state
+
+
+def test_a_still_subspace_waits_twice_as_long_each_time():
+  found, state = _run(moving=False, steps=20)
+  # Two overlaps must be seen first: refreshes 1 and 2 give them.
+  assert np.flatnonzero(found[:, 0]).tolist() == [0, 1, 2, 4, 8, 16]
+  chex.assert_trees_all_close(state.basis['w'].overlaps_kq, 1.0, atol=1e-5)
+
+
+def test_a_moving_subspace_is_found_at_every_gap():
+  found, _ = _run(moving=True, steps=9)
+  assert found[:, 1].all()
+  assert not found[:, 0].all()
+
+
+def test_one_compilation_and_finite_checkpointable_shapes():
+  _, state = _run(moving=True, steps=3)
+  assert all(x.size for x in jax.tree.leaves(state))

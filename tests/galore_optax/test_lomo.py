@@ -1,0 +1,77 @@
+"""LOMO and AdaLomo against float64 oracles of their published rules."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax.clipping import ClippedTransformation
+from galore_optax.lomo import adalomo, lomo
+
+STEPS = 5
+
+
+def trees(seed):
+  draw = np.random.default_rng(seed).normal
+  return {'bias': draw(size=7), 'w': draw(size=(5, 7))}
+
+
+def run(tx, params):
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+  state = tx.init(params)
+  step = jax.jit(tx.update)
+  for i in range(STEPS):
+    grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), trees(10 + i))
+    updates, state = step(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+def clip(grads, bound):
+  norm = np.sqrt(sum(np.sum(g * g) for g in grads.values()))
+  factor = min(1.0, bound / (norm + 1e-6)) if bound else 1.0
+  return {k: factor * g for k, g in grads.items()}
+
+
+@pytest.mark.parametrize('bound', [None, 1.0])
+def test_lomo(bound):
+  lr, decay = 0.1, 0.03
+  params = trees(0)
+  for i in range(STEPS):
+    grads = clip(trees(10 + i), bound)
+    params = {
+      k: (1 - lr * decay) * w - lr * grads[k] for k, w in params.items()
+    }
+  tx = lomo(lr, clip_norm=bound, weight_decay=decay)
+  # Float32 against float64 over five steps.
+  chex.assert_trees_all_close(run(tx, trees(0)), params, rtol=2e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize('bound', [None, 1.0])
+def test_adalomo(bound):
+  lr, decay = 0.1, 0.03
+  params = trees(0)
+  row, column, full = np.zeros(5), np.zeros(7), np.zeros(7)
+  for t in range(1, STEPS + 1):
+    grads = clip(trees(9 + t), bound)
+    beta = 1 - t**-0.8
+    square = grads['w'] ** 2 + 1e-30
+    row = beta * row + (1 - beta) * square.mean(-1)
+    column = beta * column + (1 - beta) * square.mean(-2)
+    full = beta * full + (1 - beta) * (grads['bias'] ** 2 + 1e-30)
+    moment = {'w': np.outer(row, column) / row.mean(), 'bias': full}
+    for k, w in params.items():
+      u = grads[k] / np.sqrt(moment[k])
+      u /= max(1.0, np.sqrt(np.mean(u * u)))
+      rate = lr * max(1e-3, np.sqrt(np.mean(w * w)))
+      params[k] = w * (1 - rate * decay) - rate * u
+  tx = adalomo(lr, clip_norm=bound, weight_decay=decay)
+  # Float32 against float64 over five steps.
+  chex.assert_trees_all_close(run(tx, trees(0)), params, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_is_on():
+  assert isinstance(lomo(0.1), ClippedTransformation)
+  assert isinstance(adalomo(0.1), ClippedTransformation)

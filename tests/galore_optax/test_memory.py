@@ -1,0 +1,77 @@
+"""Byte arithmetic against the figures that papers print."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import galore_optax
+from galore_optax import memory
+from models.llama import Layers, llama
+
+GIB = 2**30
+
+
+def shapes(size, dtype='float32'):
+  layers = Layers(llama(size, param_dtype=dtype))
+  return jax.eval_shape(layers.init, jax.random.key(0))
+
+
+def count(tx, params):
+  return memory.elements(params, jax.eval_shape(tx.init, params))
+
+
+def test_share_of_the_state_that_galore_saves_at_7b():
+  params = shapes('7b', 'bfloat16')
+  adam = count(optax.adam(0.1), params)
+  galore = count(galore_optax.galore(optax.adam(0.1), rank=1024), params)
+  # The paper prints 65.5%, with everything at 2 bytes; its formula gives this.
+  assert 1 - galore.state / adam.state == pytest.approx(0.651, abs=5e-4)
+  # 82.5%: all of GaLore's at 1 byte, against Adam at 2.
+  assert 1 - galore.state / (2 * adam.state) == pytest.approx(0.8255, abs=5e-4)
+  assert 2 * adam.state / 1e9 == pytest.approx(26.95, abs=5e-3)
+  assert 2 * galore.state / 1e9 == pytest.approx(9.405, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+  ('size', 'adamw', 'galore', 'quarter', 'sign'),
+  [
+    ('60m', 0.43, 0.30, 0.29, 0.24),
+    ('130m', 1.00, 0.54, 0.52, 0.37),
+    ('350m', 2.74, 1.10, 1.05, 0.49),
+    ('1b', 9.98, 3.41, 3.23, 0.98),
+  ],
+)
+def test_memory_column_of_frugal(size, adamw, galore, quarter, sign):
+  params = shapes(size)
+  rank = llama(size).width // 4
+  plain = memory.account(params, jax.eval_shape(optax.adam(0.1).init, params))
+  tx = galore_optax.galore(optax.adam(0.1), rank=rank, side='reverse_std')
+  low = memory.account(params, jax.eval_shape(tx.init, params))
+  assert round(plain.moments / GIB, 2) == adamw
+  assert round((low.bases + low.moments) / GIB, 2) == galore
+  # FRUGAL and BAdam keep moments of a share of the layers' matrices.
+  norms = sum(
+    leaf.size * 4
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    if 'norm' in jax.tree_util.keystr(path)
+  )
+  matrices = plain.parameters - norms
+  rest = plain.vocabulary + norms
+  assert round(2 * (0.25 * matrices + rest) / GIB, 2) == quarter
+  assert round(2 * rest / GIB, 2) == sign
+
+
+def test_account_is_exact_to_the_byte():
+  params = {
+    'blocks': {'w': jnp.zeros((3, 8, 12), jnp.bfloat16)},
+    'lm_head': {'kernel': jnp.zeros((8, 20))},
+  }
+  tx = galore_optax.galore(optax.adam(0.1), rank=5, targets=['blocks/w'])
+  state = tx.init(params)
+  account = memory.account(params, jax.eval_shape(tx.init, params))
+  assert account.bases == 3 * 5 * 8 * 2
+  assert account.moments == 2 * 4 * (3 * 5 * 12 + 8 * 20)
+  assert account.total == sum(
+    x.nbytes for x in jax.tree.leaves((params, state))
+  )

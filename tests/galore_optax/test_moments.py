@@ -1,0 +1,147 @@
+"""What a refresh does to the inner state: keep and reset."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax import galore, moments
+
+PARAMS = {'w': (7, 9), 'stack': (2, 11, 5), 'b': (4,)}
+
+
+def normal(shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
+
+
+def tree(seed=0):
+  return {k: normal(s, seed + i) for i, (k, s) in enumerate(PARAMS.items())}
+
+
+def states(inner, steps, **options):
+  """Returns the state after each step."""
+  tx, params = galore(inner, rank=3, gap=2, **options), tree()
+  state, step, out = tx.init(params), jax.jit(tx.update), []
+  for i in range(steps):
+    _, state = step(tree(10 + i), state, params)
+    out.append(state)
+  return out
+
+
+def test_keep_leaves_the_inner_state_to_the_inner():
+  first, second, third = states(optax.adam(0.1), 3)
+  adam = third.inner[0]
+  assert int(adam.count) == 3
+  # mu decays and takes the gradient in the new basis, nothing else.
+  g = tree(12)['w']
+  want = 0.9 * second.inner[0].mu['w'] + 0.1 * third.basis['w'] @ g
+  chex.assert_trees_all_close(adam.mu['w'], want, atol=1e-6)
+  assert np.any(first.basis['w'] != third.basis['w'])
+
+
+def test_reset_restarts_the_projected_leaves_alone():
+  lr = optax.linear_schedule(0.0, 1.0, 10)
+  trail = states(optax.adamw(lr), 3, moments='reset')
+  low, rest = (
+    [s.inner.inner_states[name].inner_state for s in trail]
+    for name in ('low', 'rest')
+  )
+  # Adam counts the projected leaves from the refresh at step 2 on ...
+  assert [int(s[0].count) for s in low] == [1, 2, 1]
+  assert [int(s[0].count) for s in rest] == [1, 2, 3]
+  # ... and no refresh touches a schedule.
+  for group in (low, rest):
+    assert [int(s[2].count) for s in group] == [1, 2, 3]
+  g = tree(12)
+  mu = low[2][0].mu
+  chex.assert_trees_all_close(
+    mu['w'], 0.1 * trail[2].basis['w'] @ g['w'], atol=1e-6
+  )
+  want = 0.9 * rest[1][0].mu['b'] + 0.1 * g['b']
+  chex.assert_trees_all_close(rest[2][0].mu['b'], want, atol=1e-6)
+
+
+def test_reset_leaves_other_leaves_on_their_own_trajectory():
+  # As if they were alone with the inner.
+  inner, params = optax.adam(0.1), tree()
+  tx = galore(inner, rank=3, gap=2, moments='reset')
+  state, alone = tx.init(params), inner.init(params['b'])
+  step, step_alone = jax.jit(tx.update), jax.jit(inner.update)
+  for i in range(5):
+    g = tree(10 + i)
+    ours, state = step(g, state, params)
+    want, alone = step_alone(g['b'], alone)
+    chex.assert_trees_all_close(ours['b'], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'inner',
+  [
+    optax.adam(0.1),
+    optax.sgd(0.1, momentum=0.9),
+    optax.lion(0.1),
+    optax.radam(0.1),
+    optax.rmsprop(0.1, centered=True, momentum=0.9),
+    optax.inject_hyperparams(optax.adam)(optax.constant_schedule(0.1)),
+    optax.adafactor(
+      0.1,
+      multiply_by_parameter_scale=False,
+      min_dim_size_to_factor=3,
+      momentum=0.9,
+    ),
+  ],
+  ids=['adam', 'sgd', 'lion', 'radam', 'rmsprop', 'injected', 'adafactor'],
+)
+def test_after_a_reset_the_projected_updates_are_those_of_a_first_step(inner):
+  tx, params = galore(inner, rank=3, gap=2, moments='reset'), tree()
+  state, step = tx.init(params), jax.jit(tx.update)
+  for i in range(2):
+    _, state = step(tree(10 + i), state, params)
+  g = tree(20)
+  after_reset, _ = step(g, state, params)
+  fresh = galore(inner, rank=3, gap=2)
+  # The new basis has the signs of the old: begin from there.
+  first = fresh.init(params)._replace(count=state.count, basis=state.basis)
+  want, _ = jax.jit(fresh.update)(g, first, params)
+  for name in ('w', 'stack'):
+    chex.assert_trees_all_close(after_reset[name], want[name], rtol=1e-5)
+
+
+def test_counters_are_what_no_shape_changes():
+  inner = optax.chain(
+    optax.adam(optax.linear_schedule(0.0, 1.0, 3)), optax.ema(0.9)
+  )
+  found = moments.counter_paths(inner, tree())
+  assert {jax.tree_util.keystr(path) for path in found} == {
+    '[0][0].count',
+    '[0][1].count',
+    '[1].count',
+  }
+
+
+def test_factored_moments_of_large_weights_alone_are_no_counters():
+  # A probe of 2 x 2 is not factored, and its rows are placeholders.
+  inner = optax.scale_by_factored_rms(min_dim_size_to_factor=5)
+  params = {'large': jnp.zeros((7, 9)), 'small': jnp.zeros((3, 4))}
+  found = moments.counter_paths(inner, params)
+  names = {jax.tree_util.keystr(path) for path in found}
+  assert '.count' in names
+  assert not names & {".v_row['large']", ".v_col['large']"}
+
+
+def test_a_restart_zeroes_moments_and_their_counters():
+  inner = optax.adam(optax.linear_schedule(1.0, 0.0, 5))
+  params = tree()
+  _, state = inner.update(params, inner.init(params))
+  adam, schedule = moments.restart(inner, state, params)
+  chex.assert_trees_all_equal(adam, inner.init(params)[0])
+  assert int(schedule.count) == 1
+
+
+def test_a_bare_array_restarts_too():
+  inner = optax.adam(0.1)
+  _, state = inner.update(normal((3, 5)), inner.init(jnp.zeros((3, 5))))
+  again = moments.restart(inner, state, jnp.zeros((3, 5)))
+  chex.assert_trees_all_equal(again, inner.init(jnp.zeros((3, 5))))

@@ -1,0 +1,68 @@
+"""A second oracle: `optax.contrib.galore`, which projects the longer side."""
+
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax.contrib import _galore as theirs
+
+from galore_optax import galore, subspace
+
+# A tie it gives to the rows, the PyTorch reference to the output axis.
+SHAPES = {'tall': (23, 11), 'wide': (11, 29), 'bias': (5,)}
+
+
+def normal(shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
+
+
+def tree(seed=0):
+  return {k: normal(s, seed + i) for i, (k, s) in enumerate(SHAPES.items())}
+
+
+def positive_peaks(x, axis):
+  peak = jnp.argmax(jnp.abs(x), axis, keepdims=True)
+  return jnp.sign(jnp.take_along_axis(x, peak, axis))
+
+
+def signed_svd(x, full_matrices):
+  """The peak of each vector of the longer side becomes positive."""
+  u, s, vh = jnp.linalg.svd(x, full_matrices=full_matrices)
+  sign = positive_peaks(u, 0) if len(u) >= vh.shape[1] else None
+  if sign is None:
+    sign = positive_peaks(vh, 1).T
+  return u * sign, s, vh * sign.T
+
+
+def test_the_longer_side_is_that_of_optax(monkeypatch):
+  # One sign rule for both; theirs keeps what LAPACK gives.
+  linalg = types.SimpleNamespace(svd=signed_svd)
+  monkeypatch.setattr(
+    theirs, 'jnp', types.SimpleNamespace(**vars(jnp) | {'linalg': linalg})
+  )
+  fix_signs = subspace.fix_signs
+  monkeypatch.setattr(
+    subspace, 'fix_signs', lambda new, old: fix_signs(new, jnp.zeros_like(old))
+  )
+  inner = optax.scale_by_adam(eps=1e-8)
+  ours = galore(inner, rank=4, gap=3, scale=0.5, side='reverse_std')
+  reference = optax.contrib.scale_by_galore(
+    rank=4, update_proj_gap=3, scale=0.5, base_optimizer=inner
+  )
+  params = tree()
+  state, want_state = ours.init(params), reference.init(params)
+  step, want_step = jax.jit(ours.update), jax.jit(reference.update)
+  for i in range(8):  # Refreshes at 0, 3, 6.
+    g = tree(10 + i)
+    updates, state = step(g, state)
+    want, want_state = want_step(g, want_state)
+    for name, update in updates.items():
+      # Two decompositions in float32, one of them of the transpose.
+      scale = float(jnp.max(jnp.abs(want[name])))
+      chex.assert_trees_all_close(update / scale, want[name] / scale, atol=2e-5)
+  for name in ('tall', 'wide'):
+    basis, projector = state.basis[name], want_state.projector[name]
+    assert basis.shape == projector.shape[::-1] == (4, max(SHAPES[name]))

@@ -1,0 +1,124 @@
+"""`describe`: rows, and bytes that are those of the state."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import galore_optax
+from galore_optax import describe, galore
+
+
+def params():
+  return {
+    'blocks': {'q': jnp.zeros((2, 9, 13)), 'norm': jnp.zeros((2, 9))},
+    'down': jnp.zeros((17, 5), jnp.bfloat16),
+    'embed': jnp.zeros((30, 9)),
+  }
+
+
+def test_rows():
+  table = describe(galore(optax.adam(0.1), rank=4), params())
+  assert [row[:3] for row in table] == [
+    ('blocks/norm', (2, 9), None),
+    ('blocks/q', (2, 9, 13), (2, 4, 13)),
+    ('down', (17, 5), (17, 4)),
+    ('embed', (30, 9), None),
+  ]
+  assert table[1].basis_bytes == 4 * 2 * 4 * 9
+  assert table[1].moment_bytes == 4 * 2 * (2 * 4 * 13)
+  assert table[2].basis_bytes == 2 * 4 * 5  # In the weight's bfloat16.
+  assert table[2].moment_bytes == 4 * 2 * (17 * 4)  # In float32.
+
+
+def test_text():
+  text = str(describe(galore(optax.adam(0.1), rank=4), params()))
+  assert text.splitlines() == [
+    'path         shape       projected   bytes',
+    'blocks/norm  (2, 9)      -             144',
+    'blocks/q     (2, 9, 13)  (2, 4, 13)  1,120',
+    'down         (17, 5)     (17, 4)       584',
+    'embed        (30, 9)     -           2,160',
+  ]
+
+
+def masked():
+  mask = jax.tree.map(lambda _: True, params()) | {'embed': False}
+  return optax.masked(galore(optax.adam(0.1), rank=4), mask)
+
+
+WRAPPED = {
+  'verbatim': lambda: optax.chain(galore(rank=4), optax.adamw(0.1)),
+  'full': lambda: galore(optax.adam(0.1), rank=4, side='full'),
+  'reset': lambda: galore(optax.adam(0.1), rank=4, moments='reset'),
+  'galore_adamw': lambda: galore_optax.galore_adamw(0.1, rank=4),
+  'masked': masked,
+  'MultiSteps': lambda: optax.MultiSteps(
+    galore(optax.adam(0.1), rank=4), 2
+  ).gradient_transformation(),
+  'injected': lambda: optax.inject_hyperparams(
+    lambda lr: galore(optax.adamw(lr), rank=4)
+  )(0.1),
+}
+
+
+@pytest.mark.parametrize('name', WRAPPED)
+def test_bytes_are_those_of_the_state(name):
+  tx = WRAPPED[name]()
+  table = describe(tx, params())
+  arrays = jax.tree.leaves(tx.init(params()))
+  scalars = sum(x.nbytes for x in arrays if x.ndim == 0)
+  assert (
+    sum(row.bytes for row in table) == sum(x.nbytes for x in arrays) - scalars
+  )
+  assert sum(row.projected_shape is not None for row in table) == 2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+  weight: jax.Array
+  bias: jax.Array
+
+
+@pytest.mark.parametrize(
+  'build',
+  [
+    lambda w, v, b: [w, v, b],
+    lambda w, v, b: (w, [v, {'w': b}]),
+    lambda w, v, b: [Layer(w, b), Layer(v, b)][0:2],
+    lambda w, v, b: {'w': w, 'a': {'w': v, 'b': b}},
+  ],
+  ids=['list', 'nested', 'dataclasses', 'a path that ends another'],
+)
+@pytest.mark.parametrize('side', ['std', 'full'])
+def test_bytes_go_to_their_parameter_in_any_tree(build, side):
+  w, v, b = jnp.zeros((9, 13)), jnp.zeros((11, 7)), jnp.zeros(5)
+  tx = optax.chain(optax.clip(1.0), galore(optax.adam(0.1), rank=3, side=side))
+  rows = {row.shape: row for row in describe(tx, build(w, v, b))}
+  both = side == 'full'
+  assert rows[9, 13].basis_bytes == 4 * 3 * (9 + 13 * both)
+  assert rows[9, 13].moment_bytes == 8 * 3 * (3 if both else 13)
+  assert rows[11, 7].basis_bytes == 4 * 3 * (7 + 11 * both)
+  assert rows[11, 7].moment_bytes == 8 * 3 * (3 if both else 11)
+  assert rows[5,].moment_bytes == 8 * 5
+
+
+def test_a_bare_array_is_a_tree():
+  (row,) = describe(galore(optax.adam(0.1), rank=3), jnp.zeros((9, 13)))
+  assert row == ('', (9, 13), (3, 13), 4 * 3 * 9, 8 * 3 * 13)
+
+
+def test_nothing_is_allocated():
+  # 2.9 GB of weights and 3.2 GB of state.
+  shape = jax.ShapeDtypeStruct((32, 4096, 11008), jnp.bfloat16)
+  (row,) = describe(galore(optax.adam(0.1), rank=1024), {'up': shape})
+  assert row.projected_shape == (32, 1024, 11008)
+  assert row.bytes == 32 * 1024 * (2 * 4096 + 8 * 11008)
+
+
+def test_without_galore_nothing_is_projected():
+  table = describe(optax.adam(0.1), {'w': jnp.zeros((9, 13))})
+  assert table[0] == ('w', (9, 13), None, 0, 8 * 9 * 13)

@@ -1,0 +1,296 @@
+"""Transformations around `galore`, and the libraries that call it."""
+
+import dataclasses
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import FrozenDict
+from flax.training.train_state import TrainState
+
+from galore_optax import galore, galore_adamw
+
+OPTIONS = {'rank': 3, 'gap': 2}
+
+
+def normal(shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
+
+
+def tree(seed=0):
+  return {
+    'w': normal((7, 11), seed),
+    'v': normal((13, 5), seed + 1),
+    'b': normal(6),
+  }
+
+
+def run(tx, steps=4, params=None):
+  """Returns the updates of each step."""
+  params = tree() if params is None else params
+  state, step, trail = tx.init(params), jax.jit(tx.update), []
+  for i in range(steps):
+    g = jax.tree.map(lambda x: jnp.sin(3 * x + i), params)  # noqa: B023
+    updates, state = step(g, state, params)
+    trail.append(updates)
+  return trail, state
+
+
+def direct():
+  return galore(optax.adamw(0.1), **OPTIONS)
+
+
+def test_masked():
+  mask = {'w': True, 'v': False, 'b': True}
+  trail, state = run(optax.masked(direct(), mask))
+  part, _ = run(direct(), params={k: tree()[k] for k in 'wb'})
+  for ours, want in zip(trail, part, strict=True):
+    chex.assert_trees_all_equal({k: ours[k] for k in 'wb'}, want)
+  assert set(jax.tree.leaves(state.inner_state.basis)[0].shape) == {3, 7}
+
+
+def test_partition():
+  labels = {'w': 'low', 'v': 'full', 'b': 'low'}
+  tx = optax.partition({'low': direct(), 'full': optax.sgd(0.5)}, labels)
+  trail, _ = run(tx)
+  part, _ = run(direct(), params={k: tree()[k] for k in 'wb'})
+  for ours, want in zip(trail, part, strict=True):
+    chex.assert_trees_all_equal({k: ours[k] for k in 'wb'}, want)
+  np.testing.assert_allclose(trail[0]['v'], -0.5 * jnp.sin(3 * tree()['v']))
+
+
+def test_two_ranks_by_partition():
+  labels = {'w': 'a', 'v': 'b', 'b': 'a'}
+  stages = {
+    k: optax.chain(galore(rank=r), optax.adam(0.1))
+    for k, r in (('a', 2), ('b', 4))
+  }
+  _, state = run(optax.partition(stages, labels))
+  shapes = [
+    x.shape
+    for k in 'ab'
+    for x in jax.tree.leaves(state.inner_states[k].inner_state[0].basis)
+  ]
+  assert shapes == [(2, 7), (4, 5)]
+
+
+def test_MultiSteps():
+  tx = optax.MultiSteps(direct(), 2)
+  params = tree()
+  state, step = tx.init(params), jax.jit(tx.update)
+  want_tx = direct()
+  want_state, want_step = want_tx.init(params), jax.jit(want_tx.update)
+  for i in range(3):
+    one, two = (
+      jax.tree.map(lambda x: jnp.sin(x + j), params)  # noqa: B023
+      for j in (2 * i, 2 * i + 1)
+    )
+    nothing, state = step(one, state, params)
+    ours, state = step(two, state, params)
+    mean = jax.tree.map(lambda x, y: (x + y) / 2, one, two)
+    want, want_state = want_step(mean, want_state, params)
+    assert not np.any(nothing['w'])
+    # A running mean rounds otherwise than the mean.
+    chex.assert_trees_all_close(ours, want, rtol=1e-3, atol=1e-5)
+  assert int(state.inner_opt_state.count) == 3
+
+
+@pytest.mark.parametrize('jitted', [False, True])
+def test_inject_hyperparams(jitted):
+  tx = optax.inject_hyperparams(
+    lambda learning_rate, scale: galore_adamw(
+      learning_rate, scale=scale, **OPTIONS
+    )
+  )(optax.constant_schedule(0.1), scale=0.5)
+  want = galore_adamw(0.1, scale=0.5, **OPTIONS)
+  params = tree()
+  state = (jax.jit(tx.init) if jitted else tx.init)(params)
+  assert float(state.hyperparams['scale']) == 0.5
+  g = tree(5)
+  ours, _ = jax.jit(tx.update)(g, state, params)
+  expected, _ = jax.jit(want.update)(g, want.init(params), params)
+  chex.assert_trees_all_close(ours, expected, rtol=1e-5)
+
+
+def test_apply_if_finite_skips_the_whole_step():
+  tx = optax.apply_if_finite(direct(), 5)
+  params = tree()
+  state, step = tx.init(params), jax.jit(tx.update)
+  _, state = step(tree(3), state, params)
+  bad = tree(4) | {'w': jnp.full((7, 11), jnp.nan)}
+  updates, after = step(bad, state, params)
+  assert not np.any(updates['w'])
+  chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+
+
+def test_named_chain():
+  tx = optax.named_chain(('clip', optax.clip(0.5)), ('galore', direct()))
+  trail, state = run(tx)
+  want, _ = run(optax.chain(optax.clip(0.5), direct()))
+  chex.assert_trees_all_equal(trail, want)
+  assert state['galore'].basis['w'].shape == (3, 7)
+
+
+def test_flatten_leaves_no_matrix():
+  with pytest.raises(ValueError, match='projects no parameter'):
+    optax.flatten(direct()).init(tree())
+
+
+def test_schedule_free_around():
+  tx = optax.contrib.schedule_free(
+    galore(optax.sgd(0.1), scale=1.0, **OPTIONS), 0.1, b1=0.9
+  )
+  trail, state = run(tx)
+  assert state.base_optimizer_state.basis['w'].shape == (3, 7)
+  # The average of iterates that are the same as galore's own: at step one
+  # the average is the iterate, and the update is galore's.
+  want, _ = run(galore(optax.sgd(0.1), scale=1.0, **OPTIONS), steps=1)
+  chex.assert_trees_all_close(trail[0], want[0], rtol=1e-4, atol=1e-6)
+
+
+def test_lookahead_around():
+  tx = optax.lookahead(direct(), sync_period=2, slow_step_size=0.5)
+  params = optax.LookaheadParams.init_synced(tree())
+  updates, _ = jax.jit(tx.update)(tree(3), tx.init(params), params)
+  want, _ = run_one(direct(), tree(3))
+  chex.assert_trees_all_close(updates.fast, want, rtol=1e-6)
+
+
+def run_one(tx, g):
+  return jax.jit(tx.update)(g, tx.init(tree()), tree())
+
+
+def test_frozen_dict():
+  trail, _ = run(direct(), params=FrozenDict(tree()))
+  want, _ = run(direct())
+  chex.assert_trees_all_equal(trail[-1].unfreeze(), want[-1])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Module:
+  """What Equinox's filtered modules are: a pytree with attributes and None."""
+
+  weight: jax.Array
+  bias: jax.Array | None
+  children: tuple = ()
+
+
+def test_a_module_that_is_a_pytree():
+  leaf = Module(normal((13, 5), 1), None)
+  params = Module(normal((7, 11)), normal(6), (leaf, leaf))
+  tx = galore(optax.adamw(0.1), targets=r'children/.*/weight', **OPTIONS)
+  trail, state = run(tx, params=params)
+  assert isinstance(trail[0], Module)
+  assert state.basis.children[1].weight.shape == (3, 5)
+  assert state.basis.weight == optax.MaskedNode()
+  named = {'0': leaf.weight, '1': leaf.weight}
+  want, _ = run(direct(), params=named)
+  chex.assert_trees_all_equal(trail[-1].children[1].weight, want[-1]['1'])
+
+
+def test_a_haiku_dict_has_slashes_in_its_keys():
+  params = {
+    'mlp/~/linear_0': {'w': normal((7, 11)), 'b': normal(11)},
+    'mlp/~/layer_norm': {'scale': normal(7), 'offset': normal(7)},
+    'mlp/~/embed': {'embeddings': normal((13, 5))},
+  }
+  _, state = run(direct(), params=params)
+  bases = jax.tree_util.tree_leaves_with_path(state.basis)
+  assert [p[0].key for p, _ in bases] == ['mlp/~/linear_0']
+  named = galore(optax.adam(0.1), targets='mlp/~/embed/embeddings', **OPTIONS)
+  _, state = run(named, params=params)
+  assert state.basis['mlp/~/embed']['embeddings'].shape == (3, 5)
+
+
+class Linen(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.LayerNorm()(nn.relu(nn.Dense(11)(x)))
+    return nn.Dense(5, name='head')(nn.Dense(9)(x))
+
+
+X, Y = normal((16, 7), 8), normal((16, 5), 9)
+
+
+def projected_names(basis):
+  leaves = jax.tree_util.tree_leaves_with_path(basis)
+  return {
+    jax.tree_util.keystr(p, simple=True, separator='/') for p, _ in leaves
+  }
+
+
+def test_a_flax_TrainState_learns():
+  model = Linen()
+  params = model.init(jax.random.key(0), X)['params']
+  tx = optax.chain(galore(rank=3, gap=10), optax.adamw(0.03))
+  state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+  @jax.jit
+  def step(state):
+    loss = lambda p: jnp.mean((state.apply_fn({'params': p}, X) - Y) ** 2)
+    value, grads = jax.value_and_grad(loss)(state.params)
+    return state.apply_gradients(grads=grads), value
+
+  losses = []
+  for _ in range(30):
+    state, value = step(state)
+    losses.append(float(value))
+  assert losses[-1] < 0.6 * losses[0]
+  assert projected_names(state.opt_state[0].basis) == {
+    'Dense_0/kernel',
+    'Dense_1/kernel',
+  }
+
+
+class Nnx(nnx.Module):
+  def __init__(self, rngs):
+    self.up = nnx.Linear(7, 11, rngs=rngs)
+    self.norm = nnx.LayerNorm(11, rngs=rngs)
+    self.blocks = nnx.List([nnx.Linear(11, 11, rngs=rngs) for _ in range(2)])
+    self.head = nnx.Linear(11, 5, rngs=rngs)
+
+  def __call__(self, x):
+    x = self.norm(nnx.relu(self.up(x)))
+    for block in self.blocks:
+      x = x + block(x)
+    return self.head(x)
+
+
+def train_nnx(model, tx):
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+  @nnx.jit
+  def step(model, optimizer):
+    loss = lambda model: jnp.mean((model(X) - Y) ** 2)
+    value, grads = nnx.value_and_grad(loss)(model)
+    optimizer.update(model, grads)
+    return value
+
+  losses = [float(step(model, optimizer)) for _ in range(30)]
+  assert losses[-1] < 0.6 * losses[0]
+  return optimizer
+
+
+@pytest.mark.parametrize(
+  'kind, targets, bases',
+  [
+    ('NNX', None, {(3, 7), (3, 11)}),
+    ('NNX', 'up/kernel', {(3, 7)}),
+    ('linen', None, {(3, 7), (3, 9)}),
+  ],
+)
+def test_an_nnx_optimizer_learns(kind, targets, bases):
+  if kind == 'NNX':
+    model = Nnx(nnx.Rngs(0))
+  else:
+    model = nnx.bridge.ToNNX(Linen(), rngs=nnx.Rngs(0)).lazy_init(X)
+  stage = galore(rank=3, gap=10, targets=targets)
+  optimizer = train_nnx(model, optax.chain(stage, optax.adamw(0.03)))
+  basis = nnx.to_pure_dict(nnx.state(optimizer))['opt_state'][0]['basis']
+  assert {x.shape for x in jax.tree.leaves(basis)} == bases

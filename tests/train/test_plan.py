@@ -1,0 +1,132 @@
+"""The planner: bytes that add up, errors that name what to do."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from galore_optax import device
+from galore_optax.gpus import GPUS
+from train import plan
+
+needs_compiler = pytest.mark.skipif(
+  importlib.util.find_spec('jax_cuda12_plugin') is None,
+  reason='needs the extra `plan`',
+)
+
+CONFIG = """
+from models.llama import LlamaConfig
+from train.config import Config
+from train.corpus import Chitchat
+from train.optimizer import Galore
+from train.update import Layerwise
+
+config = Config(
+  model=LlamaConfig(
+    vocab_size=256, width=64, mlp_width=160, num_heads=2, num_layers=3
+  ),
+  corpus=Chitchat(),
+  optimizer=Galore(rank=16, gap=10, subspace='power'),
+  update=Layerwise(clip='previous', slices=2),
+  steps=10,
+  learning_rate=0.01,
+  batch_size=4,
+  sequence_length=32,
+)
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+  path = tmp_path / 'small.py'
+  path.write_text(CONFIG)
+  return str(path)
+
+
+def report(capsys, *args):
+  assert plan.main([*args, '--json']) == 0
+  return json.loads(capsys.readouterr().out)
+
+
+def test_estimate_is_exact_for_weights_and_state(config, capsys):
+  found = report(capsys, config, '--estimate', '--device', 'a100-80')
+  matrices = 3 * (4 * 64 * 64 + 3 * 64 * 160)
+  assert found['parameter_bytes'] == 4 * (matrices + 2 * 3 * 64 + 64)
+  assert found['vocabulary_bytes'] == 4 * 2 * 256 * 64
+  assert found['basis_bytes'] == 4 * 3 * 7 * 16 * 64
+  low = 3 * 16 * (4 * 64 + 3 * 160)
+  rest = 2 * 256 * 64 + 7 * 64
+  assert 0 <= found['moment_bytes'] - 8 * (low + rest) < 1024
+  assert found['activation_bytes'] == 4 * 3 * 4 * 32 * 64
+  assert found['capacity_bytes'] == GPUS['a100-80'].memory_bytes
+  assert found['workspace_bytes'] == 0
+  assert found['fits'] is True
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_bytes_add_up(config, capsys):
+  found = report(capsys, config, '--batch-size', '2', '--sequence-length', '16')
+  peak = found['argument_bytes'] + found['output_bytes']
+  peak += found['temp_bytes'] - found['alias_bytes']
+  assert found['total_bytes'] == peak + found['workspace_bytes']
+  assert found['batch_size'] == 2 and found['sequence_length'] == 16
+  assert 0 < len(found['buffers']) <= 10
+  assert found['collectives'] == []
+  state = found['parameter_bytes'] + found['vocabulary_bytes']
+  state += found['basis_bytes'] + found['moment_bytes']
+  # Beside parameters and state, the arguments are the batch and counters;
+  # XLA pads each to its alignment.
+  assert 0 <= found['argument_bytes'] - state < 2**16
+
+
+def test_table(config, capsys):
+  assert plan.main([config, '--estimate']) == 0
+  out = capsys.readouterr().out
+  # A narrow terminal folds the title.
+  assert 'embeddings and head' in out and '4090' in out
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (['--batch-size', '0'], 'batch_size must be at least 1'),
+    (['--devices', '3'], 'multiple of --devices 3'),
+    (['--devices', '0'], '--devices must be at least 1'),
+  ],
+)
+def test_bad_input_ends_with_code_2(config, capsys, args, message):
+  with pytest.raises(SystemExit) as stop:
+    plan.main([config, '--estimate', *args])
+  assert stop.value.code == 2
+  assert message in capsys.readouterr().err
+
+
+def test_unknown_config_and_device_end_with_code_2(config, capsys):
+  for args in (['none.py'], [config, '--device', 'rtx1']):
+    with pytest.raises(SystemExit) as stop:
+      plan.main(args)
+    assert stop.value.code == 2
+  assert 'rtx4090' in capsys.readouterr().err
+
+
+def test_without_the_compiler_the_extra_is_named(config, capsys, monkeypatch):
+  def missing(**_):
+    raise RuntimeError('Unknown backend cuda')
+
+  monkeypatch.setattr(device.topologies, 'get_topology_desc', missing)
+  with pytest.raises(SystemExit) as stop:
+    plan.main([config])
+  assert stop.value.code == 2
+  err = capsys.readouterr().err
+  assert 'galore-optax[plan]' in err and '--estimate' in err
+
+
+def test_shares_large_arrays_out():
+  mesh = jax.make_mesh((4,), ('data',))
+  big = jax.ShapeDtypeStruct((3, 1024, 66), 'float32')
+  small = jax.ShapeDtypeStruct((8, 64), 'float32')
+  spec = lambda x: plan.placed(x, mesh).sharding.spec
+  assert spec(big) == jax.sharding.PartitionSpec(None, 'data')
+  assert spec(small) == jax.sharding.PartitionSpec()

@@ -1,0 +1,35 @@
+"""This module holds the two kinds of update a config can name."""
+
+import dataclasses
+from typing import Literal, TypeAlias
+
+from galore_optax.weights import ARRAYS, ROUNDED, Weights, quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeTree:
+  """All gradients first, then all updates."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layerwise:
+  """Each weight is updated as its gradient appears; no two gradients exist."""
+
+  clip: Literal['exact', 'previous'] = 'exact'
+  """Where the norm to clip by comes from: a second backward pass, or the step
+  before."""
+  slices: int = 1
+  """Pieces in which the embedding and the head are updated."""
+  weights: Literal['arrays', 'rounded', 'int8'] = 'arrays'
+  """How weights are stored: as they are; with sums rounded stochastically,
+  for bfloat16; or the layers' matrices in 8 bits."""
+
+  def stored(self, dtype: str) -> Weights:
+    """Returns how weights are stored that compute in `dtype`."""
+    if self.weights == 'int8':
+      return quantized(bits=8, dtype=dtype)
+    return {'arrays': ARRAYS, 'rounded': ROUNDED}[self.weights]
+
+
+Update: TypeAlias = WholeTree | Layerwise
+"""What `Config.update` may be."""
