@@ -3,6 +3,12 @@
 Source: the text is chitchat-dataset (PyPI, MIT licence), 12.7 MB; the model has
 the proportions of the smallest ones that GaLore's authors pre-train.
 Command: python -m train.pretrain configs/quickstart.py
+Expected memory: 21 MB of weights and 25 MB of optimizer state (AdamW: 42);
+of the projected weights' state, 32.3% of AdamW's.
+Expected time: not yet measured on a free machine.
+Our number: not yet run as it stands. With 300 steps and gap 100 (22 November
+2026): 1.987 bits per byte, perplexity 144.8 per token, on 32,768 positions of
+the validation split.
 """
 
 from models.llama import LlamaConfig
@@ -21,7 +27,7 @@ config = Config(
   learning_rate=0.01,
   batch_size=8,
   sequence_length=128,
-  eval_every=50,
+  eval_every=75,
   eval_batches=16,
   save_every=150,
 )
