@@ -17,7 +17,7 @@ train-layerwise: .venv/train
 	  --optimizer Galore8bit --optimizer.rank 64 --optimizer.gap 100 $(ARGS)
 
 test: .venv/test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 slow: .venv/test
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -18,6 +18,10 @@ from galore_optax.refresh import Staggered
 Projection = projection_lib.Projection
 
 
+COORDINATES = (subspace_lib.Coordinates, subspace_lib.Turns)
+"""Finders of coordinates, of which there may be more than a matrix has rank."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
   """The checked options of `galore`, which documents them."""
@@ -130,7 +134,7 @@ class Options:
 
   def _largest_rank(self, shape: tuple[int, ...], sides: tuple[int, ...]):
     """Returns the rank of a gradient, or the number of its coordinates."""
-    if isinstance(self.finder, subspace_lib.Coordinates | subspace_lib.Turns):
+    if isinstance(self.finder, COORDINATES):
       return min(shape[side] for side in sides)
     return min(shape[-2:])
 
@@ -153,7 +157,9 @@ class Options:
     return (ndim - 2,), (ndim - 1,)
 
   def _fits_default(self, projection: Projection) -> bool:
-    shorter = min(projection.shape[-2:])
+    by_coordinates = isinstance(self.finder, COORDINATES)
+    shape = projection.shape if by_coordinates else projection.matrix_shape
+    shorter = min(shape[-2:])
     if isinstance(self.rank, float):
       return shorter > 1
     return shorter > self.rank

@@ -79,7 +79,8 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
     w     (4, 6)  (2, 6)       128
   """
   with observe() as seen:
-    state = jax.eval_shape(tx.init, params)
+    # A new function: what was traced before would not be observed again.
+    state = jax.eval_shape(lambda params: tx.init(params), params)
   low_shapes = {p.path: p.low_shape for p in seen if p is not None}
   leaves = jax.tree_util.tree_leaves_with_path(params)
   names = selection.paths(params)

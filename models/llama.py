@@ -9,12 +9,15 @@ N query heads, K key-value heads, H head dimension, V vocabulary, L layers.
 
 import dataclasses
 import functools
+from typing import Literal, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from models import cross_entropy
+
+Dtype: TypeAlias = Literal['float32', 'bfloat16']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +45,10 @@ class LlamaConfig:
   """Whether the head is the transposed embedding."""
   init_std: float = 0.02
   """Standard deviation of the normal initial weights."""
-  dtype: str = 'float32'
+  dtype: Dtype = 'float32'
   """Type of the activations and of the matmuls; norms, rotations, softmax and
   loss are float32 inside."""
-  param_dtype: str = 'float32'
+  param_dtype: Dtype = 'float32'
   """Type of the parameters, hence of their gradients."""
   remat: bool = False
   """Whether the backward pass recomputes each block from its input."""
