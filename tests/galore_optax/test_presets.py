@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from galore_optax import galore, galore_adamw, scale_by_galore_adam
-from galore_optax.presets import decay_updated_weights
+from galore_optax.decay import decay_updated_weights
 
 
 def normal(shape, seed=0):
