@@ -153,7 +153,13 @@ class Options:
     return (ndim - 2,), (ndim - 1,)
 
   def _fits_default(self, projection: Projection) -> bool:
-    shorter = min(projection.shape[-2:])
+    # Coordinates may be those of a matrix with one column, or of a stack.
+    shape = (
+      projection.shape
+      if isinstance(self.finder, subspace_lib.Coordinates | subspace_lib.Turns)
+      else projection.matrix_shape
+    )
+    shorter = min(shape[-2:])
     if isinstance(self.rank, float):
       return shorter > 1
     return shorter > self.rank
