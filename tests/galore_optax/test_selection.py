@@ -36,6 +36,15 @@ def test_the_default_takes_matrices_larger_than_the_rank_on_both_axes():
   assert projected(params) == {'wide', 'tall', 'stack'}
 
 
+def test_the_default_measures_the_matrix_that_axes_name():
+  # Neither 3 heads nor their dimension of 4 is larger than the rank.
+  params = {'q': jnp.zeros((9, 3, 4)), 'stack': jnp.zeros((2, 9, 3, 4))}
+  axes = {'q|stack': (-3, (-2, -1))}
+  assert projected(params, axes=axes) == {'q', 'stack'}
+  assert projected(params, axes=axes, rank=8) == {'q', 'stack'}
+  assert 'rank 9 projects no parameter' in failure(params, axes=axes, rank=9)
+
+
 @pytest.mark.parametrize(
   'name',
   ['embed', 'embedding', 'embed_tokens', 'lm_head', 'head', 'logits', 'wte']
