@@ -14,13 +14,13 @@ train: .venv/train
 # The same model, each weight updated as its gradient appears.
 train-layerwise: .venv/train
 	$(BIN)/python -m train.pretrain configs/quickstart.py --update Layerwise \
-	  --optimizer Galore8bit --optimizer.rank 64 --optimizer.gap 100 $(ARGS)
+	  --optimizer Galore8bit --optimizer.rank 64 --optimizer.gap 50 $(ARGS)
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-slow: .venv/test
-	$(BIN)/python -m pytest -m slow $(ARGS)
+slow: .venv/test .venv/plan
+	$(BIN)/python -m pytest -m slow tests $(ARGS)
 
 parity: .venv-parity/parity
 	$(PARITY)/python -m pytest -m parity tests/parity $(ARGS)
