@@ -8,9 +8,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from galore_optax import device, layerwise
+from galore_optax import device
 from galore_optax.galore import galore
 from galore_optax.gpus import GPUS
+from galore_optax.layerwise import layerwise
 from galore_optax.subspace import PowerIteration
 from models.llama import Layers, LlamaConfig
 
@@ -32,7 +33,7 @@ def compile_layers(num_layers, *, gpu='rtx4090', clip_norm=None, tokens=64):
   )
   model = Layers(config)
   tx = galore(optax.sgd(0.1), rank=64, gap=5, subspace=PowerIteration())
-  step = layerwise.layerwise(model, tx, clip_norm=clip_norm)
+  step = layerwise(model, tx, clip_norm=clip_norm)
   params = jax.eval_shape(model.init, jax.random.key(0))
   mesh = device.topology_mesh(GPUS[gpu])
   everywhere = NamedSharding(mesh, PartitionSpec())
