@@ -4,9 +4,9 @@ BIN := .venv/bin
 PARITY := .venv-parity/bin
 
 # Tests run on the CPU, whatever the machine has.
-test slow parity: export JAX_PLATFORMS := cpu
+test slow card parity: export JAX_PLATFORMS := cpu
 
-.PHONY: train train-layerwise test slow parity lint clean
+.PHONY: train train-layerwise test slow card parity lint clean
 
 train: .venv/train
 	$(BIN)/python -m train.pretrain configs/quickstart.py $(ARGS)
@@ -19,8 +19,12 @@ train-layerwise: .venv/train
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-slow: .venv/test .venv/plan
-	$(BIN)/python -m pytest -m slow tests $(ARGS)
+slow: .venv/test
+	$(BIN)/python -m pytest -n 2 -m slow tests $(ARGS)
+
+# Compiles for an RTX 4090: minutes, and the extra `plan`.
+card: .venv/test .venv/plan
+	$(BIN)/python -m pytest -m card tests $(ARGS)
 
 parity: .venv-parity/parity
 	$(PARITY)/python -m pytest -m parity tests/parity $(ARGS)

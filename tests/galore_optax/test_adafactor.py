@@ -119,6 +119,7 @@ def test_equals_float64_oracle(b1, scale_parameter, weight_decay):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('moments', ['keep', 'reset'])
 @pytest.mark.parametrize('scale_parameter', [False, True])
 def test_stack_equals_loop(scale_parameter, moments):

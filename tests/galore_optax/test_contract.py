@@ -94,6 +94,7 @@ def test_one_trace_serves_all_steps(kind):
     _, state = update(gradients(i), state, w)
 
 
+@pytest.mark.slow
 def test_jit_changes_nothing():
   tx, w = KINDS['keep'](), params()
   state = want_state = tx.init(w)

@@ -53,7 +53,7 @@ TEMP_BYTES = 3_613_504  # of four small layers, with jax 0.10.2
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.card
 def test_temporaries_and_program_do_not_grow_with_depth():
   few, many = compile_layers(4), compile_layers(32)
   kept = 28 * 2 * 64 * 256 * 2  # inputs of the blocks, bfloat16
@@ -66,7 +66,7 @@ def test_temporaries_and_program_do_not_grow_with_depth():
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.card
 def test_temporaries_of_a_layer():
   compiled = compile_layers(4)
   # A regression of more than 5% fails.

@@ -130,6 +130,7 @@ def test_a_stack_is_a_loop_over_its_layers():
     close(ours[name], stacked.reshape(ours[name].shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'side, mirrored',
   [('std', 'std'), ('reverse_std', 'reverse_std')]

@@ -161,6 +161,7 @@ def test_clips_by_the_norm_of_the_whole_gradient(clip):
   chex.assert_trees_all_close(params, whole, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_previous_norm_is_that_of_the_step_before():
   model, bound = Residual(), 0.2
   tx = optax.sgd(0.1)

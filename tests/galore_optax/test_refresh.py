@@ -118,6 +118,7 @@ class Flipped:
     return rows_rm * sign_r1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('side', ['std', 'full'])
 def test_a_trajectory_does_not_depend_on_the_signs_of_a_decomposition(side):
   grads = gradients(7)

@@ -48,6 +48,7 @@ def _run(inner, grads=GRADS, **options):
   return out, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('side', ['std', 'full'])
 @pytest.mark.parametrize('gap', [3, Staggered(3)], ids=['all', 'turns'])
 def test_momentum_does_not_depend_on_the_gauge(side, gap):

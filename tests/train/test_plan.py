@@ -65,7 +65,7 @@ def test_estimate_is_exact_for_weights_and_state(config, capsys):
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.card
 def test_compiled_bytes_add_up(config, capsys):
   found = report(capsys, config, '--batch-size', '2', '--sequence-length', '16')
   peak = found['argument_bytes'] + found['output_bytes']

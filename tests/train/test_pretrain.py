@@ -146,6 +146,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(
   assert int(saved(run)[0].step) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('error', [OSError, ValueError])
 def test_a_save_that_fails_leaves_the_one_before(
   finished, tmp_path, monkeypatch, capsys, error
