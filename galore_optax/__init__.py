@@ -42,9 +42,9 @@ from galore_optax.subspace import PowerIteration as PowerIteration
 from galore_optax.subspace import Randomized as Randomized
 from galore_optax.subspace import RandomOrthogonal as RandomOrthogonal
 from galore_optax.subspace import Svd as Svd
-from galore_optax.subspace import Turns as Turns
 from galore_optax.table import describe as describe
 from galore_optax.transform import GaloreState as GaloreState
+from galore_optax.turns import Turns as Turns
 
 optax.chain = chain
 __doc__ = f'{__doc__}\n{methods.table()}\n'

@@ -225,29 +225,3 @@ def decay_updated_weights(
     return updates, optax.ScaleByScheduleState(count=count)
 
   return optax.GradientTransformation(init_fn, update_fn)
-
-
-def decay_inside(
-  stage: optax.GradientTransformation, weight_decay: float
-) -> optax.GradientTransformation:
-  """Adds decay of the part of each weight that a projection keeps.
-
-  Args:
-    stage: a projection that returns the part of its gradients it keeps.
-    weight_decay: the decay.
-  """
-
-  def update_fn(
-    updates: optax.Updates, state: Any, params: optax.Params | None = None
-  ) -> tuple[optax.Updates, Any]:
-    if params is None:
-      raise ValueError('weight decay needs params: tx.update(g, state, params)')
-    kept, state = stage.update(params, state)
-    decayed = jax.tree.map(
-      lambda u, w: u + (weight_decay * w).astype(u.dtype), updates, kept
-    )
-    return decayed, state
-
-  if not weight_decay:
-    return optax.identity()
-  return optax.GradientTransformation(stage.init, update_fn)

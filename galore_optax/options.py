@@ -14,11 +14,12 @@ from galore_optax import residual as residual_lib
 from galore_optax import selection
 from galore_optax import subspace as subspace_lib
 from galore_optax.refresh import Staggered
+from galore_optax.turns import Turns
 
 Projection = projection_lib.Projection
 
 
-COORDINATES = (subspace_lib.Coordinates, subspace_lib.Turns)
+COORDINATES = (subspace_lib.Coordinates, Turns)
 """Finders of coordinates, of which there may be more than a matrix has rank."""
 
 

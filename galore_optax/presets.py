@@ -1,10 +1,12 @@
 """This module holds named methods, each a few lines of the algebra."""
 
+import functools
 from typing import Any
 
 import optax
 
 from galore_optax import adafactor, adam, decay, split, step_size
+from galore_optax import blocks as blocks_lib
 from galore_optax.galore import galore
 from galore_optax.lomo import adalomo as adalomo
 from galore_optax.lomo import lomo as lomo
@@ -13,7 +15,7 @@ from galore_optax.scaled import apollo as apollo
 from galore_optax.scaled import apollo_mini as apollo_mini
 from galore_optax.scaled import fira as fira
 from galore_optax.selection import Targets
-from galore_optax.subspace import Turns
+from galore_optax.turns import Turns
 
 
 def galore_adamw(
@@ -237,54 +239,57 @@ def badam(
   weight_decay: float = 0.0,
   blocks: str = 'blocks/.*',
   train_rest: bool = False,
+  master_weights: bool = False,
+  start: int | None = None,
   seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> blocks_lib.OneBlock:
   """Adam (or another inner) on one layer of a stack at a time.
 
   Its moments are those of one layer, and start anew with the next one. The
   position in the cycle follows from the step count, so a resumed run goes on.
+  `layerwise` computes the weight gradient of the layer whose turn it is alone.
+
+  State: the inner's for one layer, float32 (Adam: 8 bytes an element of the
+  layer), with `master_weights` 4 bytes more.
 
   Args:
     learning_rate: a number, or a schedule of the step.
     switch_every: updates of a layer before the next one's turn.
-    order: 'random' (a permutation, new in each cycle), 'ascending' or
-      'descending'.
+    order: 'random' (a permutation, new in each cycle), 'ascending',
+      'descending', or 'fixed': one layer for ever.
     inner: a transformation without a learning rate. Default: Adam.
     weight_decay: decoupled, on what is trained.
     blocks: regex on the paths of the stacked leaves [L, ...].
     train_rest: train what is in no block (embedding, head, norm) too, at every
       step; it is frozen otherwise.
+    master_weights: keep a float32 copy of the layer whose turn it is; for
+      bfloat16 weights.
+    start: the first layer; default the last for 'descending', else layer 0.
+      A random order has none.
     seed: of the random order.
 
   Example:
     >>> import jax.numpy as jnp
-    >>> tx = badam(0.01, switch_every=2)
+    >>> tx = badam(0.01, order='ascending')
     >>> params = {'blocks': {'w': jnp.ones((4, 3, 5))}, 'head': jnp.ones(3)}
     >>> updates, _ = tx.update(params, tx.init(params), params)
     >>> print(abs(updates['blocks']['w']).sum((1, 2)) > 0, updates['head'])
-    [ True False False False] [-0. -0. -0.]
+    [ True False False False] [0. 0. 0.]
 
   References:
     Luo et al., `BAdam <https://arxiv.org/abs/2404.02827>`_, 2024.
   """
-  adam = optax.scale_by_adam() if inner is None else inner
-  stage: dict[str, Any] = dict(
-    rank=1,
-    gap=switch_every,
-    scale=1.0,
-    side='left',
-    subspace=Turns(order, seed),
-    targets=[blocks],
-    axes={blocks: (0, ...)},
+  rule = functools.partial(
+    blocks_lib.with_turns,
+    optax.scale_by_adam() if inner is None else inner,
+    learning_rate,
+    weight_decay=weight_decay,
+    master_weights=master_weights,
   )
-  active = optax.chain(
-    galore(adam, moments='reset', **stage),
-    decay.decay_inside(galore(optax.identity(), **stage), weight_decay),
-  )
-  rest = optax.chain(adam, optax.add_decayed_weights(weight_decay))
-  return optax.chain(
-    split.partition(
-      active, rest if train_rest else optax.set_to_zero(), [blocks]
-    ),
-    optax.scale_by_learning_rate(learning_rate),
+  return blocks_lib.one_block(
+    rule(restart_every=None if order == 'fixed' else switch_every),
+    rule(restart_every=None) if train_rest else None,
+    turns=Turns(order, seed, start),
+    switch_every=switch_every,
+    blocks=blocks,
   )

@@ -19,6 +19,7 @@ import optax
 from galore_optax import lazy, subspace
 from galore_optax import projection as projection_lib
 from galore_optax.projection import Basis, Projection
+from galore_optax.turns import Turns
 
 GOLDEN = 0.618033988749895
 """Multiples of it, modulo one, never come close to each other."""
@@ -183,7 +184,7 @@ def remade(finder: subspace.Subspace, leaf: Units, count: jax.Array) -> Basis:
 
     def one(matrix, m=m):
       key, turn = matrix
-      if isinstance(finder, subspace.Turns):
+      if isinstance(finder, Turns):
         return finder.at(turn, r, m)
       # Such a finder looks at shapes alone.
       return finder(jnp.zeros((m, 1)), jnp.zeros((r, m)), key)

@@ -10,7 +10,7 @@ from galore_optax.galore import galore
 from galore_optax.options import Options
 from galore_optax.residual import Sgd, Sign
 from galore_optax.selection import Targets
-from galore_optax.subspace import Turns
+from galore_optax.turns import Turns
 
 WHERE: dict[str, dict[str, Any]] = {
   'svd': dict(subspace='svd'),

@@ -254,60 +254,6 @@ class Gaussian:
     return rows_rm / jnp.sqrt(basis_rm.shape[0])
 
 
-@dataclasses.dataclass(frozen=True)
-class Turns:
-  """Coordinates of the projected side that take turns, r at a time.
-
-  With the layers of a stack as that side, a block of layers trains at a time.
-  The turn follows from the number of refreshes: a resumed run goes on.
-
-  Example:
-    >>> [Turns('descending').at(t, 2, 6).tolist() for t in range(3)]
-    [[4, 5], [2, 3], [0, 1]]
-
-  References:
-    Luo et al., `BAdam <https://arxiv.org/abs/2404.02827>`_, 2024.
-  """
-
-  order: str = 'random'
-  """'random' is a new permutation in each cycle; 'ascending', 'descending'."""
-  seed: int = 0
-  """Another seed, other permutations."""
-
-  stored: ClassVar[bool] = False
-
-  def __post_init__(self) -> None:
-    """Raises ValueError for an unknown order."""
-    if self.order not in ('random', 'ascending', 'descending'):
-      raise ValueError(
-        "order must be 'random', 'ascending' or 'descending', got"
-        f' {self.order!r}'
-      )
-
-  def __call__(
-    self, g_mn: jax.Array, basis_r: jax.Array, key: jax.Array
-  ) -> jax.Array:
-    """Returns the coordinates of the first turn; `at` knows all."""
-    del key
-    return self.at(0, basis_r.shape[0], g_mn.shape[0])
-
-  def at(self, turn: jax.Array | int, r: int, m: int) -> jax.Array:
-    """Returns the coordinates [r] of a turn, ascending.
-
-    Where r does not divide m, the last turn of a cycle goes back to full r.
-    """
-    cycle, place = divmod(jnp.asarray(turn), -(-m // r))
-    first = jnp.minimum(place * r, m - r)
-    order_m = jnp.arange(m)
-    if self.order == 'descending':
-      order_m = order_m[::-1]
-    if self.order == 'random':
-      key = jax.random.fold_in(jax.random.key(self.seed), cycle)
-      order_m = jax.random.permutation(key, m)
-    chosen_r = jax.lax.dynamic_slice_in_dim(order_m, first, r)
-    return jnp.sort(chosen_r).astype(jnp.int32)
-
-
 SUBSPACES: dict[str, Subspace] = {
   'svd': Svd(),
   'gram': Gram(),

@@ -127,3 +127,58 @@ def test_it_keeps_the_moments_of_one_layer():
   state = jax.eval_shape(badam(0.1, weight_decay=0.1).init, shapes)
   floats = [x.size for x in jax.tree.leaves(state) if x.dtype == jnp.float32]
   assert sum(floats) == 2 * (5 * 7 + 4)
+
+
+def test_a_fixed_block_is_adam_on_it_and_never_restarts():
+  weights = jax.tree.map(jnp.float32, model())
+  grads = jax.tree.map(jnp.float32, model(20, (STEPS,)))
+  tx = badam(0.1, switch_every=EVERY, order='fixed', start=1)
+  ours, _ = trajectory(tx, weights, grads)
+  pick = lambda tree, axis: jax.tree.map(
+    lambda x: jnp.take(x, 1, axis), tree['blocks']
+  )
+  want, _ = trajectory(optax.adam(0.1), pick(weights, 0), pick(grads, 1))
+  # The order of two products: an ulp.
+  chex.assert_trees_all_close(pick(ours, 1), want, rtol=1e-6)
+  for layer in (0, 2):
+    still = ours['blocks']['up'][-1, layer]
+    np.testing.assert_array_equal(still, weights['blocks']['up'][layer])
+
+
+@pytest.mark.parametrize(
+  ('order', 'first'), [('ascending', [1, 2, 0]), ('descending', [1, 0, 2])]
+)
+def test_a_cycle_starts_where_it_is_told(order, first):
+  turns = Turns(order, start=1)
+  assert [int(turns.at(t, 1, 3)[0]) for t in range(4)] == [*first, first[0]]
+
+
+def test_master_weights_keep_what_bfloat16_loses():
+  one = {'blocks': {'up': jnp.ones((2, 5, 7), jnp.bfloat16)}}
+  grads = {'blocks': {'up': jnp.ones((8, 2, 5, 7), jnp.bfloat16)}}
+  # A quarter of the spacing of bfloat16 numbers below one.
+  rate = 2.0**-10
+  options = dict(switch_every=4, order='ascending', inner=optax.identity())
+  lost, _ = trajectory(badam(rate, **options), one, grads)
+  kept, states = trajectory(
+    badam(rate, **options, master_weights=True), one, grads
+  )
+  assert np.all(lost['blocks']['up'] == 1)
+  # Four quarters are one spacing, of the first layer and then of the second.
+  up = np.float32(kept['blocks']['up'])[:, :, 0, 0]
+  np.testing.assert_array_equal(up[3], [1 - 2.0**-8, 1])
+  np.testing.assert_array_equal(up[7], [1 - 2.0**-8, 1 - 2.0**-8])
+  master = states.block.inner.master['blocks']['up']
+  assert master.dtype == jnp.float32 and master.shape == (8, 5, 7)
+
+
+def test_it_refuses_what_is_no_stack():
+  stacks = {'blocks': {'a': jnp.ones((2, 3)), 'b': jnp.ones((4, 3))}}
+  with pytest.raises(ValueError, match='must match stacks'):
+    badam(0.1).init(stacks)
+  with pytest.raises(ValueError, match='match no parameter'):
+    badam(0.1).init({'w': jnp.ones((2, 3))})
+  with pytest.raises(ValueError, match='order must be one of'):
+    badam(0.1, order='sideways')
+  with pytest.raises(ValueError, match='has no start'):
+    badam(0.1, start=1)
