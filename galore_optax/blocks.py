@@ -39,7 +39,7 @@ class MasterState(NamedTuple):
 class OneBlockState(NamedTuple):
   """State of `one_block`."""
 
-  block: TurnState  # of one layer
+  block: Any  # TurnState, of one layer
   rest: Any  # of what is in no block; () where that is frozen
 
 

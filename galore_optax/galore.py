@@ -34,6 +34,7 @@ from typing import Any
 import optax
 
 from galore_optax import transform
+from galore_optax.accumulation import first_of_chain
 from galore_optax.options import Options
 from galore_optax.projection import Axes
 from galore_optax.refresh import Staggered
@@ -145,10 +146,10 @@ def chain(
           'a chain takes one galore stage, got another after it; for several'
           ' ranks use optax.partition with a chain for each'
         )
-      return _optax_chain(
-        *before, transform.projected(_optax_chain(*after), stage.options)
-      )
-  return _optax_chain(*args)
+      stage = transform.projected(_optax_chain(*after), stage.options)
+      return chain(*before, stage)
+  whole = _optax_chain(*args)
+  return first_of_chain(whole, args[0]) if args else whole
 
 
 def _no_inner(*args: Any, **kwargs: Any) -> Any:

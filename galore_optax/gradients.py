@@ -1,6 +1,6 @@
 """This module holds gradients of what stands before and after a layer stack."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -16,7 +16,12 @@ PyTree = Any
 
 
 def loss_gradient(
-  model: Any, tree: Parts, batch: PyTree, x: PyTree, rest: dict[str, Any]
+  model: Any,
+  tree: Parts,
+  batch: PyTree,
+  x: PyTree,
+  rest: dict[str, Any],
+  frozen: Collection[str] = (),
 ) -> tuple[jax.Array, PyTree, dict[str, Any], list[str], PyTree]:
   """Differentiates the loss with respect to what it reads.
 
@@ -26,6 +31,7 @@ def loss_gradient(
     batch: microbatches [K, ...].
     x: input of the loss [K, ...].
     rest: weights outside the stack, by path.
+    frozen: those without a gradient.
 
   Returns:
     Mean loss; sums beside the loss; gradients by path; the weights whose
@@ -35,10 +41,11 @@ def loss_gradient(
   first = jax.tree.map(lambda a: a[0], (batch, x))
   embed = lambda rest: model.embed(tree.build(rest), first[0])
   loss = lambda rest: model.loss(tree.build(rest), first[1], first[0])
-  by_loss = _read_by(loss, rest)
-  by_embed = _read_by(embed, rest)
+  moving = [name for name in rest if name not in frozen]
+  by_loss = [name for name in _read_by(loss, rest) if name in moving]
+  by_embed = [name for name in _read_by(embed, rest) if name in moving]
   # What nothing reads has a gradient of zero, and its update.
-  by_embed += [n for n in rest if n not in by_loss and n not in by_embed]
+  by_embed += [n for n in moving if n not in by_loss and n not in by_embed]
 
   def part(part):
     part, x = part

@@ -7,7 +7,6 @@ no more than one layer exists at a time. Any optax transformation is a rule:
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -15,15 +14,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_optax import clipping, gradients, parts, stacks
-from galore_optax.pullback import pull_back
+from galore_optax import clipping, parts, stacks, summing
+from galore_optax.accumulation import Accumulating
+from galore_optax.blocks import OneBlock
+from galore_optax.walk import Walk
 from galore_optax.weights import ARRAYS, Weights
 
-# Axes: L layers, the leading axis of a stack; K microbatches; N examples.
+# Axes: L layers, the leading axis of a stack; N examples.
 
 PyTree = Any
-Entry = tuple[Any, optax.OptState]  # a stored weight and its state of tx
-Visit = Callable[[Any, str, jax.Array, Any], Any]
 
 
 class Layers(Protocol):
@@ -55,7 +54,9 @@ class LayerwiseState(NamedTuple):
 
   count: jax.Array  # [], int32: steps done
   norm: jax.Array  # [], float32: norm of the last gradient, before clipping
-  inner: dict[str, optax.OptState]  # of tx, by weight; [L, ...] for 'blocks/'
+  inner: dict[str, optax.OptState]
+  """State of tx by weight: [L, ...] for 'blocks/', of one layer for `badam`;
+  () for what is frozen."""
 
 
 def layerwise(
@@ -65,6 +66,8 @@ def layerwise(
   clip_norm: float | None = None,
   clip: Literal['exact', 'previous'] = 'exact',
   microbatches: int = 1,
+  accumulate: int = 1,
+  sums_dtype: Any = jnp.float32,
   slices: dict[str, int] | None = None,
   weights: Weights = ARRAYS,
 ) -> 'Layerwise':
@@ -90,7 +93,14 @@ def layerwise(
       Each layer's gradient is summed over the parts, in float32, before its
       update, so that a refresh sees the gradient of the whole batch and no
       second layer's gradient is ever held. The inputs of the blocks are kept
-      for the whole batch.
+      for the whole batch, or for each part of it that `accumulate` makes.
+    accumulate: the batch is cut into this many parts first, which pass through
+      the model forward and back one after another. Their projected gradients
+      are summed for all layers, which is exact: between two refreshes the
+      projection is linear. A refresh sees the gradient of the first part
+      alone. The norm to clip by is that of what is summed. `tx` must be a
+      `galore` without a residual rule, or start with one in `optax.chain`.
+    sums_dtype: of these sums; bfloat16 sums are rounded stochastically.
     slices: weights outside the stack that are updated in this many slices of
       their leading axis, each with a state of its own, by path: bounds the
       scratch of a large vocabulary where `tx` works element by element.
@@ -130,12 +140,19 @@ def layerwise(
     clip_norm, tx = tx.clip_norm, tx.rule
   if clip not in ('exact', 'previous'):
     raise ValueError(f"clip must be 'exact' or 'previous', got {clip!r}")
+  if accumulate > 1 and not isinstance(tx, Accumulating):
+    raise ValueError(
+      f'accumulate={accumulate} sums projected gradients: tx must be a galore'
+      ' without a residual rule; microbatches work with any'
+    )
   return Layerwise(
     model=model,
     tx=optax.with_extra_args_support(tx),
     clip_norm=clip_norm,
     clip=clip,
     microbatches=microbatches,
+    accumulate=accumulate,
+    sums_dtype=sums_dtype,
     slices=slices or {},
     weights=weights,
   )
@@ -150,6 +167,8 @@ class Layerwise:
   clip_norm: float | None
   clip: str
   microbatches: int
+  accumulate: int
+  sums_dtype: Any
   slices: dict[str, int]
   weights: Weights
 
@@ -159,16 +178,24 @@ class Layerwise:
     # A target that matches nothing anywhere is told here: `tx` is strict only
     # where it sees the whole tree.
     jax.eval_shape(
-      lambda weights: self.tx.init(tree.build(self._read(weights))),
+      lambda weights: self.tx.init(
+        tree.build({n: self.weights.read(w) for n, w in weights.items()})
+      ),
       tree.weights(params),
     )
 
     def init_weight(name, stored):
-      init = lambda one: self.tx.init(tree.alone(name, self.weights.read(one)))
+      rule = self._rule(name)
+      if rule is None:
+        return ()
+      init = lambda one: rule.init(tree.alone(name, self.weights.read(one)))
       if name in self.slices:
         stored = stacks.sliced(stored, self.slices[name])
-      stacked = parts.in_stack(name) or name in self.slices
-      return jax.vmap(init)(stored) if stacked else init(stored)
+      elif not parts.in_stack(name):
+        return init(stored)
+      elif isinstance(self.tx, OneBlock):
+        return init(stacks.take(stored, 0))
+      return jax.vmap(init)(stored)
 
     return LayerwiseState(
       count=jnp.zeros([], jnp.int32),
@@ -182,9 +209,28 @@ class Layerwise:
     """Returns parameters and state one step on, and the step's metrics."""
     tree = parts.Parts(params)
     weights = tree.weights(params)
-    batch = stacks.split(batch, self.microbatches)
-    saved, x = self._forward(tree, weights, batch)
-    backward = functools.partial(self._backward, tree, batch, saved)
+    if self.accumulate == 1:
+      entries, metrics = self._at_once(tree, weights, state, batch)
+    else:
+      entries, metrics = summing.step(self, tree, weights, state, batch)
+    state = LayerwiseState(
+      count=jnp.asarray(optax.safe_increment(state.count)),
+      norm=metrics['grad_norm'],
+      inner={name: inner for name, (_, inner) in entries.items()},
+    )
+    params = tree.build({name: stored for name, (stored, _) in entries.items()})
+    return params, state, metrics
+
+  def _at_once(self, tree, weights, state, batch):
+    """Returns (stored, state) by weight, updated as gradients appear."""
+    walk = self.walk(tree, batch)
+    saved, x = walk.forward(weights)
+    backward = functools.partial(walk.backward, saved)
+    if isinstance(self.tx, OneBlock):
+      num_layers = jax.tree.leaves(saved)[0].shape[0]
+      frozen = [name for name in tree.names if self._rule(name) is None]
+      active = self.tx.active(state.count, num_layers)
+      backward = functools.partial(backward, active=active, frozen=frozen)
     factor = self._factor(state, weights, functools.partial(backward, x))
     # The second pass begins after the first: their gradients never coexist.
     x, factor = lax.optimization_barrier((x, factor))
@@ -194,21 +240,34 @@ class Layerwise:
       return self.weights.read(parts.at(name, entry[0], layer))
 
     def visit(entry, name, grad, layer):
-      update = functools.partial(self._update, tree, key, factor, name)
+      def update(entry, grad, layer):
+        if factor is not None:
+          grad = clipping.times(grad, factor)
+        return self.update(tree, key, name, entry, grad, layer)
+
       if name in self.slices:
-        return _update_in_slices(update, entry, grad, self.slices[name])
+        return stacks.in_slices(update, entry, grad, self.slices[name])
+      if parts.in_stack(name) and isinstance(self.tx, OneBlock):
+        # The state is of one layer.
+        stack, inner = entry
+        new, inner = update((stacks.take(stack, layer), inner), grad, layer)
+        return stacks.put(stack, new, layer), inner
       new = update(parts.at(name, entry, layer), grad, layer)
       return stacks.put(entry, new, layer) if parts.in_stack(name) else new
 
     entries = {name: (w, state.inner[name]) for name, w in weights.items()}
-    entries, metrics = backward(x, entries, read, visit)
-    state = LayerwiseState(
-      count=jnp.asarray(optax.safe_increment(state.count)),
-      norm=metrics['grad_norm'],
-      inner={name: inner for name, (_, inner) in entries.items()},
-    )
-    params = tree.build({name: stored for name, (stored, _) in entries.items()})
-    return params, state, metrics
+    return backward(x, entries, read, visit)
+
+  def walk(self, tree: parts.Parts, batch: PyTree) -> Walk:
+    """Returns the way of a batch [N, ...] through the model."""
+    batch = stacks.split(batch, self.microbatches)
+    return Walk(self.model, tree, self.weights, batch)
+
+  def _rule(self, name):
+    """Returns what updates a weight; None if it is frozen."""
+    if not isinstance(self.tx, OneBlock):
+      return self.tx
+    return self.tx.rule if parts.in_stack(name) else self.tx.rest
 
   def _factor(self, state, weights, backward):
     """Returns what the gradient is multiplied by, None without clipping."""
@@ -229,154 +288,24 @@ class Layerwise:
       norm = lax.cond(state.count == 0, exact, lambda: state.norm)
     return clipping.clip_coefficient(norm, self.clip_norm)
 
-  def _forward(self, tree, weights, batch):
-    """Returns the input of each block [L, K, ...] and of the loss [K, ...]."""
-    rest = {n: w for n, w in weights.items() if not parts.in_stack(n)}
-    rest = tree.build(self._read(rest))
-    x = lax.map(lambda part: self.model.embed(rest, part), batch)
-
-    def block(x, layer_weights):
-      layer_params = tree.build(self._read(layer_weights))['blocks']
-      y = lax.map(lambda x: self.model.block(layer_params, x), x)
-      return y, stacks.flat(x)
-
-    stack = {n: w for n, w in weights.items() if parts.in_stack(n)}
-    x, saved = lax.scan(block, x, stack)
-    return saved, x
-
-  def _backward(self, tree, batch, saved, x, entries, read, visit):
-    """Walks the gradient from the loss to the embedding.
-
-    Args:
-      tree: the tree of parameters.
-      batch: microbatches [K, ...].
-      saved: input of each block, as `_forward` returns it.
-      x: input of the loss.
-      entries: what the visits change, by weight.
-      read: `(entry, name, layer) -> weight`, as the model reads it.
-      visit: `(entry, name, gradient, layer) -> entry`, called when a weight's
-        gradient is complete.
-
-    Returns:
-      The entries after the visits; the metrics.
-    """
-    entries = dict(entries)
-    squares = jnp.zeros([], jnp.float32)
-
-    def visit_rest(squares, name, grad):
-      entries[name] = visit(entries[name], name, grad, 0)
-      return squares + clipping.sum_of_squares(grad)
-
-    rest = {
-      n: read(entries[n], n, 0) for n in tree.names if not parts.in_stack(n)
-    }
-    loss, sums, head, embed, dx = gradients.loss_gradient(
-      self.model, tree, batch, x, rest
-    )
-    for name in [n for n in head if n not in embed]:
-      squares = visit_rest(squares, name, head.pop(name))
-
-    stack = [name for name in tree.names if parts.in_stack(name)]
-    num_layers = jax.tree.leaves(saved)[0].shape[0]
-
-    def body(i, carry):
-      layer = num_layers - 1 - i
-      x_l = stacks.unflat(stacks.take(saved, layer), x)
-      # The layer's index is in the carry so that reads of a weight wait for
-      # the visits before them.
-      dx, carry = carry[0], (*carry[1:], layer)
-      return self._layer(tree, stack, x_l, dx, carry, read, visit)
-
-    carry = (dx, [entries[name] for name in stack], squares)
-    dx, block_entries, squares = lax.fori_loop(0, num_layers, body, carry)
-    entries |= zip(stack, block_entries, strict=True)
-
-    # Behind a condition that is always true, which the compiler cannot know:
-    # it would make the zeros that the gradient of a lookup starts from before
-    # the loop, and hold them through it.
-    embed = lax.cond(
-      squares != -1,
-      lambda: gradients.embed_gradient(
-        self.model, tree, batch, dx, rest, embed
-      ),
-      lambda: {name: jnp.zeros_like(rest[name]) for name in embed},
-    )
-    for name, grad in embed.items():
-      if name in head:
-        grad += head[name]
-      squares = visit_rest(squares, name, grad)
-    return entries, {'loss': loss, 'grad_norm': jnp.sqrt(squares), **sums}
-
-  def _layer(self, tree, names, x, dx, carry, read, visit):
-    """Returns the cotangents below one layer, its entries, the squares."""
-
-    def block(weights, moving, x):
-      params = tree.build(dict(zip(names, weights, strict=True)))
-      y = self.model.block(params['blocks'], stacks.join(moving, x))
-      return stacks.moving(y)
-
-    def read_i(carry, i):
-      entries, _, layer = carry
-      return read(entries[i], names[i], layer)
-
-    def visit_i(carry, i, grad):
-      entries, squares, layer = carry
-      entries = list(entries)
-      entries[i] = visit(entries[i], names[i], grad, layer)
-      return entries, squares + clipping.sum_of_squares(grad), layer
-
-    if self.microbatches == 1:
-      x, dx = stacks.take((x, dx), 0)
-      dx, carry = pull_back(
-        lambda weights, moving: block(weights, moving, x),
-        stacks.moving(x),
-        dx,
-        carry,
-        num_params=len(names),
-        read=read_i,
-        visit=visit_i,
-      )
-      return jax.tree.map(lambda a: a[None], dx), *carry[:2]
-    weights = [read_i(carry, i) for i in range(len(names))]
-
-    def part(part):
-      x, dx = part
-      f = lambda weights, moving: block(weights, moving, x)
-      return jax.vjp(f, weights, stacks.moving(x))[1](dx)
-
-    grads, dx = gradients.sum_over(part, (x, dx))
-    for i, grad in enumerate(grads):
-      carry = visit_i(carry, i, grad)
-    return dx, *carry[:2]
-
-  def _update(self, tree, key, factor, name, entry, grad, layer):
+  def update(
+    self,
+    tree: parts.Parts,
+    key: jax.Array,
+    name: str,
+    entry: Any,
+    grad: Any,
+    layer: jax.Array | int,
+  ) -> Any:
     """Returns one weight, layer or slice and its state, updated."""
     stored, inner = entry
-    if factor is not None:
-      grad = clipping.times(grad, factor)
-    updates, inner = self.tx.update(
+    rule = self._rule(name)
+    assert rule is not None
+    updates, inner = rule.update(
       tree.alone(name, grad),
       inner,
       tree.alone(name, self.weights.read(stored)),
       layer=layer,
     )
-    key = jax.random.fold_in(key, tree.names.index(name))
-    key = jax.random.fold_in(key, layer)
+    key = tree.key(key, name, layer)
     return self.weights.write(stored, jax.tree.leaves(updates)[0], key), inner
-
-  def _read(self, weights):
-    return {name: self.weights.read(w) for name, w in weights.items()}
-
-
-def _update_in_slices(update, entry, grad, num):
-  """Returns (stored, inner state) of a weight, updated slice by slice."""
-  stored, inner = entry
-  grad = stacks.sliced(grad, num)
-
-  def body(i, entry):
-    new = update(stacks.take(entry, i), stacks.take(grad, i), i)
-    return stacks.put(entry, new, i)
-
-  entry = (stacks.sliced(stored, num), inner)
-  new, inner = lax.fori_loop(0, num, body, entry)
-  return stacks.unflat(new, stored), inner

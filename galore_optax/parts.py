@@ -41,6 +41,11 @@ class Parts:
       [weight if n == name else selection.Elsewhere() for n in self.names]
     )
 
+  def key(self, key: jax.Array, name: str, layer: jax.Array | int) -> jax.Array:
+    """Returns a random key of one weight and layer."""
+    key = jax.random.fold_in(key, self.names.index(name))
+    return jax.random.fold_in(key, layer)
+
 
 def in_stack(name: str) -> bool:
   """Whether a path names a weight of the layer stack."""

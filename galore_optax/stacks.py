@@ -1,5 +1,6 @@
 """This module holds what a loop over stacked pytrees is made of."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,6 +50,22 @@ def sliced(tree: PyTree, num: int) -> PyTree:
     return a.reshape(num, -1, *a.shape[1:])
 
   return jax.tree.map(cut, tree)
+
+
+def in_slices(
+  update: Callable[..., Any], entry: Any, grad: jax.Array, num: int
+) -> Any:
+  """Returns (stored, inner state) of a weight, updated slice by slice."""
+  stored, inner = entry
+  grad = sliced(grad, num)
+
+  def body(i, entry):
+    new = update(take(entry, i), take(grad, i), i)
+    return put(entry, new, i)
+
+  entry = (sliced(stored, num), inner)
+  new, inner = lax.fori_loop(0, num, body, entry)
+  return unflat(new, stored), inner
 
 
 def split(batch: PyTree, num: int) -> PyTree:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import selection
+from galore_optax.accumulation import Accumulating, accumulating
 from galore_optax.galore import Stage, galore
 from galore_optax.projection import Projection
 
@@ -123,7 +124,10 @@ def galore_with_step_sizes(
     )
     return updates, state
 
-  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+  new = optax.GradientTransformationExtraArgs(tx.init, update_fn)
+  if not isinstance(tx, Accumulating):
+    return new
+  return accumulating(new, tx.begin, tx.compress)
 
 
 def _parameter_scale(

@@ -11,6 +11,7 @@ import optax
 from galore_optax import decay, refresh, residual
 from galore_optax import moments as moments_lib
 from galore_optax import projection as projection_lib
+from galore_optax.accumulation import Projected, accumulating
 from galore_optax.options import Options
 from galore_optax.projection import Basis, Projection
 from galore_optax.refresh import Units
@@ -84,6 +85,36 @@ def projected(
       residual=treedef.unflatten(rests),
     )
 
+  def begin_fn(
+    updates: optax.Updates,
+    state: Any,
+    *,
+    layer: jax.Array | int = 0,
+    **extra_args: Any,
+  ) -> GaloreState:
+    projections = options.projections(updates)
+    leaves = refresh.units(projections, options.gap, layer)
+    extra_args['layer'] = layer
+    return _maybe_refresh(inner, options, leaves, updates, state, extra_args)
+
+  def compress_fn(
+    updates: optax.Updates,
+    state: Any,
+    *,
+    layer: jax.Array | int = 0,
+    **extra_args: Any,
+  ) -> Any:
+    del extra_args
+    projections = options.projections(updates)
+    grads, treedef = jax.tree.flatten(updates)
+    leaves = refresh.units(projections, options.gap, layer)
+    bases = _bases(options, leaves, treedef, state.basis, state.count)
+    low = [
+      g if p is None else Projected(_projected(p, g, b), g)
+      for p, g, b in zip(projections, grads, bases, strict=True)
+    ]
+    return treedef.unflatten(low)
+
   def update_fn(
     updates: optax.Updates,
     state: Any,
@@ -95,11 +126,13 @@ def projected(
     extra_args['layer'] = layer
     projections = options.projections(updates)
     grads, treedef = jax.tree.flatten(updates)
+    # A sum of projected gradients comes after its `begin`.
+    if not any(isinstance(g, Projected) for g in grads):
+      state = begin_fn(updates, state, **extra_args)
     leaves = refresh.units(projections, options.gap, layer)
-    state = _maybe_refresh(inner, options, leaves, updates, state, extra_args)
     bases = _bases(options, leaves, treedef, state.basis, state.count)
     low_grads = [
-      _full(g) if p is None else projection_lib.project(p, g, b)
+      _full(g) if p is None else _projected(p, g, b)
       for p, g, b in zip(projections, grads, bases, strict=True)
     ]
     weights = None if params is None else treedef.flatten_up_to(params)
@@ -132,7 +165,15 @@ def projected(
       residual=rests,
     )
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  # A residual rule reads the gradient itself.
+  return tx if options.rule else accumulating(tx, begin_fn, compress_fn)
+
+
+def _projected(p: Projection, g: Any, basis: Basis) -> jax.Array:
+  return (
+    g.low if isinstance(g, Projected) else projection_lib.project(p, g, basis)
+  )
 
 
 def _unprojected(
@@ -150,7 +191,7 @@ def _unprojected(
   return [
     u
     if p is None
-    else jnp.zeros_like(g)
+    else jnp.zeros(g.shape, g.dtype)
     if isinstance(options.scale, int | float) and options.scale == 0
     else projection_lib.unproject(p, options.scale * u, b).astype(g.dtype)
     for p, u, b, g in zip(projections, low, bases, grads, strict=True)

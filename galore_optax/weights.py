@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_optax.accumulation import Accumulating, accumulating
 from galore_optax.blockwise import Quantized, dequantize, quantize_linear
 from galore_optax.rounding import apply_updates_stochastic
 from galore_optax.transform import GaloreState
@@ -111,8 +112,8 @@ def quantize_bases(
   def init_fn(params):
     return _map_bases(lambda b: jax.tree.map(pack, b), tx.init(params))
 
-  def update_fn(updates, state, params=None, **extra_args):
-    stored = _bases(state)
+  def unpacked(updates, state):
+    """Returns the state with bases as arrays, in the gradients' dtypes."""
     grads, treedef = jax.tree.flatten(updates)
 
     def unpack(basis):
@@ -124,9 +125,10 @@ def quantize_bases(
       ]
       return treedef.unflatten(dense)
 
-    dense = [unpack(basis) for basis in stored]
-    replaced = _replace_bases(state, dense)
-    updates, new = tx.update(updates, replaced, params, **extra_args)
+    return _map_bases(unpack, state)
+
+  def repacked(new, dense, state):
+    """Returns the new state, its bases packed where they are other ones."""
 
     def repack(old, before, basis):
       changed = jnp.any(basis != before)
@@ -134,13 +136,29 @@ def quantize_bases(
         lambda a, b: jnp.where(changed, a, b), pack(basis), old
       )
 
+    triples = zip(_bases(state), _bases(dense), _bases(new), strict=True)
     packed = [
-      jax.tree.map(repack, old, before, basis, is_leaf=is_stored)
-      for old, before, basis in zip(stored, dense, _bases(new), strict=True)
+      jax.tree.map(repack, *triple, is_leaf=is_stored) for triple in triples
     ]
-    return updates, _replace_bases(new, packed)
+    return _replace_bases(new, packed)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  def update_fn(updates, state, params=None, **extra_args):
+    dense = unpacked(updates, state)
+    updates, new = tx.update(updates, dense, params, **extra_args)
+    return updates, repacked(new, dense, state)
+
+  new = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  if not isinstance(tx, Accumulating):
+    return new
+
+  def begin_fn(updates, state, **extra_args):
+    dense = unpacked(updates, state)
+    return repacked(tx.begin(updates, dense, **extra_args), dense, state)
+
+  def compress_fn(updates, state, **extra_args):
+    return tx.compress(updates, unpacked(updates, state), **extra_args)
+
+  return accumulating(new, begin_fn, compress_fn)
 
 
 def _is_galore(x: Any) -> bool:

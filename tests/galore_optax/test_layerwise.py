@@ -238,6 +238,69 @@ def test_weights_in_eight_bits_are_read_and_written():
   assert gap.max() > 0
 
 
+@pytest.mark.parametrize('train_rest', [False, True])
+def test_badam_equals_the_whole_tree_step(train_rest):
+  # SGD, whose rounding does not grow; each turn and one of the next cycle.
+  tx = galore_optax.badam(
+    0.1,
+    switch_every=2,
+    inner=optax.trace(0.9),
+    weight_decay=0.1,
+    train_rest=train_rest,
+  )
+  model = Residual()
+  step = layerwise(model, tx, microbatches=2)
+  params, state, _ = run(step, steps=2 * L + 1)
+  whole, _ = run_whole_tree(model, tx, steps=2 * L + 1)
+  # Sums in another order.
+  chex.assert_trees_all_close(params, whole, rtol=1e-5, atol=1e-6)
+  start = make_params()
+  moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), params, start)
+  assert all(jax.tree.leaves(moved['blocks']))
+  assert moved['head']['w'] == moved['embed']['table'] == train_rest
+  assert state.inner['blocks/w'].inner[0].trace['blocks']['w'].shape == (D, F)
+  assert (state.inner['head/w'] == ()) == (not train_rest)
+
+
+def test_badam_has_the_norm_of_what_it_trains():
+  model, bound = Residual(), 1e-3
+  tx = galore_optax.badam(0.1, order='fixed', start=1, inner=optax.identity())
+  params, _, metrics = run(layerwise(model, tx, clip_norm=bound), steps=1)
+  start = make_params()
+  grads = run_whole_tree(model, tx, steps=1)[1]['grads']['blocks']
+  mine = jax.tree.map(lambda g: g[1], grads)
+  np.testing.assert_allclose(
+    metrics['grad_norm'], optax.tree.norm(mine), rtol=1e-6
+  )
+  factor = clip_coefficient(metrics['grad_norm'], bound)
+  moved = jax.tree.map(lambda a, b: a - b, params['blocks'], start['blocks'])
+  assert not any(jnp.any(x[jnp.array([0, 2])]) for x in moved.values())
+  expected = jax.tree.map(lambda g: -0.1 * factor * g, mine)
+  # The difference of two weights of size one.
+  chex.assert_trees_all_close(
+    jax.tree.map(lambda x: x[1], moved), expected, atol=1e-7
+  )
+
+
+def test_badam_computes_the_weight_gradient_of_one_layer():
+  def products(tx):
+    step = layerwise(Residual(), tx)
+    params = jax.eval_shape(make_params)
+    state = jax.eval_shape(step.init, params)
+    program = jax.make_jaxpr(step)(params, state, make_batch())
+    return str(program).count('dot_general')
+
+  one, rest = (
+    galore_optax.badam(0.1, train_rest=rest) for rest in (False, True)
+  )
+  # A block has two products, in the loop forward. A layer that is passed has
+  # them again and two back to its input; the active one has two more, for its
+  # weights. The head has one, and one back.
+  assert products(one) == 2 + 4 + (4 + 2) + 2
+  # The head's own gradient; and the layers below the active one are passed.
+  assert products(rest) == products(one) + 1 + 4
+
+
 def test_rejects_what_it_cannot_do():
   with pytest.raises(ValueError, match="'exact' or 'previous'"):
     layerwise(Residual(), optax.sgd(0.1), clip_norm=1.0, clip='never')

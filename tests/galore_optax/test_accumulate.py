@@ -1,0 +1,167 @@
+"""Sums of projected gradients are the projection of the sum."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_optax
+from galore_optax.accumulation import Accumulating
+from galore_optax.clipping import clip_coefficient
+from galore_optax.layerwise import layerwise
+from galore_optax.weights import quantize_bases
+from tests.galore_optax.test_layerwise import (
+  Residual,
+  galore_rule,
+  make_batch,
+  make_params,
+  run,
+)
+
+
+def seed_rule():
+  """A basis that no gradient changes: nothing but the sums can differ."""
+  return galore_optax.galore(
+    optax.sgd(0.1, momentum=0.9),
+    rank=3,
+    gap=2,
+    scale=1.0,
+    subspace='random',
+    targets=['blocks/.*'],
+  )
+
+
+@pytest.mark.parametrize('microbatches', [1, 2])
+def test_parts_are_one_large_batch_over_three_refreshes(microbatches):
+  model, tx = Residual(), seed_rule()
+  options = dict(steps=6, examples=12)
+  step = layerwise(model, tx, accumulate=3, microbatches=microbatches)
+  parts, state, metrics = run(step, **options)
+  whole, _, expected = run(layerwise(model, tx), **options)
+  # Sums over examples in another order.
+  chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-6)
+  for name in ('loss', 'nll'):
+    np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
+  # What is outside the subspaces is not in the norm.
+  assert 0 < metrics['grad_norm'] < expected['grad_norm']
+  assert state.count == 6
+
+
+@pytest.mark.parametrize(
+  'rule',
+  [
+    galore_rule,
+    lambda: galore_optax.galore_adamw(
+      0.01, rank=3, gap=2, weight_decay=0.1, targets=['blocks/.*']
+    ),
+    lambda: galore_optax.galore_adafactor(
+      0.01, rank=3, gap=2, b1=0.9, scale_parameter=True, targets=['blocks/.*']
+    ),
+    lambda: galore_optax.galore(
+      optax.sgd(0.1, momentum=0.9),
+      **dict(rank=6, gap=2, moments='rotate', targets=['blocks/w']),
+    ),
+    lambda: galore_optax.galore(
+      optax.adam(0.01, eps=1e-3),
+      **dict(rank=2, gap=2, side='full', moments='reset', targets=['.*/u']),
+    ),
+  ],
+  ids=['momentum', 'adamw', 'adafactor', 'rotate', 'full'],
+)
+def test_equal_parts_are_one_of_them(rule):
+  # The first part finds the basis that the whole batch would find.
+  model, batch = Residual(), make_batch(0)
+  twice = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), batch)
+  two, one = layerwise(model, rule(), accumulate=2), layerwise(model, rule())
+
+  def steps(step, batch):
+    params = make_params()
+    state = step.init(params)
+    for _ in range(5):
+      params, state, _ = jax.jit(step)(params, state, batch)
+    return params
+
+  # A sum of two equal gradients, halved, is exact; the programs differ.
+  chex.assert_trees_all_close(
+    steps(two, twice), steps(one, batch), rtol=1e-4, atol=1e-5
+  )
+
+
+def test_a_refresh_sees_the_first_part():
+  model, tx = Residual(), galore_rule()
+  params, batch = make_params(), make_batch(0, 12)
+  step = layerwise(model, tx, accumulate=3)
+  _, state, _ = jax.jit(step)(params, step.init(params), batch)
+  first = jax.tree.map(lambda x: x[::3], batch)
+  step = layerwise(model, tx)
+  _, expected, _ = jax.jit(step)(params, step.init(params), first)
+  for name in ('blocks/u', 'blocks/w'):
+    basis = state.inner[name].basis['blocks'][name[-1]]
+    want = expected.inner[name].basis['blocks'][name[-1]]
+    # One decomposition, in two programs.
+    np.testing.assert_allclose(basis, want, atol=1e-5)
+
+
+def test_clips_by_the_norm_of_what_is_summed():
+  model, bound = Residual(), 0.2
+  options = dict(steps=1, examples=12)
+  step = layerwise(model, seed_rule(), accumulate=3, clip_norm=bound)
+  clipped, _, metrics = run(step, **options)
+  assert metrics['grad_norm'] > bound
+  factor = clip_coefficient(metrics['grad_norm'], bound)
+  free, _, _ = run(layerwise(model, seed_rule(), accumulate=3), **options)
+  start = make_params()
+  expected = jax.tree.map(lambda p, q: p + factor * (q - p), start, free)
+  # Sgd's first step is linear in the gradient.
+  chex.assert_trees_all_close(clipped, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_quantized_bases_and_slices_and_bfloat16_sums():
+  # Bases in 8 bits are not orthonormal: the sum must not be projected again.
+  model = Residual()
+  tx = quantize_bases(galore_rule(), bits=8, group=4)
+  options = dict(steps=1, examples=12)
+  whole, _, _ = run(
+    layerwise(model, tx, accumulate=3, slices={'head/w': 3}), **options
+  )
+  params, batch = make_params(), make_batch(0, 12)
+  state = tx.init(params)
+  first = jax.tree.map(lambda x: x[::3], batch)
+  # The basis of the first part, then the update from all parts.
+  grads = jax.grad(model, has_aux=True)(params, first)[0]
+  state = tx.begin(grads, state)
+  grads = jax.grad(model, has_aux=True)(params, batch)[0]
+  updates, _ = tx.update(tx.compress(grads, state), state, params)
+  expected = optax.apply_updates(params, updates)
+  # Sums over examples in another order, and products through 8-bit bases.
+  chex.assert_trees_all_close(whole, expected, rtol=1e-4, atol=1e-5)
+  rounded, _, _ = run(
+    layerwise(model, tx, accumulate=3, sums_dtype=jnp.bfloat16), **options
+  )
+  # Three roundings of 2^-8 of a gradient below 1, at a rate of 0.1.
+  chex.assert_trees_all_close(rounded, expected, atol=3 * 2**-8 * 0.1)
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_close(rounded, expected, atol=1e-6)
+
+
+def test_a_preset_accumulates_if_its_update_is_linear_in_the_gradient():
+  yes = (
+    galore_optax.galore_adamw(0.1, rank=2),
+    galore_optax.galore_adamw_8bit(0.1, rank=2),
+    galore_optax.galore_adafactor(0.1, rank=2),
+    optax.chain(galore_optax.galore(rank=2), optax.adamw(0.1)),
+  )
+  assert all(isinstance(tx, Accumulating) for tx in yes)
+  no = (
+    galore_optax.fira(0.1, rank=2),
+    galore_optax.frugal(0.1),
+    optax.adamw(0.1),
+    optax.chain(
+      optax.clip_by_global_norm(1.0), galore_optax.galore(rank=2), optax.sgd(1)
+    ),
+  )
+  for tx in no:
+    with pytest.raises(ValueError, match='accumulate=2 sums projected'):
+      layerwise(Residual(), tx, accumulate=2)
