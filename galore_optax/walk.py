@@ -118,7 +118,7 @@ class Walk:
 
   def _stack(
     self, names, saved, x, carry, read, visit, active, *, to_embed
-  ) -> tuple[PyTree, list[Any], jax.Array]:
+  ) -> Any:
     """Returns the carry (cotangents, entries, squares) below the stack."""
     num_layers = jax.tree.leaves(saved)[0].shape[0]
     inputs = lambda layer: stacks.unflat(stacks.take(saved, layer), x)

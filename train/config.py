@@ -64,15 +64,24 @@ class Config:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f'{name} must be at least 1, got {value}')
-    if self.batch_size % self.microbatches:
+    if self.update.accumulate < 1:
       raise ValueError(
-        f'batch_size must be a multiple of microbatches={self.microbatches}, '
-        f'got {self.batch_size}'
+        f'update.accumulate must be at least 1, got {self.update.accumulate}'
+      )
+    if self.batch_size % self.parts:
+      raise ValueError(
+        'batch_size must be a multiple of microbatches x update.accumulate = '
+        f'{self.parts}, got {self.batch_size}'
       )
     if not 0 <= self.warmup < 1:
       raise ValueError(
         f'warmup is a share of the steps in [0, 1), got {self.warmup}'
       )
+
+  @property
+  def parts(self) -> int:
+    """Number of parts that a batch is computed in."""
+    return self.microbatches * self.update.accumulate
 
   def schedule(self) -> optax.Schedule:
     """Returns the learning rate by step: up from 0, then down a cosine."""

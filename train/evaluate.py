@@ -71,7 +71,7 @@ def held_out(
   return validation_batches(
     documents,
     tokenizer,
-    batch_size=config.batch_size // config.microbatches,
+    batch_size=config.batch_size // config.parts,
     sequence_length=config.sequence_length,
     num_batches=num_batches,
   )

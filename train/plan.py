@@ -234,6 +234,7 @@ def activation_bytes(config: Config) -> int:
   tokens = config.batch_size * config.sequence_length
   if isinstance(config.update, WholeTree):
     tokens //= config.microbatches
+  tokens //= config.update.accumulate
   model: LlamaConfig = config.model
   element = jnp.dtype(model.dtype).itemsize
   return model.num_layers * tokens * model.width * element

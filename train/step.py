@@ -50,6 +50,8 @@ def build(config: Config, layers: Layers) -> tuple[Init, Step]:
     clip_norm=config.clip_norm,
     clip=update.clip,
     microbatches=config.microbatches,
+    accumulate=update.accumulate,
+    sums_dtype=update.sums,
     slices=dict.fromkeys(VOCABULARY, update.slices)
     if update.slices > 1
     else {},

@@ -1,7 +1,7 @@
 """This module holds the two kinds of update a config can name."""
 
 import dataclasses
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from galore_optax.weights import ARRAYS, ROUNDED, Weights, quantized
 
@@ -9,6 +9,9 @@ from galore_optax.weights import ARRAYS, ROUNDED, Weights, quantized
 @dataclasses.dataclass(frozen=True)
 class WholeTree:
   """All gradients first, then all updates."""
+
+  accumulate: ClassVar[int] = 1
+  """The gradients of all microbatches are summed whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,12 @@ class Layerwise:
   weights: Literal['arrays', 'rounded', 'int8'] = 'arrays'
   """How weights are stored: as they are; with sums rounded stochastically,
   for bfloat16; or the layers' matrices in 8 bits."""
+
+  accumulate: int = 1
+  """Parts of a batch whose projected gradients are summed; a refresh sees the
+  first. Each part is cut further by the config's microbatches."""
+  sums: Literal['float32', 'bfloat16'] = 'float32'
+  """Type of these sums; bfloat16 ones are rounded stochastically."""
 
   def stored(self, dtype: str) -> Weights:
     """Returns how weights are stored that compute in `dtype`."""
