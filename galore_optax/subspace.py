@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from galore_optax.orthonormal import orthonormalise
+from galore_optax.orthonormal import orthonormalise, random_rows
 
 Subspace: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -146,14 +146,20 @@ class PowerIteration:
   ) -> jax.Array:
     """Returns the basis [r, m] of a gradient."""
     cold = ~jnp.any(basis_rm)
-    random_rm = jax.random.normal(key, basis_rm.shape, basis_rm.dtype)
-    start_rm = jnp.where(cold, orthonormalise(random_rm), basis_rm)
+    start_rm = jax.lax.cond(
+      cold,
+      lambda: random_rows(key, *basis_rm.shape, basis_rm.dtype),
+      lambda: basis_rm,
+    )
     # It bounds the condition number of what is orthonormalised.
     shift = SHIFT * jnp.maximum(jnp.sum(jnp.square(g_mn)), 1)
 
     def step(_: int, basis_rm: jax.Array) -> jax.Array:
-      powered_rm = (basis_rm @ g_mn) @ g_mn.T
-      return orthonormalise(powered_rm + shift * basis_rm)
+      powered_rm = (basis_rm @ g_mn) @ g_mn.T + shift * basis_rm
+      # The norm of g g^T is no more than the sum of squares; half is for a
+      # basis that was stored in few digits.
+      size = jnp.linalg.norm(powered_rm)
+      return orthonormalise(powered_rm / size, low=SHIFT / 2)
 
     count = jnp.where(cold, self.first_steps, self.steps)
     return jax.lax.fori_loop(0, count, step, start_rm)
@@ -190,8 +196,7 @@ class RandomOrthogonal:
   ) -> jax.Array:
     """Returns a random basis [r, m]."""
     key = jax.random.fold_in(key, self.seed)
-    # The polar factor of a Gaussian matrix is uniform on the Stiefel manifold.
-    return orthonormalise(jax.random.normal(key, basis_rm.shape, g_mn.dtype))
+    return random_rows(key, *basis_rm.shape, g_mn.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
