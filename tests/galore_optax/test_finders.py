@@ -91,11 +91,49 @@ def test_power_iteration_leaves_an_invariant_subspace_alone():
   chex.assert_trees_all_close(again_rm, basis_rm, atol=1e-4)
 
 
-def test_power_iteration_calls_no_solver():
+@pytest.mark.parametrize('finder', [PowerIteration(), RandomOrthogonal()])
+def test_no_solver_is_called(finder):
   shape = jax.ShapeDtypeStruct((29, 53), jnp.float32)
   start = jax.ShapeDtypeStruct((7, 29), jnp.float32)
-  text = jax.jit(PowerIteration()).lower(shape, start, KEY).as_text()
-  assert 'lapack' not in text and 'solver' not in text
+  text = jax.jit(finder).lower(shape, start, KEY).as_text()
+  assert 'custom_call' not in text
+  assert 'custom_call' in jax.jit(Gram()).lower(shape, start, KEY).as_text()
+
+
+def test_power_iteration_without_a_gradient_returns_the_basis():
+  basis_rm = FIND(RandomOrthogonal(), _power_law(), jnp.zeros((7, 29)), KEY)
+  same_rm = FIND(PowerIteration(), jnp.zeros((29, 53)), basis_rm, KEY)
+  chex.assert_trees_all_close(same_rm, basis_rm, atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_power_iteration_from_a_basis_of_few_digits(dtype):
+  g_mn = _power_law()
+  exact_rm = FIND(Svd(), g_mn, jnp.zeros((7, 29)), KEY)
+  rough_rm = exact_rm.astype(dtype).astype(jnp.float32)
+  basis_rm = FIND(PowerIteration(), g_mn, rough_rm, KEY)
+  chex.assert_trees_all_close(basis_rm @ basis_rm.T, jnp.eye(7), atol=1e-5)
+  assert _energy(basis_rm, g_mn) > 0.999 * _energy(exact_rm, g_mn)
+
+
+def test_power_iteration_of_a_stack_is_a_loop():
+  # One starts cold and takes more steps than the other.
+  g_kmn = jnp.stack([_power_law(seed=seed) for seed in range(2)])
+  warm_rm = FIND(Svd(), g_kmn[0], jnp.zeros((7, 29)), KEY)
+  old_krm = jnp.stack([warm_rm, 0 * warm_rm])
+  power = lambda g_mn, old_rm: subspace.find(
+    PowerIteration(), g_mn, old_rm, KEY
+  )
+  loop = jnp.stack(
+    [
+      FIND(PowerIteration(), *pair, KEY)
+      for pair in zip(g_kmn, old_krm, strict=True)
+    ]
+  )
+  # A direction of share s is known to eps / s; the spectrum's end has 1e-3.
+  chex.assert_trees_all_close(jax.vmap(power)(g_kmn, old_krm), loop, atol=1e-4)
+  mapped = jax.lax.map(lambda pair: power(*pair), (g_kmn, old_krm))
+  chex.assert_trees_all_close(mapped, loop, atol=1e-4)
 
 
 def test_largest_coordinates():
