@@ -65,14 +65,16 @@ def orthonormalise(x_rm: jax.Array, *, low: float) -> jax.Array:
   return x_rm
 
 
-def random_rows(key: jax.Array, r: int, m: int, dtype: jnp.dtype) -> jax.Array:
-  """Returns orthonormal rows [r, m] that span a uniformly random subspace.
+def random_rows(
+  key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
+) -> jax.Array:
+  """Returns orthonormal rows [r, m] of a uniformly random subspace.
 
   They are the polar factor of a Gaussian matrix. Its singular values are known
   beforehand: see `gaussian_range`.
   """
-  low, high = gaussian_range(r, m)
-  x_rm = jax.random.normal(key, (r, m), dtype)
+  low, high = gaussian_range(*shape)
+  x_rm = jax.random.normal(key, shape, dtype)
   return orthonormalise(x_rm / high, low=max(low / high, SMALLEST))
 
 

@@ -148,7 +148,7 @@ class PowerIteration:
     cold = ~jnp.any(basis_rm)
     start_rm = jax.lax.cond(
       cold,
-      lambda: random_rows(key, *basis_rm.shape, basis_rm.dtype),
+      lambda: random_rows(key, basis_rm.shape, basis_rm.dtype),
       lambda: basis_rm,
     )
     # It bounds the condition number of what is orthonormalised.
@@ -197,7 +197,7 @@ class RandomOrthogonal:
   ) -> jax.Array:
     """Returns a random basis [r, m]."""
     key = jax.random.fold_in(key, self.seed)
-    return random_rows(key, *basis_rm.shape, g_mn.dtype)
+    return random_rows(key, basis_rm.shape, g_mn.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,7 +107,7 @@ def test_gaussian_matrices_are_in_their_range(r, m):
 @pytest.mark.parametrize('r,m', [(1, 1), (1, 5), (13, 13), (12, 13), (8, 32)])
 def test_random_rows_are_orthonormal(r, m):
   keys = jax.random.split(jax.random.key(0), 100)
-  make = jax.jit(jax.vmap(lambda key: random_rows(key, r, m, jnp.float32)))
+  make = jax.jit(jax.vmap(lambda key: random_rows(key, (r, m), jnp.float32)))
   q_krm = make(keys)
   gram_krr = q_krm @ jnp.swapaxes(q_krm, -2, -1)
   chex.assert_trees_all_close(
