@@ -1,0 +1,64 @@
+"""The quickstart's model layer-wise, against the whole tree.
+
+`python -m tests.bench.layerwise` trains configs/quickstart.py with 8-bit GaLore
+four times (same steps, tokens and seed): all gradients at once; layer by layer;
+layer by layer with a batch in four microbatches, whose sum a refresh sees; and
+in four parts whose projected gradients are summed, the first of which a refresh
+sees. It prints the table and writes it to tests/bench/results/layerwise.json.
+"""
+
+import json
+import pathlib
+import tempfile
+
+import rich.table
+from rich.console import Console
+
+from tests.bench.quickstart import RESULTS, run, summary
+
+RULE = ['--optimizer', 'Galore8bit']
+RULE += ['--optimizer.rank', '64', '--optimizer.gap', '50']
+LAYERWISE = [*RULE, '--update', 'Layerwise']
+
+STEPS = {
+  'whole tree': RULE,
+  'layer-wise': LAYERWISE,
+  'layer-wise, 4 microbatches': [*LAYERWISE, '--microbatches', '4'],
+  'layer-wise, 4 summed parts': [*LAYERWISE, '--update.accumulate', '4'],
+}
+
+RATE = 0.01
+"""The best of the quickstart's rates for GaLore."""
+
+
+def main() -> None:
+  """Trains, prints, writes."""
+  rows = []
+  with tempfile.TemporaryDirectory() as scratch:
+    for name, arguments in STEPS.items():
+      directory = pathlib.Path(scratch) / name.replace(' ', '-')
+      lines = run(directory, arguments, RATE)
+      last = next(x for x in reversed(lines) if 'validation_loss' in x)
+      loss = last['validation_loss']
+      first = rows[0]['loss'] if rows else loss
+      row = {'step': name, 'loss': loss, 'ratio': loss / first}
+      rows.append(row | summary(lines))
+      print(rows[-1], flush=True)
+  RESULTS.mkdir(exist_ok=True)
+  (RESULTS / 'layerwise.json').write_text(json.dumps(rows, indent=1) + '\n')
+  table = rich.table.Table(
+    'step', 'validation loss', 'ratio', 'bits per byte', 's / step'
+  )
+  for row in rows:
+    table.add_row(
+      row['step'],
+      f'{row["loss"]:.4f}',
+      f'{row["ratio"]:.4f}',
+      f'{row["bits_per_byte"]:.4f}',
+      f'{row["seconds"]:.3f}',
+    )
+  Console().print(table)
+
+
+if __name__ == '__main__':
+  main()
