@@ -9,7 +9,8 @@ N query heads, K key-value heads, H head dimension, V vocabulary, L layers.
 
 import dataclasses
 import functools
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -89,8 +90,7 @@ class LlamaConfig:
     return self.num_kv_heads
 
 
-# Width, mlp width, heads, layers of the models pre-trained in the paper's
-# repository.
+# Width, mlp width, heads, layers of the models in the paper's repository.
 _SIZES = {
   '9m': (128, 352, 4, 4),
   '20m': (256, 688, 4, 4),
@@ -274,16 +274,18 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-  """The whole model; `batch` is the dict that `Layers` describes."""
+  """The whole model; `batch` and `read` are those that `Layers` describes."""
 
   config: LlamaConfig
+  read: Callable[[Any], Any] | None = None
 
   def setup(self):
     """Declares the parts under the names that their parameters carry."""
     config = self.config
-    # Inside a scan nothing can be merged across iterations, so recomputation
-    # needs no barrier against it.
+    # A scan merges nothing across iterations: recomputation needs no barrier.
     block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+    if self.read is not None:
+      block = nn.map_variables(block, 'params', self.read)
     self.embed = Embedding(config)
     self.blocks = block(config)
     self.norm = RMSNorm(config)
@@ -349,6 +351,9 @@ class Layers:
   """
 
   config: LlamaConfig
+  read: Callable[[Any], Any] | None = None
+  """Makes arrays of one layer of params['blocks'] where they are stored as
+  something else; the whole model calls it layer by layer, `block` does not."""
 
   def init(self, key):
     """Fresh parameters; their shapes under `jax.eval_shape`."""
@@ -359,19 +364,15 @@ class Layers:
 
   def __call__(self, params, batch):
     """(loss, {'nll', 'weight'}) of a batch; see `loss`."""
-    return Llama(self.config).apply({'params': params}, batch)
+    return self._apply(params, batch)
 
   def logits(self, params, batch):
     """Logits [B, T, V] float32 from inputs, positions and segments."""
-    return Llama(self.config).apply(
-      {'params': params}, batch, method=Llama.logits
-    )
+    return self._apply(params, batch, method=Llama.logits)
 
   def embed(self, params, batch):
     """x = {'h': [B, T, D], 'positions', 'segments'}; reads params['embed']."""
-    return Llama(self.config).apply(
-      {'params': params}, batch, method=Llama.enter
-    )
+    return self._apply(params, batch, method=Llama.enter)
 
   def block(self, layer_params, x):
     """One block: params['blocks'] without the leading axis."""
@@ -391,6 +392,8 @@ class Layers:
     Returns:
       sum(weights * nll) / weights.size, and the sums {'nll', 'weight'}.
     """
-    return Llama(self.config).apply(
-      {'params': params}, x, batch, method=Llama.score
-    )
+    return self._apply(params, x, batch, method=Llama.score)
+
+  def _apply(self, params, *inputs, method=None):
+    model = Llama(self.config, self.read)
+    return model.apply({'params': params}, *inputs, method=method)

@@ -7,6 +7,7 @@ leaves the checkpoints before it as they were.
 """
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Iterator
 
@@ -14,9 +15,8 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from models.llama import Layers
 from train.config import Config, to_json
-from train.step import PyTree, State
+from train.step import PyTree, State, init_params
 
 KEEP = 2  # checkpoints kept: the newest, and one should that be damaged
 
@@ -86,11 +86,12 @@ def restore(
   return State(found.optimizer['step'], found.params, found.optimizer['state'])
 
 
-def restore_params(directory: pathlib.Path, layers: Layers) -> PyTree:
+def restore_params(directory: pathlib.Path, config: Config) -> PyTree:
   """Returns the parameters of the newest checkpoint, and nothing else."""
   if not directory.is_dir():
     raise FileNotFoundError(f'no checkpoint in {directory} yet')
-  shapes = on_device(jax.eval_shape(layers.init, jax.random.key(0)))
+  init = functools.partial(init_params, config)
+  shapes = on_device(jax.eval_shape(init, jax.random.key(0)))
   with opened(directory) as manager:
     items = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
     return manager.restore(manager.latest_step(), args=items).params

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import optax
 
+from galore_optax.weights import Weights
 from models.llama import LlamaConfig
 from train.corpus import Chitchat, TextFiles, Tfds
 from train.optimizer import Optimizer
@@ -92,6 +93,10 @@ class Config:
       decay_steps=self.steps,
       end_value=self.final * self.learning_rate,
     )
+
+  def weights(self) -> Weights:
+    """Returns how weights are stored between steps."""
+    return self.update.stored(self.model.param_dtype)
 
   def transformation(self) -> optax.GradientTransformation:
     """Returns the optimizer, behind the clipping that is asked for."""

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from models.llama import Layers
-from train import checkpoint
+from train import checkpoint, step
 from train.command import user_errors
 from train.config import Config
 from train.data import Batch, validation_batches
@@ -94,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = run.config()
     documents = config.corpus.open('validation')
     batches = held_out(config, documents, run.tokenizer(), args.batches)
-    layers = Layers(config.model)
-    params = checkpoint.restore_params(run.checkpoints_path, layers)
-  print(describe(evaluate(make_sums(layers), params, batches)))
+    params = checkpoint.restore_params(run.checkpoints_path, config)
+  sums = make_sums(step.model(config))
+  print(describe(evaluate(sums, params, batches)))
 
 
 if __name__ == '__main__':

@@ -145,7 +145,7 @@ def sized(config: Config, args: argparse.Namespace) -> Config:
 
 def make_plan(config: Config, args: argparse.Namespace, gpu: Gpu) -> Plan:
   """Returns the plan of a config, compiled unless an estimate is wanted."""
-  init, step = step_lib.build(config, Layers(config.model))
+  init, step = step_lib.build(config)
   state = jax.eval_shape(init, jax.random.key(0))
   compiled = None
   if not args.estimate:

@@ -62,9 +62,13 @@ def prepare(launch: Launch, name: str) -> Setup:
     where.check(config)
   else:
     where = run.new(launch.run, name)
-  layers, tx = Layers(config.model), config.transformation()
-  shapes = jax.eval_shape(layers.init, jax.random.key(config.seed))
-  memory = report.memory_table(shapes, tx, type(config.optimizer).__name__)
+  layers, tx = step_lib.model(config), config.transformation()
+  key = jax.random.key(config.seed)
+  shapes = jax.eval_shape(layers.init, key)
+  stored = jax.eval_shape(lambda: step_lib.init_params(config, key))
+  memory = report.memory_table(
+    shapes, stored, tx, type(config.optimizer).__name__
+  )
   documents = config.corpus.open('train')
   held_out = config.corpus.open('validation')
   tokenizer = (
@@ -111,7 +115,7 @@ def train(setup: Setup, console: Console, *, tensorboard: bool) -> None:
   held_out = evaluate.held_out(
     config, setup.held_out, setup.tokenizer, config.eval_batches
   )
-  init, step = step_lib.build(config, layers)
+  init, step = step_lib.build(config)
   with checkpoint.opened(where.checkpoints_path) as manager:
     state = begin(setup, init, manager)
     with metrics.opened(

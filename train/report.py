@@ -14,12 +14,13 @@ from train.step import PyTree
 
 
 def memory_table(
-  params: PyTree, tx: optax.GradientTransformation, name: str
+  params: PyTree, stored: PyTree, tx: optax.GradientTransformation, name: str
 ) -> Table:
   """Returns each parameter's bytes under `tx`, next to plain AdamW's.
 
   Args:
     params: parameters or their shapes; nothing is allocated.
+    stored: the same as they are stored.
     tx: the optimizer.
     name: of the optimizer.
   """
@@ -27,7 +28,10 @@ def memory_table(
   adamw = galore_optax.describe(
     AdamW().build(optax.constant_schedule(0.0)), params
   )
-  sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)]
+  sizes = [
+    sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(node))
+    for node in jax.tree.structure(params).flatten_up_to(stored)
+  ]
   rows = [
     (row, np.array([size, row.basis_bytes, row.moment_bytes, plain.bytes]))
     for row, plain, size in zip(ours, adamw, sizes, strict=True)

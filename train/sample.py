@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.llama import Layers
-from train import checkpoint
+from train import checkpoint, step
 from train.command import user_errors
 from train.run import Run
 from train.step import PyTree
@@ -114,10 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   with user_errors():
     run = Run(args.run)
     config, tokenizer = run.config(), run.tokenizer()
-    layers = Layers(config.model)
-    params = checkpoint.restore_params(run.checkpoints_path, layers)
+    params = checkpoint.restore_params(run.checkpoints_path, config)
   (text,) = continuations(
-    layers,
+    step.model(config),
     params,
     tokenizer,
     [args.prompt],

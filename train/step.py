@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax.layerwise import Layerwise, layerwise
+from galore_optax.weights import is_stored
 from models.llama import Layers
 from train.config import Config
 from train.update import WholeTree
@@ -33,17 +34,38 @@ class State(NamedTuple):
   optimizer: optax.OptState  # the optimizer's state, made from params
 
 
-def build(config: Config, layers: Layers) -> tuple[Init, Step]:
+def model(config: Config) -> Layers:
+  """Returns the model of a config, which reads its weights as they are stored.
+
+  Layer by layer: no more than one layer of them exists as arrays.
+  """
+  read = config.weights().read
+  return Layers(
+    config.model, lambda tree: jax.tree.map(read, tree, is_leaf=is_stored)
+  )
+
+
+def init_params(config: Config, key: jax.Array) -> PyTree:
+  """Returns the first weights of a config, as they are stored."""
+  store = config.weights().store
+  params = Layers(config.model).init(key)
+  blocks = jax.tree.map(
+    lambda w: store(w) if w.ndim > 2 else w, params['blocks']
+  )
+  return params | {'blocks': blocks}
+
+
+def build(config: Config) -> tuple[Init, Step]:
   """Returns what starts and what continues the training of a config."""
+  layers = Layers(config.model)
   schedule = config.schedule()
   if isinstance(config.update, WholeTree):
     tx = config.transformation()
     step = make_step(
       layers, tx, schedule=schedule, microbatches=config.microbatches
     )
-    return lambda key: init(layers.init(key), tx), step
-  update, dtype = config.update, config.model.param_dtype
-  stored = update.stored(dtype)
+    return lambda key: init(init_params(config, key), tx), step
+  update = config.update
   update_layers = layerwise(
     layers,
     config.optimizer.build(schedule),
@@ -55,17 +77,10 @@ def build(config: Config, layers: Layers) -> tuple[Init, Step]:
     slices=dict.fromkeys(VOCABULARY, update.slices)
     if update.slices > 1
     else {},
-    weights=stored,
+    weights=config.weights(),
   )
-
-  def init_layers(key: jax.Array) -> State:
-    params = layers.init(key)
-    blocks = jax.tree.map(
-      lambda w: stored.store(w) if w.ndim > 2 else w, params['blocks']
-    )
-    return init(params | {'blocks': blocks}, update_layers)
-
-  return init_layers, make_layerwise_step(update_layers, schedule=schedule)
+  step = make_layerwise_step(update_layers, schedule=schedule)
+  return lambda key: init(init_params(config, key), update_layers), step
 
 
 def make_layerwise_step(update: Layerwise, *, schedule: optax.Schedule) -> Step:

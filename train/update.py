@@ -13,6 +13,11 @@ class WholeTree:
   accumulate: ClassVar[int] = 1
   """The gradients of all microbatches are summed whole."""
 
+  def stored(self, dtype: str) -> Weights:
+    """Returns how weights are stored that compute in `dtype`."""
+    del dtype
+    return ARRAYS
+
 
 @dataclasses.dataclass(frozen=True)
 class Layerwise:

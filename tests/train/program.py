@@ -3,6 +3,12 @@
 import pathlib
 import random
 
+import jax
+import numpy as np
+
+from train import checkpoint, metrics, step
+from train.data import batches
+
 CONFIG = """
 from models.llama import LlamaConfig
 from train.config import Config
@@ -44,3 +50,27 @@ def write_config(directory: pathlib.Path) -> str:
   config = directory / 'tiny.py'
   config.write_text(CONFIG.format(corpus=str(corpus)))
   return str(config)
+
+
+def saved(run):
+  """All arrays of the newest checkpoint, and the position in the data."""
+  config = run.config()
+  shapes = jax.eval_shape(step.build(config)[0], jax.random.key(0))
+  data = batches(
+    config.corpus.open('train'),
+    run.tokenizer(),
+    batch_size=config.batch_size,
+    sequence_length=config.sequence_length,
+    seed=config.seed,
+  )
+  with checkpoint.opened(run.checkpoints_path) as manager:
+    state = checkpoint.restore(manager, shapes, data)
+  return jax.tree.map(np.asarray, state), data.get_state()
+
+
+def lines(run):
+  """What the run logged, without how long it took."""
+  return [
+    {k: v for k, v in line.items() if k != 'tokens_per_second'}
+    for line in metrics.read(run.metrics_path)
+  ]

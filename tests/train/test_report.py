@@ -14,11 +14,12 @@ MODEL = LlamaConfig(
 )
 
 
-def text(optimizer, width=100):
+def text(optimizer, width=100, stored='float32'):
   shapes = jax.eval_shape(Layers(MODEL).init, jax.random.key(0))
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored), shapes)
   tx = optimizer.build(optax.constant_schedule(0.1))
   console = Console(file=io.StringIO(), width=width)
-  console.print(report.memory_table(shapes, tx, type(optimizer).__name__))
+  console.print(report.memory_table(shapes, like, tx, type(optimizer).__name__))
   return console.file.getvalue()
 
 
@@ -33,6 +34,12 @@ def test_bytes_are_exact():
   assert f'optimizer state: {4 * (state + 2 * rest):,} bytes' in found
   assert f'AdamW: {8 * (projected + rest):,} ' in found
   assert '3x12x20' in found and '3x5x20' in found
+
+
+def test_weights_count_as_they_are_stored():
+  number = 3 * (4 * 12 * 12 + 3 * 12 * 20) + 2 * 31 * 12 + 7 * 12
+  found = text(Galore(rank=5), stored='bfloat16')
+  assert f'{number:,} parameters, {2 * number:,} bytes' in found
 
 
 def test_the_table_fits_a_terminal():
