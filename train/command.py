@@ -7,24 +7,28 @@ import runpy
 import sys
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import tyro
 
 from train.config import Config, flatten, variants
 
-USAGE = """usage: python -m train.pretrain CONFIG [--KEY VALUE ...]
+USAGE = """usage: python -m {program} CONFIG [--KEY VALUE ...]
 
 CONFIG is a Python file that holds `config = Config(...)`, such as
-configs/quickstart.py. `python -m train.pretrain CONFIG --help` documents every
+configs/quickstart.py. `python -m {program} CONFIG --help` documents every
 key with the value that CONFIG gives it.
 """
 
 
+Request = TypeVar('Request')
+
+
 @dataclasses.dataclass(frozen=True)
 class Launch:
-  """An experiment, and what is no part of it: where it runs."""
+  """Pre-trains a model."""
 
+  program: ClassVar[str] = 'train.pretrain'
   config: Annotated[Config, tyro.conf.arg(name='')]
   """What is trained."""
   run: pathlib.Path | None = None
@@ -49,28 +53,39 @@ def user_errors() -> Iterator[None]:
     raise SystemExit(2) from error
 
 
-def parse(argv: Sequence[str]) -> tuple[Launch, str]:
-  """Returns what a command line asks for, and the name of its config file."""
+def parse(
+  argv: Sequence[str], kind: type[Request] = Launch
+) -> tuple[Request, str]:
+  """Returns what a command line asks for, and the name of its config file.
+
+  Args:
+    argv: the path of a config file, then `--KEY VALUE ...`.
+    kind: a dataclass whose field `config` is the experiment and whose other
+      fields are the options of its `program`.
+  """
   if not argv or argv[0].startswith('-'):
     wants_help = bool({'-h', '--help'} & set(argv))
-    print(USAGE, file=sys.stdout if wants_help else sys.stderr)
+    print(
+      USAGE.format(program=kind.program),
+      file=sys.stdout if wants_help else sys.stderr,
+    )
     raise SystemExit(0 if wants_help else 2)
   path, *rest = argv
   default, rest = choose(load(path), rest)
   try:
-    launch = tyro.cli(
-      Launch,
-      default=Launch(default),
+    request = tyro.cli(
+      kind,
+      default=kind(default),
       args=rest,
-      prog=f'python -m train.pretrain {path}',
-      description=describe_choices(),
+      prog=f'python -m {kind.program} {path}',
+      description=describe(kind),
       config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
     )
   except SystemExit as stop:
     if stop.code:
-      print(f'valid keys: {", ".join(keys(default))}', file=sys.stderr)
+      print(f'valid keys: {", ".join(keys(default, kind))}', file=sys.stderr)
     raise
-  return launch, pathlib.Path(path).stem
+  return request, pathlib.Path(path).stem
 
 
 def load(path: str) -> Config:
@@ -135,19 +150,19 @@ def blank(kind: Any) -> Any:
   return kind(**dict.fromkeys(required, tyro.MISSING))
 
 
-def describe_choices() -> str:
+def describe(kind: type) -> str:
   """Returns the help's first lines."""
   lines = [
     f'--{name} {{{",".join(kinds)}}}: another one, with its own defaults.'
     for name, kinds in choices().items()
   ]
-  return '\n\n'.join(['Pre-trains a model.', *lines])
+  return '\n\n'.join([kind.__doc__ or '', *lines])
 
 
-def keys(config: Config) -> list[str]:
+def keys(config: Config, kind: type = Launch) -> list[str]:
   """Returns every key that the command line takes with this config."""
-  launch = [field.name for field in dataclasses.fields(Launch)][1:]
-  named = [*launch, *flatten(config)]
+  options = [field.name for field in dataclasses.fields(kind)][1:]
+  named = [*options, *flatten(config)]
   nested = {
     name for name in named if any(x.startswith(f'{name}.') for x in named)
   }

@@ -3,12 +3,11 @@
 import importlib.util
 import json
 
-import jax
 import pytest
 
 from galore_optax import device
 from galore_optax.gpus import GPUS
-from train import plan
+from train import compare, plan
 
 needs_compiler = pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda12_plugin') is None,
@@ -67,7 +66,11 @@ def test_estimate_is_exact_for_weights_and_state(config, capsys):
 @needs_compiler
 @pytest.mark.card
 def test_compiled_bytes_add_up(config, capsys):
-  found = report(capsys, config, '--batch-size', '2', '--sequence-length', '16')
+  found = report(
+    capsys,
+    *(config, '--batch-size', '2', '--sequence-length', '16'),
+    *('--clip-norm', 'None'),
+  )
   peak = found['argument_bytes'] + found['output_bytes']
   peak += found['temp_bytes'] - found['alias_bytes']
   assert found['total_bytes'] == peak + found['workspace_bytes']
@@ -123,10 +126,60 @@ def test_without_the_compiler_the_extra_is_named(config, capsys, monkeypatch):
   assert 'galore-optax[plan]' in err and '--estimate' in err
 
 
-def test_shares_large_arrays_out():
-  mesh = jax.make_mesh((4,), ('data',))
-  big = jax.ShapeDtypeStruct((3, 1024, 66), 'float32')
-  small = jax.ShapeDtypeStruct((8, 64), 'float32')
-  spec = lambda x: plan.placed(x, mesh).sharding.spec
-  assert spec(big) == jax.sharding.PartitionSpec(None, 'data')
-  assert spec(small) == jax.sharding.PartitionSpec()
+def test_the_config_takes_the_same_keys_as_in_training(config, capsys):
+  found = report(capsys, config, '--estimate', '--optimizer', 'Lomo')
+  assert found['method'] == 'Lomo' and found['basis_bytes'] == 0
+  # Counters alone.
+  assert found['moment_bytes'] < 256
+  with pytest.raises(SystemExit) as stop:
+    plan.main([config, '--estimate', '--optimizer.rnk', '3'])
+  assert stop.value.code == 2
+  assert '--device' in capsys.readouterr().err
+
+
+def test_several_configs_make_one_table(config, tmp_path, capsys):
+  other = tmp_path / 'wide.py'
+  other.write_text(CONFIG.replace('width=64', 'width=128'))
+  args = (config, str(other), '--estimate')
+  small, wide = report(capsys, *args)
+  assert small == report(capsys, config, '--estimate')
+  assert wide == report(capsys, str(other), '--estimate')
+  plan.main(args)
+  out = capsys.readouterr().out
+  assert 'small' in out and 'wide' in out
+
+
+def test_compares_every_method(config, capsys):
+  found = report(capsys, config, '--estimate', '--compare')
+  state = {x['method']: x['basis_bytes'] + x['moment_bytes'] for x in found}
+  assert list(state) == list(compare.METHODS)
+  order = ['LOMO', 'AdaLomo', '8-bit GaLore', 'GaLore', 'AdamW']
+  assert sorted(order, key=state.get) == order
+  # The config's own method keeps its options.
+  (own,) = [x for x in found if x['method'] == 'GaLore']
+  alone = report(capsys, config, '--estimate')
+  assert own == alone | {'method': 'GaLore'}
+
+
+def test_plots_a_bar_for_each_method(config, tmp_path, capsys):
+  path = tmp_path / 'bars.png'
+  found = report(capsys, config, '--estimate', '--plot', str(path))
+  assert [x['method'] for x in found] == [
+    *compare.BARS,
+    *('layer-wise 8-bit GaLore', 'LOMO'),
+  ]
+  # A layer's largest matrix, or all of them.
+  gradients = [x['gradient_bytes'] for x in found]
+  assert gradients[0] == gradients[3] > gradients[4] == gradients[5]
+  assert path.read_bytes().startswith(b'\x89PNG')
+
+
+@needs_compiler
+@pytest.mark.card
+def test_collectives_of_a_shared_step(config, capsys):
+  found = report(capsys, config, '--devices', '2', '--clip-norm', 'None')
+  assert found['devices'] == 2
+  assert 'all-reduce' in {row['op'] for row in found['collectives']}
+  assert all(row['bytes'] > 0 for row in found['collectives'])
+  # Each card updates its share in place.
+  assert found['output_bytes'] - found['alias_bytes'] < 2**12

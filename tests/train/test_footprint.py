@@ -1,0 +1,88 @@
+"""Byte arithmetic of the configs that are shipped, without the compiler."""
+
+import pathlib
+
+import jax
+import pytest
+
+from train import step
+from train.command import load
+from train.footprint import Cards, make_plan, placed
+from train.optimizer import Galore
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHIPPED = {path.stem: path for path in sorted(ROOT.glob('configs/*.py'))}
+
+
+def marked(name):
+  # A layer-wise state is traced weight by weight.
+  return pytest.param(name, marks=[pytest.mark.slow] * ('7b' in name))
+
+
+def estimate(config):
+  return make_plan(config, Cards('rtx4090', estimate=True))
+
+
+def num_bytes(tree):
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize('name', [marked(n) for n in SHIPPED])
+def test_state_is_exact_to_the_byte(name):
+  config = load(str(SHIPPED[name]))
+  plan = estimate(config)
+  state = jax.eval_shape(step.build(config)[0], jax.random.key(0))
+  assert plan.state_bytes == num_bytes((state.params, state.optimizer))
+  weights = plan.parameter_bytes + plan.vocabulary_bytes
+  assert weights == num_bytes(state.params)
+  assert sum(plan.parts.values()) == plan.total_bytes
+  assert plan.fits
+
+
+GALORE = [
+  name
+  for name, path in SHIPPED.items()
+  if isinstance(load(str(path)).optimizer, Galore)
+]
+
+
+@pytest.mark.parametrize('name', GALORE)
+def test_state_is_what_the_paper_counts(name):
+  """Table 1: m r + 2 n r elements of a weight [m, n], m <= n."""
+  config = load(str(SHIPPED[name]))
+  model, rank = config.model, config.optimizer.rank
+  d, f = model.width, model.mlp_width
+  size = 2 if model.param_dtype == 'bfloat16' else 4
+  layers = model.num_layers
+  plan = estimate(config)
+  # q, k, v, o and gate, up, down: the width is the shorter side of all.
+  assert plan.basis_bytes == size * layers * 7 * rank * d
+  low = layers * rank * (4 * d + 3 * f)
+  rest = 2 * model.vocab_size * d + (2 * layers + 1) * d
+  moments = 2 * 4 * (low + rest)
+  assert 0 <= plan.moment_bytes - moments < 1024  # counters, probes
+  assert plan.vocabulary_bytes == size * 2 * model.vocab_size * d
+  matrices = layers * (4 * d * d + 3 * d * f)
+  assert plan.parameter_bytes == size * (matrices + (2 * layers + 1) * d)
+
+
+def test_cards_share_the_state():
+  config = load(str(SHIPPED['llama_60m']))
+  one = estimate(config)
+  eight = make_plan(config, Cards('rtx4090', 8, estimate=True))
+  # All but norms and counters, of which each card holds its own.
+  small = 2 * (2 * 8 + 1) * 512
+  assert eight.vocabulary_bytes * 8 == one.vocabulary_bytes
+  assert eight.parameter_bytes == (one.parameter_bytes - small) / 8 + small
+  assert eight.basis_bytes * 8 == one.basis_bytes
+  assert eight.activation_bytes * 8 == one.activation_bytes
+  assert sum(eight.parts.values()) == eight.total_bytes < one.total_bytes / 7
+
+
+def test_shares_large_arrays_out():
+  mesh = jax.make_mesh((4,), ('data',))
+  big = jax.ShapeDtypeStruct((3, 1024, 66), 'float32')
+  small = jax.ShapeDtypeStruct((8, 64), 'float32')
+  spec = lambda x: placed(x, mesh).sharding.spec
+  assert spec(big) == jax.sharding.PartitionSpec(None, 'data')
+  assert spec(small) == jax.sharding.PartitionSpec()
