@@ -7,6 +7,8 @@ import pytest
 
 import galore_optax
 from galore_optax import memory
+from galore_optax.quantization import quantize_state
+from galore_optax.weights import quantize_bases
 from models.llama import Layers, llama
 
 GIB = 2**30
@@ -31,6 +33,18 @@ def test_share_of_the_state_that_galore_saves_at_7b():
   assert 1 - galore.state / (2 * adam.state) == pytest.approx(0.8255, abs=5e-4)
   assert 2 * adam.state / 1e9 == pytest.approx(26.95, abs=5e-3)
   assert 2 * galore.state / 1e9 == pytest.approx(9.405, abs=5e-4)
+
+
+def test_share_that_one_byte_an_element_saves_at_7b():
+  params = shapes('7b', 'bfloat16')
+  adam = count(optax.adam(0.1), params)
+  tx = quantize_bases(
+    galore_optax.galore(quantize_state(optax.adam(0.1)), rank=1024), bits=8
+  )
+  real = memory.account(params, jax.eval_shape(tx.init, params))
+  # The 82.5% above, but for a scale of 4 bytes in each block of 256.
+  assert 1 - real.state / (2 * adam.state) == pytest.approx(0.8228, abs=5e-5)
+  assert real.bases == 32 * 7 * 1024 * 4096 * 260 // 256
 
 
 @pytest.mark.parametrize(
