@@ -1,6 +1,24 @@
 """This module holds the public figures of some GPUs, as XLA wants them."""
 
 import dataclasses
+from typing import NamedTuple
+
+
+class Core(NamedTuple):
+  """A streaming multiprocessor."""
+
+  threads: int  # resident
+  shared_bytes: int  # of shared memory
+  fpus: int  # float32 units
+
+
+CORES = {
+  (8, 0): Core(threads=2048, shared_bytes=164 * 1024, fpus=64),
+  (8, 6): Core(threads=1536, shared_bytes=100 * 1024, fpus=128),
+  (8, 9): Core(threads=1536, shared_bytes=100 * 1024, fpus=128),
+  (9, 0): Core(threads=2048, shared_bytes=228 * 1024, fpus=128),
+}
+"""By CUDA compute capability."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,31 +39,25 @@ class Gpu:
   """Boost clock."""
   l2_bytes: int
   """Second-level cache."""
-  threads_per_core: int
-  """Resident threads of one multiprocessor."""
-  shared_bytes_per_core: int
-  """Shared memory of one multiprocessor."""
-  fpus_per_core: int
-  """Float32 units of one multiprocessor."""
 
   @property
   def target_config(self) -> str:
     """XLA's description of the card, as protocol buffer text."""
     major, minor = self.capability
-    optin = self.shared_bytes_per_core - 1024
+    core = CORES[self.capability]
     return f"""
       gpu_device_info {{
         threads_per_block_limit: 1024 threads_per_warp: 32
         shared_memory_per_block: 49152
-        shared_memory_per_core: {self.shared_bytes_per_core}
-        threads_per_core_limit: {self.threads_per_core}
-        core_count: {self.cores} fpus_per_core: {self.fpus_per_core}
+        shared_memory_per_core: {core.shared_bytes}
+        threads_per_core_limit: {core.threads}
+        core_count: {self.cores} fpus_per_core: {core.fpus}
         block_dim_limit_x: 2147483647
         block_dim_limit_y: 65535 block_dim_limit_z: 65535
         memory_bandwidth: {int(self.bandwidth)}
         l2_cache_size: {self.l2_bytes} clock_rate_ghz: {self.clock_ghz}
         device_memory_size: {self.memory_bytes}
-        shared_memory_per_block_optin: {optin}
+        shared_memory_per_block_optin: {core.shared_bytes - 1024}
         cuda_compute_capability {{ major: {major} minor: {minor} }}
         registers_per_core_limit: 65536 registers_per_block_limit: 65536
       }}
@@ -65,9 +77,6 @@ GPUS = {
     bandwidth=1008.096e9,
     clock_ghz=2.52,
     l2_bytes=72 * 2**20,
-    threads_per_core=1536,
-    shared_bytes_per_core=100 * 1024,
-    fpus_per_core=128,
   ),
   'rtx3090': Gpu(
     name='NVIDIA GeForce RTX 3090',
@@ -77,9 +86,6 @@ GPUS = {
     bandwidth=936.096e9,
     clock_ghz=1.695,
     l2_bytes=6 * 2**20,
-    threads_per_core=1536,
-    shared_bytes_per_core=100 * 1024,
-    fpus_per_core=128,
   ),
   'a100-40': Gpu(
     name='NVIDIA A100-SXM4-40GB',
@@ -89,9 +95,6 @@ GPUS = {
     bandwidth=1555.2e9,
     clock_ghz=1.41,
     l2_bytes=40 * 2**20,
-    threads_per_core=2048,
-    shared_bytes_per_core=164 * 1024,
-    fpus_per_core=64,
   ),
   'a100-80': Gpu(
     name='NVIDIA A100-SXM4-80GB',
@@ -101,9 +104,6 @@ GPUS = {
     bandwidth=2039.0e9,
     clock_ghz=1.41,
     l2_bytes=40 * 2**20,
-    threads_per_core=2048,
-    shared_bytes_per_core=164 * 1024,
-    fpus_per_core=64,
   ),
   'h100': Gpu(
     name='NVIDIA H100 80GB HBM3',
@@ -113,9 +113,6 @@ GPUS = {
     bandwidth=3352.32e9,
     clock_ghz=1.98,
     l2_bytes=50 * 2**20,
-    threads_per_core=2048,
-    shared_bytes_per_core=228 * 1024,
-    fpus_per_core=128,
   ),
 }
 """The cards that a plan knows by name."""
