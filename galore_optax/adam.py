@@ -12,7 +12,6 @@ def scale_by_galore_adam(
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-6,
-  correct_bias: bool = True,
 ) -> optax.GradientTransformation:
   """Rescales by Adam with `eps` inside, before bias correction.
 
@@ -23,7 +22,6 @@ def scale_by_galore_adam(
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
-    correct_bias: False leaves out the first factor, the bias correction.
 
   Example:
     >>> tx = scale_by_galore_adam(eps=0.0)
@@ -50,43 +48,11 @@ def scale_by_galore_adam(
     count = optax.safe_increment(state.count)
     mu = optax.tree.update_moment(updates, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-    correction = _bias_correction(b1, b2, count) if correct_bias else 1
+    correction = _bias_correction(b1, b2, count)
     updates = jax.tree.map(
       lambda m, v: correction * m / (jnp.sqrt(v) + eps), mu, nu
     )
     return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
-
-  return optax.GradientTransformation(init_fn, update_fn)
-
-
-def scale_by_bias_correction(
-  *, b1: float = 0.9, b2: float = 0.999
-) -> optax.GradientTransformation:
-  """Rescales by Adam's bias correction, where Adam has left it out.
-
-  Args:
-    b1: decay of the first moment.
-    b2: decay of the second moment.
-
-  Example:
-    >>> tx = scale_by_bias_correction(b1=0.0, b2=0.75)
-    >>> g = {'w': jnp.array(1.0)}
-    >>> tx.update(g, tx.init(g))[0]['w'].round(3)
-    Array(0.5, dtype=float32)
-  """
-
-  def init_fn(params: optax.Params) -> optax.ScaleByScheduleState:
-    del params
-    return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
-
-  def update_fn(
-    updates: optax.Updates, state: Any, params: optax.Params | None = None
-  ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
-    del params
-    count = optax.safe_increment(state.count)
-    correction = _bias_correction(b1, b2, count)
-    updates = jax.tree.map(lambda u: (correction * u).astype(u.dtype), updates)
-    return updates, optax.ScaleByScheduleState(count=count)
 
   return optax.GradientTransformation(init_fn, update_fn)
 

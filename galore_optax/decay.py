@@ -18,6 +18,9 @@ from jax.core import Tracer
 
 from galore_optax import moments
 
+COUNTS = (0, 1, 10, 100, 1_000)
+"""Steps at which an inner is tried: at some, a schedule may be zero."""
+
 
 def decay_factors(
   inner: optax.GradientTransformationExtraArgs,
@@ -81,12 +84,48 @@ def responses(
     >>> responses(inner, inner.init(params), params, {})
     {'w': Array(-0.5, dtype=float32)}
   """
+  clocks = moments.clock_paths(inner, params)
+  return _answers_to_one(inner, state, params, extra_args, clocks)
+
+
+def gains(
+  inner: optax.GradientTransformationExtraArgs,
+  state: Any,
+  params: Any,
+  extra_args: dict[str, Any],
+) -> Any:
+  """Returns `responses` of an inner whose counters are those of the state.
+
+  Adam's is its response, times a number of its own, times the bias correction
+  of this step: what grows with the step and not with the gradient.
+
+  Args:
+    inner: the transformation.
+    state: its state for `params`.
+    params: what the inner sees as parameters; only ranks are read.
+    extra_args: passed to the inner.
+
+  Returns:
+    A tree of scalars.
+
+  Example:
+    >>> params = {'w': jnp.zeros((3, 5))}
+    >>> inner = optax.with_extra_args_support(optax.scale_by_adam(0.5, 0.75))
+    >>> _, state = inner.update(params, inner.init(params))
+    >>> gains(inner, state, params, {})['w'].round(3)
+    Array(0.882, dtype=float32)
+  """
+  counters = moments.counter_paths(inner, params)
+  return _answers_to_one(inner, state, params, extra_args, counters)
+
+
+def _answers_to_one(inner, state, params, extra_args, paths):
+  """Returns updates for gradients of one, of the state's counters `paths`."""
   ones = jax.tree.map(
     lambda x: jnp.ones(x.shape, x.dtype), moments.sized(params, 1)
   )
   zeros = jax.tree.map(jnp.zeros_like, ones)
-  clocks = moments.clock_paths(inner, params)
-  probe = moments.transplant(state, inner.init(zeros), clocks)
+  probe = moments.transplant(state, inner.init(zeros), paths)
   answers, _ = inner.update(ones, probe, zeros, **extra_args)
   return jax.tree.map(lambda x: x.reshape(()), answers)
 
@@ -121,7 +160,7 @@ def check_decoupled(
       [0 * w if p else w for w, p in zip(leaves, projected, strict=True)]
     )
     # With a learning rate of zero nothing can be seen: try the next.
-    for count in (0, 1, 10, 100, 1_000):
+    for count in COUNTS:
       try:
         seen, unseen, factors = _try(inner, params, weights, blind, count)
       except TypeError:
@@ -149,10 +188,10 @@ def _try(inner, params, weights, blind, count: int):
   """Returns two (update, state), with weights and without, and factors."""
   gradients = _filled(params, [1.0, 0.25])
   seen, unseen = (
-    inner.update(gradients, _at(inner, inner.init(w), params, count), w)
+    inner.update(gradients, at_count(inner, inner.init(w), params, count), w)
     for w in (weights, blind)
   )
-  state = _at(inner, inner.init(weights), params, count)
+  state = at_count(inner, inner.init(weights), params, count)
   factors = decay_factors(inner, state, params, {})
   return seen, unseen, jax.tree.leaves(factors)
 
@@ -177,8 +216,15 @@ def _filled(params: Any, values: list[float]) -> Any:
   )
 
 
-def _at(inner, state: Any, params: Any, count: int) -> Any:
-  """Returns `state` with its integer scalar counters at `count`."""
+def at_count(
+  inner: optax.GradientTransformation, state: Any, params: Any, count: int
+) -> Any:
+  """Returns `state` with its integer scalar counters at `count`.
+
+  >>> inner, params = optax.scale_by_adam(), {'w': jnp.zeros(2)}
+  >>> print(at_count(inner, inner.init(params), params, 7).count)
+  7
+  """
   counters = moments.counter_paths(inner, params)
 
   def move(path, x):

@@ -31,6 +31,8 @@ class Split(NamedTuple):
   response: jax.Array
   """[]: what the inner makes of a constant gradient of one: minus the learning
   rate for an optimizer, one for a `scale_by_...`."""
+  gain: jax.Array
+  """[]: the same, times its bias correction at this step, times a constant."""
 
 
 class Residual(Protocol):
@@ -113,8 +115,9 @@ class Scaled:
 
   The factor is |inner update| / |projected gradient|, for each channel of the
   side that is not projected or for the whole matrix. The norm of what comes
-  out grows by at most `limit` from one update to the next, measured in units
-  of the inner's learning rate. State: one number a matrix.
+  out grows by at most `limit` from one update to the next, measured before the
+  inner's bias correction and learning rate, as the papers do, whatever they
+  are made of. State: one number a matrix.
 
   References:
     Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, scales the
@@ -142,16 +145,16 @@ class Scaled:
     axes = projection.sides if self.channels else (-2, -1)
     factor = _norm(split.inner_update, axes) / (_norm(split.low, axes) + TINY)
     what_io = split.g_io if self.whole else outside(projection, split)
-    rate = jnp.abs(split.response)
+    gain = jnp.abs(split.gain)
     # At a learning rate of zero nothing moves, and no norm can be told.
-    moves = rate > 0
-    unit_io = factor / jnp.where(moves, rate, 1) * what_io
+    moves = gain > 0
+    unit_io = factor / jnp.where(moves, gain, 1) * what_io
     norm = _norm(unit_io, (-2, -1))
     last = state[..., None, None]
     # After a zero gradient a bound of zero would hold for ever.
     last = jnp.where(last > 0, last, jnp.inf)
     shrink = jnp.minimum(self.limit * last / norm, 1)
-    update_io = self.scale * split.response * shrink * unit_io
+    update_io = self.scale * split.gain * shrink * unit_io
     new = jnp.where(moves, (shrink * norm)[..., 0, 0], state)
     return update_io, new
 

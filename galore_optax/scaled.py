@@ -5,8 +5,9 @@ from typing import Any
 
 import optax
 
-from galore_optax import adam, decay
+from galore_optax import adam, decay, inners
 from galore_optax.galore import galore
+from galore_optax.inners import Inner
 from galore_optax.residual import Scaled
 from galore_optax.subspace import Gaussian
 
@@ -21,7 +22,7 @@ def fira(
   b2: float = 0.999,
   eps: float = 1e-6,
   weight_decay: float = 0.0,
-  inner: optax.GradientTransformation | None = None,
+  inner: Inner | None = None,
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore's Adam, and the rest of the gradient scaled as Adam scaled its part.
@@ -41,29 +42,29 @@ def fira(
     b2: decay of the second moment.
     eps: added to the root of the second moment before its bias correction.
     weight_decay: decoupled, on the weight that the update has changed.
-    inner: replaces Adam without bias correction, which follows the stage.
+    inner: replaces Adam: 'adam' (optax's), 'lion', 'sgdm', or a
+      transformation without a learning rate. With moments in 8 bits:
+      `quantize_state(scale_by_galore_adam())`.
     **options: others of `galore`.
 
   Example:
     >>> import jax.numpy as jnp
-    >>> tx = fira(0.01, rank=2)
-    >>> params = {'w': jnp.ones((4, 6))}
+    >>> from galore_optax import quantize_state, scale_by_galore_adam
+    >>> tx = fira(0.01, rank=64, inner=quantize_state(scale_by_galore_adam()))
+    >>> params = {'w': jnp.ones((128, 512))}
     >>> updates, state = tx.update(params, tx.init(params), params)
 
   References:
     Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024.
   """
-  adam_inside = adam.scale_by_galore_adam(
-    b1=b1, b2=b2, eps=eps, correct_bias=False
-  )
-  stage = galore(
-    adam_inside if inner is None else inner,
+  stage = _stage(
+    *(inner, b1, b2, eps),
     rank=rank,
     scale=scale,
     residual=Scaled(limit=limit),
     **options,
   )
-  return _after_adam(stage, learning_rate, b1, b2, weight_decay)
+  return _optimizer(stage, learning_rate, weight_decay)
 
 
 def apollo(
@@ -79,7 +80,7 @@ def apollo(
   eps: float = 1e-6,
   weight_decay: float = 0.0,
   seed: int = 0,
-  inner: optax.GradientTransformation | None = None,
+  inner: Inner | None = None,
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """The raw gradient, scaled by channel as Adam scales a random sketch of it.
@@ -99,7 +100,7 @@ def apollo(
     eps: added to the root of the second moment before its bias correction.
     weight_decay: decoupled, on the weight that the update has changed.
     seed: of the sketches.
-    inner: replaces Adam without bias correction, which follows the stage.
+    inner: replaces Adam, as in `fira`.
     **options: others of `galore`.
 
   Example:
@@ -111,11 +112,8 @@ def apollo(
   References:
     Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024.
   """
-  adam_inside = adam.scale_by_galore_adam(
-    b1=b1, b2=b2, eps=eps, correct_bias=False
-  )
-  stage = galore(
-    adam_inside if inner is None else inner,
+  stage = _stage(
+    *(inner, b1, b2, eps),
     rank=rank,
     gap=gap,
     scale=0.0,
@@ -125,7 +123,7 @@ def apollo(
     ),
     **options,
   )
-  return _after_adam(stage, learning_rate, b1, b2, weight_decay)
+  return _optimizer(stage, learning_rate, weight_decay)
 
 
 def apollo_mini(
@@ -155,17 +153,22 @@ def apollo_mini(
   return apollo(learning_rate, rank=1, scale=scale, channels=False, **options)
 
 
-def _after_adam(
+def _stage(
+  inner: Inner | None, b1: float, b2: float, eps: float, **options: Any
+) -> optax.GradientTransformation:
+  """Returns `galore` around the inner, GaLore's Adam where there is none."""
+  if inner is None:
+    inner = adam.scale_by_galore_adam(b1=b1, b2=b2, eps=eps)
+  return galore(inners.without_rate(inner), **options)
+
+
+def _optimizer(
   stage: optax.GradientTransformation,
   learning_rate: optax.ScalarOrSchedule,
-  b1: float,
-  b2: float,
   weight_decay: float,
 ) -> optax.GradientTransformationExtraArgs:
-  """Corrects the bias last: norms are limited before, as the references do."""
   return optax.chain(
     stage,
-    adam.scale_by_bias_correction(b1=b1, b2=b2),
     optax.scale_by_learning_rate(learning_rate),
     decay.decay_updated_weights(learning_rate, weight_decay=weight_decay),
   )

@@ -73,16 +73,12 @@ def projected(
       none if p is None else refresh.first_basis(options.finder, p, x.dtype)
       for p, x in zip(projections, leaves, strict=True)
     ]
-    rests = [
-      none if p is None or options.rule is None else options.rule.init(p)
-      for p in projections
-    ]
     return GaloreState(
       count=jnp.zeros([], jnp.int32),
       basis=treedef.unflatten(basis),
       inner=_per_group(inner, options, projections, treedef).init(view),
       skipped=jnp.zeros([], jnp.int32),
-      residual=treedef.unflatten(rests),
+      residual=_first_residual(options, projections, treedef),
     )
 
   def begin_fn(
@@ -150,6 +146,7 @@ def projected(
       splits = zip(
         *(projections, grads, bases, low_grads, low),
         treedef.flatten_up_to(decay.responses(*ask)),
+        treedef.flatten_up_to(decay.gains(*ask)),
         strict=True,
       )
       whole, rests = _with_residual(options, splits, whole, treedef, rests)
@@ -206,15 +203,27 @@ def _with_residual(
   assert rule is not None
   out, new = [], []
   pairs = zip(splits, whole, treedef.flatten_up_to(states), strict=True)
-  for (p, g, basis, low_g, low_u, response), update, state in pairs:
+  for (p, g, *rest), update, state in pairs:
     if p is not None:
-      g_io = projection_lib.to_matrix(p, _full(g))
-      split = residual.Split(g_io, basis, low_g, low_u, response)
+      split = residual.Split(projection_lib.to_matrix(p, _full(g)), *rest)
       added_io, state = rule(p, split, state)
       update = update + projection_lib.from_matrix(p, added_io)
     out.append(update)
     new.append(state)
   return out, treedef.unflatten(new)
+
+
+def _first_residual(
+  options: Options, projections: list[Projection | None], treedef: Any
+) -> Any:
+  """Returns the states of the residual rule before anything went through."""
+  rule = options.rule
+  return treedef.unflatten(
+    [
+      optax.MaskedNode() if p is None or rule is None else rule.init(p)
+      for p in projections
+    ]
+  )
 
 
 def _decayed(
@@ -318,6 +327,10 @@ def _refreshed(inner, options, leaves, updates, state, extra_args):
     ]
     carried = moments_lib.restart_low(
       inner, state.inner, treedef.unflatten(low)
+    )
+    # A norm that followed the old moments would bound that of the new ones.
+    state = state._replace(
+      residual=_first_residual(options, projections, treedef)
     )
   else:
     turns = [

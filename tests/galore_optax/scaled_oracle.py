@@ -10,6 +10,11 @@ def learning_rate(t):
   return min(t, WARM_UP_STEPS) / 16
 
 
+def correction(t):
+  """Adam's for its bias, after t + 1 updates."""
+  return np.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1))
+
+
 class Scaled:
   """Adam without bias correction in a subspace, and what it scales."""
 
@@ -41,22 +46,27 @@ class Scaled:
     return self.inside * up(adam) + self.outside * scaled
 
 
-def run(make, weights, grads, basis, steps, decay):
-  """Returns the weights after each step, and how often a norm was limited."""
+def run(make, weights, grads, basis, steps, decay, *, restart_every=None):
+  """Returns the weights after each step.
+
+  A rule that restarts with its subspace corrects its bias from there on.
+  """
   w = {name: np.array(x) for name, x in weights.items()}
   rules = {name: make() for name in w}
   m = v = 0
   trail = []
   for t in range(steps):
-    correction = np.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1))
     lr = learning_rate(t)
+    age = t % restart_every if restart_every else t
+    if restart_every and age == 0:
+      rules = {name: make() for name in w}
     for name in w:
       g = np.asarray(grads[name][t])
       if g.ndim == 1:
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        u = m / (np.sqrt(v) + 1e-6)
+        u = correction(t) * m / (np.sqrt(v) + 1e-6)
       else:
-        u = rules[name](g, np.asarray(basis[name][t]))
-      w[name] = (w[name] - lr * correction * u) * (1 - lr * decay)
+        u = correction(age) * rules[name](g, np.asarray(basis[name][t]))
+      w[name] = (w[name] - lr * u) * (1 - lr * decay)
     trail.append(dict(w))
   return {name: np.stack([x[name] for x in trail]) for name in w}
