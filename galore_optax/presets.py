@@ -5,9 +5,10 @@ from typing import Any
 
 import optax
 
-from galore_optax import adafactor, adam, decay, split, step_size
+from galore_optax import adafactor, adam, decay, inners, split, step_size
 from galore_optax import blocks as blocks_lib
 from galore_optax.galore import galore
+from galore_optax.inners import Inner
 from galore_optax.lomo import adalomo as adalomo
 from galore_optax.lomo import lomo as lomo
 from galore_optax.quantization import quantize_state
@@ -15,6 +16,7 @@ from galore_optax.scaled import apollo as apollo
 from galore_optax.scaled import apollo_mini as apollo_mini
 from galore_optax.scaled import fira as fira
 from galore_optax.selection import Targets
+from galore_optax.subspace import Subspace
 from galore_optax.turns import Turns
 
 
@@ -176,8 +178,8 @@ def frugal(
   *,
   density: float = 0.25,
   gap: int = 200,
-  subspace: str = 'svd',
-  inner: optax.GradientTransformation | None = None,
+  subspace: str | Subspace = 'svd',
+  inner: Inner = 'adam',
   residual: str = 'sign',
   residual_scale: float = 1.0,
   weight_decay: float = 0.0,
@@ -198,9 +200,10 @@ def frugal(
       to whole directions, coordinates or layers, at least one (the reference
       truncates coordinates, perhaps to none).
     gap: updates from one subspace to the next.
-    subspace: 'svd' or 'random' (directions), 'columns' or 'rows' (inputs or
-      outputs), 'entries', or 'blocks' (whole layers of a stack, in turns).
-    inner: a transformation without a learning rate. Default: Adam.
+    subspace: 'svd', 'random' or another one of `galore` (directions), 'columns'
+      or 'rows' (inputs or outputs), 'entries', or 'blocks' (whole layers of
+      stacks [L, in, out], in turns).
+    inner: 'adam', 'lion', 'sgdm', or a transformation without a learning rate.
     residual: 'sign' or 'sgd'.
     residual_scale: multiplies the learning rate of the residual.
     weight_decay: decoupled, times the learning rate, on every leaf.
@@ -217,7 +220,7 @@ def frugal(
   """
   return optax.chain(
     split.split(
-      optax.scale_by_adam() if inner is None else inner,
+      inners.without_rate(inner),
       density=density,
       gap=gap,
       subspace=subspace,

@@ -6,15 +6,15 @@ import jax
 import optax
 
 from galore_optax import selection
-from galore_optax.galore import galore
+from galore_optax.galore import Stage, galore
 from galore_optax.options import Options
 from galore_optax.residual import Sgd, Sign
 from galore_optax.selection import Targets
+from galore_optax.subspace import SUBSPACES, Subspace
 from galore_optax.turns import Turns
 
 WHERE: dict[str, dict[str, Any]] = {
-  'svd': dict(subspace='svd'),
-  'random': dict(subspace='random'),
+  **{name: dict(subspace=name) for name in SUBSPACES},
   'columns': dict(subspace='coordinates', side='left'),
   'rows': dict(subspace='coordinates', side='right'),
   'entries': dict(
@@ -24,7 +24,9 @@ WHERE: dict[str, dict[str, Any]] = {
     subspace=Turns('descending'), side='left', axes={'.*': (0, ...)}
   ),
 }
-"""How `frugal` splits a kernel [in, out]: the options of `galore`."""
+"""How `frugal` splits a kernel [in, out]: the options of `galore`.
+
+'coordinates' are of the shorter side."""
 
 
 def split(
@@ -32,7 +34,7 @@ def split(
   *,
   density: float,
   gap: int,
-  subspace: str,
+  subspace: str | Subspace,
   residual: str,
   residual_scale: float,
   targets: Targets,
@@ -40,10 +42,12 @@ def split(
   """Returns the part of `frugal` before decay and learning rate."""
   if not 0 <= density <= 1:
     raise ValueError(f'density must be in [0, 1], got {density!r}')
-  if subspace not in WHERE:
+  if isinstance(subspace, str) and subspace not in WHERE:
     raise ValueError(
-      f'subspace must be one of {", ".join(WHERE)}, got {subspace!r}'
+      f'subspace must be one of {", ".join(WHERE)} or a finder of'
+      f' galore_optax.subspace, got {subspace!r}'
     )
+  where = WHERE.get(subspace, dict(subspace=subspace))
   # The response of a `scale_by_...` to ones is no learning rate: that of
   # optax.scale_by_rms is 3.16, that of Adam off one by a rounding.
   rules = {
@@ -54,23 +58,46 @@ def split(
     raise ValueError(f"residual must be 'sign' or 'sgd', got {residual!r}")
   if density == 1:
     return inner
-  stage = galore(
-    inner,
+  options: dict[str, Any] = dict(
     rank=float(density) or 1.0,
     gap=gap,
     scale=1.0,
     residual=rules[residual],
     moments='reset',
     targets=targets,
-    **WHERE[subspace],
+    **where,
   )
   if density > 0:
-    return stage
+    stage = galore(inner, **options)
+    return _of_stacks(stage, options) if subspace == 'blocks' else stage
   alone = optax.chain(
     optax.scale_by_sign() if residual == 'sign' else optax.identity(),
     optax.scale(residual_scale),
   )
   return partition(alone, inner, targets)
+
+
+def _of_stacks(
+  stage: optax.GradientTransformation, options: dict[str, Any]
+) -> optax.GradientTransformation:
+  """Returns the stage; its `init` raises for a target that is no stack."""
+  unapplied = galore(**options)
+  assert isinstance(unapplied, Stage)
+  projections_of = unapplied.options.projections
+
+  def init_fn(params: optax.Params) -> Any:
+    for p in projections_of(params):
+      if p and len(p.shape) == len(selection.own_axes(p.path, len(p.shape))):
+        raise ValueError(
+          "subspace='blocks' picks layers of stacks [L, in, out], got"
+          f' {p.path} of shape {p.shape}, whose first axis is no layer; stack'
+          ' the layers, leave it out of targets, or split it by columns'
+        )
+    return stage.init(params)
+
+  return optax.GradientTransformationExtraArgs(
+    init_fn, optax.with_extra_args_support(stage).update
+  )
 
 
 def partition(
