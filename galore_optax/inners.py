@@ -13,6 +13,7 @@ import optax
 from jax.core import Tracer
 
 from galore_optax import decay, moments
+from galore_optax.transform import in_float32
 
 Inner: TypeAlias = str | optax.GradientTransformation
 """A short name, or a transformation without a learning rate."""
@@ -27,6 +28,8 @@ INNERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
   """Returns an inner whose `init` raises if it has a learning rate.
+
+  It runs in float32 at least, and so do its moments.
 
   Args:
     inner: 'adam', 'lion', 'sgdm', or a transformation.
@@ -52,9 +55,22 @@ def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
 
   def init_fn(params: optax.Params) -> Any:
     _check_no_rate(tx, params)
-    return tx.init(params)
+    return tx.init(_wide(params))
 
-  return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+  def update_fn(
+    updates: optax.Updates,
+    state: Any,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, Any]:
+    wide, state = tx.update(_wide(updates), state, _wide(params), **extra_args)
+    return optax.tree.cast_like(wide, updates), state
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _wide(tree: Any) -> Any:
+  return jax.tree.map(in_float32, tree)
 
 
 def _check_no_rate(

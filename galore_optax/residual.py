@@ -136,7 +136,8 @@ class Scaled:
 
   def init(self, projection: Projection) -> Any:
     """Returns the norm [...] of the last update: none yet, so no limit."""
-    return jnp.full(projection.matrix_shape[:-2], jnp.inf)
+    # Not of weak type: the state of a second update would be of another.
+    return jnp.full(projection.matrix_shape[:-2], jnp.inf, float)
 
   def __call__(
     self, projection: Projection, split: Split, state: Any

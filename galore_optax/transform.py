@@ -128,7 +128,7 @@ def projected(
     leaves = refresh.units(projections, options.gap, layer)
     bases = _bases(options, leaves, treedef, state.basis, state.count)
     low_grads = [
-      _full(g) if p is None else _projected(p, g, b)
+      in_float32(g) if p is None else _projected(p, g, b)
       for p, g, b in zip(projections, grads, bases, strict=True)
     ]
     weights = None if params is None else treedef.flatten_up_to(params)
@@ -205,7 +205,7 @@ def _with_residual(
   pairs = zip(splits, whole, treedef.flatten_up_to(states), strict=True)
   for (p, g, *rest), update, state in pairs:
     if p is not None:
-      split = residual.Split(projection_lib.to_matrix(p, _full(g)), *rest)
+      split = residual.Split(projection_lib.to_matrix(p, in_float32(g)), *rest)
       added_io, state = rule(p, split, state)
       update = update + projection_lib.from_matrix(p, added_io)
     out.append(update)
@@ -354,13 +354,13 @@ def _views(
 
 def _view(projection: Projection | None, x: Any) -> Any:
   if projection is None:
-    return _full(x)
+    return in_float32(x)
   return jnp.zeros(
     projection.low_shape, jnp.promote_types(x.dtype, jnp.float32)
   )
 
 
-def _full(x: Any) -> Any:
+def in_float32(x: Any) -> Any:
   """Returns an array, abstract or not, in float32 at least."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   if isinstance(x, jax.ShapeDtypeStruct):
