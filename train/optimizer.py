@@ -15,6 +15,14 @@ import galore_optax
 from galore_optax.lomo import adalomo, lomo
 from galore_optax.quantization import quantize_state
 from galore_optax.weights import quantize_bases
+from train.methods import (
+  Apollo,
+  ApolloMini,
+  Badam,
+  Fira,
+  Frugal,
+  GaloreAdafactor,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Galore:
   """Side of a weight to project; std is the shorter."""
   subspace: Literal['svd', 'gram', 'randomized', 'power'] = 'svd'
   """How the subspace is found."""
-  moments: Literal['keep', 'reset'] = 'keep'
+  moments: Literal['keep', 'reset', 'rotate'] = 'keep'
   """What becomes of Adam's moments when the subspace changes."""
   targets: tuple[str, ...] | None = None
   """Regexes of weights to project, as '.*/mlp/.*'; None picks by shape."""
@@ -224,6 +232,18 @@ def in_float32(
 
 
 Optimizer: TypeAlias = (
-  Galore | Galore8bit | AdamW | Adam8bit | Lomo | AdaLomo | OptaxGalore
+  Galore
+  | Galore8bit
+  | GaloreAdafactor
+  | Frugal
+  | Badam
+  | Fira
+  | Apollo
+  | ApolloMini
+  | AdamW
+  | Adam8bit
+  | Lomo
+  | AdaLomo
+  | OptaxGalore
 )
 """What `Config.optimizer` may be."""

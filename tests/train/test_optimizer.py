@@ -1,9 +1,21 @@
+import dataclasses
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
+import galore_optax
+from train.methods import (
+  Apollo,
+  ApolloMini,
+  Badam,
+  Fira,
+  Frugal,
+  GaloreAdafactor,
+)
 from train.optimizer import AdamW, Galore, OptaxGalore
 
 SHAPES = {'blocks': {'up': (3, 14, 22)}, 'embed': (24, 14), 'norm': (14,)}
@@ -71,3 +83,37 @@ def test_adamw_keeps_float32_moments_for_bfloat16_weights():
   change, state = tx.update(params, tx.init(params), params)
   chex.assert_trees_all_equal_dtypes(change, params)
   chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
+
+
+METHODS = {
+  'frugal': Frugal(density=0.4, gap=2),
+  'frugal, columns': Frugal(gap=2, subspace='columns', inner='lion'),
+  'badam': Badam(switch_every=2, train_rest=True),
+  'fira': Fira(rank=3, gap=2, moments='reset'),
+  'fira, 8 bits': Fira(rank=3, gap=2, bits=8),
+  'apollo': Apollo(rank=3, gap=2),
+  'apollo_mini': ApolloMini(gap=2),
+  'adafactor': GaloreAdafactor(rank=3, gap=2, b1=0.9),
+}
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_method_is_the_preset_of_its_name(name):
+  tx = METHODS[name].build(lambda count: 0.1)
+  found, state = updates(tx, num_steps=3)
+  assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))
+  assert 0 not in [leaf.size for leaf in jax.tree.leaves(state)]
+  moved = jnp.abs(found[-1]['blocks']['up'] - tree(0)['blocks']['up'])
+  # BAdam has had two turns of two steps; three layers are in the stack.
+  still = jnp.sum(jnp.all(moved == 0, axis=(1, 2)))
+  assert still == (1 if name == 'badam' else 0)
+
+
+def test_defaults_are_those_of_the_presets():
+  for optimizer in (Frugal, Badam, Fira, Apollo, ApolloMini, GaloreAdafactor):
+    name = {'ApolloMini': 'apollo_mini', 'GaloreAdafactor': 'galore_adafactor'}
+    preset = name.get(optimizer.__name__, optimizer.__name__.lower())
+    parameters = inspect.signature(getattr(galore_optax, preset)).parameters
+    for field in dataclasses.fields(optimizer):
+      if field.name in parameters:
+        assert field.default == parameters[field.name].default, field.name
