@@ -42,12 +42,7 @@ def split(
   """Returns the part of `frugal` before decay and learning rate."""
   if not 0 <= density <= 1:
     raise ValueError(f'density must be in [0, 1], got {density!r}')
-  if isinstance(subspace, str) and subspace not in WHERE:
-    raise ValueError(
-      f'subspace must be one of {", ".join(WHERE)} or a finder of'
-      f' galore_optax.subspace, got {subspace!r}'
-    )
-  where = WHERE.get(subspace, dict(subspace=subspace))
+  where = _where(subspace)
   # The response of a `scale_by_...` to ones is no learning rate: that of
   # optax.scale_by_rms is 3.16, that of Adam off one by a rounding.
   rules = {
@@ -75,6 +70,17 @@ def split(
     optax.scale(residual_scale),
   )
   return partition(alone, inner, targets)
+
+
+def _where(subspace: str | Subspace) -> dict[str, Any]:
+  if not isinstance(subspace, str):
+    return dict(subspace=subspace)
+  if subspace not in WHERE:
+    raise ValueError(
+      f'subspace must be one of {", ".join(WHERE)} or a finder of'
+      f' galore_optax.subspace, got {subspace!r}'
+    )
+  return WHERE[subspace]
 
 
 def _of_stacks(
