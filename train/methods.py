@@ -74,10 +74,14 @@ class Badam:
 
   switch_every: int = 100
   """Steps of a layer before the next one's turn."""
-  order: Literal['random', 'ascending', 'descending'] = 'random'
+  order: Literal['random', 'ascending', 'descending', 'fixed'] = 'random'
   """Which layer is next; random is a new permutation in each cycle."""
+  start: int | None = None
+  """The first layer; None is the last for descending, else layer 0."""
   train_rest: bool = False
   """Train embedding, head and norm too, at every step."""
+  master_weights: bool = False
+  """Keep a float32 copy of the layer whose turn it is, for bfloat16 weights."""
   weight_decay: float = 0.0
   """Decoupled weight decay of what is trained."""
   seed: int = 0
