@@ -163,23 +163,31 @@ class Bench:
       ]
     )
     self.sums = evaluate.make_sums(self.layers)
-    self.begin = jax.jit(self.layers.init)
 
-  def step(self, method: Method) -> Callable:
-    """Returns the jitted `(state, batch, rate) -> (state, metrics)`."""
+  def compiled(self, method: Method) -> tuple[Callable, Callable]:
+    """Returns `key -> state` and `(state, batch, rate) -> (state, metrics)`."""
 
-    def one(state: State, batch: Any, rate: Any):
+    def optimizer(rate: Any) -> tuple[optax.GradientTransformation, Callable]:
       # Without decay an update is proportional to its learning rate, so one
       # compiled step serves all rates.
       schedule = lambda count: rate * self.shape(count)
-      tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        method.make(),
-        optax.scale_by_schedule(schedule),
-      )
+      clip = optax.clip_by_global_norm(1.0)
+      scale = optax.scale_by_schedule(schedule)
+      return optax.chain(clip, method.make(), scale), schedule
+
+    def start(key: jax.Array) -> State:
+      return init(self.layers.init(key), optimizer(1.0)[0])
+
+    def step(state: State, batch: Any, rate: Any) -> tuple[State, Any]:
+      tx, schedule = optimizer(rate)
       return make_step(self.layers, tx, schedule=schedule)(state, batch)
 
-    return jax.jit(one, donate_argnums=0)
+    start, step = jax.jit(start), jax.jit(step, donate_argnums=0)
+    # Compiling is no part of a run's time.
+    jax.block_until_ready(
+      step(start(jax.random.key(0)), self.batches(0)[0], 0.1)
+    )
+    return start, step
 
   def shape(self, count: Any) -> Any:
     """Returns the learning rate's share of its highest one."""
@@ -192,22 +200,11 @@ class Bench:
       end_value=0.1,
     )(count)
 
-  def start(self, method: Method, seed: int) -> State:
-    """Returns the state before the first step."""
-    tx = optax.chain(
-      optax.clip_by_global_norm(1.0),
-      method.make(),
-      optax.scale_by_schedule(self.shape),
-    )
-    return init(self.begin(jax.random.key(seed)), tx)
-
   def run(
-    self, method: Method, step: Callable, rate: float, seed: int
+    self, start: Callable, step: Callable, rate: float, seed: int
   ) -> dict[str, float]:
     """Trains once; returns what the table shows of it."""
-    # The first call compiles: it is no part of the time.
-    step(self.start(method, seed), self.batches(seed)[0], rate)
-    state = jax.block_until_ready(self.start(method, seed))
+    state = jax.block_until_ready(start(jax.random.key(seed)))
     clock = time.perf_counter()
     for batch in self.batches(seed):
       state, metrics = step(state, batch, rate)
@@ -352,13 +349,14 @@ def main() -> None:
   for name, method in methods(size).items():
     if only and name not in only:
       continue
-    step = bench.step(method)
     mine = [run for run in runs if run['method'] == name]
+    compiled = None
     while (due := next_run(method.rates, by_rate_and_seed(mine))) is not None:
+      compiled = compiled or bench.compiled(method)
       rate, seed = due
       mine.append(
         {'method': name, 'rate': rate, 'seed': seed}
-        | bench.run(method, step, rate, seed)
+        | bench.run(*compiled, rate, seed)
         | {'state_bytes': bench.state_bytes(method)}
       )
       runs.append(mine[-1])
