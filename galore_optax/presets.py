@@ -238,7 +238,7 @@ def badam(
   *,
   switch_every: int = 100,
   order: str = 'random',
-  inner: optax.GradientTransformation | None = None,
+  inner: Inner = 'adam',
   weight_decay: float = 0.0,
   blocks: str = 'blocks/.*',
   train_rest: bool = False,
@@ -260,7 +260,7 @@ def badam(
     switch_every: updates of a layer before the next one's turn.
     order: 'random' (a permutation, new in each cycle), 'ascending',
       'descending', or 'fixed': one layer for ever.
-    inner: a transformation without a learning rate. Default: Adam.
+    inner: 'adam', 'lion', 'sgdm', or a transformation without a learning rate.
     weight_decay: decoupled, on what is trained.
     blocks: regex on the paths of the stacked leaves [L, ...].
     train_rest: train what is in no block (embedding, head, norm) too, at every
@@ -284,7 +284,7 @@ def badam(
   """
   rule = functools.partial(
     blocks_lib.with_turns,
-    optax.scale_by_adam() if inner is None else inner,
+    inners.without_rate(inner),
     learning_rate,
     weight_decay=weight_decay,
     master_weights=master_weights,

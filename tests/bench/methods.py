@@ -46,7 +46,7 @@ class Size:
   width: int = 128
   """Of the model; its mlp is 2.75 times as wide, and it has four layers."""
   vocab_size: int = 2048
-  steps: int = 150
+  steps: int = 100
   batch_size: int = 4
   sequence_length: int = 128
   eval_batches: int = 16

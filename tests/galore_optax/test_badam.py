@@ -180,5 +180,7 @@ def test_it_refuses_what_is_no_stack():
     badam(0.1).init({'w': jnp.ones((2, 3))})
   with pytest.raises(ValueError, match='order must be one of'):
     badam(0.1, order='sideways')
+  with pytest.raises(ValueError, match='learning rate of its own'):
+    badam(0.1, inner=optax.adam(0.1)).init(model())
   with pytest.raises(ValueError, match='has no start'):
     badam(0.1, start=1)
