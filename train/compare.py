@@ -8,6 +8,14 @@ from typing import Any
 from galore_optax.gpus import GPUS
 from train.config import Config
 from train.footprint import Plan
+from train.methods import (
+  Apollo,
+  ApolloMini,
+  Badam,
+  Fira,
+  Frugal,
+  GaloreAdafactor,
+)
 from train.optimizer import (
   AdaLomo,
   Adam8bit,
@@ -25,6 +33,12 @@ METHODS: dict[str, Any] = {
   '8-bit Adam': Adam8bit,
   'GaLore': Galore,
   '8-bit GaLore': Galore8bit,
+  'GaLore Adafactor': GaloreAdafactor,
+  'FRUGAL': Frugal,
+  'BAdam': Badam,
+  'Fira': Fira,
+  'APOLLO': Apollo,
+  'APOLLO-Mini': ApolloMini,
   'LOMO': Lomo,
   'AdaLomo': AdaLomo,
 }
@@ -100,6 +114,7 @@ def plot(plans: Sequence[Plan], path: pathlib.Path) -> None:
     sizes = [plan.parts[part] / GIB for plan in plans]
     axes.bar(names, sizes, bottom=below, label=part)
     below = [a + b for a, b in zip(below, sizes, strict=True)]
+  axes.set_ylim(top=1.05 * max(below))
   first = plans[0]
   capacity = first.capacity_bytes / GIB
   if max(below) > capacity / 4:
