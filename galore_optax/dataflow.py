@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 # Primitives that call another program once, with their own operands.
@@ -196,15 +197,16 @@ def _of_branches(op: Op, known: set[int]) -> list[int]:
 def nonnegative(program: Program, assumed: Iterable[int]) -> set[int]:
   """The values that cannot be negative if the `assumed` inputs are not.
 
-  Scalar inputs, and scalars made from them alone by anything but a change of
-  sign, are taken for settings (1 - b2) and count as not negative.
+  Scalar inputs, captured scalars that are traced, and scalars made from them
+  alone by anything but a change of sign, are taken for settings (1 - b2) and
+  count as not negative.
   """
   scalars = {i for i in program.inputs if not program.avals[i].shape}
   arrays = [i for i in program.inputs if i not in scalars]
   masks = sources(program, arrays)
   known = set(assumed) | scalars
   for number, value in program.consts.items():
-    if jnp.ndim(value) == 0 and value >= 0:
+    if jnp.ndim(value) == 0 and (isinstance(value, Tracer) or value >= 0):
       known.add(number)
   for op in program.ops:
     is_scalar = not program.avals[op.outputs[0]].shape

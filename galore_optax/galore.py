@@ -28,8 +28,9 @@ What works, each proved by a test:
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import optax
 
@@ -41,6 +42,8 @@ from galore_optax.refresh import Staggered
 from galore_optax.residual import Residual
 from galore_optax.selection import Targets
 from galore_optax.subspace import Subspace
+
+Preset = TypeVar('Preset', bound=Callable)
 
 _optax_chain = getattr(optax.chain, '__wrapped__', optax.chain)
 
@@ -131,6 +134,30 @@ def galore(
   if inner is None:
     return Stage(options)
   return transform.projected(inner, options)
+
+
+def names_options(preset: Preset) -> Preset:
+  """Names the options of `galore` where a preset hands on `**options`.
+
+  `help` lists them, and `optax.inject_hyperparams` can pass them: it goes by
+  the signature, and would pass `options={}`.
+
+  Args:
+    preset: a function whose last parameter is `**options`.
+
+  Example:
+    >>> @names_options
+    ... def preset(learning_rate, **options):
+    ...   return galore(optax.sgd(learning_rate), **options)
+    >>> inspect.signature(preset).parameters['rank']
+    <Parameter "rank: int | float = 128">
+  """
+  signature = inspect.signature(preset)
+  *own, _ = signature.parameters.values()
+  _, *options = inspect.signature(galore).parameters.values()
+  named = signature.replace(parameters=own + options)
+  vars(preset)['__signature__'] = named
+  return preset
 
 
 @functools.wraps(_optax_chain)

@@ -14,6 +14,7 @@ from galore_optax import residual as residual_lib
 from galore_optax import selection
 from galore_optax import subspace as subspace_lib
 from galore_optax.refresh import Staggered
+from galore_optax.static import check_static
 from galore_optax.turns import Turns
 
 Projection = projection_lib.Projection
@@ -39,12 +40,13 @@ class Options:
 
   def __post_init__(self) -> None:
     """Raises ValueError for an option that fits no weight."""
+    steps = self.gap.gap if isinstance(self.gap, Staggered) else self.gap
+    check_static(rank=self.rank, gap=steps)
     if not _is_rank(self.rank):
       raise ValueError(
         'rank must be an integer >= 1 or a float in (0, 1], the share of the'
         f' projected side, got {self.rank!r}'
       )
-    steps = self.gap.gap if isinstance(self.gap, Staggered) else self.gap
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
       raise ValueError(
         f'gap must be an integer >= 1, in optimizer steps, got {self.gap!r}'

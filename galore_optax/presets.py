@@ -7,7 +7,7 @@ import optax
 
 from galore_optax import adafactor, adam, decay, inners, split, step_size
 from galore_optax import blocks as blocks_lib
-from galore_optax.galore import galore
+from galore_optax.galore import galore, names_options
 from galore_optax.inners import Inner
 from galore_optax.lomo import adalomo as adalomo
 from galore_optax.lomo import lomo as lomo
@@ -20,6 +20,7 @@ from galore_optax.subspace import Subspace
 from galore_optax.turns import Turns
 
 
+@names_options
 def galore_adamw(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -33,7 +34,8 @@ def galore_adamw(
 
   It differs from `galore(optax.adamw(...))` in two places, as the reference
   does: eps sits before the bias correction, and weight decay acts on the
-  weight that the update has already changed.
+  weight that the update has already changed. Under `optax.inject_hyperparams`
+  rank, gap and any option that is callable belong in `static_args`.
 
   Args:
     learning_rate: a number, or a schedule of the step.
@@ -48,6 +50,10 @@ def galore_adamw(
     >>> tx = galore_adamw(0.01, rank=2, weight_decay=0.1)
     >>> params = {'w': jnp.ones((4, 6))}
     >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> injected = optax.inject_hyperparams(
+    ...   galore_adamw, static_args=('rank', 'gap'))
+    >>> injected(0.01, rank=2).init(params).hyperparams['scale']
+    Array(0.25, dtype=float32)
 
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024.
@@ -62,6 +68,7 @@ def galore_adamw(
   )
 
 
+@names_options
 def galore_adamw_8bit(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -109,6 +116,7 @@ def galore_adamw_8bit(
   )
 
 
+@names_options
 def galore_adafactor(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -133,7 +141,7 @@ def galore_adafactor(
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    b1: decay of the first moment; None or 0 for none.
+    b1: decay of the first moment; None for none.
     scale_parameter: multiply the learning rate by the RMS of the whole weight.
     clip_threshold: largest RMS of the low-rank update before the step size.
     decay_rate: at step t = 1, 2, ... the second moment decays by
@@ -162,7 +170,7 @@ def galore_adafactor(
       decay_rate=decay_rate, eps=eps[0], clip_threshold=clip_threshold
     ),
     step_size.scale_by_step_size(),
-    optax.ema(b1, debias=False) if b1 else optax.identity(),
+    optax.identity() if b1 is None else optax.ema(b1, debias=False),
   )
   return step_size.galore_with_step_sizes(
     inner,

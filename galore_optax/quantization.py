@@ -22,6 +22,7 @@ from galore_optax.dynamic import dynamic_map as dynamic_map
 from galore_optax.rounding import (
   apply_updates_stochastic as apply_updates_stochastic,
 )
+from galore_optax.static import check_static
 
 
 def quantize_state(
@@ -81,6 +82,7 @@ def quantize_state(
     Dettmers et al., 8-bit optimizers via block-wise quantization,
     arXiv 2110.02861.
   """
+  check_static(block_size=block_size, min_size=min_size)
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
