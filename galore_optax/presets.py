@@ -1,6 +1,7 @@
 """This module holds named methods, each a few lines of the algebra."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import optax
@@ -58,13 +59,9 @@ def galore_adamw(
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024.
   """
-  inner = optax.chain(
-    adam.scale_by_galore_adam(b1=b1, b2=b2, eps=eps),
-    optax.scale_by_learning_rate(learning_rate),
-  )
-  return optax.chain(
-    galore(inner, **options),
-    decay.decay_updated_weights(learning_rate, weight_decay=weight_decay),
+  as_it_is = lambda inner: inner
+  return _galore_adamw(
+    as_it_is, learning_rate, b1, b2, eps, weight_decay, options
   )
 
 
@@ -105,13 +102,30 @@ def galore_adamw_8bit(
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization
     <https://arxiv.org/abs/2110.02861>`_, 2021.
   """
+  in_8_bits = functools.partial(
+    quantize_state, block_size=block_size, min_size=min_size
+  )
+  return _galore_adamw(
+    in_8_bits, learning_rate, b1, b2, eps, weight_decay, options
+  )
+
+
+def _galore_adamw(
+  store: Callable[[optax.GradientTransformation], optax.GradientTransformation],
+  learning_rate: optax.ScalarOrSchedule,
+  b1: float,
+  b2: float,
+  eps: float,
+  weight_decay: float,
+  options: dict[str, Any],
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `galore_adamw`, with the state of its Adam kept as `store` does."""
   inner = optax.chain(
     adam.scale_by_galore_adam(b1=b1, b2=b2, eps=eps),
     optax.scale_by_learning_rate(learning_rate),
   )
-  inner = quantize_state(inner, block_size=block_size, min_size=min_size)
   return optax.chain(
-    galore(inner, **options),
+    galore(store(inner), **options),
     decay.decay_updated_weights(learning_rate, weight_decay=weight_decay),
   )
 

@@ -84,44 +84,24 @@ class Galore:
 
 
 @dataclasses.dataclass(frozen=True)
-class Galore8bit:
-  """GaLore with Adam's moments in blocks of 8 bits."""
+class Galore8bit(Galore):
+  """Galore with Adam's moments in blocks of 8 bits."""
 
-  rank: int | float = 128
-  """Directions kept of each projected weight: a number, or a share <= 1.0."""
-  gap: int = 200
-  """Steps between two computations of the subspace."""
-  scale: float = 0.25
-  """Factor of the projected weights' updates."""
-  side: Literal['std', 'reverse_std', 'left', 'right', 'full'] = 'std'
-  """Side of a weight to project; std is the shorter."""
   subspace: Literal['svd', 'gram', 'randomized', 'power'] = 'power'
   """How the subspace is found; power allocates nothing outside the plan."""
   basis_bits: Literal[4, 8] | None = None
   """Bits of a stored basis; None keeps it in the weights' type."""
-  b1: float = 0.9
-  """Decay of the first moment."""
-  b2: float = 0.999
-  """Decay of the second moment."""
-  eps: float = 1e-8
-  """Added to the root of the second moment."""
 
   def build(
     self, learning_rate: optax.Schedule
   ) -> optax.GradientTransformation:
     """Returns the transformation."""
-    adam = optax.adam(learning_rate, b1=self.b1, b2=self.b2, eps=self.eps)
-    tx = galore_optax.galore(
-      quantize_state(adam),
-      rank=self.rank,
-      gap=self.gap,
-      scale=self.scale,
-      side=self.side,
-      subspace=self.subspace,
-    )
-    if self.basis_bits is None:
+    options = dict(vars(self))
+    basis_bits = options.pop('basis_bits')
+    tx = galore_optax.galore_adamw_8bit(learning_rate, **options)
+    if basis_bits is None:
       return tx
-    return quantize_bases(tx, bits=self.basis_bits)
+    return quantize_bases(tx, bits=basis_bits)
 
 
 @dataclasses.dataclass(frozen=True)

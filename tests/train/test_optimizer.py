@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import galore_optax
+from galore_optax.weights import quantize_bases
 from train.methods import (
   Apollo,
   ApolloMini,
@@ -16,7 +17,7 @@ from train.methods import (
   Frugal,
   GaloreAdafactor,
 )
-from train.optimizer import AdamW, Galore, OptaxGalore
+from train.optimizer import AdamW, Galore, Galore8bit, OptaxGalore
 
 SHAPES = {'blocks': {'up': (3, 14, 22)}, 'embed': (24, 14), 'norm': (14,)}
 
@@ -71,6 +72,18 @@ def test_galore_takes_every_option(options):
   # Adam's two moments of the stack alone are 1848; projected with its basis,
   # the stack takes 3 * 3 * (14 + 2 * 22) = 522 or 3 * 3 * (22 + 2 * 14) = 450.
   assert 0 not in sizes and sum(sizes) < 1848
+
+
+@pytest.mark.parametrize('basis_bits', [None, 4])
+def test_galore_in_8_bits_is_the_preset(basis_bits):
+  options = {'rank': 3, 'gap': 2, 'subspace': 'power', 'weight_decay': 0.1}
+  optimizer = Galore8bit(basis_bits=basis_bits, **options)
+  preset = galore_optax.galore_adamw_8bit(0.1, **options)
+  if basis_bits:
+    preset = quantize_bases(preset, bits=basis_bits)
+  ours, _ = updates(optimizer.build(lambda count: 0.1), 3)
+  want, _ = updates(preset, 3)
+  chex.assert_trees_all_close(ours, want, rtol=1e-6)
 
 
 def test_adamw_keeps_float32_moments_for_bfloat16_weights():
