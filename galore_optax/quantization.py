@@ -86,37 +86,45 @@ def quantize_state(
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
-    wide = _as_float32(params)
-    program, treedef = dataflow.trace(inner.init, wide)
-    avals = [program.avals[number] for number in program.outputs]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
-    state = treedef.unflatten(shapes)
-    fills = dataflow.fill_values(program)
-    moments = [
-      is_like and fill is not None
-      for is_like, fill in zip(
-        _like_parameters(state, params, min_size), fills, strict=True
-      )
-    ]
-    unsigned = _nonnegative(inner, wide, state, moments, fills)
-    rest = iter(_compute(inner.init, params, [x is None for x in fills]))
-
-    def leaf(shape, fill, is_moment, is_unsigned):
-      if fill is None:
-        return jax.lax.convert_element_type(next(rest), shape.dtype)
-      if is_moment:
-        code = 'unsigned' if is_unsigned else 'signed'
-        return full(shape.shape, fill, code=code, block_size=block_size)
-      return jnp.full(shape.shape, fill, shape.dtype)
-
-    leaves = map(leaf, shapes, fills, moments, unsigned)
-    return treedef.unflatten(leaves)
+    return _init(inner, params, block_size, min_size)
 
   def update_fn(updates, state, params=None, **extra_args):
     update = functools.partial(inner.update, **extra_args)
     return leafwise.update(update, updates, state, params)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _init(
+  inner: optax.GradientTransformationExtraArgs,
+  params: Any,
+  block_size: int,
+  min_size: int,
+) -> Any:
+  """Returns the inner's first state, its moments as codes from the start."""
+  wide = _as_float32(params)
+  program, treedef = dataflow.trace(inner.init, wide)
+  avals = [program.avals[number] for number in program.outputs]
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
+  state = treedef.unflatten(shapes)
+  fills = dataflow.fill_values(program)
+  like = _like_parameters(state, params, min_size)
+  moments = [
+    is_like and fill is not None
+    for is_like, fill in zip(like, fills, strict=True)
+  ]
+  unsigned = _nonnegative(inner, wide, state, moments, fills)
+  rest = iter(_compute(inner.init, params, [x is None for x in fills]))
+
+  def leaf(shape, fill, is_moment, is_unsigned):
+    if fill is None:
+      return jax.lax.convert_element_type(next(rest), shape.dtype)
+    if is_moment:
+      code = 'unsigned' if is_unsigned else 'signed'
+      return full(shape.shape, fill, code=code, block_size=block_size)
+    return jnp.full(shape.shape, fill, shape.dtype)
+
+  return treedef.unflatten(map(leaf, shapes, fills, moments, unsigned))
 
 
 def _as_float32(params: Any) -> Any:

@@ -58,28 +58,10 @@ def projected(
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params: optax.Params) -> GaloreState:
-    projections = options.projections(params)
-    seen = _seen.get()
-    if seen is not None:
-      seen.extend(projections)
-    leaves, treedef = jax.tree.flatten(params)
-    view = _views(projections, leaves, treedef)
-    if any(projections):
-      decay.check_decoupled(inner, view, [p is not None for p in projections])
-      if options.moments == 'rotate':
-        moments_lib.check_rotates(inner, view)
-    none = optax.MaskedNode()
-    basis = [
-      none if p is None else refresh.first_basis(options.finder, p, x.dtype)
-      for p, x in zip(projections, leaves, strict=True)
-    ]
-    return GaloreState(
-      count=jnp.zeros([], jnp.int32),
-      basis=treedef.unflatten(basis),
-      inner=_per_group(inner, options, projections, treedef).init(view),
-      skipped=jnp.zeros([], jnp.int32),
-      residual=_first_residual(options, projections, treedef),
-    )
+    return _init(inner, options, params)
+
+  def units(updates: Any, layer: jax.Array | int) -> list[Units | None]:
+    return refresh.units(options.projections(updates), options.gap, layer)
 
   def begin_fn(
     updates: optax.Updates,
@@ -88,9 +70,8 @@ def projected(
     layer: jax.Array | int = 0,
     **extra_args: Any,
   ) -> GaloreState:
-    projections = options.projections(updates)
-    leaves = refresh.units(projections, options.gap, layer)
     extra_args['layer'] = layer
+    leaves = units(updates, layer)
     return _maybe_refresh(inner, options, leaves, updates, state, extra_args)
 
   def compress_fn(
@@ -101,15 +82,7 @@ def projected(
     **extra_args: Any,
   ) -> Any:
     del extra_args
-    projections = options.projections(updates)
-    grads, treedef = jax.tree.flatten(updates)
-    leaves = refresh.units(projections, options.gap, layer)
-    bases = _bases(options, leaves, treedef, state.basis, state.count)
-    low = [
-      g if p is None else Projected(_projected(p, g, b), g)
-      for p, g, b in zip(projections, grads, bases, strict=True)
-    ]
-    return treedef.unflatten(low)
+    return _compressed(options, units(updates, layer), updates, state)
 
   def update_fn(
     updates: optax.Updates,
@@ -120,51 +93,110 @@ def projected(
     **extra_args: Any,
   ) -> tuple[optax.Updates, GaloreState]:
     extra_args['layer'] = layer
-    projections = options.projections(updates)
-    grads, treedef = jax.tree.flatten(updates)
     # A sum of projected gradients comes after its `begin`.
-    if not any(isinstance(g, Projected) for g in grads):
+    if not any(isinstance(g, Projected) for g in jax.tree.leaves(updates)):
       state = begin_fn(updates, state, **extra_args)
-    leaves = refresh.units(projections, options.gap, layer)
-    bases = _bases(options, leaves, treedef, state.basis, state.count)
-    low_grads = [
-      in_float32(g) if p is None else _projected(p, g, b)
-      for p, g, b in zip(projections, grads, bases, strict=True)
-    ]
-    weights = None if params is None else treedef.flatten_up_to(params)
-    view = None if weights is None else _views(projections, weights, treedef)
-    per_group = _per_group(inner, options, projections, treedef)
-    low, inner_state = per_group.update(
-      treedef.unflatten(low_grads), state.inner, view, **extra_args
-    )
-    low = treedef.flatten_up_to(low)
-    whole = _unprojected(options, projections, low, bases, grads)
-    # Each reads what the inner does to one number off the state before.
-    ask = (per_group, state.inner, treedef.unflatten(low_grads), extra_args)
-    rests = state.residual
-    if options.rule is not None:
-      splits = zip(
-        *(projections, grads, bases, low_grads, low),
-        treedef.flatten_up_to(decay.responses(*ask)),
-        treedef.flatten_up_to(decay.gains(*ask)),
-        strict=True,
-      )
-      whole, rests = _with_residual(options, splits, whole, treedef, rests)
-    if weights is not None:
-      factors = treedef.flatten_up_to(decay.decay_factors(*ask))
-      whole = _decayed(projections, whole, factors, weights)
-    whole = [u.astype(g.dtype) for u, g in zip(whole, grads, strict=True)]
-    return treedef.unflatten(whole), GaloreState(
-      count=jnp.asarray(optax.safe_increment(state.count)),
-      basis=state.basis,
-      inner=inner_state,
-      skipped=state.skipped,
-      residual=rests,
-    )
+    leaves = units(updates, layer)
+    return _update(inner, options, leaves, updates, state, params, extra_args)
 
   tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
   # A residual rule reads the gradient itself.
   return tx if options.rule else accumulating(tx, begin_fn, compress_fn)
+
+
+def _init(
+  inner: optax.GradientTransformationExtraArgs,
+  options: Options,
+  params: optax.Params,
+) -> GaloreState:
+  """Returns the state before the first update, of an inner that was checked."""
+  projections = options.projections(params)
+  seen = _seen.get()
+  if seen is not None:
+    seen.extend(projections)
+  leaves, treedef = jax.tree.flatten(params)
+  view = _views(projections, leaves, treedef)
+  if any(projections):
+    decay.check_decoupled(inner, view, [p is not None for p in projections])
+    if options.moments == 'rotate':
+      moments_lib.check_rotates(inner, view)
+  none = optax.MaskedNode()
+  basis = [
+    none if p is None else refresh.first_basis(options.finder, p, x.dtype)
+    for p, x in zip(projections, leaves, strict=True)
+  ]
+  return GaloreState(
+    count=jnp.zeros([], jnp.int32),
+    basis=treedef.unflatten(basis),
+    inner=_per_group(inner, options, projections, treedef).init(view),
+    skipped=jnp.zeros([], jnp.int32),
+    residual=_first_residual(options, projections, treedef),
+  )
+
+
+def _compressed(
+  options: Options,
+  leaves: list[Units | None],
+  updates: optax.Updates,
+  state: GaloreState,
+) -> Any:
+  """Returns the gradients, those of projected leaves in their subspaces."""
+  grads, treedef = jax.tree.flatten(updates)
+  bases = _bases(options, leaves, treedef, state.basis, state.count)
+  low = [
+    g if leaf is None else Projected(_projected(leaf.projection, g, b), g)
+    for leaf, g, b in zip(leaves, grads, bases, strict=True)
+  ]
+  return treedef.unflatten(low)
+
+
+def _update(
+  inner: optax.GradientTransformationExtraArgs,
+  options: Options,
+  leaves: list[Units | None],
+  updates: optax.Updates,
+  state: GaloreState,
+  params: optax.Params | None,
+  extra_args: dict[str, Any],
+) -> tuple[optax.Updates, GaloreState]:
+  """Returns the updates and the next state; `state` has the step's bases."""
+  projections = [leaf and leaf.projection for leaf in leaves]
+  grads, treedef = jax.tree.flatten(updates)
+  bases = _bases(options, leaves, treedef, state.basis, state.count)
+  low_grads = [
+    in_float32(g) if p is None else _projected(p, g, b)
+    for p, g, b in zip(projections, grads, bases, strict=True)
+  ]
+  weights = None if params is None else treedef.flatten_up_to(params)
+  view = None if weights is None else _views(projections, weights, treedef)
+  per_group = _per_group(inner, options, projections, treedef)
+  low, inner_state = per_group.update(
+    treedef.unflatten(low_grads), state.inner, view, **extra_args
+  )
+  low = treedef.flatten_up_to(low)
+  whole = _unprojected(options, projections, low, bases, grads)
+  # Each reads what the inner does to one number off the state before.
+  ask = (per_group, state.inner, treedef.unflatten(low_grads), extra_args)
+  rests = state.residual
+  if options.rule is not None:
+    splits = zip(
+      *(projections, grads, bases, low_grads, low),
+      treedef.flatten_up_to(decay.responses(*ask)),
+      treedef.flatten_up_to(decay.gains(*ask)),
+      strict=True,
+    )
+    whole, rests = _with_residual(options, splits, whole, treedef, rests)
+  if weights is not None:
+    factors = treedef.flatten_up_to(decay.decay_factors(*ask))
+    whole = _decayed(projections, whole, factors, weights)
+  whole = [u.astype(g.dtype) for u, g in zip(whole, grads, strict=True)]
+  return treedef.unflatten(whole), GaloreState(
+    count=jnp.asarray(optax.safe_increment(state.count)),
+    basis=state.basis,
+    inner=inner_state,
+    skipped=state.skipped,
+    residual=rests,
+  )
 
 
 def _projected(p: Projection, g: Any, basis: Basis) -> jax.Array:
