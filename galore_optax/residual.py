@@ -73,40 +73,30 @@ class Sgd:
     del projection
     return ()
 
+  def direction(self, rest_io: jax.Array) -> jax.Array:
+    """Returns the rest as it is."""
+    return rest_io
+
   def __call__(
     self, projection: Projection, split: Split, state: Any
   ) -> tuple[jax.Array, Any]:
-    """Returns the scaled rest."""
-    rest_io = outside(projection, split)
+    """Returns the scaled direction of the rest."""
+    rest_io = self.direction(outside(projection, split))
     rate = split.response if self.follow else 1.0
     return self.scale * rate * rest_io, state
 
 
 @dataclasses.dataclass(frozen=True)
-class Sign:
+class Sign(Sgd):
   """The sign of the rest, at the inner's learning rate.
 
   References:
     Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
   """
 
-  scale: float = 1.0
-  """Multiplies the learning rate."""
-  follow: bool = True
-  """Whether the inner has a learning rate; if not, it follows the stage."""
-
-  def init(self, projection: Projection) -> Any:
-    """Returns no state."""
-    del projection
-    return ()
-
-  def __call__(
-    self, projection: Projection, split: Split, state: Any
-  ) -> tuple[jax.Array, Any]:
-    """Returns the scaled sign of the rest."""
-    rest_io = jnp.sign(outside(projection, split))
-    rate = split.response if self.follow else 1.0
-    return self.scale * rate * rest_io, state
+  def direction(self, rest_io: jax.Array) -> jax.Array:
+    """Returns the sign."""
+    return jnp.sign(rest_io)
 
 
 @dataclasses.dataclass(frozen=True)
