@@ -23,7 +23,7 @@ What works, each proved by a test:
 | around | masked, partition, MultiSteps, named_chain | flatten (no matrix) |
 | | inject_hyperparams, apply_if_finite | |
 | | lookahead, contrib.schedule_free | |
-| users | flax TrainState, nnx.Optimizer, Equinox-like modules | |
+| users | flax TrainState, nnx.Optimizer, equinox modules | |
 | | FrozenDict, Haiku's dicts with '/' in keys | |
 """
 

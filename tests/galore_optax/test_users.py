@@ -3,6 +3,7 @@
 import dataclasses
 
 import chex
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -174,7 +175,7 @@ def test_frozen_dict():
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """What Equinox's filtered modules are: a pytree with attributes and None."""
+  """A pytree with attributes and None, as filtered modules are."""
 
   weight: jax.Array
   bias: jax.Array | None
@@ -246,6 +247,34 @@ def test_a_flax_TrainState_learns():
     'Dense_0/kernel',
     'Dense_1/kernel',
   }
+
+
+def test_an_equinox_model_learns():
+  model = eqx.nn.MLP(7, 5, 11, depth=2, key=jax.random.key(0))
+  tx = optax.chain(galore(rank=3, gap=10), optax.adamw(0.03))
+  state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+
+  @eqx.filter_jit
+  def step(model, state):
+    loss = lambda model: jnp.mean((jax.vmap(model)(X) - Y) ** 2)
+    value, grads = eqx.filter_value_and_grad(loss)(model)
+    params = eqx.filter(model, eqx.is_inexact_array)
+    updates, state = tx.update(grads, state, params)
+    return eqx.apply_updates(model, updates), state, value
+
+  losses = []
+  for _ in range(60):
+    model, state, value = step(model, state)
+    losses.append(float(value))
+  assert losses[-1] < 0.6 * losses[0]
+  # Equinox keeps weights as [out, in]; the shorter side is projected.
+  basis = state[0].basis
+  assert projected_names(basis) == {f'layers/{i}/weight' for i in range(3)}
+  assert [layer.weight.shape for layer in basis.layers] == [
+    (3, 7),
+    (3, 11),
+    (3, 5),
+  ]
 
 
 class Nnx(nnx.Module):
