@@ -1,0 +1,145 @@
+"""The slowest step of the 60M model, where matrices take turns and where not.
+
+`python -m tests.bench.staggered` trains the model with each finder, once with
+`gap=200` and once with `gap=Staggered(200)`, prints the table, and writes it to
+tests/bench/results/. The runs are interleaved step by step, so that what else
+runs on a machine hits all of them. Every run finds all its bases at step 0,
+which is reported apart. The text is Chitchat's.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import optax
+import rich.table
+from rich.console import Console
+
+from galore_optax import Staggered, galore_adamw
+from models.llama import Layers, llama
+from train import step as training
+from train.corpus import Chitchat
+from train.data import Batch, batches
+from train.tokenizer import train_tokenizer
+
+RESULTS = pathlib.Path(__file__).parent / 'results'
+
+MODEL = llama('60m', vocab_size=4096)
+SUBSPACES = ('svd', 'gram')
+RATE = 0.005
+
+
+def text(batch_size: int, sequence_length: int) -> Iterator[Batch]:
+  """Returns batches without end."""
+  documents = Chitchat().open('train')
+  tokenizer = train_tokenizer(
+    documents.stream(seed=0, repeat=False), vocab_size=MODEL.vocab_size
+  )
+  return batches(
+    documents,
+    tokenizer,
+    batch_size=batch_size,
+    sequence_length=sequence_length,
+    seed=0,
+  )
+
+
+def start(subspace: str, gap: int | Staggered, batch: Batch):
+  """Returns the compiled step and the first state of one run."""
+  layers = Layers(MODEL)
+  tx = galore_adamw(RATE, rank=128, gap=gap, subspace=subspace)
+  state = training.init(layers.init(jax.random.key(0)), tx)
+  step = training.make_step(layers, tx, schedule=optax.constant_schedule(RATE))
+  return step.lower(state, batch).compile(), state
+
+
+def timed(step: Callable, state, batch: Batch) -> tuple[training.State, float]:
+  """Returns the state after a step, and its seconds."""
+  begin = time.perf_counter()
+  state, _ = jax.block_until_ready(step(state, batch))
+  return state, time.perf_counter() - begin
+
+
+def measure(
+  gap: int, steps: int, stream: Iterator[Batch]
+) -> dict[tuple[str, bool], list[float]]:
+  """Returns the seconds of each step, by subspace and whether in turns."""
+  first = next(stream)
+  runs = {
+    (subspace, in_turns): start(
+      subspace, Staggered(gap) if in_turns else gap, first
+    )
+    for subspace in SUBSPACES
+    for in_turns in (False, True)
+  }
+  states = {kind: state for kind, (_, state) in runs.items()}
+  seconds = {kind: [] for kind in runs}
+  for count in range(steps):
+    batch = next(stream) if count else first
+    for kind, (step, _) in runs.items():
+      states[kind], duration = timed(step, states[kind], batch)
+      seconds[kind].append(duration)
+    if count % 50 == 0:
+      print('step', count, flush=True)
+  return seconds
+
+
+def summary(
+  gap: int, seconds: dict[tuple[str, bool], list[float]]
+) -> list[dict]:
+  """Returns a row for each run; times_lower is that of the slowest step."""
+  rows = []
+  for (subspace, in_turns), all_seconds in seconds.items():
+    first, *later = all_seconds
+    at_once = max(seconds[subspace, False][1:])
+    rows.append(
+      {
+        'subspace': subspace,
+        'gap': f'Staggered({gap})' if in_turns else str(gap),
+        'first': first,
+        'median': statistics.median(later),
+        'mean': statistics.mean(later),
+        'slowest': max(later),
+        'slowest_at': 1 + later.index(max(later)),
+        'times_lower': at_once / max(later),
+      }
+    )
+  return rows
+
+
+def show(rows: list[dict]) -> None:
+  """Prints the table."""
+  columns = ('subspace', 'gap', 'step 0', 'median', 'mean', 'slowest')
+  table = rich.table.Table(*columns, 'at step', 'times lower')
+  for row in rows:
+    times = (row[key] for key in ('first', 'median', 'mean', 'slowest'))
+    table.add_row(
+      *(row['subspace'], row['gap'], *(f'{x:.3f} s' for x in times)),
+      *(str(row['slowest_at']), f'{row["times_lower"]:.1f}'),
+    )
+  Console().print(table)
+
+
+def main() -> None:
+  """Measures, prints, writes."""
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--steps', type=int, default=400)
+  parser.add_argument('--gap', type=int, default=200)
+  parser.add_argument('--batch-size', type=int, default=2)
+  parser.add_argument('--sequence-length', type=int, default=64)
+  options = parser.parse_args()
+  stream = text(options.batch_size, options.sequence_length)
+  rows = summary(options.gap, measure(options.gap, options.steps, stream))
+  show(rows)
+  RESULTS.mkdir(exist_ok=True)
+  (RESULTS / 'staggered.json').write_text(
+    json.dumps({**vars(options), 'rows': rows}, indent=1) + '\n'
+  )
+
+
+if __name__ == '__main__':
+  main()
