@@ -12,6 +12,7 @@ import optax
 
 from galore_optax.accumulation import Accumulating, accumulating
 from galore_optax.blockwise import Quantized, dequantize, quantize_linear
+from galore_optax.lazy import LazyBasis
 from galore_optax.rounding import apply_updates_stochastic
 from galore_optax.transform import GaloreState
 
@@ -93,7 +94,8 @@ def quantize_bases(
 
   A basis is quantized when it is found, and not again until the next one. It
   is an array only while its weight is updated: this is for a layer-wise step,
-  where that is one weight at a time.
+  where that is one weight at a time. Indices of coordinates, and how long a
+  `Lazy` matrix waits, stay as they are.
 
   Args:
     tx: what holds a `galore`.
@@ -107,7 +109,11 @@ def quantize_bases(
     528
   """
   tx = optax.with_extra_args_support(tx)
-  pack = lambda basis: quantize_linear(basis, bits=bits, group=group)
+
+  def pack(basis):
+    if not jnp.issubdtype(basis.dtype, jnp.floating):
+      return basis
+    return quantize_linear(basis, bits=bits, group=group)
 
   def init_fn(params):
     return _map_bases(lambda b: jax.tree.map(pack, b), tx.init(params))
@@ -118,7 +124,7 @@ def quantize_bases(
 
     def unpack(basis):
       nodes = zip(treedef.flatten_up_to(basis), grads, strict=True)
-      read = lambda q, g: dequantize(q).astype(g.dtype)
+      read = lambda q, g: dequantize(q).astype(g.dtype) if is_stored(q) else q
       dense = [
         jax.tree.map(lambda q, g=g: read(q, g), node, is_leaf=is_stored)
         for node, g in nodes
@@ -167,7 +173,7 @@ def _is_galore(x: Any) -> bool:
 
 def _bases(state: PyTree) -> list[PyTree]:
   nodes = jax.tree.leaves(state, is_leaf=_is_galore)
-  return [node.basis for node in nodes if _is_galore(node)]
+  return [_vectors(node.basis) for node in nodes if _is_galore(node)]
 
 
 def _replace_bases(state: PyTree, bases: list[PyTree]) -> PyTree:
@@ -176,8 +182,25 @@ def _replace_bases(state: PyTree, bases: list[PyTree]) -> PyTree:
 
 
 def _map_bases(f: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
-  return jax.tree.map(
-    lambda x: x._replace(basis=f(x.basis)) if _is_galore(x) else x,
-    state,
-    is_leaf=_is_galore,
-  )
+  def replace(x):
+    if not _is_galore(x):
+      return x
+    return x._replace(basis=_with_vectors(x.basis, f(_vectors(x.basis))))
+
+  return jax.tree.map(replace, state, is_leaf=_is_galore)
+
+
+def _is_one(x: Any) -> bool:
+  return isinstance(x, LazyBasis) or is_stored(x)
+
+
+def _vectors(basis: PyTree) -> PyTree:
+  """Returns the bases themselves, without what `Lazy` keeps beside them."""
+  strip = lambda x: x.basis if isinstance(x, LazyBasis) else x
+  return jax.tree.map(strip, basis, is_leaf=_is_one)
+
+
+def _with_vectors(basis: PyTree, vectors: PyTree) -> PyTree:
+  """Inverts `_vectors`, with other bases."""
+  dress = lambda x, v: x._replace(basis=v) if isinstance(x, LazyBasis) else v
+  return jax.tree.map(dress, basis, vectors, is_leaf=_is_one)

@@ -1,0 +1,98 @@
+"""Bases in few bits: their bytes, when they are packed, whatever the finder."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax import Coordinates, Lazy, galore
+from galore_optax.blockwise import Quantized, dequantize
+from galore_optax.weights import quantize_bases
+
+every_width = pytest.mark.parametrize('bits', [8, 4])
+
+
+def normal(shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
+
+
+def params():
+  return {'stack': normal((2, 21, 33)), 'tall': normal((41, 13), 1)}
+
+
+def is_code(x):
+  return isinstance(x, Quantized)
+
+
+def codes(state):
+  return list(filter(is_code, jax.tree.leaves(state, is_leaf=is_code)))
+
+
+def run(tx, steps):
+  """Returns the updates and states of each step, in one trace."""
+  state, trail = tx.init(params()), []
+  update = jax.jit(chex.assert_max_traces(tx.update, n=1))
+  chex.clear_trace_counter()
+  for i in range(steps):
+    grads = jax.tree.map(lambda x: jnp.sin(x * (i + 2)), params())  # noqa: B023
+    updates, state = update(grads, state, params())
+    trail.append((updates, state))
+  return trail
+
+
+@every_width
+def test_bytes_of_the_basis_of_a_real_weight(bits):
+  # The 60M model's mlp/up: eight layers of [512, 1376].
+  up = {'up': jax.ShapeDtypeStruct((8, 512, 1376), jnp.bfloat16)}
+  tx = quantize_bases(galore(optax.sgd(0.1), rank=128), bits=bits)
+  basis = tx.init(up).basis['up']
+  size, groups = 8 * 128 * 512, 8 * 128 * 512 // 256
+  assert basis.shape == (8, 128, 512)
+  assert basis.nbytes == size * bits // 8 + 4 * groups
+  assert sum(x.nbytes for x in jax.tree.leaves(basis)) == basis.nbytes
+
+
+@every_width
+@pytest.mark.parametrize('side', ['std', 'full'])
+def test_a_basis_is_packed_when_it_is_found_and_stays(bits, side):
+  tx = galore(optax.sgd(0.1), rank=5, gap=2, side=side)
+  trail = run(quantize_bases(tx, bits=bits), 4)
+  one, two, three, four = (codes(state) for _, state in trail)
+  assert len(one) == (4 if side == 'full' else 2)
+  chex.assert_trees_all_equal(one, two)
+  chex.assert_trees_all_equal(three, four)
+  assert all(
+    np.any(a.codes != b.codes) for a, b in zip(two, three, strict=True)
+  )
+  # The gradient of a refresh is the same for both until the first packed
+  # basis is used; and a code is off by half a step of 1 / 127 or 1 / 7.
+  plain = run(tx, 4)
+  for packed, (_, state) in zip((one, three), plain[::2], strict=True):
+    for code, basis in zip(packed, jax.tree.leaves(state.basis), strict=True):
+      step = np.max(np.abs(basis)) / (127 if bits == 8 else 7)
+      # Vectors may turn with the sign of the packed ones before them.
+      off = np.abs(dequantize(code)) - np.abs(basis)
+      assert np.max(np.abs(off)) <= 0.5 * step + 1e-6
+  chex.assert_trees_all_equal(trail[0][0], plain[0][0])
+  off = optax.tree.norm(optax.tree.sub(trail[1][0], plain[1][0]))
+  size = optax.tree.norm(plain[1][0])
+  # Measured: 0.008 and 0.0095 in 8 bits, 0.129 and 0.167 in 4.
+  assert 0 < off < (0.02 if bits == 8 else 0.2) * size
+
+
+def test_what_is_no_vector_is_not_packed():
+  lazy = Lazy(threshold=0.0, memory=1)
+  trail = run(
+    quantize_bases(galore(optax.sgd(0.1), rank=5, gap=1, subspace=lazy)), 6
+  )
+  plain = run(galore(optax.sgd(0.1), rank=5, gap=1, subspace=lazy), 6)
+  for (_, state), (_, want) in zip(trail, plain, strict=True):
+    for name in params():
+      ours, other = state.basis[name], want.basis[name]
+      assert all(map(is_code, ours.basis))
+      chex.assert_trees_all_equal(ours.wait_k, other.wait_k)
+      chex.assert_trees_all_equal(ours.gaps_k, other.gaps_k)
+  stage = galore(optax.sgd(0.1), rank=5, gap=2, subspace=Coordinates())
+  chex.assert_trees_all_equal(run(quantize_bases(stage), 3), run(stage, 3))
