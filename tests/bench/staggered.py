@@ -113,13 +113,13 @@ def summary(
 
 def show(rows: list[dict]) -> None:
   """Prints the table."""
-  columns = ('subspace', 'gap', 'step 0', 'median', 'mean', 'slowest')
-  table = rich.table.Table(*columns, 'at step', 'times lower')
+  columns = ('subspace', 'gap', 'step 0', 'median', 'slowest')
+  table = rich.table.Table(*columns, 'at', 'lower', title='Seconds of a step')
   for row in rows:
-    times = (row[key] for key in ('first', 'median', 'mean', 'slowest'))
+    times = (row[key] for key in ('first', 'median', 'slowest'))
     table.add_row(
-      *(row['subspace'], row['gap'], *(f'{x:.3f} s' for x in times)),
-      *(str(row['slowest_at']), f'{row["times_lower"]:.1f}'),
+      *(row['subspace'], row['gap'], *(f'{x:.3f}' for x in times)),
+      *(str(row['slowest_at']), f'{row["times_lower"]:.1f} x'),
     )
   Console().print(table)
 
