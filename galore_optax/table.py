@@ -5,8 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import optax
 
-from galore_optax import selection
-from galore_optax.transform import observe
+from galore_optax import observation, selection
 
 KeyPath: TypeAlias = tuple[Any, ...]
 
@@ -78,7 +77,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
     b     (6,)    -             48
     w     (4, 6)  (2, 6)       128
   """
-  with observe() as seen:
+  with observation.observe() as seen:
     # A new function: what was traced before would not be observed again.
     state = jax.eval_shape(lambda params: tx.init(params), params)
   low_shapes = {p.path: p.low_shape for p in seen if p is not None}

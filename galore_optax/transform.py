@@ -1,23 +1,18 @@
 """This module holds the transformation itself: what `init` and `update` do."""
 
-import contextlib
-import contextvars
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import decay, refresh, residual
+from galore_optax import decay, observation, refresh, residual
 from galore_optax import moments as moments_lib
 from galore_optax import projection as projection_lib
 from galore_optax.accumulation import Projected, accumulating
 from galore_optax.options import Options
 from galore_optax.projection import Basis, Projection
 from galore_optax.refresh import Units
-
-_seen: contextvars.ContextVar[list[Projection | None] | None]
-_seen = contextvars.ContextVar('seen', default=None)
 
 
 class GaloreState(NamedTuple):
@@ -35,20 +30,6 @@ class GaloreState(NamedTuple):
   residual: Any
   """Tree like the parameters: state of the residual rule; MaskedNode where
   there is none."""
-
-
-@contextlib.contextmanager
-def observe():
-  """Yields a list to which each `galore` adds its projections at `init`.
-
-  So a description finds them behind any wrapper.
-  """
-  seen: list[Projection | None] = []
-  token = _seen.set(seen)
-  try:
-    yield seen
-  finally:
-    _seen.reset(token)
 
 
 def projected(
@@ -111,9 +92,7 @@ def _init(
 ) -> GaloreState:
   """Returns the state before the first update, of an inner that was checked."""
   projections = options.projections(params)
-  seen = _seen.get()
-  if seen is not None:
-    seen.extend(projections)
+  observation.show(projections)
   leaves, treedef = jax.tree.flatten(params)
   view = _views(projections, leaves, treedef)
   if any(projections):
