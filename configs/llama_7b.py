@@ -8,7 +8,7 @@ inputs of all blocks are kept for the whole batch, which at 512 fits no card.
 
 Command: python -m train.pretrain configs/llama_7b.py
 (c4/en prepared by TFDS; --corpus.data-dir says where)
-Expected memory: 19.04 GiB on an RTX 4090, with --batch-size 2 17.63 GiB, by the
+Expected memory: 19.04 GiB on an RTX 4090, with --batch-size 2 17.65 GiB, by the
 compiler (python -m train.plan configs/llama_7b.py, 22 November 2026, jax
 0.10.2); 12.96 GiB with --optimizer Lomo --batch-size 1 --sequence-length 512.
 Expected time: not measured.
