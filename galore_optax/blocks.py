@@ -186,10 +186,11 @@ def with_turns(
     wide = _wide(params)
     inner_state = state.inner
     if restart_every is not None:
-      inner_state = lax.cond(
-        state.count % restart_every == 0,
-        lambda old: jax.tree.map(_like, rule.init(wide), old),
-        lambda old: old,
+      due = state.count % restart_every == 0
+      # A select, which joins the update that follows; a cond would copy.
+      inner_state = jax.tree.map(
+        lambda new, old: jnp.where(due, jnp.asarray(new, old.dtype), old),
+        rule.init(wide),
         inner_state,
       )
     size = schedule(state.count)
@@ -302,7 +303,3 @@ def _wide(tree: PyTree) -> PyTree:
     return jnp.asarray(x, dtype)
 
   return jax.tree.map(widen, tree)
-
-
-def _like(new: jax.Array, old: jax.Array) -> jax.Array:
-  return jnp.asarray(new, old.dtype)

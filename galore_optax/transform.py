@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import decay, observation, refresh, residual
+from galore_optax import decay, observation, refresh, residual, selection
 from galore_optax import moments as moments_lib
 from galore_optax import projection as projection_lib
 from galore_optax.accumulation import Projected, accumulating
@@ -95,7 +95,8 @@ def _init(
   observation.show(projections)
   leaves, treedef = jax.tree.flatten(params)
   view = _views(projections, leaves, treedef)
-  if any(projections):
+  # The parts of a tree are seen after the whole, one by one.
+  if any(projections) and not selection.is_part(params):
     decay.check_decoupled(inner, view, [p is not None for p in projections])
     if options.moments == 'rotate':
       moments_lib.check_rotates(inner, view)
