@@ -33,7 +33,9 @@ def seed_rule():
   )
 
 
-@pytest.mark.parametrize('microbatches', [1, 2])
+@pytest.mark.parametrize(
+  'microbatches', [1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_parts_are_one_large_batch_over_three_refreshes(microbatches):
   model, tx = Residual(), seed_rule()
   options = dict(steps=6, examples=12)
@@ -49,6 +51,7 @@ def test_parts_are_one_large_batch_over_three_refreshes(microbatches):
   assert state.count == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'rule',
   [
@@ -89,6 +92,7 @@ def test_equal_parts_are_one_of_them(rule):
   )
 
 
+@pytest.mark.slow
 def test_a_refresh_sees_the_first_part():
   model, tx = Residual(), galore_rule()
   params, batch = make_params(), make_batch(0, 12)
@@ -104,6 +108,7 @@ def test_a_refresh_sees_the_first_part():
     np.testing.assert_allclose(basis, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_clips_by_the_norm_of_what_is_summed():
   model, bound = Residual(), 0.2
   options = dict(steps=1, examples=12)
@@ -118,6 +123,7 @@ def test_clips_by_the_norm_of_what_is_summed():
   chex.assert_trees_all_close(clipped, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_quantized_bases_and_slices_and_bfloat16_sums():
   # Bases in 8 bits are not orthonormal: the sum must not be projected again.
   model = Residual()

@@ -44,7 +44,12 @@ def sketches(weights, rank):
 
 
 @pytest.mark.parametrize(
-  'mini, moments', [(False, 'keep'), (True, 'keep'), (False, 'reset')]
+  'mini, moments',
+  [
+    (False, 'keep'),
+    pytest.param(True, 'keep', marks=pytest.mark.slow),
+    pytest.param(False, 'reset', marks=pytest.mark.slow),
+  ],
 )
 def test_it_is_the_papers_algorithm(mini, moments):
   rank, scale = (1, 9.0) if mini else (3, 4.0)

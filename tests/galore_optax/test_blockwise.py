@@ -167,7 +167,10 @@ def test_full_equals_quantize(shape, value):
   'store',
   [
     blockwise.quantize,
-    lambda x: blockwise.quantize_linear(x, bits=4, symmetric=False),
+    pytest.param(
+      lambda x: blockwise.quantize_linear(x, bits=4, symmetric=False),
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_stack_is_its_slices(shape, store):

@@ -110,7 +110,9 @@ def test_without_a_stage_it_is_optax_chain(name):
     optax.chain(*WITHOUT_STAGE[name]),
     optax_chain(*WITHOUT_STAGE[name]),
   )
-  assert type(ours) is type(theirs)
+  # A chain that starts with a whole galore can also sum projected gradients.
+  assert isinstance(ours, type(theirs))
+  assert type(ours) is type(theirs) or name == 'galore with its inner'
   w = params()
   extra = {'value': jnp.float32(3.0)} if name == 'extra args' else {}
   state, want = ours.init(w), theirs.init(w)

@@ -17,7 +17,15 @@ KINDS = {
   'full': lambda: galore(optax.adamw(0.1), rank=4, gap=2, side='full'),
   'gram': lambda: galore_adamw(0.1, rank=4, gap=2, subspace='gram'),
 }
-every_kind = pytest.mark.parametrize('kind', KINDS)
+every_kind = pytest.mark.parametrize(
+  'kind',
+  [
+    'keep',
+    'reset',
+    pytest.param('full', marks=pytest.mark.slow),
+    pytest.param('gram', marks=pytest.mark.slow),
+  ],
+)
 
 
 def normal(shape, seed=0):
@@ -150,7 +158,9 @@ def test_orbax_brings_the_state_back(kind, tmp_path):
     chex.assert_trees_all_equal(updates, want)
 
 
-@pytest.mark.parametrize('spec', [('x', None), (None, 'x')])
+@pytest.mark.parametrize(
+  'spec', [('x', None), pytest.param((None, 'x'), marks=pytest.mark.slow)]
+)
 def test_eight_devices_are_one(spec):
   mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
   w = {'wide': normal((16, 24)), 'stack': normal((2, 24, 16), 1)}

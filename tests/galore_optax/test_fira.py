@@ -26,7 +26,9 @@ STEPS, GAP, RANK, DECAY = 8, 2, 3, 0.25
 WARM_UP = optax.linear_schedule(0.0, 0.25, 4)
 
 
-@pytest.mark.parametrize('moments', ['keep', 'reset'])
+@pytest.mark.parametrize(
+  'moments', ['keep', pytest.param('reset', marks=pytest.mark.slow)]
+)
 def test_it_is_the_papers_algorithm(moments):
   with jax.enable_x64(True):
     weights, grads = tree(), tree(seed=10, leading=(STEPS,))

@@ -137,9 +137,16 @@ CASES = [
   ('blocks', 'sgdm', 'sgd', 1.0),
   ('power', 'adam', 'sign', 1.0),
 ]
+QUICK = [CASES[0], CASES[4], CASES[6], CASES[8]]
 
 
-@pytest.mark.parametrize('subspace, inner, residual, scale', CASES)
+@pytest.mark.parametrize(
+  'subspace, inner, residual, scale',
+  [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in CASES
+  ],
+)
 def test_it_is_the_papers_algorithm(x64, subspace, inner, residual, scale):
   shapes = STACKS if subspace == 'blocks' else SHAPES
   weights, grads = tree(shapes), tree(shapes, seed=10, leading=(STEPS,))

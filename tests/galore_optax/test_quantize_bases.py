@@ -55,7 +55,9 @@ def test_bytes_of_the_basis_of_a_real_weight(bits):
 
 
 @every_width
-@pytest.mark.parametrize('side', ['std', 'full'])
+@pytest.mark.parametrize(
+  'side', ['std', pytest.param('full', marks=pytest.mark.slow)]
+)
 def test_a_basis_is_packed_when_it_is_found_and_stays(bits, side):
   tx = galore(optax.sgd(0.1), rank=5, gap=2, side=side)
   trail = run(quantize_bases(tx, bits=bits), 4)

@@ -137,6 +137,7 @@ def test_the_config_takes_the_same_keys_as_in_training(config, capsys):
   assert '--device' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_configs_make_one_table(config, tmp_path, capsys):
   other = tmp_path / 'wide.py'
   other.write_text(CONFIG.replace('width=64', 'width=128'))
@@ -149,6 +150,7 @@ def test_several_configs_make_one_table(config, tmp_path, capsys):
   assert 'small' in out and 'wide' in out
 
 
+@pytest.mark.slow
 def test_compares_every_method(config, capsys):
   found = report(capsys, config, '--estimate', '--compare')
   state = {x['method']: x['basis_bytes'] + x['moment_bytes'] for x in found}
