@@ -27,7 +27,7 @@ from train.optimizer import Galore
 config = Config(
   model=llama('1b', dtype='bfloat16', param_dtype='bfloat16', remat=True),
   corpus=Tfds('c4/en'),
-  optimizer=Galore(rank=512, gap=200, scale=0.25),
+  optimizer=Galore(rank=512, gap=200, scale=0.25, subspace='svd'),
   steps=100_000,
   learning_rate=0.01,
   batch_size=512,

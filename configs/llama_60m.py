@@ -26,7 +26,7 @@ from train.optimizer import Galore
 config = Config(
   model=llama('60m', dtype='bfloat16', param_dtype='bfloat16'),
   corpus=Tfds('c4/en'),
-  optimizer=Galore(rank=128, gap=200, scale=0.25),
+  optimizer=Galore(rank=128, gap=200, scale=0.25, subspace='svd'),
   steps=10_000,
   learning_rate=0.01,
   batch_size=512,

@@ -96,7 +96,10 @@ def galore(
       longer (ties: output), 'left' the input, 'right' the output, 'full' both.
     subspace: how a basis is found, in float32 at least: 'svd', 'gram',
       'randomized', 'power', 'random', 'coordinates', or a finder with its own
-      options, of `galore_optax.subspace`.
+      options, of `galore_optax.subspace`. The default is exact and reads no
+      basis but this gradient's, as the paper's code; 'power' is 10 to 20 times
+      cheaper at 99.8% or more of the energy, 'gram' 3 to 5 times at all of it
+      (tests.bench.subspace).
     residual: what becomes of the gradient outside the subspace: None drops it,
       'sgd', 'sign' (FRUGAL), 'fira', 'apollo', or a rule with its own options,
       of `galore_optax.residual`.

