@@ -82,6 +82,7 @@ def test_it_is_the_papers_algorithm(mini, moments):
   assert not jax.tree.leaves(states[0].basis)
 
 
+@pytest.mark.slow
 def test_its_state_in_eight_bits():
   m, n, r, steps = 64, 96, 48, 6
   grads = {'w': jnp.asarray(normal((steps, m, n)), jnp.float32)}

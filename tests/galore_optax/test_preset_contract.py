@@ -130,7 +130,7 @@ def test_types(name):
 @each(
   PRESETS,
   quick=[
-    *('galore_adafactor', 'frugal-columns', 'apollo', 'badam'),
+    *('frugal-columns', 'apollo', 'badam'),
     'adalomo-clipped',
   ],
 )
@@ -209,7 +209,7 @@ def test_eight_devices_are_one(name):
     chex.assert_trees_all_close(updates, want, rtol=1e-3, atol=1e-5)
 
 
-@each(LOOPS, quick=['apollo', 'adalomo'])
+@each(LOOPS, quick=['adalomo'])
 def test_layerwise_is_the_whole_tree(name):
   model, tx = Residual(), LOOPS[name]()
   start = make_params()

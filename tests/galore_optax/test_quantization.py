@@ -247,6 +247,7 @@ def test_updates_have_the_dtype_of_gradients(params):
   assert new[0].nu['b'].dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_state_donates_shards_and_runs_in_control_flow(params):
   tx = quantize_state(optax.adam(0.1))
   grads = next(gradients(params, 1))

@@ -84,6 +84,7 @@ def test_a_basis_is_packed_when_it_is_found_and_stays(bits, side):
   assert 0 < off < (0.02 if bits == 8 else 0.2) * size
 
 
+@pytest.mark.slow
 def test_what_is_no_vector_is_not_packed():
   lazy = Lazy(threshold=0.0, memory=1)
   trail = run(

@@ -62,6 +62,7 @@ def test_momentum_does_not_depend_on_the_gauge(side, gap):
   assert not np.allclose(kept[-1]['q'], rotated[-1]['q'], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_second_moment_follows_its_variance():
   """The rule of LDAdam, written out in float64."""
   b1, b2, gap = 0.9, 0.99, 3

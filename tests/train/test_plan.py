@@ -164,6 +164,7 @@ def test_compares_every_method(config, capsys):
   assert own == alone | {'method': 'GaLore'}
 
 
+@pytest.mark.slow
 def test_plots_a_bar_for_each_method(config, tmp_path, capsys):
   path = tmp_path / 'bars.png'
   found = report(capsys, config, '--estimate', '--plot', str(path))

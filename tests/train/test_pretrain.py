@@ -47,7 +47,10 @@ def test_the_table_comes_before_the_first_step(tmp_path, capsys):
   assert out.count('sample ') == 3
 
 
-@pytest.mark.parametrize('stop', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  'stop',
+  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_resume_is_bit_equal_to_no_stop(finished, tmp_path, monkeypatch, stop):
   config, whole = finished
   run = Run(tmp_path / 'run')
@@ -70,6 +73,7 @@ def test_resume_is_bit_equal_to_no_stop(finished, tmp_path, monkeypatch, stop):
   assert lines(run) == lines(whole)
 
 
+@pytest.mark.slow
 def test_resume_drops_what_came_after_the_checkpoint(
   finished, tmp_path, monkeypatch
 ):

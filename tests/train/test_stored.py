@@ -73,6 +73,7 @@ def test_evaluate_and_sample_read_them(finished, capsys):
   assert len(capsys.readouterr().out) > len('the old dog\n')
 
 
+@pytest.mark.slow
 def test_the_model_reads_what_the_weights_stand_for(tmp_path):
   launch, _ = command.parse([write_config(tmp_path), *INT8])
   config = launch.config
