@@ -12,7 +12,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import optax
@@ -65,7 +65,7 @@ def timed(step: Callable, state, batch: Batch) -> tuple[training.State, float]:
 
 
 def measure(
-  gap: int, steps: int, stream: Iterator[Batch]
+  gap: int, steps: int, stream: Iterator[Batch], subspaces: Sequence[str]
 ) -> dict[tuple[str, bool], list[float]]:
   """Returns the seconds of each step, by subspace and whether in turns."""
   first = next(stream)
@@ -73,7 +73,7 @@ def measure(
     (subspace, in_turns): start(
       subspace, Staggered(gap) if in_turns else gap, first
     )
-    for subspace in SUBSPACES
+    for subspace in subspaces
     for in_turns in (False, True)
   }
   states = {kind: state for kind, (_, state) in runs.items()}
@@ -129,11 +129,15 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--steps', type=int, default=400)
   parser.add_argument('--gap', type=int, default=200)
-  parser.add_argument('--batch-size', type=int, default=2)
-  parser.add_argument('--sequence-length', type=int, default=64)
+  parser.add_argument('--batch-size', type=int, default=1)
+  parser.add_argument('--sequence-length', type=int, default=16)
+  parser.add_argument('--subspaces', nargs='+', default=SUBSPACES)
   options = parser.parse_args()
   stream = text(options.batch_size, options.sequence_length)
-  rows = summary(options.gap, measure(options.gap, options.steps, stream))
+  rows = summary(
+    options.gap,
+    measure(options.gap, options.steps, stream, options.subspaces),
+  )
   show(rows)
   RESULTS.mkdir(exist_ok=True)
   (RESULTS / 'staggered.json').write_text(

@@ -40,7 +40,8 @@ LOOPS = {
   'rotate': lambda: go.galore_adamw(0.1, moments='rotate', **RANK),
   'frugal-svd': frugal('svd', weight_decay=0.1),
   'frugal-random': frugal('random', inner='sgdm', residual='sgd'),
-  'frugal-power': frugal('power'),
+  # Linear: Adam would divide the polynomials' rounding by small entries.
+  'frugal-power': frugal('power', inner='sgdm', residual='sgd'),
   'frugal-columns': frugal('columns', inner='lion'),
   'frugal-rows': frugal('rows'),
   'frugal-entries': frugal('entries'),
