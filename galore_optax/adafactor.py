@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import selection
+from galore_optax.precision import full
 from galore_optax.step_size import rms
 
 
@@ -101,7 +102,7 @@ def scale_by_galore_factored_rms(
 
 def _rescale(name, g, moments, weight, eps, clip_threshold):
   """Returns the rescaled gradient of a leaf and its (v_row, v_col, v)."""
-  u = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+  u = full(g)
   squared = jnp.square(u) + eps
   weight = weight.astype(u.dtype)
   average = lambda old, new: (1 - weight) * old + weight * new

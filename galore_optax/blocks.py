@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from galore_optax import selection
+from galore_optax import decay, selection, stacks
+from galore_optax.precision import in_float32
 from galore_optax.step_size import scale_by_step_size
 from galore_optax.turns import Turns
 
@@ -83,9 +83,9 @@ def one_block(
     return selection.matched([blocks], tree, option='blocks')
 
   def init_fn(params: optax.Params) -> OneBlockState:
-    _check_stacks(params, marks(params), blocks)
-    layer = _pick(params, marks(params), _first)
-    others = _pick(params, marks(params), None)
+    mine = marks(params)
+    _check_stacks(params, mine, blocks)
+    layer, others = _pick(params, mine, _first), _pick(params, mine, None)
     return OneBlockState(
       rule.init(layer), () if rest is None else rest.init(others)
     )
@@ -101,7 +101,7 @@ def one_block(
     mine = marks(updates)
     num_layers = _num_layers(updates, mine)
     active = tx.active(state.block.count, num_layers)
-    take = lambda x: lax.dynamic_index_in_dim(x, active, keepdims=False)
+    take = lambda x: stacks.take(x, active)
     layer_updates, block = rule.update(
       _pick(updates, mine, take),
       state.block,
@@ -115,16 +115,12 @@ def one_block(
       others, rest_state = rest.update(
         others, rest_state, _pick(params, mine, None), **extra_args
       )
-    new = iter(jax.tree.leaves(layer_updates))
+    layer, kept = map(iter, map(jax.tree.leaves, (layer_updates, others)))
+    leaves, treedef = jax.tree.flatten(updates)
     whole = [
-      lax.dynamic_update_index_in_dim(jnp.zeros_like(g), next(new), active, 0)
-      if yes
-      else None
-      for g, yes in zip(jax.tree.leaves(updates), mine, strict=True)
+      stacks.put(jnp.zeros_like(g), next(layer), active) if yes else next(kept)
+      for g, yes in zip(leaves, mine, strict=True)
     ]
-    kept = iter(jax.tree.leaves(others))
-    whole = [next(kept) if u is None else u for u in whole]
-    treedef = jax.tree.structure(updates)
     return treedef.unflatten(whole), OneBlockState(block, rest_state)
 
   tx = OneBlock(init_fn, update_fn)
@@ -170,12 +166,9 @@ def with_turns(
   )
   if master_weights:
     rule = on_master_weights(rule)
-  schedule: Callable[[Any], Any] = (
-    learning_rate if callable(learning_rate) else lambda _: learning_rate
-  )
 
   def init_fn(params: optax.Params) -> TurnState:
-    return TurnState(jnp.zeros([], jnp.int32), rule.init(_wide(params)))
+    return TurnState(jnp.zeros([], jnp.int32), rule.init(params))
 
   def update_fn(
     updates: optax.Updates,
@@ -183,29 +176,24 @@ def with_turns(
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, TurnState]:
-    wide = _wide(params)
     inner_state = state.inner
     if restart_every is not None:
       due = state.count % restart_every == 0
       # A select, which joins the update that follows; a cond would copy.
       inner_state = jax.tree.map(
         lambda new, old: jnp.where(due, jnp.asarray(new, old.dtype), old),
-        rule.init(wide),
+        rule.init(params),
         inner_state,
       )
-    size = schedule(state.count)
-    new, inner_state = rule.update(
-      _wide(updates),
-      inner_state,
-      wide,
-      step_size=jax.tree.map(lambda _: size, updates),
-      **extra_args,
+    size = decay.rate_at(learning_rate, state.count)
+    sizes = jax.tree.map(lambda _: size, updates)
+    updates, inner_state = rule.update(
+      updates, inner_state, params, step_size=sizes, **extra_args
     )
     count = jnp.asarray(optax.safe_increment(state.count))
-    new = optax.tree.cast_like(new, updates)
-    return new, TurnState(count, inner_state)
+    return updates, TurnState(count, inner_state)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return in_float32(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
 def on_master_weights(
@@ -216,10 +204,10 @@ def on_master_weights(
   Without it, a bfloat16 weight loses every update below 2^-9 of it.
 
   Args:
-    inner: a transformation that returns steps to add.
+    inner: a transformation that returns steps to add; of `in_float32`.
 
   Example:
-    >>> tx = on_master_weights(optax.sgd(1.0))
+    >>> tx = in_float32(on_master_weights(optax.sgd(1.0)))
     >>> w = jnp.ones(1, jnp.bfloat16)
     >>> state = tx.init(w)
     >>> for _ in range(4):
@@ -231,8 +219,7 @@ def on_master_weights(
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params: optax.Params) -> MasterState:
-    master = _wide(params)
-    return MasterState(master, inner.init(master))
+    return MasterState(jax.tree.map(_concrete, params), inner.init(params))
 
   def update_fn(
     updates: optax.Updates,
@@ -241,10 +228,10 @@ def on_master_weights(
     **extra_args: Any,
   ) -> tuple[optax.Updates, MasterState]:
     steps, inner_state = inner.update(
-      _wide(updates), state.inner, state.master, **extra_args
+      updates, state.inner, state.master, **extra_args
     )
     master = optax.apply_updates(state.master, steps)
-    apart = jax.tree.map(lambda m, w: m - w, master, _wide(params))
+    apart = jax.tree.map(lambda m, w: m - w, master, params)
     return apart, MasterState(master, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -293,13 +280,8 @@ def _first(x: Any) -> Any:
   return x[0]
 
 
-def _wide(tree: PyTree) -> PyTree:
-  """Returns arrays in float32 at least; zeros where they are abstract."""
-
-  def widen(x):
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    if isinstance(x, jax.ShapeDtypeStruct):
-      return jnp.zeros(x.shape, dtype)
-    return jnp.asarray(x, dtype)
-
-  return jax.tree.map(widen, tree)
+def _concrete(x: Any) -> jax.Array:
+  """Returns an array; zeros where it is abstract."""
+  return (
+    jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+  )

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_optax.precision import full
+
 PyTree = Any
 
 
@@ -72,7 +74,7 @@ def sum_of_squares(tree: PyTree) -> jax.Array:
   >>> print(sum_of_squares({'a': jnp.array([3.0]), 'b': jnp.array([4.0])}))
   25.0
   """
-  squares = [jnp.sum(jnp.square(_full(a))) for a in jax.tree.leaves(tree)]
+  squares = [jnp.sum(jnp.square(full(a))) for a in jax.tree.leaves(tree)]
   return sum(squares, jnp.zeros([], jnp.float32))
 
 
@@ -82,8 +84,4 @@ def times(tree: PyTree, factor: jax.Array) -> PyTree:
   >>> times(jnp.ones(2, jnp.bfloat16), jnp.float32(0.5))
   Array([0.5, 0.5], dtype=bfloat16)
   """
-  return jax.tree.map(lambda a: (_full(a) * factor).astype(a.dtype), tree)
-
-
-def _full(a: jax.Array) -> jax.Array:
-  return a.astype(jnp.promote_types(a.dtype, jnp.float32))
+  return jax.tree.map(lambda a: (full(a) * factor).astype(a.dtype), tree)

@@ -7,7 +7,6 @@ the factor can be read off a weight of one element: gradient and moments zero,
 parameter one, counters (and so schedules) the true ones.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -234,6 +233,15 @@ def at_count(
   return jax.tree_util.tree_map_with_path(move, state)
 
 
+def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
+  """Returns a learning rate, or a schedule's at a step.
+
+  >>> rate_at(0.5, 3), rate_at(lambda count: 2 * count, 3)
+  (0.5, 6)
+  """
+  return learning_rate(count) if callable(learning_rate) else learning_rate
+
+
 def decay_updated_weights(
   learning_rate: optax.ScalarOrSchedule, *, weight_decay: float
 ) -> optax.GradientTransformation:
@@ -250,9 +258,6 @@ def decay_updated_weights(
     >>> w['w'] + u['w']
     Array(3., dtype=float32)
   """
-  schedule: Callable[[Any], Any] = (
-    learning_rate if callable(learning_rate) else lambda _: learning_rate
-  )
 
   def init_fn(params: optax.Params) -> optax.ScaleByScheduleState:
     del params
@@ -261,7 +266,7 @@ def decay_updated_weights(
   def update_fn(
     updates: optax.Updates, state: Any, params: optax.Params | None = None
   ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
-    shrink = schedule(state.count) * weight_decay
+    shrink = rate_at(learning_rate, state.count) * weight_decay
     if params is None:
       raise ValueError('weight decay needs params: tx.update(g, state, params)')
     updates = jax.tree.map(

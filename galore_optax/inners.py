@@ -13,7 +13,7 @@ import optax
 from jax.core import Tracer
 
 from galore_optax import decay, moments
-from galore_optax.transform import in_float32
+from galore_optax.precision import in_float32
 
 Inner: TypeAlias = str | optax.GradientTransformation
 """A short name, or a transformation without a learning rate."""
@@ -51,26 +51,13 @@ def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
         f' a learning rate, such as optax.scale_by_adam(), got {inner!r}'
       )
     inner = INNERS[inner]()
-  tx = optax.with_extra_args_support(inner)
+  tx = in_float32(inner)
 
   def init_fn(params: optax.Params) -> Any:
-    _check_no_rate(tx, params)
-    return tx.init(_wide(params))
+    _check_no_rate(optax.with_extra_args_support(inner), params)
+    return tx.init(params)
 
-  def update_fn(
-    updates: optax.Updates,
-    state: Any,
-    params: optax.Params | None = None,
-    **extra_args: Any,
-  ) -> tuple[optax.Updates, Any]:
-    wide, state = tx.update(_wide(updates), state, _wide(params), **extra_args)
-    return optax.tree.cast_like(wide, updates), state
-
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _wide(tree: Any) -> Any:
-  return jax.tree.map(in_float32, tree)
+  return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
 def _check_no_rate(

@@ -18,6 +18,7 @@ import optax
 
 from galore_optax import lazy, subspace
 from galore_optax import projection as projection_lib
+from galore_optax.precision import full
 from galore_optax.projection import Basis, Projection
 from galore_optax.turns import Turns
 
@@ -283,7 +284,7 @@ def _each(one: Callable[[Any], Any], stacks: Any) -> Any:
 
 def _refresh_matrix(finder, g_mn, old_rm, key, first):
   """Returns the new basis and 0, or the old one and 1."""
-  g_mn = g_mn.astype(jnp.promote_types(g_mn.dtype, jnp.float32))
+  g_mn = full(g_mn)
   previous_rm = jnp.where(first, 0, old_rm)
   if jnp.issubdtype(old_rm.dtype, jnp.floating):
     previous_rm = previous_rm.astype(g_mn.dtype)

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import selection
+from galore_optax import decay, selection
 from galore_optax.accumulation import Accumulating, accumulating
 from galore_optax.galore import Stage, galore
+from galore_optax.precision import full
 from galore_optax.projection import Projection
 
 
@@ -100,9 +101,7 @@ def galore_with_step_sizes(
         'weight decay and the scale of parameters need params:'
         ' tx.update(g, state, params)'
       )
-    lr: Any = learning_rate
-    if callable(learning_rate):
-      lr = learning_rate(state.count)
+    lr = decay.rate_at(learning_rate, state.count)
     weights, treedef = jax.tree.flatten(params)
     projections = projections_of(params)
     sizes = [
@@ -134,7 +133,7 @@ def _parameter_scale(
   name: str, projection: Projection | None, w: jax.Array, floor: float | None
 ) -> jax.Array:
   """Returns the RMS of each matrix or vector of a leaf, axes kept."""
-  w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+  w = full(w)
   if floor is None:
     return jnp.ones((1,) * w.ndim, w.dtype)
   own_axes = (

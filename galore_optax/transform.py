@@ -11,6 +11,7 @@ from galore_optax import moments as moments_lib
 from galore_optax import projection as projection_lib
 from galore_optax.accumulation import Projected, accumulating
 from galore_optax.options import Options
+from galore_optax.precision import full
 from galore_optax.projection import Basis, Projection
 from galore_optax.refresh import Units
 
@@ -144,7 +145,7 @@ def _update(
   grads, treedef = jax.tree.flatten(updates)
   bases = _bases(options, leaves, treedef, state.basis, state.count)
   low_grads = [
-    in_float32(g) if p is None else _projected(p, g, b)
+    full(g) if p is None else _projected(p, g, b)
     for p, g, b in zip(projections, grads, bases, strict=True)
   ]
   weights = None if params is None else treedef.flatten_up_to(params)
@@ -217,7 +218,7 @@ def _with_residual(
   pairs = zip(splits, whole, treedef.flatten_up_to(states), strict=True)
   for (p, g, *rest), update, state in pairs:
     if p is not None:
-      split = residual.Split(projection_lib.to_matrix(p, in_float32(g)), *rest)
+      split = residual.Split(projection_lib.to_matrix(p, full(g)), *rest)
       added_io, state = rule(p, split, state)
       update = update + projection_lib.from_matrix(p, added_io)
     out.append(update)
@@ -366,15 +367,7 @@ def _views(
 
 def _view(projection: Projection | None, x: Any) -> Any:
   if projection is None:
-    return in_float32(x)
+    return full(x)
   return jnp.zeros(
     projection.low_shape, jnp.promote_types(x.dtype, jnp.float32)
   )
-
-
-def in_float32(x: Any) -> Any:
-  """Returns an array, abstract or not, in float32 at least."""
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
-  if isinstance(x, jax.ShapeDtypeStruct):
-    return jax.ShapeDtypeStruct(x.shape, dtype)
-  return x.astype(dtype)

@@ -8,11 +8,11 @@ import dataclasses
 from typing import Literal, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import galore_optax
 from galore_optax.lomo import adalomo, lomo
+from galore_optax.precision import in_float32
 from galore_optax.quantization import quantize_state
 from galore_optax.weights import quantize_bases
 from train.methods import (
@@ -185,29 +185,6 @@ class OptaxGalore:
         lambda x: 'projected' if x.ndim == 2 else 'plain', params
       ),
     )
-
-
-def in_float32(
-  tx: optax.GradientTransformation,
-) -> optax.GradientTransformation:
-  """Runs tx on float32 copies, so that its moments are float32.
-
-  optax keeps them in the type of the parameters, and a second moment in
-  bfloat16 never decays: 0.999 of it rounds to itself.
-  """
-  cast = lambda tree: optax.tree.cast(tree, jnp.float32)
-
-  def update(
-    updates: optax.Updates,
-    state: optax.OptState,
-    params: optax.Params | None = None,
-  ) -> tuple[optax.Updates, optax.OptState]:
-    wide, state = tx.update(cast(updates), state, cast(params))
-    return optax.tree.cast_like(wide, updates), state
-
-  return optax.GradientTransformation(
-    lambda params: tx.init(cast(params)), update
-  )
 
 
 Optimizer: TypeAlias = (
