@@ -173,7 +173,7 @@ def with_turns(
   def update_fn(
     updates: optax.Updates,
     state: Any,
-    params: optax.Params | None = None,
+    params: Any = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, TurnState]:
     inner_state = state.inner
