@@ -75,10 +75,10 @@ def projected(
     **extra_args: Any,
   ) -> tuple[optax.Updates, GaloreState]:
     extra_args['layer'] = layer
+    leaves = units(updates, layer)
     # A sum of projected gradients comes after its `begin`.
     if not any(isinstance(g, Projected) for g in jax.tree.leaves(updates)):
-      state = begin_fn(updates, state, **extra_args)
-    leaves = units(updates, layer)
+      state = _maybe_refresh(inner, options, leaves, updates, state, extra_args)
     return _update(inner, options, leaves, updates, state, params, extra_args)
 
   tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
