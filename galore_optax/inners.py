@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from galore_optax import decay, moments
+from galore_optax import decay, moments, selection
 from galore_optax.precision import in_float32
 
 Inner: TypeAlias = str | optax.GradientTransformation
@@ -54,7 +54,9 @@ def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
   tx = in_float32(inner)
 
   def init_fn(params: optax.Params) -> Any:
-    _check_no_rate(optax.with_extra_args_support(inner), params)
+    # The parts of a tree are seen after the whole, one by one.
+    if not selection.is_part(params):
+      _check_no_rate(optax.with_extra_args_support(inner), params)
     return tx.init(params)
 
   return optax.GradientTransformationExtraArgs(init_fn, tx.update)
