@@ -37,7 +37,7 @@ import optax
 from galore_optax import transform
 from galore_optax.accumulation import first_of_chain
 from galore_optax.options import Options
-from galore_optax.projection import Axes
+from galore_optax.projection import Axes, Projection
 from galore_optax.refresh import Staggered
 from galore_optax.residual import Residual
 from galore_optax.selection import Targets
@@ -137,6 +137,19 @@ def galore(
   if inner is None:
     return Stage(options)
   return transform.projected(inner, options)
+
+
+def projections_of(tree: Any, **options: Any) -> list[Projection | None]:
+  """Returns how a `galore` with these options projects each leaf of a tree.
+
+  >>> import jax.numpy as jnp
+  >>> (p,) = projections_of({'w': jnp.ones((4, 6))}, rank=2)
+  >>> p.low_shape
+  (2, 6)
+  """
+  stage = galore(**options)
+  assert isinstance(stage, Stage)
+  return stage.options.projections(tree)
 
 
 def names_options(preset: Preset) -> Preset:

@@ -6,8 +6,7 @@ import jax
 import optax
 
 from galore_optax import selection
-from galore_optax.galore import Stage, galore
-from galore_optax.options import Options
+from galore_optax.galore import galore, projections_of
 from galore_optax.residual import Sgd, Sign
 from galore_optax.selection import Targets
 from galore_optax.subspace import SUBSPACES, Subspace
@@ -87,12 +86,9 @@ def _of_stacks(
   stage: optax.GradientTransformation, options: dict[str, Any]
 ) -> optax.GradientTransformation:
   """Returns the stage; its `init` raises for a target that is no stack."""
-  unapplied = galore(**options)
-  assert isinstance(unapplied, Stage)
-  projections_of = unapplied.options.projections
 
   def init_fn(params: optax.Params) -> Any:
-    for p in projections_of(params):
+    for p in projections_of(params, **options):
       if p and len(p.shape) == len(selection.own_axes(p.path, len(p.shape))):
         raise ValueError(
           "subspace='blocks' picks layers of stacks [L, in, out], got"
@@ -127,9 +123,7 @@ def partition(
 
   def labels(params: optax.Params) -> Any:
     if targets is None or callable(targets):
-      whole = Options(
-        1.0, 1, 1.0, 'std', 'svd', None, 'keep', targets, None
-      ).projections(params)
+      whole = projections_of(params, rank=1.0, targets=targets)
       marks = [projection is not None for projection in whole]
     else:
       patterns = [targets] if isinstance(targets, str) else list(targets)

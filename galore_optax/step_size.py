@@ -13,7 +13,7 @@ import optax
 
 from galore_optax import decay, selection
 from galore_optax.accumulation import Accumulating, accumulating
-from galore_optax.galore import Stage, galore
+from galore_optax.galore import galore, projections_of
 from galore_optax.precision import full
 from galore_optax.projection import Projection
 
@@ -85,9 +85,6 @@ def galore_with_step_sizes(
     >>> params = {'w': jnp.full((4, 6), 3.0)}
     >>> updates, state = tx.update(params, tx.init(params), params)
   """
-  stage = galore(**options)
-  assert isinstance(stage, Stage)
-  projections_of = stage.options.projections
   tx = galore(inner, **options)
 
   def update_fn(
@@ -103,7 +100,7 @@ def galore_with_step_sizes(
       )
     lr = decay.rate_at(learning_rate, state.count)
     weights, treedef = jax.tree.flatten(params)
-    projections = projections_of(params)
+    projections = projections_of(params, **options)
     sizes = [
       lr * _parameter_scale(name, p, w, parameter_floor)
       for name, p, w in zip(
