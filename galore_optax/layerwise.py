@@ -73,44 +73,36 @@ def layerwise(
 ) -> 'Layerwise':
   """Makes a training step that updates every layer as its gradient appears.
 
-  Between the two passes only the input of each block is kept; the reverse
-  loop recomputes one block, takes its gradient, updates that layer in place
-  and moves on. The result is that of the whole-tree step (differentiate the
-  composition, `tx.update`, `optax.apply_updates`) for every `tx` that treats
-  leaves one by one and their leading axes as batch; `layer=`, the index of
-  the layer, reaches `tx.update` as an extra argument. Jit the step and donate
-  `params` and `state`, or nothing happens in place.
+  Only the input of each block is kept; the reverse loop recomputes a block,
+  takes its gradient, updates that layer in place and moves on. The result is
+  that of the whole-tree step for every `tx` that treats leaves one by one and
+  their leading axes as batch; `layer=`, the layer's index, reaches `tx.update`
+  as an extra argument. Jit the step and donate `params` and `state`.
 
   Args:
     model: the three functions of `Layers`.
     tx: any optax transformation.
-    clip_norm: largest global norm of the gradient, or None. Taken from `tx`
-      if that is `clipped`.
-    clip: where that norm comes from: 'exact' runs the backward pass twice, as
-      LOMO does; 'previous' takes the norm of the step before (of this step at
-      the first one) and costs nothing.
-    microbatches: the batch is passed through the model in this many parts.
-      Each layer's gradient is summed over the parts, in float32, before its
-      update, so that a refresh sees the gradient of the whole batch and no
-      second layer's gradient is ever held. The inputs of the blocks are kept
-      for the whole batch, or for each part of it that `accumulate` makes.
-    accumulate: the batch is cut into this many parts first, which pass through
-      the model forward and back one after another. Their projected gradients
-      are summed for all layers, which is exact: between two refreshes the
-      projection is linear. A refresh sees the gradient of the first part
-      alone. The norm to clip by is that of what is summed. `tx` must be a
-      `galore` without a residual rule, or start with one in `optax.chain`.
+    clip_norm: largest global norm of the gradient; that of `tx` if `clipped`.
+    clip: 'exact' finds that norm by a backward pass of its own, as LOMO does;
+      'previous' takes that of the step before, after the first, at no cost.
+    microbatches: parts of a batch, over which each layer's gradient is summed,
+      in float32, before its update: a refresh sees the whole batch, whose
+      inputs of the blocks are all kept.
+    accumulate: parts that a batch is cut into before, which pass forward and
+      back one after another; their projected gradients are summed for all
+      layers. A refresh sees the first part alone, and the norm to clip by is
+      that of the sums. `tx` must be a `galore` without a residual rule, or
+      start with one in `optax.chain`.
     sums_dtype: of these sums; bfloat16 sums are rounded stochastically.
-    slices: weights outside the stack that are updated in this many slices of
-      their leading axis, each with a state of its own, by path: bounds the
-      scratch of a large vocabulary where `tx` works element by element.
+    slices: by path, the number of slices of its leading axis in which a weight
+      outside the stack is updated, each with its own state: bounds the scratch
+      of a large vocabulary where `tx` works element by element.
     weights: how weights are stored; default, as the arrays they are.
 
   Returns:
     An object with `init(params) -> state` and `(params, state, batch) ->
-    (params, state, metrics)`. Metrics are `loss`, the mean over microbatches;
-    `grad_norm`, before clipping; and the sum of what `model.loss` returns
-    beside the loss.
+    (params, state, metrics)`. Metrics are `loss`, a mean; `grad_norm`, before
+    clipping; and sums of what `model.loss` returns beside the loss.
 
   Example:
     >>> class Linear:
@@ -128,8 +120,7 @@ def layerwise(
     1.0 (3, 2, 2)
 
   References:
-    Lv et al., Full Parameter Fine-tuning for Large Language Models with
-    Limited Resources, 2023 <https://arxiv.org/abs/2306.09782>.
+    Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023.
   """
   if isinstance(tx, clipping.ClippedTransformation):
     if clip_norm is not None:
@@ -138,13 +129,6 @@ def layerwise(
         'give one of the two'
       )
     clip_norm, tx = tx.clip_norm, tx.rule
-  if clip not in ('exact', 'previous'):
-    raise ValueError(f"clip must be 'exact' or 'previous', got {clip!r}")
-  if accumulate > 1 and not isinstance(tx, Accumulating):
-    raise ValueError(
-      f'accumulate={accumulate} sums projected gradients: tx must be a galore'
-      ' without a residual rule; microbatches work with any'
-    )
   return Layerwise(
     model=model,
     tx=optax.with_extra_args_support(tx),
@@ -171,6 +155,16 @@ class Layerwise:
   sums_dtype: Any
   slices: dict[str, int]
   weights: Weights
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for options that do not go together."""
+    if self.clip not in ('exact', 'previous'):
+      raise ValueError(f"clip must be 'exact' or 'previous', got {self.clip!r}")
+    if self.accumulate > 1 and not isinstance(self.tx, Accumulating):
+      raise ValueError(
+        f'accumulate={self.accumulate} sums projected gradients: tx must be a'
+        ' galore without a residual rule; microbatches work with any'
+      )
 
   def init(self, params: PyTree) -> LayerwiseState:
     """Returns the state before the first step."""
@@ -253,7 +247,7 @@ class Layerwise:
         new, inner = update((stacks.take(stack, layer), inner), grad, layer)
         return stacks.put(stack, new, layer), inner
       new = update(parts.at(name, entry, layer), grad, layer)
-      return stacks.put(entry, new, layer) if parts.in_stack(name) else new
+      return parts.put(name, entry, new, layer)
 
     entries = {name: (w, state.inner[name]) for name, w in weights.items()}
     return backward(x, entries, read, visit)

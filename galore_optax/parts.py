@@ -55,3 +55,10 @@ def in_stack(name: str) -> bool:
 def at(name: str, entry: PyTree, layer: jax.Array | int) -> PyTree:
   """Returns one layer of a stacked entry, or an entry that is no stack."""
   return stacks.take(entry, layer) if in_stack(name) else entry
+
+
+def put(
+  name: str, entry: PyTree, new: PyTree, layer: jax.Array | int
+) -> PyTree:
+  """Returns a stacked entry with one layer replaced, or what is no stack."""
+  return stacks.put(entry, new, layer) if in_stack(name) else new

@@ -100,7 +100,7 @@ def _summed(layers, tree, weights, entries, batch, key):
       grad, _ = _compressed(layers, tree, name, grad, inner, layer)
     noise = tree.key(jax.random.fold_in(key, number), name, layer)
     new = (inner, apply_updates_stochastic(total, grad, noise))
-    return stacks.put(entry, new, layer) if parts.in_stack(name) else new
+    return parts.put(name, entry, new, layer)
 
   def part(entries, numbered):
     number, part = numbered
