@@ -133,22 +133,25 @@ class Walk:
       body = lambda i, carry: visited(num_layers - 1 - i, carry)
       return lax.fori_loop(0, num_layers, body, carry)
 
-    def passed(top, bottom, carry):
-      """Takes the cotangents from below `top` to above `bottom`."""
-      _, entries, _ = carry
+    def passed(layer, last, carry):
+      """Takes the cotangents past the layers above `last`; returns it too."""
+      dx, entries, squares = carry
 
-      def body(i, dx):
-        layer = top - 1 - i
+      def body(passing):
+        layer, dx = passing
         weights = [
           read(e, n, layer) for e, n in zip(entries, names, strict=True)
         ]
-        return self._passed(names, weights, inputs(layer), dx)
+        return layer - 1, self._passed(names, weights, inputs(layer), dx)
 
-      dx = lax.fori_loop(0, top - 1 - bottom, body, carry[0])
-      return dx, *carry[1:]
+      # The layer that the loop ends at, so that reads of it wait for the loop.
+      layer, dx = lax.while_loop(lambda c: c[0] > last, body, (layer, dx))
+      return layer, (dx, entries, squares)
 
-    carry = visited(active, passed(num_layers, active, carry))
-    return passed(active, -1, carry) if to_embed else carry
+    top = jnp.full_like(active, num_layers - 1)
+    active, carry = passed(top, active, carry)
+    carry = visited(active, carry)
+    return passed(active - 1, -1, carry)[1] if to_embed else carry
 
   def _block(self, names, weights, moving, x):
     params = self.tree.build(dict(zip(names, weights, strict=True)))
