@@ -7,6 +7,7 @@ the weight gradient of the layer whose turn it is and of no other.
 Axes: L layers, the leading axis of a stack.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,6 +56,20 @@ class OneBlock(optax.GradientTransformationExtraArgs):
   def active(self, count: jax.Array, num_layers: int) -> jax.Array:
     """Returns the layer whose turn it is: [], int32."""
     return self.turns.at(count // self.switch_every, 1, num_layers)[0]
+
+  def check_blocks(
+    self, names: list[str], in_stack: Callable[[str], bool]
+  ) -> None:
+    """Raises ValueError where the blocks are not the layers of a model."""
+    odd = [
+      n for n in names if in_stack(n) != bool(re.fullmatch(self.blocks, n))
+    ]
+    if odd:
+      raise ValueError(
+        f'blocks {self.blocks!r} must match the whole layer stack, blocks/..., '
+        'and nothing else where layers are updated one by one; not so for '
+        + ', '.join(odd)
+      )
 
 
 def one_block(

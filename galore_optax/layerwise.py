@@ -169,6 +169,8 @@ class Layerwise:
   def init(self, params: PyTree) -> LayerwiseState:
     """Returns the state before the first step."""
     tree = parts.Parts(params)
+    if isinstance(self.tx, OneBlock):
+      self.tx.check_blocks(tree.names, parts.in_stack)
     # A target that matches nothing anywhere is told here: `tx` is strict only
     # where it sees the whole tree.
     jax.eval_shape(

@@ -23,14 +23,7 @@ from tests.galore_optax.test_layerwise import (
 
 def seed_rule():
   """A basis that no gradient changes: nothing but the sums can differ."""
-  return galore_optax.galore(
-    optax.sgd(0.1, momentum=0.9),
-    rank=3,
-    gap=2,
-    scale=1.0,
-    subspace='random',
-    targets=['blocks/.*'],
-  )
+  return galore_rule(subspace='random')
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_grad_norm_is_that_of_the_whole_gradient():
   assert state.norm == metrics['grad_norm']
 
 
-def galore_rule():
+def galore_rule(**options):
   # Momentum is linear: rounding does not grow as in Adam, where an entry that
   # is nearly zero may change sign.
   return galore_optax.galore(
@@ -128,6 +128,7 @@ def galore_rule():
     gap=2,
     scale=1.0,
     targets=['blocks/.*'],
+    **options,
   )
 
 
@@ -311,3 +312,8 @@ def test_rejects_what_it_cannot_do():
     layerwise(
       Residual(), galore_optax.galore(optax.sgd(0.1), rank=2, targets=['x'])
     ).init(make_params())
+  part = layerwise(Residual(), galore_optax.badam(0.1, blocks='blocks/u'))
+  with pytest.raises(
+    ValueError, match=r'whole layer stack.*not so for blocks/w'
+  ):
+    part.init(make_params())
