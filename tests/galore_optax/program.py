@@ -1,9 +1,13 @@
 """What the tests of methods run: small odd trees, and one compiled loop."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from galore_optax import Svd
 
 SHAPES = {'tall': (13, 7), 'wide': (6, 11), 'square': (8, 8), 'vector': (5,)}
 MATRICES = ('tall', 'wide', 'square')
@@ -11,6 +15,10 @@ MATRICES = ('tall', 'wide', 'square')
 
 def normal(shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape)
+
+
+def normal32(shape, seed=0):
+  return jnp.asarray(normal(shape, seed), jnp.float32)
 
 
 def tree(shapes=SHAPES, seed=0, leading=(), dtype=None):
@@ -49,3 +57,14 @@ class Adam:
     self.v = self.b2 * self.v + (1 - self.b2) * g * g
     root = np.sqrt(self.v) / np.sqrt(1 - self.b2**self.t)
     return self.m / (1 - self.b1**self.t) / (root + self.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gauge:
+  """The span of the singular vectors, in a random orthogonal gauge."""
+
+  def __call__(self, g_mn, basis_rm, key):
+    basis_rm = Svd()(g_mn, basis_rm, key)
+    r = basis_rm.shape[0]
+    q_rr, _ = jnp.linalg.qr(jax.random.normal(key, (r, r)))
+    return q_rr @ basis_rm

@@ -1,6 +1,10 @@
-"""Fira and APOLLO in NumPy, from their equations."""
+"""Fira and APOLLO in NumPy, from their equations; their state in 8 bits."""
 
+import jax.numpy as jnp
 import numpy as np
+
+from galore_optax import describe, quantize_state, scale_by_galore_adam
+from tests.galore_optax.program import normal32, trajectory
 
 WARM_UP_STEPS = 4
 
@@ -70,3 +74,24 @@ def run(make, weights, grads, basis, steps, decay, *, restart_every=None):
       w[name] = (w[name] - lr * u) * (1 - lr * decay)
     trail.append(dict(w))
   return {name: np.stack([x[name] for x in trail]) for name in w}
+
+
+def in_eight_bits(make, shape, steps=6):
+  """Returns how far a method with 8-bit moments is from one without.
+
+  Args:
+    make: the method, given its inner.
+    shape: of a weight.
+    steps: updates.
+
+  Returns:
+    distance / movement after each step, and the bytes of state.
+  """
+  grads, w = {'w': normal32((steps, *shape))}, {'w': jnp.zeros(shape)}
+  low = make(quantize_state(scale_by_galore_adam()))
+  (ours, _), (want, _) = (
+    trajectory(tx, w, grads) for tx in (low, make(scale_by_galore_adam()))
+  )
+  apart = np.linalg.norm(ours['w'] - want['w'], axis=(1, 2))
+  (row,) = describe(low, w)
+  return apart / np.linalg.norm(want['w'], axis=(1, 2)), row.bytes

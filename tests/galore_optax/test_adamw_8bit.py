@@ -3,25 +3,21 @@
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from galore_optax import galore_adamw, galore_adamw_8bit
 from galore_optax.blockwise import Quantized
 from models.llama import Layers, llama
+from tests.galore_optax.program import normal32
 
 OPTIONS = dict(rank=9, gap=2, weight_decay=0.1)
-
-
-def normal(shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
 
 
 def tree(seed=0):
   """A stack and a matrix whose moments have 4096 elements and more."""
   return {
-    'stack': normal((3, 12, 600), seed),
-    'tall': normal((560, 13), seed + 1),
-    'bias': normal(7, seed + 2),
+    'stack': normal32((3, 12, 600), seed),
+    'tall': normal32((560, 13), seed + 1),
+    'bias': normal32(7, seed + 2),
   }
 
 

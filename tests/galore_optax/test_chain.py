@@ -9,6 +9,7 @@ import pytest
 
 import galore_optax
 from galore_optax import galore
+from tests.galore_optax.program import normal32
 
 optax_chain = optax.chain.__wrapped__
 BOTH_SPELLINGS = (
@@ -17,12 +18,12 @@ BOTH_SPELLINGS = (
 )
 
 
-def normal(shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
-
-
 def params():
-  return {'up': normal((11, 17)), 'down': normal((17, 11), 1), 'b': normal(5)}
+  return {
+    'up': normal32((11, 17)),
+    'down': normal32((17, 11), 1),
+    'b': normal32(5),
+  }
 
 
 def gradients(step=0):

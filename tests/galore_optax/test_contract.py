@@ -3,13 +3,13 @@
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_optax import galore, galore_adamw
+from tests.galore_optax.program import normal32
 
 KINDS = {
   'keep': lambda: galore(optax.adamw(0.1), rank=4, gap=2),
@@ -28,16 +28,12 @@ every_kind = pytest.mark.parametrize(
 )
 
 
-def normal(shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
-
-
 def params(dtype=jnp.float32):
   tree = {
-    'blocks': {'up': normal((2, 9, 13)), 'norm': normal((2, 9), 1)},
-    'down': normal((17, 7), 2),
-    'bias': normal((5,), 3),
-    'scalar': normal((), 4),
+    'blocks': {'up': normal32((2, 9, 13)), 'norm': normal32((2, 9), 1)},
+    'down': normal32((17, 7), 2),
+    'bias': normal32((5,), 3),
+    'scalar': normal32((), 4),
   }
   return jax.tree.map(lambda x: x.astype(dtype), tree)
 
@@ -163,7 +159,7 @@ def test_orbax_brings_the_state_back(kind, tmp_path):
 )
 def test_eight_devices_are_one(spec):
   mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
-  w = {'wide': normal((16, 24)), 'stack': normal((2, 24, 16), 1)}
+  w = {'wide': normal32((16, 24)), 'stack': normal32((2, 24, 16), 1)}
   put = lambda tree: {
     k: jax.device_put(
       x, NamedSharding(mesh, PartitionSpec(*(None,) * (x.ndim - 2), *spec))

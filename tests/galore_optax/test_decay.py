@@ -9,20 +9,17 @@ import optax
 import pytest
 
 from galore_optax import decay, galore
+from tests.galore_optax.program import normal32
 
 LR = 0.1
 
 
-def normal(shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
-
-
 def model(dtype=jnp.float32):
   return {
-    'up': {'kernel': normal((11, 17)).astype(dtype)},
-    'down': {'kernel': normal((17, 11), 1).astype(dtype)},
-    'stack': normal((2, 9, 13), 2).astype(dtype),
-    'norm': normal((13,), 3).astype(dtype),
+    'up': {'kernel': normal32((11, 17)).astype(dtype)},
+    'down': {'kernel': normal32((17, 11), 1).astype(dtype)},
+    'stack': normal32((2, 9, 13), 2).astype(dtype),
+    'norm': normal32((13,), 3).astype(dtype),
   }
 
 
@@ -91,7 +88,7 @@ def test_a_whole_trajectory_with_decay_follows_float64(dtype):
   moments = {k: [0.0, 0.0] for k in params}
   for t in range(7):
     gradients = {
-      k: {'kernel': normal(v['kernel'].shape, 50 + t).astype(dtype)}
+      k: {'kernel': normal32(v['kernel'].shape, 50 + t).astype(dtype)}
       for k, v in params.items()
     }
     updates, state = step(gradients, state, seen)
@@ -204,7 +201,7 @@ def test_an_unprojected_leaf_may_have_any_inner():
 
 
 def test_a_traced_learning_rate_is_no_obstacle():
-  params = {'w': normal((7, 9))}
+  params = {'w': normal32((7, 9))}
 
   def first_update(lr):
     tx = galore(optax.adamw(lr, weight_decay=0.1), rank=3)

@@ -9,12 +9,9 @@ import pytest
 
 from galore_optax import galore
 from galore_optax.projection import SIDES
+from tests.galore_optax.program import normal
 
 SHAPES = {'tall': (47, 19), 'wide': (21, 53), 'square': (29, 29)}
-
-
-def normal(shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape)
 
 
 def tree(shapes=SHAPES, seed=0, leading=()):

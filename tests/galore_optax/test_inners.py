@@ -8,16 +8,13 @@ import optax
 import pytest
 
 from galore_optax import galore
+from tests.galore_optax.program import normal32
 
 SHAPES = {'wide': (7, 11), 'tall': (13, 5), 'bias': (6,)}
 
 
-def normal(shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
-
-
 def tree(seed=0):
-  return {k: normal(s, seed + i) for i, (k, s) in enumerate(SHAPES.items())}
+  return {k: normal32(s, seed + i) for i, (k, s) in enumerate(SHAPES.items())}
 
 
 def warmup(count):

@@ -1,7 +1,5 @@
 """Subspaces that are found less often the less they move."""
 
-import dataclasses
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,17 +8,7 @@ import optax
 
 from galore_optax import Svd, galore
 from galore_optax.lazy import Lazy
-
-
-@dataclasses.dataclass(frozen=True)
-class Gauge:
-  """The span of the singular vectors, in a random orthogonal gauge."""
-
-  def __call__(self, g_mn, basis_rm, key):
-    basis_rm = Svd()(g_mn, basis_rm, key)
-    r = basis_rm.shape[0]
-    q_rr, _ = jnp.linalg.qr(jax.random.normal(key, (r, r)))
-    return q_rr @ basis_rm
+from tests.galore_optax.program import Gauge
 
 
 def _run(moving, steps, finder=Svd()):  # noqa: B008

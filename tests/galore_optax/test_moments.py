@@ -8,16 +8,13 @@ import optax
 import pytest
 
 from galore_optax import galore, moments
+from tests.galore_optax.program import normal32
 
 PARAMS = {'w': (7, 9), 'stack': (2, 11, 5), 'b': (4,)}
 
 
-def normal(shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
-
-
 def tree(seed=0):
-  return {k: normal(s, seed + i) for i, (k, s) in enumerate(PARAMS.items())}
+  return {k: normal32(s, seed + i) for i, (k, s) in enumerate(PARAMS.items())}
 
 
 def states(inner, steps, **options):
@@ -142,6 +139,6 @@ def test_a_restart_zeroes_moments_and_their_counters():
 
 def test_a_bare_array_restarts_too():
   inner = optax.adam(0.1)
-  _, state = inner.update(normal((3, 5)), inner.init(jnp.zeros((3, 5))))
+  _, state = inner.update(normal32((3, 5)), inner.init(jnp.zeros((3, 5))))
   again = moments.restart(inner, state, jnp.zeros((3, 5)))
   chex.assert_trees_all_equal(again, inner.init(jnp.zeros((3, 5))))

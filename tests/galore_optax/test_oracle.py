@@ -5,22 +5,18 @@ import types
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from optax.contrib import _galore as theirs
 
 from galore_optax import galore, subspace
+from tests.galore_optax.program import normal32
 
 # A tie it gives to the rows, the PyTorch reference to the output axis.
 SHAPES = {'tall': (23, 11), 'wide': (11, 29), 'bias': (5,)}
 
 
-def normal(shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
-
-
 def tree(seed=0):
-  return {k: normal(s, seed + i) for i, (k, s) in enumerate(SHAPES.items())}
+  return {k: normal32(s, seed + i) for i, (k, s) in enumerate(SHAPES.items())}
 
 
 def positive_peaks(x, axis):

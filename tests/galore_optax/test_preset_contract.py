@@ -7,13 +7,13 @@ layers of a stack, so that no loop over its layers, one by one, is the same.
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import galore_optax as go
+from tests.galore_optax.program import normal32
 from tests.galore_optax.test_layerwise import (
   Residual,
   make_params,
@@ -78,22 +78,18 @@ def each(names, *, quick):
   )
 
 
-def normal(shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
-
-
 def stack():
   return {
     'blocks': {
-      'up': normal((L, 6, 11)),
-      'down': normal((L, 11, 6), 1),
-      'norm': normal((L, 6), 2),
+      'up': normal32((L, 6, 11)),
+      'down': normal32((L, 11, 6), 1),
+      'norm': normal32((L, 6), 2),
     }
   }
 
 
 def params(dtype=jnp.float32):
-  rest = {'embed': normal((13, 6), 3), 'bias': normal((5,), 4)}
+  rest = {'embed': normal32((13, 6), 3), 'bias': normal32((5,), 4)}
   return jax.tree.map(lambda x: x.astype(dtype), stack() | rest)
 
 
@@ -180,7 +176,7 @@ def test_a_stack_is_a_loop_over_its_layers(name):
 @each(PRESETS, quick=['fira', 'adalomo-clipped'])
 def test_eight_devices_are_one(name):
   mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
-  w = {'blocks': {'up': normal((2, 16, 24))}, 'embed': normal((24, 16), 1)}
+  w = {'blocks': {'up': normal32((2, 16, 24))}, 'embed': normal32((24, 16), 1)}
   if name == 'frugal-blocks':
     tx = frugal('blocks', targets='blocks/up')()
   else:

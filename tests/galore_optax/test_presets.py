@@ -10,10 +10,7 @@ import pytest
 
 from galore_optax import galore, galore_adamw, scale_by_galore_adam
 from galore_optax.decay import decay_updated_weights
-
-
-def normal(shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape)
+from tests.galore_optax.program import normal
 
 
 def test_adam_with_eps_before_the_bias_correction():

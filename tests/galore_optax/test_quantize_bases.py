@@ -10,16 +10,13 @@ import pytest
 from galore_optax import Coordinates, Lazy, galore
 from galore_optax.blockwise import Quantized, dequantize
 from galore_optax.weights import quantize_bases
+from tests.galore_optax.program import normal32
 
 every_width = pytest.mark.parametrize('bits', [8, 4])
 
 
-def normal(shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
-
-
 def params():
-  return {'stack': normal((2, 21, 33)), 'tall': normal((41, 13), 1)}
+  return {'stack': normal32((2, 21, 33)), 'tall': normal32((41, 13), 1)}
 
 
 def is_code(x):

@@ -1,40 +1,21 @@
 """Moments carried across a refresh."""
 
-import dataclasses
-
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from galore_optax import Staggered, Svd, galore
+from galore_optax import Staggered, galore
+from tests.galore_optax.program import Gauge, normal32
 
-
-@dataclasses.dataclass(frozen=True)
-class Gauge:
-  """The span of the singular vectors, in a random orthogonal gauge."""
-
-  def __call__(self, g_mn, basis_rm, key):
-    basis_rm = Svd()(g_mn, basis_rm, key)
-    r = basis_rm.shape[0]
-    q_rr, _ = jnp.linalg.qr(jax.random.normal(key, (r, r)))
-    return q_rr @ basis_rm
-
-
-def _normal(*shape, seed=0):
-  return jnp.asarray(
-    np.random.default_rng(seed).normal(size=shape), jnp.float32
-  )
-
-
-PARAMS = {'q': _normal(3, 11, 17), 't': _normal(19, 13), 'b': _normal(5)}
+PARAMS = {
+  'q': normal32((3, 11, 17)),
+  't': normal32((19, 13)),
+  'b': normal32((5,)),
+}
 GRADS = [
-  {
-    k: _normal(*p.shape, seed=10 * t + i)
-    for i, (k, p) in enumerate(PARAMS.items())
-  }
+  {k: normal32(p.shape, 10 * t + i) for i, (k, p) in enumerate(PARAMS.items())}
   for t in range(8)
 ]
 

@@ -15,19 +15,16 @@ from flax.core import FrozenDict
 from flax.training.train_state import TrainState
 
 from galore_optax import galore, galore_adamw
+from tests.galore_optax.program import normal32
 
 OPTIONS = {'rank': 3, 'gap': 2}
 
 
-def normal(shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
-
-
 def tree(seed=0):
   return {
-    'w': normal((7, 11), seed),
-    'v': normal((13, 5), seed + 1),
-    'b': normal(6),
+    'w': normal32((7, 11), seed),
+    'v': normal32((13, 5), seed + 1),
+    'b': normal32(6),
   }
 
 
@@ -183,8 +180,8 @@ class Module:
 
 
 def test_a_module_that_is_a_pytree():
-  leaf = Module(normal((13, 5), 1), None)
-  params = Module(normal((7, 11)), normal(6), (leaf, leaf))
+  leaf = Module(normal32((13, 5), 1), None)
+  params = Module(normal32((7, 11)), normal32(6), (leaf, leaf))
   tx = galore(optax.adamw(0.1), targets=r'children/.*/weight', **OPTIONS)
   trail, state = run(tx, params=params)
   assert isinstance(trail[0], Module)
@@ -197,9 +194,9 @@ def test_a_module_that_is_a_pytree():
 
 def test_a_haiku_dict_has_slashes_in_its_keys():
   params = {
-    'mlp/~/linear_0': {'w': normal((7, 11)), 'b': normal(11)},
-    'mlp/~/layer_norm': {'scale': normal(7), 'offset': normal(7)},
-    'mlp/~/embed': {'embeddings': normal((13, 5))},
+    'mlp/~/linear_0': {'w': normal32((7, 11)), 'b': normal32(11)},
+    'mlp/~/layer_norm': {'scale': normal32(7), 'offset': normal32(7)},
+    'mlp/~/embed': {'embeddings': normal32((13, 5))},
   }
   _, state = run(direct(), params=params)
   bases = jax.tree_util.tree_leaves_with_path(state.basis)
@@ -216,7 +213,7 @@ class Linen(nn.Module):
     return nn.Dense(5, name='head')(nn.Dense(9)(x))
 
 
-X, Y = normal((16, 7), 8), normal((16, 5), 9)
+X, Y = normal32((16, 7), 8), normal32((16, 5), 9)
 
 
 def projected_names(basis):
