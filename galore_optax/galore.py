@@ -152,28 +152,40 @@ def projections_of(tree: Any, **options: Any) -> list[Projection | None]:
   return stage.options.projections(tree)
 
 
-def names_options(preset: Preset) -> Preset:
+def names_options(
+  *fixed: str, of: Callable[..., Any] = galore
+) -> Callable[[Preset], Preset]:
   """Names the options of `galore` where a preset hands on `**options`.
 
   `help` lists them, and `optax.inject_hyperparams` can pass them: it goes by
   the signature, and would pass `options={}`.
 
   Args:
-    preset: a function whose last parameter is `**options`.
+    *fixed: options that the preset sets itself, beside those it takes.
+    of: what the preset hands them on to.
+
+  Returns:
+    A decorator of functions whose last parameter is `**options`.
 
   Example:
-    >>> @names_options
+    >>> @names_options('side')
     ... def preset(learning_rate, **options):
-    ...   return galore(optax.sgd(learning_rate), **options)
-    >>> inspect.signature(preset).parameters['rank']
-    <Parameter "rank: int | float = 128">
+    ...   return galore(optax.sgd(learning_rate), side='left', **options)
+    >>> names = inspect.signature(preset).parameters
+    >>> names['rank'], 'side' in names
+    (<Parameter "rank: int | float = 128">, False)
   """
-  signature = inspect.signature(preset)
-  *own, _ = signature.parameters.values()
-  _, *options = inspect.signature(galore).parameters.values()
-  named = signature.replace(parameters=own + options)
-  vars(preset)['__signature__'] = named
-  return preset
+
+  def named(preset: Preset) -> Preset:
+    signature = inspect.signature(preset)
+    *own, _ = signature.parameters.values()
+    taken = {parameter.name for parameter in own} | {*fixed}
+    _, *options = inspect.signature(of).parameters.values()
+    own += [option for option in options if option.name not in taken]
+    vars(preset)['__signature__'] = signature.replace(parameters=own)
+    return preset
+
+  return named
 
 
 @functools.wraps(_optax_chain)

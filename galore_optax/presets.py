@@ -21,7 +21,7 @@ from galore_optax.subspace import Subspace
 from galore_optax.turns import Turns
 
 
-@names_options
+@names_options()
 def galore_adamw(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -65,7 +65,7 @@ def galore_adamw(
   )
 
 
-@names_options
+@names_options()
 def galore_adamw_8bit(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -130,7 +130,7 @@ def _galore_adamw(
   )
 
 
-@names_options
+@names_options()
 def galore_adafactor(
   learning_rate: optax.ScalarOrSchedule,
   *,

@@ -1,17 +1,17 @@
 """This module holds the methods that scale the gradient as Adam would."""
 
-import math
 from typing import Any
 
 import optax
 
 from galore_optax import adam, decay, inners
-from galore_optax.galore import galore
+from galore_optax.galore import galore, names_options
 from galore_optax.inners import Inner
 from galore_optax.residual import Scaled
 from galore_optax.subspace import Gaussian
 
 
+@names_options('residual')
 def fira(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -67,6 +67,7 @@ def fira(
   return _optimizer(stage, learning_rate, weight_decay)
 
 
+@names_options('subspace', 'residual')
 def apollo(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -119,13 +120,14 @@ def apollo(
     scale=0.0,
     subspace=Gaussian(seed),
     residual=Scaled(
-      whole=True, channels=channels, scale=math.sqrt(scale), limit=limit
+      whole=True, channels=channels, scale=scale**0.5, limit=limit
     ),
     **options,
   )
   return _optimizer(stage, learning_rate, weight_decay)
 
 
+@names_options('rank', 'channels', of=apollo)
 def apollo_mini(
   learning_rate: optax.ScalarOrSchedule,
   *,
