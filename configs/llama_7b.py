@@ -3,8 +3,9 @@
 Source: Zhao et al., GaLore, 2024: rank 1024, gap 500, scale 0.25, learning
 rate 0.005, batch 512, 256 tokens, 150,000 steps, bfloat16. Here the weights'
 sums are rounded stochastically, bases are stored in blocks of 8 bits, clipping
-is by the global norm of the step before, and a batch is 16 sequences: the
-inputs of all blocks are kept for the whole batch, which at 512 fits no card.
+is by the global norm of the step before, and a batch is 16 sequences. The
+paper's batch goes in parts, whose projected gradients are summed: add
+--batch-size 512 --update.accumulate 32 --update.sums bfloat16.
 
 Command: python -m train.pretrain configs/llama_7b.py
 (c4/en prepared by TFDS; --corpus.data-dir says where)

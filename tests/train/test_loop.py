@@ -6,15 +6,23 @@ import pytest
 from train import evaluate, loop
 
 
+@pytest.fixture
+def interrupts():
+  """A job in a shell's background starts with this signal ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures('interrupts')
 def test_the_second_signal_gets_the_handler_back():
-  before = signal.getsignal(signal.SIGINT)
   with loop.stop_signals() as stop:
     assert not stop.is_set()
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.is_set()
     with pytest.raises(KeyboardInterrupt):
       os.kill(os.getpid(), signal.SIGINT)
-  assert signal.getsignal(signal.SIGINT) is before
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_metrics_are_read_one_step_late():
