@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from galore_optax import Svd
 
@@ -26,6 +27,22 @@ def tree(shapes=SHAPES, seed=0, leading=(), dtype=None):
     name: jnp.asarray(normal((*leading, *shape), seed + i), dtype)
     for i, (name, shape) in enumerate(shapes.items())
   }
+
+
+def each(names, cases, *, quick):
+  """Parametrizes over cases; what is not quick waits for the slow tests."""
+  cases, quick = [*cases], [*quick]
+  assert all(case in cases for case in quick)
+  values = lambda case: case if isinstance(case, tuple) else (case,)
+  return pytest.mark.parametrize(
+    names,
+    [
+      pytest.param(
+        *values(case), marks=() if case in quick else [pytest.mark.slow]
+      )
+      for case in cases
+    ],
+  )
 
 
 @jax.jit(static_argnums=0)

@@ -1,5 +1,7 @@
 """Adafactor with GaLore: oracle, limits, stacks, state."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 
 import galore_optax
 from galore_optax import adafactor, galore_adafactor
+from tests.galore_optax.program import each
 
 SHAPES = {'tall': (11, 5), 'wide': (5, 9), 'square': (7, 7)}
 RANK, GAP, SCALE, STEPS = 3, 2, 0.25, 7  # Refreshes at steps 0, 2, 4 and 6.
@@ -83,9 +86,11 @@ def oracle(w, grads, *, b1, scale_parameter, weight_decay, is_projected=True):
     yield w
 
 
-@pytest.mark.parametrize('weight_decay', [0.0, 0.3])
-@pytest.mark.parametrize('scale_parameter', [False, True])
-@pytest.mark.parametrize('b1', [None, 0.9])
+@each(
+  'b1, scale_parameter, weight_decay',
+  itertools.product([None, 0.9], [False, True], [0.0, 0.3]),
+  quick=[(None, False, 0.0), (0.9, True, 0.3)],
+)
 def test_equals_float64_oracle(b1, scale_parameter, weight_decay):
   options = dict(
     b1=b1, scale_parameter=scale_parameter, weight_decay=weight_decay
@@ -188,8 +193,11 @@ def test_reset_starts_anew_at_a_refresh():
   chex.assert_trees_all_close(history[2:], again, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('b1', [None, 0.9])
-@pytest.mark.parametrize('scale_parameter', [False, True])
+@each(
+  'b1, scale_parameter',
+  itertools.product([None, 0.9], [False, True]),
+  quick=[(None, False), (0.9, True)],
+)
 def test_unprojected_equals_optax(b1, scale_parameter):
   # optax clips and scales whole leaves and decays without the learning rate:
   # they agree on single matrices and vectors, without decay.

@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import pytest
 
 from galore_optax import galore_adamw, galore_adamw_8bit
 from galore_optax.blockwise import Quantized
@@ -63,6 +64,7 @@ def test_codes_stand_for_the_moments_and_nothing_else_changes():
       assert off < 0.03
 
 
+@pytest.mark.slow
 def test_a_stack_is_its_layers():
   tx = galore_adamw_8bit(0.1, **OPTIONS)
   ours, state = trail(tx, pick=lambda tree: {'w': tree['stack']})

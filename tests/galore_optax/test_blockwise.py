@@ -73,7 +73,7 @@ def test_error_is_bounded_by_the_block(shape, code):
   assert np.all(error <= (gap / 2 + 1e-6) * absmax[block])
 
 
-@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('shape', [SHAPES[0], SHAPES[3]])
 @pytest.mark.parametrize('bits', [4, 8])
 @pytest.mark.parametrize('symmetric', [True, False])
 def test_linear_error_is_half_a_step(shape, bits, symmetric):

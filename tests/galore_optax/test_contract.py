@@ -21,7 +21,7 @@ every_kind = pytest.mark.parametrize(
   'kind',
   [
     'keep',
-    'reset',
+    pytest.param('reset', marks=pytest.mark.slow),
     pytest.param('full', marks=pytest.mark.slow),
     pytest.param('gram', marks=pytest.mark.slow),
   ],

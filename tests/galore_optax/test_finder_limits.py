@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from galore_optax import galore, subspace
+from tests.galore_optax.program import each
 
 KEY = jax.random.key(0)
 DENSE = ['svd', 'gram', 'randomized', 'power', 'random']
@@ -25,8 +26,8 @@ def gradients(bad):
   return grads
 
 
-@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize('name', STORED)
+@each('bad', [np.nan, np.inf, -np.inf], quick=[np.inf])
+@each('name', STORED, quick=['svd', 'power'])
 def test_a_basis_is_kept_and_the_skip_counted(name, bad):
   tx = galore(optax.sgd(1.0), rank=4, gap=1, subspace=name)
   state, step, trail = tx.init(gradients(bad)[0]), jax.jit(tx.update), []

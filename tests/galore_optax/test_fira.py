@@ -97,6 +97,7 @@ def test_any_adam_is_limited_as_the_papers_is():
   np.testing.assert_allclose(one['w'], two['w'], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_its_state_in_eight_bits():
   m, n, r = 64, 96, 48
   make = lambda inner: fira(0.1, rank=r, gap=3, scale=1.0, inner=inner)

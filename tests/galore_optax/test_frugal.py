@@ -13,6 +13,7 @@ from tests.galore_optax.program import (
   MATRICES,
   SHAPES,
   Adam,
+  each,
   normal,
   trajectory,
   tree,
@@ -140,13 +141,7 @@ CASES = [
 QUICK = [CASES[0], CASES[4], CASES[6], CASES[8]]
 
 
-@pytest.mark.parametrize(
-  'subspace, inner, residual, scale',
-  [
-    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-    for case in CASES
-  ],
-)
+@each('subspace, inner, residual, scale', CASES, quick=QUICK)
 def test_it_is_the_papers_algorithm(x64, subspace, inner, residual, scale):
   shapes = STACKS if subspace == 'blocks' else SHAPES
   weights, grads = tree(shapes), tree(shapes, seed=10, leading=(STEPS,))

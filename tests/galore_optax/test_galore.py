@@ -9,7 +9,7 @@ import pytest
 
 from galore_optax import galore
 from galore_optax.projection import SIDES
-from tests.galore_optax.program import normal
+from tests.galore_optax.program import each, normal
 
 SHAPES = {'tall': (47, 19), 'wide': (21, 53), 'square': (29, 29)}
 
@@ -54,7 +54,7 @@ def close(one, other, rtol=1e-11):
   chex.assert_trees_all_close(one, other, rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize('side', SIDES)
+@each('side', SIDES, quick=['std', 'full'])
 def test_low_rank_gradients_lose_nothing_under_sgd(side):
   r, steps = 5, 4
   grads = {
@@ -84,7 +84,7 @@ def test_gradients_in_one_subspace_lose_nothing_under_momentum(inner):
   close(ours, trajectory(inner, params, grads)[0])
 
 
-@pytest.mark.parametrize('side', SIDES)
+@each('side', SIDES, quick=['std', 'full'])
 def test_full_rank_with_a_stateless_inner_is_the_inner(side):
   params, grads = tree(), tree(leading=(3,), seed=7)
   for name, shape in SHAPES.items():
@@ -214,9 +214,10 @@ def test_rank_may_be_a_share_of_the_projected_side(side, rank):
   assert state.basis['w'].shape[0] == rank
 
 
-@pytest.mark.parametrize(
+@each(
   'side, subspace',
   [(side, 'svd') for side in SIDES] + [('reverse_std', 'gram')],
+  quick=[('std', 'svd'), ('reverse_std', 'gram')],
 )
 def test_rank_may_be_the_whole_shorter_side(side, subspace):
   # The PyTorch reference crashes on 'reverse_std' with a wide weight here.
@@ -285,9 +286,10 @@ def oracle(params, grads, *, rank, gap, scale, side, lr, decay, reset):
   return np.stack(updates)
 
 
-@pytest.mark.parametrize(
+@each(
   'side, moments',
   [(side, 'keep') for side in SIDES] + [('std', 'reset'), ('full', 'reset')],
+  quick=[('std', 'keep'), ('full', 'keep'), ('std', 'reset')],
 )
 def test_three_refreshes_follow_the_equations(side, moments):
   lr = optax.linear_schedule(0.0, 0.1, 20)

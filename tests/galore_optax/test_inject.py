@@ -42,7 +42,8 @@ every_preset = pytest.mark.parametrize(
   'preset',
   [
     pytest.param(
-      preset, marks=pytest.mark.slow if preset in (apollo, apollo_mini) else ()
+      preset,
+      marks=() if preset in (galore_adamw, fira) else pytest.mark.slow,
     )
     for preset in STATIC
   ],

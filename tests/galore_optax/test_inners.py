@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from galore_optax import galore
-from tests.galore_optax.program import normal32
+from tests.galore_optax.program import each, normal32
 
 SHAPES = {'wide': (7, 11), 'tall': (13, 5), 'bias': (6,)}
 
@@ -61,7 +61,11 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize('name', INNERS)
+@each(
+  'name',
+  INNERS,
+  quick=['sgd', 'adam', 'lion', 'adafactor', 'partition inside'],
+)
 def test_an_inner_sees_the_projected_gradients_and_no_more(name):
   """P^T inner(P g), by hand, over two refreshes."""
   inner, params = INNERS[name], tree()
@@ -108,7 +112,9 @@ WITH_DECAY = {
 }
 
 
-@pytest.mark.parametrize('name', WITH_DECAY)
+@each(
+  'name', WITH_DECAY, quick=['adamw', 'SGD, decay last', 'injected', 'lion']
+)
 def test_decay_of_an_inner_is_that_of_the_whole_weight(name):
   """The difference that params make is the inner's own on whole weights."""
   inner, params = WITH_DECAY[name](), tree()
@@ -127,6 +133,7 @@ def test_decay_of_an_inner_is_that_of_the_whole_weight(name):
   chex.assert_trees_all_close(ours, want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_lbfgs_needs_more_than_a_gradient():
   params = tree()
   tx = galore(optax.lbfgs(), rank=3)

@@ -13,6 +13,7 @@ from galore_optax.clipping import clip_coefficient, clipped
 from galore_optax.layerwise import layerwise
 from galore_optax.quantization import quantize_state
 from galore_optax.weights import is_stored, quantized
+from tests.galore_optax.program import each
 
 L, D, F, V = 3, 6, 11, 13
 
@@ -239,7 +240,7 @@ def test_weights_in_eight_bits_are_read_and_written():
   assert gap.max() > 0
 
 
-@pytest.mark.parametrize('train_rest', [False, True])
+@each('train_rest', [False, True], quick=[False])
 def test_badam_equals_the_whole_tree_step(train_rest):
   # SGD, whose rounding does not grow; each turn and one of the next cycle.
   tx = galore_optax.badam(

@@ -14,6 +14,7 @@ from galore_optax.quantization import (
   quantize,
   quantize_state,
 )
+from tests.galore_optax.program import each
 
 
 def is_quantized(x):
@@ -84,9 +85,10 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize(
+@each(
   'name, in_pieces',
   [(name, False) for name in INNERS] + [('adamw', True), ('partition', True)],
+  quick=[('adamw', False), ('sm3', False), ('partition', True)],
 )
 def test_leaf_by_leaf_equals_the_whole_tree(
   name, in_pieces, params, monkeypatch

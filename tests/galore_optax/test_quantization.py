@@ -9,6 +9,7 @@ import pytest
 
 from galore_optax import blockwise, galore
 from galore_optax.quantization import Quantized, dequantize, quantize_state
+from tests.galore_optax.program import each
 
 
 def is_quantized(x):
@@ -287,7 +288,7 @@ def test_state_survives_a_checkpoint(params, tmp_path):
   chex.assert_trees_all_equal(restored, state)
 
 
-@pytest.mark.parametrize('moments', ['keep', 'reset', 'rotate'])
+@each('moments', ['keep', 'reset', 'rotate'], quick=['rotate'])
 def test_galore_takes_it_as_inner(moments):
   rng = np.random.default_rng(0)
   params = {'w': jnp.asarray(rng.normal(size=(24, 512)), jnp.float32)}

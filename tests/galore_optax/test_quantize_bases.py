@@ -10,7 +10,7 @@ import pytest
 from galore_optax import Coordinates, Lazy, galore
 from galore_optax.blockwise import Quantized, dequantize
 from galore_optax.weights import quantize_bases
-from tests.galore_optax.program import normal32
+from tests.galore_optax.program import each, normal32
 
 every_width = pytest.mark.parametrize('bits', [8, 4])
 
@@ -51,10 +51,8 @@ def test_bytes_of_the_basis_of_a_real_weight(bits):
   assert sum(x.nbytes for x in jax.tree.leaves(basis)) == basis.nbytes
 
 
-@every_width
-@pytest.mark.parametrize(
-  'side', ['std', pytest.param('full', marks=pytest.mark.slow)]
-)
+@each('bits', [8, 4], quick=[4])
+@each('side', ['std', 'full'], quick=['std'])
 def test_a_basis_is_packed_when_it_is_found_and_stays(bits, side):
   tx = galore(optax.sgd(0.1), rank=5, gap=2, side=side)
   trail = run(quantize_bases(tx, bits=bits), 4)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from galore_optax import PowerIteration, frugal, galore
-from tests.galore_optax.program import normal, trajectory
+from tests.galore_optax.program import each, normal, trajectory
 
 W = {'w': jnp.zeros((6, 9)), 'b': jnp.zeros(4)}
 LR = optax.linear_schedule(0.0, 0.25, 4)
@@ -26,7 +26,7 @@ def gradients(steps):
   }
 
 
-@pytest.mark.parametrize('name', INNERS)
+@each('name', INNERS, quick=['adamw', 'momentum'])
 def test_the_sign_has_the_learning_rate_of_the_step(name):
   line = optax.chain(
     galore(rank=2, gap=9, side='left', subspace='coordinates', residual='sign'),

@@ -15,7 +15,7 @@ from flax.core import FrozenDict
 from flax.training.train_state import TrainState
 
 from galore_optax import galore, galore_adamw
-from tests.galore_optax.program import normal32
+from tests.galore_optax.program import each, normal32
 
 OPTIONS = {'rank': 3, 'gap': 2}
 
@@ -303,13 +303,14 @@ def train_nnx(model, tx):
   return optimizer
 
 
-@pytest.mark.parametrize(
+@each(
   'kind, targets, bases',
   [
     ('NNX', None, {(3, 7), (3, 11)}),
     ('NNX', 'up/kernel', {(3, 7)}),
     ('linen', None, {(3, 7), (3, 9)}),
   ],
+  quick=[('linen', None, {(3, 7), (3, 9)})],
 )
 def test_an_nnx_optimizer_learns(kind, targets, bases):
   if kind == 'NNX':

@@ -281,6 +281,7 @@ def test_scan_equals_a_loop_over_blocks_forward_and_backward():
   chex.assert_trees_all_close(stacked, grads['blocks'], **_FLOAT32)
 
 
+@pytest.mark.slow
 def test_recomputation_changes_memory_and_no_number():
   batch = _batch([64], num_rows=4)
   results, temps = [], []

@@ -74,7 +74,9 @@ def test_galore_takes_every_option(options):
   assert 0 not in sizes and sum(sizes) < 1848
 
 
-@pytest.mark.parametrize('basis_bits', [None, 4])
+@pytest.mark.parametrize(
+  'basis_bits', [pytest.param(None, marks=pytest.mark.slow), 4]
+)
 def test_galore_in_8_bits_is_the_preset(basis_bits):
   options = {'rank': 3, 'gap': 2, 'subspace': 'power', 'weight_decay': 0.1}
   optimizer = Galore8bit(basis_bits=basis_bits, **options)
