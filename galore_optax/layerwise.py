@@ -254,6 +254,14 @@ class Layerwise:
     entries = {name: (w, state.inner[name]) for name, w in weights.items()}
     return backward(x, entries, read, visit)
 
+  def sums(self, params: PyTree, state: LayerwiseState) -> list[jax.Array]:
+    """Returns the zeros that `accumulate` adds gradients to, for their size."""
+    if self.accumulate == 1:
+      return []
+    tree = parts.Parts(params)
+    slots = summing.start(self, tree, tree.weights(params), state)
+    return [zeros for zeros, _ in slots.values()]
+
   def walk(self, tree: parts.Parts, batch: PyTree) -> Walk:
     """Returns the way of a batch [N, ...] through the model."""
     batch = stacks.split(batch, self.microbatches)

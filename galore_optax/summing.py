@@ -41,10 +41,7 @@ def step(
     (stored weight, state of tx) by path; the metrics.
   """
   key = jax.random.fold_in(jax.random.key(0), state.count)
-  slots = {
-    name: _slot(layers, tree, name, stored, state.inner[name])
-    for name, stored in weights.items()
-  }
+  slots = start(layers, tree, weights, state)
   zeros = {name: zero for name, (zero, _) in slots.items()}
   inner, sums, metrics = _summed(
     layers, tree, weights, (state.inner, zeros), batch, key
@@ -78,6 +75,16 @@ def step(
 
   new = {name: updated(name) for name in weights}
   return new, {**metrics, 'grad_norm': norm}
+
+
+def start(
+  layers: Any, tree: parts.Parts, weights: dict[str, Any], state: Any
+) -> dict[str, tuple[jax.Array, bool]]:
+  """Returns by path the zeros that gradients are added to; if projected."""
+  return {
+    name: _slot(layers, tree, name, stored, state.inner[name])
+    for name, stored in weights.items()
+  }
 
 
 def _summed(layers, tree, weights, entries, batch, key):

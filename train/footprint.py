@@ -58,7 +58,7 @@ class Plan:
   moment_bytes: int
   """What the optimizer keeps of gradients, and its counters."""
   gradient_bytes: int
-  """Gradients that exist at once: all, or the largest one."""
+  """Gradients that exist at once: all, or the largest one and the sums."""
   activation_bytes: int
   """Inputs of the blocks, kept for the backward pass."""
   workspace_bytes: int
@@ -137,7 +137,7 @@ def make_plan(
   compiled = None if cards.estimate else compile_for(config, step, state, cards)
   share = lambda tree: jax.tree.map(lambda x: shard(x, cards.devices), tree)
   account = memory.account(share(state.params), share(state.optimizer))
-  gradients = gradient_bytes(config, cards.devices)
+  gradients = gradient_bytes(config, state, cards.devices)
   activations = activation_bytes(config) // cards.devices
   workspace = workspace_bytes(config)
   total = account.total + gradients + activations
@@ -230,14 +230,19 @@ def batch(config: Config) -> PyTree:
   return tokens | {'weights': jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
-def gradient_bytes(config: Config, devices: int) -> int:
-  """Returns the bytes of the gradients that exist at the same time."""
+def gradient_bytes(config: Config, state: step_lib.State, devices: int) -> int:
+  """Returns the bytes of the gradients, and sums, that exist at once."""
   shapes = jax.eval_shape(Layers(config.model).init, jax.random.key(0))
   leaves = [shard(x, devices) for x in jax.tree.leaves(shapes)]
+  size = lambda x: x.size * x.dtype.itemsize
   if isinstance(config.update, WholeTree):
-    return sum(x.size * x.dtype.itemsize for x in leaves)
-  per_layer = lambda x: x.size // (x.shape[0] if x.ndim == 3 else 1)
-  return max(per_layer(x) * x.dtype.itemsize for x in leaves)
+    return sum(map(size, leaves))
+  update = step_lib.make_layerwise(config)
+  sums = jax.eval_shape(update.sums, state.params, state.optimizer)
+  per_layer = lambda x: size(x) // (x.shape[0] if x.ndim == 3 else 1)
+  return max(map(per_layer, leaves)) + sum(
+    size(shard(x, devices)) for x in sums
+  )
 
 
 def activation_bytes(config: Config) -> int:

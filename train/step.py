@@ -57,18 +57,28 @@ def init_params(config: Config, key: jax.Array) -> PyTree:
 
 def build(config: Config) -> tuple[Init, Step]:
   """Returns what starts and what continues the training of a config."""
-  layers = Layers(config.model)
   schedule = config.schedule()
   if isinstance(config.update, WholeTree):
     tx = config.transformation()
     step = make_step(
-      layers, tx, schedule=schedule, microbatches=config.microbatches
+      Layers(config.model),
+      tx,
+      schedule=schedule,
+      microbatches=config.microbatches,
     )
     return lambda key: init(init_params(config, key), tx), step
+  update = make_layerwise(config)
+  step = make_layerwise_step(update, schedule=schedule)
+  return lambda key: init(init_params(config, key), update), step
+
+
+def make_layerwise(config: Config) -> Layerwise:
+  """Returns the layer-wise update of a config that has one."""
   update = config.update
-  update_layers = layerwise(
-    layers,
-    config.optimizer.build(schedule),
+  assert not isinstance(update, WholeTree)
+  return layerwise(
+    Layers(config.model),
+    config.optimizer.build(config.schedule()),
     clip_norm=config.clip_norm,
     clip=update.clip,
     microbatches=config.microbatches,
@@ -79,8 +89,6 @@ def build(config: Config) -> tuple[Init, Step]:
     else {},
     weights=config.weights(),
   )
-  step = make_layerwise_step(update_layers, schedule=schedule)
-  return lambda key: init(init_params(config, key), update_layers), step
 
 
 def make_layerwise_step(update: Layerwise, *, schedule: optax.Schedule) -> Step:

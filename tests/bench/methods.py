@@ -282,8 +282,6 @@ def row(name: str, runs: list[dict]) -> dict[str, Any]:
     'most': max(bits),
     'seeds': len(bits),
     'state_bytes': runs[0]['state_bytes'],
-    # What else runs on a machine only adds.
-    'seconds': min(run['seconds'] for run in runs),
   }
 
 
@@ -295,18 +293,16 @@ def markdown(size: Size, rows: list[dict[str, Any]]) -> str:
     f'A LLaMA of {count:,} parameters, {size.steps} steps of {size.batch_size}'
     f' x {size.sequence_length} tokens, rank {size.rank} or density 0.25, a'
     f' new subspace every {size.gap} steps; validation bits per byte at the'
-    ' best learning rate of seed 0, mean and range over seeds; seconds a step'
-    ' of the fastest run, refreshes included.',
+    ' best learning rate of seed 0, mean and range over seeds.',
     '',
-    '| method | learning rate | bits per byte | range | seeds | state bytes'
-    ' | s / step |',
-    '| --- | --- | --- | --- | --- | --- | --- |',
+    '| method | learning rate | bits per byte | range | seeds | state bytes |',
+    '| --- | --- | --- | --- | --- | --- |',
   ]
   for found in sorted(rows, key=lambda found: found['mean']):
     lines.append(
       f'| {found["method"]} | {found["rate"]:g} | {found["mean"]:.3f} |'
       f' {found["least"]:.3f} - {found["most"]:.3f} | {found["seeds"]} |'
-      f' {found["state_bytes"]:,} | {found["seconds"]:.3f} |'
+      f' {found["state_bytes"]:,} |'
     )
   return '\n'.join(lines) + '\n'
 

@@ -1,5 +1,6 @@
 """Byte arithmetic of the configs that are shipped, without the compiler."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -9,6 +10,7 @@ from train import step
 from train.command import load
 from train.footprint import Cards, make_plan, placed
 from train.optimizer import Galore
+from train.update import Layerwise
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHIPPED = {path.stem: path for path in sorted(ROOT.glob('configs/*.py'))}
@@ -46,6 +48,13 @@ GALORE = [
 ]
 
 
+def moment_elements(model, rank):
+  """Of one moment; q, k, v, o, gate, up and down are projected."""
+  d, f, layers = model.width, model.mlp_width, model.num_layers
+  low = layers * rank * (4 * d + 3 * f)
+  return low + 2 * model.vocab_size * d + (2 * layers + 1) * d
+
+
 @pytest.mark.parametrize('name', GALORE)
 def test_state_is_what_the_paper_counts(name):
   """Table 1: m r + 2 n r elements of a weight [m, n], m <= n."""
@@ -57,13 +66,25 @@ def test_state_is_what_the_paper_counts(name):
   plan = estimate(config)
   # q, k, v, o and gate, up, down: the width is the shorter side of all.
   assert plan.basis_bytes == size * layers * 7 * rank * d
-  low = layers * rank * (4 * d + 3 * f)
-  rest = 2 * model.vocab_size * d + (2 * layers + 1) * d
-  moments = 2 * 4 * (low + rest)
+  moments = 2 * 4 * moment_elements(model, rank)
   assert 0 <= plan.moment_bytes - moments < 1024  # counters, probes
   assert plan.vocabulary_bytes == size * 2 * model.vocab_size * d
   matrices = layers * (4 * d * d + 3 * d * f)
   assert plan.parameter_bytes == size * (matrices + (2 * layers + 1) * d)
+
+
+def test_sums_of_projected_gradients_are_counted():
+  config = dataclasses.replace(
+    load(str(SHIPPED['quickstart'])), optimizer=Galore(rank=64)
+  )
+  sums = {}
+  for parts, dtype in ((1, 'float32'), (2, 'float32'), (2, 'bfloat16')):
+    update = Layerwise(accumulate=parts, sums=dtype)
+    plan = estimate(dataclasses.replace(config, update=update))
+    sums[parts, dtype] = plan.gradient_bytes
+  elements = moment_elements(config.model, 64)
+  assert sums[2, 'float32'] - sums[1, 'float32'] == 4 * elements
+  assert sums[2, 'bfloat16'] - sums[1, 'float32'] == 2 * elements
 
 
 def test_cards_share_the_state():
