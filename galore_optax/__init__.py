@@ -45,6 +45,7 @@ from galore_optax.subspace import Svd as Svd
 from galore_optax.table import describe as describe
 from galore_optax.transform import GaloreState as GaloreState
 from galore_optax.turns import Turns as Turns
+from galore_optax.weights import quantize_bases as quantize_bases
 
 optax.chain = chain
 __doc__ = f'{__doc__}\n{methods.table()}\n'

@@ -103,8 +103,8 @@ def quantize_bases(
     group: elements that share a float32 scale.
 
   Example:
-    >>> import galore_optax
-    >>> tx = quantize_bases(galore_optax.galore(optax.sgd(0.1), rank=2))
+    >>> from galore_optax import galore, quantize_bases
+    >>> tx = quantize_bases(galore(optax.sgd(0.1), rank=2))
     >>> tx.init({'w': jnp.ones((512, 512))}).basis['w'].nbytes
     528
   """
