@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 PyTree = Any
 
@@ -17,7 +18,7 @@ def take(tree: PyTree, i: jax.Array | int) -> PyTree:
   {'w': Array([2, 3], dtype=int32)}
   """
   return jax.tree.map(
-    lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), tree
+    lambda a: _in_rows(lax.dynamic_index_in_dim(a, i, keepdims=False)), tree
   )
 
 
@@ -31,8 +32,18 @@ def put(tree: PyTree, one: PyTree, i: jax.Array | int) -> PyTree:
   Array([0., 0., 1.], dtype=float32)
   """
   return jax.tree.map(
-    lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), tree, one
+    lambda a, b: lax.dynamic_update_index_in_dim(a, _in_rows(b), i, 0),
+    tree,
+    one,
   )
+
+
+def _in_rows(a: jax.Array) -> jax.Array:
+  """Returns an array laid out in rows.
+
+  XLA would lay out a whole stack as a product likes one layer of it: a copy.
+  """
+  return with_layout_constraint(a, Layout(tuple(range(a.ndim))))
 
 
 def sliced(tree: PyTree, num: int) -> PyTree:

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from galore_optax import device
+from galore_optax import device, fira, frugal
 from galore_optax.galore import galore
 from galore_optax.gpus import GPUS
 from galore_optax.layerwise import layerwise
@@ -23,8 +23,18 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+RULES = {
+  'galore': lambda: galore(
+    optax.sgd(0.1), rank=64, gap=5, subspace=PowerIteration()
+  ),
+  # Their rest of the gradient likes other layouts.
+  'frugal': lambda: frugal(0.1, subspace=PowerIteration()),
+  'fira': lambda: fira(0.1, rank=64, subspace=PowerIteration()),
+}
+
+
 @functools.cache
-def compile_layers(num_layers):
+def compile_layers(num_layers, rule='galore'):
   config = LlamaConfig(
     vocab_size=512,
     width=256,
@@ -35,8 +45,7 @@ def compile_layers(num_layers):
     param_dtype='bfloat16',
   )
   model = Layers(config)
-  tx = galore(optax.sgd(0.1), rank=64, gap=5, subspace=PowerIteration())
-  step = layerwise(model, tx)
+  step = layerwise(model, RULES[rule]())
   params = jax.eval_shape(model.init, jax.random.key(0))
   mesh = device.topology_mesh(GPUS['rtx4090'])
   everywhere = NamedSharding(mesh, PartitionSpec())
@@ -73,6 +82,16 @@ def test_temporaries_and_program_do_not_grow_with_depth():
   # All is written in place: what comes out anew is the metrics.
   for compiled in (few, many):
     assert compiled.output_bytes - compiled.alias_bytes < 1024
+
+
+@needs_compiler
+@pytest.mark.card
+@pytest.mark.parametrize('rule', ['frugal', 'fira'])
+def test_no_stack_is_copied(rule):
+  few, many = compile_layers(4, rule), compile_layers(32, rule)
+  kept = 28 * 2 * 64 * 256 * 2  # inputs of the blocks, bfloat16
+  moments = 28 * 64 * 256 * 4  # the smallest stack: one of q, k, v or o
+  assert many.temp_bytes - few.temp_bytes < kept + moments / 2
 
 
 @needs_compiler
