@@ -191,15 +191,16 @@ def with_turns(
     params: Any = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, TurnState]:
-    inner_state = state.inner
+    # At the first update too: `init` may have seen no more than shapes.
+    due = state.count == 0
     if restart_every is not None:
       due = state.count % restart_every == 0
-      # A select, which joins the update that follows; a cond would copy.
-      inner_state = jax.tree.map(
-        lambda new, old: jnp.where(due, jnp.asarray(new, old.dtype), old),
-        rule.init(params),
-        inner_state,
-      )
+    # A select, which joins the update that follows; a cond would copy.
+    inner_state = jax.tree.map(
+      lambda new, old: jnp.where(due, jnp.asarray(new, old.dtype), old),
+      rule.init(params),
+      state.inner,
+    )
     size = decay.rate_at(learning_rate, state.count)
     sizes = jax.tree.map(lambda _: size, updates)
     updates, inner_state = rule.update(

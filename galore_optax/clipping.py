@@ -43,6 +43,7 @@ def clipped(
     1.0000
   """
   rule = optax.with_extra_args_support(rule)
+  check_norm(clip_norm)
   if clip_norm is None:
     return rule
 
@@ -54,6 +55,14 @@ def clipped(
   tx = ClippedTransformation(rule.init, update_fn)
   tx.clip_norm, tx.rule = clip_norm, rule
   return tx
+
+
+def check_norm(clip_norm: Any) -> None:
+  """Raises ValueError for a bound that would turn or stop the gradient."""
+  if isinstance(clip_norm, int | float) and not clip_norm > 0:
+    raise ValueError(
+      f'clip_norm must be positive, or None for no clipping, got {clip_norm!r}'
+    )
 
 
 def clip_coefficient(norm: jax.Array, clip_norm: float) -> jax.Array:

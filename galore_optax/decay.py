@@ -16,6 +16,7 @@ import optax
 from jax.core import Tracer
 
 from galore_optax import moments
+from galore_optax.static import is_zero
 
 COUNTS = (0, 1, 10, 100, 1_000)
 """Steps at which an inner is tried: at some, a schedule may be zero."""
@@ -266,12 +267,15 @@ def decay_updated_weights(
   def update_fn(
     updates: optax.Updates, state: Any, params: optax.Params | None = None
   ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
-    shrink = rate_at(learning_rate, state.count) * weight_decay
-    if params is None:
-      raise ValueError('weight decay needs params: tx.update(g, state, params)')
-    updates = jax.tree.map(
-      lambda u, w: u - (shrink * (w + u)).astype(u.dtype), updates, params
-    )
+    if not is_zero(weight_decay):
+      if params is None:
+        raise ValueError(
+          'weight decay needs params: tx.update(g, state, params)'
+        )
+      shrink = rate_at(learning_rate, state.count) * weight_decay
+      updates = jax.tree.map(
+        lambda u, w: u - (shrink * (w + u)).astype(u.dtype), updates, params
+      )
     count = optax.safe_increment(state.count)
     return updates, optax.ScaleByScheduleState(count=count)
 

@@ -17,6 +17,7 @@ from jax import lax
 from galore_optax import clipping, parts, stacks, summing
 from galore_optax.accumulation import Accumulating
 from galore_optax.blocks import OneBlock
+from galore_optax.static import check_count
 from galore_optax.walk import Walk
 from galore_optax.weights import ARRAYS, Weights
 
@@ -81,7 +82,8 @@ def layerwise(
 
   Args:
     model: the three functions of `Layers`.
-    tx: any optax transformation.
+    tx: any optax transformation that treats weights one by one: clip by
+      `clip_norm`, as `optax.clip_by_global_norm` would see one at a time.
     clip_norm: largest global norm of the gradient; that of `tx` if `clipped`.
     clip: 'exact' finds that norm by a backward pass of its own, as LOMO does;
       'previous' takes that of the step before, after the first, at no cost.
@@ -102,7 +104,8 @@ def layerwise(
   Returns:
     An object with `init(params) -> state` and `(params, state, batch) ->
     (params, state, metrics)`. Metrics are `loss`, a mean; `grad_norm`, before
-    clipping; and sums of what `model.loss` returns beside the loss.
+    clipping; and sums of what `model.loss` returns beside the loss, under
+      their own names or as `aux`.
 
   Example:
     >>> class Linear:
@@ -157,7 +160,9 @@ class Layerwise:
   weights: Weights
 
   def __post_init__(self) -> None:
-    """Raises ValueError for options that do not go together."""
+    """Raises ValueError for options that fit no model."""
+    check_count(microbatches=self.microbatches, accumulate=self.accumulate)
+    clipping.check_norm(self.clip_norm)
     if self.clip not in ('exact', 'previous'):
       raise ValueError(f"clip must be 'exact' or 'previous', got {self.clip!r}")
     if self.accumulate > 1 and not isinstance(self.tx, Accumulating):
@@ -169,6 +174,11 @@ class Layerwise:
   def init(self, params: PyTree) -> LayerwiseState:
     """Returns the state before the first step."""
     tree = parts.Parts(params)
+    if not any(map(parts.in_stack, tree.names)):
+      raise ValueError(
+        "params['blocks'] must hold the layers, every leaf [L, ...], got "
+        + ', '.join(tree.names)
+      )
     if isinstance(self.tx, OneBlock):
       self.tx.check_blocks(tree.names, parts.in_stack)
     # A target that matches nothing anywhere is told here: `tx` is strict only

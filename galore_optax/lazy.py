@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from galore_optax import projection as projection_lib
 from galore_optax import subspace
 from galore_optax.projection import Basis
+from galore_optax.static import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Lazy:
   """Mean overlap from which on the gap doubles."""
   memory: int = 5
   """Overlaps that the mean is over; none before so many were seen."""
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for a mean over nothing."""
+    check_count(memory=self.memory)
 
   def __call__(
     self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array

@@ -161,7 +161,7 @@ def _compute(
   def finish(slot):
     old, new = values[slot.home], after[slot.output]
     if not _is_quantized(old):
-      return new.astype(jax.typeof(old).dtype)
+      return jnp.asarray(new, jax.typeof(old).dtype)
     if may_skip:
       return requantize(new, floats[slot.home], old)
     return store(new, code=old.code, block_size=old.block_size)

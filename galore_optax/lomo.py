@@ -14,6 +14,7 @@ import optax
 from galore_optax import selection
 from galore_optax.adafactor import scale_by_galore_factored_rms
 from galore_optax.clipping import clipped
+from galore_optax.static import is_zero
 from galore_optax.step_size import rms
 
 
@@ -44,7 +45,8 @@ def lomo(
     Limited Resources <https://arxiv.org/abs/2306.09782>`_, 2023.
   """
   rule = optax.scale_by_learning_rate(learning_rate)
-  if weight_decay:
+  # No params are asked for where no decay is; a traced one may be any.
+  if not is_zero(weight_decay):
     rule = optax.chain(optax.add_decayed_weights(weight_decay), rule)
   return clipped(rule, clip_norm)
 

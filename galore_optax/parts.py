@@ -49,7 +49,7 @@ class Parts:
 
 def in_stack(name: str) -> bool:
   """Whether a path names a weight of the layer stack."""
-  return name.startswith('blocks/')
+  return name.split('/')[0] == 'blocks'
 
 
 def at(name: str, entry: PyTree, layer: jax.Array | int) -> PyTree:

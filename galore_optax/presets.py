@@ -17,6 +17,7 @@ from galore_optax.scaled import apollo as apollo
 from galore_optax.scaled import apollo_mini as apollo_mini
 from galore_optax.scaled import fira as fira
 from galore_optax.selection import Targets
+from galore_optax.static import check_count
 from galore_optax.subspace import Subspace
 from galore_optax.turns import Turns
 
@@ -304,6 +305,7 @@ def badam(
   References:
     Luo et al., `BAdam <https://arxiv.org/abs/2404.02827>`_, 2024.
   """
+  check_count(switch_every=switch_every)
   rule = functools.partial(
     blocks_lib.with_turns,
     inners.without_rate(inner),

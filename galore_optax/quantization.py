@@ -22,7 +22,7 @@ from galore_optax.dynamic import dynamic_map as dynamic_map
 from galore_optax.rounding import (
   apply_updates_stochastic as apply_updates_stochastic,
 )
-from galore_optax.static import check_static
+from galore_optax.static import check_count, check_static
 
 
 def quantize_state(
@@ -60,11 +60,13 @@ def quantize_state(
     inner: any optax transformation; masks, partitions, schedules and injected
       hyper-parameters in it work as usual.
     block_size: elements that share a float32 scale.
-    min_size: smaller leaves stay float32.
+    min_size: smaller leaves stay float32. A layer-wise step shows one layer
+      of a stack, and the size of that counts.
 
   Returns:
     A transformation with `inner`'s state structure, in which `Quantized`
-    nodes stand for arrays: 1 byte an element and 4 bytes a block. Updates
+    nodes stand for arrays: 1 byte an element and 4 bytes a block. A block
+    ends where a matrix of a stack does: small ones take more. Updates
     have the dtype of the gradients. Its `init` accepts shape structs and
     allocates no float32 array for moments that start at a constant.
 
@@ -83,6 +85,7 @@ def quantize_state(
     arXiv 2110.02861.
   """
   check_static(block_size=block_size, min_size=min_size)
+  check_count(block_size=block_size)
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import lazy, subspace
+from galore_optax import lazy, selection, subspace
 from galore_optax import projection as projection_lib
 from galore_optax.precision import full
 from galore_optax.projection import Basis, Projection
@@ -47,9 +47,9 @@ class Units:
 
   projection: Projection
   position: int
-  """Place of the leaf among the projected ones."""
+  """Place of the leaf in the whole model."""
   num_leaves: int
-  """Number of projected leaves."""
+  """Number of leaves of the whole model."""
   gap: int | Staggered
   """Updates between refreshes."""
   layer: jax.Array | int
@@ -87,15 +87,16 @@ class Units:
 
 
 def units(
+  tree: Any,
   projections: Sequence[Projection | None],
   gap: int | Staggered,
   layer: jax.Array | int,
 ) -> list[Units | None]:
   """Returns the units of each leaf, None for one that is not projected."""
-  num_leaves = sum(p is not None for p in projections)
-  positions = iter(range(num_leaves))
+  places, num_leaves = selection.places(tree)
   return [
-    p and Units(p, next(positions), num_leaves, gap, layer) for p in projections
+    p and Units(p, place, num_leaves, gap, layer)
+    for p, place in zip(projections, places, strict=True)
   ]
 
 

@@ -45,6 +45,17 @@ class Elsewhere:
     return cls()
 
 
+def places(tree: PyTree) -> tuple[list[int], int]:
+  """Returns the place of each leaf in the whole model, and how many it has.
+
+  >>> places({'a': 1, 'b': Elsewhere(), 'c': 2})
+  ([0, 2], 3)
+  """
+  is_elsewhere = lambda node: isinstance(node, Elsewhere)
+  nodes = jax.tree.leaves(tree, is_leaf=is_elsewhere)
+  return [i for i, x in enumerate(nodes) if not is_elsewhere(x)], len(nodes)
+
+
 def paths(tree: PyTree) -> list[str]:
   """Returns the path of each leaf, its keys joined by '/'.
 

@@ -9,6 +9,7 @@ from galore_optax import selection
 from galore_optax.galore import galore, projections_of
 from galore_optax.residual import Sgd, Sign
 from galore_optax.selection import Targets
+from galore_optax.static import check_static
 from galore_optax.subspace import SUBSPACES, Subspace
 from galore_optax.turns import Turns
 
@@ -39,6 +40,7 @@ def split(
   targets: Targets,
 ) -> optax.GradientTransformation:
   """Returns the part of `frugal` before decay and learning rate."""
+  check_static(density=density)
   if not 0 <= density <= 1:
     raise ValueError(f'density must be in [0, 1], got {density!r}')
   where = _where(subspace)
@@ -50,8 +52,6 @@ def split(
   }
   if residual not in rules:
     raise ValueError(f"residual must be 'sign' or 'sgd', got {residual!r}")
-  if density == 1:
-    return inner
   options: dict[str, Any] = dict(
     rank=float(density) or 1.0,
     gap=gap,
@@ -61,6 +61,10 @@ def split(
     targets=targets,
     **where,
   )
+  # Told here for the densities that need no subspace too.
+  galore(**options)
+  if density == 1:
+    return inner
   if density > 0:
     stage = galore(inner, **options)
     return _of_stacks(stage, options) if subspace == 'blocks' else stage
@@ -88,6 +92,11 @@ def _of_stacks(
   """Returns the stage; its `init` raises for a target that is no stack."""
 
   def init_fn(params: optax.Params) -> Any:
+    if selection.is_part(params):
+      raise ValueError(
+        "subspace='blocks' picks whole layers, and a layer-wise step shows one"
+        ' at a time: use badam, or another subspace'
+      )
     for p in projections_of(params, **options):
       if p and len(p.shape) == len(selection.own_axes(p.path, len(p.shape))):
         raise ValueError(

@@ -1,6 +1,28 @@
 """This module holds what must be known before a step is traced."""
 
+from typing import Any
+
 import jax
+
+
+def check_count(**numbers: Any) -> None:
+  """Raises ValueError for what is no integer of one or more.
+
+  >>> check_count(microbatches=4)
+  """
+  for name, number in numbers.items():
+    whole = isinstance(number, int) and not isinstance(number, bool)
+    if not whole or number < 1:
+      raise ValueError(f'{name} must be an integer >= 1, got {number!r}')
+
+
+def is_zero(number: object) -> bool:
+  """Whether a number is a zero of Python's, known before a step is traced.
+
+  >>> is_zero(0.0), is_zero(jax.numpy.zeros(()))
+  (True, False)
+  """
+  return isinstance(number, int | float) and number == 0
 
 
 def check_static(**numbers: object) -> None:

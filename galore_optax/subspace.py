@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax.orthonormal import orthonormalise, random_rows
+from galore_optax.static import check_count
 
 Subspace: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -98,6 +99,13 @@ class Randomized:
   power_iterations: int = 1
   """Products with `g g^T` that sharpen the spectrum."""
 
+  def __post_init__(self) -> None:
+    """Raises ValueError for fewer than no columns or products."""
+    if self.oversample < 0 or self.power_iterations < 0:
+      raise ValueError(
+        f'oversample and power_iterations must be >= 0, got {self}'
+      )
+
   def __call__(
     self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
   ) -> jax.Array:
@@ -140,6 +148,10 @@ class PowerIteration:
   """Power steps of a refresh."""
   first_steps: int = 4
   """Power steps of the first refresh."""
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for a refresh without a step."""
+    check_count(steps=self.steps, first_steps=self.first_steps)
 
   def __call__(
     self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array

@@ -43,7 +43,8 @@ def projected(
     return _init(inner, options, params)
 
   def units(updates: Any, layer: jax.Array | int) -> list[Units | None]:
-    return refresh.units(options.projections(updates), options.gap, layer)
+    projections = options.projections(updates)
+    return refresh.units(updates, projections, options.gap, layer)
 
   def begin_fn(
     updates: optax.Updates,

@@ -1,7 +1,7 @@
 """This module holds the two passes over a layer stack, forward and back."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -114,7 +114,9 @@ class Walk:
       if name in head:
         grad += head[name]
       squares = visit_rest(squares, name, grad)
-    return entries, {'loss': loss, 'grad_norm': jnp.sqrt(squares), **sums}
+    if not isinstance(sums, Mapping):
+      sums = {'aux': sums}
+    return entries, {**sums, 'loss': loss, 'grad_norm': jnp.sqrt(squares)}
 
   def _stack(
     self, names, saved, x, carry, read, visit, active, *, to_embed

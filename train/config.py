@@ -65,6 +65,14 @@ class Config:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f'{name} must be at least 1, got {value}')
+    if not self.learning_rate >= 0:
+      raise ValueError(
+        f'learning_rate must not be negative, got {self.learning_rate}'
+      )
+    if self.clip_norm is not None and not self.clip_norm > 0:
+      raise ValueError(
+        f'clip_norm must be positive, or None, got {self.clip_norm}'
+      )
     if self.update.accumulate < 1:
       raise ValueError(
         f'update.accumulate must be at least 1, got {self.update.accumulate}'
@@ -72,7 +80,7 @@ class Config:
     if self.batch_size % self.parts:
       raise ValueError(
         'batch_size must be a multiple of microbatches x update.accumulate = '
-        f'{self.parts}, got {self.batch_size}'
+        f'{self.parts}, got {self.batch_size}; --microbatches sets the first'
       )
     if not 0 <= self.warmup < 1:
       raise ValueError(

@@ -107,7 +107,7 @@ class Plan:
       if field.name != 'compiled'
     }
     if self.compiled is None:
-      return plan | {'estimate': True}
+      return dict.fromkeys(device.Compiled._fields) | plan | {'estimate': True}
     compiled = self.compiled._asdict()
     for name in ('buffers', 'collectives'):
       compiled[name] = [row._asdict() for row in compiled[name]]

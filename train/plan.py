@@ -7,6 +7,7 @@ that `train.pretrain` runs for that config and prints where its bytes go.
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from galore_optax.gpus import GPUS
 from train import compare
-from train.command import parse, user_errors
+from train.command import load, parse, user_errors
 from train.config import Config
 from train.footprint import Cards, Plan, make_plan
 
@@ -75,7 +76,26 @@ def requested(argv: Sequence[str]) -> dict[str, Request]:
   options = argv[len(paths) :]
   if not paths:
     parse(options, Request)
-  return {path: parse([path, *options], Request)[0] for path in paths}
+  requests = {}
+  for path in paths:
+    args = [path, *options, *fitting_microbatches(path, options)]
+    requests[path] = parse(args, Request)[0]
+  return requests
+
+
+def fitting_microbatches(path: str, options: Sequence[str]) -> list[str]:
+  """Returns the option that lets a smaller batch be planned.
+
+  A config's microbatches are for its own batch; of another batch as many are
+  planned as divide it.
+  """
+  options = [part for option in options for part in option.split('=', 1)]
+  sizes = [b for a, b in itertools.pairwise(options) if a == '--batch-size']
+  if not sizes or not sizes[-1].isdigit() or '--microbatches' in options:
+    return []
+  microbatches = load(path).microbatches
+  fitting = math.gcd(int(sizes[-1]), microbatches)
+  return [] if fitting == microbatches else ['--microbatches', f'{fitting}']
 
 
 def make_plans(requests: dict[str, Request]) -> list[Plan]:

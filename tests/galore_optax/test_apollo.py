@@ -28,7 +28,7 @@ WARM_UP = optax.linear_schedule(0.0, 0.25, 4)
 def sketches(weights, rank):
   """Returns the rows [T, r, m] that each matrix is sketched by."""
   options = galore(rank=rank, gap=GAP, targets=MATRICES).options
-  leaves = refresh.units(options.projections(weights), GAP, 0)
+  leaves = refresh.units(weights, options.projections(weights), GAP, 0)
   count = jnp.arange(STEPS)
   at = lambda leaf: jax.lax.map(
     lambda t: refresh.remade(Gaussian(), leaf, t)[0], count

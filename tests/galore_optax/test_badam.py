@@ -172,6 +172,20 @@ def test_master_weights_keep_what_bfloat16_loses():
   assert master.dtype == jnp.float32 and master.shape == (8, 5, 7)
 
 
+@pytest.mark.parametrize('order', ['fixed', 'ascending'])
+def test_a_state_made_from_shapes_is_as_good(order):
+  # Float32 copies of weights that `init` has not seen.
+  weights, grads = model(), model(20, (5,))
+  tx = badam(
+    0.1, switch_every=2, order=order, train_rest=True, master_weights=True
+  )
+  made = lambda: tx.init(jax.eval_shape(lambda: weights))
+  blind = optax.GradientTransformation(lambda params: made(), tx.update)
+  chex.assert_trees_all_equal(
+    trajectory(blind, weights, grads)[0], trajectory(tx, weights, grads)[0]
+  )
+
+
 def test_it_refuses_what_is_no_stack():
   stacks = {'blocks': {'a': jnp.ones((2, 3)), 'b': jnp.ones((4, 3))}}
   with pytest.raises(ValueError, match='must match stacks'):
@@ -184,3 +198,6 @@ def test_it_refuses_what_is_no_stack():
     badam(0.1, inner=optax.adam(0.1)).init(model())
   with pytest.raises(ValueError, match='has no start'):
     badam(0.1, start=1)
+  for switch_every in (0, -5, 1.5):
+    with pytest.raises(ValueError, match='switch_every must be an integer'):
+      badam(0.1, switch_every=switch_every)

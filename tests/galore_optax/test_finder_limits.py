@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import galore, subspace
+from galore_optax import Lazy, PowerIteration, Randomized, galore, subspace
 from tests.galore_optax.program import each
 
 KEY = jax.random.key(0)
@@ -24,6 +24,20 @@ def gradients(bad):
   grads = [{'w': normal((3, 11, 17), seed)} for seed in range(3)]
   grads[1]['w'][1, 2, 3] = bad
   return grads
+
+
+@pytest.mark.parametrize(
+  'make, message',
+  [
+    (lambda: Randomized(oversample=-1), 'oversample and power_iterations'),
+    (lambda: Randomized(power_iterations=-1), 'must be >= 0'),
+    (lambda: PowerIteration(steps=0), 'steps must be an integer >= 1'),
+    (lambda: Lazy(memory=0), 'memory must be an integer >= 1'),
+  ],
+)
+def test_options_of_a_finder_are_checked(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
 
 
 @each('bad', [np.nan, np.inf, -np.inf], quick=[np.inf])

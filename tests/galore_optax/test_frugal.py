@@ -92,7 +92,7 @@ def kept_at(subspace, weights, states):
   if subspace != 'random':
     return states[0].basis
   options = galore(rank=DENSITY, gap=GAP, subspace='random').options
-  leaves = refresh.units(options.projections(weights), GAP, 0)
+  leaves = refresh.units(weights, options.projections(weights), GAP, 0)
   at = lambda leaf: jax.lax.map(
     lambda t: refresh.remade(options.finder, leaf, t)[0], jnp.arange(STEPS)
   )
@@ -234,6 +234,15 @@ def test_sgdm_inside_and_sgd_outside_converge_as_proved():
   # rate, but for curvatures that 2000 steps do not see and a finite sample.
   coarse, fine = (along(c * rate, 0.3, goal)[500:].mean() for c in (4, 1))
   assert 3 < coarse / fine < 6
+
+
+@pytest.mark.parametrize('density', [0, 0.5, 1])
+def test_options_are_checked_whatever_the_density(density):
+  with pytest.raises(ValueError, match='gap must be an integer'):
+    frugal(0.1, density=density, gap=-1)
+  injected = optax.inject_hyperparams(frugal, static_args=('gap',))
+  with pytest.raises(ValueError, match='density must be a Python number'):
+    injected(0.1, density=density).init({'w': jnp.ones((5, 7))})
 
 
 def test_an_inner_with_a_learning_rate_raises():

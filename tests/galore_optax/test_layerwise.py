@@ -120,13 +120,13 @@ def test_grad_norm_is_that_of_the_whole_gradient():
   assert state.norm == metrics['grad_norm']
 
 
-def galore_rule(**options):
+def galore_rule(gap=2, **options):
   # Momentum is linear: rounding does not grow as in Adam, where an entry that
   # is nearly zero may change sign.
   return galore_optax.galore(
     optax.sgd(0.1, momentum=0.9),
     rank=3,
-    gap=2,
+    gap=gap,
     scale=1.0,
     targets=['blocks/.*'],
     **options,
@@ -303,9 +303,53 @@ def test_badam_computes_the_weight_gradient_of_one_layer():
   assert products(rest) == products(one) + 1 + 4
 
 
+def test_matrices_take_turns_as_in_the_whole_tree():
+  model, tx = Residual(), galore_rule(gap=galore_optax.Staggered(3))
+  params, state, _ = run(layerwise(model, tx), steps=5)
+  whole, _ = run_whole_tree(model, tx, steps=5)
+  chex.assert_trees_all_close(params, whole, rtol=1e-5, atol=1e-6)
+  w, u = (state.inner[f'blocks/{x}'] for x in 'wu')
+  assert np.array_equal(w.count, u.count)
+
+
+class Bare(Residual):
+  """A stack of one leaf, and what is no dict beside the loss."""
+
+  def __init__(self, aux):
+    super().__init__()
+    self.aux = aux
+
+  def block(self, w, x):
+    return {**x, 'h': x['h'] + jnp.tanh(x['h'] @ w)}
+
+  def loss(self, params, x, batch):
+    return super().loss(params, x, batch)[0], self.aux
+
+
+@pytest.mark.parametrize('aux', [(), None, 3.0, {'loss': 7.0}])
+def test_a_bare_stack_and_any_aux(aux):
+  model, tx = Bare(aux), optax.sgd(0.1)
+  params = make_params() | {'blocks': 0.3 * jnp.ones((L, D, D))}
+  ours, _, metrics = run(layerwise(model, tx), steps=2, params=params)
+  whole, expected = run_whole_tree(model, tx, steps=2, params=params)
+  chex.assert_trees_all_close(ours, whole, rtol=1e-6)
+  np.testing.assert_allclose(metrics['loss'], expected['loss'], rtol=1e-6)
+  assert metrics.get('aux') == (aux if not isinstance(aux, dict) else None)
+
+
 def test_rejects_what_it_cannot_do():
   with pytest.raises(ValueError, match="'exact' or 'previous'"):
     layerwise(Residual(), optax.sgd(0.1), clip_norm=1.0, clip='never')
+  for options in ({'microbatches': 0}, {'accumulate': 0}):
+    with pytest.raises(ValueError, match='must be an integer >= 1, got 0'):
+      layerwise(Residual(), optax.sgd(0.1), **options)
+  with pytest.raises(ValueError, match='clip_norm must be positive'):
+    layerwise(Residual(), optax.sgd(0.1), clip_norm=-1.0)
+  with pytest.raises(ValueError, match=r"\['blocks'\] must hold the layers"):
+    layerwise(Residual(), optax.sgd(0.1)).init({'layers': jnp.ones((3, 2))})
+  by_layer = galore_optax.frugal(0.1, subspace='blocks', targets='blocks/.*')
+  with pytest.raises(ValueError, match='a layer-wise step shows one at a time'):
+    layerwise(Residual(), by_layer).init(make_params())
   step = layerwise(Residual(), optax.sgd(0.1), microbatches=3)
   with pytest.raises(ValueError, match='must divide the batch of 4, got 3'):
     run(step, steps=1)

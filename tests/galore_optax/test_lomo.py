@@ -35,6 +35,20 @@ def clip(grads, bound):
   return {k: factor * g for k, g in grads.items()}
 
 
+def test_a_bound_that_would_turn_the_gradient_raises():
+  for rule in (lomo, adalomo):
+    with pytest.raises(ValueError, match='clip_norm must be positive'):
+      rule(0.1, clip_norm=-1.0)
+
+
+def test_numbers_may_be_injected():
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), trees(0))
+  tx = optax.inject_hyperparams(lomo)(0.1, weight_decay=0.3)
+  chex.assert_trees_all_close(
+    run(tx, params), run(lomo(0.1, weight_decay=0.3), params), rtol=1e-6
+  )
+
+
 @pytest.mark.parametrize('bound', [None, 1.0])
 def test_lomo(bound):
   lr, decay = 0.1, 0.03

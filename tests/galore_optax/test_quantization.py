@@ -288,6 +288,19 @@ def test_state_survives_a_checkpoint(params, tmp_path):
   chex.assert_trees_all_equal(restored, state)
 
 
+def test_a_state_that_is_a_constant():
+  # optax returns a Python bool there.
+  tx = quantize_state(optax.optimistic_gradient_descent(0.1))
+  params = {'w': jnp.ones((64, 128))}
+  _, state = tx.update(params, tx.init(params), params)
+  chex.assert_trees_all_equal_dtypes(state, tx.init(params))
+
+
+def test_a_block_has_elements():
+  with pytest.raises(ValueError, match='block_size must be an integer >= 1'):
+    quantize_state(optax.adam(0.1), block_size=0)
+
+
 @each('moments', ['keep', 'reset', 'rotate'], quick=['rotate'])
 def test_galore_takes_it_as_inner(moments):
   rng = np.random.default_rng(0)

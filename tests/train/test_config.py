@@ -62,6 +62,8 @@ def test_schedule_rises_from_zero_and_falls_to_a_tenth():
     ({'steps': 0}, 'steps must be at least 1, got 0'),
     ({'microbatches': 3}, r'microbatches x update.accumulate = 3, got 4'),
     ({'warmup': 1.0}, r'share of the steps in \[0, 1\), got 1.0'),
+    ({'learning_rate': -1.0}, 'learning_rate must not be negative, got -1.0'),
+    ({'clip_norm': 0.0}, 'clip_norm must be positive, or None, got 0.0'),
     ({'eval_batches': 0}, 'eval_batches must be at least 1, got 0'),
   ],
 )

@@ -48,6 +48,21 @@ def report(capsys, *args):
   return json.loads(capsys.readouterr().out)
 
 
+def test_a_batch_that_its_microbatches_do_not_divide(tmp_path, capsys):
+  path = tmp_path / 'parts.py'
+  text = CONFIG.replace("Layerwise(clip='previous', slices=2)", 'WholeTree()')
+  text = text.replace('update import Layerwise', 'update import WholeTree')
+  path.write_text(text.replace('batch_size=4', 'batch_size=8, microbatches=4'))
+  found = [
+    report(capsys, str(path), '--estimate', *options)
+    for options in (['--batch-size', '6'], ['--batch-size=8'])
+  ]
+  # Two parts of three rows; four of two.
+  row = 3 * 32 * 64 * 4
+  assert [x['activation_bytes'] for x in found] == [3 * row, 2 * row]
+  assert found[0]['temp_bytes'] is None
+
+
 def test_estimate_is_exact_for_weights_and_state(config, capsys):
   found = report(capsys, config, '--estimate', '--device', 'a100-80')
   matrices = 3 * (4 * 64 * 64 + 3 * 64 * 160)
