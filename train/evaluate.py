@@ -67,7 +67,12 @@ def held_out(
   tokenizer: Tokenizer,
   num_batches: int | None,
 ) -> grain.IterDataset[Batch]:
-  """Returns the validation batches of a config."""
+  """Returns the validation batches of a config, in parts as in training.
+
+  The rows are the same, however many parts there are.
+  """
+  if num_batches is not None:
+    num_batches *= config.parts
   return validation_batches(
     documents,
     tokenizer,

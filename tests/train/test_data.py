@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import json
@@ -8,6 +9,8 @@ import orbax.checkpoint as ocp
 import pytest
 import sentencepiece
 
+from tests.train.test_config import CONFIG
+from train import evaluate
 from train.data import batches, validation_batches
 from train.documents import Indexed
 from train.tokenizer import Tokenizer, train_tokenizer
@@ -31,6 +34,15 @@ def tokenizer():
 
 def training(seed=0, documents=DOCUMENTS, **kwargs):
   return batches(documents, tokenizer(), seed=seed, **SHAPE | kwargs)
+
+
+def test_parts_of_a_batch_hold_the_same_validation_rows():
+  rows = []
+  for parts in (1, 2):
+    config = dataclasses.replace(CONFIG, microbatches=parts)
+    held_out = evaluate.held_out(config, DOCUMENTS, tokenizer(), 2)
+    rows.append(np.concatenate([batch['targets'] for batch in held_out]))
+  np.testing.assert_array_equal(*rows)
 
 
 def validation(tokenizer_=None, documents=DOCUMENTS, **kwargs):
