@@ -60,9 +60,7 @@ def clipped(
 def check_norm(clip_norm: Any) -> None:
   """Raises ValueError for a bound that would turn or stop the gradient."""
   if isinstance(clip_norm, int | float) and not clip_norm > 0:
-    raise ValueError(
-      f'clip_norm must be positive, or None for no clipping, got {clip_norm!r}'
-    )
+    raise ValueError(f'clip_norm must be positive, or None, got {clip_norm!r}')
 
 
 def clip_coefficient(norm: jax.Array, clip_norm: float) -> jax.Array:

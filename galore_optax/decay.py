@@ -243,6 +243,19 @@ def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
   return learning_rate(count) if callable(learning_rate) else learning_rate
 
 
+def add_decayed_weights(
+  weight_decay: float,
+) -> optax.GradientTransformation:
+  """Returns optax's, which asks for no params where the decay is zero.
+
+  >>> add_decayed_weights(0.0).update(jnp.ones(1), optax.EmptyState())[0]
+  Array([1.], dtype=float32)
+  """
+  if is_zero(weight_decay):
+    return optax.identity()
+  return optax.add_decayed_weights(weight_decay)
+
+
 def decay_updated_weights(
   learning_rate: optax.ScalarOrSchedule, *, weight_decay: float
 ) -> optax.GradientTransformation:

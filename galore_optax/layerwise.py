@@ -75,37 +75,33 @@ def layerwise(
   """Makes a training step that updates every layer as its gradient appears.
 
   Only the input of each block is kept; the reverse loop recomputes a block,
-  takes its gradient, updates that layer in place and moves on. The result is
-  that of the whole-tree step for every `tx` that treats leaves one by one and
-  their leading axes as batch; `layer=`, the layer's index, reaches `tx.update`
-  as an extra argument. Jit the step and donate `params` and `state`.
+  takes its gradient, updates that layer in place and moves on, as the
+  whole-tree step would. Jit the step and donate `params` and `state`.
 
   Args:
     model: the three functions of `Layers`.
-    tx: any optax transformation that treats weights one by one: clip by
-      `clip_norm`, as `optax.clip_by_global_norm` would see one at a time.
+    tx: any optax transformation that treats weights one by one, leading axes
+      as batch, and so not `optax.clip_by_global_norm`: see `clip_norm`. Its
+      update gets `layer=`, the layer's index, as an extra argument.
     clip_norm: largest global norm of the gradient; that of `tx` if `clipped`.
     clip: 'exact' finds that norm by a backward pass of its own, as LOMO does;
       'previous' takes that of the step before, after the first, at no cost.
-    microbatches: parts of a batch, over which each layer's gradient is summed,
-      in float32, before its update: a refresh sees the whole batch, whose
-      inputs of the blocks are all kept.
+    microbatches: parts of a batch, over which a layer's gradient is summed, in
+      float32: a refresh sees the whole batch, all inputs of blocks are kept.
     accumulate: parts that a batch is cut into before, which pass forward and
       back one after another; their projected gradients are summed for all
       layers. A refresh sees the first part alone, and the norm to clip by is
       that of the sums. `tx` must be a `galore` without a residual rule, or
       start with one in `optax.chain`.
     sums_dtype: of these sums; bfloat16 sums are rounded stochastically.
-    slices: by path, the number of slices of its leading axis in which a weight
-      outside the stack is updated, each with its own state: bounds the scratch
-      of a large vocabulary where `tx` works element by element.
+    slices: by path, in how many slices of its leading axis a weight outside
+      the stack is updated: bounds the scratch where `tx` is elementwise.
     weights: how weights are stored; default, as the arrays they are.
 
   Returns:
     An object with `init(params) -> state` and `(params, state, batch) ->
     (params, state, metrics)`. Metrics are `loss`, a mean; `grad_norm`, before
-    clipping; and sums of what `model.loss` returns beside the loss, under
-      their own names or as `aux`.
+    clipping; and sums of what stands beside the loss, by name or as `aux`.
 
   Example:
     >>> class Linear:

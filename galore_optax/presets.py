@@ -251,7 +251,7 @@ def frugal(
       residual_scale=residual_scale,
       targets=targets,
     ),
-    optax.add_decayed_weights(weight_decay),
+    decay.add_decayed_weights(weight_decay),
     optax.scale_by_learning_rate(learning_rate),
   )
 

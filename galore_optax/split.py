@@ -61,12 +61,11 @@ def split(
     targets=targets,
     **where,
   )
-  # Told here for the densities that need no subspace too.
-  galore(**options)
+  # Made for all densities, as it checks the options.
+  stage = galore(inner, **options)
   if density == 1:
     return inner
   if density > 0:
-    stage = galore(inner, **options)
     return _of_stacks(stage, options) if subspace == 'blocks' else stage
   alone = optax.chain(
     optax.scale_by_sign() if residual == 'sign' else optax.identity(),

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import optax
 
+from galore_optax.clipping import check_norm
 from galore_optax.weights import Weights
 from models.llama import LlamaConfig
 from train.corpus import Chitchat, TextFiles, Tfds
@@ -69,10 +70,7 @@ class Config:
       raise ValueError(
         f'learning_rate must not be negative, got {self.learning_rate}'
       )
-    if self.clip_norm is not None and not self.clip_norm > 0:
-      raise ValueError(
-        f'clip_norm must be positive, or None, got {self.clip_norm}'
-      )
+    check_norm(self.clip_norm)
     if self.update.accumulate < 1:
       raise ValueError(
         f'update.accumulate must be at least 1, got {self.update.accumulate}'

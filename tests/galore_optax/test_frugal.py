@@ -245,6 +245,16 @@ def test_options_are_checked_whatever_the_density(density):
     injected(0.1, density=density).init({'w': jnp.ones((5, 7))})
 
 
+def test_params_are_asked_for_where_they_decay():
+  w = {'w': jnp.ones((5, 7))}
+  tx = frugal(0.1)
+  blind, _ = tx.update(w, tx.init(w))
+  np.testing.assert_array_equal(blind['w'], tx.update(w, tx.init(w), w)[0]['w'])
+  tx = frugal(0.1, weight_decay=0.1)
+  with pytest.raises(ValueError, match='params'):
+    tx.update(w, tx.init(w))
+
+
 def test_an_inner_with_a_learning_rate_raises():
   w = {'w': jnp.zeros((6, 9))}
   fira_of_2 = functools.partial(fira, rank=2)
