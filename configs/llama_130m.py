@@ -20,7 +20,7 @@ Our number: not yet run.
 
 from models.llama import llama
 from train.config import Config
-from train.corpus import Tfds
+from train.data.corpus import Tfds
 from train.optimizer import Galore
 
 config = Config(

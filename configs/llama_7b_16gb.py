@@ -14,7 +14,7 @@ Expected time, expected number: unknown. Our number: not yet run.
 
 from models.llama import llama
 from train.config import Config
-from train.corpus import Tfds
+from train.data.corpus import Tfds
 from train.optimizer import Galore8bit
 from train.update import Layerwise
 

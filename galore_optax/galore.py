@@ -37,11 +37,11 @@ import optax
 from galore_optax import transform
 from galore_optax.accumulation import first_of_chain
 from galore_optax.options import Options
+from galore_optax.paths import Targets
 from galore_optax.projection import Axes, Projection
-from galore_optax.refresh import Staggered
 from galore_optax.residual import Residual
-from galore_optax.selection import Targets
-from galore_optax.subspace import Subspace
+from galore_optax.subspace.finders import Subspace
+from galore_optax.subspace.refresh import Staggered
 
 Preset = TypeVar('Preset', bound=Callable)
 

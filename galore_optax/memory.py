@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_optax import selection
+from galore_optax import paths as selection
 from galore_optax.transform import GaloreState
 
 PyTree = Any

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import optax
 
-from galore_optax import presets
-from galore_optax.adam import scale_by_galore_adam
 from galore_optax.galore import galore
-from galore_optax.quantization import quantize_state
+from galore_optax.presets import adamw as presets
+from galore_optax.presets.adam import scale_by_galore_adam
+from galore_optax.quantized.state import quantize_state
 
 
 class Method(NamedTuple):

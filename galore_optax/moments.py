@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax.blockwise import Quantized, dequantize, quantize
+from galore_optax.quantized.array import Quantized, dequantize, quantize
 
 MOMENTS = ('keep', 'reset', 'rotate')
 """The short names that `galore(moments=...)` takes."""

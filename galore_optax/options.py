@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax import moments as moments_lib
+from galore_optax import paths as selection
 from galore_optax import projection as projection_lib
 from galore_optax import residual as residual_lib
-from galore_optax import selection
-from galore_optax import subspace as subspace_lib
-from galore_optax.refresh import Staggered
 from galore_optax.static import check_static
-from galore_optax.turns import Turns
+from galore_optax.subspace import finders as subspace_lib
+from galore_optax.subspace.refresh import Staggered
+from galore_optax.subspace.turns import Turns
 
 Projection = projection_lib.Projection
 

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import optax
 
-from galore_optax import observation, selection
+from galore_optax import observation
+from galore_optax import paths as selection
 
 KeyPath: TypeAlias = tuple[Any, ...]
 

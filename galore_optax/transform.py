@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import decay, observation, refresh, residual, selection
+from galore_optax import decay, observation, residual
 from galore_optax import moments as moments_lib
+from galore_optax import paths as selection
 from galore_optax import projection as projection_lib
 from galore_optax.accumulation import Projected, accumulating
 from galore_optax.options import Options
 from galore_optax.precision import full
 from galore_optax.projection import Basis, Projection
-from galore_optax.refresh import Units
+from galore_optax.subspace import refresh
+from galore_optax.subspace.refresh import Units
 
 
 class GaloreState(NamedTuple):

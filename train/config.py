@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 import optax
 
 from galore_optax.clipping import check_norm
-from galore_optax.weights import Weights
+from galore_optax.layerwise.weights import Weights
 from models.llama import LlamaConfig
-from train.corpus import Chitchat, TextFiles, Tfds
+from train.data.corpus import Chitchat, TextFiles, Tfds
 from train.optimizer import Optimizer
 from train.update import Update, WholeTree
 

@@ -18,11 +18,11 @@ from models.llama import Layers
 from train import checkpoint, step
 from train.command import user_errors
 from train.config import Config
-from train.data import Batch, validation_batches
-from train.documents import Documents
+from train.data.batches import Batch, validation_batches
+from train.data.documents import Documents
+from train.data.tokenizer import Tokenizer
 from train.run import Run
 from train.step import PyTree
-from train.tokenizer import Tokenizer
 
 Sums: TypeAlias = Callable[[PyTree, Batch], dict[str, jax.Array]]
 INPUTS = ('inputs', 'targets', 'weights', 'positions', 'segments')

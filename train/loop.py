@@ -18,7 +18,7 @@ from rich.progress import (
 
 from train import evaluate
 from train.config import Config
-from train.data import Batch
+from train.data.batches import Batch
 from train.metrics import Log
 from train.step import PyTree, State, Step
 

@@ -11,10 +11,10 @@ import jax
 import optax
 
 import galore_optax
-from galore_optax.lomo import adalomo, lomo
+from galore_optax.layerwise.weights import quantize_bases
 from galore_optax.precision import in_float32
-from galore_optax.quantization import quantize_state
-from galore_optax.weights import quantize_bases
+from galore_optax.presets.lomo import adalomo, lomo
+from galore_optax.quantized.state import quantize_state
 from train.methods import (
   Apollo,
   ApolloMini,

@@ -16,12 +16,12 @@ from train import checkpoint, evaluate, loop, metrics, report, run
 from train import step as step_lib
 from train.command import Launch, parse, user_errors
 from train.config import Config
-from train.data import batches
-from train.documents import Documents
+from train.data.batches import batches
+from train.data.documents import Documents
+from train.data.tokenizer import Tokenizer, train_tokenizer
 from train.run import Run
 from train.sample import continuations
 from train.step import State
-from train.tokenizer import Tokenizer, train_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pathlib
 import re
 
 from train.config import Config, differences, from_json, to_json
-from train.tokenizer import Tokenizer
+from train.data.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

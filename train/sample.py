@@ -11,9 +11,9 @@ import numpy as np
 from models.llama import Layers
 from train import checkpoint, step
 from train.command import user_errors
+from train.data.tokenizer import Tokenizer
 from train.run import Run
 from train.step import PyTree
-from train.tokenizer import Tokenizer
 
 # Axes: B prompts, T tokens of the window, V vocabulary.
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax.layerwise import Layerwise, layerwise
-from galore_optax.weights import is_stored
+from galore_optax.layerwise.step import Layerwise, layerwise
+from galore_optax.layerwise.weights import is_stored
 from models.llama import Layers
 from train.config import Config
 from train.update import WholeTree

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar, Literal, TypeAlias
 
-from galore_optax.weights import ARRAYS, ROUNDED, Weights, quantized
+from galore_optax.layerwise.weights import ARRAYS, ROUNDED, Weights, quantized
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,10 +27,10 @@ from rich.markdown import Markdown
 import galore_optax as go
 from models.llama import Layers, LlamaConfig
 from train import evaluate
-from train.corpus import Chitchat
-from train.data import batches, validation_batches
+from train.data.batches import batches, validation_batches
+from train.data.corpus import Chitchat
+from train.data.tokenizer import train_tokenizer
 from train.step import State, init, make_step
-from train.tokenizer import train_tokenizer
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 SEEDS = (0, 1, 2)

@@ -23,9 +23,9 @@ from rich.console import Console
 from galore_optax import Staggered, galore_adamw
 from models.llama import Layers, llama
 from train import step as training
-from train.corpus import Chitchat
-from train.data import Batch, batches
-from train.tokenizer import train_tokenizer
+from train.data.batches import Batch, batches
+from train.data.corpus import Chitchat
+from train.data.tokenizer import train_tokenizer
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 

@@ -21,18 +21,12 @@ import numpy as np
 import rich.table
 from rich.console import Console
 
-from galore_optax import (
-  Gram,
-  PowerIteration,
-  Randomized,
-  RandomOrthogonal,
-  Svd,
-  subspace,
-)
+from galore_optax import Gram, PowerIteration, Randomized, RandomOrthogonal, Svd
+from galore_optax.subspace import finders as subspace
 from models.llama import Layers, llama
-from train.corpus import Chitchat
-from train.data import batches
-from train.tokenizer import train_tokenizer
+from train.data.batches import batches
+from train.data.corpus import Chitchat
+from train.data.tokenizer import train_tokenizer
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 

@@ -10,8 +10,8 @@ import pytest
 import galore_optax
 from galore_optax.accumulation import Accumulating
 from galore_optax.clipping import clip_coefficient
-from galore_optax.layerwise import layerwise
-from galore_optax.weights import quantize_bases
+from galore_optax.layerwise.step import layerwise
+from galore_optax.layerwise.weights import quantize_bases
 from tests.galore_optax.test_layerwise import (
   Residual,
   galore_rule,

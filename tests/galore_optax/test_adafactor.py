@@ -11,7 +11,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import galore_optax
-from galore_optax import adafactor, galore_adafactor
+from galore_optax import galore_adafactor
+from galore_optax.presets import adafactor
 from tests.galore_optax.program import each
 
 SHAPES = {'tall': (11, 5), 'wide': (5, 9), 'square': (7, 7)}

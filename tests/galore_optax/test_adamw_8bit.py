@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from galore_optax import galore_adamw, galore_adamw_8bit
-from galore_optax.blockwise import Quantized
+from galore_optax.quantized.array import Quantized
 from models.llama import Layers, llama
 from tests.galore_optax.program import normal32
 

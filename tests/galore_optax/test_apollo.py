@@ -6,13 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import (
-  Gaussian,
-  apollo,
-  apollo_mini,
-  galore,
-  refresh,
-)
+from galore_optax import Gaussian, apollo, apollo_mini, galore
+from galore_optax.subspace import refresh
 from tests.galore_optax import scaled_oracle
 from tests.galore_optax.program import (
   MATRICES,

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from galore_optax import blockwise, dynamic
+from galore_optax.quantized import array as blockwise
+from galore_optax.quantized import codes as dynamic
 
 # One shape per layout: rows of full blocks, rows with a short block, joined
 # rows with full blocks and with a short one, a vector, a short vector.

@@ -10,12 +10,13 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from galore_optax import device, fira, frugal
+from galore_optax import fira, frugal
 from galore_optax.galore import galore
-from galore_optax.gpus import GPUS
-from galore_optax.layerwise import layerwise
-from galore_optax.subspace import PowerIteration
+from galore_optax.layerwise.step import layerwise
+from galore_optax.subspace.finders import PowerIteration
 from models.llama import Layers, LlamaConfig
+from train.plan import device
+from train.plan.cards import GPUS
 
 needs_compiler = pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda12_plugin') is None,

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import Lazy, PowerIteration, Randomized, galore, subspace
+from galore_optax import Lazy, PowerIteration, Randomized, galore
+from galore_optax.subspace import finders as subspace
 from tests.galore_optax.program import each
 
 KEY = jax.random.key(0)

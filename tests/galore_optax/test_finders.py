@@ -15,8 +15,8 @@ from galore_optax import (
   RandomOrthogonal,
   Svd,
   galore,
-  subspace,
 )
+from galore_optax.subspace import finders as subspace
 
 DENSE = [Svd(), Gram(), Randomized(), PowerIteration(), RandomOrthogonal()]
 KEY = jax.random.key(0)

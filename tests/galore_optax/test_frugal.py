@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import PowerIteration, fira, frugal, galore, refresh
+from galore_optax import PowerIteration, fira, frugal, galore
+from galore_optax.subspace import refresh
 from tests.galore_optax.program import (
   MATRICES,
   SHAPES,

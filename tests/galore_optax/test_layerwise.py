@@ -10,9 +10,9 @@ import pytest
 
 import galore_optax
 from galore_optax.clipping import clip_coefficient, clipped
-from galore_optax.layerwise import layerwise
-from galore_optax.quantization import quantize_state
-from galore_optax.weights import is_stored, quantized
+from galore_optax.layerwise.step import layerwise
+from galore_optax.layerwise.weights import is_stored, quantized
+from galore_optax.quantized.state import quantize_state
 from tests.galore_optax.program import each
 
 L, D, F, V = 3, 6, 11, 13

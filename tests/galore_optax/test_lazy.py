@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from galore_optax import Svd, galore
-from galore_optax.lazy import Lazy
+from galore_optax.subspace.lazy import Lazy
 from tests.galore_optax.program import Gauge
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import leafwise
-from galore_optax.quantization import (
+from galore_optax.quantized import leafwise
+from galore_optax.quantized.state import (
   Quantized,
   dequantize,
   quantize,

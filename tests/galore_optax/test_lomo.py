@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from galore_optax.clipping import ClippedTransformation
-from galore_optax.lomo import adalomo, lomo
+from galore_optax.presets.lomo import adalomo, lomo
 
 STEPS = 5
 

@@ -7,8 +7,8 @@ import pytest
 
 import galore_optax
 from galore_optax import memory
-from galore_optax.quantization import quantize_state
-from galore_optax.weights import quantize_bases
+from galore_optax.layerwise.weights import quantize_bases
+from galore_optax.quantized.state import quantize_state
 from models.llama import Layers, llama
 
 GIB = 2**30

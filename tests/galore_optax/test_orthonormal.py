@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from galore_optax import orthonormal
-from galore_optax.orthonormal import SMALLEST, orthonormalise, random_rows
+from galore_optax.subspace import polar as orthonormal
+from galore_optax.subspace.polar import SMALLEST, orthonormalise, random_rows
 
 
 def _with_spread(r, m, spread):

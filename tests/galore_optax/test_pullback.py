@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax.pullback import pull_back
+from galore_optax.layerwise.pullback import pull_back
 
 
 def arguments():

@@ -7,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import blockwise, galore
-from galore_optax.quantization import Quantized, dequantize, quantize_state
+from galore_optax import galore
+from galore_optax.quantized import array as blockwise
+from galore_optax.quantized.state import Quantized, dequantize, quantize_state
 from tests.galore_optax.program import each
 
 

@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from galore_optax import Coordinates, Lazy, galore
-from galore_optax.blockwise import Quantized, dequantize
-from galore_optax.weights import quantize_bases
+from galore_optax.layerwise.weights import quantize_bases
+from galore_optax.quantized.array import Quantized, dequantize
 from tests.galore_optax.program import each, normal32
 
 every_width = pytest.mark.parametrize('bits', [8, 4])

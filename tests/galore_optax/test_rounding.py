@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax.rounding import apply_updates_stochastic
+from galore_optax.quantized.rounding import apply_updates_stochastic
 
 NUM = 200_000
 

@@ -8,7 +8,8 @@ import optax
 import pytest
 from flax import nnx
 
-from galore_optax import Elsewhere, galore, selection
+from galore_optax import Elsewhere, galore
+from galore_optax import paths as selection
 
 W = jnp.zeros((9, 13))
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from galore_optax import Gram, Svd, subspace
+from galore_optax import Gram, Svd
+from galore_optax.subspace import finders as subspace
 
 KEY = jax.random.key(0)
 FINDERS = pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from train import checkpoint, metrics, step
-from train.data import batches
+from train.data.batches import batches
 
 CONFIG = """
 from models.llama import LlamaConfig
 from train.config import Config
-from train.corpus import TextFiles
+from train.data.corpus import TextFiles
 from train.optimizer import Galore
 
 config = Config(

@@ -2,7 +2,7 @@ import pytest
 
 from tests.train.program import write_config
 from train import command
-from train.corpus import Tfds
+from train.data.corpus import Tfds
 from train.optimizer import AdamW, Galore
 
 

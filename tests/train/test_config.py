@@ -7,7 +7,7 @@ import pytest
 
 from models.llama import LlamaConfig
 from train.config import Config, differences, flatten, from_json, to_json
-from train.corpus import TextFiles
+from train.data.corpus import TextFiles
 from train.optimizer import AdamW, Galore
 
 CONFIG = Config(

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from train.corpus import Chitchat, TextFiles, Tfds
+from train.data.corpus import Chitchat, TextFiles, Tfds
 
 PARAGRAPHS = [f'Paragraph {i}.\nIts second line, \u00e9.' for i in range(60)]
 
@@ -35,7 +35,7 @@ class TestChitchat:
     assert first[1] == 'whats up MD im doing good how are you doing?'
 
   def test_missing_package_names_the_extra(self, monkeypatch):
-    from train import corpus
+    from train.data import corpus
 
     monkeypatch.setitem(sys.modules, 'chitchat_dataset', None)
     corpus._dialogues.cache_clear()

@@ -9,11 +9,11 @@ import optax
 import pytest
 
 from galore_optax import galore_adamw, galore_adamw_8bit
-from galore_optax.blockwise import Quantized
+from galore_optax.quantized.array import Quantized
 from models.llama import Layers, LlamaConfig
-from train.corpus import Chitchat
-from train.data import batches
-from train.tokenizer import train_tokenizer
+from train.data.batches import batches
+from train.data.corpus import Chitchat
+from train.data.tokenizer import train_tokenizer
 
 STEPS = 200
 # Refreshes at 0, 60, 120 and 180.

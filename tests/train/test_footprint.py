@@ -8,8 +8,8 @@ import pytest
 
 from train import step
 from train.command import load
-from train.footprint import Cards, make_plan, placed
 from train.optimizer import Galore
+from train.plan.footprint import Cards, make_plan, placed
 from train.update import Layerwise
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import galore_optax
-from galore_optax.weights import quantize_bases
+from galore_optax.layerwise.weights import quantize_bases
 from train.methods import (
   Apollo,
   ApolloMini,

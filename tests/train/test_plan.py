@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from galore_optax import device
-from galore_optax.gpus import GPUS
-from train import compare, plan
+from train.plan import __main__ as plan
+from train.plan import compare, device
+from train.plan.cards import GPUS
 
 needs_compiler = pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda12_plugin') is None,
@@ -17,7 +17,7 @@ needs_compiler = pytest.mark.skipif(
 CONFIG = """
 from models.llama import LlamaConfig
 from train.config import Config
-from train.corpus import Chitchat
+from train.data.corpus import Chitchat
 from train.optimizer import Galore
 from train.update import Layerwise
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from galore_optax.weights import is_stored
+from galore_optax.layerwise.weights import is_stored
 from models.llama import Layers
 from tests.train.program import lines, saved, write_config
 from train import command, evaluate, pretrain, sample, step

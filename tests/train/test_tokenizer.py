@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from train.tokenizer import Tokenizer, train_tokenizer
+from train.data.tokenizer import Tokenizer, train_tokenizer
 
 TEXT = 'The quick brown fox jumps over the lazy dog, said the other dog.'
 DOCUMENTS = [f'{TEXT}\nLine {i} of many: {i * i}.' for i in range(50)]

@@ -1,0 +1,1 @@
+"""A training step that updates each weight as its gradient appears."""

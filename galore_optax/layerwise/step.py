@@ -1,0 +1,324 @@
+"""This module holds the layer-wise step: a reverse loop over a layer stack.
+
+Every layer is updated as soon as its gradient appears, so that the gradient of
+no more than one layer exists at a time. Any optax transformation is a rule:
+`lomo(lr)` makes the step LOMO, `galore_adamw_8bit(...)` layer-wise GaLore.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from galore_optax import clipping
+from galore_optax.accumulation import Accumulating
+from galore_optax.layerwise import accumulate as summing
+from galore_optax.layerwise import parts
+from galore_optax.layerwise import stack as stacks
+from galore_optax.layerwise.walk import Walk
+from galore_optax.layerwise.weights import ARRAYS, Weights
+from galore_optax.presets.badam import OneBlock
+from galore_optax.static import check_count
+
+# Axes: L layers, the leading axis of a stack; N examples.
+
+PyTree = Any
+
+
+class Layers(Protocol):
+  """What `layerwise` asks of a model: three pure functions.
+
+  `params['blocks']` is the stack, every leaf `[L, ...]`; the other entries of
+  `params` belong to `embed` and `loss`. `x` is a pytree of one structure and
+  shape from the first block to the last; its integer leaves (positions,
+  segments) are carried along and not differentiated.
+  """
+
+  def embed(self, params: PyTree, batch: PyTree) -> PyTree:
+    """Returns what the first block reads."""
+    ...
+
+  def block(self, layer_params: PyTree, x: PyTree) -> PyTree:
+    """Returns what the next block reads."""
+    ...
+
+  def loss(
+    self, params: PyTree, x: PyTree, batch: PyTree
+  ) -> tuple[jax.Array, PyTree]:
+    """Returns the mean loss, and sums that the metrics carry."""
+    ...
+
+
+class LayerwiseState(NamedTuple):
+  """State of a layer-wise step."""
+
+  count: jax.Array  # [], int32: steps done
+  norm: jax.Array  # [], float32: norm of the last gradient, before clipping
+  inner: dict[str, optax.OptState]
+  """State of tx by weight: [L, ...] for 'blocks/', of one layer for `badam`;
+  () for what is frozen."""
+
+
+def layerwise(
+  model: Layers,
+  tx: optax.GradientTransformation,
+  *,
+  clip_norm: float | None = None,
+  clip: Literal['exact', 'previous'] = 'exact',
+  microbatches: int = 1,
+  accumulate: int = 1,
+  sums_dtype: Any = jnp.float32,
+  slices: dict[str, int] | None = None,
+  weights: Weights = ARRAYS,
+) -> 'Layerwise':
+  """Makes a training step that updates every layer as its gradient appears.
+
+  Only the input of each block is kept; the reverse loop recomputes a block,
+  takes its gradient, updates that layer in place and moves on, as the
+  whole-tree step would. Jit the step and donate `params` and `state`.
+
+  Args:
+    model: the three functions of `Layers`.
+    tx: any optax transformation that treats weights one by one, leading axes
+      as batch, and so not `optax.clip_by_global_norm`: see `clip_norm`. Its
+      update gets `layer=`, the layer's index, as an extra argument.
+    clip_norm: largest global norm of the gradient; that of `tx` if `clipped`.
+    clip: 'exact' finds that norm by a backward pass of its own, as LOMO does;
+      'previous' takes that of the step before, after the first, at no cost.
+    microbatches: parts of a batch, over which a layer's gradient is summed, in
+      float32: a refresh sees the whole batch, all inputs of blocks are kept.
+    accumulate: parts that a batch is cut into before, which pass forward and
+      back one after another; their projected gradients are summed for all
+      layers. A refresh sees the first part alone, and the norm to clip by is
+      that of the sums. `tx` must be a `galore` without a residual rule, or
+      start with one in `optax.chain`.
+    sums_dtype: of these sums; bfloat16 sums are rounded stochastically.
+    slices: by path, in how many slices of its leading axis a weight outside
+      the stack is updated: bounds the scratch where `tx` is elementwise.
+    weights: how weights are stored; default, as the arrays they are.
+
+  Returns:
+    An object with `init(params) -> state` and `(params, state, batch) ->
+    (params, state, metrics)`. Metrics are `loss`, a mean; `grad_norm`, before
+    clipping; and sums of what stands beside the loss, by name or as `aux`.
+
+  Example:
+    >>> class Linear:
+    ...   def embed(self, params, batch):
+    ...     return batch['x']
+    ...   def block(self, layer_params, x):
+    ...     return x @ layer_params['w']
+    ...   def loss(self, params, x, batch):
+    ...     return jnp.mean((x - batch['y']) ** 2), {}
+    >>> params = {'blocks': {'w': jnp.stack([jnp.eye(2)] * 3)}}
+    >>> batch = {'x': jnp.ones((4, 2)), 'y': jnp.zeros((4, 2))}
+    >>> step = layerwise(Linear(), optax.sgd(0.1))
+    >>> params, state, metrics = jax.jit(step)(params, step.init(params), batch)
+    >>> print(metrics['loss'], params['blocks']['w'].shape)
+    1.0 (3, 2, 2)
+
+  References:
+    Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023.
+  """
+  if isinstance(tx, clipping.ClippedTransformation):
+    if clip_norm is not None:
+      raise ValueError(
+        f'clip_norm={clip_norm} beside a rule that clips at {tx.clip_norm}: '
+        'give one of the two'
+      )
+    clip_norm, tx = tx.clip_norm, tx.rule
+  return Layerwise(
+    model=model,
+    tx=optax.with_extra_args_support(tx),
+    clip_norm=clip_norm,
+    clip=clip,
+    microbatches=microbatches,
+    accumulate=accumulate,
+    sums_dtype=sums_dtype,
+    slices=slices or {},
+    weights=weights,
+  )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layerwise:
+  """A layer-wise training step; `layerwise` makes it and documents it."""
+
+  model: Layers
+  tx: optax.GradientTransformationExtraArgs
+  clip_norm: float | None
+  clip: str
+  microbatches: int
+  accumulate: int
+  sums_dtype: Any
+  slices: dict[str, int]
+  weights: Weights
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for options that fit no model."""
+    check_count(microbatches=self.microbatches, accumulate=self.accumulate)
+    clipping.check_norm(self.clip_norm)
+    if self.clip not in ('exact', 'previous'):
+      raise ValueError(f"clip must be 'exact' or 'previous', got {self.clip!r}")
+    if self.accumulate > 1 and not isinstance(self.tx, Accumulating):
+      raise ValueError(
+        f'accumulate={self.accumulate} sums projected gradients: tx must be a'
+        ' galore without a residual rule; microbatches work with any'
+      )
+
+  def init(self, params: PyTree) -> LayerwiseState:
+    """Returns the state before the first step."""
+    tree = parts.Parts(params)
+    if not any(map(parts.in_stack, tree.names)):
+      raise ValueError(
+        "params['blocks'] must hold the layers, every leaf [L, ...], got "
+        + ', '.join(tree.names)
+      )
+    if isinstance(self.tx, OneBlock):
+      self.tx.check_blocks(tree.names, parts.in_stack)
+    # A target that matches nothing anywhere is told here: `tx` is strict only
+    # where it sees the whole tree.
+    jax.eval_shape(
+      lambda weights: self.tx.init(
+        tree.build({n: self.weights.read(w) for n, w in weights.items()})
+      ),
+      tree.weights(params),
+    )
+
+    def init_weight(name, stored):
+      rule = self._rule(name)
+      if rule is None:
+        return ()
+      init = lambda one: rule.init(tree.alone(name, self.weights.read(one)))
+      if name in self.slices:
+        stored = stacks.sliced(stored, self.slices[name])
+      elif not parts.in_stack(name):
+        return init(stored)
+      elif isinstance(self.tx, OneBlock):
+        return init(stacks.take(stored, 0))
+      return jax.vmap(init)(stored)
+
+    return LayerwiseState(
+      count=jnp.zeros([], jnp.int32),
+      norm=jnp.zeros([], jnp.float32),
+      inner={n: init_weight(n, w) for n, w in tree.weights(params).items()},
+    )
+
+  def __call__(
+    self, params: PyTree, state: LayerwiseState, batch: PyTree
+  ) -> tuple[PyTree, LayerwiseState, dict[str, PyTree]]:
+    """Returns parameters and state one step on, and the step's metrics."""
+    tree = parts.Parts(params)
+    weights = tree.weights(params)
+    if self.accumulate == 1:
+      entries, metrics = self._at_once(tree, weights, state, batch)
+    else:
+      entries, metrics = summing.step(self, tree, weights, state, batch)
+    state = LayerwiseState(
+      count=jnp.asarray(optax.safe_increment(state.count)),
+      norm=metrics['grad_norm'],
+      inner={name: inner for name, (_, inner) in entries.items()},
+    )
+    params = tree.build({name: stored for name, (stored, _) in entries.items()})
+    return params, state, metrics
+
+  def _at_once(self, tree, weights, state, batch):
+    """Returns (stored, state) by weight, updated as gradients appear."""
+    walk = self.walk(tree, batch)
+    saved, x = walk.forward(weights)
+    backward = functools.partial(walk.backward, saved)
+    if isinstance(self.tx, OneBlock):
+      num_layers = jax.tree.leaves(saved)[0].shape[0]
+      frozen = [name for name in tree.names if self._rule(name) is None]
+      active = self.tx.active(state.count, num_layers)
+      backward = functools.partial(backward, active=active, frozen=frozen)
+    factor = self._factor(state, weights, functools.partial(backward, x))
+    # The second pass begins after the first: their gradients never coexist.
+    x, factor = lax.optimization_barrier((x, factor))
+    key = jax.random.fold_in(jax.random.key(0), state.count)
+
+    def read(entry, name, layer):
+      return self.weights.read(parts.at(name, entry[0], layer))
+
+    def visit(entry, name, grad, layer):
+      def update(entry, grad, layer):
+        if factor is not None:
+          grad = clipping.times(grad, factor)
+        return self.update(tree, key, name, entry, grad, layer)
+
+      if name in self.slices:
+        return stacks.in_slices(update, entry, grad, self.slices[name])
+      if parts.in_stack(name) and isinstance(self.tx, OneBlock):
+        # The state is of one layer.
+        stack, inner = entry
+        new, inner = update((stacks.take(stack, layer), inner), grad, layer)
+        return stacks.put(stack, new, layer), inner
+      new = update(parts.at(name, entry, layer), grad, layer)
+      return parts.put(name, entry, new, layer)
+
+    entries = {name: (w, state.inner[name]) for name, w in weights.items()}
+    return backward(x, entries, read, visit)
+
+  def sums(self, params: PyTree, state: LayerwiseState) -> list[jax.Array]:
+    """Returns the zeros that `accumulate` adds gradients to, for their size."""
+    if self.accumulate == 1:
+      return []
+    tree = parts.Parts(params)
+    slots = summing.start(self, tree, tree.weights(params), state)
+    return [zeros for zeros, _ in slots.values()]
+
+  def walk(self, tree: parts.Parts, batch: PyTree) -> Walk:
+    """Returns the way of a batch [N, ...] through the model."""
+    batch = stacks.split(batch, self.microbatches)
+    return Walk(self.model, tree, self.weights, batch)
+
+  def _rule(self, name):
+    """Returns what updates a weight; None if it is frozen."""
+    if not isinstance(self.tx, OneBlock):
+      return self.tx
+    return self.tx.rule if parts.in_stack(name) else self.tx.rest
+
+  def _factor(self, state, weights, backward):
+    """Returns what the gradient is multiplied by, None without clipping."""
+    if self.clip_norm is None:
+      return None
+
+    def exact():
+      # The weights are not in the carry, where XLA would copy them.
+      read = lambda _, name, layer: self.weights.read(
+        parts.at(name, weights[name], layer)
+      )
+      keep = lambda entry, name, grad, layer: entry
+      return backward(dict.fromkeys(weights, ()), read, keep)[1]['grad_norm']
+
+    if self.clip == 'exact':
+      norm = exact()
+    else:
+      norm = lax.cond(state.count == 0, exact, lambda: state.norm)
+    return clipping.clip_coefficient(norm, self.clip_norm)
+
+  def update(
+    self,
+    tree: parts.Parts,
+    key: jax.Array,
+    name: str,
+    entry: Any,
+    grad: Any,
+    layer: jax.Array | int,
+  ) -> Any:
+    """Returns one weight, layer or slice and its state, updated."""
+    stored, inner = entry
+    rule = self._rule(name)
+    assert rule is not None
+    updates, inner = rule.update(
+      tree.alone(name, grad),
+      inner,
+      tree.alone(name, self.weights.read(stored)),
+      layer=layer,
+    )
+    key = tree.key(key, name, layer)
+    return self.weights.write(stored, jax.tree.leaves(updates)[0], key), inner

@@ -1,0 +1,1 @@
+"""Methods by name: one file a method or a family of them."""

@@ -1,0 +1,1 @@
+"""Arrays and optimizer state in few bits. Read `array`, then `state`."""

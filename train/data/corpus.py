@@ -1,0 +1,220 @@
+"""Where documents come from: small dataclasses that a config names.
+
+A corpus has one method, `open(split)` with split 'train' or 'validation', which
+checks that the data is there and returns `Documents`.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import os
+import zlib
+from typing import Literal, Protocol
+
+import numpy as np
+
+from train.data.documents import Documents, Indexed, Sharded
+from train.data.text_files import Texts, expand, index
+
+Split = Literal['train', 'validation']
+
+
+class Corpus(Protocol):
+  """What a config names."""
+
+  def open(self, split: Split) -> Documents:
+    """Documents of a split; ValueError or FileNotFoundError if not there."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Chitchat:
+  """7,168 dialogues, 12.7 MB (package chitchat-dataset, MIT licence).
+
+  One document per dialogue, one turn a line. A dialogue is in the validation
+  split by a hash of its id.
+  """
+
+  holdout: float = 0.05
+  """Share of the dialogues that is kept for validation."""
+
+  def open(self, split: Split) -> Documents:
+    """Documents of a split; ValueError if the package is not installed."""
+    _check_holdout(self.holdout)
+    return Indexed(
+      [
+        text
+        for name, text in _dialogues()
+        if _in_split(split, zlib.crc32(name.encode()), self.holdout)
+      ]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFiles:
+  """Text files of one's own: .jsonl (field 'text'), or plain text.
+
+  A file whose name ends in .jsonl holds one JSON object a line; its field
+  'text' is a document. Any other file is plain UTF-8 text. Files are read once
+  when opened, to check and to index them, and stay on disk.
+  """
+
+  train: str
+  """Path or glob ('corpus/**/*.jsonl') of the training files."""
+
+  validation: str | None = None
+  """Path or glob of the validation files; None holds out `holdout`."""
+
+  separator: str | None = '\n\n'
+  """What separates the documents of a plain text file: blank lines, or say
+  another text, such as '<|endoftext|>'; None or '' makes each file one."""
+
+  holdout: float = 0.05
+  """Share of the training documents kept for validation, chosen by a hash of
+  their content, where `validation` is None."""
+
+  def open(self, split: Split) -> Documents:
+    """Documents of a split.
+
+    Raises:
+      FileNotFoundError: no file matches.
+      ValueError: a line is no JSON object with a text (the message names file
+        and line), a file is not UTF-8, or there are no documents.
+    """
+    _check_holdout(self.holdout)
+    if self.validation is not None:
+      return Indexed(self._texts(getattr(self, split)))
+    texts = self._texts(self.train)
+    share = texts.where(lambda crcs_d: _in_split(split, crcs_d, self.holdout))
+    if not len(share):
+      raise ValueError(
+        f'the {split} split of {self.train!r} is empty: holdout={self.holdout} '
+        f'of {len(texts)} documents; give a validation file, another holdout, '
+        'or more documents (a plain text file is split at `separator`)'
+      )
+    return Indexed(share)
+
+  def _texts(self, pattern: str) -> Texts:
+    texts = Texts(index(path, self.separator) for path in expand(pattern))
+    if not len(texts):
+      raise ValueError(
+        f'no document in the files of {pattern!r}: at least one that is not '
+        'blank is needed; give files with text'
+      )
+    return texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds:
+  """A data set that TFDS has prepared, read without TensorFlow.
+
+  array_record is read by random access and shuffled globally; tfrecord is
+  streamed: shards in random order, interleaved, shuffled within a window.
+  """
+
+  name: str = 'c4/en'
+  """As in tfds.load: name/config, with :version where it matters."""
+
+  data_dir: str | None = None
+  """Where it is prepared; None is TFDS' own default, ~/tensorflow_datasets."""
+
+  train: str = 'train'
+  """The split to train on."""
+
+  validation: str = 'validation'
+  """The split to validate on; array_record takes slices ('train[99%:]')."""
+
+  def open(self, split: Split) -> Documents:
+    """Documents of a split: the feature 'text' of each example.
+
+    Raises:
+      FileNotFoundError: the data set is not prepared in `data_dir`.
+      ValueError: it has no such split, or no feature 'text'.
+    """
+    name = self.train if split == 'train' else self.validation
+    builder = _prepared(self.name, self.data_dir)
+    splits, features = builder.info.splits, builder.info.features
+    if 'text' not in features:
+      raise ValueError(
+        f"{self.name} has no feature 'text', but {sorted(features)}: name a "
+        'data set of texts'
+      )
+    try:
+      info = splits[name]
+    except ValueError as error:
+      raise ValueError(
+        f'{self.name} has no split {name!r}, but {sorted(splits)}: set '
+        f"{split} to one of them, or to a slice such as 'train[99%:]'"
+      ) from error
+    if builder.info.file_format.value != 'tfrecord':
+      return Indexed(builder.as_data_source(name), _text_of_example)
+    if name not in splits:
+      raise ValueError(
+        f'{split}={name!r} is a slice, which tfrecord does not have: name one '
+        f'of {sorted(splits)}, or prepare {self.name} as array_record'
+      )
+    return Sharded(
+      tuple(str(path) for path in info.filepaths),
+      info.num_examples,
+      lambda record: _text_of_example(features.deserialize_example_np(record)),
+    )
+
+
+def _check_holdout(holdout: float) -> None:
+  if not 0 < holdout < 1:
+    raise ValueError(
+      f'holdout must be between 0 and 1, got {holdout}: it is the share of '
+      'documents kept for validation, 0.05 by default'
+    )
+
+
+def _in_split(
+  split: Split, crc: int | np.ndarray, holdout: float
+) -> bool | np.ndarray:
+  """Whether a hash puts it there; what is equal is never in both."""
+  return (crc < holdout * 2**32) == (split == 'validation')
+
+
+@functools.cache
+def _dialogues() -> list[tuple[str, str]]:
+  """Id and text of each dialogue; a turn is a list of messages."""
+  try:
+    package = importlib.resources.files('chitchat_dataset')
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      'the corpus Chitchat needs the package chitchat-dataset, which is not '
+      "installed: pip install 'galore-optax[train]'"
+    ) from error
+  dialogues = json.loads((package / 'dataset.json').read_bytes())
+  return [
+    (name, '\n'.join(map(_turn, dialogue['messages'])))
+    for name, dialogue in dialogues.items()
+  ]
+
+
+def _turn(messages: list[dict[str, str]]) -> str:
+  """One line, so that the next line is the other speaker's."""
+  return ' '.join(' '.join(m['text'] for m in messages).split())
+
+
+def _prepared(name: str, data_dir: str | None):
+  """TFDS' builder of a prepared data set, whether or not TFDS knows it."""
+  # Imported here: it takes a third of a second, which other corpora save.
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import read_only_builder
+
+  if data_dir is not None:
+    data_dir = os.path.expanduser(data_dir)
+  try:
+    return read_only_builder.builder_from_files(name, data_dir=data_dir)
+  except tfds.core.registered.DatasetNotFoundError as error:
+    raise FileNotFoundError(
+      f'no prepared data set {name!r} in {data_dir or "~/tensorflow_datasets"}:'
+      f' expected {name}/VERSION/dataset_info.json there; set data_dir, or '
+      'prepare it with tfds.builder(...).download_and_prepare()'
+    ) from error
+
+
+def _text_of_example(example: dict[str, bytes]) -> str:
+  return example['text'].decode('utf-8', 'replace')

@@ -1,0 +1,1 @@
+"""What a step needs on a card that is not there: `python -m train.plan`."""
