@@ -4,38 +4,45 @@ Importing this package makes `optax.chain` aware of `galore` stages, so that
 `optax.chain(galore(rank=512, gap=200), optax.adamw(lr))` keeps low-rank state.
 A chain without such a stage is optax's own, result for result.
 
-The methods are cells of one table. For a weight [m, n], m <= n, at rank r or
-density d, moments in float32 and bases in the weight's dtype:
+Read `galore`, the core, and then a preset: each method is a cell of one
+algebra,
+
+  update = unproject(inner(project(G))) * scale + residual(rest of G) + decay
 """
 
 import optax
 
-from galore_optax import methods
+from galore_optax.galore import GaloreState as GaloreState
 from galore_optax.galore import chain as chain
 from galore_optax.galore import galore as galore
+from galore_optax.galore import quantize_bases as quantize_bases
 from galore_optax.layerwise.step import layerwise as layerwise
-from galore_optax.layerwise.weights import quantize_bases as quantize_bases
+from galore_optax.memory import describe as describe
+from galore_optax.moments import Rotate as Rotate
 from galore_optax.paths import Elsewhere as Elsewhere
+from galore_optax.presets.adafactor import galore_adafactor as galore_adafactor
 from galore_optax.presets.adafactor import (
   scale_by_galore_factored_rms as scale_by_galore_factored_rms,
 )
-from galore_optax.presets.adam import (
-  scale_by_galore_adam as scale_by_galore_adam,
-)
-from galore_optax.presets.adamw import apollo as apollo
-from galore_optax.presets.adamw import apollo_mini as apollo_mini
-from galore_optax.presets.adamw import badam as badam
-from galore_optax.presets.adamw import fira as fira
-from galore_optax.presets.adamw import frugal as frugal
-from galore_optax.presets.adamw import galore_adafactor as galore_adafactor
 from galore_optax.presets.adamw import galore_adamw as galore_adamw
 from galore_optax.presets.adamw import galore_adamw_8bit as galore_adamw_8bit
+from galore_optax.presets.badam import badam as badam
+from galore_optax.presets.frugal import frugal as frugal
+from galore_optax.presets.inner import (
+  scale_by_galore_adam as scale_by_galore_adam,
+)
 from galore_optax.presets.lomo import adalomo as adalomo
 from galore_optax.presets.lomo import lomo as lomo
-from galore_optax.quantized.state import (
+from galore_optax.presets.scaled import apollo as apollo
+from galore_optax.presets.scaled import apollo_mini as apollo_mini
+from galore_optax.presets.scaled import fira as fira
+from galore_optax.quantized.rounding import (
   apply_updates_stochastic as apply_updates_stochastic,
 )
 from galore_optax.quantized.state import quantize_state as quantize_state
+from galore_optax.residual import Scaled as Scaled
+from galore_optax.residual import Sgd as Sgd
+from galore_optax.residual import Sign as Sign
 from galore_optax.subspace.finders import Coordinates as Coordinates
 from galore_optax.subspace.finders import Gaussian as Gaussian
 from galore_optax.subspace.finders import Gram as Gram
@@ -43,11 +50,8 @@ from galore_optax.subspace.finders import PowerIteration as PowerIteration
 from galore_optax.subspace.finders import Randomized as Randomized
 from galore_optax.subspace.finders import RandomOrthogonal as RandomOrthogonal
 from galore_optax.subspace.finders import Svd as Svd
-from galore_optax.subspace.lazy import Lazy as Lazy
+from galore_optax.subspace.kept import Lazy as Lazy
+from galore_optax.subspace.kept import Packed as Packed
 from galore_optax.subspace.refresh import Staggered as Staggered
-from galore_optax.subspace.turns import Turns as Turns
-from galore_optax.table import describe as describe
-from galore_optax.transform import GaloreState as GaloreState
 
 optax.chain = chain
-__doc__ = f'{__doc__}\n{methods.table()}\n'

@@ -1,237 +1,188 @@
-"""This module holds exact decoupled weight decay through a black-box inner.
+"""Exact decoupled weight decay through a black-box inner.
 
-An inner transformation sees the low-rank gradient, whose shape is not the
-weight's, so what it would read from `params` is not there. If it reads them
-for decoupled decay alone, its update is `u(gradient) + factor * params`, and
-the factor can be read off a weight of one element: gradient and moments zero,
-parameter one, counters (and so schedules) the true ones.
+An inner sees the low-rank gradient, whose shape is not the weight's, so what
+it would read from `params` is not there. If it reads them for decoupled decay
+alone, its update is `u(gradient) + slope * params`: the low-rank part runs with
+zeros for weights, and one forward derivative of that very run is the slope.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
-from galore_optax import moments
-from galore_optax.static import is_zero
+from galore_optax.checks import is_zero
+from galore_optax.projection import Projection, Whole
 
 COUNTS = (0, 1, 10, 100, 1_000)
 """Steps at which an inner is tried: at some, a schedule may be zero."""
 
+GRADIENTS = ((0.25, -1.0, 0.0, 0.5), (2.0, 1.0, 0.25, 3.0), (0.0,) * 4)
+WEIGHTS = (0.5, -2.0, 1.5, -0.75)
+"""Entries of the 2 x 2 gradients and weights that an inner is tried on."""
 
-def decay_factors(
+
+def through(
   inner: optax.GradientTransformationExtraArgs,
+  plans: Sequence[Projection | Whole],
+  low: Any,
   state: Any,
   params: Any,
   extra_args: dict[str, Any],
-) -> Any:
-  """Returns what the inner adds to the update of a weight of one.
+) -> tuple[Any, Any, Any]:
+  """Runs the inner on low-rank gradients.
 
   Args:
     inner: the transformation.
-    state: its state for `params`.
-    params: what the inner sees as parameters; only shapes are read.
+    plans: of each leaf.
+    low: projected gradients; itself of a leaf that is whole.
+    state: of the inner.
+    params: the weights in their own shapes, or None.
     extra_args: passed to the inner.
 
   Returns:
-    A tree of scalars, such as `-learning_rate * weight_decay`.
+    Its updates, the slopes of its decay (a tree of scalars, None without
+    params), its new state.
 
   Example:
-    >>> params = {'w': jnp.zeros((3, 5))}
-    >>> inner = optax.with_extra_args_support(
-    ...   optax.adamw(0.5, weight_decay=0.25))
-    >>> decay_factors(inner, inner.init(params), params, {})
-    {'w': Array(-0.125, dtype=float32)}
+    >>> plans, w = [Projection('', (3, 5), ((0,), (1,)), 2, (-2,))], jnp.ones
+    >>> inner = optax.adamw(0.5, weight_decay=0.25)
+    >>> inner = optax.with_extra_args_support(inner)
+    >>> low = w((2, 5))
+    >>> through(inner, plans, low, inner.init(low), w((3, 5)), {})[1]
+    Array(-0.125, dtype=float32)
   """
-  ones = jax.tree.map(
-    lambda x: jnp.ones(x.shape, x.dtype), moments.sized(params, 1)
+  if params is None:
+    updates, state = inner.update(low, state, None, **extra_args)
+    return updates, None, state
+  leaves, treedef = jax.tree.flatten(params)
+  pairs = list(zip(plans, leaves, strict=True))
+  at = treedef.unflatten([p.view(w) for p, w in pairs])
+  along = treedef.unflatten([p.tangent(w) for p, w in pairs])
+  updates, slopes, state = jax.jvp(
+    lambda w: inner.update(low, state, w, **extra_args),
+    (at,),
+    (along,),
+    has_aux=True,
   )
-  counters = moments.counter_paths(inner, params)
-  probe = moments.transplant(state, inner.init(ones), counters)
-  zeros = jax.tree.map(jnp.zeros_like, ones)
-  factors, _ = inner.update(zeros, probe, ones, **extra_args)
-  return jax.tree.map(lambda x: x.reshape(()), factors)
+  return updates, jax.tree.map(lambda x: x.ravel()[0], slopes), state
 
 
-def responses(
+def check(
   inner: optax.GradientTransformationExtraArgs,
-  state: Any,
+  plans: Sequence[Projection | Whole],
   params: Any,
-  extra_args: dict[str, Any],
-) -> Any:
-  """Returns what the inner, its moments fresh, makes of a gradient of one.
-
-  That is minus the learning rate of this step for SGD, Adam or Lion with a
-  schedule, whatever wraps it, and one without a learning rate. It is more for
-  RMSProp without bias correction (by 1 / sqrt(1 - decay)) and for Nesterov
-  momentum (by 1 + decay).
-
-  Args:
-    inner: the transformation; no clipping by a norm, which would see the ones.
-    state: its state for `params`.
-    params: what the inner sees as parameters; only ranks are read.
-    extra_args: passed to the inner.
-
-  Returns:
-    A tree of scalars.
-
-  Example:
-    >>> params = {'w': jnp.zeros((3, 5))}
-    >>> inner = optax.with_extra_args_support(optax.lion(0.5))
-    >>> responses(inner, inner.init(params), params, {})
-    {'w': Array(-0.5, dtype=float32)}
-  """
-  clocks = moments.clock_paths(inner, params)
-  return _answers_to_one(inner, state, params, extra_args, clocks)
-
-
-def gains(
-  inner: optax.GradientTransformationExtraArgs,
-  state: Any,
-  params: Any,
-  extra_args: dict[str, Any],
-) -> Any:
-  """Returns `responses` of an inner whose counters are those of the state.
-
-  Adam's is its response, times a number of its own, times the bias correction
-  of this step: what grows with the step and not with the gradient.
-
-  Args:
-    inner: the transformation.
-    state: its state for `params`.
-    params: what the inner sees as parameters; only ranks are read.
-    extra_args: passed to the inner.
-
-  Returns:
-    A tree of scalars.
-
-  Example:
-    >>> params = {'w': jnp.zeros((3, 5))}
-    >>> inner = optax.with_extra_args_support(optax.scale_by_adam(0.5, 0.75))
-    >>> _, state = inner.update(params, inner.init(params))
-    >>> gains(inner, state, params, {})['w'].round(3)
-    Array(0.882, dtype=float32)
-  """
-  counters = moments.counter_paths(inner, params)
-  return _answers_to_one(inner, state, params, extra_args, counters)
-
-
-def _answers_to_one(inner, state, params, extra_args, paths):
-  """Returns updates for gradients of one, of the state's counters `paths`."""
-  ones = jax.tree.map(
-    lambda x: jnp.ones(x.shape, x.dtype), moments.sized(params, 1)
-  )
-  zeros = jax.tree.map(jnp.zeros_like, ones)
-  probe = moments.transplant(state, inner.init(zeros), paths)
-  answers, _ = inner.update(ones, probe, zeros, **extra_args)
-  return jax.tree.map(lambda x: x.reshape(()), answers)
-
-
-def check_decoupled(
-  inner: optax.GradientTransformationExtraArgs,
-  params: Any,
-  projected: list[bool],
 ) -> None:
   """Raises if the inner reads params for more than decoupled decay.
 
-  It is tried on 2 x 2 weights, whose values and zero must make updates that
-  differ by `decay_factors` and states that do not differ: decay that enters a
-  momentum is no longer decoupled.
+  It is tried on 2 x 2 weights of both signs against zeros: its states must be
+  equal, and its updates differ by one slope times the weight, whatever the
+  gradient.
 
   Args:
     inner: the transformation.
-    params: what the inner sees as parameters; only shapes are read.
-    projected: which leaves are projected.
+    plans: of each leaf.
+    params: parameters; only structure, ranks and types are read.
 
   Raises:
-    ValueError: the inner's update of a projected leaf is not affine in the
-      weight with the slope that is read, or something else depends on it.
+    ValueError: the update of a projected leaf is not affine in the weight
+      with one slope, something else depends on it, or the inner has no forward
+      derivative.
   """
-  # Shapes of the weights that are tried: the real ones would be evaluated
-  # below, all moments of the model among them.
-  params = moments.sized(params, 2)
+  leaves, treedef = jax.tree.flatten(params)
+  projected = [isinstance(p, Projection) for p in plans]
+
+  def filled(values: Sequence[float]) -> list[jax.Array]:
+    return [
+      jnp.resize(
+        jnp.array(values, jnp.promote_types(x.dtype, jnp.float32)),
+        # What the inner sees of a weight has two axes beyond its batch.
+        (2,) * (x.ndim if isinstance(p, Whole) else len(p.low_shape)),
+      )
+      for p, x in zip(plans, leaves, strict=True)
+    ]
+
   with jax.ensure_compile_time_eval():
-    weights = _filled(params, [0.5, -2.0])
-    leaves, treedef = jax.tree.flatten(weights)
-    blind = treedef.unflatten(
-      [0 * w if p else w for w, p in zip(leaves, projected, strict=True)]
-    )
-    # With a learning rate of zero nothing can be seen: try the next.
     for count in COUNTS:
-      try:
-        seen, unseen, factors = _try(inner, params, weights, blind, count)
-      except TypeError:
-        return  # It needs extra args, which only `update` is given.
-      if _any_traced((seen, unseen)):
-        return  # A hyperparameter is traced: nothing can be compared.
-      shift = [
-        factor * w if p else 0 * w
-        for factor, w, p in zip(factors, leaves, projected, strict=True)
-      ]
-      updates, expected = jax.tree.leaves(seen[0]), jax.tree.leaves(unseen[0])
-      expected = [u + d for u, d in zip(expected, shift, strict=True)]
-      if not (_close(updates, expected) and _close(seen[1], unseen[1])):
-        raise ValueError(
-          'the inner transformation reads params for more than decoupled'
-          ' weight decay (a trust ratio, a parameter scale, or decay that'
-          ' enters a momentum, perhaps); the params of a projected weight have'
-          ' no low-rank form. Use one without it, such as optax.adamw'
-        )
-      if any(np.any(u) for u, p in zip(updates, projected, strict=True) if p):
+      moved = False
+      for values in GRADIENTS:
+        g, w = treedef.unflatten(filled(values)), filled(WEIGHTS)
+        try:
+          moved |= _check_once(inner, g, w, projected, treedef, count)
+        except (_NeedsMore, jax.errors.TracerArrayConversionError):
+          # It needs extra args, which only `update` is given; or a
+          # hyperparameter is traced, and nothing can be compared.
+          return
+      # With a learning rate of zero nothing can be seen: try the next.
+      if moved:
         return
 
 
-def _try(inner, params, weights, blind, count: int):
-  """Returns two (update, state), with weights and without, and factors."""
-  gradients = _filled(params, [1.0, 0.25])
-  seen, unseen = (
-    inner.update(gradients, at_count(inner, inner.init(w), params, count), w)
-    for w in (weights, blind)
+class _NeedsMore(Exception):
+  """An inner's update needs arguments that nobody has at `init`."""
+
+
+def _check_once(inner, g, w, projected, treedef, count: int) -> bool:
+  """Checks one gradient at one step; returns whether any update moves."""
+  blind = treedef.unflatten(
+    [0 * x if yes else x for x, yes in zip(w, projected, strict=True)]
   )
-  state = at_count(inner, inner.init(weights), params, count)
-  factors = decay_factors(inner, state, params, {})
-  return seen, unseen, jax.tree.leaves(factors)
-
-
-def _close(one: Any, other: Any) -> bool:
-  """Whether all numbers of two trees agree, to 1e-4 of the largest of each."""
-  return all(
-    np.allclose(x, y, rtol=1e-4, atol=1e-4 * np.max(np.abs(x), initial=0))
-    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    if jnp.issubdtype(x.dtype, jnp.number)
+  weights = treedef.unflatten(w)
+  state, other = (at_count(count, inner.init(x)) for x in (weights, blind))
+  try:
+    seen, after = inner.update(g, state, weights)
+  except TypeError as error:
+    raise _NeedsMore from error
+  along = treedef.unflatten(
+    [jnp.full_like(x, yes) for x, yes in zip(w, projected, strict=True)]
   )
+  try:
+    unseen, slopes, other_after = jax.jvp(
+      lambda w: inner.update(g, other, w), (blind,), (along,), has_aux=True
+    )
+  except (TypeError, NotImplementedError) as error:
+    raise ValueError(
+      'the weight decay of the inner is read off its forward derivative, and'
+      f' it has none: {error}'
+    ) from error
+  rows = zip(
+    *map(jax.tree.leaves, (seen, unseen, slopes)), w, projected, strict=True
+  )
+  moved, affine = False, True
+  for x, y, slope, weight, yes in rows:
+    expected = y + np.ravel(slope)[0] * weight if yes else y
+    affine &= _close(x, expected)
+    moved |= yes and bool(np.any(x))
+  same = jax.tree.map(_close, (state, after), (other, other_after))
+  if not (affine and all(jax.tree.leaves(same))):
+    raise ValueError(
+      'the inner transformation reads params for more than decoupled'
+      ' weight decay (a trust ratio, a parameter scale, or decay that'
+      ' enters a momentum, perhaps); the params of a projected weight have'
+      ' no low-rank form. Use one without it, such as optax.adamw'
+    )
+  return moved
 
 
-def _any_traced(tree: Any) -> bool:
-  return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
-
-
-def _filled(params: Any, values: list[float]) -> Any:
+def at_count(count: int, state: Any) -> Any:
+  """Returns a state with its integer scalars, the counters, at `count`."""
+  is_count = lambda x: x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
   return jax.tree.map(
-    lambda x: jnp.resize(jnp.array(values, x.dtype), x.shape),
-    moments.sized(params, 2),
+    lambda x: jnp.full_like(x, count) if is_count(x) else x,
+    jax.tree.map(jnp.asarray, state),
   )
 
 
-def at_count(
-  inner: optax.GradientTransformation, state: Any, params: Any, count: int
-) -> Any:
-  """Returns `state` with its integer scalar counters at `count`.
-
-  >>> inner, params = optax.scale_by_adam(), {'w': jnp.zeros(2)}
-  >>> print(at_count(inner, inner.init(params), params, 7).count)
-  7
-  """
-  counters = moments.counter_paths(inner, params)
-
-  def move(path, x):
-    is_step = path in counters and jnp.issubdtype(x.dtype, jnp.integer)
-    return jnp.full_like(x, count) if is_step and x.ndim == 0 else x
-
-  return jax.tree_util.tree_map_with_path(move, state)
+def _close(x: Any, y: Any) -> bool:
+  """Whether two arrays agree, to 1e-4 of the largest number in them."""
+  if not jnp.issubdtype(x.dtype, jnp.number):
+    return True
+  x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+  atol = 1e-4 * np.max(np.abs(np.nan_to_num(x)), initial=0)
+  return np.allclose(x, y, rtol=1e-4, atol=atol, equal_nan=True)
 
 
 def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
@@ -241,19 +192,6 @@ def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
   (0.5, 6)
   """
   return learning_rate(count) if callable(learning_rate) else learning_rate
-
-
-def add_decayed_weights(
-  weight_decay: float,
-) -> optax.GradientTransformation:
-  """Returns optax's, which asks for no params where the decay is zero.
-
-  >>> add_decayed_weights(0.0).update(jnp.ones(1), optax.EmptyState())[0]
-  Array([1.], dtype=float32)
-  """
-  if is_zero(weight_decay):
-    return optax.identity()
-  return optax.add_decayed_weights(weight_decay)
 
 
 def decay_updated_weights(
@@ -280,6 +218,7 @@ def decay_updated_weights(
   def update_fn(
     updates: optax.Updates, state: Any, params: optax.Params | None = None
   ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
+    # No params are asked for where no decay is; a traced one may be any.
     if not is_zero(weight_decay):
       if params is None:
         raise ValueError(

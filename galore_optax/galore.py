@@ -1,4 +1,4 @@
-"""This module holds `galore`: project, an inner transformation, unproject.
+"""`galore`: project, an inner transformation, unproject.
 
 The two spellings are one transformation::
 
@@ -9,6 +9,12 @@ The two spellings are one transformation::
 state of the next one. Hence `galore()` without an inner is a `Stage`, and
 `chain` here, which importing `galore_optax` makes `optax.chain`, gives the
 stage everything after it as its inner.
+
+An update is three stages: `refresh` finds the bases that are due, `project` is
+linear in the gradient, `apply` runs the inner and goes back to the weight. Who
+sums or reduces gradients calls them one by one. Read on in `plan` (what is
+projected), `subspace` (how a basis is found), `decay`, `moments`, `residual`,
+then in `presets`.
 
 What works, each proved by a test:
 
@@ -27,49 +33,132 @@ What works, each proved by a test:
 | | FrozenDict, Haiku's dicts with '/' in keys | |
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import jax
+import jax.numpy as jnp
 import optax
 
-from galore_optax import transform
-from galore_optax.accumulation import first_of_chain
-from galore_optax.options import Options
-from galore_optax.paths import Targets
-from galore_optax.projection import Axes, Projection
-from galore_optax.residual import Residual
-from galore_optax.subspace.finders import Subspace
-from galore_optax.subspace.refresh import Staggered
+from galore_optax import decay
+from galore_optax import moments as moments_lib
+from galore_optax.checks import (
+  check_not_negative,
+  check_one_of,
+  is_zero,
+)
+from galore_optax.paths import Targets, is_part
+from galore_optax.plan import Plan, Planner, show
+from galore_optax.precision import full
+from galore_optax.projection import (
+  Axes,
+  Basis,
+  Projection,
+  Side,
+  Whole,
+  from_matrix,
+  overlap,
+  to_matrix,
+)
+from galore_optax.residual import Residual, Split
+from galore_optax.subspace import finders, kept, refresh
 
 Preset = TypeVar('Preset', bound=Callable)
 
 _optax_chain = getattr(optax.chain, '__wrapped__', optax.chain)
 
 
+NOTHING = optax.GradientTransformationExtraArgs(
+  lambda params: (), lambda updates, state, params=None, **extra: (updates, ())
+)
+"""A chain of no transformation, which optax has not."""
+
+
+class GaloreState(NamedTuple):
+  """The state of `galore`."""
+
+  count: jax.Array
+  """[], int32: updates done so far."""
+  basis: Any
+  """Tree like the parameters: orthonormal rows [..., r, m] in the weight's
+  dtype, or what a keeper keeps of them (a pair for side 'full'); MaskedNode
+  where not projected."""
+  inner: Any
+  """State of the inner transformation, for the low-rank shapes [..., r, n]."""
+  skipped: jax.Array
+  """[], int32: bases kept at a refresh as the gradient was not finite."""
+  residual: Any
+  """Tree like the parameters: state of the residual rule; MaskedNode where
+  there is none."""
+  phase: Any
+  """Tree like the parameters: where matrices that take turns stand in their
+  order; () where all are due at once."""
+
+
+class Galore(optax.GradientTransformationExtraArgs):
+  """A `galore`, or a chain that begins with one: an update in three stages.
+
+  `update(g, s, w)` is `apply(project(g, refresh(g, s)), refresh(g, s), w, g)`.
+  `layer` is the index of the layer where one layer of a stack is shown.
+  """
+
+  plan: Callable[[Any], list[Plan]]
+  """`(tree) -> plans`: how each leaf is projected."""
+  due: Callable[..., jax.Array]
+  """`(state, *, layer=0) -> []`, bool: whether a refresh finds any basis."""
+  refresh: Callable[..., Any]
+  """`(grads, state, *, layer=0) -> state`: bases that are due, moments to
+  match; one `lax.cond` on a scalar."""
+  project: Callable[..., Any]
+  """`(grads, state) -> low`, linear in grads: [..., r, n] of a projected leaf,
+  the leaf of another, in float32."""
+  apply: Callable[..., tuple[optax.Updates, Any]]
+  """`(low, state, params, grads, *, layer=0, **extra_args) -> (updates,
+  state)`; grads may be None where `linear`."""
+  linear: bool
+  """Whether `apply` reads no more of the gradient than its projection, so that
+  sums of projections do for sums of gradients."""
+  with_keeper: Callable[[Callable[[Any], Any]], 'Galore']
+  """`(f) -> Galore`, the same one with f(keeper) for its keeper of bases."""
+
+
 class Stage(optax.GradientTransformationExtraArgs):
   """A `galore` that still lacks its inner: `chain` gives it what follows."""
 
-  options: Options
+  around: Callable[[optax.GradientTransformation], Galore]
 
-  def __new__(cls, options: Options) -> 'Stage':
+  def __new__(cls, around: Callable[..., Galore]) -> 'Stage':
     """Returns a stage; called directly, it raises TypeError."""
     stage = super().__new__(cls, _no_inner, _no_inner)
-    stage.options = options
+    stage.around = around
     return stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The checked options of one `galore`, which documents them."""
+
+  planner: Planner
+  keeper: Any
+  gap: refresh.Gap
+  scale: float
+  rule: Residual | None
+  moments: str | moments_lib.Rotate
 
 
 def galore(
   inner: optax.GradientTransformation | None = None,
   *,
   rank: int | float = 128,
-  gap: int | Staggered = 200,
+  gap: int | refresh.Staggered = 200,
   scale: float = 0.25,
-  side: str = 'std',
-  subspace: str | Subspace = 'svd',
-  residual: str | Residual | None = None,
-  moments: str = 'keep',
+  side: Side = 'std',
+  subspace: finders.Name | finders.Subspace | kept.Keeper = 'svd',
+  residual: Residual | None = None,
+  moments: moments_lib.Moments = 'keep',
   targets: Targets = None,
   axes: Mapping[str, Axes] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -81,8 +170,8 @@ def galore(
   inner acts on the whole weight, exactly and unscaled. Leaves that are not
   selected go through the inner at full rank. Moments are float32 at least.
 
-  State of a weight [i, o], i <= o: a basis of r i elements in the weight's
-  dtype, and what the inner keeps for r o elements (Adam: 2 r o, float32).
+  State of a weight of sides m <= n: a basis of r m elements in the weight's
+  dtype, and what the inner keeps for [r, n] (Adam: 2 r n, float32).
 
   Args:
     inner: any transformation that reads `params` for decoupled weight decay
@@ -101,21 +190,23 @@ def galore(
       cheaper at 99.8% or more of the energy, 'gram' 3 to 5 times at all of it
       (tests.bench.subspace).
     residual: what becomes of the gradient outside the subspace: None drops it,
-      'sgd', 'sign' (FRUGAL), 'fira', 'apollo', or a rule with its own options,
-      of `galore_optax.residual`.
+      or a rule of `galore_optax.residual`, such as `Sign(learning_rate)`.
     moments: what a refresh does to the inner state of projected leaves:
       'keep' leaves it, 'reset' zeroes it and restarts its counters, 'rotate'
-      carries it to the new basis.
+      carries it to the new basis (`Rotate(b1=, b2=)` where the inner's decays
+      are not Adam's).
     targets: regexes that match whole paths ('blocks/attention/q/kernel'), or
       a predicate `(path, leaf) -> bool`. Default: leaves whose last two axes
       are larger than rank, but for embeddings, heads, norms, scales, biases.
     axes: input and output axes by a regex on the path for kernels that are
-      not [..., in, out]: `{'.*/query/kernel': (0, (1, 2))}` for [d, heads,
+      not [..., in, out]: `{'.*/proj/kernel': (0, (1, 2))}` for [d, heads,
       head_dim]. Other axes are batch: each index has a basis of its own.
+      Default: the last two, and all three of query, key, value and out kernels
+      that keep their heads apart, as flax's attention does.
 
   Returns:
-    The transformation; without `inner`, a stage for `optax.chain`. Extra args
-    of `update` go to the inner.
+    The transformation, a `Galore`; without `inner`, a stage for `optax.chain`.
+    Extra args of `update` go to the inner.
 
   Raises:
     ValueError: an option out of range; at `init`, a target that matches
@@ -123,7 +214,6 @@ def galore(
       reads `params` in another way (LAMB's trust ratio).
 
   Example:
-    >>> import jax.numpy as jnp
     >>> tx = optax.chain(galore(rank=2, gap=10), optax.adamw(0.1))
     >>> tx.init({'w': jnp.ones((4, 6))})[0].inner[0][0].mu['w'].shape
     (2, 6)
@@ -131,25 +221,24 @@ def galore(
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024.
   """
+  keeper = kept.keeping(subspace)
   options = Options(
-    rank, gap, scale, side, subspace, residual, moments, targets, axes
+    planner=Planner(rank, side, targets, axes, keeper.by_coordinates),
+    keeper=keeper,
+    gap=refresh.checked_gap(gap),
+    scale=scale,
+    rule=residual,
+    moments=_checked_moments(moments, gap),
   )
+  check_not_negative(scale=scale)
+  if residual is not None and not callable(residual):
+    raise ValueError(
+      'residual must be None or a rule of galore_optax.residual with its'
+      f' learning rate, such as Sign(1e-3), got {residual!r}'
+    )
   if inner is None:
-    return Stage(options)
-  return transform.projected(inner, options)
-
-
-def projections_of(tree: Any, **options: Any) -> list[Projection | None]:
-  """Returns how a `galore` with these options projects each leaf of a tree.
-
-  >>> import jax.numpy as jnp
-  >>> (p,) = projections_of({'w': jnp.ones((4, 6))}, rank=2)
-  >>> p.low_shape
-  (2, 6)
-  """
-  stage = galore(**options)
-  assert isinstance(stage, Stage)
-  return stage.options.projections(tree)
+    return Stage(functools.partial(_galore, options=options))
+  return _galore(inner, options)
 
 
 def names_options(
@@ -179,9 +268,13 @@ def names_options(
   def named(preset: Preset) -> Preset:
     signature = inspect.signature(preset)
     *own, _ = signature.parameters.values()
-    taken = {parameter.name for parameter in own} | {*fixed}
-    _, *options = inspect.signature(of).parameters.values()
-    own += [option for option in options if option.name not in taken]
+    taken = {parameter.name for parameter in own} | {*fixed, 'inner'}
+    options = inspect.signature(of).parameters.values()
+    own += [
+      option
+      for option in options
+      if option.kind is option.KEYWORD_ONLY and option.name not in taken
+    ]
     vars(preset)['__signature__'] = signature.replace(parameters=own)
     return preset
 
@@ -201,10 +294,396 @@ def chain(
           'a chain takes one galore stage, got another after it; for several'
           ' ranks use optax.partition with a chain for each'
         )
-      stage = transform.projected(_optax_chain(*after), stage.options)
-      return chain(*before, stage)
-  whole = _optax_chain(*args)
-  return first_of_chain(whole, args[0]) if args else whole
+      return chain(*before, stage.around(_optax_chain(*after)))
+  if args and isinstance(args[0], Galore):
+    return _followed(args[0], _optax_chain(*args[1:]) if args[1:] else NOTHING)
+  return _optax_chain(*args)
+
+
+def quantize_bases(
+  tx: optax.GradientTransformation, *, bits: Literal[4, 8] = 4, group: int = 256
+) -> Galore:
+  """Stores the bases of a `galore` in few bits; see `Packed`.
+
+  Args:
+    tx: a `galore`, or an `optax.chain` that begins with one.
+    bits: of an element, 8 or 4.
+    group: elements that share a float32 scale.
+
+  Example:
+    >>> tx = quantize_bases(galore(optax.sgd(0.1), rank=2))
+    >>> tx.init({'w': jnp.ones((512, 512))}).basis['w'].nbytes
+    528
+  """
+  if not isinstance(tx, Galore):
+    raise ValueError(
+      'quantize_bases takes a galore, or an optax.chain that begins with one,'
+      f' got {tx!r}; put other transformations around it'
+    )
+  pack = functools.partial(kept.packed, bits=bits, group=group)
+  return tx.with_keeper(pack)
+
+
+def with_apply(tx: Galore, wrap: Callable[[Callable], Callable]) -> Galore:
+  """Returns `tx` with `wrap(tx.apply)` for its last stage."""
+  stages = {name: getattr(tx, name) for name in Galore.__annotations__}
+  return _staged(
+    tx.init,
+    **stages
+    | {
+      'apply': wrap(tx.apply),
+      'with_keeper': lambda f: with_apply(tx.with_keeper(f), wrap),
+    },
+  )
+
+
+def _followed(
+  first: Galore, rest: optax.GradientTransformationExtraArgs
+) -> Galore:
+  """Returns `optax.chain(first, *rest)` with the stages of the first."""
+
+  def apply_fn(low, state, params=None, grads=None, **extra_args):
+    updates, head = first.apply(low, state[0], params, grads, **extra_args)
+    extra_args.pop('layer', None)
+    updates, tail = rest.update(updates, state[1:], params, **extra_args)
+    return updates, (head, *tail)
+
+  return _staged(
+    lambda params: (first.init(params), *rest.init(params)),
+    plan=first.plan,
+    due=lambda state, **layer: first.due(state[0], **layer),
+    refresh=lambda grads, state, **layer: (
+      first.refresh(grads, state[0], **layer),
+      *state[1:],
+    ),
+    project=lambda grads, state: first.project(grads, state[0]),
+    apply=apply_fn,
+    linear=first.linear,
+    with_keeper=lambda f: _followed(first.with_keeper(f), rest),
+  )
+
+
+def _staged(init_fn: Callable[[Any], Any], **stages: Any) -> Galore:
+  """Returns the transformation whose update is its three stages."""
+
+  def update_fn(
+    updates: optax.Updates,
+    state: Any,
+    params: optax.Params | None = None,
+    *,
+    layer: jax.Array | int = 0,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, Any]:
+    state = tx.refresh(updates, state, layer=layer)
+    low = tx.project(updates, state)
+    return tx.apply(low, state, params, updates, layer=layer, **extra_args)
+
+  tx = Galore(init_fn, update_fn)
+  vars(tx).update(stages)
+  return tx
+
+
+def _galore(inner: optax.GradientTransformation, options: Options) -> Galore:
+  """Returns `inner` run on projected gradients; see `galore`."""
+  if not isinstance(inner, optax.GradientTransformation):
+    raise ValueError(
+      'inner must be a transformation, such as optax.adamw(1e-3), got'
+      f' {inner!r}'
+    )
+  inner = optax.with_extra_args_support(inner)
+  of = functools.partial
+  return _staged(
+    of(_init, inner, options),
+    plan=options.planner,
+    due=of(_due, options),
+    refresh=of(_refresh, options),
+    project=of(_project, options),
+    apply=of(_apply, inner, options),
+    linear=options.rule is None,
+    with_keeper=lambda f: _galore(
+      inner, dataclasses.replace(options, keeper=f(options.keeper))
+    ),
+  )
+
+
+def _init(
+  inner: optax.GradientTransformationExtraArgs,
+  options: Options,
+  params: optax.Params,
+) -> GaloreState:
+  """Returns the state before the first update, of an inner that was checked."""
+  plans = options.planner(params)
+  show(plans)
+  leaves, treedef = jax.tree.flatten(params)
+  pairs = list(zip(plans, leaves, strict=True))
+  view = treedef.unflatten([p.view(x) for p, x in pairs])
+  # The parts of a tree are seen after the whole, one by one.
+  if any(isinstance(p, Projection) for p in plans) and not is_part(params):
+    decay.check(inner, plans, params)
+  inner_state = _grouped(inner, options, plans, treedef).init(view)
+  _check_moments(options, inner_state)
+  return GaloreState(
+    count=jnp.zeros([], jnp.int32),
+    basis=treedef.unflatten(
+      [refresh.first_kept(options.keeper, p, x.dtype) for p, x in pairs]
+    ),
+    inner=inner_state,
+    skipped=jnp.zeros([], jnp.int32),
+    residual=_first_residual(options, plans, treedef),
+    phase=refresh.phases(plans, params, options.gap),
+  )
+
+
+def _due(
+  options: Options, state: GaloreState, *, layer: jax.Array | int = 0
+) -> jax.Array:
+  return refresh.is_due(options.gap, state.phase, state.count, layer)
+
+
+def _refresh(
+  options: Options,
+  grads: optax.Updates,
+  state: GaloreState,
+  *,
+  layer: jax.Array | int = 0,
+) -> GaloreState:
+  """Returns the state with new bases, and moments to match, if some are due."""
+  plans = options.planner(grads)
+  if not any(isinstance(p, Projection) for p in plans):
+    return state
+  # What no refresh changes stays outside the cond, where it is not copied.
+  names = ['basis', 'skipped']
+  if options.moments != 'keep':
+    names += ['inner', 'residual']
+  pick = lambda state: {name: getattr(state, name) for name in names}
+  changed = jax.lax.cond(
+    # A scalar: a batched predicate would turn the cond into a select, and a
+    # basis would be found at every step.
+    _due(options, state, layer=layer),
+    lambda old: pick(
+      _refreshed(options, plans, grads, state._replace(**old), layer)
+    ),
+    lambda old: old,
+    pick(state),
+  )
+  return state._replace(**changed)
+
+
+def _refreshed(
+  options: Options,
+  plans: list[Plan],
+  grads: optax.Updates,
+  state: GaloreState,
+  layer: jax.Array | int,
+) -> GaloreState:
+  leaves, treedef = jax.tree.flatten(grads)
+  phase = [None] * len(leaves)
+  if isinstance(options.gap, refresh.Staggered):
+    phase = treedef.flatten_up_to(state.phase)
+  found, skips = refresh.refreshed(
+    options.keeper,
+    plans,
+    leaves,
+    treedef.flatten_up_to(state.basis),
+    phase,
+    gap=options.gap,
+    count=state.count,
+    layer=layer,
+  )
+  new = state._replace(
+    basis=treedef.unflatten(found), skipped=state.skipped + skips
+  )
+  if options.moments == 'keep':
+    return new
+  if options.moments == 'reset':
+    return new._replace(
+      inner=moments_lib.reset_low(state.inner),
+      # A norm that followed the old moments would bound that of the new ones.
+      residual=_first_residual(options, plans, treedef),
+    )
+  bases = zip(
+    plans,
+    *(_bases(options, plans, grads, s) for s in (new, state)),
+    phase,
+    strict=True,
+  )
+  turns = [
+    _turn(p, *two, refresh.changed(options.gap, p, at, state.count, layer))
+    if isinstance(p, Projection)
+    else None
+    for p, *two, at in bases
+  ]
+  return new._replace(inner=options.moments(state.inner, treedef, turns))
+
+
+def _turn(
+  p: Projection, new: Basis, old: Basis, changed: jax.Array
+) -> moments_lib.Turn:
+  """Returns the product with C = P_new P_old^T, its entries to a power.
+
+  Before the first refresh there is nothing to carry: C is the identity. So it
+  is for a matrix that was not due.
+  """
+
+  def product(low: jax.Array, power: int) -> jax.Array:
+    eye_rr = jnp.broadcast_to(jnp.eye(p.rank), (*p.batch, p.rank, p.rank))
+    overlaps = [
+      jnp.where(changed, overlap(n, o), eye_rr) ** power
+      for n, o in zip(new, old, strict=True)
+    ]
+    return p.turn(low, overlaps)
+
+  return product
+
+
+def _project(
+  options: Options, grads: optax.Updates, state: GaloreState
+) -> optax.Updates:
+  """Returns the gradients, those of projected leaves in their subspaces."""
+  leaves, treedef = jax.tree.flatten(grads)
+  plans = options.planner(grads)
+  rows = zip(plans, leaves, _bases(options, plans, grads, state), strict=True)
+  return treedef.unflatten([p.project(g, basis) for p, g, basis in rows])
+
+
+def _apply(
+  inner: optax.GradientTransformationExtraArgs,
+  options: Options,
+  low: optax.Updates,
+  state: GaloreState,
+  params: optax.Params | None = None,
+  grads: optax.Updates | None = None,
+  *,
+  layer: jax.Array | int = 0,
+  **extra_args: Any,
+) -> tuple[optax.Updates, GaloreState]:
+  """Returns the updates and the next state; `state` has the step's bases."""
+  like = params if grads is None else grads
+  leaves, treedef = jax.tree.flatten(like)
+  plans = options.planner(like)
+  bases = _bases(options, plans, like, state)
+  if not is_zero(layer):
+    extra_args['layer'] = layer
+  per_group = _grouped(inner, options, plans, treedef)
+  answer, slopes, inner_state = decay.through(
+    per_group, plans, low, state.inner, params, extra_args
+  )
+  low, answer = map(treedef.flatten_up_to, (low, answer))
+  rows = zip(plans, answer, bases, leaves, strict=True)
+  whole = [_back(p, options.scale, u, basis, x) for p, u, basis, x in rows]
+  rests = state.residual
+  if options.rule is not None:
+    assert grads is not None, 'a residual rule reads the gradient itself'
+    splits = zip(leaves, bases, low, answer, strict=True)
+    splits = [Split(full(g), *rest, state.count) for g, *rest in splits]
+    states = treedef.flatten_up_to(rests)
+    added = zip(plans, splits, whole, states, strict=True)
+    whole, states = zip(
+      *[_with_rest(options.rule, *row) for row in added], strict=True
+    )
+    rests = treedef.unflatten(states)
+  if slopes is not None:
+    rows = zip(
+      plans,
+      whole,
+      treedef.flatten_up_to(slopes),
+      treedef.flatten_up_to(params),
+      strict=True,
+    )
+    whole = [
+      u + slope * w if isinstance(p, Projection) else u
+      for p, u, slope, w in rows
+    ]
+  whole = [u.astype(x.dtype) for u, x in zip(whole, leaves, strict=True)]
+  return treedef.unflatten(whole), state._replace(
+    count=jnp.asarray(optax.safe_increment(state.count)),
+    inner=inner_state,
+    residual=rests,
+  )
+
+
+def _back(
+  p: Plan, scale: Any, low: jax.Array, basis: Basis, like: jax.Array
+) -> jax.Array:
+  """Returns the scaled update in the weight's shape.
+
+  At once in the gradient's dtype: in float32 the update of one large weight
+  would be the largest temporary of a layer-wise step.
+  """
+  if isinstance(p, Whole):
+    return low
+  if is_zero(scale):
+    return jnp.zeros(like.shape, like.dtype)
+  return p.unproject(scale * low, basis).astype(like.dtype)
+
+
+def _with_rest(
+  rule: Residual, p: Plan, split: Split, update: jax.Array, state: Any
+) -> tuple[jax.Array, Any]:
+  """Returns an update with what the residual rule adds, and its state."""
+  if isinstance(p, Whole):
+    return update, state
+  split = split._replace(g_io=to_matrix(p, split.g_io))
+  added_io, state = rule(p, split, state)
+  return update + from_matrix(p, added_io), state
+
+
+def _bases(
+  options: Options, plans: list[Plan], like: Any, state: GaloreState
+) -> list[Basis]:
+  """Returns the basis of each leaf; () for one that is whole."""
+  leaves, treedef = jax.tree.flatten(like)
+  rows = zip(plans, treedef.flatten_up_to(state.basis), leaves, strict=True)
+  return [
+    refresh.basis_of(options.keeper, p, one, x.dtype) for p, one, x in rows
+  ]
+
+
+def _first_residual(options: Options, plans: list[Plan], treedef: Any) -> Any:
+  """Returns the states of the residual rule before anything went through."""
+  rule, none = options.rule, optax.MaskedNode()
+  return treedef.unflatten(
+    [
+      none if isinstance(p, Whole) or rule is None else rule.init(p)
+      for p in plans
+    ]
+  )
+
+
+def _grouped(
+  inner: optax.GradientTransformationExtraArgs,
+  options: Options,
+  plans: list[Plan],
+  treedef: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """Returns the inner, with a state for each group where one restarts."""
+  if options.moments != 'reset':
+    return inner
+  labels = ['rest' if isinstance(p, Whole) else 'low' for p in plans]
+  return moments_lib.grouped(inner, treedef.unflatten(labels))
+
+
+def _checked_moments(rule: Any, gap: Any) -> str | moments_lib.Rotate:
+  """Returns 'keep', 'reset' or an object that rotates."""
+  if rule == 'rotate':
+    return moments_lib.Rotate()
+  if isinstance(rule, moments_lib.Rotate):
+    return rule
+  check_one_of(('keep', 'reset', 'rotate'), moments=rule)
+  if rule == 'reset' and isinstance(gap, refresh.Staggered):
+    raise ValueError(
+      "moments='reset' restarts a counter that all matrices share, so they"
+      " cannot take turns; use an integer gap, 'keep' or 'rotate'"
+    )
+  return rule
+
+
+def _check_moments(options: Options, state: Any) -> None:
+  """Raises where the inner keeps moments that a refresh does not know."""
+  if options.moments == 'reset':
+    moments_lib.check_resets(state.inner_states['low'])
+  elif options.moments != 'keep':
+    options.moments.check(state)
 
 
 def _no_inner(*args: Any, **kwargs: Any) -> Any:

@@ -1,22 +1,142 @@
-"""This module holds byte arithmetic: what a step holds, before it exists.
+"""Bytes before anything exists: `describe` by weight, `account` in all.
 
 Everything is read off shapes (`jax.eval_shape`), so that it is exact and
 allocates nothing.
 """
 
-import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from galore_optax import paths as selection
-from galore_optax.transform import GaloreState
+from galore_optax import paths
+from galore_optax.galore import GaloreState
+from galore_optax.plan import watched
 
-PyTree = Any
+PyTree: TypeAlias = Any
+KeyPath: TypeAlias = tuple[Any, ...]
 
-VOCABULARY = re.compile(r'embed\w*|lm_head|head|logits|wte|wpe')
-"""Path components of what grows with the vocabulary."""
+BASIS = jax.tree_util.GetAttrKey('basis')
+
+
+class Row(NamedTuple):
+  """What a transformation keeps for one parameter."""
+
+  path: str
+  """Path of the parameter, keys joined by '/'."""
+  shape: tuple[int, ...]
+  """Its shape."""
+  projected_shape: tuple[int, ...] | None
+  """Shape of its projected gradient; None where it is not projected."""
+  basis_bytes: int
+  """Bytes of its basis."""
+  moment_bytes: int
+  """Bytes of all else of its shape in the state."""
+
+  @property
+  def bytes(self) -> int:
+    """Bytes of state that belong to the parameter."""
+    return self.basis_bytes + self.moment_bytes
+
+
+class Table(tuple[Row, ...]):
+  """Rows in the order of the parameters; `print` shows them aligned."""
+
+  __slots__ = ()
+
+  def __str__(self) -> str:
+    """Returns the rows as text."""
+    head = ('path', 'shape', 'projected', 'bytes')
+    lines = [head] + [
+      (
+        row.path,
+        str(row.shape),
+        '-' if row.projected_shape is None else str(row.projected_shape),
+        f'{row.bytes:,}',
+      )
+      for row in self
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return '\n'.join(
+      f'{path:<{widths[0]}}  {shape:<{widths[1]}}  {low:<{widths[2]}}'
+      f'  {size:>{widths[3]}}'
+      for path, shape, low, size in lines
+    )
+
+
+def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
+  """Returns what `tx` projects and keeps, without allocating anything.
+
+  Args:
+    tx: any transformation; a `galore` in it is found behind any wrapper.
+    params: parameters, or `jax.ShapeDtypeStruct`s of them.
+
+  Returns:
+    A row for each parameter: path, shape, projected shape, bytes of state.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from galore_optax.galore import galore
+    >>> tx = galore(optax.adam(0.1), rank=2)
+    >>> params = {'b': jnp.zeros(6), 'w': jnp.zeros((4, 6))}
+    >>> print(describe(tx, params))
+    path  shape   projected  bytes
+    b     (6,)    -             48
+    w     (4, 6)  (2, 6)       128
+  """
+  with watched() as seen:
+    # A new function: what was traced before would not be watched again.
+    state = jax.eval_shape(lambda params: tx.init(params), params)
+  low_shapes = {path: plan.low_shape for path, plan in seen.items()}
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  names = paths.paths(params)
+  bases, rest = _bytes_by_owner(state, [path for path, _ in leaves])
+  return Table(
+    Row(name, tuple(leaf.shape), low_shapes.get(name), basis, other)
+    for name, (_, leaf), basis, other in zip(
+      names, leaves, bases, rest, strict=True
+    )
+  )
+
+
+def _bytes_by_owner(state: Any, owners: list[Any]) -> tuple[list, list]:
+  """Returns bytes of bases and of all else, by the parameter they belong to."""
+  bases, rest = [0] * len(owners), [0] * len(owners)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    is_basis = BASIS in path
+    owner = (_owner_of_basis if is_basis else _owner)(path, owners)
+    # A scalar is a counter, unless it stands where a parameter would.
+    if owner is not None and (
+      leaf.ndim or path[-1:] == owners[owner][-1:] != ()
+    ):
+      into = bases if is_basis else rest
+      into[owner] += leaf.size * leaf.dtype.itemsize
+  return bases, rest
+
+
+def _owner_of_basis(path: KeyPath, owners: list[KeyPath]) -> int | None:
+  """Returns the parameter whose path follows the field of bases."""
+  start = path.index(BASIS) + 1
+  found = [
+    i for i, owner in enumerate(owners) if path[start:][: len(owner)] == owner
+  ]
+  return max(found, key=lambda i: len(owners[i]), default=None)
+
+
+def _owner(path: KeyPath, owners: list[KeyPath]) -> int | None:
+  """Returns the parameter whose path comes last, before fields of a container.
+
+  Of two that end together it is the longer; a chain's own indices, which a
+  list of parameters shares, come first.
+  """
+  found = [
+    (end, len(owner), i)
+    for i, owner in enumerate(owners)
+    for end in range(len(owner), len(path) + 1)
+    if path[end - len(owner) : end] == owner
+  ]
+  return max(found)[-1] if found else None
 
 
 class Account(NamedTuple):
@@ -74,10 +194,8 @@ def elements(params: PyTree, state: PyTree) -> Account:
 
 def _account(params, state, size) -> Account:
   total = lambda leaves: sum(size(x) for x in leaves)
-  weights = dict(
-    zip(selection.paths(params), jax.tree.leaves(params), strict=True)
-  )
-  vocabulary = [w for path, w in weights.items() if in_vocabulary(path)]
+  weights = dict(zip(paths.paths(params), jax.tree.leaves(params), strict=True))
+  vocabulary = [w for path, w in weights.items() if paths.in_vocabulary(path)]
   is_galore = lambda x: isinstance(x, GaloreState)
   nodes = jax.tree.leaves(state, is_leaf=is_galore)
   bases = jax.tree.leaves([n.basis for n in nodes if is_galore(n)])
@@ -93,15 +211,6 @@ def _account(params, state, size) -> Account:
     moments=total(moments),
     counters=total(counters),
   )
-
-
-def in_vocabulary(path: str) -> bool:
-  """Whether a weight is an embedding or a head.
-
-  >>> in_vocabulary('lm_head/kernel'), in_vocabulary('blocks/mlp/up/kernel')
-  (True, False)
-  """
-  return any(VOCABULARY.fullmatch(part) for part in path.split('/'))
 
 
 def _is_counter(x: Any) -> bool:

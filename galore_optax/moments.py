@@ -1,123 +1,118 @@
-"""This module holds what happens to the inner state when the basis changes.
+"""What a refresh does to the inner state: keep it, reset it, or rotate it.
 
-The inner transformation is a black box. What in its state follows the shapes
-of parameters (moments) and what does not (counters) is read off `init`, run
-abstractly on parameters of two sizes.
+The moments of an inner are fields of NamedTuples, known by their names; what
+stands beside them under another name is refused at `init`. No inner is run.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax.quantized.array import Quantized, dequantize, quantize
+from galore_optax.checks import check_decay
+from galore_optax.quantized.array import Quantized, dequantize, full, quantize
 
-MOMENTS = ('keep', 'reset', 'rotate')
-"""The short names that `galore(moments=...)` takes."""
-
-FIRST, SECOND = ('mu', 'trace'), ('nu',)
+FIRST, SECOND = ('mu', 'trace', 'ema'), ('nu',)
 """Fields of first and of second moments in optax's states."""
 
-KeyPath = tuple[Any, ...]
+ZEROED = {
+  *FIRST,
+  *SECOND,
+  *('v', 'v_row', 'v_col', 'nu_max', 'm', 'n', 'g'),
+}
+"""Fields that start at zero, and that a reset takes back there."""
+
+COUNTS = {'count', 't'}
+"""Counters of moments: a bias correction starts anew with them."""
+
+Turn: TypeAlias = Callable[[jax.Array, int], jax.Array]
+"""`turn(x, power)`, the product with C = P_new P_old^T, its entries to a power;
+None for a leaf that is not projected."""
 
 
-def sized(tree: Any, size: int) -> Any:
-  """Returns abstract leaves of shape (size, ..., size), ranks kept.
+@dataclasses.dataclass(frozen=True)
+class Rotate:
+  """Carries the moments from the old basis to the new one.
 
-  >>> sized({'w': jnp.zeros((3, 5))}, 1)
-  {'w': ShapeDtypeStruct(shape=(1, 1), dtype=float32)}
-  """
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((size,) * x.ndim, x.dtype), tree
-  )
-
-
-def counter_paths(
-  inner: optax.GradientTransformation, params: Any
-) -> set[KeyPath]:
-  """Returns the paths in the inner state of what has no parameter's shape.
-
-  >>> params = {'w': jnp.zeros((3, 5))}
-  >>> [jax.tree_util.keystr(p) for p in counter_paths(optax.adam(1.), params)]
-  ['[0].count']
-  """
-  # The real shapes too: Adafactor factors large weights alone.
-  real, one, two = (
-    dict(jax.tree_util.tree_leaves_with_path(jax.eval_shape(inner.init, tree)))
-    for tree in (params, sized(params, 1), sized(params, 2))
-  )
-  return {
-    path
-    for path, leaf in real.items()
-    if all(path in x and x[path].shape == leaf.shape for x in (one, two))
-  }
-
-
-def transplant(state: Any, into: Any, paths: set[KeyPath]) -> Any:
-  """Returns the state `into` with what `state` has at the given paths."""
-  values = dict(jax.tree_util.tree_leaves_with_path(state))
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: values[path] if path in paths else x, into
-  )
-
-
-def restart(
-  inner: optax.GradientTransformation, state: Any, params: Any
-) -> Any:
-  """Returns the inner state with moments, and their counters, started anew.
-
-  A counter that stands beside moments (Adam's) restarts; one that stands
-  alone (a learning-rate schedule's) goes on.
-
-  Args:
-    inner: the transformation.
-    state: its state for `params`.
-    params: parameters; only shapes are read.
+  With C = P_new P_old^T the first moment becomes C mu. The second follows its
+  variance: with both corrected for bias, |C^2 (nu - mu^2) + (C mu)^2|, where
+  C^2 has the squared entries of C.
 
   Example:
-    >>> params = {'w': jnp.zeros((3, 5))}
-    >>> inner = optax.adam(lambda count: 0.1)
-    >>> _, state = inner.update(params, inner.init(params))
-    >>> adam, schedule = restart(inner, state, params)
-    >>> int(adam.count), int(schedule.count)
-    (0, 1)
+    >>> import galore_optax
+    >>> tx = galore_optax.galore(
+    ...   optax.adam(0.1, b2=0.95), moments=Rotate(b1=0.9, b2=0.95))
+
+  References:
+    Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024.
   """
-  go_on = clock_paths(inner, params)
-  fresh = dict(jax.tree_util.tree_leaves_with_path(inner.init(params)))
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: x if path in go_on else fresh[path], state
-  )
+
+  b1: float = 0.9
+  """Decay of the inner's first moment."""
+  b2: float = 0.999
+  """Decay of its second moment."""
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for what is no decay."""
+    check_decay(b1=self.b1, b2=self.b2)
+
+  def check(self, state: Any) -> None:
+    """Raises ValueError where a moment is neither mu, trace, ema nor nu."""
+    _check(state, {*FIRST, *SECOND}, 'rotate', 'mu, trace, ema and nu')
+
+  def __call__(
+    self, state: Any, treedef: Any, turns: Sequence[Turn | None]
+  ) -> Any:
+    """Returns the inner state in the new basis.
+
+    Args:
+      state: of the inner.
+      treedef: of the parameters.
+      turns: of each leaf.
+    """
+
+    def of_node(node: Any) -> Any:
+      if not _is_moments(node):
+        return node
+      fields = [f for f in FIRST + SECOND if f in node._fields]
+      rows = zip(
+        *(treedef.flatten_up_to(getattr(node, f)) for f in fields), strict=True
+      )
+      count = getattr(node, 'count', None)
+      new = [
+        leaf if turn is None else self._turned(fields, leaf, turn, count)
+        for leaf, turn in zip(rows, turns, strict=True)
+      ]
+      columns = zip(fields, zip(*new, strict=True), strict=True)
+      return node._replace(**{f: treedef.unflatten(c) for f, c in columns})
+
+    return jax.tree.map(of_node, state, is_leaf=_is_moments)
+
+  def _turned(self, fields, leaf, turn, count) -> tuple[Any, ...]:
+    """Returns the moments of one leaf, turned."""
+    old = dict(zip(fields, leaf, strict=True))
+    new = dict(old)
+    first = next((f for f in FIRST if f in old), None)
+    mu = 0.0 if first is None else _read(old[first])
+    if first is not None:
+      new[first] = _stored(turn(mu, 1), old[first])
+    if 'nu' in old:
+      # Bias corrections; without a count the inner makes none.
+      w1, w2 = (
+        1.0 if count is None else 1 - b ** jnp.maximum(count, 1)
+        for b in (self.b1, self.b2)
+      )
+      turned = 0.0 if first is None else turn(mu, 1) / w1
+      spread = turn(_read(old['nu']) / w2 - (mu / w1) ** 2, 2)
+      new['nu'] = _stored(w2 * jnp.abs(spread + turned**2), old['nu'])
+    return tuple(new[f] for f in fields)
 
 
-def clock_paths(
-  inner: optax.GradientTransformation, params: Any
-) -> set[KeyPath]:
-  """Returns the paths of counters that stand beside no moments.
-
-  >>> params = {'w': jnp.zeros((3, 5))}
-  >>> inner = optax.adam(lambda count: 0.1)
-  >>> [jax.tree_util.keystr(path) for path in clock_paths(inner, params)]
-  ['[1].count']
-  """
-  counters = counter_paths(inner, params)
-  leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-  state = _abstract_init(inner, params, 1)
-  # A moment of leaf p stands at (*owner, field, *p), or has fields of its own.
-  owners = {
-    path[: start - 1]
-    for path, _ in jax.tree_util.tree_leaves_with_path(state)
-    if path not in counters
-    for leaf in leaves
-    for start in range(1, len(path) - len(leaf) + 1)
-    if path[start : start + len(leaf)] == leaf
-  }
-  return {path for path in counters if path[:-1] not in owners}
-
-
-def _abstract_init(inner, params, size: int):
-  return jax.eval_shape(inner.init, sized(params, size))
+Moments: TypeAlias = Literal['keep', 'reset', 'rotate'] | Rotate
+"""What a refresh does to moments; 'rotate' is `Rotate()`, Adam's decays."""
 
 
 def grouped(
@@ -137,131 +132,75 @@ def grouped(
   )
 
 
-def restart_low(
-  inner: optax.GradientTransformation, state: Any, params: Any
-) -> Any:
-  """Returns the state of a `grouped` inner with its 'low' leaves restarted.
+def check_resets(state: Any) -> None:
+  """Raises ValueError where a reset of the state would miss a moment."""
+  _check(state, ZEROED, 'reset', ', '.join(sorted(ZEROED)))
 
-  Args:
-    inner: the transformation that was grouped.
-    state: the grouped state.
-    params: parameters of the low leaves, MaskedNode elsewhere.
+
+def reset(state: Any) -> Any:
+  """Returns the state with moments, and their counters, at zero.
+
+  A counter beside moments (Adam's) restarts; one that stands alone (a
+  learning-rate schedule's) goes on.
+
+  Example:
+    >>> params = {'w': jnp.ones((3, 5))}
+    >>> inner = optax.adam(lambda count: 0.1)
+    >>> _, state = inner.update(params, inner.init(params))
+    >>> adam, schedule = reset(state)
+    >>> int(adam.count), int(schedule.count), adam.mu['w'].sum()
+    (0, 1, Array(0., dtype=float32))
   """
+
+  def of_node(node: Any) -> Any:
+    if not _is_moments(node):
+      return node
+    fields = [f for f in node._fields if f in ZEROED | COUNTS]
+    zero = {
+      f: jax.tree.map(_zeros, getattr(node, f), is_leaf=_is_stored)
+      for f in fields
+    }
+    return node._replace(**zero)
+
+  return jax.tree.map(of_node, state, is_leaf=_is_moments)
+
+
+def reset_low(state: Any) -> Any:
+  """Returns the state of a `grouped` inner with its 'low' leaves reset."""
   low = state.inner_states['low']
-  low = low._replace(inner_state=restart(inner, low.inner_state, params))
-  return state._replace(inner_states={**state.inner_states, 'low': low})
+  return state._replace(inner_states={**state.inner_states, 'low': reset(low)})
 
 
-def check_rotates(inner: optax.GradientTransformation, params: Any) -> None:
-  """Raises if the inner keeps moments that `rotate` does not know.
-
-  Args:
-    inner: the transformation.
-    params: what it sees as parameters; only structure and ranks are read.
-
-  Raises:
-    ValueError: a field of moments is neither mu, trace nor nu.
-  """
-  counters = counter_paths(inner, params)
-  state = _abstract_init(inner, params, 1)
-  for path, _ in jax.tree_util.tree_leaves_with_path(state):
-    known = any(
-      jax.tree_util.GetAttrKey(field) in path for field in FIRST + SECOND
-    )
-    if path not in counters and not known:
+def _check(state: Any, known: set[str], name: str, listing: str) -> None:
+  inside = lambda path: any(getattr(key, 'name', None) in known for key in path)
+  for path, x in jax.tree_util.tree_leaves_with_path(state):
+    if x.ndim and not inside(path):
       raise ValueError(
-        "moments='rotate' knows the moments mu, trace and nu, got"
-        f" {jax.tree_util.keystr(path)}; use 'keep' or 'reset'"
+        f"moments='{name}' knows the moments {listing}, got"
+        f' {jax.tree_util.keystr(path)}; use another of keep, reset and rotate'
       )
 
 
-def rotate(
-  inner: optax.GradientTransformationExtraArgs,
-  state: Any,
-  params: Any,
-  turns: list[Callable[[jax.Array, int], jax.Array] | None],
-  extra_args: dict[str, Any],
-) -> Any:
-  """Returns the inner state carried from the old basis to the new one.
-
-  With C = P_new P_old^T the first moment becomes C mu. The second follows its
-  variance: with both corrected for bias, |C^2 (nu - mu^2) + (C mu)^2|, where
-  C^2 has the squared entries of C.
-
-  Args:
-    inner: the transformation; its moments are fields mu, trace or nu.
-    state: its state for `params`.
-    params: what it sees as parameters; only structure and ranks are read.
-    turns: for each leaf `turn(x, power)`, the product with C, its entries
-      raised to a power; None where the basis did not change.
-    extra_args: passed to the inner.
-
-  References:
-    Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024.
-  """
-  # After one step from zero on gradients of one, mu is 1 - b1 and nu 1 - b2.
-  ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), sized(params, 1))
-  counters = counter_paths(inner, params)
-  probe = transplant(state, inner.init(ones), counters)
-  _, probe = inner.update(ones, probe, ones, **extra_args)
-  nodes, treedef = jax.tree.flatten(state, is_leaf=_is_moments)
-  probes = jax.tree.leaves(probe, is_leaf=_is_moments)
-  return treedef.unflatten(
-    [
-      _rotate_node(node, step, jax.tree.structure(params), turns)
-      if _is_moments(node)
-      else node
-      for node, step in zip(nodes, probes, strict=True)
-    ]
-  )
-
-
 def _is_moments(node: Any) -> bool:
-  return bool(_moment_fields(node))
+  return bool(ZEROED & set(getattr(node, '_fields', ())))
+
+
+def _is_stored(x: Any) -> bool:
+  return isinstance(x, Quantized)
+
+
+def _zeros(x: Any) -> Any:
+  if not _is_stored(x):
+    return jnp.zeros_like(x)
+  return full(x.shape, 0.0, code=x.code, block_size=x.block_size)
 
 
 def _read(moment: Any) -> jax.Array:
-  return dequantize(moment) if isinstance(moment, Quantized) else moment
+  return dequantize(moment) if _is_stored(moment) else moment
 
 
 def _stored(new: jax.Array, old: Any) -> Any:
   """Returns `new`, in 8 bits if `old` is."""
-  if not isinstance(old, Quantized):
+  if not _is_stored(old):
     return new
   return quantize(new, code=old.code, block_size=old.block_size)
-
-
-def _moment_fields(node: Any) -> list[str]:
-  return [f for f in FIRST + SECOND if f in getattr(node, '_fields', ())]
-
-
-def _rotate_node(node, step, treedef, turns):
-  """Returns one NamedTuple of moments with its leaves turned."""
-  fields = _moment_fields(node)
-  flat = {f: treedef.flatten_up_to(getattr(node, f)) for f in fields}
-  rates = {f: treedef.flatten_up_to(getattr(step, f)) for f in fields}
-  count = getattr(node, 'count', None)
-  for i, turn in enumerate(turns):
-    if turn is None:
-      continue
-    first = next((f for f in FIRST if f in fields), None)
-    m = _read(flat[first][i]) if first else None
-    if 'nu' in fields:
-      # Bias corrections; without a count the inner makes none.
-      w1, w2 = (
-        1.0 if count is None or f is None else _corrected(rates[f][i], count)
-        for f in (first, 'nu')
-      )
-      mean = 0.0 if m is None else m / w1
-      turned_mean = 0.0 if m is None else turn(m, 1) / w1
-      spread = turn(_read(flat['nu'][i]) / w2 - mean**2, 2)
-      nu = w2 * jnp.abs(spread + turned_mean**2)
-      flat['nu'][i] = _stored(nu, flat['nu'][i])
-    if first:
-      flat[first][i] = _stored(turn(m, 1), flat[first][i])
-  return node._replace(**{f: treedef.unflatten(flat[f]) for f in fields})
-
-
-def _corrected(rate: jax.Array, count: jax.Array) -> jax.Array:
-  """Returns `1 - (1 - rate)**count`, at least the rate."""
-  return -jnp.expm1(jnp.maximum(count, 1) * jnp.log1p(-rate.reshape(())))

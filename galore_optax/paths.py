@@ -1,4 +1,8 @@
-"""This module holds how leaves of a parameter tree are chosen by path."""
+"""Paths of weights: regexes on them, and what their names say.
+
+`paths` is where to begin. A name says whether a leaf is a matrix or a vector,
+and a regex or a predicate on paths picks leaves.
+"""
 
 import collections
 import re
@@ -14,13 +18,14 @@ Targets: TypeAlias = (
 )
 """Names weights: None (by shape), regexes, or a predicate `(path, leaf)`."""
 
-VECTOR = re.compile(r'\w*norm\w*|ln_\w*|scale|bias')
-"""Path components of vectors; with more axes, such a leaf is a stack."""
+VECTOR = re.compile(r'\w*norm\w*|ln|scale|bias')
+"""Words of vectors; with more axes, such a leaf is a stack of them."""
 
-NOT_A_MATRIX = re.compile(
-  r'embed\w*|lm_head|head|logits|wte|wpe|' + VECTOR.pattern
-)
-"""Path components of leaves that `targets=None` never projects."""
+TABLE = re.compile(r'(un)?embed\w*|wte|wpe')
+"""Words of embeddings."""
+
+HEAD = re.compile(r'(\w+_)?(head|logits)|unembed\w*')
+"""Components of heads; in `multi_head_attention` the word means another."""
 
 VALUE = jax.tree_util.GetAttrKey('value')
 
@@ -56,6 +61,16 @@ def places(tree: PyTree) -> tuple[list[int], int]:
   return [i for i, x in enumerate(nodes) if not is_elsewhere(x)], len(nodes)
 
 
+def is_part(tree: PyTree) -> bool:
+  """Whether some of the model that `tree` belongs to is elsewhere.
+
+  >>> is_part({'blocks': 1, 'embed': Elsewhere()})
+  True
+  """
+  found, total = places(tree)
+  return len(found) < total
+
+
 def paths(tree: PyTree) -> list[str]:
   """Returns the path of each leaf, its keys joined by '/'.
 
@@ -76,25 +91,48 @@ def paths(tree: PyTree) -> list[str]:
   ]
 
 
-def is_part(tree: PyTree) -> bool:
-  """Whether some of the model that `tree` belongs to is elsewhere.
+def is_matrix(path: str) -> bool:
+  """Whether no part of a path names an embedding, head, norm or bias.
 
-  >>> is_part({'blocks': 1, 'embed': Elsewhere()})
-  True
+  >>> is_matrix('blocks/mlp/up/kernel'), is_matrix('LayerNorm_1/weight')
+  (True, False)
+  >>> is_matrix('multi_head_attention/query'), is_matrix('pos_embedding')
+  (True, False)
   """
-  nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Elsewhere))
-  return any(isinstance(node, Elsewhere) for node in nodes)
+  return not (is_vector(path) or _has_word(TABLE, path) or is_head(path))
 
 
-def named_as_matrix(path: str) -> bool:
-  """Whether no component of `path` names an embedding, head, norm or bias.
+def is_vector(path: str) -> bool:
+  """Whether a part of a path names a norm, a scale or a bias.
 
-  >>> named_as_matrix('blocks/mlp/up/kernel')
-  True
-  >>> named_as_matrix('blocks/mlp_norm/scale')
-  False
+  >>> is_vector('blocks/attention/q_bias'), is_vector('biased/kernel')
+  (True, False)
   """
-  return not any(NOT_A_MATRIX.fullmatch(part) for part in path.split('/'))
+  return _has_word(VECTOR, path)
+
+
+def is_head(path: str) -> bool:
+  """Whether a component of a path names the head of a model.
+
+  >>> is_head('lm_head/kernel'), is_head('heads/0')
+  (True, False)
+  """
+  return any(HEAD.fullmatch(part.lower()) for part in path.split('/'))
+
+
+def in_vocabulary(path: str) -> bool:
+  """Whether a weight grows with the vocabulary: an embedding or a head.
+
+  >>> in_vocabulary('lm_head/kernel'), in_vocabulary('blocks/mlp/up/kernel')
+  (True, False)
+  """
+  return _has_word(TABLE, path) or is_head(path)
+
+
+def _has_word(word: re.Pattern[str], path: str) -> bool:
+  """Whether a word of some component matches: LayerNorm_1 has layer, norm."""
+  snake = re.sub(r'(?<=[a-z])(?=[A-Z])', '_', path).lower()
+  return any(word.fullmatch(part) for part in re.split(r'[^a-z]+', snake))
 
 
 def own_axes(path: str, ndim: int) -> tuple[int, ...]:
@@ -107,8 +145,20 @@ def own_axes(path: str, ndim: int) -> tuple[int, ...]:
   >>> own_axes('blocks/mlp_norm/scale', 2), own_axes('temperature', 0)
   ((-1,), ())
   """
-  is_vector = any(VECTOR.fullmatch(part) for part in path.split('/'))
-  return tuple(range(-min(1 if is_vector else 2, ndim), 0))
+  return tuple(range(-min(1 if is_vector(path) else 2, ndim), 0))
+
+
+def chosen(targets: Targets, tree: PyTree) -> list[bool]:
+  """Returns which leaves of `tree` some regexes match or a predicate takes.
+
+  Raises:
+    ValueError: a regex is malformed, or matches no path of a whole tree.
+  """
+  if callable(targets):
+    pairs = zip(paths(tree), jax.tree.leaves(tree), strict=True)
+    return [bool(targets(name, leaf)) for name, leaf in pairs]
+  patterns = [targets] if isinstance(targets, str) else list(targets or ())
+  return matched(patterns, tree)
 
 
 def matched(
@@ -127,17 +177,17 @@ def matched(
   >>> matched(['.*/kernel'], {'up': {'bias': 0, 'kernel': 1}})
   [False, True]
   """
-  names = paths(tree)
+  found = paths(tree)
   regexes = [_compiled(pattern, option) for pattern in patterns]
   unused = [
-    regex.pattern for regex in regexes if not any(map(regex.fullmatch, names))
+    regex.pattern for regex in regexes if not any(map(regex.fullmatch, found))
   ]
-  if unused and names and not is_part(tree):
+  if unused and found and not is_part(tree):
     raise ValueError(
       f'{option} {unused} match no parameter; a regex must match a whole path.'
-      ' Paths: ' + ', '.join(names)
+      ' Paths: ' + ', '.join(found)
     )
-  return [any(regex.fullmatch(name) for regex in regexes) for name in names]
+  return [any(regex.fullmatch(name) for regex in regexes) for name in found]
 
 
 def _compiled(pattern: str, option: str) -> re.Pattern[str]:

@@ -1,4 +1,4 @@
-"""This module holds in which precision updates are computed.
+"""In which precision updates are computed: float32 at least.
 
 A second moment in bfloat16 never decays (0.999 of it rounds to itself), and
 optax keeps moments in the type of the parameters.

@@ -1,4 +1,7 @@
-"""This module holds the projection of one weight: which sides, and how.
+"""The projection of one weight: which side, how, and back.
+
+A leaf has a `Projection`, or a `Whole` where it is not projected: both have the
+same methods, so that nothing asks which it is. `plan` makes them.
 
 Axes: i input (rows of a Flax kernel), o output (columns); m the projected
 side, n the other, r the rank. Leading axes (layers, experts) are batch.
@@ -7,10 +10,12 @@ side, n the other, r the rank. Leading axes (layers, experts) are batch.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+from galore_optax.precision import full
 
 Basis: TypeAlias = tuple[jax.Array, ...]
 """For each projected side, orthonormal rows [..., r, m] or coordinates [..., r]
@@ -20,14 +25,53 @@ Axes: TypeAlias = tuple[int | Sequence[int], Any]
 """The input and the output axes of a weight; all other axes are batch. As
 output axes, `...` stands for all that are left."""
 
-SIDES = ('std', 'reverse_std', 'left', 'right', 'full')
+Side: TypeAlias = Literal['std', 'reverse_std', 'left', 'right', 'full']
+"""Which side of a weight is projected."""
 
 ROWS, COLUMNS = -2, -1
 
 
 @dataclasses.dataclass(frozen=True)
+class Whole:
+  """A leaf that is not projected: the inner sees it as it is, in float32."""
+
+  path: str
+  """Path of the weight, keys joined by '/'."""
+  shape: tuple[int, ...]
+  """Shape of the weight."""
+
+  rank = None
+  sides = ()
+
+  def view(self, w: Any) -> Any:
+    """Returns what the inner sees as parameter: the weight."""
+    return full(w)
+
+  def tangent(self, w: jax.Array) -> jax.Array:
+    """Returns zeros: decay of the inner acts on the weight itself."""
+    return jnp.zeros_like(full(w))
+
+  def project(self, g: jax.Array, basis: Basis) -> jax.Array:
+    """Returns the gradient in float32."""
+    del basis
+    return full(g)
+
+  def unproject(self, low: jax.Array, basis: Basis) -> jax.Array:
+    """Returns the update as it is."""
+    del basis
+    return low
+
+
+@dataclasses.dataclass(frozen=True)
 class Projection:
-  """How one weight is projected. Static: it holds no array."""
+  """How one weight is projected. Static: it holds no array.
+
+  Example:
+    >>> p = Projection('w', (5, 3), ((0,), (1,)), 2, (COLUMNS,))
+    >>> low_rn = p.project(jnp.ones((5, 3)), (jnp.eye(2, 3),))
+    >>> low_rn.shape, p.unproject(low_rn, (jnp.eye(2, 3),)).shape
+    ((2, 5), (5, 3))
+  """
 
   path: str
   """Path of the weight, keys joined by '/'."""
@@ -54,20 +98,71 @@ class Projection:
     return (*batch, math.prod(i), math.prod(o))
 
   @property
-  def low_shape(self) -> tuple[int, ...]:
-    """Shape of the projected gradient, and so of its moments."""
-    *batch, i, o = self.matrix_shape
-    low_i = self.rank if ROWS in self.sides else i
-    low_o = self.rank if COLUMNS in self.sides else o
-    return (*batch, low_i, low_o)
+  def batch(self) -> tuple[int, ...]:
+    """Shape of the stack of matrices."""
+    return self.matrix_shape[:-2]
 
   @property
   def num_matrices(self) -> int:
-    """Number of matrices in the stack."""
-    return math.prod(self.matrix_shape[:-2])
+    """Number k of matrices in the stack."""
+    return math.prod(self.batch)
+
+  @property
+  def low_shape(self) -> tuple[int, ...]:
+    """Shape [..., r, n] of the projected gradient; [..., r, r] of both sides.
+
+    Whichever side is projected, so that rows are long: a block of 8 bits then
+    holds entries of one direction, which are of one size.
+    """
+    if len(self.sides) > 1:
+      return (*self.batch, self.rank, self.rank)
+    (side,) = self.sides
+    return (*self.batch, self.rank, self.matrix_shape[-3 - side])
+
+  def view(self, w: Any) -> jax.Array:
+    """Returns what the inner sees as parameter: zeros [..., r, n]."""
+    return jnp.zeros(self.low_shape, jnp.promote_types(w.dtype, jnp.float32))
+
+  def tangent(self, w: Any) -> jax.Array:
+    """Returns ones [..., r, n], along which the slope of decay is taken."""
+    return jnp.ones_like(self.view(w))
+
+  def project(self, g: jax.Array, basis: Basis) -> jax.Array:
+    """Returns the low-rank gradient [..., r, n] in float32.
+
+    Args:
+      g: gradient in the weight's shape.
+      basis: of each projected side.
+
+    Cost: 2 r i o flops a side.
+    """
+    low = orient(to_matrix(self, g), self.sides[0])
+    for side, rows_rm in zip(self.sides, basis, strict=True):
+      low = _through(low, rows_rm, self._axis(side))
+    return full(low)
+
+  def unproject(self, low: jax.Array, basis: Basis) -> jax.Array:
+    """Returns the weight-shaped array whose projection is `low`, in float32.
+
+    It inverts `project` on the span of the basis.
+    """
+    x = orient(low, self.sides[0])
+    for side, rows_rm in zip(self.sides, basis, strict=True):
+      x = _back(x, rows_rm, side, self.matrix_shape[side])
+    return from_matrix(self, x)
+
+  def turn(self, low: jax.Array, turns: Sequence[jax.Array]) -> jax.Array:
+    """Returns `low` times a matrix [..., r, r] for each projected side."""
+    for side, turn_rr in zip(self.sides, turns, strict=True):
+      low = _through(low, turn_rr, self._axis(side))
+    return low
+
+  def _axis(self, side: int) -> int:
+    """Returns the axis of [..., m, n] that a side is; of both, as in [i, o]."""
+    return ROWS if side == self.sides[0] else COLUMNS
 
 
-def projected_sides(side: str, i: int, o: int) -> tuple[int, ...]:
+def projected_sides(side: Side, i: int, o: int) -> tuple[int, ...]:
   """Returns which axes of an [i, o] matrix `side` projects.
 
   'std' is the shorter side, ties to the input; 'reverse_std' the longer,
@@ -124,64 +219,6 @@ def from_matrix(projection: Projection, x: jax.Array) -> jax.Array:
   return x.transpose([order.index(axis) for axis in range(len(order))])
 
 
-def project(projection: Projection, g: jax.Array, basis: Basis) -> jax.Array:
-  """Returns the low-rank gradient, `P g`, `g P^T` or `P g Q^T`, in float32.
-
-  Args:
-    projection: how the weight is projected.
-    g: gradient in the weight's shape.
-    basis: of each projected side.
-
-  Cost: 2 r i o flops a side.
-
-  >>> p = Projection('w', (3, 5), ((0,), (1,)), 2, (ROWS,))
-  >>> project(p, jnp.ones((3, 5)), (jnp.eye(2, 3),)).shape
-  (2, 5)
-  """
-  return contract(projection.sides, to_matrix(projection, g), basis)
-
-
-def unproject(
-  projection: Projection, low: jax.Array, basis: Basis
-) -> jax.Array:
-  """Returns the weight-shaped array whose projection is `low`, in float32.
-
-  It inverts `project` on the span of the basis.
-
-  >>> p = Projection('w', (3, 5), ((0,), (1,)), 2, (ROWS,))
-  >>> unproject(p, jnp.ones((2, 5)), (jnp.eye(2, 3),)).sum()
-  Array(10., dtype=float32)
-  """
-  *_, i, o = projection.matrix_shape
-  size = {ROWS: i, COLUMNS: o}
-  for side, basis_rm in zip(projection.sides, basis, strict=True):
-    low_rn = orient(low, side)
-    if jnp.issubdtype(basis_rm.dtype, jnp.integer):
-      whole_mn = _scatter(basis_rm, low_rn, size[side])
-    else:
-      whole_mn = _matmul(jnp.swapaxes(basis_rm, -2, -1), low_rn)
-    low = orient(whole_mn, side)
-  return from_matrix(projection, low)
-
-
-def contract(
-  sides: Sequence[int], x: jax.Array, matrices: Sequence[jax.Array]
-) -> jax.Array:
-  """Returns `x` with each side m replaced by r, through rows [..., r, m].
-
-  >>> contract((COLUMNS,), jnp.ones((3, 5)), (jnp.eye(2, 5),)).shape
-  (3, 2)
-  """
-  for side, rows_rm in zip(sides, matrices, strict=True):
-    x_mn = orient(x, side)
-    if jnp.issubdtype(rows_rm.dtype, jnp.integer):
-      low_rn = jnp.take_along_axis(x_mn, rows_rm[..., None], axis=-2)
-    else:
-      low_rn = _matmul(rows_rm, x_mn)
-    x = orient(low_rn, side)
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def overlap(new: jax.Array, old: jax.Array) -> jax.Array:
   """Returns `P_new P_old^T` [..., r, r], of rows or of coordinates.
 
@@ -192,6 +229,25 @@ def overlap(new: jax.Array, old: jax.Array) -> jax.Array:
   if jnp.issubdtype(new.dtype, jnp.integer):
     return jnp.float32(new[..., :, None] == old[..., None, :])
   return _matmul(new, jnp.swapaxes(old, -2, -1))
+
+
+def _through(x: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
+  """Returns `x` with an axis m replaced by r, through rows or coordinates."""
+  x_mn = orient(x, axis)
+  if jnp.issubdtype(rows.dtype, jnp.integer):
+    low_rn = jnp.take_along_axis(x_mn, rows[..., None], axis=-2)
+  else:
+    low_rn = _matmul(rows, x_mn)
+  return orient(low_rn, axis)
+
+
+def _back(x: jax.Array, rows: jax.Array, side: int, m: int) -> jax.Array:
+  """Returns `x` with a side r replaced by m; transposes `_through`."""
+  if jnp.issubdtype(rows.dtype, jnp.integer):
+    return orient(_scatter(rows, orient(x, side), m), side)
+  if side == ROWS:
+    return _matmul(jnp.swapaxes(rows, -2, -1), x)
+  return _matmul(x, rows)
 
 
 def _scatter(index_r: jax.Array, low_rn: jax.Array, m: int) -> jax.Array:

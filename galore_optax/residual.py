@@ -1,8 +1,8 @@
-"""This module holds what happens to the gradient outside the subspace.
+"""What happens to the gradient outside the subspace.
 
-A rule is a frozen dataclass with two methods: `init(projection)` returns its
-state for one weight, `()` if it has none, and calling it returns what is added
-to the update, and the new state.
+A rule is a frozen dataclass with two methods: `init(plan)` returns its state
+for one weight, `()` if it has none, and calling it returns what is added to the
+update, and the new state. It carries what it needs, a learning rate included.
 
 Axes: i input, o output; m projected side, r rank; leading axes are batch.
 """
@@ -12,65 +12,71 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from galore_optax import projection as projection_lib
-from galore_optax.projection import Basis, Projection
+from galore_optax.checks import check_learning_rate, check_not_negative
+from galore_optax.decay import rate_at
+from galore_optax.projection import Basis, Projection, to_matrix
 
 
 class Split(NamedTuple):
   """One weight's gradient, split by the subspace, and the inner's answer."""
 
   g_io: jax.Array
-  """The gradient as a stack of matrices [..., i, o]."""
+  """The gradient as a stack of matrices [..., i, o], float32."""
   basis: Basis
   """The basis that split it."""
   low: jax.Array
-  """The projected gradient."""
+  """The projected gradient [..., r, n]."""
   inner_update: jax.Array
   """What the inner made of `low`."""
-  response: jax.Array
-  """[]: what the inner makes of a constant gradient of one: minus the learning
-  rate for an optimizer, one for a `scale_by_...`."""
-  gain: jax.Array
-  """[]: the same, times its bias correction at this step, times a constant."""
+  count: jax.Array
+  """[], int32: updates done before."""
 
 
 class Residual(Protocol):
   """How the rest of a gradient changes the weight."""
 
-  def init(self, projection: Projection) -> Any:
+  def init(self, plan: Projection) -> Any:
     """Returns the state for one weight."""
     ...
 
   def __call__(
-    self, projection: Projection, split: Split, state: Any
+    self, plan: Projection, split: Split, state: Any
   ) -> tuple[jax.Array, Any]:
     """Returns what is added to the update [..., i, o], and the state."""
     ...
 
 
-def outside(projection: Projection, split: Split) -> jax.Array:
-  """Returns the gradient less its projection: [..., i, o], float32."""
-  inside = projection_lib.unproject(projection, split.low, split.basis)
-  return split.g_io - projection_lib.to_matrix(projection, inside)
+def outside(plan: Projection, split: Split, share: float = 1.0) -> jax.Array:
+  """Returns the gradient less a share of its projection: [..., i, o]."""
+  inside = plan.unproject(share * split.low, split.basis)
+  return split.g_io - to_matrix(plan, inside)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sgd:
-  """Plain gradient descent on the rest, at the inner's learning rate.
+  """Plain gradient descent on the rest.
+
+  Example:
+    >>> import galore_optax
+    >>> tx = galore_optax.galore(
+    ...   optax.adam(1e-3), rank=2, residual=Sgd(1e-3), moments='reset')
 
   References:
     Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
   """
 
-  scale: float = 1.0
-  """Multiplies the learning rate."""
-  follow: bool = True
-  """Whether the inner has a learning rate; if not, it follows the stage."""
+  learning_rate: optax.ScalarOrSchedule
+  """A number, or a schedule of the step."""
 
-  def init(self, projection: Projection) -> Any:
+  def __post_init__(self) -> None:
+    """Raises ValueError for what is no learning rate."""
+    check_learning_rate(learning_rate=self.learning_rate)
+
+  def init(self, plan: Projection) -> Any:
     """Returns no state."""
-    del projection
+    del plan
     return ()
 
   def direction(self, rest_io: jax.Array) -> jax.Array:
@@ -78,17 +84,16 @@ class Sgd:
     return rest_io
 
   def __call__(
-    self, projection: Projection, split: Split, state: Any
+    self, plan: Projection, split: Split, state: Any
   ) -> tuple[jax.Array, Any]:
-    """Returns the scaled direction of the rest."""
-    rest_io = self.direction(outside(projection, split))
-    rate = split.response if self.follow else 1.0
-    return self.scale * rate * rest_io, state
+    """Returns the direction of the rest, down."""
+    rest_io = self.direction(outside(plan, split))
+    return -rate_at(self.learning_rate, split.count) * rest_io, state
 
 
 @dataclasses.dataclass(frozen=True)
 class Sign(Sgd):
-  """The sign of the rest, at the inner's learning rate.
+  """Descent along the sign of the rest.
 
   References:
     Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
@@ -105,9 +110,9 @@ class Scaled:
 
   The factor is |inner update| / |projected gradient|, for each channel of the
   side that is not projected or for the whole matrix. The norm of what comes
-  out grows by at most `limit` from one update to the next, measured before the
-  inner's bias correction and learning rate, as the papers do, whatever they
-  are made of. State: one number a matrix.
+  out grows by at most `limit` from one update to the next. The papers measure
+  it before the learning rate and the bias correction: the inner has neither,
+  and both come after the stage. State: one number a matrix.
 
   References:
     Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, scales the
@@ -115,51 +120,54 @@ class Scaled:
     2024, scales the whole gradient by channel, APOLLO-Mini by matrix.
   """
 
-  whole: bool = False
-  """Scale the whole gradient rather than its rest."""
+  inside: float = 1.0
+  """Share of the projection that is taken off the gradient: 1 is the exact
+  complement, 0 the whole gradient."""
   channels: bool = True
   """A factor for each channel rather than one for the matrix."""
   scale: float = 1.0
   """Multiplies the update."""
   limit: float = 1.01
-  """Largest growth of the update's norm."""
+  """Largest growth of the update's norm, above 1."""
 
-  def init(self, projection: Projection) -> Any:
+  def __post_init__(self) -> None:
+    """Raises ValueError for a limit that lets nothing grow."""
+    check_not_negative(scale=self.scale, inside=self.inside)
+    if not isinstance(self.limit, jax.Array) and not self.limit >= 1:
+      raise ValueError(
+        f'limit must be at least 1, the growth of a norm, got {self.limit!r}'
+      )
+
+  def init(self, plan: Projection) -> Any:
     """Returns the norm [...] of the last update: none yet, so no limit."""
     # Not of weak type: the state of a second update would be of another.
-    return jnp.full(projection.matrix_shape[:-2], jnp.inf, float)
+    return jnp.full(plan.batch, jnp.inf, float)
 
   def __call__(
-    self, projection: Projection, split: Split, state: Any
+    self, plan: Projection, split: Split, state: Any
   ) -> tuple[jax.Array, Any]:
     """Returns the scaled gradient or rest, its norm's growth limited."""
-    axes = projection.sides if self.channels else (-2, -1)
+    # Of 'full' a channel is on no side: one factor for the matrix.
+    by_channel = self.channels and len(plan.sides) == 1
+    axes = (-2,) if by_channel else (-2, -1)
     factor = _norm(split.inner_update, axes) / (_norm(split.low, axes) + TINY)
-    what_io = split.g_io if self.whole else outside(projection, split)
-    gain = jnp.abs(split.gain)
-    # At a learning rate of zero nothing moves, and no norm can be told.
-    moves = gain > 0
-    unit_io = factor / jnp.where(moves, gain, 1) * what_io
-    norm = _norm(unit_io, (-2, -1))
+    if by_channel and plan.sides == (-1,):
+      factor = jnp.swapaxes(factor, -2, -1)
+    what_io = split.g_io
+    if isinstance(self.inside, jax.Array) or self.inside != 0:
+      what_io = outside(plan, split, self.inside)
+    scaled_io = factor * what_io
+    norm = _norm(scaled_io, (-2, -1))
     last = state[..., None, None]
     # After a zero gradient a bound of zero would hold for ever.
     last = jnp.where(last > 0, last, jnp.inf)
-    shrink = jnp.minimum(self.limit * last / norm, 1)
-    update_io = self.scale * split.gain * shrink * unit_io
-    new = jnp.where(moves, (shrink * norm)[..., 0, 0], state)
-    return update_io, new
+    # 0 / 0 of a zero update is no bound.
+    shrink = jnp.minimum(self.limit * last / jnp.where(norm > 0, norm, 1), 1)
+    return self.scale * shrink * scaled_io, (shrink * norm)[..., 0, 0]
 
 
 TINY = 1e-8
 """Added to norms that are divided by."""
-
-RESIDUALS: dict[str, Residual] = {
-  'sgd': Sgd(),
-  'sign': Sign(),
-  'fira': Scaled(),
-  'apollo': Scaled(whole=True),
-}
-"""The short names that `galore(residual=...)` takes."""
 
 
 def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

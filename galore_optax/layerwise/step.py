@@ -22,7 +22,7 @@ from galore_optax.layerwise import stack as stacks
 from galore_optax.layerwise.walk import Walk
 from galore_optax.layerwise.weights import ARRAYS, Weights
 from galore_optax.presets.badam import OneBlock
-from galore_optax.static import check_count
+from galore_optax.checks import check_count
 
 # Axes: L layers, the leading axis of a stack; N examples.
 

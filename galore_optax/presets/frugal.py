@@ -1,113 +1,129 @@
-"""This module holds the split of weights between an inner and a simple rule."""
+"""FRUGAL: an inner on a share of each weight, a simple rule on the rest."""
 
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import optax
 
-from galore_optax import paths as selection
-from galore_optax.galore import galore, projections_of
+from galore_optax import paths
+from galore_optax.checks import (
+  check_learning_rate,
+  check_not_negative,
+  check_one_of,
+  check_static,
+  is_number,
+  is_zero,
+)
+from galore_optax.decay import rate_at
+from galore_optax.galore import galore
 from galore_optax.paths import Targets
+from galore_optax.plan import Planner
+from galore_optax.precision import in_float32
+from galore_optax.presets.inner import Inner, without_rate
+from galore_optax.projection import Projection
 from galore_optax.residual import Sgd, Sign
-from galore_optax.static import check_static
-from galore_optax.subspace.finders import SUBSPACES, Subspace
-from galore_optax.subspace.turns import Turns
+from galore_optax.subspace.finders import NAMES, Subspace
 
-WHERE: dict[str, dict[str, Any]] = {
-  **{name: dict(subspace=name) for name in SUBSPACES},
-  'columns': dict(subspace='coordinates', side='left'),
-  'rows': dict(subspace='coordinates', side='right'),
-  'entries': dict(
-    subspace='coordinates', side='left', axes={'.*': ((-2, -1), ())}
-  ),
-  'blocks': dict(
-    subspace=Turns('descending'), side='left', axes={'.*': (0, ...)}
-  ),
+Where: TypeAlias = Literal[
+  *('svd', 'gram', 'randomized', 'power', 'random', 'coordinates'),
+  *('columns', 'rows', 'entries'),
+]
+"""How `frugal` splits a kernel [in, out]; 'coordinates' are of the shorter
+side."""
+
+COORDINATES: dict[str, dict[str, Any]] = {
+  'columns': dict(side='left'),
+  'rows': dict(side='right'),
+  'entries': dict(side='left', axes={'.*': ((-2, -1), ())}),
 }
-"""How `frugal` splits a kernel [in, out]: the options of `galore`.
+"""The options of `galore` that split by coordinates."""
 
-'coordinates' are of the shorter side."""
+RESIDUALS = {'sign': Sign, 'sgd': Sgd}
+"""What moves the rest."""
 
 
-def split(
-  inner: optax.GradientTransformation,
+def frugal(
+  learning_rate: optax.ScalarOrSchedule,
   *,
-  density: float,
-  gap: int,
-  subspace: str | Subspace,
-  residual: str,
-  residual_scale: float,
-  targets: Targets,
-) -> optax.GradientTransformation:
-  """Returns the part of `frugal` before decay and learning rate."""
+  density: float = 0.25,
+  gap: int = 200,
+  subspace: Where | Subspace = 'svd',
+  inner: Inner = 'adam',
+  residual: Literal['sign', 'sgd'] = 'sign',
+  residual_scale: float = 1.0,
+  weight_decay: float = 0.0,
+  targets: Targets = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Adam (or another inner) on a share of a weight, sign descent elsewhere.
+
+  The state of the inner starts anew with each subspace. Density 1 is the inner
+  alone and density 0 the residual rule alone, by structure.
+
+  State of a weight [i, o], i <= o: an inner on density of its elements (Adam:
+  2 density i o, float32), and for 'svd' a basis of density i^2, for 'columns',
+  'rows' and 'entries' an int32 index of each coordinate.
+
+  Args:
+    learning_rate: a number, or a schedule of the step, for both parts.
+    density: share of each target that the inner works on, in [0, 1]; rounded
+      to whole directions or coordinates, halves up, at least one (the reference
+      rounds halves to even, and truncates coordinates, perhaps to none).
+    gap: updates from one subspace to the next.
+    subspace: 'svd', 'random' or another one of `galore` (directions), 'columns'
+      or 'rows' (inputs or outputs), or 'entries'. For whole layers in turns
+      there is `badam`.
+    inner: 'adam', 'lion', 'sgdm', or a transformation without a learning rate.
+    residual: 'sign' or 'sgd'.
+    residual_scale: multiplies the learning rate of the residual.
+    weight_decay: decoupled, times the learning rate, on every leaf.
+    targets: as in `galore`; other leaves are the inner's in full.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> tx = frugal(0.01, density=0.25, subspace='columns')
+    >>> params = {'w': jnp.ones((8, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+
+  References:
+    Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
+  """
   check_static(density=density)
-  if not 0 <= density <= 1:
-    raise ValueError(f'density must be in [0, 1], got {density!r}')
-  where = _where(subspace)
-  # The response of a `scale_by_...` to ones is no learning rate: that of
-  # optax.scale_by_rms is 3.16, that of Adam off one by a rounding.
-  rules = {
-    'sign': Sign(residual_scale, follow=False),
-    'sgd': Sgd(residual_scale, follow=False),
-  }
-  if residual not in rules:
-    raise ValueError(f"residual must be 'sign' or 'sgd', got {residual!r}")
-  options: dict[str, Any] = dict(
+  if not (is_number(density) and 0 <= density <= 1):
+    raise ValueError(f'density must be a number in [0, 1], got {density!r}')
+  check_one_of(tuple(RESIDUALS), residual=residual)
+  check_learning_rate(learning_rate=learning_rate)
+  check_not_negative(residual_scale=residual_scale, weight_decay=weight_decay)
+  rest_rate = lambda count: residual_scale * rate_at(learning_rate, count)
+  tail = [optax.scale_by_learning_rate(learning_rate)]
+  # No params are asked for where no decay is; a traced one may be any.
+  if not is_zero(weight_decay):
+    tail.insert(0, optax.add_decayed_weights(weight_decay))
+  inside = optax.chain(without_rate(inner), *tail)
+  # Made for all densities, as it checks the options.
+  stage = galore(
+    inside,
     rank=float(density) or 1.0,
     gap=gap,
     scale=1.0,
-    residual=rules[residual],
+    residual=RESIDUALS[residual](rest_rate),
     moments='reset',
     targets=targets,
-    **where,
+    **_where(subspace),
   )
-  # Made for all densities, as it checks the options.
-  stage = galore(inner, **options)
   if density == 1:
-    return inner
+    return in_float32(inside)
   if density > 0:
-    return _of_stacks(stage, options) if subspace == 'blocks' else stage
-  alone = optax.chain(
-    optax.scale_by_sign() if residual == 'sign' else optax.identity(),
-    optax.scale(residual_scale),
-  )
-  return partition(alone, inner, targets)
+    return stage
+  direction = optax.scale_by_sign() if residual == 'sign' else optax.identity()
+  alone = optax.chain(direction, optax.scale(residual_scale), *tail)
+  return partition(in_float32(alone), in_float32(inside), targets)
 
 
 def _where(subspace: str | Subspace) -> dict[str, Any]:
-  if not isinstance(subspace, str):
+  if not isinstance(subspace, str) or subspace in NAMES:
     return dict(subspace=subspace)
-  if subspace not in WHERE:
-    raise ValueError(
-      f'subspace must be one of {", ".join(WHERE)} or a finder of'
-      f' galore_optax.subspace, got {subspace!r}'
-    )
-  return WHERE[subspace]
-
-
-def _of_stacks(
-  stage: optax.GradientTransformation, options: dict[str, Any]
-) -> optax.GradientTransformation:
-  """Returns the stage; its `init` raises for a target that is no stack."""
-
-  def init_fn(params: optax.Params) -> Any:
-    if selection.is_part(params):
-      raise ValueError(
-        "subspace='blocks' picks whole layers, and a layer-wise step shows one"
-        ' at a time: use badam, or another subspace'
-      )
-    for p in projections_of(params, **options):
-      if p and len(p.shape) == len(selection.own_axes(p.path, len(p.shape))):
-        raise ValueError(
-          "subspace='blocks' picks layers of stacks [L, in, out], got"
-          f' {p.path} of shape {p.shape}, whose first axis is no layer; stack'
-          ' the layers, leave it out of targets, or split it by columns'
-        )
-    return stage.init(params)
-
-  return optax.GradientTransformationExtraArgs(
-    init_fn, optax.with_extra_args_support(stage).update
-  )
+  check_one_of(get_args(Where), subspace=subspace)
+  return dict(subspace='coordinates', **COORDINATES[subspace])
 
 
 def partition(
@@ -131,11 +147,10 @@ def partition(
 
   def labels(params: optax.Params) -> Any:
     if targets is None or callable(targets):
-      whole = projections_of(params, rank=1.0, targets=targets)
-      marks = [projection is not None for projection in whole]
+      plans = Planner(1.0, targets=targets)(params)
+      marks = [isinstance(p, Projection) for p in plans]
     else:
-      patterns = [targets] if isinstance(targets, str) else list(targets)
-      marks = selection.matched(patterns, params)
+      marks = paths.chosen(targets, params)
     names = ['chosen' if mark else 'rest' for mark in marks]
     return jax.tree.unflatten(jax.tree.structure(params), names)
 

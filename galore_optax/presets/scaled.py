@@ -1,13 +1,24 @@
-"""This module holds the methods that scale the gradient as Adam would."""
+"""Methods that scale the gradient as Adam would: Fira, APOLLO, APOLLO-Mini."""
 
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
-from galore_optax import decay
+from galore_optax.checks import (
+  check_learning_rate,
+  check_not_negative,
+  check_one_of,
+)
+from galore_optax.decay import decay_updated_weights
 from galore_optax.galore import galore, names_options
-from galore_optax.presets import adam, inners
-from galore_optax.presets.inners import Inner
+from galore_optax.moments import Rotate
+from galore_optax.presets.inner import (
+  Inner,
+  scale_by_bias_correction,
+  scale_by_galore_adam,
+  without_rate,
+)
+from galore_optax.quantized.state import quantize_state
 from galore_optax.residual import Scaled
 from galore_optax.subspace.finders import Gaussian
 
@@ -23,14 +34,14 @@ def fira(
   b2: float = 0.999,
   eps: float = 1e-6,
   weight_decay: float = 0.0,
+  complement: Literal['exact', 'reference'] = 'exact',
+  bits: Literal[8, 32] = 32,
   inner: Inner | None = None,
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore's Adam, and the rest of the gradient scaled as Adam scaled its part.
 
-  The rest is the exact complement `G - P^T P G`, as in the paper; the
-  reference's code subtracts `scale P^T P G`. As in the code, `scale`
-  multiplies the projected part alone.
+  As in the reference's code, `scale` multiplies the projected part alone.
 
   State of a weight [i, o], i <= o: GaLore's, and one norm.
 
@@ -43,29 +54,32 @@ def fira(
     b2: decay of the second moment.
     eps: added to the root of the second moment before its bias correction.
     weight_decay: decoupled, on the weight that the update has changed.
+    complement: the rest is G - P^T P G, as in the paper ('exact'), or
+      G - scale P^T P G, as in the code that its figures are of ('reference').
+    bits: of Adam's moments.
     inner: replaces Adam: 'adam' (optax's), 'lion', 'sgdm', or a
-      transformation without a learning rate. With moments in 8 bits:
-      `quantize_state(scale_by_galore_adam())`.
+      transformation without a learning rate. The limit then counts its bias
+      correction too, if it has one.
     **options: others of `galore`.
 
   Example:
     >>> import jax.numpy as jnp
-    >>> from galore_optax import quantize_state, scale_by_galore_adam
-    >>> tx = fira(0.01, rank=64, inner=quantize_state(scale_by_galore_adam()))
+    >>> tx = fira(0.01, rank=64, bits=8)
     >>> params = {'w': jnp.ones((128, 512))}
     >>> updates, state = tx.update(params, tx.init(params), params)
 
   References:
     Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024.
   """
-  stage = _stage(
-    *(inner, b1, b2, eps),
-    rank=rank,
-    scale=scale,
-    residual=Scaled(limit=limit),
-    **options,
+  check_not_negative(scale=scale)
+  check_one_of(('exact', 'reference'), complement=complement)
+  rule = Scaled(inside=1.0 if complement == 'exact' else scale, limit=limit)
+  return _scaled(
+    learning_rate,
+    rule,
+    *(b1, b2, eps, bits, weight_decay, inner),
+    dict(rank=rank, scale=scale, **options),
   )
-  return _optimizer(stage, learning_rate, weight_decay)
 
 
 @names_options('subspace', 'residual')
@@ -82,6 +96,7 @@ def apollo(
   eps: float = 1e-6,
   weight_decay: float = 0.0,
   seed: int = 0,
+  bits: Literal[8, 32] = 32,
   inner: Inner | None = None,
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -102,6 +117,7 @@ def apollo(
     eps: added to the root of the second moment before its bias correction.
     weight_decay: decoupled, on the weight that the update has changed.
     seed: of the sketches.
+    bits: of Adam's moments.
     inner: replaces Adam, as in `fira`.
     **options: others of `galore`.
 
@@ -114,18 +130,16 @@ def apollo(
   References:
     Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024.
   """
-  stage = _stage(
-    *(inner, b1, b2, eps),
-    rank=rank,
-    gap=gap,
-    scale=0.0,
-    subspace=Gaussian(seed),
-    residual=Scaled(
-      whole=True, channels=channels, scale=scale**0.5, limit=limit
-    ),
-    **options,
+  # Before its root is taken; a traced one is its maker's business.
+  check_not_negative(scale=scale)
+  rule = Scaled(inside=0, channels=channels, scale=scale**0.5, limit=limit)
+  options |= dict(rank=rank, gap=gap, scale=0.0, subspace=Gaussian(seed))
+  return _scaled(
+    learning_rate,
+    rule,
+    *(b1, b2, eps, bits, weight_decay, inner),
+    options,
   )
-  return _optimizer(stage, learning_rate, weight_decay)
 
 
 @names_options('rank', 'channels', of=apollo)
@@ -156,22 +170,35 @@ def apollo_mini(
   return apollo(learning_rate, rank=1, scale=scale, channels=False, **options)
 
 
-def _stage(
-  inner: Inner | None, b1: float, b2: float, eps: float, **options: Any
-) -> optax.GradientTransformation:
-  """Returns `galore` around the inner, GaLore's Adam where there is none."""
-  if inner is None:
-    inner = adam.scale_by_galore_adam(b1=b1, b2=b2, eps=eps)
-  return galore(inners.without_rate(inner), **options)
-
-
-def _optimizer(
-  stage: optax.GradientTransformation,
+def _scaled(
   learning_rate: optax.ScalarOrSchedule,
+  rule: Scaled,
+  b1: float,
+  b2: float,
+  eps: float,
+  bits: int,
   weight_decay: float,
+  inner: Inner | None,
+  options: dict[str, Any],
 ) -> optax.GradientTransformationExtraArgs:
+  """Returns `galore` around Adam, whose bias is corrected after the stage."""
+  check_learning_rate(learning_rate=learning_rate)
+  check_not_negative(weight_decay=weight_decay)
+  check_one_of(('8', '32'), bits=str(bits))
+  correction = optax.identity()
+  if inner is None:
+    inner = scale_by_galore_adam(b1=b1, b2=b2, eps=eps, bias_correction=False)
+    inner = quantize_state(inner) if bits == 8 else inner
+    correction = scale_by_bias_correction(b1, b2)
+  elif bits != 32:
+    raise ValueError(
+      f'bits={bits} is of Adam; give inner=quantize_state(...) alone'
+    )
+  if options.get('moments') == 'rotate':
+    options = {**options, 'moments': Rotate(b1, b2)}
   return optax.chain(
-    stage,
+    galore(without_rate(inner), residual=rule, **options),
+    correction,
     optax.scale_by_learning_rate(learning_rate),
-    decay.decay_updated_weights(learning_rate, weight_decay=weight_decay),
+    decay_updated_weights(learning_rate, weight_decay=weight_decay),
   )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from galore_optax.checks import check_count, check_static
 from galore_optax.quantized import codes as dynamic
 from galore_optax.quantized.codes import Code
 
@@ -59,6 +60,17 @@ class Quantized:
   def nbytes(self) -> int:
     """Bytes of the codes, the scales and the offsets."""
     return sum(x.nbytes for x in jax.tree.leaves(self))
+
+
+def check_layout(*, bits: int, group: int) -> None:
+  """Raises ValueError for a layout of linear codes that no array has.
+
+  >>> check_layout(bits=4, group=256)
+  """
+  check_static(bits=bits, group=group)
+  if bits not in (4, 8):
+    raise ValueError(f'bits must be 4 or 8, got {bits!r}')
+  check_count(group=group)
 
 
 def _joins_rows(shape: tuple[int, ...], block_size: int) -> bool:
@@ -154,34 +166,6 @@ def quantize_rows(rows: jax.Array, *, code: Code, block_size: int) -> Quantized:
   return Quantized(codes, absmax, None, code, block_size, rows.shape[-1])
 
 
-@jax.jit
-def requantize(x: jax.Array, before: jax.Array, q: Quantized) -> Quantized:
-  """Stores x like q, whose codes stay in blocks where x equals `before`.
-
-  The codes of a block need not be stable under a round trip: its largest
-  magnitude may be negative, and the signed code has no -1.
-
-  Args:
-    x: new values.
-    before: what q stands for.
-    q: a dynamic code, joined or not.
-
-  Returns:
-    `quantize(x)`, or q where nothing changed.
-  """
-  joined = q.scale.ndim < q.codes.ndim
-  rows = _join(x) if joined else x
-  equal = rows == (_join(before) if joined else before)
-  stays = jnp.all(_split(equal, q.block_size), axis=-1)
-  new = quantize_rows(rows, code=q.code, block_size=q.block_size)
-  everywhere = jnp.repeat(stays, q.block_size, axis=-1)[..., : rows.shape[-1]]
-  codes = new.codes.reshape(x.shape)
-  codes = jnp.where(everywhere.reshape(x.shape), q.codes, codes)
-  return dataclasses.replace(
-    q, codes=codes, scale=jnp.where(stays, q.scale, new.scale)
-  )
-
-
 def rows_shape(q: Quantized) -> tuple[int, int]:
   """Shape of `as_rows(q)`."""
   num_rows = q.scale.size // q.scale.shape[-1]
@@ -274,6 +258,7 @@ def quantize_linear(
     >>> q.nbytes, float(abs(blockwise.dequantize(q) - x).max())
     (136, 8.0)
   """
+  check_layout(bits=bits, group=group)
   x = jnp.asarray(x)
   rows = _join(x) if _joins_rows(x.shape, group) else x
   blocks = _split(rows.astype(jnp.float32), group)

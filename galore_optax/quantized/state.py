@@ -1,28 +1,43 @@
 """Optimizer state in 8 bits, for any optax transformation.
 
-The arrays themselves are in `blockwise`, stochastic rounding of weights is in
-`rounding`; both are offered here too.
+`quantize_state` keeps the structure of the inner's state, with `Quantized`
+nodes where its moments were. The arrays themselves are in `array`.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax.quantized import dataflow, leafwise
-from galore_optax.quantized.array import Quantized as Quantized
-from galore_optax.quantized.array import dequantize as dequantize
-from galore_optax.quantized.array import full as full
-from galore_optax.quantized.array import quantize as quantize
-from galore_optax.quantized.array import quantize_linear as quantize_linear
-from galore_optax.quantized.codes import dynamic_map as dynamic_map
-from galore_optax.quantized.rounding import (
-  apply_updates_stochastic as apply_updates_stochastic,
+from galore_optax.checks import check_count, check_static
+from galore_optax.precision import full
+from galore_optax.quantized.array import (
+  Quantized,
+  as_rows,
+  dequantize,
+  quantize,
+  quantize_rows,
+  rows_shape,
 )
-from galore_optax.static import check_count, check_static
+
+GUARDS = (
+  optax.ApplyIfFiniteState,
+  optax.MaskedState,
+  optax.MultiStepsState,
+  optax.transforms.PartitionState,
+)
+"""States of what goes around `quantize_state`, as it looks at a whole tree."""
+
+UNSIGNED = {'nu', 'nu_max', 'v', 'sum_of_squares'}
+"""Fields of moments that no update makes negative."""
+
+# A leaf of so many elements is updated in pieces: in a loop, because only the
+# temporaries of loops are sure to share memory from leaf to leaf.
+DIVIDE_FROM = 2**20
+# Elements of a piece: 16 MiB of float32 a moment.
+PIECE_SIZE = 2**22
 
 
 def quantize_state(
@@ -30,50 +45,48 @@ def quantize_state(
   *,
   block_size: int = 256,
   min_size: int = 4096,
+  elementwise: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-  """Stores the parameter-like state of any transformation in 8 bits.
+  """Stores the parameter-like state of a transformation in 8 bits.
 
   A state leaf is stored in blocks of 8-bit codes if it is floating, has the
-  path and the shape of a parameter and at least `min_size` elements, and
-  starts at a constant (a copy of the weights is no moment). It gets
-  the unsigned dynamic code if it starts at zero or above and the operations
-  of `inner.update` cannot make it negative (Adam's `nu`), else the signed one
-  (`mu`, a trace). Scalar hyper-parameters and differences of them, such as
-  1 - b2, count as not negative. Everything else in the state stays as it is;
-  moments of bfloat16 parameters that stay unquantized are float32.
+  path and the shape of a parameter and at least `min_size` elements, and does
+  not depend on the weights at first (a copy of them is no moment). Fields nu,
+  v and the like get the unsigned dynamic code, others the signed one.
+  Everything else stays as it is; moments of bfloat16 parameters that stay
+  unquantized are float32.
 
-  `inner` is traced and its own operations run in another order: leaf after
-  leaf is dequantized, updated and quantized again, and an elementwise inner
-  takes a leaf of more than 4 M elements in pieces that are written in place.
-  The numbers do not depend on that order. Operations that read the state of
-  several leaves at once (the norm of all updates, `optax.MultiSteps` inside)
-  make these leaves one unit, in float32 together while they are updated;
-  gradient clipping reads no state and does not. Rows that depend on each
-  other (a trust ratio) make the leaf one piece, as does a leaf sharded over
-  more than one device.
+  An elementwise inner (Adam, Lion, momentum, clipping by value) runs leaf
+  after leaf, and on a leaf of more than 1 M elements piece by piece, written
+  in place: no float32 copy of the state exists. What looks at a whole leaf
+  (Adafactor, Muon, a trust ratio) or at several (clipping by a norm) needs
+  `elementwise=False`, which dequantizes the tree for an update. Masks,
+  partitions, `apply_if_finite` and `MultiSteps` go around `quantize_state`.
 
   What 8 bits do to Adam: an entry below about 1e-7 of its block's largest
   second moment is rounded up to 3e-7 of it, so that its update is too small,
   never too large.
 
   Args:
-    inner: any optax transformation; masks, partitions, schedules and injected
-      hyper-parameters in it work as usual.
+    inner: any optax transformation; schedules and injected hyper-parameters in
+      it work as usual.
     block_size: elements that share a float32 scale.
     min_size: smaller leaves stay float32. A layer-wise step shows one layer
       of a stack, and the size of that counts.
+    elementwise: whether an element's update depends on that element alone.
 
   Returns:
     A transformation with `inner`'s state structure, in which `Quantized`
     nodes stand for arrays: 1 byte an element and 4 bytes a block. A block
     ends where a matrix of a stack does: small ones take more. Updates
     have the dtype of the gradients. Its `init` accepts shape structs and
-    allocates no float32 array for moments that start at a constant.
+    allocates no float32 array for moments.
+
+  Raises:
+    ValueError: at `init`, an elementwise inner whose state is not made of
+      trees like the parameters.
 
   Example:
-    >>> import jax.numpy as jnp
-    >>> import optax
-    >>> from galore_optax.quantized.state import quantize_state
     >>> tx = quantize_state(optax.adam(1e-3))
     >>> params = {'w': jnp.ones((64, 256)), 'b': jnp.ones(64)}
     >>> state = tx.init(params)
@@ -88,115 +101,321 @@ def quantize_state(
   check_count(block_size=block_size)
   inner = optax.with_extra_args_support(inner)
 
-  def init_fn(params):
-    return _init(inner, params, block_size, min_size)
+  def init_fn(params: optax.Params) -> Any:
+    if elementwise:
+      _check_elementwise(inner, params)
+    fixed = _fixed(inner, params)
+    init = lambda params: _packed(inner, params, fixed, block_size, min_size)
+    leaves = jax.tree.leaves(params)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+      zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+      return jax.jit(lambda: init(jax.tree.map(zeros, params)))()
+    # Jitted, so that no float32 moment is allocated on the way.
+    return jax.jit(init)(params)
 
-  def update_fn(updates, state, params=None, **extra_args):
-    update = functools.partial(inner.update, **extra_args)
-    return leafwise.update(update, updates, state, params)
+  def update_fn(
+    updates: optax.Updates,
+    state: Any,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, Any]:
+    run = lambda g, s, w: inner.update(g, s, w, **extra_args)
+    if elementwise:
+      new, state = _leaf_by_leaf(run, Outer.of(inner), updates, state, params)
+    else:
+      new, after = run(_wide(updates), _unpacked(state), params)
+      state = _repacked(after, state, quantize)
+    return optax.tree.cast_like(new, updates), state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _init(
-  inner: optax.GradientTransformationExtraArgs,
+class Outer(NamedTuple):
+  """The structure of an inner's state around its trees like the parameters."""
+
+  treedef: Any
+  """Of the state; a leaf is a tree like the parameters, or a counter."""
+  is_tree: list[bool]
+  """Which of them are trees."""
+
+  @classmethod
+  def of(cls, inner: optax.GradientTransformation) -> 'Outer':
+    """Reads the structure off the state of parameters without leaves."""
+    is_tree = lambda x: isinstance(x, optax.MaskedNode)
+    nodes, treedef = jax.tree.flatten(
+      inner.init(optax.MaskedNode()), is_leaf=is_tree
+    )
+    return cls(treedef, [is_tree(x) for x in nodes])
+
+  def split(self, state: Any) -> tuple[list[Any], list[Any]]:
+    """Returns the trees and the counters of a state."""
+    pairs = list(
+      zip(self.treedef.flatten_up_to(state), self.is_tree, strict=True)
+    )
+    return [x for x, yes in pairs if yes], [x for x, yes in pairs if not yes]
+
+  def join(self, trees: Sequence[Any], counters: Sequence[Any]) -> Any:
+    """Inverts `split`."""
+    trees, counters = iter(trees), iter(counters)
+    return self.treedef.unflatten(
+      [next(trees if yes else counters) for yes in self.is_tree]
+    )
+
+
+def _fixed(inner: optax.GradientTransformation, params: Any) -> list[bool]:
+  """Per state leaf, whether it starts the same whatever the weights are."""
+  with jax.ensure_compile_time_eval():
+    ones, twos = (
+      jax.tree.leaves(
+        inner.init(
+          jax.tree.map(lambda x, v=v: jnp.full((1,) * x.ndim, v), params)
+        )
+      )
+      for v in (1.0, 2.0)
+    )
+    pairs = zip(ones, twos, strict=True)
+    is_traced = lambda x: isinstance(x, jax.core.Tracer)
+    return [is_traced(x) or bool(jnp.all(x == y)) for x, y in pairs]
+
+
+def _packed(
+  inner: optax.GradientTransformation,
   params: Any,
+  fixed: list[bool],
   block_size: int,
   min_size: int,
 ) -> Any:
-  """Returns the inner's first state, its moments as codes from the start."""
-  wide = _as_float32(params)
-  program, treedef = dataflow.trace(inner.init, wide)
-  avals = [program.avals[number] for number in program.outputs]
-  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
-  state = treedef.unflatten(shapes)
-  fills = dataflow.fill_values(program)
-  like = _like_parameters(state, params, min_size)
-  moments = [
-    is_like and fill is not None
-    for is_like, fill in zip(like, fills, strict=True)
-  ]
-  unsigned = _nonnegative(inner, wide, state, moments, fills)
-  rest = iter(_compute(inner.init, params, [x is None for x in fills]))
-
-  def leaf(shape, fill, is_moment, is_unsigned):
-    if fill is None:
-      return jax.lax.convert_element_type(next(rest), shape.dtype)
-    if is_moment:
-      code = 'unsigned' if is_unsigned else 'signed'
-      return full(shape.shape, fill, code=code, block_size=block_size)
-    return jnp.full(shape.shape, fill, shape.dtype)
-
-  return treedef.unflatten(map(leaf, shapes, fills, moments, unsigned))
-
-
-def _as_float32(params: Any) -> Any:
-  """Shapes of the parameters; low-precision floats count as float32."""
-
-  def widen(x):
-    x = jnp.asarray(x)
-    is_low = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
-    return x.astype(jnp.float32) if is_low else x
-
-  return jax.eval_shape(lambda tree: jax.tree.map(widen, tree), params)
-
-
-def _like_parameters(shapes: Any, params: Any, min_size: int) -> list[bool]:
-  """Per state leaf, whether it is like a parameter, floating and large."""
-  by_path = {
+  """Returns the inner's first state with codes for its moments."""
+  state = jax.tree.map(jnp.asarray, inner.init(_wide(params)))
+  like = {
     tuple(path): jnp.shape(x)
     for path, x in jax.tree_util.tree_leaves_with_path(params)
   }
 
-  def is_like(path, x):
-    suffixes = (tuple(path[i:]) for i in range(len(path) + 1))
-    same = any(by_path.get(suffix) == x.shape for suffix in suffixes)
+  def pack(path: Any, x: jax.Array, is_fixed: bool) -> Any:
+    ends = (tuple(path[i:]) for i in range(len(path) + 1))
+    same = any(like.get(end) == x.shape for end in ends)
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
-    return same and is_float and x.size >= max(min_size, 1) and x.ndim > 0
+    if not (same and is_fixed and is_float and x.ndim) or x.size < min_size:
+      return x
+    fields = {getattr(key, 'name', None) for key in path}
+    code = 'unsigned' if UNSIGNED & fields else 'signed'
+    return quantize(x, code=code, block_size=block_size)
 
-  leaves = jax.tree_util.tree_leaves_with_path(shapes)
-  return [is_like(path, x) for path, x in leaves]
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  packed = [
+    pack(path, x, is_fixed)
+    for (path, x), is_fixed in zip(leaves, fixed, strict=True)
+  ]
+  return jax.tree.structure(state).unflatten(packed)
 
 
-def _nonnegative(
-  inner: optax.GradientTransformationExtraArgs,
-  params: Any,
-  state: Any,
-  moments: list[bool],
-  fills: list[Any],
-) -> list[bool]:
-  """Per state leaf, whether it is a moment that no update makes negative."""
-  proven = [m and f >= 0 for m, f in zip(moments, fills, strict=True)]
-  if not any(proven):
-    return proven
+def _leaf_by_leaf(
+  run: Callable, outer: Outer, updates: Any, state: Any, params: Any
+) -> tuple[Any, Any]:
+  """Runs the inner on each coded leaf alone, on the others together."""
+  grads, treedef = jax.tree.flatten(updates)
+  weights = [None] * len(grads)
+  if params is not None:
+    weights = treedef.flatten_up_to(params)
+  trees, counters = outer.split(state)
+  moments = [[] for _ in grads]
+  for tree in trees:
+    for m, x in zip(moments, treedef.flatten_up_to(tree), strict=True):
+      m.append(x)
+
+  def step(g: Any, m: Any, w: Any, store: Callable = quantize) -> Any:
+    """Returns updates, moments and counters of a leaf, a piece or a list."""
+    wide = None if w is None else _wide(w)
+    before = outer.join(_unpacked(m), counters)
+    u, after = run(_wide(g), before, wide)
+    new, after = outer.split(after)
+    return u, _repacked(new, m, store), _repacked(after, counters, store)
+
+  coded = [i for i, m in enumerate(moments) if any(map(_is_coded, m))]
+  plain = [i for i in range(len(grads)) if i not in coded]
+  new: dict[int, Any] = {}
+  after = counters
+  if plain or not grads:
+    of = lambda values: [values[i] for i in plain]
+    lists = [list(x) for x in zip(*of(moments), strict=True)] or [[]] * len(
+      trees
+    )
+    w = None if params is None else of(weights)
+    u, lists, after = step(of(grads), lists, w)
+    new |= zip(plain, zip(u, *lists, strict=True), strict=True)
+  last = None
+  for i in coded:
+    if last is not None:
+      # Without it the compiler may dequantize every leaf at the start.
+      moments[i], _ = jax.lax.optimization_barrier((moments[i], last))
+    u, m, after = last = _leaf(step, grads[i], moments[i], weights[i])
+    new[i] = u, *m
+  columns = zip(*(new[i] for i in range(len(grads))), strict=True)
+  u, *trees = map(treedef.unflatten, columns) if grads else (updates, *trees)
+  return u, outer.join(trees, after)
+
+
+def _leaf(step: Callable, g: jax.Array, m: list[Any], w: Any) -> Any:
+  """Returns the update of one leaf, its moments, and the counters."""
+  num_rows, num_columns = rows_shape(next(x for x in m if _is_coded(x)))
+  if g.size < DIVIDE_FROM or num_rows < 2 or not _is_local((g, m)):
+    return step(g, m, w)
+  view = lambda x: (
+    as_rows(x) if _is_coded(x) else jnp.reshape(x, (num_rows, num_columns))
+  )
+  size = _piece_size(num_rows, num_columns)
+  rows = [view(g), *map(view, m)]
+  w_rows = None if w is None else view(w)
+
+  def piece(start: Any, size: int, rows: Any, w: Any) -> Any:
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
+    (g, *m), w = jax.tree.map(cut, (rows, w))
+    u, m, counters = step(g, m, w, quantize_rows)
+    return [u.astype(g.dtype), *m], counters
+
+  def paste(rows: Any, new: Any, start: Any) -> Any:
+    put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
+    return jax.tree.map(put, rows, new)
+
+  # A piece is written before the next one is read: with both in one step the
+  # compiler copies the whole array to keep the old values readable.
+  def body(i: Any, carry: Any) -> Any:
+    rows, last, _ = carry
+    rows = paste(rows, last, jnp.maximum(i - 1, 0) * size)
+    return rows, *piece(i * size, size, rows, fixed_w)
+
+  # The decay of the inner has one slope, which one piece tells: as a loop's
+  # carry its derivative would double the temporaries.
+  fixed_w = None if w is None else jax.lax.stop_gradient(w_rows)
+  count, rest = divmod(num_rows, size)
+  first = jax.tree.map(lambda x: x[:size], rows)
+  counters = jax.eval_shape(lambda: piece(0, size, rows, fixed_w)[1])
+  counters = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), counters)
+  new, last, counters = jax.lax.fori_loop(
+    0, count, body, (rows, first, counters)
+  )
+  new = paste(new, last, (count - 1) * size)
+  if rest:
+    tail, _ = piece(count * size, rest, new, fixed_w)
+    new = paste(new, tail, count * size)
+  shaped = jax.tree.unflatten(
+    jax.tree.structure([g, *m]),
+    [
+      x.reshape(old.shape)
+      for x, old in zip(
+        jax.tree.leaves(new), jax.tree.leaves([g, *m]), strict=True
+      )
+    ],
+  )
+  u, *m = shaped
+  if w is not None:
+    ones = jnp.ones_like(w_rows)
+    of_piece = lambda w: piece(0, size, rows, w)[0][0]
+    _, slope = jax.jvp(of_piece, (w_rows,), (ones,))
+    u = _with_slope(u, slope[0, 0], w)
+  return u, m, counters
+
+
+@jax.custom_jvp
+def _with_slope(u: jax.Array, slope: jax.Array, w: jax.Array) -> jax.Array:
+  """Returns u, whose derivative by w is the slope."""
+  del slope, w
+  return u
+
+
+@_with_slope.defjvp
+def _with_slope_jvp(primals: Any, tangents: Any) -> Any:
+  u, slope, w = primals
+  du, _, dw = tangents
+  return _with_slope(u, slope, w), du + (slope * dw).astype(u.dtype)
+
+
+def _is_coded(x: Any) -> bool:
+  return isinstance(x, Quantized)
+
+
+def _wide(tree: Any) -> Any:
+  return jax.tree.map(full, tree)
+
+
+def _unpacked(state: Any) -> Any:
+  return jax.tree.map(
+    lambda x: dequantize(x) if _is_coded(x) else x, state, is_leaf=_is_coded
+  )
+
+
+def _repacked(new: Any, old: Any, store: Callable) -> Any:
+  """Returns the new state, in codes where the old one is."""
+
+  def pack(old: Any, new: Any) -> Any:
+    if not _is_coded(old):
+      return jnp.asarray(new, jax.typeof(old).dtype)
+    return store(new, code=old.code, block_size=old.block_size)
+
+  return jax.tree.map(pack, old, new, is_leaf=_is_coded)
+
+
+def _is_local(arrays: Any) -> bool:
+  """Whether no mesh is known: a loop over a sharded axis would gather it."""
+  meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
+  return all(mesh.size <= 1 for mesh in meshes)
+
+
+def _piece_size(num_rows: int, num_columns: int) -> int:
+  """Rows of a piece: at least two pieces, if possible equal ones."""
+  limit = max(1, min(num_rows // 2, PIECE_SIZE // num_columns))
+  for size in range(limit, limit // 4, -1):
+    if num_rows % size == 0:
+      return size
+  return limit
+
+
+def _check_elementwise(
+  inner: optax.GradientTransformationExtraArgs, params: Any
+) -> None:
+  """Raises ValueError where a piece of a leaf would get another update."""
   try:
-    program, _ = dataflow.trace(inner.update, params, state, params)
-  except TypeError:  # It needs extra arguments, which `init` does not have.
-    return [False] * len(proven)
-  num_params = len(jax.tree.leaves(params))
-  inputs = program.inputs[num_params:][: len(proven)]
-  outputs = program.outputs[num_params:]
-  candidates = None
-  while proven != candidates:
-    candidates = proven
-    assumed = [i for i, c in zip(inputs, candidates, strict=True) if c]
-    known = dataflow.nonnegative(program, assumed)
-    proven = [
-      c and o in known for c, o in zip(candidates, outputs, strict=True)
-    ]
-  return proven
+    state = jax.eval_shape(inner.init, params)
+    trees, _ = Outer.of(inner).split(state)
+    for tree in trees:
+      jax.tree.structure(params).flatten_up_to(tree)
+    guards = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, GUARDS))
+    known = not any(isinstance(x, GUARDS) for x in guards)
+    known = known and _acts_alone(inner)
+  except (ValueError, TypeError, KeyError, AttributeError):
+    known = False
+  if not known:
+    raise ValueError(
+      'quantize_state runs its inner piece by piece, and this one looks at'
+      ' more than an element at a time. Masks, partitions, apply_if_finite,'
+      ' MultiSteps and clipping by a norm go around quantize_state; for'
+      ' Adafactor, Muon or a trust ratio pass elementwise=False'
+    )
 
 
-def _compute(init: Callable, params: Any, is_wanted: list[bool]) -> list[Any]:
-  """The wanted leaves of the state, and no others."""
-  if not any(is_wanted):
-    return []
+def _acts_alone(inner: optax.GradientTransformationExtraArgs) -> bool:
+  """Whether the update of four elements is that of each alone."""
+  g, w = jnp.array([[1e-2, -1.0], [1e3, 2.0]]), jnp.array([[1.0, -2], [3, 0.5]])
+  with jax.ensure_compile_time_eval():
 
-  def wanted(params):
-    leaves = zip(jax.tree.leaves(init(params)), is_wanted, strict=True)
-    return [x for x, is_wanted in leaves if is_wanted]
+    def update(at: Any) -> Any:
+      u, state = inner.update(g[at], inner.init(w[at]), w[at])
+      return jax.tree.map(jnp.asarray, (u, state))
 
-  leaves = jax.tree.leaves(params)
-  if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
-    return jax.jit(lambda: wanted(params))()
-  return jax.jit(wanted)(params)
+    try:
+      whole = update(slice(None))
+    except TypeError:
+      return True  # It needs extra args, which only `update` is given.
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+      one = update((slice(i, i + 1), slice(j, j + 1)))
+      pairs = zip(jax.tree.leaves(one), jax.tree.leaves(whole), strict=True)
+      for x, y in pairs:
+        if isinstance(y, jax.core.Tracer):
+          return True  # A hyperparameter is traced.
+        at = y[i : i + 1, j : j + 1] if y.ndim else y
+        if jnp.issubdtype(y.dtype, jnp.number) and not jnp.allclose(
+          x, at, rtol=1e-4, atol=1e-6
+        ):
+          return False
+  return True

@@ -1,25 +1,31 @@
-"""This module holds how a basis is found.
+"""How the basis of one matrix is found, each way a frozen dataclass.
 
-A finder is a frozen dataclass, called with one matrix: `finder(g_mn, basis_rm,
-key)` returns the new basis as orthonormal rows [r, m], where m is the side
-that is projected, or as indices [r] of coordinates. `basis_rm` is the previous
-basis, zeros where there is none. A gradient that is not finite reaches no
-finder: the previous basis is kept.
+`finder(g_mn, basis_rm, key)` returns the new basis as orthonormal rows [r, m],
+where m is the side that is projected, or as indices [r] of coordinates.
+`basis_rm` is the previous basis, zeros where there is none. A gradient that is
+not finite reaches no finder: the previous basis is kept. What the state keeps
+of a basis, and how, is in `kept`.
 
 Axes: m projected side, n other side, r rank.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from galore_optax.static import check_count
+from galore_optax.checks import check_count, check_integer
 from galore_optax.subspace.polar import orthonormalise, random_rows
 
 Subspace: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""A finder."""
+
+Name: TypeAlias = Literal[
+  'svd', 'gram', 'randomized', 'power', 'random', 'coordinates'
+]
+"""The short name of a finder with its default options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +107,9 @@ class Randomized:
 
   def __post_init__(self) -> None:
     """Raises ValueError for fewer than no columns or products."""
+    check_integer(
+      oversample=self.oversample, power_iterations=self.power_iterations
+    )
     if self.oversample < 0 or self.power_iterations < 0:
       raise ValueError(
         f'oversample and power_iterations must be >= 0, got {self}'
@@ -204,6 +213,10 @@ class RandomOrthogonal:
 
   stored: ClassVar[bool] = False
 
+  def __post_init__(self) -> None:
+    """Raises ValueError for a seed that is no integer."""
+    check_integer(seed=self.seed)
+
   def __call__(
     self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
   ) -> jax.Array:
@@ -229,6 +242,12 @@ class Coordinates:
   """Those where the gradient is largest, rather than random ones."""
   seed: int = 0
   """Another seed, other coordinates."""
+
+  by_coordinates: ClassVar[bool] = True
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for a seed that is no integer."""
+    check_integer(seed=self.seed)
 
   def __call__(
     self, g_mn: jax.Array, basis_r: jax.Array, key: jax.Array
@@ -263,6 +282,10 @@ class Gaussian:
 
   stored: ClassVar[bool] = False
 
+  def __post_init__(self) -> None:
+    """Raises ValueError for a seed that is no integer."""
+    check_integer(seed=self.seed)
+
   def __call__(
     self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
   ) -> jax.Array:
@@ -272,7 +295,7 @@ class Gaussian:
     return rows_rm / jnp.sqrt(basis_rm.shape[0])
 
 
-SUBSPACES: dict[str, Subspace] = {
+NAMES: dict[str, Subspace] = {
   'svd': Svd(),
   'gram': Gram(),
   'randomized': Randomized(),
@@ -281,64 +304,3 @@ SUBSPACES: dict[str, Subspace] = {
   'coordinates': Coordinates(),
 }
 """The short names that `galore(subspace=...)` takes."""
-
-
-def first_basis(finder: Subspace, r: int, m: int, dtype: Any) -> jax.Array:
-  """Returns the first r coordinates, should the first refresh fail.
-
-  >>> first_basis(Svd(), 1, 2, jnp.float32)
-  Array([[1., 0.]], dtype=float32)
-  >>> first_basis(Coordinates(), 1, 2, jnp.float32)
-  Array([0], dtype=int32)
-  """
-  found = jax.eval_shape(
-    finder,
-    jax.ShapeDtypeStruct((m, m), jnp.float32),
-    jax.ShapeDtypeStruct((r, m), jnp.float32),
-    jax.eval_shape(jax.random.key, 0),
-  )
-  if jnp.issubdtype(found.dtype, jnp.integer):
-    return jnp.arange(r, dtype=found.dtype)
-  return jnp.eye(r, m, dtype=dtype)
-
-
-def find(
-  finder: Subspace, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
-) -> jax.Array:
-  """Returns a new basis of one matrix, signs fixed by the previous one.
-
-  Args:
-    finder: how.
-    g_mn: gradient [m, n], at least float32.
-    basis_rm: previous basis [r, m], or zeros.
-    key: a random key.
-
-  >>> g_mn = jnp.array([[0., 0.], [-2., 0.]])
-  >>> find(Svd(), g_mn, jnp.zeros((1, 2)), jax.random.key(0))
-  Array([[0., 1.]], dtype=float32)
-  """
-  # A basis has no scale; the gradient's square may leave float32's range.
-  size = jnp.max(jnp.abs(g_mn))
-  g_mn = g_mn / jnp.where(size > 0, size, 1)
-  new_rm = finder(g_mn, basis_rm, key)
-  if jnp.issubdtype(new_rm.dtype, jnp.integer):
-    return new_rm
-  return fix_signs(new_rm, basis_rm)
-
-
-def fix_signs(new_rm: jax.Array, old_rm: jax.Array) -> jax.Array:
-  """Flips each new vector to agree with the old one of the same index.
-
-  A decomposition leaves signs open, and moments that are kept across a
-  refresh would depend on them. Where the old vector says nothing (it is zero
-  or orthogonal) the entry of largest magnitude becomes positive.
-
-  >>> fix_signs(jnp.eye(2), jnp.array([[0., -1.], [0., 0.]]))
-  Array([[1., 0.],
-         [0., 1.]], dtype=float32)
-  """
-  agreement_r = jnp.sum(new_rm * old_rm, axis=-1)
-  peak_r1 = jnp.argmax(jnp.abs(new_rm), axis=-1, keepdims=True)
-  peak_r = jnp.take_along_axis(new_rm, peak_r1, axis=-1)[..., 0]
-  reference_r = jnp.where(agreement_r == 0, peak_r, agreement_r)
-  return jnp.where(reference_r[..., None] < 0, -new_rm, new_rm)

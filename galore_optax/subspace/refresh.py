@@ -1,28 +1,27 @@
-"""This module holds when and how the bases of a tree are found anew.
+"""When bases are due, and how those of a tree are found anew.
 
-A unit is one matrix: a stack of L layers is L units. What is kept in the state
-for a leaf is its array, a pair of them for side 'full', or a MaskedNode where
-nothing is kept.
+A unit is one matrix: a stack of L layers is L units. What is kept for a leaf is
+a `kept` value with the leaf's batch axes in front, a pair of them for side
+'full', or a MaskedNode where the leaf is whole.
 
 Axes: k matrices of a stack, m projected side, n other side, r rank.
 """
 
+import collections
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import paths as selection
-from galore_optax import projection as projection_lib
+from galore_optax import paths, projection
+from galore_optax.checks import check_count, check_static
 from galore_optax.precision import full
-from galore_optax.projection import Basis, Projection
-from galore_optax.subspace import finders as subspace
-from galore_optax.subspace import lazy
-from galore_optax.subspace.turns import Turns
+from galore_optax.projection import Basis, Projection, Whole
+from galore_optax.subspace.kept import Keeper, Kept
 
 GOLDEN = 0.618033988749895
 """Multiples of it, modulo one, never come close to each other."""
@@ -43,258 +42,261 @@ class Staggered:
   """Updates from one refresh of a matrix to its next."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Units:
-  """The matrices of one projected leaf, and when each is due."""
-
-  projection: Projection
-  position: int
-  """Place of the leaf in the whole model."""
-  num_leaves: int
-  """Number of leaves of the whole model."""
-  gap: int | Staggered
-  """Updates between refreshes."""
-  layer: jax.Array | int
-  """Index of the layer where one layer is updated at a time."""
-
-  def index_k(self) -> jax.Array:
-    """Number of each matrix within the leaf of the whole model."""
-    k = self.projection.num_matrices
-    return jnp.arange(k) + self.layer * k
-
-  def refresh_index_k(self, count: jax.Array) -> jax.Array:
-    """How many refreshes of each matrix came before `count` updates."""
-    if isinstance(self.gap, int):
-      return jnp.broadcast_to(count // self.gap, self.index_k().shape)
-    turn_k = (self.position + self.num_leaves * self.index_k()) * GOLDEN % 1
-    offset_k = 1 + jnp.int32(turn_k * self.gap.gap)
-    return (count - offset_k) // self.gap.gap + 1
-
-  def due_k(self, count: jax.Array) -> jax.Array:
-    """Which matrices are due, bool."""
-    changed_k = self.refresh_index_k(count) != self.refresh_index_k(count - 1)
-    return changed_k | (count == 0)
-
-  def keys_k(self, count: jax.Array, side: int) -> jax.Array:
-    """A random key of each matrix at this refresh, for one side of it.
-
-    The path names the leaf: a number would change with the part of the tree.
-    """
-    path = zlib.crc32(self.projection.path.encode())
-    key = jax.random.fold_in(jax.random.key(side), path)
-    fold = jax.vmap(jax.random.fold_in)
-    index_k = self.index_k()
-    keys_k = jnp.broadcast_to(key, index_k.shape)
-    return fold(fold(keys_k, index_k), self.refresh_index_k(count))
+Gap: TypeAlias = int | Staggered
+"""Updates between refreshes: of all matrices at once, or in turns."""
 
 
-def units(
-  tree: Any,
-  projections: Sequence[Projection | None],
-  gap: int | Staggered,
-  layer: jax.Array | int,
-) -> list[Units | None]:
-  """Returns the units of each leaf, None for one that is not projected."""
-  places, num_leaves = selection.places(tree)
-  return [
-    p and Units(p, place, num_leaves, gap, layer)
-    for p, place in zip(projections, places, strict=True)
-  ]
+class Phase(NamedTuple):
+  """Where the matrices of a leaf stand in the order of turns."""
+
+  number_k: jax.Array
+  """[k], int32: the number of each matrix; of layer 0 in a layer-wise step."""
+  stride: jax.Array
+  """[], int32: numbers from one layer to the next in a layer-wise step."""
+
+
+class Job(NamedTuple):
+  """One matrix whose basis may be due."""
+
+  g_mn: Any
+  kept: Kept
+  key: jax.Array
+  due: jax.Array
+
+
+def checked_gap(gap: Any) -> Gap:
+  """Returns a gap with a Python integer in it; ValueError for what is none."""
+  steps = gap.gap if isinstance(gap, Staggered) else gap
+  check_static(gap=steps)
+  try:
+    check_count(gap=steps)
+  except ValueError as error:
+    raise ValueError(
+      f'gap must be an integer >= 1, in optimizer steps, got {gap!r}'
+    ) from error
+  return Staggered(int(steps)) if isinstance(gap, Staggered) else int(steps)
+
+
+def phases(plans: Sequence[Projection | Whole], tree: Any, gap: Gap) -> Any:
+  """Returns a tree of `Phase`s for matrices that take turns; () for others."""
+  if not isinstance(gap, Staggered):
+    return ()
+  at, total = paths.places(tree)
+  return jax.tree.structure(tree).unflatten(
+    [
+      Phase(
+        jnp.int32(place) + total * jnp.arange(p.num_matrices, dtype=jnp.int32),
+        jnp.int32(total * p.num_matrices),
+      )
+      if isinstance(p, Projection)
+      else optax.MaskedNode()
+      for p, place in zip(plans, at, strict=True)
+    ]
+  )
 
 
 def is_due(
-  leaves: Sequence[Units | None], gap: int | Staggered, count: jax.Array
+  gap: Gap, phase: Any, count: jax.Array, layer: jax.Array | int
 ) -> jax.Array:
   """Whether any matrix is due: [], bool."""
   if isinstance(gap, int):
     return count % gap == 0
-  due = [jnp.any(leaf.due_k(count)) for leaf in leaves if leaf is not None]
+  nodes = jax.tree.leaves(phase, is_leaf=_is_phase)
+  due = [jnp.any(_due_k(gap, p, count, layer)) for p in nodes if _is_phase(p)]
   return jnp.any(jnp.array(due, bool))
 
 
-def first_basis(
-  finder: subspace.Subspace, projection: Projection, dtype: Any
-) -> Any:
-  """Returns what the state keeps for a leaf before its first refresh.
+def _is_phase(x: Any) -> bool:
+  return isinstance(x, Phase)
 
-  >>> p = Projection('w', (2, 5), ((0,), (1,)), 1, (projection_lib.ROWS,))
-  >>> first_basis(subspace.Svd(), p, jnp.float32)
-  Array([[1., 0.]], dtype=float32)
-  """
-  if not is_stored(finder):
+
+def _refreshes_k(gap: Gap, phase: Any, count: Any, layer: Any) -> jax.Array:
+  """How many refreshes of each matrix came before `count` updates."""
+  if isinstance(gap, int):
+    return count // gap
+  turn_k = (phase.number_k + phase.stride * layer) * GOLDEN % 1
+  offset_k = 1 + jnp.int32(turn_k * gap.gap)
+  return (count - offset_k) // gap.gap + 1
+
+
+def _due_k(gap: Gap, phase: Any, count: Any, layer: Any) -> jax.Array:
+  """Which matrices are due, bool."""
+  before, now = (_refreshes_k(gap, phase, c, layer) for c in (count - 1, count))
+  return (before != now) | (count == 0)
+
+
+def first_kept(keeper: Keeper, plan: Projection | Whole, dtype: Any) -> Any:
+  """Returns what the state keeps for a leaf before its first refresh."""
+  if isinstance(plan, Whole):
     return optax.MaskedNode()
-  batch = projection.matrix_shape[:-2]
-  bases = []
-  for side in projection.sides:
-    m = projection.matrix_shape[side]
-    basis = subspace.first_basis(finder, projection.rank, m, dtype)
-    bases.append(jnp.broadcast_to(basis, (*batch, *basis.shape)))
-  if isinstance(finder, lazy.Lazy):
-    return lazy.begin(finder, tuple(bases), projection.num_matrices)
-  return as_kept(tuple(bases))
 
-
-def is_stored(finder: subspace.Subspace) -> bool:
-  """Whether bases are kept in the state, not made from a seed at each update.
-
-  >>> is_stored(subspace.Svd()), is_stored(subspace.RandomOrthogonal())
-  (True, False)
-  """
-  return getattr(finder, 'stored', True)
-
-
-def turn(
-  leaf: Units, new: Basis, old: Basis, count: jax.Array
-) -> Callable[[jax.Array, int], jax.Array]:
-  """Returns the product with C = P_new P_old^T, its entries to a power.
-
-  Before the first refresh there is nothing to carry: C is the identity. So it
-  is for a matrix that was not due.
-  """
-  changed_k = leaf.due_k(count) & (count > 0)
-  batch = leaf.projection.matrix_shape[:-2]
-  changed = changed_k.reshape(*batch, 1, 1)
-  r = leaf.projection.rank
-
-  def product(x: jax.Array, power: int) -> jax.Array:
-    overlaps = (
-      jnp.where(changed, projection_lib.overlap(n, o), jnp.eye(r)) ** power
-      for n, o in zip(new, old, strict=True)
+  def of_side(side: int) -> Kept:
+    one = keeper.first(plan.rank, plan.matrix_shape[side], dtype)
+    return jax.tree.map(
+      lambda x: jnp.broadcast_to(x, plan.batch + x.shape), one
     )
-    return projection_lib.contract(leaf.projection.sides, x, tuple(overlaps))
 
-  return product
-
-
-def as_kept(basis: Basis) -> Any:
-  """Returns what the state keeps: an array rather than a tuple of one."""
-  return basis[0] if len(basis) == 1 else basis
+  return _as_kept([of_side(side) for side in plan.sides])
 
 
-def as_basis(kept: Any) -> Basis:
-  """Returns a tuple with one entry a side; inverts `as_kept`."""
-  if isinstance(kept, lazy.LazyBasis):
-    return kept.basis
-  return kept if isinstance(kept, tuple) else (kept,)
+def basis_of(
+  keeper: Keeper, plan: Projection | Whole, kept: Any, dtype: Any
+) -> Basis:
+  """Returns the basis of each projected side of a leaf."""
+  if isinstance(plan, Whole):
+    return ()
+  return tuple(
+    keeper.rows(one, plan.rank, plan.matrix_shape[side], dtype)
+    for one, side in zip(_by_side(plan, kept), plan.sides, strict=True)
+  )
 
 
-def remade(finder: subspace.Subspace, leaf: Units, count: jax.Array) -> Basis:
-  """Returns a basis that is not stored, made from seed and time."""
-  projection = leaf.projection
-  r, batch = projection.rank, projection.matrix_shape[:-2]
-  bases = []
-  for number, side in enumerate(projection.sides):
-    m = projection.matrix_shape[side]
-
-    def one(matrix, m=m):
-      key, turn = matrix
-      if isinstance(finder, Turns):
-        return finder.at(turn, r, m)
-      # Such a finder looks at shapes alone.
-      return finder(jnp.zeros((m, 1)), jnp.zeros((r, m)), key)
-
-    turns_k = leaf.refresh_index_k(count)
-    basis_k = _each(one, (leaf.keys_k(count, number), turns_k))
-    bases.append(basis_k.reshape(*batch, *basis_k.shape[1:]))
-  return tuple(bases)
+def changed(
+  gap: Gap, plan: Projection, phase: Any, count: jax.Array, layer: Any
+) -> jax.Array:
+  """Returns which matrices have a new basis and had one before: [..., 1, 1]."""
+  if isinstance(gap, int):
+    return (count > 0).reshape((1,) * len(plan.matrix_shape))
+  due_k = _due_k(gap, phase, count, layer) & (count > 0)
+  return due_k.reshape(*plan.batch, 1, 1)
 
 
-def refresh(
-  finder: subspace.Subspace,
-  leaf: Units,
-  g: jax.Array,
-  kept: Any,
+def refreshed(
+  keeper: Keeper,
+  plans: Sequence[Projection | Whole],
+  grads: Sequence[jax.Array],
+  kept: Sequence[Any],
+  phase: Sequence[Any],
+  *,
+  gap: Gap,
   count: jax.Array,
-) -> tuple[Any, jax.Array]:
-  """Finds the basis of those matrices of a leaf that are due.
+  layer: jax.Array | int,
+) -> tuple[list[Any], jax.Array]:
+  """Finds the bases that are due.
+
+  A stack runs matrix by matrix, so that its workspace is one matrix's, and so
+  do single matrices of one shape: a finder is compiled once for each shape.
 
   Args:
-    finder: how a basis is found.
-    leaf: its units.
-    g: gradient, in the weight's shape.
-    kept: what the state keeps for the leaf.
+    keeper: how a basis is found and kept.
+    plans: of each leaf.
+    grads: gradients in the weights' shapes.
+    kept: what the state keeps for each leaf.
+    phase: of each leaf, where matrices take turns.
+    gap: updates between refreshes.
     count: [], int32: updates done so far.
+    layer: index of the layer where one layer is updated at a time.
 
   Returns:
-    What it keeps now, and how many matrices kept their basis as the gradient
+    What is kept now, and how many matrices kept their basis as the gradient
     (or what was found) was not finite: [], int32.
   """
-  due_k = None if isinstance(leaf.gap, int) else leaf.due_k(count)
-  if not isinstance(finder, lazy.Lazy):
-    basis, skips = _refresh_due(finder, leaf, g, as_basis(kept), count, due_k)
-    return as_kept(basis), skips
-  found_k = leaf.due_k(count) & (kept.wait_k == 0)
-  basis, skips = _refresh_due(finder, leaf, g, kept.basis, count, found_k)
-  new = lazy.after(finder, kept, basis, found_k, count == 0)
-  if due_k is None:
-    return new, skips
-  # A matrix whose turn it is not does not wait either.
-  patience = zip(new[1:], kept[1:], strict=True)
-  return lazy.LazyBasis(
-    basis,
-    *(
-      jnp.where(due_k.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
-      for x, y in patience
+
+  def find(job: Job) -> tuple[Kept, jax.Array]:
+    one = lambda: _find(keeper, job, count == 0)
+    if isinstance(gap, int):
+      return one()
+    return jax.lax.cond(job.due, one, lambda: (job.kept, jnp.int32(0)))
+
+  alone, results = collections.defaultdict(list), {}
+  for i, p in enumerate(plans):
+    if isinstance(p, Whole):
+      continue
+    for number, one in enumerate(_by_side(p, kept[i])):
+      job = _job(p, number, grads[i], one, gap, phase[i], count, layer)
+      if p.num_matrices > 1:
+        results[i, number] = jax.lax.map(find, job)
+      else:
+        job = jax.tree.map(lambda x: x[0], job)
+        alone[_shapes(job)].append(((i, number), job))
+  for jobs in alone.values():
+    places, of_one_shape = zip(*jobs, strict=True)
+    results |= zip(places, _each(find, of_one_shape), strict=True)
+
+  def joined(i: int, p: Projection | Whole) -> Any:
+    if isinstance(p, Whole):
+      return kept[i]
+    sides = [results[i, number][0] for number in range(len(p.sides))]
+    like = _by_side(p, kept[i])
+    return _as_kept(
+      [
+        jax.tree.map(lambda x, old: x.reshape(old.shape), new, old)
+        for new, old in zip(sides, like, strict=True)
+      ]
+    )
+
+  skips = [jnp.sum(skip, dtype=jnp.int32) for _, skip in results.values()]
+  return [joined(i, p) for i, p in enumerate(plans)], sum(skips, jnp.int32(0))
+
+
+def _job(p, number, g, kept, gap, phase, count, layer) -> Job:
+  """Returns the matrices of a leaf as a job with a leading axis [k, ...]."""
+  k = p.num_matrices
+  g_io = projection.to_matrix(p, g).reshape(k, *p.matrix_shape[-2:])
+  flat = lambda x: x.reshape(k, *x.shape[len(p.batch) :])
+  # The path names the leaf: a number would change with the part of the tree.
+  path = zlib.crc32(p.path.encode())
+  key = jax.random.fold_in(jax.random.key(number), path)
+  index_k = jnp.arange(k) + layer * k
+  refreshes_k = _refreshes_k(gap, phase, count, layer)
+  fold = jax.vmap(jax.random.fold_in)
+  due = _due_k(gap, phase, count, layer)
+  return Job(
+    g_mn=projection.orient(g_io, p.sides[number]),
+    kept=jax.tree.map(flat, kept),
+    key=fold(
+      fold(jnp.broadcast_to(key, (k,)), index_k),
+      jnp.broadcast_to(refreshes_k, (k,)),
     ),
-  ), skips
+    due=jnp.broadcast_to(due, (k,)),
+  )
 
 
-def _refresh_due(
-  finder: subspace.Subspace,
-  leaf: Units,
-  g: jax.Array,
-  basis: Basis,
-  count: jax.Array,
-  due_k: jax.Array | None,
-) -> tuple[Basis, jax.Array]:
-  """Refreshes some matrices of a leaf, or all where `due_k` is None.
-
-  A stack runs matrix by matrix, so that its workspace is one matrix's.
-  """
-  projection = leaf.projection
-  k, batch = projection.num_matrices, len(projection.matrix_shape) - 2
-  g_kio = projection_lib.to_matrix(projection, g)
-  g_kio = g_kio.reshape(k, *g_kio.shape[batch:])
-  mask_k = leaf.due_k(count) if due_k is None else due_k
-  new, kept = [], jnp.zeros([], jnp.int32)
-  for number, (side, old) in enumerate(
-    zip(projection.sides, basis, strict=True)
-  ):
-
-    def one(matrix, side=side):
-      g_io, old_rm, key, due = matrix
-      g_mn = projection_lib.orient(g_io, side)
-      find = lambda: _refresh_matrix(finder, g_mn, old_rm, key, count == 0)
-      if due_k is None:
-        return find()
-      return jax.lax.cond(due, find, lambda: (old_rm, jnp.int32(0)))
-
-    old_k = old.reshape(k, *old.shape[batch:])
-    keys_k = leaf.keys_k(count, number)
-    new_k, kept_k = _each(one, (g_kio, old_k, keys_k, mask_k))
-    new.append(new_k.reshape(old.shape))
-    kept += jnp.sum(kept_k, dtype=jnp.int32)
-  return tuple(new), kept
+def _each(
+  find: Callable[[Job], Any], jobs: Sequence[Job]
+) -> list[tuple[Kept, jax.Array]]:
+  """Finds matrix after matrix, without a stack of the gradients."""
+  if len(jobs) == 1:
+    return [find(jobs[0])]
+  pick = lambda i: jax.lax.switch(i, [lambda job=job: job for job in jobs])
+  found = jax.lax.map(lambda i: find(pick(i)), jnp.arange(len(jobs)))
+  return [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(jobs))]
 
 
-def _each(one: Callable[[Any], Any], stacks: Any) -> Any:
-  """Maps over the leading axis, without a loop where it has one index."""
-  if jax.tree.leaves(stacks)[0].shape[0] > 1:
-    return jax.lax.map(one, stacks)
-  alone = one(jax.tree.map(lambda x: x[0], stacks))
-  return jax.tree.map(lambda x: x[None], alone)
+def _shapes(job: Job) -> Any:
+  leaves, treedef = jax.tree.flatten(job)
+  return treedef, tuple((x.shape, x.dtype) for x in leaves)
 
 
-def _refresh_matrix(finder, g_mn, old_rm, key, first):
-  """Returns the new basis and 0, or the old one and 1."""
-  g_mn = full(g_mn)
-  previous_rm = jnp.where(first, 0, old_rm)
-  if jnp.issubdtype(old_rm.dtype, jnp.floating):
-    previous_rm = previous_rm.astype(g_mn.dtype)
+def _find(keeper: Keeper, job: Job, first: jax.Array) -> tuple[Kept, jax.Array]:
+  """Returns what is kept after a refresh and 0, or what was before and 1."""
+  g_mn = full(job.g_mn)
   finite = jnp.all(jnp.isfinite(g_mn))
   # A decomposition of NaN may never end.
-  safe_mn = jnp.where(finite, g_mn, 0)
-  new_rm = subspace.find(finder, safe_mn, previous_rm, key)
-  found = finite & jnp.all(jnp.isfinite(new_rm))
-  basis_rm = jnp.where(found, new_rm.astype(old_rm.dtype), old_rm)
-  return basis_rm, jnp.int32(~found)
+  g_mn = jnp.where(finite, g_mn, 0)
+  # A basis has no scale; the gradient's square may leave float32's range.
+  size = jnp.max(jnp.abs(g_mn))
+  g_mn = g_mn / jnp.where(size > 0, size, 1)
+  new = keeper.find(g_mn, job.kept, job.key, first)
+  found = finite & _is_finite(new)
+  kept = jax.tree.map(lambda a, b: jnp.where(found, a, b), new, job.kept)
+  return kept, jnp.int32(~found)
+
+
+def _is_finite(kept: Kept) -> jax.Array:
+  """Whether no number in it is a NaN."""
+  floats = [
+    jnp.all(jnp.isfinite(x))
+    for x in jax.tree.leaves(kept)
+    if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+  return jnp.all(jnp.array(floats, bool))
+
+
+def _by_side(plan: Projection, kept: Any) -> Sequence[Any]:
+  return kept if len(plan.sides) > 1 else (kept,)
+
+
+def _as_kept(sides: list[Any]) -> Any:
+  """Returns what the state keeps: one value rather than a tuple of one."""
+  return sides[0] if len(sides) == 1 else tuple(sides)

@@ -1,5 +1,7 @@
 """Exact statements about `galore`, then a float64 oracle of the equations."""
 
+from typing import get_args
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ import optax
 import pytest
 
 from galore_optax import galore
-from galore_optax.projection import SIDES
+from galore_optax.projection import Side
+
+SIDES = get_args(Side)
 from tests.galore_optax.program import each, normal
 
 SHAPES = {'tall': (47, 19), 'wide': (21, 53), 'square': (29, 29)}

@@ -6,8 +6,7 @@ import optax
 import pytest
 
 import galore_optax
-from galore_optax import memory
-from galore_optax.layerwise.weights import quantize_bases
+from galore_optax import memory, quantize_bases
 from galore_optax.quantized.state import quantize_state
 from models.llama import Layers, llama
 

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_optax import Svd, galore
-from galore_optax.subspace.lazy import Lazy
+from galore_optax import Lazy, Svd, galore
 from tests.galore_optax.program import Gauge
 
 

@@ -7,8 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import Coordinates, Lazy, galore
-from galore_optax.layerwise.weights import quantize_bases
+from galore_optax import Coordinates, Lazy, galore, quantize_bases
 from galore_optax.quantized.array import Quantized, dequantize
 from tests.galore_optax.program import each, normal32
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax.quantized import leafwise
+from galore_optax.quantized import state as leafwise
 from galore_optax.quantized.state import (
   Quantized,
   dequantize,

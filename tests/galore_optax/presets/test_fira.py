@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from galore_optax import fira, galore, scale_by_galore_adam
-from tests.galore_optax import scaled_oracle
+from tests.galore_optax.presets import scaled_oracle
 from tests.galore_optax.program import (
   MATRICES,
   SHAPES,

@@ -8,7 +8,7 @@ import pytest
 
 from galore_optax import Gaussian, apollo, apollo_mini, galore
 from galore_optax.subspace import refresh
-from tests.galore_optax import scaled_oracle
+from tests.galore_optax.presets import scaled_oracle
 from tests.galore_optax.program import (
   MATRICES,
   SHAPES,

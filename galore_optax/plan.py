@@ -1,0 +1,217 @@
+"""Which weights are projected, on which side, at which rank.
+
+A `Planner` holds what the user asked for; called with a tree of parameters, it
+returns a `Projection` or a `Whole` for each leaf. The numbers of a plan are in
+`projection`.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+import numbers
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+
+from galore_optax import paths, projection
+from galore_optax.checks import check_one_of, check_static
+from galore_optax.projection import Projection, Whole
+
+Plan: TypeAlias = Projection | Whole
+
+_watching: contextvars.ContextVar[dict[str, Plan] | None]
+_watching = contextvars.ContextVar('watching', default=None)
+
+MANY_HEADS = re.compile(r'(?:.*/)?(query|key|value|out)(?:/kernel)?')
+"""Attention kernels that keep their heads apart: [d, heads, head_dim]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+  """What a `galore` projects; `galore` documents the options."""
+
+  rank: int | float
+  side: projection.Side = 'std'
+  targets: paths.Targets = None
+  axes: Mapping[str, projection.Axes] | None = None
+  by_coordinates: bool = False
+  """Whether a basis is of coordinates, of which there may be more than rank."""
+  made: dict[Any, list[Plan]] = dataclasses.field(
+    default_factory=dict, compare=False, repr=False
+  )
+  """The plan of each tree that was seen: made once, at `init`."""
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for an option that fits no weight."""
+    check_static(rank=self.rank)
+    object.__setattr__(self, 'rank', _checked_rank(self.rank))
+    check_one_of(get_args(projection.Side), side=self.side)
+
+  def __call__(self, tree: Any) -> list[Plan]:
+    """Returns how each leaf of `tree` is projected.
+
+    Args:
+      tree: parameters or gradients; only paths, shapes and dtypes are read.
+
+    Raises:
+      ValueError: a target matches nothing or does not fit the rank, or
+        nothing at all is selected.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    key = treedef, tuple(tuple(leaf.shape) for leaf in leaves)
+    if key not in self.made:
+      self.made[key] = self._plan(tree, leaves)
+    return self.made[key]
+
+  def _plan(self, tree: Any, leaves: list[Any]) -> list[Plan]:
+    names = paths.paths(tree)
+    paths.matched(list(self.axes or {}), tree, option='axes')
+    pairs = list(zip(names, leaves, strict=True))
+    candidates = [self._candidate(name, leaf) for name, leaf in pairs]
+    if self.targets is None:
+      chosen = [
+        isinstance(c, Projection)
+        and paths.is_matrix(c.path)
+        and self._fits_default(c)
+        for c in candidates
+      ]
+    else:
+      chosen = paths.chosen(self.targets, tree)
+      for (_, leaf), c, yes in zip(pairs, candidates, chosen, strict=True):
+        if yes:
+          self._check_fits(leaf, c)
+    if names and not any(chosen) and not paths.is_part(tree):
+      raise ValueError(self._nothing_selected(candidates))
+    return [
+      c if yes else Whole(c.path, c.shape)
+      for c, yes in zip(candidates, chosen, strict=True)
+    ]
+
+  def _candidate(self, path: str, x: Any) -> Plan:
+    """Returns how a leaf would be projected, if it is a real matrix."""
+    shape = tuple(x.shape)
+    if len(shape) < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+      return Whole(path, shape)
+    leaf = Projection(path, shape, self._axes(path, shape), 1, ())
+    *_, i, o = leaf.matrix_shape
+    leaf = dataclasses.replace(
+      leaf, sides=projection.projected_sides(self.side, i, o)
+    )
+    rank = self.rank
+    if isinstance(rank, float):
+      longest = max(leaf.matrix_shape[side] for side in leaf.sides)
+      rank = max(1, int(rank * longest + 0.5))
+      rank = min(rank, self._largest_rank(leaf))
+    return dataclasses.replace(leaf, rank=rank)
+
+  def _largest_rank(self, leaf: Projection) -> int:
+    """Returns the rank of a gradient, or the number of its coordinates."""
+    if self.by_coordinates:
+      return min(leaf.matrix_shape[side] for side in leaf.sides)
+    return min(leaf.matrix_shape[-2:])
+
+  def _axes(self, path: str, shape: tuple[int, ...]):
+    ndim = len(shape)
+    for pattern, axes in (self.axes or {}).items():
+      if not re.fullmatch(pattern, path):
+        continue
+      i, o = _as_tuple(axes[0]), axes[1]
+      if o is ...:
+        inputs = {axis % ndim for axis in i}
+        o = tuple(axis for axis in range(ndim) if axis not in inputs)
+      o = _as_tuple(o)
+      used = {axis % ndim for axis in i + o if -ndim <= axis < ndim}
+      if len(used) < len(i + o):
+        raise ValueError(
+          f'axes must be distinct and in {-ndim}..{ndim - 1} for {path} of'
+          f' shape {shape}, got {axes!r}'
+        )
+      return tuple(x % ndim for x in i), tuple(x % ndim for x in o)
+    return _axes_of_heads(path, shape) or ((ndim - 2,), (ndim - 1,))
+
+  def _fits_default(self, leaf: Projection) -> bool:
+    shape = leaf.shape if self.by_coordinates else leaf.matrix_shape
+    shorter = min(shape[-2:])
+    return shorter > (1 if isinstance(self.rank, float) else self.rank)
+
+  def _check_fits(self, leaf: Any, candidate: Plan) -> None:
+    path, shape = candidate.path, candidate.shape
+    if isinstance(candidate, Whole):
+      raise ValueError(
+        f'{path} of shape {shape} and dtype {leaf.dtype} is a target but no'
+        ' matrix: it needs two axes of real numbers. Leave it out of targets'
+      )
+    largest = self._largest_rank(candidate)
+    if candidate.rank > largest:
+      raise ValueError(
+        f'rank must be in 1..{largest} for {path} of shape {shape},'
+        f' got {candidate.rank}'
+      )
+
+  def _nothing_selected(self, candidates: Sequence[Plan]) -> str:
+    shapes = ', '.join(f'{c.path} {c.shape}' for c in candidates)
+    if self.targets is None:
+      return (
+        f'rank {self.rank} projects no parameter: by default those with both'
+        ' last axes larger than rank, embeddings, heads, norms and biases'
+        f' excepted. Lower rank or name targets. Parameters: {shapes}'
+      )
+    return f'targets select no parameter. Parameters: {shapes}'
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, Plan]]:
+  """Yields a dict to which each `galore` adds its plans, by path, at `init`.
+
+  So a description finds them behind any wrapper. They could not stand in the
+  state: flax's msgpack takes no static data, and a seed has no shape.
+  """
+  seen: dict[str, Plan] = {}
+  token = _watching.set(seen)
+  try:
+    yield seen
+  finally:
+    _watching.reset(token)
+
+
+def show(plans: Sequence[Plan]) -> None:
+  """Adds plans to the dict of whoever watches."""
+  seen = _watching.get()
+  if seen is not None:
+    seen.update({p.path: p for p in plans if isinstance(p, Projection)})
+
+
+def _axes_of_heads(path: str, shape: tuple[int, ...]):
+  """Returns input and output axes of a kernel [d, heads, head_dim] or back.
+
+  Not of a stack [L, in, out] under such a name, whose first axis is short.
+  """
+  match = MANY_HEADS.fullmatch(path)
+  if match is None or len(shape) < 3:
+    return None
+  a, b, c = range(len(shape) - 3, len(shape))
+  if match[1] == 'out':
+    joined = shape[a] * shape[b] == shape[c]
+    return ((a, b), (c,)) if joined else None
+  return ((a,), (b, c)) if shape[a] > shape[b] else None
+
+
+def _checked_rank(rank: Any) -> int | float:
+  is_bool = isinstance(rank, bool)
+  if isinstance(rank, numbers.Integral) and not is_bool and rank >= 1:
+    return int(rank)
+  if isinstance(rank, numbers.Real) and not isinstance(rank, numbers.Integral):
+    if math.isfinite(rank) and 0 < rank <= 1:
+      return float(rank)
+  raise ValueError(
+    'rank must be an integer >= 1 or a float in (0, 1], the share of the'
+    f' projected side, got {rank!r}'
+  )
+
+
+def _as_tuple(axes: Any) -> tuple[int, ...]:
+  return (axes,) if isinstance(axes, int) else tuple(axes)

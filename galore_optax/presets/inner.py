@@ -1,0 +1,172 @@
+"""What works inside a preset: GaLore's Adam, and inners without a rate.
+
+A preset multiplies by the learning rate last, so its inner has none: it is a
+`scale_by_...`, and a learning rate of its own would apply twice.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax import paths
+from galore_optax.checks import check_decay, check_not_negative
+from galore_optax.decay import COUNTS, at_count
+from galore_optax.precision import in_float32
+
+Inner: TypeAlias = (
+  Literal['adam', 'lion', 'sgdm'] | optax.GradientTransformation
+)
+"""A short name, or a transformation without a learning rate."""
+
+INNERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+  'adam': optax.scale_by_adam,
+  'lion': optax.scale_by_lion,
+  'sgdm': lambda: optax.trace(0.9),
+}
+"""The short names, with optax's own defaults."""
+
+
+def scale_by_galore_adam(
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-6,
+  bias_correction: bool = True,
+) -> optax.GradientTransformation:
+  """Rescales by Adam with `eps` inside, before bias correction.
+
+  `sqrt(1 - b2^t) / (1 - b1^t) * mu / (sqrt(nu) + eps)`, which is
+  `optax.scale_by_adam` with `eps / sqrt(1 - b2^t)` for its eps.
+
+  Args:
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    bias_correction: whether the first factor is applied.
+
+  Example:
+    >>> tx = scale_by_galore_adam(eps=0.0)
+    >>> params = {'w': jnp.array([3.0, -4.0])}
+    >>> tx.update(params, tx.init(params))[0]['w']
+    Array([ 1., -1.], dtype=float32)
+
+  References:
+    Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014, end of
+    section 2, where the two corrections are merged into the step size.
+  """
+  check_decay(b1=b1, b2=b2)
+  check_not_negative(eps=eps)
+
+  def init_fn(params: optax.Params) -> optax.ScaleByAdamState:
+    return optax.ScaleByAdamState(
+      count=jnp.zeros([], jnp.int32),
+      mu=optax.tree.zeros_like(params),
+      nu=optax.tree.zeros_like(params),
+    )
+
+  def update_fn(
+    updates: optax.Updates, state: Any, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+    del params
+    count = optax.safe_increment(state.count)
+    mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+    factor = _correction(b1, b2, count) if bias_correction else 1.0
+    updates = jax.tree.map(
+      lambda m, v: factor * m / (jnp.sqrt(v) + eps), mu, nu
+    )
+    return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+def scale_by_bias_correction(
+  b1: float, b2: float
+) -> optax.GradientTransformation:
+  """Multiplies by `sqrt(1 - b2^t) / (1 - b1^t)` at update t = 1, 2, ...
+
+  >>> tx = scale_by_bias_correction(0.5, 0.75)
+  >>> print(tx.update(jnp.ones(1), tx.init(None))[0])
+  [1.]
+  """
+  return optax.scale_by_schedule(
+    lambda count: _correction(b1, b2, optax.safe_increment(count))
+  )
+
+
+def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
+  """Returns an inner whose `init` raises if it has a learning rate.
+
+  It runs in float32 at least, and so do its moments.
+
+  Args:
+    inner: 'adam', 'lion', 'sgdm', or a transformation.
+
+  Raises:
+    ValueError: the name is unknown; at `init`, the inner turns a gradient of
+      one around, as an optimizer does.
+
+  Example:
+    >>> tx = without_rate('sgdm')
+    >>> g = {'w': jnp.ones(2)}
+    >>> tx.update(g, tx.init(g))[0]
+    {'w': Array([1., 1.], dtype=float32)}
+  """
+  if isinstance(inner, str) and inner in INNERS:
+    inner = INNERS[inner]()
+  if not isinstance(inner, optax.GradientTransformation):
+    raise ValueError(
+      f'inner must be one of {", ".join(INNERS)} or a transformation without'
+      f' a learning rate, such as optax.scale_by_adam(), got {inner!r}'
+    )
+  tx = in_float32(inner)
+
+  def init_fn(params: optax.Params) -> Any:
+    # The parts of a tree are seen after the whole, one by one.
+    if not paths.is_part(params):
+      _check_no_rate(optax.with_extra_args_support(inner), params)
+    return tx.init(params)
+
+  return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+
+
+def _check_no_rate(
+  inner: optax.GradientTransformationExtraArgs, params: Any
+) -> None:
+  filled = lambda value: jax.tree.map(
+    lambda x: jnp.full((1,) * x.ndim, value, jnp.float32), params
+  )
+  with jax.ensure_compile_time_eval():
+    # At a learning rate of zero nothing can be seen: try the next count.
+    for count in COUNTS:
+      state = at_count(count, inner.init(filled(0.0)))
+      try:
+        answers, _ = inner.update(filled(1.0), state, filled(0.0))
+      except TypeError:
+        return  # It needs extra args, which only `update` is given.
+      answers = jax.tree.leaves(answers)
+      if any(isinstance(x, jax.core.Tracer) for x in answers):
+        return  # A hyperparameter is traced: its sign is not known.
+      least = min((float(x.min()) for x in answers), default=0.0)
+      if least < 0:
+        raise ValueError(
+          'the inner has a learning rate of its own (it makes'
+          f' {least:.3g} of a gradient of one), and the preset'
+          " multiplies by learning_rate after it; give 'adam', 'lion', 'sgdm'"
+          ' or a transformation such as optax.scale_by_adam()'
+        )
+      if any(bool((x > 0).any()) for x in answers):
+        return
+
+
+def _correction(b1: float, b2: float, count: Any) -> jax.Array:
+  root = jnp.sqrt(_one_minus_power(b2, count))
+  return root / _one_minus_power(b1, count)
+
+
+def _one_minus_power(decay: float, count: Any) -> jax.Array:
+  """Returns `1 - decay**count`, with all its digits for a decay near one."""
+  return -jnp.expm1(count * jnp.log1p(decay - 1.0))

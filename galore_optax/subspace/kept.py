@@ -1,0 +1,339 @@
+"""What the state keeps of a basis: rows, a seed, or something that holds one.
+
+A `Keeper` works on a *kept* value of one matrix. `first` makes it, `find`
+replaces it at a refresh, `rows` makes a basis of it at every update. `Lazy`
+and `Packed` are keepers that wrap another one, whatever that is.
+
+Axes: m projected side, n other side, r rank; leading axes are batch.
+"""
+
+import dataclasses
+from typing import (
+  Any,
+  ClassVar,
+  Literal,
+  NamedTuple,
+  Protocol,
+  TypeAlias,
+  get_args,
+)
+
+import jax
+import jax.numpy as jnp
+
+from galore_optax import projection
+from galore_optax.checks import check_count, check_one_of, check_positive
+from galore_optax.quantized.array import (
+  Quantized,
+  check_layout,
+  dequantize,
+  quantize_linear,
+)
+from galore_optax.subspace import finders
+
+Kept: TypeAlias = Any
+"""A pytree of arrays."""
+
+
+class Keeper(Protocol):
+  """Keeps the basis of one matrix."""
+
+  def first(self, r: int, m: int, dtype: Any) -> Kept:
+    """Returns what is kept before the first refresh."""
+    ...
+
+  def find(
+    self, g_mn: jax.Array, kept: Kept, key: jax.Array, first: jax.Array
+  ) -> Kept:
+    """Returns what is kept after a refresh; `first` says there is no basis."""
+    ...
+
+  def rows(self, kept: Kept, r: int, m: int, dtype: Any) -> jax.Array:
+    """Returns a basis [..., r, m], or indices [..., r], of a stack of kept."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Keeps the basis itself, its signs fixed by the one before."""
+
+  finder: finders.Subspace
+
+  @property
+  def by_coordinates(self) -> bool:
+    """Whether the basis is of coordinates: indices, no rows."""
+    return getattr(self.finder, 'by_coordinates', False)
+
+  def first(self, r: int, m: int, dtype: Any) -> jax.Array:
+    """Returns the first r coordinates, should the first refresh fail.
+
+    >>> Rows(finders.Svd()).first(1, 2, jnp.float32)
+    Array([[1., 0.]], dtype=float32)
+    """
+    if self.by_coordinates:
+      return jnp.arange(r, dtype=jnp.int32)
+    return jnp.eye(r, m, dtype=dtype)
+
+  def find(
+    self, g_mn: jax.Array, kept: jax.Array, key: jax.Array, first: jax.Array
+  ) -> jax.Array:
+    """Returns the rows or indices that the finder finds.
+
+    >>> g_mn = jnp.array([[0., 0.], [-2., 0.]])
+    >>> keeper = Rows(finders.Svd())
+    >>> keeper.find(g_mn, jnp.zeros((1, 2)), jax.random.key(0), True)
+    Array([[0., 1.]], dtype=float32)
+    """
+    previous = jnp.where(first, 0, kept)
+    if jnp.issubdtype(kept.dtype, jnp.integer):
+      return self.finder(g_mn, previous, key)
+    previous_rm = previous.astype(g_mn.dtype)
+    new_rm = fix_signs(self.finder(g_mn, previous_rm, key), previous_rm)
+    return new_rm.astype(kept.dtype)
+
+  def rows(self, kept: jax.Array, r: int, m: int, dtype: Any) -> jax.Array:
+    """Returns what is kept."""
+    del r, m, dtype
+    return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Seeds:
+  """Keeps a seed, 4 bytes, of a basis that is made anew at every update."""
+
+  finder: finders.Subspace
+  by_coordinates: ClassVar[bool] = False
+
+  def first(self, r: int, m: int, dtype: Any) -> jax.Array:
+    """Returns a seed."""
+    del r, m, dtype
+    return jnp.zeros([], jnp.uint32)
+
+  def find(
+    self, g_mn: jax.Array, kept: jax.Array, key: jax.Array, first: jax.Array
+  ) -> jax.Array:
+    """Returns a new seed."""
+    del g_mn, kept, first
+    return jax.random.bits(key, dtype=jnp.uint32)
+
+  def rows(self, kept: jax.Array, r: int, m: int, dtype: Any) -> jax.Array:
+    """Returns the basis of each seed, at least in float32."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+
+    def one(seed: jax.Array) -> jax.Array:
+      # Such a finder looks at shapes alone.
+      nothing = jnp.zeros((m, 1), wide), jnp.zeros((r, m), wide)
+      return self.finder(*nothing, jax.random.key(seed))
+
+    if kept.ndim == 0:
+      return one(kept)
+    rows = jax.lax.map(one, kept.reshape(-1))
+    return rows.reshape(*kept.shape, *rows.shape[1:])
+
+
+class LazyBasis(NamedTuple):
+  """What `Lazy` keeps of one matrix."""
+
+  basis: Kept
+  """What the keeper inside keeps."""
+  wait: jax.Array
+  """[], int32: gaps to sit out before the next refresh."""
+  gaps: jax.Array
+  """[], int32: gaps from one refresh to the next."""
+  overlaps_q: jax.Array
+  """[q], float32: the latest overlaps, -1 where there was none yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+  """Doubles the gap of a matrix whose last subspaces were much alike.
+
+  Two subspaces overlap by |P_old P_new^T|^2 / r, which is one for the same and
+  r / m for random ones, whatever the signs or the gauge of their vectors (the
+  reference compares one vector with its sign, which a library may flip). Where
+  the mean of the last `memory` overlaps is at least `threshold`, the matrix
+  waits twice as long for its next refresh. Cost: r^2 m flops a refresh.
+
+  Example:
+    >>> import galore_optax, optax
+    >>> tx = galore_optax.galore(optax.adam(0.1), subspace=Lazy(threshold=0.6))
+
+  References:
+    Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024.
+  """
+
+  finder: Any = dataclasses.field(default_factory=finders.Svd)
+  """How a basis is found: a short name, a finder or a keeper."""
+  threshold: float = 0.4
+  """Mean overlap from which on the gap doubles."""
+  memory: int = 5
+  """Overlaps that the mean is over; none before so many were seen."""
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for a mean over nothing."""
+    check_count(memory=self.memory)
+    check_positive(threshold=self.threshold)
+    object.__setattr__(self, 'finder', keeping(self.finder))
+    if isinstance(self.finder, Seeds):
+      raise ValueError(
+        'Lazy compares subspaces that follow the gradient, got a finder of'
+        f' random ones, {self.finder.finder}; use it without Lazy'
+      )
+
+  @property
+  def by_coordinates(self) -> bool:
+    """Whether the basis is of coordinates."""
+    return self.finder.by_coordinates
+
+  def first(self, r: int, m: int, dtype: Any) -> LazyBasis:
+    """Returns a basis that waits for nothing."""
+    return LazyBasis(
+      basis=self.finder.first(r, m, dtype),
+      wait=jnp.zeros([], jnp.int32),
+      gaps=jnp.ones([], jnp.int32),
+      overlaps_q=jnp.full(self.memory, -1.0),
+    )
+
+  def find(
+    self, g_mn: jax.Array, kept: LazyBasis, key: jax.Array, first: jax.Array
+  ) -> LazyBasis:
+    """Returns a new basis, or what is kept with less to wait."""
+
+    def found() -> LazyBasis:
+      new = self.finder.find(g_mn, kept.basis, key, first)
+      # The first refresh has nothing to compare with.
+      seen_q = (
+        jnp.roll(kept.overlaps_q, 1)
+        .at[0]
+        .set(self._overlap(new, kept.basis, g_mn))
+      )
+      overlaps_q = jnp.where(first, kept.overlaps_q, seen_q)
+      known = ~first & jnp.all(overlaps_q >= 0)
+      alike = known & (jnp.mean(overlaps_q) >= self.threshold)
+      gaps = jnp.where(alike, 2 * kept.gaps, kept.gaps)
+      return LazyBasis(new, gaps - 1, gaps, overlaps_q)
+
+    waiting = kept._replace(wait=kept.wait - 1)
+    return jax.lax.cond(kept.wait == 0, found, lambda: waiting)
+
+  def rows(self, kept: LazyBasis, r: int, m: int, dtype: Any) -> jax.Array:
+    """Returns the rows of the basis inside."""
+    return self.finder.rows(kept.basis, r, m, dtype)
+
+  def _overlap(self, new: Kept, old: Kept, g_mn: jax.Array) -> jax.Array:
+    r = jax.tree.leaves(old)[0].shape[0]
+    new, old = (
+      self.finder.rows(kept, r, g_mn.shape[0], g_mn.dtype)
+      for kept in (new, old)
+    )
+    return jnp.sum(jnp.square(projection.overlap(new, old))) / r
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+  """Keeps a basis in blocks of 8 or 4 bits.
+
+  It is quantized when it is found, and an array only while its weight is
+  updated. Indices of coordinates and seeds stay as they are.
+
+  Example:
+    >>> import galore_optax, optax
+    >>> tx = galore_optax.galore(optax.sgd(0.1), rank=2, subspace=Packed('svd'))
+    >>> tx.init({'w': jnp.ones((512, 512))}).basis['w'].nbytes
+    528
+  """
+
+  finder: Any
+  """How a basis is found: a short name, a finder or a keeper."""
+  bits: Literal[4, 8] = 4
+  """Of an element."""
+  group: int = 256
+  """Elements that share a float32 scale."""
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for a layout that no array has."""
+    check_layout(bits=self.bits, group=self.group)
+    object.__setattr__(self, 'finder', keeping(self.finder))
+
+  @property
+  def by_coordinates(self) -> bool:
+    """Whether the basis is of coordinates."""
+    return self.finder.by_coordinates
+
+  def first(self, r: int, m: int, dtype: Any) -> Kept:
+    """Returns the first rows, packed."""
+    return self._pack(self.finder.first(r, m, dtype))
+
+  def find(
+    self, g_mn: jax.Array, kept: Kept, key: jax.Array, first: jax.Array
+  ) -> Kept:
+    """Returns the new rows, packed."""
+    kept = _unpacked(kept, g_mn.dtype)
+    return self._pack(self.finder.find(g_mn, kept, key, first))
+
+  def rows(self, kept: Kept, r: int, m: int, dtype: Any) -> jax.Array:
+    """Returns the rows as an array in the weight's type."""
+    return self.finder.rows(_unpacked(kept, dtype), r, m, dtype)
+
+  def _pack(self, kept: Kept) -> Kept:
+    pack = lambda x: (
+      quantize_linear(x, bits=self.bits, group=self.group)
+      if jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 1
+      else x
+    )
+    return jax.tree.map(pack, kept)
+
+
+def packed(keeper: Any, *, bits: Literal[4, 8], group: int) -> Any:
+  """Returns a keeper whose bases are packed, inside of what `Lazy` keeps.
+
+  >>> packed(Lazy(), bits=8, group=64).finder
+  Packed(finder=Rows(finder=Svd()), bits=8, group=64)
+  """
+  if isinstance(keeper, Lazy):
+    inside = packed(keeper.finder, bits=bits, group=group)
+    return dataclasses.replace(keeper, finder=inside)
+  return Packed(keeper, bits, group)
+
+
+def _unpacked(kept: Kept, dtype: Any) -> Kept:
+  is_packed = lambda x: isinstance(x, Quantized)
+  return jax.tree.map(
+    lambda x: dequantize(x, dtype) if is_packed(x) else x,
+    kept,
+    is_leaf=is_packed,
+  )
+
+
+def keeping(finder: Any) -> Any:
+  """Returns a keeper of a short name, a finder, or a keeper as it is.
+
+  >>> keeping('svd')
+  Rows(finder=Svd())
+  >>> keeping(finders.Gaussian(seed=3))
+  Seeds(finder=Gaussian(seed=3))
+  """
+  if hasattr(finder, 'rows'):
+    return finder
+  if not callable(finder):
+    check_one_of(get_args(finders.Name), subspace=finder)
+    finder = finders.NAMES[finder]
+  return Rows(finder) if getattr(finder, 'stored', True) else Seeds(finder)
+
+
+def fix_signs(new_rm: jax.Array, old_rm: jax.Array) -> jax.Array:
+  """Flips each new vector to agree with the old one of the same index.
+
+  A decomposition leaves signs open, and moments that are kept across a
+  refresh would depend on them. Where the old vector says nothing (it is zero
+  or orthogonal) the entry of largest magnitude becomes positive.
+
+  >>> fix_signs(jnp.eye(2), jnp.array([[0., -1.], [0., 0.]]))
+  Array([[1., 0.],
+         [0., 1.]], dtype=float32)
+  """
+  agreement_r = jnp.sum(new_rm * old_rm, axis=-1)
+  peak_r1 = jnp.argmax(jnp.abs(new_rm), axis=-1, keepdims=True)
+  peak_r = jnp.take_along_axis(new_rm, peak_r1, axis=-1)[..., 0]
+  reference_r = jnp.where(agreement_r == 0, peak_r, agreement_r)
+  return jnp.where(reference_r[..., None] < 0, -new_rm, new_rm)
