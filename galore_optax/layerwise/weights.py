@@ -1,4 +1,4 @@
-"""This module holds how weights and bases are stored between steps.
+"""How weights are stored between steps.
 
 A stored weight is an array or a `Quantized`; the model computes with arrays.
 """

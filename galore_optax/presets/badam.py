@@ -59,12 +59,12 @@ class OneBlock(optax.GradientTransformationExtraArgs):
     """Returns the layer whose turn it is: [], int32."""
     return self.turns.at(count // self.switch_every, 1, num_layers)[0]
 
-  def check_blocks(
-    self, names: list[str], in_stack: Callable[[str], bool]
-  ) -> None:
+  def check_blocks(self, stacked: dict[str, bool]) -> None:
     """Raises ValueError where the blocks are not the layers of a model."""
     odd = [
-      n for n in names if in_stack(n) != bool(re.fullmatch(self.blocks, n))
+      n
+      for n, yes in stacked.items()
+      if yes != bool(re.fullmatch(self.blocks, n))
     ]
     if odd:
       raise ValueError(
