@@ -92,10 +92,6 @@ def zeros(
 def _summed(layers, tree, weights, state, batch, key):
   """Returns the states with new bases, the sums, and the metrics."""
 
-  def read(entry, name, layer):
-    del entry
-    return layers.weights.read(stack.take(weights[name], layer))
-
   def add(number, entry, name, grad, layer):
     inner, total = stack.take(entry, layer)
     index = 0 if layer is None else layer
@@ -116,7 +112,7 @@ def _summed(layers, tree, weights, state, batch, key):
     number, part = numbered
     passes = layers.passes(tree, part)
     saved, x = passes.forward(weights, layers.weights.read)
-    visit = functools.partial(add, number)
+    read, visit = layers.reader(weights), functools.partial(add, number)
     return passes.backward(saved, x, entries, read, visit)
 
   totals = zeros(layers, tree, weights, state.inner)

@@ -8,7 +8,6 @@ Axes: L layers, the leading axis of a stack; K microbatches.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -29,7 +28,7 @@ Weights = dict[str, Any]
 Read = Callable[[Any, str, Any], jax.Array]
 """`(entry, name, layer) -> weight`, as the model reads it."""
 Visit = Callable[[Any, str, jax.Array, Any], Any]
-"""`(entry, name, gradient, layer) -> entry`; no layer, None, outside a stack."""
+"""`(entry, name, gradient, layer) -> entry`; layer None outside the stack."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,8 +52,7 @@ class Passes:
 
     def block(x, layer):
       weights = {name: read(w) for name, w in layer.items()}
-      params = self.tree.build(weights)['blocks']
-      y = lax.map(lambda x: self.model.block(params, x), x)
+      y = lax.map(lambda x: self._block(weights, x), x)
       return y, stack.flat(x)
 
     layers = {n: w for n, w in stored.items() if in_stack(n)}
@@ -93,8 +91,10 @@ class Passes:
       squares += clipping.sum_of_squares(grad)
       return entries | {name: entry}, squares
 
-    names = [n for n in self.tree.names if not in_stack(n)]
-    rest = {name: read(entries[name], name, None) for name in names}
+    def embed(weights, batch):
+      return self.model.embed(self.tree.build(rest | weights), batch)
+
+    rest = {n: read(e, n, None) for n, e in entries.items() if not in_stack(n)}
     by_loss, by_embed = self._read_by(rest, x, frozen)
     (loss, sums, head), dx = self._loss_gradient(rest, by_loss, x)
     carry = (entries, jnp.zeros([], jnp.float32))
@@ -107,13 +107,14 @@ class Passes:
     dx, (layers, squares) = self._through_stack(
       (saved, x), (dx, (layers, squares)), read, see, active, bool(by_embed)
     )
+    weights = {name: rest[name] for name in by_embed}
     # Behind a condition that is always true, which the compiler cannot know:
     # it would make the zeros that the gradient of a lookup starts from before
     # the loop, and hold them through it.
     grads = lax.cond(
       squares != -1,
-      lambda: self._embed_gradient(rest, by_embed, dx),
-      lambda: {name: jnp.zeros_like(rest[name]) for name in by_embed},
+      lambda: _gradients(embed, weights, self.batch, dx)[0],
+      lambda: jax.tree.map(jnp.zeros_like, weights),
     )
     carry = (entries | layers, squares)
     for name in by_embed:
@@ -158,22 +159,6 @@ class Passes:
 
     return sum_over(part, (self.batch, x))
 
-  def _embed_gradient(
-    self, rest: Weights, names: list[str], dx: PyTree
-  ) -> Weights:
-    """Returns the gradients of the named weights through the embedding."""
-
-    def part(part):
-      batch, dx = part
-
-      def embed(read):
-        params = self.tree.build(rest | read)
-        return stack.moving(self.model.embed(params, batch))
-
-      return jax.vjp(embed, {name: rest[name] for name in names})[1](dx)[0], ()
-
-    return sum_over(part, (self.batch, dx))[0]
-
   def _through_stack(self, saved, state, read, see, active, to_embed) -> Any:
     """Returns (cotangents, (entries, squares)) below the stack."""
     num_layers = jax.tree.leaves(saved[0])[0].shape[0]
@@ -191,13 +176,8 @@ class Passes:
       def body(passing):
         layer, dx = passing
         weights = {n: read(e, n, layer) for n, e in carry[0].items()}
-
-        def part(part):
-          x, dx = part
-          block = functools.partial(self._block(x), weights)
-          return jax.vjp(block, stack.moving(x))[1](dx)[0]
-
-        return layer - 1, lax.map(part, (inputs(layer), dx))
+        block = lambda _, x: self._block(weights, x)
+        return layer - 1, _gradients(block, {}, inputs(layer), dx)[1]
 
       return lax.while_loop(lambda c: c[0] > last, body, (layer, dx))
 
@@ -223,43 +203,22 @@ class Passes:
       carry, layer = held
       return see(carry, name, grad, layer), layer
 
-    held = (carry, layer)
-    if jax.tree.leaves(dx)[0].shape[0] == 1:
-      x, dx = stack.take((x, dx), 0)
-      dx, held = pull_back(
-        self._block(x),
-        stack.moving(x),
-        dx,
-        held,
-        names=list(carry[0]),
-        read=read_held,
-        visit=visit,
-      )
-      return jax.tree.map(lambda a: a[None], dx), held[0]
-    weights = {name: read_held(held, name) for name in carry[0]}
+    dx, (carry, _) = pull_back(
+      lambda weights, dx: _gradients(self._block, weights, x, dx),
+      dx,
+      (carry, layer),
+      names=list(carry[0]),
+      read=read_held,
+      visit=visit,
+    )
+    return dx, carry
 
-    def part(part):
-      x, dx = part
-      return jax.vjp(self._block(x), weights, stack.moving(x))[1](dx)
-
-    grads, dx = sum_over(part, (x, dx))
-    for name, grad in grads.items():
-      held = visit(held, name, grad)
-    return dx, held[0]
-
-  def _block(self, x: PyTree) -> Callable[[Weights, PyTree], PyTree]:
-    """Returns the block as a function of its weights and of what moves of x."""
-
-    def block(weights, moving):
-      params = self.tree.build(weights)['blocks']
-      return stack.moving(self.model.block(params, stack.join(moving, x)))
-
-    return block
+  def _block(self, weights: Weights, x: PyTree) -> PyTree:
+    return self.model.block(self.tree.build(weights)['blocks'], x)
 
 
 def pull_back(
-  f: Callable[[Weights, PyTree], PyTree],
-  x: PyTree,
+  backward: Callable[[Weights, PyTree], tuple[Weights, PyTree]],
   dy: PyTree,
   carry: Carry,
   *,
@@ -267,7 +226,7 @@ def pull_back(
   read: Callable[[Carry, str], jax.Array],
   visit: Callable[[Carry, str, jax.Array], Carry],
 ) -> tuple[PyTree, Carry]:
-  """Walks back through `f`, visiting each weight's gradient in turn.
+  """Runs a backward pass, visiting each weight's gradient in turn.
 
   `jax.vjp` returns all gradients of a function at once, so all of them exist
   at once. This runs the same operations in the same order, hands over each
@@ -275,84 +234,85 @@ def pull_back(
   done with it is done.
 
   Args:
-    f: function of weights by name and of x.
-    x: its other argument, floating leaves only.
-    dy: cotangent of its result.
+    backward: `(weights by name, dy) -> (gradients by name, dx)`.
+    dy: cotangent of the result.
     carry: what the visits change.
     names: of the weights.
-    read: a weight, given the carry. Called again where the backward pass needs
-      the weight, so that no copy of it waits for that.
+    read: a weight, given the carry. Called again where the pass needs the
+      weight again, so that no copy of it waits for that.
     visit: `(carry, name, gradient) -> carry`.
 
   Returns:
-    Cotangent of x, and the last carry.
+    Cotangent dx, and the last carry.
 
   Example:
-    >>> f = lambda weights, x: weights['b'] * (weights['a'] * x)
+    >>> def backward(weights, dy):
+    ...   f = lambda weights, x: weights['b'] * (weights['a'] * x)
+    ...   return jax.vjp(f, weights, jnp.float32(2))[1](dy)
     >>> weights = {'a': jnp.float32(5), 'b': jnp.float32(7)}
     >>> visit = lambda carry, name, grad: carry | {name: carry[name] - grad}
     >>> dx, weights = pull_back(
-    ...   f, jnp.float32(2), jnp.float32(1), weights, names='ab',
-    ...   read=dict.get, visit=visit)
+    ...   backward, jnp.float32(1), weights, names='ab', read=dict.get,
+    ...   visit=visit)
     >>> print(dx, weights['a'], weights['b'])
     35.0 -9.0 -3.0
   """
   names = sorted(names)
-  weights = {name: read(carry, name) for name in names}
-  _, vjp = jax.vjp(f, weights, x)
-  closed = jax.make_jaxpr(vjp)(dy)
+  weights = jax.eval_shape(lambda: {name: read(carry, name) for name in names})
+  closed, out = jax.make_jaxpr(backward, return_shape=True)(weights, dy)
   jaxpr = closed.jaxpr
-  residuals = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-  of = {id(weight): name for name, weight in weights.items()}
-  reread = {v: of[id(a)] for v, a in residuals.items() if id(a) in of}
-  values = dict(zip(jaxpr.invars, jax.tree.leaves(dy), strict=True))
-  grads, rest = jaxpr.outvars[: len(names)], jaxpr.outvars[len(names) :]
-  grads = dict(zip(names, grads, strict=True))
-  due, last = _lifetimes(jaxpr, grads, rest, reread)
+  weight_of = dict(zip(jaxpr.invars, names, strict=False))
+  grads = dict(zip(names, jaxpr.outvars, strict=False))
+  known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+  inputs = jaxpr.invars[len(names) :]
+  pulled = dict(zip(inputs, jax.tree.leaves(dy), strict=True))
+  due, last = _lifetimes(jaxpr, weight_of, grads)
 
   def value(atom):
     if isinstance(atom, jex.Literal):
       return atom.val
-    if atom in reread:
-      return read(carry, reread[atom])
-    return residuals[atom] if atom in residuals else values[atom]
+    if atom in weight_of:
+      return read(carry, weight_of[atom])
+    return pulled[atom] if atom in pulled else known[atom]
 
   # A gradient may be there before any operation: the cotangent itself.
   for done in range(len(jaxpr.eqns) + 1):
     if done:
-      values |= _run(jaxpr, jaxpr.eqns[done - 1], value)
+      eqn = jaxpr.eqns[done - 1]
+      moves = any(v in pulled for v in _variables(eqn.invars))
+      (pulled if moves else known).update(_run(jaxpr, eqn, value))
     ready = [name for name in names if due[name] == done]
     for name in ready:
       carry = visit(carry, name, value(grads[name]))
     if ready:
-      # What follows waits for the visits; residuals are of the forward pass,
-      # and holding them up would order nothing.
-      live = [v for v in values if last.get(v, 0) > done]
-      held = [values[v] for v in live]
-      held, carry = lax.optimization_barrier((held, carry))
-      values = dict(zip(live, held, strict=True))
-  return jax.tree.unflatten(jax.tree.structure(x), map(value, rest)), carry
+      # What follows waits for the visits; what is known without dy is of the
+      # forward pass, and holding it up would order nothing.
+      live = [v for v in pulled if last.get(v, 0) > done]
+      held, carry = lax.optimization_barrier(([pulled[v] for v in live], carry))
+      pulled = dict(zip(live, held, strict=True))
+  dx = map(value, jaxpr.outvars[len(names) :])
+  return jax.tree.unflatten(jax.tree.structure(out[1]), dx), carry
 
 
 def _lifetimes(
-  jaxpr: jex.Jaxpr,
-  grads: dict[str, Any],
-  rest: list[Any],
-  reread: dict[jex.Var, str],
-) -> tuple[dict[str, int], dict[jex.Var, int]]:
-  """Returns after how many operations each weight can be changed, as its
-  gradient is there and nothing reads it any more; and each value is done."""
+  jaxpr: jex.Jaxpr, weight_of: dict[jex.Var, str], grads: dict[str, Any]
+) -> tuple[dict[str, int], dict[Any, int]]:
+  """Returns after how many operations a weight may change, and a value ends.
+
+  A weight may change once its gradient is there and nothing reads it any more.
+  """
   made, last = {}, {}
   for count, eqn in enumerate(jaxpr.eqns, 1):
     last |= dict.fromkeys(_variables(eqn.invars), count)
     made |= dict.fromkeys(eqn.outvars, count)
-  due = {n: made.get(v, 0) if _variables([v]) else 0 for n, v in grads.items()}
-  for var, name in reread.items():
-    due[name] = max(due[name], last.get(var, 0))
-  for name, var in grads.items():
-    if _variables([var]):
-      last[var] = max(due[name], last.get(var, 0))
-  return due, last | dict.fromkeys(_variables(rest), len(jaxpr.eqns) + 1)
+  due = {}
+  for (name, grad), weight in zip(grads.items(), weight_of, strict=True):
+    grad = _variables([grad])
+    counts = [made.get(v, 0) for v in grad]
+    due[name] = max([last.get(weight, 0), *counts])
+    last |= {v: max(last.get(v, 0), due[name]) for v in grad}
+  rest = _variables(jaxpr.outvars[len(grads) :])
+  return due, last | dict.fromkeys(rest, len(jaxpr.eqns) + 1)
 
 
 def _run(
@@ -373,6 +333,25 @@ def _run(
 
 def _variables(atoms: Iterable[Any]) -> list[jex.Var]:
   return [v for v in atoms if isinstance(v, jex.Var)]
+
+
+def _gradients(
+  f: Callable[[Weights, PyTree], PyTree],
+  weights: Weights,
+  x: PyTree,
+  dy: PyTree,
+) -> tuple[Weights, PyTree]:
+  """Returns the gradients of f(weights, x), summed over the microbatches of x
+  and dy [K, ...]; and the cotangent of what moves of x [K, ...]."""
+
+  def part(part):
+    x, dy = part
+    moved = lambda weights, moving: stack.moving(
+      f(weights, stack.join(moving, x))
+    )
+    return jax.vjp(moved, weights, stack.moving(x))[1](dy)
+
+  return sum_over(part, (x, dy))
 
 
 def sum_over(

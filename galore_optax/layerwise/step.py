@@ -9,7 +9,7 @@ Axes: L layers, the leading axis of a stack; N examples.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -84,19 +84,13 @@ class LayerwiseState(NamedTuple):
   () for what is frozen."""
 
 
-def layerwise(
-  model: Layers,
-  tx: optax.GradientTransformation,
-  *,
-  clip_norm: float | None = None,
-  clip: Literal['exact', 'previous'] = 'exact',
-  microbatches: int = 1,
-  accumulate: int = 1,
-  sums_dtype: Any = jnp.float32,
-  slices: dict[str, int] | None = None,
-  weights: Weights = ARRAYS,
-) -> 'Layerwise':
-  """Makes a training step that updates every layer as its gradient appears.
+@dataclasses.dataclass(eq=False)
+class Layerwise:
+  """A training step that updates every layer as its gradient appears.
+
+  It has `init(params) -> state`, and is called with `(params, state, batch)`
+  for `(params, state, metrics)`. Metrics are `loss`, a mean; `grad_norm`,
+  before clipping; and sums of what stands beside the loss, by name or as `aux`.
 
   Only the input of each block is kept; the reverse loop recomputes a block,
   takes its gradient, updates that layer in place and moves on, as the
@@ -122,11 +116,6 @@ def layerwise(
       the stack is updated: bounds the scratch where `tx` is elementwise.
     weights: how weights are stored; default, as the arrays they are.
 
-  Returns:
-    An object with `init(params) -> state` and `(params, state, batch) ->
-    (params, state, metrics)`. Metrics are `loss`, a mean; `grad_norm`, before
-    clipping; and sums of what stands beside the loss, by name or as `aux`.
-
   Example:
     >>> class Linear:
     ...   def embed(self, params, batch):
@@ -145,41 +134,39 @@ def layerwise(
   References:
     Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023.
   """
-  if isinstance(tx, clipping.ClippedTransformation):
-    if clip_norm is not None:
-      raise ValueError(
-        f'clip_norm={clip_norm} beside a rule that clips at {tx.clip_norm}: '
-        'give one of the two'
-      )
-    clip_norm, tx = tx.clip_norm, tx.rule
-  tx = optax.with_extra_args_support(tx)
-  check_count(microbatches=microbatches, accumulate=accumulate)
-  clipping.check_norm(clip_norm)
-  if clip not in ('exact', 'previous'):
-    raise ValueError(f"clip must be 'exact' or 'previous', got {clip!r}")
-  if accumulate > 1 and not (isinstance(tx, Galore) and tx.linear):
-    raise ValueError(
-      f'accumulate={accumulate} sums projected gradients: tx must be a'
-      ' galore without a residual rule; microbatches work with any'
-    )
-  clipped = (clip_norm, clip)
-  parts = (microbatches, accumulate, sums_dtype)
-  return Layerwise(model, tx, *clipped, *parts, slices or {}, weights)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Layerwise:
-  """A layer-wise training step; `layerwise` makes it and documents it."""
 
   model: Layers
   tx: Any
-  clip_norm: float | None
-  clip: str
-  microbatches: int
-  accumulate: int
-  sums_dtype: Any
-  slices: dict[str, int]
-  weights: Weights
+  _: dataclasses.KW_ONLY
+  clip_norm: float | None = None
+  clip: Literal['exact', 'previous'] = 'exact'
+  microbatches: int = 1
+  accumulate: int = 1
+  sums_dtype: Any = jnp.float32
+  slices: Mapping[str, int] | None = None
+  weights: Weights = ARRAYS
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for options that fit no model, or not each other."""
+    if isinstance(self.tx, clipping.ClippedTransformation):
+      if self.clip_norm is not None:
+        raise ValueError(
+          f'clip_norm={self.clip_norm} beside a rule that clips at'
+          f' {self.tx.clip_norm}: give one of the two'
+        )
+      self.clip_norm, self.tx = self.tx.clip_norm, self.tx.rule
+    self.tx = optax.with_extra_args_support(self.tx)
+    self.slices = dict(self.slices or {})
+    check_count(microbatches=self.microbatches, accumulate=self.accumulate)
+    clipping.check_norm(self.clip_norm)
+    if self.clip not in ('exact', 'previous'):
+      raise ValueError(f"clip must be 'exact' or 'previous', got {self.clip!r}")
+    linear = isinstance(self.tx, Galore) and self.tx.linear
+    if self.accumulate > 1 and not linear:
+      raise ValueError(
+        f'accumulate={self.accumulate} sums projected gradients: tx must be a'
+        ' galore without a residual rule; microbatches work with any'
+      )
 
   def init(self, params: PyTree) -> LayerwiseState:
     """Returns the state before the first step."""
@@ -283,12 +270,9 @@ class Layerwise:
       return None
 
     def exact():
-      # The weights are not in the carry, where XLA would copy them.
-      read = lambda entry, name, layer: self.weights.read(
-        stack.take(weights[name], layer)
-      )
       keep = lambda entry, name, grad, layer: entry
-      return backward(dict.fromkeys(weights, ()), read, keep)[1]['grad_norm']
+      none = dict.fromkeys(weights, ())
+      return backward(none, self.reader(weights), keep)[1]['grad_norm']
 
     if self.clip == 'exact':
       norm = exact()
@@ -307,6 +291,15 @@ class Layerwise:
   def passes(self, tree: stack.Parts, batch: PyTree) -> Passes:
     """Returns the way of a batch [N, ...] through the model."""
     return Passes(self.model, tree, stack.split(batch, self.microbatches))
+
+  def reader(self, weights: dict[str, Any]) -> Callable[..., jax.Array]:
+    """Returns a `passes.Read` of weights that are not in the entries.
+
+    XLA would copy them in the carry of a pass that does not change them.
+    """
+    return lambda entry, name, layer: self.weights.read(
+      stack.take(weights[name], layer)
+    )
 
   def update(
     self,
@@ -330,3 +323,6 @@ class Layerwise:
     if not isinstance(self.tx, OneLayer):
       return self.tx
     return self.tx.rule if stack.in_stack(name) else self.tx.rest
+
+
+layerwise = Layerwise
