@@ -305,12 +305,11 @@ def _lifetimes(
   for count, eqn in enumerate(jaxpr.eqns, 1):
     last |= dict.fromkeys(_variables(eqn.invars), count)
     made |= dict.fromkeys(eqn.outvars, count)
-  due = {}
-  for (name, grad), weight in zip(grads.items(), weight_of, strict=True):
-    grad = _variables([grad])
-    counts = [made.get(v, 0) for v in grad]
-    due[name] = max([last.get(weight, 0), *counts])
-    last |= {v: max(last.get(v, 0), due[name]) for v in grad}
+  due = {name: last.get(var, 0) for var, name in weight_of.items()}
+  for name, grad in grads.items():
+    for var in _variables([grad]):
+      due[name] = max(due[name], made.get(var, 0))
+      last[var] = max(due[name], last.get(var, 0))
   rest = _variables(jaxpr.outvars[len(grads) :])
   return due, last | dict.fromkeys(rest, len(jaxpr.eqns) + 1)
 
@@ -382,7 +381,7 @@ def sum_over(
 def _used(f: Callable[[Weights], PyTree], weights: Weights) -> set[str]:
   """Returns the weights that `f` reads."""
   jaxpr = jax.make_jaxpr(f)(weights).jaxpr
-  used = set(_variables(jaxpr.outvars))
-  used.update(*(_variables(eqn.invars) for eqn in jaxpr.eqns))
+  atoms = [v for eqn in jaxpr.eqns for v in eqn.invars] + jaxpr.outvars
+  used = set(_variables(atoms))
   pairs = zip(sorted(weights), jaxpr.invars, strict=True)
   return {name for name, v in pairs if v in used}
