@@ -24,12 +24,12 @@ from galore_optax.presets.adam import (
 )
 from galore_optax.presets.adamw import apollo as apollo
 from galore_optax.presets.adamw import apollo_mini as apollo_mini
-from galore_optax.presets.adamw import badam as badam
 from galore_optax.presets.adamw import fira as fira
 from galore_optax.presets.adamw import frugal as frugal
 from galore_optax.presets.adamw import galore_adafactor as galore_adafactor
 from galore_optax.presets.adamw import galore_adamw as galore_adamw
 from galore_optax.presets.adamw import galore_adamw_8bit as galore_adamw_8bit
+from galore_optax.presets.badam import badam as badam
 from galore_optax.presets.lomo import adalomo as adalomo
 from galore_optax.presets.lomo import lomo as lomo
 from galore_optax.quantized.state import (
@@ -45,7 +45,6 @@ from galore_optax.subspace.finders import RandomOrthogonal as RandomOrthogonal
 from galore_optax.subspace.finders import Svd as Svd
 from galore_optax.subspace.lazy import Lazy as Lazy
 from galore_optax.subspace.refresh import Staggered as Staggered
-from galore_optax.subspace.turns import Turns as Turns
 from galore_optax.table import describe as describe
 from galore_optax.transform import GaloreState as GaloreState
 

@@ -10,8 +10,8 @@ from galore_optax import decay
 from galore_optax.galore import galore, names_options
 from galore_optax.paths import Targets
 from galore_optax.presets import adafactor, adam, inners, step_size
-from galore_optax.presets import badam as blocks_lib
 from galore_optax.presets import frugal as split
+from galore_optax.presets.badam import badam as badam
 from galore_optax.presets.inners import Inner
 from galore_optax.presets.lomo import adalomo as adalomo
 from galore_optax.presets.lomo import lomo as lomo
@@ -19,9 +19,7 @@ from galore_optax.presets.scaled import apollo as apollo
 from galore_optax.presets.scaled import apollo_mini as apollo_mini
 from galore_optax.presets.scaled import fira as fira
 from galore_optax.quantized.state import quantize_state
-from galore_optax.static import check_count
 from galore_optax.subspace.finders import Subspace
-from galore_optax.subspace.turns import Turns
 
 
 @names_options()
@@ -255,70 +253,4 @@ def frugal(
     ),
     decay.add_decayed_weights(weight_decay),
     optax.scale_by_learning_rate(learning_rate),
-  )
-
-
-def badam(
-  learning_rate: optax.ScalarOrSchedule,
-  *,
-  switch_every: int = 100,
-  order: str = 'random',
-  inner: Inner = 'adam',
-  weight_decay: float = 0.0,
-  blocks: str = 'blocks/.*',
-  train_rest: bool = False,
-  master_weights: bool = False,
-  start: int | None = None,
-  seed: int = 0,
-) -> blocks_lib.OneBlock:
-  """Adam (or another inner) on one layer of a stack at a time.
-
-  Its moments are those of one layer, and start anew with the next one. The
-  position in the cycle follows from the step count, so a resumed run goes on.
-  `layerwise` computes the weight gradient of the layer whose turn it is alone.
-
-  State: the inner's for one layer, float32 (Adam: 8 bytes an element of the
-  layer), with `master_weights` 4 bytes more.
-
-  Args:
-    learning_rate: a number, or a schedule of the step.
-    switch_every: updates of a layer before the next one's turn.
-    order: 'random' (a permutation, new in each cycle), 'ascending',
-      'descending', or 'fixed': one layer for ever.
-    inner: 'adam', 'lion', 'sgdm', or a transformation without a learning rate.
-    weight_decay: decoupled, on what is trained.
-    blocks: regex on the paths of the stacked leaves [L, ...].
-    train_rest: train what is in no block (embedding, head, norm) too, at every
-      step; it is frozen otherwise.
-    master_weights: keep a float32 copy of the layer whose turn it is; for
-      bfloat16 weights.
-    start: the first layer; default the last for 'descending', else layer 0.
-      A random order has none.
-    seed: of the random order.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> tx = badam(0.01, order='ascending')
-    >>> params = {'blocks': {'w': jnp.ones((4, 3, 5))}, 'head': jnp.ones(3)}
-    >>> updates, _ = tx.update(params, tx.init(params), params)
-    >>> print(abs(updates['blocks']['w']).sum((1, 2)) > 0, updates['head'])
-    [ True False False False] [0. 0. 0.]
-
-  References:
-    Luo et al., `BAdam <https://arxiv.org/abs/2404.02827>`_, 2024.
-  """
-  check_count(switch_every=switch_every)
-  rule = functools.partial(
-    blocks_lib.with_turns,
-    inners.without_rate(inner),
-    learning_rate,
-    weight_decay=weight_decay,
-    master_weights=master_weights,
-  )
-  return blocks_lib.one_block(
-    rule(restart_every=None if order == 'fixed' else switch_every),
-    rule(restart_every=None) if train_rest else None,
-    turns=Turns(order, seed, start),
-    switch_every=switch_every,
-    blocks=blocks,
   )
