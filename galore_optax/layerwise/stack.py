@@ -1,4 +1,7 @@
-"""This module holds what a loop over stacked pytrees is made of."""
+"""One weight of a tree, one layer of a stack: what the passes read and write.
+
+Axes: L layers, the leading axis of a stack; N examples.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,22 +11,69 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from galore_optax import paths
+from galore_optax.layerwise.weights import is_stored
+
 PyTree = Any
 
 
-def take(tree: PyTree, i: jax.Array | int) -> PyTree:
-  """Returns element i of every leaf [L, ...].
+class Parts:
+  """The paths of a tree's stored weights, and their places in the tree.
+
+  Example:
+    >>> parts = Parts({'blocks': {'q': 0}, 'norm': 1})
+    >>> parts.names
+    ['blocks/q', 'norm']
+    >>> parts.build({'norm': 2})
+    {'blocks': {'q': None}, 'norm': 2}
+  """
+
+  def __init__(self, params: PyTree):
+    """Reads the structure of a tree."""
+    weights, self.treedef = jax.tree.flatten(params, is_leaf=is_stored)
+    self.names = paths.paths(self.treedef.unflatten(range(len(weights))))
+
+  def weights(self, params: PyTree) -> dict[str, Any]:
+    """Returns the stored weights by path."""
+    weights = self.treedef.flatten_up_to(params)
+    return dict(zip(self.names, weights, strict=True))
+
+  def build(self, weights: dict[str, Any]) -> PyTree:
+    """Returns the tree of some weights; None where there is none."""
+    return self.treedef.unflatten(map(weights.get, self.names))
+
+  def alone(self, name: str, weight: Any) -> PyTree:
+    """Returns the tree of one weight; `Elsewhere` stands for the others."""
+    return self.treedef.unflatten(
+      [weight if n == name else paths.Elsewhere() for n in self.names]
+    )
+
+  def key(self, key: jax.Array, name: str, layer: jax.Array | int) -> jax.Array:
+    """Returns a random key of one weight and layer."""
+    key = jax.random.fold_in(key, self.names.index(name))
+    return jax.random.fold_in(key, layer)
+
+
+def in_stack(name: str) -> bool:
+  """Whether a path names a weight of the layer stack."""
+  return name.split('/')[0] == 'blocks'
+
+
+def take(tree: PyTree, i: jax.Array | int | None) -> PyTree:
+  """Returns element i of every leaf [L, ...]; the leaves where i is None.
 
   >>> take({'w': jnp.arange(6).reshape(3, 2)}, 1)
   {'w': Array([2, 3], dtype=int32)}
   """
+  if i is None:
+    return tree
   return jax.tree.map(
     lambda a: _in_rows(lax.dynamic_index_in_dim(a, i, keepdims=False)), tree
   )
 
 
-def put(tree: PyTree, one: PyTree, i: jax.Array | int) -> PyTree:
-  """Returns the leaves [L, ...] with element i replaced.
+def put(tree: PyTree, one: PyTree, i: jax.Array | int | None) -> PyTree:
+  """Returns the leaves [L, ...] with element i replaced; `one` for None.
 
   In the carry of a loop this writes in place; a scan's xs and ys would be two
   stacks.
@@ -31,6 +81,8 @@ def put(tree: PyTree, one: PyTree, i: jax.Array | int) -> PyTree:
   >>> put(jnp.zeros(3), jnp.float32(1), 2)
   Array([0., 0., 1.], dtype=float32)
   """
+  if i is None:
+    return one
   return jax.tree.map(
     lambda a, b: lax.dynamic_update_index_in_dim(a, _in_rows(b), i, 0),
     tree,
@@ -46,21 +98,18 @@ def _in_rows(a: jax.Array) -> jax.Array:
   return with_layout_constraint(a, Layout(tuple(range(a.ndim))))
 
 
-def sliced(tree: PyTree, num: int) -> PyTree:
-  """Returns the leaves [N, ...] as stacks [num, N / num, ...].
+def each(update: Callable[..., Any], entry: PyTree, grads: jax.Array) -> PyTree:
+  """Returns a stacked entry after `update(entry, grad, i)` of each element.
 
-  >>> sliced(jnp.zeros((6, 2)), 3).shape
-  (3, 2, 2)
+  >>> each(lambda w, g, i: w - i * g, jnp.ones(3), jnp.ones(3))
+  Array([ 1.,  0., -1.], dtype=float32)
   """
-
-  def cut(a):
-    if a.shape[0] % num:
-      raise ValueError(
-        f'slices must divide the leading axis, got {num} for shape {a.shape}'
-      )
-    return a.reshape(num, -1, *a.shape[1:])
-
-  return jax.tree.map(cut, tree)
+  return lax.fori_loop(
+    0,
+    grads.shape[0],
+    lambda i, new: put(new, update(take(new, i), take(grads, i), i), i),
+    entry,
+  )
 
 
 def in_slices(
@@ -68,15 +117,22 @@ def in_slices(
 ) -> Any:
   """Returns (stored, inner state) of a weight, updated slice by slice."""
   stored, inner = entry
-  grad = sliced(grad, num)
-
-  def body(i, entry):
-    new = update(take(entry, i), take(grad, i), i)
-    return put(entry, new, i)
-
-  entry = (sliced(stored, num), inner)
-  new, inner = lax.fori_loop(0, num, body, entry)
+  new, inner = each(update, (sliced(stored, num), inner), sliced(grad, num))
   return unflat(new, stored), inner
+
+
+def sliced(tree: PyTree, num: int) -> PyTree:
+  """Returns the leaves [N, ...] as stacks [num, N / num, ...].
+
+  >>> sliced(jnp.zeros((6, 2)), 3).shape
+  (3, 2, 2)
+  """
+  return jax.tree.map(
+    lambda a: a.reshape(
+      num, _share(a, num, 'slices', 'the leading axis'), *a.shape[1:]
+    ),
+    tree,
+  )
 
 
 def split(batch: PyTree, num: int) -> PyTree:
@@ -91,13 +147,16 @@ def split(batch: PyTree, num: int) -> PyTree:
   """
 
   def cut(a):
-    if a.shape[0] % num:
-      raise ValueError(
-        f'microbatches must divide the batch of {a.shape[0]}, got {num}'
-      )
-    return jnp.swapaxes(a.reshape(-1, num, *a.shape[1:]), 0, 1)
+    share = _share(a, num, 'microbatches', 'the batch')
+    return jnp.swapaxes(a.reshape(share, num, *a.shape[1:]), 0, 1)
 
   return jax.tree.map(cut, batch)
+
+
+def _share(a: jax.Array, num: int, option: str, whole: str) -> int:
+  if a.shape[0] % num:
+    raise ValueError(f'{option} must divide {whole} of {a.shape[0]}, got {num}')
+  return a.shape[0] // num
 
 
 def moving(x: PyTree) -> PyTree:

@@ -1,13 +1,16 @@
-"""This module holds the layer-wise step: a reverse loop over a layer stack.
+"""The layer-wise step: a reverse loop over a layer stack.
 
 Every layer is updated as soon as its gradient appears, so that the gradient of
 no more than one layer exists at a time. Any optax transformation is a rule:
 `lomo(lr)` makes the step LOMO, `galore_adamw_8bit(...)` layer-wise GaLore.
+
+Axes: L layers, the leading axis of a stack; N examples.
 """
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +18,12 @@ import optax
 from jax import lax
 
 from galore_optax import clipping
-from galore_optax.accumulation import Accumulating
-from galore_optax.layerwise import accumulate as summing
-from galore_optax.layerwise import parts
-from galore_optax.layerwise import stack as stacks
-from galore_optax.layerwise.walk import Walk
-from galore_optax.layerwise.weights import ARRAYS, Weights
-from galore_optax.presets.badam import OneBlock
 from galore_optax.checks import check_count
-
-# Axes: L layers, the leading axis of a stack; N examples.
+from galore_optax.galore import Galore
+from galore_optax.layerwise import accumulate as summing
+from galore_optax.layerwise import stack
+from galore_optax.layerwise.passes import Passes
+from galore_optax.layerwise.weights import ARRAYS, Weights
 
 PyTree = Any
 
@@ -53,6 +52,28 @@ class Layers(Protocol):
     ...
 
 
+@runtime_checkable
+class OneLayer(Protocol):
+  """A transformation that trains one layer at a time, as `badam` does.
+
+  Its state of a layer's weight is of one layer, and the weight gradient of the
+  layer whose turn it is the only one that is computed.
+  """
+
+  rule: optax.GradientTransformationExtraArgs
+  """Of the weights of one layer."""
+  rest: optax.GradientTransformationExtraArgs | None
+  """Of the weights outside the stack; None where they are frozen."""
+
+  def active(self, count: jax.Array, num_layers: int) -> jax.Array:
+    """Returns the layer whose turn it is: [], int32."""
+    ...
+
+  def check_blocks(self, stacked: dict[str, bool]) -> None:
+    """Raises ValueError if its layers are not those of the stack, by path."""
+    ...
+
+
 class LayerwiseState(NamedTuple):
   """State of a layer-wise step."""
 
@@ -63,19 +84,13 @@ class LayerwiseState(NamedTuple):
   () for what is frozen."""
 
 
-def layerwise(
-  model: Layers,
-  tx: optax.GradientTransformation,
-  *,
-  clip_norm: float | None = None,
-  clip: Literal['exact', 'previous'] = 'exact',
-  microbatches: int = 1,
-  accumulate: int = 1,
-  sums_dtype: Any = jnp.float32,
-  slices: dict[str, int] | None = None,
-  weights: Weights = ARRAYS,
-) -> 'Layerwise':
-  """Makes a training step that updates every layer as its gradient appears.
+@dataclasses.dataclass(eq=False)
+class Layerwise:
+  """A training step that updates every layer as its gradient appears.
+
+  It has `init(params) -> state`, and is called with `(params, state, batch)`
+  for `(params, state, metrics)`. Metrics are `loss`, a mean; `grad_norm`,
+  before clipping; and sums of what stands beside the loss, by name or as `aux`.
 
   Only the input of each block is kept; the reverse loop recomputes a block,
   takes its gradient, updates that layer in place and moves on, as the
@@ -101,11 +116,6 @@ def layerwise(
       the stack is updated: bounds the scratch where `tx` is elementwise.
     weights: how weights are stored; default, as the arrays they are.
 
-  Returns:
-    An object with `init(params) -> state` and `(params, state, batch) ->
-    (params, state, metrics)`. Metrics are `loss`, a mean; `grad_norm`, before
-    clipping; and sums of what stands beside the loss, by name or as `aux`.
-
   Example:
     >>> class Linear:
     ...   def embed(self, params, batch):
@@ -124,47 +134,35 @@ def layerwise(
   References:
     Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023.
   """
-  if isinstance(tx, clipping.ClippedTransformation):
-    if clip_norm is not None:
-      raise ValueError(
-        f'clip_norm={clip_norm} beside a rule that clips at {tx.clip_norm}: '
-        'give one of the two'
-      )
-    clip_norm, tx = tx.clip_norm, tx.rule
-  return Layerwise(
-    model=model,
-    tx=optax.with_extra_args_support(tx),
-    clip_norm=clip_norm,
-    clip=clip,
-    microbatches=microbatches,
-    accumulate=accumulate,
-    sums_dtype=sums_dtype,
-    slices=slices or {},
-    weights=weights,
-  )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Layerwise:
-  """A layer-wise training step; `layerwise` makes it and documents it."""
 
   model: Layers
-  tx: optax.GradientTransformationExtraArgs
-  clip_norm: float | None
-  clip: str
-  microbatches: int
-  accumulate: int
-  sums_dtype: Any
-  slices: dict[str, int]
-  weights: Weights
+  tx: Any
+  _: dataclasses.KW_ONLY
+  clip_norm: float | None = None
+  clip: Literal['exact', 'previous'] = 'exact'
+  microbatches: int = 1
+  accumulate: int = 1
+  sums_dtype: Any = jnp.float32
+  slices: Mapping[str, int] | None = None
+  weights: Weights = ARRAYS
 
   def __post_init__(self) -> None:
-    """Raises ValueError for options that fit no model."""
+    """Raises ValueError for options that fit no model, or not each other."""
+    if isinstance(self.tx, clipping.ClippedTransformation):
+      if self.clip_norm is not None:
+        raise ValueError(
+          f'clip_norm={self.clip_norm} beside a rule that clips at'
+          f' {self.tx.clip_norm}: give one of the two'
+        )
+      self.clip_norm, self.tx = self.tx.clip_norm, self.tx.rule
+    self.tx = optax.with_extra_args_support(self.tx)
+    self.slices = dict(self.slices or {})
     check_count(microbatches=self.microbatches, accumulate=self.accumulate)
     clipping.check_norm(self.clip_norm)
     if self.clip not in ('exact', 'previous'):
       raise ValueError(f"clip must be 'exact' or 'previous', got {self.clip!r}")
-    if self.accumulate > 1 and not isinstance(self.tx, Accumulating):
+    linear = isinstance(self.tx, Galore) and self.tx.linear
+    if self.accumulate > 1 and not linear:
       raise ValueError(
         f'accumulate={self.accumulate} sums projected gradients: tx must be a'
         ' galore without a residual rule; microbatches work with any'
@@ -172,52 +170,53 @@ class Layerwise:
 
   def init(self, params: PyTree) -> LayerwiseState:
     """Returns the state before the first step."""
-    tree = parts.Parts(params)
-    if not any(map(parts.in_stack, tree.names)):
+    tree = stack.Parts(params)
+    weights = tree.weights(params)
+    stacked = {name: stack.in_stack(name) for name in tree.names}
+    if not any(stacked.values()):
       raise ValueError(
         "params['blocks'] must hold the layers, every leaf [L, ...], got "
         + ', '.join(tree.names)
       )
-    if isinstance(self.tx, OneBlock):
-      self.tx.check_blocks(tree.names, parts.in_stack)
+    if isinstance(self.tx, OneLayer):
+      self.tx.check_blocks(stacked)
     # A target that matches nothing anywhere is told here: `tx` is strict only
     # where it sees the whole tree.
+    read = self.weights.read
     jax.eval_shape(
       lambda weights: self.tx.init(
-        tree.build({n: self.weights.read(w) for n, w in weights.items()})
+        tree.build({name: read(w) for name, w in weights.items()})
       ),
-      tree.weights(params),
+      weights,
     )
 
     def init_weight(name, stored):
       rule = self._rule(name)
       if rule is None:
         return ()
-      init = lambda one: rule.init(tree.alone(name, self.weights.read(one)))
+      init = lambda one: rule.init(tree.alone(name, read(one)))
       if name in self.slices:
-        stored = stacks.sliced(stored, self.slices[name])
-      elif not parts.in_stack(name):
+        return jax.vmap(init)(stack.sliced(stored, self.slices[name]))
+      if not stacked[name]:
         return init(stored)
-      elif isinstance(self.tx, OneBlock):
-        return init(stacks.take(stored, 0))
+      if isinstance(self.tx, OneLayer):
+        return init(stack.take(stored, 0))
       return jax.vmap(init)(stored)
 
     return LayerwiseState(
       count=jnp.zeros([], jnp.int32),
       norm=jnp.zeros([], jnp.float32),
-      inner={n: init_weight(n, w) for n, w in tree.weights(params).items()},
+      inner={name: init_weight(name, w) for name, w in weights.items()},
     )
 
   def __call__(
     self, params: PyTree, state: LayerwiseState, batch: PyTree
   ) -> tuple[PyTree, LayerwiseState, dict[str, PyTree]]:
     """Returns parameters and state one step on, and the step's metrics."""
-    tree = parts.Parts(params)
+    tree = stack.Parts(params)
+    step = summing.step if self.accumulate > 1 else Layerwise._at_once
     weights = tree.weights(params)
-    if self.accumulate == 1:
-      entries, metrics = self._at_once(tree, weights, state, batch)
-    else:
-      entries, metrics = summing.step(self, tree, weights, state, batch)
+    entries, metrics = step(self, tree, weights, state, batch)
     state = LayerwiseState(
       count=jnp.asarray(optax.safe_increment(state.count)),
       norm=metrics['grad_norm'],
@@ -228,10 +227,11 @@ class Layerwise:
 
   def _at_once(self, tree, weights, state, batch):
     """Returns (stored, state) by weight, updated as gradients appear."""
-    walk = self.walk(tree, batch)
-    saved, x = walk.forward(weights)
-    backward = functools.partial(walk.backward, saved)
-    if isinstance(self.tx, OneBlock):
+    passes = self.passes(tree, batch)
+    saved, x = passes.forward(weights, self.weights.read)
+    backward = functools.partial(passes.backward, saved)
+    one_layer = isinstance(self.tx, OneLayer)
+    if one_layer:
       num_layers = jax.tree.leaves(saved)[0].shape[0]
       frozen = [name for name in tree.names if self._rule(name) is None]
       active = self.tx.active(state.count, num_layers)
@@ -242,45 +242,27 @@ class Layerwise:
     key = jax.random.fold_in(jax.random.key(0), state.count)
 
     def read(entry, name, layer):
-      return self.weights.read(parts.at(name, entry[0], layer))
+      return self.weights.read(stack.take(entry[0], layer))
 
     def visit(entry, name, grad, layer):
-      def update(entry, grad, layer):
+      rule = self._rule(name)
+      assert rule is not None
+
+      def update(entry, grad, index):
         if factor is not None:
           grad = clipping.times(grad, factor)
-        return self.update(tree, key, name, entry, grad, layer)
+        return self.update(rule.update, tree, key, name, entry, grad, index)
 
       if name in self.slices:
-        return stacks.in_slices(update, entry, grad, self.slices[name])
-      if parts.in_stack(name) and isinstance(self.tx, OneBlock):
-        # The state is of one layer.
-        stack, inner = entry
-        new, inner = update((stacks.take(stack, layer), inner), grad, layer)
-        return stacks.put(stack, new, layer), inner
-      new = update(parts.at(name, entry, layer), grad, layer)
-      return parts.put(name, entry, new, layer)
+        return stack.in_slices(update, entry, grad, self.slices[name])
+      # The state is of one layer if one is trained at a time.
+      places = (layer, None if one_layer else layer)
+      now = tuple(map(stack.take, entry, places))
+      new = update(now, grad, 0 if layer is None else layer)
+      return tuple(map(stack.put, entry, new, places))
 
     entries = {name: (w, state.inner[name]) for name, w in weights.items()}
     return backward(x, entries, read, visit)
-
-  def sums(self, params: PyTree, state: LayerwiseState) -> list[jax.Array]:
-    """Returns the zeros that `accumulate` adds gradients to, for their size."""
-    if self.accumulate == 1:
-      return []
-    tree = parts.Parts(params)
-    slots = summing.start(self, tree, tree.weights(params), state)
-    return [zeros for zeros, _ in slots.values()]
-
-  def walk(self, tree: parts.Parts, batch: PyTree) -> Walk:
-    """Returns the way of a batch [N, ...] through the model."""
-    batch = stacks.split(batch, self.microbatches)
-    return Walk(self.model, tree, self.weights, batch)
-
-  def _rule(self, name):
-    """Returns what updates a weight; None if it is frozen."""
-    if not isinstance(self.tx, OneBlock):
-      return self.tx
-    return self.tx.rule if parts.in_stack(name) else self.tx.rest
 
   def _factor(self, state, weights, backward):
     """Returns what the gradient is multiplied by, None without clipping."""
@@ -288,12 +270,9 @@ class Layerwise:
       return None
 
     def exact():
-      # The weights are not in the carry, where XLA would copy them.
-      read = lambda _, name, layer: self.weights.read(
-        parts.at(name, weights[name], layer)
-      )
       keep = lambda entry, name, grad, layer: entry
-      return backward(dict.fromkeys(weights, ()), read, keep)[1]['grad_norm']
+      none = dict.fromkeys(weights, ())
+      return backward(none, self.reader(weights), keep)[1]['grad_norm']
 
     if self.clip == 'exact':
       norm = exact()
@@ -301,24 +280,49 @@ class Layerwise:
       norm = lax.cond(state.count == 0, exact, lambda: state.norm)
     return clipping.clip_coefficient(norm, self.clip_norm)
 
+  def sums(self, params: PyTree, state: LayerwiseState) -> list[jax.Array]:
+    """Returns the zeros that `accumulate` adds gradients to, for their size."""
+    if self.accumulate == 1:
+      return []
+    tree = stack.Parts(params)
+    zeros = summing.zeros(self, tree, tree.weights(params), state.inner)
+    return list(zeros.values())
+
+  def passes(self, tree: stack.Parts, batch: PyTree) -> Passes:
+    """Returns the way of a batch [N, ...] through the model."""
+    return Passes(self.model, tree, stack.split(batch, self.microbatches))
+
+  def reader(self, weights: dict[str, Any]) -> Callable[..., jax.Array]:
+    """Returns a `passes.Read` of weights that are not in the entries.
+
+    XLA would copy them in the carry of a pass that does not change them.
+    """
+    return lambda entry, name, layer: self.weights.read(
+      stack.take(weights[name], layer)
+    )
+
   def update(
     self,
-    tree: parts.Parts,
+    rule: Callable[..., tuple[Any, Any]],
+    tree: stack.Parts,
     key: jax.Array,
     name: str,
     entry: Any,
-    grad: Any,
+    grad: jax.Array,
     layer: jax.Array | int,
   ) -> Any:
     """Returns one weight, layer or slice and its state, updated."""
     stored, inner = entry
-    rule = self._rule(name)
-    assert rule is not None
-    updates, inner = rule.update(
-      tree.alone(name, grad),
-      inner,
-      tree.alone(name, self.weights.read(stored)),
-      layer=layer,
-    )
+    weight = tree.alone(name, self.weights.read(stored))
+    updates, inner = rule(tree.alone(name, grad), inner, weight, layer=layer)
     key = tree.key(key, name, layer)
     return self.weights.write(stored, jax.tree.leaves(updates)[0], key), inner
+
+  def _rule(self, name):
+    """Returns what updates a weight; None if it is frozen."""
+    if not isinstance(self.tx, OneLayer):
+      return self.tx
+    return self.tx.rule if stack.in_stack(name) else self.tx.rest
+
+
+layerwise = Layerwise

@@ -101,9 +101,7 @@ def scale_by_galore_factored_rms(
     moments = zip(*map(treedef.flatten_up_to, state[1:]), strict=True)
     results = [
       _rescale(name, g, v, weight, eps, clip_threshold)
-      for name, g, v in zip(
-        paths.paths(updates), grads, moments, strict=True
-      )
+      for name, g, v in zip(paths.paths(updates), grads, moments, strict=True)
     ]
     new_grads = treedef.unflatten([u for u, _ in results])
     v_row, v_col, v = (
@@ -131,9 +129,7 @@ def _rescale(name, g, moments, weight, eps, clip_threshold):
   else:
     v = average(v, squared)
     u *= jax.lax.rsqrt(v)
-  u /= jnp.maximum(
-    1.0, rms(u, paths.own_axes(name, g.ndim)) / clip_threshold
-  )
+  u /= jnp.maximum(1.0, rms(u, paths.own_axes(name, g.ndim)) / clip_threshold)
   return u.astype(g.dtype), (v_row, v_col, v)
 
 

@@ -1,294 +1,272 @@
-"""This module holds an optimizer of one layer of a stack at a time.
+"""BAdam: an optimizer of one layer of a stack at a time.
 
 Its state is that of one layer: the layers take turns, and with each turn it
-starts anew. A layer-wise step reads the parts of a `OneBlock`, and computes
-the weight gradient of the layer whose turn it is and of no other.
+starts anew. A layer-wise step reads `rule`, `rest` and `active` of a
+`OneBlock`, and computes the weight gradient of the layer whose turn it is and
+of no other.
 
 Axes: L layers, the leading axis of a stack.
 """
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from galore_optax import decay
-from galore_optax import paths as selection
-from galore_optax.layerwise import stack as stacks
+from galore_optax import paths
+from galore_optax.checks import (
+  check_count,
+  check_integer,
+  check_learning_rate,
+  check_not_negative,
+  check_one_of,
+)
 from galore_optax.precision import in_float32
-from galore_optax.presets.step_size import scale_by_step_size
-from galore_optax.subspace.turns import Turns
+from galore_optax.presets.inner import Inner, without_rate
 
 PyTree = Any
+Rule = optax.GradientTransformationExtraArgs
+Order = Literal['random', 'ascending', 'descending', 'fixed']
 
 
 class TurnState(NamedTuple):
-  """State of the rule of a block."""
+  """State of the rule of a layer, or of what is in no block."""
 
   count: jax.Array  # [], int32: updates done, over all turns
-  inner: optax.OptState  # of the block whose turn it is
-
-
-class MasterState(NamedTuple):
-  """State of `on_master_weights`."""
-
-  master: PyTree  # the parameters in float32
-  inner: optax.OptState
+  inner: optax.OptState  # of the layer whose turn it is
+  master: PyTree  # its weights in float32; () without `master_weights`
 
 
 class OneBlockState(NamedTuple):
-  """State of `one_block`."""
+  """State of `badam`."""
 
-  block: Any  # TurnState, of one layer
-  rest: Any  # of what is in no block; () where that is frozen
+  block: TurnState  # of one layer
+  rest: Any  # TurnState of what is in no block; EmptyState where frozen
 
 
 class OneBlock(optax.GradientTransformationExtraArgs):
   """A transformation that trains one layer at a time, in a form to be read."""
 
-  rule: optax.GradientTransformationExtraArgs
-  rest: optax.GradientTransformationExtraArgs | None
-  turns: Turns
-  switch_every: int
-  blocks: str
-
-  def active(self, count: jax.Array, num_layers: int) -> jax.Array:
-    """Returns the layer whose turn it is: [], int32."""
-    return self.turns.at(count // self.switch_every, 1, num_layers)[0]
-
-  def check_blocks(
-    self, names: list[str], in_stack: Callable[[str], bool]
-  ) -> None:
-    """Raises ValueError where the blocks are not the layers of a model."""
-    odd = [
-      n for n in names if in_stack(n) != bool(re.fullmatch(self.blocks, n))
-    ]
-    if odd:
-      raise ValueError(
-        f'blocks {self.blocks!r} must match the whole layer stack, blocks/..., '
-        'and nothing else where layers are updated one by one; not so for '
-        + ', '.join(odd)
-      )
+  rule: Rule
+  """Of the weights of one layer."""
+  rest: Rule | None
+  """Of what is in no block; None where that is frozen."""
+  active: Callable[[jax.Array, int], jax.Array]
+  """`(count, number of layers) -> []`, int32: the layer whose turn it is."""
+  check_blocks: Callable[[dict[str, bool]], None]
+  """Raises ValueError if the blocks are not the layers of a stack, by path."""
 
 
-def one_block(
-  rule: optax.GradientTransformationExtraArgs,
-  rest: optax.GradientTransformationExtraArgs | None,
-  *,
-  turns: Turns,
-  switch_every: int,
-  blocks: str,
-) -> OneBlock:
-  """Applies a rule to the layer whose turn it is.
-
-  Args:
-    rule: for the weights of one layer; see `with_turns`.
-    rest: for what is in no block; None freezes that.
-    turns: in which order.
-    switch_every: updates of a turn.
-    blocks: regex on the paths of the stacked leaves [L, ...].
-
-  Raises:
-    ValueError: at `init`, the regex matches nothing, or leaves that are not
-      stacks of one length.
-  """
-
-  def marks(tree: PyTree) -> list[bool]:
-    return selection.matched([blocks], tree, option='blocks')
-
-  def init_fn(params: optax.Params) -> OneBlockState:
-    mine = marks(params)
-    _check_stacks(params, mine, blocks)
-    layer, others = _pick(params, mine, _first), _pick(params, mine, None)
-    return OneBlockState(
-      rule.init(layer), () if rest is None else rest.init(others)
-    )
-
-  def update_fn(
-    updates: optax.Updates,
-    state: Any,
-    params: optax.Params | None = None,
-    **extra_args: Any,
-  ) -> tuple[optax.Updates, OneBlockState]:
-    if params is None:
-      raise ValueError('badam needs params: tx.update(g, state, params)')
-    mine = marks(updates)
-    num_layers = _num_layers(updates, mine)
-    active = tx.active(state.block.count, num_layers)
-    take = lambda x: stacks.take(x, active)
-    layer_updates, block = rule.update(
-      _pick(updates, mine, take),
-      state.block,
-      _pick(params, mine, take),
-      **extra_args,
-    )
-    others, rest_state = _pick(updates, mine, None), state.rest
-    if rest is None:
-      others = jax.tree.map(jnp.zeros_like, others)
-    else:
-      others, rest_state = rest.update(
-        others, rest_state, _pick(params, mine, None), **extra_args
-      )
-    layer, kept = map(iter, map(jax.tree.leaves, (layer_updates, others)))
-    leaves, treedef = jax.tree.flatten(updates)
-    whole = [
-      stacks.put(jnp.zeros_like(g), next(layer), active) if yes else next(kept)
-      for g, yes in zip(leaves, mine, strict=True)
-    ]
-    return treedef.unflatten(whole), OneBlockState(block, rest_state)
-
-  tx = OneBlock(init_fn, update_fn)
-  tx.rule, tx.rest, tx.blocks = rule, rest, blocks
-  tx.turns, tx.switch_every = turns, switch_every
-  return tx
-
-
-def with_turns(
-  inner: optax.GradientTransformation,
+def badam(
   learning_rate: optax.ScalarOrSchedule,
   *,
-  restart_every: int | None,
-  weight_decay: float,
-  master_weights: bool,
-) -> optax.GradientTransformationExtraArgs:
-  """Returns a rule whose inner starts anew with each turn.
+  switch_every: int = 100,
+  order: Order = 'random',
+  inner: Inner = 'adam',
+  weight_decay: float = 0.0,
+  blocks: str = 'blocks/.*',
+  train_rest: bool = False,
+  master_weights: bool = False,
+  start: int | None = None,
+  seed: int = 0,
+) -> OneBlock:
+  """Adam (or another inner) on one layer of a stack at a time.
 
-  The learning rate follows the count of all updates. Everything is computed
-  in float32, and the updates come back in the type of the gradients.
+  Its moments are those of one layer, and start anew with the next one. The
+  position in the cycle follows from the step count, so a resumed run goes on.
+  `layerwise` computes the weight gradient of the layer whose turn it is alone.
+  Everything is computed in float32.
+
+  State: the inner's for one layer, float32 (Adam: 8 bytes an element of the
+  layer), with `master_weights` 4 bytes more.
 
   Args:
-    inner: a transformation without a learning rate.
     learning_rate: a number, or a schedule of the step.
-    restart_every: updates of a turn; None for one that does not end.
-    weight_decay: decoupled, times the learning rate.
-    master_weights: keep float32 weights during a turn.
+    switch_every: updates of a layer before the next one's turn.
+    order: 'random' (a permutation, new in each cycle), 'ascending',
+      'descending', or 'fixed': one layer for ever.
+    inner: 'adam', 'lion', 'sgdm', or a transformation without a learning rate.
+    weight_decay: decoupled, on what is trained.
+    blocks: regex on the paths of the stacked leaves [L, ...].
+    train_rest: train what is in no block (embedding, head, norm) too, at every
+      step; it is frozen otherwise.
+    master_weights: keep a float32 copy of the layer whose turn it is; for
+      bfloat16 weights, which lose every update below 2^-9 of them.
+    start: the first layer; default the last for 'descending', else layer 0.
+      A random order has none.
+    seed: of the random order.
+
+  Raises:
+    ValueError: an option out of range; at `init`, `blocks` matches nothing, or
+      leaves that are not stacks of one length, or the inner has a learning
+      rate.
 
   Example:
-    >>> tx = with_turns(
-    ...   optax.trace(0.5), 1.0, restart_every=2, weight_decay=0.0,
-    ...   master_weights=False)
-    >>> w = jnp.zeros(1)
-    >>> state, out = tx.init(w), []
-    >>> for _ in range(4):
-    ...   u, state = tx.update(jnp.ones(1), state, w)
-    ...   out.append(float(u[0]))
-    >>> out
-    [-1.0, -1.5, -1.0, -1.5]
+    >>> tx = badam(0.01, order='ascending')
+    >>> params = {'blocks': {'w': jnp.ones((4, 3, 5))}, 'head': jnp.ones(3)}
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> print(abs(updates['blocks']['w']).sum((1, 2)) > 0, updates['head'])
+    [ True False False False] [0. 0. 0.]
+
+  References:
+    Luo et al., `BAdam <https://arxiv.org/abs/2404.02827>`_, 2024.
   """
-  rule = optax.chain(
-    inner, optax.add_decayed_weights(weight_decay), scale_by_step_size()
+  check_count(switch_every=switch_every)
+  check_one_of(get_args(Order), order=order)
+  check_learning_rate(learning_rate=learning_rate)
+  check_not_negative(weight_decay=weight_decay)
+  check_integer(seed=seed)
+  if order == 'random' and start is not None:
+    raise ValueError(f"order 'random' has no start, got {start}")
+  inner = without_rate(inner)
+  rule = lambda restart_every: _in_turns(
+    inner, learning_rate, restart_every, weight_decay, master_weights
   )
-  if master_weights:
-    rule = on_master_weights(rule)
+  return _one_block(
+    rule(None if order == 'fixed' else switch_every),
+    rule(None) if train_rest else None,
+    lambda count, num_layers: layer_of_turn(
+      count // switch_every, num_layers, order, start, seed
+    ),
+    blocks,
+  )
 
-  def init_fn(params: optax.Params) -> TurnState:
-    return TurnState(jnp.zeros([], jnp.int32), rule.init(params))
 
-  def update_fn(
-    updates: optax.Updates,
-    state: Any,
-    params: Any = None,
-    **extra_args: Any,
-  ) -> tuple[optax.Updates, TurnState]:
-    # At the first update too: `init` may have seen no more than shapes.
-    due = state.count == 0
-    if restart_every is not None:
-      due = state.count % restart_every == 0
+def layer_of_turn(
+  turn: Any,
+  num_layers: int,
+  order: Order = 'random',
+  start: int | None = None,
+  seed: int = 0,
+) -> jax.Array:
+  """Returns which layer has a turn, the first one of which is 0: [], int32.
+
+  >>> [int(layer_of_turn(t, 3, 'descending')) for t in range(4)]
+  [2, 1, 0, 2]
+  """
+  cycle, place = divmod(jnp.asarray(turn, jnp.int32), num_layers)
+  if order == 'random':
+    key = jax.random.fold_in(jax.random.key(seed), cycle)
+    return jax.random.permutation(key, num_layers)[place].astype(jnp.int32)
+  if start is None:
+    start = num_layers - 1 if order == 'descending' else 0
+  if not 0 <= start < num_layers:
+    raise ValueError(f'start must be in 0..{num_layers - 1}, got {start}')
+  step = {'ascending': 1, 'descending': -1, 'fixed': 0}[order]
+  return (start + step * place) % num_layers
+
+
+def _in_turns(
+  inner, learning_rate, restart_every, weight_decay, master_weights
+):
+  """Returns a rule whose inner starts anew every so many updates, or never.
+
+  The learning rate follows the count of all updates.
+  """
+
+  def init_fn(params):
+    # Of no meaning yet: these may be shapes. The first update starts a turn.
+    master = optax.tree.zeros_like(params) if master_weights else ()
+    return TurnState(jnp.zeros([], jnp.int32), inner.init(params), master)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    count = state.count
+    due = (count if restart_every is None else count % restart_every) == 0
     # A select, which joins the update that follows; a cond would copy.
-    inner_state = jax.tree.map(
+    inner_state, master = jax.tree.map(
       lambda new, old: jnp.where(due, jnp.asarray(new, old.dtype), old),
-      rule.init(params),
-      state.inner,
+      (inner.init(params), params if master_weights else ()),
+      (state.inner, state.master),
     )
-    size = decay.rate_at(learning_rate, state.count)
-    sizes = jax.tree.map(lambda _: size, updates)
-    updates, inner_state = rule.update(
-      updates, inner_state, params, step_size=sizes, **extra_args
+    weights = master if master_weights else params
+    steps, inner_state = inner.update(
+      updates, inner_state, weights, **extra_args
     )
-    count = jnp.asarray(optax.safe_increment(state.count))
-    return updates, TurnState(count, inner_state)
+    rate = learning_rate(count) if callable(learning_rate) else learning_rate
+    down = lambda u, w: jnp.asarray(-rate, u.dtype) * (u + weight_decay * w)
+    steps = jax.tree.map(down, steps, weights)
+    if master_weights:
+      master = optax.apply_updates(master, steps)
+      steps = jax.tree.map(lambda m, w: m - w, master, params)
+    count = jnp.asarray(optax.safe_increment(count))
+    return steps, TurnState(count, inner_state, master)
 
   return in_float32(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
-def on_master_weights(
-  inner: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-  """Updates a float32 copy of the weights, which the weights are rounded from.
+def _one_block(rule, rest, active, blocks):
+  """Applies a rule to the layer whose turn it is, another to the rest."""
+  off = optax.with_extra_args_support(optax.set_to_zero())
+  rest_rule = off if rest is None else rest
 
-  Without it, a bfloat16 weight loses every update below 2^-9 of it.
+  def init_fn(params):
+    stacks, others = _split(params, blocks)
+    _check_stacks(stacks, blocks)
+    layer = jax.tree.map(_first, stacks)
+    return OneBlockState(rule.init(layer), rest_rule.init(others))
 
-  Args:
-    inner: a transformation that returns steps to add; of `in_float32`.
-
-  Example:
-    >>> tx = in_float32(on_master_weights(optax.sgd(1.0)))
-    >>> w = jnp.ones(1, jnp.bfloat16)
-    >>> state = tx.init(w)
-    >>> for _ in range(4):
-    ...   u, state = tx.update(jnp.full(1, -2.0**-9), state, w)
-    ...   w = optax.apply_updates(w, u)
-    >>> print(w, state.master)
-    [1.00781] [1.0078125]
-  """
-  inner = optax.with_extra_args_support(inner)
-
-  def init_fn(params: optax.Params) -> MasterState:
-    return MasterState(jax.tree.map(_concrete, params), inner.init(params))
-
-  def update_fn(
-    updates: optax.Updates,
-    state: Any,
-    params: optax.Params | None = None,
-    **extra_args: Any,
-  ) -> tuple[optax.Updates, MasterState]:
-    steps, inner_state = inner.update(
-      updates, state.inner, state.master, **extra_args
+  def update_fn(updates, state, params=None, **extra_args):
+    if params is None:
+      raise ValueError('badam needs params: tx.update(g, state, params)')
+    stacks, others = _split(updates, blocks)
+    weights, other_weights = _split(params, blocks)
+    layer = active(state.block.count, jax.tree.leaves(stacks)[0].shape[0])
+    take = lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    ours, weights = jax.tree.map(take, (stacks, weights))
+    ours, block = rule.update(ours, state.block, weights, **extra_args)
+    others, rest_state = rest_rule.update(
+      others, state.rest, other_weights, **extra_args
     )
-    master = optax.apply_updates(state.master, steps)
-    apart = jax.tree.map(lambda m, w: m - w, master, params)
-    return apart, MasterState(master, inner_state)
+    masked = lambda x: isinstance(x, optax.MaskedNode)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def whole(stack, one, other):
+      if masked(stack):
+        return other
+      zeros = jnp.zeros_like(stack)
+      return lax.dynamic_update_index_in_dim(zeros, one, layer, 0)
+
+    updates = jax.tree.map(whole, stacks, ours, others, is_leaf=masked)
+    return updates, OneBlockState(block, rest_state)
+
+  def check_blocks(stacked):
+    mine = re.compile(blocks).fullmatch
+    odd = [n for n, yes in stacked.items() if yes != bool(mine(n))]
+    if odd:
+      raise ValueError(
+        f'blocks {blocks!r} must match the whole layer stack, blocks/..., and'
+        ' nothing else where layers are updated one by one; not so for '
+        + ', '.join(odd)
+      )
+
+  tx = OneBlock(init_fn, update_fn)
+  tx.rule, tx.rest = rule, rest
+  tx.active, tx.check_blocks = active, check_blocks
+  return tx
 
 
-def _check_stacks(params: PyTree, mine: list[bool], blocks: str) -> None:
-  shapes = {
-    path: x.shape
-    for path, x, yes in zip(
-      selection.paths(params), jax.tree.leaves(params), mine, strict=True
-    )
-    if yes
-  }
-  if any(len(s) < 2 for s in shapes.values()) or (
-    len({s[0] for s in shapes.values()}) != 1
-  ):
+def _split(tree: PyTree, blocks: str) -> tuple[PyTree, PyTree]:
+  """Returns the stacks of a tree and the rest of it; MaskedNode elsewhere."""
+  mine = paths.matched([blocks], tree, option='blocks')
+  leaves, treedef = jax.tree.flatten(tree)
+  none, pairs = optax.MaskedNode(), list(zip(leaves, mine, strict=True))
+  return (
+    treedef.unflatten([x if yes else none for x, yes in pairs]),
+    treedef.unflatten([none if yes else x for x, yes in pairs]),
+  )
+
+
+def _check_stacks(stacks: PyTree, blocks: str) -> None:
+  shapes = [x.shape for x in jax.tree.leaves(stacks)]
+  if min(map(len, shapes)) < 2 or len({shape[0] for shape in shapes}) > 1:
+    pairs = zip(paths.paths(stacks), shapes, strict=True)
     raise ValueError(
       f'blocks {blocks!r} must match stacks [L, ...] of one length L, got '
-      + ', '.join(f'{path} {shape}' for path, shape in shapes.items())
+      + ', '.join(f'{path} {shape}' for path, shape in pairs)
     )
-
-
-def _num_layers(tree: PyTree, mine: list[bool]) -> int:
-  leaves = zip(jax.tree.leaves(tree), mine, strict=True)
-  return next(x.shape[0] for x, yes in leaves if yes)
-
-
-def _pick(
-  tree: PyTree, mine: list[bool], take: Callable[[Any], Any] | None
-) -> PyTree:
-  """Returns the stacks, one layer taken of each; without `take`, the others."""
-  leaves, treedef = jax.tree.flatten(tree)
-  none = optax.MaskedNode()
-  return treedef.unflatten(
-    [
-      (take(x) if take else none) if yes else (none if take else x)
-      for x, yes in zip(leaves, mine, strict=True)
-    ]
-  )
 
 
 def _first(x: Any) -> Any:
@@ -296,10 +274,3 @@ def _first(x: Any) -> Any:
   if isinstance(x, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
   return x[0]
-
-
-def _concrete(x: Any) -> jax.Array:
-  """Returns an array; zeros where it is abstract."""
-  return (
-    jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
-  )

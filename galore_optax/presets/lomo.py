@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import paths as selection
+from galore_optax.checks import is_zero
 from galore_optax.clipping import clipped
 from galore_optax.presets.adafactor import rms, scale_by_galore_factored_rms
-from galore_optax.checks import is_zero
 
 
 def lomo(

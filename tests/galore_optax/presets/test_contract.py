@@ -12,13 +12,13 @@ import orbax.checkpoint
 from jax.sharding import NamedSharding, PartitionSpec
 
 import galore_optax as go
-from tests.galore_optax.program import each, normal32
-from tests.galore_optax.test_layerwise import (
+from tests.galore_optax.layerwise.program import (
   Residual,
   make_params,
   run,
   run_whole_tree,
 )
+from tests.galore_optax.program import each, normal32
 
 L, STEPS = 3, 5
 RANK = dict(rank=3, gap=2)

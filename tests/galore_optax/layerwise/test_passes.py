@@ -5,19 +5,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax.layerwise.pullback import pull_back
+from galore_optax.layerwise.passes import pull_back
 
 
 def arguments():
   draw = np.random.default_rng(0).normal
   leaf = lambda *shape: jnp.asarray(draw(size=shape), jnp.float32)
-  params = [leaf(3, 5), leaf(2), leaf(4, 5), leaf(5, 5)]
+  shapes = {'w': (3, 5), 'unused': (2,), 'b': (4, 5), 'shared': (5, 5)}
+  params = {name: leaf(*shape) for name, shape in shapes.items()}
   return params, {'h': leaf(4, 3)}, {'h': leaf(4, 3)}
 
 
 def f(params, x):
-  w, unused, b, shared = params
-  del unused
+  w, b, shared = params['w'], params['b'], params['shared']
   return {'h': x['h'] + jnp.tanh((x['h'] @ w + b) @ shared @ shared) @ w.T}
 
 
@@ -26,17 +26,13 @@ def test_gradients_are_those_of_vjp_and_weights_are_read_before_changed():
 
   @jax.jit
   def in_pieces(params):
-    visit = lambda carry, i, grad: [
-      p - grad if j == i else p for j, p in enumerate(carry)
-    ]
     return pull_back(
-      f,
-      x,
+      lambda params, dy: jax.vjp(f, params, x)[1](dy),
       dy,
       params,
-      num_params=4,
-      read=lambda carry, i: carry[i],
-      visit=visit,
+      names=params,
+      read=dict.get,
+      visit=lambda carry, name, grad: carry | {name: carry[name] - grad},
     )
 
   @jax.jit
@@ -51,12 +47,11 @@ def test_gradients_are_those_of_vjp_and_weights_are_read_before_changed():
 def test_the_gradient_of_an_added_parameter_is_the_cotangent():
   x, dy = jnp.ones(3), jnp.arange(3.0)
   dx, carry = pull_back(
-    lambda params, x: x + params[0],
-    x,
+    lambda params, dy: jax.vjp(lambda p, x: x + p['b'], params, x)[1](dy),
     dy,
     jnp.zeros(3),
-    num_params=1,
-    read=lambda carry, i: carry,
-    visit=lambda carry, i, grad: carry + grad,
+    names=['b'],
+    read=lambda carry, name: carry,
+    visit=lambda carry, name, grad: carry + grad,
   )
   chex.assert_trees_all_equal((dx, carry), (dy, dy))

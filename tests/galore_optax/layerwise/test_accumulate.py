@@ -8,11 +8,11 @@ import optax
 import pytest
 
 import galore_optax
-from galore_optax.accumulation import Accumulating
+from galore_optax.accumulation import Galore
 from galore_optax.clipping import clip_coefficient
-from galore_optax.layerwise.step import layerwise
+from galore_optax.layerwise import layerwise
 from galore_optax.layerwise.weights import quantize_bases
-from tests.galore_optax.test_layerwise import (
+from tests.galore_optax.layerwise.program import (
   Residual,
   galore_rule,
   make_batch,
@@ -130,9 +130,9 @@ def test_quantized_bases_and_slices_and_bfloat16_sums():
   first = jax.tree.map(lambda x: x[::3], batch)
   # The basis of the first part, then the update from all parts.
   grads = jax.grad(model, has_aux=True)(params, first)[0]
-  state = tx.begin(grads, state)
+  state = tx.refresh(grads, state)
   grads = jax.grad(model, has_aux=True)(params, batch)[0]
-  updates, _ = tx.update(tx.compress(grads, state), state, params)
+  updates, _ = tx.apply(tx.project(grads, state), state, params)
   expected = optax.apply_updates(params, updates)
   # Sums over examples in another order, and products through 8-bit bases.
   chex.assert_trees_all_close(whole, expected, rtol=1e-4, atol=1e-5)
@@ -152,7 +152,7 @@ def test_a_preset_accumulates_if_its_update_is_linear_in_the_gradient():
     galore_optax.galore_adafactor(0.1, rank=2),
     optax.chain(galore_optax.galore(rank=2), optax.adamw(0.1)),
   )
-  assert all(isinstance(tx, Accumulating) for tx in yes)
+  assert all(isinstance(tx, Galore) and tx.linear for tx in yes)
   no = (
     galore_optax.fira(0.1, rank=2),
     galore_optax.frugal(0.1),
