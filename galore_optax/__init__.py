@@ -32,6 +32,8 @@ from galore_optax.presets.adamw import galore_adamw as galore_adamw
 from galore_optax.presets.adamw import galore_adamw_8bit as galore_adamw_8bit
 from galore_optax.presets.lomo import adalomo as adalomo
 from galore_optax.presets.lomo import lomo as lomo
+from galore_optax.presets.muon import galore_muon as galore_muon
+from galore_optax.presets.scale import scale_sgd as scale_sgd
 from galore_optax.quantized.state import (
   apply_updates_stochastic as apply_updates_stochastic,
 )

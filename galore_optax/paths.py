@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import optax
 
 PyTree: TypeAlias = Any
 
@@ -21,6 +22,12 @@ NOT_A_MATRIX = re.compile(
   r'embed\w*|lm_head|head|logits|wte|wpe|' + VECTOR.pattern
 )
 """Path components of leaves that `targets=None` never projects."""
+
+HEAD = re.compile(r'lm_head|head|logits|unembed\w*')
+"""Path components of the head, which makes logits of the residual stream."""
+
+EMBEDDING = re.compile(r'\w*embed\w*|wte|wpe')
+"""Path components of embeddings, where none of `HEAD` is among them."""
 
 VALUE = jax.tree_util.GetAttrKey('value')
 
@@ -109,6 +116,24 @@ def own_axes(path: str, ndim: int) -> tuple[int, ...]:
   """
   is_vector = any(VECTOR.fullmatch(part) for part in path.split('/'))
   return tuple(range(-min(1 if is_vector else 2, ndim), 0))
+
+
+def heads(tree: PyTree) -> list[bool]:
+  """Returns which leaves of `tree` are the head, bias included.
+
+  Where no path names a head the model is tied, and its embeddings are it. The
+  whole model tells, what is elsewhere or masked included.
+
+  >>> heads({'embed': 0, 'lm_head': 1}), heads({'embed': 0, 'up': 1})
+  ([False, True], [True, False])
+  >>> heads({'embed': 0, 'lm_head': Elsewhere()})
+  [False]
+  """
+  is_hole = lambda node: isinstance(node, Elsewhere | optax.MaskedNode)
+  whole = jax.tree.map(lambda _: 0, tree, is_leaf=is_hole)
+  has_part = lambda pattern, path: any(map(pattern.fullmatch, path.split('/')))
+  untied = any(has_part(HEAD, path) for path in paths(whole))
+  return [has_part(HEAD if untied else EMBEDDING, path) for path in paths(tree)]
 
 
 def matched(

@@ -1,5 +1,6 @@
 """This module holds what must be known before a step is traced."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -14,6 +15,20 @@ def check_count(**numbers: Any) -> None:
     whole = isinstance(number, int) and not isinstance(number, bool)
     if not whole or number < 1:
       raise ValueError(f'{name} must be an integer >= 1, got {number!r}')
+
+
+def check_range(low: float, high: float, **values: Any) -> None:
+  """Raises ValueError for a number outside of [low, high), NaN included.
+
+  What is no Python or NumPy number passes: a schedule, an array, None.
+
+  >>> check_range(0, 1, momentum=0.9, other=None)
+  """
+  for name, value in values.items():
+    if isinstance(value, numbers.Real) and not low <= value < high:
+      raise ValueError(
+        f'{name} must be at least {low} and less than {high}, got {value!r}'
+      )
 
 
 def is_zero(number: object) -> bool:
