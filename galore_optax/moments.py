@@ -242,7 +242,8 @@ def _rotate_node(node, step, treedef, turns):
   rates = {f: treedef.flatten_up_to(getattr(step, f)) for f in fields}
   count = getattr(node, 'count', None)
   for i, turn in enumerate(turns):
-    if turn is None:
+    # In a partition another rule may have the leaf.
+    if turn is None or isinstance(flat[fields[0]][i], optax.MaskedNode):
       continue
     first = next((f for f in FIRST if f in fields), None)
     m = _read(flat[first][i]) if first else None
