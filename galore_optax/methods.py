@@ -65,6 +65,11 @@ METHODS = (
     lambda m, r: presets.galore_adafactor(1.0, rank=r),
   ),
   Method(
+    *('galore_muon', 'svd', 'Muon', 'none', 'keep', 'r m + r n'),
+    lambda m, n, r: 4 * (r * m + r * n),
+    lambda m, r: presets.galore_muon(1.0, rank=r),
+  ),
+  Method(
     *("galore(side='full')", 'svd, both sides', 'any', 'none', 'keep'),
     'r (m + n) + 2 r^2 (Adam)',
     lambda m, n, r: 4 * (r * (m + n) + 2 * r * r),
@@ -138,6 +143,11 @@ METHODS = (
     *('adalomo', 'whole', 'factored RMS', '-', '-', 'm + n'),
     lambda m, n, r: 4 * (m + n),
     lambda m, r: presets.adalomo(1.0),
+  ),
+  Method(
+    *('scale_sgd', 'whole', 'SGD by column', '-', '-', '0 (head: m n)'),
+    lambda m, n, r: 0,
+    lambda m, r: presets.scale_sgd(1.0),
   ),
   Method(
     *('lomo', 'whole', 'SGD', '-', '-', '0'),

@@ -1,9 +1,9 @@
 """This module holds what must be known before a step is traced."""
 
-import numbers
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def check_count(**numbers: Any) -> None:
@@ -25,7 +25,7 @@ def check_range(low: float, high: float, **values: Any) -> None:
   >>> check_range(0, 1, momentum=0.9, other=None)
   """
   for name, value in values.items():
-    if isinstance(value, numbers.Real) and not low <= value < high:
+    if isinstance(value, int | float | np.number) and not (low <= value < high):
       raise ValueError(
         f'{name} must be at least {low} and less than {high}, got {value!r}'
       )

@@ -15,6 +15,8 @@ from galore_optax.presets import frugal as split
 from galore_optax.presets.inners import Inner
 from galore_optax.presets.lomo import adalomo as adalomo
 from galore_optax.presets.lomo import lomo as lomo
+from galore_optax.presets.muon import galore_muon as galore_muon
+from galore_optax.presets.scale import scale_sgd as scale_sgd
 from galore_optax.presets.scaled import apollo as apollo
 from galore_optax.presets.scaled import apollo_mini as apollo_mini
 from galore_optax.presets.scaled import fira as fira

@@ -8,12 +8,17 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from galore_optax import decay
 from galore_optax.accumulation import accumulating
 from galore_optax.galore import galore, names_options, projections_of
 from galore_optax.static import check_range
+
+# Of a low-rank gradient [..., r, n]: by default optax's axes are 0 and 1, and
+# what has three goes to Adam.
+MATRIX = optax.contrib.MuonDimensionNumbers(-2, -1)
 
 
 @names_options('residual')
@@ -31,10 +36,10 @@ def galore_muon(
   The weights that are projected are Muon's, stacks of them matrix by matrix;
   all others (embedding, head, norms) go through AdamW. An orthogonal [r, n]
   has a root mean square of 1 / sqrt(max(r, n)), so that it is multiplied by
-  `consistent_rms` sqrt(max(r, n)): neither rank nor the side that is projected
-  changes the size of a step, and a learning rate of `galore_adamw`, with its
-  `scale`, is of the right order. (Muon's other factor, sqrt(out / in), would
-  be sqrt(n / r) of the low-rank gradient: it says nothing about the weight.)
+  `consistent_rms` sqrt(max(r, n)): by default each of the r directions moves as
+  far as under Muon of the whole weight, whatever the rank, and a learning rate
+  of `galore_adamw`, with its `scale`, is of the right order. (Muon's other
+  factor, sqrt(out / in), would follow the rank here: sqrt(n / r).)
 
   State of a weight [i, o], i <= o: a basis of r i elements in the weight's
   dtype, and one momentum of r o, float32.
@@ -50,7 +55,6 @@ def galore_muon(
     **options: those of `galore`: rank, gap, scale, side, subspace, ...
 
   Example:
-    >>> import jax.numpy as jnp
     >>> tx = galore_muon(0.01, rank=2, gap=10)
     >>> params = {'w': jnp.ones((3, 4, 6)), 'embed': jnp.ones((9, 4))}
     >>> updates, state = tx.update(params, tx.init(params), params)
@@ -74,14 +78,15 @@ def galore_muon(
     adam_learning_rate=adam_learning_rate,
   )
   muon = optax.contrib.scale_by_muon(
-    beta=beta, weight_dimension_numbers=_last_two_axes
+    beta=beta,
+    weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: MATRIX, tree),
   )
   resize = optax.stateless_with_tree_map(
-    lambda u, _: consistent_rms * math.sqrt(max(u.shape[-2:])) * u
+    lambda u, _: consistent_rms * math.sqrt(max(jnp.shape(u)[-2:])) * u
   )
   decayed = decay.add_decayed_weights(weight_decay)
   rate = optax.scale_by_learning_rate
-  rules = {
+  rules: dict[Any, optax.GradientTransformation] = {
     'muon': optax.chain(muon, resize, decayed, rate(learning_rate)),
     'adam': optax.chain(
       optax.scale_by_adam(), decayed, rate(adam_learning_rate)
@@ -99,14 +104,10 @@ def galore_muon(
   return accumulating(
     optax.GradientTransformationExtraArgs(
       lambda params: stage(params).init(params),
-      lambda g, *args, **extra: stage(g).update(g, *args, **extra),
+      lambda updates, state, params=None, **extra: stage(updates).update(
+        updates, state, params, **extra
+      ),
     ),
     lambda g, state, **extra: stage(g).begin(g, state, **extra),
     lambda g, state, **extra: stage(g).compress(g, state, **extra),
   )
-
-
-def _last_two_axes(tree: Any) -> Any:
-  """Returns that each leaf is a stack of matrices [..., r, n]."""
-  matrix = optax.contrib.MuonDimensionNumbers(-2, -1)
-  return jax.tree.map(lambda _: matrix, tree)

@@ -72,7 +72,7 @@ def scale_sgd(
     decayed,
     optax.scale_by_learning_rate(learning_rate),
   )
-  rules = {
+  rules: dict[Any, optax.GradientTransformation] = {
     'matrix': matrix,
     'head': optax.chain(optax.ema(momentum, debias=False), matrix),
     'vector': optax.chain(
@@ -84,7 +84,7 @@ def scale_sgd(
   return in_float32(optax.partition(rules, _kinds))
 
 
-def _unit_columns(g_io: jax.Array) -> jax.Array:
+def _unit_columns(g_io: Any) -> jax.Array:
   """Returns [..., i, o] with each column over its root mean square."""
   return g_io / jnp.maximum(rms(g_io, (-2,)), 1e-8)
 
