@@ -12,6 +12,8 @@ algebra,
 
 import optax
 
+from galore_optax.galore import Apart as Apart
+from galore_optax.galore import Galore as Galore
 from galore_optax.galore import GaloreState as GaloreState
 from galore_optax.galore import chain as chain
 from galore_optax.galore import galore as galore
@@ -33,6 +35,8 @@ from galore_optax.presets.inner import (
 )
 from galore_optax.presets.lomo import adalomo as adalomo
 from galore_optax.presets.lomo import lomo as lomo
+from galore_optax.presets.muon import galore_muon as galore_muon
+from galore_optax.presets.scale import scale_sgd as scale_sgd
 from galore_optax.presets.scaled import apollo as apollo
 from galore_optax.presets.scaled import apollo_mini as apollo_mini
 from galore_optax.presets.scaled import fira as fira

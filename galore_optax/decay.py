@@ -180,7 +180,8 @@ def _close(x: Any, y: Any) -> bool:
   """Whether two arrays agree, to 1e-4 of the largest number in them."""
   if not jnp.issubdtype(x.dtype, jnp.number):
     return True
-  x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  x, y = np.asarray(x.astype(wide)), np.asarray(y.astype(wide))
   atol = 1e-4 * np.max(np.abs(np.nan_to_num(x)), initial=0)
   return np.allclose(x, y, rtol=1e-4, atol=atol, equal_nan=True)
 
@@ -192,6 +193,19 @@ def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
   (0.5, 6)
   """
   return learning_rate(count) if callable(learning_rate) else learning_rate
+
+
+def add_decayed_weights(
+  weight_decay: float,
+) -> optax.GradientTransformation:
+  """Returns optax's, which asks for no params where the decay is zero.
+
+  >>> add_decayed_weights(0.0).update(jnp.ones(1), optax.EmptyState())[0]
+  Array([1.], dtype=float32)
+  """
+  if is_zero(weight_decay):
+    return optax.identity()
+  return optax.add_decayed_weights(weight_decay)
 
 
 def decay_updated_weights(

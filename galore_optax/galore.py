@@ -77,6 +77,20 @@ NOTHING = optax.GradientTransformationExtraArgs(
 """A chain of no transformation, which optax has not."""
 
 
+class Apart(NamedTuple):
+  """Two inners, where the leaves that are not projected have one of their own.
+
+  Example:
+    >>> inner = Apart(low=optax.lion(1e-3), rest=optax.adamw(1e-3))
+    >>> tx = galore(inner, rank=2)
+  """
+
+  low: optax.GradientTransformation
+  """Of the projected leaves."""
+  rest: optax.GradientTransformation
+  """Of all others."""
+
+
 class GaloreState(NamedTuple):
   """The state of `galore`."""
 
@@ -150,7 +164,7 @@ class Options:
 
 
 def galore(
-  inner: optax.GradientTransformation | None = None,
+  inner: optax.GradientTransformation | Apart | None = None,
   *,
   rank: int | float = 128,
   gap: int | refresh.Staggered = 200,
@@ -175,7 +189,8 @@ def galore(
 
   Args:
     inner: any transformation that reads `params` for decoupled weight decay
-      alone (the module has a table). Default: what follows in `optax.chain`.
+      alone (the module has a table), or two of them, `Apart`. Default: what
+      follows in `optax.chain`.
     rank: number r of basis vectors; a float in (0, 1] is a share of the
       projected side.
     gap: updates from one refresh of the basis to the next, the first at 0; or
@@ -383,14 +398,20 @@ def _staged(init_fn: Callable[[Any], Any], **stages: Any) -> Galore:
   return tx
 
 
-def _galore(inner: optax.GradientTransformation, options: Options) -> Galore:
+def _galore(inner: Any, options: Options) -> Galore:
   """Returns `inner` run on projected gradients; see `galore`."""
-  if not isinstance(inner, optax.GradientTransformation):
-    raise ValueError(
-      'inner must be a transformation, such as optax.adamw(1e-3), got'
-      f' {inner!r}'
-    )
-  inner = optax.with_extra_args_support(inner)
+  for one in inner if isinstance(inner, Apart) else (inner,):
+    if not isinstance(one, optax.GradientTransformation):
+      raise ValueError(
+        'inner must be a transformation, such as optax.adamw(1e-3), got'
+        f' {one!r}'
+      )
+  if not isinstance(inner, Apart):
+    inner = optax.with_extra_args_support(inner)
+    # Adam's counter serves all its leaves: were it one state, a restart of the
+    # projected leaves would correct the bias of the others anew.
+    if options.moments == 'reset':
+      inner = Apart(inner, inner)
   of = functools.partial
   return _staged(
     of(_init, inner, options),
@@ -407,7 +428,7 @@ def _galore(inner: optax.GradientTransformation, options: Options) -> Galore:
 
 
 def _init(
-  inner: optax.GradientTransformationExtraArgs,
+  inner: Any,
   options: Options,
   params: optax.Params,
 ) -> GaloreState:
@@ -417,10 +438,11 @@ def _init(
   leaves, treedef = jax.tree.flatten(params)
   pairs = list(zip(plans, leaves, strict=True))
   view = treedef.unflatten([p.view(x) for p, x in pairs])
+  inner = _joined(inner, plans, treedef)
   # The parts of a tree are seen after the whole, one by one.
   if any(isinstance(p, Projection) for p in plans) and not is_part(params):
     decay.check(inner, plans, params)
-  inner_state = _grouped(inner, options, plans, treedef).init(view)
+  inner_state = inner.init(view)
   _check_moments(options, inner_state)
   return GaloreState(
     count=jnp.zeros([], jnp.int32),
@@ -547,7 +569,7 @@ def _project(
 
 
 def _apply(
-  inner: optax.GradientTransformationExtraArgs,
+  inner: Any,
   options: Options,
   low: optax.Updates,
   state: GaloreState,
@@ -564,9 +586,8 @@ def _apply(
   bases = _bases(options, plans, like, state)
   if not is_zero(layer):
     extra_args['layer'] = layer
-  per_group = _grouped(inner, options, plans, treedef)
   answer, slopes, inner_state = decay.through(
-    per_group, plans, low, state.inner, params, extra_args
+    _joined(inner, plans, treedef), plans, low, state.inner, params, extra_args
   )
   low, answer = map(treedef.flatten_up_to, (low, answer))
   rows = zip(plans, answer, bases, leaves, strict=True)
@@ -650,17 +671,16 @@ def _first_residual(options: Options, plans: list[Plan], treedef: Any) -> Any:
   )
 
 
-def _grouped(
-  inner: optax.GradientTransformationExtraArgs,
-  options: Options,
-  plans: list[Plan],
-  treedef: Any,
+def _joined(
+  inner: Any, plans: list[Plan], treedef: Any
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns the inner, with a state for each group where one restarts."""
-  if options.moments != 'reset':
+  """Returns one inner of the whole tree."""
+  if not isinstance(inner, Apart):
     return inner
   labels = ['rest' if isinstance(p, Whole) else 'low' for p in plans]
-  return moments_lib.grouped(inner, treedef.unflatten(labels))
+  return optax.partition(
+    inner._asdict(), treedef.unflatten(labels), mask_compatible_extra_args=True
+  )
 
 
 def _checked_moments(rule: Any, gap: Any) -> str | moments_lib.Rotate:

@@ -28,6 +28,9 @@ ZEROED = {
 COUNTS = {'count', 't'}
 """Counters of moments: a bias correction starts anew with them."""
 
+CONSTANTS = {'ns_coeffs'}
+"""Fields of numbers that no gradient changes."""
+
 Turn: TypeAlias = Callable[[jax.Array, int], jax.Array]
 """`turn(x, power)`, the product with C = P_new P_old^T, its entries to a power;
 None for a leaf that is not projected."""
@@ -61,7 +64,7 @@ class Rotate:
 
   def check(self, state: Any) -> None:
     """Raises ValueError where a moment is neither mu, trace, ema nor nu."""
-    _check(state, {*FIRST, *SECOND}, 'rotate', 'mu, trace, ema and nu')
+    _check(state, {*FIRST, *SECOND}, 'rotate', 'mu, trace and nu')
 
   def __call__(
     self, state: Any, treedef: Any, turns: Sequence[Turn | None]
@@ -83,7 +86,10 @@ class Rotate:
       )
       count = getattr(node, 'count', None)
       new = [
-        leaf if turn is None else self._turned(fields, leaf, turn, count)
+        # Of two inners each has masks where the other's leaves are.
+        leaf
+        if turn is None or isinstance(leaf[0], optax.MaskedNode)
+        else self._turned(fields, leaf, turn, count)
         for leaf, turn in zip(rows, turns, strict=True)
       ]
       columns = zip(fields, zip(*new, strict=True), strict=True)
@@ -113,23 +119,6 @@ class Rotate:
 
 Moments: TypeAlias = Literal['keep', 'reset', 'rotate'] | Rotate
 """What a refresh does to moments; 'rotate' is `Rotate()`, Adam's decays."""
-
-
-def grouped(
-  inner: optax.GradientTransformation, labels: Any
-) -> optax.GradientTransformationExtraArgs:
-  """Returns `inner` with a state of its own for 'low' and for 'rest' leaves.
-
-  Adam's counter serves all its leaves: were it one state, a restart of the
-  projected leaves would correct the bias of the others anew.
-
-  Args:
-    inner: the transformation of both groups.
-    labels: tree of 'low' and 'rest'.
-  """
-  return optax.partition(
-    {'low': inner, 'rest': inner}, labels, mask_compatible_extra_args=True
-  )
 
 
 def check_resets(state: Any) -> None:
@@ -166,15 +155,17 @@ def reset(state: Any) -> Any:
 
 
 def reset_low(state: Any) -> Any:
-  """Returns the state of a `grouped` inner with its 'low' leaves reset."""
+  """Returns the state of two inners with that of the 'low' leaves reset."""
   low = state.inner_states['low']
   return state._replace(inner_states={**state.inner_states, 'low': reset(low)})
 
 
 def _check(state: Any, known: set[str], name: str, listing: str) -> None:
-  inside = lambda path: any(getattr(key, 'name', None) in known for key in path)
+  inside = lambda path, names: any(
+    getattr(key, 'name', None) in names for key in path
+  )
   for path, x in jax.tree_util.tree_leaves_with_path(state):
-    if x.ndim and not inside(path):
+    if x.ndim and not inside(path, known | CONSTANTS):
       raise ValueError(
         f"moments='{name}' knows the moments {listing}, got"
         f' {jax.tree_util.keystr(path)}; use another of keep, reset and rotate'

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import optax
 
 PyTree: TypeAlias = Any
 
@@ -159,6 +160,23 @@ def chosen(targets: Targets, tree: PyTree) -> list[bool]:
     return [bool(targets(name, leaf)) for name, leaf in pairs]
   patterns = [targets] if isinstance(targets, str) else list(targets or ())
   return matched(patterns, tree)
+
+
+def heads(tree: PyTree) -> list[bool]:
+  """Returns which leaves of `tree` are the head, bias included.
+
+  Where no path names a head the model is tied, and its embeddings are it. The
+  whole model tells, what is elsewhere or masked included.
+
+  >>> heads({'embed': 0, 'lm_head': 1}), heads({'embed': 0, 'up': 1})
+  ([False, True], [True, False])
+  >>> heads({'embed': 0, 'lm_head': Elsewhere()})
+  [False]
+  """
+  is_hole = lambda node: isinstance(node, Elsewhere | optax.MaskedNode)
+  whole = paths(jax.tree.map(lambda _: 0, tree, is_leaf=is_hole))
+  of_head = is_head if any(map(is_head, whole)) else in_vocabulary
+  return [of_head(path) for path in paths(tree)]
 
 
 def matched(

@@ -59,3 +59,13 @@ def in_float32(
 
 def _full(tree: Any) -> Any:
   return jax.tree.map(full, tree)
+
+
+def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """Returns the root mean square over `axes`, which are kept.
+
+  >>> rms(jnp.array([[3.0, -3.0], [1.0, -7.0]]), (-1,))
+  Array([[3.],
+         [5.]], dtype=float32)
+  """
+  return jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True))

@@ -23,7 +23,7 @@ from galore_optax.checks import (
 from galore_optax.decay import rate_at
 from galore_optax.galore import galore, names_options, with_apply
 from galore_optax.plan import Plan
-from galore_optax.precision import full
+from galore_optax.precision import full, rms
 from galore_optax.projection import Projection
 
 
@@ -139,16 +139,6 @@ def _is_matrix(name: str, x: Any) -> bool:
 
 def _name(path: Any) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
-def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """Returns the root mean square over `axes`, which are kept.
-
-  >>> rms(jnp.array([[3.0, -3.0], [1.0, -7.0]]), (-1,))
-  Array([[3.],
-         [5.]], dtype=float32)
-  """
-  return jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True))
 
 
 @names_options()

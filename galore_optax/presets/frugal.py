@@ -12,9 +12,8 @@ from galore_optax.checks import (
   check_one_of,
   check_static,
   is_number,
-  is_zero,
 )
-from galore_optax.decay import rate_at
+from galore_optax.decay import add_decayed_weights, rate_at
 from galore_optax.galore import galore
 from galore_optax.paths import Targets
 from galore_optax.plan import Planner
@@ -94,10 +93,10 @@ def frugal(
   check_learning_rate(learning_rate=learning_rate)
   check_not_negative(residual_scale=residual_scale, weight_decay=weight_decay)
   rest_rate = lambda count: residual_scale * rate_at(learning_rate, count)
-  tail = [optax.scale_by_learning_rate(learning_rate)]
-  # No params are asked for where no decay is; a traced one may be any.
-  if not is_zero(weight_decay):
-    tail.insert(0, optax.add_decayed_weights(weight_decay))
+  tail = (
+    add_decayed_weights(weight_decay),
+    optax.scale_by_learning_rate(learning_rate),
+  )
   inside = optax.chain(without_rate(inner), *tail)
   # Made for all densities, as it checks the options.
   stage = galore(

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import paths as selection
+from galore_optax import paths
 from galore_optax.checks import is_zero
 from galore_optax.clipping import clipped
-from galore_optax.presets.adafactor import rms, scale_by_galore_factored_rms
+from galore_optax.precision import rms
+from galore_optax.presets.adafactor import scale_by_galore_factored_rms
 
 
 def lomo(
@@ -118,7 +119,7 @@ def scale_by_weight_rms(
     scaled = [
       _by_weight(name, u, w, weight_decay, eps)
       for name, u, w in zip(
-        selection.paths(updates),
+        paths.paths(updates),
         leaves,
         treedef.flatten_up_to(params),
         strict=True,
@@ -133,5 +134,5 @@ def _by_weight(name, u, w, weight_decay, eps):
   """Returns the update of a leaf, times the RMS of each of its weights."""
   w = w.astype(jnp.float32)
   total = u.astype(jnp.float32) + weight_decay * w
-  size = rms(w, selection.own_axes(name, w.ndim))
+  size = rms(w, paths.own_axes(name, w.ndim))
   return (jnp.maximum(eps, size) * total).astype(u.dtype)

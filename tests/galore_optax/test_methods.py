@@ -15,6 +15,7 @@ README = pathlib.Path(__file__).parents[2] / 'README.md'
 PRESETS = (
   *('galore_adamw', 'galore_adamw_8bit', 'galore_adafactor', 'frugal'),
   *('badam', 'fira', 'apollo', 'apollo_mini', 'lomo', 'adalomo'),
+  *('galore_muon', 'scale_sgd'),
 )
 
 

@@ -52,6 +52,8 @@ LOOPS = {
   'apollo': lambda: go.apollo(0.1, **RANK),
   'apollo-8bit': lambda: go.apollo(0.1, inner=adam_8bit(), **RANK),
   'apollo_mini': lambda: go.apollo_mini(0.1, gap=2),
+  'galore_muon': lambda: go.galore_muon(0.1, weight_decay=0.1, **RANK),
+  'scale_sgd': lambda: go.scale_sgd(0.1, weight_decay=0.1),
   'lomo': lambda: go.lomo(0.1, clip_norm=None, weight_decay=0.1),
   'adalomo': lambda: go.adalomo(0.1, clip_norm=None, weight_decay=0.1),
 }

@@ -1,0 +1,96 @@
+"""Muon inside the subspace: a momentum of low rank, orthogonalised.
+
+Muon itself is `optax.contrib.scale_by_muon`; here is what makes it an inner of
+`galore`: which leaves are its own, which axes are a matrix, and its size.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax.checks import (
+  check_decay,
+  check_learning_rate,
+  check_not_negative,
+)
+from galore_optax.decay import add_decayed_weights
+from galore_optax.galore import Apart, galore, names_options
+from galore_optax.moments import Rotate
+
+# Of a low-rank gradient [..., r, n]: by default optax's axes are 0 and 1, and
+# what has three goes to Adam.
+MATRIX = optax.contrib.MuonDimensionNumbers(-2, -1)
+
+
+@names_options()
+def galore_muon(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  beta: float = 0.95,
+  consistent_rms: float = 0.2,
+  weight_decay: float = 0.0,
+  adam_learning_rate: optax.ScalarOrSchedule | None = None,
+  **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """GaLore with Muon: Nesterov momentum of low rank, made orthogonal.
+
+  The weights that are projected are Muon's, stacks of them matrix by matrix;
+  all others (embedding, head, norms) go through AdamW. An orthogonal [r, n]
+  has a root mean square of 1 / sqrt(max(r, n)), so that it is multiplied by
+  `consistent_rms` sqrt(max(r, n)): by default each of the r directions moves as
+  far as under Muon of the whole weight, whatever the rank, and a learning rate
+  of `galore_adamw`, with its `scale`, is of the right order. (Muon's other
+  factor, sqrt(out / in), would follow the rank here: sqrt(n / r).)
+
+  State of a weight [i, o], i <= o: a basis of r i elements in the weight's
+  dtype, and one momentum of r o, float32.
+
+  Args:
+    learning_rate: a number, or a schedule of the step.
+    beta: decay of the momentum.
+    consistent_rms: root mean square of the low-rank update; 0.2 is AdamW's.
+    weight_decay: decoupled, times the learning rate, on every leaf; of one
+      that is not projected times that of Adam.
+    adam_learning_rate: of what is not projected; None: `learning_rate`. A
+      number does not follow a schedule of the other.
+    **options: those of `galore`: rank, gap, scale, side, subspace, ...
+
+  Example:
+    >>> tx = galore_muon(0.01, rank=2, gap=10)
+    >>> params = {'w': jnp.ones((3, 4, 6)), 'embed': jnp.ones((9, 4))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> optax.tree.get(state, 'MuonState').mu['w'].shape
+    (3, 2, 6)
+
+  References:
+    Jordan, `Muon <https://github.com/KellerJordan/Muon>`_, 2024; Liu et al.,
+    `Muon is Scalable for LLM Training <https://arxiv.org/abs/2502.16982>`_,
+    2025, has the constant root mean square; Zhao et al., `GaLore
+    <https://arxiv.org/abs/2403.03507>`_, 2024.
+  """
+  if adam_learning_rate is None:
+    adam_learning_rate = learning_rate
+  check_decay(beta=beta)
+  check_not_negative(consistent_rms=consistent_rms, weight_decay=weight_decay)
+  check_learning_rate(
+    learning_rate=learning_rate, adam_learning_rate=adam_learning_rate
+  )
+  muon = optax.contrib.scale_by_muon(
+    beta=beta,
+    weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: MATRIX, tree),
+  )
+  resize = optax.stateless_with_tree_map(
+    lambda u, _: consistent_rms * math.sqrt(max(jnp.shape(u)[-2:])) * u
+  )
+  decayed = add_decayed_weights(weight_decay)
+  rate = optax.scale_by_learning_rate
+  inner = Apart(
+    low=optax.chain(muon, resize, decayed, rate(learning_rate)),
+    rest=optax.chain(optax.scale_by_adam(), decayed, rate(adam_learning_rate)),
+  )
+  if options.get('moments') == 'rotate':
+    options = {**options, 'moments': Rotate(b1=beta)}
+  return galore(inner, **options)

@@ -1,0 +1,271 @@
+"""Muon in the subspace: its limits, a float64 oracle, and whose leaves."""
+
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax import galore_muon
+from galore_optax.accumulation import Accumulating
+from tests.galore_optax.program import Adam, normal, trajectory
+
+STEPS, RANK, GAP = 6, 3, 2
+SHAPES = {
+  'bias': (5,),
+  'down': (3, 11, 7),
+  'embed': (13, 7),
+  'norm': (3, 7),
+  'up': (3, 7, 11),
+}
+MATRICES = ('down', 'up')
+MATRIX = optax.contrib.MuonDimensionNumbers(-2, -1)
+
+
+@pytest.fixture(autouse=True)
+def x64():
+  with jax.enable_x64(True):
+    yield
+
+
+def draw(shapes, seed, leading=()):
+  return {
+    k: jnp.asarray(normal((*leading, *v), seed + i))
+    for i, (k, v) in enumerate(shapes.items())
+  }
+
+
+def close(one, other, tol=1e-9):
+  # Float64; five quintic steps enlarge the small singular values 480 times.
+  chex.assert_trees_all_close(one, other, rtol=tol, atol=tol)
+
+
+def whole_muon(rate, **options):
+  """Muon of every leaf at full rank, as optax has it."""
+  return optax.contrib.muon(
+    rate,
+    muon_weight_dimension_numbers=lambda tree: jax.tree.map(
+      lambda _: MATRIX, tree
+    ),
+    **{'consistent_rms': 0.2} | options,
+  )
+
+
+class Muon:
+  """Muon of one matrix [m, n] in rows found anew every `GAP` steps."""
+
+  def __init__(self, beta, rms):
+    self.beta, self.rms, self.m, self.t = beta, rms, 0, 0
+
+  def __call__(self, g):
+    if self.t % GAP == 0:
+      rows = np.linalg.svd(g, full_matrices=False)[0].T[:RANK]
+      peaks = rows[np.arange(RANK), np.abs(rows).argmax(1)]
+      said = np.sum(rows * self.rows, 1) if self.t else peaks
+      self.rows = rows * np.sign(said)[:, None]
+    low = self.rows @ g
+    self.t += 1
+    self.m = self.beta * self.m + (1 - self.beta) * low
+    x = self.beta * self.m / (1 - self.beta ** (self.t + 1))
+    x = x + (1 - self.beta) * low / (1 - self.beta**self.t)
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+      a = x @ x.T
+      x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return self.rows.T @ (self.rms * np.sqrt(max(x.shape)) * x)
+
+
+def oracle(weights, grads, rate, adam_rate, *, scale, decay, beta, rms):
+  w = {k: np.array(x) for k, x in weights.items()}
+  rules = {
+    k: [Muon(beta, rms) for _ in range(3)] if k in MATRICES else Adam()
+    for k in w
+  }
+  trail = []
+  for t in range(STEPS):
+    for k in w:
+      g = np.asarray(grads[k][t])
+      lr = rate(t) if k in MATRICES else adam_rate
+      if k == 'up':
+        u = scale * np.stack([f(x) for f, x in zip(rules[k], g, strict=True)])
+      elif k == 'down':
+        u = scale * np.stack(
+          [f(x.T).T for f, x in zip(rules[k], g, strict=True)]
+        )
+      else:
+        u = rules[k](g)
+      w[k] = w[k] - lr * u - lr * decay * w[k]
+    trail.append(dict(w))
+  return {k: np.stack([x[k] for x in trail]) for k in w}
+
+
+def test_it_is_its_equations():
+  weights, grads = draw(SHAPES, 0), draw(SHAPES, 10, (STEPS,))
+  rate = lambda t: t / 16
+  tx = galore_muon(
+    rate,
+    rank=RANK,
+    gap=GAP,
+    scale=0.5,
+    beta=0.8,
+    consistent_rms=0.3,
+    weight_decay=0.25,
+    adam_learning_rate=0.125,
+  )
+  ours, state = trajectory(tx, weights, grads)
+  want = oracle(
+    *(weights, grads, rate, 0.125), scale=0.5, decay=0.25, beta=0.8, rms=0.3
+  )
+  close(ours, want)
+  assert state.basis['down'].shape == state.basis['up'].shape
+  assert state.basis['up'].shape[1:] == (3, RANK, 7)
+
+
+def test_defaults():
+  parameters = inspect.signature(galore_muon).parameters
+  defaults = {name: p.default for name, p in parameters.items()}
+  assert 'residual' not in defaults
+  # Muon's, its step as large as AdamW's; GaLore's.
+  assert [defaults[k] for k in ('beta', 'consistent_rms')] == [0.95, 0.2]
+  assert defaults['scale'] == 0.25
+  # Nothing decays, and Adam has the learning rate of all.
+  assert defaults['weight_decay'] == 0 and not defaults['adam_learning_rate']
+
+
+@pytest.mark.parametrize('side', ['left', 'right', 'std'])
+def test_at_full_rank_in_one_basis_it_is_muon(side):
+  # Newton-Schulz commutes with rotations from either side.
+  shapes = {'square': (2, 9, 9)}
+  weights, grads = draw(shapes, 0), draw(shapes, 10, (STEPS,))
+  options = {'rank': 9, 'gap': STEPS, 'scale': 1.0, 'side': side}
+  tx = galore_muon(0.1, weight_decay=0.5, targets='.*', **options)
+  ours, _ = trajectory(tx, weights, grads)
+  want, _ = trajectory(whole_muon(0.1, weight_decay=0.5), weights, grads)
+  close(ours, want)
+
+
+def test_gradients_in_one_subspace_lose_nothing():
+  # The size of a step is that of the whole matrix's Muon, whatever the rank.
+  grads = {
+    'down': jnp.asarray(normal((STEPS, 2, 17, RANK)) @ normal((RANK, 8), 1)),
+    'up': jnp.asarray(normal((8, RANK), 2) @ normal((STEPS, 2, RANK, 17), 3)),
+  }
+  weights = draw({'down': (2, 17, 8), 'up': (2, 8, 17)}, 4)
+  tx = galore_muon(0.1, rank=RANK, gap=STEPS, scale=1.0)
+  ours, _ = trajectory(tx, weights, grads)
+  # The null space of a gradient of low rank is rounding, enlarged 480 times.
+  close(ours, trajectory(whole_muon(0.1), weights, grads)[0])
+
+
+def test_a_stack_is_muons_and_not_adams():
+  g = draw({'up': (3, 7, 11)}, 0)
+  default = optax.contrib.muon(1.0)
+  adam = jax.tree.leaves(default.init(g).inner_states['adam'])
+  assert sum(x.size for x in adam) > 2 * 3 * 7 * 11
+  tx = galore_muon(1.0, rank=RANK, gap=GAP, scale=1.0)
+  updates, state = tx.update(g, tx.init(g), g)
+  adam = jax.tree.leaves(state.inner.inner_states['adam'])
+  assert max(x.size for x in adam) == 1
+  # All directions of the subspace move alike: Adam's do not.
+  sizes = np.linalg.svd(updates['up'] / (0.2 * np.sqrt(11)), compute_uv=False)
+  assert np.all((0.6 < sizes[:, :RANK]) & (sizes[:, :RANK] < 1.3))
+  assert np.all(sizes[:, RANK:] < 1e-9)
+
+
+def test_what_is_projected_is_muons_whatever_its_axes():
+  shapes = {'flat': (7, 11), 'heads': (7, 2, 5), 'lm_head': (7, 13)}
+  shapes |= {'norm': (4, 7), 'spare': (9, 10)}
+  muons = {'flat', 'heads', 'lm_head'}
+  tx = galore_muon(
+    0.1, rank=RANK, gap=GAP, targets=muons, axes={'heads': (0, (1, 2))}
+  )
+  state = tx.init(jax.eval_shape(lambda: draw(shapes, 0)))
+  groups = state.inner.inner_states
+  mu = {k: optax.tree.get(groups[k], 'mu') for k in ('muon', 'adam')}
+  held = {
+    k: {name for name, x in tree.items() if isinstance(x, jax.Array)}
+    for k, tree in mu.items()
+  }
+  assert held == {'muon': muons, 'adam': {*shapes} - muons}
+  assert {*mu['muon']['heads'].shape} == {RANK, 10}
+
+
+def test_state_is_a_basis_and_one_momentum():
+  shapes = {'down': (11, 7), 'up': (7, 11)}
+  state = galore_muon(0.1, rank=RANK, gap=GAP).init(draw(shapes, 0))
+  sizes = [x.size for x in jax.tree.leaves(state) if x.ndim]
+  coefficients = 3
+  assert sum(sizes) == 2 * RANK * (7 + 11) + coefficients
+  assert 0 not in sizes
+
+
+@pytest.mark.parametrize('moments', ['reset', 'rotate'])
+def test_moments_follow_the_basis(moments):
+  g = draw({'norm': (5,), 'up': (7, 11)}, 0, (STEPS,))
+  options = {'rank': 7, 'gap': 1, 'scale': 1.0, 'targets': 'up'}
+  tx = galore_muon(0.1, moments=moments, **options)
+  weights = draw({'norm': (5,), 'up': (7, 11)}, 1)
+  ours, _ = trajectory(tx, weights, g)
+  # With all directions in each basis, a turned momentum is the same one, and
+  # one that restarts at every step is none.
+  beta = 0.95 if moments == 'rotate' else 0.0
+  want, _ = trajectory(
+    whole_muon(0.1, beta=beta), {'up': weights['up']}, {'up': g['up']}
+  )
+  close(ours['up'], want['up'])
+  adam, _ = trajectory(
+    optax.adam(0.1), {'norm': weights['norm']}, {'norm': g['norm']}
+  )
+  close(ours['norm'], adam['norm'])
+
+
+def test_it_accumulates_projected_gradients():
+  g = draw(SHAPES, 0)
+  tx = galore_muon(0.1, rank=RANK, gap=GAP)
+  assert isinstance(tx, Accumulating)
+
+  @jax.jit
+  def both(g, state):
+    begun = tx.begin(g, state)
+    low = tx.compress(g, begun)
+    return tx.update(low, begun)[0], tx.update(g, state)[0]
+
+  close(*both(g, tx.init(g)))
+
+
+def test_numbers_may_be_injected():
+  weights, grads = draw(SHAPES, 0), draw(SHAPES, 10, (STEPS,))
+  numbers = {'beta': 0.75, 'weight_decay': 0.5, 'consistent_rms': 0.25}
+  numbers |= {'learning_rate': 0.125, 'scale': 0.5}
+  sizes = {'rank': RANK, 'gap': GAP}
+  tx = optax.inject_hyperparams(galore_muon, static_args=('rank', 'gap'))
+  ours, state = trajectory(tx(**numbers, **sizes), weights, grads)
+  close(ours, trajectory(galore_muon(**numbers, **sizes), weights, grads)[0])
+  assert {*state.hyperparams} == {*numbers}
+
+
+@pytest.mark.parametrize(
+  'name, bad',
+  [
+    ('learning_rate', -0.1),
+    ('learning_rate', np.inf),
+    ('beta', 1.0),
+    ('consistent_rms', -1),
+    ('weight_decay', np.nan),
+    ('adam_learning_rate', -1.0),
+    ('rank', 0),
+    ('gap', 0),
+  ],
+)
+def test_a_number_out_of_range_is_named(name, bad):
+  options = {'learning_rate': 0.1, 'rank': RANK, 'gap': GAP}
+  with pytest.raises(ValueError, match=f'{name} must be'):
+    galore_muon(**options | {name: bad})
+
+
+def test_it_has_no_residual_rule():
+  with pytest.raises(TypeError, match='residual'):
+    galore_muon(0.1, rank=RANK, gap=GAP, residual='sign')
