@@ -1,18 +1,25 @@
-# Everything a fresh machine needs is installed into .venv (and .venv-parity).
+# Everything a fresh machine needs is installed into .venv, and for three other
+# purposes into .venv-plan, .venv-parity and .venv-lowest.
 PYTHON ?= python3
 BIN := .venv/bin
+PLAN := .venv-plan/bin
 PARITY := .venv-parity/bin
+LOWEST := .venv-lowest/bin
 
-# Tests run on the CPU, whatever the machine has.
-test slow card parity: export JAX_PLATFORMS := cpu
+# The same program on the machine's card, if it has one.
+CARD := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
+TRAIN := .venv/$(if $(CARD),train-cuda,train)
 
-.PHONY: train train-layerwise test slow card parity lint clean
+# Tests and plans run on the CPU, whatever the machine has.
+test slow plan card parity lowest: export JAX_PLATFORMS := cpu
 
-train: .venv/train
+.PHONY: train train-layerwise test slow plan card parity lowest lint clean
+
+train: $(TRAIN)
 	$(BIN)/python -m train.pretrain configs/quickstart.py $(ARGS)
 
 # The same model, each weight updated as its gradient appears.
-train-layerwise: .venv/train
+train-layerwise: $(TRAIN)
 	$(BIN)/python -m train.pretrain configs/quickstart.py --update Layerwise \
 	  --optimizer Galore8bit --optimizer.rank 64 --optimizer.gap 50 $(ARGS)
 
@@ -22,12 +29,23 @@ test: .venv/test
 slow: .venv/test
 	$(BIN)/python -m pytest -n 2 -m slow tests $(ARGS)
 
-# Compiles for an RTX 4090: minutes, and the extra `plan`.
-card: .venv/test .venv/plan
-	$(BIN)/python -m pytest -m card tests $(ARGS)
+# What a step needs on a card that is not there:
+# make plan ARGS='configs/llama_7b.py --device rtx4090 --batch-size 2'
+plan: .venv-plan/plan
+	$(PLAN)/python -m train.plan $(ARGS)
+
+# Compiles for an RTX 4090: minutes.
+card: .venv-plan/plan
+	$(PLAN)/python -m pytest -m card tests $(ARGS)
 
 parity: .venv-parity/parity
 	$(PARITY)/python -m pytest -m parity tests/parity $(ARGS)
+
+# The core with the lowest versions that pyproject.toml claims. The other
+# environments have the newest.
+lowest: .venv-lowest/lowest
+	$(LOWEST)/python -m pytest tests/galore_optax/test_chain.py \
+	  tests/galore_optax/test_galore.py $(ARGS)
 
 lint: .venv/lint
 	$(BIN)/ruff check .
@@ -39,6 +57,12 @@ lint: .venv/lint
 	$(BIN)/pip install -q -e '.[$*]'
 	touch $@
 
+# Without a card, every start of JAX here prints that it found none.
+.venv-plan/plan: pyproject.toml
+	test -x $(PLAN)/python || $(PYTHON) -m venv .venv-plan
+	$(PLAN)/pip install -q -e '.[plan,test]'
+	touch $@
+
 # The CPU build of torch first: a bare `torch` would pull in CUDA's.
 .venv-parity/parity: pyproject.toml
 	test -x $(PARITY)/python || $(PYTHON) -m venv .venv-parity
@@ -46,5 +70,12 @@ lint: .venv/lint
 	$(PARITY)/pip install -q -e '.[parity,test]'
 	touch $@
 
+.venv-lowest/lowest: pyproject.toml tests/lowest.py
+	test -x $(LOWEST)/python || $(PYTHON) -m venv .venv-lowest
+	$(LOWEST)/pip install -q $$($(LOWEST)/python tests/lowest.py chex pytest)
+	$(LOWEST)/pip install -q -e .
+	touch $@
+
 clean:
-	rm -rf .venv .venv-parity runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-plan .venv-parity .venv-lowest runs build *.egg-info \
+	  .pytest_cache .ruff_cache

@@ -10,6 +10,7 @@ methods.md. `--only` takes some methods, the other options another size.
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import json
 import math
@@ -285,11 +286,24 @@ def row(name: str, runs: list[dict]) -> dict[str, Any]:
   }
 
 
-def markdown(size: Size, rows: list[dict[str, Any]]) -> str:
-  """Returns the table, its caption first."""
+NOTE = """
+A hundred steps of a small model rank methods by how fast they start: nothing
+here says which is best in the end. Nor does the order of GaLore and AdamW say
+which is better: `scale` gives the low-rank methods a second learning rate for
+their matrices, and AdamW has one for all weights. State bytes are exact.
+"""
+
+
+def markdown(
+  size: Size, rows: list[dict[str, Any]], date: datetime.date
+) -> str:
+  """Returns the page of results: caption, table, what it says."""
   shapes = jax.eval_shape(size.layers().init, jax.random.key(0))
   count = sum(x.size for x in jax.tree.leaves(shapes))
   lines = [
+    '# Every method on a small model',
+    '',
+    f'{date:%-d %B %Y}: `.venv/bin/python -m tests.bench.methods`.',
     f'A LLaMA of {count:,} parameters, {size.steps} steps of {size.batch_size}'
     f' x {size.sequence_length} tokens, rank {size.rank} or density 0.25, a'
     f' new subspace every {size.gap} steps; validation bits per byte at the'
@@ -304,7 +318,7 @@ def markdown(size: Size, rows: list[dict[str, Any]]) -> str:
       f' {found["least"]:.3f} - {found["most"]:.3f} | {found["seeds"]} |'
       f' {found["state_bytes"]:,} |'
     )
-  return '\n'.join(lines) + '\n'
+  return '\n'.join(lines) + '\n' + NOTE
 
 
 def load(path: pathlib.Path, size: Size) -> list[dict[str, Any]]:
@@ -361,8 +375,9 @@ def main() -> None:
       print(mine[-1], flush=True)
   names = dict.fromkeys(run['method'] for run in runs)
   rows = [row(n, [r for r in runs if r['method'] == n]) for n in names]
-  save(directory / 'methods.md', markdown(size, rows))
-  Console().print(Markdown(markdown(size, rows)))
+  page = markdown(size, rows, datetime.date.today())
+  save(directory / 'methods.md', page)
+  Console().print(Markdown(page))
 
 
 if __name__ == '__main__':

@@ -104,6 +104,7 @@ def test_temporaries_of_a_layer():
 
 
 @needs_compiler
+@pytest.mark.card
 def test_another_card():
   mesh = device.topology_mesh(GPUS['a100-40'])
   x = jax.ShapeDtypeStruct(
@@ -118,6 +119,7 @@ def test_another_card():
 
 
 @needs_compiler
+@pytest.mark.card
 def test_collectives_of_eight_cards():
   mesh = device.topology_mesh(GPUS['rtx4090'], devices=8)
   x = jax.ShapeDtypeStruct(

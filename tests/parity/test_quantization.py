@@ -9,7 +9,9 @@ import pytest
 torch = pytest.importorskip('torch')
 functional = pytest.importorskip('bitsandbytes.functional')
 
-from galore_optax import quantization  # noqa: E402
+from galore_optax import quantize_state  # noqa: E402
+from galore_optax.quantized.array import dequantize, quantize  # noqa: E402
+from galore_optax.quantized.codes import dynamic_map  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -20,7 +22,7 @@ def reference_map(code):
 
 @pytest.mark.parametrize('code', ['signed', 'unsigned'])
 def test_maps_are_equal(code):
-  ours = quantization.dynamic_map(code)
+  ours = dynamic_map(code)
   # The reference scales float32 fractions, we round once from float64.
   np.testing.assert_allclose(ours, reference_map(code).numpy(), rtol=3e-7)
 
@@ -64,8 +66,8 @@ def reference(x, code, exact):
 def test_round_trips_are_equal(code, exact, same):
   x = inputs(code)
   want, codes, absmax = reference(x, code, exact)
-  ours = quantization.quantize(x, code=code)
-  got = np.asarray(quantization.dequantize(ours))
+  ours = quantize(x, code=code)
+  got = np.asarray(dequantize(ours))
   np.testing.assert_array_equal(ours.scale.ravel(), absmax.ravel())
   equal = np.asarray(ours.codes) == codes
   assert equal.mean() > same
@@ -81,16 +83,16 @@ def test_round_trips_are_equal(code, exact, same):
 def test_zeros_are_zeros():
   x = np.zeros((4, 512), np.float32)
   want, _, _ = reference(x, 'signed', False)
-  got = quantization.dequantize(quantization.quantize(x))
+  got = dequantize(quantize(x))
   np.testing.assert_array_equal(got, want)
 
 
 def test_a_flat_array_with_a_short_block_is_equal():
   x = np.sin(np.arange(1500, dtype=np.float32))
   want, _, absmax = reference(x, 'signed', True)
-  ours = quantization.quantize(x)
+  ours = quantize(x)
   np.testing.assert_array_equal(ours.scale, absmax)
-  got = np.asarray(quantization.dequantize(ours))
+  got = np.asarray(dequantize(ours))
   equal = np.isclose(got, want, rtol=5e-7, atol=0)
   assert equal.sum() >= 1499  # At most one tie.
 
@@ -99,7 +101,7 @@ def test_adam_in_8_bits_tracks_the_reference():
   """Our state against the reference's arithmetic on the same gradients."""
   rng = np.random.default_rng(1)
   spread = np.exp(rng.normal(size=(16, 512)))
-  tx = quantization.quantize_state(optax.adam(1.0))
+  tx = quantize_state(optax.adam(1.0))
   state, update = tx.init({'w': jnp.zeros((16, 512))}), jax.jit(tx.update)
   m = v = np.zeros((16, 512), np.float32)
   for step in range(1, 31):

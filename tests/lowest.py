@@ -1,0 +1,29 @@
+"""Prints the lowest versions that pyproject.toml claims, as pip takes them.
+
+`python tests/lowest.py chex pytest` prints those of the library's dependencies
+and of the tools that are named.
+"""
+
+import itertools
+import pathlib
+import re
+import sys
+import tomllib
+
+
+def lowest(project, tools=()):
+  """Returns requirements.
+
+  >>> extras = {'test': ['chex>=0.1', 'pytest>=8'], 'lint': ['ruff']}
+  >>> project = {'dependencies': ['jax>=0.8'], 'optional-dependencies': extras}
+  >>> lowest(project, ['pytest'])
+  ['jax==0.8', 'pytest==8']
+  """
+  extras = itertools.chain(*project['optional-dependencies'].values())
+  named = [x for x in extras if re.split(r'[^\w-]', x)[0] in tools]
+  return [x.replace('>=', '==') for x in project['dependencies'] + named]
+
+
+if __name__ == '__main__':
+  path = pathlib.Path(__file__).parents[1] / 'pyproject.toml'
+  print(*lowest(tomllib.loads(path.read_text())['project'], sys.argv[1:]))
