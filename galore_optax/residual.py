@@ -8,6 +8,7 @@ Axes: i input, o output; m projected side, r rank; leading axes are batch.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -111,8 +112,8 @@ class Scaled:
   The factor is |inner update| / |projected gradient|, for each channel of the
   side that is not projected or for the whole matrix. The norm of what comes
   out grows by at most `limit` from one update to the next. The papers measure
-  it before the learning rate and the bias correction: the inner has neither,
-  and both come after the stage. State: one number a matrix.
+  it before the learning rate, which comes after the stage, and before the bias
+  correction of the inner, which is told. State: one number a matrix.
 
   References:
     Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, scales the
@@ -129,6 +130,8 @@ class Scaled:
   """Multiplies the update."""
   limit: float = 1.01
   """Largest growth of the update's norm, above 1."""
+  correction: Callable[[jax.Array], Any] | None = None
+  """`(updates done) -> factor` that corrects the inner's bias; None for none."""
 
   def __post_init__(self) -> None:
     """Raises ValueError for a limit that lets nothing grow."""
@@ -150,7 +153,9 @@ class Scaled:
     # Of 'full' a channel is on no side: one factor for the matrix.
     by_channel = self.channels and len(plan.sides) == 1
     axes = (-2,) if by_channel else (-2, -1)
-    factor = _norm(split.inner_update, axes) / (_norm(split.low, axes) + TINY)
+    gain = 1.0 if self.correction is None else self.correction(split.count)
+    factor = _norm(split.inner_update, axes) / gain
+    factor = factor / (_norm(split.low, axes) + TINY)
     if by_channel and plan.sides == (-1,):
       factor = jnp.swapaxes(factor, -2, -1)
     what_io = split.g_io
@@ -163,7 +168,7 @@ class Scaled:
     last = jnp.where(last > 0, last, jnp.inf)
     # 0 / 0 of a zero update is no bound.
     shrink = jnp.minimum(self.limit * last / jnp.where(norm > 0, norm, 1), 1)
-    return self.scale * shrink * scaled_io, (shrink * norm)[..., 0, 0]
+    return self.scale * gain * shrink * scaled_io, (shrink * norm)[..., 0, 0]
 
 
 TINY = 1e-8

@@ -34,7 +34,6 @@ def scale_by_galore_adam(
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-6,
-  bias_correction: bool = True,
 ) -> optax.GradientTransformation:
   """Rescales by Adam with `eps` inside, before bias correction.
 
@@ -45,7 +44,6 @@ def scale_by_galore_adam(
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
-    bias_correction: whether the first factor is applied.
 
   Example:
     >>> tx = scale_by_galore_adam(eps=0.0)
@@ -74,27 +72,13 @@ def scale_by_galore_adam(
     count = optax.safe_increment(state.count)
     mu = optax.tree.update_moment(updates, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-    factor = _correction(b1, b2, count) if bias_correction else 1.0
+    factor = bias_correction(b1, b2, count)
     updates = jax.tree.map(
       lambda m, v: factor * m / (jnp.sqrt(v) + eps), mu, nu
     )
     return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
   return optax.GradientTransformation(init_fn, update_fn)
-
-
-def scale_by_bias_correction(
-  b1: float, b2: float
-) -> optax.GradientTransformation:
-  """Multiplies by `sqrt(1 - b2^t) / (1 - b1^t)` at update t = 1, 2, ...
-
-  >>> tx = scale_by_bias_correction(0.5, 0.75)
-  >>> print(tx.update(jnp.ones(1), tx.init(None))[0])
-  [1.]
-  """
-  return optax.scale_by_schedule(
-    lambda count: _correction(b1, b2, optax.safe_increment(count))
-  )
 
 
 def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
@@ -162,7 +146,12 @@ def _check_no_rate(
         return
 
 
-def _correction(b1: float, b2: float, count: Any) -> jax.Array:
+def bias_correction(b1: float, b2: float, count: Any) -> jax.Array:
+  """Returns Adam's `sqrt(1 - b2^t) / (1 - b1^t)` after t updates.
+
+  >>> bias_correction(0.5, 0.75, 1)
+  Array(1., dtype=float32, weak_type=True)
+  """
   root = jnp.sqrt(_one_minus_power(b2, count))
   return root / _one_minus_power(b1, count)
 

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import jax
 import optax
 
 from galore_optax.checks import (
@@ -14,13 +15,14 @@ from galore_optax.galore import galore, names_options
 from galore_optax.moments import Rotate
 from galore_optax.presets.inner import (
   Inner,
-  scale_by_bias_correction,
+  bias_correction,
   scale_by_galore_adam,
   without_rate,
 )
 from galore_optax.quantized.state import quantize_state
 from galore_optax.residual import Scaled
 from galore_optax.subspace.finders import Gaussian
+from galore_optax.subspace.refresh import Staggered
 
 
 @names_options('residual')
@@ -28,6 +30,7 @@ def fira(
   learning_rate: optax.ScalarOrSchedule,
   *,
   rank: int | float = 128,
+  gap: int | Staggered = 200,
   scale: float = 0.25,
   limit: float = 1.01,
   b1: float = 0.9,
@@ -48,6 +51,7 @@ def fira(
   Args:
     learning_rate: a number, or a schedule of the step.
     rank: number of basis vectors.
+    gap: updates from one subspace to the next.
     scale: multiplies the part in the subspace.
     limit: largest growth of the rest's norm from one update to the next.
     b1: decay of the first moment.
@@ -57,9 +61,8 @@ def fira(
     complement: the rest is G - P^T P G, as in the paper ('exact'), or
       G - scale P^T P G, as in the code that its figures are of ('reference').
     bits: of Adam's moments.
-    inner: replaces Adam: 'adam' (optax's), 'lion', 'sgdm', or a
-      transformation without a learning rate. The limit then counts its bias
-      correction too, if it has one.
+    inner: replaces Adam: 'lion', 'sgdm', or a transformation without a
+      learning rate, its bias corrected as Adam's with b1 and b2.
     **options: others of `galore`.
 
   Example:
@@ -73,12 +76,12 @@ def fira(
   """
   check_not_negative(scale=scale)
   check_one_of(('exact', 'reference'), complement=complement)
-  rule = Scaled(inside=1.0 if complement == 'exact' else scale, limit=limit)
+  rule = dict(inside=1.0 if complement == 'exact' else scale, limit=limit)
   return _scaled(
     learning_rate,
-    rule,
     *(b1, b2, eps, bits, weight_decay, inner),
-    dict(rank=rank, scale=scale, **options),
+    rule,
+    dict(rank=rank, gap=gap, scale=scale, **options),
   )
 
 
@@ -132,13 +135,10 @@ def apollo(
   """
   # Before its root is taken; a traced one is its maker's business.
   check_not_negative(scale=scale)
-  rule = Scaled(inside=0, channels=channels, scale=scale**0.5, limit=limit)
+  rule = dict(inside=0, channels=channels, scale=scale**0.5, limit=limit)
   options |= dict(rank=rank, gap=gap, scale=0.0, subspace=Gaussian(seed))
   return _scaled(
-    learning_rate,
-    rule,
-    *(b1, b2, eps, bits, weight_decay, inner),
-    options,
+    learning_rate, *(b1, b2, eps, bits, weight_decay, inner), rule, options
   )
 
 
@@ -172,33 +172,39 @@ def apollo_mini(
 
 def _scaled(
   learning_rate: optax.ScalarOrSchedule,
-  rule: Scaled,
   b1: float,
   b2: float,
   eps: float,
   bits: int,
   weight_decay: float,
   inner: Inner | None,
+  rule: dict[str, Any],
   options: dict[str, Any],
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns `galore` around Adam, whose bias is corrected after the stage."""
+  """Returns `galore` around Adam, with the rule that `Scaled` makes."""
   check_learning_rate(learning_rate=learning_rate)
   check_not_negative(weight_decay=weight_decay)
   check_one_of(('8', '32'), bits=str(bits))
-  correction = optax.identity()
   if inner is None:
-    inner = scale_by_galore_adam(b1=b1, b2=b2, eps=eps, bias_correction=False)
+    inner = scale_by_galore_adam(b1=b1, b2=b2, eps=eps)
     inner = quantize_state(inner) if bits == 8 else inner
-    correction = scale_by_bias_correction(b1, b2)
   elif bits != 32:
     raise ValueError(
       f'bits={bits} is of Adam; give inner=quantize_state(...) alone'
     )
-  if options.get('moments') == 'rotate':
+  moments, gap = (options.get(name) for name in ('moments', 'gap'))
+  if moments == 'rotate':
     options = {**options, 'moments': Rotate(b1, b2)}
+
+  def correction(count: jax.Array) -> jax.Array:
+    # A reset restarts the inner's counter.
+    age = count % gap if moments == 'reset' else count
+    return bias_correction(b1, b2, age + 1)
+
+  if inner not in ('lion', 'sgdm'):
+    rule['correction'] = correction
   return optax.chain(
-    galore(without_rate(inner), residual=rule, **options),
-    correction,
+    galore(without_rate(inner), residual=Scaled(**rule), **options),
     optax.scale_by_learning_rate(learning_rate),
     decay_updated_weights(learning_rate, weight_decay=weight_decay),
   )

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from galore_optax import Svd
+from galore_optax.subspace.kept import keeping
 
 SHAPES = {'tall': (13, 7), 'wide': (6, 11), 'square': (8, 8), 'vector': (5,)}
 MATRICES = ('tall', 'wide', 'square')
@@ -85,3 +86,19 @@ class Gauge:
     r = basis_rm.shape[0]
     q_rr, _ = jnp.linalg.qr(jax.random.normal(key, (r, r)))
     return q_rr @ basis_rm
+
+
+def rows_of(tx, finder, params, basis):
+  """Returns the bases [T, r, m], or indices, of seeds [T], by weight."""
+  keeper = keeping(finder)
+  return {
+    p.path: keeper.rows(
+      basis[p.path], p.rank, p.matrix_shape[p.sides[0]], basis_dtype(params)
+    )
+    for p in tx.plan(params)
+    if p.sides
+  }
+
+
+def basis_dtype(params):
+  return jax.tree.leaves(params)[0].dtype

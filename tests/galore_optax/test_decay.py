@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from galore_optax import decay, galore
+from galore_optax.projection import Projection, Whole
 from tests.galore_optax.program import normal32
 
 LR = 0.1
@@ -218,5 +219,12 @@ def test_the_factor_follows_counters_and_hyperparameters():
   inner = optax.with_extra_args_support(inner)
   state = inner.init(params)
   state.hyperparams['learning_rate'] = jnp.float32(2.0)
-  factors = decay.decay_factors(inner, state, params, {})
-  assert {k: float(x) for k, x in factors.items()} == {'b': -0.5, 'w': -0.5}
+  plans = [
+    Whole('b', (4,)),
+    Projection('w', (6, 5), ((0,), (1,)), 3, (-2,)),
+  ]
+  weights = {'w': jnp.ones((6, 5)), 'b': jnp.ones(4)}
+  updates, slopes, _ = decay.through(inner, plans, params, state, weights, {})
+  # The inner decays the leaf that is whole itself.
+  assert {k: float(x) for k, x in slopes.items()} == {'b': 0.0, 'w': -0.5}
+  np.testing.assert_allclose(updates['b'], -0.5)

@@ -24,7 +24,7 @@ def test_rows():
   assert [row[:3] for row in table] == [
     ('blocks/norm', (2, 9), None),
     ('blocks/q', (2, 9, 13), (2, 4, 13)),
-    ('down', (17, 5), (17, 4)),
+    ('down', (17, 5), (4, 17)),
     ('embed', (30, 9), None),
   ]
   assert table[1].basis_bytes == 4 * 2 * 4 * 9
@@ -39,7 +39,7 @@ def test_text():
     'path         shape       projected   bytes',
     'blocks/norm  (2, 9)      -             144',
     'blocks/q     (2, 9, 13)  (2, 4, 13)  1,120',
-    'down         (17, 5)     (17, 4)       584',
+    'down         (17, 5)     (4, 17)       584',
     'embed        (30, 9)     -           2,160',
   ]
 

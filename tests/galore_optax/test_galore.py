@@ -11,9 +11,9 @@ import pytest
 
 from galore_optax import galore
 from galore_optax.projection import Side
+from tests.galore_optax.program import each, normal
 
 SIDES = get_args(Side)
-from tests.galore_optax.program import each, normal
 
 SHAPES = {'tall': (47, 19), 'wide': (21, 53), 'square': (29, 29)}
 

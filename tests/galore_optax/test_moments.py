@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from galore_optax import galore, moments
 from tests.galore_optax.program import each, normal32
@@ -106,33 +107,11 @@ def test_after_a_reset_the_projected_updates_are_those_of_a_first_step(name):
     chex.assert_trees_all_close(after_reset[name], want[name], rtol=1e-5)
 
 
-def test_counters_are_what_no_shape_changes():
-  inner = optax.chain(
-    optax.adam(optax.linear_schedule(0.0, 1.0, 3)), optax.ema(0.9)
-  )
-  found = moments.counter_paths(inner, tree())
-  assert {jax.tree_util.keystr(path) for path in found} == {
-    '[0][0].count',
-    '[0][1].count',
-    '[1].count',
-  }
-
-
-def test_factored_moments_of_large_weights_alone_are_no_counters():
-  # A probe of 2 x 2 is not factored, and its rows are placeholders.
-  inner = optax.scale_by_factored_rms(min_dim_size_to_factor=5)
-  params = {'large': jnp.zeros((7, 9)), 'small': jnp.zeros((3, 4))}
-  found = moments.counter_paths(inner, params)
-  names = {jax.tree_util.keystr(path) for path in found}
-  assert '.count' in names
-  assert not names & {".v_row['large']", ".v_col['large']"}
-
-
 def test_a_restart_zeroes_moments_and_their_counters():
   inner = optax.adam(optax.linear_schedule(1.0, 0.0, 5))
   params = tree()
   _, state = inner.update(params, inner.init(params))
-  adam, schedule = moments.restart(inner, state, params)
+  adam, schedule = moments.reset(state)
   chex.assert_trees_all_equal(adam, inner.init(params)[0])
   assert int(schedule.count) == 1
 
@@ -140,5 +119,12 @@ def test_a_restart_zeroes_moments_and_their_counters():
 def test_a_bare_array_restarts_too():
   inner = optax.adam(0.1)
   _, state = inner.update(normal32((3, 5)), inner.init(jnp.zeros((3, 5))))
-  again = moments.restart(inner, state, jnp.zeros((3, 5)))
+  again = moments.reset(state)
   chex.assert_trees_all_equal(again, inner.init(jnp.zeros((3, 5))))
+
+
+def test_a_reset_of_moments_that_are_not_known_raises():
+  # Adagrad's starts above zero.
+  tx = galore(optax.adagrad(0.1), rank=3, moments='reset')
+  with pytest.raises(ValueError, match="reset' knows the moments"):
+    tx.init(tree())

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -50,7 +51,8 @@ def test_the_default_measures_the_matrix_that_axes_name():
   'name',
   ['embed', 'embedding', 'embed_tokens', 'lm_head', 'head', 'logits', 'wte']
   + ['wpe', 'norm', 'attention_norm', 'norm_1', 'layernorm', 'ln_f', 'scale']
-  + ['bias'],
+  + ['bias', 'LayerNorm_1', 'ln1', 'q_bias', 'unembed', 'shared_embed']
+  + ['pos_embedding', 'mlm_head', 'wordEmbeddings', 'HEAD'],
 )
 def test_the_default_leaves_out(name):
   params = {'up': W, 'a': {name: {'kernel': W}, 'b': [W, {name: W}]}}
@@ -58,7 +60,8 @@ def test_the_default_leaves_out(name):
 
 
 @pytest.mark.parametrize(
-  'name', ['heads', 'upscale', 'biased', 'headroom', 'wtes', 'my_embed']
+  'name',
+  ['heads', 'upscale', 'biased', 'headroom', 'wtes', 'multi_head_attention'],
 )
 def test_the_default_matches_whole_components(name):
   assert projected({name: W}) == {name}
@@ -133,6 +136,10 @@ def test_targets_that_select_nothing_raise(targets):
 @pytest.mark.parametrize(
   'option, value, rule',
   [
+    ('scale', -1.0, 'a finite number >= 0'),
+    ('scale', float('nan'), 'a finite number >= 0'),
+    ('scale', None, 'a finite number >= 0'),
+    ('residual', 'sign', 'a rule of galore_optax.residual'),
     ('rank', 0, 'an integer >= 1 or a float in (0, 1]'),
     ('rank', -1, 'an integer >= 1'),
     ('rank', 1.5, 'a float in (0, 1]'),
@@ -228,3 +235,46 @@ def test_an_attribute_named_value_is_a_component_among_others():
     'a/value',
     'variable/value',
   }
+
+
+@pytest.mark.parametrize('batch', [(), (5,)], ids=['one', 'stack'])
+def test_attention_that_keeps_its_heads_apart_is_one_matrix(batch):
+  # As flax's MultiHeadDotProductAttention has it: width 512, 8 heads.
+  params = {
+    'attention': {
+      name: {'kernel': jax.ShapeDtypeStruct((*batch, *shape), jnp.float32)}
+      for name, shape in {
+        **dict.fromkeys(['query', 'key', 'value'], (512, 8, 64)),
+        'out': (8, 64, 512),
+      }.items()
+    }
+  }
+  state = jax.eval_shape(galore(optax.adam(0.1), rank=128).init, params)
+  shapes = jax.tree.leaves(
+    jax.tree.map(lambda x: x.shape, state.inner[0].mu),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  assert shapes == 4 * [(*batch, 128, 512)]
+
+
+def test_a_stack_of_matrices_under_such_a_name_stays_a_stack():
+  params = {'query': {'kernel': jnp.zeros((3, 16, 16))}}
+  state = jax.eval_shape(galore(optax.adam(0.1), rank=4).init, params)
+  assert state.inner[0].mu['query']['kernel'].shape == (3, 4, 16)
+
+
+def test_a_rank_of_numpy_is_taken_and_a_rate_is_no_inner():
+  assert projected(MODEL, rank=np.int64(4)) == projected(MODEL, rank=4)
+  with pytest.raises(ValueError, match='must be a transformation'):
+    galore(1e-3, rank=16)
+
+
+def test_a_predicate_is_asked_once():
+  asked = []
+  tx = galore(
+    optax.sgd(0.1), rank=4, targets=lambda path, leaf: not asked.append(path)
+  )
+  params = {'w': W}
+  state = tx.init(params)
+  tx.update(params, state, params)
+  assert asked == ['w']

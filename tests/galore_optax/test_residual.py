@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import PowerIteration, frugal, galore
+from galore_optax import PowerIteration, Sign, frugal, galore
 from tests.galore_optax.program import each, normal, trajectory
 
 W = {'w': jnp.zeros((6, 9)), 'b': jnp.zeros(4)}
@@ -29,7 +29,9 @@ def gradients(steps):
 @each('name', INNERS, quick=['adamw', 'momentum'])
 def test_the_sign_has_the_learning_rate_of_the_step(name):
   line = optax.chain(
-    galore(rank=2, gap=9, side='left', subspace='coordinates', residual='sign'),
+    galore(
+      rank=2, gap=9, side='left', subspace='coordinates', residual=Sign(LR)
+    ),
     INNERS[name](),
   )
   steps, grads = 4, gradients(4)
@@ -86,7 +88,7 @@ CELLS = {
     gap=5,
     scale=1.0,
     subspace=PowerIteration(),
-    residual='sign',
+    residual=Sign(0.05),
     moments='reset',
   ),
   'sgdm in, sgd out': lambda: frugal(

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from galore_optax.accumulation import Galore
 
 import galore_optax
-from galore_optax.accumulation import Galore
 from galore_optax.clipping import clip_coefficient
 from galore_optax.layerwise import layerwise
 from galore_optax.layerwise.weights import quantize_bases

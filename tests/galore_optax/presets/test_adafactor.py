@@ -355,12 +355,8 @@ def test_factored_rms_is_an_inner_of_its_own():
   )
 
 
-def test_a_missing_step_size_and_missing_params_raise():
+def test_missing_params_raise():
   params = {'w': jnp.ones((5, 9))}
   tx = galore_adafactor(0.1, **OPTIONS)
   with pytest.raises(ValueError, match='need params'):
     tx.update(params, tx.init(params))
-  inner = galore_optax.step_size.scale_by_step_size()
-  tx = galore_optax.galore(inner, **OPTIONS)
-  with pytest.raises(TypeError, match='step_size=tree'):
-    tx.update(params, tx.init(params), params)

@@ -1,7 +1,7 @@
 """Every preset keeps the contract: types, traces, checkpoints, devices.
 
-Left out where a statement does not hold: BAdam and FRUGAL's 'blocks' choose
-layers of a stack, so that no loop over its layers, one by one, is the same.
+Left out where a statement does not hold: BAdam chooses layers of a stack, so
+that no loop over its layers, one by one, is the same.
 """
 
 import chex
@@ -60,7 +60,6 @@ LOOPS = {
 """Presets that treat the layers of a stack one by one."""
 
 PRESETS = LOOPS | {
-  'frugal-blocks': frugal('blocks', targets='blocks/(up|down)'),
   'badam': lambda: go.badam(0.1, switch_every=2, weight_decay=0.1),
   'lomo-clipped': lambda: go.lomo(0.1),
   'adalomo-clipped': lambda: go.adalomo(0.1),

@@ -8,14 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import PowerIteration, fira, frugal, galore
-from galore_optax.subspace import refresh
+from galore_optax import PowerIteration, fira, frugal
 from tests.galore_optax.program import (
   MATRICES,
   SHAPES,
   Adam,
   each,
   normal,
+  rows_of,
   trajectory,
   tree,
 )
@@ -25,7 +25,6 @@ WARM_UP = optax.linear_schedule(0.0, 0.25, 4)
 """Zero at the first step; binary fractions, as optax rounds to float32."""
 
 STACKS = {'down': (5, 7, 3), 'up': (5, 4, 9), 'vector': (5,)}
-TURNS = [[3, 4], [1, 2], [0, 1], [3, 4]]
 """The layers of five that take turns by two, from the last one down."""
 
 
@@ -87,20 +86,10 @@ def parts(subspace, g, kept):
 
 def kept_at(subspace, weights, states):
   """Returns what is kept of each matrix, by step."""
-  if subspace == 'blocks':
-    turns = [turn for turn in TURNS for _ in range(GAP)]
-    return {name: turns for name in weights if name != 'vector'}
   if subspace != 'random':
-    return states[0].basis
-  options = galore(rank=DENSITY, gap=GAP, subspace='random').options
-  leaves = refresh.units(weights, options.projections(weights), GAP, 0)
-  at = lambda leaf: jax.lax.map(
-    lambda t: refresh.remade(options.finder, leaf, t)[0], jnp.arange(STEPS)
-  )
-  return {
-    name: leaf and jax.jit(at, static_argnums=0)(leaf)
-    for name, leaf in zip(sorted(weights), leaves, strict=True)
-  }
+    return states.basis
+  tx = frugal(0.1, density=DENSITY, gap=GAP, subspace='random')
+  return rows_of(tx, 'random', weights, states.basis)
 
 
 def oracle(subspace, inner, residual, scale, weights, grads, kept):
@@ -135,8 +124,6 @@ CASES = [
   ('columns', 'sgdm', 'sgd', 1.0),
   ('rows', 'lion', 'sign', 0.7),
   ('entries', 'adam', 'sign', 0.7),
-  ('blocks', 'adam', 'sign', 0.7),
-  ('blocks', 'sgdm', 'sgd', 1.0),
   ('power', 'adam', 'sign', 1.0),
 ]
 QUICK = [CASES[0], CASES[4], CASES[6], CASES[8]]
@@ -144,7 +131,7 @@ QUICK = [CASES[0], CASES[4], CASES[6], CASES[8]]
 
 @each('subspace, inner, residual, scale', CASES, quick=QUICK)
 def test_it_is_the_papers_algorithm(x64, subspace, inner, residual, scale):
-  shapes = STACKS if subspace == 'blocks' else SHAPES
+  shapes = SHAPES
   weights, grads = tree(shapes), tree(shapes, seed=10, leading=(STEPS,))
   tx = frugal(
     WARM_UP,
@@ -271,17 +258,21 @@ def test_an_inner_with_a_learning_rate_raises():
     frugal(0.1, inner='lamb')
 
 
-def test_blocks_are_of_stacks_alone():
-  tx = frugal(0.1, subspace='blocks')
-  w = {'stack': jnp.zeros((3, 5, 7)), 'norm': jnp.zeros((3, 5))}
-  tx.init(w)
-  # A stack of vectors is one too, where it is named.
-  frugal(0.1, subspace='blocks', targets=['stack', 'norm']).init(w)
-  with pytest.raises(ValueError, match=r'got alone of shape \(5, 7\)'):
-    tx.init({**w, 'alone': jnp.zeros((5, 7))})
-  # It goes to the inner in full where it is left out.
-  frugal(0.1, subspace='blocks', targets='stack').init(
-    {**w, 'alone': jnp.zeros((5, 7))}
-  )
-  with pytest.raises(ValueError, match='blocks or a finder'):
-    frugal(0.1, subspace='layers')
+def test_whole_layers_are_badams():
+  with pytest.raises(ValueError, match='subspace must be one of'):
+    frugal(0.1, subspace='blocks')
+
+
+@pytest.mark.parametrize(
+  'option, value',
+  [
+    ('density', 'a'),
+    ('density', 1.5),
+    ('residual_scale', -1.0),
+    ('weight_decay', -0.1),
+    ('residual', 'fira'),
+  ],
+)
+def test_bad_values_name_the_option(option, value):
+  with pytest.raises(ValueError, match=f'{option} must be'):
+    frugal(0.1, **{option: value})

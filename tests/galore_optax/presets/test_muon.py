@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from galore_optax.accumulation import Accumulating
 
 from galore_optax import galore_muon
-from galore_optax.accumulation import Accumulating
 from tests.galore_optax.program import Adam, normal, trajectory
 
 STEPS, RANK, GAP = 6, 3, 2

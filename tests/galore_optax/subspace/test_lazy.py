@@ -25,7 +25,7 @@ def _run(moving, steps, finder=Svd()):  # noqa: B008
     g = still.copy()
     if moving:
       g[1] = np.random.default_rng(t + 1).normal(size=(11, 13))
-    before = state.basis['w'].gaps_k, state.basis['w'].wait_k
+    before = state.basis['w'].gaps, state.basis['w'].wait
     _, state = step({'w': jnp.float32(g)}, state)
     found.append(np.asarray(before[1]) == 0)
   return np.stack(found), state
@@ -35,13 +35,13 @@ def test_a_still_subspace_waits_twice_as_long_each_time():
   found, state = _run(moving=False, steps=20)
   # Two overlaps must be seen first: refreshes 1 and 2 give them.
   assert np.flatnonzero(found[:, 0]).tolist() == [0, 1, 2, 4, 8, 16]
-  chex.assert_trees_all_close(state.basis['w'].overlaps_kq, 1.0, atol=1e-5)
+  chex.assert_trees_all_close(state.basis['w'].overlaps_q, 1.0, atol=1e-5)
 
 
 def test_likeness_does_not_depend_on_signs_or_gauge():
   found, state = _run(moving=False, steps=9, finder=Gauge())
   assert np.flatnonzero(found[:, 0]).tolist() == [0, 1, 2, 4, 8]
-  chex.assert_trees_all_close(state.basis['w'].overlaps_kq, 1.0, atol=1e-5)
+  chex.assert_trees_all_close(state.basis['w'].overlaps_q, 1.0, atol=1e-5)
 
 
 def test_a_moving_subspace_is_found_at_every_gap():
