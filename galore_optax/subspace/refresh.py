@@ -21,7 +21,7 @@ from galore_optax import paths, projection
 from galore_optax.checks import check_count, check_static
 from galore_optax.precision import full
 from galore_optax.projection import Basis, Projection, Whole
-from galore_optax.subspace.kept import Keeper, Kept
+from galore_optax.subspace.kept import Keeper, Kept, Seeds
 
 GOLDEN = 0.618033988749895
 """Multiples of it, modulo one, never come close to each other."""
@@ -278,7 +278,8 @@ def _find(keeper: Keeper, job: Job, first: jax.Array) -> tuple[Kept, jax.Array]:
   size = jnp.max(jnp.abs(g_mn))
   g_mn = g_mn / jnp.where(size > 0, size, 1)
   new = keeper.find(g_mn, job.kept, job.key, first)
-  found = finite & _is_finite(new)
+  # A seed is drawn whatever the gradient is.
+  found = _is_finite(new) & (finite | isinstance(keeper, Seeds))
   kept = jax.tree.map(lambda a, b: jnp.where(found, a, b), new, job.kept)
   return kept, jnp.int32(~found)
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from galore_optax import Svd
-from galore_optax.subspace.kept import keeping
+from galore_optax.subspace.kept import Rows, keeping
 
 SHAPES = {'tall': (13, 7), 'wide': (6, 11), 'square': (8, 8), 'vector': (5,)}
 MATRICES = ('tall', 'wide', 'square')
@@ -86,6 +86,13 @@ class Gauge:
     r = basis_rm.shape[0]
     q_rr, _ = jnp.linalg.qr(jax.random.normal(key, (r, r)))
     return q_rr @ basis_rm
+
+
+def find(finder, g_mn, basis_rm, key):
+  """Returns a basis that a finder makes of a previous one, or of zeros."""
+  size = jnp.max(jnp.abs(g_mn))
+  g_mn = g_mn / jnp.where(size > 0, size, 1)
+  return Rows(finder).find(g_mn, basis_rm, key, ~jnp.any(basis_rm))
 
 
 def rows_of(tx, finder, params, basis):

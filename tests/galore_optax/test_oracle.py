@@ -9,7 +9,7 @@ import optax
 from optax.contrib import _galore as theirs
 
 from galore_optax import galore
-from galore_optax.subspace import finders as subspace
+from galore_optax.subspace import kept as subspace
 from tests.galore_optax.program import normal32
 
 # A tie it gives to the rows, the PyTorch reference to the output axis.

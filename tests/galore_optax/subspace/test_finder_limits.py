@@ -9,7 +9,7 @@ import pytest
 
 from galore_optax import Lazy, PowerIteration, Randomized, galore
 from galore_optax.subspace import finders as subspace
-from tests.galore_optax.program import each
+from tests.galore_optax.program import each, find
 
 KEY = jax.random.key(0)
 DENSE = ['svd', 'gram', 'randomized', 'power', 'random']
@@ -90,12 +90,12 @@ def power_law(m, n, seed):
 @pytest.mark.parametrize('name', DENSE)
 def test_rows_are_orthonormal_to_1e_5(name, m, n, r, kind):
   """At the first refresh, and at one more that starts from it."""
-  find = jax.jit(subspace.find, static_argnums=0)
+  step = jax.jit(find, static_argnums=0)
   basis_rm = jnp.zeros((r, m))
   for seed in range(2):
     g_mn = power_law(m, n, 0) + 0.1 * power_law(m, n, seed)
     if kind == 'rank 5':
       g_mn = jnp.asarray(normal((m, 5), seed) @ normal((5, n), seed + 9))
-    basis_rm = find(subspace.SUBSPACES[name], g_mn, basis_rm, KEY)
+    basis_rm = step(subspace.NAMES[name], g_mn, basis_rm, KEY)
     gram_rr = np.float64(basis_rm) @ np.float64(basis_rm).T
     chex.assert_trees_all_close(gram_rr, np.eye(r), rtol=0, atol=1e-5)

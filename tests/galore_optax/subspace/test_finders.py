@@ -16,11 +16,11 @@ from galore_optax import (
   Svd,
   galore,
 )
-from galore_optax.subspace import finders as subspace
+from tests.galore_optax.program import find
 
 DENSE = [Svd(), Gram(), Randomized(), PowerIteration(), RandomOrthogonal()]
 KEY = jax.random.key(0)
-FIND = jax.jit(subspace.find, static_argnums=0)
+FIND = jax.jit(find, static_argnums=0)
 
 
 def _power_law(m=29, n=53, exponent=1.0, seed=0):
@@ -121,9 +121,7 @@ def test_power_iteration_of_a_stack_is_a_loop():
   g_kmn = jnp.stack([_power_law(seed=seed) for seed in range(2)])
   warm_rm = FIND(Svd(), g_kmn[0], jnp.zeros((7, 29)), KEY)
   old_krm = jnp.stack([warm_rm, 0 * warm_rm])
-  power = lambda g_mn, old_rm: subspace.find(
-    PowerIteration(), g_mn, old_rm, KEY
-  )
+  power = lambda g_mn, old_rm: find(PowerIteration(), g_mn, old_rm, KEY)
   loop = jnp.stack(
     [
       FIND(PowerIteration(), *pair, KEY)

@@ -71,9 +71,8 @@ def test_a_basis_is_packed_when_it_is_found_and_stays(bits, side):
       # Vectors may turn with the sign of the packed ones before them.
       off = np.abs(dequantize(code)) - np.abs(basis)
       assert np.max(np.abs(off)) <= 0.5 * step + 1e-6
-  chex.assert_trees_all_equal(trail[0][0], plain[0][0])
-  off = optax.tree.norm(optax.tree.sub(trail[1][0], plain[1][0]))
-  size = optax.tree.norm(plain[1][0])
+  off = optax.tree.norm(optax.tree.sub(trail[0][0], plain[0][0]))
+  size = optax.tree.norm(plain[0][0])
   # Measured: 0.008 and 0.0095 in 8 bits, 0.129 and 0.167 in 4.
   assert 0 < off < (0.02 if bits == 8 else 0.2) * size
 
