@@ -131,7 +131,7 @@ class Scaled:
   limit: float = 1.01
   """Largest growth of the update's norm, above 1."""
   correction: Callable[[jax.Array], Any] | None = None
-  """`(updates done) -> factor` of the inner's bias correction, if it has one."""
+  """`(updates done) -> factor` of the inner's bias correction; or None."""
 
   def __post_init__(self) -> None:
     """Raises ValueError for a limit that lets nothing grow."""

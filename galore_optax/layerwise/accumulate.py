@@ -76,14 +76,11 @@ def zeros(
   """
 
   def zero(name):
-    def low(stored, inner):
-      grad = layers.weights.read(stored)
-      if name in layers.slices:
-        return grad
-      return _projected(layers, tree, name, grad, inner)
-
-    one = jax.vmap(low) if stack.in_stack(name) else low
-    shape = jax.eval_shape(one, weights[name], inner[name]).shape
+    low = lambda stored, inner: _projected(
+      layers, tree, name, layers.weights.read(stored), inner
+    )
+    low = jax.vmap(low) if stack.in_stack(name) else low
+    shape = jax.eval_shape(low, weights[name], inner[name]).shape
     return jnp.zeros(shape, layers.sums_dtype)
 
   return {name: zero(name) for name in weights}
@@ -103,7 +100,7 @@ def _summed(layers, tree, weights, state, batch, key):
         lambda inner: inner,
         inner,
       )
-      grad = _projected(layers, tree, name, grad, inner)
+    grad = _projected(layers, tree, name, grad, inner)
     noise = tree.key(jax.random.fold_in(key, number), name, index)
     new = (inner, apply_updates_stochastic(total, grad, noise))
     return stack.put(entry, new, layer)
@@ -111,9 +108,9 @@ def _summed(layers, tree, weights, state, batch, key):
   def part(entries, numbered):
     number, part = numbered
     passes = layers.passes(tree, part)
-    saved, x = passes.forward(weights, layers.weights.read)
-    read, visit = layers.reader(weights), functools.partial(add, number)
-    return passes.backward(saved, x, entries, read, visit)
+    saved, x = passes.forward(weights)
+    visit = functools.partial(add, number)
+    return passes.backward(saved, x, entries, visit, stored=weights)
 
   totals = zeros(layers, tree, weights, state.inner)
   entries = {name: (state.inner[name], totals[name]) for name in weights}
@@ -126,6 +123,9 @@ def _summed(layers, tree, weights, state, batch, key):
   return inner, {name: total for name, (_, total) in entries.items()}, metrics
 
 
-def _projected(layers, tree, name, grad, inner) -> jax.Array:
+def _projected(layers, tree, name, grad, inner):
+  """Returns what a gradient adds to the sums."""
+  if name in layers.slices:
+    return grad
   alone = tree.alone(name, grad)
   return jax.tree.leaves(layers.tx.project(alone, inner))[0]

@@ -25,8 +25,6 @@ PyTree = Any
 Carry = TypeVar('Carry')
 Weights = dict[str, Any]
 """By path, in the order of the tree."""
-Read = Callable[[Any, str, Any], jax.Array]
-"""`(entry, name, layer) -> weight`, as the model reads it."""
 Visit = Callable[[Any, str, jax.Array, Any], Any]
 """`(entry, name, gradient, layer) -> entry`; layer None outside the stack."""
 
@@ -39,19 +37,19 @@ class Passes:
   """The three functions of `layerwise`."""
   tree: stack.Parts
   """The tree of parameters."""
+  read: Callable[[Any], jax.Array]
+  """A stored weight, as the model computes with it."""
   batch: PyTree
   """Microbatches [K, ...]."""
 
-  def forward(
-    self, stored: Weights, read: Callable[[Any], jax.Array]
-  ) -> tuple[PyTree, PyTree]:
+  def forward(self, stored: Weights) -> tuple[PyTree, PyTree]:
     """Returns the input of each block [L, K, ...] and of the loss [K, ...]."""
-    rest = {n: read(w) for n, w in stored.items() if not in_stack(n)}
+    rest = {n: self.read(w) for n, w in stored.items() if not in_stack(n)}
     params = self.tree.build(rest)
     x = lax.map(lambda part: self.model.embed(params, part), self.batch)
 
     def block(x, layer):
-      weights = {name: read(w) for name, w in layer.items()}
+      weights = {name: self.read(w) for name, w in layer.items()}
       y = lax.map(lambda x: self._block(weights, x), x)
       return y, stack.flat(x)
 
@@ -64,9 +62,9 @@ class Passes:
     saved: PyTree,
     x: PyTree,
     entries: Weights,
-    read: Read,
     visit: Visit,
     *,
+    stored: Weights | None = None,
     active: jax.Array | None = None,
     frozen: Collection[str] = (),
   ) -> tuple[Weights, dict[str, PyTree]]:
@@ -76,14 +74,19 @@ class Passes:
       saved: input of each block, as `forward` returns it.
       x: input of the loss.
       entries: what the visits change, by weight.
-      read: a weight, given its entry.
       visit: called when a weight's gradient is complete.
+      stored: the weights, where no visit changes them: XLA would copy them in
+        the entries. None where they are the first of each entry.
       active: the one layer whose weights are visited; None for all.
       frozen: weights outside the stack that are not visited.
 
     Returns:
       The entries after the visits; the metrics.
     """
+
+    def read(entry, name, layer):
+      weight = entry[0] if stored is None else stored[name]
+      return self.read(stack.take(weight, layer))
 
     def see(carry, name, grad, layer=None):
       entries, squares = carry
@@ -259,14 +262,20 @@ def pull_back(
   """
   names = sorted(names)
   weights = jax.eval_shape(lambda: {name: read(carry, name) for name in names})
-  closed, out = jax.make_jaxpr(backward, return_shape=True)(weights, dy)
-  jaxpr = closed.jaxpr
-  weight_of = dict(zip(jaxpr.invars, names, strict=False))
-  grads = dict(zip(names, jaxpr.outvars, strict=False))
+  closed, (_, dx) = jax.make_jaxpr(backward, return_shape=True)(weights, dy)
+  jaxpr, num = closed.jaxpr, len(names)
+  weight_of = dict(zip(jaxpr.invars[:num], names, strict=True))
+  grads = dict(zip(names, jaxpr.outvars[:num], strict=True))
   known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-  inputs = jaxpr.invars[len(names) :]
-  pulled = dict(zip(inputs, jax.tree.leaves(dy), strict=True))
-  due, last = _lifetimes(jaxpr, weight_of, grads)
+  pulled = dict(zip(jaxpr.invars[num:], jax.tree.leaves(dy), strict=True))
+
+  # After how many operations a weight may change: its gradient is there, and
+  # nothing reads it any more. At once if that is the cotangent itself.
+  due = dict.fromkeys(names, 0)
+  for count, eqn in enumerate(jaxpr.eqns, 1):
+    for var, name in weight_of.items():
+      if var in eqn.invars or grads[name] in eqn.outvars:
+        due[name] = count
 
   def value(atom):
     if isinstance(atom, jex.Literal):
@@ -275,11 +284,10 @@ def pull_back(
       return read(carry, weight_of[atom])
     return pulled[atom] if atom in pulled else known[atom]
 
-  # A gradient may be there before any operation: the cotangent itself.
   for done in range(len(jaxpr.eqns) + 1):
     if done:
       eqn = jaxpr.eqns[done - 1]
-      moves = any(v in pulled for v in _variables(eqn.invars))
+      moves = not pulled.keys().isdisjoint(_variables(eqn.invars))
       (pulled if moves else known).update(_run(jaxpr, eqn, value))
     ready = [name for name in names if due[name] == done]
     for name in ready:
@@ -287,31 +295,14 @@ def pull_back(
     if ready:
       # What follows waits for the visits; what is known without dy is of the
       # forward pass, and holding it up would order nothing.
-      live = [v for v in pulled if last.get(v, 0) > done]
+      later = [v for eqn in jaxpr.eqns[done:] for v in eqn.invars]
+      later += [grads[name] for name in names if due[name] > done]
+      later = {*_variables(later + jaxpr.outvars[num:])}
+      live = [v for v in pulled if v in later]
       held, carry = lax.optimization_barrier(([pulled[v] for v in live], carry))
       pulled = dict(zip(live, held, strict=True))
-  dx = map(value, jaxpr.outvars[len(names) :])
-  return jax.tree.unflatten(jax.tree.structure(out[1]), dx), carry
-
-
-def _lifetimes(
-  jaxpr: jex.Jaxpr, weight_of: dict[jex.Var, str], grads: dict[str, Any]
-) -> tuple[dict[str, int], dict[Any, int]]:
-  """Returns after how many operations a weight may change, and a value ends.
-
-  A weight may change once its gradient is there and nothing reads it any more.
-  """
-  made, last = {}, {}
-  for count, eqn in enumerate(jaxpr.eqns, 1):
-    last |= dict.fromkeys(_variables(eqn.invars), count)
-    made |= dict.fromkeys(eqn.outvars, count)
-  due = {name: last.get(var, 0) for var, name in weight_of.items()}
-  for name, grad in grads.items():
-    for var in _variables([grad]):
-      due[name] = max(due[name], made.get(var, 0))
-      last[var] = max(due[name], last.get(var, 0))
-  rest = _variables(jaxpr.outvars[len(grads) :])
-  return due, last | dict.fromkeys(rest, len(jaxpr.eqns) + 1)
+  dx_leaves = [value(atom) for atom in jaxpr.outvars[num:]]
+  return jax.tree.unflatten(jax.tree.structure(dx), dx_leaves), carry
 
 
 def _run(

@@ -9,7 +9,7 @@ Axes: L layers, the leading axis of a stack; N examples.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -23,7 +23,7 @@ from galore_optax.galore import Galore
 from galore_optax.layerwise import accumulate as summing
 from galore_optax.layerwise import stack
 from galore_optax.layerwise.passes import Passes
-from galore_optax.layerwise.weights import ARRAYS, Weights
+from galore_optax.layerwise.weights import ARRAYS, Weights, is_stored
 
 PyTree = Any
 
@@ -183,12 +183,8 @@ class Layerwise:
     # A target that matches nothing anywhere is told here: `tx` is strict only
     # where it sees the whole tree.
     read = self.weights.read
-    jax.eval_shape(
-      lambda weights: self.tx.init(
-        tree.build({name: read(w) for name, w in weights.items()})
-      ),
-      weights,
-    )
+    whole = lambda params: jax.tree.map(read, params, is_leaf=is_stored)
+    jax.eval_shape(lambda params: self.tx.init(whole(params)), params)
 
     def init_weight(name, stored):
       rule = self._rule(name)
@@ -228,7 +224,7 @@ class Layerwise:
   def _at_once(self, tree, weights, state, batch):
     """Returns (stored, state) by weight, updated as gradients appear."""
     passes = self.passes(tree, batch)
-    saved, x = passes.forward(weights, self.weights.read)
+    saved, x = passes.forward(weights)
     backward = functools.partial(passes.backward, saved)
     one_layer = isinstance(self.tx, OneLayer)
     if one_layer:
@@ -240,9 +236,6 @@ class Layerwise:
     # The second pass begins after the first: their gradients never coexist.
     x, factor = lax.optimization_barrier((x, factor))
     key = jax.random.fold_in(jax.random.key(0), state.count)
-
-    def read(entry, name, layer):
-      return self.weights.read(stack.take(entry[0], layer))
 
     def visit(entry, name, grad, layer):
       rule = self._rule(name)
@@ -262,7 +255,7 @@ class Layerwise:
       return tuple(map(stack.put, entry, new, places))
 
     entries = {name: (w, state.inner[name]) for name, w in weights.items()}
-    return backward(x, entries, read, visit)
+    return backward(x, entries, visit)
 
   def _factor(self, state, weights, backward):
     """Returns what the gradient is multiplied by, None without clipping."""
@@ -272,7 +265,7 @@ class Layerwise:
     def exact():
       keep = lambda entry, name, grad, layer: entry
       none = dict.fromkeys(weights, ())
-      return backward(none, self.reader(weights), keep)[1]['grad_norm']
+      return backward(none, keep, stored=weights)[1]['grad_norm']
 
     if self.clip == 'exact':
       norm = exact()
@@ -290,27 +283,10 @@ class Layerwise:
 
   def passes(self, tree: stack.Parts, batch: PyTree) -> Passes:
     """Returns the way of a batch [N, ...] through the model."""
-    return Passes(self.model, tree, stack.split(batch, self.microbatches))
+    batch = stack.split(batch, self.microbatches)
+    return Passes(self.model, tree, self.weights.read, batch)
 
-  def reader(self, weights: dict[str, Any]) -> Callable[..., jax.Array]:
-    """Returns a `passes.Read` of weights that are not in the entries.
-
-    XLA would copy them in the carry of a pass that does not change them.
-    """
-    return lambda entry, name, layer: self.weights.read(
-      stack.take(weights[name], layer)
-    )
-
-  def update(
-    self,
-    rule: Callable[..., tuple[Any, Any]],
-    tree: stack.Parts,
-    key: jax.Array,
-    name: str,
-    entry: Any,
-    grad: jax.Array,
-    layer: jax.Array | int,
-  ) -> Any:
+  def update(self, rule, tree, key, name, entry, grad, layer) -> Any:
     """Returns one weight, layer or slice and its state, updated."""
     stored, inner = entry
     weight = tree.alone(name, self.weights.read(stored))
