@@ -5,8 +5,6 @@ BIN := .venv/bin
 PLAN := .venv-plan/bin
 PARITY := .venv-parity/bin
 LOWEST := .venv-lowest/bin
-# Bytecode of what is never imported takes a third of an installation's time.
-INSTALL := pip install -q --no-compile
 
 # The same program on the machine's card, if it has one.
 CARD := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
@@ -56,26 +54,26 @@ lint: .venv/lint
 
 .venv/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/$(INSTALL) -e '.[$*]'
+	$(BIN)/pip install -q -e '.[$*]'
 	touch $@
 
 # Without a card, every start of JAX here prints that it found none.
 .venv-plan/plan: pyproject.toml
 	test -x $(PLAN)/python || $(PYTHON) -m venv .venv-plan
-	$(PLAN)/$(INSTALL) -e '.[plan,test]'
+	$(PLAN)/pip install -q -e '.[plan,test]'
 	touch $@
 
 # The CPU build of torch first: a bare `torch` would pull in CUDA's.
 .venv-parity/parity: pyproject.toml
 	test -x $(PARITY)/python || $(PYTHON) -m venv .venv-parity
-	$(PARITY)/$(INSTALL) torch==2.13.0
-	$(PARITY)/$(INSTALL) -e '.[parity,test]'
+	$(PARITY)/pip install -q torch==2.13.0
+	$(PARITY)/pip install -q -e '.[parity,test]'
 	touch $@
 
 .venv-lowest/lowest: pyproject.toml tests/lowest.py
 	test -x $(LOWEST)/python || $(PYTHON) -m venv .venv-lowest
-	$(LOWEST)/$(INSTALL) $$($(LOWEST)/python tests/lowest.py chex pytest)
-	$(LOWEST)/$(INSTALL) -e .
+	$(LOWEST)/pip install -q $$($(LOWEST)/python tests/lowest.py chex pytest)
+	$(LOWEST)/pip install -q -e .
 	touch $@
 
 clean:

@@ -38,7 +38,7 @@ def test_training_has_jax_for_the_card_that_is_there(
   tmp_path, target, card, extra
 ):
   text = commands(tmp_path, target, card=card)
-  assert f" -e '.[{extra}]'" in text
+  assert f"pip install -q -e '.[{extra}]'" in text
 
 
 @pytest.mark.parametrize('target', ['train', 'test', 'slow', 'lint'])
