@@ -3,6 +3,7 @@
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from galore_optax import paths
@@ -92,7 +93,9 @@ def frugal(
   check_one_of(tuple(RESIDUALS), residual=residual)
   check_learning_rate(learning_rate=learning_rate)
   check_not_negative(residual_scale=residual_scale, weight_decay=weight_decay)
-  rest_rate = lambda count: residual_scale * rate_at(learning_rate, count)
+  rest_rate = lambda count: (
+    residual_scale * jnp.asarray(rate_at(learning_rate, count), float)
+  )
   tail = (
     add_decayed_weights(weight_decay),
     optax.scale_by_learning_rate(learning_rate),

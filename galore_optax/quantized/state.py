@@ -30,8 +30,9 @@ GUARDS = (
 )
 """States of what goes around `quantize_state`, as it looks at a whole tree."""
 
-UNSIGNED = {'nu', 'nu_max', 'v', 'sum_of_squares'}
-"""Fields of moments that no update makes negative."""
+SQUARES = {'nu', 'nu_max', 'v', 'n', 'sum_of_squares'}
+"""Fields of second moments, unless an update makes them negative: an average
+of differences has such a name too."""
 
 # A leaf of so many elements is updated in pieces: in a loop, because only the
 # temporaries of loops are sure to share memory from leaf to leaf.
@@ -51,8 +52,9 @@ def quantize_state(
 
   A state leaf is stored in blocks of 8-bit codes if it is floating, has the
   path and the shape of a parameter and at least `min_size` elements, and does
-  not depend on the weights at first (a copy of them is no moment). Fields nu,
-  v and the like get the unsigned dynamic code, others the signed one.
+  not depend on the weights at first (a copy of them is no moment). Second
+  moments (fields nu, v and the like) get the unsigned dynamic code, others the
+  signed one.
   Everything else stays as it is; moments of bfloat16 parameters that stay
   unquantized are float32.
 
@@ -104,8 +106,8 @@ def quantize_state(
   def init_fn(params: optax.Params) -> Any:
     if elementwise:
       _check_elementwise(inner, params)
-    fixed = _fixed(inner, params)
-    init = lambda params: _packed(inner, params, fixed, block_size, min_size)
+    seen = _tried(inner, params)
+    init = lambda params: _packed(inner, params, seen, block_size, min_size)
     leaves = jax.tree.leaves(params)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
       zeros = lambda x: jnp.zeros(x.shape, x.dtype)
@@ -162,26 +164,45 @@ class Outer(NamedTuple):
     )
 
 
-def _fixed(inner: optax.GradientTransformation, params: Any) -> list[bool]:
-  """Per state leaf, whether it starts the same whatever the weights are."""
+class Seen(NamedTuple):
+  """What a small trial shows of a leaf of state."""
+
+  is_fixed: bool
+  """It starts the same whatever the weights are: it is no copy of them."""
+  is_signed: bool
+  """Gradients below zero make it negative."""
+
+
+def _tried(
+  inner: optax.GradientTransformationExtraArgs, params: Any
+) -> list[Seen]:
+  """Tries an inner on weights of one element; one entry for a state leaf."""
+  filled = lambda value: jax.tree.map(
+    lambda x: jnp.full((1,) * x.ndim, value, jnp.float32), params
+  )
+  is_traced = lambda x: isinstance(x, jax.core.Tracer)
   with jax.ensure_compile_time_eval():
-    ones, twos = (
-      jax.tree.leaves(
-        inner.init(
-          jax.tree.map(lambda x, v=v: jnp.full((1,) * x.ndim, v), params)
-        )
+    ones, twos = (inner.init(filled(value)) for value in (1.0, 2.0))
+    state = ones
+    try:
+      for g in (-1.0, -2.0):
+        _, state = inner.update(filled(g), state, filled(1.0))
+    except TypeError:  # It needs extra args, which only `update` is given.
+      state = jax.tree.map(lambda x: jnp.full_like(x, -1), ones)
+    rows = zip(*map(jax.tree.leaves, (ones, twos, state)), strict=True)
+    return [
+      Seen(
+        is_traced(x) or bool(jnp.all(x == y)),
+        is_traced(z) or bool(jnp.any(z < 0)),
       )
-      for v in (1.0, 2.0)
-    )
-    pairs = zip(ones, twos, strict=True)
-    is_traced = lambda x: isinstance(x, jax.core.Tracer)
-    return [is_traced(x) or bool(jnp.all(x == y)) for x, y in pairs]
+      for x, y, z in rows
+    ]
 
 
 def _packed(
   inner: optax.GradientTransformation,
   params: Any,
-  fixed: list[bool],
+  seen: list[Seen],
   block_size: int,
   min_size: int,
 ) -> Any:
@@ -192,20 +213,21 @@ def _packed(
     for path, x in jax.tree_util.tree_leaves_with_path(params)
   }
 
-  def pack(path: Any, x: jax.Array, is_fixed: bool) -> Any:
+  def pack(path: Any, x: jax.Array, seen: Seen) -> Any:
     ends = (tuple(path[i:]) for i in range(len(path) + 1))
     same = any(like.get(end) == x.shape for end in ends)
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
-    if not (same and is_fixed and is_float and x.ndim) or x.size < min_size:
+    if not (same and seen.is_fixed and is_float and x.ndim):
       return x
-    fields = {getattr(key, 'name', None) for key in path}
-    code = 'unsigned' if UNSIGNED & fields else 'signed'
+    if x.size < min_size:
+      return x
+    squares = SQUARES & {getattr(key, 'name', None) for key in path}
+    code = 'unsigned' if squares and not seen.is_signed else 'signed'
     return quantize(x, code=code, block_size=block_size)
 
   leaves = jax.tree_util.tree_leaves_with_path(state)
   packed = [
-    pack(path, x, is_fixed)
-    for (path, x), is_fixed in zip(leaves, fixed, strict=True)
+    pack(path, x, one) for (path, x), one in zip(leaves, seen, strict=True)
   ]
   return jax.tree.structure(state).unflatten(packed)
 
@@ -413,9 +435,10 @@ def _acts_alone(inner: optax.GradientTransformationExtraArgs) -> bool:
       for x, y in pairs:
         if isinstance(y, jax.core.Tracer):
           return True  # A hyperparameter is traced.
-        at = y[i : i + 1, j : j + 1] if y.ndim else y
-        if jnp.issubdtype(y.dtype, jnp.number) and not jnp.allclose(
-          x, at, rtol=1e-4, atol=1e-6
+        at = y[i : i + 1, j : j + 1] if y.ndim == 2 else y
+        if at.shape != x.shape or (
+          jnp.issubdtype(y.dtype, jnp.number)
+          and not jnp.allclose(x, at, rtol=1e-4, atol=1e-6)
         ):
           return False
   return True

@@ -76,14 +76,14 @@ def test_an_inner_sees_the_projected_gradients_and_no_more(name):
     g = tree(10 + i)
     ours, state = step(g, state, params)
     p, q = state.basis['wide'], state.basis['tall']
-    low = {'wide': p @ g['wide'], 'tall': g['tall'] @ q.T, 'bias': g['bias']}
+    low = {'wide': p @ g['wide'], 'tall': q @ g['tall'].T, 'bias': g['bias']}
     if low_state is None:
       low_state = inner.init(jax.tree.map(jnp.zeros_like, low))
     # Some look at the shapes of params.
     u, low_state = by_hand(low, low_state, jax.tree.map(jnp.zeros_like, low))
     want = {
       'wide': 0.5 * p.T @ u['wide'],
-      'tall': 0.5 * u['tall'] @ q,
+      'tall': 0.5 * u['tall'].T @ q,
       'bias': u['bias'],
     }
     # One more float32 product on either side, in another order.

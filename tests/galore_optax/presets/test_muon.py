@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from galore_optax.accumulation import Accumulating
 
 from galore_optax import galore_muon
 from tests.galore_optax.program import Adam, normal, trajectory
@@ -127,7 +126,6 @@ def test_it_is_its_equations():
 def test_defaults():
   parameters = inspect.signature(galore_muon).parameters
   defaults = {name: p.default for name, p in parameters.items()}
-  assert 'residual' not in defaults
   # Muon's, its step as large as AdamW's; GaLore's.
   assert [defaults[k] for k in ('beta', 'consistent_rms')] == [0.95, 0.2]
   assert defaults['scale'] == 0.25
@@ -167,7 +165,7 @@ def test_a_stack_is_muons_and_not_adams():
   assert sum(x.size for x in adam) > 2 * 3 * 7 * 11
   tx = galore_muon(1.0, rank=RANK, gap=GAP, scale=1.0)
   updates, state = tx.update(g, tx.init(g), g)
-  adam = jax.tree.leaves(state.inner.inner_states['adam'])
+  adam = jax.tree.leaves(state.inner.inner_states['rest'])
   assert max(x.size for x in adam) == 1
   # All directions of the subspace move alike: Adam's do not.
   sizes = np.linalg.svd(updates['up'] / (0.2 * np.sqrt(11)), compute_uv=False)
@@ -184,13 +182,13 @@ def test_what_is_projected_is_muons_whatever_its_axes():
   )
   state = tx.init(jax.eval_shape(lambda: draw(shapes, 0)))
   groups = state.inner.inner_states
-  mu = {k: optax.tree.get(groups[k], 'mu') for k in ('muon', 'adam')}
+  mu = {k: optax.tree.get(groups[k], 'mu') for k in ('low', 'rest')}
   held = {
     k: {name for name, x in tree.items() if isinstance(x, jax.Array)}
     for k, tree in mu.items()
   }
-  assert held == {'muon': muons, 'adam': {*shapes} - muons}
-  assert {*mu['muon']['heads'].shape} == {RANK, 10}
+  assert held == {'low': muons, 'rest': {*shapes} - muons}
+  assert {*mu['low']['heads'].shape} == {RANK, 10}
 
 
 def test_state_is_a_basis_and_one_momentum():
@@ -225,13 +223,13 @@ def test_moments_follow_the_basis(moments):
 def test_it_accumulates_projected_gradients():
   g = draw(SHAPES, 0)
   tx = galore_muon(0.1, rank=RANK, gap=GAP)
-  assert isinstance(tx, Accumulating)
+  assert isinstance(tx, Galore) and tx.linear
 
   @jax.jit
   def both(g, state):
-    begun = tx.begin(g, state)
-    low = tx.compress(g, begun)
-    return tx.update(low, begun)[0], tx.update(g, state)[0]
+    begun = tx.refresh(g, state)
+    low = tx.project(g, begun)
+    return tx.apply(low, begun, g)[0], tx.update(g, state, g)[0]
 
   close(*both(g, tx.init(g)))
 
@@ -264,8 +262,3 @@ def test_a_number_out_of_range_is_named(name, bad):
   options = {'learning_rate': 0.1, 'rank': RANK, 'gap': GAP}
   with pytest.raises(ValueError, match=f'{name} must be'):
     galore_muon(**options | {name: bad})
-
-
-def test_it_has_no_residual_rule():
-  with pytest.raises(TypeError, match='residual'):
-    galore_muon(0.1, rank=RANK, gap=GAP, residual='sign')

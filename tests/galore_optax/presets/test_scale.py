@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from galore_optax.layerwise.parts import in_stack
-from tests.galore_optax.test_layerwise import (
+
+from galore_optax import Elsewhere, layerwise, scale_sgd
+from galore_optax.layerwise.stack import in_stack
+from galore_optax.paths import heads
+from tests.galore_optax.layerwise.test_step import (
   Residual,
   make_params,
   run,
   run_whole_tree,
 )
-
-from galore_optax import Elsewhere, layerwise, scale_sgd
-from galore_optax.paths import heads
 from tests.galore_optax.program import Adam, normal, trajectory
 
 STEPS = 5

@@ -61,34 +61,32 @@ def plain(inner):
   return update
 
 
-LABELS = {'w': 'a', 'u': 'b', 'b': 'a'}
 INNERS = {
-  'adamw': optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(
-      optax.cosine_decay_schedule(1.0, 50),
-      weight_decay=0.1,
-      mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree),
-    ),
-  ),
+  'adamw': optax.adamw(optax.cosine_decay_schedule(1.0, 50), weight_decay=0.1),
   'injected': optax.inject_hyperparams(optax.adam)(0.1),
-  'partition': optax.partition(
-    {'a': optax.adam(0.1), 'b': optax.sgd(0.1, 0.9)}, LABELS
-  ),
+  'momentum': optax.sgd(0.1, 0.9, nesterov=True),
+}
+WHOLE = {
   'noise': optax.chain(optax.add_noise(0.1, 0.1, 0), optax.sgd(0.1, 0.9)),
   'lamb': optax.lamb(0.1),
   'norm of all updates': optax.chain(
     optax.adam(1.0), optax.clip_by_global_norm(0.5)
   ),
+  'partition': optax.partition(
+    {'a': optax.adam(0.1), 'b': optax.sgd(0.1, 0.9)},
+    {'w': 'a', 'u': 'b', 'b': 'a'},
+  ),
   'factored': optax.adafactor(0.1, min_dim_size_to_factor=32, momentum=0.9),
   'sm3': optax.sm3(0.1),
 }
+"""Inners that look at more than an element at a time."""
 
 
 @each(
   'name, in_pieces',
-  [(name, False) for name in INNERS] + [('adamw', True), ('partition', True)],
-  quick=[('adamw', False), ('sm3', False), ('partition', True)],
+  [(name, False) for name in INNERS | WHOLE]
+  + [('adamw', True), ('momentum', True)],
+  quick=[('injected', False), ('sm3', False), ('adamw', True)],
 )
 def test_leaf_by_leaf_equals_the_whole_tree(
   name, in_pieces, params, monkeypatch
@@ -96,8 +94,8 @@ def test_leaf_by_leaf_equals_the_whole_tree(
   if in_pieces:
     monkeypatch.setattr(leafwise, 'DIVIDE_FROM', 4096)
     monkeypatch.setattr(leafwise, 'PIECE_SIZE', 1000)
-  inner = optax.with_extra_args_support(INNERS[name])
-  tx = quantize_state(inner)
+  inner = optax.with_extra_args_support((INNERS | WHOLE)[name])
+  tx = quantize_state(inner, elementwise=name in INNERS)
   update = jax.jit(chex.assert_max_traces(tx.update, 1))
   whole = jax.jit(plain(inner))
   state = tx.init(params)

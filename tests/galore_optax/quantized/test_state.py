@@ -72,20 +72,10 @@ def codes(inner, params):
     (optax.adagrad(0.1), {'sum_of_squares': 'unsigned'}),
     (optax.lion(0.1), {'mu': 'signed'}),
     (optax.sgd(0.1, 0.9), {'trace': 'signed'}),
-    # Its nu is a momentum, whatever the name.
-    (optax.sm3(0.1), {'nu': 'signed'}),
     # v averages differences of gradients, n averages squares.
     (
       optax.adan(0.1),
       {'m': 'signed', 'v': 'signed', 'n': 'unsigned', 'g': 'signed'},
-    ),
-    (
-      optax.apply_if_finite(optax.adam(0.1), 3),
-      {'mu': 'signed', 'nu': 'unsigned'},
-    ),
-    (
-      optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
-      {'mu': 'signed', 'nu': 'unsigned', 'acc_grads': 'signed'},
     ),
     # z is a copy of the weights and no moment.
     (optax.contrib.schedule_free_adamw(0.1), {'nu': 'unsigned'}),
@@ -220,12 +210,36 @@ def test_8_bit_adam_learns_what_adam_learns():
 
 
 def test_a_skipped_update_leaves_the_state_as_it_is(params):
-  tx = quantize_state(optax.apply_if_finite(optax.adam(0.1), 3))
+  tx = optax.apply_if_finite(quantize_state(optax.adam(0.1)), 3)
   grads = next(gradients(params, 1))
   _, state = tx.update(grads, tx.init(params))
   bad = {**grads, 'b': grads['b'].at[0].set(jnp.nan)}
   _, after = tx.update(bad, state)
   chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+
+
+@pytest.mark.parametrize(
+  'inner',
+  [
+    optax.apply_if_finite(optax.adam(0.1), 3),
+    optax.MultiSteps(optax.adam(0.1), 2),
+    optax.masked(optax.adam(0.1), {'w': True, 'u': False, 'b': True}),
+    optax.partition({'a': optax.adam(0.1)}, {'w': 'a', 'u': 'a', 'b': 'a'}),
+    optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
+    optax.adafactor(0.1),
+    optax.lamb(0.1),
+    optax.contrib.muon(0.1),
+  ],
+)
+def test_what_looks_at_more_than_an_element_is_refused(inner, params):
+  with pytest.raises(ValueError, match='around quantize_state'):
+    quantize_state(inner).init(params)
+
+
+def test_a_momentum_called_nu_is_signed(params):
+  # sm3 keeps one under that name.
+  tx = quantize_state(optax.sm3(0.1), elementwise=False)
+  assert tx.init(params)[0].nu['w'].code == 'signed'
 
 
 def test_a_gradient_that_is_not_finite_shows(params):
