@@ -167,7 +167,7 @@ class Passes:
     num_layers = jax.tree.leaves(saved[0])[0].shape[0]
     inputs = lambda layer: stack.unflat(stack.take(saved[0], layer), saved[1])
     visited = lambda layer, state: self._layer(
-      layer, inputs(layer), *state, read, see
+      layer, inputs(layer), state, read, see
     )
     if active is None:
       body = lambda i, state: visited(num_layers - 1 - i, state)
@@ -193,7 +193,7 @@ class Passes:
       _, dx = passed(active - 1, -1, dx, carry)
     return dx, carry
 
-  def _layer(self, layer, x, dx, carry, read, see) -> Any:
+  def _layer(self, layer, x, state, read, see) -> Any:
     """Returns (cotangents, (entries, squares)) below one layer."""
 
     # The layer's index is held with the entries, so that reads of a weight
@@ -206,6 +206,7 @@ class Passes:
       carry, layer = held
       return see(carry, name, grad, layer), layer
 
+    dx, carry = state
     dx, (carry, _) = pull_back(
       lambda weights, dx: _gradients(self._block, weights, x, dx),
       dx,
