@@ -270,13 +270,7 @@ def pull_back(
   known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   pulled = dict(zip(jaxpr.invars[num:], jax.tree.leaves(dy), strict=True))
 
-  # After how many operations a weight may change: its gradient is there, and
-  # nothing reads it any more. At once if that is the cotangent itself.
-  due = dict.fromkeys(names, 0)
-  for count, eqn in enumerate(jaxpr.eqns, 1):
-    for var, name in weight_of.items():
-      if var in eqn.invars or grads[name] in eqn.outvars:
-        due[name] = count
+  due = _due(jaxpr, weight_of, grads)
 
   def value(atom):
     if isinstance(atom, jex.Literal):
@@ -304,6 +298,22 @@ def pull_back(
       pulled = dict(zip(live, held, strict=True))
   dx_leaves = [value(atom) for atom in jaxpr.outvars[num:]]
   return jax.tree.unflatten(jax.tree.structure(dx), dx_leaves), carry
+
+
+def _due(
+  jaxpr: jex.Jaxpr, weight_of: dict[jex.Var, str], grads: dict[str, Any]
+) -> dict[str, int]:
+  """Returns after how many operations each weight may change.
+
+  Its gradient is there, and nothing reads it any more. That is at once where
+  the gradient is the cotangent itself.
+  """
+  due = dict.fromkeys(grads, 0)
+  for count, eqn in enumerate(jaxpr.eqns, 1):
+    for var, name in weight_of.items():
+      if var in eqn.invars or grads[name] in eqn.outvars:
+        due[name] = count
+  return due
 
 
 def _run(
