@@ -167,7 +167,7 @@ class Passes:
     num_layers = jax.tree.leaves(saved[0])[0].shape[0]
     inputs = lambda layer: stack.unflat(stack.take(saved[0], layer), saved[1])
     visited = lambda layer, state: self._layer(
-      layer, inputs(layer), *state, read, see
+      layer, inputs(layer), state, read, see
     )
     if active is None:
       body = lambda i, state: visited(num_layers - 1 - i, state)
@@ -193,7 +193,7 @@ class Passes:
       _, dx = passed(active - 1, -1, dx, carry)
     return dx, carry
 
-  def _layer(self, layer, x, dx, carry, read, see) -> Any:
+  def _layer(self, layer, x, state, read, see) -> Any:
     """Returns (cotangents, (entries, squares)) below one layer."""
 
     # The layer's index is held with the entries, so that reads of a weight
@@ -206,6 +206,7 @@ class Passes:
       carry, layer = held
       return see(carry, name, grad, layer), layer
 
+    dx, carry = state
     dx, (carry, _) = pull_back(
       lambda weights, dx: _gradients(self._block, weights, x, dx),
       dx,
@@ -269,13 +270,7 @@ def pull_back(
   known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   pulled = dict(zip(jaxpr.invars[num:], jax.tree.leaves(dy), strict=True))
 
-  # After how many operations a weight may change: its gradient is there, and
-  # nothing reads it any more. At once if that is the cotangent itself.
-  due = dict.fromkeys(names, 0)
-  for count, eqn in enumerate(jaxpr.eqns, 1):
-    for var, name in weight_of.items():
-      if var in eqn.invars or grads[name] in eqn.outvars:
-        due[name] = count
+  due = _due(jaxpr, weight_of, grads)
 
   def value(atom):
     if isinstance(atom, jex.Literal):
@@ -303,6 +298,22 @@ def pull_back(
       pulled = dict(zip(live, held, strict=True))
   dx_leaves = [value(atom) for atom in jaxpr.outvars[num:]]
   return jax.tree.unflatten(jax.tree.structure(dx), dx_leaves), carry
+
+
+def _due(
+  jaxpr: jex.Jaxpr, weight_of: dict[jex.Var, str], grads: dict[str, Any]
+) -> dict[str, int]:
+  """Returns after how many operations each weight may change.
+
+  Its gradient is there, and nothing reads it any more. That is at once where
+  the gradient is the cotangent itself.
+  """
+  due = dict.fromkeys(grads, 0)
+  for count, eqn in enumerate(jaxpr.eqns, 1):
+    for var, name in weight_of.items():
+      if var in eqn.invars or grads[name] in eqn.outvars:
+        due[name] = count
+  return due
 
 
 def _run(

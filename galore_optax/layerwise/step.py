@@ -143,7 +143,7 @@ class Layerwise:
   microbatches: int = 1
   accumulate: int = 1
   sums_dtype: Any = jnp.float32
-  slices: Mapping[str, int] | None = None
+  slices: Mapping[str, int] = dataclasses.field(default_factory=dict)
   weights: Weights = ARRAYS
 
   def __post_init__(self) -> None:

@@ -186,7 +186,8 @@ def _in_turns(
     steps, inner_state = inner.update(
       updates, inner_state, weights, **extra_args
     )
-    rate = learning_rate(count) if callable(learning_rate) else learning_rate
+    rate: Any = learning_rate
+    rate = rate(count) if callable(rate) else rate
     down = lambda u, w: jnp.asarray(-rate, u.dtype) * (u + weight_decay * w)
     steps = jax.tree.map(down, steps, weights)
     if master_weights:
