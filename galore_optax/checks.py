@@ -45,9 +45,8 @@ def check_integer(**values: Any) -> None:
 
   >>> check_integer(seed=0)
   """
-  check_static(**values)
   for name, value in values.items():
-    if not _is_integer(value):
+    if not (isinstance(value, jax.Array) or _is_integer(value)):
       raise ValueError(f'{name} must be an integer, got {value!r}')
 
 

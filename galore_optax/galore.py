@@ -48,6 +48,7 @@ from galore_optax import moments as moments_lib
 from galore_optax.checks import (
   check_not_negative,
   check_one_of,
+  check_static,
   is_zero,
 )
 from galore_optax.paths import Targets, is_part
@@ -236,6 +237,7 @@ def galore(
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024.
   """
+  check_static(rank=rank, gap=getattr(gap, 'gap', gap))
   keeper = kept.keeping(subspace)
   options = Options(
     planner=Planner(rank, side, targets, axes, keeper.by_coordinates),

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax import paths, projection
-from galore_optax.checks import check_one_of, check_static
+from galore_optax.checks import check_one_of
 from galore_optax.projection import Projection, Whole
 
 Plan: TypeAlias = Projection | Whole
@@ -47,7 +47,6 @@ class Planner:
 
   def __post_init__(self) -> None:
     """Raises ValueError for an option that fits no weight."""
-    check_static(rank=self.rank)
     object.__setattr__(self, 'rank', _checked_rank(self.rank))
     check_one_of(get_args(projection.Side), side=self.side)
 

@@ -38,7 +38,7 @@ def fira(
   eps: float = 1e-6,
   weight_decay: float = 0.0,
   complement: Literal['exact', 'reference'] = 'exact',
-  bits: Literal[8, 32] = 32,
+  bits: Literal[8] | None = None,
   inner: Inner | None = None,
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -60,7 +60,7 @@ def fira(
     weight_decay: decoupled, on the weight that the update has changed.
     complement: the rest is G - P^T P G, as in the paper ('exact'), or
       G - scale P^T P G, as in the code that its figures are of ('reference').
-    bits: of Adam's moments.
+    bits: of Adam's moments, 8; None for float32.
     inner: replaces Adam: 'lion', 'sgdm', or a transformation without a
       learning rate, its bias corrected as Adam's with b1 and b2.
     **options: others of `galore`.
@@ -99,7 +99,7 @@ def apollo(
   eps: float = 1e-6,
   weight_decay: float = 0.0,
   seed: int = 0,
-  bits: Literal[8, 32] = 32,
+  bits: Literal[8] | None = None,
   inner: Inner | None = None,
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -120,7 +120,7 @@ def apollo(
     eps: added to the root of the second moment before its bias correction.
     weight_decay: decoupled, on the weight that the update has changed.
     seed: of the sketches.
-    bits: of Adam's moments.
+    bits: of Adam's moments, 8; None for float32.
     inner: replaces Adam, as in `fira`.
     **options: others of `galore`.
 
@@ -175,7 +175,7 @@ def _scaled(
   b1: float,
   b2: float,
   eps: float,
-  bits: int,
+  bits: int | None,
   weight_decay: float,
   inner: Inner | None,
   rule: dict[str, Any],
@@ -184,11 +184,12 @@ def _scaled(
   """Returns `galore` around Adam, with the rule that `Scaled` makes."""
   check_learning_rate(learning_rate=learning_rate)
   check_not_negative(weight_decay=weight_decay)
-  check_one_of(('8', '32'), bits=str(bits))
+  if bits not in (8, None):
+    raise ValueError(f'bits must be 8, or None for float32, got {bits!r}')
   if inner is None:
     inner = scale_by_galore_adam(b1=b1, b2=b2, eps=eps)
     inner = quantize_state(inner) if bits == 8 else inner
-  elif bits != 32:
+  elif bits:
     raise ValueError(
       f'bits={bits} is of Adam; give inner=quantize_state(...) alone'
     )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import paths, projection
-from galore_optax.checks import check_count, check_static
+from galore_optax.checks import check_count
 from galore_optax.precision import full
 from galore_optax.projection import Basis, Projection, Whole
 from galore_optax.subspace.kept import Keeper, Kept, Seeds
@@ -67,7 +67,6 @@ class Job(NamedTuple):
 def checked_gap(gap: Any) -> Gap:
   """Returns a gap with a Python integer in it; ValueError for what is none."""
   steps = gap.gap if isinstance(gap, Staggered) else gap
-  check_static(gap=steps)
   try:
     check_count(gap=steps)
   except ValueError as error:

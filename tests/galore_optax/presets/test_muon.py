@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import galore_muon
+from galore_optax import Galore, galore_muon
 from tests.galore_optax.program import Adam, normal, trajectory
 
 STEPS, RANK, GAP = 6, 3, 2
