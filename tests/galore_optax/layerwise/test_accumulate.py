@@ -6,12 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from galore_optax.accumulation import Galore
 
 import galore_optax
+from galore_optax import Galore, quantize_bases
 from galore_optax.clipping import clip_coefficient
 from galore_optax.layerwise import layerwise
-from galore_optax.layerwise.weights import quantize_bases
 from tests.galore_optax.layerwise.program import (
   Residual,
   galore_rule,

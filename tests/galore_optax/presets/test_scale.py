@@ -214,5 +214,5 @@ def test_numbers_may_be_injected_and_scheduled():
   ],
 )
 def test_a_number_out_of_range_is_named(name, bad):
-  with pytest.raises(ValueError, match=f'{name} must be at least 0'):
+  with pytest.raises(ValueError, match=f'{name} must be'):
     scale_sgd(**{'learning_rate': 0.1, name: bad})
