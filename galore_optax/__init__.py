@@ -3,14 +3,10 @@
 Importing this package makes `optax.chain` aware of `galore` stages, so that
 `optax.chain(galore(rank=512, gap=200), optax.adamw(lr))` keeps low-rank state.
 A chain without such a stage is optax's own, result for result.
-
-The methods are cells of one table. For a weight [m, n], m <= n, at rank r or
-density d, moments in float32 and bases in the weight's dtype:
 """
 
 import optax
 
-from galore_optax import methods
 from galore_optax.galore import chain as chain
 from galore_optax.galore import galore as galore
 from galore_optax.layerwise.step import layerwise as layerwise
@@ -50,4 +46,3 @@ from galore_optax.table import describe as describe
 from galore_optax.transform import GaloreState as GaloreState
 
 optax.chain = chain
-__doc__ = f'{__doc__}\n{methods.table()}\n'

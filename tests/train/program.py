@@ -13,7 +13,7 @@ CONFIG = """
 from models.llama import LlamaConfig
 from train.config import Config
 from train.data.corpus import TextFiles
-from train.optimizer import Galore
+from train.method import Galore
 
 config = Config(
   model=LlamaConfig(

@@ -3,7 +3,7 @@ import pytest
 from tests.train.program import write_config
 from train import command
 from train.data.corpus import Tfds
-from train.optimizer import AdamW, Galore
+from train.method import AdamW, Galore
 
 
 @pytest.fixture

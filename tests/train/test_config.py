@@ -8,7 +8,7 @@ import pytest
 from models.llama import LlamaConfig
 from train.config import Config, differences, flatten, from_json, to_json
 from train.data.corpus import TextFiles
-from train.optimizer import AdamW, Galore
+from train.method import AdamW, Galore
 
 CONFIG = Config(
   model=LlamaConfig(
@@ -77,8 +77,9 @@ def test_every_field_is_documented():
   import ast
   import inspect
 
-  import train.config
   import train.optimizer
+
+  import train.config
 
   for module in (train.config, train.optimizer):
     tree = ast.parse(inspect.getsource(module))

@@ -6,9 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-
-import galore_optax
-from galore_optax.layerwise.weights import quantize_bases
 from train.methods import (
   Apollo,
   ApolloMini,
@@ -17,7 +14,10 @@ from train.methods import (
   Frugal,
   GaloreAdafactor,
 )
-from train.optimizer import AdamW, Galore, Galore8bit, OptaxGalore
+
+import galore_optax
+from galore_optax.layerwise.weights import quantize_bases
+from train.method import AdamW, Galore, Galore8bit, OptaxGalore
 
 SHAPES = {'blocks': {'up': (3, 14, 22)}, 'embed': (24, 14), 'norm': (14,)}
 

@@ -5,12 +5,12 @@ import pathlib
 
 import jax
 import pytest
+from train.update import Layerwise
 
 from train import step
 from train.command import load
-from train.optimizer import Galore
+from train.method import Galore
 from train.plan.footprint import Cards, make_plan, placed
-from train.update import Layerwise
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHIPPED = {path.stem: path for path in sorted(ROOT.glob('configs/*.py'))}

@@ -18,7 +18,7 @@ CONFIG = """
 from models.llama import LlamaConfig
 from train.config import Config
 from train.data.corpus import Chitchat
-from train.optimizer import Galore
+from train.method import Galore
 from train.update import Layerwise
 
 config = Config(

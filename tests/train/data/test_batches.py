@@ -12,7 +12,7 @@ import sentencepiece
 from tests.train.test_config import CONFIG
 from train import evaluate
 from train.data.batches import batches, validation_batches
-from train.data.documents import Indexed
+from train.data.corpus import Indexed
 from train.data.tokenizer import Tokenizer, train_tokenizer
 
 # Of one to forty sentences, so that many rows hold several documents and many
