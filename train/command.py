@@ -7,6 +7,7 @@ line where the user asked the impossible.
 import argparse
 import contextlib
 import dataclasses
+import io
 import pathlib
 import runpy
 import sys
@@ -98,20 +99,39 @@ def parse(
     raise SystemExit(0 if wants_help else 2)
   path, *rest = argv
   config, rest = choose((default or load)(path), rest)
+  printed = io.StringIO()
   try:
-    request = tyro.cli(
-      kind,
-      default=kind(config),
-      args=rest,
-      prog=f'python -m {kind.program} {path}',
-      description=describe(kind),
-      config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
-    )
+    with contextlib.redirect_stderr(printed):
+      return tyro.cli(
+        kind,
+        default=kind(config),
+        args=rest,
+        prog=f'python -m {kind.program} {path}',
+        description=describe(kind),
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+      )
   except SystemExit as stop:
+    if refused := refusal(stop):
+      raise refused from None
+    print(printed.getvalue(), end='', file=sys.stderr)
     if stop.code:
       print(f'valid keys: {", ".join(keys(config, kind))}', file=sys.stderr)
     raise
-  return request
+
+
+def refusal(stop: BaseException) -> ValueError | None:
+  """Returns the error of a config's own check that made tyro end the program.
+
+  tyro frames it as it frames a key that does not exist, over many lines.
+  """
+  error = stop.__context__
+  while error is not None:
+    frames = traceback.extract_tb(error.__traceback__)
+    checked = any(frame.name == '__post_init__' for frame in frames)
+    if checked and isinstance(error, ValueError):
+      return error
+    error = error.__context__
+  return None
 
 
 def source(argv: Sequence[str]) -> Run | None:
