@@ -43,6 +43,8 @@ class Setup:
   source: Run | None
   """The run whose checkpoint this one starts from; itself, if resumed."""
   task: Task
+  init: step_lib.Init
+  step: step_lib.Step
   text: Text
   batches: grain.DatasetIterator
   memory: Table
@@ -84,6 +86,7 @@ def prepare(argv: Sequence[str]) -> Setup:
     where = found
     where.check(config)
   task = language_model(config)
+  init, step = step_lib.build(config, task)
   memory = report.memory_table(
     jax.eval_shape(task.layers.init, jax.random.key(0)),
     jax.eval_shape(task.init, jax.random.key(0)),
@@ -96,9 +99,17 @@ def prepare(argv: Sequence[str]) -> Setup:
     found.tokenizer() if found else prepare_tokenizer(config, documents)
   )
   text = Text(documents, held_out, tokenizer)
-  batches = task.batches(text)
   return Setup(
-    *(config, where, found, task, text, batches, memory, launch.tensorboard)
+    config=config,
+    run=where,
+    source=found,
+    task=task,
+    init=init,
+    step=step,
+    text=text,
+    batches=task.batches(text),
+    memory=memory,
+    tensorboard=launch.tensorboard,
   )
 
 
@@ -144,14 +155,13 @@ def begin(setup: Setup) -> State:
   """Returns the state to start from, and writes the run's first files."""
   config, source, where = setup.config, setup.source, setup.run
   key = jax.random.key(config.seed)
-  init, _ = step_lib.build(config, setup.task)
   state = None
   if source and checkpoint.exists(source.checkpoints_path):
     with checkpoint.opened(source.checkpoints_path) as manager:
-      like = jax.eval_shape(init, key)
+      like = jax.eval_shape(setup.init, key)
       state = checkpoint.restore(manager, like, setup.batches)
   if state is None:
-    state = jax.jit(init)(key)
+    state = jax.jit(setup.init)(key)
   if source == where:
     where.write(config)
   elif source is None:
@@ -172,7 +182,6 @@ def train(setup: Setup, state: State, console: Console, *, path: str) -> int:
   """Trains to the last step, or until a signal; returns the exit code."""
   config, where, task = setup.config, setup.run, setup.task
   console.print(f'run: {where.directory}', highlight=False)
-  _, step = step_lib.build(config, task)
   with (
     signals.asked() as stop,
     checkpoint.opened(where.checkpoints_path) as manager,
@@ -183,7 +192,7 @@ def train(setup: Setup, state: State, console: Console, *, path: str) -> int:
     state = loop.train(
       state,
       config,
-      step=step,
+      step=setup.step,
       batches=setup.batches,
       validate=task.evaluate(setup.text),
       save=lambda state: checkpoint.save(manager, state, setup.batches, config),

@@ -154,11 +154,11 @@ def mean_gradient(
   def add(total: PyTree, micro: Batch) -> tuple[PyTree, None]:
     return jax.tree.map(jnp.add, total, gradient(params, micro)), None
 
-  # In float32: a sum of many bfloat16 gradients would drop the small ones.
   first = jax.tree.map(lambda x: x[0], parts)
+  # In float32: a sum of many bfloat16 gradients would drop the small ones.
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.float32),
-    jax.eval_shape(gradient, params, first),
+    (jax.eval_shape(loss, params, first), params),
   )
   ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
   mean = lambda total, like: (total / microbatches).astype(like.dtype)

@@ -1,12 +1,21 @@
 """What the loop shows and logs, and how long it says that takes."""
 
+import dataclasses
+import io
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
-from train import loop
-from train.task import INPUTS, perplexity
+from tests.train.test_config import CONFIG
+from train import loop, metrics
+from train import step as step_lib
+from train.method import AdamW
+from train.signals import Stop
+from train.task import INPUTS, Task, perplexity
 
 VALUES = {'loss': 1.0, 'weight': 8.0, 'learning_rate': 0.1, 'correct': 3.0}
 
@@ -79,6 +88,56 @@ def test_a_loss_that_is_not_finite_names_its_step():
   with pytest.raises(FloatingPointError, match='loss is nan at step 7'):
     found.flush()
   assert not logged
+
+
+def test_a_second_task_needs_no_second_loop(tmp_path):
+  """Linear regression: no model file, no text, no tokens."""
+
+  def loss(params, batch):
+    error = batch['x'] @ params['w'] - batch['y']
+    square = jnp.sum(batch['weights'] * error**2)
+    return square / batch['weights'].size, {'square': square}
+
+  def batches():
+    random = np.random.default_rng(0)
+    while True:
+      x = random.normal(size=(6, 4)).astype(np.float32)
+      weights = np.array([2, 1, 1, 1, 0, 0], np.float32)
+      yield {'x': x, 'y': x.sum(1), 'weights': weights}
+
+  task = Task(
+    init=lambda key: {'w': jnp.zeros(4)},
+    layers=None,
+    loss=loss,
+    batches=lambda data: batches(),
+    evaluate=lambda data: lambda params: {'far': float(params['w'].sum())},
+    unit='examples',
+  )
+  config = dataclasses.replace(
+    CONFIG, optimizer=AdamW(), microbatches=2, steps=3, eval_every=2
+  )
+  init, step = step_lib.build(config, task)
+  saved = []
+  path = tmp_path / 'metrics.jsonl'
+  with metrics.opened(path, step=0, tensorboard=False) as log:
+    state = loop.train(
+      init(jax.random.key(0)),
+      config,
+      step=step,
+      batches=task.batches(None),
+      validate=task.evaluate(None),
+      save=lambda state: saved.append(int(state.step)),
+      log=log,
+      console=Console(file=io.StringIO()),
+      stop=Stop(),
+      unit=task.unit,
+    )
+  assert int(state.step) == 3 and saved == [3]
+  lines = metrics.read(path)
+  assert [x['step'] for x in lines if 'validation_far' in x] == [2, 3]
+  first = lines[0]
+  assert first['examples'] == 5
+  assert first['square'] == pytest.approx(5 * first['loss'])
 
 
 def test_perplexity_weighs_tokens_not_batches():
