@@ -90,8 +90,11 @@ def test_published_sizes_have_the_published_parameter_counts(
 
 
 def test_initialises_with_64_bits_enabled():
-  with jax.enable_x64(True):
+  jax.config.update('jax_enable_x64', True)
+  try:
     params = jax.eval_shape(Layers(_SMALL).init, jax.random.key(0))
+  finally:
+    jax.config.update('jax_enable_x64', False)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.float32}
 
 

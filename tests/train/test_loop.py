@@ -1,6 +1,7 @@
 """What the loop shows and logs, and how long it says that takes."""
 
 import dataclasses
+import inspect
 import io
 import itertools
 
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.train.test_config import CONFIG
-from train import loop, metrics
+from train import checkpoint, loop, metrics
 from train import step as step_lib
 from train.method import AdamW
 from train.signals import Stop
@@ -138,6 +139,12 @@ def test_a_second_task_needs_no_second_loop(tmp_path):
   first = lines[0]
   assert first['examples'] == 5
   assert first['square'] == pytest.approx(5 * first['loss'])
+
+
+@pytest.mark.parametrize('module', [loop, step_lib, metrics, checkpoint])
+def test_what_repeats_a_task_knows_no_model_and_no_text(module):
+  source = inspect.getsource(module)
+  assert 'models' not in source and 'train.data' not in source
 
 
 def test_perplexity_weighs_tokens_not_batches():
