@@ -27,6 +27,7 @@ from galore_optax.precision import in_float32
 from train import pending
 
 Preset = Callable[..., optax.GradientTransformation]
+Bytes = Callable[[int, int, int], int]
 
 CONFIG_SETS = {'clip_norm': None}
 """Options of presets that a config has for all methods, in another place."""
@@ -200,23 +201,6 @@ def documented(preset: Preset) -> dict[str, str]:
   return texts
 
 
-class Cells(NamedTuple):
-  """What README's table says of a method, in the terms of `galore`."""
-
-  subspace: str
-  """How the subspace is found."""
-  inner: str
-  """What works inside it."""
-  residual: str
-  """What works outside it."""
-  moments: str
-  """What a new subspace does to the inner's state."""
-  state: str
-  """Elements of state for a weight [m, n], m <= n, rank r or density d."""
-  num_bytes: Callable[[int, int, int], int]
-  """The same in bytes for float32 weights, of m, n, r; the density is r / m."""
-
-
 class Method(NamedTuple):
   """One row: an optimizer that configs can name."""
 
@@ -226,8 +210,12 @@ class Method(NamedTuple):
   """In tables."""
   preset: Preset
   """`f(learning_rate, *, ...)`."""
-  cells: Cells | None = None
-  """None for a baseline, which is no cell of the algebra."""
+  cells: str = ''
+  """Its cells of README's table: subspace, inner, residual, moments, and the
+  elements of state for a weight [m, n], m <= n, at rank r or density d. A
+  baseline has none."""
+  num_bytes: Bytes | None = None
+  """The state's bytes for float32 weights, of m, n, r; the density is r / m."""
 
 
 class Variant(NamedTuple):
@@ -237,8 +225,10 @@ class Variant(NamedTuple):
   """Of the method."""
   options: dict[str, Any]
   """Options that make it another row."""
-  cells: Cells
-  """What the table says of it."""
+  cells: str
+  """As in `Method`."""
+  num_bytes: Bytes
+  """As in `Method`."""
 
 
 def codes(size: int) -> int:
@@ -253,85 +243,63 @@ def codes(size: int) -> int:
 ROWS = (
   Method(
     *('Galore', 'GaLore', galore_optax.galore_adamw),
-    Cells(
-      *('svd', 'Adam', 'none', 'keep', 'r m + 2 r n'),
-      lambda m, n, r: 4 * (r * m + 2 * r * n),
-    ),
+    'svd | Adam | none | keep | r m + 2 r n',
+    lambda m, n, r: 4 * (r * m + 2 * r * n),
   ),
   Method(
     *('Galore8bit', '8-bit GaLore', pending.galore_adamw_8bit),
-    Cells(
-      *('svd', 'Adam, 8 bits', 'none', 'keep', 'r m + 2 r n of 1 byte'),
-      lambda m, n, r: 4 * r * m + 2 * codes(r * n),
-    ),
+    'svd | Adam, 8 bits | none | keep | r m + 2 r n of 1 byte',
+    lambda m, n, r: 4 * r * m + 2 * codes(r * n),
   ),
   Method(
     *('GaloreAdafactor', 'GaLore Adafactor', galore_optax.galore_adafactor),
-    Cells(
-      *('svd', 'Adafactor', 'none', 'keep', 'r m + r + n'),
-      lambda m, n, r: 4 * (r * m + r + n),
-    ),
+    'svd | Adafactor | none | keep | r m + r + n',
+    lambda m, n, r: 4 * (r * m + r + n),
   ),
   Method(
     *('GaloreMuon', 'GaLore Muon', pending.galore_muon),
-    Cells(
-      *('svd', 'Muon', 'none', 'keep', 'r m + r n'),
-      lambda m, n, r: 4 * (r * m + r * n),
-    ),
+    'svd | Muon | none | keep | r m + r n',
+    lambda m, n, r: 4 * (r * m + r * n),
   ),
   Method(
     *('Frugal', 'FRUGAL', galore_optax.frugal),
-    Cells(
-      *('svd', 'any', 'sign or SGD', 'reset', 'd m^2 + 2 d m n (Adam)'),
-      lambda m, n, r: 4 * (r * m + 2 * r * n),
-    ),
+    'svd | any | sign or SGD | reset | d m^2 + 2 d m n (Adam)',
+    lambda m, n, r: 4 * (r * m + 2 * r * n),
   ),
   Method(
     *('Fira', 'Fira', pending.fira),
-    Cells(
-      *('svd', 'Adam', 'scaled by channel', 'keep', 'r m + 2 r n + 1'),
-      lambda m, n, r: 4 * (r * m + 2 * r * n + 1),
-    ),
+    'svd | Adam | scaled by channel | keep | r m + 2 r n + 1',
+    lambda m, n, r: 4 * (r * m + 2 * r * n + 1),
   ),
   Method(
     *('Apollo', 'APOLLO', pending.apollo),
-    Cells(
-      *('Gaussian, a seed', 'Adam', 'whole, by channel', 'keep', '2 r n + 1'),
-      lambda m, n, r: 4 * (2 * r * n + 1),
-    ),
+    'Gaussian, a seed | Adam | whole, by channel | keep | 2 r n + 1',
+    lambda m, n, r: 4 * (2 * r * n + 1),
   ),
   Method(
     *('ApolloMini', 'APOLLO-Mini', galore_optax.apollo_mini),
-    Cells(
-      *('Gaussian, a seed', 'Adam', 'whole, by matrix', 'keep', '2 n + 1'),
-      lambda m, n, r: 4 * (2 * n + 1),
-    ),
+    'Gaussian, a seed | Adam | whole, by matrix | keep | 2 n + 1',
+    lambda m, n, r: 4 * (2 * n + 1),
   ),
   Method(
     *('Badam', 'BAdam', galore_optax.badam),
-    Cells(
-      *('one layer of L, in turns', 'any', 'none', 'reset'),
-      '2 m n / L (Adam)',
-      lambda m, n, r: 4 * 2 * n,
-    ),
+    'one layer of L, in turns | any | none | reset | 2 m n / L (Adam)',
+    lambda m, n, r: 4 * 2 * n,
   ),
   Method(
     *('AdaLomo', 'AdaLomo', galore_optax.adalomo),
-    Cells(
-      *('whole', 'factored RMS', '-', '-', 'm + n'),
-      lambda m, n, r: 4 * (m + n),
-    ),
+    'whole | factored RMS | - | - | m + n',
+    lambda m, n, r: 4 * (m + n),
   ),
   Method(
     *('Lomo', 'LOMO', galore_optax.lomo),
-    Cells(*('whole', 'SGD', '-', '-', '0'), lambda m, n, r: 0),
+    'whole | SGD | - | - | 0',
+    lambda m, n, r: 0,
   ),
   Method(
     *('ScaleSgd', 'SCALE', pending.scale_sgd),
-    Cells(
-      *('whole', 'SGD by column', '-', '-', '0 (head: m n)'),
-      lambda m, n, r: 0,
-    ),
+    'whole | SGD by column | - | - | 0 (head: m n)',
+    lambda m, n, r: 0,
   ),
   Method('AdamW', 'AdamW', adamw),
   Method('Adam8bit', '8-bit Adam', adam_8bit),
@@ -343,62 +311,44 @@ METHODS = {row.name: row for row in ROWS if row.preset is not None}
 VARIANTS = (
   Variant(
     *('Galore', {'moments': 'rotate'}),
-    Cells(
-      *('svd', 'Adam', 'none', 'rotate', 'r m + 2 r n'),
-      lambda m, n, r: 4 * (r * m + 2 * r * n),
-    ),
+    'svd | Adam | none | rotate | r m + 2 r n',
+    lambda m, n, r: 4 * (r * m + 2 * r * n),
   ),
   Variant(
     *('Galore', {'side': 'full'}),
-    Cells(
-      *('svd, both sides', 'Adam', 'none', 'keep', 'r (m + n) + 2 r^2'),
-      lambda m, n, r: 4 * (r * (m + n) + 2 * r * r),
-    ),
+    'svd, both sides | Adam | none | keep | r (m + n) + 2 r^2',
+    lambda m, n, r: 4 * (r * (m + n) + 2 * r * r),
   ),
   Variant(
     *('Frugal', {'subspace': 'power'}),
-    Cells(
-      *('power iteration', 'any', 'sign or SGD', 'reset'),
-      'd m^2 + 2 d m n (Adam)',
-      lambda m, n, r: 4 * (r * m + 2 * r * n),
-    ),
+    'power iteration | any | sign or SGD | reset | d m^2 + 2 d m n (Adam)',
+    lambda m, n, r: 4 * (r * m + 2 * r * n),
   ),
   Variant(
     *('Frugal', {'subspace': 'random'}),
-    Cells(
-      *('random, a seed', 'any', 'sign or SGD', 'reset', '2 d m n (Adam)'),
-      lambda m, n, r: 4 * 2 * r * n,
-    ),
+    'random, a seed | any | sign or SGD | reset | 2 d m n (Adam)',
+    lambda m, n, r: 4 * 2 * r * n,
   ),
   Variant(
     *('Frugal', {'subspace': 'columns'}),
-    Cells(
-      *('coordinates', 'any', 'sign or SGD', 'reset', 'd m + 2 d m n (Adam)'),
-      lambda m, n, r: 4 * (r + 2 * r * n),
-    ),
+    'coordinates | any | sign or SGD | reset | d m + 2 d m n (Adam)',
+    lambda m, n, r: 4 * (r + 2 * r * n),
   ),
   Variant(
     *('Frugal', {'subspace': 'entries'}),
-    Cells(
-      *('coordinates', 'any', 'sign or SGD', 'reset', '3 d m n (Adam)'),
-      lambda m, n, r: 4 * 3 * r * n,
-    ),
+    'coordinates | any | sign or SGD | reset | 3 d m n (Adam)',
+    lambda m, n, r: 4 * 3 * r * n,
   ),
   Variant(
     *('Fira', {'bits': 8}),
-    Cells(
-      *('svd', 'Adam, 8 bits', 'scaled by channel', 'keep'),
-      'r m + 2 r n of 1 byte + 1',
-      lambda m, n, r: 4 * r * m + 2 * codes(r * n) + 4,
-    ),
+    'svd | Adam, 8 bits | scaled by channel | keep | r m + 2 r n of 1 byte + 1',
+    lambda m, n, r: 4 * r * m + 2 * codes(r * n) + 4,
   ),
   Variant(
     *('Apollo', {'bits': 8}),
-    Cells(
-      *('Gaussian, a seed', 'Adam, 8 bits', 'whole, by channel', 'keep'),
-      '2 r n of 1 byte + 1',
-      lambda m, n, r: 2 * codes(r * n) + 4,
-    ),
+    'Gaussian, a seed | Adam, 8 bits | whole, by channel | keep | '
+    '2 r n of 1 byte + 1',
+    lambda m, n, r: 2 * codes(r * n) + 4,
   ),
 )
 """What README's table shows beside each method at its defaults."""
@@ -416,7 +366,7 @@ def lines() -> list[tuple[str, Variant]]:
   """Returns the rows of README's table by what its first cell says."""
   found = []
   for name, row in METHODS.items():
-    own = [Variant(name, {}, row.cells)] if row.cells else []
+    own = [Variant(name, {}, *row[3:])] if row.cells else []
     for variant in own + [x for x in VARIANTS if x.name == name]:
       given = ', '.join(f'{k}={v!r}' for k, v in variant.options.items())
       call = row.preset.__name__ + (f'({given})' if given else '')
@@ -431,6 +381,6 @@ def table() -> str:
   | method | subspace | inner | residual | moments | elements of state |
   """
   head = ('method', 'subspace', 'inner', 'residual', 'moments')
-  rows = [(*head, 'elements of state'), ('---',) * 6]
-  rows += [(f'`{call}`', *variant.cells[:5]) for call, variant in lines()]
-  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+  rows = [' | '.join([*head, 'elements of state']), ' | '.join(6 * ['---'])]
+  rows += [f'`{call}` | {variant.cells}' for call, variant in lines()]
+  return '\n'.join(f'| {row} |' for row in rows)

@@ -95,7 +95,9 @@ def test_initialises_with_64_bits_enabled():
     params = jax.eval_shape(Layers(_SMALL).init, jax.random.key(0))
   finally:
     jax.config.update('jax_enable_x64', False)
-  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
+    jnp.dtype('float32')
+  }
 
 
 @pytest.mark.parametrize('size', '9m 20m 35m 40m 71m 100m 250m 3b'.split())
