@@ -63,9 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = begin(setup)
   try:
     return train(setup, state, console, path=argv[0])
-  except (FloatingPointError, OSError) as error:
+  except FloatingPointError as error:
     print(f'error: {error}', file=sys.stderr)
-    return 1
+    if checkpoint.exists(setup.run.checkpoints_path):
+      slower = [
+        '--branch',
+        '--learning-rate',
+        f'{setup.config.learning_rate / 2:g}',
+      ]
+      print(
+        'the checkpoints before it are intact; to go on from the newest with '
+        f'half the learning rate:\n{command(argv[0], setup.run, *slower)}',
+        file=sys.stderr,
+      )
+  except OSError as error:
+    print(f'error: {error}', file=sys.stderr)
+  return 1
+
+
+def command(path: str, run: Run, *options: str) -> str:
+  """Returns a command line that goes on from a run, for the user to copy."""
+  words = ['python', '-m', 'train.pretrain', path, '--run', str(run.directory)]
+  return shlex.join([*words, *options])
 
 
 def prepare(argv: Sequence[str]) -> Setup:
@@ -206,10 +225,9 @@ def train(setup: Setup, state: State, console: Console, *, path: str) -> int:
     show_samples(setup, state, console)
     console.print(f'curves: {where.curves_path}', highlight=False)
   else:
-    options = ['--run', str(where.directory), '--resume']
-    command = shlex.join(['python', '-m', 'train.pretrain', path, *options])
     console.print(
-      f'stopped and saved at step {int(state.step)}; to go on:\n{command}',
+      f'stopped and saved at step {int(state.step)}; to go on:\n'
+      f'{command(path, where, "--resume")}',
       highlight=False,
       soft_wrap=True,
     )

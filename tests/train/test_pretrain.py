@@ -39,6 +39,13 @@ def finished(printed):
   return printed[:2]
 
 
+@pytest.fixture
+def short(monkeypatch):
+  """Ends a run with its last step: `finished` shows what comes after."""
+  monkeypatch.setattr(pretrain, 'show_samples', lambda *args: None)
+  monkeypatch.setattr(metrics, 'plot', lambda *args: None)
+
+
 def validation(run):
   """The last validation in words, as the loop and `train.evaluate` print it."""
   line = lines(run)[-1]
@@ -86,6 +93,7 @@ def test_the_table_and_the_device_come_before_the_first_step(printed):
   'stop',
   [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
 )
+@pytest.mark.usefixtures('short')
 def test_resume_is_bit_equal_to_no_stop(
   finished, tmp_path, monkeypatch, capfd, stop
 ):
@@ -107,9 +115,8 @@ def test_resume_is_bit_equal_to_no_stop(
   assert f'{stop.name}: will save after this step' in err
   # The advice, word for word.
   assert 'stopped and saved at step 4; to go on:' in out
-  python, *advice = shlex.split(out[out.index('python -m train.pretrain') :])
-  assert (python, *advice[:2]) == ('python', '-m', 'train.pretrain')
-  assert pretrain.main(advice[2:]) == 0
+  advice = shlex.split(out[out.index('python -m train.pretrain') :])
+  assert pretrain.main(advice[3:]) == 0
   (ours, position), (theirs, its_position) = saved(run), saved(whole)
   chex.assert_trees_all_equal(ours, theirs)
   assert position == its_position
@@ -117,6 +124,7 @@ def test_resume_is_bit_equal_to_no_stop(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('short')
 def test_resume_drops_what_came_after_the_checkpoint(
   finished, tmp_path, monkeypatch
 ):
@@ -166,6 +174,7 @@ def test_resume_goes_on_with_the_runs_own_values(copied, monkeypatch, tmp_path):
   assert run.config().save_every == 3 and run.config().steps == before.steps
 
 
+@pytest.mark.usefixtures('short')
 def test_resume_refuses_other_values_and_branch_takes_them(copied, capsys):
   config, run = copied
   args = [config, '--resume', '--steps', '10', '--learning-rate', '0.005']
@@ -289,11 +298,21 @@ def test_a_loss_that_is_not_a_number_ends_the_run(
 
     return after
 
-  monkeypatch.setattr(step_lib, 'make_step', broken)
-  assert pretrain.main([config, '--run', str(run.directory)]) == 1
+  monkeypatch.chdir(tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(step_lib, 'make_step', broken)
+    assert pretrain.main([config, '--run', str(run.directory)]) == 1
   err = capsys.readouterr().err
   assert 'loss is inf at step 7' in err and 'Traceback' not in err
   assert int(saved(run)[0].step) == 5
+  # The advice, word for word, up to the first step.
+  begun = []
+  monkeypatch.setattr(
+    pretrain, 'train', lambda setup, state, *_, **__: begun.append(state) or 0
+  )
+  assert pretrain.main(shlex.split(err.splitlines()[-1])[3:]) == 0
+  assert int(begun[0].step) == 5
+  assert Run(tmp_path / 'runs' / 'tiny').config().learning_rate == 0.005
 
 
 @pytest.mark.slow
