@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import pathlib
+import re
 import runpy
 import sys
 import traceback
@@ -252,7 +253,10 @@ def describe(kind: type) -> str:
 def keys(config: Config, kind: type = Launch) -> list[str]:
   """Returns every key that the command line takes with this config."""
   options = [field.name for field in dataclasses.fields(kind)][1:]
-  named = [*options, *flatten(config)]
+  values = dict.fromkeys(options) | flatten(config)
+  # What is on can only be switched off.
+  off = lambda name: re.sub(r'(\w+)$', r'no-\1', name)
+  named = [off(x) if value is True else x for x, value in values.items()]
   nested = {
     name for name in named if any(x.startswith(f'{name}.') for x in named)
   }

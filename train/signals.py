@@ -61,6 +61,8 @@ def asked() -> Iterator[Stop]:
   def listen():
     first = True
     while number := int.from_bytes(reader.recv(1)):
+      if number not in SIGNALS:
+        continue
       if not first:
         os._exit(128 + number)
       first, stop.signal = False, number

@@ -39,15 +39,24 @@ def test_naming_the_method_in_use_keeps_its_options(path):
   assert launch.config == command.load(path)
 
 
-def test_help_documents_every_key_with_its_default(path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+  'name, text',
+  [
+    ('Galore', 'number r of basis vectors; a float in (0, 1] is a share'),
+    # An option that is on by default can be switched off.
+    ('Apollo', '--optimizer.no-channels'),
+  ],
+)
+def test_help_documents_every_key(path, capsys, monkeypatch, name, text):
   monkeypatch.setenv('COLUMNS', '200')
+  args = [path, '--optimizer', name]
   with pytest.raises(SystemExit) as stop:
-    command.parse([path, '--help'])
+    command.parse([*args, '--help'])
   assert not stop.value.code
   out = capsys.readouterr().out
-  for key in command.keys(command.load(path)):
+  for key in command.keys(command.parse(args).config):
     assert key in out
-  assert 'number r of basis vectors;' in out and '(default: 4)' in out
+  assert text in out and '(default: 0.01)' in out
 
 
 @pytest.mark.parametrize(
