@@ -42,7 +42,7 @@ def test_naming_the_method_in_use_keeps_its_options(path):
 @pytest.mark.parametrize(
   'name, text',
   [
-    ('Galore', 'number r of basis vectors; a float in (0, 1] is a share'),
+    ('Galore', 'number r of basis vectors;'),
     # An option that is on by default can be switched off.
     ('Apollo', '--optimizer.no-channels'),
   ],
@@ -56,7 +56,7 @@ def test_help_documents_every_key(path, capsys, monkeypatch, name, text):
   out = capsys.readouterr().out
   for key in command.keys(command.parse(args).config):
     assert key in out
-  assert text in out and '(default: 0.01)' in out
+  assert text in out and '(default: 8)' in out
 
 
 @pytest.mark.parametrize(
