@@ -265,6 +265,28 @@ def test_a_process_that_is_stopped(finished, tmp_path, stop):
 
 
 @pytest.mark.slow
+def test_resume_after_sigkill_is_bit_equal_to_no_stop(finished, tmp_path):
+  config, _ = finished
+  whole, killed = Run(tmp_path / 'whole'), Run(tmp_path / 'killed')
+
+  def start(run, *options):
+    command = [sys.executable, '-m', 'train.pretrain', config]
+    command += ['--run', str(run.directory), *options]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+  options = ['--steps', '200', '--eval-every', '100', '--save-every', '40']
+  assert start(whole, *options).wait() == 0
+  process = start(killed, *options)
+  while len(metrics.read(killed.metrics_path)) < 100:
+    assert process.poll() is None
+  process.kill()
+  assert process.wait() == -signal.SIGKILL
+  assert start(killed, '--resume').wait() == 0
+  chex.assert_trees_all_equal(saved(killed), saved(whole))
+  assert lines(killed) == lines(whole)
+
+
+@pytest.mark.slow
 def test_a_process_that_is_stopped_while_it_imports(finished):
   config, _ = finished
   process = subprocess.Popen(
