@@ -21,7 +21,7 @@ Our number: not yet run.
 from models.llama import llama
 from train.config import Config
 from train.data.corpus import Tfds
-from train.optimizer import Galore
+from train.method import Galore
 
 config = Config(
   model=llama('130m', dtype='bfloat16', param_dtype='bfloat16'),

@@ -19,15 +19,14 @@ Our number: not yet run.
 """
 
 from models.llama import llama
-from train.config import Config
+from train.config import Config, Layerwise
 from train.data.corpus import Tfds
-from train.optimizer import Galore8bit
-from train.update import Layerwise
+from train.method import Galore8bit
 
 config = Config(
   model=llama('7b', dtype='bfloat16', param_dtype='bfloat16', remat=True),
   corpus=Tfds('c4/en'),
-  optimizer=Galore8bit(rank=1024, gap=500, basis_bits=8),
+  optimizer=Galore8bit(rank=1024, gap=500, subspace='power', basis_bits=8),
   update=Layerwise(clip='previous', slices=32, weights='rounded'),
   steps=150_000,
   learning_rate=0.005,

@@ -13,15 +13,14 @@ Expected time, expected number: unknown. Our number: not yet run.
 """
 
 from models.llama import llama
-from train.config import Config
+from train.config import Config, Layerwise
 from train.data.corpus import Tfds
-from train.optimizer import Galore8bit
-from train.update import Layerwise
+from train.method import Galore8bit
 
 config = Config(
   model=llama('7b', dtype='bfloat16', param_dtype='bfloat16', remat=True),
   corpus=Tfds('c4/en'),
-  optimizer=Galore8bit(rank=1024, gap=500, basis_bits=4),
+  optimizer=Galore8bit(rank=1024, gap=500, subspace='power', basis_bits=4),
   update=Layerwise(clip='previous', slices=32, weights='int8'),
   steps=150_000,
   learning_rate=0.004,

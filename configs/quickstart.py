@@ -14,7 +14,7 @@ of the validation split (22 November 2026).
 from models.llama import LlamaConfig
 from train.config import Config
 from train.data.corpus import Chitchat
-from train.optimizer import Galore
+from train.method import Galore
 
 config = Config(
   model=LlamaConfig(

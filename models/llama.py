@@ -58,7 +58,12 @@ class LlamaConfig:
   of the whole batch."""
 
   def __post_init__(self):
-    """Checks that the heads fit."""
+    """Checks the sizes, and that the heads fit."""
+    sizes = ('vocab_size', 'width', 'mlp_width', 'num_heads', 'num_layers')
+    for name in (*sizes, 'num_kv_heads', 'loss_chunk'):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f'{name} must be at least 1, got {value}')
     if self.width % self.num_heads or self.head_dim % 2:
       raise ValueError(
         'width must be a multiple of 2 * num_heads, got '
@@ -70,11 +75,6 @@ class LlamaConfig:
         'num_heads must be a multiple of num_kv_heads, got '
         f'num_heads={self.num_heads}, num_kv_heads={self.kv_heads}; choose '
         'a divisor of num_heads'
-      )
-    if self.loss_chunk < 1:
-      raise ValueError(
-        f'loss_chunk must be at least 1 token, got {self.loss_chunk}; the '
-        'default is 512'
       )
 
   @property
@@ -359,7 +359,7 @@ class Layers:
     """Fresh parameters; their shapes under `jax.eval_shape`."""
     keys = ('inputs', 'targets', 'positions', 'segments')
     batch = dict.fromkeys(keys, jnp.zeros((1, 1), jnp.int32))
-    batch['weights'] = jnp.zeros((1, 1))
+    batch['weights'] = jnp.zeros((1, 1), jnp.float32)  # under x64 too
     return Llama(self.config).init(key, batch)['params']
 
   def __call__(self, params, batch):

@@ -1,4 +1,4 @@
-"""This module holds checkpoints: what they contain, saved and restored.
+"""Checkpoints: what they contain, saved and restored.
 
 One Orbax checkpoint has four items: the parameters, the optimizer's state
 with the step, the position in the data, and the configuration. Orbax writes
@@ -7,16 +7,17 @@ leaves the checkpoints before it as they were.
 """
 
 import contextlib
-import functools
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
 
 from train.config import Config, to_json
-from train.step import PyTree, State, init_params
+from train.step import State
+from train.task import PyTree, Task
 
 KEEP = 2  # checkpoints kept: the newest, and one should that be damaged
 
@@ -32,6 +33,14 @@ def opened(directory: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
   )
   with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
     yield manager
+
+
+def exists(directory: pathlib.Path) -> bool:
+  """Whether a directory holds a checkpoint."""
+  if not directory.is_dir():
+    return False
+  with opened(directory) as manager:
+    return manager.latest_step() is not None
 
 
 def save(
@@ -60,7 +69,8 @@ def save(
     # A full disk is a ValueError where an array did not fit.
     raise OSError(
       f'cannot save step {step}: {error}. The checkpoints before it are '
-      'intact: make room, and go on with --resume'
+      f'intact: make room, and go on with --run {manager.directory.parent} '
+      '--resume'
     ) from error
 
 
@@ -82,19 +92,38 @@ def restore(
     ),
     data=grain.checkpoint.CheckpointRestore(batches),
   )
-  found = manager.restore(manager.latest_step(), args=items)
+  found = read(manager, items)
   return State(found.optimizer['step'], found.params, found.optimizer['state'])
 
 
-def restore_params(directory: pathlib.Path, config: Config) -> PyTree:
+def restore_params(directory: pathlib.Path, task: Task) -> PyTree:
   """Returns the parameters of the newest checkpoint, and nothing else."""
-  if not directory.is_dir():
+  if not exists(directory):
     raise FileNotFoundError(f'no checkpoint in {directory} yet')
-  init = functools.partial(init_params, config)
-  shapes = on_device(jax.eval_shape(init, jax.random.key(0)))
+  shapes = on_device(jax.eval_shape(task.init, jax.random.key(0)))
   with opened(directory) as manager:
     items = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
-    return manager.restore(manager.latest_step(), args=items).params
+    return read(manager, items).params
+
+
+def read(manager: ocp.CheckpointManager, items: ocp.args.Composite) -> Any:
+  """Returns items of the newest checkpoint.
+
+  Raises:
+    ValueError: they are not what this version of the program would save.
+  """
+  step = manager.latest_step()
+  try:
+    return manager.restore(step, args=items)
+  # Orbax and grain have no error of their own for a state of another layout.
+  except Exception as error:
+    reason = str(error).strip().split('\n')[0][:200]
+    raise ValueError(
+      f'cannot read the checkpoint {manager.directory / str(step)}: it is '
+      'damaged, or of another version of this program, whose state has another '
+      f'layout ({type(error).__name__}: {reason}). Go on with the version that '
+      'wrote it, or start a new run without --resume'
+    ) from error
 
 
 def on_device(shapes: PyTree) -> PyTree:

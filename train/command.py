@@ -1,17 +1,27 @@
-"""This module holds the command line of training, and its one error report."""
+"""The command line of the programs, and their one report of errors.
 
+`parse` lays `--KEY VALUE` over a config; `user_errors` ends a program with one
+line where the user asked the impossible.
+"""
+
+import argparse
 import contextlib
 import dataclasses
+import io
 import pathlib
+import re
 import runpy
 import sys
+import traceback
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import tyro
 
+from train import run as run_lib
 from train.config import Config, flatten, variants
+from train.run import Run
 
 USAGE = """usage: python -m {program} CONFIG [--KEY VALUE ...]
 
@@ -34,7 +44,11 @@ class Launch:
   run: pathlib.Path | None = None
   """Directory to write to; None is runs/NAME, then runs/NAME-2 and so on."""
   resume: bool = False
-  """Continue the run in --run; without --run, the newest of this config."""
+  """Continue the run in --run, or else the newest of this config, as it was
+  started; of other values it takes those of saving and validation alone."""
+  branch: bool = False
+  """Start a new run from the newest checkpoint of the run that --resume would
+  continue, with that run's values where no others are given."""
   tensorboard: bool = False
   """Write TensorBoard events too (needs the extra `tensorboard`)."""
 
@@ -49,19 +63,33 @@ def user_errors() -> Iterator[None]:
   try:
     yield
   except (ValueError, OSError, ImportError) as error:
-    print(f'error: {error}', file=sys.stderr)
+    # One line, whatever a library put into its message.
+    print('error:', ' '.join(str(error).split('\n')), file=sys.stderr)
     raise SystemExit(2) from error
 
 
+def check_least(least: int, **values: int | None) -> None:
+  """Raises ValueError for an option of a program that is too small."""
+  for name, value in values.items():
+    if value is not None and value < least:
+      raise ValueError(
+        f'--{name.replace("_", "-")} must be at least {least}, got {value}'
+      )
+
+
 def parse(
-  argv: Sequence[str], kind: type[Request] = Launch
-) -> tuple[Request, str]:
-  """Returns what a command line asks for, and the name of its config file.
+  argv: Sequence[str],
+  kind: type[Request] = Launch,
+  default: Callable[[str], Config] | None = None,
+) -> Request:
+  """Returns what a command line asks for.
 
   Args:
     argv: the path of a config file, then `--KEY VALUE ...`.
     kind: a dataclass whose field `config` is the experiment and whose other
       fields are the options of its `program`.
+    default: path to the config whose values the options replace; by default,
+      what the file holds.
   """
   if not argv or argv[0].startswith('-'):
     wants_help = bool({'-h', '--help'} & set(argv))
@@ -71,37 +99,100 @@ def parse(
     )
     raise SystemExit(0 if wants_help else 2)
   path, *rest = argv
-  default, rest = choose(load(path), rest)
+  config, rest = choose((default or load)(path), rest)
+  printed = io.StringIO()
   try:
-    request = tyro.cli(
-      kind,
-      default=kind(default),
-      args=rest,
-      prog=f'python -m {kind.program} {path}',
-      description=describe(kind),
-      config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
-    )
+    with contextlib.redirect_stderr(printed):
+      return tyro.cli(
+        kind,
+        default=kind(config),
+        args=rest,
+        prog=f'python -m {kind.program} {path}',
+        description=describe(kind),
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+      )
   except SystemExit as stop:
+    if refused := refusal(stop):
+      raise refused from None
+    print(printed.getvalue(), end='', file=sys.stderr)
     if stop.code:
-      print(f'valid keys: {", ".join(keys(default, kind))}', file=sys.stderr)
+      print(f'valid keys: {", ".join(keys(config, kind))}', file=sys.stderr)
     raise
-  return request, pathlib.Path(path).stem
+
+
+def refusal(stop: BaseException) -> ValueError | None:
+  """Returns the error of a config's own check that made tyro end the program.
+
+  tyro frames it as it frames a key that does not exist, over many lines.
+  """
+  error = stop.__context__
+  while error is not None:
+    frames = traceback.extract_tb(error.__traceback__)
+    checked = any(frame.name == '__post_init__' for frame in frames)
+    if checked and isinstance(error, ValueError):
+      return error
+    error = error.__context__
+  return None
+
+
+def source(argv: Sequence[str]) -> Run | None:
+  """Returns the run that a command line resumes or branches from, if any.
+
+  It is looked up before the other options are read, as they replace values of
+  that run and not of the config file.
+  """
+  options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  options.add_argument('--run', type=pathlib.Path)
+  options.add_argument('--resume', action='store_true')
+  options.add_argument('--branch', action='store_true')
+  found, _ = options.parse_known_args(argv)
+  if not (found.resume or found.branch) or not argv or argv[0].startswith('-'):
+    return None
+  check_exists(argv[0])
+  return run_lib.old(found.run, pathlib.Path(argv[0]).stem)
 
 
 def load(path: str) -> Config:
   """Returns the `config` of a Python file."""
+  check_exists(path)
+  try:
+    config = runpy.run_path(path).get('config')
+  # Whatever a user's file raises is the user's to correct.
+  except Exception as error:
+    raise ValueError(f'{path}{line(error, path)}: {said(error)}') from error
+  if not isinstance(config, Config):
+    raise ValueError(f'{path} must hold `config = Config(...)`')
+  return config
+
+
+def check_exists(path: str) -> None:
+  """Raises FileNotFoundError where there is no config file."""
   if not pathlib.Path(path).is_file():
     found = sorted(str(file) for file in pathlib.Path('configs').glob('*.py'))
     raise FileNotFoundError(
       f'no config file {path}; there are {", ".join(found) or "none here"}'
     )
-  try:
-    config = runpy.run_path(path).get('config')
-  except TypeError as error:
-    raise ValueError(f'{path}: {error}') from error
-  if not isinstance(config, Config):
-    raise ValueError(f'{path} must hold `config = Config(...)`')
-  return config
+
+
+def line(error: Exception, path: str) -> str:
+  """Returns the line of a file that an error came from, as far as is known."""
+  if isinstance(error, SyntaxError):
+    return f', line {error.lineno}'
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if frame.filename == path]
+  return f', line {lines[-1]}' if lines else ''
+
+
+def said(error: Exception) -> str:
+  """Returns an error's message, with its kind where it is none of ours.
+
+  >>> said(KeyError('width')), said(ValueError('steps must be ...'))
+  ("KeyError: 'width'", 'steps must be ...')
+  """
+  text = error.msg if isinstance(error, SyntaxError) else str(error)
+  if type(error) is ValueError:
+    return text
+  return f'{type(error).__name__}: {text}'
 
 
 def choose(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
@@ -162,7 +253,10 @@ def describe(kind: type) -> str:
 def keys(config: Config, kind: type = Launch) -> list[str]:
   """Returns every key that the command line takes with this config."""
   options = [field.name for field in dataclasses.fields(kind)][1:]
-  named = [*options, *flatten(config)]
+  values = dict.fromkeys(options) | flatten(config)
+  # What is on can only be switched off.
+  off = lambda name: re.sub(r'(\w+)$', r'no-\1', name)
+  named = [off(x) if value is True else x for x, value in values.items()]
   nested = {
     name for name in named if any(x.startswith(f'{name}.') for x in named)
   }

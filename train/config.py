@@ -1,21 +1,76 @@
-"""This module holds the configuration of an experiment, and its JSON."""
+"""The configuration of an experiment, and how it is written to JSON.
+
+`Config` is what a file of configs/ holds; `train.method` has the optimizers
+that it can name, `train.data.corpus` the texts. `train.command` changes one
+from a command line.
+"""
 
 import dataclasses
+import math
 import types
 import typing
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import optax
 
 from galore_optax.clipping import check_norm
-from galore_optax.layerwise.weights import Weights
+from galore_optax.layerwise.weights import ARRAYS, ROUNDED, Weights, quantized
 from models.llama import LlamaConfig
 from train.data.corpus import Chitchat, TextFiles, Tfds
-from train.optimizer import Optimizer
-from train.update import Update, WholeTree
+from train.method import Optimizer
 
 AnyCorpus: TypeAlias = Chitchat | TextFiles | Tfds
 """What `Config.corpus` may be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeTree:
+  """All gradients first, then all updates."""
+
+  accumulate: ClassVar[int] = 1
+  """The gradients of all microbatches are summed whole."""
+
+  def stored(self, dtype: str) -> Weights:
+    """Returns how weights are stored that compute in `dtype`."""
+    del dtype
+    return ARRAYS
+
+
+@dataclasses.dataclass(frozen=True)
+class Layerwise:
+  """Each weight is updated as its gradient appears; no two gradients exist."""
+
+  clip: Literal['exact', 'previous'] = 'exact'
+  """Where the norm to clip by comes from: a second backward pass, or the step
+  before."""
+  slices: int = 1
+  """Pieces in which the embedding and the head are updated."""
+  weights: Literal['arrays', 'rounded', 'int8'] = 'arrays'
+  """How weights are stored: as they are; with sums rounded stochastically,
+  for bfloat16; or the layers' matrices in 8 bits."""
+  accumulate: int = 1
+  """Parts of a batch whose projected gradients are summed; a refresh sees the
+  first. Each part is cut further by the config's microbatches."""
+  sums: Literal['float32', 'bfloat16'] = 'float32'
+  """Type of these sums; bfloat16 ones are rounded stochastically."""
+
+  def __post_init__(self):
+    """Checks the counts."""
+    for name in ('slices', 'accumulate'):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f'update.{name} must be at least 1, got {getattr(self, name)}'
+        )
+
+  def stored(self, dtype: str) -> Weights:
+    """Returns how weights are stored that compute in `dtype`."""
+    if self.weights == 'int8':
+      return quantized(bits=8, dtype=dtype)
+    return {'arrays': ARRAYS, 'rounded': ROUNDED}[self.weights]
+
+
+Update: TypeAlias = WholeTree | Layerwise
+"""What `Config.update` may be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +121,12 @@ class Config:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f'{name} must be at least 1, got {value}')
-    if not self.learning_rate >= 0:
+    if not 0 <= self.learning_rate < math.inf:
       raise ValueError(
-        f'learning_rate must not be negative, got {self.learning_rate}'
+        'learning_rate must be finite and not negative, got '
+        f'{self.learning_rate}'
       )
     check_norm(self.clip_norm)
-    if self.update.accumulate < 1:
-      raise ValueError(
-        f'update.accumulate must be at least 1, got {self.update.accumulate}'
-      )
     if self.batch_size % self.parts:
       raise ValueError(
         'batch_size must be a multiple of microbatches x update.accumulate = '
@@ -83,6 +135,10 @@ class Config:
     if not 0 <= self.warmup < 1:
       raise ValueError(
         f'warmup is a share of the steps in [0, 1), got {self.warmup}'
+      )
+    if not 0 <= self.final <= 1:
+      raise ValueError(
+        f'final is a share of learning_rate in [0, 1], got {self.final}'
       )
 
   @property

@@ -1,85 +1,19 @@
-"""This module holds validation: `python -m train.evaluate RUN`.
+"""Validates the newest checkpoint of a run: `python -m train.evaluate RUN`."""
 
-Every scored token counts the same, whichever batch it falls into, and the sum
-is divided by their number and nothing else.
-"""
+from train import signals
+
+if __name__ == '__main__':
+  signals.end_quietly()  # before the imports below, which take seconds
 
 import argparse
-import math
+import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
-import grain
-import jax
-import numpy as np
-
-from models.llama import Layers
-from train import checkpoint, step
-from train.command import user_errors
-from train.config import Config
-from train.data.batches import Batch, validation_batches
-from train.data.documents import Documents
-from train.data.tokenizer import Tokenizer
+from train import checkpoint, machine, metrics
+from train.command import check_least, user_errors
 from train.run import Run
-from train.step import PyTree
-
-Sums: TypeAlias = Callable[[PyTree, Batch], dict[str, jax.Array]]
-INPUTS = ('inputs', 'targets', 'weights', 'positions', 'segments')
-
-
-def make_sums(layers: Layers) -> Sums:
-  """Returns the jitted `(params, batch) -> {'nll', 'weight'}`."""
-  return jax.jit(lambda params, batch: layers(params, batch)[1])
-
-
-def evaluate(
-  sums: Sums, params: PyTree, batches: Iterable[Batch]
-) -> dict[str, float]:
-  """Returns the loss, the perplexity per token and the bits per byte."""
-  nll = weight = num_bytes = 0.0
-  for batch in batches:
-    inputs = {name: batch[name] for name in INPUTS}
-    aux = sums(params, inputs)
-    nll += float(aux['nll'])
-    weight += float(aux['weight'])
-    num_bytes += float(np.sum(batch['weights'] * batch['bytes']))
-  loss = nll / weight
-  return {
-    'validation_loss': loss,
-    'validation_perplexity': math.exp(loss) if loss < 700 else math.inf,
-    'validation_bits_per_byte': nll / math.log(2) / num_bytes,
-  }
-
-
-def describe(values: dict[str, float]) -> str:
-  """Returns the validation line."""
-  return (
-    f'validation: loss {values["validation_loss"]:.4f}, '
-    f'perplexity {values["validation_perplexity"]:.2f} per token, '
-    f'{values["validation_bits_per_byte"]:.4f} bits per byte'
-  )
-
-
-def held_out(
-  config: Config,
-  documents: Documents,
-  tokenizer: Tokenizer,
-  num_batches: int | None,
-) -> grain.IterDataset[Batch]:
-  """Returns the validation batches of a config, in parts as in training.
-
-  The rows are the same, however many parts there are.
-  """
-  if num_batches is not None:
-    num_batches *= config.parts
-  return validation_batches(
-    documents,
-    tokenizer,
-    batch_size=config.batch_size // config.parts,
-    sequence_length=config.sequence_length,
-    num_batches=num_batches,
-  )
+from train.task import Text, language_model
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,14 +28,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     help='number of batches (default: the whole validation split)',
   )
   args = parser.parse_args(argv)
+  machine.cache_compilations()
   with user_errors():
+    check_least(1, batches=args.batches)
     run = Run(args.run)
-    config = run.config()
-    documents = config.corpus.open('validation')
-    batches = held_out(config, documents, run.tokenizer(), args.batches)
-    params = checkpoint.restore_params(run.checkpoints_path, config)
-  sums = make_sums(step.model(config))
-  print(describe(evaluate(sums, params, batches)))
+    config = dataclasses.replace(run.config(), eval_batches=args.batches)
+    task = language_model(config)
+    held_out = config.corpus.open('validation')
+    evaluate = task.evaluate(Text(None, held_out, run.tokenizer()))
+    params = checkpoint.restore_params(run.checkpoints_path, task)
+  print(f'validation: {metrics.describe(evaluate(params))}')
 
 
 if __name__ == '__main__':

@@ -1,11 +1,14 @@
-"""This module holds the training loop: steps, validations, saves, signals."""
+"""The training loop: steps, validations, saves, and a stop that is asked for.
+
+It knows no model: `train.step` makes the step, `train.task` says what is
+validated, `train.signals` who asks.
+"""
 
 import contextlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -13,14 +16,14 @@ from rich.progress import (
   MofNCompleteColumn,
   Progress,
   TextColumn,
-  TimeRemainingColumn,
 )
 
-from train import evaluate
+from train import metrics
 from train.config import Config
-from train.data.batches import Batch
 from train.metrics import Log
-from train.step import PyTree, State, Step
+from train.signals import Stop
+from train.step import State, Step
+from train.task import Batch, Metrics, PyTree
 
 
 def train(
@@ -29,10 +32,12 @@ def train(
   *,
   step: Step,
   batches: Iterator[Batch],
-  validate: Callable[[PyTree], dict[str, float]],
+  validate: Callable[[PyTree], Metrics],
   save: Callable[[State], None],
   log: Log,
   console: Console,
+  stop: Stop,
+  unit: str,
 ) -> State:
   """Returns the state after the last step, or where a signal stopped it.
 
@@ -45,118 +50,136 @@ def train(
     save: writes a checkpoint.
     log: takes the metrics of each step and each validation.
     console: shows progress.
+    stop: what a signal sets.
+    unit: what a batch's weights count.
 
   Raises:
     FloatingPointError: the loss is not finite; nothing after that is saved.
   """
   start = int(state.step)
-  with stop_signals() as stop, progress(console, config.steps, start) as bar:
-    meter = Meter(bar, log)
+  with progress(console, config.steps, start, unit) as show:
+    meter = Meter(show, log, unit)
     for done in range(start + 1, config.steps + 1):
-      state, metrics = step(state, next(batches))
-      meter.add(done, metrics)
+      state, found = step(state, next(batches))
+      meter.add(done, found)
       last = done == config.steps
+      asked = stop.signal is not None
       due = {
         'eval': last or done % config.eval_every == 0,
-        'save': last or done % config.save_every == 0 or stop.is_set(),
+        'save': last or done % config.save_every == 0 or asked,
       }
       if any(due.values()):
         # A loss that is not finite must come to light before a save.
         meter.flush()
       if due['eval']:
         values = validate(state.params)
-        log(done, values)
-        console.print(f'step {done}: {evaluate.describe(values)}')
+        log(done, {f'validation_{name}': x for name, x in values.items()})
+        console.print(f'step {done}: validation: {metrics.describe(values)}')
       if due['save']:
         save(state)
-      if stop.is_set():
+      if asked:
         break
+      if any(due.values()):
+        meter.restart()
   return state
+
+
+class Show(Protocol):
+  """Shows a step."""
+
+  def __call__(self, step: int, values: Metrics, seconds: float | None) -> None:
+    """Takes its metrics, and the mean seconds of the steps so far."""
 
 
 class Meter:
   """Shows and logs the metrics of each step, one step late.
 
   Reading a metric waits for its step; by then the next step is in the queue.
+  Time counts between two readings, so neither the first step, which compiles,
+  nor what `flush` and `restart` enclose is part of it.
   """
 
-  def __init__(self, bar: Callable[..., None], log: Log):
+  def __init__(
+    self,
+    show: Show,
+    log: Log,
+    unit: str,
+    clock: Callable[[], float] = time.perf_counter,
+  ):
     """Starts with nothing to show."""
-    self._bar, self._log = bar, log
+    self._show, self._log, self._unit, self._clock = show, log, unit, clock
     self._pending: tuple[int, PyTree] | None = None
-    self._clock: float | None = None
+    self._since: float | None = None
+    self._seconds, self._steps = 0.0, 0
 
-  def add(self, step: int, metrics: PyTree) -> None:
+  def add(self, step: int, values: PyTree) -> None:
     """Takes the metrics of a step, and shows those of the step before."""
-    previous, self._pending = self._pending, (step, metrics)
-    self._show(previous)
+    previous, self._pending = self._pending, (step, values)
+    self._read(previous)
 
   def flush(self) -> None:
-    """Shows the last step, and forgets the time: what follows is no step."""
+    """Shows the last step, and stops the clock: what follows is no step."""
     previous, self._pending = self._pending, None
-    self._show(previous)
-    self._clock = None
+    self._read(previous)
+    self._since = None
 
-  def _show(self, entry: tuple[int, PyTree] | None) -> None:
+  def restart(self) -> None:
+    """Starts the clock again."""
+    self._since = self._clock()
+
+  def _read(self, entry: tuple[int, PyTree] | None) -> None:
     if entry is None:
       return
-    step, metrics = entry
-    values = {name: float(value) for name, value in metrics.items()}
+    step, found = entry
+    values = {name: float(value) for name, value in found.items()}
     if not math.isfinite(values['loss']):
-      raise FloatingPointError(
-        f'the loss is {values["loss"]} at step {step}; the checkpoints before '
-        'it are intact. A lower learning rate or clip_norm may help'
-      )
-    now = time.perf_counter()
-    if self._clock is not None:
-      values['tokens_per_second'] = values['tokens'] / (now - self._clock)
-    self._clock = now
+      raise FloatingPointError(f'the loss is {values["loss"]} at step {step}')
+    weight = values.pop('weight')
+    values[self._unit] = weight
+    now = self._clock()
+    if self._since is not None:
+      seconds = now - self._since
+      values[f'{self._unit}_per_second'] = weight / seconds
+      self._seconds += seconds
+      self._steps += 1
+    self._since = now
     self._log(step, values)
-    self._bar(step, values)
+    mean = self._seconds / self._steps if self._steps else None
+    self._show(step, values, mean)
 
 
 @contextlib.contextmanager
 def progress(
-  console: Console, steps: int, start: int
-) -> Iterator[Callable[[int, dict[str, float]], None]]:
+  console: Console, steps: int, start: int, unit: str
+) -> Iterator[Show]:
   """Yields a function that moves the progress bar."""
   with Progress(
     BarColumn(bar_width=20),
     MofNCompleteColumn(),
     TextColumn('{task.fields[text]}'),
-    TimeRemainingColumn(),
     console=console,
-    speed_estimate_period=120,
   ) as display:
     task = display.add_task(
       'train', total=steps, completed=start, text='compiling the step'
     )
 
-    def show(step: int, values: dict[str, float]) -> None:
+    def show(step: int, values: Metrics, seconds: float | None) -> None:
       text = f'loss {values["loss"]:.3f}  lr {values["learning_rate"]:.2e}'
-      if 'tokens_per_second' in values:
-        text += f'  {values["tokens_per_second"]:,.0f} tok/s'
+      speed = values.get(f'{unit}_per_second')
+      if speed:
+        text += f'  {speed:,.0f} {unit}/s'
+      if seconds:
+        text += f'  {left(seconds * (steps - step))} left'
       display.update(task, completed=step, text=text)
 
     yield show
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-  """Yields what the first SIGINT or SIGTERM sets; the second one kills."""
-  stop = threading.Event()
+def left(seconds: float) -> str:
+  """Returns a time that is still to go.
 
-  def ask(number, frame):
-    del frame
-    stop.set()
-    signal.signal(number, before[number])
-
-  before = {
-    number: signal.signal(number, ask)
-    for number in (signal.SIGINT, signal.SIGTERM)
-  }
-  try:
-    yield stop
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
+  >>> left(3725.4)
+  '1:02:05'
+  """
+  minutes, rest = divmod(round(seconds), 60)
+  return f'{minutes // 60}:{minutes % 60:02}:{rest:02}'

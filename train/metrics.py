@@ -1,4 +1,4 @@
-"""This module holds where metrics go: a JSONL file, TensorBoard, a picture."""
+"""Where metrics go: a JSONL file, TensorBoard, a line, a picture."""
 
 import contextlib
 import importlib
@@ -46,6 +46,17 @@ def opened(
           events.add_scalar(name, value, step)
 
     yield log
+
+
+def describe(values: dict[str, float]) -> str:
+  """Returns metrics in words.
+
+  >>> describe({'loss': 2.25, 'bits_per_byte': 1.5})
+  'loss 2.2500, bits per byte 1.5000'
+  """
+  return ', '.join(
+    f'{name.replace("_", " ")} {value:.4f}' for name, value in values.items()
+  )
 
 
 def event_writer() -> Any:

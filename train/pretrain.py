@@ -1,94 +1,158 @@
-"""Pre-trains a model: `python -m train.pretrain configs/quickstart.py`."""
+"""Pre-trains a model: `python -m train.pretrain configs/quickstart.py`.
+
+Parses and checks (`train.command`), prepares a run (`train.run`) of a task
+(`train.task`), and hands both to the loop (`train.loop`).
+"""
+
+from train import signals
+
+if __name__ == '__main__':
+  signals.end_quietly()  # before the imports below, which take seconds
 
 import dataclasses
 import itertools
+import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 
 import grain
 import jax
-import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.table import Table
 
-from models.llama import Layers
-from train import checkpoint, evaluate, loop, metrics, report, run
+from train import checkpoint, loop, machine, metrics, report
+from train import run as run_lib
 from train import step as step_lib
-from train.command import Launch, parse, user_errors
-from train.config import Config
-from train.data.batches import batches
-from train.data.documents import Documents
+from train.command import parse, source, user_errors
+from train.config import Config, differences
+from train.data.corpus import Documents
 from train.data.tokenizer import Tokenizer, train_tokenizer
 from train.run import Run
 from train.sample import continuations
 from train.step import State
+from train.task import Task, Text, language_model, stored_layers
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """All that training needs, checked, and not yet begun."""
+  """All that training needs, checked; nothing is written yet."""
 
-  run: Run
   config: Config
-  layers: Layers
-  tokenizer: Tokenizer
+  run: Run
+  source: Run | None
+  """The run whose checkpoint this one starts from; itself, if resumed."""
+  task: Task
+  init: step_lib.Init
+  step: step_lib.Step
+  text: Text
   batches: grain.DatasetIterator
-  held_out: Documents
   memory: Table
+  tensorboard: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Trains; returns the exit code."""
+  argv = sys.argv[1:] if argv is None else argv
+  console = Console()
+  machine.cache_compilations()
   with user_errors():
-    launch, name = parse(sys.argv[1:] if argv is None else argv)
-    setup = prepare(launch, name)
-    if not launch.resume:
-      setup.run.create(setup.config, setup.tokenizer)
+    setup = prepare(argv)
+    console.print(setup.memory)
+    console.print(machine.describe(), highlight=False)
+    state = begin(setup)
   try:
-    train(setup, Console(), tensorboard=launch.tensorboard)
-  except (FloatingPointError, OSError) as error:
+    return train(setup, state, console, path=argv[0])
+  except FloatingPointError as error:
     print(f'error: {error}', file=sys.stderr)
-    return 1
-  return 0
+    if checkpoint.exists(setup.run.checkpoints_path):
+      slower = [
+        '--branch',
+        '--learning-rate',
+        f'{setup.config.learning_rate / 2:g}',
+      ]
+      print(
+        'the checkpoints before it are intact; to go on from the newest with '
+        f'half the learning rate:\n{command(argv[0], setup.run, *slower)}',
+        file=sys.stderr,
+      )
+  except OSError as error:
+    print(f'error: {error}', file=sys.stderr)
+  return 1
 
 
-def prepare(launch: Launch, name: str) -> Setup:
-  """Checks everything that a user can get wrong, and writes nothing."""
-  config = launch.config
+def command(path: str, run: Run, *options: str) -> str:
+  """Returns a command line that goes on from a run, for the user to copy."""
+  words = ['python', '-m', 'train.pretrain', path, '--run', str(run.directory)]
+  return shlex.join([*words, *options])
+
+
+def prepare(argv: Sequence[str]) -> Setup:
+  """Checks everything that a user can get wrong."""
+  found = source(argv)
+  launch = parse(
+    argv, default=None if found is None else lambda path: found.config()
+  )
+  config, name = launch.config, pathlib.Path(argv[0]).stem
   if launch.tensorboard:
     metrics.event_writer()
-  if launch.resume:
-    where = run.old(launch.run, name)
-    where.check(config)
+  if found is None:
+    where = run_lib.new(launch.run, name)
+  elif launch.branch:
+    where = run_lib.new(None, name)
+    check_branch(found, config)
   else:
-    where = run.new(launch.run, name)
-  layers, tx = step_lib.model(config), config.transformation()
-  key = jax.random.key(config.seed)
-  shapes = jax.eval_shape(layers.init, key)
-  stored = jax.eval_shape(lambda: step_lib.init_params(config, key))
+    where = found
+    where.check(config)
+  task = language_model(config)
+  init, step = step_lib.build(config, task)
   memory = report.memory_table(
-    shapes, stored, tx, type(config.optimizer).__name__
+    jax.eval_shape(task.layers.init, jax.random.key(0)),
+    jax.eval_shape(task.init, jax.random.key(0)),
+    config.transformation(),
+    type(config.optimizer).__name__,
   )
   documents = config.corpus.open('train')
   held_out = config.corpus.open('validation')
   tokenizer = (
-    where.tokenizer() if launch.resume else prepare_tokenizer(config, documents)
+    found.tokenizer() if found else prepare_tokenizer(config, documents)
   )
+  text = Text(documents, held_out, tokenizer)
   return Setup(
-    run=where,
     config=config,
-    layers=layers,
-    tokenizer=tokenizer,
-    batches=batches(
-      documents,
-      tokenizer,
-      batch_size=config.batch_size,
-      sequence_length=config.sequence_length,
-      seed=config.seed,
-    ),
-    held_out=held_out,
+    run=where,
+    source=found,
+    task=task,
+    init=init,
+    step=step,
+    text=text,
+    batches=task.batches(text),
     memory=memory,
+    tensorboard=launch.tensorboard,
   )
+
+
+def check_branch(source: Run, config: Config) -> None:
+  """Raises ValueError where a config cannot start from a run's checkpoint."""
+  if not checkpoint.exists(source.checkpoints_path):
+    raise FileNotFoundError(
+      f'no checkpoint in {source.checkpoints_path} to start from: leave out '
+      '--branch to begin anew'
+    )
+  theirs = source.config()
+  differ = differences(theirs, config)
+  if 'tokenizer' in differ or shapes(theirs) != shapes(config):
+    raise ValueError(
+      f'--branch cannot start from {source.directory}, whose state or text is '
+      f'another one: {run_lib.listed(differ)}. Leave out what changes the model'
+      ' or what the optimizer keeps, or begin anew without --branch'
+    )
+
+
+def shapes(config: Config) -> State:
+  """Returns the shapes of a config's state."""
+  init, _ = step_lib.build(config, language_model(config))
+  return jax.eval_shape(init, jax.random.key(0))
 
 
 def prepare_tokenizer(config: Config, documents: Documents) -> Tokenizer:
@@ -106,71 +170,87 @@ def prepare_tokenizer(config: Config, documents: Documents) -> Tokenizer:
   return tokenizer
 
 
-def train(setup: Setup, console: Console, *, tensorboard: bool) -> None:
-  """Trains to the last step, or until a signal; then shows what came out."""
-  config, layers, where = setup.config, setup.layers, setup.run
-  console.print(setup.memory)
-  console.print(f'run: {where.directory}')
-  sums = evaluate.make_sums(layers)
-  held_out = evaluate.held_out(
-    config, setup.held_out, setup.tokenizer, config.eval_batches
-  )
-  init, step = step_lib.build(config)
-  with checkpoint.opened(where.checkpoints_path) as manager:
-    state = begin(setup, init, manager)
-    with metrics.opened(
-      where.metrics_path, step=int(state.step), tensorboard=tensorboard
-    ) as log:
-      state = loop.train(
-        state,
-        config,
-        step=step,
-        batches=setup.batches,
-        validate=lambda params: evaluate.evaluate(sums, params, held_out),
-        save=lambda state: checkpoint.save(
-          manager, state, setup.batches, config
-        ),
-        log=log,
-        console=console,
+def begin(setup: Setup) -> State:
+  """Returns the state to start from, and writes the run's first files."""
+  config, source, where = setup.config, setup.source, setup.run
+  key = jax.random.key(config.seed)
+  state = None
+  if source and checkpoint.exists(source.checkpoints_path):
+    with checkpoint.opened(source.checkpoints_path) as manager:
+      like = jax.eval_shape(setup.init, key)
+      state = checkpoint.restore(manager, like, setup.batches)
+  if state is None:
+    state = jax.jit(setup.init)(key)
+  if source == where:
+    where.write(config)
+  elif source is None:
+    where.create(config, setup.text.tokenizer)
+  else:
+    if int(state.step) >= config.steps:
+      raise ValueError(
+        f'steps must be more than {int(state.step)}, which {source.directory} '
+        f'has done, got {config.steps}'
       )
-  if int(state.step) < config.steps:
-    console.print(
-      f'stopped and saved at step {int(state.step)}; to go on, repeat the '
-      f'command with --run {where.directory} --resume'
+    where.branch(source, config)
+    with checkpoint.opened(where.checkpoints_path) as manager:
+      checkpoint.save(manager, state, setup.batches, config)
+  return state
+
+
+def train(setup: Setup, state: State, console: Console, *, path: str) -> int:
+  """Trains to the last step, or until a signal; returns the exit code."""
+  config, where, task = setup.config, setup.run, setup.task
+  console.print(f'run: {where.directory}', highlight=False)
+  with (
+    signals.asked() as stop,
+    checkpoint.opened(where.checkpoints_path) as manager,
+    metrics.opened(
+      where.metrics_path, step=int(state.step), tensorboard=setup.tensorboard
+    ) as log,
+  ):
+    state = loop.train(
+      state,
+      config,
+      step=setup.step,
+      batches=setup.batches,
+      validate=task.evaluate(setup.text),
+      save=lambda state: checkpoint.save(manager, state, setup.batches, config),
+      log=log,
+      console=console,
+      stop=stop,
+      unit=task.unit,
     )
-    return
-  metrics.plot(where.metrics_path, where.curves_path, str(where.directory))
-  show_samples(setup, state, console)
-  console.print(f'curves: {where.curves_path}')
-
-
-def begin(
-  setup: Setup, init: step_lib.Init, manager: ocp.CheckpointManager
-) -> State:
-  """Returns the newest state, or the first one where none was saved."""
-  key = jax.random.key(setup.config.seed)
-  fresh = lambda: init(key)
-  if manager.latest_step() is None:
-    return jax.jit(fresh)()
-  return checkpoint.restore(manager, jax.eval_shape(fresh), setup.batches)
+  if stop.signal is None:
+    metrics.plot(where.metrics_path, where.curves_path, str(where.directory))
+    show_samples(setup, state, console)
+    console.print(f'curves: {where.curves_path}', highlight=False)
+  else:
+    console.print(
+      f'stopped and saved at step {int(state.step)}; to go on:\n'
+      f'{command(path, where, "--resume")}',
+      highlight=False,
+      soft_wrap=True,
+    )
+  return stop.code
 
 
 def show_samples(setup: Setup, state: State, console: Console) -> None:
   """Prints three held-out documents' beginnings, and how the model goes on."""
-  documents = setup.held_out.stream(seed=setup.config.seed, repeat=False)
-  prompts = [text[:60] for text in itertools.islice(documents, 3)]
+  config, text = setup.config, setup.text
+  documents = text.validation.stream(seed=config.seed, repeat=False)
+  prompts = [document[:60] for document in itertools.islice(documents, 3)]
   texts = continuations(
-    setup.layers,
+    stored_layers(config),
     state.params,
-    setup.tokenizer,
+    text.tokenizer,
     prompts,
-    window=setup.config.sequence_length,
-    seed=setup.config.seed,
+    window=config.sequence_length,
+    seed=config.seed,
   )
-  for prompt, text in zip(prompts, texts, strict=True):
+  for prompt, said in zip(prompts, texts, strict=True):
     console.rule('sample', align='left')
     console.print(prompt, style='bold', end='', markup=False, highlight=False)
-    console.print(text, markup=False, highlight=False)
+    console.print(said, markup=False, highlight=False)
   console.rule()
 
 

@@ -1,4 +1,4 @@
-"""This module holds the table before the first step: what takes how much."""
+"""The table before the first step: what takes how many bytes."""
 
 import math
 
@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 
 import galore_optax
-from train.optimizer import AdamW
-from train.step import PyTree
+from train.method import adamw
+from train.task import PyTree
 
 
 def memory_table(
@@ -25,16 +25,14 @@ def memory_table(
     name: of the optimizer.
   """
   ours = galore_optax.describe(tx, params)
-  adamw = galore_optax.describe(
-    AdamW().build(optax.constant_schedule(0.0)), params
-  )
+  baseline = galore_optax.describe(adamw(0.0), params)
   sizes = [
     sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(node))
     for node in jax.tree.structure(params).flatten_up_to(stored)
   ]
   rows = [
     (row, np.array([size, row.basis_bytes, row.moment_bytes, plain.bytes]))
-    for row, plain, size in zip(ours, adamw, sizes, strict=True)
+    for row, plain, size in zip(ours, baseline, sizes, strict=True)
   ]
   total = sum(numbers for _, numbers in rows)
   unit, size = ('GB', 1e9) if total[0] >= 1e10 else ('MB', 1e6)

@@ -1,12 +1,17 @@
-"""This module holds a run's directory: what is in it and where it stands."""
+"""A run's directory: what is in it, where it stands, what may change in it."""
 
 import dataclasses
 import json
 import pathlib
 import re
+import shutil
+from typing import Any
 
 from train.config import Config, differences, from_json, to_json
 from train.data.tokenizer import Tokenizer
+
+FREE = ('save_every', 'eval_every', 'eval_batches')
+"""What a resumed run may change: nothing that is computed depends on it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +50,20 @@ class Run:
     self.directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(self.tokenizer_path)
     # Last: a directory is a run once it holds the configuration.
-    self.config_path.write_text(json.dumps(to_json(config), indent=2) + '\n')
+    self.write(config)
+
+  def write(self, config: Config) -> None:
+    """Writes the configuration, at once: a kill leaves the old one."""
+    new = self.config_path.with_suffix('.new')
+    new.write_text(json.dumps(to_json(config), indent=2) + '\n')
+    new.replace(self.config_path)
+
+  def branch(self, source: 'Run', config: Config) -> None:
+    """Writes the first files of a run that goes on where `source` is."""
+    self.directory.mkdir(parents=True, exist_ok=True)
+    if source.metrics_path.exists():
+      shutil.copy(source.metrics_path, self.metrics_path)
+    self.create(config, source.tokenizer())
 
   def config(self) -> Config:
     """Reads the configuration."""
@@ -57,7 +75,8 @@ class Run:
       return from_json(Config, json.loads(self.config_path.read_text()))
     except (AttributeError, KeyError, TypeError) as error:
       raise ValueError(
-        f'{self.config_path} is no configuration of this version: {error}'
+        f'{self.config_path} is no configuration of this version ({error}): '
+        'go on with the version that wrote it, or start a new run'
       ) from error
 
   def tokenizer(self) -> Tokenizer:
@@ -65,17 +84,30 @@ class Run:
     return Tokenizer.load(self.tokenizer_path)
 
   def check(self, config: Config) -> None:
-    """Raises ValueError where the run was started with another config."""
-    differ = differences(self.config(), config)
+    """Raises ValueError where a resumed run would compute something else."""
+    differ = {
+      name: values
+      for name, values in differences(self.config(), config).items()
+      if name not in FREE
+    }
     if differ:
-      listing = '; '.join(
-        f'{name} is {ours!r} in the run and {theirs!r} now'
-        for name, (ours, theirs) in differ.items()
-      )
       raise ValueError(
-        f'cannot resume {self.directory} with another config: {listing}. '
-        'Give the same values, or start a new run without --resume'
+        f'cannot resume {self.directory} with other values: {listed(differ)}. '
+        'Leave them out to go on as before, or add --branch to start a new run '
+        'from its checkpoint'
       )
+
+
+def listed(differ: dict[str, tuple[Any, Any]]) -> str:
+  """Returns differences in words.
+
+  >>> listed({'steps': (8, 9)})
+  'steps is 8 in the run and 9 now'
+  """
+  return '; '.join(
+    f'{name} is {ours!r} in the run and {theirs!r} now'
+    for name, (ours, theirs) in differ.items()
+  )
 
 
 def new(directory: pathlib.Path | None, name: str) -> Run:
@@ -85,21 +117,35 @@ def new(directory: pathlib.Path | None, name: str) -> Run:
     number = max(taken, default=0) + 1
     suffix = '' if number == 1 else f'-{number}'
     return Run(pathlib.Path('runs') / f'{name}{suffix}')
-  if directory.exists() and not (directory.is_dir() and empty(directory)):
+  found = Run(directory)
+  if found.config_path.exists():
     raise ValueError(
       f'{directory} exists; continue it with --resume, or name another --run'
     )
-  return Run(directory)
+  if directory.exists() and not (directory.is_dir() and empty(directory)):
+    raise ValueError(
+      f'{directory} exists and is no run; name another --run, or leave it out'
+    )
+  return found
 
 
 def old(directory: pathlib.Path | None, name: str) -> Run:
   """Returns a run to resume: `directory`, or the newest of runs/name."""
   if directory is not None:
     return Run(directory)
-  runs = numbered(name)
+  # A directory without a configuration was given up before it was a run.
+  runs = {
+    number: found
+    for number, path in numbered(name).items()
+    for found in [Run(path)]
+    if found.config_path.exists()
+  }
   if not runs:
-    raise FileNotFoundError(f'no run of {name} in runs/ to resume')
-  return Run(runs[max(runs)])
+    raise FileNotFoundError(
+      f'no run of {name} in runs/ to resume: leave out --resume to start one, '
+      'or name one with --run'
+    )
+  return runs[max(runs)]
 
 
 def numbered(name: str) -> dict[int, pathlib.Path]:

@@ -1,6 +1,15 @@
-"""This module holds sampling: `python -m train.sample RUN --prompt '...'`."""
+"""Continues a text: `python -m train.sample RUN --prompt '...'`.
+
+Axes: B prompts, T tokens of the window, V vocabulary.
+"""
+
+from train import signals
+
+if __name__ == '__main__':
+  signals.end_quietly()  # before the imports below, which take seconds
 
 import argparse
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -9,13 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.llama import Layers
-from train import checkpoint, step
-from train.command import user_errors
+from train import checkpoint, machine
+from train.command import check_least, user_errors
 from train.data.tokenizer import Tokenizer
 from train.run import Run
-from train.step import PyTree
-
-# Axes: B prompts, T tokens of the window, V vocabulary.
+from train.task import PyTree, language_model, stored_layers
 
 
 def continuations(
@@ -111,12 +118,20 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--top-k', type=int, default=50, help='default: 50')
   parser.add_argument('--seed', type=int, default=0, help='default: 0')
   args = parser.parse_args(argv)
+  machine.cache_compilations()
   with user_errors():
+    check_least(1, num_tokens=args.num_tokens, top_k=args.top_k)
+    if not 0 <= args.temperature < math.inf:
+      raise ValueError(
+        '--temperature must be finite and not negative (0 is greedy), got '
+        f'{args.temperature}'
+      )
     run = Run(args.run)
     config, tokenizer = run.config(), run.tokenizer()
-    params = checkpoint.restore_params(run.checkpoints_path, config)
+    task = language_model(config)
+    params = checkpoint.restore_params(run.checkpoints_path, task)
   (text,) = continuations(
-    step.model(config),
+    stored_layers(config),
     params,
     tokenizer,
     [args.prompt],

@@ -18,6 +18,7 @@ from tests.bench.quickstart import RESULTS, run, summary
 
 RULE = ['--optimizer', 'Galore8bit']
 RULE += ['--optimizer.rank', '64', '--optimizer.gap', '50']
+RULE += ['--optimizer.subspace', 'power']
 LAYERWISE = [*RULE, '--update', 'Layerwise']
 
 STEPS = {

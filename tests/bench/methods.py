@@ -25,13 +25,13 @@ import optax
 from rich.console import Console
 from rich.markdown import Markdown
 
-import galore_optax as go
 from models.llama import Layers, LlamaConfig
-from train import evaluate
 from train.data.batches import batches, validation_batches
 from train.data.corpus import Chitchat
 from train.data.tokenizer import train_tokenizer
+from train.method import CLASSES, METHODS
 from train.step import State, init, make_step
+from train.task import perplexity
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 SEEDS = (0, 1, 2)
@@ -72,64 +72,47 @@ class Size:
     )
 
 
-class Method(NamedTuple):
+class Rule(NamedTuple):
   """A transformation at learning rate 1, and where its best rate may be."""
 
   make: Callable[[], optax.GradientTransformation]
   rates: tuple[float, ...]
 
 
-def methods(size: Size) -> dict[str, Method]:
+SMALL, LARGE = (1e-3, 3e-3, 0.01), (3e-3, 0.01, 0.03)
+
+RATES = {
+  **dict.fromkeys(('AdamW', 'Adam8bit', 'Frugal', 'Badam'), SMALL),
+  **{'AdaLomo': (0.03, 0.1, 0.3), 'Lomo': (0.1, 0.3, 1.0)},
+}
+"""Rates to begin with; those of a method that is not here are LARGE."""
+
+VARIANTS = {
+  'GaLore, rotate': ('Galore', {'moments': 'rotate'}),
+  'FRUGAL, columns': ('Frugal', {'subspace': 'columns'}),
+  'FRUGAL, power': ('Frugal', {'subspace': 'power'}),
+  'Fira, 8 bits': ('Fira', {'bits': 8}),
+  'APOLLO, 8 bits': ('Apollo', {'bits': 8}),
+}
+"""What is measured beside each method of `train.method`."""
+
+
+def methods(size: Size) -> dict[str, Rule]:
   """Returns what is compared, by its name in the table."""
-  low = dict(rank=size.rank, gap=size.gap)
-  share = dict(density=0.25, gap=size.gap)
-  adam_8bit = go.quantize_state(go.scale_by_galore_adam())
-  small, large = (1e-3, 3e-3, 0.01), (3e-3, 0.01, 0.03)
-  make: dict[str, tuple[Any, tuple[float, ...]]] = {
-    'AdamW': (optax.adam, small),
-    'GaLore': (functools.partial(go.galore_adamw, **low), large),
-    'GaLore, rotate': (
-      functools.partial(go.galore_adamw, moments='rotate', **low),
-      large,
-    ),
-    'GaLore, 8 bits': (functools.partial(go.galore_adamw_8bit, **low), large),
-    'GaLore, Adafactor': (
-      functools.partial(go.galore_adafactor, **low),
-      large,
-    ),
-    'FRUGAL': (functools.partial(go.frugal, **share), small),
-    'FRUGAL, columns': (
-      functools.partial(go.frugal, subspace='columns', **share),
-      small,
-    ),
-    'FRUGAL, power': (
-      functools.partial(go.frugal, subspace='power', **share),
-      small,
-    ),
+  ours = {row.title: (name, {}) for name, row in METHODS.items()}
+  shared = {
+    **{'rank': size.rank, 'density': 0.25, 'gap': size.gap},
+    'update_proj_gap': size.gap,
     # In the place of a hundred steps a layer: every layer has some turns.
-    'BAdam': (
-      functools.partial(go.badam, switch_every=10, train_rest=True),
-      small,
-    ),
-    'Fira': (functools.partial(go.fira, **low), large),
-    'Fira, 8 bits': (functools.partial(go.fira, inner=adam_8bit, **low), large),
-    'APOLLO': (functools.partial(go.apollo, **low), large),
-    'APOLLO, 8 bits': (
-      functools.partial(go.apollo, inner=adam_8bit, **low),
-      large,
-    ),
-    'APOLLO-Mini': (functools.partial(go.apollo_mini, gap=size.gap), large),
-    # Clipped with all others below.
-    'AdaLomo': (
-      functools.partial(go.adalomo, clip_norm=None),
-      (0.03, 0.1, 0.3),
-    ),
-    'LOMO': (functools.partial(go.lomo, clip_norm=None), (0.1, 0.3, 1.0)),
+    **{'switch_every': 10, 'train_rest': True},
   }
-  return {
-    name: Method(functools.partial(preset, 1.0), rates)
-    for name, (preset, rates) in make.items()
-  }
+  found = {}
+  for title, (name, own) in {**ours, **VARIANTS}.items():
+    known = {field.name for field in dataclasses.fields(CLASSES[name])}
+    given = {key: shared[key] for key in shared if key in known} | own
+    make = functools.partial(CLASSES[name](**given).build, 1.0)
+    found[title] = Rule(make, RATES.get(name, LARGE))
+  return found
 
 
 class Bench:
@@ -163,9 +146,9 @@ class Bench:
         )
       ]
     )
-    self.sums = evaluate.make_sums(self.layers)
+    self.loss = jax.jit(self.layers)
 
-  def compiled(self, method: Method) -> tuple[Callable, Callable]:
+  def compiled(self, method: Rule) -> tuple[Callable, Callable]:
     """Returns `key -> state` and `(state, batch, rate) -> (state, metrics)`."""
 
     def optimizer(rate: Any) -> tuple[optax.GradientTransformation, Callable]:
@@ -211,8 +194,8 @@ class Bench:
       state, metrics = step(state, batch, rate)
     loss = float(metrics['loss'])
     seconds = (time.perf_counter() - clock) / self.size.steps
-    held_out = evaluate.evaluate(self.sums, state.params, self.held_out)
-    bits = held_out['validation_bits_per_byte']
+    held_out = perplexity(self.loss, state.params, batches=self.held_out)
+    bits = held_out['bits_per_byte']
     return {
       # JSON has no infinity: a run that is not finite is as bad as can be.
       'bits_per_byte': bits if math.isfinite(bits) else 99.0,
@@ -220,7 +203,7 @@ class Bench:
       'seconds': seconds,
     }
 
-  def state_bytes(self, method: Method) -> int:
+  def state_bytes(self, method: Rule) -> int:
     """Returns the bytes of a method's state."""
     shapes = jax.eval_shape(self.layers.init, jax.random.key(0))
     state = jax.eval_shape(lambda params: method.make().init(params), shapes)

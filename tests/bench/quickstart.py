@@ -75,7 +75,7 @@ def summary(lines: list[dict]) -> dict[str, float]:
 
 def state_bytes(arguments: list[str]) -> int:
   """Returns the bytes that an optimizer keeps of the quickstart's model."""
-  config = parse([CONFIG, *arguments])[0].config
+  config = parse([CONFIG, *arguments]).config
   shapes = jax.eval_shape(Layers(config.model).init, jax.random.key(0))
   rows = galore_optax.describe(config.transformation(), shapes)
   return sum(row.bytes for row in rows)

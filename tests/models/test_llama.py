@@ -89,6 +89,17 @@ def test_published_sizes_have_the_published_parameter_counts(
   assert round(count(kernels), 1) == linear_millions
 
 
+def test_initialises_with_64_bits_enabled():
+  jax.config.update('jax_enable_x64', True)
+  try:
+    params = jax.eval_shape(Layers(_SMALL).init, jax.random.key(0))
+  finally:
+    jax.config.update('jax_enable_x64', False)
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
+    jnp.dtype('float32')
+  }
+
+
 @pytest.mark.parametrize('size', '9m 20m 35m 40m 71m 100m 250m 3b'.split())
 def test_other_sizes_are_consistent(size):
   assert llama(size, remat=True).remat
@@ -102,6 +113,10 @@ def test_other_sizes_are_consistent(size):
     (lambda: dataclasses.replace(_SMALL, width=12), 'width=12, num_heads=4'),
     (lambda: dataclasses.replace(_SMALL, num_kv_heads=3), 'num_kv_heads=3'),
     (lambda: dataclasses.replace(_SMALL, loss_chunk=0), 'got 0'),
+    (lambda: dataclasses.replace(_SMALL, width=0), 'width must .* got 0'),
+    (lambda: dataclasses.replace(_SMALL, num_heads=0), 'num_heads .* got 0'),
+    (lambda: dataclasses.replace(_SMALL, num_layers=0), 'num_layers .* got 0'),
+    (lambda: dataclasses.replace(_SMALL, num_kv_heads=0), 'heads .* got 0'),
   ],
 )
 def test_bad_dimensions_are_named(make, message):

@@ -7,20 +7,20 @@ import jax
 import numpy as np
 
 from train import checkpoint, metrics, step
-from train.data.batches import batches
+from train.task import Text, language_model
 
 CONFIG = """
 from models.llama import LlamaConfig
 from train.config import Config
 from train.data.corpus import TextFiles
-from train.optimizer import Galore
+from train.method import Galore
 
 config = Config(
   model=LlamaConfig(
     vocab_size=320, width=16, mlp_width=40, num_heads=2, num_layers=2
   ),
   corpus=TextFiles(train={corpus!r}, holdout=0.2),
-  optimizer=Galore(rank=4, gap=3),
+  optimizer=Galore(rank=4, gap=3, subspace='power'),
   steps=8,
   learning_rate=0.01,
   warmup=0.25,
@@ -55,14 +55,10 @@ def write_config(directory: pathlib.Path) -> str:
 def saved(run):
   """All arrays of the newest checkpoint, and the position in the data."""
   config = run.config()
-  shapes = jax.eval_shape(step.build(config)[0], jax.random.key(0))
-  data = batches(
-    config.corpus.open('train'),
-    run.tokenizer(),
-    batch_size=config.batch_size,
-    sequence_length=config.sequence_length,
-    seed=config.seed,
-  )
+  task = language_model(config)
+  shapes = jax.eval_shape(step.build(config, task)[0], jax.random.key(0))
+  documents = config.corpus.open('train')
+  data = task.batches(Text(documents, documents, run.tokenizer()))
   with checkpoint.opened(run.checkpoints_path) as manager:
     state = checkpoint.restore(manager, shapes, data)
   return jax.tree.map(np.asarray, state), data.get_state()

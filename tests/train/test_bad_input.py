@@ -6,7 +6,14 @@ import pytest
 
 from tests.train.program import write_config
 from train import evaluate, pretrain, sample
-from train.run import Run
+from train.run import Run, numbered
+
+
+def start(config, monkeypatch):
+  """Writes the first files of a run, and trains nothing."""
+  with monkeypatch.context() as patch:
+    patch.setattr(pretrain, 'train', lambda *args, **options: 0)
+    assert pretrain.main([config]) == 0
 
 
 @pytest.fixture
@@ -49,8 +56,19 @@ def contents(directory):
     (['--resume'], 'no run of tiny'),
     (['--resume', '--run', 'runs/none'], 'none is not a run'),
     (['--resume', '--run', '.'], '. is not a run'),
-    (['--run', '.'], '. exists; continue it with --resume'),
+    (['--branch'], 'no run of tiny'),
+    (['--run', '.'], '. exists and is no run; name another --run'),
     (['--batch-size', '0'], 'batch_size must be at least 1, got 0'),
+    (['--model.num-layers', '0'], 'num_layers must be at least 1, got 0'),
+    (['--model.width', '0'], 'width must be at least 1, got 0'),
+    (['--model.num-heads', '0'], 'num_heads must be at least 1, got 0'),
+    (['--learning-rate', 'inf'], 'learning_rate must be finite .* got inf'),
+    (['--learning-rate', 'nan'], 'learning_rate must be finite .* got nan'),
+    (['--final', '-3'], 'final is a share .* got -3'),
+    (
+      ['--update', 'Layerwise', '--update.slices', '0'],
+      'update.slices must be at least 1, got 0',
+    ),
   ],
 )
 def test_training(config, args, message, tmp_path, capsys):
@@ -77,18 +95,21 @@ def test_unknown_config_key(config, tmp_path, capsys):
   assert contents(tmp_path) == before
 
 
-def test_resume_with_another_config(config, tmp_path, capsys):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(pretrain, 'train', lambda *args, **options: None)
-    assert pretrain.main([config]) == 0
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ('config = (', r"line 1: SyntaxError: '\(' was never closed"),
+    ('raise RuntimeError("one\\ntwo")', 'line 1: RuntimeError: one two'),
+  ],
+)
+def test_a_config_file_that_is_broken(config, tmp_path, capsys, text, message):
+  del config
+  (tmp_path / 'broken.py').write_text(f'{text}\n')
   before = contents(tmp_path)
-  err = refusal(
-    capsys,
-    pretrain.main,
-    [config, '--resume', '--steps', '9', '--optimizer.rank', '2'],
+  err = refusal(capsys, pretrain.main, ['broken.py'])
+  assert re.search(
+    rf'broken\.py, {message}' if 'line' in message else message, err
   )
-  assert 'steps is 8 in the run and 9 now' in err
-  assert 'optimizer.rank is 4 in the run and 2 now' in err
   assert contents(tmp_path) == before
 
 
@@ -110,27 +131,56 @@ def test_a_directory_that_is_not_a_run(config, main, args, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+  'main, args, message',
+  [
+    (evaluate.main, ['--batches', '0'], '--batches must be at least 1, got 0'),
+    (sample.main, ['--num-tokens', '0'], '--num-tokens must be .* 1, got 0'),
+    (sample.main, ['--top-k', '0'], '--top-k must be at least 1, got 0'),
+    (sample.main, ['--temperature', '-5'], '--temperature must be .* got -5'),
+    (sample.main, ['--temperature', 'nan'], '--temperature must be .* got nan'),
+  ],
+)
+def test_numbers_that_mean_nothing(main, args, message, capsys):
+  prompt = ['--prompt', 'a'] if main is sample.main else []
+  # Before anything is read: there is no such run.
+  err = refusal(capsys, main, ['runs/none', *prompt, *args])
+  assert re.search(message, err), err
+
+
+@pytest.mark.parametrize(
   'main, args', [(evaluate.main, []), (sample.main, ['--prompt', 'a'])]
 )
-def test_a_run_without_a_checkpoint(config, main, args, capsys, tmp_path):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(pretrain, 'train', lambda *args, **options: None)
-    pretrain.main([config])
+def test_a_run_without_a_checkpoint(
+  config, main, args, capsys, tmp_path, monkeypatch
+):
+  start(config, monkeypatch)
+  capsys.readouterr()
   before = contents(tmp_path)
   err = refusal(capsys, main, ['runs/tiny', *args])
   assert 'no checkpoint in runs/tiny/checkpoints' in err
   assert contents(tmp_path) == before
+  err = refusal(capsys, pretrain.main, [config, '--branch'])
+  assert 'no checkpoint in runs/tiny/checkpoints to start from' in err
+
+
+def test_a_run_that_exists(config, capsys, monkeypatch):
+  start(config, monkeypatch)
+  capsys.readouterr()
+  err = refusal(capsys, pretrain.main, [config, '--run', 'runs/tiny'])
+  assert 'runs/tiny exists; continue it with --resume' in err
 
 
 def test_runs_are_numbered(config, tmp_path, monkeypatch):
-  monkeypatch.setattr(pretrain, 'train', lambda *args, **options: None)
   for _ in range(3):
-    assert pretrain.main([config]) == 0
+    start(config, monkeypatch)
   runs = tmp_path / 'runs'
   assert {x.name for x in runs.iterdir()} == {'tiny', 'tiny-2', 'tiny-3'}
+  # What was given up before its configuration was written is no run.
+  (runs / 'tiny-4').mkdir()
+  assert sorted(numbered('tiny')) == [1, 2, 3, 4]
   found = []
   monkeypatch.setattr(
     pretrain, 'train', lambda setup, *args, **options: found.append(setup.run)
   )
-  assert pretrain.main([config, '--resume']) == 0
+  pretrain.main([config, '--resume'])
   assert found[0].directory.name == Run(runs / 'tiny-3').directory.name

@@ -3,7 +3,7 @@ import pytest
 from tests.train.program import write_config
 from train import command
 from train.data.corpus import Tfds
-from train.optimizer import AdamW, Galore
+from train.method import AdamW, Galore
 
 
 @pytest.fixture
@@ -12,23 +12,22 @@ def path(tmp_path):
 
 
 def test_overrides_are_typed(path):
-  launch, name = command.parse(
+  launch = command.parse(
     [
       *(path, '--steps', '200', '--optimizer.rank', '0.5', '--resume'),
       *('--optimizer.targets', '.*/q/.*', '.*/k/.*', '--clip-norm', 'None'),
     ]
   )
-  assert name == 'tiny'
   assert launch.resume and launch.run is None
   assert launch.config.steps == 200
   assert launch.config.optimizer == Galore(
-    rank=0.5, gap=3, targets=('.*/q/.*', '.*/k/.*')
+    rank=0.5, gap=3, subspace='power', targets=('.*/q/.*', '.*/k/.*')
   )
   assert launch.config.clip_norm is None
 
 
 def test_another_method_comes_with_its_own_defaults(path):
-  launch, _ = command.parse(
+  launch = command.parse(
     [path, '--optimizer', 'AdamW', '--optimizer.b1', '0.8', '--corpus', 'Tfds']
   )
   assert launch.config.optimizer == AdamW(b1=0.8)
@@ -36,19 +35,28 @@ def test_another_method_comes_with_its_own_defaults(path):
 
 
 def test_naming_the_method_in_use_keeps_its_options(path):
-  launch, _ = command.parse([path, '--optimizer', 'Galore'])
+  launch = command.parse([path, '--optimizer', 'Galore'])
   assert launch.config == command.load(path)
 
 
-def test_help_documents_every_key_with_its_default(path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+  'name, text',
+  [
+    ('Galore', 'number r of basis vectors;'),
+    # An option that is on by default can be switched off.
+    ('Apollo', '--optimizer.no-channels'),
+  ],
+)
+def test_help_documents_every_key(path, capsys, monkeypatch, name, text):
   monkeypatch.setenv('COLUMNS', '200')
+  args = [path, '--optimizer', name]
   with pytest.raises(SystemExit) as stop:
-    command.parse([path, '--help'])
+    command.parse([*args, '--help'])
   assert not stop.value.code
   out = capsys.readouterr().out
-  for key in command.keys(command.load(path)):
+  for key in command.keys(command.parse(args).config):
     assert key in out
-  assert 'Steps between two computations of the subspace. (default: 3)' in out
+  assert text in out and '(default: 8)' in out
 
 
 @pytest.mark.parametrize(
@@ -74,8 +82,27 @@ def test_without_a_config_the_usage_is_shown(capsys):
     assert 'python -m train.pretrain CONFIG' in (err if code else out)
 
 
-def test_a_key_that_config_does_not_have(tmp_path):
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ('config = 3', r'wrong\.py must hold `config = Config'),
+    ('config = (3', r'wrong\.py, line 1: SyntaxError: .* was never closed'),
+    ('import train\nx = y', r"wrong\.py, line 2: NameError: name 'y' is not"),
+    ('import no_such', r'wrong\.py, line 1: ModuleNotFoundError: .*no_such'),
+    (
+      'from train.config import Config\nconfig = Config(stepz=3)',
+      r'wrong\.py, line 2: TypeError: .*stepz',
+    ),
+    (
+      'from models.llama import llama\n\nllama("8b")',
+      r"wrong\.py, line 3: size must be one of .* got '8b'",
+    ),
+  ],
+)
+def test_whatever_a_config_file_raises_names_file_and_line(
+  text, message, tmp_path
+):
   path = tmp_path / 'wrong.py'
-  path.write_text('from train.config import Config\nconfig = Config(stepz=3)\n')
-  with pytest.raises(ValueError, match=r'wrong\.py: .*stepz'):
+  path.write_text(f'{text}\n')
+  with pytest.raises(ValueError, match=message):
     command.load(str(path))

@@ -1,68 +1,165 @@
-import os
-import signal
+"""What the loop shows and logs, and how long it says that takes."""
 
+import dataclasses
+import inspect
+import io
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from rich.console import Console
 
-from train import evaluate, loop
+from tests.train.test_config import CONFIG
+from train import checkpoint, loop, metrics
+from train import step as step_lib
+from train.method import AdamW
+from train.signals import Stop
+from train.task import INPUTS, Task, perplexity
+
+VALUES = {'loss': 1.0, 'weight': 8.0, 'learning_rate': 0.1, 'correct': 3.0}
 
 
-@pytest.fixture
-def interrupts():
-  """A job in a shell's background starts with this signal ignored."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, before)
+class Clock:
+  """Tells what time a test says it is."""
+
+  now = 0.0
+
+  def __call__(self):
+    return self.now
 
 
-@pytest.mark.usefixtures('interrupts')
-def test_the_second_signal_gets_the_handler_back():
-  with loop.stop_signals() as stop:
-    assert not stop.is_set()
-    os.kill(os.getpid(), signal.SIGINT)
-    assert stop.is_set()
-    with pytest.raises(KeyboardInterrupt):
-      os.kill(os.getpid(), signal.SIGINT)
-  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def meter(clock=None):
+  shown, logged = [], []
+  found = loop.Meter(
+    lambda step, values, seconds: shown.append((step, seconds)),
+    lambda step, values: logged.append((step, values)),
+    'tokens',
+    clock or itertools.count().__next__,
+  )
+  return found, shown, logged
 
 
 def test_metrics_are_read_one_step_late():
-  shown = []
-  meter = loop.Meter(lambda *args: None, lambda step, _: shown.append(step))
-  values = {'loss': 1.0, 'tokens': 8.0, 'learning_rate': 0.1}
-  meter.add(1, values)
+  found, shown, logged = meter()
+  found.add(1, VALUES)
   assert shown == []
-  meter.add(2, values)
-  assert shown == [1]
-  meter.flush()
-  assert shown == [1, 2]
+  found.add(2, VALUES)
+  assert [step for step, _ in shown] == [1]
+  found.flush()
+  assert [step for step, _ in shown] == [1, 2]
+  # A batch's weight by its unit; what else a model sums by its own name.
+  values = {'loss': 1.0, 'tokens': 8.0, 'learning_rate': 0.1, 'correct': 3.0}
+  assert logged[0] == (1, values)
+
+
+class Waited(float):
+  """A loss that is ready two seconds after the one before."""
+
+  def __new__(cls, clock):
+    found = super().__new__(cls, 1.0)
+    found.clock = clock
+    return found
+
+  def __float__(self):
+    self.clock.now += 2
+    return 1.0
+
+
+@pytest.mark.parametrize('every', [1, 3])
+def test_time_leaves_out_compilation_validations_and_saves(every):
+  clock = Clock()
+  found, shown, logged = meter(clock)
+  clock.now += 100  # compiling
+  for step in range(1, 7):
+    found.add(step, {**VALUES, 'loss': Waited(clock)})
+    if step % every == 0:
+      found.flush()
+      clock.now += 50  # validating, saving
+      found.restart()
+  speeds = [values.get('tokens_per_second') for _, values in logged]
+  assert speeds == [None, *5 * [4.0]]
+  assert [seconds for _, seconds in shown] == [None, *5 * [2.0]]
 
 
 def test_a_loss_that_is_not_finite_names_its_step():
-  meter = loop.Meter(lambda *args: None, lambda *args: None)
-  meter.add(7, {'loss': float('nan')})
+  found, _, logged = meter()
+  found.add(7, {'loss': float('nan')})
   with pytest.raises(FloatingPointError, match='loss is nan at step 7'):
-    meter.flush()
+    found.flush()
+  assert not logged
+
+
+def test_a_second_task_needs_no_second_loop(tmp_path):
+  """Linear regression: no model file, no text, no tokens."""
+
+  def loss(params, batch):
+    error = batch['x'] @ params['w'] - batch['y']
+    square = jnp.sum(batch['weights'] * error**2)
+    return square / batch['weights'].size, {'square': square}
+
+  def batches():
+    random = np.random.default_rng(0)
+    while True:
+      x = random.normal(size=(6, 4)).astype(np.float32)
+      weights = np.array([2, 1, 1, 1, 0, 0], np.float32)
+      yield {'x': x, 'y': x.sum(1), 'weights': weights}
+
+  task = Task(
+    init=lambda key: {'w': jnp.zeros(4)},
+    layers=None,
+    loss=loss,
+    batches=lambda data: batches(),
+    evaluate=lambda data: lambda params: {'far': float(params['w'].sum())},
+    unit='examples',
+  )
+  config = dataclasses.replace(
+    CONFIG, optimizer=AdamW(), microbatches=2, steps=3, eval_every=2
+  )
+  init, step = step_lib.build(config, task)
+  saved = []
+  path = tmp_path / 'metrics.jsonl'
+  with metrics.opened(path, step=0, tensorboard=False) as log:
+    state = loop.train(
+      init(jax.random.key(0)),
+      config,
+      step=step,
+      batches=task.batches(None),
+      validate=task.evaluate(None),
+      save=lambda state: saved.append(int(state.step)),
+      log=log,
+      console=Console(file=io.StringIO()),
+      stop=Stop(),
+      unit=task.unit,
+    )
+  assert int(state.step) == 3 and saved == [3]
+  lines = metrics.read(path)
+  assert [x['step'] for x in lines if 'validation_far' in x] == [2, 3]
+  first = lines[0]
+  assert first['examples'] == 5
+  assert first['square'] == pytest.approx(5 * first['loss'])
+
+
+@pytest.mark.parametrize('module', [loop, step_lib, metrics, checkpoint])
+def test_what_repeats_a_task_knows_no_model_and_no_text(module):
+  source = inspect.getsource(module)
+  assert 'models' not in source and 'train.data' not in source
 
 
 def test_perplexity_weighs_tokens_not_batches():
-  sums = lambda params, batch: {
-    'nll': batch['weights'].sum() * params,
-    'weight': batch['weights'].sum(),
-  }
-  import numpy as np
+  def loss(scale, inputs):
+    weight = inputs['weights'].sum()
+    return None, {'nll': scale * weight**2, 'weight': weight}
 
   def batch(scored):
     weights = np.zeros((1, 4), np.float32)
     weights[0, :scored] = 1
-    same = dict.fromkeys(evaluate.INPUTS, weights)
+    same = dict.fromkeys(INPUTS, weights)
     return {**same, 'bytes': np.full((1, 4), 3)}
 
-  found = evaluate.evaluate(
-    lambda scale, inputs: sums(scale * inputs['weights'].sum(), inputs),
-    1.0,
-    [batch(4), batch(1)],
-  )
+  found = perplexity(loss, 1.0, batches=[batch(4), batch(1)])
   # Four tokens of loss 4 and one of loss 1, of three bytes each.
-  assert found['validation_loss'] == pytest.approx(17 / 5)
-  assert found['validation_perplexity'] == pytest.approx(np.exp(17 / 5))
-  assert found['validation_bits_per_byte'] == pytest.approx(17 / np.log(2) / 15)
+  assert found['loss'] == pytest.approx(17 / 5)
+  assert found['perplexity'] == pytest.approx(np.exp(17 / 5))
+  assert found['bits_per_byte'] == pytest.approx(17 / np.log(2) / 15)

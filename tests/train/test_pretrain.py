@@ -1,7 +1,15 @@
 """Runs the program in-process, as a user would from the command line."""
 
+import contextlib
+import io
+import json
 import os
+import re
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 
 import chex
 import numpy as np
@@ -9,19 +17,44 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.train.program import lines, saved, write_config
-from train import evaluate, loop, pretrain, sample
+from train import evaluate, loop, metrics, pretrain, sample
 from train import step as step_lib
 from train.run import Run
 
 
 @pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-  """A run of 8 steps that nothing has stopped."""
+def printed(tmp_path_factory):
+  """A run of 8 steps that nothing has stopped, and what it printed."""
   directory = tmp_path_factory.mktemp('finished')
   config = write_config(directory)
   run = Run(directory / 'run')
-  assert pretrain.main([config, '--run', str(run.directory)]) == 0
-  return config, run
+  with contextlib.redirect_stdout(io.StringIO()) as out:
+    assert pretrain.main([config, '--run', str(run.directory)]) == 0
+  return config, run, out.getvalue()
+
+
+@pytest.fixture
+def finished(printed):
+  """Its config and directory."""
+  return printed[:2]
+
+
+@pytest.fixture
+def short(monkeypatch):
+  """Ends a run with its last step: `finished` shows what comes after."""
+  monkeypatch.setattr(pretrain, 'show_samples', lambda *args: None)
+  monkeypatch.setattr(metrics, 'plot', lambda *args: None)
+
+
+def validation(run):
+  """The last validation in words, as the loop and `train.evaluate` print it."""
+  line = lines(run)[-1]
+  return metrics.describe(
+    {name: line[f'validation_{name}'] for name in VALIDATED}
+  )
+
+
+VALIDATED = ('loss', 'perplexity', 'bits_per_byte')
 
 
 def test_a_run_leaves_its_files(finished):
@@ -37,13 +70,22 @@ def test_a_run_leaves_its_files(finished):
   assert validated == [4, 8]
   rates = [line['learning_rate'] for line in lines(run) if 'loss' in line]
   np.testing.assert_allclose(rates[:3], [0, 0.005, 0.01], rtol=1e-6)
+  # The model's own sums come along: here of the negative log-likelihoods.
+  for line in lines(run)[:3]:
+    assert line['tokens'] == 4 * 24
+    assert line['nll'] == pytest.approx(line['loss'] * line['tokens'])
 
 
-def test_the_table_comes_before_the_first_step(tmp_path, capsys):
-  config = write_config(tmp_path)
-  pretrain.main([config, '--run', str(tmp_path / 'run'), '--steps', '1'])
-  out = capsys.readouterr().out
-  assert out.index('optimizer state:') < out.index('step 1:')
+def test_the_table_and_the_device_come_before_the_first_step(printed):
+  *_, out = printed
+  order = [
+    'optimizer state:',
+    'device: ',
+    'step 4: validation: loss',
+    'sample ',
+  ]
+  places = [out.index(text) for text in order]
+  assert places == sorted(places)
   assert out.count('sample ') == 3
 
 
@@ -51,7 +93,10 @@ def test_the_table_comes_before_the_first_step(tmp_path, capsys):
   'stop',
   [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
 )
-def test_resume_is_bit_equal_to_no_stop(finished, tmp_path, monkeypatch, stop):
+@pytest.mark.usefixtures('short')
+def test_resume_is_bit_equal_to_no_stop(
+  finished, tmp_path, monkeypatch, capfd, stop
+):
   config, whole = finished
   run = Run(tmp_path / 'run')
   args = [config, '--run', str(run.directory)]
@@ -64,9 +109,14 @@ def test_resume_is_bit_equal_to_no_stop(finished, tmp_path, monkeypatch, stop):
 
   with monkeypatch.context() as patch:
     patch.setattr(loop.Meter, 'add', interrupt)
-    assert pretrain.main(args) == 0
+    assert pretrain.main(args) == 128 + stop
   assert int(saved(run)[0].step) == 4
-  assert pretrain.main([*args, '--resume']) == 0
+  out, err = capfd.readouterr()
+  assert f'{stop.name}: will save after this step' in err
+  # The advice, word for word.
+  assert 'stopped and saved at step 4; to go on:' in out
+  advice = shlex.split(out[out.index('python -m train.pretrain') :])
+  assert pretrain.main(advice[3:]) == 0
   (ours, position), (theirs, its_position) = saved(run), saved(whole)
   chex.assert_trees_all_equal(ours, theirs)
   assert position == its_position
@@ -74,6 +124,7 @@ def test_resume_is_bit_equal_to_no_stop(finished, tmp_path, monkeypatch, stop):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('short')
 def test_resume_drops_what_came_after_the_checkpoint(
   finished, tmp_path, monkeypatch
 ):
@@ -95,6 +146,164 @@ def test_resume_drops_what_came_after_the_checkpoint(
   assert lines(run) == lines(whole)
 
 
+@pytest.fixture
+def copied(finished, tmp_path, monkeypatch):
+  """A copy of the finished run in runs/, beside its config."""
+  config, run = finished
+  monkeypatch.chdir(tmp_path)
+  shutil.copytree(run.directory, 'runs/tiny')
+  return config, Run(tmp_path / 'runs' / 'tiny')
+
+
+def test_resume_goes_on_with_the_runs_own_values(copied, monkeypatch, tmp_path):
+  _, run = copied
+  # The file says something else by now; it may even be broken.
+  edited = tmp_path / 'tiny.py'
+  edited.write_text('config = (')
+  before = run.config()
+  found = []
+  monkeypatch.setattr(
+    pretrain, 'train', lambda setup, *args, **options: found.append(setup) or 0
+  )
+  assert pretrain.main([str(edited), '--resume']) == 0
+  assert found[0].config == before == run.config()
+  free = ['--save-every', '3', '--eval-every', '5', '--eval-batches', '1']
+  assert pretrain.main([str(edited), '--resume', *free]) == 0
+  assert found[1].run.directory.name == 'tiny'
+  assert found[1].config == run.config()
+  assert run.config().save_every == 3 and run.config().steps == before.steps
+
+
+@pytest.mark.usefixtures('short')
+def test_resume_refuses_other_values_and_branch_takes_them(copied, capsys):
+  config, run = copied
+  args = [config, '--resume', '--steps', '10', '--learning-rate', '0.005']
+  files = sorted(run.directory.parent.rglob('*'))
+  with pytest.raises(SystemExit) as stop:
+    pretrain.main(args)
+  assert stop.value.code == 2
+  out, err = capsys.readouterr()
+  assert out == '' and err.count('\n') == 1
+  assert 'steps is 8 in the run and 10 now' in err
+  assert 'learning_rate is 0.01 in the run and 0.005 now' in err
+  assert 'add --branch to start a new run' in err
+  assert sorted(run.directory.parent.rglob('*')) == files
+  # The advice, word for word.
+  assert pretrain.main([*args, '--branch']) == 0
+  branch = Run(run.directory.with_name('tiny-2'))
+  assert branch.config().steps == 10 and run.config().steps == 8
+  steps = [line['step'] for line in lines(branch) if 'loss' in line]
+  assert steps == list(range(1, 11))
+  assert lines(branch)[:8] == lines(run)[:8]
+  assert int(saved(branch)[0].step) == 10 and int(saved(run)[0].step) == 8
+  # The newest run is the branch now.
+  with pytest.raises(SystemExit):
+    pretrain.main([config, '--resume', '--steps', '8'])
+  assert 'steps is 10 in the run and 8 now' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'args, message',
+  [
+    (['--optimizer.rank', '2'], 'optimizer.rank is 4 in the run and 2 now'),
+    pytest.param(
+      ['--optimizer', 'AdamW'],
+      "optimizer is 'Galore' in the run and 'AdamW' now",
+      marks=pytest.mark.slow,
+    ),
+    (['--learning-rate', '0.1'], 'steps must be more than 8, which .* got 8'),
+    (['--tokenizer', 'other.model'], "tokenizer is None .* 'other.model' now"),
+  ],
+)
+def test_what_no_branch_can_start_from(copied, capsys, args, message):
+  config, run = copied
+  files = sorted(run.directory.parent.rglob('*'))
+  with pytest.raises(SystemExit) as stop:
+    pretrain.main([config, '--branch', *args])
+  assert stop.value.code == 2
+  err = capsys.readouterr().err
+  assert re.search(message, err) and err.count('\n') == 1
+  assert sorted(run.directory.parent.rglob('*')) == files
+
+
+def test_a_checkpoint_of_another_layout_ends_with_the_remedy(copied, capsys):
+  config, run = copied
+  # As if the library kept something else of the same options: the state of
+  # another method lies where this one's is looked for.
+  path = run.config_path
+  data = json.loads(path.read_text())
+  data['optimizer'] = {'kind': 'AdamW'}
+  path.write_text(json.dumps(data))
+  with pytest.raises(SystemExit) as stop:
+    pretrain.main([config, '--resume'])
+  assert stop.value.code == 2
+  err = capsys.readouterr().err
+  assert err.startswith('error: cannot read the checkpoint')
+  assert 'another version' in err and 'without --resume' in err
+  assert err.count('\n') == 1
+  # The parameters are what they were.
+  evaluate.main([str(run.directory), '--batches', '1'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stop', [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_stopped(finished, tmp_path, stop):
+  config, _ = finished
+  run = Run(tmp_path / 'run')
+  command = [sys.executable, '-m', 'train.pretrain', config]
+  command += ['--run', str(run.directory), '--steps', '100000']
+  process = subprocess.Popen(
+    command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+  )
+  while not metrics.read(run.metrics_path):
+    assert process.poll() is None
+  process.send_signal(stop)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 128 + stop
+  assert f'{stop.name}: will save' in err and 'Traceback' not in err
+  assert int(saved(run)[0].step) > 0
+
+
+@pytest.mark.slow
+def test_resume_after_sigkill_is_bit_equal_to_no_stop(finished, tmp_path):
+  config, _ = finished
+  whole, killed = Run(tmp_path / 'whole'), Run(tmp_path / 'killed')
+
+  def start(run, *options):
+    command = [sys.executable, '-m', 'train.pretrain', config]
+    command += ['--run', str(run.directory), *options]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+  options = ['--steps', '200', '--eval-every', '100', '--save-every', '40']
+  assert start(whole, *options).wait() == 0
+  process = start(killed, *options)
+  while len(metrics.read(killed.metrics_path)) < 100:
+    assert process.poll() is None
+  process.kill()
+  assert process.wait() == -signal.SIGKILL
+  assert start(killed, '--resume').wait() == 0
+  chex.assert_trees_all_equal(saved(killed), saved(whole))
+  assert lines(killed) == lines(whole)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_while_it_imports(finished):
+  config, _ = finished
+  process = subprocess.Popen(
+    [sys.executable, '-X', 'importtime', '-m', 'train.pretrain', config],
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  while 'train.signals' not in (line := process.stderr.readline()):
+    assert line
+  while 'jax' not in process.stderr.readline():
+    pass
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 130
+  assert 'SIGINT: stopped' in err and 'Traceback' not in err
+
+
 def test_a_loss_that_is_not_a_number_ends_the_run(
   tmp_path, monkeypatch, capsys
 ):
@@ -111,11 +320,21 @@ def test_a_loss_that_is_not_a_number_ends_the_run(
 
     return after
 
-  monkeypatch.setattr(step_lib, 'make_step', broken)
-  assert pretrain.main([config, '--run', str(run.directory)]) == 1
+  monkeypatch.chdir(tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(step_lib, 'make_step', broken)
+    assert pretrain.main([config, '--run', str(run.directory)]) == 1
   err = capsys.readouterr().err
   assert 'loss is inf at step 7' in err and 'Traceback' not in err
   assert int(saved(run)[0].step) == 5
+  # The advice, word for word, up to the first step.
+  begun = []
+  monkeypatch.setattr(
+    pretrain, 'train', lambda setup, state, *_, **__: begun.append(state) or 0
+  )
+  assert pretrain.main(shlex.split(err.splitlines()[-1])[3:]) == 0
+  assert int(begun[0].step) == 5
+  assert Run(tmp_path / 'runs' / 'tiny').config().learning_rate == 0.005
 
 
 @pytest.mark.slow
@@ -147,8 +366,7 @@ def test_a_save_that_fails_leaves_the_one_before(
 def test_evaluate_prints_what_the_run_printed(finished, capsys):
   _, run = finished
   evaluate.main([str(run.directory), '--batches', '2'])
-  line = lines(run)[-1]
-  assert evaluate.describe(line) in capsys.readouterr().out
+  assert validation(run) in capsys.readouterr().out
 
 
 def test_sample_continues_a_prompt(finished, capsys):

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from models.llama import Layers, LlamaConfig
 from train import report
-from train.optimizer import AdamW, Galore
+from train.method import AdamW, Galore
 
 MODEL = LlamaConfig(
   vocab_size=31, width=12, mlp_width=20, num_heads=2, num_layers=3

@@ -69,7 +69,10 @@ def test_loss_is_the_mean_over_scored_tokens():
   np.testing.assert_allclose(
     metrics['grad_norm'], optax.tree.norm(gradient), rtol=1e-6
   )
-  assert metrics['tokens'] == tokens
+  assert metrics['weight'] == tokens
+  # The sums beside the loss are of the batch's own weights.
+  nll = loss(params, batch)[1]['nll']
+  np.testing.assert_allclose(metrics['nll'], nll, rtol=1e-6)
 
 
 @pytest.mark.parametrize('microbatches', [2, 3, 6])

@@ -9,8 +9,9 @@ import pytest
 from galore_optax.layerwise.weights import is_stored
 from models.llama import Layers
 from tests.train.program import lines, saved, write_config
-from train import command, evaluate, pretrain, sample, step
+from train import command, evaluate, metrics, pretrain, sample
 from train.run import Run
+from train.task import init_params, stored_layers
 
 INT8 = (
   *('--update', 'Layerwise', '--update.weights', 'int8', '--update.slices'),
@@ -57,7 +58,7 @@ def test_resume_is_bit_equal_to_no_stop(finished, tmp_path):
     raise Killed
 
   with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-    patch.setattr(evaluate, 'describe', crash)
+    patch.setattr(metrics, 'describe', crash)
     pretrain.main([*args, '--eval-every', '6'])
   assert pretrain.main([*args, '--resume', '--eval-every', '6']) == 0
   chex.assert_trees_all_equal(saved(run), saved(whole))
@@ -67,7 +68,8 @@ def test_resume_is_bit_equal_to_no_stop(finished, tmp_path):
 def test_evaluate_and_sample_read_them(finished, capsys):
   _, run = finished
   evaluate.main([str(run.directory), '--batches', '2'])
-  assert evaluate.describe(lines(run)[-1]) in capsys.readouterr().out
+  loss = lines(run)[-1]['validation_loss']
+  assert f'validation: loss {loss:.4f}' in capsys.readouterr().out
   args = [str(run.directory), '--prompt', 'the old dog', '--num-tokens', '20']
   sample.main(args)
   assert len(capsys.readouterr().out) > len('the old dog\n')
@@ -75,15 +77,15 @@ def test_evaluate_and_sample_read_them(finished, capsys):
 
 @pytest.mark.slow
 def test_the_model_reads_what_the_weights_stand_for(tmp_path):
-  launch, _ = command.parse([write_config(tmp_path), *INT8])
+  launch = command.parse([write_config(tmp_path), *INT8])
   config = launch.config
-  stored = step.init_params(config, jax.random.key(0))
+  stored = init_params(config, jax.random.key(0))
   read = config.weights().read
   arrays = jax.tree.map(read, stored, is_leaf=is_stored)
   shape = (2, config.sequence_length)
   names = ('inputs', 'positions', 'segments')
   batch = {name: jnp.ones(shape, jnp.int32) for name in names}
-  ours, plain = step.model(config), Layers(config.model)
+  ours, plain = stored_layers(config), Layers(config.model)
   chex.assert_trees_all_equal(
     jax.jit(ours.logits)(stored, batch), jax.jit(plain.logits)(arrays, batch)
   )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from train.data.documents import Documents
+from train.data.corpus import Documents
 from train.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]

@@ -79,7 +79,7 @@ def requested(argv: Sequence[str]) -> dict[str, Request]:
   requests = {}
   for path in paths:
     args = [path, *options, *fitting_microbatches(path, options)]
-    requests[path] = parse(args, Request)[0]
+    requests[path] = parse(args, Request)
   return requests
 
 
@@ -130,10 +130,15 @@ def show(plan: Plan, console: Console) -> None:
   table.add_section()
   table.add_row('total', gib(plan.total_bytes), style='bold')
   table.add_row('capacity', gib(plan.capacity_bytes))
-  table.add_row('fits', 'yes' if plan.fits else 'no', style='bold')
+  table.add_row('fits', verdict(plan), style='bold')
   console.print(table)
   if plan.compiled is None:
-    console.print('estimate: exact for weights and state, no temporaries')
+    console.print(
+      'estimate: exact for weights and state, no temporaries; so it'
+    )
+    console.print(
+      'can say what does not fit, and only a compiled plan what does'
+    )
     return
   console.print('the largest temporaries:')
   for buffer in plan.compiled.buffers:
@@ -170,9 +175,13 @@ def table(plans: Sequence[Plan]) -> Table:
     layers, vocabulary, *sizes = plan.parts.values()
     sizes = [layers + vocabulary, *sizes, plan.total_bytes]
     decimals = [f'{size / GIB:.2f}' for size in sizes]
-    fits = 'yes' if plan.fits else 'no'
-    table.add_row(*(v[i] for v in names.values()), *decimals, fits)
+    table.add_row(*(v[i] for v in names.values()), *decimals, verdict(plan))
   return table
+
+
+def verdict(plan: Plan) -> str:
+  """Returns whether a plan fits; an estimate can only say that it does not."""
+  return {True: 'yes', False: 'no', None: 'unknown'}[plan.fits]
 
 
 def where(plan: Plan) -> str:
@@ -191,4 +200,6 @@ def gib(size: int) -> str:
 
 
 if __name__ == '__main__':
+  # A step that comes out of a cache leaves no account of its buffers.
+  jax.config.update('jax_enable_compilation_cache', False)
   sys.exit(main())

@@ -1,71 +1,55 @@
-"""This module holds the methods that a plan compares, and their picture."""
+"""The methods that a plan compares, and their picture.
+
+They are the rows of `train.method`; a new one is compared by being there.
+"""
 
 import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from train.config import Config
-from train.methods import (
-  Apollo,
-  ApolloMini,
-  Badam,
-  Fira,
-  Frugal,
-  GaloreAdafactor,
-)
-from train.optimizer import (
-  AdaLomo,
-  Adam8bit,
-  AdamW,
-  Galore,
-  Galore8bit,
-  Lomo,
-)
+from train.config import Config, Layerwise, Update, WholeTree
+from train.method import CLASSES, METHODS
 from train.plan.cards import GPUS
 from train.plan.footprint import Plan
-from train.update import Layerwise, Update, WholeTree
 
 GIB = 2**30
 
-METHODS: dict[str, Any] = {
-  'AdamW': AdamW,
-  '8-bit Adam': Adam8bit,
-  'GaLore': Galore,
-  '8-bit GaLore': Galore8bit,
-  'GaLore Adafactor': GaloreAdafactor,
-  'FRUGAL': Frugal,
-  'BAdam': Badam,
-  'Fira': Fira,
-  'APOLLO': Apollo,
-  'APOLLO-Mini': ApolloMini,
-  'LOMO': Lomo,
-  'AdaLomo': AdaLomo,
-}
-"""What `--compare` compares; a new method is a line."""
+TITLES = {row.title: name for name, row in METHODS.items()}
+"""Name of a method's class by what a table calls it."""
 
-LAYERWISE = ('LOMO', 'AdaLomo')
+WHOLE_TREE = ('OptaxGalore',)
+"""Not compared: it would take a layer of a stack for a matrix."""
+
+LAYERWISE = ('Lomo', 'AdaLomo')
 """Those that are nothing but SGD or Adafactor in an update of the whole."""
 
 BARS = ('AdamW', '8-bit Adam', 'GaLore', '8-bit GaLore')
 """Those whose update of the whole `--plot` draws, as the paper's Figure 1."""
 
+FINDERS = ('svd', 'gram', 'randomized', 'power')
+"""Those that every method with a low rank takes."""
+
 
 def methods(config: Config) -> dict[str, Config]:
-  """Returns the config with each method, its update as it is."""
+  """Returns the config with each method by its title, its update as it is."""
   updates = {name: layerwise(config) for name in LAYERWISE}
   return {
-    name: with_method(config, name, updates.get(name, config.update))
-    for name in METHODS
+    title: with_method(config, name, updates.get(name, config.update))
+    for title, name in TITLES.items()
+    if name not in WHOLE_TREE
   }
 
 
 def bars(config: Config) -> dict[str, Config]:
   """Returns the configs that Figure 1 of the paper compares."""
   layers = layerwise(config)
-  return {name: with_method(config, name, WholeTree()) for name in BARS} | {
-    'layer-wise 8-bit GaLore': with_method(config, '8-bit GaLore', layers),
-    'LOMO': with_method(config, 'LOMO', layers),
+  whole = {
+    title: with_method(config, TITLES[title], WholeTree()) for title in BARS
+  }
+  return whole | {
+    'layer-wise 8-bit GaLore': with_method(config, 'Galore8bit', layers),
+    'LOMO': with_method(config, 'Lomo', layers),
   }
 
 
@@ -75,18 +59,13 @@ def with_method(config: Config, name: str, update: Update) -> Config:
   The config's own keeps its options; another one takes over its rank, gap and
   finder, if it has them, and is else what it is by default.
   """
-  kind, ours = METHODS[name], config.optimizer
+  kind, ours = CLASSES[name], config.optimizer
   if type(ours) is not kind:
     # A rank that fits every model, where the config names none.
     options: dict[str, Any] = {'rank': 0.25} | {
       key: getattr(ours, key) for key in ('rank', 'gap') if hasattr(ours, key)
     }
-    if getattr(ours, 'subspace', None) in (
-      'svd',
-      'gram',
-      'randomized',
-      'power',
-    ):
+    if getattr(ours, 'subspace', None) in FINDERS:
       options['subspace'] = ours.subspace
     known = {field.name for field in dataclasses.fields(kind)}
     ours = kind(**{key: options[key] for key in options if key in known})

@@ -1,4 +1,4 @@
-"""This module holds where the bytes of a config's training step go.
+"""Where the bytes of a config's training step go.
 
 `make_plan` adds them up from shapes and, where a compiler is at hand, asks it
 for the rest; the step is the one that `train.pretrain` runs.
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from galore_optax import memory
-from models.llama import Layers, LlamaConfig
+from models.llama import LlamaConfig
 from train import step as step_lib
-from train.config import Config
-from train.plan import device
+from train.config import Config, WholeTree
+from train.plan import cards as cards_lib
 from train.plan.cards import GPUS
-from train.update import WholeTree
+from train.task import Task, language_model
 
 PyTree = Any
 
@@ -68,9 +68,10 @@ class Plan:
   """Memory of the card."""
   total_bytes: int
   """Peak, workspace included; without a compiler, what is certain."""
-  fits: bool
-  """Whether the total is at most the capacity."""
-  compiled: device.Compiled | None
+  fits: bool | None
+  """Whether the total is at most the capacity; None, unknown, where what is
+  certain is, and the compiler was not asked for the rest."""
+  compiled: cards_lib.Compiled | None
   """What the compiler says; None for an estimate."""
 
   @property
@@ -108,7 +109,9 @@ class Plan:
       if field.name != 'compiled'
     }
     if self.compiled is None:
-      return dict.fromkeys(device.Compiled._fields) | plan | {'estimate': True}
+      return (
+        dict.fromkeys(cards_lib.Compiled._fields) | plan | {'estimate': True}
+      )
     compiled = self.compiled._asdict()
     for name in ('buffers', 'collectives'):
       compiled[name] = [row._asdict() for row in compiled[name]]
@@ -133,12 +136,13 @@ def make_plan(
       f'the batch size must be a multiple of --devices {cards.devices}, got '
       f'{config.batch_size}'
     )
-  init, step = step_lib.build(config)
+  task = language_model(config)
+  init, step = step_lib.build(config, task)
   state = jax.eval_shape(init, jax.random.key(0))
   compiled = None if cards.estimate else compile_for(config, step, state, cards)
   share = lambda tree: jax.tree.map(lambda x: shard(x, cards.devices), tree)
   account = memory.account(share(state.params), share(state.optimizer))
-  gradients = gradient_bytes(config, state, cards.devices)
+  gradients = gradient_bytes(config, task, state, cards.devices)
   activations = activation_bytes(config) // cards.devices
   workspace = workspace_bytes(config)
   total = account.total + gradients + activations
@@ -162,17 +166,17 @@ def make_plan(
     workspace_bytes=workspace,
     capacity_bytes=capacity,
     total_bytes=total,
-    fits=total <= capacity,
+    fits=None if cards.estimate and total <= capacity else total <= capacity,
     compiled=compiled,
   )
 
 
 def compile_for(
   config: Config, step: Any, state: PyTree, cards: Cards
-) -> device.Compiled:
+) -> cards_lib.Compiled:
   """Compiles a step for cards that are not there."""
   try:
-    mesh = device.topology_mesh(GPUS[cards.device], devices=cards.devices)
+    mesh = cards_lib.topology_mesh(GPUS[cards.device], devices=cards.devices)
   except RuntimeError as error:
     raise ImportError(f'{error}; --estimate needs none') from error
   state = jax.tree.map(lambda x: placed(x, mesh), state)
@@ -183,7 +187,7 @@ def compile_for(
   # place.
   shardings = jax.tree.map(lambda x: x.sharding, state)
   step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-  return device.compile_step(step, state, inputs)
+  return cards_lib.compile_step(step, state, inputs)
 
 
 def placed(x: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
@@ -231,14 +235,16 @@ def batch(config: Config) -> PyTree:
   return tokens | {'weights': jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
-def gradient_bytes(config: Config, state: step_lib.State, devices: int) -> int:
+def gradient_bytes(
+  config: Config, task: Task, state: step_lib.State, devices: int
+) -> int:
   """Returns the bytes of the gradients, and sums, that exist at once."""
-  shapes = jax.eval_shape(Layers(config.model).init, jax.random.key(0))
+  shapes = jax.eval_shape(task.layers.init, jax.random.key(0))
   leaves = [shard(x, devices) for x in jax.tree.leaves(shapes)]
   size = lambda x: x.size * x.dtype.itemsize
   if isinstance(config.update, WholeTree):
     return sum(map(size, leaves))
-  update = step_lib.make_layerwise(config)
+  update = step_lib.make_layerwise(config, task)
   sums = jax.eval_shape(update.sums, state.params, state.optimizer)
   per_layer = lambda x: size(x) // (x.shape[0] if x.ndim == 3 else 1)
   return max(map(per_layer, leaves)) + sum(

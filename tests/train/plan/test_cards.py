@@ -15,7 +15,7 @@ from galore_optax.galore import galore
 from galore_optax.layerwise.step import layerwise
 from galore_optax.subspace.finders import PowerIteration
 from models.llama import Layers, LlamaConfig
-from train.plan import device
+from train.plan import cards
 from train.plan.cards import GPUS
 
 needs_compiler = pytest.mark.skipif(
@@ -48,7 +48,7 @@ def compile_layers(num_layers, rule='galore'):
   model = Layers(config)
   step = layerwise(model, RULES[rule]())
   params = jax.eval_shape(model.init, jax.random.key(0))
-  mesh = device.topology_mesh(GPUS['rtx4090'])
+  mesh = cards.topology_mesh(GPUS['rtx4090'])
   everywhere = NamedSharding(mesh, PartitionSpec())
   place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
   batch = dict.fromkeys(
@@ -57,7 +57,7 @@ def compile_layers(num_layers, rule='galore'):
   )
   batch['weights'] = jax.ShapeDtypeStruct((2, 64), jnp.float32)
   arguments = (params, jax.eval_shape(step.init, params), batch)
-  return device.compile_step(
+  return cards.compile_step(
     jax.jit(step, donate_argnums=(0, 1)), *jax.tree.map(place, arguments)
   )
 
@@ -106,11 +106,11 @@ def test_temporaries_of_a_layer():
 @needs_compiler
 @pytest.mark.card
 def test_another_card():
-  mesh = device.topology_mesh(GPUS['a100-40'])
+  mesh = cards.topology_mesh(GPUS['a100-40'])
   x = jax.ShapeDtypeStruct(
     (64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
   )
-  compiled = device.compile_step(jax.jit(lambda x: x @ x.T @ x), x)
+  compiled = cards.compile_step(jax.jit(lambda x: x @ x.T @ x), x)
   assert compiled.argument_bytes == compiled.output_bytes == 64 * 64 * 4
   assert compiled.collectives == ()
   total = 2 * 64 * 64 * 4 + compiled.temp_bytes
@@ -121,14 +121,14 @@ def test_another_card():
 @needs_compiler
 @pytest.mark.card
 def test_collectives_of_eight_cards():
-  mesh = device.topology_mesh(GPUS['rtx4090'], devices=8)
+  mesh = cards.topology_mesh(GPUS['rtx4090'], devices=8)
   x = jax.ShapeDtypeStruct(
     (64, 32), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec('data'))
   )
   total = jax.jit(
     lambda x: x.T @ x, out_shardings=NamedSharding(mesh, PartitionSpec())
   )
-  (reduce,) = device.compile_step(total, x).collectives
+  (reduce,) = cards.compile_step(total, x).collectives
   assert reduce == ('all-reduce', 'f32[32,32]', 1, 32 * 32 * 4)
 
 
@@ -136,6 +136,6 @@ def test_says_what_is_missing(monkeypatch):
   def missing(**_):
     raise RuntimeError('Unknown backend cuda')
 
-  monkeypatch.setattr(device.topologies, 'get_topology_desc', missing)
+  monkeypatch.setattr(cards.topologies, 'get_topology_desc', missing)
   with pytest.raises(RuntimeError, match=r'galore-optax\[plan\]'):
-    device.topology_mesh(GPUS['h100'])
+    cards.topology_mesh(GPUS['h100'])

@@ -10,10 +10,10 @@ import pytest
 import sentencepiece
 
 from tests.train.test_config import CONFIG
-from train import evaluate
 from train.data.batches import batches, validation_batches
-from train.data.documents import Indexed
+from train.data.corpus import Indexed
 from train.data.tokenizer import Tokenizer, train_tokenizer
+from train.task import Text, held_out
 
 # Of one to forty sentences, so that many rows hold several documents and many
 # documents span several rows.
@@ -39,9 +39,10 @@ def training(seed=0, documents=DOCUMENTS, **kwargs):
 def test_parts_of_a_batch_hold_the_same_validation_rows():
   rows = []
   for parts in (1, 2):
-    config = dataclasses.replace(CONFIG, microbatches=parts)
-    held_out = evaluate.held_out(config, DOCUMENTS, tokenizer(), 2)
-    rows.append(np.concatenate([batch['targets'] for batch in held_out]))
+    config = dataclasses.replace(CONFIG, microbatches=parts, eval_batches=2)
+    text = Text(None, DOCUMENTS, tokenizer())
+    found = list(held_out(config, text))
+    rows.append(np.concatenate([batch['targets'] for batch in found]))
   np.testing.assert_array_equal(*rows)
 
 

@@ -1,5 +1,8 @@
+"""A method is written once: configs and README say what its preset says."""
+
 import dataclasses
 import inspect
+import pathlib
 
 import chex
 import jax
@@ -8,16 +11,21 @@ import optax
 import pytest
 
 import galore_optax
-from galore_optax.layerwise.weights import quantize_bases
-from train.methods import (
+from train import method
+from train.method import (
+  AdamW,
   Apollo,
   ApolloMini,
   Badam,
   Fira,
   Frugal,
+  Galore,
+  Galore8bit,
   GaloreAdafactor,
+  OptaxGalore,
 )
-from train.optimizer import AdamW, Galore, Galore8bit, OptaxGalore
+
+README = pathlib.Path(__file__).parents[2] / 'README.md'
 
 SHAPES = {'blocks': {'up': (3, 14, 22)}, 'embed': (24, 14), 'norm': (14,)}
 
@@ -41,6 +49,54 @@ def updates(tx, num_steps=5):
     params = optax.apply_updates(params, change)
     found.append(params)
   return found, state
+
+
+@pytest.mark.parametrize('name', method.METHODS)
+def test_a_config_says_what_its_preset_says(name):
+  kind, preset = method.CLASSES[name], method.METHODS[name].preset
+  assert getattr(method, name) is kind
+  parameters = inspect.signature(preset).parameters
+  for field in dataclasses.fields(kind):
+    assert field.default == parameters[field.name].default
+    (argument,) = field.type.__metadata__
+    assert argument.help, f'{preset.__name__}: {field.name} has no Args'
+  left = parameters.keys() - {field.name for field in dataclasses.fields(kind)}
+  # What no command line can say, and what the config says for all methods.
+  functions = {'learning_rate', 'axes', 'eps', 'inner', 'residual'}
+  assert left <= functions | {'clip_norm'}
+  assert kind().build(lambda count: 0.1).init
+
+
+def test_a_new_preset_needs_no_more_than_its_signature():
+  def sgd(
+    learning_rate,
+    *,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    where: str | list[str] | None = None,
+    mask: dict | None = None,
+    clip_norm: float | None = 1.0,
+  ):
+    """Descends.
+
+    Args:
+      learning_rate: a number.
+      momentum: decay of the trace;
+        None keeps none.
+    """
+    assert clip_norm is None and mask is None and where is None
+    return optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov)
+
+  kind = method.read('Sgd', sgd)
+  names = [field.name for field in dataclasses.fields(kind)]
+  assert names == ['momentum', 'nesterov', 'where']
+  assert inspect.getdoc(kind) == 'Descends.'
+  first = dataclasses.fields(kind)[0].type.__metadata__[0]
+  assert first.help == 'decay of the trace; None keeps none.'
+  assert kind(momentum=0.5) == kind(momentum=0.5) != kind()
+  ours, _ = updates(kind(momentum=0.5, nesterov=True).build(0.1))
+  theirs, _ = updates(optax.sgd(0.1, momentum=0.5, nesterov=True))
+  chex.assert_trees_all_equal(ours, theirs)
 
 
 def test_optax_galore_is_optax_galore_with_a_state_that_can_be_saved():
@@ -82,7 +138,7 @@ def test_galore_in_8_bits_is_the_preset(basis_bits):
   optimizer = Galore8bit(basis_bits=basis_bits, **options)
   preset = galore_optax.galore_adamw_8bit(0.1, **options)
   if basis_bits:
-    preset = quantize_bases(preset, bits=basis_bits)
+    preset = galore_optax.quantize_bases(preset, bits=basis_bits)
   ours, _ = updates(optimizer.build(lambda count: 0.1), 3)
   want, _ = updates(preset, 3)
   chex.assert_trees_all_close(ours, want, rtol=1e-6)
@@ -100,7 +156,7 @@ def test_adamw_keeps_float32_moments_for_bfloat16_weights():
   chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
 
 
-METHODS = {
+SOME = {
   'frugal': Frugal(density=0.4, gap=2),
   'frugal, columns': Frugal(gap=2, subspace='columns', inner='lion'),
   'badam': Badam(switch_every=2, train_rest=True),
@@ -112,9 +168,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize('name', METHODS)
-def test_a_method_is_the_preset_of_its_name(name):
-  tx = METHODS[name].build(lambda count: 0.1)
+@pytest.mark.parametrize('name', SOME)
+def test_a_method_trains(name):
+  tx = SOME[name].build(lambda count: 0.1)
   found, state = updates(tx, num_steps=3)
   assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))
   assert 0 not in [leaf.size for leaf in jax.tree.leaves(state)]
@@ -124,11 +180,35 @@ def test_a_method_is_the_preset_of_its_name(name):
   assert still == (1 if name == 'badam' else 0)
 
 
-def test_defaults_are_those_of_the_presets():
-  for optimizer in (Frugal, Badam, Fira, Apollo, ApolloMini, GaloreAdafactor):
-    name = {'ApolloMini': 'apollo_mini', 'GaloreAdafactor': 'galore_adafactor'}
-    preset = name.get(optimizer.__name__, optimizer.__name__.lower())
-    parameters = inspect.signature(getattr(galore_optax, preset)).parameters
-    for field in dataclasses.fields(optimizer):
-      if field.name in parameters:
-        assert field.default == parameters[field.name].default, field.name
+@pytest.mark.parametrize(
+  'variant', [pytest.param(x, id=call) for call, x in method.lines()]
+)
+def test_bytes_of_state_are_those_of_the_table(variant):
+  # Large enough for 8 bits, and no multiple of a block.
+  m, n, r = 48, 260, 16
+  w = jax.ShapeDtypeStruct((m, n), jnp.float32)
+  kind = method.CLASSES[variant.name]
+  known = {field.name for field in dataclasses.fields(kind)}
+  sized = {'rank': r, 'density': r / m, 'blocks': '.*'}
+  options = {k: x for k, x in sized.items() if k in known} | variant.options
+  (row,) = galore_optax.describe(kind(**options).build(1.0), {'w': w})
+  # BAdam takes a layer out of the stack, with all its sides.
+  whole = variant.cells.startswith('whole') or variant.name == 'Badam'
+  assert (row.projected_shape is None) == whole
+  assert row.bytes == variant.num_bytes(m, n, r)
+
+
+def test_every_preset_is_a_method():
+  presets = {
+    *('galore_adamw', 'galore_adamw_8bit', 'galore_adafactor', 'frugal'),
+    *('badam', 'fira', 'apollo', 'apollo_mini', 'lomo', 'adalomo'),
+    *('scale_sgd', 'galore_muon'),
+  } & vars(galore_optax).keys()
+  rows = [row for row in method.METHODS.values() if row.cells]
+  assert {row.preset.__name__ for row in rows} == presets
+
+
+def test_the_table_stands_in_the_readme():
+  text = README.read_text().splitlines()
+  for line in method.table().splitlines():
+    assert line in text

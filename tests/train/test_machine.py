@@ -1,0 +1,59 @@
+"""What a user is told of the machine, and where compiled steps are kept."""
+
+import jax
+import pytest
+
+from train import machine
+
+
+def test_the_device_is_named(monkeypatch):
+  monkeypatch.setattr(machine, 'nvidia', lambda: False)
+  assert machine.describe() == 'device: 8 x cpu'
+
+
+@pytest.mark.parametrize(
+  'platforms, remedy',
+  [(None, "pip install 'jax[cuda12]'"), ('cpu', "JAX_PLATFORMS is 'cpu'")],
+)
+def test_a_card_that_is_not_used_is_named(monkeypatch, platforms, remedy):
+  monkeypatch.setattr(machine, 'nvidia', lambda: True)
+  before = jax.config.jax_platforms
+  try:
+    jax.config.update('jax_platforms', platforms)
+    found = machine.describe()
+  finally:
+    jax.config.update('jax_platforms', before)
+  assert 'an NVIDIA card is here' in found and remedy in found
+
+
+def test_a_card_is_found_by_its_driver_tool(tmp_path, monkeypatch):
+  monkeypatch.setenv('PATH', str(tmp_path))
+  found = machine.nvidia()
+  tool = tmp_path / 'nvidia-smi'
+  tool.touch(mode=0o755)
+  assert machine.nvidia() and found in (True, False)
+
+
+def test_a_cache_of_ones_own_is_left_alone(monkeypatch):
+  # The tests have one.
+  before = jax.config.jax_compilation_cache_dir
+  machine.cache_compilations()
+  assert jax.config.jax_compilation_cache_dir == before is not None
+
+
+@pytest.mark.parametrize(
+  'home, expected', [('xdg', 'xdg/'), ('', 'home/.cache/')]
+)
+def test_a_cache_lies_with_the_users_other_ones(
+  tmp_path, monkeypatch, home, expected
+):
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  monkeypatch.setenv('XDG_CACHE_HOME', home and str(tmp_path / home))
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    jax.config.update('jax_compilation_cache_dir', None)
+    machine.cache_compilations()
+    found = jax.config.jax_compilation_cache_dir
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)
+  assert found == str(tmp_path / expected / 'galore_optax' / 'jax')

@@ -1,0 +1,38 @@
+"""What the program runs on, and its cache of compiled steps."""
+
+import os
+import pathlib
+import shutil
+
+import jax
+
+
+def describe() -> str:
+  """Returns the device's name, and a remedy where a card is not used."""
+  first = jax.devices()[0]
+  line = f'device: {jax.device_count()} x {first.device_kind}'
+  if first.platform != 'cpu' or not nvidia():
+    return line
+  if jax.config.jax_platforms:
+    return (
+      f'{line}, though an NVIDIA card is here: JAX_PLATFORMS is '
+      f'{jax.config.jax_platforms!r}'
+    )
+  return (
+    f'{line}, though an NVIDIA card is here: this JAX has no CUDA; pip install '
+    "'jax[cuda12]' brings it"
+  )
+
+
+def nvidia() -> bool:
+  """Whether the machine has a card of NVIDIA's."""
+  driver = pathlib.Path('/proc/driver/nvidia')
+  return driver.exists() or shutil.which('nvidia-smi') is not None
+
+
+def cache_compilations() -> None:
+  """Lets JAX keep what it compiles, unless the user said where or not to."""
+  if jax.config.jax_compilation_cache_dir is None:
+    home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    cache = pathlib.Path(home).expanduser() / 'galore_optax' / 'jax'
+    jax.config.update('jax_compilation_cache_dir', str(cache))

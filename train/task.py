@@ -1,0 +1,148 @@
+"""What is trained: a `Task`, and the language model, which is the first one.
+
+`train.step` makes an update of a task and `train.loop` repeats it. Neither
+knows what is inside; a second task is a second function that returns a `Task`.
+
+Axes: B sequences of a batch, T tokens of a sequence.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+import grain
+import jax
+import numpy as np
+
+from galore_optax.layerwise.weights import ARRAYS, is_stored
+from models.llama import Layers
+from train.config import Config
+from train.data.batches import batches, validation_batches
+from train.data.corpus import Documents
+from train.data.tokenizer import Tokenizer
+
+PyTree: TypeAlias = Any
+Batch: TypeAlias = dict[str, Any]
+Metrics: TypeAlias = dict[str, float]
+Loss: TypeAlias = Callable[[PyTree, Batch], tuple[jax.Array, PyTree]]
+
+INPUTS = ('inputs', 'targets', 'weights', 'positions', 'segments')
+"""What a language model reads of a batch."""
+
+
+class Text(NamedTuple):
+  """A corpus, opened, and the tokenizer of the run."""
+
+  train: Documents | None  # None where nothing is trained
+  validation: Documents
+  tokenizer: Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A model and what it learns from; nothing of it exists yet."""
+
+  init: Callable[[jax.Array], PyTree]
+  """`key -> parameters`, as they are stored between steps."""
+  layers: Any
+  """The model one layer at a time, on arrays, as `layerwise` wants it."""
+  loss: Loss
+  """`(parameters, batch) -> (loss, sums)`, on stored parameters: a mean over
+  the positions of a batch, each times its entry of batch['weights']; and sums
+  that are linear in these weights, by the name that the log gives them."""
+  batches: Callable[[Text], grain.DatasetIterator]
+  """Data to batches without end, whose position can be saved."""
+  evaluate: Callable[[Text], Callable[[PyTree], Metrics]]
+  """Data to `parameters -> metrics` of what is held out."""
+  unit: str
+  """What a weight of 1 counts."""
+  large: tuple[str, ...] = ()
+  """Paths of the weights that `Layerwise.slices` cuts."""
+
+
+def language_model(config: Config) -> Task:
+  """Returns the pre-training of a LLaMA on a corpus."""
+  layers, loss = Layers(config.model), stored_layers(config)
+  return Task(
+    init=functools.partial(init_params, config),
+    layers=layers,
+    loss=loss,
+    batches=lambda text: batches(
+      text.train,
+      text.tokenizer,
+      batch_size=config.batch_size,
+      sequence_length=config.sequence_length,
+      seed=config.seed,
+    ),
+    evaluate=lambda text: functools.partial(
+      perplexity, jax.jit(loss), batches=held_out(config, text)
+    ),
+    unit='tokens',
+    # A tied model has one of them.
+    large=('embed/embedding', 'lm_head/kernel'),
+  )
+
+
+def stored_layers(config: Config) -> Layers:
+  """Returns the model that reads its weights as a config stores them.
+
+  Layer by layer: no more than one layer of them exists as arrays.
+  """
+  weights = config.weights()
+  if weights is ARRAYS:
+    return Layers(config.model)
+  return Layers(
+    config.model,
+    lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_stored),
+  )
+
+
+def init_params(config: Config, key: jax.Array) -> PyTree:
+  """Returns the first weights of a config, as they are stored."""
+  store = config.weights().store
+  params = Layers(config.model).init(key)
+  blocks = jax.tree.map(
+    lambda w: store(w) if w.ndim > 2 else w, params['blocks']
+  )
+  return params | {'blocks': blocks}
+
+
+def held_out(config: Config, text: Text) -> grain.IterDataset[Batch]:
+  """Returns the validation batches of a config, in parts as in training.
+
+  The rows are the same, however many parts there are.
+  """
+  num_batches = config.eval_batches
+  if num_batches is not None:
+    num_batches *= config.parts
+  return validation_batches(
+    text.validation,
+    text.tokenizer,
+    batch_size=config.batch_size // config.parts,
+    sequence_length=config.sequence_length,
+    num_batches=num_batches,
+  )
+
+
+def perplexity(
+  loss: Loss, params: PyTree, *, batches: Iterable[Batch]
+) -> Metrics:
+  """Returns the loss, the perplexity per token and the bits per byte.
+
+  Every scored token counts the same, whichever batch it falls into, and the
+  sum is divided by their number and nothing else.
+  """
+  nll = weight = num_bytes = 0.0
+  for batch in batches:
+    _, sums = loss(params, {name: batch[name] for name in INPUTS})
+    nll += float(sums['nll'])
+    weight += float(sums['weight'])
+    num_bytes += float(np.sum(batch['weights'] * batch['bytes']))
+  mean = nll / weight
+  return {
+    'loss': mean,
+    'perplexity': math.exp(mean) if mean < 700 else math.inf,
+    'bits_per_byte': nll / math.log(2) / num_bytes,
+  }
