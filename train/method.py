@@ -24,7 +24,6 @@ import tyro
 
 import galore_optax
 from galore_optax.precision import in_float32
-from train import pending
 
 Preset = Callable[..., optax.GradientTransformation]
 Bytes = Callable[[int, int, int], int]
@@ -247,7 +246,7 @@ ROWS = (
     lambda m, n, r: 4 * (r * m + 2 * r * n),
   ),
   Method(
-    *('Galore8bit', '8-bit GaLore', pending.galore_adamw_8bit),
+    *('Galore8bit', '8-bit GaLore', galore_optax.galore_adamw_8bit),
     'svd | Adam, 8 bits | none | keep | r m + 2 r n of 1 byte',
     lambda m, n, r: 4 * r * m + 2 * codes(r * n),
   ),
@@ -257,7 +256,7 @@ ROWS = (
     lambda m, n, r: 4 * (r * m + r + n),
   ),
   Method(
-    *('GaloreMuon', 'GaLore Muon', pending.galore_muon),
+    *('GaloreMuon', 'GaLore Muon', galore_optax.galore_muon),
     'svd | Muon | none | keep | r m + r n',
     lambda m, n, r: 4 * (r * m + r * n),
   ),
@@ -267,19 +266,19 @@ ROWS = (
     lambda m, n, r: 4 * (r * m + 2 * r * n),
   ),
   Method(
-    *('Fira', 'Fira', pending.fira),
+    *('Fira', 'Fira', galore_optax.fira),
     'svd | Adam | scaled by channel | keep | r m + 2 r n + 1',
     lambda m, n, r: 4 * (r * m + 2 * r * n + 1),
   ),
   Method(
-    *('Apollo', 'APOLLO', pending.apollo),
-    'Gaussian, a seed | Adam | whole, by channel | keep | 2 r n + 1',
-    lambda m, n, r: 4 * (2 * r * n + 1),
+    *('Apollo', 'APOLLO', galore_optax.apollo),
+    'Gaussian, a seed | Adam | whole, by channel | keep | 2 r n + 2',
+    lambda m, n, r: 4 * (2 * r * n + 2),
   ),
   Method(
     *('ApolloMini', 'APOLLO-Mini', galore_optax.apollo_mini),
-    'Gaussian, a seed | Adam | whole, by matrix | keep | 2 n + 1',
-    lambda m, n, r: 4 * (2 * n + 1),
+    'Gaussian, a seed | Adam | whole, by matrix | keep | 2 n + 2',
+    lambda m, n, r: 4 * (2 * n + 2),
   ),
   Method(
     *('Badam', 'BAdam', galore_optax.badam),
@@ -297,7 +296,7 @@ ROWS = (
     lambda m, n, r: 0,
   ),
   Method(
-    *('ScaleSgd', 'SCALE', pending.scale_sgd),
+    *('ScaleSgd', 'SCALE', galore_optax.scale_sgd),
     'whole | SGD by column | - | - | 0 (head: m n)',
     lambda m, n, r: 0,
   ),
@@ -305,7 +304,7 @@ ROWS = (
   Method('Adam8bit', '8-bit Adam', adam_8bit),
   Method('OptaxGalore', 'optax.contrib.galore', optax_galore),
 )
-METHODS = {row.name: row for row in ROWS if row.preset is not None}
+METHODS = {row.name: row for row in ROWS}
 """Every method by the name of its class."""
 
 VARIANTS = (
@@ -326,8 +325,8 @@ VARIANTS = (
   ),
   Variant(
     *('Frugal', {'subspace': 'random'}),
-    'random, a seed | any | sign or SGD | reset | 2 d m n (Adam)',
-    lambda m, n, r: 4 * 2 * r * n,
+    'random, a seed | any | sign or SGD | reset | 2 d m n + 1 (Adam)',
+    lambda m, n, r: 4 * (2 * r * n + 1),
   ),
   Variant(
     *('Frugal', {'subspace': 'columns'}),
@@ -347,8 +346,8 @@ VARIANTS = (
   Variant(
     *('Apollo', {'bits': 8}),
     'Gaussian, a seed | Adam, 8 bits | whole, by channel | keep | '
-    '2 r n of 1 byte + 1',
-    lambda m, n, r: 2 * codes(r * n) + 4,
+    '2 r n of 1 byte + 2',
+    lambda m, n, r: 2 * codes(r * n) + 8,
   ),
 )
 """What README's table shows beside each method at its defaults."""
@@ -375,12 +374,14 @@ def lines() -> list[tuple[str, Variant]]:
 
 
 def table() -> str:
-  """Returns the methods as a Markdown table.
+  """Returns the methods at their defaults as a Markdown table.
 
   >>> print(table().splitlines()[0])
   | method | subspace | inner | residual | moments | elements of state |
   """
   head = ('method', 'subspace', 'inner', 'residual', 'moments')
   rows = [' | '.join([*head, 'elements of state']), ' | '.join(6 * ['---'])]
-  rows += [f'`{call}` | {variant.cells}' for call, variant in lines()]
+  rows += [
+    f'`{call}` | {row.cells}' for call, row in lines() if not row.options
+  ]
   return '\n'.join(f'| {row} |' for row in rows)
