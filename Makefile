@@ -21,7 +21,8 @@ train: $(TRAIN)
 # The same model, each weight updated as its gradient appears.
 train-layerwise: $(TRAIN)
 	$(BIN)/python -m train.pretrain configs/quickstart.py --update Layerwise \
-	  --optimizer Galore8bit --optimizer.rank 64 --optimizer.gap 50 $(ARGS)
+	  --optimizer Galore8bit --optimizer.rank 64 --optimizer.gap 50 \
+	  --optimizer.subspace power $(ARGS)
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 $(ARGS)

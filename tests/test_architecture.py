@@ -1,9 +1,11 @@
 """The arrows between packages, read from the imports."""
 
 import ast
+import io
 import pathlib
 import subprocess
 import sys
+import tokenize
 
 import pytest
 
@@ -74,7 +76,83 @@ def test_no_other_top_level_names():
   assert names <= FILES, names - FILES
 
 
-def test_files_are_short():
-  for package in OURS:
-    for path in modules(package):
-      assert len(path.read_text().splitlines()) < 400, path
+# Inside the library: a package, or a file of the core, to what it may import.
+# Checks, paths, precision and projection are arithmetic that all may use.
+FLOOR = {'checks', 'paths', 'precision', 'projection'}
+CORE = {
+  *('galore', 'plan', 'decay', 'moments', 'residual', 'memory', 'clipping'),
+}
+INSIDE = {
+  'quantized': FLOOR,
+  'subspace': FLOOR | {'quantized'},
+  'core': FLOOR | CORE | {'subspace', 'quantized'},
+  'layerwise': FLOOR | CORE | {'quantized'},
+  'presets': FLOOR | CORE | {'subspace', 'quantized'},
+}
+
+
+def parts(path):
+  """Parts of the library that a file imports: 'galore', 'subspace', ..."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module:
+      package, *rest = node.module.split('.')
+      if package == 'galore_optax':
+        yield from [rest[0]] if rest else [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize(
+  'path',
+  modules('galore_optax'),
+  ids=lambda path: f'{path.parent.name}/{path.stem}',
+)
+def test_arrows_inside_the_library(path):
+  folder = path.parent.name
+  if path.name == '__init__.py' and folder == 'galore_optax':
+    return
+  here = 'core' if folder == 'galore_optax' else folder
+  if here == 'core' and path.stem in FLOOR:
+    assert set(parts(path)) <= FLOOR
+  else:
+    assert set(parts(path)) <= INSIDE[here] | {folder}
+
+
+def test_folders_of_the_library_are_one_level_deep():
+  for path in modules('galore_optax'):
+    assert len(path.relative_to(ROOT).parts) <= 3
+
+
+def code_lines(path):
+  """Lines that are not blank, comment, or a docstring of a module, class or
+  function."""
+  text = path.read_text()
+  documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+  docs = set()
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, documented) and ast.get_docstring(node) is not None:
+      docs.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+  code = set()
+  for token in tokenize.generate_tokens(io.StringIO(text).readline):
+    if token.type not in NO_CODE:
+      code.update(range(token.start[0], token.end[0] + 1))
+  return len(code - docs)
+
+
+NO_CODE = {
+  *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE),
+  *(tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),
+}
+
+
+def test_the_library_fits_an_afternoon():
+  """A budget of 3,000 code lines, new methods and sharding included."""
+  lines = {path: code_lines(path) for path in modules('galore_optax')}
+  assert sum(lines.values()) <= 3000, sorted(lines.items(), key=lambda x: -x[1])
+
+
+def test_functions_are_shorter_than_a_screen_and_a_half():
+  for path in modules('galore_optax'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.FunctionDef):
+        doc = ast.get_docstring(node, clean=False) or ''
+        length = node.end_lineno - node.lineno - len(doc.splitlines())
+        assert length < 80, f'{path}: {node.name}'

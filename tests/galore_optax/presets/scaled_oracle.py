@@ -22,8 +22,8 @@ def correction(t):
 class Scaled:
   """Adam without bias correction in a subspace, and what it scales."""
 
-  def __init__(self, *, whole, channels, inside, outside, limit=1.01):
-    self.whole, self.channels = whole, channels
+  def __init__(self, *, whole, channels, inside, outside, limit=1.01, off=1.0):
+    self.whole, self.channels, self.off = whole, channels, off
     self.inside, self.outside, self.limit = inside, outside, limit
     self.m = self.v = 0
     self.last = None
@@ -38,7 +38,7 @@ class Scaled:
     adam = self.m / (np.sqrt(self.v) + 1e-6)
     axis = (0 if left else 1) if self.channels else None
     norm = lambda x: np.sqrt(np.sum(x**2, axis=axis, keepdims=True))
-    scaled = (g if self.whole else g - up(low)) * norm(adam)
+    scaled = (g if self.whole else g - self.off * up(low)) * norm(adam)
     scaled = scaled / (norm(low) + 1e-8)
     size = np.linalg.norm(scaled)
     if self.last is not None and size / (self.last + 1e-8) > self.limit:

@@ -3,12 +3,14 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 from galore_optax import galore_adamw, galore_adamw_8bit
 from galore_optax.quantized.array import Quantized
 from models.llama import Layers, llama
-from tests.galore_optax.program import normal32
+from tests.galore_optax.program import normal, normal32
 
 OPTIONS = dict(rank=9, gap=2, weight_decay=0.1)
 
@@ -74,6 +76,35 @@ def test_a_stack_is_its_layers():
       chex.assert_trees_all_close(stacked['w'][i], one['w'], rtol=1e-5)
     for stacked, one in zip(codes(state), codes(alone), strict=True):
       chex.assert_trees_all_equal(stacked.codes[i], one.codes)
+
+
+@pytest.mark.parametrize('shape', [(344, 128), (128, 344)], ids=str)
+def test_the_projected_side_does_not_matter(shape):
+  """Codes along the long side, whichever that is: entries of one direction.
+
+  Gradients whose directions fall off as 1 / k, 200 steps.
+  """
+  m, n = sorted(shape)
+  u_mm, _ = np.linalg.qr(normal((m, m)))
+  u_mm = u_mm / np.arange(1, m + 1)
+  grads = jnp.asarray(u_mm @ normal((200, m, n), 1), jnp.float32)
+  grads = grads if shape == (m, n) else grads.swapaxes(1, 2)
+
+  def last(tx):
+    def step(carry, g):
+      w, state = carry
+      updates, state = tx.update(g, state, w)
+      return (optax.apply_updates(w, updates), state), None
+
+    w = jnp.zeros(shape)
+    return jax.jit(lambda: jax.lax.scan(step, (w, tx.init(w)), grads)[0][0])()
+
+  options = dict(rank=16, gap=50, scale=1.0)
+  want = last(galore_adamw(0.01, **options))
+  ours = last(galore_adamw_8bit(0.01, min_size=1, **options))
+  off = jnp.linalg.norm(ours - want) / jnp.linalg.norm(want)
+  # Measured: 0.0240 both; with rows of r entries 0.056 where [n, r].
+  assert off < 0.04
 
 
 def test_a_moment_of_a_real_model_takes_1_02_bytes_an_element():

@@ -21,9 +21,15 @@ WARM_UP = optax.linear_schedule(0.0, 0.25, 4)
 
 
 @pytest.mark.parametrize(
-  'moments', ['keep', pytest.param('reset', marks=pytest.mark.slow)]
+  'moments, complement',
+  [
+    ('keep', 'exact'),
+    # G - scale P^T P G: the published figures are of this one.
+    ('keep', 'reference'),
+    pytest.param('reset', 'exact', marks=pytest.mark.slow),
+  ],
 )
-def test_it_is_the_papers_algorithm(moments):
+def test_it_is_the_papers_algorithm(moments, complement):
   with jax.enable_x64(True):
     weights, grads = tree(), tree(seed=10, leading=(STEPS,))
     # A gradient that grows tenfold meets the limiter.
@@ -35,11 +41,16 @@ def test_it_is_the_papers_algorithm(moments):
       scale=0.25,
       weight_decay=DECAY,
       moments=moments,
+      complement=complement,
     )
     ours, states = trajectory(tx, weights, grads)
     basis = states[0].basis
     make = lambda: scaled_oracle.Scaled(
-      whole=False, channels=True, inside=0.25, outside=1.0
+      whole=False,
+      channels=True,
+      inside=0.25,
+      outside=1.0,
+      off=1.0 if complement == 'exact' else 0.25,
     )
     want = scaled_oracle.run(
       *(make, weights, grads, basis, STEPS, DECAY),

@@ -1,0 +1,116 @@
+"""An update in three stages, and how often it asks its inner."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import galore_optax as go
+from galore_optax import Galore, Staggered, galore
+from tests.galore_optax.program import normal32
+
+PARAMS = {
+  'up': normal32((3, 5, 9)),
+  'down': normal32((11, 4), 1),
+  'norm': normal32((3, 5), 2),
+}
+
+
+def gradients(i):
+  return jax.tree.map(lambda x: jnp.sin(x * (i + 2)), PARAMS)
+
+
+TXS = {
+  'svd': lambda: galore(optax.adamw(0.1), rank=3, gap=2),
+  'turns': lambda: galore(optax.adam(0.1), rank=3, gap=Staggered(3)),
+  'rotate': lambda: galore(optax.adam(0.1), rank=3, gap=2, moments='rotate'),
+  'chain': lambda: optax.chain(
+    galore(optax.adam(0.1), rank=3, gap=2), optax.scale(0.5)
+  ),
+  'spelled as a chain': lambda: optax.chain(
+    galore(rank=3, gap=2), optax.adam(0.1)
+  ),
+  'adafactor': lambda: go.galore_adafactor(0.1, rank=3, gap=2),
+  'packed': lambda: go.quantize_bases(go.galore_adamw(0.1, rank=3, gap=2)),
+}
+
+
+@pytest.mark.parametrize('name', TXS)
+def test_an_update_is_its_stages(name):
+  tx = TXS[name]()
+  assert isinstance(tx, Galore) and tx.linear
+
+  @jax.jit
+  def by_stages(g, state):
+    state = tx.refresh(g, state)
+    return tx.apply(tx.project(g, state), state, PARAMS, g)
+
+  @jax.jit
+  def of_projections(g, state):
+    state = tx.refresh(g, state)
+    halves = [tx.project(optax.tree.scale(x, g), state) for x in (0.25, 0.75)]
+    return tx.apply(optax.tree.add(*halves), state, PARAMS)
+
+  whole, state = jax.jit(tx.update), tx.init(PARAMS)
+  for i in range(3):
+    want, after = whole(gradients(i), state, PARAMS)
+    chex.assert_trees_all_equal(by_stages(gradients(i), state), (want, after))
+    # Linear: the sum of projections, without the gradient. One rounding.
+    got, _ = of_projections(gradients(i), state)
+    chex.assert_trees_all_close(got, want, rtol=2e-4, atol=1e-5)
+    state = after
+
+
+def test_due_says_when_a_refresh_changes_a_basis():
+  tx, seen = galore(optax.sgd(0.1), rank=3, gap=3), []
+  state = tx.init(PARAMS)
+  for i in range(7):
+    seen.append(bool(tx.due(state)))
+    _, state = tx.update(gradients(i), state)
+  assert seen == [True, False, False, True, False, False, True]
+
+
+def test_matrices_that_take_turns_are_due_one_by_one():
+  tx, found = galore(optax.sgd(0.1), rank=3, gap=Staggered(8)), []
+  state, step = tx.init(PARAMS), jax.jit(tx.update)
+  for i in range(17):
+    due, before = bool(tx.due(state)), state.basis
+    _, state = step(gradients(i), state)
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), before, state.basis)
+    changed = not all(jax.tree.leaves(same))
+    # A matrix that is due has a new basis.
+    assert due == changed
+    found.append(due)
+  # Four matrices in eight steps, twice, and all at first.
+  assert found[0] and 1 < sum(found[1:9]) <= 4
+
+
+def test_a_residual_rule_reads_the_gradient_itself():
+  tx = galore(optax.adam(0.1), rank=3, residual=go.Sign(0.1))
+  assert not tx.linear
+
+
+@pytest.mark.parametrize(
+  'make, most',
+  [
+    (lambda inner: galore(inner, rank=3), 1),
+    (lambda inner: go.frugal(0.1, inner=inner), 2),
+    (lambda inner: go.fira(0.1, rank=3, inner=inner), 1),
+    (lambda inner: go.apollo(0.1, rank=3, inner=inner), 1),
+  ],
+  ids=['galore', 'frugal', 'fira', 'apollo'],
+)
+def test_an_update_traces_its_inner_once_a_group(make, most):
+  # A black box is run, not asked: decay, rate and counters come of that run.
+  traced, adam = [], optax.scale_by_adam()
+
+  def update(updates, state, params=None):
+    traced.append(1)
+    return adam.update(updates, state, params)
+
+  tx = make(optax.GradientTransformation(adam.init, update))
+  state = tx.init(PARAMS)
+  traced.clear()
+  jax.make_jaxpr(tx.update)(gradients(0), state, PARAMS)
+  assert len(traced) == most
