@@ -23,7 +23,8 @@ from galore_optax.galore import Galore
 from galore_optax.layerwise import accumulate as summing
 from galore_optax.layerwise import stack
 from galore_optax.layerwise.passes import Passes
-from galore_optax.layerwise.weights import ARRAYS, Weights, is_stored
+from galore_optax.layerwise.weights import ARRAYS, Weights
+from galore_optax.precision import full
 
 PyTree = Any
 
@@ -39,16 +40,12 @@ class Layers(Protocol):
 
   def embed(self, params: PyTree, batch: PyTree) -> PyTree:
     """Returns what the first block reads."""
-    ...
 
   def block(self, layer_params: PyTree, x: PyTree) -> PyTree:
     """Returns what the next block reads."""
-    ...
 
-  def loss(
-    self, params: PyTree, x: PyTree, batch: PyTree
-  ) -> tuple[jax.Array, PyTree]:
-    """Returns the mean loss, and sums that the metrics carry."""
+  def loss(self, params: PyTree, x: PyTree, batch: PyTree) -> tuple[Any, Any]:
+    """Returns the mean loss [], and sums that the metrics carry."""
     ...
 
 
@@ -60,10 +57,10 @@ class OneLayer(Protocol):
   layer whose turn it is the only one that is computed.
   """
 
+  # Of the weights of one layer.
   rule: optax.GradientTransformationExtraArgs
-  """Of the weights of one layer."""
+  # Of the weights outside the stack; None where they are frozen.
   rest: optax.GradientTransformationExtraArgs | None
-  """Of the weights outside the stack; None where they are frozen."""
 
   def active(self, count: jax.Array, num_layers: int) -> jax.Array:
     """Returns the layer whose turn it is: [], int32."""
@@ -71,17 +68,16 @@ class OneLayer(Protocol):
 
   def check_blocks(self, stacked: dict[str, bool]) -> None:
     """Raises ValueError if its layers are not those of the stack, by path."""
-    ...
 
 
 class LayerwiseState(NamedTuple):
   """State of a layer-wise step."""
 
   count: jax.Array  # [], int32: steps done
-  norm: jax.Array  # [], float32: norm of the last gradient, before clipping
+  norm: jax.Array  # [], float32: the last step's, in its metrics
+  # State of tx by weight: [L, ...] for 'blocks/', of one layer for `badam`; ()
+  # for what is frozen.
   inner: dict[str, optax.OptState]
-  """State of tx by weight: [L, ...] for 'blocks/', of one layer for `badam`;
-  () for what is frozen."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -90,7 +86,8 @@ class Layerwise:
 
   It has `init(params) -> state`, and is called with `(params, state, batch)`
   for `(params, state, metrics)`. Metrics are `loss`, a mean; `grad_norm`,
-  before clipping; and sums of what stands beside the loss, by name or as `aux`.
+  before clipping, or with `accumulate` the `projected_grad_norm`; and sums of
+  what stands beside the loss, by name or as `aux`.
 
   Only the input of each block is kept; the reverse loop recomputes a block,
   takes its gradient, updates that layer in place and moves on, as the
@@ -170,21 +167,20 @@ class Layerwise:
 
   def init(self, params: PyTree) -> LayerwiseState:
     """Returns the state before the first step."""
-    tree = stack.Parts(params)
+    tree, read = stack.Parts(params), self.weights.read
     weights = tree.weights(params)
-    stacked = {name: stack.in_stack(name) for name in tree.names}
+    stacked = {name: stack.in_stack(name) for name in weights}
     if not any(stacked.values()):
       raise ValueError(
         "params['blocks'] must hold the layers, every leaf [L, ...], got "
-        + ', '.join(tree.names)
+        + ', '.join(weights)
       )
     if isinstance(self.tx, OneLayer):
       self.tx.check_blocks(stacked)
     # A target that matches nothing anywhere is told here: `tx` is strict only
     # where it sees the whole tree.
-    read = self.weights.read
-    whole = lambda params: jax.tree.map(read, params, is_leaf=is_stored)
-    jax.eval_shape(lambda params: self.tx.init(whole(params)), params)
+    whole = lambda weights: {name: read(w) for name, w in weights.items()}
+    jax.eval_shape(lambda w: self.tx.init(tree.build(whole(w))), weights)
 
     def init_weight(name, stored):
       rule = self._rule(name)
@@ -193,43 +189,38 @@ class Layerwise:
       init = lambda one: rule.init(tree.alone(name, read(one)))
       if name in self.slices:
         return jax.vmap(init)(stack.sliced(stored, self.slices[name]))
-      if not stacked[name]:
-        return init(stored)
-      if isinstance(self.tx, OneLayer):
-        return init(stack.take(stored, 0))
-      return jax.vmap(init)(stored)
+      if stacked[name] and not isinstance(self.tx, OneLayer):
+        return jax.vmap(init)(stored)
+      return init(stack.take(stored, 0 if stacked[name] else None))
 
-    return LayerwiseState(
-      count=jnp.zeros([], jnp.int32),
-      norm=jnp.zeros([], jnp.float32),
-      inner={name: init_weight(name, w) for name, w in weights.items()},
-    )
+    inner: Any = {name: init_weight(name, w) for name, w in weights.items()}
+    return LayerwiseState(jnp.int32(0), jnp.float32(0), inner)
 
   def __call__(
     self, params: PyTree, state: LayerwiseState, batch: PyTree
   ) -> tuple[PyTree, LayerwiseState, dict[str, PyTree]]:
     """Returns parameters and state one step on, and the step's metrics."""
     tree = stack.Parts(params)
-    step = summing.step if self.accumulate > 1 else Layerwise._at_once
+    summed = self.accumulate > 1
+    step = summing.step if summed else Layerwise._at_once
     weights = tree.weights(params)
-    entries, metrics = step(self, tree, weights, state, batch)
-    state = LayerwiseState(
-      count=jnp.asarray(optax.safe_increment(state.count)),
-      norm=metrics['grad_norm'],
-      inner={name: inner for name, (_, inner) in entries.items()},
-    )
+    entries, norm, metrics = step(self, tree, weights, state, batch)
+    metrics['projected_grad_norm' if summed else 'grad_norm'] = norm
     params = tree.build({name: stored for name, (stored, _) in entries.items()})
-    return params, state, metrics
+    inner = {name: inner for name, (_, inner) in entries.items()}
+    count = jnp.asarray(optax.safe_increment(state.count))
+    return params, LayerwiseState(count, norm, inner), metrics
 
   def _at_once(self, tree, weights, state, batch):
-    """Returns (stored, state) by weight, updated as gradients appear."""
+    """Returns (stored, state) by weight, updated as gradients appear; the norm
+    of the gradient; the metrics."""
     passes = self.passes(tree, batch)
     saved, x = passes.forward(weights)
     backward = functools.partial(passes.backward, saved)
     one_layer = isinstance(self.tx, OneLayer)
     if one_layer:
       num_layers = jax.tree.leaves(saved)[0].shape[0]
-      frozen = [name for name in tree.names if self._rule(name) is None]
+      frozen = [name for name in weights if self._rule(name) is None]
       active = self.tx.active(state.count, num_layers)
       backward = functools.partial(backward, active=active, frozen=frozen)
     factor = self._factor(state, weights, functools.partial(backward, x))
@@ -238,14 +229,7 @@ class Layerwise:
     key = jax.random.fold_in(jax.random.key(0), state.count)
 
     def visit(entry, name, grad, layer):
-      rule = self._rule(name)
-      assert rule is not None
-
-      def update(entry, grad, index):
-        if factor is not None:
-          grad = clipping.times(grad, factor)
-        return self.update(rule.update, tree, key, name, entry, grad, index)
-
+      update = functools.partial(self.update, tree, key, factor, name)
       if name in self.slices:
         return stack.in_slices(update, entry, grad, self.slices[name])
       # The state is of one layer if one is trained at a time.
@@ -261,17 +245,12 @@ class Layerwise:
     """Returns what the gradient is multiplied by, None without clipping."""
     if self.clip_norm is None:
       return None
-
-    def exact():
-      keep = lambda entry, name, grad, layer: entry
-      none = dict.fromkeys(weights, ())
-      return backward(none, keep, stored=weights)[1]['grad_norm']
-
-    if self.clip == 'exact':
-      norm = exact()
-    else:
-      norm = lax.cond(state.count == 0, exact, lambda: state.norm)
-    return clipping.clip_coefficient(norm, self.clip_norm)
+    keep = lambda entry, name, grad, layer: entry
+    none = dict.fromkeys(weights, ())
+    norm = exact = lambda: backward(none, keep, stored=weights)[1]
+    if self.clip == 'previous':
+      norm = lambda: lax.cond(state.count == 0, exact, lambda: state.norm)
+    return clipping.clip_coefficient(norm(), self.clip_norm)
 
   def sums(self, params: PyTree, state: LayerwiseState) -> list[jax.Array]:
     """Returns the zeros that `accumulate` adds gradients to, for their size."""
@@ -286,15 +265,22 @@ class Layerwise:
     batch = stack.split(batch, self.microbatches)
     return Passes(self.model, tree, self.weights.read, batch)
 
-  def update(self, rule, tree, key, name, entry, grad, layer) -> Any:
-    """Returns one weight, layer or slice and its state, updated."""
+  def update(self, tree, key, factor, name, entry, grad, layer):
+    """Returns (stored, state) of one weight, layer or slice, updated.
+
+    The gradient, or the sum of projected ones, counts `factor` times.
+    """
     stored, inner = entry
-    weight = tree.alone(name, self.weights.read(stored))
-    updates, inner = rule(tree.alone(name, grad), inner, weight, layer=layer)
+    weight = self.weights.read(stored)
+    projected = self.accumulate > 1 and name not in self.slices
+    rule = self.tx.apply if projected else self._rule(name).update
+    grad = grad if factor is None else full(grad) * factor
+    grad = tree.alone(name, grad if projected else grad.astype(weight.dtype))
+    updates, inner = rule(grad, inner, tree.alone(name, weight), layer=layer)
     key = tree.key(key, name, layer)
     return self.weights.write(stored, jax.tree.leaves(updates)[0], key), inner
 
-  def _rule(self, name):
+  def _rule(self, name) -> Any:
     """Returns what updates a weight; None if it is frozen."""
     if not isinstance(self.tx, OneLayer):
       return self.tx
