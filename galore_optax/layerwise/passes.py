@@ -2,15 +2,13 @@
 
 `Passes.backward` visits each weight when its gradient is complete: head, layer
 after layer from the last, embedding. Within a layer, `pull_back` stops at each
-gradient. What a visit does is the caller's: update (`step`), sum
-(`accumulate`), nothing.
+gradient. What a visit does is the caller's: update, sum, nothing.
 
 Axes: L layers, the leading axis of a stack; K microbatches.
 """
 
-import dataclasses
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
@@ -21,21 +19,17 @@ from galore_optax.clipping import sum_of_squares
 from galore_optax.layerwise import stack
 from galore_optax.precision import full
 
-PyTree = Any
-Carry = TypeVar('Carry')
-Weights = dict[str, Any]  # by path, in the order of the tree
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Passes:
+class Passes(NamedTuple):
   """One batch on its way through a model."""
 
   model: Any  # the three functions of `layerwise`
   tree: stack.Parts  # of the parameters
   read: Callable[[Any], jax.Array]  # of a stored weight: what the model takes
-  batch: PyTree  # microbatches [K, ...]
+  batch: Any  # microbatches [K, ...]
+  frozen: Sequence[str] = ()  # weights outside the stack that are not visited
 
-  def forward(self, stored: Weights) -> tuple[PyTree, PyTree]:
+  def forward(self, stored):
     """Returns the input of each block [L, K, ...] and of the loss [K, ...]."""
     layers, rest = stack.parted(stored)
     params = self.tree.build({n: self.read(w) for n, w in rest.items()})
@@ -48,9 +42,7 @@ class Passes:
     x, saved = lax.scan(block, x, layers)
     return saved, x
 
-  def backward(
-    self, saved, x, entries, visit, *, stored=None, active=None, frozen=()
-  ) -> tuple[Weights, jax.Array, dict[str, PyTree]]:
+  def backward(self, saved, x, entries, visit, *, stored=None, active=None):
     """Walks the gradient from the loss to the embedding.
 
     Args:
@@ -62,7 +54,6 @@ class Passes:
       stored: the weights, where no visit changes them: XLA would copy them in
         the entries. None where they are the first of each entry.
       active: the one layer whose weights are visited; None for all.
-      frozen: weights outside the stack that are not visited.
 
     Returns:
       The entries after the visits; the norm of what they saw; the metrics.
@@ -86,31 +77,29 @@ class Passes:
     build = lambda some: self.tree.build(rest | some)
     embed = lambda some, batch: self.model.embed(build(some), batch)
     loss = lambda some, x, batch: self.model.loss(build(some), x, batch)
-    x_one, batch_one = stack.take((x, self.batch), 0)
-    by_loss = _used(loss, rest, x_one, batch_one)
-    by_embed = _used(embed, rest, batch_one)
-    moving = [name for name in rest if name not in frozen]
+    by_loss = _used(loss, rest, *stack.take((x, self.batch), 0))
+    by_embed = _used(embed, rest, stack.take(self.batch, 0))
+    moving = {n: w for n, w in rest.items() if n not in self.frozen}
+    in_loss = {n: w for n, w in moving.items() if n in by_loss}
     # What nothing reads has a gradient of zero, and its update.
-    by_embed = [n for n in moving if n in by_embed or n not in by_loss]
-    by_loss = {name: rest[name] for name in moving if name in by_loss}
-    (value, sums, head), dx = _loss_gradient(loss, by_loss, x, self.batch)
-    for name in by_loss:
-      if name not in by_embed:
+    in_embed = {n: w for n, w in moving.items() if n not in by_loss - by_embed}
+    (value, sums, head), dx = _loss_gradient(loss, in_loss, x, self.batch)
+    for name in in_loss:
+      if name not in in_embed:
         carry = see(carry, name, head.pop(name))
     entries, squares, _ = carry
     layers, _ = stack.parted(entries)
     dx, layers, squares = self._through_stack(
-      saved, x, (dx, layers, squares), read, see, active, bool(by_embed)
+      saved, x, (dx, layers, squares), read, see, active, bool(in_embed)
     )
-    weights = {name: rest[name] for name in by_embed}
     # Behind a condition that is always true, which the compiler cannot know:
     # it would make the zeros that the gradient of a lookup starts from before
     # the loop, and hold them through it.
-    exact = lambda: _gradients(embed, weights, self.batch, dx)[0]
-    zeros = lambda: jax.tree.map(jnp.zeros_like, weights)
+    exact = lambda: _gradients(embed, in_embed, self.batch, dx)[0]
+    zeros = lambda: jax.tree.map(jnp.zeros_like, in_embed)
     grads = lax.cond(squares != -1, exact, zeros)
     carry = (entries | layers, squares, None)
-    for name in by_embed:
+    for name in in_embed:
       grad = grads[name] + head[name] if name in head else grads[name]
       carry = see(carry, name, grad)
     sums = sums if isinstance(sums, Mapping) else {'aux': sums}
@@ -124,13 +113,9 @@ class Passes:
     def visited(layer, state):
       dx, *carry = state
       x = inputs(layer)
+      back = lambda weights, dx: _gradients(self._block, weights, x, dx)
       dx, (entries, squares, _) = pull_back(
-        lambda weights, dx: _gradients(self._block, weights, x, dx),
-        dx,
-        (*carry, layer),
-        names=carry[0],
-        read=read,
-        visit=see,
+        back, dx, (*carry, layer), names=carry[0], read=read, visit=see
       )
       return dx, entries, squares
 
@@ -162,15 +147,7 @@ class Passes:
     return self.model.block(self.tree.build(weights)['blocks'], x)
 
 
-def pull_back(
-  backward: Callable[[Weights, PyTree], tuple[Weights, PyTree]],
-  dy: PyTree,
-  carry: Carry,
-  *,
-  names: Collection[str],
-  read: Callable[[Carry, str], jax.Array],
-  visit: Callable[[Carry, str, jax.Array], Carry],
-) -> tuple[PyTree, Carry]:
+def pull_back(backward, dy, carry, *, names, read, visit):
   """Runs a backward pass, visiting each weight's gradient in turn.
 
   `jax.vjp` returns all gradients of a function at once, so all of them exist
@@ -183,7 +160,7 @@ def pull_back(
     dy: cotangent of the result.
     carry: what the visits change.
     names: of the weights.
-    read: a weight, given the carry. Called again where the pass needs the
+    read: `(carry, name) -> weight`. Called again where the pass needs the
       weight again, so that no copy of it waits for that.
     visit: `(carry, name, gradient) -> carry`.
 
@@ -262,8 +239,7 @@ def _variables(atoms):
 def _used(f, weights, *args):
   """Returns the weights that `f` reads."""
   jaxpr = jax.make_jaxpr(f)(weights, *args).jaxpr
-  atoms = [v for eqn in jaxpr.eqns for v in eqn.invars] + jaxpr.outvars
-  used = set(_variables(atoms))
+  used = _variables([v for e in jaxpr.eqns for v in e.invars] + jaxpr.outvars)
   pairs = zip(sorted(weights), jaxpr.invars, strict=False)
   return {name for name, v in pairs if v in used}
 
@@ -273,7 +249,7 @@ def _loss_gradient(loss, head, x, batch):
   num = jax.tree.leaves(batch)[0].shape[0]
 
   def part(part):
-    x, batch = part
+    batch, x = part
 
     def mean(head, moving):
       value, sums = loss(head, stack.join(moving, x), batch)
@@ -283,7 +259,7 @@ def _loss_gradient(loss, head, x, batch):
     (value, sums), (grads, dx) = grad(head, stack.moving(x))
     return (value, sums, grads), dx
 
-  return sum_over(part, (x, batch))
+  return sum_over(part, (batch, x))
 
 
 def _gradients(f, weights, x, dy):
@@ -298,7 +274,7 @@ def _gradients(f, weights, x, dy):
   return sum_over(part, (x, dy))
 
 
-def sum_over(f: Callable, parts: PyTree) -> tuple[PyTree, PyTree]:
+def sum_over(f: Callable, parts: Any) -> tuple[Any, Any]:
   """Sums f's first result over microbatches [K, ...], stacks the second.
 
   Sums are float32 and come back in the type of what is summed.

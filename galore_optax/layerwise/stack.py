@@ -109,8 +109,10 @@ def each(update: Callable[..., Any], entry: PyTree, grads: jax.Array) -> PyTree:
   return lax.fori_loop(0, grads.shape[0], one, entry)
 
 
-def in_slices(update: Callable[..., Any], entry: Any, grad: Any, num: int):
-  """Returns (stored, inner state) of a weight, updated slice by slice."""
+def in_slices(update: Callable[..., Any], entry: Any, grad: Any, num: Any):
+  """Returns (stored, state) of a weight, updated in slices; None: at once."""
+  if num is None:
+    return update(entry, grad, 0)
   stored, inner = entry
   new, inner = each(update, (sliced(stored, num), inner), sliced(grad, num))
   return unflat(new, stored), inner
@@ -122,11 +124,8 @@ def sliced(tree: PyTree, num: int) -> PyTree:
   >>> sliced(jnp.zeros((6, 2)), 3).shape
   (3, 2, 2)
   """
-
-  def cut(a):
-    share = _share(a, num, 'slices', 'the leading axis')
-    return a.reshape(num, share, *a.shape[1:])
-
+  share = lambda a: _share(a, num, 'slices', 'the leading axis')
+  cut = lambda a: a.reshape(num, share(a), *a.shape[1:])
   return jax.tree.map(cut, tree)
 
 
@@ -140,11 +139,8 @@ def split(batch: PyTree, num: int) -> PyTree:
   Array([[0, 2],
          [1, 3]], dtype=int32)
   """
-
-  def cut(a):
-    share = _share(a, num, 'microbatches', 'the batch')
-    return jnp.swapaxes(a.reshape(share, num, *a.shape[1:]), 0, 1)
-
+  share = lambda a: _share(a, num, 'microbatches', 'the batch')
+  cut = lambda a: jnp.swapaxes(a.reshape(share(a), num, *a.shape[1:]), 0, 1)
   return jax.tree.map(cut, batch)
 
 

@@ -14,9 +14,6 @@ import optax
 from galore_optax.quantized.array import Quantized, dequantize, quantize_linear
 from galore_optax.quantized.rounding import apply_updates_stochastic
 
-PyTree = Any
-Stored = Any
-
 
 def is_stored(x: Any) -> bool:
   """Whether a node of a tree is one stored weight, though no array."""
@@ -27,11 +24,11 @@ class Weights(NamedTuple):
   """How one weight is stored."""
 
   # Makes the stored form of an initial weight.
-  store: Callable[[jax.Array], Stored]
+  store: Callable[[jax.Array], Any]
   # Makes the array that the model computes with.
-  read: Callable[[Stored], jax.Array]
+  read: Callable[[Any], jax.Array]
   # Adds an update to a stored weight; the key is for stochastic rounding.
-  write: Callable[[Stored, jax.Array, jax.Array], Stored]
+  write: Callable[[Any, jax.Array, jax.Array], Any]
 
 
 _same = lambda weight: weight
