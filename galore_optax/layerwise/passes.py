@@ -31,8 +31,9 @@ class Passes(NamedTuple):
 
   def forward(self, stored):
     """Returns the input of each block [L, K, ...] and of the loss [K, ...]."""
-    layers, rest = stack.parted(stored)
-    params = self.tree.build({n: self.read(w) for n, w in rest.items()})
+    layers = {n: w for n, w in stored.items() if stack.in_stack(n)}
+    rest = {n: self.read(w) for n, w in stored.items() if n not in layers}
+    params = self.tree.build(rest)
     x = lax.map(lambda part: self.model.embed(params, part), self.batch)
 
     def block(x, layer):
@@ -73,7 +74,7 @@ class Passes(NamedTuple):
       return entries | new, squares + sum_of_squares(grad), layer
 
     carry = (entries, jnp.zeros([], jnp.float32), None)
-    rest = {name: read(carry, name) for name in stack.parted(entries)[1]}
+    rest = {n: read(carry, n) for n in entries if not stack.in_stack(n)}
     build = lambda some: self.tree.build(rest | some)
     embed = lambda some, batch: self.model.embed(build(some), batch)
     loss = lambda some, x, batch: self.model.loss(build(some), x, batch)
@@ -88,7 +89,7 @@ class Passes(NamedTuple):
       if name not in in_embed:
         carry = see(carry, name, head.pop(name))
     entries, squares, _ = carry
-    layers, _ = stack.parted(entries)
+    layers = {n: entry for n, entry in entries.items() if stack.in_stack(n)}
     dx, layers, squares = self._through_stack(
       saved, x, (dx, layers, squares), read, see, active, bool(in_embed)
     )

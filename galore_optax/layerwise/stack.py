@@ -58,16 +58,6 @@ def in_stack(name: str) -> bool:
   return name.split('/')[0] == 'blocks'
 
 
-def parted(weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns what is in the layer stack, and what is not.
-
-  >>> parted({'blocks/q': 0, 'norm': 1})
-  ({'blocks/q': 0}, {'norm': 1})
-  """
-  layers = {name: w for name, w in weights.items() if in_stack(name)}
-  return layers, {n: w for n, w in weights.items() if n not in layers}
-
-
 def take(tree: PyTree, i: jax.Array | int | None) -> PyTree:
   """Returns element i of every leaf [L, ...]; the leaves where i is None.
 

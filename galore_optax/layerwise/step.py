@@ -3,6 +3,8 @@
 Every layer is updated as soon as its gradient appears, so that the gradient of
 no more than one layer exists at a time. Any optax transformation is a rule:
 `lomo(lr)` makes the step LOMO, `galore_adamw_8bit(...)` layer-wise GaLore.
+With `accumulate`, projected gradients of parts of the batch are summed first.
+The two passes that hand over each gradient are in `passes`.
 
 Axes: L layers, the leading axis of a stack; N examples.
 """
@@ -10,7 +12,7 @@ Axes: L layers, the leading axis of a stack; N examples.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,6 @@ from galore_optax.layerwise import stack
 from galore_optax.layerwise.passes import Passes
 from galore_optax.layerwise.weights import ARRAYS, Weights
 from galore_optax.precision import full
-from galore_optax.presets.badam import OneBlock
 from galore_optax.quantized.rounding import apply_updates_stochastic
 
 PyTree = Any
@@ -47,6 +48,24 @@ class Layers(Protocol):
 
   def loss(self, params: PyTree, x: PyTree, batch: PyTree) -> Any:
     """Returns (the mean loss [], sums that the metrics carry)."""
+
+
+@runtime_checkable
+class OneLayer(Protocol):
+  """A transformation that trains one layer at a time, as `badam` does.
+
+  Its state of a layer's weight is of one layer, and the weight gradient of the
+  layer whose turn it is the only one that is computed.
+  """
+
+  rule: Any  # the transformation of the weights of one layer
+  rest: Any  # that of the weights outside the stack; None: they are frozen
+
+  def active(self, count: jax.Array, num_layers: int) -> Any:
+    """Returns the layer whose turn it is: [], int32."""
+
+  def check_blocks(self, stacked: dict[str, bool]) -> None:
+    """Raises ValueError if its layers are not those of the stack, by path."""
 
 
 class LayerwiseState(NamedTuple):
@@ -150,7 +169,7 @@ class Layerwise:
     if not any(stacked.values()):
       rule = "params['blocks'] must hold the layers, every leaf [L, ...]"
       raise ValueError(f'{rule}, got {", ".join(weights)}')
-    if isinstance(self.tx, OneBlock):
+    if isinstance(self.tx, OneLayer):
       self.tx.check_blocks(stacked)
     # A target that matches nothing anywhere is told here: `tx` is strict only
     # where it sees the whole tree.
@@ -164,7 +183,7 @@ class Layerwise:
       init = lambda one: rule.init(tree.alone(name, read(one)))
       if name in self.slices:
         return jax.vmap(init)(stack.sliced(stored, self.slices[name]))
-      if stacked[name] and not isinstance(self.tx, OneBlock):
+      if stacked[name] and not isinstance(self.tx, OneLayer):
         return jax.vmap(init)(stored)
       return init(stack.take(stored, 0 if stacked[name] else None))
 
@@ -196,10 +215,17 @@ class Layerwise:
     passes = self.passes(tree, batch)
     saved, x = passes.forward(weights)
     active = None
-    if isinstance(self.tx, OneBlock):
+    if isinstance(self.tx, OneLayer):
       active = self.tx.active(state.count, jax.tree.leaves(saved)[0].shape[0])
     backward = functools.partial(passes.backward, saved, active=active)
-    factor = self._factor(state, weights, functools.partial(backward, x))
+    keep = lambda entry, name, grad, layer: entry
+    none = dict.fromkeys(weights)
+    exact = lambda: backward(x, none, keep, stored=weights)[1]
+    before = lambda: lax.cond(state.count == 0, exact, lambda: state.norm)
+    factor = None
+    if self.clip_norm is not None:
+      norm = exact() if self.clip == 'exact' else before()
+      factor = clipping.clip_coefficient(norm, self.clip_norm)
     # The second pass begins after the first: their gradients never coexist.
     x, factor = lax.optimization_barrier((x, factor))
 
@@ -215,17 +241,6 @@ class Layerwise:
     entries = {name: (w, state.inner[name]) for name, w in weights.items()}
     return backward(x, entries, visit)
 
-  def _factor(self, state, weights, backward):
-    """Returns what the gradient is multiplied by, None without clipping."""
-    if self.clip_norm is None:
-      return None
-    keep = lambda entry, name, grad, layer: entry
-    none = dict.fromkeys(weights)
-    exact = lambda: backward(none, keep, stored=weights)[1]
-    before = lambda: lax.cond(state.count == 0, exact, lambda: state.norm)
-    norm = exact() if self.clip == 'exact' else before()
-    return clipping.clip_coefficient(norm, self.clip_norm)
-
   def _in_parts(self, tree, weights, state, batch, key):
     """Updates every weight from the sum of its projected gradients.
 
@@ -237,8 +252,7 @@ class Layerwise:
       gradients; the metrics.
     """
     num = self.accumulate
-    zeros = self.sums(tree.build(weights), state)
-    pairs = zip(weights, zeros, strict=True)
+    pairs = zip(weights, self.sums(tree.build(weights), state), strict=True)
     entries = {name: (state.inner[name], zero) for name, zero in pairs}
 
     def part(entries, numbered):
@@ -326,7 +340,7 @@ class Layerwise:
 
   def _rule(self, name) -> Any:
     """Returns what updates a weight; None if it is frozen."""
-    if not isinstance(self.tx, OneBlock):
+    if not isinstance(self.tx, OneLayer):
       return self.tx
     return self.tx.rule if stack.in_stack(name) else self.tx.rest
 
