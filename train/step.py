@@ -19,6 +19,9 @@ from train.task import Batch, Loss, PyTree, Task
 Init: TypeAlias = Callable[[jax.Array], 'State']
 Step: TypeAlias = Callable[['State', Batch], tuple['State', PyTree]]
 
+NO_SUMS = ('loss', 'grad_norm', 'projected_grad_norm')
+"""Metrics of a layer-wise update that are no sums over the batch."""
+
 
 class State(NamedTuple):
   """All that an update reads and writes."""
@@ -67,18 +70,18 @@ def make_layerwise(config: Config, task: Task) -> Layerwise:
 
 
 def make_layerwise_step(update: Layerwise, *, schedule: optax.Schedule) -> Step:
-  """Returns the same as `make_step` for a layer-wise update."""
+  """Returns the same as `make_step` for a layer-wise update.
+
+  With `accumulate`, `projected_grad_norm` stands for `grad_norm`.
+  """
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: State, batch: Batch) -> tuple[State, PyTree]:
     batch, weight = with_mean_weight(batch)
     params, optimizer, found = update(state.params, state.optimizer, batch)
-    sums = dict(found)
-    metrics = {
-      'loss': sums.pop('loss'),
-      'grad_norm': sums.pop('grad_norm'),
-      'learning_rate': jnp.asarray(schedule(state.step)),
-    }
+    metrics = {name: found[name] for name in NO_SUMS if name in found}
+    metrics['learning_rate'] = jnp.asarray(schedule(state.step))
+    sums = {name: x for name, x in found.items() if name not in metrics}
     metrics |= with_own_weight(sums, batch, weight)
     return State(state.step + 1, params, optimizer), metrics
 

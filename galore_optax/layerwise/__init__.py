@@ -1,9 +1,8 @@
 """A training step that updates each weight as its gradient appears.
 
-Read `step` first: the step and what it asks of a model. `passes` holds the way
-of a batch through the layers and back, `stack` the reading and writing of one
-layer, `accumulate` the sums of projected gradients, `weights` how weights are
-stored between steps.
+Read `step` first: the step, what it asks of a model, and the sums of projected
+gradients. `passes` takes a batch through the layers and back, `stack` reads and
+writes one layer, `weights` says how weights are stored between steps.
 """
 
 from galore_optax.layerwise.step import layerwise as layerwise

@@ -7,229 +7,148 @@ gradient. What a visit does is the caller's: update, sum, nothing.
 Axes: L layers, the leading axis of a stack; K microbatches.
 """
 
-import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from galore_optax import clipping
+from galore_optax.clipping import sum_of_squares
 from galore_optax.layerwise import stack
-from galore_optax.layerwise.stack import in_stack
 from galore_optax.precision import full
 
-PyTree = Any
-Carry = TypeVar('Carry')
-Weights = dict[str, Any]
-"""By path, in the order of the tree."""
-Visit = Callable[[Any, str, jax.Array, Any], Any]
-"""`(entry, name, gradient, layer) -> entry`; layer None outside the stack."""
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Passes:
+class Passes(NamedTuple):
   """One batch on its way through a model."""
 
-  model: Any
-  """The three functions of `layerwise`."""
-  tree: stack.Parts
-  """The tree of parameters."""
-  read: Callable[[Any], jax.Array]
-  """A stored weight, as the model computes with it."""
-  batch: PyTree
-  """Microbatches [K, ...]."""
+  model: Any  # the three functions of `layerwise`
+  tree: stack.Parts  # of the parameters
+  read: Callable[[Any], jax.Array]  # of a stored weight: what the model takes
+  batch: Any  # microbatches [K, ...]
+  frozen: Sequence[str] = ()  # weights outside the stack that are not visited
 
-  def forward(self, stored: Weights) -> tuple[PyTree, PyTree]:
+  def forward(self, stored):
     """Returns the input of each block [L, K, ...] and of the loss [K, ...]."""
-    rest = {n: self.read(w) for n, w in stored.items() if not in_stack(n)}
+    layers = {n: w for n, w in stored.items() if stack.in_stack(n)}
+    rest = {n: self.read(w) for n, w in stored.items() if n not in layers}
     params = self.tree.build(rest)
     x = lax.map(lambda part: self.model.embed(params, part), self.batch)
 
     def block(x, layer):
       weights = {name: self.read(w) for name, w in layer.items()}
-      y = lax.map(lambda x: self._block(weights, x), x)
-      return y, stack.flat(x)
+      return lax.map(lambda x: self._block(weights, x), x), stack.flat(x)
 
-    layers = {n: w for n, w in stored.items() if in_stack(n)}
     x, saved = lax.scan(block, x, layers)
     return saved, x
 
-  def backward(
-    self,
-    saved: PyTree,
-    x: PyTree,
-    entries: Weights,
-    visit: Visit,
-    *,
-    stored: Weights | None = None,
-    active: jax.Array | None = None,
-    frozen: Collection[str] = (),
-  ) -> tuple[Weights, dict[str, PyTree]]:
+  def backward(self, saved, x, entries, visit, *, stored=None, active=None):
     """Walks the gradient from the loss to the embedding.
 
     Args:
       saved: input of each block, as `forward` returns it.
       x: input of the loss.
       entries: what the visits change, by weight.
-      visit: called when a weight's gradient is complete.
+      visit: `(entry, name, gradient, layer) -> entry`, called when a weight's
+        gradient is complete; layer is None outside the stack.
       stored: the weights, where no visit changes them: XLA would copy them in
         the entries. None where they are the first of each entry.
       active: the one layer whose weights are visited; None for all.
-      frozen: weights outside the stack that are not visited.
 
     Returns:
-      The entries after the visits; the metrics.
+      The entries after the visits; the norm of what they saw; the metrics.
     """
 
-    def read(entry, name, layer):
-      weight = entry[0] if stored is None else stored[name]
+    # A carry is the entries, the squared norm so far, and the layer in whose
+    # entries weights are read and written, None outside the stack. Held with
+    # the entries, it makes reads of a weight wait for the visits before them.
+    def read(carry, name):
+      entries, _, layer = carry
+      weight = entries[name][0] if stored is None else stored[name]
       return self.read(stack.take(weight, layer))
 
-    def see(carry, name, grad, layer=None):
-      entries, squares = carry
-      entry = visit(entries[name], name, grad, layer)
-      squares += clipping.sum_of_squares(grad)
-      return entries | {name: entry}, squares
+    def see(carry, name, grad):
+      entries, squares, layer = carry
+      new = {name: visit(entries[name], name, grad, layer)}
+      return entries | new, squares + sum_of_squares(grad), layer
 
-    def embed(weights, batch):
-      return self.model.embed(self.tree.build(rest | weights), batch)
-
-    rest = {n: read(e, n, None) for n, e in entries.items() if not in_stack(n)}
-    by_loss, by_embed = self._read_by(rest, x, frozen)
-    (loss, sums, head), dx = self._loss_gradient(rest, by_loss, x)
-    carry = (entries, jnp.zeros([], jnp.float32))
-    for name in by_loss:
-      if name not in by_embed:
+    carry = (entries, jnp.zeros([], jnp.float32), None)
+    rest = {n: read(carry, n) for n in entries if not stack.in_stack(n)}
+    build = lambda some: self.tree.build(rest | some)
+    embed = lambda some, batch: self.model.embed(build(some), batch)
+    loss = lambda some, x, batch: self.model.loss(build(some), x, batch)
+    by_loss = _used(loss, rest, *stack.take((x, self.batch), 0))
+    by_embed = _used(embed, rest, stack.take(self.batch, 0))
+    moving = {n: w for n, w in rest.items() if n not in self.frozen}
+    in_loss = {n: w for n, w in moving.items() if n in by_loss}
+    # What nothing reads has a gradient of zero, and its update.
+    in_embed = {n: w for n, w in moving.items() if n not in by_loss - by_embed}
+    (value, sums, head), dx = _loss_gradient(loss, in_loss, x, self.batch)
+    for name in in_loss:
+      if name not in in_embed:
         carry = see(carry, name, head.pop(name))
-
-    entries, squares = carry
-    layers = {n: entry for n, entry in entries.items() if in_stack(n)}
-    dx, (layers, squares) = self._through_stack(
-      (saved, x), (dx, (layers, squares)), read, see, active, bool(by_embed)
+    entries, squares, _ = carry
+    layers = {n: entry for n, entry in entries.items() if stack.in_stack(n)}
+    dx, layers, squares = self._through_stack(
+      saved, x, (dx, layers, squares), read, see, active, bool(in_embed)
     )
-    weights = {name: rest[name] for name in by_embed}
     # Behind a condition that is always true, which the compiler cannot know:
     # it would make the zeros that the gradient of a lookup starts from before
     # the loop, and hold them through it.
-    grads = lax.cond(
-      squares != -1,
-      lambda: _gradients(embed, weights, self.batch, dx)[0],
-      lambda: jax.tree.map(jnp.zeros_like, weights),
-    )
-    carry = (entries | layers, squares)
-    for name in by_embed:
+    exact = lambda: _gradients(embed, in_embed, self.batch, dx)[0]
+    zeros = lambda: jax.tree.map(jnp.zeros_like, in_embed)
+    grads = lax.cond(squares != -1, exact, zeros)
+    carry = (entries | layers, squares, None)
+    for name in in_embed:
       grad = grads[name] + head[name] if name in head else grads[name]
       carry = see(carry, name, grad)
-    entries, squares = carry
     sums = sums if isinstance(sums, Mapping) else {'aux': sums}
-    return entries, {**sums, 'loss': loss, 'grad_norm': jnp.sqrt(squares)}
+    return carry[0], jnp.sqrt(carry[1]), {**sums, 'loss': value}
 
-  def _read_by(
-    self, rest: Weights, x: PyTree, frozen: Collection[str]
-  ) -> tuple[list[str], list[str]]:
-    """Returns the weights with a gradient through the loss; the embedding."""
-    batch, x = jax.tree.map(lambda a: a[0], (self.batch, x))
-    build = self.tree.build
-    loss = _used(lambda rest: self.model.loss(build(rest), x, batch), rest)
-    embed = _used(lambda rest: self.model.embed(build(rest), batch), rest)
-    moving = [name for name in rest if name not in frozen]
-    by_loss = [name for name in moving if name in loss]
-    # What nothing reads has a gradient of zero, and its update.
-    by_embed = [name for name in moving if name in embed or name not in loss]
-    return by_loss, by_embed
+  def _through_stack(self, saved, x, state, read, see, active, to_embed):
+    """Returns the state (cotangents, entries, squares) below the stack."""
+    num_layers = jax.tree.leaves(saved)[0].shape[0]
+    inputs = lambda layer: stack.unflat(stack.take(saved, layer), x)
 
-  def _loss_gradient(
-    self, rest: Weights, names: list[str], x: PyTree
-  ) -> tuple[tuple[jax.Array, PyTree, Weights], PyTree]:
-    """Returns loss, sums and the gradients by name; the cotangent of x."""
-    num = jax.tree.leaves(self.batch)[0].shape[0]
+    def visited(layer, state):
+      dx, *carry = state
+      x = inputs(layer)
+      back = lambda weights, dx: _gradients(self._block, weights, x, dx)
+      dx, (entries, squares, _) = pull_back(
+        back, dx, (*carry, layer), names=carry[0], read=read, visit=see
+      )
+      return dx, entries, squares
 
-    def part(part):
-      batch, x = part
-
-      def loss(head, moving):
-        params, x_moved = self.tree.build(rest | head), stack.join(moving, x)
-        value, sums = self.model.loss(params, x_moved, batch)
-        return value / num, sums
-
-      grad = jax.value_and_grad(loss, (0, 1), has_aux=True)
-      head = {name: rest[name] for name in names}
-      (value, sums), (head, dx) = grad(head, stack.moving(x))
-      return (value, sums, head), dx
-
-    return sum_over(part, (self.batch, x))
-
-  def _through_stack(self, saved, state, read, see, active, to_embed) -> Any:
-    """Returns (cotangents, (entries, squares)) below the stack."""
-    num_layers = jax.tree.leaves(saved[0])[0].shape[0]
-    inputs = lambda layer: stack.unflat(stack.take(saved[0], layer), saved[1])
-    visited = lambda layer, state: self._layer(
-      layer, inputs(layer), state, read, see
-    )
     if active is None:
       body = lambda i, state: visited(num_layers - 1 - i, state)
       return lax.fori_loop(0, num_layers, body, state)
 
-    def passed(layer, last, dx, carry):
+    def passed(layer, last, dx, entries):
       """Takes cotangents past the layers above `last`, without a gradient."""
 
       def body(passing):
         layer, dx = passing
-        weights = {n: read(e, n, layer) for n, e in carry[0].items()}
+        weights = {name: read((entries, None, layer), name) for name in entries}
         block = lambda _, x: self._block(weights, x)
         return layer - 1, _gradients(block, {}, inputs(layer), dx)[1]
 
       return lax.while_loop(lambda c: c[0] > last, body, (layer, dx))
 
-    dx, carry = state
+    dx, entries, squares = state
     # The layer that the loop ends at, so that reads of it wait for the loop.
     top = jnp.full_like(active, num_layers - 1)
-    active, dx = passed(top, active, dx, carry)
-    dx, carry = visited(active, (dx, carry))
+    active, dx = passed(top, active, dx, entries)
+    dx, entries, squares = visited(active, (dx, entries, squares))
     if to_embed:
-      _, dx = passed(active - 1, -1, dx, carry)
-    return dx, carry
+      _, dx = passed(active - 1, -1, dx, entries)
+    return dx, entries, squares
 
-  def _layer(self, layer, x, state, read, see) -> Any:
-    """Returns (cotangents, (entries, squares)) below one layer."""
-
-    # The layer's index is held with the entries, so that reads of a weight
-    # wait for the visits before them.
-    def read_held(held, name):
-      (entries, _), layer = held
-      return read(entries[name], name, layer)
-
-    def visit(held, name, grad):
-      carry, layer = held
-      return see(carry, name, grad, layer), layer
-
-    dx, carry = state
-    dx, (carry, _) = pull_back(
-      lambda weights, dx: _gradients(self._block, weights, x, dx),
-      dx,
-      (carry, layer),
-      names=list(carry[0]),
-      read=read_held,
-      visit=visit,
-    )
-    return dx, carry
-
-  def _block(self, weights: Weights, x: PyTree) -> PyTree:
+  def _block(self, weights, x):
     return self.model.block(self.tree.build(weights)['blocks'], x)
 
 
-def pull_back(
-  backward: Callable[[Weights, PyTree], tuple[Weights, PyTree]],
-  dy: PyTree,
-  carry: Carry,
-  *,
-  names: Collection[str],
-  read: Callable[[Carry, str], jax.Array],
-  visit: Callable[[Carry, str, jax.Array], Carry],
-) -> tuple[PyTree, Carry]:
+def pull_back(backward, dy, carry, *, names, read, visit):
   """Runs a backward pass, visiting each weight's gradient in turn.
 
   `jax.vjp` returns all gradients of a function at once, so all of them exist
@@ -242,7 +161,7 @@ def pull_back(
     dy: cotangent of the result.
     carry: what the visits change.
     names: of the weights.
-    read: a weight, given the carry. Called again where the pass needs the
+    read: `(carry, name) -> weight`. Called again where the pass needs the
       weight again, so that no copy of it waits for that.
     visit: `(carry, name, gradient) -> carry`.
 
@@ -269,8 +188,13 @@ def pull_back(
   grads = dict(zip(names, jaxpr.outvars[:num], strict=True))
   known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   pulled = dict(zip(jaxpr.invars[num:], jax.tree.leaves(dy), strict=True))
-
-  due = _due(jaxpr, weight_of, grads)
+  # After how many operations a weight may change: its gradient is there, and
+  # nothing reads it any more. At once, if the gradient is the cotangent itself.
+  due = dict.fromkeys(names, 0)
+  for count, eqn in enumerate(jaxpr.eqns, 1):
+    for var, name in weight_of.items():
+      if var in eqn.invars or grads[name] in eqn.outvars:
+        due[name] = count
 
   def value(atom):
     if isinstance(atom, jex.Literal):
@@ -279,9 +203,8 @@ def pull_back(
       return read(carry, weight_of[atom])
     return pulled[atom] if atom in pulled else known[atom]
 
-  for done in range(len(jaxpr.eqns) + 1):
-    if done:
-      eqn = jaxpr.eqns[done - 1]
+  for done, eqn in enumerate([None, *jaxpr.eqns]):
+    if eqn is not None:
       moves = not pulled.keys().isdisjoint(_variables(eqn.invars))
       (pulled if moves else known).update(_run(jaxpr, eqn, value))
     ready = [name for name in names if due[name] == done]
@@ -296,68 +219,63 @@ def pull_back(
       live = [v for v in pulled if v in later]
       held, carry = lax.optimization_barrier(([pulled[v] for v in live], carry))
       pulled = dict(zip(live, held, strict=True))
-  dx_leaves = [value(atom) for atom in jaxpr.outvars[num:]]
+  dx_leaves = map(value, jaxpr.outvars[num:])
   return jax.tree.unflatten(jax.tree.structure(dx), dx_leaves), carry
 
 
-def _due(
-  jaxpr: jex.Jaxpr, weight_of: dict[jex.Var, str], grads: dict[str, Any]
-) -> dict[str, int]:
-  """Returns after how many operations each weight may change.
-
-  Its gradient is there, and nothing reads it any more. That is at once where
-  the gradient is the cotangent itself.
-  """
-  due = dict.fromkeys(grads, 0)
-  for count, eqn in enumerate(jaxpr.eqns, 1):
-    for var, name in weight_of.items():
-      if var in eqn.invars or grads[name] in eqn.outvars:
-        due[name] = count
-  return due
-
-
-def _run(
-  jaxpr: jex.Jaxpr, eqn: jex.JaxprEqn, value: Callable[[Any], jax.Array]
-) -> dict[jex.Var, jax.Array]:
-  """Returns what one operation of a program makes."""
+def _run(jaxpr, eqn, value):
+  """Returns what one operation of a program makes, by variable."""
   operands = list(dict.fromkeys(_variables(eqn.invars)))
-  alone = jaxpr.replace(
-    constvars=[],
-    invars=operands,
-    outvars=eqn.outvars,
-    eqns=[eqn],
-    debug_info=jaxpr.debug_info.with_unknown_names(),
-  )
-  run = jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, []))
-  return dict(zip(eqn.outvars, run(*map(value, operands)), strict=True))
+  info = jaxpr.debug_info.with_unknown_names()
+  io = dict(constvars=[], invars=operands, outvars=eqn.outvars)
+  one = jex.ClosedJaxpr(jaxpr.replace(**io, eqns=[eqn], debug_info=info), [])
+  made = jex.jaxpr_as_fun(one)(*map(value, operands))
+  return dict(zip(eqn.outvars, made, strict=True))
 
 
-def _variables(atoms: Iterable[Any]) -> list[jex.Var]:
+def _variables(atoms):
   return [v for v in atoms if isinstance(v, jex.Var)]
 
 
-def _gradients(
-  f: Callable[[Weights, PyTree], PyTree],
-  weights: Weights,
-  x: PyTree,
-  dy: PyTree,
-) -> tuple[Weights, PyTree]:
+def _used(f, weights, *args):
+  """Returns the weights that `f` reads."""
+  jaxpr = jax.make_jaxpr(f)(weights, *args).jaxpr
+  used = _variables([v for e in jaxpr.eqns for v in e.invars] + jaxpr.outvars)
+  pairs = zip(sorted(weights), jaxpr.invars, strict=False)
+  return {name for name, v in pairs if v in used}
+
+
+def _loss_gradient(loss, head, x, batch):
+  """Returns (loss, sums, gradients of the head), and the cotangent of x."""
+  num = jax.tree.leaves(batch)[0].shape[0]
+
+  def part(part):
+    batch, x = part
+
+    def mean(head, moving):
+      value, sums = loss(head, stack.join(moving, x), batch)
+      return value / num, sums
+
+    grad = jax.value_and_grad(mean, (0, 1), has_aux=True)
+    (value, sums), (grads, dx) = grad(head, stack.moving(x))
+    return (value, sums, grads), dx
+
+  return sum_over(part, (batch, x))
+
+
+def _gradients(f, weights, x, dy):
   """Returns the gradients of f(weights, x), summed over the microbatches of x
   and dy [K, ...]; and the cotangent of what moves of x [K, ...]."""
 
   def part(part):
     x, dy = part
-    moved = lambda weights, moving: stack.moving(
-      f(weights, stack.join(moving, x))
-    )
+    moved = lambda w, moving: stack.moving(f(w, stack.join(moving, x)))
     return jax.vjp(moved, weights, stack.moving(x))[1](dy)
 
   return sum_over(part, (x, dy))
 
 
-def sum_over(
-  f: Callable[[PyTree], tuple[PyTree, PyTree]], parts: PyTree
-) -> tuple[PyTree, PyTree]:
+def sum_over(f: Callable, parts: Any) -> tuple[Any, Any]:
   """Sums f's first result over microbatches [K, ...], stacks the second.
 
   Sums are float32 and come back in the type of what is summed.
@@ -378,12 +296,3 @@ def sum_over(
   zeros = jax.tree.map(lambda a: jnp.zeros_like(full(a)), like)
   sums, stacked = lax.scan(body, zeros, parts)
   return jax.tree.map(lambda a, b: a.astype(b.dtype), sums, like), stacked
-
-
-def _used(f: Callable[[Weights], PyTree], weights: Weights) -> set[str]:
-  """Returns the weights that `f` reads."""
-  jaxpr = jax.make_jaxpr(f)(weights).jaxpr
-  atoms = [v for eqn in jaxpr.eqns for v in eqn.invars] + jaxpr.outvars
-  used = set(_variables(atoms))
-  pairs = zip(sorted(weights), jaxpr.invars, strict=True)
-  return {name for name, v in pairs if v in used}

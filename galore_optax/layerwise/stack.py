@@ -44,9 +44,8 @@ class Parts:
 
   def alone(self, name: str, weight: Any) -> PyTree:
     """Returns the tree of one weight; `Elsewhere` stands for the others."""
-    return self.treedef.unflatten(
-      [weight if n == name else paths.Elsewhere() for n in self.names]
-    )
+    parts = [weight if n == name else paths.Elsewhere() for n in self.names]
+    return self.treedef.unflatten(parts)
 
   def key(self, key: jax.Array, name: str, layer: jax.Array | int) -> jax.Array:
     """Returns a random key of one weight and layer."""
@@ -65,11 +64,8 @@ def take(tree: PyTree, i: jax.Array | int | None) -> PyTree:
   >>> take({'w': jnp.arange(6).reshape(3, 2)}, 1)
   {'w': Array([2, 3], dtype=int32)}
   """
-  if i is None:
-    return tree
-  return jax.tree.map(
-    lambda a: _in_rows(lax.dynamic_index_in_dim(a, i, keepdims=False)), tree
-  )
+  one = lambda a: _in_rows(lax.dynamic_index_in_dim(a, i, keepdims=False))
+  return tree if i is None else jax.tree.map(one, tree)
 
 
 def put(tree: PyTree, one: PyTree, i: jax.Array | int | None) -> PyTree:
@@ -81,16 +77,11 @@ def put(tree: PyTree, one: PyTree, i: jax.Array | int | None) -> PyTree:
   >>> put(jnp.zeros(3), jnp.float32(1), 2)
   Array([0., 0., 1.], dtype=float32)
   """
-  if i is None:
-    return one
-  return jax.tree.map(
-    lambda a, b: lax.dynamic_update_index_in_dim(a, _in_rows(b), i, 0),
-    tree,
-    one,
-  )
+  new = lambda a, b: lax.dynamic_update_index_in_dim(a, _in_rows(b), i, 0)
+  return one if i is None else jax.tree.map(new, tree, one)
 
 
-def _in_rows(a: jax.Array) -> jax.Array:
+def _in_rows(a):
   """Returns an array laid out in rows.
 
   XLA would lay out a whole stack as a product likes one layer of it: a copy.
@@ -104,18 +95,14 @@ def each(update: Callable[..., Any], entry: PyTree, grads: jax.Array) -> PyTree:
   >>> each(lambda w, g, i: w - i * g, jnp.ones(3), jnp.ones(3))
   Array([ 1.,  0., -1.], dtype=float32)
   """
-  return lax.fori_loop(
-    0,
-    grads.shape[0],
-    lambda i, new: put(new, update(take(new, i), take(grads, i), i), i),
-    entry,
-  )
+  one = lambda i, new: put(new, update(take(new, i), take(grads, i), i), i)
+  return lax.fori_loop(0, grads.shape[0], one, entry)
 
 
-def in_slices(
-  update: Callable[..., Any], entry: Any, grad: jax.Array, num: int
-) -> Any:
-  """Returns (stored, inner state) of a weight, updated slice by slice."""
+def in_slices(update: Callable[..., Any], entry: Any, grad: Any, num: Any):
+  """Returns (stored, state) of a weight, updated in slices; None: at once."""
+  if num is None:
+    return update(entry, grad, 0)
   stored, inner = entry
   new, inner = each(update, (sliced(stored, num), inner), sliced(grad, num))
   return unflat(new, stored), inner
@@ -127,12 +114,9 @@ def sliced(tree: PyTree, num: int) -> PyTree:
   >>> sliced(jnp.zeros((6, 2)), 3).shape
   (3, 2, 2)
   """
-  return jax.tree.map(
-    lambda a: a.reshape(
-      num, _share(a, num, 'slices', 'the leading axis'), *a.shape[1:]
-    ),
-    tree,
-  )
+  share = lambda a: _share(a, num, 'slices', 'the leading axis')
+  cut = lambda a: a.reshape(num, share(a), *a.shape[1:])
+  return jax.tree.map(cut, tree)
 
 
 def split(batch: PyTree, num: int) -> PyTree:
@@ -145,15 +129,12 @@ def split(batch: PyTree, num: int) -> PyTree:
   Array([[0, 2],
          [1, 3]], dtype=int32)
   """
-
-  def cut(a):
-    share = _share(a, num, 'microbatches', 'the batch')
-    return jnp.swapaxes(a.reshape(share, num, *a.shape[1:]), 0, 1)
-
+  share = lambda a: _share(a, num, 'microbatches', 'the batch')
+  cut = lambda a: jnp.swapaxes(a.reshape(share(a), num, *a.shape[1:]), 0, 1)
   return jax.tree.map(cut, batch)
 
 
-def _share(a: jax.Array, num: int, option: str, whole: str) -> int:
+def _share(a, num, option, whole):
   if a.shape[0] % num:
     raise ValueError(f'{option} must divide {whole} of {a.shape[0]}, got {num}')
   return a.shape[0] // num
@@ -165,9 +146,8 @@ def moving(x: PyTree) -> PyTree:
   >>> moving({'h': jnp.zeros(2), 'positions': jnp.arange(2)})
   {'h': Array([0., 0.], dtype=float32), 'positions': None}
   """
-  return jax.tree.map(
-    lambda a: a if jnp.issubdtype(a.dtype, jnp.inexact) else None, x
-  )
+  moves = lambda a: jnp.issubdtype(a.dtype, jnp.inexact)
+  return jax.tree.map(lambda a: a if moves(a) else None, x)
 
 
 def join(moved: PyTree, x: PyTree) -> PyTree:
@@ -176,9 +156,8 @@ def join(moved: PyTree, x: PyTree) -> PyTree:
   >>> join({'h': 1, 'positions': None}, {'h': 0, 'positions': 2})
   {'h': 1, 'positions': 2}
   """
-  return jax.tree.map(
-    lambda m, a: a if m is None else m, moved, x, is_leaf=lambda a: a is None
-  )
+  pick = lambda m, a: a if m is None else m
+  return jax.tree.map(pick, moved, x, is_leaf=lambda a: a is None)
 
 
 def flat(tree: PyTree) -> PyTree:

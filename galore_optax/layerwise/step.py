@@ -3,6 +3,8 @@
 Every layer is updated as soon as its gradient appears, so that the gradient of
 no more than one layer exists at a time. Any optax transformation is a rule:
 `lomo(lr)` makes the step LOMO, `galore_adamw_8bit(...)` layer-wise GaLore.
+With `accumulate`, projected gradients of parts of the batch are summed first.
+The two passes that hand over each gradient are in `passes`.
 
 Axes: L layers, the leading axis of a stack; N examples.
 """
@@ -20,10 +22,11 @@ from jax import lax
 from galore_optax import clipping
 from galore_optax.checks import check_count
 from galore_optax.galore import Galore
-from galore_optax.layerwise import accumulate as summing
 from galore_optax.layerwise import stack
 from galore_optax.layerwise.passes import Passes
-from galore_optax.layerwise.weights import ARRAYS, Weights, is_stored
+from galore_optax.layerwise.weights import ARRAYS, Weights
+from galore_optax.precision import full
+from galore_optax.quantized.rounding import apply_updates_stochastic
 
 PyTree = Any
 
@@ -39,17 +42,12 @@ class Layers(Protocol):
 
   def embed(self, params: PyTree, batch: PyTree) -> PyTree:
     """Returns what the first block reads."""
-    ...
 
   def block(self, layer_params: PyTree, x: PyTree) -> PyTree:
     """Returns what the next block reads."""
-    ...
 
-  def loss(
-    self, params: PyTree, x: PyTree, batch: PyTree
-  ) -> tuple[jax.Array, PyTree]:
-    """Returns the mean loss, and sums that the metrics carry."""
-    ...
+  def loss(self, params: PyTree, x: PyTree, batch: PyTree) -> Any:
+    """Returns (the mean loss [], sums that the metrics carry)."""
 
 
 @runtime_checkable
@@ -60,28 +58,24 @@ class OneLayer(Protocol):
   layer whose turn it is the only one that is computed.
   """
 
-  rule: optax.GradientTransformationExtraArgs
-  """Of the weights of one layer."""
-  rest: optax.GradientTransformationExtraArgs | None
-  """Of the weights outside the stack; None where they are frozen."""
+  rule: Any  # the transformation of the weights of one layer
+  rest: Any  # that of the weights outside the stack; None: they are frozen
 
-  def active(self, count: jax.Array, num_layers: int) -> jax.Array:
+  def active(self, count: jax.Array, num_layers: int) -> Any:
     """Returns the layer whose turn it is: [], int32."""
-    ...
 
   def check_blocks(self, stacked: dict[str, bool]) -> None:
     """Raises ValueError if its layers are not those of the stack, by path."""
-    ...
 
 
 class LayerwiseState(NamedTuple):
   """State of a layer-wise step."""
 
   count: jax.Array  # [], int32: steps done
-  norm: jax.Array  # [], float32: norm of the last gradient, before clipping
+  norm: jax.Array  # [], float32: the last step's, in its metrics
+  # State of tx by weight: [L, ...] for 'blocks/', of one layer for `badam`; ()
+  # for what is frozen.
   inner: dict[str, optax.OptState]
-  """State of tx by weight: [L, ...] for 'blocks/', of one layer for `badam`;
-  () for what is frozen."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -90,7 +84,8 @@ class Layerwise:
 
   It has `init(params) -> state`, and is called with `(params, state, batch)`
   for `(params, state, metrics)`. Metrics are `loss`, a mean; `grad_norm`,
-  before clipping; and sums of what stands beside the loss, by name or as `aux`.
+  before clipping, or with `accumulate` the `projected_grad_norm`; and sums of
+  what stands beside the loss, by name or as `aux`.
 
   Only the input of each block is kept; the reverse loop recomputes a block,
   takes its gradient, updates that layer in place and moves on, as the
@@ -150,10 +145,8 @@ class Layerwise:
     """Raises ValueError for options that fit no model, or not each other."""
     if isinstance(self.tx, clipping.ClippedTransformation):
       if self.clip_norm is not None:
-        raise ValueError(
-          f'clip_norm={self.clip_norm} beside a rule that clips at'
-          f' {self.tx.clip_norm}: give one of the two'
-        )
+        its = f'a rule that clips at {self.tx.clip_norm}: give one of the two'
+        raise ValueError(f'clip_norm={self.clip_norm} beside {its}')
       self.clip_norm, self.tx = self.tx.clip_norm, self.tx.rule
     self.tx = optax.with_extra_args_support(self.tx)
     self.slices = dict(self.slices or {})
@@ -170,21 +163,18 @@ class Layerwise:
 
   def init(self, params: PyTree) -> LayerwiseState:
     """Returns the state before the first step."""
-    tree = stack.Parts(params)
+    tree, read = stack.Parts(params), self.weights.read
     weights = tree.weights(params)
-    stacked = {name: stack.in_stack(name) for name in tree.names}
+    stacked = {name: stack.in_stack(name) for name in weights}
     if not any(stacked.values()):
-      raise ValueError(
-        "params['blocks'] must hold the layers, every leaf [L, ...], got "
-        + ', '.join(tree.names)
-      )
+      rule = "params['blocks'] must hold the layers, every leaf [L, ...]"
+      raise ValueError(f'{rule}, got {", ".join(weights)}')
     if isinstance(self.tx, OneLayer):
       self.tx.check_blocks(stacked)
     # A target that matches nothing anywhere is told here: `tx` is strict only
     # where it sees the whole tree.
-    read = self.weights.read
-    whole = lambda params: jax.tree.map(read, params, is_leaf=is_stored)
-    jax.eval_shape(lambda params: self.tx.init(whole(params)), params)
+    whole = lambda weights: {name: read(w) for name, w in weights.items()}
+    jax.eval_shape(lambda w: self.tx.init(tree.build(whole(w))), weights)
 
     def init_weight(name, stored):
       rule = self._rule(name)
@@ -193,108 +183,162 @@ class Layerwise:
       init = lambda one: rule.init(tree.alone(name, read(one)))
       if name in self.slices:
         return jax.vmap(init)(stack.sliced(stored, self.slices[name]))
-      if not stacked[name]:
-        return init(stored)
-      if isinstance(self.tx, OneLayer):
-        return init(stack.take(stored, 0))
-      return jax.vmap(init)(stored)
+      if stacked[name] and not isinstance(self.tx, OneLayer):
+        return jax.vmap(init)(stored)
+      return init(stack.take(stored, 0 if stacked[name] else None))
 
-    return LayerwiseState(
-      count=jnp.zeros([], jnp.int32),
-      norm=jnp.zeros([], jnp.float32),
-      inner={name: init_weight(name, w) for name, w in weights.items()},
-    )
+    inner: Any = {name: init_weight(name, w) for name, w in weights.items()}
+    return LayerwiseState(jnp.int32(0), jnp.float32(0), inner)
 
   def __call__(
     self, params: PyTree, state: LayerwiseState, batch: PyTree
   ) -> tuple[PyTree, LayerwiseState, dict[str, PyTree]]:
     """Returns parameters and state one step on, and the step's metrics."""
     tree = stack.Parts(params)
-    step = summing.step if self.accumulate > 1 else Layerwise._at_once
+    summed = self.accumulate > 1
+    step = self._in_parts if summed else self._at_once
+    key = jax.random.fold_in(jax.random.key(0), state.count)
     weights = tree.weights(params)
-    entries, metrics = step(self, tree, weights, state, batch)
-    state = LayerwiseState(
-      count=jnp.asarray(optax.safe_increment(state.count)),
-      norm=metrics['grad_norm'],
-      inner={name: inner for name, (_, inner) in entries.items()},
-    )
+    entries, norm, metrics = step(tree, weights, state, batch, key)
+    metrics['projected_grad_norm' if summed else 'grad_norm'] = norm
     params = tree.build({name: stored for name, (stored, _) in entries.items()})
-    return params, state, metrics
+    inner = {name: inner for name, (_, inner) in entries.items()}
+    count = jnp.asarray(optax.safe_increment(state.count))
+    return params, LayerwiseState(count, norm, inner), metrics
 
-  def _at_once(self, tree, weights, state, batch):
-    """Returns (stored, state) by weight, updated as gradients appear."""
+  def _at_once(self, tree, weights, state, batch, key):
+    """Updates each weight as its gradient appears.
+
+    Returns:
+      (stored, state of tx) by weight; the norm of the gradient; the metrics.
+    """
     passes = self.passes(tree, batch)
     saved, x = passes.forward(weights)
-    backward = functools.partial(passes.backward, saved)
-    one_layer = isinstance(self.tx, OneLayer)
-    if one_layer:
-      num_layers = jax.tree.leaves(saved)[0].shape[0]
-      frozen = [name for name in tree.names if self._rule(name) is None]
-      active = self.tx.active(state.count, num_layers)
-      backward = functools.partial(backward, active=active, frozen=frozen)
-    factor = self._factor(state, weights, functools.partial(backward, x))
+    active = None
+    if isinstance(self.tx, OneLayer):
+      active = self.tx.active(state.count, jax.tree.leaves(saved)[0].shape[0])
+    backward = functools.partial(passes.backward, saved, active=active)
+    keep = lambda entry, name, grad, layer: entry
+    none = dict.fromkeys(weights)
+    exact = lambda: backward(x, none, keep, stored=weights)[1]
+    before = lambda: lax.cond(state.count == 0, exact, lambda: state.norm)
+    factor = None
+    if self.clip_norm is not None:
+      norm = exact() if self.clip == 'exact' else before()
+      factor = clipping.clip_coefficient(norm, self.clip_norm)
     # The second pass begins after the first: their gradients never coexist.
     x, factor = lax.optimization_barrier((x, factor))
-    key = jax.random.fold_in(jax.random.key(0), state.count)
 
     def visit(entry, name, grad, layer):
-      rule = self._rule(name)
-      assert rule is not None
-
-      def update(entry, grad, index):
-        if factor is not None:
-          grad = clipping.times(grad, factor)
-        return self.update(rule.update, tree, key, name, entry, grad, index)
-
-      if name in self.slices:
-        return stack.in_slices(update, entry, grad, self.slices[name])
+      update = functools.partial(self.update, tree, key, factor, name)
+      if layer is None:
+        return stack.in_slices(update, entry, grad, self.slices.get(name))
       # The state is of one layer if one is trained at a time.
-      places = (layer, None if one_layer else layer)
-      now = tuple(map(stack.take, entry, places))
-      new = update(now, grad, 0 if layer is None else layer)
+      places = (layer, layer if active is None else None)
+      new = update(tuple(map(stack.take, entry, places)), grad, layer)
       return tuple(map(stack.put, entry, new, places))
 
     entries = {name: (w, state.inner[name]) for name, w in weights.items()}
     return backward(x, entries, visit)
 
-  def _factor(self, state, weights, backward):
-    """Returns what the gradient is multiplied by, None without clipping."""
-    if self.clip_norm is None:
-      return None
+  def _in_parts(self, tree, weights, state, batch, key):
+    """Updates every weight from the sum of its projected gradients.
 
-    def exact():
-      keep = lambda entry, name, grad, layer: entry
-      none = dict.fromkeys(weights, ())
-      return backward(none, keep, stored=weights)[1]['grad_norm']
+    The batch passes through the model in parts, forward and back, one after
+    another. Of a part's gradient only the projection is kept.
 
-    if self.clip == 'exact':
-      norm = exact()
-    else:
-      norm = lax.cond(state.count == 0, exact, lambda: state.norm)
-    return clipping.clip_coefficient(norm, self.clip_norm)
+    Returns:
+      (stored, state of tx) by weight; the norm of the mean of projected
+      gradients; the metrics.
+    """
+    num = self.accumulate
+    pairs = zip(weights, self.sums(tree.build(weights), state), strict=True)
+    entries = {name: (state.inner[name], zero) for name, zero in pairs}
+
+    def part(entries, numbered):
+      number, batch = numbered
+      passes = self.passes(tree, batch)
+      saved, x = passes.forward(weights)
+      add = functools.partial(self._add, tree, key, number)
+      new, _, metrics = passes.backward(saved, x, entries, add, stored=weights)
+      return new, metrics
+
+    numbered = (jnp.arange(num), stack.split(batch, num))
+    entries, metrics = lax.scan(part, entries, numbered)
+    metrics = jax.tree.map(lambda a: jnp.sum(a, 0), metrics)
+    metrics['loss'] /= num
+    sums = {name: total for name, (_, total) in entries.items()}
+    norm = jnp.sqrt(clipping.sum_of_squares(sums)) / num
+    factor = jnp.float32(1 / num)
+    if self.clip_norm is not None:
+      factor *= clipping.clip_coefficient(norm, self.clip_norm)
+
+    def updated(name):
+      update = functools.partial(self.update, tree, key, factor, name)
+      entry = (weights[name], entries[name][0])
+      if stack.in_stack(name):
+        return stack.each(update, entry, sums[name])
+      return stack.in_slices(update, entry, sums[name], self.slices.get(name))
+
+    return {name: updated(name) for name in weights}, norm, metrics
+
+  def _add(self, tree, key, number, entry, name, grad, layer):
+    """Returns (state of tx, sums) of a weight after a gradient of a part."""
+    inner, total = stack.take(entry, layer)
+    index = 0 if layer is None else layer
+    if name not in self.slices:
+      alone = tree.alone(name, grad)
+      due = (number == 0) & self.tx.due(inner, layer=index)
+      refresh = lambda inner: self.tx.refresh(alone, inner, layer=index)
+      inner = lax.cond(due, refresh, lambda inner: inner, inner)
+    low = self._projected(tree, name, grad, inner)
+    noise = tree.key(jax.random.fold_in(key, number), name, index)
+    new = (inner, apply_updates_stochastic(total, low, noise))
+    return stack.put(entry, new, layer)
+
+  def _projected(self, tree, name, grad, inner):
+    """Returns what a gradient adds to the sums: all of it before slices."""
+    if name in self.slices:
+      return grad
+    return jax.tree.leaves(self.tx.project(tree.alone(name, grad), inner))[0]
 
   def sums(self, params: PyTree, state: LayerwiseState) -> list[jax.Array]:
-    """Returns the zeros that `accumulate` adds gradients to, for their size."""
+    """Returns the zeros that `accumulate` adds projected gradients to."""
     if self.accumulate == 1:
       return []
     tree = stack.Parts(params)
-    zeros = summing.zeros(self, tree, tree.weights(params), state.inner)
-    return list(zeros.values())
+    weights, read = tree.weights(params), self.weights.read
+
+    def zero(name):
+      low = lambda w, inner: self._projected(tree, name, read(w), inner)
+      low = jax.vmap(low) if stack.in_stack(name) else low
+      shape = jax.eval_shape(low, weights[name], state.inner[name]).shape
+      return jnp.zeros(shape, self.sums_dtype)
+
+    return [zero(name) for name in weights]
 
   def passes(self, tree: stack.Parts, batch: PyTree) -> Passes:
     """Returns the way of a batch [N, ...] through the model."""
     batch = stack.split(batch, self.microbatches)
-    return Passes(self.model, tree, self.weights.read, batch)
+    frozen = [name for name in tree.names if self._rule(name) is None]
+    return Passes(self.model, tree, self.weights.read, batch, frozen)
 
-  def update(self, rule, tree, key, name, entry, grad, layer) -> Any:
-    """Returns one weight, layer or slice and its state, updated."""
+  def update(self, tree, key, factor, name, entry, grad, layer):
+    """Returns (stored, state) of one weight, layer or slice, updated.
+
+    The gradient, or the sum of projected ones, counts `factor` times.
+    """
     stored, inner = entry
-    weight = tree.alone(name, self.weights.read(stored))
-    updates, inner = rule(tree.alone(name, grad), inner, weight, layer=layer)
+    weight = self.weights.read(stored)
+    projected = self.accumulate > 1 and name not in self.slices
+    rule = self.tx.apply if projected else self._rule(name).update
+    grad = grad if factor is None else full(grad) * factor
+    grad = tree.alone(name, grad if projected else grad.astype(weight.dtype))
+    updates, inner = rule(grad, inner, tree.alone(name, weight), layer=layer)
     key = tree.key(key, name, layer)
     return self.weights.write(stored, jax.tree.leaves(updates)[0], key), inner
 
-  def _rule(self, name):
+  def _rule(self, name) -> Any:
     """Returns what updates a weight; None if it is frozen."""
     if not isinstance(self.tx, OneLayer):
       return self.tx

@@ -3,6 +3,7 @@
 A stored weight is an array or a `Quantized`; the model computes with arrays.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -13,9 +14,6 @@ import optax
 from galore_optax.quantized.array import Quantized, dequantize, quantize_linear
 from galore_optax.quantized.rounding import apply_updates_stochastic
 
-PyTree = Any
-Stored = Any
-
 
 def is_stored(x: Any) -> bool:
   """Whether a node of a tree is one stored weight, though no array."""
@@ -25,27 +23,19 @@ def is_stored(x: Any) -> bool:
 class Weights(NamedTuple):
   """How one weight is stored."""
 
-  store: Callable[[jax.Array], Stored]
-  """An initial weight, stored."""
-  read: Callable[[Stored], jax.Array]
-  """The array that the model computes with."""
-  write: Callable[[Stored, jax.Array, jax.Array], Stored]
-  """The stored weight plus an update; the key is for stochastic rounding."""
+  # Makes the stored form of an initial weight.
+  store: Callable[[jax.Array], Any]
+  # Makes the array that the model computes with.
+  read: Callable[[Any], jax.Array]
+  # Adds an update to a stored weight; the key is for stochastic rounding.
+  write: Callable[[Any, jax.Array, jax.Array], Any]
 
 
-ARRAYS = Weights(
-  store=lambda weight: weight,
-  read=lambda stored: stored,
-  write=lambda stored, update, key: optax.apply_updates(stored, update),
-)
-"""Weights are kept as they are, sums rounded to nearest."""
-
-ROUNDED = Weights(
-  store=lambda weight: weight,
-  read=lambda stored: stored,
-  write=apply_updates_stochastic,
-)
-"""bfloat16 weights whose sums are rounded stochastically."""
+_same = lambda weight: weight
+# Weights are kept as they are, sums rounded to nearest.
+ARRAYS = Weights(_same, _same, lambda w, u, key: optax.apply_updates(w, u))
+# bfloat16 weights whose sums are rounded stochastically.
+ROUNDED = Weights(_same, _same, apply_updates_stochastic)
 
 
 def quantized(
@@ -66,19 +56,12 @@ def quantized(
     >>> stored.nbytes, weights.read(stored).dtype
     (2080, dtype(bfloat16))
   """
-
-  def store(weight):
-    return quantize_linear(weight, bits=bits, group=group)
-
-  def read(stored):
-    if is_stored(stored):
-      return dequantize(stored).astype(dtype)
-    return stored
+  store = functools.partial(quantize_linear, bits=bits, group=group)
+  read = lambda w: dequantize(w).astype(dtype) if is_stored(w) else w
 
   def write(stored, update, key):
     if not is_stored(stored):
       return apply_updates_stochastic(stored, update, key)
-    total = dequantize(stored) + update.astype(jnp.float32)
-    return quantize_linear(total, bits=bits, group=group, key=key)
+    return store(dequantize(stored) + update.astype(jnp.float32), key=key)
 
   return Weights(store, read, write)

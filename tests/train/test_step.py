@@ -114,3 +114,18 @@ def test_clipping_acts_before_the_optimizer():
   # Parameters near 1 hold a change of about 1e-3 to 1e-7.
   np.testing.assert_allclose(optax.tree.norm(change), 1e-2, rtol=1e-4)
   assert metrics['grad_norm'] > 0.1
+
+
+@pytest.mark.parametrize('norm', ['grad_norm', 'projected_grad_norm'])
+def test_a_layerwise_update_names_its_norm(norm):
+  found = {'loss': 2.0, norm: 3.0, 'nll': 4.0}
+  step = step_lib.make_layerwise_step(
+    lambda params, state, batch: (params, state, found),
+    schedule=optax.constant_schedule(0.1),
+  )
+  state = step_lib.State(jnp.zeros([], jnp.int32), (), ())
+  _, metrics = step(state, {'weights': jnp.array([1.0, 0.0])})
+  # The sum alone is of weights with a mean of 1.
+  expected = {'loss': 2.0, norm: 3.0, 'learning_rate': 0.1}
+  expected |= {'nll': 2.0, 'weight': 1.0}
+  chex.assert_trees_all_close(metrics, expected)
