@@ -17,12 +17,12 @@ import optax
 from galore_optax.checks import is_zero
 from galore_optax.projection import Projection, Whole
 
+# Steps at which an inner is tried: at some, a schedule may be zero.
 COUNTS = (0, 1, 10, 100, 1_000)
-"""Steps at which an inner is tried: at some, a schedule may be zero."""
 
 GRADIENTS = ((0.25, -1.0, 0.0, 0.5), (2.0, 1.0, 0.25, 3.0), (0.0,) * 4)
+# Entries of the 2 x 2 gradients and weights that an inner is tried on.
 WEIGHTS = (0.5, -2.0, 1.5, -0.75)
-"""Entries of the 2 x 2 gradients and weights that an inner is tried on."""
 
 
 def through(

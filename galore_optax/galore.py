@@ -72,10 +72,10 @@ Preset = TypeVar('Preset', bound=Callable)
 _optax_chain = getattr(optax.chain, '__wrapped__', optax.chain)
 
 
+# A chain of no transformation, which optax has not.
 NOTHING = optax.GradientTransformationExtraArgs(
   lambda params: (), lambda updates, state, params=None, **extra: (updates, ())
 )
-"""A chain of no transformation, which optax has not."""
 
 
 class Apart(NamedTuple):
@@ -86,31 +86,28 @@ class Apart(NamedTuple):
     >>> tx = galore(inner, rank=2)
   """
 
-  low: optax.GradientTransformation
-  """Of the projected leaves."""
-  rest: optax.GradientTransformation
-  """Of all others."""
+  low: optax.GradientTransformation  # of the projected leaves
+  rest: optax.GradientTransformation  # of all others
 
 
 class GaloreState(NamedTuple):
   """The state of `galore`."""
 
-  count: jax.Array
-  """[], int32: updates done so far."""
+  count: jax.Array  # [], int32: updates done so far
+  # Tree like the parameters: orthonormal rows [..., r, m] in the weight's
+  # dtype, or what a keeper keeps of them (a pair for side 'full'); MaskedNode
+  # where not projected.
   basis: Any
-  """Tree like the parameters: orthonormal rows [..., r, m] in the weight's
-  dtype, or what a keeper keeps of them (a pair for side 'full'); MaskedNode
-  where not projected."""
+  # State of the inner transformation, for the low-rank shapes [..., r, n].
   inner: Any
-  """State of the inner transformation, for the low-rank shapes [..., r, n]."""
+  # [], int32: bases kept at a refresh as the gradient was not finite.
   skipped: jax.Array
-  """[], int32: bases kept at a refresh as the gradient was not finite."""
+  # Tree like the parameters: state of the residual rule; MaskedNode where there
+  # is none.
   residual: Any
-  """Tree like the parameters: state of the residual rule; MaskedNode where
-  there is none."""
+  # Tree like the parameters: where matrices that take turns stand in their
+  # order; () where all are due at once.
   phase: Any
-  """Tree like the parameters: where matrices that take turns stand in their
-  order; () where all are due at once."""
 
 
 class Galore(optax.GradientTransformationExtraArgs):
@@ -120,24 +117,24 @@ class Galore(optax.GradientTransformationExtraArgs):
   `layer` is the index of the layer where one layer of a stack is shown.
   """
 
+  # `(tree) -> plans`: how each leaf is projected.
   plan: Callable[[Any], list[Plan]]
-  """`(tree) -> plans`: how each leaf is projected."""
+  # `(state, *, layer=0) -> []`, bool: whether a refresh finds any basis.
   due: Callable[..., jax.Array]
-  """`(state, *, layer=0) -> []`, bool: whether a refresh finds any basis."""
+  # `(grads, state, *, layer=0) -> state`: bases that are due, moments to match;
+  # one `lax.cond` on a scalar.
   refresh: Callable[..., Any]
-  """`(grads, state, *, layer=0) -> state`: bases that are due, moments to
-  match; one `lax.cond` on a scalar."""
+  # `(grads, state) -> low`, linear in grads: [..., r, n] of a projected leaf,
+  # the leaf of another, in float32.
   project: Callable[..., Any]
-  """`(grads, state) -> low`, linear in grads: [..., r, n] of a projected leaf,
-  the leaf of another, in float32."""
+  # `(low, state, params, grads, *, layer=0, **extra_args) -> (updates, state)`;
+  # grads may be None where `linear`.
   apply: Callable[..., tuple[optax.Updates, Any]]
-  """`(low, state, params, grads, *, layer=0, **extra_args) -> (updates,
-  state)`; grads may be None where `linear`."""
+  # Whether `apply` reads no more of the gradient than its projection, so that
+  # sums of projections do for sums of gradients.
   linear: bool
-  """Whether `apply` reads no more of the gradient than its projection, so that
-  sums of projections do for sums of gradients."""
+  # `(f) -> Galore`, the same one with f(keeper) for its keeper of bases.
   with_keeper: Callable[[Callable[[Any], Any]], 'Galore']
-  """`(f) -> Galore`, the same one with f(keeper) for its keeper of bases."""
 
 
 class Stage(optax.GradientTransformationExtraArgs):

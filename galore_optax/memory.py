@@ -23,16 +23,12 @@ BASIS = jax.tree_util.GetAttrKey('basis')
 class Row(NamedTuple):
   """What a transformation keeps for one parameter."""
 
-  path: str
-  """Path of the parameter, keys joined by '/'."""
-  shape: tuple[int, ...]
-  """Its shape."""
+  path: str  # path of the parameter, keys joined by '/'
+  shape: tuple[int, ...]  # its shape
+  # Shape of its projected gradient; None where it is not projected.
   projected_shape: tuple[int, ...] | None
-  """Shape of its projected gradient; None where it is not projected."""
-  basis_bytes: int
-  """Bytes of its basis."""
-  moment_bytes: int
-  """Bytes of all else of its shape in the state."""
+  basis_bytes: int  # bytes of its basis
+  moment_bytes: int  # bytes of all else of its shape in the state
 
   @property
   def bytes(self) -> int:

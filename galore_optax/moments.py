@@ -15,25 +15,24 @@ import optax
 from galore_optax.checks import check_decay
 from galore_optax.quantized.array import Quantized, dequantize, full, quantize
 
+# Fields of first and of second moments in optax's states.
 FIRST, SECOND = ('mu', 'trace', 'ema'), ('nu',)
-"""Fields of first and of second moments in optax's states."""
 
+# Fields that start at zero, and that a reset takes back there.
 ZEROED = {
   *FIRST,
   *SECOND,
   *('v', 'v_row', 'v_col', 'nu_max', 'm', 'n', 'g'),
 }
-"""Fields that start at zero, and that a reset takes back there."""
 
+# Counters of moments: a bias correction starts anew with them.
 COUNTS = {'count', 't'}
-"""Counters of moments: a bias correction starts anew with them."""
 
-CONSTANTS = {'ns_coeffs'}
-"""Fields of numbers that no gradient changes."""
+CONSTANTS = {'ns_coeffs'}  # fields of numbers that no gradient changes
 
+# `turn(x, power)`, the product with C = P_new P_old^T, its entries to a power;
+# None for a leaf that is not projected.
 Turn: TypeAlias = Callable[[jax.Array, int], jax.Array]
-"""`turn(x, power)`, the product with C = P_new P_old^T, its entries to a power;
-None for a leaf that is not projected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +52,8 @@ class Rotate:
     Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024.
   """
 
-  b1: float = 0.9
-  """Decay of the inner's first moment."""
-  b2: float = 0.999
-  """Decay of its second moment."""
+  b1: float = 0.9  # decay of the inner's first moment
+  b2: float = 0.999  # decay of its second moment
 
   def __post_init__(self) -> None:
     """Raises ValueError for what is no decay."""
@@ -117,8 +114,8 @@ class Rotate:
     return tuple(new[f] for f in fields)
 
 
+# What a refresh does to moments; 'rotate' is `Rotate()`, Adam's decays.
 Moments: TypeAlias = Literal['keep', 'reset', 'rotate'] | Rotate
-"""What a refresh does to moments; 'rotate' is `Rotate()`, Adam's decays."""
 
 
 def check_resets(state: Any) -> None:

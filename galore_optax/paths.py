@@ -14,19 +14,18 @@ import optax
 
 PyTree: TypeAlias = Any
 
+# Names weights: None (by shape), regexes, or a predicate `(path, leaf)`.
 Targets: TypeAlias = (
   str | Sequence[str] | Callable[[str, jax.Array], bool] | None
 )
-"""Names weights: None (by shape), regexes, or a predicate `(path, leaf)`."""
 
+# Words of vectors; with more axes, such a leaf is a stack of them.
 VECTOR = re.compile(r'\w*norm\w*|ln|scale|bias')
-"""Words of vectors; with more axes, such a leaf is a stack of them."""
 
-TABLE = re.compile(r'(un)?embed\w*|wte|wpe')
-"""Words of embeddings."""
+TABLE = re.compile(r'(un)?embed\w*|wte|wpe')  # words of embeddings
 
+# Components of heads; in `multi_head_attention` the word means another.
 HEAD = re.compile(r'(\w+_)?(head|logits)|unembed\w*')
-"""Components of heads; in `multi_head_attention` the word means another."""
 
 VALUE = jax.tree_util.GetAttrKey('value')
 

@@ -26,8 +26,8 @@ Plan: TypeAlias = Projection | Whole
 _watching: contextvars.ContextVar[dict[str, Plan] | None]
 _watching = contextvars.ContextVar('watching', default=None)
 
+# Attention kernels that keep their heads apart: [d, heads, head_dim].
 MANY_HEADS = re.compile(r'(?:.*/)?(query|key|value|out)(?:/kernel)?')
-"""Attention kernels that keep their heads apart: [d, heads, head_dim]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Planner:
   side: projection.Side = 'std'
   targets: paths.Targets = None
   axes: Mapping[str, projection.Axes] | None = None
+  # Whether a basis is of coordinates, of which there may be more than rank.
   by_coordinates: bool = False
-  """Whether a basis is of coordinates, of which there may be more than rank."""
+  # The plan of each tree that was seen: made once, at `init`.
   made: dict[Any, list[Plan]] = dataclasses.field(
     default_factory=dict, compare=False, repr=False
   )
-  """The plan of each tree that was seen: made once, at `init`."""
 
   def __post_init__(self) -> None:
     """Raises ValueError for an option that fits no weight."""

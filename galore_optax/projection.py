@@ -17,16 +17,16 @@ import jax.numpy as jnp
 
 from galore_optax.precision import full
 
+# For each projected side, orthonormal rows [..., r, m] or coordinates [..., r]
+# (integers).
 Basis: TypeAlias = tuple[jax.Array, ...]
-"""For each projected side, orthonormal rows [..., r, m] or coordinates [..., r]
-(integers)."""
 
+# The input and the output axes of a weight; all other axes are batch. As output
+# axes, `...` stands for all that are left.
 Axes: TypeAlias = tuple[int | Sequence[int], Any]
-"""The input and the output axes of a weight; all other axes are batch. As
-output axes, `...` stands for all that are left."""
 
+# Which side of a weight is projected.
 Side: TypeAlias = Literal['std', 'reverse_std', 'left', 'right', 'full']
-"""Which side of a weight is projected."""
 
 ROWS, COLUMNS = -2, -1
 
@@ -35,10 +35,8 @@ ROWS, COLUMNS = -2, -1
 class Whole:
   """A leaf that is not projected: the inner sees it as it is, in float32."""
 
-  path: str
-  """Path of the weight, keys joined by '/'."""
-  shape: tuple[int, ...]
-  """Shape of the weight."""
+  path: str  # path of the weight, keys joined by '/'
+  shape: tuple[int, ...]  # shape of the weight
 
   rank = None
   sides = ()
@@ -73,16 +71,12 @@ class Projection:
     ((2, 5), (5, 3))
   """
 
-  path: str
-  """Path of the weight, keys joined by '/'."""
-  shape: tuple[int, ...]
-  """Shape of the weight."""
+  path: str  # path of the weight, keys joined by '/'
+  shape: tuple[int, ...]  # shape of the weight
+  # Its input and output axes, non-negative.
   axes: tuple[tuple[int, ...], tuple[int, ...]]
-  """Its input and output axes, non-negative."""
-  rank: int
-  """Number r of basis vectors."""
-  sides: tuple[int, ...]
-  """Projected axes of the matrix: ROWS, COLUMNS or both."""
+  rank: int  # number r of basis vectors
+  sides: tuple[int, ...]  # projected axes of the matrix: ROWS, COLUMNS or both
 
   @property
   def batch_axes(self) -> tuple[int, ...]:

@@ -23,16 +23,11 @@ from galore_optax.projection import Basis, Projection, to_matrix
 class Split(NamedTuple):
   """One weight's gradient, split by the subspace, and the inner's answer."""
 
-  g_io: jax.Array
-  """The gradient as a stack of matrices [..., i, o], float32."""
-  basis: Basis
-  """The basis that split it."""
-  low: jax.Array
-  """The projected gradient [..., r, n]."""
-  inner_update: jax.Array
-  """What the inner made of `low`."""
-  count: jax.Array
-  """[], int32: updates done before."""
+  g_io: jax.Array  # the gradient as a stack of matrices [..., i, o], float32
+  basis: Basis  # the basis that split it
+  low: jax.Array  # the projected gradient [..., r, n]
+  inner_update: jax.Array  # what the inner made of `low`
+  count: jax.Array  # [], int32: updates done before
 
 
 class Residual(Protocol):
@@ -68,8 +63,7 @@ class Sgd:
     Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
   """
 
-  learning_rate: optax.ScalarOrSchedule
-  """A number, or a schedule of the step."""
+  learning_rate: optax.ScalarOrSchedule  # a number, or a schedule of the step
 
   def __post_init__(self) -> None:
     """Raises ValueError for what is no learning rate."""
@@ -121,17 +115,15 @@ class Scaled:
     2024, scales the whole gradient by channel, APOLLO-Mini by matrix.
   """
 
+  # Share of the projection that is taken off the gradient: 1 is the exact
+  # complement, 0 the whole gradient.
   inside: float = 1.0
-  """Share of the projection that is taken off the gradient: 1 is the exact
-  complement, 0 the whole gradient."""
+  # A factor for each channel rather than one for the matrix.
   channels: bool = True
-  """A factor for each channel rather than one for the matrix."""
-  scale: float = 1.0
-  """Multiplies the update."""
-  limit: float = 1.01
-  """Largest growth of the update's norm, above 1."""
+  scale: float = 1.0  # multiplies the update
+  limit: float = 1.01  # largest growth of the update's norm, above 1
+  # `(updates done) -> factor` of the inner's bias correction; or None.
   correction: Callable[[jax.Array], Any] | None = None
-  """`(updates done) -> factor` of the inner's bias correction; or None."""
 
   def __post_init__(self) -> None:
     """Raises ValueError for a limit that lets nothing grow."""
@@ -171,8 +163,7 @@ class Scaled:
     return self.scale * gain * shrink * scaled_io, (shrink * norm)[..., 0, 0]
 
 
-TINY = 1e-8
-"""Added to norms that are divided by."""
+TINY = 1e-8  # added to norms that are divided by
 
 
 def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
