@@ -6,13 +6,12 @@ its value is not known.
 
 import math
 import numbers
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
 
-def is_number(number: object) -> bool:
+def is_number(number: Any) -> bool:
   """Whether a number's value is known before a step is traced.
 
   >>> is_number(0.5), is_number(jax.numpy.zeros(()))
@@ -71,9 +70,8 @@ def check_one_of(known: tuple[str, ...], **values: object) -> None:
   """
   for name, value in values.items():
     if not isinstance(value, str) or value not in known:
-      raise ValueError(
-        f'{name} must be one of {", ".join(known)}, got {value!r}'
-      )
+      names = ', '.join(known)
+      raise ValueError(f'{name} must be one of {names}, got {value!r}')
 
 
 def check_not_negative(**values: Any) -> None:
@@ -97,7 +95,8 @@ def check_decay(**values: Any) -> None:
 
   >>> check_decay(b1=0.9, b2=0.999)
   """
-  _check('in [0, 1), the share that a moment keeps', _is_share, values)
+  rule = 'in [0, 1), the share that a moment keeps'
+  _check(rule, lambda x: 0 <= x < 1, values)
 
 
 def check_learning_rate(**rates: Any) -> None:
@@ -108,18 +107,13 @@ def check_learning_rate(**rates: Any) -> None:
   check_not_negative(**{k: x for k, x in rates.items() if not callable(x)})
 
 
-def _is_integer(x: object) -> bool:
+def _is_integer(x) -> bool:
   return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
-def _is_share(x: float) -> bool:
-  return 0 <= x < 1
-
-
-def _check(rule: str, holds: Callable[[Any], bool], values: Any) -> None:
-  for name, value in values.items():
+def _check(rule, holds, values) -> None:
+  for name, x in values.items():
     # An array, traced or not, is its maker's business.
-    if isinstance(value, jax.Array):
-      continue
-    if not (is_number(value) and math.isfinite(value) and holds(value)):
-      raise ValueError(f'{name} must be {rule}, got {value!r}')
+    known = not isinstance(x, jax.Array)
+    if known and not (is_number(x) and math.isfinite(x) and holds(x)):
+      raise ValueError(f'{name} must be {rule}, got {x!r}')

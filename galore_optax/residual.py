@@ -9,7 +9,7 @@ Axes: i input, o output; m projected side, r rank; leading axes are batch.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,18 +30,18 @@ class Split(NamedTuple):
   count: jax.Array  # [], int32: updates done before
 
 
+# What is added to an update [..., i, o], and the new state.
+Added: TypeAlias = tuple[jax.Array, Any]
+
+
 class Residual(Protocol):
   """How the rest of a gradient changes the weight."""
 
   def init(self, plan: Projection) -> Any:
     """Returns the state for one weight."""
-    ...
 
-  def __call__(
-    self, plan: Projection, split: Split, state: Any
-  ) -> tuple[jax.Array, Any]:
+  def __call__(self, plan: Projection, split: Split, state: Any) -> Added:
     """Returns what is added to the update [..., i, o], and the state."""
-    ...
 
 
 def outside(plan: Projection, split: Split, share: float = 1.0) -> jax.Array:
@@ -71,16 +71,13 @@ class Sgd:
 
   def init(self, plan: Projection) -> Any:
     """Returns no state."""
-    del plan
     return ()
 
   def direction(self, rest_io: jax.Array) -> jax.Array:
     """Returns the rest as it is."""
     return rest_io
 
-  def __call__(
-    self, plan: Projection, split: Split, state: Any
-  ) -> tuple[jax.Array, Any]:
+  def __call__(self, plan: Projection, split: Split, state: Any) -> Added:
     """Returns the direction of the rest, down."""
     rest_io = self.direction(outside(plan, split))
     return -rate_at(self.learning_rate, split.count) * rest_io, state
@@ -138,9 +135,7 @@ class Scaled:
     # Not of weak type: the state of a second update would be of another.
     return jnp.full(plan.batch, jnp.inf, float)
 
-  def __call__(
-    self, plan: Projection, split: Split, state: Any
-  ) -> tuple[jax.Array, Any]:
+  def __call__(self, plan: Projection, split: Split, state: Any) -> Added:
     """Returns the scaled gradient or rest, its norm's growth limited."""
     # Of 'full' a channel is on no side: one factor for the matrix.
     by_channel = self.channels and len(plan.sides) == 1
