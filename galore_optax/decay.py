@@ -88,40 +88,30 @@ def check(inner: Any, plans: Sequence[Projection | Whole], params: Any) -> None:
     return each(of_leaf, plans, params)
 
   with jax.ensure_compile_time_eval():
+    grads, w = list(map(filled, GRADIENTS)), filled(WEIGHTS)
     for count in COUNTS:
       try:
-        moved = [
-          _check_once(inner, plans, filled(values), filled(WEIGHTS), count)
-          for values in GRADIENTS
-        ]
-      except (_NeedsMore, jax.errors.TracerArrayConversionError):
-        # It needs extra args, which only `update` is given; or a
-        # hyperparameter is traced, and nothing can be compared.
-        return
+        enough = [_check_once(inner, plans, g, w, count) for g in grads]
+      except jax.errors.TracerArrayConversionError:
+        return  # a hyperparameter is traced, and nothing can be compared
       # With a learning rate of zero nothing can be seen: try the next.
-      if any(moved):
+      if any(enough):
         return
-
-
-class _NeedsMore(Exception):
-  """An inner's update needs arguments that nobody has at `init`."""
 
 
 def _check_once(inner, plans, g, weights, count):
-  """Checks one gradient at one step; returns whether any update moves."""
+  """Checks one gradient at one step; returns whether that tells enough."""
   is_low = lambda p: isinstance(p, Projection)
   blind = each(lambda p, x: 0 * x if is_low(p) else x, plans, weights)
   along = each(lambda p, x: jnp.full_like(x, is_low(p)), plans, weights)
   state, other = (at_count(count, inner.init(x)) for x in (weights, blind))
   try:
     seen, after = inner.update(g, state, weights)
-  except TypeError as error:
-    raise _NeedsMore from error
+  except TypeError:
+    return True  # it needs extra args, which only `update` is given
   update = lambda w: inner.update(g, other, w)
   try:
-    unseen, slopes, other_after = jax.jvp(
-      update, (blind,), (along,), has_aux=True
-    )
+    unseen, slopes, then = jax.jvp(update, (blind,), (along,), has_aux=True)
   except (TypeError, NotImplementedError) as error:
     raise ValueError(
       'the weight decay of the inner is read off its forward derivative, and'
@@ -132,9 +122,7 @@ def _check_once(inner, plans, g, weights, count):
     u + np.ravel(slope)[0] * w if is_low(p) else u
   )
   expected = each(decayed, plans, unseen, slopes, weights)
-  same = jax.tree.map(
-    _close, (seen, state, after), (expected, other, other_after)
-  )
+  same = jax.tree.map(_close, (seen, state, after), (expected, other, then))
   if not all(jax.tree.leaves(same)):
     raise ValueError(
       'the inner transformation reads params for more than decoupled'
@@ -209,11 +197,10 @@ def decay_updated_weights(
 
   def update_fn(updates, state, params=None):
     # No params are asked for where no decay is; a traced one may be any.
-    if not is_zero(weight_decay):
-      if params is None:
-        raise ValueError(
-          'weight decay needs params: tx.update(g, state, params)'
-        )
+    decays = not is_zero(weight_decay)
+    if decays and params is None:
+      raise ValueError('weight decay needs params: tx.update(g, state, params)')
+    if decays:
       shrink = rate_at(learning_rate, state.count) * weight_decay
       decayed = lambda u, w: u - (shrink * (w + u)).astype(u.dtype)
       updates = jax.tree.map(decayed, updates, params)

@@ -57,12 +57,6 @@ Preset = TypeVar('Preset', bound=Callable)
 _optax_chain = getattr(optax.chain, '__wrapped__', optax.chain)
 
 
-# A chain of no transformation, which optax has not.
-NOTHING = optax.GradientTransformationExtraArgs(
-  lambda params: (), lambda updates, state, params=None, **extra: (updates, ())
-)
-
-
 class Apart(NamedTuple):
   """Two inners, where the leaves that are not projected have one of their own.
 
@@ -218,7 +212,7 @@ def galore(
     )
   moments = moments_lib.checked(moments, in_turns=not isinstance(gap, int))
   options = planner, keeper, gap, scale, residual, moments
-  of = lambda inner: _galore(_Core(_checked_inner(inner, moments), *options))
+  of = lambda inner: _staged(_Core(_checked_inner(inner, moments), *options))
   return Stage(of) if inner is None else of(inner)
 
 
@@ -274,7 +268,8 @@ def chain(
         )
       return chain(*before, stage.around(_optax_chain(*after)))
   if args and isinstance(args[0], Galore):
-    return _followed(args[0], _optax_chain(*args[1:]) if args[1:] else NOTHING)
+    rest = _optax_chain(*args[1:]) if args[1:] else optax.identity()
+    return _followed(args[0], optax.with_extra_args_support(rest))
   return _optax_chain(*args)
 
 
@@ -298,17 +293,14 @@ def quantize_bases(
       'quantize_bases takes a galore, or an optax.chain that begins with one,'
       f' got {tx!r}; put other transformations around it'
     )
-  return tx.with_keeper(
-    lambda keeper: kept.packed(keeper, bits=bits, group=group)
-  )
+  pack = functools.partial(kept.packed, bits=bits, group=group)
+  return tx.with_keeper(pack)
 
 
 def with_apply(tx: Galore, wrap: Callable[[Callable], Callable]) -> Galore:
   """Returns `tx` with `wrap(tx.apply)` for its last stage."""
-  stages = {name: getattr(tx, name) for name in Galore.__annotations__}
-  stages['apply'] = wrap(tx.apply)
-  stages['with_keeper'] = lambda f: with_apply(tx.with_keeper(f), wrap)
-  return _staged(tx.init, **stages)
+  with_keeper = lambda f: with_apply(tx.with_keeper(f), wrap)
+  return _staged(tx, apply=wrap(tx.apply), with_keeper=with_keeper)
 
 
 def _followed(first, rest) -> Galore:
@@ -324,43 +316,28 @@ def _followed(first, rest) -> Galore:
     return updates, (head, *tail)
 
   return _staged(
-    lambda params: (first.init(params), *rest.init(params)),
-    plan=first.plan,
+    first,
+    init=lambda params: (first.init(params), *rest.init(params)),
     due=lambda state, **layer: first.due(state[0], **layer),
     refresh=refresh_fn,
     project=lambda grads, state: first.project(grads, state[0]),
     apply=apply_fn,
-    linear=first.linear,
     with_keeper=lambda f: _followed(first.with_keeper(f), rest),
   )
 
 
-def _staged(init_fn: Any, **stages: Any) -> Galore:
-  """Returns the transformation whose update is its three stages."""
+def _staged(first: Any, **other: Any) -> Galore:
+  """Returns the stages of one, but for `other`, as a transformation."""
 
   def update_fn(updates, state, params=None, *, layer=0, **extra_args):
     state = tx.refresh(updates, state, layer=layer)
     low = tx.project(updates, state)
     return tx.apply(low, state, params, updates, layer=layer, **extra_args)
 
-  tx = Galore(init_fn, update_fn)
-  vars(tx).update(stages)
+  tx = Galore(other.pop('init', first.init), update_fn)
+  names = Galore.__annotations__.keys() - other
+  vars(tx).update(other | {name: getattr(first, name) for name in names})
   return tx
-
-
-def _galore(core: '_Core') -> Galore:
-  """Returns the stages of a core as a transformation."""
-  replaced = lambda f: dataclasses.replace(core, keeper=f(core.keeper))
-  return _staged(
-    core.init,
-    plan=core.planner,
-    due=core.due,
-    refresh=core.refresh,
-    project=core.project,
-    apply=core.apply,
-    linear=core.rule is None,
-    with_keeper=lambda f: _galore(replaced(f)),
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,23 +348,35 @@ class _Core:
   """
 
   inner: Any  # takes extra args, or it is an `Apart`
-  planner: Planner
+  plan: Planner
   keeper: Any
   gap: refresh.Gap
   scale: float
-  rule: Residual | None  # of the residual
+  rule: Any  # of the residual, or None
   moments: Any  # 'keep', 'reset' or a `Rotate`
+
+  @property
+  def linear(self) -> bool:
+    """Whether no residual rule reads the gradient."""
+    return self.rule is None
+
+  def with_keeper(self, f: Callable[[Any], Any]) -> Galore:
+    """Returns the same with f(keeper)."""
+    return _staged(dataclasses.replace(self, keeper=f(self.keeper)))
 
   def init(self, params: Any) -> GaloreState:
     """Returns the state before the first update."""
-    plans = self.planner(params)
+    plans = self.plan(params)
     show(plans)
     inner = self._joined(plans, params)
     # The parts of a tree are seen after the whole, one by one.
     if any(isinstance(p, Projection) for p in plans) and not is_part(params):
       decay.check(inner, plans, params)
     inner_state = inner.init(each(lambda p, w: p.view(w), plans, params))
-    moments_lib.check_known(self.moments, inner_state)
+    if self.moments == 'reset':
+      moments_lib.check_resets(inner_state.inner_states['low'])
+    elif self.moments != 'keep':
+      self.moments.check(inner_state)
     basis = lambda p, w: refresh.first_kept(self.keeper, p, w.dtype)
     return GaloreState(
       count=jnp.zeros([], jnp.int32),
@@ -404,7 +393,7 @@ class _Core:
 
   def refresh(self, grads: Any, state: GaloreState, *, layer: Any = 0) -> Any:
     """Returns the state with new bases, and moments to match, if due."""
-    plans = self.planner(grads)
+    plans = self.plan(grads)
     if not any(isinstance(p, Projection) for p in plans):
       return state
     # What no refresh changes stays outside the cond, where it is not copied.
@@ -412,36 +401,29 @@ class _Core:
     if self.moments != 'keep':
       names += ['inner', 'residual']
     pick = lambda state: {name: getattr(state, name) for name in names}
-    refreshed = lambda old: pick(
-      self._refreshed(plans, grads, state._replace(**old), layer)
-    )
+    new = lambda: pick(self._refreshed(plans, grads, state, layer))
     # A scalar: a batched predicate would turn the cond into a select, and a
     # basis would be found at every step.
     due = self.due(state, layer=layer)
-    changed = jax.lax.cond(due, refreshed, lambda old: old, pick(state))
-    return state._replace(**changed)
+    return state._replace(**jax.lax.cond(due, new, lambda: pick(state)))
 
   def _refreshed(self, plans, grads, state, layer) -> GaloreState:
     leaves, treedef = jax.tree.flatten(grads)
-    basis = treedef.flatten_up_to(state.basis)
-    phase = [None] * len(leaves)
-    if not isinstance(self.gap, int):
-      phase = treedef.flatten_up_to(state.phase)
+    up = treedef.flatten_up_to
     when = {'gap': self.gap, 'count': state.count, 'layer': layer}
-    basis, skips = refresh.refreshed(
-      self.keeper, plans, leaves, basis, phase, **when
-    )
-    new = state._replace(
-      basis=treedef.unflatten(basis), skipped=state.skipped + skips
-    )
+    in_turns = not isinstance(self.gap, int)
+    phase = up(state.phase) if in_turns else [None] * len(leaves)
+    rows = plans, leaves, up(state.basis), phase
+    basis, skips = refresh.refreshed(self.keeper, *rows, **when)
+    basis, skipped = treedef.unflatten(basis), state.skipped + skips
+    new = state._replace(basis=basis, skipped=skipped)
     if self.moments == 'keep':
       return new
     if self.moments == 'reset':
       # A norm that followed the old moments would bound that of the new ones.
-      return new._replace(
-        inner=moments_lib.reset_low(state.inner),
-        residual=self._first_residual(plans, grads),
-      )
+      residual = self._first_residual(plans, grads)
+      inner = moments_lib.reset_low(state.inner)
+      return new._replace(inner=inner, residual=residual)
 
     def turn(p, new, old, at):
       if isinstance(p, Whole):
@@ -449,27 +431,25 @@ class _Core:
       changed = refresh.changed(self.gap, p, at, state.count, layer)
       return functools.partial(_turned, p, new, old, changed)
 
-    two = [self._bases(plans, grads, s) for s in (new, state)]
-    turns = list(map(turn, plans, *map(treedef.flatten_up_to, two), phase))
+    bases = [up(self._bases(plans, grads, s)) for s in (new, state)]
+    turns = list(map(turn, plans, *bases, phase))
     return new._replace(inner=self.moments(state.inner, treedef, turns))
 
   def project(self, grads: Any, state: GaloreState) -> Any:
     """Returns the gradients, those of projected leaves in their subspaces."""
-    plans = self.planner(grads)
+    plans = self.plan(grads)
     bases = self._bases(plans, grads, state)
     return each(lambda p, g, basis: p.project(g, basis), plans, grads, bases)
 
-  def apply(
-    self, low, state, params=None, grads=None, *, layer: Any = 0, **extra_args
-  ) -> tuple[Any, GaloreState]:
+  def apply(self, low, state, params=None, grads=None, *, layer=0, **extra):
     """Returns the updates and the next state; `state` has the step's bases."""
     assert grads is not None or self.rule is None, 'a rule reads the gradient'
     like = params if grads is None else grads
-    plans = self.planner(like)
+    plans = self.plan(like)
     if not checks.is_zero(layer):
-      extra_args['layer'] = layer
+      extra['layer'] = layer
     answer, slopes, inner_state = decay.through(
-      self._joined(plans, like), plans, low, state.inner, params, extra_args
+      self._joined(plans, like), plans, low, state.inner, params, extra
     )
     trees = self._bases(plans, like, state), low, answer, state.residual
     if slopes is not None:
@@ -478,9 +458,8 @@ class _Core:
     pairs = each(of_leaf, plans, like, *trees)
     pick = lambda i: jax.tree.map(lambda _, pair: pair[i], like, pairs)
     count = jnp.asarray(optax.safe_increment(state.count))
-    return pick(0), state._replace(
-      count=count, inner=inner_state, residual=pick(1)
-    )
+    new = {'count': count, 'inner': inner_state, 'residual': pick(1)}
+    return pick(0), state._replace(**new)
 
   def _updated(self, count, p, x, basis, low, answer, rest, slope=0, w=None):
     """Returns one leaf's update in its own shape, its residual rule's state."""
@@ -507,22 +486,18 @@ class _Core:
 
   def _first_residual(self, plans, like) -> Any:
     """Returns the states of the residual rule before anything went through."""
-    rule, none = self.rule, optax.MaskedNode()
-    has_state = lambda p: rule is not None and isinstance(p, Projection)
-    first = lambda p, _: rule.init(p) if has_state(p) else none
+    masked = lambda p: self.rule is None or isinstance(p, Whole)
+    first = lambda p, _: optax.MaskedNode() if masked(p) else self.rule.init(p)
     return each(first, plans, like)
 
   def _joined(self, plans, like) -> Any:
     """Returns one inner of the whole tree."""
     if not isinstance(self.inner, Apart):
       return self.inner
-    low, rest = self.inner
     label = lambda p, _: 'rest' if isinstance(p, Whole) else 'low'
-    return optax.partition(
-      {'low': low, 'rest': rest},
-      each(label, plans, like),
-      mask_compatible_extra_args=True,
-    )
+    inners: Any = self.inner._asdict()
+    labels = each(label, plans, like)
+    return optax.partition(inners, labels, mask_compatible_extra_args=True)
 
 
 def _turned(p, new, old, changed, low: jax.Array, power: int) -> jax.Array:

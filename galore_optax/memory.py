@@ -87,13 +87,12 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
       leaf.ndim or path[-1:] == owners[owner][-1:] != ()
     ):
       sizes[owner, BASIS in path] += leaf.size * leaf.dtype.itemsize
-  low = {path: plan.low_shape for path, plan in seen.items()}
-  return Table(
-    Row(name, tuple(w.shape), low.get(name), sizes[i, True], sizes[i, False])
-    for i, (name, (_, w)) in enumerate(
-      zip(paths.paths(params), leaves, strict=True)
-    )
-  )
+  names = paths.paths(params)
+  shapes = [tuple(leaf.shape) for _, leaf in leaves]
+  low = [seen[name].low_shape if name in seen else None for name in names]
+  bases = [sizes[i, True] for i in range(len(leaves))]
+  rest = [sizes[i, False] for i in range(len(leaves))]
+  return Table(map(Row, names, shapes, low, bases, rest))
 
 
 def _owner(path, owners):

@@ -5,7 +5,7 @@ stands beside them under another name is refused at `init`. No inner is run.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -25,10 +25,6 @@ ZEROED = {*FIRST, *SECOND, *'v v_row v_col nu_max m n g'.split()}
 COUNTS = {'count', 't'}
 
 CONSTANTS = {'ns_coeffs'}  # fields of numbers that no gradient changes
-
-# `turn(x, power)`, the product with C = P_new P_old^T, its entries to a power;
-# None for a leaf that is not projected.
-Turn: TypeAlias = Callable[[jax.Array, int], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +51,21 @@ class Rotate:
     """Raises ValueError for what is no decay."""
     check_decay(b1=self.b1, b2=self.b2)
 
+  def check(self, state: Any) -> None:
+    """Raises ValueError where a moment is neither mu, trace, ema nor nu."""
+    _check(state, {*FIRST, *SECOND}, 'rotate', 'mu, trace and nu')
+
   def __call__(self, state: Any, treedef: Any, turns: Sequence) -> Any:
     """Returns the inner state in the new basis.
 
     Args:
       state: of the inner.
       treedef: of the parameters.
-      turns: of each leaf.
+      turns: of each leaf `turn(x, power)`, the product with C, its entries to a
+        power; None of a leaf that is not projected.
     """
 
     def of_node(node):
-      if not _is_moments(node):
-        return node
       fields = [f for f in FIRST + SECOND if f in node._fields]
       columns = [treedef.flatten_up_to(getattr(node, f)) for f in fields]
       count = getattr(node, 'count', None)
@@ -77,7 +76,7 @@ class Rotate:
       column = lambda f: treedef.unflatten([moments[f] for moments in new])
       return node._replace(**{f: column(f) for f in fields})
 
-    return jax.tree.map(of_node, state, is_leaf=_is_moments)
+    return _each_node(of_node, state)
 
   def _turned(self, old, turn, count):
     """Returns the moments of one leaf, turned."""
@@ -104,7 +103,7 @@ class Rotate:
 Moments: TypeAlias = Literal['keep', 'reset', 'rotate'] | Rotate
 
 
-def checked(rule: Any, *, in_turns: bool) -> str | Rotate:
+def checked(rule: Any, *, in_turns: bool) -> Any:
   """Returns 'keep', 'reset' or an object that rotates.
 
   >>> checked('rotate', in_turns=True)
@@ -121,12 +120,9 @@ def checked(rule: Any, *, in_turns: bool) -> str | Rotate:
   return Rotate() if rule == 'rotate' else rule
 
 
-def check_known(rule: Any, state: Any) -> None:
-  """Raises ValueError where a refresh does not know a moment of an inner."""
-  if rule == 'reset':
-    _check(state.inner_states['low'], ZEROED, rule, ', '.join(sorted(ZEROED)))
-  elif rule != 'keep':
-    _check(state, {*FIRST, *SECOND}, 'rotate', 'mu, trace and nu')
+def check_resets(state: Any) -> None:
+  """Raises ValueError where a reset of the state would miss a moment."""
+  _check(state, ZEROED, 'reset', ', '.join(sorted(ZEROED)))
 
 
 def reset(state: Any) -> Any:
@@ -147,12 +143,10 @@ def reset(state: Any) -> Any:
   zeros = lambda tree: jax.tree.map(_zeros, tree, is_leaf=_is_stored)
 
   def of_node(node):
-    if not _is_moments(node):
-      return node
     fields = (ZEROED | COUNTS).intersection(node._fields)
     return node._replace(**{f: zeros(getattr(node, f)) for f in fields})
 
-  return jax.tree.map(of_node, state, is_leaf=_is_moments)
+  return _each_node(of_node, state)
 
 
 def reset_low(state: Any) -> Any:
@@ -171,8 +165,11 @@ def _check(state, known, name, listing):
       )
 
 
-def _is_moments(node):
-  return bool(ZEROED.intersection(getattr(node, '_fields', ())))
+def _each_node(f, state):
+  """Returns the state with f(node) for its tuples of moments."""
+  is_node = lambda node: bool(ZEROED.intersection(getattr(node, '_fields', ())))
+  of = lambda node: f(node) if is_node(node) else node
+  return jax.tree.map(of, state, is_leaf=is_node)
 
 
 def _is_stored(x):
@@ -185,8 +182,8 @@ def _zeros(x):
   return full(x.shape, 0.0, code=x.code, block_size=x.block_size)
 
 
-def _read(moment):
-  return dequantize(moment) if _is_stored(moment) else moment
+def _read(x):
+  return dequantize(x) if _is_stored(x) else x
 
 
 def _stored(new, old):

@@ -5,10 +5,9 @@ and a regex or a predicate on paths picks leaves.
 """
 
 import collections
-import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
@@ -30,23 +29,13 @@ HEAD = re.compile(r'(\w+_)?(head|logits)|unembed\w*')
 VALUE = jax.tree_util.GetAttrKey('value')
 
 
-@jax.tree_util.register_pytree_node_class
-class Elsewhere:
+class Elsewhere(NamedTuple):
   """A leafless node that says: this part of the model is updated elsewhere.
 
   A layer-wise step shows a transformation one part of the tree at a time;
   where the rest would be stands an `Elsewhere`, so that a target which names
   a weight of another part is no mistake.
   """
-
-  def tree_flatten(self) -> tuple[tuple[()], None]:
-    """Returns no children."""
-    return (), None
-
-  @classmethod
-  def tree_unflatten(cls, aux: None, children: tuple[()]) -> 'Elsewhere':
-    """Returns a new node."""
-    return cls()
 
 
 def places(tree: PyTree) -> tuple[list[int], int]:
@@ -78,7 +67,7 @@ def paths(tree: PyTree) -> list[str]:
   """
   keys = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
   parents = collections.Counter(path[:-1] for path in keys)
-  show = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
+  show = lambda key: jax.tree_util.keystr(key, simple=True, separator='/')
   # An NNX variable is a node around one leaf, which its optimizer shows at init
   # and takes off at update.
   is_variable = lambda key: key[-1:] == (VALUE,) and parents[key[:-1]] == 1

@@ -8,8 +8,6 @@ returns a `Projection` or a `Whole` for each leaf. The numbers of a plan are in
 import contextlib
 import contextvars
 import dataclasses
-import itertools
-import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, get_args
@@ -39,9 +37,7 @@ class Planner:
   # Whether a basis is of coordinates, of which there may be more than rank.
   by_coordinates: bool = False
   # The plan of each tree that was seen: made once, at `init`.
-  made: dict[Any, list[Plan]] = dataclasses.field(
-    default_factory=dict, compare=False, repr=False
-  )
+  made: Any = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
   def __post_init__(self) -> None:
     """Raises ValueError for an option that fits no weight."""
@@ -72,16 +68,9 @@ class Planner:
       chosen = list(map(self._is_default, plans))
     else:
       chosen = paths.chosen(self.targets, tree)
-      for leaf, p in itertools.compress(
-        zip(leaves, plans, strict=True), chosen
-      ):
-        self._check_fits(leaf, p)
     if names and not any(chosen) and not paths.is_part(tree):
       raise ValueError(self._nothing_selected(plans))
-    whole = [Whole(p.path, p.shape) for p in plans]
-    return [
-      p if yes else w for p, yes, w in zip(plans, chosen, whole, strict=True)
-    ]
+    return list(map(self._selected, leaves, plans, chosen))
 
   def _candidate(self, path, x) -> Plan:
     """Returns how a leaf would be projected, if it is a real matrix."""
@@ -94,8 +83,7 @@ class Planner:
     rank = self.rank
     if isinstance(rank, float):
       longest = max(leaf.matrix_shape[side] for side in sides)
-      rank = max(1, int(rank * longest + 0.5))
-      rank = min(rank, self._largest_rank(leaf))
+      rank = min(max(1, int(rank * longest + 0.5)), self._largest_rank(leaf))
     return dataclasses.replace(leaf, rank=rank)
 
   def _largest_rank(self, leaf) -> int:
@@ -109,10 +97,8 @@ class Planner:
       if not re.fullmatch(pattern, path):
         continue
       i, o = _as_tuple(axes[0]), axes[1]
-      if o is ...:
-        inputs = {axis % ndim for axis in i}
-        o = [axis for axis in range(ndim) if axis not in inputs]
-      o = _as_tuple(o)
+      others = set(range(ndim)).difference(axis % ndim for axis in i)
+      o = tuple(sorted(others)) if o is ... else _as_tuple(o)
       used = {axis % ndim for axis in i + o if -ndim <= axis < ndim}
       if len(used) < len(i + o):
         raise ValueError(
@@ -129,7 +115,10 @@ class Planner:
     shape = p.shape if self.by_coordinates else p.matrix_shape
     return min(shape[-2:]) > (1 if isinstance(self.rank, float) else self.rank)
 
-  def _check_fits(self, leaf, p) -> None:
+  def _selected(self, leaf, p, yes) -> Plan:
+    """Returns the plan of a leaf; ValueError for a target that does not fit."""
+    if not yes or self.targets is None:
+      return p if yes else Whole(p.path, p.shape)
     of = f'{p.path} of shape {p.shape}'
     if isinstance(p, Whole):
       raise ValueError(
@@ -139,6 +128,7 @@ class Planner:
     largest = self._largest_rank(p)
     if p.rank > largest:
       raise ValueError(f'rank must be in 1..{largest} for {of}, got {p.rank}')
+    return p
 
   def _nothing_selected(self, plans) -> str:
     shapes = ', '.join(f'{p.path} {p.shape}' for p in plans)
@@ -189,12 +179,11 @@ def _axes_of_heads(path, shape):
   return ((a,), (b, c)) if shape[a] > shape[b] else None
 
 
-def _checked_rank(rank: Any) -> int | float:
-  if checks.is_number(rank):
-    is_count = isinstance(rank, numbers.Integral)
-    # A NaN or an infinity is neither.
-    if rank >= 1 if is_count else 0 < rank <= 1:
-      return int(rank) if is_count else float(rank)
+def _checked_rank(rank) -> int | float:
+  kind = int if checks.is_integer(rank) else float
+  # A NaN or an infinity is no share.
+  if checks.is_number(rank) and (rank >= 1 if kind is int else 0 < rank <= 1):
+    return kind(rank)
   raise ValueError(
     'rank must be an integer >= 1 or a float in (0, 1], the share of the'
     f' projected side, got {rank!r}'

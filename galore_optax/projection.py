@@ -38,8 +38,7 @@ class Whole:
   path: str  # path of the weight, keys joined by '/'
   shape: tuple[int, ...]  # shape of the weight
 
-  rank = None
-  sides = ()
+  rank, sides = None, ()
 
   def view(self, w: Any) -> Any:
     """Returns what the inner sees as parameter: the weight."""
@@ -127,10 +126,7 @@ class Projection:
 
     Cost: 2 r i o flops a side.
     """
-    low = orient(to_matrix(self, g), self.sides[0])
-    for side, rows_rm in zip(self.sides, basis, strict=True):
-      low = _through(low, rows_rm, self._axis(side))
-    return full(low)
+    return full(self.turn(orient(to_matrix(self, g), self.sides[0]), basis))
 
   def unproject(self, low: jax.Array, basis: Basis) -> jax.Array:
     """Returns the weight-shaped array whose projection is `low`, in float32.
@@ -145,12 +141,10 @@ class Projection:
   def turn(self, low: jax.Array, turns: Sequence[jax.Array]) -> jax.Array:
     """Returns `low` times a matrix [..., r, r] for each projected side."""
     for side, turn_rr in zip(self.sides, turns, strict=True):
-      low = _through(low, turn_rr, self._axis(side))
+      # The first side is second to last in [..., m, n]; of both, as in [i, o].
+      axis = ROWS if side == self.sides[0] else COLUMNS
+      low = _through(low, turn_rr, axis)
     return low
-
-  def _axis(self, side: int) -> int:
-    """Returns the axis of [..., m, n] that a side is; of both, as in [i, o]."""
-    return ROWS if side == self.sides[0] else COLUMNS
 
 
 def each(f: Callable, plans: Sequence[Any], tree: Any, *trees: Any) -> Any:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax.checks import check_learning_rate, check_not_negative
+from galore_optax import checks
 from galore_optax.decay import rate_at
 from galore_optax.projection import Basis, Projection, to_matrix
 
@@ -39,9 +39,11 @@ class Residual(Protocol):
 
   def init(self, plan: Projection) -> Any:
     """Returns the state for one weight."""
+    ...
 
   def __call__(self, plan: Projection, split: Split, state: Any) -> Added:
     """Returns what is added to the update [..., i, o], and the state."""
+    ...
 
 
 def outside(plan: Projection, split: Split, share: float = 1.0) -> jax.Array:
@@ -67,7 +69,7 @@ class Sgd:
 
   def __post_init__(self) -> None:
     """Raises ValueError for what is no learning rate."""
-    check_learning_rate(learning_rate=self.learning_rate)
+    checks.check_learning_rate(learning_rate=self.learning_rate)
 
   def init(self, plan: Projection) -> Any:
     """Returns no state."""
@@ -124,7 +126,7 @@ class Scaled:
 
   def __post_init__(self) -> None:
     """Raises ValueError for a limit that lets nothing grow."""
-    check_not_negative(scale=self.scale, inside=self.inside)
+    checks.check_not_negative(scale=self.scale, inside=self.inside)
     if not isinstance(self.limit, jax.Array) and not self.limit >= 1:
       raise ValueError(
         f'limit must be at least 1, the growth of a norm, got {self.limit!r}'
@@ -145,14 +147,12 @@ class Scaled:
     factor = factor / (_norm(split.low, axes) + TINY)
     if by_channel and plan.sides == (-1,):
       factor = jnp.swapaxes(factor, -2, -1)
-    what_io = split.g_io
-    if isinstance(self.inside, jax.Array) or self.inside != 0:
-      what_io = outside(plan, split, self.inside)
+    all_of_it = checks.is_zero(self.inside)
+    what_io = split.g_io if all_of_it else outside(plan, split, self.inside)
     scaled_io = factor * what_io
     norm = _norm(scaled_io, (-2, -1))
-    last = state[..., None, None]
     # After a zero gradient a bound of zero would hold for ever.
-    last = jnp.where(last > 0, last, jnp.inf)
+    last = jnp.where(state > 0, state, jnp.inf)[..., None, None]
     # 0 / 0 of a zero update is no bound.
     shrink = jnp.minimum(self.limit * last / jnp.where(norm > 0, norm, 1), 1)
     return self.scale * gain * shrink * scaled_io, (shrink * norm)[..., 0, 0]
