@@ -114,21 +114,17 @@ def _check_once(inner, plans, g, weights, count):
     unseen, slopes, then = jax.jvp(update, (blind,), (along,), has_aux=True)
   except (TypeError, NotImplementedError) as error:
     raise ValueError(
-      'the weight decay of the inner is read off its forward derivative, and'
-      f' it has none: {error}'
+      f'the inner has no forward derivative, which tells its decay: {error}'
     ) from error
 
-  decayed = lambda p, u, slope, w: (
-    u + np.ravel(slope)[0] * w if is_low(p) else u
-  )
+  decayed = lambda p, u, s, w: u + np.ravel(s)[0] * w if is_low(p) else u
   expected = each(decayed, plans, unseen, slopes, weights)
   same = jax.tree.map(_close, (seen, state, after), (expected, other, then))
   if not all(jax.tree.leaves(same)):
     raise ValueError(
-      'the inner transformation reads params for more than decoupled'
-      ' weight decay (a trust ratio, a parameter scale, or decay that'
-      ' enters a momentum, perhaps); the params of a projected weight have'
-      ' no low-rank form. Use one without it, such as optax.adamw'
+      'the inner reads params for more than decoupled weight decay (a trust'
+      ' ratio, a parameter scale, or decay that enters a momentum, perhaps),'
+      ' which has no low-rank form. Use one without it, such as optax.adamw'
     )
   moved = each(lambda p, x: is_low(p) and bool(np.any(x)), plans, seen)
   return any(jax.tree.leaves(moved))

@@ -207,8 +207,7 @@ def galore(
   planner = Planner(rank, side, targets, axes, keeper.by_coordinates)
   if residual is not None and not callable(residual):
     raise ValueError(
-      'residual must be None or a rule of galore_optax.residual with its'
-      f' learning rate, such as Sign(1e-3), got {residual!r}'
+      f'residual must be None or a rule, such as Sign(1e-3), got {residual!r}'
     )
   moments = moments_lib.checked(moments, in_turns=not isinstance(gap, int))
   options = planner, keeper, gap, scale, residual, moments
@@ -293,8 +292,7 @@ def quantize_bases(
       'quantize_bases takes a galore, or an optax.chain that begins with one,'
       f' got {tx!r}; put other transformations around it'
     )
-  pack = functools.partial(kept.packed, bits=bits, group=group)
-  return tx.with_keeper(pack)
+  return tx.with_keeper(lambda k: kept.packed(k, bits=bits, group=group))
 
 
 def with_apply(tx: Galore, wrap: Callable[[Callable], Callable]) -> Galore:
@@ -516,8 +514,7 @@ def _checked_inner(inner: Any, moments: Any) -> Any:
   for one in inner if isinstance(inner, Apart) else (inner,):
     if not isinstance(one, optax.GradientTransformation):
       raise ValueError(
-        'inner must be a transformation, such as optax.adamw(1e-3),'
-        f' got {one!r}'
+        f'inner must be a transformation, e.g. optax.adamw(1e-3), got {one!r}'
       )
   if isinstance(inner, Apart):
     return inner

@@ -5,7 +5,7 @@ allocates nothing.
 """
 
 import collections
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,6 @@ import optax
 from galore_optax import paths
 from galore_optax.galore import GaloreState
 from galore_optax.plan import watched
-
-PyTree: TypeAlias = Any
 
 BASIS = jax.tree_util.GetAttrKey('basis')
 
@@ -82,10 +80,9 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
   sizes = collections.Counter()
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     owner = _owner(path, owners)
+    end = () if owner is None else owners[owner][-1:]
     # A scalar is a counter, unless it stands where a parameter would.
-    if owner is not None and (
-      leaf.ndim or path[-1:] == owners[owner][-1:] != ()
-    ):
+    if owner is not None and (leaf.ndim or path[-1:] == end != ()):
       sizes[owner, BASIS in path] += leaf.size * leaf.dtype.itemsize
   names = paths.paths(params)
   shapes = [tuple(leaf.shape) for _, leaf in leaves]
@@ -138,7 +135,7 @@ class Account(NamedTuple):
     return self.weights + self.state
 
 
-def account(params: PyTree, state: PyTree) -> Account:
+def account(params: Any, state: Any) -> Account:
   """Returns the bytes of parameters and of a state for them.
 
   Args:
@@ -155,7 +152,7 @@ def account(params: PyTree, state: PyTree) -> Account:
   return _account(params, state, lambda x: x.size * x.dtype.itemsize)
 
 
-def elements(params: PyTree, state: PyTree) -> Account:
+def elements(params: Any, state: Any) -> Account:
   """Returns the same as `account` in elements, whatever their types.
 
   >>> import optax

@@ -69,17 +69,16 @@ class Rotate:
       fields = [f for f in FIRST + SECOND if f in node._fields]
       columns = [treedef.flatten_up_to(getattr(node, f)) for f in fields]
       count = getattr(node, 'count', None)
-      new = [
-        self._turned(dict(zip(fields, old, strict=True)), turn, count)
-        for turn, *old in zip(turns, *columns, strict=True)
-      ]
+      rows = zip(turns, *columns, strict=True)
+      new = [self._turned(fields, old, turn, count) for turn, *old in rows]
       column = lambda f: treedef.unflatten([moments[f] for moments in new])
       return node._replace(**{f: column(f) for f in fields})
 
     return _each_node(of_node, state)
 
-  def _turned(self, old, turn, count):
-    """Returns the moments of one leaf, turned."""
+  def _turned(self, fields, old, turn, count):
+    """Returns the moments of one leaf, turned, by their names."""
+    old = dict(zip(fields, old, strict=True))
     # Of two inners each has masks where the other's leaves are.
     if turn is None or optax.MaskedNode in map(type, old.values()):
       return old
@@ -90,16 +89,16 @@ class Rotate:
         turned = turn(mu, 1)
         new[f] = _stored(turned, old[f])
     if 'nu' in old:
+      w1, w2 = 1.0, 1.0
       # Bias corrections; without a count the inner makes none.
-      correction = lambda b: 1 - b ** jnp.maximum(count, 1)
-      w1, w2 = (
-        (1.0, 1.0) if count is None else map(correction, (self.b1, self.b2))
-      )
+      if count is not None:
+        w1, w2 = (1 - b ** jnp.maximum(count, 1) for b in (self.b1, self.b2))
       spread = turn(_read(old['nu']) / w2 - (mu / w1) ** 2, 2)
       new['nu'] = _stored(w2 * jnp.abs(spread + (turned / w1) ** 2), old['nu'])
     return new
 
 
+# What a refresh does to moments; 'rotate' is `Rotate()`, Adam's decays.
 Moments: TypeAlias = Literal['keep', 'reset', 'rotate'] | Rotate
 
 

@@ -138,8 +138,7 @@ def chosen(targets: Targets, tree: PyTree) -> list[bool]:
     ValueError: a regex is malformed, or matches no path of a whole tree.
   """
   if callable(targets):
-    pairs = zip(paths(tree), jax.tree.leaves(tree), strict=True)
-    return [bool(targets(name, leaf)) for name, leaf in pairs]
+    return list(map(bool, map(targets, paths(tree), jax.tree.leaves(tree))))
   patterns = [targets] if isinstance(targets, str) else list(targets or ())
   return matched(patterns, tree)
 

@@ -132,14 +132,13 @@ class Planner:
 
   def _nothing_selected(self, plans) -> str:
     shapes = ', '.join(f'{p.path} {p.shape}' for p in plans)
-    why = 'targets select no parameter'
-    if self.targets is None:
-      why = (
-        f'rank {self.rank} projects no parameter: by default those with both'
-        ' last axes larger than rank, embeddings, heads, norms and biases'
-        ' excepted. Lower rank or name targets'
-      )
-    return f'{why}. Parameters: {shapes}'
+    if self.targets is not None:
+      return f'targets select no parameter. Parameters: {shapes}'
+    return (
+      f'rank {self.rank} projects no parameter: by default those with both'
+      ' last axes larger than rank, embeddings, heads, norms and biases'
+      f' excepted. Lower rank or name targets. Parameters: {shapes}'
+    )
 
 
 @contextlib.contextmanager

@@ -18,10 +18,9 @@ def full(x: Any) -> Any:
   dtype('float32')
   """
   dtype = jnp.promote_types(x.dtype, jnp.float32)
-  is_abstract = isinstance(x, jax.ShapeDtypeStruct)
-  return (
-    jax.ShapeDtypeStruct(x.shape, dtype) if is_abstract else x.astype(dtype)
-  )
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(x.shape, dtype)
+  return x.astype(dtype)
 
 
 def in_float32(tx: Any) -> optax.GradientTransformationExtraArgs:
