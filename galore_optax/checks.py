@@ -6,13 +6,12 @@ its value is not known.
 
 import math
 import numbers
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
 
-def is_number(number: object) -> bool:
+def is_number(number: Any) -> bool:
   """Whether a number's value is known before a step is traced.
 
   >>> is_number(0.5), is_number(jax.numpy.zeros(()))
@@ -30,14 +29,21 @@ def is_zero(number: object) -> bool:
   return is_number(number) and number == 0
 
 
+def is_integer(number: Any) -> bool:
+  """Whether a number is an integer of Python or NumPy.
+
+  >>> is_integer(3), is_integer(3.0)
+  (True, False)
+  """
+  return isinstance(number, numbers.Integral) and not isinstance(number, bool)
+
+
 def check_count(**counts: Any) -> None:
   """Raises ValueError for what is no integer of one or more.
 
   >>> check_count(microbatches=4)
   """
-  for name, count in counts.items():
-    if not _is_integer(count) or count < 1:
-      raise ValueError(f'{name} must be an integer >= 1, got {count!r}')
+  _check('an integer >= 1', lambda x: is_integer(x) and x >= 1, counts)
 
 
 def check_integer(**values: Any) -> None:
@@ -45,9 +51,8 @@ def check_integer(**values: Any) -> None:
 
   >>> check_integer(seed=0)
   """
-  for name, value in values.items():
-    if not (isinstance(value, jax.Array) or _is_integer(value)):
-      raise ValueError(f'{name} must be an integer, got {value!r}')
+  known = lambda x: isinstance(x, jax.Array) or is_integer(x)
+  _check('an integer', known, values)
 
 
 def check_static(**values: object) -> None:
@@ -55,13 +60,11 @@ def check_static(**values: object) -> None:
 
   >>> check_static(rank=4, gap=200)
   """
-  for name, value in values.items():
-    if isinstance(value, jax.Array):
-      raise ValueError(
-        f'{name} must be a Python number, as what is compiled depends on it,'
-        f' got {value}; under optax.inject_hyperparams it belongs in'
-        f' static_args={tuple(values)}'
-      )
+  rule = (
+    'a Python number, as what is compiled depends on it; under'
+    f' optax.inject_hyperparams it belongs in static_args={tuple(values)}'
+  )
+  _check(rule, lambda x: not isinstance(x, jax.Array), values)
 
 
 def check_one_of(known: tuple[str, ...], **values: object) -> None:
@@ -69,11 +72,8 @@ def check_one_of(known: tuple[str, ...], **values: object) -> None:
 
   >>> check_one_of(('keep', 'reset'), moments='keep')
   """
-  for name, value in values.items():
-    if not isinstance(value, str) or value not in known:
-      raise ValueError(
-        f'{name} must be one of {", ".join(known)}, got {value!r}'
-      )
+  rule = f'one of {", ".join(known)}'
+  _check(rule, lambda x: isinstance(x, str) and x in known, values)
 
 
 def check_not_negative(**values: Any) -> None:
@@ -81,7 +81,7 @@ def check_not_negative(**values: Any) -> None:
 
   >>> check_not_negative(weight_decay=0.1)
   """
-  _check('a finite number >= 0', lambda x: x >= 0, values)
+  _check_finite('a finite number >= 0', lambda x: x >= 0, values)
 
 
 def check_positive(**values: Any) -> None:
@@ -89,7 +89,7 @@ def check_positive(**values: Any) -> None:
 
   >>> check_positive(decay_rate=0.8)
   """
-  _check('a finite number > 0', lambda x: x > 0, values)
+  _check_finite('a finite number > 0', lambda x: x > 0, values)
 
 
 def check_decay(**values: Any) -> None:
@@ -97,7 +97,8 @@ def check_decay(**values: Any) -> None:
 
   >>> check_decay(b1=0.9, b2=0.999)
   """
-  _check('in [0, 1), the share that a moment keeps', _is_share, values)
+  rule = 'in [0, 1), the share that a moment keeps'
+  _check_finite(rule, lambda x: 0 <= x < 1, values)
 
 
 def check_learning_rate(**rates: Any) -> None:
@@ -108,18 +109,13 @@ def check_learning_rate(**rates: Any) -> None:
   check_not_negative(**{k: x for k, x in rates.items() if not callable(x)})
 
 
-def _is_integer(x: object) -> bool:
-  return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+def _check(rule, holds, values) -> None:
+  for name, x in values.items():
+    if not holds(x):
+      raise ValueError(f'{name} must be {rule}, got {x!r}')
 
 
-def _is_share(x: float) -> bool:
-  return 0 <= x < 1
-
-
-def _check(rule: str, holds: Callable[[Any], bool], values: Any) -> None:
-  for name, value in values.items():
-    # An array, traced or not, is its maker's business.
-    if isinstance(value, jax.Array):
-      continue
-    if not (is_number(value) and math.isfinite(value) and holds(value)):
-      raise ValueError(f'{name} must be {rule}, got {value!r}')
+def _check_finite(rule, holds, values) -> None:
+  finite = lambda x: is_number(x) and math.isfinite(x) and holds(x)
+  # An array, traced or not, is its maker's business.
+  _check(rule, lambda x: isinstance(x, jax.Array) or finite(x), values)

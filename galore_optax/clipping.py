@@ -1,4 +1,8 @@
-"""This module holds clipping by the global norm, in pieces or at once."""
+"""Clipping by the global norm, of the whole gradient or of its pieces.
+
+Begin with `clipped`. A layer-wise step, which never has the whole gradient,
+uses the functions below it one by one.
+"""
 
 from typing import Any
 
@@ -7,8 +11,6 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax.precision import full
-
-PyTree = Any
 
 
 class ClippedTransformation(optax.GradientTransformationExtraArgs):
@@ -75,7 +77,7 @@ def clip_coefficient(norm: jax.Array, clip_norm: float) -> jax.Array:
   return jnp.minimum(1.0, clip_norm / (norm + 1e-6))
 
 
-def sum_of_squares(tree: PyTree) -> jax.Array:
+def sum_of_squares(tree: Any) -> jax.Array:
   """Returns the squared norm of all leaves together, float32.
 
   >>> print(sum_of_squares({'a': jnp.array([3.0]), 'b': jnp.array([4.0])}))
@@ -85,7 +87,7 @@ def sum_of_squares(tree: PyTree) -> jax.Array:
   return sum(squares, jnp.zeros([], jnp.float32))
 
 
-def times(tree: PyTree, factor: jax.Array) -> PyTree:
+def times(tree: Any, factor: jax.Array) -> Any:
   """Returns each leaf times a float32 factor, rounded once to its dtype.
 
   >>> times(jnp.ones(2, jnp.bfloat16), jnp.float32(0.5))

@@ -15,23 +15,18 @@ import numpy as np
 import optax
 
 from galore_optax.checks import is_zero
-from galore_optax.projection import Projection, Whole
+from galore_optax.projection import Projection, Whole, each
 
+# Steps at which an inner is tried: at some, a schedule may be zero.
 COUNTS = (0, 1, 10, 100, 1_000)
-"""Steps at which an inner is tried: at some, a schedule may be zero."""
 
 GRADIENTS = ((0.25, -1.0, 0.0, 0.5), (2.0, 1.0, 0.25, 3.0), (0.0,) * 4)
+# Entries of the 2 x 2 gradients and weights that an inner is tried on.
 WEIGHTS = (0.5, -2.0, 1.5, -0.75)
-"""Entries of the 2 x 2 gradients and weights that an inner is tried on."""
 
 
 def through(
-  inner: optax.GradientTransformationExtraArgs,
-  plans: Sequence[Projection | Whole],
-  low: Any,
-  state: Any,
-  params: Any,
-  extra_args: dict[str, Any],
+  inner: Any, plans: Sequence, low: Any, state: Any, params: Any, extra: Any
 ) -> tuple[Any, Any, Any]:
   """Runs the inner on low-rank gradients.
 
@@ -41,7 +36,7 @@ def through(
     low: projected gradients; itself of a leaf that is whole.
     state: of the inner.
     params: the weights in their own shapes, or None.
-    extra_args: passed to the inner.
+    extra: arguments passed to the inner.
 
   Returns:
     Its updates, the slopes of its decay (a tree of scalars, None without
@@ -56,26 +51,16 @@ def through(
     Array(-0.125, dtype=float32)
   """
   if params is None:
-    updates, state = inner.update(low, state, None, **extra_args)
+    updates, state = inner.update(low, state, None, **extra)
     return updates, None, state
-  leaves, treedef = jax.tree.flatten(params)
-  pairs = list(zip(plans, leaves, strict=True))
-  at = treedef.unflatten([p.view(w) for p, w in pairs])
-  along = treedef.unflatten([p.tangent(w) for p, w in pairs])
-  updates, slopes, state = jax.jvp(
-    lambda w: inner.update(low, state, w, **extra_args),
-    (at,),
-    (along,),
-    has_aux=True,
-  )
+  at = each(lambda p, w: p.view(w), plans, params)
+  along = each(lambda p, w: p.tangent(w), plans, params)
+  update = lambda w: inner.update(low, state, w, **extra)
+  updates, slopes, state = jax.jvp(update, (at,), (along,), has_aux=True)
   return updates, jax.tree.map(lambda x: x.ravel()[0], slopes), state
 
 
-def check(
-  inner: optax.GradientTransformationExtraArgs,
-  plans: Sequence[Projection | Whole],
-  params: Any,
-) -> None:
+def check(inner: Any, plans: Sequence[Projection | Whole], params: Any) -> None:
   """Raises if the inner reads params for more than decoupled decay.
 
   It is tried on 2 x 2 weights of both signs against zeros: its states must be
@@ -92,88 +77,68 @@ def check(
       with one slope, something else depends on it, or the inner has no forward
       derivative.
   """
-  leaves, treedef = jax.tree.flatten(params)
-  projected = [isinstance(p, Projection) for p in plans]
 
-  def filled(values: Sequence[float]) -> list[jax.Array]:
-    return [
-      jnp.resize(
-        jnp.array(values, jnp.promote_types(x.dtype, jnp.float32)),
-        # What the inner sees of a weight has two axes beyond its batch.
-        (2,) * (x.ndim if isinstance(p, Whole) else len(p.low_shape)),
-      )
-      for p, x in zip(plans, leaves, strict=True)
-    ]
+  def filled(values):
+    def of_leaf(p, x):
+      # What the inner sees of a weight has two axes beyond its batch.
+      ndim = x.ndim if isinstance(p, Whole) else len(p.low_shape)
+      dtype = jnp.promote_types(x.dtype, jnp.float32)
+      return jnp.resize(jnp.array(values, dtype), (2,) * ndim)
+
+    return each(of_leaf, plans, params)
 
   with jax.ensure_compile_time_eval():
+    grads, w = list(map(filled, GRADIENTS)), filled(WEIGHTS)
     for count in COUNTS:
-      moved = False
-      for values in GRADIENTS:
-        g, w = treedef.unflatten(filled(values)), filled(WEIGHTS)
-        try:
-          moved |= _check_once(inner, g, w, projected, treedef, count)
-        except (_NeedsMore, jax.errors.TracerArrayConversionError):
-          # It needs extra args, which only `update` is given; or a
-          # hyperparameter is traced, and nothing can be compared.
-          return
+      try:
+        enough = [_check_once(inner, plans, g, w, count) for g in grads]
+      except jax.errors.TracerArrayConversionError:
+        return  # a hyperparameter is traced, and nothing can be compared
       # With a learning rate of zero nothing can be seen: try the next.
-      if moved:
+      if any(enough):
         return
 
 
-class _NeedsMore(Exception):
-  """An inner's update needs arguments that nobody has at `init`."""
-
-
-def _check_once(inner, g, w, projected, treedef, count: int) -> bool:
-  """Checks one gradient at one step; returns whether any update moves."""
-  blind = treedef.unflatten(
-    [0 * x if yes else x for x, yes in zip(w, projected, strict=True)]
-  )
-  weights = treedef.unflatten(w)
+def _check_once(inner, plans, g, weights, count):
+  """Checks one gradient at one step; returns whether that tells enough."""
+  is_low = lambda p: isinstance(p, Projection)
+  blind = each(lambda p, x: 0 * x if is_low(p) else x, plans, weights)
+  along = each(lambda p, x: jnp.full_like(x, is_low(p)), plans, weights)
   state, other = (at_count(count, inner.init(x)) for x in (weights, blind))
   try:
     seen, after = inner.update(g, state, weights)
-  except TypeError as error:
-    raise _NeedsMore from error
-  along = treedef.unflatten(
-    [jnp.full_like(x, yes) for x, yes in zip(w, projected, strict=True)]
-  )
+  except TypeError:
+    return True  # it needs extra args, which only `update` is given
+  update = lambda w: inner.update(g, other, w)
   try:
-    unseen, slopes, other_after = jax.jvp(
-      lambda w: inner.update(g, other, w), (blind,), (along,), has_aux=True
-    )
+    unseen, slopes, then = jax.jvp(update, (blind,), (along,), has_aux=True)
   except (TypeError, NotImplementedError) as error:
     raise ValueError(
-      'the weight decay of the inner is read off its forward derivative, and'
-      f' it has none: {error}'
+      f'the inner has no forward derivative, which tells its decay: {error}'
     ) from error
-  rows = zip(
-    *map(jax.tree.leaves, (seen, unseen, slopes)), w, projected, strict=True
-  )
-  moved, affine = False, True
-  for x, y, slope, weight, yes in rows:
-    expected = y + np.ravel(slope)[0] * weight if yes else y
-    affine &= _close(x, expected)
-    moved |= yes and bool(np.any(x))
-  same = jax.tree.map(_close, (state, after), (other, other_after))
-  if not (affine and all(jax.tree.leaves(same))):
+
+  decayed = lambda p, u, s, w: u + np.ravel(s)[0] * w if is_low(p) else u
+  expected = each(decayed, plans, unseen, slopes, weights)
+  same = jax.tree.map(_close, (seen, state, after), (expected, other, then))
+  if not all(jax.tree.leaves(same)):
     raise ValueError(
-      'the inner transformation reads params for more than decoupled'
-      ' weight decay (a trust ratio, a parameter scale, or decay that'
-      ' enters a momentum, perhaps); the params of a projected weight have'
-      ' no low-rank form. Use one without it, such as optax.adamw'
+      'the inner reads params for more than decoupled weight decay (a trust'
+      ' ratio, a parameter scale, or decay that enters a momentum, perhaps),'
+      ' which has no low-rank form. Use one without it, such as optax.adamw'
     )
-  return moved
+  moved = each(lambda p, x: is_low(p) and bool(np.any(x)), plans, seen)
+  return any(jax.tree.leaves(moved))
 
 
 def at_count(count: int, state: Any) -> Any:
   """Returns a state with its integer scalars, the counters, at `count`."""
-  is_count = lambda x: x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
-  return jax.tree.map(
-    lambda x: jnp.full_like(x, count) if is_count(x) else x,
-    jax.tree.map(jnp.asarray, state),
-  )
+
+  def of_leaf(x):
+    x = jnp.asarray(x)
+    is_count = x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
+    return jnp.full_like(x, count) if is_count else x
+
+  return jax.tree.map(of_leaf, state)
 
 
 def _close(x: Any, y: Any) -> bool:
@@ -195,17 +160,14 @@ def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
   return learning_rate(count) if callable(learning_rate) else learning_rate
 
 
-def add_decayed_weights(
-  weight_decay: float,
-) -> optax.GradientTransformation:
+def add_decayed_weights(weight_decay: float) -> optax.GradientTransformation:
   """Returns optax's, which asks for no params where the decay is zero.
 
   >>> add_decayed_weights(0.0).update(jnp.ones(1), optax.EmptyState())[0]
   Array([1.], dtype=float32)
   """
-  if is_zero(weight_decay):
-    return optax.identity()
-  return optax.add_decayed_weights(weight_decay)
+  none = is_zero(weight_decay)
+  return optax.identity() if none else optax.add_decayed_weights(weight_decay)
 
 
 def decay_updated_weights(
@@ -225,23 +187,19 @@ def decay_updated_weights(
     Array(3., dtype=float32)
   """
 
-  def init_fn(params: optax.Params) -> optax.ScaleByScheduleState:
+  def init_fn(params):
     del params
     return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
 
-  def update_fn(
-    updates: optax.Updates, state: Any, params: optax.Params | None = None
-  ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
+  def update_fn(updates, state, params=None):
     # No params are asked for where no decay is; a traced one may be any.
-    if not is_zero(weight_decay):
-      if params is None:
-        raise ValueError(
-          'weight decay needs params: tx.update(g, state, params)'
-        )
+    decays = not is_zero(weight_decay)
+    if decays and params is None:
+      raise ValueError('weight decay needs params: tx.update(g, state, params)')
+    if decays:
       shrink = rate_at(learning_rate, state.count) * weight_decay
-      updates = jax.tree.map(
-        lambda u, w: u - (shrink * (w + u)).astype(u.dtype), updates, params
-      )
+      decayed = lambda u, w: u - (shrink * (w + u)).astype(u.dtype)
+      updates = jax.tree.map(decayed, updates, params)
     count = optax.safe_increment(state.count)
     return updates, optax.ScaleByScheduleState(count=count)
 

@@ -43,39 +43,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import decay
+from galore_optax import checks, decay, projection
 from galore_optax import moments as moments_lib
-from galore_optax.checks import (
-  check_not_negative,
-  check_one_of,
-  check_static,
-  is_zero,
-)
 from galore_optax.paths import Targets, is_part
 from galore_optax.plan import Plan, Planner, show
 from galore_optax.precision import full
-from galore_optax.projection import (
-  Axes,
-  Basis,
-  Projection,
-  Side,
-  Whole,
-  from_matrix,
-  overlap,
-  to_matrix,
-)
+from galore_optax.projection import Axes, Projection, Side, Whole, each
 from galore_optax.residual import Residual, Split
 from galore_optax.subspace import finders, kept, refresh
 
 Preset = TypeVar('Preset', bound=Callable)
 
 _optax_chain = getattr(optax.chain, '__wrapped__', optax.chain)
-
-
-NOTHING = optax.GradientTransformationExtraArgs(
-  lambda params: (), lambda updates, state, params=None, **extra: (updates, ())
-)
-"""A chain of no transformation, which optax has not."""
 
 
 class Apart(NamedTuple):
@@ -86,31 +65,28 @@ class Apart(NamedTuple):
     >>> tx = galore(inner, rank=2)
   """
 
-  low: optax.GradientTransformation
-  """Of the projected leaves."""
-  rest: optax.GradientTransformation
-  """Of all others."""
+  low: optax.GradientTransformation  # of the projected leaves
+  rest: optax.GradientTransformation  # of all others
 
 
 class GaloreState(NamedTuple):
   """The state of `galore`."""
 
-  count: jax.Array
-  """[], int32: updates done so far."""
+  count: jax.Array  # [], int32: updates done so far
+  # Tree like the parameters: orthonormal rows [..., r, m] in the weight's
+  # dtype, or what a keeper keeps of them (a pair for side 'full'); MaskedNode
+  # where not projected.
   basis: Any
-  """Tree like the parameters: orthonormal rows [..., r, m] in the weight's
-  dtype, or what a keeper keeps of them (a pair for side 'full'); MaskedNode
-  where not projected."""
+  # State of the inner transformation, for the low-rank shapes [..., r, n].
   inner: Any
-  """State of the inner transformation, for the low-rank shapes [..., r, n]."""
+  # [], int32: bases kept at a refresh as the gradient was not finite.
   skipped: jax.Array
-  """[], int32: bases kept at a refresh as the gradient was not finite."""
+  # Tree like the parameters: state of the residual rule; MaskedNode where there
+  # is none.
   residual: Any
-  """Tree like the parameters: state of the residual rule; MaskedNode where
-  there is none."""
+  # Tree like the parameters: where matrices that take turns stand in their
+  # order; () where all are due at once.
   phase: Any
-  """Tree like the parameters: where matrices that take turns stand in their
-  order; () where all are due at once."""
 
 
 class Galore(optax.GradientTransformationExtraArgs):
@@ -120,24 +96,24 @@ class Galore(optax.GradientTransformationExtraArgs):
   `layer` is the index of the layer where one layer of a stack is shown.
   """
 
+  # `(tree) -> plans`: how each leaf is projected.
   plan: Callable[[Any], list[Plan]]
-  """`(tree) -> plans`: how each leaf is projected."""
+  # `(state, *, layer=0) -> []`, bool: whether a refresh finds any basis.
   due: Callable[..., jax.Array]
-  """`(state, *, layer=0) -> []`, bool: whether a refresh finds any basis."""
+  # `(grads, state, *, layer=0) -> state`: bases that are due, moments to match;
+  # one `lax.cond` on a scalar.
   refresh: Callable[..., Any]
-  """`(grads, state, *, layer=0) -> state`: bases that are due, moments to
-  match; one `lax.cond` on a scalar."""
+  # `(grads, state) -> low`, linear in grads: [..., r, n] of a projected leaf,
+  # the leaf of another, in float32.
   project: Callable[..., Any]
-  """`(grads, state) -> low`, linear in grads: [..., r, n] of a projected leaf,
-  the leaf of another, in float32."""
+  # `(low, state, params, grads, *, layer=0, **extra_args) -> (updates, state)`;
+  # grads may be None where `linear`.
   apply: Callable[..., tuple[optax.Updates, Any]]
-  """`(low, state, params, grads, *, layer=0, **extra_args) -> (updates,
-  state)`; grads may be None where `linear`."""
+  # Whether `apply` reads no more of the gradient than its projection, so that
+  # sums of projections do for sums of gradients.
   linear: bool
-  """Whether `apply` reads no more of the gradient than its projection, so that
-  sums of projections do for sums of gradients."""
+  # `(f) -> Galore`, the same one with f(keeper) for its keeper of bases.
   with_keeper: Callable[[Callable[[Any], Any]], 'Galore']
-  """`(f) -> Galore`, the same one with f(keeper) for its keeper of bases."""
 
 
 class Stage(optax.GradientTransformationExtraArgs):
@@ -150,18 +126,6 @@ class Stage(optax.GradientTransformationExtraArgs):
     stage = super().__new__(cls, _no_inner, _no_inner)
     stage.around = around
     return stage
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """The checked options of one `galore`, which documents them."""
-
-  planner: Planner
-  keeper: Any
-  gap: refresh.Gap
-  scale: float
-  rule: Residual | None
-  moments: str | moments_lib.Rotate
 
 
 def galore(
@@ -237,25 +201,18 @@ def galore(
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024.
   """
-  check_static(rank=rank, gap=getattr(gap, 'gap', gap))
-  keeper = kept.keeping(subspace)
-  options = Options(
-    planner=Planner(rank, side, targets, axes, keeper.by_coordinates),
-    keeper=keeper,
-    gap=refresh.checked_gap(gap),
-    scale=scale,
-    rule=residual,
-    moments=_checked_moments(moments, gap),
-  )
-  check_not_negative(scale=scale)
+  checks.check_static(rank=rank, gap=getattr(gap, 'gap', gap))
+  checks.check_not_negative(scale=scale)
+  gap, keeper = refresh.checked_gap(gap), kept.keeping(subspace)
+  planner = Planner(rank, side, targets, axes, keeper.by_coordinates)
   if residual is not None and not callable(residual):
     raise ValueError(
-      'residual must be None or a rule of galore_optax.residual with its'
-      f' learning rate, such as Sign(1e-3), got {residual!r}'
+      f'residual must be None or a rule, such as Sign(1e-3), got {residual!r}'
     )
-  if inner is None:
-    return Stage(functools.partial(_galore, options=options))
-  return _galore(inner, options)
+  moments = moments_lib.checked(moments, in_turns=not isinstance(gap, int))
+  options = planner, keeper, gap, scale, residual, moments
+  of = lambda inner: _staged(_Core(_checked_inner(inner, moments), *options))
+  return Stage(of) if inner is None else of(inner)
 
 
 def names_options(
@@ -286,12 +243,9 @@ def names_options(
     signature = inspect.signature(preset)
     *own, _ = signature.parameters.values()
     taken = {parameter.name for parameter in own} | {*fixed, 'inner'}
-    options = inspect.signature(of).parameters.values()
-    own += [
-      option
-      for option in options
-      if option.kind is option.KEYWORD_ONLY and option.name not in taken
-    ]
+    for option in inspect.signature(of).parameters.values():
+      if option.kind is option.KEYWORD_ONLY and option.name not in taken:
+        own.append(option)
     vars(preset)['__signature__'] = signature.replace(parameters=own)
     return preset
 
@@ -313,7 +267,8 @@ def chain(
         )
       return chain(*before, stage.around(_optax_chain(*after)))
   if args and isinstance(args[0], Galore):
-    return _followed(args[0], _optax_chain(*args[1:]) if args[1:] else NOTHING)
+    rest = _optax_chain(*args[1:]) if args[1:] else optax.identity()
+    return _followed(args[0], optax.with_extra_args_support(rest))
   return _optax_chain(*args)
 
 
@@ -337,27 +292,20 @@ def quantize_bases(
       'quantize_bases takes a galore, or an optax.chain that begins with one,'
       f' got {tx!r}; put other transformations around it'
     )
-  pack = functools.partial(kept.packed, bits=bits, group=group)
-  return tx.with_keeper(pack)
+  return tx.with_keeper(lambda k: kept.packed(k, bits=bits, group=group))
 
 
 def with_apply(tx: Galore, wrap: Callable[[Callable], Callable]) -> Galore:
   """Returns `tx` with `wrap(tx.apply)` for its last stage."""
-  stages = {name: getattr(tx, name) for name in Galore.__annotations__}
-  return _staged(
-    tx.init,
-    **stages
-    | {
-      'apply': wrap(tx.apply),
-      'with_keeper': lambda f: with_apply(tx.with_keeper(f), wrap),
-    },
-  )
+  with_keeper = lambda f: with_apply(tx.with_keeper(f), wrap)
+  return _staged(tx, apply=wrap(tx.apply), with_keeper=with_keeper)
 
 
-def _followed(
-  first: Galore, rest: optax.GradientTransformationExtraArgs
-) -> Galore:
+def _followed(first, rest) -> Galore:
   """Returns `optax.chain(first, *rest)` with the stages of the first."""
+
+  def refresh_fn(grads, state, **layer):
+    return first.refresh(grads, state[0], **layer), *state[1:]
 
   def apply_fn(low, state, params=None, grads=None, **extra_args):
     updates, head = first.apply(low, state[0], params, grads, **extra_args)
@@ -366,350 +314,217 @@ def _followed(
     return updates, (head, *tail)
 
   return _staged(
-    lambda params: (first.init(params), *rest.init(params)),
-    plan=first.plan,
+    first,
+    init=lambda params: (first.init(params), *rest.init(params)),
     due=lambda state, **layer: first.due(state[0], **layer),
-    refresh=lambda grads, state, **layer: (
-      first.refresh(grads, state[0], **layer),
-      *state[1:],
-    ),
+    refresh=refresh_fn,
     project=lambda grads, state: first.project(grads, state[0]),
     apply=apply_fn,
-    linear=first.linear,
     with_keeper=lambda f: _followed(first.with_keeper(f), rest),
   )
 
 
-def _staged(init_fn: Callable[[Any], Any], **stages: Any) -> Galore:
-  """Returns the transformation whose update is its three stages."""
+def _staged(first: Any, **other: Any) -> Galore:
+  """Returns the stages of one, but for `other`, as a transformation."""
 
-  def update_fn(
-    updates: optax.Updates,
-    state: Any,
-    params: optax.Params | None = None,
-    *,
-    layer: jax.Array | int = 0,
-    **extra_args: Any,
-  ) -> tuple[optax.Updates, Any]:
+  def update_fn(updates, state, params=None, *, layer=0, **extra_args):
     state = tx.refresh(updates, state, layer=layer)
     low = tx.project(updates, state)
     return tx.apply(low, state, params, updates, layer=layer, **extra_args)
 
-  tx = Galore(init_fn, update_fn)
-  vars(tx).update(stages)
+  tx = Galore(other.pop('init', first.init), update_fn)
+  names = Galore.__annotations__.keys() - other
+  vars(tx).update(other | {name: getattr(first, name) for name in names})
   return tx
 
 
-def _galore(inner: Any, options: Options) -> Galore:
-  """Returns `inner` run on projected gradients; see `galore`."""
-  for one in inner if isinstance(inner, Apart) else (inner,):
-    if not isinstance(one, optax.GradientTransformation):
-      raise ValueError(
-        'inner must be a transformation, such as optax.adamw(1e-3), got'
-        f' {one!r}'
-      )
-  if not isinstance(inner, Apart):
-    inner = optax.with_extra_args_support(inner)
-    # Adam's counter serves all its leaves: were it one state, a restart of the
-    # projected leaves would correct the bias of the others anew.
-    if options.moments == 'reset':
-      inner = Apart(inner, inner)
-  of = functools.partial
-  return _staged(
-    of(_init, inner, options),
-    plan=options.planner,
-    due=of(_due, options),
-    refresh=of(_refresh, options),
-    project=of(_project, options),
-    apply=of(_apply, inner, options),
-    linear=options.rule is None,
-    with_keeper=lambda f: _galore(
-      inner, dataclasses.replace(options, keeper=f(options.keeper))
-    ),
-  )
+@dataclasses.dataclass(frozen=True)
+class _Core:
+  """The checked options of one `galore`, which documents them, and its stages.
 
+  `layer` is the index of the layer where one layer of a stack is shown.
+  """
 
-def _init(
-  inner: Any,
-  options: Options,
-  params: optax.Params,
-) -> GaloreState:
-  """Returns the state before the first update, of an inner that was checked."""
-  plans = options.planner(params)
-  show(plans)
-  leaves, treedef = jax.tree.flatten(params)
-  pairs = list(zip(plans, leaves, strict=True))
-  view = treedef.unflatten([p.view(x) for p, x in pairs])
-  inner = _joined(inner, plans, treedef)
-  # The parts of a tree are seen after the whole, one by one.
-  if any(isinstance(p, Projection) for p in plans) and not is_part(params):
-    decay.check(inner, plans, params)
-  inner_state = inner.init(view)
-  _check_moments(options, inner_state)
-  return GaloreState(
-    count=jnp.zeros([], jnp.int32),
-    basis=treedef.unflatten(
-      [refresh.first_kept(options.keeper, p, x.dtype) for p, x in pairs]
-    ),
-    inner=inner_state,
-    skipped=jnp.zeros([], jnp.int32),
-    residual=_first_residual(options, plans, treedef),
-    phase=refresh.phases(plans, params, options.gap),
-  )
+  inner: Any  # takes extra args, or it is an `Apart`
+  plan: Planner
+  keeper: Any
+  gap: refresh.Gap
+  scale: float
+  rule: Any  # of the residual, or None
+  moments: Any  # 'keep', 'reset' or a `Rotate`
 
+  @property
+  def linear(self) -> bool:
+    """Whether no residual rule reads the gradient."""
+    return self.rule is None
 
-def _due(
-  options: Options, state: GaloreState, *, layer: jax.Array | int = 0
-) -> jax.Array:
-  return refresh.is_due(options.gap, state.phase, state.count, layer)
+  def with_keeper(self, f: Callable[[Any], Any]) -> Galore:
+    """Returns the same with f(keeper)."""
+    return _staged(dataclasses.replace(self, keeper=f(self.keeper)))
 
+  def init(self, params: Any) -> GaloreState:
+    """Returns the state before the first update."""
+    plans = self.plan(params)
+    show(plans)
+    inner = self._joined(plans, params)
+    # The parts of a tree are seen after the whole, one by one.
+    if any(isinstance(p, Projection) for p in plans) and not is_part(params):
+      decay.check(inner, plans, params)
+    inner_state = inner.init(each(lambda p, w: p.view(w), plans, params))
+    if self.moments == 'reset':
+      moments_lib.check_resets(inner_state.inner_states['low'])
+    elif self.moments != 'keep':
+      self.moments.check(inner_state)
+    basis = lambda p, w: refresh.first_kept(self.keeper, p, w.dtype)
+    return GaloreState(
+      count=jnp.zeros([], jnp.int32),
+      basis=each(basis, plans, params),
+      inner=inner_state,
+      skipped=jnp.zeros([], jnp.int32),
+      residual=self._first_residual(plans, params),
+      phase=refresh.phases(plans, params, self.gap),
+    )
 
-def _refresh(
-  options: Options,
-  grads: optax.Updates,
-  state: GaloreState,
-  *,
-  layer: jax.Array | int = 0,
-) -> GaloreState:
-  """Returns the state with new bases, and moments to match, if some are due."""
-  plans = options.planner(grads)
-  if not any(isinstance(p, Projection) for p in plans):
-    return state
-  # What no refresh changes stays outside the cond, where it is not copied.
-  names = ['basis', 'skipped']
-  if options.moments != 'keep':
-    names += ['inner', 'residual']
-  pick = lambda state: {name: getattr(state, name) for name in names}
-  changed = jax.lax.cond(
+  def due(self, state: GaloreState, *, layer: Any = 0) -> jax.Array:
+    """Returns whether a refresh finds any basis: a scalar."""
+    return refresh.is_due(self.gap, state.phase, state.count, layer)
+
+  def refresh(self, grads: Any, state: GaloreState, *, layer: Any = 0) -> Any:
+    """Returns the state with new bases, and moments to match, if due."""
+    plans = self.plan(grads)
+    if not any(isinstance(p, Projection) for p in plans):
+      return state
+    # What no refresh changes stays outside the cond, where it is not copied.
+    names = ['basis', 'skipped']
+    if self.moments != 'keep':
+      names += ['inner', 'residual']
+    pick = lambda state: {name: getattr(state, name) for name in names}
+    new = lambda: pick(self._refreshed(plans, grads, state, layer))
     # A scalar: a batched predicate would turn the cond into a select, and a
     # basis would be found at every step.
-    _due(options, state, layer=layer),
-    lambda old: pick(
-      _refreshed(options, plans, grads, state._replace(**old), layer)
-    ),
-    lambda old: old,
-    pick(state),
-  )
-  return state._replace(**changed)
+    due = self.due(state, layer=layer)
+    return state._replace(**jax.lax.cond(due, new, lambda: pick(state)))
 
-
-def _refreshed(
-  options: Options,
-  plans: list[Plan],
-  grads: optax.Updates,
-  state: GaloreState,
-  layer: jax.Array | int,
-) -> GaloreState:
-  leaves, treedef = jax.tree.flatten(grads)
-  phase = [None] * len(leaves)
-  if isinstance(options.gap, refresh.Staggered):
-    phase = treedef.flatten_up_to(state.phase)
-  found, skips = refresh.refreshed(
-    options.keeper,
-    plans,
-    leaves,
-    treedef.flatten_up_to(state.basis),
-    phase,
-    gap=options.gap,
-    count=state.count,
-    layer=layer,
-  )
-  new = state._replace(
-    basis=treedef.unflatten(found), skipped=state.skipped + skips
-  )
-  if options.moments == 'keep':
-    return new
-  if options.moments == 'reset':
-    return new._replace(
-      inner=moments_lib.reset_low(state.inner),
+  def _refreshed(self, plans, grads, state, layer) -> GaloreState:
+    leaves, treedef = jax.tree.flatten(grads)
+    up = treedef.flatten_up_to
+    when = {'gap': self.gap, 'count': state.count, 'layer': layer}
+    in_turns = not isinstance(self.gap, int)
+    phase = up(state.phase) if in_turns else [None] * len(leaves)
+    rows = plans, leaves, up(state.basis), phase
+    basis, skips = refresh.refreshed(self.keeper, *rows, **when)
+    basis, skipped = treedef.unflatten(basis), state.skipped + skips
+    new = state._replace(basis=basis, skipped=skipped)
+    if self.moments == 'keep':
+      return new
+    if self.moments == 'reset':
       # A norm that followed the old moments would bound that of the new ones.
-      residual=_first_residual(options, plans, treedef),
+      residual = self._first_residual(plans, grads)
+      inner = moments_lib.reset_low(state.inner)
+      return new._replace(inner=inner, residual=residual)
+
+    def turn(p, new, old, at):
+      if isinstance(p, Whole):
+        return None
+      changed = refresh.changed(self.gap, p, at, state.count, layer)
+      return functools.partial(_turned, p, new, old, changed)
+
+    bases = [up(self._bases(plans, grads, s)) for s in (new, state)]
+    turns = list(map(turn, plans, *bases, phase))
+    return new._replace(inner=self.moments(state.inner, treedef, turns))
+
+  def project(self, grads: Any, state: GaloreState) -> Any:
+    """Returns the gradients, those of projected leaves in their subspaces."""
+    plans = self.plan(grads)
+    bases = self._bases(plans, grads, state)
+    return each(lambda p, g, basis: p.project(g, basis), plans, grads, bases)
+
+  def apply(self, low, state, params=None, grads=None, *, layer=0, **extra):
+    """Returns the updates and the next state; `state` has the step's bases."""
+    assert grads is not None or self.rule is None, 'a rule reads the gradient'
+    like = params if grads is None else grads
+    plans = self.plan(like)
+    if not checks.is_zero(layer):
+      extra['layer'] = layer
+    answer, slopes, inner_state = decay.through(
+      self._joined(plans, like), plans, low, state.inner, params, extra
     )
-  bases = zip(
-    plans,
-    *(_bases(options, plans, grads, s) for s in (new, state)),
-    phase,
-    strict=True,
-  )
-  turns = [
-    _turn(p, *two, refresh.changed(options.gap, p, at, state.count, layer))
-    if isinstance(p, Projection)
-    else None
-    for p, *two, at in bases
-  ]
-  return new._replace(inner=options.moments(state.inner, treedef, turns))
+    trees = self._bases(plans, like, state), low, answer, state.residual
+    if slopes is not None:
+      trees += slopes, params
+    of_leaf = functools.partial(self._updated, state.count)
+    pairs = each(of_leaf, plans, like, *trees)
+    pick = lambda i: jax.tree.map(lambda _, pair: pair[i], like, pairs)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    new = {'count': count, 'inner': inner_state, 'residual': pick(1)}
+    return pick(0), state._replace(**new)
+
+  def _updated(self, count, p, x, basis, low, answer, rest, slope=0, w=None):
+    """Returns one leaf's update in its own shape, its residual rule's state."""
+    if isinstance(p, Whole):
+      return answer.astype(x.dtype), rest
+    update = jnp.zeros(x.shape, x.dtype)
+    if not checks.is_zero(self.scale):
+      # At once in the gradient's dtype: in float32 the update of one large
+      # weight would be the largest temporary of a layer-wise step.
+      update = p.unproject(self.scale * answer, basis).astype(x.dtype)
+    if self.rule is not None:
+      g_io = projection.to_matrix(p, full(x))
+      split = Split(g_io, basis, low, answer, count)
+      added_io, rest = self.rule(p, split, rest)
+      update = update + projection.from_matrix(p, added_io)
+    if w is not None:
+      update = update + slope * w
+    return update.astype(x.dtype), rest
+
+  def _bases(self, plans, like, state) -> Any:
+    """Returns the basis of each leaf; () for one that is whole."""
+    basis = lambda p, x, of: refresh.basis_of(self.keeper, p, of, x.dtype)
+    return each(basis, plans, like, state.basis)
+
+  def _first_residual(self, plans, like) -> Any:
+    """Returns the states of the residual rule before anything went through."""
+    masked = lambda p: self.rule is None or isinstance(p, Whole)
+    first = lambda p, _: optax.MaskedNode() if masked(p) else self.rule.init(p)
+    return each(first, plans, like)
+
+  def _joined(self, plans, like) -> Any:
+    """Returns one inner of the whole tree."""
+    if not isinstance(self.inner, Apart):
+      return self.inner
+    label = lambda p, _: 'rest' if isinstance(p, Whole) else 'low'
+    inners: Any = self.inner._asdict()
+    labels = each(label, plans, like)
+    return optax.partition(inners, labels, mask_compatible_extra_args=True)
 
 
-def _turn(
-  p: Projection, new: Basis, old: Basis, changed: jax.Array
-) -> moments_lib.Turn:
+def _turned(p, new, old, changed, low: jax.Array, power: int) -> jax.Array:
   """Returns the product with C = P_new P_old^T, its entries to a power.
 
   Before the first refresh there is nothing to carry: C is the identity. So it
   is for a matrix that was not due.
   """
-
-  def product(low: jax.Array, power: int) -> jax.Array:
-    eye_rr = jnp.broadcast_to(jnp.eye(p.rank), (*p.batch, p.rank, p.rank))
-    overlaps = [
-      jnp.where(changed, overlap(n, o), eye_rr) ** power
-      for n, o in zip(new, old, strict=True)
-    ]
-    return p.turn(low, overlaps)
-
-  return product
+  eye_rr = jnp.broadcast_to(jnp.eye(p.rank), (*p.batch, p.rank, p.rank))
+  overlaps = [projection.overlap(n, o) for n, o in zip(new, old, strict=True)]
+  return p.turn(low, [jnp.where(changed, x, eye_rr) ** power for x in overlaps])
 
 
-def _project(
-  options: Options, grads: optax.Updates, state: GaloreState
-) -> optax.Updates:
-  """Returns the gradients, those of projected leaves in their subspaces."""
-  leaves, treedef = jax.tree.flatten(grads)
-  plans = options.planner(grads)
-  rows = zip(plans, leaves, _bases(options, plans, grads, state), strict=True)
-  return treedef.unflatten([p.project(g, basis) for p, g, basis in rows])
-
-
-def _apply(
-  inner: Any,
-  options: Options,
-  low: optax.Updates,
-  state: GaloreState,
-  params: optax.Params | None = None,
-  grads: optax.Updates | None = None,
-  *,
-  layer: jax.Array | int = 0,
-  **extra_args: Any,
-) -> tuple[optax.Updates, GaloreState]:
-  """Returns the updates and the next state; `state` has the step's bases."""
-  like = params if grads is None else grads
-  leaves, treedef = jax.tree.flatten(like)
-  plans = options.planner(like)
-  bases = _bases(options, plans, like, state)
-  if not is_zero(layer):
-    extra_args['layer'] = layer
-  answer, slopes, inner_state = decay.through(
-    _joined(inner, plans, treedef), plans, low, state.inner, params, extra_args
-  )
-  low, answer = map(treedef.flatten_up_to, (low, answer))
-  rows = zip(plans, answer, bases, leaves, strict=True)
-  whole = [_back(p, options.scale, u, basis, x) for p, u, basis, x in rows]
-  rests = state.residual
-  if options.rule is not None:
-    assert grads is not None, 'a residual rule reads the gradient itself'
-    splits = zip(leaves, bases, low, answer, strict=True)
-    splits = [Split(full(g), *rest, state.count) for g, *rest in splits]
-    states = treedef.flatten_up_to(rests)
-    added = zip(plans, splits, whole, states, strict=True)
-    whole, states = zip(
-      *[_with_rest(options.rule, *row) for row in added], strict=True
-    )
-    rests = treedef.unflatten(states)
-  if slopes is not None:
-    rows = zip(
-      plans,
-      whole,
-      treedef.flatten_up_to(slopes),
-      treedef.flatten_up_to(params),
-      strict=True,
-    )
-    whole = [
-      u + slope * w if isinstance(p, Projection) else u
-      for p, u, slope, w in rows
-    ]
-  whole = [u.astype(x.dtype) for u, x in zip(whole, leaves, strict=True)]
-  return treedef.unflatten(whole), state._replace(
-    count=jnp.asarray(optax.safe_increment(state.count)),
-    inner=inner_state,
-    residual=rests,
-  )
-
-
-def _back(
-  p: Plan, scale: Any, low: jax.Array, basis: Basis, like: jax.Array
-) -> jax.Array:
-  """Returns the scaled update in the weight's shape.
-
-  At once in the gradient's dtype: in float32 the update of one large weight
-  would be the largest temporary of a layer-wise step.
-  """
-  if isinstance(p, Whole):
-    return low
-  if is_zero(scale):
-    return jnp.zeros(like.shape, like.dtype)
-  return p.unproject(scale * low, basis).astype(like.dtype)
-
-
-def _with_rest(
-  rule: Residual, p: Plan, split: Split, update: jax.Array, state: Any
-) -> tuple[jax.Array, Any]:
-  """Returns an update with what the residual rule adds, and its state."""
-  if isinstance(p, Whole):
-    return update, state
-  split = split._replace(g_io=to_matrix(p, split.g_io))
-  added_io, state = rule(p, split, state)
-  return update + from_matrix(p, added_io), state
-
-
-def _bases(
-  options: Options, plans: list[Plan], like: Any, state: GaloreState
-) -> list[Basis]:
-  """Returns the basis of each leaf; () for one that is whole."""
-  leaves, treedef = jax.tree.flatten(like)
-  rows = zip(plans, treedef.flatten_up_to(state.basis), leaves, strict=True)
-  return [
-    refresh.basis_of(options.keeper, p, one, x.dtype) for p, one, x in rows
-  ]
-
-
-def _first_residual(options: Options, plans: list[Plan], treedef: Any) -> Any:
-  """Returns the states of the residual rule before anything went through."""
-  rule, none = options.rule, optax.MaskedNode()
-  return treedef.unflatten(
-    [
-      none if isinstance(p, Whole) or rule is None else rule.init(p)
-      for p in plans
-    ]
-  )
-
-
-def _joined(
-  inner: Any, plans: list[Plan], treedef: Any
-) -> optax.GradientTransformationExtraArgs:
-  """Returns one inner of the whole tree."""
-  if not isinstance(inner, Apart):
+def _checked_inner(inner: Any, moments: Any) -> Any:
+  """Returns an inner that takes extra args, or two of them."""
+  for one in inner if isinstance(inner, Apart) else (inner,):
+    if not isinstance(one, optax.GradientTransformation):
+      raise ValueError(
+        f'inner must be a transformation, e.g. optax.adamw(1e-3), got {one!r}'
+      )
+  if isinstance(inner, Apart):
     return inner
-  labels = ['rest' if isinstance(p, Whole) else 'low' for p in plans]
-  return optax.partition(
-    inner._asdict(), treedef.unflatten(labels), mask_compatible_extra_args=True
-  )
+  inner = optax.with_extra_args_support(inner)
+  # Adam's counter serves all its leaves: were it one state, a restart of the
+  # projected leaves would correct the bias of the others anew.
+  return Apart(inner, inner) if moments == 'reset' else inner
 
 
-def _checked_moments(rule: Any, gap: Any) -> str | moments_lib.Rotate:
-  """Returns 'keep', 'reset' or an object that rotates."""
-  if rule == 'rotate':
-    return moments_lib.Rotate()
-  if isinstance(rule, moments_lib.Rotate):
-    return rule
-  check_one_of(('keep', 'reset', 'rotate'), moments=rule)
-  if rule == 'reset' and isinstance(gap, refresh.Staggered):
-    raise ValueError(
-      "moments='reset' restarts a counter that all matrices share, so they"
-      " cannot take turns; use an integer gap, 'keep' or 'rotate'"
-    )
-  return rule
-
-
-def _check_moments(options: Options, state: Any) -> None:
-  """Raises where the inner keeps moments that a refresh does not know."""
-  if options.moments == 'reset':
-    moments_lib.check_resets(state.inner_states['low'])
-  elif options.moments != 'keep':
-    options.moments.check(state)
-
-
-def _no_inner(*args: Any, **kwargs: Any) -> Any:
-  del args, kwargs
+def _no_inner(*_: Any, **__: Any) -> Any:
   raise TypeError(
     'galore(...) has no inner transformation. Write'
     ' optax.chain(galore(rank=512), optax.adamw(lr)), with optax.chain looked'

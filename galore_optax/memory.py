@@ -4,7 +4,8 @@ Everything is read off shapes (`jax.eval_shape`), so that it is exact and
 allocates nothing.
 """
 
-from typing import Any, NamedTuple, TypeAlias
+import collections
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +15,18 @@ from galore_optax import paths
 from galore_optax.galore import GaloreState
 from galore_optax.plan import watched
 
-PyTree: TypeAlias = Any
-KeyPath: TypeAlias = tuple[Any, ...]
-
 BASIS = jax.tree_util.GetAttrKey('basis')
 
 
 class Row(NamedTuple):
   """What a transformation keeps for one parameter."""
 
-  path: str
-  """Path of the parameter, keys joined by '/'."""
-  shape: tuple[int, ...]
-  """Its shape."""
+  path: str  # path of the parameter, keys joined by '/'
+  shape: tuple[int, ...]  # its shape
+  # Shape of its projected gradient; None where it is not projected.
   projected_shape: tuple[int, ...] | None
-  """Shape of its projected gradient; None where it is not projected."""
-  basis_bytes: int
-  """Bytes of its basis."""
-  moment_bytes: int
-  """Bytes of all else of its shape in the state."""
+  basis_bytes: int  # bytes of its basis
+  moment_bytes: int  # bytes of all else of its shape in the state
 
   @property
   def bytes(self) -> int:
@@ -47,21 +41,14 @@ class Table(tuple[Row, ...]):
 
   def __str__(self) -> str:
     """Returns the rows as text."""
-    head = ('path', 'shape', 'projected', 'bytes')
-    lines = [head] + [
-      (
-        row.path,
-        str(row.shape),
-        '-' if row.projected_shape is None else str(row.projected_shape),
-        f'{row.bytes:,}',
-      )
-      for row in self
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [('path', 'shape', 'projected', 'bytes')]
+    for row in self:
+      low = str(row.projected_shape or '-')
+      rows.append((row.path, str(row.shape), low, f'{row.bytes:,}'))
+    a, b, c, d = (max(map(len, column)) for column in zip(*rows, strict=True))
     return '\n'.join(
-      f'{path:<{widths[0]}}  {shape:<{widths[1]}}  {low:<{widths[2]}}'
-      f'  {size:>{widths[3]}}'
-      for path, shape, low, size in lines
+      f'{path:<{a}}  {shape:<{b}}  {low:<{c}}  {size:>{d}}'
+      for path, shape, low, size in rows
     )
 
 
@@ -88,55 +75,39 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
   with watched() as seen:
     # A new function: what was traced before would not be watched again.
     state = jax.eval_shape(lambda params: tx.init(params), params)
-  low_shapes = {path: plan.low_shape for path, plan in seen.items()}
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  names = paths.paths(params)
-  bases, rest = _bytes_by_owner(state, [path for path, _ in leaves])
-  return Table(
-    Row(name, tuple(leaf.shape), low_shapes.get(name), basis, other)
-    for name, (_, leaf), basis, other in zip(
-      names, leaves, bases, rest, strict=True
-    )
-  )
-
-
-def _bytes_by_owner(state: Any, owners: list[Any]) -> tuple[list, list]:
-  """Returns bytes of bases and of all else, by the parameter they belong to."""
-  bases, rest = [0] * len(owners), [0] * len(owners)
+  owners = [path for path, _ in leaves]
+  sizes = collections.Counter()
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    is_basis = BASIS in path
-    owner = (_owner_of_basis if is_basis else _owner)(path, owners)
+    owner = _owner(path, owners)
+    end = () if owner is None else owners[owner][-1:]
     # A scalar is a counter, unless it stands where a parameter would.
-    if owner is not None and (
-      leaf.ndim or path[-1:] == owners[owner][-1:] != ()
-    ):
-      into = bases if is_basis else rest
-      into[owner] += leaf.size * leaf.dtype.itemsize
-  return bases, rest
+    if owner is not None and (leaf.ndim or path[-1:] == end != ()):
+      sizes[owner, BASIS in path] += leaf.size * leaf.dtype.itemsize
+  names = paths.paths(params)
+  shapes = [tuple(leaf.shape) for _, leaf in leaves]
+  low = [seen[name].low_shape if name in seen else None for name in names]
+  bases = [sizes[i, True] for i in range(len(leaves))]
+  rest = [sizes[i, False] for i in range(len(leaves))]
+  return Table(map(Row, names, shapes, low, bases, rest))
 
 
-def _owner_of_basis(path: KeyPath, owners: list[KeyPath]) -> int | None:
-  """Returns the parameter whose path follows the field of bases."""
-  start = path.index(BASIS) + 1
-  found = [
-    i for i, owner in enumerate(owners) if path[start:][: len(owner)] == owner
-  ]
-  return max(found, key=lambda i: len(owners[i]), default=None)
-
-
-def _owner(path: KeyPath, owners: list[KeyPath]) -> int | None:
-  """Returns the parameter whose path comes last, before fields of a container.
+def _owner(path, owners):
+  """Returns the parameter whose path comes last, or right after BASIS.
 
   Of two that end together it is the longer; a chain's own indices, which a
   list of parameters shares, come first.
   """
+  starts = lambda owner: range(len(path) - len(owner) + 1)
+  if BASIS in path:
+    starts = lambda owner: [path.index(BASIS) + 1]
   found = [
-    (end, len(owner), i)
+    (start + len(owner), len(owner), i)
     for i, owner in enumerate(owners)
-    for end in range(len(owner), len(path) + 1)
-    if path[end - len(owner) : end] == owner
+    for start in starts(owner)
+    if path[start : start + len(owner)] == owner
   ]
-  return max(found)[-1] if found else None
+  return max(found, default=(None,))[-1]
 
 
 class Account(NamedTuple):
@@ -164,7 +135,7 @@ class Account(NamedTuple):
     return self.weights + self.state
 
 
-def account(params: PyTree, state: PyTree) -> Account:
+def account(params: Any, state: Any) -> Account:
   """Returns the bytes of parameters and of a state for them.
 
   Args:
@@ -181,7 +152,7 @@ def account(params: PyTree, state: PyTree) -> Account:
   return _account(params, state, lambda x: x.size * x.dtype.itemsize)
 
 
-def elements(params: PyTree, state: PyTree) -> Account:
+def elements(params: Any, state: Any) -> Account:
   """Returns the same as `account` in elements, whatever their types.
 
   >>> import optax
@@ -193,26 +164,19 @@ def elements(params: PyTree, state: PyTree) -> Account:
 
 
 def _account(params, state, size) -> Account:
-  total = lambda leaves: sum(size(x) for x in leaves)
-  weights = dict(zip(paths.paths(params), jax.tree.leaves(params), strict=True))
-  vocabulary = [w for path, w in weights.items() if paths.in_vocabulary(path)]
+  sums = collections.Counter()
+  weights = jax.tree.leaves(params)
+  for path, w in zip(paths.paths(params), weights, strict=True):
+    kind = 'vocabulary' if paths.in_vocabulary(path) else 'parameters'
+    sums[kind] += size(w)
   is_galore = lambda x: isinstance(x, GaloreState)
-  nodes = jax.tree.leaves(state, is_leaf=is_galore)
-  bases = jax.tree.leaves([n.basis for n in nodes if is_galore(n)])
-  rest = jax.tree.leaves(
-    [n._replace(basis=()) if is_galore(n) else n for n in nodes]
-  )
-  counters = [x for x in rest if _is_counter(x)]
-  moments = [x for x in rest if not _is_counter(x)]
-  return Account(
-    parameters=total(weights.values()) - total(vocabulary),
-    vocabulary=total(vocabulary),
-    bases=total(bases),
-    moments=total(moments),
-    counters=total(counters),
-  )
-
-
-def _is_counter(x: Any) -> bool:
-  # Codes of quantized moments are integers too, but of 8 bits.
-  return jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize > 1
+  for node in jax.tree.leaves(state, is_leaf=is_galore):
+    if is_galore(node):
+      sums['bases'] += sum(map(size, jax.tree.leaves(node.basis)))
+      node = node._replace(basis=())
+    for x in jax.tree.leaves(node):
+      # Codes of quantized moments are integers too, but of 8 bits.
+      is_integer = jnp.issubdtype(x.dtype, jnp.integer)
+      is_counter = is_integer and x.dtype.itemsize > 1
+      sums['counters' if is_counter else 'moments'] += size(x)
+  return Account(**{field: sums[field] for field in Account._fields})

@@ -5,35 +5,26 @@ stands beside them under another name is refused at `init`. No inner is run.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax.checks import check_decay
+from galore_optax.checks import check_decay, check_one_of
 from galore_optax.quantized.array import Quantized, dequantize, full, quantize
 
+# Fields of first and of second moments in optax's states.
 FIRST, SECOND = ('mu', 'trace', 'ema'), ('nu',)
-"""Fields of first and of second moments in optax's states."""
 
-ZEROED = {
-  *FIRST,
-  *SECOND,
-  *('v', 'v_row', 'v_col', 'nu_max', 'm', 'n', 'g'),
-}
-"""Fields that start at zero, and that a reset takes back there."""
+# Fields that start at zero, and that a reset takes back there.
+ZEROED = {*FIRST, *SECOND, *'v v_row v_col nu_max m n g'.split()}
 
+# Counters of moments: a bias correction starts anew with them.
 COUNTS = {'count', 't'}
-"""Counters of moments: a bias correction starts anew with them."""
 
-CONSTANTS = {'ns_coeffs'}
-"""Fields of numbers that no gradient changes."""
-
-Turn: TypeAlias = Callable[[jax.Array, int], jax.Array]
-"""`turn(x, power)`, the product with C = P_new P_old^T, its entries to a power;
-None for a leaf that is not projected."""
+CONSTANTS = {'ns_coeffs'}  # fields of numbers that no gradient changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +44,8 @@ class Rotate:
     Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024.
   """
 
-  b1: float = 0.9
-  """Decay of the inner's first moment."""
-  b2: float = 0.999
-  """Decay of its second moment."""
+  b1: float = 0.9  # decay of the inner's first moment
+  b2: float = 0.999  # decay of its second moment
 
   def __post_init__(self) -> None:
     """Raises ValueError for what is no decay."""
@@ -66,59 +55,68 @@ class Rotate:
     """Raises ValueError where a moment is neither mu, trace, ema nor nu."""
     _check(state, {*FIRST, *SECOND}, 'rotate', 'mu, trace and nu')
 
-  def __call__(
-    self, state: Any, treedef: Any, turns: Sequence[Turn | None]
-  ) -> Any:
+  def __call__(self, state: Any, treedef: Any, turns: Sequence) -> Any:
     """Returns the inner state in the new basis.
 
     Args:
       state: of the inner.
       treedef: of the parameters.
-      turns: of each leaf.
+      turns: of each leaf `turn(x, power)`, the product with C, its entries to a
+        power; None of a leaf that is not projected.
     """
 
-    def of_node(node: Any) -> Any:
-      if not _is_moments(node):
-        return node
+    def of_node(node):
       fields = [f for f in FIRST + SECOND if f in node._fields]
-      rows = zip(
-        *(treedef.flatten_up_to(getattr(node, f)) for f in fields), strict=True
-      )
+      columns = [treedef.flatten_up_to(getattr(node, f)) for f in fields]
       count = getattr(node, 'count', None)
-      new = [
-        # Of two inners each has masks where the other's leaves are.
-        leaf
-        if turn is None or isinstance(leaf[0], optax.MaskedNode)
-        else self._turned(fields, leaf, turn, count)
-        for leaf, turn in zip(rows, turns, strict=True)
-      ]
-      columns = zip(fields, zip(*new, strict=True), strict=True)
-      return node._replace(**{f: treedef.unflatten(c) for f, c in columns})
+      rows = zip(turns, *columns, strict=True)
+      new = [self._turned(fields, old, turn, count) for turn, *old in rows]
+      column = lambda f: treedef.unflatten([moments[f] for moments in new])
+      return node._replace(**{f: column(f) for f in fields})
 
-    return jax.tree.map(of_node, state, is_leaf=_is_moments)
+    return _each_node(of_node, state)
 
-  def _turned(self, fields, leaf, turn, count) -> tuple[Any, ...]:
-    """Returns the moments of one leaf, turned."""
-    old = dict(zip(fields, leaf, strict=True))
-    new = dict(old)
-    first = next((f for f in FIRST if f in old), None)
-    mu = 0.0 if first is None else _read(old[first])
-    if first is not None:
-      new[first] = _stored(turn(mu, 1), old[first])
+  def _turned(self, fields, old, turn, count):
+    """Returns the moments of one leaf, turned, by their names."""
+    old = dict(zip(fields, old, strict=True))
+    # Of two inners each has masks where the other's leaves are.
+    if turn is None or optax.MaskedNode in map(type, old.values()):
+      return old
+    new, mu, turned = dict(old), 0.0, 0.0
+    for f in FIRST:
+      if f in old:
+        mu = _read(old[f])
+        turned = turn(mu, 1)
+        new[f] = _stored(turned, old[f])
     if 'nu' in old:
+      w1, w2 = 1.0, 1.0
       # Bias corrections; without a count the inner makes none.
-      w1, w2 = (
-        1.0 if count is None else 1 - b ** jnp.maximum(count, 1)
-        for b in (self.b1, self.b2)
-      )
-      turned = 0.0 if first is None else turn(mu, 1) / w1
+      if count is not None:
+        w1, w2 = (1 - b ** jnp.maximum(count, 1) for b in (self.b1, self.b2))
       spread = turn(_read(old['nu']) / w2 - (mu / w1) ** 2, 2)
-      new['nu'] = _stored(w2 * jnp.abs(spread + turned**2), old['nu'])
-    return tuple(new[f] for f in fields)
+      new['nu'] = _stored(w2 * jnp.abs(spread + (turned / w1) ** 2), old['nu'])
+    return new
 
 
+# What a refresh does to moments; 'rotate' is `Rotate()`, Adam's decays.
 Moments: TypeAlias = Literal['keep', 'reset', 'rotate'] | Rotate
-"""What a refresh does to moments; 'rotate' is `Rotate()`, Adam's decays."""
+
+
+def checked(rule: Any, *, in_turns: bool) -> Any:
+  """Returns 'keep', 'reset' or an object that rotates.
+
+  >>> checked('rotate', in_turns=True)
+  Rotate(b1=0.9, b2=0.999)
+  """
+  if isinstance(rule, Rotate):
+    return rule
+  check_one_of(('keep', 'reset', 'rotate'), moments=rule)
+  if rule == 'reset' and in_turns:
+    raise ValueError(
+      "moments='reset' restarts a counter that all matrices share, so they"
+      " cannot take turns; use an integer gap, 'keep' or 'rotate'"
+    )
+  return Rotate() if rule == 'rotate' else rule
 
 
 def check_resets(state: Any) -> None:
@@ -141,17 +139,13 @@ def reset(state: Any) -> Any:
     (0, 1, Array(0., dtype=float32))
   """
 
-  def of_node(node: Any) -> Any:
-    if not _is_moments(node):
-      return node
-    fields = [f for f in node._fields if f in ZEROED | COUNTS]
-    zero = {
-      f: jax.tree.map(_zeros, getattr(node, f), is_leaf=_is_stored)
-      for f in fields
-    }
-    return node._replace(**zero)
+  zeros = lambda tree: jax.tree.map(_zeros, tree, is_leaf=_is_stored)
 
-  return jax.tree.map(of_node, state, is_leaf=_is_moments)
+  def of_node(node):
+    fields = (ZEROED | COUNTS).intersection(node._fields)
+    return node._replace(**{f: zeros(getattr(node, f)) for f in fields})
+
+  return _each_node(of_node, state)
 
 
 def reset_low(state: Any) -> Any:
@@ -160,37 +154,38 @@ def reset_low(state: Any) -> Any:
   return state._replace(inner_states={**state.inner_states, 'low': reset(low)})
 
 
-def _check(state: Any, known: set[str], name: str, listing: str) -> None:
-  inside = lambda path, names: any(
-    getattr(key, 'name', None) in names for key in path
-  )
+def _check(state, known, name, listing):
   for path, x in jax.tree_util.tree_leaves_with_path(state):
-    if x.ndim and not inside(path, known | CONSTANTS):
+    names = {getattr(key, 'name', None) for key in path}
+    if x.ndim and not names & (known | CONSTANTS):
       raise ValueError(
         f"moments='{name}' knows the moments {listing}, got"
         f' {jax.tree_util.keystr(path)}; use another of keep, reset and rotate'
       )
 
 
-def _is_moments(node: Any) -> bool:
-  return bool(ZEROED & set(getattr(node, '_fields', ())))
+def _each_node(f, state):
+  """Returns the state with f(node) for its tuples of moments."""
+  is_node = lambda node: bool(ZEROED.intersection(getattr(node, '_fields', ())))
+  of = lambda node: f(node) if is_node(node) else node
+  return jax.tree.map(of, state, is_leaf=is_node)
 
 
-def _is_stored(x: Any) -> bool:
+def _is_stored(x):
   return isinstance(x, Quantized)
 
 
-def _zeros(x: Any) -> Any:
+def _zeros(x):
   if not _is_stored(x):
     return jnp.zeros_like(x)
   return full(x.shape, 0.0, code=x.code, block_size=x.block_size)
 
 
-def _read(moment: Any) -> jax.Array:
-  return dequantize(moment) if _is_stored(moment) else moment
+def _read(x):
+  return dequantize(x) if _is_stored(x) else x
 
 
-def _stored(new: jax.Array, old: Any) -> Any:
+def _stored(new, old):
   """Returns `new`, in 8 bits if `old` is."""
   if not _is_stored(old):
     return new

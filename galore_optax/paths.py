@@ -7,48 +7,35 @@ and a regex or a predicate on paths picks leaves.
 import collections
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
 
 PyTree: TypeAlias = Any
 
-Targets: TypeAlias = (
-  str | Sequence[str] | Callable[[str, jax.Array], bool] | None
-)
-"""Names weights: None (by shape), regexes, or a predicate `(path, leaf)`."""
+# Names weights: None (by shape), regexes, or a predicate `(path, leaf)`.
+# Names weights: None (by shape), regexes, or a predicate `(path, leaf)`.
+Targets: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool] | None
 
+# Words of vectors; with more axes, such a leaf is a stack of them.
 VECTOR = re.compile(r'\w*norm\w*|ln|scale|bias')
-"""Words of vectors; with more axes, such a leaf is a stack of them."""
 
-TABLE = re.compile(r'(un)?embed\w*|wte|wpe')
-"""Words of embeddings."""
+TABLE = re.compile(r'(un)?embed\w*|wte|wpe')  # words of embeddings
 
+# Components of heads; in `multi_head_attention` the word means another.
 HEAD = re.compile(r'(\w+_)?(head|logits)|unembed\w*')
-"""Components of heads; in `multi_head_attention` the word means another."""
 
 VALUE = jax.tree_util.GetAttrKey('value')
 
 
-@jax.tree_util.register_pytree_node_class
-class Elsewhere:
+class Elsewhere(NamedTuple):
   """A leafless node that says: this part of the model is updated elsewhere.
 
   A layer-wise step shows a transformation one part of the tree at a time;
   where the rest would be stands an `Elsewhere`, so that a target which names
   a weight of another part is no mistake.
   """
-
-  def tree_flatten(self) -> tuple[tuple[()], None]:
-    """Returns no children."""
-    return (), None
-
-  @classmethod
-  def tree_unflatten(cls, aux: None, children: tuple[()]) -> 'Elsewhere':
-    """Returns a new node."""
-    del aux, children
-    return cls()
 
 
 def places(tree: PyTree) -> tuple[list[int], int]:
@@ -80,16 +67,11 @@ def paths(tree: PyTree) -> list[str]:
   """
   keys = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
   parents = collections.Counter(path[:-1] for path in keys)
-  return [
-    jax.tree_util.keystr(
-      # An NNX variable is a node around one leaf, which its optimizer shows at
-      # init and takes off at update.
-      path[:-1] if path[-1:] == (VALUE,) and parents[path[:-1]] == 1 else path,
-      simple=True,
-      separator='/',
-    )
-    for path in keys
-  ]
+  show = lambda key: jax.tree_util.keystr(key, simple=True, separator='/')
+  # An NNX variable is a node around one leaf, which its optimizer shows at init
+  # and takes off at update.
+  is_variable = lambda key: key[-1:] == (VALUE,) and parents[key[:-1]] == 1
+  return [show(key[:-1] if is_variable(key) else key) for key in keys]
 
 
 def is_matrix(path: str) -> bool:
@@ -156,8 +138,7 @@ def chosen(targets: Targets, tree: PyTree) -> list[bool]:
     ValueError: a regex is malformed, or matches no path of a whole tree.
   """
   if callable(targets):
-    pairs = zip(paths(tree), jax.tree.leaves(tree), strict=True)
-    return [bool(targets(name, leaf)) for name, leaf in pairs]
+    return list(map(bool, map(targets, paths(tree), jax.tree.leaves(tree))))
   patterns = [targets] if isinstance(targets, str) else list(targets or ())
   return matched(patterns, tree)
 
@@ -196,22 +177,15 @@ def matched(
   [False, True]
   """
   found = paths(tree)
-  regexes = [_compiled(pattern, option) for pattern in patterns]
-  unused = [
-    regex.pattern for regex in regexes if not any(map(regex.fullmatch, found))
-  ]
+  try:
+    regexes = [re.compile(pattern) for pattern in patterns]
+  except re.error as error:
+    what = f'{error.pattern!r} is no regular expression'
+    raise ValueError(f'{option}: {what}: {error}') from error
+  unused = [r.pattern for r in regexes if not any(map(r.fullmatch, found))]
   if unused and found and not is_part(tree):
     raise ValueError(
       f'{option} {unused} match no parameter; a regex must match a whole path.'
       ' Paths: ' + ', '.join(found)
     )
   return [any(regex.fullmatch(name) for regex in regexes) for name in found]
-
-
-def _compiled(pattern: str, option: str) -> re.Pattern[str]:
-  try:
-    return re.compile(pattern)
-  except re.error as error:
-    raise ValueError(
-      f'{option}: {pattern!r} is no regular expression: {error}'
-    ) from error

@@ -8,8 +8,6 @@ returns a `Projection` or a `Whole` for each leaf. The numbers of a plan are in
 import contextlib
 import contextvars
 import dataclasses
-import math
-import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, get_args
@@ -17,17 +15,15 @@ from typing import Any, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
-from galore_optax import paths, projection
-from galore_optax.checks import check_one_of
+from galore_optax import checks, paths, projection
 from galore_optax.projection import Projection, Whole
 
 Plan: TypeAlias = Projection | Whole
 
-_watching: contextvars.ContextVar[dict[str, Plan] | None]
-_watching = contextvars.ContextVar('watching', default=None)
+_watching: Any = contextvars.ContextVar('watching', default=None)
 
+# Attention kernels that keep their heads apart: [d, heads, head_dim].
 MANY_HEADS = re.compile(r'(?:.*/)?(query|key|value|out)(?:/kernel)?')
-"""Attention kernels that keep their heads apart: [d, heads, head_dim]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +34,15 @@ class Planner:
   side: projection.Side = 'std'
   targets: paths.Targets = None
   axes: Mapping[str, projection.Axes] | None = None
+  # Whether a basis is of coordinates, of which there may be more than rank.
   by_coordinates: bool = False
-  """Whether a basis is of coordinates, of which there may be more than rank."""
-  made: dict[Any, list[Plan]] = dataclasses.field(
-    default_factory=dict, compare=False, repr=False
-  )
-  """The plan of each tree that was seen: made once, at `init`."""
+  # The plan of each tree that was seen: made once, at `init`.
+  made: Any = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
   def __post_init__(self) -> None:
     """Raises ValueError for an option that fits no weight."""
     object.__setattr__(self, 'rank', _checked_rank(self.rank))
-    check_one_of(get_args(projection.Side), side=self.side)
+    checks.check_one_of(get_args(projection.Side), side=self.side)
 
   def __call__(self, tree: Any) -> list[Plan]:
     """Returns how each leaf of `tree` is projected.
@@ -66,63 +60,45 @@ class Planner:
       self.made[key] = self._plan(tree, leaves)
     return self.made[key]
 
-  def _plan(self, tree: Any, leaves: list[Any]) -> list[Plan]:
+  def _plan(self, tree, leaves) -> list[Plan]:
     names = paths.paths(tree)
     paths.matched(list(self.axes or {}), tree, option='axes')
-    pairs = list(zip(names, leaves, strict=True))
-    candidates = [self._candidate(name, leaf) for name, leaf in pairs]
+    plans = list(map(self._candidate, names, leaves))
     if self.targets is None:
-      chosen = [
-        isinstance(c, Projection)
-        and paths.is_matrix(c.path)
-        and self._fits_default(c)
-        for c in candidates
-      ]
+      chosen = list(map(self._is_default, plans))
     else:
       chosen = paths.chosen(self.targets, tree)
-      for (_, leaf), c, yes in zip(pairs, candidates, chosen, strict=True):
-        if yes:
-          self._check_fits(leaf, c)
     if names and not any(chosen) and not paths.is_part(tree):
-      raise ValueError(self._nothing_selected(candidates))
-    return [
-      c if yes else Whole(c.path, c.shape)
-      for c, yes in zip(candidates, chosen, strict=True)
-    ]
+      raise ValueError(self._nothing_selected(plans))
+    return list(map(self._selected, leaves, plans, chosen))
 
-  def _candidate(self, path: str, x: Any) -> Plan:
+  def _candidate(self, path, x) -> Plan:
     """Returns how a leaf would be projected, if it is a real matrix."""
     shape = tuple(x.shape)
     if len(shape) < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
       return Whole(path, shape)
     leaf = Projection(path, shape, self._axes(path, shape), 1, ())
-    *_, i, o = leaf.matrix_shape
-    leaf = dataclasses.replace(
-      leaf, sides=projection.projected_sides(self.side, i, o)
-    )
+    sides = projection.projected_sides(self.side, *leaf.matrix_shape[-2:])
+    leaf = dataclasses.replace(leaf, sides=sides)
     rank = self.rank
     if isinstance(rank, float):
-      longest = max(leaf.matrix_shape[side] for side in leaf.sides)
-      rank = max(1, int(rank * longest + 0.5))
-      rank = min(rank, self._largest_rank(leaf))
+      longest = max(leaf.matrix_shape[side] for side in sides)
+      rank = min(max(1, int(rank * longest + 0.5)), self._largest_rank(leaf))
     return dataclasses.replace(leaf, rank=rank)
 
-  def _largest_rank(self, leaf: Projection) -> int:
+  def _largest_rank(self, leaf) -> int:
     """Returns the rank of a gradient, or the number of its coordinates."""
-    if self.by_coordinates:
-      return min(leaf.matrix_shape[side] for side in leaf.sides)
-    return min(leaf.matrix_shape[-2:])
+    sides = leaf.sides if self.by_coordinates else (-2, -1)
+    return min(leaf.matrix_shape[side] for side in sides)
 
-  def _axes(self, path: str, shape: tuple[int, ...]):
+  def _axes(self, path, shape):
     ndim = len(shape)
     for pattern, axes in (self.axes or {}).items():
       if not re.fullmatch(pattern, path):
         continue
       i, o = _as_tuple(axes[0]), axes[1]
-      if o is ...:
-        inputs = {axis % ndim for axis in i}
-        o = tuple(axis for axis in range(ndim) if axis not in inputs)
-      o = _as_tuple(o)
+      others = set(range(ndim)).difference(axis % ndim for axis in i)
+      o = tuple(sorted(others)) if o is ... else _as_tuple(o)
       used = {axis % ndim for axis in i + o if -ndim <= axis < ndim}
       if len(used) < len(i + o):
         raise ValueError(
@@ -132,44 +108,47 @@ class Planner:
       return tuple(x % ndim for x in i), tuple(x % ndim for x in o)
     return _axes_of_heads(path, shape) or ((ndim - 2,), (ndim - 1,))
 
-  def _fits_default(self, leaf: Projection) -> bool:
-    shape = leaf.shape if self.by_coordinates else leaf.matrix_shape
-    shorter = min(shape[-2:])
-    return shorter > (1 if isinstance(self.rank, float) else self.rank)
+  def _is_default(self, p) -> bool:
+    """Whether a leaf is projected where no targets are named."""
+    if isinstance(p, Whole) or not paths.is_matrix(p.path):
+      return False
+    shape = p.shape if self.by_coordinates else p.matrix_shape
+    return min(shape[-2:]) > (1 if isinstance(self.rank, float) else self.rank)
 
-  def _check_fits(self, leaf: Any, candidate: Plan) -> None:
-    path, shape = candidate.path, candidate.shape
-    if isinstance(candidate, Whole):
+  def _selected(self, leaf, p, yes) -> Plan:
+    """Returns the plan of a leaf; ValueError for a target that does not fit."""
+    if not yes or self.targets is None:
+      return p if yes else Whole(p.path, p.shape)
+    of = f'{p.path} of shape {p.shape}'
+    if isinstance(p, Whole):
       raise ValueError(
-        f'{path} of shape {shape} and dtype {leaf.dtype} is a target but no'
-        ' matrix: it needs two axes of real numbers. Leave it out of targets'
+        f'{of} and dtype {leaf.dtype} is a target but no matrix: it needs two'
+        ' axes of real numbers. Leave it out of targets'
       )
-    largest = self._largest_rank(candidate)
-    if candidate.rank > largest:
-      raise ValueError(
-        f'rank must be in 1..{largest} for {path} of shape {shape},'
-        f' got {candidate.rank}'
-      )
+    largest = self._largest_rank(p)
+    if p.rank > largest:
+      raise ValueError(f'rank must be in 1..{largest} for {of}, got {p.rank}')
+    return p
 
-  def _nothing_selected(self, candidates: Sequence[Plan]) -> str:
-    shapes = ', '.join(f'{c.path} {c.shape}' for c in candidates)
-    if self.targets is None:
-      return (
-        f'rank {self.rank} projects no parameter: by default those with both'
-        ' last axes larger than rank, embeddings, heads, norms and biases'
-        f' excepted. Lower rank or name targets. Parameters: {shapes}'
-      )
-    return f'targets select no parameter. Parameters: {shapes}'
+  def _nothing_selected(self, plans) -> str:
+    shapes = ', '.join(f'{p.path} {p.shape}' for p in plans)
+    if self.targets is not None:
+      return f'targets select no parameter. Parameters: {shapes}'
+    return (
+      f'rank {self.rank} projects no parameter: by default those with both'
+      ' last axes larger than rank, embeddings, heads, norms and biases'
+      f' excepted. Lower rank or name targets. Parameters: {shapes}'
+    )
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[dict[str, Plan]]:
+def watched() -> Iterator[dict[str, Projection]]:
   """Yields a dict to which each `galore` adds its plans, by path, at `init`.
 
   So a description finds them behind any wrapper. They could not stand in the
   state: flax's msgpack takes no static data, and a seed has no shape.
   """
-  seen: dict[str, Plan] = {}
+  seen = {}
   token = _watching.set(seen)
   try:
     yield seen
@@ -184,7 +163,7 @@ def show(plans: Sequence[Plan]) -> None:
     seen.update({p.path: p for p in plans if isinstance(p, Projection)})
 
 
-def _axes_of_heads(path: str, shape: tuple[int, ...]):
+def _axes_of_heads(path, shape):
   """Returns input and output axes of a kernel [d, heads, head_dim] or back.
 
   Not of a stack [L, in, out] under such a name, whose first axis is short.
@@ -199,13 +178,11 @@ def _axes_of_heads(path: str, shape: tuple[int, ...]):
   return ((a,), (b, c)) if shape[a] > shape[b] else None
 
 
-def _checked_rank(rank: Any) -> int | float:
-  is_bool = isinstance(rank, bool)
-  if isinstance(rank, numbers.Integral) and not is_bool and rank >= 1:
-    return int(rank)
-  if isinstance(rank, numbers.Real) and not isinstance(rank, numbers.Integral):
-    if math.isfinite(rank) and 0 < rank <= 1:
-      return float(rank)
+def _checked_rank(rank) -> int | float:
+  kind = int if checks.is_integer(rank) else float
+  # A NaN or an infinity is no share.
+  if checks.is_number(rank) and (rank >= 1 if kind is int else 0 < rank <= 1):
+    return kind(rank)
   raise ValueError(
     'rank must be an integer >= 1 or a float in (0, 1], the share of the'
     f' projected side, got {rank!r}'

@@ -23,9 +23,7 @@ def full(x: Any) -> Any:
   return x.astype(dtype)
 
 
-def in_float32(
-  tx: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
+def in_float32(tx: Any) -> optax.GradientTransformationExtraArgs:
   """Runs a transformation on float32 copies, so that its moments are float32.
 
   Args:
@@ -42,23 +40,14 @@ def in_float32(
     (dtype(bfloat16), dtype('float32'))
   """
   tx = optax.with_extra_args_support(tx)
+  wide = lambda tree: jax.tree.map(full, tree)
 
-  def update_fn(
-    updates: optax.Updates,
-    state: Any,
-    params: optax.Params | None = None,
-    **extra_args: Any,
-  ) -> tuple[optax.Updates, Any]:
-    wide, state = tx.update(_full(updates), state, _full(params), **extra_args)
-    return optax.tree.cast_like(wide, updates), state
+  def update_fn(updates, state, params=None, **extra_args):
+    new, state = tx.update(wide(updates), state, wide(params), **extra_args)
+    return optax.tree.cast_like(new, updates), state
 
-  return optax.GradientTransformationExtraArgs(
-    lambda params: tx.init(_full(params)), update_fn
-  )
-
-
-def _full(tree: Any) -> Any:
-  return jax.tree.map(full, tree)
+  init_fn = lambda params: tx.init(wide(params))
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -9,7 +9,7 @@ side, n the other, r the rank. Leading axes (layers, experts) are batch.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -17,16 +17,16 @@ import jax.numpy as jnp
 
 from galore_optax.precision import full
 
+# For each projected side, orthonormal rows [..., r, m] or coordinates [..., r]
+# (integers).
 Basis: TypeAlias = tuple[jax.Array, ...]
-"""For each projected side, orthonormal rows [..., r, m] or coordinates [..., r]
-(integers)."""
 
+# The input and the output axes of a weight; all other axes are batch. As output
+# axes, `...` stands for all that are left.
 Axes: TypeAlias = tuple[int | Sequence[int], Any]
-"""The input and the output axes of a weight; all other axes are batch. As
-output axes, `...` stands for all that are left."""
 
+# Which side of a weight is projected.
 Side: TypeAlias = Literal['std', 'reverse_std', 'left', 'right', 'full']
-"""Which side of a weight is projected."""
 
 ROWS, COLUMNS = -2, -1
 
@@ -35,13 +35,10 @@ ROWS, COLUMNS = -2, -1
 class Whole:
   """A leaf that is not projected: the inner sees it as it is, in float32."""
 
-  path: str
-  """Path of the weight, keys joined by '/'."""
-  shape: tuple[int, ...]
-  """Shape of the weight."""
+  path: str  # path of the weight, keys joined by '/'
+  shape: tuple[int, ...]  # shape of the weight
 
-  rank = None
-  sides = ()
+  rank, sides = None, ()
 
   def view(self, w: Any) -> Any:
     """Returns what the inner sees as parameter: the weight."""
@@ -53,12 +50,10 @@ class Whole:
 
   def project(self, g: jax.Array, basis: Basis) -> jax.Array:
     """Returns the gradient in float32."""
-    del basis
     return full(g)
 
   def unproject(self, low: jax.Array, basis: Basis) -> jax.Array:
     """Returns the update as it is."""
-    del basis
     return low
 
 
@@ -73,16 +68,12 @@ class Projection:
     ((2, 5), (5, 3))
   """
 
-  path: str
-  """Path of the weight, keys joined by '/'."""
-  shape: tuple[int, ...]
-  """Shape of the weight."""
+  path: str  # path of the weight, keys joined by '/'
+  shape: tuple[int, ...]  # shape of the weight
+  # Its input and output axes, non-negative.
   axes: tuple[tuple[int, ...], tuple[int, ...]]
-  """Its input and output axes, non-negative."""
-  rank: int
-  """Number r of basis vectors."""
-  sides: tuple[int, ...]
-  """Projected axes of the matrix: ROWS, COLUMNS or both."""
+  rank: int  # number r of basis vectors
+  sides: tuple[int, ...]  # projected axes of the matrix: ROWS, COLUMNS or both
 
   @property
   def batch_axes(self) -> tuple[int, ...]:
@@ -93,9 +84,9 @@ class Projection:
   @property
   def matrix_shape(self) -> tuple[int, ...]:
     """Shape [..., i, o] of the weight as a stack of matrices."""
-    sizes = (self.batch_axes, self.axes[0], self.axes[1])
-    batch, i, o = ([self.shape[axis] for axis in group] for group in sizes)
-    return (*batch, math.prod(i), math.prod(o))
+    sizes = lambda axes: [self.shape[axis] for axis in axes]
+    i, o = (math.prod(sizes(axes)) for axes in self.axes)
+    return (*sizes(self.batch_axes), i, o)
 
   @property
   def batch(self) -> tuple[int, ...]:
@@ -114,10 +105,9 @@ class Projection:
     Whichever side is projected, so that rows are long: a block of 8 bits then
     holds entries of one direction, which are of one size.
     """
-    if len(self.sides) > 1:
-      return (*self.batch, self.rank, self.rank)
-    (side,) = self.sides
-    return (*self.batch, self.rank, self.matrix_shape[-3 - side])
+    both = len(self.sides) > 1
+    n = self.rank if both else self.matrix_shape[-3 - self.sides[0]]
+    return (*self.batch, self.rank, n)
 
   def view(self, w: Any) -> jax.Array:
     """Returns what the inner sees as parameter: zeros [..., r, n]."""
@@ -136,10 +126,7 @@ class Projection:
 
     Cost: 2 r i o flops a side.
     """
-    low = orient(to_matrix(self, g), self.sides[0])
-    for side, rows_rm in zip(self.sides, basis, strict=True):
-      low = _through(low, rows_rm, self._axis(side))
-    return full(low)
+    return full(self.turn(orient(to_matrix(self, g), self.sides[0]), basis))
 
   def unproject(self, low: jax.Array, basis: Basis) -> jax.Array:
     """Returns the weight-shaped array whose projection is `low`, in float32.
@@ -154,12 +141,28 @@ class Projection:
   def turn(self, low: jax.Array, turns: Sequence[jax.Array]) -> jax.Array:
     """Returns `low` times a matrix [..., r, r] for each projected side."""
     for side, turn_rr in zip(self.sides, turns, strict=True):
-      low = _through(low, turn_rr, self._axis(side))
+      # The first side is second to last in [..., m, n]; of both, as in [i, o].
+      axis = ROWS if side == self.sides[0] else COLUMNS
+      low = _through(low, turn_rr, axis)
     return low
 
-  def _axis(self, side: int) -> int:
-    """Returns the axis of [..., m, n] that a side is; of both, as in [i, o]."""
-    return ROWS if side == self.sides[0] else COLUMNS
+
+def each(f: Callable, plans: Sequence[Any], tree: Any, *trees: Any) -> Any:
+  """Returns a tree of f(plan, leaf, ...) for each leaf of `tree`.
+
+  Args:
+    f: a function of a plan, a leaf and what the other trees have in its place.
+    plans: of each leaf.
+    tree: parameters or gradients.
+    *trees: trees that may go on where `tree` has a leaf.
+
+  Example:
+    >>> each(lambda p, x, y: p.rank or y, [Whole('w', ())], {'w': 0}, {'w': 3})
+    {'w': 3}
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  rest = [treedef.flatten_up_to(other) for other in trees]
+  return treedef.unflatten(map(f, plans, leaves, *rest))
 
 
 def projected_sides(side: Side, i: int, o: int) -> tuple[int, ...]:
@@ -173,14 +176,9 @@ def projected_sides(side: Side, i: int, o: int) -> tuple[int, ...]:
   >>> projected_sides('reverse_std', 32, 32) == (COLUMNS,)
   True
   """
+  fixed = {'left': (ROWS,), 'right': (COLUMNS,), 'full': (ROWS, COLUMNS)}
   shorter, longer = (ROWS, COLUMNS) if i <= o else (COLUMNS, ROWS)
-  return {
-    'std': (shorter,),
-    'reverse_std': (longer,),
-    'left': (ROWS,),
-    'right': (COLUMNS,),
-    'full': (ROWS, COLUMNS),
-  }[side]
+  return {'std': (shorter,), 'reverse_std': (longer,), **fixed}[side]
 
 
 def orient(x: jax.Array, side: int) -> jax.Array:
@@ -201,8 +199,7 @@ def to_matrix(projection: Projection, x: jax.Array) -> jax.Array:
   >>> to_matrix(p, jnp.zeros((2, 3, 5))).shape
   (2, 15)
   """
-  i, o = projection.axes
-  x = x.transpose(projection.batch_axes + i + o)
+  x = x.transpose(projection.batch_axes + sum(projection.axes, ()))
   return x.reshape(projection.matrix_shape)
 
 
@@ -213,8 +210,7 @@ def from_matrix(projection: Projection, x: jax.Array) -> jax.Array:
   >>> from_matrix(p, jnp.zeros((2, 15))).shape
   (2, 3, 5)
   """
-  i, o = projection.axes
-  order = projection.batch_axes + i + o
+  order = projection.batch_axes + sum(projection.axes, ())
   x = x.reshape([projection.shape[axis] for axis in order])
   return x.transpose([order.index(axis) for axis in range(len(order))])
 
@@ -231,17 +227,15 @@ def overlap(new: jax.Array, old: jax.Array) -> jax.Array:
   return _matmul(new, jnp.swapaxes(old, -2, -1))
 
 
-def _through(x: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
+def _through(x, rows, axis):
   """Returns `x` with an axis m replaced by r, through rows or coordinates."""
   x_mn = orient(x, axis)
-  if jnp.issubdtype(rows.dtype, jnp.integer):
-    low_rn = jnp.take_along_axis(x_mn, rows[..., None], axis=-2)
-  else:
-    low_rn = _matmul(rows, x_mn)
-  return orient(low_rn, axis)
+  if not jnp.issubdtype(rows.dtype, jnp.integer):
+    return orient(_matmul(rows, x_mn), axis)
+  return orient(jnp.take_along_axis(x_mn, rows[..., None], axis=-2), axis)
 
 
-def _back(x: jax.Array, rows: jax.Array, side: int, m: int) -> jax.Array:
+def _back(x, rows, side, m):
   """Returns `x` with a side r replaced by m; transposes `_through`."""
   if jnp.issubdtype(rows.dtype, jnp.integer):
     return orient(_scatter(rows, orient(x, side), m), side)
@@ -250,12 +244,11 @@ def _back(x: jax.Array, rows: jax.Array, side: int, m: int) -> jax.Array:
   return _matmul(x, rows)
 
 
-def _scatter(index_r: jax.Array, low_rn: jax.Array, m: int) -> jax.Array:
+def _scatter(index_r, low_rn, m):
   """Returns zeros [..., m, n] with the rows of `low` at the indices."""
   *batch, r, n = low_rn.shape
-  one = lambda index_r, low_rn: (
-    jnp.zeros((m, n), low_rn.dtype).at[index_r].set(low_rn)
-  )
+  zeros_mn = jnp.zeros((m, n), low_rn.dtype)
+  one = lambda index_r, low_rn: zeros_mn.at[index_r].set(low_rn)
   whole = jax.vmap(one)(index_r.reshape(-1, r), low_rn.reshape(-1, r, n))
   return whole.reshape(*batch, m, n)
 
@@ -264,11 +257,10 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
   """Returns `a @ b` with operands as they are stored, summed in float32."""
   dtype = jnp.promote_types(a.dtype, b.dtype)
   wide = jnp.promote_types(dtype, jnp.float32)
-  as_stored = lambda a, b: jnp.matmul(
-    a.astype(dtype), b.astype(dtype), preferred_element_type=wide
-  )
   as_wide = lambda a, b: a.astype(wide) @ b.astype(wide)
   if dtype == wide:
     return as_wide(a, b)
+  as_stored = lambda a, b: jnp.matmul(a, b, preferred_element_type=wide)
+  a, b = a.astype(dtype), b.astype(dtype)
   # XLA's CPU backend has no bfloat16 product summed in float32 for all shapes.
   return jax.lax.platform_dependent(a, b, cpu=as_wide, default=as_stored)

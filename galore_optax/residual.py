@@ -9,13 +9,13 @@ Axes: i input, o output; m projected side, r rank; leading axes are batch.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax.checks import check_learning_rate, check_not_negative
+from galore_optax import checks
 from galore_optax.decay import rate_at
 from galore_optax.projection import Basis, Projection, to_matrix
 
@@ -23,16 +23,15 @@ from galore_optax.projection import Basis, Projection, to_matrix
 class Split(NamedTuple):
   """One weight's gradient, split by the subspace, and the inner's answer."""
 
-  g_io: jax.Array
-  """The gradient as a stack of matrices [..., i, o], float32."""
-  basis: Basis
-  """The basis that split it."""
-  low: jax.Array
-  """The projected gradient [..., r, n]."""
-  inner_update: jax.Array
-  """What the inner made of `low`."""
-  count: jax.Array
-  """[], int32: updates done before."""
+  g_io: jax.Array  # the gradient as a stack of matrices [..., i, o], float32
+  basis: Basis  # the basis that split it
+  low: jax.Array  # the projected gradient [..., r, n]
+  inner_update: jax.Array  # what the inner made of `low`
+  count: jax.Array  # [], int32: updates done before
+
+
+# What is added to an update [..., i, o], and the new state.
+Added: TypeAlias = tuple[jax.Array, Any]
 
 
 class Residual(Protocol):
@@ -42,9 +41,7 @@ class Residual(Protocol):
     """Returns the state for one weight."""
     ...
 
-  def __call__(
-    self, plan: Projection, split: Split, state: Any
-  ) -> tuple[jax.Array, Any]:
+  def __call__(self, plan: Projection, split: Split, state: Any) -> Added:
     """Returns what is added to the update [..., i, o], and the state."""
     ...
 
@@ -68,25 +65,21 @@ class Sgd:
     Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
   """
 
-  learning_rate: optax.ScalarOrSchedule
-  """A number, or a schedule of the step."""
+  learning_rate: optax.ScalarOrSchedule  # a number, or a schedule of the step
 
   def __post_init__(self) -> None:
     """Raises ValueError for what is no learning rate."""
-    check_learning_rate(learning_rate=self.learning_rate)
+    checks.check_learning_rate(learning_rate=self.learning_rate)
 
   def init(self, plan: Projection) -> Any:
     """Returns no state."""
-    del plan
     return ()
 
   def direction(self, rest_io: jax.Array) -> jax.Array:
     """Returns the rest as it is."""
     return rest_io
 
-  def __call__(
-    self, plan: Projection, split: Split, state: Any
-  ) -> tuple[jax.Array, Any]:
+  def __call__(self, plan: Projection, split: Split, state: Any) -> Added:
     """Returns the direction of the rest, down."""
     rest_io = self.direction(outside(plan, split))
     return -rate_at(self.learning_rate, split.count) * rest_io, state
@@ -121,21 +114,19 @@ class Scaled:
     2024, scales the whole gradient by channel, APOLLO-Mini by matrix.
   """
 
+  # Share of the projection that is taken off the gradient: 1 is the exact
+  # complement, 0 the whole gradient.
   inside: float = 1.0
-  """Share of the projection that is taken off the gradient: 1 is the exact
-  complement, 0 the whole gradient."""
+  # A factor for each channel rather than one for the matrix.
   channels: bool = True
-  """A factor for each channel rather than one for the matrix."""
-  scale: float = 1.0
-  """Multiplies the update."""
-  limit: float = 1.01
-  """Largest growth of the update's norm, above 1."""
+  scale: float = 1.0  # multiplies the update
+  limit: float = 1.01  # largest growth of the update's norm, above 1
+  # `(updates done) -> factor` of the inner's bias correction; or None.
   correction: Callable[[jax.Array], Any] | None = None
-  """`(updates done) -> factor` of the inner's bias correction; or None."""
 
   def __post_init__(self) -> None:
     """Raises ValueError for a limit that lets nothing grow."""
-    check_not_negative(scale=self.scale, inside=self.inside)
+    checks.check_not_negative(scale=self.scale, inside=self.inside)
     if not isinstance(self.limit, jax.Array) and not self.limit >= 1:
       raise ValueError(
         f'limit must be at least 1, the growth of a norm, got {self.limit!r}'
@@ -146,9 +137,7 @@ class Scaled:
     # Not of weak type: the state of a second update would be of another.
     return jnp.full(plan.batch, jnp.inf, float)
 
-  def __call__(
-    self, plan: Projection, split: Split, state: Any
-  ) -> tuple[jax.Array, Any]:
+  def __call__(self, plan: Projection, split: Split, state: Any) -> Added:
     """Returns the scaled gradient or rest, its norm's growth limited."""
     # Of 'full' a channel is on no side: one factor for the matrix.
     by_channel = self.channels and len(plan.sides) == 1
@@ -158,21 +147,18 @@ class Scaled:
     factor = factor / (_norm(split.low, axes) + TINY)
     if by_channel and plan.sides == (-1,):
       factor = jnp.swapaxes(factor, -2, -1)
-    what_io = split.g_io
-    if isinstance(self.inside, jax.Array) or self.inside != 0:
-      what_io = outside(plan, split, self.inside)
+    all_of_it = checks.is_zero(self.inside)
+    what_io = split.g_io if all_of_it else outside(plan, split, self.inside)
     scaled_io = factor * what_io
     norm = _norm(scaled_io, (-2, -1))
-    last = state[..., None, None]
     # After a zero gradient a bound of zero would hold for ever.
-    last = jnp.where(last > 0, last, jnp.inf)
+    last = jnp.where(state > 0, state, jnp.inf)[..., None, None]
     # 0 / 0 of a zero update is no bound.
     shrink = jnp.minimum(self.limit * last / jnp.where(norm > 0, norm, 1), 1)
     return self.scale * gain * shrink * scaled_io, (shrink * norm)[..., 0, 0]
 
 
-TINY = 1e-8
-"""Added to norms that are divided by."""
+TINY = 1e-8  # added to norms that are divided by
 
 
 def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
