@@ -1,7 +1,8 @@
-"""What works inside a preset: GaLore's Adam, and inners without a rate.
+"""What presets share: GaLore's Adam, inners without a rate, and the way down.
 
 A preset multiplies by the learning rate last, so its inner has none: it is a
-`scale_by_...`, and a learning rate of its own would apply twice.
+`scale_by_...`, and a learning rate of its own would apply twice. `descend` puts
+decay and learning rate behind such rules; read on in `frugal` or `muon`.
 """
 
 from typing import Any, Literal
