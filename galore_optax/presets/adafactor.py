@@ -6,45 +6,31 @@ of vectors [..., d] if its path names a norm, scale or bias, and a stack of
 matrices [..., r, n] otherwise (`paths.own_axes`).
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import paths
-from galore_optax.checks import (
-  check_decay,
-  check_learning_rate,
-  check_not_negative,
-  check_positive,
-)
+from galore_optax import checks, paths
 from galore_optax.decay import rate_at
 from galore_optax.galore import galore, names_options, with_apply
-from galore_optax.plan import Plan
 from galore_optax.precision import full, rms
-from galore_optax.projection import Projection
+from galore_optax.presets.inner import check_numbers
+from galore_optax.projection import Projection, from_matrix, to_matrix
 
 
 class FactoredState(NamedTuple):
   """The state of `scale_by_galore_factored_rms`; MaskedNode for the unused."""
 
-  count: jax.Array
-  """[], int32: updates done so far."""
-  v_row: Any
-  """Mean square of each row of a matrix: [..., r], float32."""
-  v_col: Any
-  """Mean square of each column of a matrix: [..., n], float32."""
-  v: Any
-  """Square of each element of a vector: [..., d], float32."""
+  count: jax.Array  # [], int32: updates done so far
+  v_row: Any  # mean square of each row of a matrix: [..., r], float32
+  v_col: Any  # mean square of each column of a matrix: [..., n], float32
+  v: Any  # square of each element of a vector: [..., d], float32
 
 
 def scale_by_galore_factored_rms(
-  *,
-  decay_rate: float = 0.8,
-  eps: float = 1e-30,
-  clip_threshold: float = 1.0,
+  *, decay_rate: float = 0.8, eps: float = 1e-30, clip_threshold: float = 1.0
 ) -> optax.GradientTransformation:
   """Rescales by a factored second moment, then clips the RMS of each matrix.
 
@@ -67,78 +53,60 @@ def scale_by_galore_factored_rms(
   References:
     Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018.
   """
-
-  check_positive(decay_rate=decay_rate)
-  check_not_negative(eps=eps)
+  checks.check_positive(decay_rate=decay_rate)
+  checks.check_not_negative(eps=eps)
   if isinstance(clip_threshold, float | int) and not clip_threshold > 0:
     raise ValueError(f'clip_threshold must be > 0, got {clip_threshold!r}')
 
-  def init_fn(params: optax.Params) -> FactoredState:
-    def zeros(shape_of, *, factored: bool):
-      return jax.tree_util.tree_map_with_path(
-        lambda path, x: (
-          jnp.zeros(shape_of(x.shape), jnp.promote_types(x.dtype, jnp.float32))
-          if _is_matrix(_name(path), x) == factored
-          else optax.MaskedNode()
-        ),
-        params,
-      )
+  def init_fn(params):
+    leaves, treedef = jax.tree.flatten(params)
+    rows = list(map(_first, paths.paths(params), leaves))
+    return FactoredState(jnp.zeros([], jnp.int32), *_columns(treedef, rows, 3))
 
-    return FactoredState(
-      count=jnp.zeros([], jnp.int32),
-      v_row=zeros(lambda shape: shape[:-1], factored=True),
-      v_col=zeros(lambda shape: shape[:-2] + shape[-1:], factored=True),
-      v=zeros(lambda shape: shape, factored=False),
-    )
-
-  def update_fn(
-    updates: optax.Updates, state: Any, params: optax.Params | None = None
-  ) -> tuple[optax.Updates, FactoredState]:
+  def update_fn(updates, state, params=None):
     del params
     count = jnp.asarray(optax.safe_increment(state.count))
     weight = count.astype(float) ** -decay_rate
     grads, treedef = jax.tree.flatten(updates)
-    moments = zip(*map(treedef.flatten_up_to, state[1:]), strict=True)
-    results = [
-      _rescale(name, g, v, weight, eps, clip_threshold)
-      for name, g, v in zip(paths.paths(updates), grads, moments, strict=True)
-    ]
-    new_grads = treedef.unflatten([u for u, _ in results])
-    v_row, v_col, v = (
-      treedef.unflatten([moment[field] for _, moment in results])
-      for field in range(3)
-    )
-    return new_grads, FactoredState(count, v_row, v_col, v)
+    moments = map(treedef.flatten_up_to, state[1:])
+    rows = zip(paths.paths(updates), grads, *moments, strict=True)
+    rows = [_rescale(*row, weight, eps, clip_threshold) for row in rows]
+    updates, *moments = _columns(treedef, rows, 4)
+    return updates, FactoredState(count, *moments)
 
   return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _rescale(name, g, moments, weight, eps, clip_threshold):
-  """Returns the rescaled gradient of a leaf and its (v_row, v_col, v)."""
-  u = full(g)
+def _first(name, x):
+  """Returns the moments (v_row, v_col, v) of a leaf before any update."""
+  dtype, none = jnp.promote_types(x.dtype, jnp.float32), optax.MaskedNode()
+  if len(paths.own_axes(name, x.ndim)) < 2:
+    return none, none, jnp.zeros(x.shape, dtype)
+  *batch, r, n = x.shape
+  return jnp.zeros((*batch, r), dtype), jnp.zeros((*batch, n), dtype), none
+
+
+def _rescale(name, g, v_row, v_col, v, weight, eps, clip_threshold):
+  """Returns the rescaled gradient of a leaf, and its v_row, v_col and v."""
+  u, own_axes = full(g), paths.own_axes(name, g.ndim)
   squared = jnp.square(u) + eps
   weight = weight.astype(u.dtype)
   average = lambda old, new: (1 - weight) * old + weight * new
-  v_row, v_col, v = moments
-  if _is_matrix(name, g):
+  if len(own_axes) == 2:
     v_row = average(v_row, jnp.mean(squared, axis=-1))
     v_col = average(v_col, jnp.mean(squared, axis=-2))
-    relative_row = v_row / jnp.mean(v_row, axis=-1, keepdims=True)
-    u *= jax.lax.rsqrt(relative_row)[..., None]
+    u *= jax.lax.rsqrt(v_row / v_row.mean(-1, keepdims=True))[..., None]
     u *= jax.lax.rsqrt(v_col)[..., None, :]
   else:
     v = average(v, squared)
     u *= jax.lax.rsqrt(v)
-  u /= jnp.maximum(1.0, rms(u, paths.own_axes(name, g.ndim)) / clip_threshold)
-  return u.astype(g.dtype), (v_row, v_col, v)
+  u /= jnp.maximum(1.0, rms(u, own_axes) / clip_threshold)
+  return u.astype(g.dtype), v_row, v_col, v
 
 
-def _is_matrix(name: str, x: Any) -> bool:
-  return len(paths.own_axes(name, x.ndim)) == 2
-
-
-def _name(path: Any) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')
+def _columns(treedef, rows, num):
+  """Returns a tree of each of the `num` values that every leaf has."""
+  return (treedef.unflatten([row[i] for row in rows]) for i in range(num))
 
 
 @names_options()
@@ -190,23 +158,17 @@ def galore_adafactor(
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024;
     Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018.
   """
-  check_learning_rate(learning_rate=learning_rate)
-  check_not_negative(weight_decay=weight_decay)
+  check_numbers(learning_rate, weight_decay)
   if b1 is not None:
-    check_decay(b1=b1)
-  tx: Any = galore(
-    optax.chain(
-      scale_by_galore_factored_rms(
-        decay_rate=decay_rate, eps=eps[0], clip_threshold=clip_threshold
-      ),
-      _scale_by_step_size(),
-      optax.identity() if b1 is None else optax.ema(b1, debias=False),
-    ),
-    **options,
-  )
-  floor = eps[1] if scale_parameter else None
+    checks.check_decay(b1=b1)
+  rule = dict(decay_rate=decay_rate, eps=eps[0], clip_threshold=clip_threshold)
+  factored = scale_by_galore_factored_rms(**rule)
+  momentum = optax.identity() if b1 is None else optax.ema(b1, debias=False)
+  by_size: Any = _by_size
+  sized = optax.GradientTransformationExtraArgs(optax.init_empty_state, by_size)
+  tx: Any = galore(optax.chain(factored, sized, momentum), **options)
 
-  def with_steps(apply: Callable) -> Callable:
+  def with_steps(apply):
     # The step size of each weight acts before the inner's momentum, where only
     # the low-rank gradient is seen: it is handed through as an extra arg.
     def apply_fn(low, state, params=None, grads=None, **extra_args):
@@ -216,62 +178,37 @@ def galore_adafactor(
           ' tx.update(g, state, params)'
         )
       rate = rate_at(learning_rate, state.count)
-      leaves, treedef = jax.tree.flatten(params)
-      plans = tx.plan(params)
-      pairs = zip(plans, leaves, strict=True)
-      sizes = [rate * _weight_scale(p, w, floor) for p, w in pairs]
-      seen = [_as_seen(p, x) for p, x in zip(plans, sizes, strict=True)]
-      updates, state = apply(
-        low,
-        state,
-        None,
-        params if grads is None else grads,
-        step_size=treedef.unflatten(seen),
-        **extra_args,
-      )
-      updates = jax.tree.map(
-        lambda u, size, w: u - (size * weight_decay * w).astype(u.dtype),
-        updates,
-        treedef.unflatten(sizes),
-        params,
-      )
-      return updates, state
+      scale = lambda p, w: _scale(p, w, eps[1]) if scale_parameter else 1.0
+      plans = jax.tree.structure(params).unflatten(tx.plan(params))
+      sizes = jax.tree.map(lambda p, w: rate * scale(p, w), plans, params)
+      extra_args['step_size'] = sizes
+      grads = params if grads is None else grads
+      updates, state = apply(low, state, None, grads, **extra_args)
+      decayed = lambda p, u, w, size: _decayed(p, u, w, size, weight_decay)
+      return jax.tree.map(decayed, plans, updates, params, sizes), state
 
     return apply_fn
 
   return with_apply(tx, with_steps)
 
 
-def _scale_by_step_size() -> optax.GradientTransformationExtraArgs:
-  """Multiplies by minus `update(..., step_size=tree)`, a number a matrix."""
-
-  def update_fn(updates, state, params=None, *, step_size, **extra_args):
-    del params, extra_args
-    updates = jax.tree.map(
-      lambda u, size: jnp.asarray(-size, u.dtype) * u, updates, step_size
-    )
-    return updates, state
-
-  return optax.GradientTransformationExtraArgs(
-    optax.init_empty_state, update_fn
-  )
+def _by_size(updates, state, params=None, *, step_size, **extra_args):
+  """Multiplies by minus a number a matrix, each in a tree of extra args."""
+  del params, extra_args
+  down = lambda u, size: jnp.asarray(-size, u.dtype) * u
+  return jax.tree.map(down, updates, step_size), state
 
 
-def _weight_scale(plan: Plan, w: jax.Array, floor: float | None) -> jax.Array:
-  """Returns the RMS of each matrix or vector of a leaf, axes kept."""
-  w = full(w)
-  if floor is None:
-    return jnp.ones((1,) * w.ndim, w.dtype)
-  own = paths.own_axes(plan.path, w.ndim)
+def _scale(plan, w, floor):
+  """Returns the RMS of each matrix or vector that the inner sees of a leaf."""
+  w, own_axes = full(w), paths.own_axes(plan.path, w.ndim)
   if isinstance(plan, Projection):
-    own = sum(plan.axes, ())
-  return jnp.maximum(rms(w, own), floor)
+    w, own_axes = to_matrix(plan, w), (-2, -1)
+  return jnp.maximum(rms(w, own_axes), floor)
 
 
-def _as_seen(plan: Plan, size: jax.Array) -> jax.Array:
-  """Returns a scale of a weight as the inner sees the weight: [..., 1, 1]."""
-  if not isinstance(plan, Projection):
-    return size
-  return size.transpose(plan.batch_axes + sum(plan.axes, ())).reshape(
-    *[size.shape[axis] for axis in plan.batch_axes], 1, 1
-  )
+def _decayed(plan, u, w, size, weight_decay):
+  """Returns an update with the decay of its weight, of the same step size."""
+  if isinstance(plan, Projection):
+    size = from_matrix(plan, jnp.broadcast_to(size, plan.matrix_shape))
+  return u - (size * weight_decay * full(w)).astype(u.dtype)

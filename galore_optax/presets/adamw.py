@@ -4,11 +4,9 @@ from typing import Any, Literal
 
 import optax
 
-from galore_optax.checks import check_learning_rate, check_not_negative
 from galore_optax.decay import decay_updated_weights
 from galore_optax.galore import galore, names_options, quantize_bases
-from galore_optax.moments import Rotate
-from galore_optax.presets.inner import scale_by_galore_adam
+from galore_optax.presets import inner
 from galore_optax.quantized.state import quantize_state
 
 
@@ -50,8 +48,7 @@ def galore_adamw(
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024.
   """
-  inner = _adam(learning_rate, b1, b2, eps, weight_decay)
-  return _galore_adamw(inner, learning_rate, b1, b2, weight_decay, options)
+  return _galore_adamw(learning_rate, b1, b2, eps, weight_decay, options, None)
 
 
 @names_options()
@@ -93,42 +90,20 @@ def galore_adamw_8bit(
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization
     <https://arxiv.org/abs/2110.02861>`_, 2021.
   """
-  inner = quantize_state(
-    _adam(learning_rate, b1, b2, eps, weight_decay),
-    block_size=block_size,
-    min_size=min_size,
-  )
-  tx = _galore_adamw(inner, learning_rate, b1, b2, weight_decay, options)
+  sizes = dict(block_size=block_size, min_size=min_size)
+  tx = _galore_adamw(learning_rate, b1, b2, eps, weight_decay, options, sizes)
   return tx if basis_bits is None else quantize_bases(tx, bits=basis_bits)
 
 
-def _adam(
-  learning_rate: optax.ScalarOrSchedule,
-  b1: float,
-  b2: float,
-  eps: float,
-  weight_decay: float,
-) -> optax.GradientTransformation:
-  """Returns GaLore's Adam with its learning rate, of checked numbers."""
-  check_learning_rate(learning_rate=learning_rate)
-  check_not_negative(weight_decay=weight_decay)
-  return optax.chain(
-    scale_by_galore_adam(b1=b1, b2=b2, eps=eps),
+def _galore_adamw(learning_rate, b1, b2, eps, weight_decay, options, sizes):
+  """Returns GaLore with AdamW, in blocks of some sizes; None for float32."""
+  inner.check_numbers(learning_rate, weight_decay)
+  adam = optax.chain(
+    inner.scale_by_galore_adam(b1=b1, b2=b2, eps=eps),
     optax.scale_by_learning_rate(learning_rate),
   )
-
-
-def _galore_adamw(
-  inner: optax.GradientTransformation,
-  learning_rate: optax.ScalarOrSchedule,
-  b1: float,
-  b2: float,
-  weight_decay: float,
-  options: dict[str, Any],
-) -> optax.GradientTransformationExtraArgs:
-  if options.get('moments') == 'rotate':
-    options = {**options, 'moments': Rotate(b1, b2)}
+  adam = adam if sizes is None else quantize_state(adam, **sizes)
   return optax.chain(
-    galore(inner, **options),
+    galore(adam, **inner.rotated_by(options, b1, b2)),
     decay_updated_weights(learning_rate, weight_decay=weight_decay),
   )

@@ -8,6 +8,7 @@ of no other.
 Axes: L layers, the leading axis of a stack.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -17,18 +18,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_optax import paths
-from galore_optax.checks import (
-  check_count,
-  check_integer,
-  check_learning_rate,
-  check_not_negative,
-  check_one_of,
-)
+from galore_optax import checks, paths
+from galore_optax.decay import rate_at
 from galore_optax.precision import in_float32
-from galore_optax.presets.inner import Inner, without_rate
+from galore_optax.presets.inner import Inner, check_numbers, without_rate
 
-PyTree = Any
 Rule = optax.GradientTransformationExtraArgs
 Order = Literal['random', 'ascending', 'descending', 'fixed']
 
@@ -38,7 +32,7 @@ class TurnState(NamedTuple):
 
   count: jax.Array  # [], int32: updates done, over all turns
   inner: optax.OptState  # of the layer whose turn it is
-  master: PyTree  # its weights in float32; () without `master_weights`
+  master: Any  # its weights in float32; () without `master_weights`
 
 
 class OneBlockState(NamedTuple):
@@ -51,14 +45,12 @@ class OneBlockState(NamedTuple):
 class OneBlock(optax.GradientTransformationExtraArgs):
   """A transformation that trains one layer at a time, in a form to be read."""
 
-  rule: Rule
-  """Of the weights of one layer."""
-  rest: Rule | None
-  """Of what is in no block; None where that is frozen."""
+  rule: Rule  # of the weights of one layer
+  rest: Rule | None  # of what is in no block; None where that is frozen
+  # `(count, number of layers) -> []`, int32: the layer whose turn it is.
   active: Callable[[jax.Array, int], jax.Array]
-  """`(count, number of layers) -> []`, int32: the layer whose turn it is."""
+  # Raises ValueError if the blocks are not the layers of a stack, by path.
   check_blocks: Callable[[dict[str, bool]], None]
-  """Raises ValueError if the blocks are not the layers of a stack, by path."""
 
 
 def badam(
@@ -115,25 +107,19 @@ def badam(
   References:
     Luo et al., `BAdam <https://arxiv.org/abs/2404.02827>`_, 2024.
   """
-  check_count(switch_every=switch_every)
-  check_one_of(get_args(Order), order=order)
-  check_learning_rate(learning_rate=learning_rate)
-  check_not_negative(weight_decay=weight_decay)
-  check_integer(seed=seed)
+  checks.check_count(switch_every=switch_every)
+  checks.check_one_of(get_args(Order), order=order)
+  check_numbers(learning_rate, weight_decay)
+  checks.check_integer(seed=seed)
   if order == 'random' and start is not None:
     raise ValueError(f"order 'random' has no start, got {start}")
-  inner = without_rate(inner)
-  rule = lambda restart_every: _in_turns(
-    inner, learning_rate, restart_every, weight_decay, master_weights
+  options = learning_rate, weight_decay, master_weights
+  rule = functools.partial(_in_turns, without_rate(inner), *options)
+  active = lambda count, num_layers: layer_of_turn(
+    count // switch_every, num_layers, order, start, seed
   )
-  return _one_block(
-    rule(None if order == 'fixed' else switch_every),
-    rule(None) if train_rest else None,
-    lambda count, num_layers: layer_of_turn(
-      count // switch_every, num_layers, order, start, seed
-    ),
-    blocks,
-  )
+  one = rule(None if order == 'fixed' else switch_every)
+  return _one_block(one, rule(None) if train_rest else None, active, blocks)
 
 
 def layer_of_turn(
@@ -160,10 +146,8 @@ def layer_of_turn(
   return (start + step * place) % num_layers
 
 
-def _in_turns(
-  inner, learning_rate, restart_every, weight_decay, master_weights
-):
-  """Returns a rule whose inner starts anew every so many updates, or never.
+def _in_turns(inner, learning_rate, weight_decay, master_weights, every):
+  """Returns a rule whose inner starts anew `every` updates, None for never.
 
   The learning rate follows the count of all updates.
   """
@@ -174,68 +158,60 @@ def _in_turns(
     return TurnState(jnp.zeros([], jnp.int32), inner.init(params), master)
 
   def update_fn(updates, state, params=None, **extra_args):
-    count = state.count
-    due = (count if restart_every is None else count % restart_every) == 0
+    count, *kept = state
+    due = (count if every is None else count % every) == 0
+    new = [inner.init(params), params if master_weights else ()]
     # A select, which joins the update that follows; a cond would copy.
-    inner_state, master = jax.tree.map(
-      lambda new, old: jnp.where(due, jnp.asarray(new, old.dtype), old),
-      (inner.init(params), params if master_weights else ()),
-      (state.inner, state.master),
-    )
+    select = lambda x, old: jnp.where(due, jnp.asarray(x, old.dtype), old)
+    kept, master = jax.tree.map(select, new, kept)
     weights = master if master_weights else params
-    steps, inner_state = inner.update(
-      updates, inner_state, weights, **extra_args
-    )
-    rate: Any = learning_rate
-    rate = rate(count) if callable(rate) else rate
+    steps, kept = inner.update(updates, kept, weights, **extra_args)
+    rate: Any = rate_at(learning_rate, count)
     down = lambda u, w: jnp.asarray(-rate, u.dtype) * (u + weight_decay * w)
     steps = jax.tree.map(down, steps, weights)
     if master_weights:
       master = optax.apply_updates(master, steps)
       steps = jax.tree.map(lambda m, w: m - w, master, params)
     count = jnp.asarray(optax.safe_increment(count))
-    return steps, TurnState(count, inner_state, master)
+    return steps, TurnState(count, kept, master)
 
   return in_float32(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
 def _one_block(rule, rest, active, blocks):
   """Applies a rule to the layer whose turn it is, another to the rest."""
-  off = optax.with_extra_args_support(optax.set_to_zero())
-  rest_rule = off if rest is None else rest
+  rest_rule = rest or optax.with_extra_args_support(optax.set_to_zero())
 
   def init_fn(params):
     stacks, others = _split(params, blocks)
-    _check_stacks(stacks, blocks)
+    shapes = [x.shape for x in jax.tree.leaves(stacks)]
+    if min(map(len, shapes)) < 2 or len({shape[0] for shape in shapes}) > 1:
+      pairs = zip(paths.paths(stacks), shapes, strict=True)
+      raise ValueError(
+        f'blocks {blocks!r} must match stacks [L, ...] of one length L, got '
+        + ', '.join(f'{path} {shape}' for path, shape in pairs)
+      )
     layer = jax.tree.map(_first, stacks)
     return OneBlockState(rule.init(layer), rest_rule.init(others))
 
-  def update_fn(updates, state, params=None, **extra_args):
+  def update_fn(updates, state, params=None, **extra):
     if params is None:
       raise ValueError('badam needs params: tx.update(g, state, params)')
-    stacks, others = _split(updates, blocks)
-    weights, other_weights = _split(params, blocks)
+    (stacks, others), weights = _split(updates, blocks), _split(params, blocks)
     layer = active(state.block.count, jax.tree.leaves(stacks)[0].shape[0])
     take = lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False)
-    ours, weights = jax.tree.map(take, (stacks, weights))
-    ours, block = rule.update(ours, state.block, weights, **extra_args)
-    others, rest_state = rest_rule.update(
-      others, state.rest, other_weights, **extra_args
-    )
+    ours, own_weights = jax.tree.map(take, (stacks, weights[0]))
+    ours, block = rule.update(ours, state.block, own_weights, **extra)
+    others, kept = rest_rule.update(others, state.rest, weights[1], **extra)
+    put = lambda x, one: lax.dynamic_update_index_in_dim(x, one, layer, 0)
+    stacks = jax.tree.map(put, optax.tree.zeros_like(stacks), ours)
     masked = lambda x: isinstance(x, optax.MaskedNode)
-
-    def whole(stack, one, other):
-      if masked(stack):
-        return other
-      zeros = jnp.zeros_like(stack)
-      return lax.dynamic_update_index_in_dim(zeros, one, layer, 0)
-
-    updates = jax.tree.map(whole, stacks, ours, others, is_leaf=masked)
-    return updates, OneBlockState(block, rest_state)
+    either = lambda x, other: other if masked(x) else x
+    updates = jax.tree.map(either, stacks, others, is_leaf=masked)
+    return updates, OneBlockState(block, kept)
 
   def check_blocks(stacked):
-    mine = re.compile(blocks).fullmatch
-    odd = [n for n, yes in stacked.items() if yes != bool(mine(n))]
+    odd = [x for x in stacked if stacked[x] != bool(re.fullmatch(blocks, x))]
     if odd:
       raise ValueError(
         f'blocks {blocks!r} must match the whole layer stack, blocks/..., and'
@@ -249,28 +225,16 @@ def _one_block(rule, rest, active, blocks):
   return tx
 
 
-def _split(tree: PyTree, blocks: str) -> tuple[PyTree, PyTree]:
+def _split(tree, blocks):
   """Returns the stacks of a tree and the rest of it; MaskedNode elsewhere."""
   mine = paths.matched([blocks], tree, option='blocks')
   leaves, treedef = jax.tree.flatten(tree)
   none, pairs = optax.MaskedNode(), list(zip(leaves, mine, strict=True))
-  return (
-    treedef.unflatten([x if yes else none for x, yes in pairs]),
-    treedef.unflatten([none if yes else x for x, yes in pairs]),
-  )
+  stacks = treedef.unflatten([x if yes else none for x, yes in pairs])
+  return stacks, treedef.unflatten([none if yes else x for x, yes in pairs])
 
 
-def _check_stacks(stacks: PyTree, blocks: str) -> None:
-  shapes = [x.shape for x in jax.tree.leaves(stacks)]
-  if min(map(len, shapes)) < 2 or len({shape[0] for shape in shapes}) > 1:
-    pairs = zip(paths.paths(stacks), shapes, strict=True)
-    raise ValueError(
-      f'blocks {blocks!r} must match stacks [L, ...] of one length L, got '
-      + ', '.join(f'{path} {shape}' for path, shape in pairs)
-    )
-
-
-def _first(x: Any) -> Any:
+def _first(x):
   """Returns the first layer of an array, abstract or not."""
   if isinstance(x, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)

@@ -6,40 +6,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import paths
-from galore_optax.checks import (
-  check_learning_rate,
-  check_not_negative,
-  check_one_of,
-  check_static,
-  is_number,
-)
-from galore_optax.decay import add_decayed_weights, rate_at
+from galore_optax import checks, paths
+from galore_optax.decay import rate_at
 from galore_optax.galore import galore
-from galore_optax.paths import Targets
 from galore_optax.plan import Planner
 from galore_optax.precision import in_float32
-from galore_optax.presets.inner import Inner, without_rate
+from galore_optax.presets.inner import Inner, descend, without_rate
 from galore_optax.projection import Projection
 from galore_optax.residual import Sgd, Sign
-from galore_optax.subspace.finders import NAMES, Subspace
+from galore_optax.subspace.finders import NAMES, Name, Subspace
 
-Where: TypeAlias = Literal[
-  *('svd', 'gram', 'randomized', 'power', 'random', 'coordinates'),
-  *('columns', 'rows', 'entries'),
-]
-"""How `frugal` splits a kernel [in, out]; 'coordinates' are of the shorter
-side."""
+# How `frugal` splits a kernel [in, out]; 'coordinates' are of the shorter side.
+Where: TypeAlias = Literal[Name, 'columns', 'rows', 'entries']
 
+# The options of `galore` that split by coordinates.
 COORDINATES: dict[str, dict[str, Any]] = {
   'columns': dict(side='left'),
   'rows': dict(side='right'),
   'entries': dict(side='left', axes={'.*': ((-2, -1), ())}),
 }
-"""The options of `galore` that split by coordinates."""
 
-RESIDUALS = {'sign': Sign, 'sgd': Sgd}
-"""What moves the rest."""
+RESIDUALS = {'sign': Sign, 'sgd': Sgd}  # what moves the rest
 
 
 def frugal(
@@ -52,7 +39,7 @@ def frugal(
   residual: Literal['sign', 'sgd'] = 'sign',
   residual_scale: float = 1.0,
   weight_decay: float = 0.0,
-  targets: Targets = None,
+  targets: paths.Targets = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Adam (or another inner) on a share of a weight, sign descent elsewhere.
 
@@ -87,52 +74,39 @@ def frugal(
   References:
     Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
   """
-  check_static(density=density)
-  if not (is_number(density) and 0 <= density <= 1):
+  checks.check_static(density=density)
+  if not (checks.is_number(density) and 0 <= density <= 1):
     raise ValueError(f'density must be a number in [0, 1], got {density!r}')
-  check_one_of(tuple(RESIDUALS), residual=residual)
-  check_learning_rate(learning_rate=learning_rate)
-  check_not_negative(residual_scale=residual_scale, weight_decay=weight_decay)
+  checks.check_one_of(tuple(RESIDUALS), residual=residual)
+  checks.check_not_negative(residual_scale=residual_scale)
+  inside = descend(learning_rate, weight_decay, without_rate(inner))
   rest_rate = lambda count: (
     residual_scale * jnp.asarray(rate_at(learning_rate, count), float)
   )
-  tail = (
-    add_decayed_weights(weight_decay),
-    optax.scale_by_learning_rate(learning_rate),
-  )
-  inside = optax.chain(without_rate(inner), *tail)
+  options: dict[str, Any] = dict(gap=gap, targets=targets, **_where(subspace))
+  options['residual'] = RESIDUALS[residual](rest_rate)
   # Made for all densities, as it checks the options.
-  stage = galore(
-    inside,
-    rank=float(density) or 1.0,
-    gap=gap,
-    scale=1.0,
-    residual=RESIDUALS[residual](rest_rate),
-    moments='reset',
-    targets=targets,
-    **_where(subspace),
-  )
+  rank = float(density) or 1.0
+  stage = galore(inside, rank=rank, scale=1.0, moments='reset', **options)
   if density == 1:
     return in_float32(inside)
   if density > 0:
     return stage
   direction = optax.scale_by_sign() if residual == 'sign' else optax.identity()
-  alone = optax.chain(direction, optax.scale(residual_scale), *tail)
+  rules = direction, optax.scale(residual_scale)
+  alone = descend(learning_rate, weight_decay, *rules)
   return partition(in_float32(alone), in_float32(inside), targets)
 
 
-def _where(subspace: str | Subspace) -> dict[str, Any]:
+def _where(subspace) -> dict[str, Any]:
+  """Returns the options of `galore` that say where the inner works."""
   if not isinstance(subspace, str) or subspace in NAMES:
     return dict(subspace=subspace)
-  check_one_of(get_args(Where), subspace=subspace)
+  checks.check_one_of(get_args(Where), subspace=subspace)
   return dict(subspace='coordinates', **COORDINATES[subspace])
 
 
-def partition(
-  chosen: optax.GradientTransformation,
-  rest: optax.GradientTransformation,
-  targets: Targets,
-) -> optax.GradientTransformationExtraArgs:
+def partition(chosen, rest, targets: paths.Targets):
   """Returns `chosen` for the targets and `rest` for the other leaves.
 
   Args:
@@ -147,13 +121,13 @@ def partition(
     Array([0., 0.], dtype=float32)
   """
 
-  def labels(params: optax.Params) -> Any:
+  def labels(params):
     if targets is None or callable(targets):
       plans = Planner(1.0, targets=targets)(params)
       marks = [isinstance(p, Projection) for p in plans]
     else:
       marks = paths.chosen(targets, params)
     names = ['chosen' if mark else 'rest' for mark in marks]
-    return jax.tree.unflatten(jax.tree.structure(params), names)
+    return jax.tree.structure(params).unflatten(names)
 
   return optax.partition({'chosen': chosen, 'rest': rest}, labels)

@@ -1,39 +1,31 @@
-"""What works inside a preset: GaLore's Adam, and inners without a rate.
+"""What presets share: GaLore's Adam, inners without a rate, and the way down.
 
 A preset multiplies by the learning rate last, so its inner has none: it is a
-`scale_by_...`, and a learning rate of its own would apply twice.
+`scale_by_...`, and a learning rate of its own would apply twice. `descend` puts
+decay and learning rate behind such rules; read on in `frugal` or `muon`.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import paths
-from galore_optax.checks import check_decay, check_not_negative
-from galore_optax.decay import COUNTS, at_count
+from galore_optax import checks, decay, paths
+from galore_optax.moments import Rotate
 from galore_optax.precision import in_float32
 
-Inner: TypeAlias = (
-  Literal['adam', 'lion', 'sgdm'] | optax.GradientTransformation
-)
-"""A short name, or a transformation without a learning rate."""
+# A short name, or a transformation without a learning rate.
+Inner = Literal['adam', 'lion', 'sgdm'] | optax.GradientTransformation
 
-INNERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-  'adam': optax.scale_by_adam,
-  'lion': optax.scale_by_lion,
-  'sgdm': lambda: optax.trace(0.9),
-}
-"""The short names, with optax's own defaults."""
+# The short names, with optax's own defaults.
+INNERS = dict(
+  adam=optax.scale_by_adam(), lion=optax.scale_by_lion(), sgdm=optax.trace(0.9)
+)
 
 
 def scale_by_galore_adam(
-  *,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-6,
+  *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
 ) -> optax.GradientTransformation:
   """Rescales by Adam with `eps` inside, before bias correction.
 
@@ -55,30 +47,20 @@ def scale_by_galore_adam(
     Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014, end of
     section 2, where the two corrections are merged into the step size.
   """
-  check_decay(b1=b1, b2=b2)
-  check_not_negative(eps=eps)
+  checks.check_decay(b1=b1, b2=b2)
+  checks.check_not_negative(eps=eps)
 
-  def init_fn(params: optax.Params) -> optax.ScaleByAdamState:
-    return optax.ScaleByAdamState(
-      count=jnp.zeros([], jnp.int32),
-      mu=optax.tree.zeros_like(params),
-      nu=optax.tree.zeros_like(params),
-    )
-
-  def update_fn(
-    updates: optax.Updates, state: Any, params: optax.Params | None = None
-  ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+  def update_fn(updates, state, params=None):
     del params
     count = optax.safe_increment(state.count)
     mu = optax.tree.update_moment(updates, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
     factor = bias_correction(b1, b2, count)
-    updates = jax.tree.map(
-      lambda m, v: factor * m / (jnp.sqrt(v) + eps), mu, nu
-    )
-    return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+    scaled = lambda m, v: factor * m / (jnp.sqrt(v) + eps)
+    state = optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+    return jax.tree.map(scaled, mu, nu), state
 
-  return optax.GradientTransformation(init_fn, update_fn)
+  return optax.GradientTransformation(optax.scale_by_adam().init, update_fn)
 
 
 def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
@@ -100,7 +82,7 @@ def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
     {'w': Array([1., 1.], dtype=float32)}
   """
   if isinstance(inner, str) and inner in INNERS:
-    inner = INNERS[inner]()
+    inner = INNERS[inner]
   if not isinstance(inner, optax.GradientTransformation):
     raise ValueError(
       f'inner must be one of {", ".join(INNERS)} or a transformation without'
@@ -108,33 +90,31 @@ def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
     )
   tx = in_float32(inner)
 
-  def init_fn(params: optax.Params) -> Any:
+  def init_fn(params):
     # The parts of a tree are seen after the whole, one by one.
     if not paths.is_part(params):
-      _check_no_rate(optax.with_extra_args_support(inner), params)
+      _check_no_rate(inner, params)
     return tx.init(params)
 
   return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
-def _check_no_rate(
-  inner: optax.GradientTransformationExtraArgs, params: Any
-) -> None:
+def _check_no_rate(inner, params):
   filled = lambda value: jax.tree.map(
     lambda x: jnp.full((1,) * x.ndim, value, jnp.float32), params
   )
   with jax.ensure_compile_time_eval():
     # At a learning rate of zero nothing can be seen: try the next count.
-    for count in COUNTS:
-      state = at_count(count, inner.init(filled(0.0)))
+    for count in decay.COUNTS:
+      state = decay.at_count(count, inner.init(filled(0.0)))
       try:
         answers, _ = inner.update(filled(1.0), state, filled(0.0))
+        answers = [x.item() for x in jax.tree.leaves(answers)]
       except TypeError:
-        return  # It needs extra args, which only `update` is given.
-      answers = jax.tree.leaves(answers)
-      if any(isinstance(x, jax.core.Tracer) for x in answers):
-        return  # A hyperparameter is traced: its sign is not known.
-      least = min((float(x.min()) for x in answers), default=0.0)
+        # It needs extra args, which only `update` is given, or a hyperparameter
+        # is traced: its sign is not known.
+        return
+      least = min(answers, default=0.0)
       if least < 0:
         raise ValueError(
           'the inner has a learning rate of its own (it makes'
@@ -142,20 +122,50 @@ def _check_no_rate(
           " multiplies by learning_rate after it; give 'adam', 'lion', 'sgdm'"
           ' or a transformation such as optax.scale_by_adam()'
         )
-      if any(bool((x > 0).any()) for x in answers):
+      if any(x > 0 for x in answers):
         return
+
+
+def check_numbers(learning_rate, weight_decay):
+  """Raises ValueError for what every preset would take as a wrong number.
+
+  >>> check_numbers(learning_rate=lambda count: 0.1, weight_decay=0.1)
+  """
+  checks.check_learning_rate(learning_rate=learning_rate)
+  checks.check_not_negative(weight_decay=weight_decay)
+
+
+def descend(learning_rate, weight_decay, *rules):
+  """Returns rules, then decoupled weight decay, then minus the learning rate.
+
+  >>> tx, w = descend(0.5, 0.1, optax.scale_by_sign()), jnp.ones(1)
+  >>> tx.update(3 * w, tx.init(w), w)[0]
+  Array([-0.55], dtype=float32)
+  """
+  check_numbers(learning_rate, weight_decay)
+  decayed = decay.add_decayed_weights(weight_decay)
+  return optax.chain(
+    *rules, decayed, optax.scale_by_learning_rate(learning_rate)
+  )
+
+
+def rotated_by(options, b1, b2=0.999):
+  """Returns options of `galore`, where 'rotate' follows the inner's decays.
+
+  >>> rotated_by({'moments': 'rotate'}, 0.8)
+  {'moments': Rotate(b1=0.8, b2=0.999)}
+  """
+  if options.get('moments') != 'rotate':
+    return options
+  return {**options, 'moments': Rotate(b1, b2)}
 
 
 def bias_correction(b1: float, b2: float, count: Any) -> jax.Array:
   """Returns Adam's `sqrt(1 - b2^t) / (1 - b1^t)` after t updates.
 
-  >>> bias_correction(0.5, 0.75, 1)
+  >>> bias_correction(0.5, 0.75, 1).round(4)
   Array(1., dtype=float32, weak_type=True)
   """
-  root = jnp.sqrt(_one_minus_power(b2, count))
-  return root / _one_minus_power(b1, count)
-
-
-def _one_minus_power(decay: float, count: Any) -> jax.Array:
-  """Returns `1 - decay**count`, with all its digits for a decay near one."""
-  return -jnp.expm1(count * jnp.log1p(decay - 1.0))
+  # `1 - decay**count`, with all its digits for a decay near one.
+  rest = lambda decay: -jnp.expm1(count * jnp.log1p(decay - 1.0))
+  return jnp.sqrt(rest(b2)) / rest(b1)

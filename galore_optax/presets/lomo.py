@@ -1,21 +1,19 @@
-"""This module holds LOMO and AdaLomo: rules made for a layer-wise step.
+"""LOMO and AdaLomo: rules made for a layer-wise step.
 
 LOMO is plain SGD that keeps nothing; AdaLomo keeps a factored second moment.
 Both need clipping to learn, so both have it on. In `layerwise` the clipping
 is by the norm of the whole gradient.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from galore_optax import paths
-from galore_optax.checks import is_zero
 from galore_optax.clipping import clipped
 from galore_optax.precision import rms
 from galore_optax.presets.adafactor import scale_by_galore_factored_rms
+from galore_optax.presets.inner import descend
 
 
 def lomo(
@@ -44,11 +42,7 @@ def lomo(
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with
     Limited Resources <https://arxiv.org/abs/2306.09782>`_, 2023.
   """
-  rule = optax.scale_by_learning_rate(learning_rate)
-  # No params are asked for where no decay is; a traced one may be any.
-  if not is_zero(weight_decay):
-    rule = optax.chain(optax.add_decayed_weights(weight_decay), rule)
-  return clipped(rule, clip_norm)
+  return clipped(descend(learning_rate, weight_decay), clip_norm)
 
 
 def adalomo(
@@ -89,10 +83,9 @@ def adalomo(
     Lv et al., `AdaLomo: Low-memory Optimization with Adaptive Learning Rate
     <https://arxiv.org/abs/2310.10195>`_, 2023.
   """
+  limits = dict(decay_rate=decay_rate, clip_threshold=clip_threshold)
   rule = optax.chain(
-    scale_by_galore_factored_rms(
-      decay_rate=decay_rate, clip_threshold=clip_threshold, eps=eps[0]
-    ),
+    scale_by_galore_factored_rms(eps=eps[0], **limits),
     scale_by_weight_rms(weight_decay=weight_decay, eps=eps[1]),
     optax.scale_by_learning_rate(learning_rate),
   )
@@ -110,29 +103,16 @@ def scale_by_weight_rms(
   Array([5., 5.], dtype=float32)
   """
 
-  def update_fn(
-    updates: optax.Updates, state: Any, params: optax.Params | None = None
-  ) -> tuple[optax.Updates, Any]:
+  def by_weight(name, u, w):
+    w = w.astype(jnp.float32)
+    total = u.astype(jnp.float32) + weight_decay * w
+    size = rms(w, paths.own_axes(name, w.ndim))
+    return (jnp.maximum(eps, size) * total).astype(u.dtype)
+
+  def scaled(updates, params):
     if params is None:
       raise ValueError('AdaLomo needs params: tx.update(g, state, params)')
-    leaves, treedef = jax.tree.flatten(updates)
-    scaled = [
-      _by_weight(name, u, w, weight_decay, eps)
-      for name, u, w in zip(
-        paths.paths(updates),
-        leaves,
-        treedef.flatten_up_to(params),
-        strict=True,
-      )
-    ]
-    return treedef.unflatten(scaled), state
+    names = jax.tree.structure(updates).unflatten(paths.paths(updates))
+    return jax.tree.map(by_weight, names, updates, params)
 
-  return optax.GradientTransformation(optax.init_empty_state, update_fn)
-
-
-def _by_weight(name, u, w, weight_decay, eps):
-  """Returns the update of a leaf, times the RMS of each of its weights."""
-  w = w.astype(jnp.float32)
-  total = u.astype(jnp.float32) + weight_decay * w
-  size = rms(w, paths.own_axes(name, w.ndim))
-  return (jnp.maximum(eps, size) * total).astype(u.dtype)
+  return optax.stateless(scaled)

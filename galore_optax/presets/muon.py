@@ -11,14 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax.checks import (
-  check_decay,
-  check_learning_rate,
-  check_not_negative,
-)
-from galore_optax.decay import add_decayed_weights
+from galore_optax import checks
 from galore_optax.galore import Apart, galore, names_options
-from galore_optax.moments import Rotate
+from galore_optax.presets.inner import descend, rotated_by
 
 # Of a low-rank gradient [..., r, n]: by default optax's axes are 0 and 1, and
 # what has three goes to Adam.
@@ -71,26 +66,17 @@ def galore_muon(
     2025, has the constant root mean square; Zhao et al., `GaLore
     <https://arxiv.org/abs/2403.03507>`_, 2024.
   """
+  checks.check_decay(beta=beta)
+  checks.check_not_negative(consistent_rms=consistent_rms)
+  matrices = lambda tree: jax.tree.map(lambda _: MATRIX, tree)
+  size = lambda u: consistent_rms * math.sqrt(max(jnp.shape(u)[-2:]))
+  low = descend(
+    *(learning_rate, weight_decay),
+    optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=matrices),
+    optax.stateless_with_tree_map(lambda u, _: size(u) * u),
+  )
   if adam_learning_rate is None:
     adam_learning_rate = learning_rate
-  check_decay(beta=beta)
-  check_not_negative(consistent_rms=consistent_rms, weight_decay=weight_decay)
-  check_learning_rate(
-    learning_rate=learning_rate, adam_learning_rate=adam_learning_rate
-  )
-  muon = optax.contrib.scale_by_muon(
-    beta=beta,
-    weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: MATRIX, tree),
-  )
-  resize = optax.stateless_with_tree_map(
-    lambda u, _: consistent_rms * math.sqrt(max(jnp.shape(u)[-2:])) * u
-  )
-  decayed = add_decayed_weights(weight_decay)
-  rate = optax.scale_by_learning_rate
-  inner = Apart(
-    low=optax.chain(muon, resize, decayed, rate(learning_rate)),
-    rest=optax.chain(optax.scale_by_adam(), decayed, rate(adam_learning_rate)),
-  )
-  if options.get('moments') == 'rotate':
-    options = {**options, 'moments': Rotate(b1=beta)}
-  return galore(inner, **options)
+  checks.check_learning_rate(adam_learning_rate=adam_learning_rate)
+  rest = descend(adam_learning_rate, weight_decay, optax.scale_by_adam())
+  return galore(Apart(low, rest), **rotated_by(options, beta))

@@ -10,14 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import paths
-from galore_optax.checks import (
-  check_decay,
-  check_learning_rate,
-  check_not_negative,
-)
-from galore_optax.decay import add_decayed_weights
+from galore_optax import checks, paths
 from galore_optax.precision import in_float32, rms
+from galore_optax.presets.inner import descend
 
 
 def scale_sgd(
@@ -59,47 +54,27 @@ def scale_sgd(
     Glentis et al., `A Minimalist Optimizer Design for LLM Pretraining
     <https://arxiv.org/abs/2506.16659>`_, 2025.
   """
+  checks.check_decay(momentum=momentum)
+  unit_columns = lambda g_io, _: g_io / jnp.maximum(rms(g_io, (-2,)), 1e-8)
+  normalised = optax.stateless_with_tree_map(unit_columns)
+  matrix = descend(learning_rate, weight_decay, normalised)
   if vector_learning_rate is None:
     vector_learning_rate = learning_rate
-  check_decay(momentum=momentum)
-  check_not_negative(weight_decay=weight_decay)
-  check_learning_rate(
-    learning_rate=learning_rate, vector_learning_rate=vector_learning_rate
-  )
-  decayed = add_decayed_weights(weight_decay)
-  matrix = optax.chain(
-    optax.stateless_with_tree_map(lambda g, _: _unit_columns(g)),
-    decayed,
-    optax.scale_by_learning_rate(learning_rate),
-  )
-  rules: dict[Any, optax.GradientTransformation] = {
-    'matrix': matrix,
-    'head': optax.chain(optax.ema(momentum, debias=False), matrix),
-    'vector': optax.chain(
-      optax.scale_by_adam(),
-      decayed,
-      optax.scale_by_learning_rate(vector_learning_rate),
-    ),
-  }
+  checks.check_learning_rate(vector_learning_rate=vector_learning_rate)
+  head = optax.chain(optax.ema(momentum, debias=False), matrix)
+  vector = descend(vector_learning_rate, weight_decay, optax.scale_by_adam())
+  rules: dict[Any, Any] = dict(matrix=matrix, head=head, vector=vector)
   return in_float32(optax.partition(rules, _kinds))
 
 
-def _unit_columns(g_io: Any) -> jax.Array:
-  """Returns [..., i, o] with each column over its root mean square."""
-  return g_io / jnp.maximum(rms(g_io, (-2,)), 1e-8)
-
-
-def _kinds(tree: Any) -> Any:
+def _kinds(tree):
   """Returns the name of the rule for each leaf."""
   leaves, treedef = jax.tree.flatten(tree)
-  named = zip(paths.paths(tree), leaves, paths.heads(tree), strict=True)
-  return treedef.unflatten(
-    [
-      'vector'
-      if len(paths.own_axes(path, leaf.ndim)) < 2
-      else 'head'
-      if is_head
-      else 'matrix'
-      for path, leaf, is_head in named
-    ]
-  )
+  kinds = map(_kind, paths.paths(tree), leaves, paths.heads(tree))
+  return treedef.unflatten(kinds)
+
+
+def _kind(path, x, is_head):
+  if len(paths.own_axes(path, x.ndim)) < 2:
+    return 'vector'
+  return 'head' if is_head else 'matrix'

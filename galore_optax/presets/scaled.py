@@ -2,23 +2,13 @@
 
 from typing import Any, Literal
 
-import jax
 import optax
 
-from galore_optax.checks import (
-  check_learning_rate,
-  check_not_negative,
-  check_one_of,
-)
+from galore_optax import checks
 from galore_optax.decay import decay_updated_weights
 from galore_optax.galore import galore, names_options
-from galore_optax.moments import Rotate
-from galore_optax.presets.inner import (
-  Inner,
-  bias_correction,
-  scale_by_galore_adam,
-  without_rate,
-)
+from galore_optax.presets import inner as inner_lib
+from galore_optax.presets.inner import Inner
 from galore_optax.quantized.state import quantize_state
 from galore_optax.residual import Scaled
 from galore_optax.subspace.finders import Gaussian
@@ -74,15 +64,12 @@ def fira(
   References:
     Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024.
   """
-  check_not_negative(scale=scale)
-  check_one_of(('exact', 'reference'), complement=complement)
+  checks.check_not_negative(scale=scale)
+  checks.check_one_of(('exact', 'reference'), complement=complement)
   rule = dict(inside=1.0 if complement == 'exact' else scale, limit=limit)
-  return _scaled(
-    learning_rate,
-    *(b1, b2, eps, bits, weight_decay, inner),
-    rule,
-    dict(rank=rank, gap=gap, scale=scale, **options),
-  )
+  options |= dict(rank=rank, gap=gap, scale=scale)
+  inner = _inner(inner, bits, b1, b2, eps)
+  return _scaled(learning_rate, weight_decay, inner, b1, b2, rule, options)
 
 
 @names_options('subspace', 'residual')
@@ -134,20 +121,16 @@ def apollo(
     Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024.
   """
   # Before its root is taken; a traced one is its maker's business.
-  check_not_negative(scale=scale)
+  checks.check_not_negative(scale=scale)
   rule = dict(inside=0, channels=channels, scale=scale**0.5, limit=limit)
   options |= dict(rank=rank, gap=gap, scale=0.0, subspace=Gaussian(seed))
-  return _scaled(
-    learning_rate, *(b1, b2, eps, bits, weight_decay, inner), rule, options
-  )
+  inner = _inner(inner, bits, b1, b2, eps)
+  return _scaled(learning_rate, weight_decay, inner, b1, b2, rule, options)
 
 
 @names_options('rank', 'channels', of=apollo)
 def apollo_mini(
-  learning_rate: optax.ScalarOrSchedule,
-  *,
-  scale: float = 128.0,
-  **options: Any,
+  learning_rate: optax.ScalarOrSchedule, *, scale: float = 128.0, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
   """APOLLO with a sketch of rank one and one factor for each matrix.
 
@@ -170,42 +153,36 @@ def apollo_mini(
   return apollo(learning_rate, rank=1, scale=scale, channels=False, **options)
 
 
-def _scaled(
-  learning_rate: optax.ScalarOrSchedule,
-  b1: float,
-  b2: float,
-  eps: float,
-  bits: int | None,
-  weight_decay: float,
-  inner: Inner | None,
-  rule: dict[str, Any],
-  options: dict[str, Any],
-) -> optax.GradientTransformationExtraArgs:
-  """Returns `galore` around Adam, with the rule that `Scaled` makes."""
-  check_learning_rate(learning_rate=learning_rate)
-  check_not_negative(weight_decay=weight_decay)
+def _inner(inner, bits, b1, b2, eps):
+  """Returns Adam, its moments of so many bits, or what replaces it."""
   if bits not in (8, None):
     raise ValueError(f'bits must be 8, or None for float32, got {bits!r}')
   if inner is None:
-    inner = scale_by_galore_adam(b1=b1, b2=b2, eps=eps)
-    inner = quantize_state(inner) if bits == 8 else inner
-  elif bits:
+    adam = inner_lib.scale_by_galore_adam(b1=b1, b2=b2, eps=eps)
+    return quantize_state(adam) if bits else adam
+  if bits:
     raise ValueError(
       f'bits={bits} is of Adam; give inner=quantize_state(...) alone'
     )
-  moments, gap = (options.get(name) for name in ('moments', 'gap'))
-  if moments == 'rotate':
-    options = {**options, 'moments': Rotate(b1, b2)}
+  return inner
 
-  def correction(count: jax.Array) -> jax.Array:
+
+def _scaled(learning_rate, weight_decay, inner, b1, b2, rule, options):
+  """Returns `galore` around an inner, with the rule that `Scaled` makes."""
+  inner_lib.check_numbers(learning_rate, weight_decay)
+  gap, restarts = options['gap'], options.get('moments') == 'reset'
+
+  def correction(count):
     # A reset restarts the inner's counter.
-    age = count % gap if moments == 'reset' else count
-    return bias_correction(b1, b2, age + 1)
+    age = count % gap if restarts else count
+    return inner_lib.bias_correction(b1, b2, age + 1)
 
   if inner not in ('lion', 'sgdm'):
     rule['correction'] = correction
+  options = inner_lib.rotated_by(options, b1, b2)
+  inner = inner_lib.without_rate(inner)
   return optax.chain(
-    galore(without_rate(inner), residual=Scaled(**rule), **options),
+    galore(inner, residual=Scaled(**rule), **options),
     optax.scale_by_learning_rate(learning_rate),
     decay_updated_weights(learning_rate, weight_decay=weight_decay),
   )
