@@ -5,7 +5,7 @@ Legend: L leading (batch) axes, m rows, n columns, b blocks, k block size.
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -318,3 +318,18 @@ def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> jax.Array:
   if q.offset is not None:
     values = values + q.offset[..., None]
   return _merge(values, rows.shape[-1]).reshape(q.shape).astype(dtype)
+
+
+def is_coded(x: object) -> bool:
+  """Whether a node of a tree stands for an array in codes."""
+  return isinstance(x, Quantized)
+
+
+def unpacked(tree: Any, dtype: DTypeLike = jnp.float32) -> Any:
+  """Returns a tree with arrays where it has codes.
+
+  >>> unpacked([quantize(jnp.ones(2)), 3])
+  [Array([1., 1.], dtype=float32), 3]
+  """
+  one = lambda x: dequantize(x, dtype) if is_coded(x) else x
+  return jax.tree.map(one, tree, is_leaf=is_coded)
