@@ -30,7 +30,7 @@ class Keeper(Protocol):
   def find(self, g_mn: Any, kept: Kept, key: Any, first: Any) -> Kept:
     """Returns what is kept after a refresh; `first` says there is no basis."""
 
-  def rows(self, kept: Kept, r: int, m: int, dtype: Any) -> jax.Array:
+  def rows(self, kept: Kept, r: int, m: int, dtype: Any) -> Any:
     """Returns a basis [..., r, m], or indices [..., r], of a stack of kept."""
 
 
@@ -253,7 +253,8 @@ def keeping(finder: Any) -> Any:
   if not callable(finder):
     check_one_of(tuple(finders.NAMES), subspace=finder)
     finder = finders.NAMES[finder]
-  return Rows(finder) if getattr(finder, 'stored', True) else Seeds(finder)
+  kind: Any = Rows if getattr(finder, 'stored', True) else Seeds
+  return kind(finder)
 
 
 def fix_signs(new_rm: jax.Array, old_rm: jax.Array) -> jax.Array:
