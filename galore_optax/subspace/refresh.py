@@ -198,8 +198,8 @@ def refreshed(
     new, skip = _each(find, [*jobs.values()])
     found |= zip(jobs, new, strict=True)
     skips.append(skip)
-  sides = lambda i, p: [found[i, number] for number in range(len(p.sides))]
-  new = [_joined(sides(i, p)) for i, p in enumerate(plans)]
+  sides = [[(i, n) for n in range(len(p.sides))] for i, p in enumerate(plans)]
+  new = [_joined([found[place] for place in places]) for places in sides]
   new = jax.tree.map(lambda x, old: x.reshape(old.shape), new, [*kept])
   return new, sum(skips, jnp.int32(0))
 
@@ -241,9 +241,8 @@ def _find(keeper: Keeper, job: Job, first: jax.Array) -> tuple[Kept, jax.Array]:
   size = jnp.max(jnp.abs(g_mn))
   g_mn = g_mn / jnp.where(size > 0, size, 1)
   # Made here, not for each matrix alone, so that it is compiled once a shape.
-  key = functools.reduce(
-    jax.random.fold_in, job.seeds[1:], jax.random.key(job.seeds[0])
-  )
+  seed, *rest = job.seeds
+  key = functools.reduce(jax.random.fold_in, rest, jax.random.key(seed))
   new = keeper.find(g_mn, job.kept, key, first)
   sound = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)]
   # A seed is drawn whatever the gradient is.
