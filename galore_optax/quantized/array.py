@@ -5,7 +5,7 @@ Legend: L leading (batch) axes, m rows, n columns, b blocks, k block size.
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +34,17 @@ class Quantized:
   scanned, mapped over and sharded like the array itself.
   """
 
+  # uint8 [..., m, n], or [..., m, ceil(n / 2)] where two share a byte.
   codes: jax.Array
-  """uint8 [..., m, n], or [..., m, ceil(n / 2)] where two share a byte."""
+  # float32 [..., m, b], or [..., b] where rows are joined: the largest
+  # magnitude of a block (dynamic codes) or its step (linear codes).
   scale: jax.Array
-  """float32 [..., m, b], or [..., b] where rows are joined: the largest
-  magnitude of a block (dynamic codes) or its step (linear codes)."""
+  # float32, as `scale`: value of code 0; None for symmetric codes.
   offset: jax.Array | None
-  """float32, as `scale`: value of code 0; None for symmetric codes."""
   code: Code = dataclasses.field(metadata={'static': True})
   block_size: int = dataclasses.field(metadata={'static': True})
+  # n: the packed codes of an odd row hold one value more.
   num_columns: int = dataclasses.field(metadata={'static': True})
-  """n: the packed codes of an odd row hold one value more."""
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -73,15 +73,15 @@ def check_layout(*, bits: int, group: int) -> None:
   check_count(group=group)
 
 
-def _joins_rows(shape: tuple[int, ...], block_size: int) -> bool:
-  """Whether blocks run over a whole matrix instead of over each row."""
-  n = shape[-1]
-  stored = -(-n // block_size) * block_size
-  return len(shape) > 1 and stored > _MAX_WASTE * n
-
-
 def _join(x: jax.Array) -> jax.Array:
-  return x.reshape(x.shape[:-2] + (x.shape[-2] * x.shape[-1],))
+  return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def _rows(x: jax.Array, block_size: int) -> jax.Array:
+  """Joins the rows of a matrix where blocks of each row would waste scales."""
+  n = x.shape[-1]
+  stored = -(-n // block_size) * block_size
+  return _join(x) if x.ndim > 1 and stored > _MAX_WASTE * n else x
 
 
 def _split(x: jax.Array, block_size: int) -> jax.Array:
@@ -89,13 +89,12 @@ def _split(x: jax.Array, block_size: int) -> jax.Array:
   pad = -x.shape[-1] % block_size
   if pad:
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)], mode='edge')
-  return x.reshape(x.shape[:-1] + (-1, block_size))
+  return x.reshape(*x.shape[:-1], -1, block_size)
 
 
 def _merge(blocks: jax.Array, num_columns: int) -> jax.Array:
   """Inverse of `_split`."""
-  x = _join(blocks)
-  return x if x.shape[-1] == num_columns else x[..., :num_columns]
+  return _join(blocks)[..., :num_columns]
 
 
 def _max(blocks: jax.Array) -> jax.Array:
@@ -149,11 +148,9 @@ def quantize(
     arXiv 2110.02861.
   """
   x = jnp.asarray(x)
-  rows = _join(x) if _joins_rows(x.shape, block_size) else x
-  q = quantize_rows(rows, code=code, block_size=block_size)
-  return dataclasses.replace(
-    q, codes=q.codes.reshape(x.shape), num_columns=x.shape[-1]
-  )
+  q = quantize_rows(_rows(x, block_size), code=code, block_size=block_size)
+  codes, num_columns = q.codes.reshape(x.shape), x.shape[-1]
+  return dataclasses.replace(q, codes=codes, num_columns=num_columns)
 
 
 @functools.partial(jax.jit, static_argnames=('code', 'block_size'))
@@ -180,46 +177,30 @@ def as_rows(q: Quantized) -> Quantized:
 
   A row is a single block where all blocks are full.
   """
-  num_rows, num_columns = rows_shape(q)
-  return dataclasses.replace(
-    q,
-    codes=q.codes.reshape(num_rows, num_columns),
-    scale=q.scale.reshape(num_rows, -1),
-    num_columns=num_columns,
-  )
+  m, n = rows_shape(q)
+  codes, scale = q.codes.reshape(m, n), q.scale.reshape(m, -1)
+  return dataclasses.replace(q, codes=codes, scale=scale, num_columns=n)
 
 
 def full(
   shape: tuple[int, ...], value: float, *, code: Code, block_size: int
 ) -> Quantized:
   """Returns `quantize(jnp.full(shape, value))` without the float array."""
-  one = quantize(jnp.full((1,), value), code=code, block_size=block_size)
-  like = jax.eval_shape(
-    functools.partial(quantize, code=code, block_size=block_size),
-    jax.ShapeDtypeStruct(shape, jnp.float32),
-  )
+  make = functools.partial(quantize, code=code, block_size=block_size)
+  like = jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.float32))
+  one = dataclasses.replace(make(jnp.full(1, value)), num_columns=shape[-1])
   fill = lambda x, to: jnp.full(to.shape, x.reshape(()), to.dtype)
-  return jax.tree.map(
-    fill, dataclasses.replace(one, num_columns=shape[-1]), like
-  )
-
-
-def _num_levels(bits: int, symmetric: bool) -> int:
-  """Steps between the lowest and the highest value."""
-  return 2**bits - 2 if symmetric else 2**bits - 1
+  return jax.tree.map(fill, one, like)
 
 
 def _pack(codes: jax.Array) -> jax.Array:
   """Two 4-bit codes a byte, the first in the low half."""
-  if codes.shape[-1] % 2:
-    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
   pairs = _split(codes, 2)
   return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
 def _unpack(packed: jax.Array, num_columns: int) -> jax.Array:
-  pairs = jnp.stack([packed & 15, packed >> 4], axis=-1)
-  return _merge(pairs, num_columns)
+  return _merge(jnp.stack([packed & 15, packed >> 4], axis=-1), num_columns)
 
 
 def quantize_linear(
@@ -260,28 +241,24 @@ def quantize_linear(
   """
   check_layout(bits=bits, group=group)
   x = jnp.asarray(x)
-  rows = _join(x) if _joins_rows(x.shape, group) else x
+  rows = _rows(x, group)
   blocks = _split(rows.astype(jnp.float32), group)
-  num_levels = _num_levels(bits, symmetric)
+  offset, low, middle = None, 0.0, 2 ** (bits - 1) - 1
+  num_levels = 2 * middle if symmetric else 2**bits - 1
   if symmetric:
-    offset, low = None, 0.0
-    scale = _max(jnp.abs(blocks)) / (num_levels // 2)
+    scale = _max(jnp.abs(blocks)) / middle
   else:
-    offset = jnp.min(blocks, axis=-1)
-    low = offset[..., None]
-    scale = (_max(blocks) - offset) / num_levels
+    offset, middle = jnp.min(blocks, axis=-1), 0
+    scale, low = (_max(blocks) - offset) / num_levels, offset[..., None]
   steps = _divide(blocks - low, scale[..., None])
-  if key is None:
-    steps = jnp.round(steps)
-  else:
+  if key is not None:
     steps = jnp.floor(steps + jax.random.uniform(key, steps.shape))
-  steps = steps + num_levels // 2 if symmetric else steps
+  steps = jnp.round(steps) + middle
   codes = jnp.clip(steps, 0, num_levels).astype(jnp.uint8)
   codes = _merge(codes, rows.shape[-1]).reshape(x.shape)
   if bits == 4:
-    codes = _pack(codes)
-  code = 'int4' if bits == 4 else 'int8'
-  return Quantized(codes, scale, offset, code, group, x.shape[-1])
+    return Quantized(_pack(codes), scale, offset, 'int4', group, x.shape[-1])
+  return Quantized(codes, scale, offset, 'int8', group, x.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnames='dtype')
@@ -302,19 +279,30 @@ def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> jax.Array:
     >>> blockwise.dequantize(blockwise.quantize(jnp.ones((2, 3)))).shape
     (2, 3)
   """
-  codes = q.codes
-  if q.code == 'int4':
-    codes = _unpack(codes, q.num_columns)
-  joined = q.scale.ndim < q.codes.ndim
-  rows = _join(codes) if joined else codes
+  codes = _unpack(q.codes, q.num_columns) if q.code == 'int4' else q.codes
+  rows = _join(codes) if q.scale.ndim < q.codes.ndim else codes
   blocks = _split(rows, q.block_size)
   if q.code == 'signed' or q.code == 'unsigned':
     values = dynamic.decode(blocks, q.code)
   else:
-    bits = 4 if q.code == 'int4' else 8
-    middle = _num_levels(bits, True) // 2 if q.offset is None else 0
-    values = blocks.astype(jnp.float32) - middle
+    middle = 7 if q.code == 'int4' else 127
+    values = blocks.astype(jnp.float32) - (middle if q.offset is None else 0)
   values = values * q.scale[..., None]
   if q.offset is not None:
     values = values + q.offset[..., None]
   return _merge(values, rows.shape[-1]).reshape(q.shape).astype(dtype)
+
+
+def is_coded(x: object) -> bool:
+  """Whether a node of a tree stands for an array in codes."""
+  return isinstance(x, Quantized)
+
+
+def unpacked(tree: Any, dtype: DTypeLike = jnp.float32) -> Any:
+  """Returns a tree with arrays where it has codes.
+
+  >>> unpacked([quantize(jnp.ones(2)), 3])
+  [Array([1., 1.], dtype=float32), 3]
+  """
+  one = lambda x: dequantize(x, dtype) if is_coded(x) else x
+  return jax.tree.map(one, tree, is_leaf=is_coded)

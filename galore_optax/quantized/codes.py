@@ -7,25 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# How codes stand for values; the last two are linear, see `array`.
 Code = Literal['signed', 'unsigned', 'int8', 'int4']
-"""How codes stand for values; the last two are linear, see `blockwise`."""
 
 _NUM_DECADES = 7
 
 
-def _fractions(num_fractions: int) -> np.ndarray:
-  edges = np.linspace(0.1, 1.0, num_fractions + 1)
-  return (edges[:-1] + edges[1:]) / 2
+def _decades(code: Code) -> list[tuple[float, int, int]]:
+  """Upper end, index of the first value, and number of values of each."""
+  c = 1 if code == 'signed' else 2
+  tops = [10.0 ** (i + 1 - _NUM_DECADES) for i in range(_NUM_DECADES)]
+  return [(top, c * (2**i - 1), c * 2**i) for i, top in enumerate(tops)]
 
 
 @functools.cache
 def _magnitudes(code: Code) -> np.ndarray:
-  """Positive values below 1, ascending: decade i holds c * 2^i of them."""
-  c = 1 if code == 'signed' else 2
-  decades = [
-    10.0 ** (i + 1 - _NUM_DECADES) * _fractions(c * 2**i)
-    for i in range(_NUM_DECADES)
-  ]
+  """Positive values below 1, ascending."""
+  decades = []
+  for top, _, num in _decades(code):
+    edges = np.linspace(0.1, 1.0, num + 1)
+    decades.append(top * ((edges[:-1] + edges[1:]) / 2))
   return np.concatenate(decades)
 
 
@@ -70,35 +71,24 @@ def encode(y: jax.Array, code: Code) -> jax.Array:
   # Halfway between neighbours, and 0 below the first unsigned value.
   edges = (np.concatenate([[0.0], values]) + np.append(values, 1.0)) / 2
   edges[0] *= code == 'signed'
-  index = jnp.zeros_like(y)
-  start, num_fractions = 0, 1 if code == 'signed' else 2
-  for i in range(_NUM_DECADES):
-    top = 10.0 ** (i + 1 - _NUM_DECADES)
-    per_unit = num_fractions / (0.9 * top)
-    cell = jnp.floor((magnitude - 0.1 * top) * per_unit)
-    cell = jnp.clip(cell, 0, num_fractions - 1) + (start + 1)
+  index, end = jnp.zeros_like(y), len(values)
+  for top, start, num in _decades(code):
+    cell = jnp.floor((magnitude - 0.1 * top) * (num / (0.9 * top)))
+    cell = jnp.clip(cell, 0, num - 1) + (start + 1)
     index = jnp.where(magnitude > edges[start], cell, index)
-    start, num_fractions = start + num_fractions, 2 * num_fractions
-  index = jnp.where(magnitude > edges[start], start + 1.0, index)
+  index = jnp.where(magnitude > edges[end], end + 1.0, index)
   if code == 'signed':  # There is a code for 1 and none for -1.
-    index = start + jnp.where(y < 0, -jnp.minimum(index, start), index)
+    index = end + jnp.where(y < 0, -jnp.minimum(index, end), index)
   return index.astype(jnp.uint8)
 
 
 def decode(codes: jax.Array, code: Code) -> jax.Array:
   """The values of `dynamic_map`, by arithmetic: every compiler fuses it."""
-  index = codes.astype(jnp.float32)
-  num_first = 1 if code == 'signed' else 2
-  zero = num_first * (2**_NUM_DECADES - 1) if code == 'signed' else 0
-  index = index - zero
-  magnitude = jnp.abs(index)
-  value = jnp.zeros_like(index)
-  start, num_fractions = 1, num_first
-  for i in range(_NUM_DECADES):
-    top = 10.0 ** (i + 1 - _NUM_DECADES)
-    step = 0.9 * top / num_fractions
-    fraction = (magnitude - (start - 0.5)) * step + 0.1 * top
-    value = jnp.where(magnitude >= start, fraction, value)
-    start, num_fractions = start + num_fractions, 2 * num_fractions
-  value = jnp.where(magnitude >= start, 1.0, value)
+  end = len(_magnitudes(code))
+  index = codes.astype(jnp.float32) - (end if code == 'signed' else 0)
+  magnitude, value = jnp.abs(index), jnp.zeros_like(index)
+  for top, start, num in _decades(code):
+    fraction = (magnitude - (start + 0.5)) * (0.9 * top / num) + 0.1 * top
+    value = jnp.where(magnitude > start, fraction, value)
+  value = jnp.where(magnitude > end, 1.0, value)
   return jnp.where(index < 0, -value, value)

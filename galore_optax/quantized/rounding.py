@@ -10,8 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_LOW_BITS = 16
-
 
 def _round_to_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
   """Rounds float32 to one of its two bfloat16 neighbours, right on average.
@@ -19,15 +17,14 @@ def _round_to_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
   A bfloat16 is the upper half of a float32, so random low bits carry into it
   with exactly the probability that the lower half is of a whole.
   """
-  finite = jnp.isfinite(x)
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-  upper = ((bits + noise) >> _LOW_BITS).astype(jnp.uint16)
+  upper = ((bits + noise) >> 16).astype(jnp.uint16)
   rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
-  largest = float(jnp.finfo(jnp.bfloat16).max)
   # A carry out of the largest bfloat16 is not an overflow of the sum.
+  largest = float(jnp.finfo(jnp.bfloat16).max)
   rounded = jnp.clip(rounded, -largest, largest)
-  return jnp.where(finite, rounded, x.astype(jnp.bfloat16))
+  return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
 def _apply(param, update, key):
@@ -73,8 +70,5 @@ def apply_updates_stochastic(params: Any, updates: Any, key: jax.Array) -> Any:
   """
   leaves, treedef = jax.tree.flatten(params, is_leaf=lambda x: x is None)
   steps = treedef.flatten_up_to(updates)
-  new = [
-    _apply(param, update, jax.random.fold_in(key, i))
-    for i, (param, update) in enumerate(zip(leaves, steps, strict=True))
-  ]
-  return treedef.unflatten(new)
+  keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+  return treedef.unflatten(map(_apply, leaves, steps, keys))

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from galore_optax.checks import check_count, check_integer
 from galore_optax.subspace.polar import orthonormalise, random_rows
 
+# A finder.
 Subspace: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""A finder."""
-
+# The short name of a finder with its default options.
 Name: TypeAlias = Literal[
   'svd', 'gram', 'randomized', 'power', 'random', 'coordinates'
 ]
-"""The short name of a finder with its default options."""
+# Eigenvalues of `g g^T` below this share of their sum are not resolved.
+SHIFT = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +45,11 @@ class Svd:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024.
   """
 
-  def __call__(
-    self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
-  ) -> jax.Array:
+  def __call__(self, g_mn, basis_rm, key):
     """Returns the basis [r, m] of a gradient."""
-    del key
-    r, m = basis_rm.shape
+    r = basis_rm.shape[0]
     # Only a rank above min(m, n) needs the vectors that span no gradient.
     u, _, _ = jnp.linalg.svd(g_mn, full_matrices=r > min(g_mn.shape))
-    assert u.shape[0] == m
     return u[:, :r].T
 
 
@@ -70,16 +67,16 @@ class Gram:
     Array([[0., 1., 0.]], dtype=float32)
   """
 
-  def __call__(
-    self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
-  ) -> jax.Array:
+  def __call__(self, g_mn, basis_rm, key):
     """Returns the basis [r, m] of a gradient."""
-    del key
-    r = basis_rm.shape[0]
-    gram_mm = jnp.matmul(g_mn, g_mn.T, precision='highest')
-    # Eigenvalues ascend; the largest |value| of g keeps g g^T in range.
-    _, vectors = jnp.linalg.eigh(gram_mm)
-    return vectors[:, ::-1][:, :r].T
+    return _leading(g_mn, basis_rm.shape[0]).T
+
+
+def _leading(x_mn: jax.Array, r: int) -> jax.Array:
+  """Returns the leading left singular vectors [m, r], by `x x^T`."""
+  gram_mm = jnp.matmul(x_mn, x_mn.T, precision='highest')
+  # Eigenvalues ascend.
+  return jnp.linalg.eigh(gram_mm)[1][:, ::-1][:, :r]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,24 +97,17 @@ class Randomized:
     <https://arxiv.org/abs/0909.4061>`_, 2009.
   """
 
-  oversample: int = 8
-  """Columns of the sketch beyond the rank."""
-  power_iterations: int = 1
-  """Products with `g g^T` that sharpen the spectrum."""
+  oversample: int = 8  # Columns of the sketch beyond the rank.
+  power_iterations: int = 1  # Products with `g g^T`: a sharper spectrum.
 
   def __post_init__(self) -> None:
     """Raises ValueError for fewer than no columns or products."""
-    check_integer(
-      oversample=self.oversample, power_iterations=self.power_iterations
-    )
-    if self.oversample < 0 or self.power_iterations < 0:
-      raise ValueError(
-        f'oversample and power_iterations must be >= 0, got {self}'
-      )
+    options = dataclasses.asdict(self)
+    check_integer(**options)
+    if min(options.values()) < 0:
+      raise ValueError(f'{" and ".join(options)} must be >= 0, got {self}')
 
-  def __call__(
-    self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
-  ) -> jax.Array:
+  def __call__(self, g_mn, basis_rm, key):
     """Returns the basis [r, m] of a gradient."""
     (m, n), r = g_mn.shape, basis_rm.shape[0]
     k = min(r + self.oversample, m)
@@ -125,10 +115,7 @@ class Randomized:
     q_mk, _ = jnp.linalg.qr(sketch_mk)
     for _ in range(self.power_iterations):
       q_mk, _ = jnp.linalg.qr(g_mn @ (g_mn.T @ q_mk))
-    small_kn = q_mk.T @ g_mn
-    gram_kk = jnp.matmul(small_kn, small_kn.T, precision='highest')
-    _, vectors = jnp.linalg.eigh(gram_kk)
-    return (q_mk @ vectors[:, ::-1][:, :r]).T
+    return (q_mk @ _leading(q_mk.T @ g_mn, r)).T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,29 +140,22 @@ class PowerIteration:
     <https://arxiv.org/abs/2410.16103>`_, 2024.
   """
 
-  steps: int = 1
-  """Power steps of a refresh."""
-  first_steps: int = 4
-  """Power steps of the first refresh."""
+  steps: int = 1  # Power steps of a refresh.
+  first_steps: int = 4  # Power steps of the first refresh.
 
   def __post_init__(self) -> None:
     """Raises ValueError for a refresh without a step."""
     check_count(steps=self.steps, first_steps=self.first_steps)
 
-  def __call__(
-    self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
-  ) -> jax.Array:
+  def __call__(self, g_mn, basis_rm, key):
     """Returns the basis [r, m] of a gradient."""
     cold = ~jnp.any(basis_rm)
-    start_rm = jax.lax.cond(
-      cold,
-      lambda: random_rows(key, basis_rm.shape, basis_rm.dtype),
-      lambda: basis_rm,
-    )
+    draw = lambda: random_rows(key, basis_rm.shape, basis_rm.dtype)
+    start_rm = jax.lax.cond(cold, draw, lambda: basis_rm)
     # It bounds the condition number of what is orthonormalised.
     shift = SHIFT * jnp.maximum(jnp.sum(jnp.square(g_mn)), 1)
 
-    def step(_: int, basis_rm: jax.Array) -> jax.Array:
+    def step(_, basis_rm):
       powered_rm = (basis_rm @ g_mn) @ g_mn.T + shift * basis_rm
       # The norm of g g^T is no more than the sum of squares; half is for a
       # basis that was stored in few digits.
@@ -184,10 +164,6 @@ class PowerIteration:
 
     count = jnp.where(cold, self.first_steps, self.steps)
     return jax.lax.fori_loop(0, count, step, start_rm)
-
-
-SHIFT = 1e-5
-"""Eigenvalues of `g g^T` below this share of their sum are not resolved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,18 +184,14 @@ class RandomOrthogonal:
     He et al., `GoLore <https://arxiv.org/abs/2410.11289>`_, 2024.
   """
 
-  seed: int = 0
-  """Another seed, other subspaces."""
-
+  seed: int = 0  # Another seed, other subspaces.
   stored: ClassVar[bool] = False
 
   def __post_init__(self) -> None:
     """Raises ValueError for a seed that is no integer."""
     check_integer(seed=self.seed)
 
-  def __call__(
-    self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
-  ) -> jax.Array:
+  def __call__(self, g_mn, basis_rm, key):
     """Returns a random basis [r, m]."""
     key = jax.random.fold_in(key, self.seed)
     return random_rows(key, basis_rm.shape, g_mn.dtype)
@@ -238,26 +210,20 @@ class Coordinates:
     Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
   """
 
-  largest: bool = False
-  """Those where the gradient is largest, rather than random ones."""
-  seed: int = 0
-  """Another seed, other coordinates."""
-
+  largest: bool = False  # Where the gradient is, rather than random ones.
+  seed: int = 0  # Another seed, other coordinates.
   by_coordinates: ClassVar[bool] = True
 
   def __post_init__(self) -> None:
     """Raises ValueError for a seed that is no integer."""
     check_integer(seed=self.seed)
 
-  def __call__(
-    self, g_mn: jax.Array, basis_r: jax.Array, key: jax.Array
-  ) -> jax.Array:
+  def __call__(self, g_mn, basis_r, key):
     """Returns the indices [r] of the coordinates, ascending."""
     m, r = g_mn.shape[0], basis_r.shape[0]
+    order = jax.random.permutation(jax.random.fold_in(key, self.seed), m)
     if self.largest:
       order = jnp.argsort(-jnp.sum(jnp.square(g_mn), axis=1))
-    else:
-      order = jax.random.permutation(jax.random.fold_in(key, self.seed), m)
     return jnp.sort(order[:r]).astype(jnp.int32)
 
 
@@ -277,18 +243,14 @@ class Gaussian:
     Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024.
   """
 
-  seed: int = 0
-  """Another seed, other rows."""
-
+  seed: int = 0  # Another seed, other rows.
   stored: ClassVar[bool] = False
 
   def __post_init__(self) -> None:
     """Raises ValueError for a seed that is no integer."""
     check_integer(seed=self.seed)
 
-  def __call__(
-    self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
-  ) -> jax.Array:
+  def __call__(self, g_mn, basis_rm, key):
     """Returns random rows [r, m]."""
     key = jax.random.fold_in(key, self.seed)
     rows_rm = jax.random.normal(key, basis_rm.shape, g_mn.dtype)

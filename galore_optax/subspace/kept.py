@@ -8,31 +8,17 @@ Axes: m projected side, n other side, r rank; leading axes are batch.
 """
 
 import dataclasses
-from typing import (
-  Any,
-  ClassVar,
-  Literal,
-  NamedTuple,
-  Protocol,
-  TypeAlias,
-  get_args,
-)
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from galore_optax import projection
 from galore_optax.checks import check_count, check_one_of, check_positive
-from galore_optax.quantized.array import (
-  Quantized,
-  check_layout,
-  dequantize,
-  quantize_linear,
-)
+from galore_optax.quantized import array
 from galore_optax.subspace import finders
 
-Kept: TypeAlias = Any
-"""A pytree of arrays."""
+Kept: TypeAlias = Any  # A pytree of arrays.
 
 
 class Keeper(Protocol):
@@ -40,17 +26,17 @@ class Keeper(Protocol):
 
   def first(self, r: int, m: int, dtype: Any) -> Kept:
     """Returns what is kept before the first refresh."""
-    ...
 
-  def find(
-    self, g_mn: jax.Array, kept: Kept, key: jax.Array, first: jax.Array
-  ) -> Kept:
+  def find(self, g_mn: Any, kept: Kept, key: Any, first: Any) -> Kept:
     """Returns what is kept after a refresh; `first` says there is no basis."""
-    ...
 
-  def rows(self, kept: Kept, r: int, m: int, dtype: Any) -> jax.Array:
+  def rows(self, kept: Kept, r: int, m: int, dtype: Any) -> Any:
     """Returns a basis [..., r, m], or indices [..., r], of a stack of kept."""
-    ...
+
+
+def _by_coordinates(keeper: Any) -> bool:
+  """Whether the basis is of coordinates: indices, no rows."""
+  return getattr(keeper.finder, 'by_coordinates', False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +45,9 @@ class Rows:
 
   finder: finders.Subspace
 
-  @property
-  def by_coordinates(self) -> bool:
-    """Whether the basis is of coordinates: indices, no rows."""
-    return getattr(self.finder, 'by_coordinates', False)
+  by_coordinates = property(_by_coordinates)
 
-  def first(self, r: int, m: int, dtype: Any) -> jax.Array:
+  def first(self, r, m, dtype):
     """Returns the first r coordinates, should the first refresh fail.
 
     >>> Rows(finders.Svd()).first(1, 2, jnp.float32)
@@ -74,9 +57,7 @@ class Rows:
       return jnp.arange(r, dtype=jnp.int32)
     return jnp.eye(r, m, dtype=dtype)
 
-  def find(
-    self, g_mn: jax.Array, kept: jax.Array, key: jax.Array, first: jax.Array
-  ) -> jax.Array:
+  def find(self, g_mn, kept, key, first):
     """Returns the rows or indices that the finder finds.
 
     >>> g_mn = jnp.array([[0., 0.], [-2., 0.]])
@@ -91,9 +72,8 @@ class Rows:
     new_rm = fix_signs(self.finder(g_mn, previous_rm, key), previous_rm)
     return new_rm.astype(kept.dtype)
 
-  def rows(self, kept: jax.Array, r: int, m: int, dtype: Any) -> jax.Array:
+  def rows(self, kept, r, m, dtype):
     """Returns what is kept."""
-    del r, m, dtype
     return kept
 
 
@@ -104,23 +84,19 @@ class Seeds:
   finder: finders.Subspace
   by_coordinates: ClassVar[bool] = False
 
-  def first(self, r: int, m: int, dtype: Any) -> jax.Array:
+  def first(self, r, m, dtype):
     """Returns a seed."""
-    del r, m, dtype
     return jnp.zeros([], jnp.uint32)
 
-  def find(
-    self, g_mn: jax.Array, kept: jax.Array, key: jax.Array, first: jax.Array
-  ) -> jax.Array:
+  def find(self, g_mn, kept, key, first):
     """Returns a new seed."""
-    del g_mn, kept, first
     return jax.random.bits(key, dtype=jnp.uint32)
 
-  def rows(self, kept: jax.Array, r: int, m: int, dtype: Any) -> jax.Array:
+  def rows(self, kept, r, m, dtype):
     """Returns the basis of each seed, at least in float32."""
     wide = jnp.promote_types(dtype, jnp.float32)
 
-    def one(seed: jax.Array) -> jax.Array:
+    def one(seed):
       # Such a finder looks at shapes alone.
       nothing = jnp.zeros((m, 1), wide), jnp.zeros((r, m), wide)
       return self.finder(*nothing, jax.random.key(seed))
@@ -134,14 +110,11 @@ class Seeds:
 class LazyBasis(NamedTuple):
   """What `Lazy` keeps of one matrix."""
 
-  basis: Kept
-  """What the keeper inside keeps."""
-  wait: jax.Array
-  """[], int32: gaps to sit out before the next refresh."""
-  gaps: jax.Array
-  """[], int32: gaps from one refresh to the next."""
+  basis: Kept  # What the keeper inside keeps.
+  wait: jax.Array  # [], int32: gaps to sit out before the next refresh.
+  gaps: jax.Array  # [], int32: gaps from one refresh to the next.
+  # [q], float32: the latest overlaps, -1 where there was none yet.
   overlaps_q: jax.Array
-  """[q], float32: the latest overlaps, -1 where there was none yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,12 +135,9 @@ class Lazy:
     Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024.
   """
 
-  finder: Any = dataclasses.field(default_factory=finders.Svd)
-  """How a basis is found: a short name, a finder or a keeper."""
-  threshold: float = 0.4
-  """Mean overlap from which on the gap doubles."""
-  memory: int = 5
-  """Overlaps that the mean is over; none before so many were seen."""
+  finder: Any = 'svd'  # A short name, a finder or a keeper.
+  threshold: float = 0.4  # Mean overlap from which on the gap doubles.
+  memory: int = 5  # Overlaps in that mean; none before so many were seen.
 
   def __post_init__(self) -> None:
     """Raises ValueError for a mean over nothing."""
@@ -180,33 +150,21 @@ class Lazy:
         f' random ones, {self.finder.finder}; use it without Lazy'
       )
 
-  @property
-  def by_coordinates(self) -> bool:
-    """Whether the basis is of coordinates."""
-    return self.finder.by_coordinates
+  by_coordinates = property(_by_coordinates)
 
-  def first(self, r: int, m: int, dtype: Any) -> LazyBasis:
+  def first(self, r, m, dtype):
     """Returns a basis that waits for nothing."""
-    return LazyBasis(
-      basis=self.finder.first(r, m, dtype),
-      wait=jnp.zeros([], jnp.int32),
-      gaps=jnp.ones([], jnp.int32),
-      overlaps_q=jnp.full(self.memory, -1.0),
-    )
+    basis, none_q = self.finder.first(r, m, dtype), jnp.full(self.memory, -1.0)
+    return LazyBasis(basis, jnp.int32(0), jnp.int32(1), none_q)
 
-  def find(
-    self, g_mn: jax.Array, kept: LazyBasis, key: jax.Array, first: jax.Array
-  ) -> LazyBasis:
+  def find(self, g_mn, kept, key, first):
     """Returns a new basis, or what is kept with less to wait."""
 
-    def found() -> LazyBasis:
+    def found():
       new = self.finder.find(g_mn, kept.basis, key, first)
+      overlap = self._overlap(new, kept.basis, g_mn)
+      seen_q = jnp.roll(kept.overlaps_q, 1).at[0].set(overlap)
       # The first refresh has nothing to compare with.
-      seen_q = (
-        jnp.roll(kept.overlaps_q, 1)
-        .at[0]
-        .set(self._overlap(new, kept.basis, g_mn))
-      )
       overlaps_q = jnp.where(first, kept.overlaps_q, seen_q)
       known = ~first & jnp.all(overlaps_q >= 0)
       alike = known & (jnp.mean(overlaps_q) >= self.threshold)
@@ -216,17 +174,14 @@ class Lazy:
     waiting = kept._replace(wait=kept.wait - 1)
     return jax.lax.cond(kept.wait == 0, found, lambda: waiting)
 
-  def rows(self, kept: LazyBasis, r: int, m: int, dtype: Any) -> jax.Array:
+  def rows(self, kept, r, m, dtype):
     """Returns the rows of the basis inside."""
     return self.finder.rows(kept.basis, r, m, dtype)
 
-  def _overlap(self, new: Kept, old: Kept, g_mn: jax.Array) -> jax.Array:
-    r = jax.tree.leaves(old)[0].shape[0]
-    new, old = (
-      self.finder.rows(kept, r, g_mn.shape[0], g_mn.dtype)
-      for kept in (new, old)
-    )
-    return jnp.sum(jnp.square(projection.overlap(new, old))) / r
+  def _overlap(self, new, old, g_mn):
+    r, m = jax.tree.leaves(old)[0].shape[0], g_mn.shape[0]
+    rows = lambda kept: self.finder.rows(kept, r, m, g_mn.dtype)
+    return jnp.sum(jnp.square(projection.overlap(rows(new), rows(old)))) / r
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,45 +198,34 @@ class Packed:
     528
   """
 
-  finder: Any
-  """How a basis is found: a short name, a finder or a keeper."""
-  bits: Literal[4, 8] = 4
-  """Of an element."""
-  group: int = 256
-  """Elements that share a float32 scale."""
+  finder: Any  # A short name, a finder or a keeper.
+  bits: Literal[4, 8] = 4  # Of an element.
+  group: int = 256  # Elements that share a float32 scale.
 
   def __post_init__(self) -> None:
     """Raises ValueError for a layout that no array has."""
-    check_layout(bits=self.bits, group=self.group)
+    array.check_layout(bits=self.bits, group=self.group)
     object.__setattr__(self, 'finder', keeping(self.finder))
 
-  @property
-  def by_coordinates(self) -> bool:
-    """Whether the basis is of coordinates."""
-    return self.finder.by_coordinates
+  by_coordinates = property(_by_coordinates)
 
-  def first(self, r: int, m: int, dtype: Any) -> Kept:
+  def first(self, r, m, dtype):
     """Returns the first rows, packed."""
     return self._pack(self.finder.first(r, m, dtype))
 
-  def find(
-    self, g_mn: jax.Array, kept: Kept, key: jax.Array, first: jax.Array
-  ) -> Kept:
+  def find(self, g_mn, kept, key, first):
     """Returns the new rows, packed."""
-    kept = _unpacked(kept, g_mn.dtype)
+    kept = array.unpacked(kept, g_mn.dtype)
     return self._pack(self.finder.find(g_mn, kept, key, first))
 
-  def rows(self, kept: Kept, r: int, m: int, dtype: Any) -> jax.Array:
+  def rows(self, kept, r, m, dtype):
     """Returns the rows as an array in the weight's type."""
-    return self.finder.rows(_unpacked(kept, dtype), r, m, dtype)
+    return self.finder.rows(array.unpacked(kept, dtype), r, m, dtype)
 
-  def _pack(self, kept: Kept) -> Kept:
-    pack = lambda x: (
-      quantize_linear(x, bits=self.bits, group=self.group)
-      if jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 1
-      else x
-    )
-    return jax.tree.map(pack, kept)
+  def _pack(self, kept):
+    is_rows = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 1
+    pack = lambda x: array.quantize_linear(x, bits=self.bits, group=self.group)
+    return jax.tree.map(lambda x: pack(x) if is_rows(x) else x, kept)
 
 
 def packed(keeper: Any, *, bits: Literal[4, 8], group: int) -> Any:
@@ -296,15 +240,6 @@ def packed(keeper: Any, *, bits: Literal[4, 8], group: int) -> Any:
   return Packed(keeper, bits, group)
 
 
-def _unpacked(kept: Kept, dtype: Any) -> Kept:
-  is_packed = lambda x: isinstance(x, Quantized)
-  return jax.tree.map(
-    lambda x: dequantize(x, dtype) if is_packed(x) else x,
-    kept,
-    is_leaf=is_packed,
-  )
-
-
 def keeping(finder: Any) -> Any:
   """Returns a keeper of a short name, a finder, or a keeper as it is.
 
@@ -316,9 +251,10 @@ def keeping(finder: Any) -> Any:
   if hasattr(finder, 'rows'):
     return finder
   if not callable(finder):
-    check_one_of(get_args(finders.Name), subspace=finder)
+    check_one_of(tuple(finders.NAMES), subspace=finder)
     finder = finders.NAMES[finder]
-  return Rows(finder) if getattr(finder, 'stored', True) else Seeds(finder)
+  kind: Any = Rows if getattr(finder, 'stored', True) else Seeds
+  return kind(finder)
 
 
 def fix_signs(new_rm: jax.Array, old_rm: jax.Array) -> jax.Array:

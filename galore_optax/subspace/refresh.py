@@ -9,8 +9,9 @@ Axes: k matrices of a stack, m projected side, n other side, r rank.
 
 import collections
 import dataclasses
+import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -23,8 +24,8 @@ from galore_optax.precision import full
 from galore_optax.projection import Basis, Projection, Whole
 from galore_optax.subspace.kept import Keeper, Kept, Seeds
 
+# Multiples of it, modulo one, never come close to each other.
 GOLDEN = 0.618033988749895
-"""Multiples of it, modulo one, never come close to each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,30 +39,29 @@ class Staggered:
     >>> tx = galore_optax.galore(optax.adam(0.1), gap=Staggered(200))
   """
 
-  gap: int
-  """Updates from one refresh of a matrix to its next."""
+  gap: int  # Updates from one refresh of a matrix to its next.
 
 
+# Updates between refreshes: of all matrices at once, or in turns.
 Gap: TypeAlias = int | Staggered
-"""Updates between refreshes: of all matrices at once, or in turns."""
 
 
 class Phase(NamedTuple):
   """Where the matrices of a leaf stand in the order of turns."""
 
+  # [k], int32: the number of each matrix; of layer 0 in a layer-wise step.
   number_k: jax.Array
-  """[k], int32: the number of each matrix; of layer 0 in a layer-wise step."""
+  # [], int32: numbers from one layer to the next in a layer-wise step.
   stride: jax.Array
-  """[], int32: numbers from one layer to the next in a layer-wise step."""
 
 
 class Job(NamedTuple):
-  """One matrix whose basis may be due."""
+  """One matrix whose basis may be due, or [k, ...] of them."""
 
-  g_mn: Any
-  kept: Kept
-  key: jax.Array
-  due: jax.Array
+  g_mn: Any  # Its gradient, the projected side first.
+  kept: Kept  # What is kept of its basis.
+  seeds: tuple[jax.Array, ...]  # uint32: what its random key is made of.
+  due: jax.Array  # bool: whether it is due, where matrices take turns.
 
 
 def checked_gap(gap: Any) -> Gap:
@@ -80,36 +80,27 @@ def phases(plans: Sequence[Projection | Whole], tree: Any, gap: Gap) -> Any:
   """Returns a tree of `Phase`s for matrices that take turns; () for others."""
   if not isinstance(gap, Staggered):
     return ()
-  at, total = paths.places(tree)
-  return jax.tree.structure(tree).unflatten(
-    [
-      Phase(
-        jnp.int32(place) + total * jnp.arange(p.num_matrices, dtype=jnp.int32),
-        jnp.int32(total * p.num_matrices),
-      )
-      if isinstance(p, Projection)
-      else optax.MaskedNode()
-      for p, place in zip(plans, at, strict=True)
-    ]
-  )
+  places, total = paths.places(tree)
+
+  def phase(p, place):
+    if isinstance(p, Whole):
+      return optax.MaskedNode()
+    number_k = place + total * jnp.arange(p.num_matrices, dtype=jnp.int32)
+    return Phase(number_k, jnp.int32(total * p.num_matrices))
+
+  return jax.tree.structure(tree).unflatten(map(phase, plans, places))
 
 
-def is_due(
-  gap: Gap, phase: Any, count: jax.Array, layer: jax.Array | int
-) -> jax.Array:
+def is_due(gap: Gap, phase: Any, count: jax.Array, layer: Any) -> jax.Array:
   """Whether any matrix is due: [], bool."""
   if isinstance(gap, int):
     return count % gap == 0
-  nodes = jax.tree.leaves(phase, is_leaf=_is_phase)
-  due = [jnp.any(_due_k(gap, p, count, layer)) for p in nodes if _is_phase(p)]
+  nodes = jax.tree.leaves(phase, is_leaf=lambda x: isinstance(x, Phase))
+  due = [jnp.any(_due_k(gap, node, count, layer)) for node in nodes]
   return jnp.any(jnp.array(due, bool))
 
 
-def _is_phase(x: Any) -> bool:
-  return isinstance(x, Phase)
-
-
-def _refreshes_k(gap: Gap, phase: Any, count: Any, layer: Any) -> jax.Array:
+def _refreshes_k(gap, phase, count, layer) -> Any:
   """How many refreshes of each matrix came before `count` updates."""
   if isinstance(gap, int):
     return count // gap
@@ -118,7 +109,7 @@ def _refreshes_k(gap: Gap, phase: Any, count: Any, layer: Any) -> jax.Array:
   return (count - offset_k) // gap.gap + 1
 
 
-def _due_k(gap: Gap, phase: Any, count: Any, layer: Any) -> jax.Array:
+def _due_k(gap, phase, count, layer) -> Any:
   """Which matrices are due, bool."""
   before, now = (_refreshes_k(gap, phase, c, layer) for c in (count - 1, count))
   return (before != now) | (count == 0)
@@ -128,14 +119,10 @@ def first_kept(keeper: Keeper, plan: Projection | Whole, dtype: Any) -> Any:
   """Returns what the state keeps for a leaf before its first refresh."""
   if isinstance(plan, Whole):
     return optax.MaskedNode()
-
-  def of_side(side: int) -> Kept:
-    one = keeper.first(plan.rank, plan.matrix_shape[side], dtype)
-    return jax.tree.map(
-      lambda x: jnp.broadcast_to(x, plan.batch + x.shape), one
-    )
-
-  return _as_kept([of_side(side) for side in plan.sides])
+  stacked = lambda x: jnp.broadcast_to(x, plan.batch + x.shape)
+  sizes = [plan.matrix_shape[side] for side in plan.sides]
+  firsts = [keeper.first(plan.rank, m, dtype) for m in sizes]
+  return jax.tree.map(stacked, _joined(firsts))
 
 
 def basis_of(
@@ -144,10 +131,9 @@ def basis_of(
   """Returns the basis of each projected side of a leaf."""
   if isinstance(plan, Whole):
     return ()
-  return tuple(
-    keeper.rows(one, plan.rank, plan.matrix_shape[side], dtype)
-    for one, side in zip(_by_side(plan, kept), plan.sides, strict=True)
-  )
+  sizes = [plan.matrix_shape[side] for side in plan.sides]
+  pairs = zip(_by_side(plan, kept), sizes, strict=True)
+  return tuple(keeper.rows(one, plan.rank, m, dtype) for one, m in pairs)
 
 
 def changed(
@@ -191,80 +177,58 @@ def refreshed(
     (or what was found) was not finite: [], int32.
   """
 
-  def find(job: Job) -> tuple[Kept, jax.Array]:
+  def find(job):
     one = lambda: _find(keeper, job, count == 0)
     if isinstance(gap, int):
       return one()
     return jax.lax.cond(job.due, one, lambda: (job.kept, jnp.int32(0)))
 
-  alone, results = collections.defaultdict(list), {}
+  alone, found, skips = collections.defaultdict(dict), {}, []
   for i, p in enumerate(plans):
-    if isinstance(p, Whole):
-      continue
     for number, one in enumerate(_by_side(p, kept[i])):
-      job = _job(p, number, grads[i], one, gap, phase[i], count, layer)
-      if p.num_matrices > 1:
-        results[i, number] = jax.lax.map(find, job)
+      jobs = _jobs(p, number, grads[i], one, gap, phase[i], count, layer)
+      if len(jobs.due) > 1:
+        found[i, number], skip_k = jax.lax.map(find, jobs)
+        skips.append(jnp.sum(skip_k, dtype=jnp.int32))
       else:
-        job = jax.tree.map(lambda x: x[0], job)
-        alone[_shapes(job)].append(((i, number), job))
+        job = jax.tree.map(lambda x: x[0], jobs)
+        shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(job)]
+        alone[jax.tree.structure(job), *shapes][i, number] = job
   for jobs in alone.values():
-    places, of_one_shape = zip(*jobs, strict=True)
-    results |= zip(places, _each(find, of_one_shape), strict=True)
-
-  def joined(i: int, p: Projection | Whole) -> Any:
-    if isinstance(p, Whole):
-      return kept[i]
-    sides = [results[i, number][0] for number in range(len(p.sides))]
-    like = _by_side(p, kept[i])
-    return _as_kept(
-      [
-        jax.tree.map(lambda x, old: x.reshape(old.shape), new, old)
-        for new, old in zip(sides, like, strict=True)
-      ]
-    )
-
-  skips = [jnp.sum(skip, dtype=jnp.int32) for _, skip in results.values()]
-  return [joined(i, p) for i, p in enumerate(plans)], sum(skips, jnp.int32(0))
+    new, skip = _each(find, [*jobs.values()])
+    found |= zip(jobs, new, strict=True)
+    skips.append(skip)
+  sides = [[(i, n) for n in range(len(p.sides))] for i, p in enumerate(plans)]
+  new = [_joined([found[place] for place in places]) for places in sides]
+  new = jax.tree.map(lambda x, old: x.reshape(old.shape), new, [*kept])
+  return new, sum(skips, jnp.int32(0))
 
 
-def _job(p, number, g, kept, gap, phase, count, layer) -> Job:
+def _jobs(p, number, g, kept, gap, phase, count, layer) -> Job:
   """Returns the matrices of a leaf as a job with a leading axis [k, ...]."""
   k = p.num_matrices
   g_io = projection.to_matrix(p, g).reshape(k, *p.matrix_shape[-2:])
-  flat = lambda x: x.reshape(k, *x.shape[len(p.batch) :])
   # The path names the leaf: a number would change with the part of the tree.
-  path = zlib.crc32(p.path.encode())
-  key = jax.random.fold_in(jax.random.key(number), path)
-  index_k = jnp.arange(k) + layer * k
-  refreshes_k = _refreshes_k(gap, phase, count, layer)
-  fold = jax.vmap(jax.random.fold_in)
-  due = _due_k(gap, phase, count, layer)
+  path, index_k = zlib.crc32(p.path.encode()), jnp.arange(k) + layer * k
+  seeds = number, path, index_k, _refreshes_k(gap, phase, count, layer)
+  wide = lambda x, dtype=jnp.uint32: jnp.broadcast_to(jnp.asarray(x, dtype), k)
   return Job(
     g_mn=projection.orient(g_io, p.sides[number]),
-    kept=jax.tree.map(flat, kept),
-    key=fold(
-      fold(jnp.broadcast_to(key, (k,)), index_k),
-      jnp.broadcast_to(refreshes_k, (k,)),
-    ),
-    due=jnp.broadcast_to(due, (k,)),
+    kept=jax.tree.map(lambda x: x.reshape(k, *x.shape[len(p.batch) :]), kept),
+    seeds=tuple(wide(x) for x in seeds),
+    due=wide(_due_k(gap, phase, count, layer), bool),
   )
 
 
-def _each(
-  find: Callable[[Job], Any], jobs: Sequence[Job]
-) -> list[tuple[Kept, jax.Array]]:
+def _each(find, jobs: list[Job]) -> tuple[list[Kept], jax.Array]:
   """Finds matrix after matrix, without a stack of the gradients."""
   if len(jobs) == 1:
-    return [find(jobs[0])]
+    kept, skip = find(*jobs)
+    return [kept], skip
   pick = lambda i: jax.lax.switch(i, [lambda job=job: job for job in jobs])
-  found = jax.lax.map(lambda i: find(pick(i)), jnp.arange(len(jobs)))
-  return [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(jobs))]
-
-
-def _shapes(job: Job) -> Any:
-  leaves, treedef = jax.tree.flatten(job)
-  return treedef, tuple((x.shape, x.dtype) for x in leaves)
+  kept, skips = jax.lax.map(lambda i: find(pick(i)), jnp.arange(len(jobs)))
+  each = [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(len(jobs))]
+  return each, jnp.sum(skips, dtype=jnp.int32)
 
 
 def _find(keeper: Keeper, job: Job, first: jax.Array) -> tuple[Kept, jax.Array]:
@@ -276,27 +240,23 @@ def _find(keeper: Keeper, job: Job, first: jax.Array) -> tuple[Kept, jax.Array]:
   # A basis has no scale; the gradient's square may leave float32's range.
   size = jnp.max(jnp.abs(g_mn))
   g_mn = g_mn / jnp.where(size > 0, size, 1)
-  new = keeper.find(g_mn, job.kept, job.key, first)
+  # Made here, not for each matrix alone, so that it is compiled once a shape.
+  seed, *rest = job.seeds
+  key = functools.reduce(jax.random.fold_in, rest, jax.random.key(seed))
+  new = keeper.find(g_mn, job.kept, key, first)
+  sound = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)]
   # A seed is drawn whatever the gradient is.
-  found = _is_finite(new) & (finite | isinstance(keeper, Seeds))
+  found = jnp.all(jnp.array(sound)) & (finite | isinstance(keeper, Seeds))
   kept = jax.tree.map(lambda a, b: jnp.where(found, a, b), new, job.kept)
   return kept, jnp.int32(~found)
 
 
-def _is_finite(kept: Kept) -> jax.Array:
-  """Whether no number in it is a NaN."""
-  floats = [
-    jnp.all(jnp.isfinite(x))
-    for x in jax.tree.leaves(kept)
-    if jnp.issubdtype(x.dtype, jnp.floating)
-  ]
-  return jnp.all(jnp.array(floats, bool))
+def _by_side(plan, kept) -> Sequence[Kept]:
+  return kept if len(plan.sides) > 1 else (kept,) * len(plan.sides)
 
 
-def _by_side(plan: Projection, kept: Any) -> Sequence[Any]:
-  return kept if len(plan.sides) > 1 else (kept,)
-
-
-def _as_kept(sides: list[Any]) -> Any:
-  """Returns what the state keeps: one value rather than a tuple of one."""
+def _joined(sides: list[Kept]) -> Any:
+  """Inverts `_by_side`: one value rather than a tuple of one."""
+  if not sides:
+    return optax.MaskedNode()
   return sides[0] if len(sides) == 1 else tuple(sides)

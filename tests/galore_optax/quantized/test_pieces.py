@@ -8,12 +8,8 @@ import optax
 import pytest
 
 from galore_optax.quantized import state as leafwise
-from galore_optax.quantized.state import (
-  Quantized,
-  dequantize,
-  quantize,
-  quantize_state,
-)
+from galore_optax.quantized.array import Quantized, dequantize, quantize
+from galore_optax.quantized.state import quantize_state
 from tests.galore_optax.program import each
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from galore_optax import galore
 from galore_optax.quantized import array as blockwise
-from galore_optax.quantized.state import Quantized, dequantize, quantize_state
+from galore_optax.quantized.array import Quantized, dequantize
+from galore_optax.quantized.state import quantize_state
 from tests.galore_optax.program import each
 
 
