@@ -182,6 +182,8 @@ def _packed(inner, params, seen, block_size, min_size) -> Any:
       return x
     squares = SQUARES & {getattr(key, 'name', None) for key in path}
     code = 'unsigned' if squares and not is_signed else 'signed'
+    # Hidden, or the compiler takes half a minute to fold blocks of zeros.
+    x *= jax.lax.optimization_barrier(jnp.ones([], x.dtype))
     return quantize(x, code=code, block_size=block_size)
 
   leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
