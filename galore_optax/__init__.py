@@ -12,37 +12,43 @@ algebra,
 
 import optax
 
-from .galore import Apart as Apart, Galore as Galore, GaloreState as GaloreState
-from .galore import chain as chain, galore as galore
-from .galore import quantize_bases as quantize_bases
-from .layerwise.step import layerwise as layerwise
-from .memory import describe as describe
-from .moments import Rotate as Rotate
-from .paths import Elsewhere as Elsewhere
-from .presets.adafactor import galore_adafactor as galore_adafactor
-from .presets.adafactor import (
+from galore_optax.galore import Apart as Apart, Galore as Galore
+from galore_optax.galore import GaloreState as GaloreState, chain as chain
+from galore_optax.galore import galore as galore
+from galore_optax.galore import quantize_bases as quantize_bases
+from galore_optax.layerwise.step import layerwise as layerwise
+from galore_optax.memory import describe as describe
+from galore_optax.moments import Rotate as Rotate
+from galore_optax.paths import Elsewhere as Elsewhere
+from galore_optax.presets.adafactor import galore_adafactor as galore_adafactor
+from galore_optax.presets.adafactor import (
   scale_by_galore_factored_rms as scale_by_galore_factored_rms,
 )
-from .presets.adamw import galore_adamw as galore_adamw
-from .presets.adamw import galore_adamw_8bit as galore_adamw_8bit
-from .presets.badam import badam as badam
-from .presets.frugal import frugal as frugal
-from .presets.inner import scale_by_galore_adam as scale_by_galore_adam
-from .presets.lomo import adalomo as adalomo, lomo as lomo
-from .presets.muon import galore_muon as galore_muon
-from .presets.scale import scale_sgd as scale_sgd
-from .presets.scaled import apollo as apollo, apollo_mini as apollo_mini
-from .presets.scaled import fira as fira
-from .quantized.rounding import (
+from galore_optax.presets.adamw import galore_adamw as galore_adamw
+from galore_optax.presets.adamw import galore_adamw_8bit as galore_adamw_8bit
+from galore_optax.presets.badam import badam as badam
+from galore_optax.presets.frugal import frugal as frugal
+from galore_optax.presets.inner import (
+  scale_by_galore_adam as scale_by_galore_adam,
+)
+from galore_optax.presets.lomo import adalomo as adalomo, lomo as lomo
+from galore_optax.presets.muon import galore_muon as galore_muon
+from galore_optax.presets.scale import scale_sgd as scale_sgd
+from galore_optax.presets.scaled import apollo as apollo
+from galore_optax.presets.scaled import apollo_mini as apollo_mini, fira as fira
+from galore_optax.quantized.rounding import (
   apply_updates_stochastic as apply_updates_stochastic,
 )
-from .quantized.state import quantize_state as quantize_state
-from .residual import Scaled as Scaled, Sgd as Sgd, Sign as Sign
-from .subspace.finders import Coordinates as Coordinates, Gaussian as Gaussian
-from .subspace.finders import Gram as Gram, PowerIteration as PowerIteration
-from .subspace.finders import Randomized as Randomized
-from .subspace.finders import RandomOrthogonal as RandomOrthogonal, Svd as Svd
-from .subspace.kept import Lazy as Lazy, Packed as Packed
-from .subspace.refresh import Staggered as Staggered
+from galore_optax.quantized.state import quantize_state as quantize_state
+from galore_optax.residual import Scaled as Scaled, Sgd as Sgd, Sign as Sign
+from galore_optax.subspace.finders import Coordinates as Coordinates
+from galore_optax.subspace.finders import Gaussian as Gaussian, Gram as Gram
+from galore_optax.subspace.finders import PowerIteration as PowerIteration
+from galore_optax.subspace.finders import Randomized as Randomized
+from galore_optax.subspace.finders import RandomOrthogonal as RandomOrthogonal
+from galore_optax.subspace.finders import Svd as Svd
+from galore_optax.subspace.kept import Lazy as Lazy, Packed as Packed
+from galore_optax.subspace.refresh import Staggered as Staggered
+
 
 optax.chain = chain
