@@ -207,7 +207,8 @@ def galore(
   planner = Planner(rank, side, targets, axes, keeper.by_coordinates)
   if residual is not None and not callable(residual):
     raise ValueError(
-      f'residual must be None or a rule, such as Sign(1e-3), got {residual!r}'
+      'residual must be None or a rule of galore_optax.residual with its'
+      f' learning rate, such as Sign(1e-3), got {residual!r}'
     )
   moments = moments_lib.checked(moments, in_turns=not isinstance(gap, int))
   options = planner, keeper, gap, scale, residual, moments
