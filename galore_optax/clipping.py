@@ -24,9 +24,7 @@ class ClippedTransformation(optax.GradientTransformationExtraArgs):
   rule: optax.GradientTransformationExtraArgs
 
 
-def clipped(
-  rule: optax.GradientTransformation, clip_norm: float | None
-) -> optax.GradientTransformationExtraArgs:
+def clipped(rule: optax.GradientTransformation, clip_norm: float | None) -> Any:
   """Puts clipping by the exact global norm before a rule.
 
   Args:

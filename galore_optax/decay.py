@@ -25,9 +25,7 @@ GRADIENTS = ((0.25, -1.0, 0.0, 0.5), (2.0, 1.0, 0.25, 3.0), (0.0,) * 4)
 WEIGHTS = (0.5, -2.0, 1.5, -0.75)
 
 
-def through(
-  inner: Any, plans: Sequence, low: Any, state: Any, params: Any, extra: Any
-) -> tuple[Any, Any, Any]:
+def through(inner, plans, low, state, params, extra) -> tuple[Any, Any, Any]:
   """Runs the inner on low-rank gradients.
 
   Args:
@@ -187,9 +185,7 @@ def decay_updated_weights(
     Array(3., dtype=float32)
   """
 
-  def init_fn(params):
-    del params
-    return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+  init_fn = lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
 
   def update_fn(updates, state, params=None):
     # No params are asked for where no decay is; a traced one may be any.

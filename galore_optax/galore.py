@@ -216,9 +216,7 @@ def galore(
   return Stage(of) if inner is None else of(inner)
 
 
-def names_options(
-  *fixed: str, of: Callable[..., Any] = galore
-) -> Callable[[Preset], Preset]:
+def names_options(*fixed: str, of: Any = galore) -> Callable[[Preset], Preset]:
   """Names the options of `galore` where a preset hands on `**options`.
 
   `help` lists them, and `optax.inject_hyperparams` can pass them: it goes by

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax.checks import check_decay, check_one_of
-from galore_optax.quantized.array import Quantized, dequantize, full, quantize
+from galore_optax.quantized.array import full, is_coded, quantize, unpacked
 
 # Fields of first and of second moments in optax's states.
 FIRST, SECOND = ('mu', 'trace', 'ema'), ('nu',)
@@ -85,7 +85,7 @@ class Rotate:
     new, mu, turned = dict(old), 0.0, 0.0
     for f in FIRST:
       if f in old:
-        mu = _read(old[f])
+        mu = unpacked(old[f])
         turned = turn(mu, 1)
         new[f] = _stored(turned, old[f])
     if 'nu' in old:
@@ -93,7 +93,7 @@ class Rotate:
       # Bias corrections; without a count the inner makes none.
       if count is not None:
         w1, w2 = (1 - b ** jnp.maximum(count, 1) for b in (self.b1, self.b2))
-      spread = turn(_read(old['nu']) / w2 - (mu / w1) ** 2, 2)
+      spread = turn(unpacked(old['nu']) / w2 - (mu / w1) ** 2, 2)
       new['nu'] = _stored(w2 * jnp.abs(spread + (turned / w1) ** 2), old['nu'])
     return new
 
@@ -139,7 +139,7 @@ def reset(state: Any) -> Any:
     (0, 1, Array(0., dtype=float32))
   """
 
-  zeros = lambda tree: jax.tree.map(_zeros, tree, is_leaf=_is_stored)
+  zeros = lambda tree: jax.tree.map(_zeros, tree, is_leaf=is_coded)
 
   def of_node(node):
     fields = (ZEROED | COUNTS).intersection(node._fields)
@@ -171,22 +171,14 @@ def _each_node(f, state):
   return jax.tree.map(of, state, is_leaf=is_node)
 
 
-def _is_stored(x):
-  return isinstance(x, Quantized)
-
-
 def _zeros(x):
-  if not _is_stored(x):
+  if not is_coded(x):
     return jnp.zeros_like(x)
   return full(x.shape, 0.0, code=x.code, block_size=x.block_size)
 
 
-def _read(x):
-  return dequantize(x) if _is_stored(x) else x
-
-
 def _stored(new, old):
   """Returns `new`, in 8 bits if `old` is."""
-  if not _is_stored(old):
+  if not is_coded(old):
     return new
   return quantize(new, code=old.code, block_size=old.block_size)

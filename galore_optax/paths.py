@@ -160,9 +160,7 @@ def heads(tree: PyTree) -> list[bool]:
   return [of_head(path) for path in paths(tree)]
 
 
-def matched(
-  patterns: Sequence[str], tree: PyTree, *, option: str = 'targets'
-) -> list[bool]:
+def matched(patterns: Sequence[str], tree, *, option='targets') -> list[bool]:
   """Returns which leaves of `tree` a regex matches in full.
 
   Args:

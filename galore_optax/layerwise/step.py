@@ -12,7 +12,7 @@ Axes: L layers, the leading axis of a stack; N examples.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -48,24 +48,6 @@ class Layers(Protocol):
 
   def loss(self, params: PyTree, x: PyTree, batch: PyTree) -> Any:
     """Returns (the mean loss [], sums that the metrics carry)."""
-
-
-@runtime_checkable
-class OneLayer(Protocol):
-  """A transformation that trains one layer at a time, as `badam` does.
-
-  Its state of a layer's weight is of one layer, and the weight gradient of the
-  layer whose turn it is the only one that is computed.
-  """
-
-  rule: Any  # the transformation of the weights of one layer
-  rest: Any  # that of the weights outside the stack; None: they are frozen
-
-  def active(self, count: jax.Array, num_layers: int) -> Any:
-    """Returns the layer whose turn it is: [], int32."""
-
-  def check_blocks(self, stacked: dict[str, bool]) -> None:
-    """Raises ValueError if its layers are not those of the stack, by path."""
 
 
 class LayerwiseState(NamedTuple):
@@ -169,7 +151,7 @@ class Layerwise:
     if not any(stacked.values()):
       rule = "params['blocks'] must hold the layers, every leaf [L, ...]"
       raise ValueError(f'{rule}, got {", ".join(weights)}')
-    if isinstance(self.tx, OneLayer):
+    if self._trains_one_layer():
       self.tx.check_blocks(stacked)
     # A target that matches nothing anywhere is told here: `tx` is strict only
     # where it sees the whole tree.
@@ -183,16 +165,14 @@ class Layerwise:
       init = lambda one: rule.init(tree.alone(name, read(one)))
       if name in self.slices:
         return jax.vmap(init)(stack.sliced(stored, self.slices[name]))
-      if stacked[name] and not isinstance(self.tx, OneLayer):
+      if stacked[name] and not self._trains_one_layer():
         return jax.vmap(init)(stored)
       return init(stack.take(stored, 0 if stacked[name] else None))
 
     inner: Any = {name: init_weight(name, w) for name, w in weights.items()}
     return LayerwiseState(jnp.int32(0), jnp.float32(0), inner)
 
-  def __call__(
-    self, params: PyTree, state: LayerwiseState, batch: PyTree
-  ) -> tuple[PyTree, LayerwiseState, dict[str, PyTree]]:
+  def __call__(self, params: PyTree, state: LayerwiseState, batch: PyTree):
     """Returns parameters and state one step on, and the step's metrics."""
     tree = stack.Parts(params)
     summed = self.accumulate > 1
@@ -215,7 +195,7 @@ class Layerwise:
     passes = self.passes(tree, batch)
     saved, x = passes.forward(weights)
     active = None
-    if isinstance(self.tx, OneLayer):
+    if self._trains_one_layer():
       active = self.tx.active(state.count, jax.tree.leaves(saved)[0].shape[0])
     backward = functools.partial(passes.backward, saved, active=active)
     keep = lambda entry, name, grad, layer: entry
@@ -338,9 +318,13 @@ class Layerwise:
     key = tree.key(key, name, layer)
     return self.weights.write(stored, jax.tree.leaves(updates)[0], key), inner
 
+  def _trains_one_layer(self) -> bool:
+    """Whether tx has the parts of a `badam`, whose state is of one layer."""
+    return hasattr(self.tx, 'check_blocks')
+
   def _rule(self, name) -> Any:
     """Returns what updates a weight; None if it is frozen."""
-    if not isinstance(self.tx, OneLayer):
+    if not self._trains_one_layer():
       return self.tx
     return self.tx.rule if stack.in_stack(name) else self.tx.rest
 

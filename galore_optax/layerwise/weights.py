@@ -38,9 +38,7 @@ ARRAYS = Weights(_same, _same, lambda w, u, key: optax.apply_updates(w, u))
 ROUNDED = Weights(_same, _same, apply_updates_stochastic)
 
 
-def quantized(
-  *, bits: Literal[4, 8] = 8, group: int = 256, dtype: Any
-) -> Weights:
+def quantized(*, bits: Literal[4, 8] = 8, group: int = 256, dtype: Any):
   """Weights in blocks of integers, sums rounded stochastically.
 
   Weights of fewer than two axes beyond a stack's (norms, biases) stay arrays.

@@ -122,13 +122,7 @@ def badam(
   return _one_block(one, rule(None) if train_rest else None, active, blocks)
 
 
-def layer_of_turn(
-  turn: Any,
-  num_layers: int,
-  order: Order = 'random',
-  start: int | None = None,
-  seed: int = 0,
-) -> jax.Array:
+def layer_of_turn(turn, num_layers, order='random', start=None, seed=0):
   """Returns which layer has a turn, the first one of which is 0: [], int32.
 
   >>> [int(layer_of_turn(t, 3, 'descending')) for t in range(4)]

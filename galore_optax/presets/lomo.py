@@ -92,9 +92,7 @@ def adalomo(
   return clipped(rule, clip_norm)
 
 
-def scale_by_weight_rms(
-  *, weight_decay: float = 0.0, eps: float = 1e-3
-) -> optax.GradientTransformation:
+def scale_by_weight_rms(*, weight_decay=0.0, eps=1e-3):
   """Adds decay, then multiplies by the RMS of each weight, at least eps.
 
   >>> tx = scale_by_weight_rms()

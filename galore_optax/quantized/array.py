@@ -182,9 +182,7 @@ def as_rows(q: Quantized) -> Quantized:
   return dataclasses.replace(q, codes=codes, scale=scale, num_columns=n)
 
 
-def full(
-  shape: tuple[int, ...], value: float, *, code: Code, block_size: int
-) -> Quantized:
+def full(shape, value, *, code: Code, block_size: int) -> Quantized:
   """Returns `quantize(jnp.full(shape, value))` without the float array."""
   make = functools.partial(quantize, code=code, block_size=block_size)
   like = jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.float32))

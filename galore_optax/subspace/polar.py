@@ -62,9 +62,7 @@ def orthonormalise(x_rm: jax.Array, *, low: float) -> jax.Array:
   return x_rm
 
 
-def random_rows(
-  key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
-) -> jax.Array:
+def random_rows(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
   """Returns orthonormal rows [r, m] of a uniformly random subspace.
 
   They are the polar factor of a Gaussian matrix. Its singular values are known

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import paths, projection
-from galore_optax.checks import check_count
+from galore_optax.checks import is_integer
 from galore_optax.precision import full
 from galore_optax.projection import Basis, Projection, Whole
 from galore_optax.subspace.kept import Keeper, Kept, Seeds
@@ -67,12 +67,9 @@ class Job(NamedTuple):
 def checked_gap(gap: Any) -> Gap:
   """Returns a gap with a Python integer in it; ValueError for what is none."""
   steps = gap.gap if isinstance(gap, Staggered) else gap
-  try:
-    check_count(gap=steps)
-  except ValueError as error:
-    raise ValueError(
-      f'gap must be an integer >= 1, in optimizer steps, got {gap!r}'
-    ) from error
+  if not is_integer(steps) or steps < 1:
+    rule = 'gap must be an integer >= 1, in optimizer steps'
+    raise ValueError(f'{rule}, got {gap!r}')
   return Staggered(int(steps)) if isinstance(gap, Staggered) else int(steps)
 
 
@@ -125,9 +122,7 @@ def first_kept(keeper: Keeper, plan: Projection | Whole, dtype: Any) -> Any:
   return jax.tree.map(stacked, _joined(firsts))
 
 
-def basis_of(
-  keeper: Keeper, plan: Projection | Whole, kept: Any, dtype: Any
-) -> Basis:
+def basis_of(keeper: Keeper, plan: Any, kept: Any, dtype: Any) -> Basis:
   """Returns the basis of each projected side of a leaf."""
   if isinstance(plan, Whole):
     return ()
@@ -136,9 +131,7 @@ def basis_of(
   return tuple(keeper.rows(one, plan.rank, m, dtype) for one, m in pairs)
 
 
-def changed(
-  gap: Gap, plan: Projection, phase: Any, count: jax.Array, layer: Any
-) -> jax.Array:
+def changed(gap: Gap, plan: Projection, phase, count, layer) -> jax.Array:
   """Returns which matrices have a new basis and had one before: [..., 1, 1]."""
   if isinstance(gap, int):
     return (count > 0).reshape((1,) * len(plan.matrix_shape))
@@ -146,17 +139,7 @@ def changed(
   return due_k.reshape(*plan.batch, 1, 1)
 
 
-def refreshed(
-  keeper: Keeper,
-  plans: Sequence[Projection | Whole],
-  grads: Sequence[jax.Array],
-  kept: Sequence[Any],
-  phase: Sequence[Any],
-  *,
-  gap: Gap,
-  count: jax.Array,
-  layer: jax.Array | int,
-) -> tuple[list[Any], jax.Array]:
+def refreshed(keeper, plans, grads, kept, phase, *, gap, count, layer) -> Any:
   """Finds the bases that are due.
 
   A stack runs matrix by matrix, so that its workspace is one matrix's, and so
