@@ -19,8 +19,8 @@ def describe() -> str:
       f'{jax.config.jax_platforms!r}'
     )
   return (
-    f'{line}, though an NVIDIA card is here: this JAX has no CUDA; pip install '
-    "'jax[cuda12]' brings it"
+    f'{line}, though an NVIDIA card is here, as this JAX has no CUDA; run '
+    '`make clean train`, which installs the one that has'
   )
 
 

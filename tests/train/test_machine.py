@@ -13,7 +13,7 @@ def test_the_device_is_named(monkeypatch):
 
 @pytest.mark.parametrize(
   'platforms, remedy',
-  [(None, "pip install 'jax[cuda12]'"), ('cpu', "JAX_PLATFORMS is 'cpu'")],
+  [(None, 'make clean train'), ('cpu', "JAX_PLATFORMS is 'cpu'")],
 )
 def test_a_card_that_is_not_used_is_named(monkeypatch, platforms, remedy):
   monkeypatch.setattr(machine, 'nvidia', lambda: True)

@@ -1,8 +1,8 @@
 """Cards that are not there: their public figures, and compiling for them.
 
 XLA's CUDA compiler needs a description of a card (`Gpu`), not the card: its
-buffer assignment says what a step allocates (`compile_step`). `pip install
-'galore-optax[plan]'` brings the compiler.
+buffer assignment says what a step allocates (`compile_step`). `make plan` runs
+in an environment that has the compiler.
 """
 
 import dataclasses
@@ -182,8 +182,8 @@ def topology_mesh(gpu: Gpu, *, devices: int = 1) -> jax.sharding.Mesh:
     )
   except (RuntimeError, NotImplementedError, ValueError) as error:
     raise RuntimeError(
-      'compiling for a GPU needs the CUDA compiler of JAX: '
-      "pip install 'galore-optax[plan]'"
+      "compiling for a GPU needs JAX's CUDA compiler, which has an environment"
+      " of its own: make plan ARGS='configs/llama_7b.py'"
     ) from error
   return jax.sharding.Mesh(np.array(topology.devices), ('data',))
 

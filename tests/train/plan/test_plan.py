@@ -138,7 +138,7 @@ def test_without_the_compiler_the_extra_is_named(config, capsys, monkeypatch):
     plan.main([config])
   assert stop.value.code == 2
   err = capsys.readouterr().err
-  assert 'galore-optax[plan]' in err and '--estimate' in err
+  assert 'make plan ARGS' in err and '--estimate' in err
 
 
 def test_the_config_takes_the_same_keys_as_in_training(config, capsys):
