@@ -25,10 +25,10 @@ train-layerwise: $(TRAIN)
 	  --optimizer.subspace power $(ARGS)
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 slow: .venv/test
-	$(BIN)/python -m pytest -n 2 -m slow tests $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests $(ARGS)
 
 # What a step needs on a card that is not there:
 # make plan ARGS='configs/llama_7b.py --device rtx4090 --batch-size 2'

@@ -10,7 +10,7 @@ import pytest
 
 from galore_optax import decay, galore
 from galore_optax.projection import Projection, Whole
-from tests.galore_optax.program import normal32
+from tests.galore_optax.program import each, normal32
 
 LR = 0.1
 
@@ -51,7 +51,12 @@ def updates_of(tx, params, steps, gradients):
 
 
 @pytest.mark.parametrize(
-  'make_mask', [None, mask_tree, 'callable'], ids=['all', 'tree', 'callable']
+  'make_mask',
+  [
+    pytest.param(None, id='all', marks=pytest.mark.slow),
+    pytest.param(mask_tree, id='tree'),
+    pytest.param('callable', id='callable', marks=pytest.mark.slow),
+  ],
 )
 def test_decay_alone_is_the_whole_trajectory_of_optax(make_mask):
   # With zero gradients an update is decay and nothing else: for projected
@@ -166,7 +171,11 @@ COUPLED = {
 }
 
 
-@pytest.mark.parametrize('name', COUPLED)
+@each(
+  'name',
+  COUPLED,
+  quick=['lamb', 'lamb, lr 0 at 0 and 100', 'L2 before Adam', 'prodigy'],
+)
 def test_other_uses_of_params_raise_at_init(name):
   tx, params = galore(COUPLED[name], rank=3), {'w': jnp.ones((7, 9))}
   with pytest.raises(ValueError, match='more than decoupled weight decay'):

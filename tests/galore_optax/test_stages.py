@@ -8,7 +8,7 @@ import pytest
 
 import galore_optax as go
 from galore_optax import Galore, Staggered, galore
-from tests.galore_optax.program import normal32
+from tests.galore_optax.program import each, normal32
 
 PARAMS = {
   'up': normal32((3, 5, 9)),
@@ -36,7 +36,7 @@ TXS = {
 }
 
 
-@pytest.mark.parametrize('name', TXS)
+@each('name', TXS, quick=['svd', 'packed', 'spelled as a chain'])
 def test_an_update_is_its_stages(name):
   tx = TXS[name]()
   assert isinstance(tx, Galore) and tx.linear

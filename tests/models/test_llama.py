@@ -255,6 +255,7 @@ def test_microbatches_average_to_the_batch():
   chex.assert_trees_all_close(mean[1], whole[1], **_FLOAT32)
 
 
+@pytest.mark.slow
 def test_three_functions_compose_to_the_model():
   model, params = _model()
   batch = _batch()
@@ -324,7 +325,9 @@ def test_tied_head_is_the_transposed_embedding():
   )
 
 
-@pytest.mark.parametrize('num_kv_heads', [1, 2])
+@pytest.mark.parametrize(
+  'num_kv_heads', [pytest.param(1, marks=pytest.mark.slow), 2]
+)
 def test_grouped_heads_equal_repeated_heads(num_kv_heads):
   grouped, params = _model(num_kv_heads=num_kv_heads)
   full, _ = _model(num_kv_heads=4)

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import galore_optax
+from tests.galore_optax.program import each
 from train import method
 from train.method import (
   AdamW,
@@ -168,7 +169,7 @@ SOME = {
 }
 
 
-@pytest.mark.parametrize('name', SOME)
+@each('name', SOME, quick=['frugal', 'badam', 'fira', 'apollo'])
 def test_a_method_trains(name):
   tx = SOME[name].build(lambda count: 0.1)
   found, state = updates(tx, num_steps=3)

@@ -174,8 +174,7 @@ def test_resume_goes_on_with_the_runs_own_values(copied, monkeypatch, tmp_path):
   assert run.config().save_every == 3 and run.config().steps == before.steps
 
 
-@pytest.mark.usefixtures('short')
-def test_resume_refuses_other_values_and_branch_takes_them(copied, capsys):
+def test_resume_refuses_other_values(copied, capsys):
   config, run = copied
   args = [config, '--resume', '--steps', '10', '--learning-rate', '0.005']
   files = sorted(run.directory.parent.rglob('*'))
@@ -188,7 +187,14 @@ def test_resume_refuses_other_values_and_branch_takes_them(copied, capsys):
   assert 'learning_rate is 0.01 in the run and 0.005 now' in err
   assert 'add --branch to start a new run' in err
   assert sorted(run.directory.parent.rglob('*')) == files
-  # The advice, word for word.
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('short')
+def test_a_branch_takes_other_values(copied, capsys):
+  config, run = copied
+  # What a refused resume advises.
+  args = [config, '--resume', '--steps', '10', '--learning-rate', '0.005']
   assert pretrain.main([*args, '--branch']) == 0
   branch = Run(run.directory.with_name('tiny-2'))
   assert branch.config().steps == 10 and run.config().steps == 8
@@ -304,6 +310,7 @@ def test_a_process_that_is_stopped_while_it_imports(finished):
   assert 'SIGINT: stopped' in err and 'Traceback' not in err
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number_ends_the_run(
   tmp_path, monkeypatch, capsys
 ):

@@ -209,6 +209,7 @@ def test_badam_computes_the_weight_gradient_of_one_layer():
   assert products(rest) == products(one) + 1 + 4
 
 
+@pytest.mark.slow
 def test_matrices_take_turns_as_in_the_whole_tree():
   model, tx = Residual(), galore_rule(gap=galore_optax.Staggered(3))
   params, state, _ = run(layerwise(model, tx), steps=5)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from galore_optax import Galore, galore_muon
-from tests.galore_optax.program import Adam, normal, trajectory
+from tests.galore_optax.program import Adam, each, normal, trajectory
 
 STEPS, RANK, GAP = 6, 3, 2
 SHAPES = {
@@ -133,7 +133,7 @@ def test_defaults():
   assert defaults['weight_decay'] == 0 and not defaults['adam_learning_rate']
 
 
-@pytest.mark.parametrize('side', ['left', 'right', 'std'])
+@each('side', ['left', 'right', 'std'], quick=['left', 'right'])
 def test_at_full_rank_in_one_basis_it_is_muon(side):
   # Newton-Schulz commutes with rotations from either side.
   shapes = {'square': (2, 9, 9)}
@@ -200,7 +200,7 @@ def test_state_is_a_basis_and_one_momentum():
   assert 0 not in sizes
 
 
-@pytest.mark.parametrize('moments', ['reset', 'rotate'])
+@each('moments', ['reset', 'rotate'], quick=['rotate'])
 def test_moments_follow_the_basis(moments):
   g = draw({'norm': (5,), 'up': (7, 11)}, 0, (STEPS,))
   options = {'rank': 7, 'gap': 1, 'scale': 1.0, 'targets': 'up'}

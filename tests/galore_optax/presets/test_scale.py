@@ -16,7 +16,7 @@ from tests.galore_optax.layerwise.test_step import (
   run,
   run_whole_tree,
 )
-from tests.galore_optax.program import Adam, normal, trajectory
+from tests.galore_optax.program import Adam, each, normal, trajectory
 
 STEPS = 5
 SHAPES = {
@@ -171,7 +171,7 @@ def test_without_decay_it_needs_no_params():
   tx.update(g, tx.init(g))
 
 
-@pytest.mark.parametrize('tied', [False, True])
+@each('tied', [False, True], quick=[True])
 def test_layer_by_layer_it_is_the_whole_tree(tied):
   params = make_params()
   if tied:

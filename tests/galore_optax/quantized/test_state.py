@@ -163,7 +163,7 @@ def test_linear_codes_of_the_second_moment_are_seven_times_too_large():
   assert linear == pytest.approx(6.985, abs=0.01)
 
 
-@pytest.mark.parametrize('ratio', [1e-2, 1e-3, 1e-4, 1e-6])
+@each('ratio', [1e-2, 1e-3, 1e-4, 1e-6], quick=[1e-2, 1e-4])
 def test_small_entries_of_a_block_get_no_larger_update(ratio):
   """Ratio of gradients; that of second moments is its square."""
   params = {'w': jnp.zeros(4096)}

@@ -16,7 +16,7 @@ from galore_optax import (
   Svd,
   galore,
 )
-from tests.galore_optax.program import find
+from tests.galore_optax.program import each, find
 
 DENSE = [Svd(), Gram(), Randomized(), PowerIteration(), RandomOrthogonal()]
 KEY = jax.random.key(0)
@@ -36,8 +36,10 @@ def _energy(basis_rm, g_mn):
 
 
 @pytest.mark.parametrize('finder', DENSE, ids=lambda f: type(f).__name__)
-@pytest.mark.parametrize(
-  'kind', ['plain', 'zero', 'deficient', 'tiny', 'huge', 'whole']
+@each(
+  'kind',
+  ['plain', 'zero', 'deficient', 'tiny', 'huge', 'whole'],
+  quick=['zero', 'deficient', 'huge'],
 )
 def test_rows_are_orthonormal(finder, kind):
   g_mn = _power_law()
@@ -141,7 +143,7 @@ def test_largest_coordinates():
   assert set(np.asarray(index_r)) == set(np.argsort(-norms)[:7])
 
 
-@pytest.mark.parametrize('side', ['std', 'right', 'full'])
+@each('side', ['std', 'right', 'full'], quick=['std', 'full'])
 def test_coordinates_are_a_selection(side):
   params = {'w': _power_law(13, 17)}
   tx = galore(

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from galore_optax import Svd, galore
+from tests.galore_optax.program import each
 
 SHAPES = {'stack': (3, 7, 9), 'tall': (11, 5)}
 
@@ -146,7 +147,7 @@ def test_signs_follow_the_previous_basis():
     assert np.all((first * second).sum(-1) >= 0)
 
 
-@pytest.mark.parametrize('bad', [np.nan, np.inf])
+@each('bad', [np.nan, np.inf], quick=[np.inf])
 @pytest.mark.parametrize('side, bases', [('std', 1), ('full', 2)])
 def test_a_gradient_that_is_not_finite_keeps_the_basis_of_its_matrix(
   bad, side, bases
