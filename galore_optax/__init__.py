@@ -12,9 +12,8 @@ algebra,
 
 import optax
 
-from galore_optax.galore import Apart as Apart, Galore as Galore
-from galore_optax.galore import GaloreState as GaloreState, chain as chain
-from galore_optax.galore import galore as galore
+from galore_optax.galore import Apart as Apart, Galore as Galore, chain as chain
+from galore_optax.galore import GaloreState as GaloreState, galore as galore
 from galore_optax.galore import quantize_bases as quantize_bases
 from galore_optax.layerwise.step import layerwise as layerwise
 from galore_optax.memory import describe as describe

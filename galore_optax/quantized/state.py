@@ -165,6 +165,9 @@ def _tried(inner, params) -> list[tuple[bool, bool]]:
         _, state = inner.update(filled(g), state, filled(1.0))
     except TypeError:  # It needs extra args, which only `update` is given.
       state = jax.tree.map(lambda x: jnp.full_like(x, -1), ones)
+    # A random key has no sign.
+    sign = lambda x: x if jnp.issubdtype(x.dtype, jnp.number) else jnp.zeros(())
+    state = jax.tree.map(sign, jax.tree.map(jnp.asarray, state))
     rows = zip(*map(jax.tree.leaves, (ones, twos, state)), strict=True)
     return [(holds(jnp.all(x == y)), holds(jnp.any(z < 0))) for x, y, z in rows]
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax import projection
-from galore_optax.checks import check_count, check_one_of, check_positive
+from galore_optax.checks import check_count, check_not_negative, check_one_of
 from galore_optax.quantized import array
 from galore_optax.subspace import finders
 
@@ -142,7 +142,7 @@ class Lazy:
   def __post_init__(self) -> None:
     """Raises ValueError for a mean over nothing."""
     check_count(memory=self.memory)
-    check_positive(threshold=self.threshold)
+    check_not_negative(threshold=self.threshold)
     object.__setattr__(self, 'finder', keeping(self.finder))
     if isinstance(self.finder, Seeds):
       raise ValueError(

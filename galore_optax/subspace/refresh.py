@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import functools
 import zlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -73,7 +72,7 @@ def checked_gap(gap: Any) -> Gap:
   return Staggered(int(steps)) if isinstance(gap, Staggered) else int(steps)
 
 
-def phases(plans: Sequence[Projection | Whole], tree: Any, gap: Gap) -> Any:
+def phases(plans: list, tree: Any, gap: Gap) -> Any:
   """Returns a tree of `Phase`s for matrices that take turns; () for others."""
   if not isinstance(gap, Staggered):
     return ()
@@ -234,7 +233,7 @@ def _find(keeper: Keeper, job: Job, first: jax.Array) -> tuple[Kept, jax.Array]:
   return kept, jnp.int32(~found)
 
 
-def _by_side(plan, kept) -> Sequence[Kept]:
+def _by_side(plan, kept) -> tuple:
   return kept if len(plan.sides) > 1 else (kept,) * len(plan.sides)
 
 
