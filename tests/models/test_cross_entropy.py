@@ -40,6 +40,8 @@ def test_chunks_of_any_size_give_the_whole_loss(chunk):
   chex.assert_trees_all_close(grad(chunked), grad(whole), rtol=2e-5, atol=2e-6)
 
 
+# Slow: it measures what the compiler holds as users run it.
+@pytest.mark.slow
 @pytest.mark.parametrize('rows', [1, 4])
 def test_whole_logits_never_exist(rows):
   V, D, num_tokens = 32_000, 16, 2_048
