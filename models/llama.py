@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import cross_entropy
+from models import attention, cross_entropy
 
 Dtype: TypeAlias = Literal['float32', 'bfloat16']
 
@@ -149,6 +149,23 @@ def rotate(x_BTNH, positions_BT, *, theta):
   return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def normalize(h_BTD, scale_D, eps):
+  """h / sqrt(mean(h^2) + eps) * scale; the backward pass keeps h alone."""
+  x_BTD = h_BTD.astype(jnp.float32)
+  square = jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True)
+  x_BTD *= jax.lax.rsqrt(square + eps)
+  return (x_BTD * scale_D.astype(jnp.float32)[None, None, :]).astype(
+    h_BTD.dtype
+  )
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gated(gate, up):
+  """silu(gate) * up; the backward pass keeps the two alone."""
+  return jax.nn.silu(gate) * up
+
+
 class RMSNorm(nn.Module):
   """Divides by the root mean square, then scales; float32 inside."""
 
@@ -161,12 +178,7 @@ class RMSNorm(nn.Module):
     scale_D = self.param(
       'scale', nn.initializers.ones, (config.width,), config.param_dtype
     )
-    x_BTD = h_BTD.astype(jnp.float32)
-    square = jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True)
-    x_BTD *= jax.lax.rsqrt(square + config.norm_eps)
-    return (x_BTD * scale_D.astype(jnp.float32)[None, None, :]).astype(
-      h_BTD.dtype
-    )
+    return normalize(h_BTD, scale_D, config.norm_eps)
 
 
 class Linear(nn.Module):
@@ -184,7 +196,7 @@ class Linear(nn.Module):
 
   def __call__(self, x):
     """Multiplies the last axis."""
-    return x @ self.kernel.astype(x.dtype)
+    return cross_entropy.multiply(x, self.kernel)
 
 
 class Embedding(nn.Module):
@@ -225,13 +237,11 @@ class Attention(nn.Module):
     turn = functools.partial(
       rotate, positions_BT=positions_BT, theta=config.rope_theta
     )
-    mask_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-    y_BTNH = jax.nn.dot_product_attention(
+    y_BTNH = attention.blockwise(
       turn(heads('q', config.num_heads)),
       turn(heads('k', config.kv_heads)),
       heads('v', config.kv_heads),
-      mask=mask_BTS[:, None],
-      is_causal=True,
+      segments_BT,
     )
     return Linear(config, (D, D), name='o')(y_BTNH.reshape(h_BTD.shape))
 
@@ -247,9 +257,7 @@ class Mlp(nn.Module):
     D, F = self.config.width, self.config.mlp_width
     gate_BTF = Linear(self.config, (D, F), name='gate')(h_BTD)
     up_BTF = Linear(self.config, (D, F), name='up')(h_BTD)
-    return Linear(self.config, (F, D), name='down')(
-      jax.nn.silu(gate_BTF) * up_BTF
-    )
+    return Linear(self.config, (F, D), name='down')(gated(gate_BTF, up_BTF))
 
 
 class Block(nn.Module):
@@ -263,8 +271,8 @@ class Block(nn.Module):
     config = self.config
     h_BTD = x['h']
     # Under remat the mlp's backward pass runs without attention's residuals.
-    attention = nn.remat(Attention) if config.remat else Attention
-    h_BTD += attention(config, name='attention')(
+    mix = nn.remat(Attention) if config.remat else Attention
+    h_BTD += mix(config, name='attention')(
       RMSNorm(config, name='attention_norm')(h_BTD),
       x['positions'],
       x['segments'],

@@ -1,0 +1,137 @@
+"""Causal attention inside segments, one pair of blocks of time at a time.
+
+No array of [B, heads, T, T] exists, forward or backward: a block of queries
+meets the blocks of keys up to its own, one after another, while a running
+maximum and sum make one softmax of all of them.
+
+Shapes: B batch, T time, N query heads, K key-value heads, G query heads of
+each, H head dimension; I blocks of C time steps each (S where they are keys).
+
+Source: Dao et al., `FlashAttention <https://arxiv.org/abs/2205.14135>`_, 2022.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK = 128
+"""Time steps of a block, at most."""
+
+MASKED = -1e30
+"""A score of what is not seen: finite, as a difference of two is no NaN."""
+
+
+def blockwise(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+  """softmax(q k / sqrt(H)) v over what is not later, and of the same segment.
+
+  Scores, softmax and sums are float32, products are of the inputs' type. Work
+  that causality makes superfluous is not done, but within a block.
+
+  Returns:
+    [B, T, N, H], of the inputs' type.
+  """
+  B, T, N, H = q_BTNH.shape
+  K = k_BTKH.shape[2]
+  I = -(-T // BLOCK)
+  C = -(-T // I)
+
+  def blocks(x_BT, fill=0):
+    padding = ((0, 0), (0, I * C - T), *((0, 0),) * (x_BT.ndim - 2))
+    padded = jnp.pad(x_BT, padding, constant_values=fill)
+    x_BIC = padded.reshape(B, I, C, *x_BT.shape[2:])
+    return jnp.moveaxis(x_BIC, 1, 0)
+
+  y_IBKGCH = _attend(
+    blocks(q_BTNH).reshape(I, B, C, K, N // K, H).transpose(0, 1, 3, 4, 2, 5),
+    blocks(k_BTKH).swapaxes(2, 3),
+    blocks(v_BTKH).swapaxes(2, 3),
+    # What is added at the end is a segment of its own.
+    blocks(segments_BT, fill=-1),
+  )
+  return y_IBKGCH.transpose(1, 0, 4, 2, 3, 5).reshape(B, I * C, N, H)[:, :T]
+
+
+@jax.custom_vjp
+def _attend(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC):
+  return _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC)[0]
+
+
+def _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC):
+  """Returns the result, and what the backward pass reads."""
+
+  def meet(found, pair):
+    top, total, y = found
+    i, j = pair
+    scores = _scores(q_IBKGCH, k_IBKSH, segments_IBC, i, j)
+    new = jnp.maximum(top[i], jnp.max(scores, axis=-1))
+    p, shrink = jnp.exp(scores - new[..., None]), jnp.exp(top[i] - new)
+    part = _product('bkgcs,bksh->bkgch', p, v_IBKSH[j])
+    return (
+      top.at[i].set(new),
+      total.at[i].set(total[i] * shrink + jnp.sum(p, axis=-1)),
+      y.at[i].set(y[i] * shrink[..., None] + part),
+    ), None
+
+  y = jnp.zeros(q_IBKGCH.shape, jnp.float32)
+  none = y[..., 0]
+  (top, total, y), _ = jax.lax.scan(
+    meet, (none + MASKED, none, y), _pairs(len(q_IBKGCH))
+  )
+  y = (y / total[..., None]).astype(q_IBKGCH.dtype)
+  return y, (q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, y, top + jnp.log(total))
+
+
+def _backward(kept, dy):
+  """Returns the cotangents of q, k and v; softmax is found again."""
+  q, k, v, segments, y, log_total = kept
+  # What the normalization of a softmax takes from each of its scores.
+  taken = jnp.sum(y.astype(jnp.float32) * dy.astype(jnp.float32), axis=-1)
+
+  def meet(found, pair):
+    dq, dk, dv = found
+    i, j = pair
+    p = jnp.exp(_scores(q, k, segments, i, j) - log_total[i][..., None])
+    dp = _product('bkgch,bksh->bkgcs', dy[i], v[j])
+    ds = p * (dp - taken[i][..., None]) * _scale(q)
+    return (
+      dq.at[i].add(_product('bkgcs,bksh->bkgch', ds, k[j])),
+      dk.at[j].add(_product('bkgcs,bkgch->bksh', ds, q[i])),
+      dv.at[j].add(_product('bkgcs,bkgch->bksh', p, dy[i])),
+    ), None
+
+  zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+  found, _ = jax.lax.scan(meet, zeros, _pairs(len(q)))
+  return *(
+    dx.astype(x.dtype) for dx, x in zip(found, kept[:3], strict=True)
+  ), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _pairs(num_blocks):
+  """Blocks of queries, and for each those of keys that it sees."""
+  i, j = np.tril_indices(num_blocks)
+  return np.int32(i), np.int32(j)
+
+
+def _scores(q_IBKGCH, k_IBKSH, segments_IBC, i, j):
+  """Scores [B, K, G, C, S] of block i of queries with block j of keys."""
+  scores = _product('bkgch,bksh->bkgcs', q_IBKGCH[i], k_IBKSH[j])
+  C = segments_IBC.shape[-1]
+  times = jnp.arange(C)
+  not_later_CS = i * C + times[:, None] >= j * C + times[None, :]
+  same_BCS = segments_IBC[i][:, :, None] == segments_IBC[j][:, None, :]
+  seen = (not_later_CS[None] & same_BCS)[:, None, None]
+  return jnp.where(seen, scores * _scale(q_IBKGCH), MASKED)
+
+
+def _scale(q):
+  return q.shape[-1] ** -0.5
+
+
+def _product(subscripts, x, y):
+  """A product of y's type, summed in float32."""
+  return jnp.einsum(
+    subscripts, x.astype(y.dtype), y, preferred_element_type=jnp.float32
+  )
