@@ -1,0 +1,104 @@
+"""Attention block by block against attention in one piece, in float64."""
+
+import chex
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import attention
+
+B, H = 2, 8
+
+
+def _inputs(T, *, heads=4, kv_heads=2, dtype=jnp.float32):
+  """q, k, v, and segments that end within blocks and at their borders."""
+  rng = np.random.default_rng(T)
+  draw = lambda n: rng.standard_normal((B, T, n, H)).astype(dtype)
+  ends = sorted({T // 3, min(T, attention.BLOCK), T})
+  segments_T = np.searchsorted(ends, np.arange(T), side='right') + 1
+  segments_BT = np.stack([segments_T, np.ones_like(segments_T)])
+  return draw(heads), draw(kv_heads), draw(kv_heads), np.int32(segments_BT)
+
+
+def _whole(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+  """The definition: every score of every head at once."""
+  T, N, K = *q_BTNH.shape[1:3], k_BTKH.shape[2]
+  k_BTNH, v_BTNH = (jnp.repeat(x, N // K, axis=2) for x in (k_BTKH, v_BTKH))
+  scores = jnp.einsum('btnh,bsnh->bnts', q_BTNH, k_BTNH) / np.sqrt(H)
+  seen = segments_BT[:, :, None] == segments_BT[:, None, :]
+  seen &= np.tril(np.ones((1, T, T), bool))
+  p = jax.nn.softmax(jnp.where(seen[:, None], scores, -np.inf))
+  return jnp.einsum('bnts,bsnh->btnh', p, v_BTNH)
+
+
+def _value_and_gradient(function, q, k, v, segments):
+  """The result, and the gradient of a function of it that is not linear."""
+  score = lambda q, k, v: jnp.sum(jnp.sin(3 * function(q, k, v, segments)))
+  grads = jax.jit(jax.grad(score, (0, 1, 2)))(q, k, v)
+  return function(q, k, v, segments), grads
+
+
+# One step, part of a block, a block, a step more, and pairs of blocks.
+@pytest.mark.parametrize('T', [1, 5, 128, 129, 300])
+def test_blocks_give_whole_attention_and_its_gradient(T):
+  q, k, v, segments = _inputs(T)
+  with jax.enable_x64(True):
+    wide = (np.float64(x) for x in (q, k, v))
+    expected = _value_and_gradient(_whole, *wide, segments)
+  found = _value_and_gradient(attention.blockwise, q, k, v, segments)
+  # Sums of up to 300 terms of order 1 in float32.
+  chex.assert_trees_all_close(
+    jax.tree.map(np.float64, found), expected, rtol=1e-5, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('heads, kv_heads', [(1, 1), (3, 3), (4, 1)])
+def test_any_grouping_of_heads(heads, kv_heads):
+  q, k, v, segments = _inputs(150, heads=heads, kv_heads=kv_heads)
+  chex.assert_trees_all_close(
+    _value_and_gradient(attention.blockwise, q, k, v, segments),
+    _value_and_gradient(_whole, q, k, v, segments),
+    rtol=1e-4,
+    atol=2e-5,  # both are float32 here
+  )
+
+
+def test_large_scores_do_not_overflow():
+  q, k, v, segments = _inputs(200)
+  y, grads = _value_and_gradient(
+    attention.blockwise, 1e4 * q, 1e4 * k, v, segments
+  )
+  chex.assert_tree_all_finite((y, grads))
+  chex.assert_trees_all_close(
+    y, _whole(1e4 * q, 1e4 * k, v, segments), atol=1e-5
+  )
+
+
+def test_products_of_bfloat16_are_summed_in_float32():
+  q, k, v, segments = _inputs(300, dtype=jnp.bfloat16)
+  found = attention.blockwise(q, k, v, segments)
+  assert found.dtype == jnp.bfloat16
+  expected = _whole(*(np.float32(x) for x in (q, k, v)), segments)
+  # p and the result are rounded to 8 bits each: 2 x 2^-9 of values up to 3.
+  chex.assert_trees_all_close(np.float32(found), expected, atol=0.02)
+
+
+def test_no_array_has_every_score():
+  T = 1024
+  q, k, v, segments = _inputs(T)
+  backward = jax.grad(lambda *x: jnp.sum(attention.blockwise(*x, segments)))
+  scores = B * q.shape[2] * T * T
+
+  def sizes(jaxpr):
+    for eqn in jaxpr.eqns:
+      yield from (var.aval.size for var in eqn.outvars)
+      for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+        yield from sizes(inner)
+
+  found = max(sizes(jax.make_jaxpr(backward)(q, k, v).jaxpr))
+  assert found < scores / 32
+  # The measure itself: attention in one piece has them.
+  whole = jax.grad(lambda *x: jnp.sum(_whole(*x, segments)))
+  assert max(sizes(jax.make_jaxpr(whole)(q, k, v).jaxpr)) >= scores
