@@ -110,7 +110,7 @@ def _max(blocks: jax.Array) -> jax.Array:
 def _divide(x: jax.Array, scale: jax.Array) -> jax.Array:
   """Divides by `scale`; 0 for a block whose scale is 0 or subnormal."""
   usable = ~(scale < _TINY)  # True for NaN.
-  return jnp.where(usable, x / jnp.where(usable, scale, 1.0), 0.0)
+  return x * jnp.where(usable, 1 / jnp.where(usable, scale, 1.0), 0.0)
 
 
 def quantize(

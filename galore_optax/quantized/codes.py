@@ -71,11 +71,16 @@ def encode(y: jax.Array, code: Code) -> jax.Array:
   # Halfway between neighbours, and 0 below the first unsigned value.
   edges = (np.concatenate([[0.0], values]) + np.append(values, 1.0)) / 2
   edges[0] *= code == 'signed'
-  index, end = jnp.zeros_like(y), len(values)
+  # In a decade the cell is floor(slope * magnitude + base), at most `last`:
+  # what it is made of is chosen, and computed once.
+  slope = base = last = jnp.zeros_like(y)
   for top, start, num in _decades(code):
-    cell = jnp.floor((magnitude - 0.1 * top) * (num / (0.9 * top)))
-    cell = jnp.clip(cell, 0, num - 1) + (start + 1)
-    index = jnp.where(magnitude > edges[start], cell, index)
+    inside, steps = magnitude > edges[start], num / (0.9 * top)
+    slope = jnp.where(inside, steps, slope)
+    base = jnp.where(inside, start + 1 - 0.1 * top * steps, base)
+    last = jnp.where(inside, start + num, last)
+  index, end = jnp.floor(slope * magnitude + base), len(values)
+  index = jnp.clip(index, magnitude > edges[0], last)
   index = jnp.where(magnitude > edges[end], end + 1.0, index)
   if code == 'signed':  # There is a code for 1 and none for -1.
     index = end + jnp.where(y < 0, -jnp.minimum(index, end), index)

@@ -1,0 +1,263 @@
+"""Speed beside the peers: `.venv-parity/bin/python -m tests.bench.speed`.
+
+Every row is a process of its own (`worker`), all with the same cores and the
+same environment, one at work at a time, in interleaved rounds. Each section
+adds to tests/bench/results/speed.json, from which speed.md and speed.png are
+made; `--only` takes some of them. `make parity` makes the environment.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tests.bench.speed import ours
+from tests.bench.speed.worker import HUGE_PAGES, Worker
+
+RESULTS = pathlib.Path(__file__).parents[1] / 'results'
+OURS, THEIRS = 'tests.bench.speed.ours', 'tests.bench.speed.theirs'
+PEER = 'galore-torch'
+FINDERS = ('svd', 'gram', 'randomized', 'power')
+DEPTHS = ('4', '8', '16', '32')
+AT_ONCE = 4  # processes beside the peers', so that memory suffices
+Row = dict[str, Any]
+
+
+def main() -> None:
+  """Runs sections, and writes what all of them have found so far."""
+  parser = argparse.ArgumentParser('python -m tests.bench.speed')
+  parser.add_argument(
+    '--only', nargs='+', choices=SECTIONS, default=[*SECTIONS]
+  )
+  parser.add_argument('--rounds', type=int, default=9)
+  args = parser.parse_args()
+  path = RESULTS / 'speed.json'
+  found = json.loads(path.read_text()) if path.exists() else {}
+  for name in args.only:
+    start = time.perf_counter()
+    section = {
+      'date': f'{datetime.date.today():%d %B %Y}',
+      'machine': machine(),
+      'rounds': args.rounds,
+      'load': os.getloadavg()[0],
+      'rows': SECTIONS[name](args.rounds),
+    }
+    section['minutes'] = (time.perf_counter() - start) / 60
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(found | {name: section}, indent=1) + '\n')
+    print(f'{name}: {section["minutes"]:.1f} minutes', flush=True)
+
+
+def machine() -> str:
+  """Returns what the bench runs on."""
+  cores = len(os.sched_getaffinity(0))
+  return f'{cores} cores, {platform.machine()}, {HUGE_PAGES}'
+
+
+def interleaved(
+  rows: dict[str, Sequence[str]], peers: dict[str, Sequence[str]], rounds: int
+) -> list[Row]:
+  """Returns the times of workers, those of the peers in every group of rows."""
+  everyone: dict[str, Worker] = {}
+  times: dict[str, list[float]] = {}
+  ratios: dict[str, list[float]] = {}
+  peaks: dict[str, int] = {}
+
+  def begin(name: str, arguments: Sequence[str]) -> Worker:
+    everyone[name] = Worker(*arguments)
+    everyone[name].time()
+    return everyone[name]
+
+  always = {name: begin(name, arguments) for name, arguments in peers.items()}
+  for i in range(0, len(rows), AT_ONCE):
+    group = {name: begin(name, rows[name]) for name in [*rows][i : i + AT_ONCE]}
+    for _ in range(rounds):
+      now = {name: x.time() for name, x in (always | group).items()}
+      for name, seconds in now.items():
+        times.setdefault(name, []).append(seconds)
+        ratios.setdefault(name, []).append(seconds / now[PEER])
+    peaks |= {name: worker.end() for name, worker in group.items()}
+    print('.', end='', flush=True)
+  peaks |= {name: worker.end() for name, worker in always.items()}
+  return [
+    {
+      'name': name,
+      **spread(times[name]),
+      'ratio': float(np.median(ratios[name])),
+      'peak_bytes': peaks[name],
+      **everyone[name].notes,
+    }
+    for name in [*peers, *rows]
+  ]
+
+
+def spread(times: Sequence[float]) -> Row:
+  """Returns the median of times, and the quartiles around it."""
+  low, mid, high = np.quantile(times, (0.25, 0.5, 0.75))
+  return {'median': float(mid), 'low': float(low), 'high': float(high)}
+
+
+def rates(rounds: int) -> list[Row]:
+  """What the machine can do."""
+  found = []
+  for _ in range(rounds):
+    worker = Worker(OURS, 'rates')
+    found.append(worker.notes)
+    worker.end()
+  return [
+    {'name': name, **spread([x[name] for x in found])}
+    for name in ('flops', 'bytes')
+  ]
+
+
+def updates(rounds: int) -> list[Row]:
+  """The optimizer's part of a step, of every preset and the peers."""
+  rows = {name: (OURS, 'update', name, '60m') for name in ours.rows()}
+  peers = {
+    PEER: (THEIRS, 'update', 'GaLoreAdamW', '60m'),
+    'torch AdamW (fused)': (THEIRS, 'update', 'AdamW', '60m'),
+    'optax.adamw': (OURS, 'update', 'optax.adamw', '60m'),
+  }
+  return interleaved(rows, peers, rounds)
+
+
+def steps(rounds: int) -> list[Row]:
+  """The whole step, of every preset and the peers."""
+  rows = {
+    name: (OURS, 'step', name, '60m')
+    for name in ours.rows()
+    if name != 'OptaxGalore()'  # It takes a stack of layers for a matrix.
+  }
+  return interleaved(rows, step_peers('60m'), max(3, rounds // 2))
+
+
+def larger(rounds: int) -> list[Row]:
+  """The whole step of the 130M model."""
+  rows = {
+    name: (OURS, 'step', name, '130m')
+    for name in ('Galore()', 'Galore8bit()', 'AdamW()')
+  }
+  return interleaved(rows, step_peers('130m'), max(3, rounds // 2))
+
+
+def step_peers(size: str) -> dict[str, Sequence[str]]:
+  """Returns transformers' model with the reference and with torch's AdamW."""
+  return {
+    PEER: (THEIRS, 'step', 'GaLoreAdamW', size),
+    'torch AdamW (fused)': (THEIRS, 'step', 'AdamW', size),
+  }
+
+
+def refreshes(rounds: int) -> list[Row]:
+  """An update with a warm refresh, less one without."""
+  rows = {name: (OURS, 'refresh', name, '60m') for name in FINDERS}
+  peers = {
+    PEER: (THEIRS, 'update', 'GaLoreAdamW', '60m', '1'),
+    'optax.contrib.galore': (OURS, 'update', 'OptaxGalore()', '60m', '1'),
+  }
+  found = interleaved(rows, peers, max(3, rounds // 3))
+  plain = {
+    'Galore()': (OURS, 'update', 'Galore()', '60m'),
+    'optax.contrib.galore': (OURS, 'update', 'OptaxGalore()', '60m'),
+  }
+  peer = {PEER: (THEIRS, 'update', 'GaLoreAdamW', '60m')}
+  without = {
+    row['name']: row['median'] for row in interleaved(plain, peer, rounds)
+  }
+  for row in found:
+    less = without.get(row['name'], without['Galore()'])
+    for key in ('median', 'low', 'high'):
+      row[key] -= less
+  base = next(row['median'] for row in found if row['name'] == PEER)
+  return [row | {'ratio': row['median'] / base} for row in found]
+
+
+def first(rounds: int) -> list[Row]:
+  """From the start of a process to the end of its first step."""
+  found: dict[str, list[Row]] = {}
+  for _ in range(max(3, rounds // 3)):
+    with tempfile.TemporaryDirectory() as cache:
+      for name in ('empty compile cache', 'full compile cache'):
+        # The refresh of the first step is by power iteration.
+        worker = Worker(OURS, 'first', '60m', cache)
+        found.setdefault(name, []).append(worker.notes)
+        worker.end()
+    for name in ('GaLoreAdamW', 'AdamW'):
+      worker = Worker(THEIRS, 'step', name, '60m')
+      found.setdefault(f'torch {name}', []).append(worker.notes)
+      worker.end()
+  return [
+    {
+      'name': name,
+      **spread([x['ready'] for x in notes]),
+      'step': float(np.median([x['first'] for x in notes])),
+    }
+    for name, notes in found.items()
+  ]
+
+
+def compilation(rounds: int) -> list[Row]:
+  """Compiling an update: by depth, stacked or not, and by shapes."""
+  del rounds
+  works = [
+    *(
+      ('stacked', finder, depth)
+      for finder in ('svd', 'power')
+      for depth in DEPTHS
+    ),
+    *(('separate', finder, depth) for finder in FINDERS for depth in DEPTHS),
+    *(('shapes', 'power', count) for count in ('1', '2', '4', '8', '16')),
+  ]
+  rows = []
+  for kind, finder, count in works:
+    worker = Worker(OURS, f'compile_{kind}', finder, count)
+    times = [worker.time() for _ in range(3)]
+    worker.end()
+    rows.append({'name': f'{kind}, {finder}, {count}', **spread(times)})
+  return rows
+
+
+def staggered(rounds: int) -> list[Row]:
+  """Steps of two gaps, some with the refresh of a few matrices."""
+  del rounds
+  rows = []
+  for finder in ('svd', 'power'):
+    worker = Worker(OURS, 'staggered_step', finder, '60m')
+    times = [worker.time() for _ in range(2 * ours.STAGGERED_GAP)]
+    worker.end()
+    # A pause of the machine hits a phase once, a refresh each time.
+    phases = np.min(np.reshape(times, (2, -1)), axis=0)
+    median = float(np.median(times))
+    rows.append(
+      {
+        'name': f'Staggered, {finder}',
+        'median': median,
+        'slowest': float(np.max(phases)),
+        'ratio': float(np.max(phases)) / median,
+      }
+    )
+  return rows
+
+
+SECTIONS = {
+  'rates': rates,
+  'updates': updates,
+  'steps': steps,
+  '130m': larger,
+  'refreshes': refreshes,
+  'first': first,
+  'staggered': staggered,
+  'compilation': compilation,
+}
+
+
+if __name__ == '__main__':
+  main()

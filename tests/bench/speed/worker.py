@@ -1,0 +1,85 @@
+"""A process that holds one workload and times it when it is told to.
+
+`python -m tests.bench.speed.worker MODULE FUNCTION ARGUMENTS...` answers on
+standard output, an object a line: first `ready`, with the seconds from the
+start of the process; then the seconds of one run for each line that it reads;
+at the end of its input the peak of its memory.
+"""
+
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+HUGE_PAGES = 'glibc.malloc.hugetlb=1'
+"""What `make train` sets; here every process has it, the peers' too."""
+
+
+def main() -> None:
+  """Runs the workload that the command line names."""
+  # Nothing else may write between the answers.
+  answers, sys.stdout = sys.stdout, sys.stderr
+  answer = lambda **values: print(json.dumps(values), file=answers, flush=True)
+  module, function, *arguments = sys.argv[1:]
+  workload = getattr(importlib.import_module(module), function)
+  run, notes = workload(*arguments)
+  answer(ready=time.time() - float(os.environ['STARTED']), **notes)
+  for _ in sys.stdin:
+    start = time.perf_counter()
+    run()
+    answer(seconds=time.perf_counter() - start)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  answer(peak_bytes=1024 * peak)
+
+
+class Worker:
+  """The other end: starts the process, and asks it for times."""
+
+  def __init__(self, module: str, function: str, *arguments: str, **env: str):
+    """Starts it and waits until it is ready."""
+    self._process = subprocess.Popen(
+      [sys.executable, '-m', __name__, module, function, *arguments],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=os.environ
+      | {
+        'JAX_PLATFORMS': 'cpu',
+        'OMP_NUM_THREADS': str(len(os.sched_getaffinity(0))),
+        'GLIBC_TUNABLES': HUGE_PAGES,
+        'STARTED': str(time.time()),
+      }
+      | env,
+    )
+    self.notes = self._read()
+
+  def time(self) -> float:
+    """Returns the seconds of one run."""
+    assert self._process.stdin
+    self._process.stdin.write('run\n')
+    self._process.stdin.flush()
+    return self._read()['seconds']
+
+  def end(self) -> int:
+    """Ends the process; returns the most bytes that it held."""
+    assert self._process.stdin
+    self._process.stdin.close()
+    peak = self._read()['peak_bytes']
+    self._process.wait()
+    return peak
+
+  def _read(self) -> dict[str, Any]:
+    assert self._process.stdout and self._process.stderr
+    line = self._process.stdout.readline()
+    if not line:
+      raise RuntimeError(self._process.stderr.read()[-2000:])
+    return json.loads(line)
+
+
+if __name__ == '__main__':
+  main()
