@@ -6,6 +6,7 @@ alone, its update is `u(gradient) + slope * params`: the low-rank part runs with
 zeros for weights, and one forward derivative of that very run is the slope.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,26 +88,30 @@ def check(inner: Any, plans: Sequence[Projection | Whole], params: Any) -> None:
 
   with jax.ensure_compile_time_eval():
     grads, w = list(map(filled, GRADIENTS)), filled(WEIGHTS)
+    # One program: operation by operation, compiling takes seconds.
+    both = jax.jit(functools.partial(_run_both, inner, plans))
     for count in COUNTS:
       try:
-        enough = [_check_once(inner, plans, g, w, count) for g in grads]
-      except jax.errors.TracerArrayConversionError:
-        return  # a hyperparameter is traced, and nothing can be compared
+        enough = [_compare(plans, *both(g, w, count)) for g in grads]
+      except TypeError:
+        # It needs extra args, which only `update` is given, or a hyperparameter
+        # is traced, and nothing can be compared.
+        return
       # With a learning rate of zero nothing can be seen: try the next.
       if any(enough):
         return
 
 
-def _check_once(inner, plans, g, weights, count):
-  """Checks one gradient at one step; returns whether that tells enough."""
+def _run_both(inner, plans, g, weights, count):
+  """Runs an inner with weights, and with zeros and the decay added.
+
+  Returns of each the updates, and the states before and after.
+  """
   is_low = lambda p: isinstance(p, Projection)
   blind = each(lambda p, x: 0 * x if is_low(p) else x, plans, weights)
   along = each(lambda p, x: jnp.full_like(x, is_low(p)), plans, weights)
   state, other = (at_count(count, inner.init(x)) for x in (weights, blind))
-  try:
-    seen, after = inner.update(g, state, weights)
-  except TypeError:
-    return True  # it needs extra args, which only `update` is given
+  seen, after = inner.update(g, state, weights)
   update = lambda w: inner.update(g, other, w)
   try:
     unseen, slopes, then = jax.jvp(update, (blind,), (along,), has_aux=True)
@@ -114,17 +119,21 @@ def _check_once(inner, plans, g, weights, count):
     raise ValueError(
       f'the inner has no forward derivative, which tells its decay: {error}'
     ) from error
-
-  decayed = lambda p, u, s, w: u + np.ravel(s)[0] * w if is_low(p) else u
+  decayed = lambda p, u, s, w: u + s.ravel()[0] * w if is_low(p) else u
   expected = each(decayed, plans, unseen, slopes, weights)
-  same = jax.tree.map(_close, (seen, state, after), (expected, other, then))
-  if not all(jax.tree.leaves(same)):
+  return (seen, state, after), (expected, other, then)
+
+
+def _compare(plans, ours, theirs):
+  """Compares two runs of an inner; returns whether they tell enough."""
+  if not all(jax.tree.leaves(jax.tree.map(_close, ours, theirs))):
     raise ValueError(
       'the inner reads params for more than decoupled weight decay (a trust'
       ' ratio, a parameter scale, or decay that enters a momentum, perhaps),'
       ' which has no low-rank form. Use one without it, such as optax.adamw'
     )
-  moved = each(lambda p, x: is_low(p) and bool(np.any(x)), plans, seen)
+  is_low = lambda p: isinstance(p, Projection)
+  moved = each(lambda p, x: is_low(p) and bool(np.any(x)), plans, ours[0])
   return any(jax.tree.leaves(moved))
 
 

@@ -1,12 +1,14 @@
 """Checkpoints: what they contain, saved and restored.
 
 One Orbax checkpoint has four items: the parameters, the optimizer's state
-with the step, the position in the data, and the configuration. Orbax writes
-into a temporary directory and renames it at the end, so a save that fails
-leaves the checkpoints before it as they were.
+with the step, the position in the data, and the configuration. A save copies
+the state to the host, and a thread writes it while training goes on: into a
+temporary directory that is renamed at the end, so a save that fails leaves the
+checkpoints before it as they were.
 """
 
 import contextlib
+import logging
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -24,15 +26,19 @@ KEEP = 2  # checkpoints kept: the newest, and one should that be damaged
 
 @contextlib.contextmanager
 def opened(directory: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
-  """Yields the manager of a directory of checkpoints."""
-  options = ocp.CheckpointManagerOptions(
-    max_to_keep=KEEP,
-    # The state is donated to the next step, so a save in the background would
-    # need a copy of it.
-    enable_async_checkpointing=False,
-  )
+  """Yields the manager of a directory of checkpoints; waits for the last save.
+
+  Raises:
+    OSError: as of `save`.
+  """
+  # Orbax logs there, with a traceback, what it raises too.
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
+  options = ocp.CheckpointManagerOptions(max_to_keep=KEEP)
   with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
-    yield manager
+    try:
+      yield manager
+    finally:
+      finish(manager)
 
 
 def exists(directory: pathlib.Path) -> bool:
@@ -49,11 +55,15 @@ def save(
   batches: grain.DatasetIterator,
   config: Config,
 ) -> None:
-  """Saves everything that a run needs to go on.
+  """Saves everything that a run needs to go on; the state may then be donated.
+
+  Returns before it is written, and waits for the save before.
 
   Raises:
-    OSError: it could not be written; the checkpoints before it are intact.
+    OSError: this save, or the one before, could not be written; the checkpoints
+      before it are intact.
   """
+  finish(manager)
   step = int(state.step)
   items = ocp.args.Composite(
     params=ocp.args.StandardSave(state.params),
@@ -63,8 +73,24 @@ def save(
     data=grain.checkpoint.CheckpointSave(batches),
     config=ocp.args.JsonSave(to_json(config)),
   )
-  try:
+  with failures(manager, step):
     manager.save(step, args=items)
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+  """Waits until what was saved is written; OSError where it cannot be."""
+  # Orbax counts a checkpoint from when its save starts.
+  with failures(manager, manager.latest_step()):
+    manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def failures(
+  manager: ocp.CheckpointManager, step: int | None
+) -> Iterator[None]:
+  """Tells the user what to do where a step cannot be saved."""
+  try:
+    yield
   except (OSError, ValueError) as error:
     # A full disk is a ValueError where an array did not fit.
     raise OSError(

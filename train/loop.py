@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import jax
 from rich.console import Console
 from rich.progress import (
   BarColumn,
@@ -131,7 +132,8 @@ class Meter:
     if entry is None:
       return
     step, found = entry
-    values = {name: float(value) for name, value in found.items()}
+    read = jax.device_get(found)  # all at once: one wait, one transfer
+    values = {name: float(value) for name, value in read.items()}
     if not math.isfinite(values['loss']):
       raise FloatingPointError(f'the loss is {values["loss"]} at step {step}')
     weight = values.pop('weight')

@@ -36,3 +36,5 @@ def cache_compilations() -> None:
     home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     cache = pathlib.Path(home).expanduser() / 'galore_optax' / 'jax'
     jax.config.update('jax_compilation_cache_dir', str(cache))
+    # A start compiles some hundred small programs too, for seconds in all.
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)

@@ -179,6 +179,7 @@ def begin(setup: Setup) -> State:
     with checkpoint.opened(source.checkpoints_path) as manager:
       like = jax.eval_shape(setup.init, key)
       state = checkpoint.restore(manager, like, setup.batches)
+  setup.batches.start_prefetch()  # while the step compiles
   if state is None:
     state = jax.jit(setup.init)(key)
   if source == where:

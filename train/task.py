@@ -132,17 +132,18 @@ def perplexity(
   """Returns the loss, the perplexity per token and the bits per byte.
 
   Every scored token counts the same, whichever batch it falls into, and the
-  sum is divided by their number and nothing else.
+  sum is divided by their number and nothing else. Nothing waits for the device
+  before all batches are in its queue.
   """
-  nll = weight = num_bytes = 0.0
+  found, num_bytes = [], 0.0
   for batch in batches:
     _, sums = loss(params, {name: batch[name] for name in INPUTS})
-    nll += float(sums['nll'])
-    weight += float(sums['weight'])
+    found.append((sums['nll'], sums['weight']))
     num_bytes += float(np.sum(batch['weights'] * batch['bytes']))
-  mean = nll / weight
+  nll, weight = np.sum(jax.device_get(found), axis=0, dtype=np.float64)
+  mean = float(nll / weight)
   return {
     'loss': mean,
     'perplexity': math.exp(mean) if mean < 700 else math.inf,
-    'bits_per_byte': nll / math.log(2) / num_bytes,
+    'bits_per_byte': float(nll) / math.log(2) / num_bytes,
   }

@@ -54,6 +54,59 @@ def test_metrics_are_read_one_step_late():
   assert logged[0] == (1, values)
 
 
+class Read:
+  """A number on the device: notes in `events` when it is waited for."""
+
+  def __init__(self, events, name, value):
+    self.events, self.name, self.value = events, name, value
+
+  def __array__(self, *args, **kwargs):
+    self.events.append(f'read {self.name}')
+    return np.asarray(self.value)
+
+  # What else waits for a device.
+  __float__ = __int__ = __bool__ = __index__ = None
+
+
+def test_the_loop_reads_a_step_once_the_next_is_in_the_queue(tmp_path):
+  events = []
+
+  def step(state, batch):
+    done = state.step + 1
+    events.append(f'step {done}')
+    found = {k: Read(events, done, x) for k, x in VALUES.items()}
+    return state._replace(step=done), found
+
+  def batches():
+    for number in itertools.count(1):
+      events.append(f'batch {number}')
+      yield {}
+
+  def validate(params):
+    events.append('validate')
+    return {'loss': 1.0}
+
+  config = dataclasses.replace(CONFIG, steps=4, eval_every=3, save_every=9)
+  loop.train(
+    step_lib.State(0, {}, ()),
+    config,
+    step=step,
+    batches=batches(),
+    validate=validate,
+    save=lambda state: events.append('save'),
+    log=lambda step, values: None,
+    console=Console(file=io.StringIO()),
+    stop=Stop(),
+    unit='tokens',
+  )
+  in_turn = [name for name, _ in itertools.groupby(events)]
+  assert in_turn == [
+    *('batch 1', 'step 1', 'batch 2', 'step 2', 'read 1'),
+    *('batch 3', 'step 3', 'read 2', 'read 3', 'validate'),
+    *('batch 4', 'step 4', 'read 4', 'validate', 'save'),
+  ]
+
+
 class Waited(float):
   """A loss that is ready two seconds after the one before."""
 
@@ -145,6 +198,20 @@ def test_a_second_task_needs_no_second_loop(tmp_path):
 def test_what_repeats_a_task_knows_no_model_and_no_text(module):
   source = inspect.getsource(module)
   assert 'models' not in source and 'train.data' not in source
+
+
+def test_a_validation_is_read_once_all_of_it_is_in_the_queue():
+  events = []
+
+  def loss(params, inputs):
+    events.append('queued')
+    return None, {x: Read(events, x, 2.0) for x in ('nll', 'weight')}
+
+  ones = np.ones((1, 4), np.float32)
+  batch = dict.fromkeys([*INPUTS, 'bytes'], ones)
+  assert perplexity(loss, {}, batches=3 * [batch])['loss'] == 1.0
+  assert events[:3] == 3 * ['queued']
+  assert events[3:] == 3 * ['read nll', 'read weight']
 
 
 def test_perplexity_weighs_tokens_not_batches():

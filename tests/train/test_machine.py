@@ -49,11 +49,17 @@ def test_a_cache_lies_with_the_users_other_ones(
 ):
   monkeypatch.setenv('HOME', str(tmp_path / 'home'))
   monkeypatch.setenv('XDG_CACHE_HOME', home and str(tmp_path / home))
-  before = jax.config.jax_compilation_cache_dir
+  names = (
+    'jax_compilation_cache_dir',
+    'jax_persistent_cache_min_compile_time_secs',
+  )
+  before = {name: getattr(jax.config, name) for name in names}
   try:
     jax.config.update('jax_compilation_cache_dir', None)
     machine.cache_compilations()
-    found = jax.config.jax_compilation_cache_dir
+    found, least = (getattr(jax.config, name) for name in names)
   finally:
-    jax.config.update('jax_compilation_cache_dir', before)
+    for name, value in before.items():
+      jax.config.update(name, value)
+  assert least == 0
   assert found == str(tmp_path / expected / 'galore_optax' / 'jax')

@@ -7,12 +7,16 @@ import functools
 from collections.abc import Sequence
 
 import grain
+import jax
 import numpy as np
 
 from train.data.corpus import Documents
 from train.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
+
+# Batches made while the device works: one is next, one is under way.
+AHEAD = 2
 
 
 def batches(
@@ -25,14 +29,16 @@ def batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
-  """Training batches without end, every epoch in another order.
+  """Training batches without end, every epoch in another order, on the device.
+
+  A thread makes them and sends them there while the step before is computed.
 
   A document is BOS text EOS, cut where a row is full; nothing is padded and
   every token but BOS is a target exactly once.
 
   The state of the iterator is small JSON: `get_state`, `set_state`, or
-  `grain.checkpoint.CheckpointSave(it)` in an Orbax checkpoint. A restored
-  iterator goes on bit-equal.
+  `grain.checkpoint.CheckpointSave(it)` in an Orbax checkpoint. It counts what
+  was taken, not what was made. A restored iterator goes on bit-equal.
 
   Args:
     documents: `corpus.open('train')`.
@@ -56,7 +62,8 @@ def batches(
     process_count=process_count,
   )
   rows = _packed(stream, tokenizer, sequence_length)
-  return iter(rows.batch(num_rows, drop_remainder=True).map(_training_batch))
+  found = rows.batch(num_rows, drop_remainder=True).map(_training_batch)
+  return iter(_ahead(found.map(jax.device_put)))
 
 
 def validation_batches(
@@ -71,10 +78,10 @@ def validation_batches(
 ) -> grain.IterDataset[Batch]:
   """One pass over a split, the same batches each time it is iterated.
 
-  As `batches`, in an order that is always the same; the last batch is padded
-  with weight 0 rather than dropped. Every process packs the whole split and
-  takes its rows, so that all see the same number of batches, whose content
-  does not depend on the number of processes.
+  As `batches`, but on the host and in an order that is always the same; the
+  last batch is padded with weight 0 rather than dropped. Every process packs
+  the whole split and takes its rows, so that all see the same number of
+  batches, whose content does not depend on the number of processes.
 
   Each batch has one more array, `bytes` [B, T] int32: the UTF-8 bytes of text
   that each target stands for (0 for EOS). Over a whole split,
@@ -103,10 +110,19 @@ def validation_batches(
   )
   if num_batches is not None:
     padded = grain.experimental.LimitIterDataset(padded, num_batches)
-  return padded.map(
-    lambda batch: _batch(
-      {k: x[start : start + num_rows] for k, x in batch.items()}
+  return _ahead(
+    padded.map(
+      lambda batch: _batch(
+        {k: x[start : start + num_rows] for k, x in batch.items()}
+      )
     )
+  )
+
+
+def _ahead(found: grain.IterDataset) -> grain.IterDataset:
+  """The same, made by a thread before it is asked for."""
+  return grain.experimental.ThreadPrefetchIterDataset(
+    found, prefetch_buffer_size=AHEAD
   )
 
 

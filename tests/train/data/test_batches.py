@@ -2,14 +2,17 @@ import dataclasses
 import functools
 import itertools
 import json
+import time
 
 import grain
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import sentencepiece
 
 from tests.train.test_config import CONFIG
+from train.data import batches as batches_lib
 from train.data.batches import batches, validation_batches
 from train.data.corpus import Indexed
 from train.data.tokenizer import Tokenizer, train_tokenizer
@@ -100,6 +103,20 @@ def test_training_has_no_padding_and_every_document_once_an_epoch():
   targets_n = np.concatenate([batch['targets'].ravel() for batch in rows])
   texts = tokenizer().decode(targets_n[:num_targets]).split('Document ')
   assert sorted('Document ' + text for text in texts[1:]) == sorted(TEXTS)
+
+
+def test_batches_are_made_and_sent_before_they_are_asked_for(monkeypatch):
+  make, made = batches_lib._training_batch, []
+  monkeypatch.setattr(
+    batches_lib, '_training_batch', lambda x: made.append(x) or make(x)
+  )
+  iterator = training()
+  for taken in range(1, 4):
+    assert all(isinstance(x, jax.Array) for x in next(iterator).values())
+    limit = time.monotonic() + 30
+    while len(made) <= taken and time.monotonic() < limit:
+      time.sleep(0.001)
+    assert len(made) > taken
 
 
 def test_same_seed_same_batches_other_seed_others():
