@@ -6,7 +6,6 @@ alone, its update is `u(gradient) + slope * params`: the low-rank part runs with
 zeros for weights, and one forward derivative of that very run is the slope.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +58,9 @@ def through(inner, plans, low, state, params, extra) -> tuple[Any, Any, Any]:
   return updates, jax.tree.map(lambda x: x.ravel()[0], slopes), state
 
 
+_is_low = lambda p: isinstance(p, Projection)
+
+
 def check(inner: Any, plans: Sequence[Projection | Whole], params: Any) -> None:
   """Raises if the inner reads params for more than decoupled decay.
 
@@ -89,16 +91,15 @@ def check(inner: Any, plans: Sequence[Projection | Whole], params: Any) -> None:
   with jax.ensure_compile_time_eval():
     grads, w = list(map(filled, GRADIENTS)), filled(WEIGHTS)
     # One program: operation by operation, compiling takes seconds.
-    both = jax.jit(functools.partial(_run_both, inner, plans))
+    both = jax.jit(lambda *run: _run_both(inner, plans, *run))
     for count in COUNTS:
       try:
-        enough = [_compare(plans, *both(g, w, count)) for g in grads]
+        # With a learning rate of zero nothing can be seen: try the next.
+        if any([_compare(plans, *both(g, w, count)) for g in grads]):
+          return
       except TypeError:
         # It needs extra args, which only `update` is given, or a hyperparameter
         # is traced, and nothing can be compared.
-        return
-      # With a learning rate of zero nothing can be seen: try the next.
-      if any(enough):
         return
 
 
@@ -107,9 +108,8 @@ def _run_both(inner, plans, g, weights, count):
 
   Returns of each the updates, and the states before and after.
   """
-  is_low = lambda p: isinstance(p, Projection)
-  blind = each(lambda p, x: 0 * x if is_low(p) else x, plans, weights)
-  along = each(lambda p, x: jnp.full_like(x, is_low(p)), plans, weights)
+  blind = each(lambda p, x: 0 * x if _is_low(p) else x, plans, weights)
+  along = each(lambda p, x: jnp.full_like(x, _is_low(p)), plans, weights)
   state, other = (at_count(count, inner.init(x)) for x in (weights, blind))
   seen, after = inner.update(g, state, weights)
   update = lambda w: inner.update(g, other, w)
@@ -119,7 +119,7 @@ def _run_both(inner, plans, g, weights, count):
     raise ValueError(
       f'the inner has no forward derivative, which tells its decay: {error}'
     ) from error
-  decayed = lambda p, u, s, w: u + s.ravel()[0] * w if is_low(p) else u
+  decayed = lambda p, u, s, w: u + s.ravel()[0] * w if _is_low(p) else u
   expected = each(decayed, plans, unseen, slopes, weights)
   return (seen, state, after), (expected, other, then)
 
@@ -132,8 +132,7 @@ def _compare(plans, ours, theirs):
       ' ratio, a parameter scale, or decay that enters a momentum, perhaps),'
       ' which has no low-rank form. Use one without it, such as optax.adamw'
     )
-  is_low = lambda p: isinstance(p, Projection)
-  moved = each(lambda p, x: is_low(p) and bool(np.any(x)), plans, ours[0])
+  moved = each(lambda p, x: _is_low(p) and bool(np.any(x)), plans, ours[0])
   return any(jax.tree.leaves(moved))
 
 

@@ -1,5 +1,6 @@
 """Strict flags for every test: eight CPU devices, no silent broadcasting."""
 
+import importlib.util
 import mmap
 import os
 import pathlib
@@ -9,6 +10,10 @@ import jaxlib
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# What is timed of the reference is imported where that is installed.
+if not importlib.util.find_spec('galore_torch'):
+  collect_ignore = ['bench/speed/theirs.py']
 
 # With them compiling takes half the time, and little else is done here.
 QUICK_FLAGS = {

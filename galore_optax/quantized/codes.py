@@ -95,5 +95,4 @@ def decode(codes: jax.Array, code: Code) -> jax.Array:
   for top, start, num in _decades(code):
     fraction = (magnitude - (start + 0.5)) * (0.9 * top / num) + 0.1 * top
     value = jnp.where(magnitude > start, fraction, value)
-  value = jnp.where(magnitude > end, 1.0, value)
-  return jnp.where(index < 0, -value, value)
+  return jnp.sign(index) * jnp.where(magnitude > end, 1.0, value)
