@@ -9,7 +9,6 @@ Axes: m projected side, n other side, r rank.
 """
 
 import argparse
-import functools
 import json
 import pathlib
 import statistics
@@ -22,7 +21,6 @@ import rich.table
 from rich.console import Console
 
 from galore_optax import Gram, PowerIteration, Randomized, RandomOrthogonal, Svd
-from galore_optax.subspace import finders as subspace
 from models.llama import Layers, llama
 from train.data.batches import batches
 from train.data.corpus import Chitchat
@@ -90,9 +88,7 @@ def measure(
   """Returns a row for each finder; rounds are interleaved, times medians."""
   key, none_rm = jax.random.key(0), jnp.zeros((r, g_mn.shape[0]))
   compiled = {
-    name: jax.jit(functools.partial(subspace.find, finder))
-    .lower(g_mn, none_rm, key)
-    .compile()
+    name: jax.jit(finder.__call__).lower(g_mn, none_rm, key).compile()
     for name, finder in FINDERS.items()
   }
   # What a warm start begins with: the basis of the earlier gradient.

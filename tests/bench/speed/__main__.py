@@ -14,12 +14,12 @@ import pathlib
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tests.bench.speed import ours
+from tests.bench.speed import ours, report
 from tests.bench.speed.worker import HUGE_PAGES, Worker
 
 RESULTS = pathlib.Path(__file__).parents[1] / 'results'
@@ -40,7 +40,6 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=9)
   args = parser.parse_args()
   path = RESULTS / 'speed.json'
-  found = json.loads(path.read_text()) if path.exists() else {}
   for name in args.only:
     start = time.perf_counter()
     section = {
@@ -52,7 +51,9 @@ def main() -> None:
     }
     section['minutes'] = (time.perf_counter() - start) / 60
     found = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(found | {name: section}, indent=1) + '\n')
+    found[name] = section
+    path.write_text(json.dumps(found, indent=1) + '\n')
+    report.write(found, RESULTS)
     print(f'{name}: {section["minutes"]:.1f} minutes', flush=True)
 
 
@@ -63,7 +64,9 @@ def machine() -> str:
 
 
 def interleaved(
-  rows: dict[str, Sequence[str]], peers: dict[str, Sequence[str]], rounds: int
+  rows: Mapping[str, Sequence[str]],
+  peers: Mapping[str, Sequence[str]],
+  rounds: int,
 ) -> list[Row]:
   """Returns the times of workers, those of the peers in every group of rows."""
   everyone: dict[str, Worker] = {}
@@ -148,7 +151,7 @@ def larger(rounds: int) -> list[Row]:
   return interleaved(rows, step_peers('130m'), max(3, rounds // 2))
 
 
-def step_peers(size: str) -> dict[str, Sequence[str]]:
+def step_peers(size: str) -> Mapping[str, Sequence[str]]:
   """Returns transformers' model with the reference and with torch's AdamW."""
   return {
     PEER: (THEIRS, 'step', 'GaLoreAdamW', size),

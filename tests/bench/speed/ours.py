@@ -33,9 +33,9 @@ RANKED = (
 Run = Callable[[], Any]
 
 
-def rows() -> dict[str, dict[str, Any]]:
+def rows() -> dict[str, tuple[str, dict[str, Any]]]:
   """Returns every preset by its call: its name and its options."""
-  found = {f'{name}()': (name, {}) for name in METHODS}
+  found: dict[str, Any] = {f'{name}()': (name, {}) for name in METHODS}
   for x in VARIANTS:
     given = ', '.join(f'{k}={v!r}' for k, v in x.options.items())
     found[f'{x.name}({given})'] = (x.name, x.options)
@@ -219,7 +219,7 @@ def separate(depth: int) -> dict[str, Any]:
   }
 
 
-def compiled(params: Any, finder: str) -> tuple[Run, dict[str, Any]]:
+def compiled(params: Any, finder: Any) -> tuple[Run, dict[str, Any]]:
   """Returns a run that compiles an update."""
   tx = galore_optax.galore(optax.adam(1e-3), rank=16, subspace=finder)
   state = tx.init(params)

@@ -1,0 +1,179 @@
+"""speed.md and speed.png from speed.json."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+COMMAND = '.venv-parity/bin/python -m tests.bench.speed'
+
+
+def write(found: dict[str, Any], folder: pathlib.Path) -> None:
+  """Writes both files of what the sections have found so far."""
+  limit = limits(found)
+  parts = [
+    f'# Speed beside the peers\n\n`{COMMAND}` (`make parity` makes its'
+    ' environment). The 60M LLaMA, rank 128, float32, 4 x 256 tokens; a row is'
+    ' a process of its own, one at work at a time, rounds interleaved; medians,'
+    ' quartiles in brackets; a ratio is the median of the ratios of a round.'
+    ' `galore-torch` is the unmodified reference, its whole step on'
+    " transformers' LLaMA. The limit is the larger of the flops that must be"
+    " done and the bytes that must move, at this machine's own rates in the"
+    ' same run (a product of 2048 x 2048, x + 2 y in place).'
+  ]
+  for name, (title, heads, cells) in TABLES.items():
+    if name in found:
+      parts.append(table(title, found[name], heads, cells, limit))
+  (folder / 'speed.md').write_text('\n\n'.join(parts) + '\n')
+  if 'steps' in found and 'updates' in found:
+    plot(found, folder / 'speed.png')
+
+
+def limits(found: dict[str, Any]) -> Callable[[Row], float]:
+  """Returns what a row's work takes at least, in seconds."""
+  rows = found.get('rates', {}).get('rows', [])
+  rate = {row['name']: row['median'] for row in rows}
+
+  def limit(row: Row) -> float:
+    if not rate or 'flops' not in row:
+      return float('nan')
+    return max(row['flops'] / rate['flops'], row['bytes'] / rate['bytes'])
+
+  return limit
+
+
+def table(
+  title: str,
+  section: dict[str, Any],
+  heads: Sequence[str],
+  cells: Callable[[Row, Callable], Sequence[str]],
+  limit: Callable[[Row], float],
+) -> str:
+  """Returns a section as Markdown."""
+  lines = [
+    f'## {title}\n\n{section["date"]}, {section["machine"]},'
+    f' {section["rounds"]} rounds asked for, load at the start'
+    f' {section["load"]:.1f}.\n',
+    '| ' + ' | '.join(heads) + ' |',
+    '|' + ' --- |' * len(heads),
+  ]
+  for row in section['rows']:
+    lines.append('| ' + ' | '.join(cells(row, limit)) + ' |')
+  return '\n'.join(lines)
+
+
+def seconds(row: Row) -> str:
+  """Returns a median with its quartiles.
+
+  >>> seconds({'median': 1.25, 'low': 1.0, 'high': 1.5})
+  '1.250 (1.000-1.500)'
+  """
+  if 'low' not in row:
+    return f'{row["median"]:.3f}'
+  return f'{row["median"]:.3f} ({row["low"]:.3f}-{row["high"]:.3f})'
+
+
+def update_cells(row: Row, limit: Callable[[Row], float]) -> Sequence[str]:
+  """Returns the cells of an update."""
+  least = limit(row)
+  known = least == least
+  return (
+    f'`{row["name"]}`',
+    seconds(row),
+    f'{row["ratio"]:.2f}',
+    f'{least:.3f}' if known else '-',
+    f'{least / row["median"]:.0%}' if known else '-',
+    f'{row["compile"]:.1f}' if 'compile' in row else '-',
+    f'{row["peak_bytes"] / 1e9:.2f}',
+  )
+
+
+def step_cells(row: Row, limit: Callable[[Row], float]) -> Sequence[str]:
+  """Returns the cells of a whole step."""
+  least = limit(row)
+  known = least == least
+  return (
+    f'`{row["name"]}`',
+    seconds(row),
+    f'{row["tokens"] / row["median"]:.0f}',
+    f'{1 / row["ratio"]:.2f}',
+    f'{least:.2f}' if known else '-',
+    f'{least / row["median"]:.0%}' if known else '-',
+    f'{row["peak_bytes"] / 1e9:.2f}',
+  )
+
+
+STEP = (
+  *('row', 'seconds', 'tokens/s', "times galore-torch's", 'limit, s'),
+  *('share of it', 'peak of the process, GB'),
+)
+TABLES: dict[str, tuple[str, Sequence[str], Callable]] = {
+  'rates': (
+    'What the machine does in a second',
+    ('what', 'GFLOP or GB'),
+    lambda row, _: (row['name'], f'{row["median"] / 1e9:.0f}'),
+  ),
+  'steps': ('Whole step', STEP, step_cells),
+  '130m': ('Whole step of the 130M model', STEP, step_cells),
+  'updates': (
+    'Update between two refreshes, weights and state in place',
+    (
+      *('row', 'seconds', "of galore-torch's", 'limit, s', 'share of it'),
+      *('compiled in, s', 'peak of the process, GB'),
+    ),
+    update_cells,
+  ),
+  'refreshes': (
+    'Warm refresh of all 56 matrices: an update with it less one without',
+    ('finder', 'seconds', "of galore-torch's"),
+    lambda row, _: (
+      f'`{row["name"]}`',
+      f'{row["median"]:.3f}',
+      f'{row["ratio"]:.2f}',
+    ),
+  ),
+  'first': (
+    'From the start of a process to the end of its first step (ours: `power`)',
+    ('what', 'seconds', 'of them the step, compiled or loaded and run'),
+    lambda row, _: (row['name'], seconds(row), f'{row["step"]:.2f}'),
+  ),
+  'staggered': (
+    'Steps while refreshes are spread over 28 steps, two matrices at each',
+    ('what', 'median', 'slowest', 'ratio'),
+    lambda row, _: (
+      row['name'],
+      f'{row["median"]:.3f}',
+      f'{row["slowest"]:.3f}',
+      f'{row["ratio"]:.2f}',
+    ),
+  ),
+  'compilation': (
+    'Compiling an update: layers of seven matrices, or 32 of so many shapes',
+    ('matrices, finder, layers or shapes', 'seconds'),
+    lambda row, _: (row['name'], seconds(row)),
+  ),
+}
+"""By section: title, heads, and the cells of a row."""
+
+
+def plot(found: dict[str, Any], path: pathlib.Path) -> None:
+  """Draws tokens a second and updates as bars, the peers' in grey."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  figure, panels = pyplot.subplots(1, 2, figsize=(12, 7))
+  drawn = {
+    'steps': ('tokens a second', lambda row: row['tokens'] / row['median']),
+    'updates': ('milliseconds an update', lambda row: 1e3 * row['median']),
+  }
+  for axes, (name, (label, value)) in zip(panels, drawn.items(), strict=True):
+    rows = found[name]['rows'][::-1]
+    peer = ['torch' in row['name'] or 'ptax' in row['name'] for row in rows]
+    colors = ['tab:gray' if yes else 'tab:blue' for yes in peer]
+    axes.barh([x['name'] for x in rows], [*map(value, rows)], color=colors)
+    axes.set_xlabel(label)
+  figure.suptitle(f'60M LLaMA, rank 128, {found["steps"]["machine"]}')
+  figure.tight_layout()
+  figure.savefig(path)
