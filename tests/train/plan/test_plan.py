@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import pathlib
+import re
 
 import pytest
 
@@ -9,6 +11,7 @@ from train.command import load
 from train.plan import __main__ as plan
 from train.plan import cards, compare
 from train.plan.cards import GPUS
+from train.plan.program import size
 
 needs_compiler = pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda12_plugin') is None,
@@ -191,6 +194,54 @@ def test_plots_a_bar_for_each_method(config, tmp_path, capsys):
   gradients = [x['gradient_bytes'] for x in found]
   assert gradients[0] == gradients[3] > gradients[4] == gradients[5]
   assert path.read_bytes().startswith(b'\x89PNG')
+
+
+@needs_compiler
+@pytest.mark.card
+def test_cost(config, capsys):
+  args = (config, '--cost', '--clip-norm', 'None')
+  found = report(capsys, *args)
+  update, step = found['update'], found['step']
+  matrices = 3 * (4 * 64 * 64 + 3 * 64 * 160)
+  rest = 2 * 256 * 64 + 7 * 64
+  assert found['elements'] == matrices + rest
+  # A gradient is read, a weight read and written, whatever the method.
+  assert update['bytes'] > 12 * found['elements']
+  # Projected at rank 16 and back again: the norms and Adam are little.
+  products = 2 * 2 * 16 * matrices
+  assert products < update['flops'] < 1.5 * products
+  # 6 for each weight and token, and attention.
+  model = 6 * (matrices + 256 * 64) * 4 * 32
+  assert model < step['flops'] < 1.5 * (model + products)
+  assert step['estimate_h100'] < step['estimate_rtx4090'] < 1
+  assert plan.main(args) == 0
+  out = capsys.readouterr().out
+  assert 'an estimate' in out and 'block by block' in out
+
+
+@needs_compiler
+@pytest.mark.card
+@pytest.mark.parametrize('kind', ['cudnn', 'blockwise'])
+def test_no_scores_of_all_pairs_exist(capsys, kind):
+  path = str(pathlib.Path(__file__).parents[3] / 'configs/llama_60m.py')
+  options = ['--model.attention', kind] if kind == 'blockwise' else []
+  found = report(capsys, path, '--device', 'rtx4090', *options)
+  assert found['attention'] == kind
+  # A microbatch of 64, 8 heads, 256 x 256 pairs, of one byte.
+  scores = 64 * 8 * 256 * 256
+  pairs = re.compile(r'\b256,256\b')
+  for buffer in found['buffers']:
+    for shape in filter(pairs.search, buffer['shapes']):
+      assert size(shape) < scores, shape
+  # What is not among the largest is smaller.
+  assert found['buffers'][-1]['bytes'] < 2 * scores
+
+
+def test_cost_asks_the_compiler(config, capsys):
+  with pytest.raises(SystemExit) as stop:
+    plan.main([config, '--cost', '--estimate'])
+  assert stop.value.code == 2
+  assert 'leave one of them out' in capsys.readouterr().err
 
 
 @needs_compiler
