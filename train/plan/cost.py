@@ -54,8 +54,7 @@ class Cost(NamedTuple):
     """Returns an estimate: no kernel can be quicker, nor two at once.
 
     A kernel takes the time of its arithmetic or that of its bytes, whichever
-    is longer, at the card's public figures; 16-bit products at the rate of
-    tensor cores, all else at that of the float32 units.
+    is longer, at the card's public figures, which are tensor cores' rates.
     """
     return sum(
       kernel.times
