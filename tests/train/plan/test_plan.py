@@ -237,6 +237,27 @@ def test_no_scores_of_all_pairs_exist(capsys, kind):
   assert found['buffers'][-1]['bytes'] < 2 * scores
 
 
+@needs_compiler
+@pytest.mark.card
+def test_a_low_rank_update_moves_fewer_bytes_than_adamw_s(tmp_path, capsys):
+  path = tmp_path / 'wide.py'
+  text = CONFIG.replace('width=64, mlp_width=160', 'width=512, mlp_width=1376')
+  path.write_text(text.replace('rank=16', 'rank=128'))
+  args = (str(path), '--cost', '--clip-norm', 'None')
+  found = {
+    name: report(capsys, *args, *options)
+    for name, options in {
+      'GaLore': [],
+      'AdamW': ['--optimizer', 'AdamW'],
+    }.items()
+  }
+  moved = {k: x['update']['bytes'] / x['elements'] for k, x in found.items()}
+  # Gradient, weight and two moments are read, the last three written.
+  assert moved['AdamW'] == pytest.approx(28, rel=0.01)
+  # The unprojected update is added to the weight as it is made.
+  assert moved['GaLore'] < 24.5
+
+
 def test_cost_asks_the_compiler(config, capsys):
   with pytest.raises(SystemExit) as stop:
     plan.main([config, '--cost', '--estimate'])
