@@ -10,8 +10,8 @@ packed here, and there each is cut or padded to 256 tokens; the tokenizer is
 trained on C4 here, and is T5's there, so compare bits per byte, or train AdamW
 (--optimizer AdamW --learning-rate 0.001) by the side.
 Expected memory: 0.27 GB of weights and 0.65 GB of optimizer state
-(exact, from shapes); 7.79 GiB in all on an RTX 4090, by the compiler
-(make plan ARGS=configs/llama_130m.py, 22 November 2026, jax 0.10.2).
+(exact, from shapes); 4.18 GiB in all on an RTX 4090, by the compiler
+(make plan ARGS=configs/llama_130m.py, 25 November 2026, jax 0.10.2).
 Expected time: not measured. 6 x parameters x tokens is 2.1e+18 operations,
 3.9 hours at 150 TFLOP/s.
 Expected number: validation perplexity 25.36 (the paper; full-rank 25.08).

@@ -11,8 +11,8 @@ packed here, and there each is cut or padded to 256 tokens; the tokenizer is
 trained on C4 here, and is T5's there, so compare bits per byte, or train AdamW
 (--optimizer AdamW --learning-rate 0.001) by the side.
 Expected memory: 2.68 GB of weights and 3.82 GB of optimizer state
-(exact, from shapes); 14.52 GiB in all on an RTX 4090, by the compiler
-(make plan ARGS=configs/llama_1b.py, 22 November 2026, jax 0.10.2).
+(exact, from shapes); 14.24 GiB in all on an RTX 4090, by the compiler
+(make plan ARGS=configs/llama_1b.py, 25 November 2026, jax 0.10.2).
 Expected time: not measured. 6 x parameters x tokens is 1.1e+20 operations,
 195 hours at 150 TFLOP/s.
 Expected number: validation perplexity 15.64 (the paper; full-rank 15.56).

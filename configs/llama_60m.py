@@ -10,8 +10,8 @@ packed here, and there each is cut or padded to 256 tokens; the tokenizer is
 trained on C4 here, and is T5's there, so compare bits per byte, or train AdamW
 (--optimizer AdamW --learning-rate 0.001) by the side.
 Expected memory: 0.12 GB of weights and 0.32 GB of optimizer state
-(exact, from shapes); 6.42 GiB in all on an RTX 4090, by the compiler
-(make plan ARGS=configs/llama_60m.py, 22 November 2026, jax 0.10.2).
+(exact, from shapes); 3.13 GiB in all on an RTX 4090, by the compiler
+(make plan ARGS=configs/llama_60m.py, 25 November 2026, jax 0.10.2).
 Expected time: not measured. 6 x parameters x tokens is 4.6e+17 operations,
 0.8 hours at 150 TFLOP/s.
 Expected number: validation perplexity 34.88 (the paper; full-rank 34.06).

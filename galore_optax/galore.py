@@ -473,7 +473,9 @@ class _Core:
       added_io, rest = self.rule(p, split, rest)
       update = update + projection.from_matrix(p, added_io)
     if w is not None:
-      update = update + slope * w
+      # Where the slope is known to be zero XLA drops the term: w * 0 it keeps,
+      # and beside it a whole update in memory.
+      update = jnp.where(slope == 0, update, update + slope * w)
     return update.astype(x.dtype), rest
 
   def _bases(self, plans, like, state) -> Any:

@@ -1,8 +1,9 @@
 """Causal attention inside segments, one pair of blocks of time at a time.
 
-No array of [B, heads, T, T] exists, forward or backward: a block of queries
-meets the blocks of keys up to its own, one after another, while a running
-maximum and sum make one softmax of all of them.
+No array of [B, heads, T, T] exists, forward or backward: `attend` takes cuDNN's
+kernel, or `blockwise`, in which a block of queries meets the blocks of keys up
+to its own, one after another, while a running maximum and sum make one softmax
+of all of them.
 
 Shapes: B batch, T time, N query heads, K key-value heads, G query heads of
 each, H head dimension; I blocks of C time steps each (S where they are keys).
@@ -10,9 +11,13 @@ each, H head dimension; I blocks of C time steps each (S where they are keys).
 Source: Dao et al., `FlashAttention <https://arxiv.org/abs/2205.14135>`_, 2022.
 """
 
+from typing import Literal, TypeAlias
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Kind: TypeAlias = Literal['auto', 'cudnn', 'blockwise']
 
 BLOCK = 128
 """Time steps of a block, at most."""
@@ -21,8 +26,65 @@ MASKED = -1e30
 """A score of what is not seen: finite, as a difference of two is no NaN."""
 
 
-def blockwise(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, kind: Kind = 'auto'):
   """softmax(q k / sqrt(H)) v over what is not later, and of the same segment.
+
+  Args:
+    q_BTNH: queries.
+    k_BTKH: keys.
+    v_BTKH: values.
+    segments_BT: integers; what has different ones does not meet.
+    kind: 'cudnn', cuDNN's kernel; 'blockwise', the products below; 'auto', the
+      first on a GPU where JAX has it for such arrays, else the second.
+
+  Returns:
+    [B, T, N, H], of the inputs' type.
+
+  Raises:
+    ValueError: 'cudnn' where JAX refuses it.
+  """
+  if kind == 'cudnn' and (reason := refusal(q_BTNH, k_BTKH)):
+    q = jax.typeof(q_BTNH).str_short()
+    raise ValueError(
+      f"attention='cudnn' cannot be had for queries {q}: {reason}; "
+      "attention='auto' goes block by block there"
+    )
+  if kind == 'auto':
+    here = jax.default_backend() == 'gpu' and not refusal(q_BTNH, k_BTKH)
+    kind = 'cudnn' if here else 'blockwise'
+  of_kind = {'cudnn': cudnn, 'blockwise': blockwise}[kind]
+  return of_kind(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def refusal(q_BTNH, k_BTKH) -> str | None:
+  """Returns why JAX has no kernel of cuDNN's to train with; None if it has.
+
+  Tracing it asks for the version of cuDNN, the type, the head dimension and
+  the number of time steps, by the rules of this JAX for this card.
+  """
+  segments_BT = jax.ShapeDtypeStruct(q_BTNH.shape[:2], jnp.int32)
+  total = lambda *inputs: jnp.sum(cudnn(*inputs).astype(jnp.float32))
+  try:
+    jax.eval_shape(jax.grad(total), q_BTNH, k_BTKH, k_BTKH, segments_BT)
+  except (RuntimeError, NotImplementedError, ValueError) as error:
+    # JAX adds lines about its traceback.
+    return str(error).splitlines()[0].rstrip('.')
+  return None
+
+
+def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+  """The same by cuDNN's kernel; the one mask [B, 1, T, T] is for all heads."""
+  same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+  return jax.nn.dot_product_attention(
+    *(q_BTNH, k_BTKH, v_BTKH),
+    mask=same_BTS[:, None],
+    is_causal=True,
+    implementation='cudnn',
+  )
+
+
+def blockwise(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+  """The same by JAX's own products, on any device.
 
   Scores, softmax and sums are float32, products are of the inputs' type. Work
   that causality makes superfluous is not done, but within a block.

@@ -56,6 +56,9 @@ class LlamaConfig:
   loss_chunk: int = 512
   """Tokens whose logits exist at the same time; never fewer than one time step
   of the whole batch."""
+  attention: Literal['auto', 'cudnn', 'blockwise'] = 'auto'
+  """cuDNN's kernel, JAX's own products block by block, or (auto) the first on
+  an NVIDIA card that has it for such heads in bfloat16, else the second."""
 
   def __post_init__(self):
     """Checks the sizes, and that the heads fit."""
@@ -237,11 +240,12 @@ class Attention(nn.Module):
     turn = functools.partial(
       rotate, positions_BT=positions_BT, theta=config.rope_theta
     )
-    y_BTNH = attention.blockwise(
+    y_BTNH = attention.attend(
       turn(heads('q', config.num_heads)),
       turn(heads('k', config.kv_heads)),
       heads('v', config.kv_heads),
       segments_BT,
+      kind=config.attention,
     )
     return Linear(config, (D, D), name='o')(y_BTNH.reshape(h_BTD.shape))
 
@@ -366,8 +370,9 @@ class Layers:
   def init(self, key):
     """Fresh parameters; their shapes under `jax.eval_shape`."""
     keys = ('inputs', 'targets', 'positions', 'segments')
-    batch = dict.fromkeys(keys, jnp.zeros((1, 1), jnp.int32))
-    batch['weights'] = jnp.zeros((1, 1), jnp.float32)  # under x64 too
+    # Of two time steps: cuDNN takes no odd number.
+    batch = dict.fromkeys(keys, jnp.zeros((1, 2), jnp.int32))
+    batch['weights'] = jnp.zeros((1, 2), jnp.float32)  # under x64 too
     return Llama(self.config).init(key, batch)['params']
 
   def __call__(self, params, batch):

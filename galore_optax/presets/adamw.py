@@ -103,7 +103,7 @@ def _galore_adamw(learning_rate, b1, b2, eps, weight_decay, options, sizes):
     optax.scale_by_learning_rate(learning_rate),
   )
   adam = adam if sizes is None else quantize_state(adam, **sizes)
-  return optax.chain(
-    galore(adam, **inner.rotated_by(options, b1, b2)),
-    decay_updated_weights(learning_rate, weight_decay=weight_decay),
-  )
+  # It reads no weights: shown none, its slope of decay is known to be zero.
+  blind = adam._replace(update=lambda g, s, *_, **__: adam.update(g, s))
+  decay = decay_updated_weights(learning_rate, weight_decay=weight_decay)
+  return optax.chain(galore(blind, **inner.rotated_by(options, b1, b2)), decay)

@@ -29,6 +29,12 @@ def test_json_round_trip(optimizer):
   assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
 
 
+def test_a_run_of_before_a_field_takes_its_default():
+  data = to_json(CONFIG)
+  del data['model']['attention']
+  assert from_json(Config, data) == CONFIG
+
+
 def test_differences_name_fields_and_both_values():
   other = dataclasses.replace(
     CONFIG, steps=50, optimizer=dataclasses.replace(CONFIG.optimizer, rank=2)

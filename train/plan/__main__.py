@@ -1,7 +1,8 @@
 """Plans a run: what a training step needs on a GPU that is not there.
 
 `python -m train.plan configs/llama_7b.py --device rtx4090` compiles the step
-that `train.pretrain` runs for that config and prints where its bytes go.
+that `train.pretrain` runs for that config and prints where its bytes go; with
+`--cost`, what it costs to run.
 """
 
 import dataclasses
@@ -10,8 +11,8 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import tyro
@@ -22,6 +23,7 @@ from rich.table import Table
 from train.command import load, parse, user_errors
 from train.config import Config
 from train.plan import compare
+from train.plan.bill import ESTIMATED, Bill, make_bill
 from train.plan.cards import GPUS
 from train.plan.footprint import Cards, Plan, make_plan
 
@@ -43,6 +45,9 @@ class Request:
   """Byte arithmetic alone, without the compiler: no temporaries."""
   compare: bool = False
   """Plan every method with this config."""
+  cost: bool = False
+  """Arithmetic, bytes moved and kernels of the update and the step, and an
+  estimate of their times, in place of memory."""
   plot: pathlib.Path | None = None
   """Write a bar for each of the paper's methods to this file."""
   json: bool = False
@@ -55,19 +60,34 @@ def main(argv: Sequence[str] | None = None) -> int:
   jax.config.update('jax_platforms', 'cpu')
   with user_errors():
     requests = requested(sys.argv[1:] if argv is None else argv)
-    plans = make_plans(requests)
     first = next(iter(requests.values()))
+    check(first)
+    made: list[Any] = []
+    for config, cards, names in planned(requests):
+      make = make_bill if first.cost else make_plan
+      made.append(make(config, cards, **names))
     if first.plot:
-      compare.plot(plans, first.plot)
-  single = not (first.compare or first.plot or len(plans) > 1)
+      compare.plot(made, first.plot)
+  single = not (first.compare or first.plot or len(made) > 1)
   if first.json:
-    objects = [plan.to_json() for plan in plans]
+    objects = [one.to_json() for one in made]
     print(json.dumps(objects[0] if single else objects))
+  elif first.cost:
+    show_bills(made, Console())
   elif single:
-    show(plans[0], Console())
+    show(made[0], Console())
   else:
-    Console().print(table(plans))
+    Console().print(table(made))
   return 0
+
+
+def check(request: Request) -> None:
+  """Raises ValueError for options that exclude each other."""
+  if request.cost and (request.estimate or request.plot):
+    raise ValueError(
+      '--cost asks the compiler for times, and --estimate and --plot are of '
+      'memory; leave one of them out'
+    )
 
 
 def requested(argv: Sequence[str]) -> dict[str, Request]:
@@ -98,9 +118,11 @@ def fitting_microbatches(path: str, options: Sequence[str]) -> list[str]:
   return [] if fitting == microbatches else ['--microbatches', f'{fitting}']
 
 
-def make_plans(requests: dict[str, Request]) -> list[Plan]:
-  """Returns a plan for each config, or for each method with each config."""
-  plans, console = [], Console(stderr=True)
+def planned(
+  requests: dict[str, Request],
+) -> Iterator[tuple[Config, Cards, dict[str, str]]]:
+  """Goes through each config, or each method with each config."""
+  console = Console(stderr=True)
   for path, request in requests.items():
     cards = Cards(request.device, request.devices, request.estimate)
     configs = {'': request.config}
@@ -111,8 +133,7 @@ def make_plans(requests: dict[str, Request]) -> list[Plan]:
     for method, config in configs.items():
       if not request.estimate:
         console.print(f'compiling {path} {method}', highlight=False)
-      plans.append(make_plan(config, cards, path=path, method=method))
-  return plans
+      yield config, cards, {'path': path, 'method': method}
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -140,6 +161,7 @@ def show(plan: Plan, console: Console) -> None:
       'can say what does not fit, and only a compiled plan what does'
     )
     return
+  console.print(ATTENTION[plan.attention])
   console.print('the largest temporaries:')
   for buffer in plan.compiled.buffers:
     shapes = ', '.join(buffer.shapes)
@@ -148,6 +170,61 @@ def show(plan: Plan, console: Console) -> None:
     console.print(
       f'{row.op} {row.shape}: {row.count} x {row.bytes:,} bytes', markup=False
     )
+
+
+ATTENTION = {
+  'cudnn': "attention: cuDNN's kernel; what it allocates itself is not known",
+  'blockwise': 'attention: block by block',
+}
+
+
+def show_bills(bills: Sequence[Bill], console: Console) -> None:
+  """Prints a table with rows for each bill; of one, what moves most bytes."""
+  table = Table(
+    title=f'between two refreshes, on {where(bills[0])}',
+    title_justify='left',
+    box=box.SIMPLE_HEAD,
+    show_edge=False,
+    pad_edge=False,
+    padding=(0, 1, 0, 0),
+  )
+  several = {
+    'config': [pathlib.Path(bill.config).stem for bill in bills],
+    'method': [bill.method for bill in bills],
+  }
+  names = {k: v for k, v in several.items() if len(set(v)) > 1}
+  for head in (*names, 'part'):
+    table.add_column(head)
+  heads = ('Tflop', 'GB', 'B/weight', 'kernels', 'copies', 'transp.')
+  times = [f'{key}, ms*' for key in ESTIMATED]
+  for head in (*heads, *times):
+    table.add_column(head, justify='right')
+  for i, bill in enumerate(bills):
+    for part, cost in bill.parts.items():
+      table.add_row(
+        *(v[i] for v in names.values()),
+        part,
+        f'{cost.flops / 1e12:.3f}',
+        f'{cost.bytes / 1e9:.2f}',
+        f'{cost.bytes * bill.devices / bill.elements:.1f}',
+        *(f'{x:,}' for x in (cost.launches, cost.copies, cost.transposes)),
+        *(f'{1e3 * cost.seconds(GPUS[key]):.1f}' for key in ESTIMATED),
+      )
+  console.print(table)
+  console.print(ATTENTION[bills[0].attention])
+  console.print(
+    '* an estimate, of no less than it takes: for each kernel its flops or '
+    "its bytes, whichever take longer at the card's public figures"
+  )
+  if len(bills) == 1:
+    for part, cost in bills[0].parts.items():
+      console.print(f'what moves most bytes in the {part}:')
+      for kernel in cost.largest():
+        console.print(
+          f'{kernel.bytes * kernel.times / 1e9:9.2f} GB  {kernel.times} x '
+          f'{kernel.name}: {", ".join(sorted(kernel.parts))}',
+          markup=False,
+        )
 
 
 def table(plans: Sequence[Plan]) -> Table:

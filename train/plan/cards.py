@@ -5,16 +5,20 @@ buffer assignment says what a step allocates (`compile_step`). `make plan` runs
 in an environment that has the compiler.
 """
 
+import contextlib
 import dataclasses
-import math
 import pathlib
 import re
 import tempfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
+
+from train.plan import program
 
 PyTree = Any
 
@@ -54,6 +58,13 @@ class Gpu:
   """Boost clock."""
   l2_bytes: int
   """Second-level cache."""
+  half_flops: float
+  """Flops per second of tensor cores: bfloat16 summed in float32, dense."""
+
+  @property
+  def flops(self) -> float:
+    """The same of float32, which JAX has them round to 19 bits (TF32)."""
+    return self.half_flops / 2
 
   @property
   def target_config(self) -> str:
@@ -92,6 +103,7 @@ GPUS = {
     bandwidth=1008.096e9,
     clock_ghz=2.52,
     l2_bytes=72 * 2**20,
+    half_flops=165.2e12,
   ),
   'rtx3090': Gpu(
     name='NVIDIA GeForce RTX 3090',
@@ -101,6 +113,7 @@ GPUS = {
     bandwidth=936.096e9,
     clock_ghz=1.695,
     l2_bytes=6 * 2**20,
+    half_flops=71.0e12,
   ),
   'a100-40': Gpu(
     name='NVIDIA A100-SXM4-40GB',
@@ -110,6 +123,7 @@ GPUS = {
     bandwidth=1555.2e9,
     clock_ghz=1.41,
     l2_bytes=40 * 2**20,
+    half_flops=312e12,
   ),
   'a100-80': Gpu(
     name='NVIDIA A100-SXM4-80GB',
@@ -119,6 +133,7 @@ GPUS = {
     bandwidth=2039.0e9,
     clock_ghz=1.41,
     l2_bytes=40 * 2**20,
+    half_flops=312e12,
   ),
   'h100': Gpu(
     name='NVIDIA H100 80GB HBM3',
@@ -128,9 +143,13 @@ GPUS = {
     bandwidth=3352.32e9,
     clock_ghz=1.98,
     l2_bytes=50 * 2**20,
+    half_flops=989.4e12,
   ),
 }
-"""The cards that a plan knows by name."""
+"""The cards that a plan knows by name.
+
+Source: NVIDIA's architecture white papers: Ada, Ampere GA102, A100, H100 (SXM).
+"""
 
 
 class Buffer(NamedTuple):
@@ -188,6 +207,26 @@ def topology_mesh(gpu: Gpu, *, devices: int = 1) -> jax.sharding.Mesh:
   return jax.sharding.Mesh(np.array(topology.devices), ('data',))
 
 
+@contextlib.contextmanager
+def cudnn() -> Iterator[None]:
+  """Has JAX trace as where the cuDNN of `Gpu.target_config` is installed.
+
+  XLA takes its kernels for calls whose inside it need not know, so that they
+  compile without it; but JAX asks for its version before it makes one.
+  """
+  found = fused_attention_stablehlo.check_cudnn_version
+  fused_attention_stablehlo.check_cudnn_version = lambda: 90_800
+  try:
+    yield
+  finally:
+    fused_attention_stablehlo.check_cudnn_version = found
+
+
+def optimized(step: Any, *arguments: PyTree) -> str:
+  """Returns the text of the program that XLA makes of a step to compile."""
+  return _lowered(step, arguments).compile().as_text()
+
+
 def compile_step(step: Any, *arguments: PyTree) -> Compiled:
   """Compiles a step for the cards that its arguments are placed on.
 
@@ -201,7 +240,7 @@ def compile_step(step: Any, *arguments: PyTree) -> Compiled:
   Returns:
     What the compiler would allocate on each device.
   """
-  lowered = step.trace(*arguments).lower(lowering_platforms=('cuda',))
+  lowered = _lowered(step, arguments)
   with tempfile.TemporaryDirectory() as folder:
     compiled = lowered.compile(compiler_options={'xla_dump_to': folder})
     buffers = _largest_buffers(pathlib.Path(folder))
@@ -216,6 +255,10 @@ def compile_step(step: Any, *arguments: PyTree) -> Compiled:
     buffers=buffers,
     collectives=_collectives(text),
   )
+
+
+def _lowered(step: Any, arguments: tuple[PyTree, ...]) -> jax.stages.Lowered:
+  return step.trace(*arguments).lower(lowering_platforms=('cuda',))
 
 
 def _largest_buffers(
@@ -258,17 +301,6 @@ def _collectives(text: str) -> tuple[Collective, ...]:
       shape, op = found.groups()
       counts[op, shape] = counts.get((op, shape), 0) + 1
   return tuple(
-    Collective(op, shape, count, _shape_bytes(shape))
+    Collective(op, shape, count, program.size(shape))
     for (op, shape), count in sorted(counts.items())
   )
-
-
-def _shape_bytes(shape: str) -> int:
-  """Returns the bytes of an XLA shape.
-
-  >>> _shape_bytes('bf16[32,8]')
-  512
-  """
-  dtype, dims = shape.rstrip(']').split('[')
-  bits = 8 if dtype == 'pred' else int(re.findall(r'\d+', dtype)[0])
-  return math.prod(int(d) for d in dims.split(',') if d) * bits // 8

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from galore_optax import memory
+from models import attention
 from models.llama import LlamaConfig
 from train import step as step_lib
 from train.config import Config, WholeTree
@@ -50,6 +51,9 @@ class Plan:
   """Sequences in an update, on all devices."""
   sequence_length: int
   """Tokens in a sequence."""
+  attention: str
+  """'cudnn', whose kernel may take a workspace that the plan does not know, or
+  'blockwise'."""
   parameter_bytes: int
   """Weights but for embeddings and head."""
   vocabulary_bytes: int
@@ -118,6 +122,7 @@ class Plan:
     return plan | {'estimate': False} | compiled
 
 
+@cards_lib.cudnn()
 def make_plan(
   config: Config, cards: Cards, *, path: str = '', method: str = ''
 ) -> Plan:
@@ -129,17 +134,15 @@ def make_plan(
     path: of the config, for the reader.
     method: name of the optimizer; default, that of its class.
   """
-  if cards.devices < 1:
-    raise ValueError(f'--devices must be at least 1, got {cards.devices}')
-  if config.batch_size % cards.devices:
-    raise ValueError(
-      f'the batch size must be a multiple of --devices {cards.devices}, got '
-      f'{config.batch_size}'
-    )
+  check_devices(config, cards)
+  config = on_card(config)
   task = language_model(config)
   init, step = step_lib.build(config, task)
   state = jax.eval_shape(init, jax.random.key(0))
-  compiled = None if cards.estimate else compile_for(config, step, state, cards)
+  compiled = None
+  if not cards.estimate:
+    mesh = mesh_of(cards)
+    compiled = cards_lib.compile_step(*placed_step(config, step, state, mesh))
   share = lambda tree: jax.tree.map(lambda x: shard(x, cards.devices), tree)
   account = memory.account(share(state.params), share(state.optimizer))
   gradients = gradient_bytes(config, task, state, cards.devices)
@@ -157,6 +160,7 @@ def make_plan(
     devices=cards.devices,
     batch_size=config.batch_size,
     sequence_length=config.sequence_length,
+    attention=config.model.attention,
     parameter_bytes=account.parameters,
     vocabulary_bytes=account.vocabulary,
     basis_bytes=account.bases,
@@ -171,14 +175,52 @@ def make_plan(
   )
 
 
-def compile_for(
-  config: Config, step: Any, state: PyTree, cards: Cards
-) -> cards_lib.Compiled:
-  """Compiles a step for cards that are not there."""
+def check_devices(config: Config, cards: Cards) -> None:
+  """Raises ValueError for cards that cannot share a batch."""
+  if cards.devices < 1:
+    raise ValueError(f'--devices must be at least 1, got {cards.devices}')
+  if config.batch_size % cards.devices:
+    raise ValueError(
+      f'the batch size must be a multiple of --devices {cards.devices}, got '
+      f'{config.batch_size}'
+    )
+
+
+def on_card(config: Config) -> Config:
+  """Returns a config with the attention that 'auto' would be on a card.
+
+  Call it, and trace what comes of it, under `cards.cudnn`.
+  """
+  model = config.model
+  if model.attention != 'auto':
+    return config
+  q, k = (
+    jax.ShapeDtypeStruct(
+      (1, config.sequence_length, heads, model.head_dim), model.dtype
+    )
+    for heads in (model.num_heads, model.kv_heads)
+  )
+  kind = 'blockwise' if attention.refusal(q, k) else 'cudnn'
+  model = dataclasses.replace(model, attention=kind)
+  return dataclasses.replace(config, model=model)
+
+
+def mesh_of(cards: Cards) -> Mesh:
+  """Returns the cards that are not there.
+
+  Raises:
+    ImportError: the compiler is not installed.
+  """
   try:
-    mesh = cards_lib.topology_mesh(GPUS[cards.device], devices=cards.devices)
+    return cards_lib.topology_mesh(GPUS[cards.device], devices=cards.devices)
   except RuntimeError as error:
     raise ImportError(f'{error}; --estimate needs none') from error
+
+
+def placed_step(
+  config: Config, step: Any, state: PyTree, mesh: Mesh
+) -> tuple[Any, PyTree, PyTree]:
+  """Returns the jitted step, its state and its batch, on a mesh."""
   state = jax.tree.map(lambda x: placed(x, mesh), state)
   inputs = jax.tree.map(
     lambda x: placed(x, mesh, PartitionSpec('data')), batch(config)
@@ -187,7 +229,7 @@ def compile_for(
   # place.
   shardings = jax.tree.map(lambda x: x.sharding, state)
   step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-  return cards_lib.compile_step(step, state, inputs)
+  return step, state, inputs
 
 
 def placed(x: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:

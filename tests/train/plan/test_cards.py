@@ -14,6 +14,7 @@ from galore_optax import fira, frugal
 from galore_optax.galore import galore
 from galore_optax.layerwise.step import layerwise
 from galore_optax.subspace.finders import PowerIteration
+from models import attention
 from models.llama import Layers, LlamaConfig
 from train.plan import cards
 from train.plan.cards import GPUS
@@ -130,6 +131,41 @@ def test_collectives_of_eight_cards():
   )
   (reduce,) = cards.compile_step(total, x).collectives
   assert reduce == ('all-reduce', 'f32[32,32]', 1, 32 * 32 * 4)
+
+
+def attend(time):
+  q = jax.ShapeDtypeStruct((2, time, 4, 64), jnp.bfloat16)
+  segments = jax.ShapeDtypeStruct((2, time), jnp.int32)
+  return (lambda *x: attention.attend(*x, kind='cudnn')), (q, q, q, segments)
+
+
+def test_cudnn_is_there_for_a_plan_alone():
+  f, arguments = attend(128)
+  with pytest.raises(ValueError, match='cuDNN'):
+    jax.eval_shape(f, *arguments)
+  with cards.cudnn():
+    assert jax.eval_shape(f, *arguments).shape == (2, 128, 4, 64)
+  with pytest.raises(ValueError, match='cuDNN'):
+    jax.eval_shape(f, *arguments)
+
+
+@needs_compiler
+@pytest.mark.card
+@pytest.mark.parametrize('devices', [1, 2])
+def test_compiles_the_kernel_of_cudnn(devices):
+  mesh = cards.topology_mesh(GPUS['rtx4090'], devices=devices)
+  shared = NamedSharding(mesh, PartitionSpec('data'))
+  f, arguments = attend(1024)
+  placed = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared), arguments
+  )
+  grad = jax.grad(lambda *x: jnp.sum(f(*x).astype(jnp.float32)))
+  with cards.cudnn():
+    compiled = cards.compile_step(jax.jit(grad), *placed)
+  # The mask and its cotangent, in bfloat16, are for all four heads.
+  pairs = 2 * 2 * 1024 * 1024 // devices
+  assert pairs < compiled.temp_bytes < 3.5 * pairs
+  assert compiled.collectives == ()
 
 
 def test_says_what_is_missing(monkeypatch):

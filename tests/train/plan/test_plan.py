@@ -1,14 +1,20 @@
 """The planner: bytes that add up, errors that name what to do."""
 
+import dataclasses
 import importlib.util
 import json
+import math
+import pathlib
 
 import pytest
 
 from train.command import load
 from train.plan import __main__ as plan
 from train.plan import cards, compare
+from train.plan.bill import make_bill
 from train.plan.cards import GPUS
+from train.plan.footprint import Cards
+from train.plan.program import arrays
 
 needs_compiler = pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda12_plugin') is None,
@@ -191,6 +197,74 @@ def test_plots_a_bar_for_each_method(config, tmp_path, capsys):
   gradients = [x['gradient_bytes'] for x in found]
   assert gradients[0] == gradients[3] > gradients[4] == gradients[5]
   assert path.read_bytes().startswith(b'\x89PNG')
+
+
+@needs_compiler
+@pytest.mark.card
+def test_cost(config, capsys):
+  args = (config, '--cost', '--clip-norm', 'None')
+  found = report(capsys, *args)
+  update, step = found['update'], found['step']
+  matrices = 3 * (4 * 64 * 64 + 3 * 64 * 160)
+  rest = 2 * 256 * 64 + 7 * 64
+  assert found['elements'] == matrices + rest
+  # A gradient is read, a weight read and written, whatever the method.
+  assert update['bytes'] > 12 * found['elements']
+  # Projected at rank 16 and back again: the norms and Adam are little.
+  products = 2 * 2 * 16 * matrices
+  assert products < update['flops'] < 1.5 * products
+  # 6 for each weight and token, and attention.
+  model = 6 * (matrices + 256 * 64) * 4 * 32
+  assert model < step['flops'] < 1.5 * (model + products)
+  assert step['estimate_h100'] < step['estimate_rtx4090'] < 1
+  assert plan.main(args) == 0
+  out = capsys.readouterr().out
+  assert 'an estimate' in out and 'block by block' in out
+
+
+@needs_compiler
+@pytest.mark.card
+@pytest.mark.parametrize('kind', ['auto', 'blockwise'])
+def test_no_scores_of_all_pairs_exist(kind):
+  config = load(str(pathlib.Path(__file__).parents[3] / 'configs/llama_60m.py'))
+  model = dataclasses.replace(config.model, attention=kind)
+  config = dataclasses.replace(config, model=model)
+  bill = make_bill(config, Cards('rtx4090'))
+  assert bill.attention == {'auto': 'cudnn'}.get(kind, kind)
+  # A microbatch of 64, 8 heads, 256 x 256 pairs.
+  scores = 64 * 8 * 256 * 256
+  made = [x for k in bill.step.kernels for x in arrays(k.shape)]
+  assert max(math.prod(sizes) for _, sizes in made) > scores
+  for _, sizes in made:
+    assert sizes.count(256) < 2 or math.prod(sizes) < scores, sizes
+
+
+@needs_compiler
+@pytest.mark.card
+def test_a_low_rank_update_moves_fewer_bytes_than_adamw_s(tmp_path, capsys):
+  path = tmp_path / 'wide.py'
+  text = CONFIG.replace('width=64, mlp_width=160', 'width=512, mlp_width=1376')
+  path.write_text(text.replace('rank=16', 'rank=128'))
+  args = (str(path), '--cost', '--clip-norm', 'None')
+  found = {
+    name: report(capsys, *args, *options)
+    for name, options in {
+      'GaLore': [],
+      'AdamW': ['--optimizer', 'AdamW'],
+    }.items()
+  }
+  moved = {k: x['update']['bytes'] / x['elements'] for k, x in found.items()}
+  # Gradient, weight and two moments are read, the last three written.
+  assert moved['AdamW'] == pytest.approx(28, rel=0.01)
+  # The unprojected update is added to the weight as it is made.
+  assert moved['GaLore'] < 24.5
+
+
+def test_cost_asks_the_compiler(config, capsys):
+  with pytest.raises(SystemExit) as stop:
+    plan.main([config, '--cost', '--estimate'])
+  assert stop.value.code == 2
+  assert 'leave one of them out' in capsys.readouterr().err
 
 
 @needs_compiler

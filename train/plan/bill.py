@@ -1,0 +1,115 @@
+"""What the update and the step of a config cost on a card that is not there."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from train import step as step_lib
+from train.config import Config, WholeTree
+from train.plan import cards as cards_lib
+from train.plan.cards import GPUS
+from train.plan.cost import Cost, cost_of
+from train.plan.footprint import (
+  Cards,
+  check_devices,
+  mesh_of,
+  on_card,
+  placed,
+  placed_step,
+)
+from train.task import language_model
+
+PyTree = Any
+
+ESTIMATED = ('rtx4090', 'h100')
+"""Cards whose time is estimated, whichever the program was compiled for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bill:
+  """What each device does between two refreshes."""
+
+  config: str
+  """Path of the config."""
+  method: str
+  """Name of the optimizer."""
+  device: str
+  """Short name of the card that the programs are compiled for."""
+  devices: int
+  """How many of them share the step."""
+  attention: str
+  """'cudnn' or 'blockwise'."""
+  elements: int
+  """Of the weights, on all devices."""
+  update: Cost
+  """Of all weights at once: gradients in, weights out."""
+  step: Cost
+  """As it is trained, the update included."""
+
+  @property
+  def parts(self) -> dict[str, Cost]:
+    """The programs by name."""
+    return {'update': self.update, 'step': self.step}
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns a dict with a dict for each program."""
+    bill = {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if field.name not in self.parts
+    }
+    return bill | {
+      name: cost.to_json()
+      | {f'estimate_{key}': cost.seconds(GPUS[key]) for key in ESTIMATED}
+      for name, cost in self.parts.items()
+    }
+
+
+@cards_lib.cudnn()
+def make_bill(
+  config: Config, cards: Cards, *, path: str = '', method: str = ''
+) -> Bill:
+  """Returns the bill of a config; the arguments are `make_plan`'s."""
+  check_devices(config, cards)
+  config, mesh = on_card(config), mesh_of(cards)
+  init, step = step_lib.build(config, language_model(config))
+  state = jax.eval_shape(init, jax.random.key(0))
+  of_step = placed_step(config, step, state, mesh)
+  update, *arguments = whole_update(config)
+  of_update = jax.tree.map(lambda x: placed(x, mesh), arguments)
+  return Bill(
+    config=path,
+    method=method or type(config.optimizer).__name__,
+    device=cards.device,
+    devices=cards.devices,
+    attention=config.model.attention,
+    elements=sum(x.size for x in jax.tree.leaves(arguments[0])),
+    update=cost_of(cards_lib.optimized(update, *of_update)),
+    step=cost_of(cards_lib.optimized(*of_step)),
+  )
+
+
+def whole_update(config: Config) -> tuple[Callable, PyTree, PyTree, PyTree]:
+  """Returns the update of all weights at once, jitted, and its arguments.
+
+  It is the one of `train.step.make_step`, without what surrounds it, whatever
+  the config's own update is.
+
+  Returns:
+    The function of weights, optimizer state (donated) and gradients to the
+    next weights and state, and the shapes of the three.
+  """
+  config = dataclasses.replace(config, update=WholeTree())
+  tx = config.transformation()
+  init, _ = step_lib.build(config, language_model(config))
+  state = jax.eval_shape(init, jax.random.key(0))
+
+  def update(params: PyTree, optimizer: PyTree, grads: PyTree):
+    updates, optimizer = tx.update(grads, optimizer, params)
+    return optax.apply_updates(params, updates), optimizer
+
+  jitted = jax.jit(update, donate_argnums=(0, 1))
+  return jitted, state.params, state.optimizer, state.params
