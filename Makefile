@@ -10,6 +10,9 @@ LOWEST := .venv-lowest/bin
 CARD := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
 TRAIN := .venv/$(if $(CARD),train-cuda,train)
 
+# Large pages: a step on the CPU, which gives its scratch memory back each time,
+# takes a tenth less time.
+train train-layerwise: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # Tests and plans run on the CPU, whatever the machine has.
 test slow plan card parity lowest: export JAX_PLATFORMS := cpu
 

@@ -76,7 +76,6 @@ def interleaved(
 
   def begin(name: str, arguments: Sequence[str]) -> Worker:
     everyone[name] = Worker(*arguments)
-    everyone[name].time()
     return everyone[name]
 
   always = {name: begin(name, arguments) for name, arguments in peers.items()}
@@ -84,9 +83,10 @@ def interleaved(
     group = {name: begin(name, rows[name]) for name in [*rows][i : i + AT_ONCE]}
     for _ in range(rounds):
       now = {name: x.time() for name, x in (always | group).items()}
-      for name, seconds in now.items():
-        times.setdefault(name, []).append(seconds)
-        ratios.setdefault(name, []).append(seconds / now[PEER])
+      for name, some in now.items():
+        times.setdefault(name, []).extend(some)
+        ratio = np.median(some) / np.median(now[PEER])
+        ratios.setdefault(name, []).append(float(ratio))
     peaks |= {name: worker.end() for name, worker in group.items()}
     print('.', end='', flush=True)
   peaks |= {name: worker.end() for name, worker in always.items()}
@@ -222,7 +222,7 @@ def compilation(rounds: int) -> list[Row]:
   rows = []
   for kind, finder, count in works:
     worker = Worker(OURS, f'compile_{kind}', finder, count)
-    times = [worker.time() for _ in range(3)]
+    times = worker.time(2)
     worker.end()
     rows.append({'name': f'{kind}, {finder}, {count}', **spread(times)})
   return rows
@@ -234,7 +234,7 @@ def staggered(rounds: int) -> list[Row]:
   rows = []
   for finder in ('svd', 'power'):
     worker = Worker(OURS, 'staggered_step', finder, '60m')
-    times = [worker.time() for _ in range(2 * ours.STAGGERED_GAP)]
+    times = worker.time(2 * ours.STAGGERED_GAP)
     worker.end()
     # A pause of the machine hits a phase once, a refresh each time.
     phases = np.min(np.reshape(times, (2, -1)), axis=0)

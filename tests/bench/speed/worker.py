@@ -2,8 +2,8 @@
 
 `python -m tests.bench.speed.worker MODULE FUNCTION ARGUMENTS...` answers on
 standard output, an object a line: first `ready`, with the seconds from the
-start of the process; then the seconds of one run for each line that it reads;
-at the end of its input the peak of its memory.
+start of the process; then, for each number that it reads, the seconds of so
+many runs in a row; at the end of its input the peak of its memory.
 """
 
 import importlib
@@ -28,10 +28,16 @@ def main() -> None:
   workload = getattr(importlib.import_module(module), function)
   run, notes = workload(*arguments)
   answer(ready=time.time() - float(os.environ['STARTED']), **notes)
-  for _ in sys.stdin:
-    start = time.perf_counter()
+  for count in sys.stdin:
+    # As in training, one follows the other: the first after a pause finds
+    # neither its data in the caches nor the memory that it gave back.
     run()
-    answer(seconds=time.perf_counter() - start)
+    times = []
+    for _ in range(int(count)):
+      start = time.perf_counter()
+      run()
+      times.append(time.perf_counter() - start)
+    answer(seconds=times)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   answer(peak_bytes=1024 * peak)
 
@@ -58,10 +64,10 @@ class Worker:
     )
     self.notes = self._read()
 
-  def time(self) -> float:
-    """Returns the seconds of one run."""
+  def time(self, count: int = 3) -> list[float]:
+    """Returns the seconds of runs in a row, after one that is not timed."""
     assert self._process.stdin
-    self._process.stdin.write('run\n')
+    self._process.stdin.write(f'{count}\n')
     self._process.stdin.flush()
     return self._read()['seconds']
 
