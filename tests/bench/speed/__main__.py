@@ -12,6 +12,9 @@ import json
 import os
 import pathlib
 import platform
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -139,7 +142,28 @@ def updates(rounds: int) -> list[Row]:
 def steps(rounds: int) -> list[Row]:
   """The whole step; another preset's differs by its update."""
   rows = {name: (OURS, 'step', name, '60m') for name in STEPS}
-  return interleaved(rows, step_peers('60m'), max(3, rounds // 2))
+  return interleaved(rows, step_peers('60m'), max(2, rounds // 2))
+
+
+def within(rounds: int) -> list[Row]:
+  """What an update adds to a step: a step less one without it."""
+  peers = step_peers('60m') | {'gradient': (THEIRS, 'gradient', '60m')}
+  rows = {name: (OURS, 'step', name, '60m') for name in STEPS[:3]} | {
+    'our gradient': (OURS, 'gradient', '60m')
+  }
+  found = {
+    row['name']: row['median']
+    for row in interleaved(rows, peers, max(2, rounds // 2))
+  }
+  less = {name: found.pop(name) for name in ('gradient', 'our gradient')}
+  added = {
+    name: seconds - less['our gradient' if name in rows else 'gradient']
+    for name, seconds in found.items()
+  }
+  return [
+    {'name': name, 'median': seconds, 'ratio': seconds / added[PEER]}
+    for name, seconds in added.items()
+  ]
 
 
 def larger(rounds: int) -> list[Row]:
@@ -148,7 +172,7 @@ def larger(rounds: int) -> list[Row]:
     name: (OURS, 'step', name, '130m')
     for name in ('Galore()', 'Galore8bit()', 'AdamW()')
   }
-  return interleaved(rows, step_peers('130m'), max(3, rounds // 2))
+  return interleaved(rows, step_peers('130m'), max(2, rounds // 2))
 
 
 def step_peers(size: str) -> Mapping[str, Sequence[str]]:
@@ -166,7 +190,7 @@ def refreshes(rounds: int) -> list[Row]:
     PEER: (THEIRS, 'update', 'GaLoreAdamW', '60m', '1'),
     'optax.contrib.galore': (OURS, 'update', 'OptaxGalore()', '60m', '1'),
   }
-  found = interleaved(rows, peers, max(3, rounds // 3))
+  found = interleaved(rows, peers, max(2, rounds // 3))
   plain = {
     'Galore()': (OURS, 'update', 'Galore()', '60m'),
     'optax.contrib.galore': (OURS, 'update', 'OptaxGalore()', '60m'),
@@ -186,7 +210,7 @@ def refreshes(rounds: int) -> list[Row]:
 def first(rounds: int) -> list[Row]:
   """From the start of a process to the end of its first step."""
   found: dict[str, list[Row]] = {}
-  for _ in range(max(3, rounds // 3)):
+  for _ in range(max(2, rounds // 3)):
     with tempfile.TemporaryDirectory() as cache:
       for name in ('empty compile cache', 'full compile cache'):
         # The refresh of the first step is by power iteration.
@@ -205,6 +229,43 @@ def first(rounds: int) -> list[Row]:
     }
     for name, notes in found.items()
   ]
+
+
+def program(rounds: int) -> list[Row]:
+  """From the start of the quickstart's training to its first metrics."""
+  found: dict[str, list[float]] = {}
+  for _ in range(max(2, rounds // 3)):
+    with tempfile.TemporaryDirectory() as folder:
+      run = pathlib.Path(folder, 'run')
+      for name in ('empty compile cache', 'resumed, full cache'):
+        resume = ['--resume'] if run.exists() else []
+        seconds = until_metrics(run, *resume, XDG_CACHE_HOME=folder)
+        found.setdefault(name, []).append(seconds)
+      again = run.with_name('again')
+      seconds = until_metrics(again, XDG_CACHE_HOME=folder)
+      found.setdefault('full compile cache', []).append(seconds)
+  return [{'name': name, **spread(times)} for name, times in found.items()]
+
+
+def until_metrics(run: pathlib.Path, *options: str, **env: str) -> float:
+  """Returns the seconds until a training writes metrics, and ends it."""
+  path = run / 'metrics.jsonl'
+  lines = lambda: path.read_text().count('\n') if path.exists() else 0
+  before, start = lines(), time.perf_counter()
+  command = ['-m', 'train.pretrain', 'configs/quickstart.py', '--run', str(run)]
+  process = subprocess.Popen(
+    [sys.executable, *command, *options],
+    env=os.environ | {'GLIBC_TUNABLES': HUGE_PAGES} | env,
+    stdout=subprocess.DEVNULL,
+  )
+  while lines() == before:
+    if process.poll() is not None:
+      raise RuntimeError(f'{command} ended with {process.returncode}')
+    time.sleep(0.02)
+  seconds = time.perf_counter() - start
+  process.send_signal(signal.SIGTERM)
+  process.wait()
+  return seconds
 
 
 def compilation(rounds: int) -> list[Row]:
@@ -231,32 +292,25 @@ def compilation(rounds: int) -> list[Row]:
 def staggered(rounds: int) -> list[Row]:
   """Steps of two gaps, some with the refresh of a few matrices."""
   del rounds
-  rows = []
-  for finder in ('svd', 'power'):
-    worker = Worker(OURS, 'staggered_step', finder, '60m')
-    times = worker.time(2 * ours.STAGGERED_GAP)
-    worker.end()
-    # A pause of the machine hits a phase once, a refresh each time.
-    phases = np.min(np.reshape(times, (2, -1)), axis=0)
-    median = float(np.median(times))
-    rows.append(
-      {
-        'name': f'Staggered, {finder}',
-        'median': median,
-        'slowest': float(np.max(phases)),
-        'ratio': float(np.max(phases)) / median,
-      }
-    )
-  return rows
+  worker = Worker(OURS, 'staggered_step', 'svd', '60m')  # the slowest finder
+  times = worker.time(2 * ours.STAGGERED_GAP)
+  worker.end()
+  # A pause of the machine hits a phase once, a refresh each time.
+  slowest = float(np.max(np.min(np.reshape(times, (2, -1)), axis=0)))
+  median = float(np.median(times))
+  row = {'median': median, 'slowest': slowest, 'ratio': slowest / median}
+  return [{'name': 'Staggered, svd', **row}]
 
 
 SECTIONS = {
   'rates': rates,
   'updates': updates,
   'steps': steps,
+  'within': within,
   '130m': larger,
   'refreshes': refreshes,
   'first': first,
+  'program': program,
   'staggered': staggered,
   'compilation': compilation,
 }
