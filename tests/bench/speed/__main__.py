@@ -145,27 +145,6 @@ def steps(rounds: int) -> list[Row]:
   return interleaved(rows, step_peers('60m'), max(2, rounds // 2))
 
 
-def within(rounds: int) -> list[Row]:
-  """What an update adds to a step: a step less one without it."""
-  peers = step_peers('60m') | {'gradient': (THEIRS, 'gradient', '60m')}
-  rows = {name: (OURS, 'step', name, '60m') for name in STEPS[:3]} | {
-    'our gradient': (OURS, 'gradient', '60m')
-  }
-  found = {
-    row['name']: row['median']
-    for row in interleaved(rows, peers, max(2, rounds // 2))
-  }
-  less = {name: found.pop(name) for name in ('gradient', 'our gradient')}
-  added = {
-    name: seconds - less['our gradient' if name in rows else 'gradient']
-    for name, seconds in found.items()
-  }
-  return [
-    {'name': name, 'median': seconds, 'ratio': seconds / added[PEER]}
-    for name, seconds in added.items()
-  ]
-
-
 def larger(rounds: int) -> list[Row]:
   """The whole step of the 130M model."""
   rows = {
@@ -306,7 +285,6 @@ SECTIONS = {
   'rates': rates,
   'updates': updates,
   'steps': steps,
-  'within': within,
   '130m': larger,
   'refreshes': refreshes,
   'first': first,

@@ -149,15 +149,6 @@ def update(
   return run, notes
 
 
-def gradient(size: str) -> tuple[Run, dict[str, Any]]:
-  """A step without its update."""
-  model = Layers(llama(size))
-  params = jax.jit(model.init)(jax.random.key(0))
-  inputs = batch(model.config.vocab_size)
-  run = jax.jit(jax.value_and_grad(model, has_aux=True))
-  return lambda: jax.block_until_ready(run(params, inputs)), {}
-
-
 def first(size: str, cache: str) -> tuple[Run, dict[str, Any]]:
   """The first step, with a cache of compiled programs."""
   jax.config.update('jax_compilation_cache_dir', cache)

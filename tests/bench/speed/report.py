@@ -144,15 +144,6 @@ TABLES: dict[str, tuple[str, Sequence[str], Callable]] = {
     ),
     update_cells,
   ),
-  'within': (
-    'What an update adds to a step: a step less one without it',
-    ('row', 'seconds', "of galore-torch's"),
-    lambda row, _: (
-      f'`{row["name"]}`',
-      f'{row["median"]:.3f}',
-      f'{row["ratio"]:.2f}',
-    ),
-  ),
   'refreshes': (
     'Warm refresh of all 56 matrices: an update with it less one without',
     ('finder', 'seconds', "of galore-torch's"),

@@ -63,18 +63,6 @@ def step(name: str, size: str) -> tuple[Run, dict[str, Any]]:
   return run, {'init': ready - start, 'first': first, 'tokens': BATCH * TIME}
 
 
-def gradient(size: str) -> tuple[Run, dict[str, Any]]:
-  """A step without its update."""
-  net = model(size)
-  tokens = torch.randint(0, net.config.vocab_size, (BATCH, TIME))
-
-  def run() -> None:
-    net(input_ids=tokens, labels=tokens).loss.backward()
-    net.zero_grad()
-
-  return run, {}
-
-
 def update(
   name: str, size: str, gap: str = str(GAP)
 ) -> tuple[Run, dict[str, Any]]:
