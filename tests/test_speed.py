@@ -10,7 +10,7 @@ from tests.bench.speed.worker import Worker
 @pytest.mark.slow
 @pytest.mark.parametrize('function', ['update', 'step'])
 def test_a_worker_times_runs_in_a_row(function):
-  worker = Worker('tests.bench.speed.ours', function, 'Galore()', '9m')
+  worker = Worker('tests.bench.speed.ours', function, 'Galore()', '20m')
   assert worker.notes['ready'] > 0 and worker.notes['flops'] > 0
   assert min(worker.time(2)) > 0
   assert worker.end() > 2**27

@@ -77,13 +77,17 @@ class Worker:
     self._process.stdin.close()
     peak = self._read()['peak_bytes']
     self._process.wait()
+    for pipe in (self._process.stdout, self._process.stderr):
+      assert pipe
+      pipe.close()
     return peak
 
   def _read(self) -> dict[str, Any]:
-    assert self._process.stdout and self._process.stderr
+    assert self._process.stdout
     line = self._process.stdout.readline()
     if not line:
-      raise RuntimeError(self._process.stderr.read()[-2000:])
+      _, said = self._process.communicate()
+      raise RuntimeError(said[-2000:])
     return json.loads(line)
 
 
