@@ -11,6 +11,7 @@ each, H head dimension; I blocks of C time steps each (S where they are keys).
 Source: Dao et al., `FlashAttention <https://arxiv.org/abs/2205.14135>`_, 2022.
 """
 
+import functools
 from typing import Literal, TypeAlias
 
 import jax
@@ -26,7 +27,15 @@ MASKED = -1e30
 """A score of what is not seen: finite, as a difference of two is no NaN."""
 
 
-def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, kind: Kind = 'auto'):
+def attend(
+  q_BTNH,
+  k_BTKH,
+  v_BTKH,
+  segments_BT,
+  *,
+  window: int | None = None,
+  kind: Kind = 'auto',
+):
   """softmax(q k / sqrt(H)) v over what is not later, and of the same segment.
 
   Args:
@@ -34,6 +43,8 @@ def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, kind: Kind = 'auto'):
     k_BTKH: keys.
     v_BTKH: values.
     segments_BT: integers; what has different ones does not meet.
+    window: time steps that a query sees, its own and those before; None is all
+      of them.
     kind: 'cudnn', cuDNN's kernel; 'blockwise', the products below; 'auto', the
       first on a GPU where JAX has it for such arrays, else the second.
 
@@ -43,27 +54,30 @@ def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, kind: Kind = 'auto'):
   Raises:
     ValueError: 'cudnn' where JAX refuses it.
   """
-  if kind == 'cudnn' and (reason := refusal(q_BTNH, k_BTKH)):
+  if window is not None and window >= q_BTNH.shape[1]:
+    window = None
+  if kind == 'cudnn' and (reason := refusal(q_BTNH, k_BTKH, window)):
     q = jax.typeof(q_BTNH).str_short()
     raise ValueError(
       f"attention='cudnn' cannot be had for queries {q}: {reason}; "
       "attention='auto' goes block by block there"
     )
   if kind == 'auto':
-    here = jax.default_backend() == 'gpu' and not refusal(q_BTNH, k_BTKH)
+    on_gpu = jax.default_backend() == 'gpu'
+    here = on_gpu and not refusal(q_BTNH, k_BTKH, window)
     kind = 'cudnn' if here else 'blockwise'
   of_kind = {'cudnn': cudnn, 'blockwise': blockwise}[kind]
-  return of_kind(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+  return of_kind(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
 
 
-def refusal(q_BTNH, k_BTKH) -> str | None:
+def refusal(q_BTNH, k_BTKH, window: int | None = None) -> str | None:
   """Returns why JAX has no kernel of cuDNN's to train with; None if it has.
 
   Tracing it asks for the version of cuDNN, the type, the head dimension and
   the number of time steps, by the rules of this JAX for this card.
   """
   segments_BT = jax.ShapeDtypeStruct(q_BTNH.shape[:2], jnp.int32)
-  total = lambda *inputs: jnp.sum(cudnn(*inputs).astype(jnp.float32))
+  total = lambda *x: jnp.sum(cudnn(*x, window).astype(jnp.float32))
   try:
     jax.eval_shape(jax.grad(total), q_BTNH, k_BTKH, k_BTKH, segments_BT)
   except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -72,22 +86,24 @@ def refusal(q_BTNH, k_BTKH) -> str | None:
   return None
 
 
-def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None):
   """The same by cuDNN's kernel; the one mask [B, 1, T, T] is for all heads."""
   same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
   return jax.nn.dot_product_attention(
     *(q_BTNH, k_BTKH, v_BTKH),
     mask=same_BTS[:, None],
     is_causal=True,
+    local_window_size=None if window is None else (window - 1, 0),
     implementation='cudnn',
   )
 
 
-def blockwise(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+def blockwise(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None):
   """The same by JAX's own products, on any device.
 
   Scores, softmax and sums are float32, products are of the inputs' type. Work
-  that causality makes superfluous is not done, but within a block.
+  that causality or the window makes superfluous is not done, but within a
+  block.
 
   Returns:
     [B, T, N, H], of the inputs' type.
@@ -109,22 +125,23 @@ def blockwise(q_BTNH, k_BTKH, v_BTKH, segments_BT):
     blocks(v_BTKH).swapaxes(2, 3),
     # What is added at the end is a segment of its own.
     blocks(segments_BT, fill=-1),
+    window,
   )
   return y_IBKGCH.transpose(1, 0, 4, 2, 3, 5).reshape(B, I * C, N, H)[:, :T]
 
 
-@jax.custom_vjp
-def _attend(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC):
-  return _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window):
+  return _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window)[0]
 
 
-def _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC):
+def _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window):
   """Returns the result, and what the backward pass reads."""
 
   def meet(found, pair):
     top, total, y = found
     i, j = pair
-    scores = _scores(q_IBKGCH, k_IBKSH, segments_IBC, i, j)
+    scores = _scores(q_IBKGCH, k_IBKSH, segments_IBC, i, j, window)
     new = jnp.maximum(top[i], jnp.max(scores, axis=-1))
     p, shrink = jnp.exp(scores - new[..., None]), jnp.exp(top[i] - new)
     part = _product('bkgcs,bksh->bkgch', p, v_IBKSH[j])
@@ -137,13 +154,13 @@ def _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC):
   y = jnp.zeros(q_IBKGCH.shape, jnp.float32)
   none = y[..., 0]
   (top, total, y), _ = jax.lax.scan(
-    meet, (none + MASKED, none, y), _pairs(len(q_IBKGCH))
+    meet, (none + MASKED, none, y), _pairs(*segments_IBC.shape[::2], window)
   )
   y = (y / total[..., None]).astype(q_IBKGCH.dtype)
   return y, (q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, y, top + jnp.log(total))
 
 
-def _backward(kept, dy):
+def _backward(window, kept, dy):
   """Returns the cotangents of q, k and v; softmax is found again."""
   q, k, v, segments, y, log_total = kept
   # What the normalization of a softmax takes from each of its scores.
@@ -152,7 +169,8 @@ def _backward(kept, dy):
   def meet(found, pair):
     dq, dk, dv = found
     i, j = pair
-    p = jnp.exp(_scores(q, k, segments, i, j) - log_total[i][..., None])
+    scores = _scores(q, k, segments, i, j, window)
+    p = jnp.exp(scores - log_total[i][..., None])
     dp = _product('bkgch,bksh->bkgcs', dy[i], v[j])
     ds = p * (dp - taken[i][..., None]) * _scale(q)
     return (
@@ -162,7 +180,7 @@ def _backward(kept, dy):
     ), None
 
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-  found, _ = jax.lax.scan(meet, zeros, _pairs(len(q)))
+  found, _ = jax.lax.scan(meet, zeros, _pairs(*segments.shape[::2], window))
   return *(
     dx.astype(x.dtype) for dx, x in zip(found, kept[:3], strict=True)
   ), None
@@ -171,20 +189,27 @@ def _backward(kept, dy):
 _attend.defvjp(_forward, _backward)
 
 
-def _pairs(num_blocks):
+def _pairs(num_blocks, size, window):
   """Blocks of queries, and for each those of keys that it sees."""
   i, j = np.tril_indices(num_blocks)
+  if window is not None:
+    # The first query of block i and the last key of block j are the closest.
+    near = (i - j - 1) * size + 1 < window
+    i, j = i[near], j[near]
   return np.int32(i), np.int32(j)
 
 
-def _scores(q_IBKGCH, k_IBKSH, segments_IBC, i, j):
+def _scores(q_IBKGCH, k_IBKSH, segments_IBC, i, j, window):
   """Scores [B, K, G, C, S] of block i of queries with block j of keys."""
   scores = _product('bkgch,bksh->bkgcs', q_IBKGCH[i], k_IBKSH[j])
   C = segments_IBC.shape[-1]
   times = jnp.arange(C)
-  not_later_CS = i * C + times[:, None] >= j * C + times[None, :]
+  queries, keys = i * C + times[:, None], j * C + times[None, :]
+  in_reach_CS = queries >= keys
+  if window is not None:
+    in_reach_CS &= queries - keys < window
   same_BCS = segments_IBC[i][:, :, None] == segments_IBC[j][:, None, :]
-  seen = (not_later_CS[None] & same_BCS)[:, None, None]
+  seen = (in_reach_CS[None] & same_BCS)[:, None, None]
   return jnp.where(seen, scores * _scale(q_IBKGCH), MASKED)
 
 

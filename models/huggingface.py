@@ -1,17 +1,29 @@
-"""Weights from and to the names and layouts of transformers' checkpoints.
+"""Checkpoints of transformers, in and out: directories with config.json,
+safetensors and a tokenizer's files.
 
 A checkpoint holds one (out, in) matrix for each layer; the models here hold
 (in, out) matrices stacked over layers.
 """
 
+import dataclasses
+import functools
+import json
+import math
 import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from models import llama
+from models import huggingface_config, llama
 
+PyTree: TypeAlias = Any
+
+# Of every architecture, each of which has some of them.
 _NAMES = {
   'embed/embedding': 'model.embed_tokens.weight',
   'blocks/attention_norm/scale': 'model.layers.{}.input_layernorm.weight',
@@ -19,6 +31,11 @@ _NAMES = {
   'blocks/attention/k/kernel': 'model.layers.{}.self_attn.k_proj.weight',
   'blocks/attention/v/kernel': 'model.layers.{}.self_attn.v_proj.weight',
   'blocks/attention/o/kernel': 'model.layers.{}.self_attn.o_proj.weight',
+  'blocks/attention/q/bias': 'model.layers.{}.self_attn.q_proj.bias',
+  'blocks/attention/k/bias': 'model.layers.{}.self_attn.k_proj.bias',
+  'blocks/attention/v/bias': 'model.layers.{}.self_attn.v_proj.bias',
+  'blocks/attention/q_norm/scale': 'model.layers.{}.self_attn.q_norm.weight',
+  'blocks/attention/k_norm/scale': 'model.layers.{}.self_attn.k_norm.weight',
   'blocks/mlp_norm/scale': 'model.layers.{}.post_attention_layernorm.weight',
   'blocks/mlp/gate/kernel': 'model.layers.{}.mlp.gate_proj.weight',
   'blocks/mlp/up/kernel': 'model.layers.{}.mlp.up_proj.weight',
@@ -27,34 +44,137 @@ _NAMES = {
   'lm_head/kernel': 'lm_head.weight',
 }
 
+_TOKENIZER = (
+  *('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'),
+  *('special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt'),
+  *('chat_template.jinja', 'chat_template.json', 'generation_config.json'),
+)
 
-def llama_params(tensors, config):
-  """Parameters of `models.llama` from a LlamaForCausalLM's tensors.
+_INDEX = 'model.safetensors.index.json'
+
+_PIECE = 2**26
+"""Numbers that are read at a time."""
+
+
+def read_config(directory: str | pathlib.Path) -> llama.LlamaConfig:
+  """Returns the model that a checkpoint's config.json describes.
+
+  Its numbers are of the checkpoint's type; of float16, which the model does
+  not have, they are float32.
+
+  Raises:
+    FileNotFoundError: there is no config.json.
+    ValueError: it asks for what is not implemented; the message names it.
+  """
+  file = pathlib.Path(directory) / 'config.json'
+  try:
+    return huggingface_config.parse(json.loads(file.read_text()))
+  except ValueError as error:
+    raise ValueError(f'{file}: {error}') from error
+
+
+def load(
+  directory: str | pathlib.Path, *, shardings: PyTree = None, **overrides
+) -> tuple[llama.LlamaConfig, PyTree]:
+  """Reads a checkpoint piece by piece, with little of it in host memory.
 
   Args:
-    tensors: Dict from checkpoint name to NumPy array. A tied model's
-      `lm_head.weight` and the rotary frequencies that old checkpoints carry
-      are ignored; any other name that the model lacks is an error.
-    config: The `LlamaConfig` that the tensors must fit.
+    directory: config.json, and model.safetensors or an index of such files.
+    shardings: where parameters go, one for all or a tree of them as
+      `jax.jit(out_shardings=)` takes it, on a mesh whose axes are Auto; None is
+      the default device.
+    **overrides: fields of `LlamaConfig` to set to something else, such as
+      param_dtype.
 
   Returns:
-    Nested dict of NumPy arrays of type `config.param_dtype`.
+    The configuration, and the parameters of `models.llama` as `jax.Array`s.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: the config asks for what is not implemented, or the tensors are
+      not those of the config; the message names the field or the tensor.
+  """
+  config = dataclasses.replace(read_config(directory), **overrides)
+  return config, llama_params(_tensors(directory), config, shardings)
+
+
+def save(
+  directory: str | pathlib.Path,
+  config: llama.LlamaConfig,
+  params: PyTree,
+  *,
+  source: str | pathlib.Path | None = None,
+  max_shard_bytes: int = 5 * 10**9,
+) -> None:
+  """Writes a checkpoint that transformers reads.
+
+  Args:
+    directory: made if it is not there; must have no checkpoint in it.
+    config: the model.
+    params: its parameters, on any devices.
+    source: a directory whose tokenizer's files are copied, and from whose
+      config.json comes what the model does not depend on, such as the ids of
+      special tokens.
+    max_shard_bytes: tensors in a file, all of which are in host memory while it
+      is written; a larger tensor has a file of its own.
+
+  Raises:
+    FileExistsError: the directory has a checkpoint.
+    ValueError: the parameters are not the config's, or no architecture has
+      such a model.
+  """
+  directory = pathlib.Path(directory)
+  flat = _flatten(params)
+  _check_params(flat, config)
+  fields = huggingface_config.fields_of(config) | _sourced(source)
+  directory.mkdir(parents=True, exist_ok=True)
+  for pattern in ('config.json', '*.safetensors', '*.safetensors.index.json'):
+    for file in directory.glob(pattern):
+      raise FileExistsError(f'{file} exists; name another directory')
+  _write_shards(directory, flat, max_shard_bytes)
+  for name in _TOKENIZER:
+    if source is not None and (pathlib.Path(source) / name).is_file():
+      shutil.copyfile(pathlib.Path(source) / name, directory / name)
+  _write_json(directory / 'config.json', fields)
+
+
+def llama_params(
+  tensors: Mapping[str, Any],
+  config: llama.LlamaConfig,
+  shardings: PyTree = None,
+) -> PyTree:
+  """Parameters of `models.llama` from a checkpoint's tensors.
+
+  Args:
+    tensors: NumPy arrays by the checkpoint's names, or what has a shape and
+      gives such rows as are asked for. A tied model's `lm_head.weight` and the
+      rotary frequencies that old checkpoints carry are ignored; any other name
+      that the model lacks is an error.
+    config: The `LlamaConfig` that the tensors must fit.
+    shardings: as in `load`.
+
+  Returns:
+    Nested dict of `jax.Array`s of type `config.param_dtype`.
   """
   shapes = jax.eval_shape(llama.Layers(config).init, jax.random.key(0))
-  shapes = flax.traverse_util.flatten_dict(shapes, sep='/')
+  places = dict.fromkeys(_flatten(shapes))
+  if shardings is not None:
+    places = _flatten(jax.tree.broadcast(shardings, shapes))
+  shapes = _flatten(shapes)
   names = {path: _names(path, config.num_layers) for path in shapes}
   _check_names(tensors, {name for some in names.values() for name in some})
-  params = {}
   for path, leaf in shapes.items():
-    shape = leaf.shape[1:] if path.startswith('blocks/') else leaf.shape
-    layers = [_fit(tensors[name], name, shape) for name in names[path]]
-    stack = np.stack(layers, dtype=leaf.dtype, casting='unsafe')
-    params[path] = stack.reshape(leaf.shape)
+    for name in names[path]:
+      _check_shape(name, tensors[name].shape, _theirs(path, leaf.shape))
+  params = {
+    path: _parameter(path, leaf, map(tensors.get, names[path]), places[path])
+    for path, leaf in shapes.items()
+  }
   return flax.traverse_util.unflatten_dict(params, sep='/')
 
 
-def llama_tensors(params):
-  """A LlamaForCausalLM's tensors from parameters: `llama_params` undone.
+def llama_tensors(params: PyTree) -> dict[str, np.ndarray]:
+  """A checkpoint's tensors from parameters: `llama_params` undone.
 
   Args:
     params: Parameters of `models.llama`, on any device.
@@ -63,41 +183,140 @@ def llama_tensors(params):
     Dict from checkpoint name to NumPy array, without `lm_head.weight` if the
     model is tied.
   """
+  flat = _flatten(params)
+  return {name: _tensor(flat, part) for name, part in _parts(flat).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """A tensor in a file; rows of it are read when they are asked for."""
+
+  file: pathlib.Path
+  name: str
+  shape: tuple[int, ...]
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    from safetensors import safe_open
+
+    # Opened each time: pages of a file that stays mapped would add up.
+    with safe_open(self.file, 'np') as file:
+      start, stop, _ = rows.indices(self.shape[0])
+      return file.get_slice(self.name)[start:stop]
+
+
+def _tensors(directory):
+  """All tensors of a checkpoint, by name."""
+  from safetensors import safe_open
+
   tensors = {}
-  for path, leaf in flax.traverse_util.flatten_dict(params, sep='/').items():
-    array = np.asarray(leaf)
-    layers = array if path.startswith('blocks/') else array[None]
-    for name, layer in zip(_names(path, len(layers)), layers, strict=True):
-      tensors[name] = np.ascontiguousarray(layer.T)
-      if path == 'embed/embedding':
-        tensors[name] = layer
+  for path in _files(pathlib.Path(directory)):
+    if not path.is_file():
+      raise FileNotFoundError(f'{path}, which the index names, is missing')
+    with safe_open(path, 'np') as file:
+      for name in file.keys():
+        shape = tuple(file.get_slice(name).get_shape())
+        tensors[name] = _Stored(path, name, shape)
   return tensors
 
 
-def read_safetensors(path):
-  """All tensors of a safetensors file, or of all such files in a directory."""
-  from safetensors import numpy as safetensors
-
-  path = pathlib.Path(path)
-  files = sorted(path.glob('*.safetensors')) if path.is_dir() else [path]
-  if not files:
-    raise ValueError(
-      f'expected a .safetensors file or a directory with some, got {path}; '
-      'convert other formats with save_pretrained first'
+def _files(directory):
+  """The files of a checkpoint; others, as consolidated*, are ignored."""
+  whole, index = directory / 'model.safetensors', directory / _INDEX
+  if whole.is_file():
+    return [whole]
+  if index.is_file():
+    names = json.loads(index.read_text())['weight_map'].values()
+    # The name alone: an index has no say in other directories.
+    files = sorted({pathlib.PurePath(name).name for name in names})
+    return [directory / file for file in files]
+  message = f'{directory} must have {whole.name} or {_INDEX}'
+  if any(directory.glob('*.bin')):
+    # A pickle runs what it likes.
+    message += (
+      '; *.bin is not read. To convert it, if you trust it: python -c "from '
+      'transformers import AutoModelForCausalLM as M; M.from_pretrained('
+      f"'{directory}', torch_dtype='auto').save_pretrained('NEW')\""
     )
-  tensors = {}
-  for file in files:
-    tensors.update(safetensors.load_file(file))
-  return tensors
+  raise FileNotFoundError(message)
 
 
-def write_safetensors(path, tensors):
-  """Writes tensors as one file that transformers reads."""
+def _parameter(path, leaf, tensors, sharding):
+  """A parameter, on its devices; of its tensors a piece at a time is here."""
+  into = functools.partial(jax.jit, out_shardings=sharding)
+
+  @functools.partial(into, donate_argnums=0)
+  def put(whole, rows, layer, start):
+    piece = _turned(path, rows).astype(leaf.dtype)
+    at = [0] * piece.ndim
+    at[0 if path == 'embed/embedding' else -1] = start
+    if path.startswith('blocks/'):
+      piece, at = piece[None], [layer, *at]
+    return jax.lax.dynamic_update_slice(whole, piece, at)
+
+  whole = into(lambda: jnp.zeros(leaf.shape, leaf.dtype))()
+  for layer, tensor in enumerate(tensors):
+    rows = max(1, _PIECE // math.prod(tensor.shape[1:]))
+    for start in range(0, tensor.shape[0], rows):
+      whole = put(whole, tensor[start : start + rows], layer, start)
+      # Else the next pieces would be read before this one has left the host.
+      jax.block_until_ready(whole)
+  return whole
+
+
+def _write_shards(directory, flat, max_bytes):
+  """Writes tensors in files of at most so many bytes, and their index."""
   from safetensors import numpy as safetensors
 
-  # transformers refuses a file that does not say which framework's layouts
-  # it holds.
-  safetensors.save_file(tensors, path, metadata={'format': 'pt'})
+  shards, sizes = [{}], [0]
+  for name, part in _parts(flat).items():
+    leaf, layer = flat[part[0]], part[1]
+    size = leaf.nbytes if layer is None else leaf.nbytes // len(leaf)
+    if shards[-1] and sizes[-1] + size > max_bytes:
+      shards.append({})
+      sizes.append(0)
+    shards[-1][name] = part
+    sizes[-1] += size
+  count, weight_map = len(shards), {}
+  for number, shard in enumerate(shards, 1):
+    file = f'model-{number:05}-of-{count:05}.safetensors'
+    file = file if count > 1 else 'model.safetensors'
+    tensors = {name: _tensor(flat, part) for name, part in shard.items()}
+    # transformers refuses a file that does not say which framework's layouts
+    # it holds.
+    safetensors.save_file(tensors, directory / file, {'format': 'pt'})
+    weight_map |= dict.fromkeys(shard, file)
+  if count > 1:
+    index = {'metadata': {'total_size': sum(sizes)}, 'weight_map': weight_map}
+    _write_json(directory / _INDEX, index)
+
+
+def _parts(flat):
+  """By the checkpoint's names: a parameter's path, and the layer or None."""
+  parts = {}
+  for path, leaf in flat.items():
+    stacked = path.startswith('blocks/')
+    layers = range(len(leaf)) if stacked else [None]
+    names = _names(path, len(leaf))
+    parts |= {name: (path, i) for name, i in zip(names, layers, strict=True)}
+  return parts
+
+
+def _tensor(flat, part):
+  """One tensor of the checkpoint, in host memory."""
+  path, layer = part
+  leaf = flat[path] if layer is None else flat[path][layer]
+  return np.ascontiguousarray(_turned(path, leaf))
+
+
+def _turned(path, matrix):
+  """Our layout from theirs, or theirs from ours."""
+  return matrix if path == 'embed/embedding' else matrix.T
+
+
+def _theirs(path, shape):
+  """The shape of a checkpoint's tensor, from that of our parameter."""
+  shape = shape[1:] if path.startswith('blocks/') else shape
+  return shape if path == 'embed/embedding' else shape[::-1]
 
 
 def _names(path, num_layers):
@@ -121,12 +340,43 @@ def _check_names(tensors, expected):
     )
 
 
-def _fit(tensor, name, shape):
-  """The tensor as (in, out), of the shape that the model has."""
-  matrix = tensor if 'embed_tokens' in name else tensor.T
-  if matrix.shape != shape:
+def _check_shape(name, shape, expected):
+  if shape != expected:
     raise ValueError(
-      f'{name} must have the shape {shape} of the configured model (kernels '
-      f'as (in, out)), got {matrix.shape}; check the config'
+      f'{name} must have the shape {expected} of the configured model, got '
+      f'{shape}; check the config'
     )
-  return matrix
+
+
+def _check_params(flat, config):
+  shapes = jax.eval_shape(llama.Layers(config).init, jax.random.key(0))
+  shapes = _flatten(shapes)
+  if odd := sorted(shapes.keys() ^ flat.keys()):
+    raise ValueError(f'params must be those of the config; check {odd[:4]}')
+  for path, leaf in shapes.items():
+    expected, got = (
+      f'{np.dtype(x.dtype).name}{list(x.shape)}' for x in (leaf, flat[path])
+    )
+    if got != expected:
+      raise ValueError(f'{path} must be {expected} by the config, got {got}')
+
+
+def _sourced(source):
+  """What a source's config.json has for other programs."""
+  file = source and pathlib.Path(source) / 'config.json'
+  if not file or not file.is_file():
+    return {}
+  fields = json.loads(file.read_text())
+  return {
+    name: value
+    for name, value in fields.items()
+    if name in huggingface_config.HARMLESS
+  }
+
+
+def _write_json(file, data):
+  file.write_text(json.dumps(data, indent=2) + '\n')
+
+
+def _flatten(tree):
+  return flax.traverse_util.flatten_dict(tree, sep='/')

@@ -9,6 +9,7 @@ N query heads, K key-value heads, H head dimension, V vocabulary, L layers.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -22,6 +23,38 @@ Dtype: TypeAlias = Literal['float32', 'bfloat16']
 
 
 @dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+  """Slower rotation of the long waves, for more time steps than at first.
+
+  A wave that fits at least `high_freq_factor` times into `original_length` time
+  steps keeps its frequency, one that fits at most `low_freq_factor` times has
+  it divided by `factor`, and between them the share goes linearly.
+  """
+
+  factor: float
+  """What the lowest frequencies are divided by."""
+  low_freq_factor: float
+  """Turns in `original_length` up to which a frequency is divided."""
+  high_freq_factor: float
+  """Turns in `original_length` from which a frequency stays."""
+  original_length: int
+  """Time steps that the model was first trained on."""
+
+  def __post_init__(self):
+    """Checks that the frequencies come out finite, and in order."""
+    for name in ('factor', 'original_length'):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f'{name} must be at least 1, got {getattr(self, name)}'
+        )
+    if not 0 < self.low_freq_factor < self.high_freq_factor:
+      raise ValueError(
+        'low_freq_factor must be positive and below high_freq_factor, got '
+        f'{self.low_freq_factor} and {self.high_freq_factor}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class LlamaConfig:
   """Dimensions and number formats of a LLaMA."""
 
@@ -32,14 +65,24 @@ class LlamaConfig:
   mlp_width: int
   """Size of the gated hidden layer."""
   num_heads: int
-  """Query heads; the head dimension is width / num_heads."""
+  """Query heads."""
   num_layers: int
   """Number of blocks."""
   num_kv_heads: int | None = None
   """Key and value heads, each shared by a group of query heads (None: as many
   as query heads)."""
+  head_dim: int | None = None
+  """Size of one attention head (None: width / num_heads)."""
+  qkv_bias: bool = False
+  """Whether queries, keys and values have a bias."""
+  qk_norm: bool = False
+  """Whether each head's queries and keys pass an RMSNorm before they turn."""
+  window: int | None = None
+  """Time steps that a query sees, its own and those before (None: all)."""
   rope_theta: float = 10_000.0
   """Base of the rotary embedding's wavelengths."""
+  rope_scaling: Llama3Scaling | None = None
+  """What is done to these wavelengths (None: nothing)."""
   norm_eps: float = 1e-6
   """Added to the mean square in RMSNorm."""
   tied: bool = False
@@ -63,16 +106,19 @@ class LlamaConfig:
   def __post_init__(self):
     """Checks the sizes, and that the heads fit."""
     sizes = ('vocab_size', 'width', 'mlp_width', 'num_heads', 'num_layers')
-    for name in (*sizes, 'num_kv_heads', 'loss_chunk'):
+    others = ('num_kv_heads', 'head_dim', 'window', 'loss_chunk')
+    for name in (*sizes, *others):
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f'{name} must be at least 1, got {value}')
-    if self.width % self.num_heads or self.head_dim % 2:
+    if self.head_dim is None and self.width % (2 * self.num_heads):
       raise ValueError(
         'width must be a multiple of 2 * num_heads, got '
         f'width={self.width}, num_heads={self.num_heads}; choose another of '
-        'the two'
+        'the two, or a head_dim'
       )
+    if self.head_width % 2:
+      raise ValueError(f'head_dim must be even, got {self.head_dim}')
     if self.num_heads % self.kv_heads:
       raise ValueError(
         'num_heads must be a multiple of num_kv_heads, got '
@@ -81,9 +127,11 @@ class LlamaConfig:
       )
 
   @property
-  def head_dim(self) -> int:
-    """Size of one attention head."""
-    return self.width // self.num_heads
+  def head_width(self) -> int:
+    """Size of one attention head with the default filled in."""
+    if self.head_dim is None:
+      return self.width // self.num_heads
+    return self.head_dim
 
   @property
   def kv_heads(self) -> int:
@@ -141,11 +189,23 @@ def llama(size: str, **overrides) -> LlamaConfig:
   return dataclasses.replace(config, **overrides)
 
 
-def rotate(x_BTNH, positions_BT, *, theta):
+def frequencies(config: LlamaConfig):
+  """Radians [H/2] by which a time step turns each pair of dimensions."""
+  half = config.head_width // 2
+  turns = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  scaling = config.rope_scaling
+  if scaling is None:
+    return turns
+  fits = scaling.original_length * turns / (2 * math.pi)
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  kept = jnp.clip((fits - low) / (high - low), 0, 1)
+  # In this order a factor of 1 changes no bit.
+  return turns * (1 / scaling.factor + (1 - 1 / scaling.factor) * kept)
+
+
+def rotate(x_BTNH, positions_BT, turns):
   """Rotary embedding; dimension i turns with dimension i + H/2."""
-  half = x_BTNH.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions_BT[:, :, None, None] * frequencies[None, None, None, :]
+  angles = positions_BT[:, :, None, None] * turns[None, None, None, :]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   turned = [first * cos - second * sin, second * cos + first * sin]
@@ -158,9 +218,10 @@ def normalize(h_BTD, scale_D, eps):
   x_BTD = h_BTD.astype(jnp.float32)
   square = jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True)
   x_BTD *= jax.lax.rsqrt(square + eps)
-  return (x_BTD * scale_D.astype(jnp.float32)[None, None, :]).astype(
-    h_BTD.dtype
+  scale_BTD = jnp.expand_dims(
+    scale_D.astype(jnp.float32), range(h_BTD.ndim - 1)
   )
+  return (x_BTD * scale_BTD).astype(h_BTD.dtype)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -179,27 +240,34 @@ class RMSNorm(nn.Module):
     """Normalizes the last axis."""
     config = self.config
     scale_D = self.param(
-      'scale', nn.initializers.ones, (config.width,), config.param_dtype
+      'scale', nn.initializers.ones, h_BTD.shape[-1:], config.param_dtype
     )
     return normalize(h_BTD, scale_D, config.norm_eps)
 
 
 class Linear(nn.Module):
-  """A matrix [in, out], multiplied in the input's type."""
+  """A matrix [in, out], multiplied in the input's type; a bias if asked for."""
 
   config: LlamaConfig
   shape: tuple[int, int]
+  biased: bool = False
 
   def setup(self):
-    """Declares the kernel."""
-    init = nn.initializers.normal(self.config.init_std)
+    """Declares the kernel, and the bias."""
+    init, dtype = nn.initializers.normal, self.config.param_dtype
     self.kernel = self.param(
-      'kernel', init, self.shape, self.config.param_dtype
+      'kernel', init(self.config.init_std), self.shape, dtype
     )
+    if self.biased:
+      zeros = nn.initializers.zeros
+      self.bias = self.param('bias', zeros, self.shape[-1:], dtype)
 
   def __call__(self, x):
     """Multiplies the last axis."""
-    return cross_entropy.multiply(x, self.kernel)
+    y = cross_entropy.multiply(x, self.kernel)
+    if not self.biased:
+      return y
+    return y + jnp.expand_dims(self.bias.astype(y.dtype), range(y.ndim - 1))
 
 
 class Embedding(nn.Module):
@@ -231,23 +299,30 @@ class Attention(nn.Module):
   def __call__(self, h_BTD, positions_BT, segments_BT):
     """Mixes time steps of one segment."""
     config = self.config
-    D, H = config.width, config.head_dim
+    D, H, N = config.width, config.head_width, config.num_heads
+    turns = frequencies(config)
 
     def heads(name, num_heads):
-      y = Linear(config, (D, num_heads * H), name=name)(h_BTD)
+      shape = (D, num_heads * H)
+      y = Linear(config, shape, config.qkv_bias, name=name)(h_BTD)
       return y.reshape(*h_BTD.shape[:2], num_heads, H)
 
-    turn = functools.partial(
-      rotate, positions_BT=positions_BT, theta=config.rope_theta
-    )
+    def turned(name, num_heads):
+      x_BTNH = heads(name, num_heads)
+      if config.qk_norm:
+        x_BTNH = RMSNorm(config, name=f'{name}_norm')(x_BTNH)
+      return rotate(x_BTNH, positions_BT, turns)
+
     y_BTNH = attention.attend(
-      turn(heads('q', config.num_heads)),
-      turn(heads('k', config.kv_heads)),
+      turned('q', N),
+      turned('k', config.kv_heads),
       heads('v', config.kv_heads),
       segments_BT,
+      window=config.window,
       kind=config.attention,
     )
-    return Linear(config, (D, D), name='o')(y_BTNH.reshape(h_BTD.shape))
+    y_BTD = y_BTNH.reshape(*h_BTD.shape[:2], N * H)
+    return Linear(config, (N * H, D), name='o')(y_BTD)
 
 
 class Mlp(nn.Module):

@@ -260,8 +260,21 @@ def keys(config: Config, kind: type = Launch) -> list[str]:
   nested = {
     name for name in named if any(x.startswith(f'{name}.') for x in named)
   }
+  without = (nested - choices().keys()) | absent(config)
   return [
-    '--' + name.replace('_', '-')
-    for name in named
-    if name not in nested or name in choices()
+    '--' + name.replace('_', '-') for name in named if name not in without
   ]
+
+
+def absent(config: Config) -> set[str]:
+  """Returns the parts that the model could have and has not: a file's to name.
+
+  tyro takes the options of a part that is there, as of a scaling of waves.
+  """
+  hints = typing.get_type_hints(type(config.model))
+  return {
+    f'model.{name}'
+    for name, hint in hints.items()
+    if getattr(config.model, name) is None
+    and any(map(dataclasses.is_dataclass, variants(hint)))
+  }

@@ -26,7 +26,8 @@ def with_cudnn(monkeypatch):
   monkeypatch.setattr(module, 'check_cudnn_version', lambda: 90_800)
 
 
-def test_the_two_mean_the_same(monkeypatch):
+@pytest.mark.parametrize('window', [None, 1, 3])
+def test_the_two_mean_the_same(monkeypatch, window):
   inputs = arrays(jnp.float32)
   # JAX's own products in the place of the kernel, which needs a card.
   xla = jax.nn.dot_product_attention
@@ -35,8 +36,8 @@ def test_the_two_mean_the_same(monkeypatch):
     'dot_product_attention',
     lambda *x, **options: xla(*x, **options | {'implementation': 'xla'}),
   )
-  ours = attention.blockwise(*inputs)
-  assert jnp.max(jnp.abs(attention.cudnn(*inputs) - ours)) < 1e-5
+  ours = attention.blockwise(*inputs, window)
+  assert jnp.max(jnp.abs(attention.cudnn(*inputs, window) - ours)) < 1e-5
 
 
 def test_auto_goes_block_by_block_without_a_card(with_cudnn):
@@ -53,6 +54,13 @@ def test_cudnn_is_taken_where_it_is(with_cudnn, monkeypatch):
       programs[backend, kind] = str(jax.make_jaxpr(attend)(*arrays()))
   found = {k for k, x in programs.items() if 'dot_product_attention' in x}
   assert found == {('cpu', 'cudnn'), ('gpu', 'auto'), ('gpu', 'cudnn')}
+
+
+def test_cudnn_is_told_a_window_that_is_one(with_cudnn):
+  for window, told in ((3, '3'), (T, 'None'), (None, 'None')):
+    attend = functools.partial(attention.attend, kind='cudnn', window=window)
+    program = str(jax.make_jaxpr(attend)(*arrays()))
+    assert f'sliding_window_length={told}' in program
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Attention block by block against attention in one piece, in float64."""
 
+import functools
+
 import chex
 import jax
 import jax.extend
@@ -22,13 +24,15 @@ def _inputs(T, *, heads=4, kv_heads=2, dtype=jnp.float32):
   return draw(heads), draw(kv_heads), draw(kv_heads), np.int32(segments_BT)
 
 
-def _whole(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+def _whole(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None):
   """The definition: every score of every head at once."""
   T, N, K = *q_BTNH.shape[1:3], k_BTKH.shape[2]
   k_BTNH, v_BTNH = (jnp.repeat(x, N // K, axis=2) for x in (k_BTKH, v_BTKH))
   scores = jnp.einsum('btnh,bsnh->bnts', q_BTNH, k_BTNH) / np.sqrt(H)
   seen = segments_BT[:, :, None] == segments_BT[:, None, :]
   seen &= np.tril(np.ones((1, T, T), bool))
+  if window is not None:
+    seen &= np.triu(np.ones((1, T, T), bool), 1 - window)
   p = jax.nn.softmax(jnp.where(seen[:, None], scores, -np.inf))
   return jnp.einsum('bnts,bsnh->btnh', p, v_BTNH)
 
@@ -52,6 +56,37 @@ def test_blocks_give_whole_attention_and_its_gradient(T):
   chex.assert_trees_all_close(
     jax.tree.map(np.float64, found), expected, rtol=1e-5, atol=1e-5
   )
+
+
+# Alone, inside a block, a block, a step more, and over pairs of blocks.
+@pytest.mark.parametrize('window', [1, 5, 100, 101, 250])
+def test_a_window_gives_whole_attention_in_it_and_its_gradient(window):
+  q, k, v, segments = _inputs(300)  # in blocks of 100
+  limited = lambda f: functools.partial(f, window=window)
+  with jax.enable_x64(True):
+    wide = (np.float64(x) for x in (q, k, v))
+    expected = _value_and_gradient(limited(_whole), *wide, segments)
+  found = _value_and_gradient(limited(attention.blockwise), q, k, v, segments)
+  chex.assert_trees_all_close(
+    jax.tree.map(np.float64, found), expected, rtol=1e-5, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('window', [300, 1000])
+def test_a_window_of_all_time_is_none(window):
+  q, k, v, segments = _inputs(300)
+  for attend in (attention.attend, attention.blockwise):
+    np.testing.assert_array_equal(
+      attend(q, k, v, segments, window=window), attend(q, k, v, segments)
+    )
+
+
+def test_blocks_outside_a_window_are_not_visited():
+  q, k, v, segments = _inputs(512)
+  v[:, :128] = np.nan  # Masked weights are 0, and 0 times NaN is seen.
+  y = attention.blockwise(q, k, v, segments, window=129)
+  assert np.all(np.isfinite(y[:, 256:]))
+  assert np.all(np.isnan(y[:, :256]))
 
 
 @pytest.mark.parametrize('heads, kv_heads', [(1, 1), (3, 3), (4, 1)])

@@ -1,22 +1,39 @@
-"""The names and layouts of checkpoints, without the other framework."""
+"""The names, layouts and files of checkpoints, without the other framework."""
+
+import dataclasses
+import json
+import operator
+import pathlib
+import subprocess
+import sys
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from models import huggingface
-from models.llama import Layers, LlamaConfig
+from models.llama import Layers, Llama3Scaling, LlamaConfig
+
+safetensors = pytest.importorskip('safetensors.numpy')
+
+# What each architecture has; a Mistral's window is its own.
+_ARCHITECTURES = {
+  'llama': {'tied': True, 'rope_scaling': Llama3Scaling(8.0, 1.0, 4.0, 64)},
+  'mistral': {'window': 5, 'head_dim': 4},
+  'qwen2': {'qkv_bias': True, 'window': 3},
+  'qwen3': {'qk_norm': True, 'head_dim': 8, 'tied': True},
+}
 
 
 def _config(**changes):
+  changes = {'num_layers': 3} | changes
   return LlamaConfig(
     vocab_size=31,
     width=12,
     mlp_width=20,
     num_heads=2,
     num_kv_heads=1,
-    num_layers=3,
     **changes,
   )
 
@@ -29,27 +46,46 @@ def _params(config):
   )
 
 
+@pytest.fixture
+def saved(tmp_path):
+  """A small checkpoint, its config and its parameters."""
+  config = _config()
+  params = _params(config)
+  huggingface.save(tmp_path / 'saved', config, params)
+  return tmp_path / 'saved', config, params
+
+
 def _assert_same(actual, expected):
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
+  dtypes = lambda tree: jax.tree.map(lambda leaf: np.dtype(leaf.dtype), tree)
+  assert dtypes(actual) == dtypes(expected)
 
 
-@pytest.mark.parametrize('tied', [False, True])
-@pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
-def test_round_trip_is_exact(tied, param_dtype):
-  config = _config(tied=tied, param_dtype=param_dtype)
-  params = _params(config)
-  tensors = huggingface.llama_tensors(params)
-  _assert_same(huggingface.llama_params(tensors, config), params)
+def _change(directory, change):
+  """Rewrites model.safetensors as `change` leaves its tensors."""
+  tensors = safetensors.load_file(directory / 'model.safetensors')
+  change(tensors)
+  safetensors.save_file(tensors, directory / 'model.safetensors')
+
+
+def _set(directory, **fields):
+  """Writes fields into config.json."""
+  file = directory / 'config.json'
+  file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def test_a_kernel_goes_to_its_layer_transposed():
-  params = _params(_config())
+  params = _params(_config(qkv_bias=True))
   tensors = huggingface.llama_tensors(params)
-  assert len(tensors) == 3 * 9 + 3
+  assert len(tensors) == 3 * 12 + 3
   np.testing.assert_array_equal(
     tensors['model.layers.1.mlp.up_proj.weight'],
     params['blocks']['mlp']['up']['kernel'][1].T,
+  )
+  np.testing.assert_array_equal(
+    tensors['model.layers.2.self_attn.v_proj.bias'],
+    params['blocks']['attention']['v']['bias'][2],
   )
   np.testing.assert_array_equal(
     tensors['model.embed_tokens.weight'], params['embed']['embedding']
@@ -57,13 +93,90 @@ def test_a_kernel_goes_to_its_layer_transposed():
   assert all(tensor.flags.c_contiguous for tensor in tensors.values())
 
 
-def test_tensors_are_cast_to_the_parameters_type():
-  tensors = huggingface.llama_tensors(_params(_config()))
-  tensors = {name: x.astype(np.float16) for name, x in tensors.items()}
-  config = _config(param_dtype='bfloat16')
-  params = huggingface.llama_params(tensors, config)
-  leaves = jax.tree.leaves(params)
-  assert {leaf.dtype for leaf in leaves} == {np.dtype(ml_dtypes.bfloat16)}
+@pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('kind', _ARCHITECTURES)
+def test_a_round_trip_changes_no_byte(tmp_path, kind, param_dtype):
+  formats = {'dtype': param_dtype, 'param_dtype': param_dtype}
+  config = _config(**_ARCHITECTURES[kind], **formats)
+  params = _params(config)
+  huggingface.save(tmp_path / 'a', config, params)
+  found, loaded = huggingface.load(tmp_path / 'a')
+  assert found == config
+  _assert_same(loaded, params)
+  huggingface.save(tmp_path / 'b', found, loaded)
+  for name in ('config.json', 'model.safetensors'):
+    a, b = (tmp_path / x / name for x in 'ab')
+    assert a.read_bytes() == b.read_bytes()
+  assert (
+    json.loads(a.with_name('config.json').read_text())['model_type'] == kind
+  )
+
+
+def test_files_have_an_index_and_at_most_so_many_bytes(tmp_path):
+  config = _config()
+  params = _params(config)
+  limit = 31 * 12 * 4  # the embedding's bytes
+  huggingface.save(tmp_path, config, params, max_shard_bytes=limit)
+  index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
+  files = sorted(tmp_path.glob('*.safetensors'))
+  count = len(files)
+  assert [file.name for file in files] == [
+    f'model-{number:05}-of-{count:05}.safetensors'
+    for number in range(1, count + 1)
+  ]
+  placed, total = {}, 0
+  for file in files:
+    tensors = safetensors.load_file(file)
+    placed |= dict.fromkeys(tensors, file.name)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    assert size <= limit
+    total += size
+  assert index == {'metadata': {'total_size': total}, 'weight_map': placed}
+  # No two neighbours would have fitted into one.
+  assert count <= 2 * -(-total // limit)
+  _assert_same(huggingface.load(tmp_path)[1], params)
+
+
+def test_a_tensor_above_the_limit_has_a_file_of_its_own(tmp_path):
+  huggingface.save(tmp_path, _config(), _params(_config()), max_shard_bytes=1)
+  assert len([*tmp_path.glob('*.safetensors')]) == 3 * 9 + 3
+
+
+def test_tensors_are_read_in_pieces(saved, monkeypatch):
+  directory, _, params = saved
+  monkeypatch.setattr(huggingface, '_PIECE', 50)  # 4 rows of the embedding
+  _assert_same(huggingface.load(directory)[1], params)
+
+
+def test_parameters_go_where_they_shall(saved):
+  directory, _, params = saved
+  mesh = jax.make_mesh((4,), ('x',), axis_types=(AxisType.Auto,))
+  whole = NamedSharding(mesh, PartitionSpec())
+  found = huggingface.load(directory, shardings=whole)[1]
+  assert {leaf.sharding for leaf in jax.tree.leaves(found)} == {whole}
+  places = jax.tree.map(lambda leaf: whole, params)
+  halved = NamedSharding(mesh, PartitionSpec(None, None, 'x'))
+  places['blocks']['mlp']['up']['kernel'] = halved
+  found = huggingface.load(directory, shardings=places)[1]
+  assert found['blocks']['mlp']['up']['kernel'].sharding == halved
+  assert found['norm']['scale'].sharding == whole
+  _assert_same(found, params)
+
+
+def test_tensors_are_cast_to_the_parameters_type(saved):
+  directory, _, params = saved
+  halve = lambda tensors: tensors.update(
+    {name: x.astype(np.float16) for name, x in tensors.items()}
+  )
+  _change(directory, halve)
+  _set(directory, torch_dtype='float16')
+  rounded = jax.tree.map(lambda x: x.astype(np.float16), params)
+  for name in ('float32', 'bfloat16'):
+    overrides = {} if name == 'float32' else {'param_dtype': name}
+    config, found = huggingface.load(directory, **overrides)
+    assert config.param_dtype == name
+    cast = operator.methodcaller('astype', name)
+    _assert_same(found, jax.tree.map(cast, rounded))
 
 
 def test_names_without_meaning_are_ignored():
@@ -76,48 +189,150 @@ def test_names_without_meaning_are_ignored():
   _assert_same(huggingface.llama_params(tensors, config), params)
 
 
-def test_a_missing_name_is_listed():
-  tensors = huggingface.llama_tensors(_params(_config()))
-  del tensors['model.norm.weight']
+def test_other_files_are_ignored(saved):
+  directory, _, params = saved
+  for name in ('consolidated.safetensors', 'consolidated.00.pth'):
+    (directory / name).write_bytes(b'not to be read')
+  (directory / 'pytorch_model.bin').write_bytes(b'nor this')
+  _assert_same(huggingface.load(directory)[1], params)
+
+
+def test_a_missing_tensor_is_named(saved):
+  directory, *_ = saved
+  _change(directory, lambda tensors: tensors.pop('model.norm.weight'))
   with pytest.raises(ValueError, match=r"missing \['model.norm.weight'\]"):
-    huggingface.llama_params(tensors, _config())
+    huggingface.load(directory)
 
 
-def test_a_surplus_name_is_listed():
-  tensors = huggingface.llama_tensors(_params(_config()))
-  tensors['model.layers.0.self_attn.q_proj.bias'] = np.zeros(12)
+def test_a_tensor_too_many_is_named(saved):
+  directory, *_ = saved
+  name = 'model.layers.0.self_attn.q_proj.bias'
+  _change(directory, lambda tensors: tensors.update({name: np.zeros(12)}))
   with pytest.raises(ValueError, match=r"surplus \['.*q_proj.bias'\]"):
-    huggingface.llama_params(tensors, _config())
+    huggingface.load(directory)
 
 
-def test_a_shape_that_does_not_fit_is_named():
-  tensors = huggingface.llama_tensors(_params(_config()))
+def test_a_shape_that_does_not_fit_is_named(saved):
+  directory, *_ = saved
   name = 'model.layers.2.mlp.down_proj.weight'
-  tensors[name] = tensors[name].T
-  with pytest.raises(ValueError, match=r'layers.2.mlp.down.*\(20, 12\)'):
-    huggingface.llama_params(tensors, _config())
+  turn = lambda x: x.update({name: np.ascontiguousarray(x[name].T)})
+  _change(directory, turn)
+  message = r'layers.2.mlp.down.*\(12, 20\) of .*, got \(20, 12\)'
+  with pytest.raises(ValueError, match=message):
+    huggingface.load(directory)
 
 
-@pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
-def test_files_round_trip(tmp_path, param_dtype):
-  pytest.importorskip('safetensors')
-  config = _config(param_dtype=param_dtype)
-  params = _params(config)
-  tensors = huggingface.llama_tensors(params)
-  names = sorted(tensors)
-  # Large checkpoints come in several files.
-  for index, part in enumerate((names[:11], names[11:])):
-    huggingface.write_safetensors(
-      tmp_path / f'model-{index}.safetensors',
-      {name: tensors[name] for name in part},
-    )
-  read = huggingface.read_safetensors(tmp_path)
-  _assert_same(huggingface.llama_params(read, config), params)
-  one = huggingface.read_safetensors(tmp_path / 'model-0.safetensors')
-  assert sorted(one) == names[:11]
+def test_a_directory_without_a_checkpoint_is_an_error(saved):
+  directory, *_ = saved
+  (directory / 'model.safetensors').unlink()
+  with pytest.raises(FileNotFoundError, match=r'must have model.safetensors'):
+    huggingface.load(directory)
+  (directory / 'config.json').unlink()
+  with pytest.raises(FileNotFoundError, match=r'config\.json'):
+    huggingface.load(directory)
 
 
-def test_a_directory_without_weights_is_an_error(tmp_path):
-  pytest.importorskip('safetensors')
-  with pytest.raises(ValueError, match=r'expected a \.safetensors file'):
-    huggingface.read_safetensors(tmp_path)
+def test_a_pickle_is_refused_with_the_command_that_converts_it(saved):
+  directory, *_ = saved
+  (directory / 'model.safetensors').unlink()
+  (directory / 'pytorch_model.bin').touch()
+  message = r"\*\.bin is not read.*from_pretrained\('.*save_pretrained\('NEW'"
+  with pytest.raises(FileNotFoundError, match=message):
+    huggingface.load(directory)
+
+
+def test_a_file_that_only_the_index_has_is_named(tmp_path):
+  huggingface.save(tmp_path, _config(), _params(_config()), max_shard_bytes=999)
+  next(tmp_path.glob('model-00002*')).unlink()
+  with pytest.raises(FileNotFoundError, match=r'model-00002-of-.* is missing'):
+    huggingface.load(tmp_path)
+
+
+def test_the_field_that_is_not_implemented_is_named_with_its_file(saved):
+  directory, *_ = saved
+  _set(directory, mlp_bias=True)
+  with pytest.raises(ValueError, match=r'saved/config\.json: mlp_bias must be'):
+    huggingface.load(directory)
+
+
+def test_the_tokenizer_and_what_is_for_others_come_from_the_source(
+  saved, tmp_path
+):
+  source, config, params = saved
+  _set(source, eos_token_id=7, max_position_embeddings=99, rope_theta=5.0)
+  (source / 'tokenizer.json').write_text('{}')
+  (source / 'notes.txt').write_text('mine')
+  huggingface.save(tmp_path / 'b', config, params, source=source)
+  assert sorted(file.name for file in (tmp_path / 'b').iterdir()) == [
+    *('config.json', 'model.safetensors', 'tokenizer.json')
+  ]
+  fields = json.loads((tmp_path / 'b/config.json').read_text())
+  assert fields['eos_token_id'] == 7
+  assert fields['max_position_embeddings'] == 99
+  assert fields['rope_theta'] == config.rope_theta
+
+
+def test_a_checkpoint_is_not_written_over_another(saved):
+  directory, config, params = saved
+  with pytest.raises(FileExistsError, match=r'config\.json exists'):
+    huggingface.save(directory, config, params)
+  (directory / 'config.json').unlink()
+  with pytest.raises(FileExistsError, match=r'model\.safetensors exists'):
+    huggingface.save(directory, config, params)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'tied': True}, r"check \['lm_head/kernel'\]"),
+    ({'vocab_size': 32}, r'embedding must be float32\[32, 12\] .*\[31, 12\]'),
+    ({'param_dtype': 'bfloat16'}, r'must be bfloat16\[.*got float32\['),
+    ({'qkv_bias': True, 'qk_norm': True}, 'q/bias'),
+  ],
+)
+def test_parameters_of_another_config_are_refused(tmp_path, change, message):
+  config = dataclasses.replace(_config(), **change)
+  with pytest.raises(ValueError, match=message):
+    huggingface.save(tmp_path / 'a', config, _params(_config()))
+  assert not (tmp_path / 'a').exists()
+
+
+_LOAD = """
+import json, pathlib, sys, jax
+from models import huggingface
+jax.block_until_ready(huggingface.load(sys.argv[1])[1])
+# Of this program alone: getrusage also counts that which started it.
+print(pathlib.Path('/proc/self/status').read_text())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_loading_takes_the_checkpoint_and_little_more(tmp_path):
+  # One layer of LLaMA-3 8B's size: 2.5 GB, of which two tensors are 1.05 each.
+  config = LlamaConfig(
+    vocab_size=128_256,
+    width=4096,
+    mlp_width=14_336,
+    num_heads=32,
+    num_kv_heads=8,
+    num_layers=1,
+    dtype='bfloat16',
+    param_dtype='bfloat16',
+  )
+  shapes = jax.eval_shape(Layers(config).init, jax.random.key(0))
+  params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  huggingface.save(tmp_path, config, params)
+  size = sum(file.stat().st_size for file in tmp_path.glob('*.safetensors'))
+  assert size == pytest.approx(2.54e9, rel=0.01)
+  run = subprocess.run(
+    [sys.executable, '-c', _LOAD, tmp_path],
+    capture_output=True,
+    check=True,
+    cwd=pathlib.Path(__file__).parents[2],
+    text=True,
+  )
+  peak = next(x for x in run.stdout.splitlines() if x.startswith('VmHWM'))
+  peak = int(peak.split()[1]) * 1024
+  print(f'peak {peak / 1e9:.2f} GB of a checkpoint of {size / 1e9:.2f} GB')
+  assert size < peak < size + 2e9

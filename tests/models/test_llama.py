@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.llama import Layers, LlamaConfig, RMSNorm, llama
+import galore_optax
+from models.llama import (
+  Attention,
+  Layers,
+  Llama3Scaling,
+  LlamaConfig,
+  RMSNorm,
+  frequencies,
+  llama,
+)
 
 _SMALL = LlamaConfig(
   vocab_size=61,
@@ -117,6 +126,11 @@ def test_other_sizes_are_consistent(size):
     (lambda: dataclasses.replace(_SMALL, num_heads=0), 'num_heads .* got 0'),
     (lambda: dataclasses.replace(_SMALL, num_layers=0), 'num_layers .* got 0'),
     (lambda: dataclasses.replace(_SMALL, num_kv_heads=0), 'heads .* got 0'),
+    (lambda: dataclasses.replace(_SMALL, window=0), 'window .* got 0'),
+    (lambda: dataclasses.replace(_SMALL, head_dim=0), 'head_dim .* got 0'),
+    (lambda: dataclasses.replace(_SMALL, head_dim=5), 'be even, got 5'),
+    (lambda: Llama3Scaling(0.5, 1.0, 4.0, 64), 'factor .* got 0.5'),
+    (lambda: Llama3Scaling(8.0, 4.0, 4.0, 64), 'below .* got 4.0 and 4.0'),
   ],
 )
 def test_bad_dimensions_are_named(make, message):
@@ -154,6 +168,29 @@ def test_parameters_are_a_plain_dict_of_stacks(tied):
   }
 
 
+def _published(**changes):
+  """A model with what newer checkpoints have, and its parameters."""
+  return _model(head_dim=8, qkv_bias=True, qk_norm=True, **changes)
+
+
+def test_biases_and_norms_of_heads_are_vectors_beside_the_kernels():
+  _, params = _published()
+  shapes = jax.tree.map(lambda leaf: leaf.shape, params['blocks']['attention'])
+  assert shapes == {
+    'q': {'kernel': (3, 24, 32), 'bias': (3, 32)},
+    'k': {'kernel': (3, 24, 16), 'bias': (3, 16)},
+    'v': {'kernel': (3, 24, 16), 'bias': (3, 16)},
+    'o': {'kernel': (3, 32, 24)},
+    'q_norm': {'scale': (3, 8)},
+    'k_norm': {'scale': (3, 8)},
+  }
+  rows = galore_optax.describe(galore_optax.galore_adamw(0.1, rank=2), params)
+  projected = {row.path for row in rows if row.projected_shape}
+  kernels = ('attention/q', 'attention/k', 'attention/v', 'attention/o')
+  names = (*kernels, 'mlp/gate', 'mlp/up', 'mlp/down')
+  assert projected == {f'blocks/{name}/kernel' for name in names}
+
+
 def test_initial_weights_are_normal_and_differ_between_layers():
   model = Layers(llama('9m', num_layers=2))
   params = jax.jit(model.init)(jax.random.key(0))
@@ -179,6 +216,94 @@ def test_a_logit_depends_on_no_later_token():
     reach_BT = jnp.max(jnp.abs(grad(x['h'], time)), axis=-1)
     np.testing.assert_array_equal(reach_BT[:, time + 1 :], 0.0)
     assert jnp.all(reach_BT[:, : time + 1] > 0)
+
+
+def test_a_block_looks_back_a_window():
+  model, params = _model(window=3)
+  x = model.embed(params, _batch([11]))
+  last = lambda h, time: jnp.sum(
+    model.block(_layer(params, 0), {**x, 'h': h})['h'][:, time] ** 2
+  )
+  grad = jax.jit(jax.grad(last))
+  for time in (0, 1, 6, 10):
+    reach_BT = jnp.max(jnp.abs(grad(x['h'], time)), axis=-1)
+    seen_T = (np.arange(11) > time - 3) & (np.arange(11) <= time)
+    np.testing.assert_array_equal(reach_BT > 0, np.stack([seen_T] * 2))
+
+
+def _mixed(config, params):
+  """Attention of rows of the unit matrix: q and k are rows of kernels."""
+  h_BTD = jnp.eye(config.width)[None, :11]
+  times_BT = jnp.arange(11)[None]
+  none_BT = jnp.zeros_like(times_BT)
+  return Attention(config).apply({'params': params}, h_BTD, times_BT, none_BT)
+
+
+def _signs(params):
+  """Parameters whose queries and keys have a mean square of exactly 1."""
+  sign = lambda name: {'kernel': jnp.sign(params[name]['kernel'])}
+  return {**params, 'q': sign('q'), 'k': sign('k')}
+
+
+def test_the_norm_of_heads_leaves_unit_vectors_and_takes_any_length():
+  model, params = _model(norm_eps=1e-30)
+  plain = _signs(_layer(params, 0)['attention'])
+  ones = {'scale': jnp.ones(6)}
+  normed = dataclasses.replace(model.config, qk_norm=True)
+  expected = _mixed(model.config, plain)
+  for factor in (1.0, 4.0):
+    scaled = {
+      **plain,
+      'q': {'kernel': factor * plain['q']['kernel']},
+      'q_norm': ones,
+      'k_norm': ones,
+    }
+    np.testing.assert_array_equal(_mixed(normed, scaled), expected)
+  # The scale comes after the norm: of queries, it multiplies the scores.
+  doubled = {**plain, 'q_norm': {'scale': 2 * ones['scale']}, 'k_norm': ones}
+  longer = {**plain, 'q': {'kernel': 2 * plain['q']['kernel']}}
+  np.testing.assert_array_equal(
+    _mixed(normed, doubled), _mixed(model.config, longer)
+  )
+
+
+def test_a_bias_of_values_is_added_to_what_is_mixed():
+  model, params = _model()
+  plain = _layer(params, 0)['attention']
+  biased = dataclasses.replace(model.config, qkv_bias=True)
+  rng = np.random.default_rng(4)
+  bias_KH = rng.standard_normal((2, 6)).astype(np.float32)
+  given = {'q': np.zeros(24), 'k': np.zeros(12), 'v': bias_KH.reshape(-1)}
+  full = plain | {
+    name: {**plain[name], 'bias': jnp.float32(given[name])} for name in given
+  }
+  # Weights of a softmax sum to 1, and two heads share values.
+  moved_D = np.repeat(bias_KH, 2, axis=0).reshape(-1) @ plain['o']['kernel']
+  np.testing.assert_allclose(
+    _mixed(biased, full),
+    _mixed(model.config, plain) + moved_D[None, None],
+    **_FLOAT32,
+  )
+
+
+@pytest.mark.parametrize('factor', [1.0, 3.0, 8.0])
+def test_llama3_scaling_divides_the_low_frequencies(factor):
+  plain = dataclasses.replace(_SMALL, head_dim=64)
+  scaling = Llama3Scaling(factor, 1.0, 4.0, 64)
+  scaled = dataclasses.replace(plain, rope_scaling=scaling)
+  turns = frequencies(plain)
+  if factor == 1:
+    np.testing.assert_array_equal(frequencies(scaled), turns)
+  expected = []
+  for turn in np.float64(turns):
+    fits = 64 * turn / (2 * np.pi)
+    share = (fits - 1) / 3
+    between = (1 - share) * turn / factor + share * turn
+    expected.append(
+      turn / factor if fits < 1 else turn if fits > 4 else between
+    )
+  np.testing.assert_allclose(frequencies(scaled), expected, rtol=1e-6)
+  assert expected[0] == turns[0] and expected[-1] == turns[-1] / factor
 
 
 def test_documents_do_not_see_each_other():

@@ -1,5 +1,8 @@
+import dataclasses
+
 import pytest
 
+from models.llama import Llama3Scaling
 from tests.train.program import write_config
 from train import command
 from train.data.corpus import Tfds
@@ -57,6 +60,18 @@ def test_help_documents_every_key(path, capsys, monkeypatch, name, text):
   for key in command.keys(command.parse(args).config):
     assert key in out
   assert text in out and '(default: 8)' in out
+
+
+def test_the_scaling_of_waves_has_keys_where_a_file_has_one(path):
+  config = command.load(path)
+  scaling = Llama3Scaling(8.0, 1.0, 4.0, 64)
+  model = dataclasses.replace(config.model, rope_scaling=scaling)
+  scaled = dataclasses.replace(config, model=model)
+  more = {*command.keys(scaled)} - {*command.keys(config)}
+  assert len(more) == 4 and '--model.rope-scaling.factor' in more
+  args = [path, '--model.rope-scaling.factor', '4']
+  launch = command.parse(args, default=lambda _: scaled)
+  assert launch.config.model.rope_scaling.factor == 4
 
 
 @pytest.mark.parametrize(

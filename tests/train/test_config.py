@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from models.llama import LlamaConfig
+from models.llama import Llama3Scaling, LlamaConfig
 from train.config import Config, differences, flatten, from_json, to_json
 from train.data.corpus import TextFiles
 from train.method import AdamW, Galore
@@ -29,9 +29,21 @@ def test_json_round_trip(optimizer):
   assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
 
 
+def test_json_round_trip_of_scaled_waves():
+  model = dataclasses.replace(
+    CONFIG.model, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192)
+  )
+  config = dataclasses.replace(CONFIG, model=model)
+  assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
+  changed = differences(CONFIG, config)['model.rope_scaling']
+  assert changed == (None, 'Llama3Scaling')
+
+
 def test_a_run_of_before_a_field_takes_its_default():
   data = to_json(CONFIG)
-  del data['model']['attention']
+  later = ('head_dim', 'qkv_bias', 'qk_norm', 'window', 'rope_scaling')
+  for name in ('attention', *later):
+    del data['model'][name]
   assert from_json(Config, data) == CONFIG
 
 

@@ -196,11 +196,11 @@ def on_card(config: Config) -> Config:
     return config
   q, k = (
     jax.ShapeDtypeStruct(
-      (1, config.sequence_length, heads, model.head_dim), model.dtype
+      (1, config.sequence_length, heads, model.head_width), model.dtype
     )
     for heads in (model.num_heads, model.kv_heads)
   )
-  kind = 'blockwise' if attention.refusal(q, k) else 'cudnn'
+  kind = 'blockwise' if attention.refusal(q, k, model.window) else 'cudnn'
   model = dataclasses.replace(model, attention=kind)
   return dataclasses.replace(config, model=model)
 

@@ -1,0 +1,230 @@
+"""config.json of published checkpoints, and what is refused of others."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from models import huggingface_config
+from models.llama import Layers, Llama3Scaling, LlamaConfig
+
+
+def _fields(kind, sizes, **others):
+  names = ('vocab_size', 'hidden_size', 'intermediate_size')
+  names += ('num_hidden_layers', 'num_attention_heads', 'num_key_value_heads')
+  architecture = huggingface_config.ARCHITECTURES[kind].name
+  return {
+    'model_type': kind,
+    'architectures': [architecture],
+    'hidden_act': 'silu',
+    'torch_dtype': 'bfloat16',
+    **dict(zip(names, sizes, strict=True)),
+    **others,
+  }
+
+
+_SCALING = {
+  'factor': 32.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 8192,
+}
+_LLAMA = _fields(
+  'llama',
+  (128_256, 2048, 8192, 16, 32, 8),
+  attention_bias=False,
+  attention_dropout=0.0,
+  bos_token_id=128_000,
+  eos_token_id=[128_001, 128_008],
+  head_dim=64,
+  initializer_range=0.02,
+  max_position_embeddings=131_072,
+  mlp_bias=False,
+  pretraining_tp=1,
+  rms_norm_eps=1e-5,
+  rope_scaling={'rope_type': 'llama3', **_SCALING},
+  rope_theta=500_000.0,
+  tie_word_embeddings=True,
+  transformers_version='4.45.0',
+  use_cache=True,
+)
+_MISTRAL = _fields(
+  'mistral',
+  (32_000, 4096, 14_336, 32, 32, 8),
+  rms_norm_eps=1e-5,
+  rope_theta=10_000.0,
+  sliding_window=4096,
+  tie_word_embeddings=False,
+)
+_QWEN2 = _fields(
+  'qwen2',
+  (151_936, 896, 4864, 24, 14, 2),
+  max_window_layers=21,
+  rms_norm_eps=1e-6,
+  rope_theta=1_000_000.0,
+  sliding_window=32_768,
+  tie_word_embeddings=True,
+  use_mrope=False,
+  use_sliding_window=False,
+)
+_QWEN3 = _fields(
+  'qwen3',
+  (151_936, 1024, 3072, 28, 16, 8),
+  attention_bias=False,
+  head_dim=128,
+  max_window_layers=28,
+  rope_scaling=None,
+  rope_theta=1_000_000,
+  sliding_window=None,
+  tie_word_embeddings=True,
+  use_sliding_window=False,
+)
+_SMOL = _fields(
+  'llama',
+  (49_152, 576, 1536, 30, 9, 3),
+  is_llama_config=True,
+  rope_interleaved=False,
+  rope_theta=100_000,
+  tie_word_embeddings=True,
+  **{'transformers.js_config': {'kv_cache_dtype': {'q4f16': 'float16'}}},
+)
+_TINY = _fields('llama', (32_000, 2048, 5632, 22, 32, 4), rms_norm_eps=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'count'),
+  [
+    (_LLAMA, 1_235_814_400),
+    (_MISTRAL, 7_241_732_096),
+    (_QWEN2, 494_032_768),
+    (_QWEN3, 596_049_920),
+    (_SMOL, 134_515_008),
+    (_TINY, 1_100_048_384),
+  ],
+  ids=['Llama-3.2-1B', 'Mistral', 'Qwen2.5', 'Qwen3', 'SmolLM2', 'TinyLlama'],
+)
+def test_published_configs_have_the_published_parameter_counts(fields, count):
+  config = huggingface_config.parse(fields)
+  shapes = jax.eval_shape(Layers(config).init, jax.random.key(0))
+  found = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+  assert found == count
+  assert (
+    huggingface_config.parse(huggingface_config.fields_of(config)) == config
+  )
+
+
+def test_every_value_arrives():
+  assert huggingface_config.parse(_LLAMA) == LlamaConfig(
+    vocab_size=128_256,
+    width=2048,
+    mlp_width=8192,
+    num_heads=32,
+    num_layers=16,
+    num_kv_heads=8,
+    rope_theta=500_000.0,
+    rope_scaling=Llama3Scaling(32.0, 1.0, 4.0, 8192),
+    norm_eps=1e-5,
+    tied=True,
+    dtype='bfloat16',
+    param_dtype='bfloat16',
+  )
+
+
+def test_both_places_of_the_waves_mean_the_same():
+  fields = {**_LLAMA, 'dtype': 'bfloat16'}
+  for name in ('rope_scaling', 'rope_theta', 'torch_dtype'):
+    del fields[name]
+  fields['rope_parameters'] = {
+    **{'rope_type': 'llama3', 'rope_theta': 500_000.0},
+    **_SCALING,
+  }
+  expected = huggingface_config.parse(_LLAMA)
+  assert huggingface_config.parse(fields) == expected
+  older = {**_LLAMA, 'rope_scaling': {'type': 'llama3', **_SCALING}}
+  assert huggingface_config.parse(older) == expected
+  plain = fields | {
+    'rope_parameters': {'rope_type': 'default', 'rope_theta': 500_000.0}
+  }
+  assert huggingface_config.parse(plain) == dataclasses.replace(
+    expected, rope_scaling=None
+  )
+
+
+@pytest.mark.parametrize(
+  ('fields', 'window'),
+  [
+    (_MISTRAL, 4096),
+    ({**_MISTRAL, 'sliding_window': None}, None),
+    (_QWEN2, None),
+    ({**_QWEN2, 'use_sliding_window': True, 'max_window_layers': 0}, 32_768),
+    ({**_QWEN2, 'use_sliding_window': True, 'max_window_layers': 24}, None),
+    (
+      {
+        **_QWEN2,
+        'use_sliding_window': True,
+        'layer_types': ['sliding_attention'] * 24,
+      },
+      32_768,
+    ),
+    ({**_QWEN2, 'layer_types': ['full_attention'] * 24}, None),
+  ],
+)
+def test_windows(fields, window):
+  assert huggingface_config.parse(fields).window == window
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'model_type': 'gemma'}, "one of llama, mistral, .* got 'gemma'"),
+    ({'architectures': ['LlamaForX']}, r"architectures .*got \['LlamaForX'\]"),
+    ({'hidden_act': 'gelu'}, "hidden_act must be 'silu', got 'gelu'"),
+    ({'attention_bias': True}, 'attention_bias must be False, got True'),
+    ({'mlp_bias': True}, 'mlp_bias must be False, got True'),
+    ({'attention_dropout': 0.1}, 'attention_dropout must be 0, got 0.1'),
+    ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor .* got 0.5'),
+    ({'quantization_config': {'bits': 4}}, r"quantization_config .*'bits': 4"),
+    ({'logit_scale': 0.1}, 'logit_scale is not implemented, got 0.1'),
+    ({'torch_dtype': 'float64'}, "dtype must be .* got 'float64'"),
+    ({'rope_scaling': {'type': 'yarn', 'factor': 4}}, "llama3, .* got 'yarn'"),
+    (
+      {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}},
+      "llama3 must have .*'low_freq_factor'.* got {'factor': 8.0}",
+    ),
+    ({'rope_scaling': {'mrope_section': [1]}}, r"default .*'mrope_section'"),
+    ({'sliding_window': 7}, 'sliding_window is not .* llama, got 7'),
+    ({'hidden_size': 0}, 'width must be at least 1, got 0'),
+  ],
+)
+def test_what_is_not_implemented_is_named(fields, message):
+  with pytest.raises(ValueError, match=message):
+    huggingface_config.parse({**_LLAMA, **fields})
+
+
+@pytest.mark.parametrize(
+  ('fields', 'name'),
+  [
+    (_LLAMA, 'model_type'),
+    (_LLAMA, 'vocab_size'),
+    (_MISTRAL, 'sliding_window'),
+    (_QWEN2, 'num_key_value_heads'),
+    (_QWEN3, 'head_dim'),
+  ],
+)
+def test_a_missing_field_is_named(fields, name):
+  rest = {key: value for key, value in fields.items() if key != name}
+  with pytest.raises(ValueError, match=name):
+    huggingface_config.parse(rest)
+
+
+def test_a_window_of_some_layers_is_refused():
+  fields = {**_QWEN2, 'use_sliding_window': True}
+  with pytest.raises(ValueError, match='max_window_layers=21'):
+    huggingface_config.parse(fields)
+
+
+def test_a_model_that_no_architecture_has_is_refused():
+  config = dataclasses.replace(huggingface_config.parse(_QWEN2), qk_norm=True)
+  with pytest.raises(ValueError, match='both qkv_bias and qk_norm'):
+    huggingface_config.fields_of(config)
