@@ -229,6 +229,11 @@ class Variant(NamedTuple):
   num_bytes: Bytes
   """As in `Method`."""
 
+  @property
+  def given(self) -> str:
+    """Its options as in a call."""
+    return ', '.join(f'{k}={v!r}' for k, v in self.options.items())
+
 
 def codes(size: int) -> int:
   """Returns the bytes of a moment of so many elements in 8 bits.
@@ -367,8 +372,8 @@ def lines() -> list[tuple[str, Variant]]:
   for name, row in METHODS.items():
     own = [Variant(name, {}, *row[3:])] if row.cells else []
     for variant in own + [x for x in VARIANTS if x.name == name]:
-      given = ', '.join(f'{k}={v!r}' for k, v in variant.options.items())
-      call = row.preset.__name__ + (f'({given})' if given else '')
+      given = f'({variant.given})' if variant.options else ''
+      call = row.preset.__name__ + given
       found.append((call, variant))
   return found
 

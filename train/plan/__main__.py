@@ -180,21 +180,8 @@ ATTENTION = {
 
 def show_bills(bills: Sequence[Bill], console: Console) -> None:
   """Prints a table with rows for each bill; of one, what moves most bytes."""
-  table = Table(
-    title=f'between two refreshes, on {where(bills[0])}',
-    title_justify='left',
-    box=box.SIMPLE_HEAD,
-    show_edge=False,
-    pad_edge=False,
-    padding=(0, 1, 0, 0),
-  )
-  several = {
-    'config': [pathlib.Path(bill.config).stem for bill in bills],
-    'method': [bill.method for bill in bills],
-  }
-  names = {k: v for k, v in several.items() if len(set(v)) > 1}
-  for head in (*names, 'part'):
-    table.add_column(head)
+  table, names = empty(f'between two refreshes, on {where(bills[0])}', bills)
+  table.add_column('part')
   heads = ('Tflop', 'GB', 'B/weight', 'kernels', 'copies', 'transp.')
   times = [f'{key}, ms*' for key in ESTIMATED]
   for head in (*heads, *times):
@@ -229,22 +216,7 @@ def show_bills(bills: Sequence[Bill], console: Console) -> None:
 
 def table(plans: Sequence[Plan]) -> Table:
   """Returns a table with a row for each plan, in GiB."""
-  table = Table(
-    title=f'GiB on each of {where(plans[0])}',
-    title_justify='left',
-    box=box.SIMPLE_HEAD,
-    show_edge=False,
-    pad_edge=False,
-    padding=(0, 1, 0, 0),
-  )
-  several = {
-    'config': [pathlib.Path(plan.config).stem for plan in plans],
-    'method': [plan.method for plan in plans],
-  }
-  # What all rows have in common stands in no column.
-  names = {k: v for k, v in several.items() if len(set(v)) > 1}
-  for head in names:
-    table.add_column(head)
+  table, names = empty(f'GiB on each of {where(plans[0])}', plans)
   heads = ('weights', 'bases', 'moments', 'grads', 'kept', 'other', 'work')
   for head in (*heads, 'total', 'fits'):
     table.add_column(head, justify='right', no_wrap=True)
@@ -256,12 +228,37 @@ def table(plans: Sequence[Plan]) -> Table:
   return table
 
 
+def empty(
+  title: str, rows: Sequence[Plan | Bill]
+) -> tuple[Table, dict[str, list[str]]]:
+  """Returns a table of no rows with the columns that tell them apart.
+
+  Their cells come with it; what all rows have in common stands in no column.
+  """
+  table = Table(
+    title=title,
+    title_justify='left',
+    box=box.SIMPLE_HEAD,
+    show_edge=False,
+    pad_edge=False,
+    padding=(0, 1, 0, 0),
+  )
+  several = {
+    'config': [pathlib.Path(row.config).stem for row in rows],
+    'method': [row.method for row in rows],
+  }
+  names = {k: v for k, v in several.items() if len(set(v)) > 1}
+  for head in names:
+    table.add_column(head)
+  return table, names
+
+
 def verdict(plan: Plan) -> str:
   """Returns whether a plan fits; an estimate can only say that it does not."""
   return {True: 'yes', False: 'no', None: 'unknown'}[plan.fits]
 
 
-def where(plan: Plan) -> str:
+def where(plan: Plan | Bill) -> str:
   """Returns the card's name, and how many."""
   name = GPUS[plan.device].name
   return name if plan.devices == 1 else f'{plan.devices} x {name}'

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,21 +25,18 @@ from train.method import METHODS, VARIANTS
 RANK, GAP = 128, 200
 STAGGERED_GAP = 28  # two matrices of 56 at a step
 BATCH, TIME = 4, 256
-RANKED = (
-  *('Galore', 'Galore8bit', 'GaloreAdafactor', 'GaloreMuon', 'Fira', 'Apollo'),
-  'OptaxGalore',
-)
-"""Presets that are given the rank."""
 Run = Callable[[], Any]
 
 
 def rows() -> dict[str, tuple[str, dict[str, Any]]]:
   """Returns every preset by its call: its name and its options."""
   found: dict[str, Any] = {f'{name}()': (name, {}) for name in METHODS}
-  for x in VARIANTS:
-    given = ', '.join(f'{k}={v!r}' for k, v in x.options.items())
-    found[f'{x.name}({given})'] = (x.name, x.options)
-  return found
+  return found | {f'{x.name}({x.given})': (x.name, x.options) for x in VARIANTS}
+
+
+def parameters(name: str) -> Mapping[str, inspect.Parameter]:
+  """Returns what a preset can be given."""
+  return inspect.signature(METHODS[name].preset).parameters
 
 
 def transformation(
@@ -49,16 +46,12 @@ def transformation(
   if row == 'optax.adamw':
     return optax.adamw(0.01)
   name, options = rows()[row]
-  options = options | more
-  if name in RANKED:
-    options = {'rank': RANK} | options
-  known = inspect.signature(METHODS[name].preset).parameters
-  for refreshes in ('gap', 'update_proj_gap'):
-    if refreshes in known:
-      options = {refreshes: gap} | options
-  if 'subspace' in known:
-    # It finds the first subspace soonest; between two it makes no difference.
-    options = {'subspace': 'power'} | options
+  # The first subspace is found soonest by 'power'; between two it makes no
+  # difference.
+  usual = {'rank': RANK, 'subspace': 'power'}
+  usual |= dict.fromkeys(('gap', 'update_proj_gap'), gap)
+  known = parameters(name)
+  options = {k: v for k, v in usual.items() if k in known} | options | more
   return METHODS[name].preset(0.01, **options)
 
 
@@ -98,16 +91,7 @@ def step(row: str, size: str, **more: Any) -> tuple[Run, dict[str, Any]]:
   params = held[0].params
   flops = 6 * tokens * (size_of(params) - params['embed']['embedding'].size)
   # Scores and their sum of values, what is not later alone, three times.
-  flops += (
-    3
-    * 2
-    * 2
-    * tokens
-    * TIME
-    / 2
-    * model.config.width
-    * (model.config.num_layers)
-  )
+  flops += 6 * tokens * TIME * model.config.width * model.config.num_layers
   cost = update_cost(params, tx, row)
   return run, {
     'init': ready - start,
@@ -136,9 +120,9 @@ def update(
   start = time.perf_counter()
   compiled = jax.jit(apply, donate_argnums=(1, 2)).lower(grads, state, params)
   compiled = compiled.compile()
-  notes = {'compile': time.perf_counter() - start} | update_cost(
-    params, tx, row
-  )
+  notes = {'compile': time.perf_counter() - start}
+  if row != 'Badam()':  # It touches few of the weights.
+    notes |= update_cost(params, tx, row)
   held = [compiled(grads, state, params)]  # The first refresh.
   jax.block_until_ready(held)
 
@@ -242,7 +226,8 @@ def update_cost(
   """
   name, options = rows().get(row, (row, {}))
   coordinates = options.get('subspace') in ('columns', 'entries')
-  products = name in (*RANKED, 'Frugal') and not coordinates
+  ranked = name in METHODS and {'rank', 'density'} & parameters(name).keys()
+  products = ranked and not coordinates
   account = memory.account(params, jax.eval_shape(tx.init, params))
   weights = 4 * size_of(params)
   matrices = [x for x in jax.tree.leaves(params['blocks']) if x.ndim > 1]

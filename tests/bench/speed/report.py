@@ -1,12 +1,12 @@
 """speed.md and speed.png from speed.json."""
 
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 Row = dict[str, Any]
 COMMAND = '.venv-parity/bin/python -m tests.bench.speed'
-
 
 BELOW = """## What is below 60% of its limit, and why
 
@@ -96,14 +96,9 @@ def seconds(row: Row) -> str:
 
 def update_cells(row: Row, limit: Callable[[Row], float]) -> Sequence[str]:
   """Returns the cells of an update."""
-  least = limit(row)
-  known = least == least
   return (
-    f'`{row["name"]}`',
-    seconds(row),
-    f'{row["ratio"]:.2f}',
-    f'{least:.3f}' if known else '-',
-    f'{least / row["median"]:.0%}' if known else '-',
+    *(f'`{row["name"]}`', seconds(row), f'{row["ratio"]:.2f}'),
+    *share_cells(row, limit(row), '.3f'),
     f'{row["compile"]:.1f}' if 'compile' in row else '-',
     f'{row["peak_bytes"] / 1e9:.2f}',
   )
@@ -111,17 +106,19 @@ def update_cells(row: Row, limit: Callable[[Row], float]) -> Sequence[str]:
 
 def step_cells(row: Row, limit: Callable[[Row], float]) -> Sequence[str]:
   """Returns the cells of a whole step."""
-  least = limit(row)
-  known = least == least
   return (
-    f'`{row["name"]}`',
-    seconds(row),
-    f'{row["tokens"] / row["median"]:.0f}',
-    f'{1 / row["ratio"]:.2f}',
-    f'{least:.2f}' if known else '-',
-    f'{least / row["median"]:.0%}' if known else '-',
+    *(f'`{row["name"]}`', seconds(row)),
+    *(f'{row["tokens"] / row["median"]:.0f}', f'{1 / row["ratio"]:.2f}'),
+    *share_cells(row, limit(row), '.2f'),
     f'{row["peak_bytes"] / 1e9:.2f}',
   )
+
+
+def share_cells(row: Row, least: float, digits: str) -> Sequence[str]:
+  """Returns a limit and its share of the time; of no limit, dashes."""
+  if math.isnan(least):
+    return '-', '-'
+  return f'{least:{digits}}', f'{least / row["median"]:.0%}'
 
 
 STEP = (
