@@ -2,8 +2,8 @@
 
 No array of [B, heads, T, T] exists, forward or backward: `attend` takes cuDNN's
 kernel, or `blockwise`, in which a block of queries meets the blocks of keys (up
-to its own, where it is causal), one after another, while a running maximum and sum make one softmax
-of all of them.
+to its own, where it is causal), one after another, while a running maximum and
+sum make one softmax of all of them.
 
 Shapes: B batch, T time, N query heads, K key-value heads, G query heads of
 each, H head dimension; I blocks of C time steps each (S where they are keys).

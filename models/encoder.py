@@ -44,6 +44,8 @@ class EncoderConfig:
   """Kinds of tokens, such as first and second sentence; 1 tells none apart."""
   num_labels: int = 2
   """Labels to choose from; 1 is a number to predict."""
+  labels: tuple[str, ...] | None = None
+  """Their names, for those who read a checkpoint (None: numbers)."""
   pad_id: int = 0
   """Token that fills short rows."""
   dropout: float = 0.0
@@ -79,6 +81,11 @@ class EncoderConfig:
         f'width={self.width}, num_heads={self.num_heads}; choose another of '
         'the two'
       )
+    if self.labels is not None and len(self.labels) != self.num_labels:
+      raise ValueError(
+        f'labels must be {self.num_labels} names, as many as num_labels, got '
+        f'{self.labels}'
+      )
     if not 0 <= self.pad_id < self.vocab_size:
       raise ValueError(
         f'pad_id must be a token, in 0..{self.vocab_size - 1}, got '
@@ -102,7 +109,7 @@ class EncoderConfig:
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
 def normalize(h, scale_D, bias_D, eps):
-  """(h - mean) / sqrt(variance + eps) * scale + bias; backward keeps h alone."""
+  """(h - mean) / sqrt(variance + eps) * scale + bias; h alone is kept."""
   x = h.astype(jnp.float32)
   x -= jnp.mean(x, axis=-1, keepdims=True)
   x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)

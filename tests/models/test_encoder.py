@@ -1,6 +1,7 @@
 """The encoder: its exact statements, and the same model layer by layer."""
 
 import dataclasses
+import operator
 
 import chex
 import jax
@@ -98,7 +99,9 @@ def test_the_pieces_are_the_model(changes):
   params = _params(config)
   x = model.embed({'embed': params['embed']}, batch)
   for layer in range(config.num_layers):
-    x = model.block(jax.tree.map(lambda w: w[layer], params['blocks']), x)
+    x = model.block(
+      jax.tree.map(operator.itemgetter(layer), params['blocks']), x
+    )
   found = model.loss({'head': params['head']}, x, batch)
   chex.assert_trees_all_close(found, model(params, batch), rtol=1e-5)
 
