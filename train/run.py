@@ -7,6 +7,7 @@ import re
 import shutil
 from typing import Any
 
+from models import huggingface
 from train.config import Config, differences, from_json, to_json
 from train.data.tokenizer import Tokenizer
 
@@ -31,6 +32,11 @@ class Run:
     return self.directory / 'tokenizer.model'
 
   @property
+  def source_path(self) -> pathlib.Path:
+    """What the checkpoint that a run began with has beside its weights."""
+    return self.directory / 'source'
+
+  @property
   def metrics_path(self) -> pathlib.Path:
     """One JSON object a line, one or two lines a step."""
     return self.directory / 'metrics.jsonl'
@@ -48,7 +54,9 @@ class Run:
   def create(self, config: Config, tokenizer: Tokenizer) -> None:
     """Writes the first files; nothing of a run exists before."""
     self.directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(self.tokenizer_path)
+    tokenizer.save(self.directory)
+    if config.checkpoint is not None:
+      huggingface.copy(config.checkpoint, self.source_path)
     # Last: a directory is a run once it holds the configuration.
     self.write(config)
 
