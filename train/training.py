@@ -197,7 +197,8 @@ def begin(setup: Setup) -> State:
   if source == where:
     where.write(config)
   elif source is None:
-    where.create(config, setup.text.tokenizer)
+    begun = config.checkpoint and pathlib.Path(config.checkpoint)
+    where.create(config, setup.text.tokenizer, begun)
   else:
     if int(state.step) >= config.steps:
       raise ValueError(
