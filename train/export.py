@@ -17,7 +17,7 @@ from models import huggingface
 from train import checkpoint
 from train.command import user_errors
 from train.run import Run
-from train.task import language_model
+from train.task import task_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,7 +62,7 @@ def export(
   """
   config = run.config()
   params = checkpoint.restore_params(
-    run.checkpoints_path, language_model(config), best=best
+    run.checkpoints_path, task_of(config), best=best
   )
   read, model = config.weights().read, config.model
   params = jax.tree.map(read, params, is_leaf=is_stored)

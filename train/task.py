@@ -17,11 +17,15 @@ import jax
 import numpy as np
 
 from galore_optax.layerwise.weights import ARRAYS, is_stored
-from models import huggingface
+from models import encoder, huggingface
+from models.encoder import EncoderConfig
 from models.llama import Layers
+from train import classify
 from train.config import Config
+from train.data import labelled
 from train.data.batches import batches, validation_batches
 from train.data.corpus import Documents
+from train.data.labelled import Examples, LabelledFiles, LabelledTfds
 from train.data.tokenizer import Tokenizer
 
 PyTree: TypeAlias = Any
@@ -36,8 +40,8 @@ INPUTS = ('inputs', 'targets', 'weights', 'positions', 'segments')
 class Text(NamedTuple):
   """A corpus, opened, and the tokenizer of the run."""
 
-  train: Documents | None  # None where nothing is trained
-  validation: Documents
+  train: Documents | Examples | None  # None where nothing is trained
+  validation: Documents | Examples
   tokenizer: Tokenizer
 
 
@@ -67,12 +71,28 @@ class Task:
   """Paths of the weights that `Layerwise.slices` cuts."""
 
 
+def task_of(config: Config) -> Task:
+  """Returns what a config trains: its model says which task it is.
+
+  Raises:
+    ValueError: its corpus is for the other one, or has another metric.
+  """
+  encodes = isinstance(config.model, EncoderConfig)
+  if encodes != isinstance(config.corpus, LabelledFiles | LabelledTfds):
+    expected = 'LabelledFiles or LabelledTfds' if encodes else 'one of texts'
+    raise ValueError(
+      f'the corpus of a {type(config.model).__name__} must be {expected}, got '
+      f'{type(config.corpus).__name__}; --corpus takes another'
+    )
+  return classification(config) if encodes else language_model(config)
+
+
 def language_model(config: Config) -> Task:
   """Returns the pre-training of a LLaMA on a corpus."""
   layers, loss = Layers(config.model), stored_layers(config)
   return Task(
     init=lambda key: stored(config, Layers(config.model).init(key)),
-    read=lambda key: stored(config, read_params(config)),
+    read=lambda key: stored(config, read_params(config, key)),
     layers=layers,
     loss=loss,
     batches=lambda text: batches(
@@ -91,15 +111,72 @@ def language_model(config: Config) -> Task:
   )
 
 
-def stored_layers(config: Config) -> Layers:
+def classification(config: Config) -> Task:
+  """Returns the fine-tuning of an encoder on labelled texts."""
+  model, metric = config.model, config.corpus.metric
+  check_metric(metric, model.num_labels)
+  if config.checkpoint is None and config.tokenizer is None:
+    raise ValueError(
+      'a classifier needs a tokenizer.json: name a directory that has one with '
+      '--checkpoint, or with --tokenizer to start from random weights'
+    )
+  layers, loss = encoder.Layers(model), stored_layers(config)
+  labels = labelled.Labels(model.num_labels, model.labels)
+  held_out = lambda text: labelled.validation_batches(
+    text.validation,
+    text.tokenizer,
+    labels,
+    batch_size=config.batch_size,
+    sequence_length=config.sequence_length,
+    num_batches=config.eval_batches,
+  )
+  return Task(
+    init=lambda key: stored(config, layers.init(key)),
+    read=lambda key: stored(config, read_params(config, key)),
+    layers=layers,
+    loss=loss,
+    batches=lambda text: labelled.batches(
+      text.train,
+      text.tokenizer,
+      labels,
+      batch_size=config.batch_size,
+      sequence_length=config.sequence_length,
+      seed=config.seed,
+      noise=model.dropout > 0,
+    ),
+    evaluate=lambda text: functools.partial(
+      classify.measure,
+      jax.jit(loss.logits),
+      batches=held_out(text),
+      num_labels=model.num_labels,
+    ),
+    unit='examples',
+    score=lambda found: -found[metric],
+    large=('embed/tokens/embedding',),
+  )
+
+
+def check_metric(metric: str, num_labels: int) -> None:
+  """Raises ValueError where a metric is not one of such labels."""
+  numbers = metric in ('pearson', 'spearman')
+  if numbers != (num_labels == 1):
+    raise ValueError(
+      f'corpus.metric must be {"one" if num_labels == 1 else "none"} of '
+      f'pearson and spearman for model.num_labels={num_labels}, got {metric}'
+    )
+
+
+def stored_layers(config: Config) -> Layers | encoder.Layers:
   """Returns the model that reads its weights as a config stores them.
 
   Layer by layer: no more than one layer of them exists as arrays.
   """
   weights = config.weights()
+  encodes = isinstance(config.model, EncoderConfig)
+  kind = encoder.Layers if encodes else Layers
   if weights is ARRAYS:
-    return Layers(config.model)
-  return Layers(
+    return kind(config.model)
+  return kind(
     config.model,
     lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_stored),
   )
@@ -114,12 +191,16 @@ def stored(config: Config, params: PyTree) -> PyTree:
   return params | {'blocks': blocks}
 
 
-def read_params(config: Config) -> PyTree:
-  """Returns the weights of a config's checkpoint, of the config's type."""
-  _, params = huggingface.load(
-    config.checkpoint, param_dtype=config.model.param_dtype
-  )
-  return params
+def read_params(config: Config, key: jax.Array) -> PyTree:
+  """Returns the weights of a config's checkpoint, of the config's type.
+
+  A head that it has not is drawn.
+  """
+  fields = ('param_dtype', 'num_labels', 'labels')
+  given = {
+    x: getattr(config.model, x) for x in fields if hasattr(config.model, x)
+  }
+  return huggingface.load(config.checkpoint, key=key, **given)[1]
 
 
 def held_out(config: Config, text: Text) -> grain.IterDataset[Batch]:
