@@ -1,9 +1,9 @@
 """MNLI: does a hypothesis follow, or not? Accuracy; the paper has 87.00.
 
-Settings, command and memory: configs/glue.py. Our number: not yet run.
+Settings, command and memory: configs/glue_cola.py. Our number: not yet run.
 """
 
-from configs.glue import glue
+from configs.glue_cola import glue
 
 config = glue(
   'mnli',

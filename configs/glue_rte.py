@@ -1,9 +1,9 @@
 """RTE: does a sentence follow from another? Accuracy; the paper has 79.42.
 
-Settings, command and memory: configs/glue.py. Our number: not yet run.
+Settings, command and memory: configs/glue_cola.py. Our number: not yet run.
 """
 
-from configs.glue import glue
+from configs.glue_cola import glue
 
 config = glue(
   'rte',

@@ -1,9 +1,9 @@
 """SST-2: is a review good? Accuracy; the paper has 94.04.
 
-Settings, command and memory: configs/glue.py. Our number: not yet run.
+Settings, command and memory: configs/glue_cola.py. Our number: not yet run.
 """
 
-from configs.glue import glue
+from configs.glue_cola import glue
 
 config = glue(
   'sst2',

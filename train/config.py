@@ -18,13 +18,13 @@ from galore_optax.layerwise.weights import ARRAYS, ROUNDED, Weights, quantized
 from models import huggingface
 from models.encoder import EncoderConfig
 from models.llama import Dtype, LlamaConfig
+from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, TextFiles, Tfds
 from train.data.labelled import LabelledFiles, LabelledTfds
 from train.method import Optimizer
 
-AnyCorpus: TypeAlias = (
-  Chitchat | TextFiles | Tfds | LabelledFiles | LabelledTfds
-)
+AnyText: TypeAlias = Chitchat | TextFiles | Tfds | Chats | ChitchatAnswers
+AnyCorpus: TypeAlias = AnyText | LabelledFiles | LabelledTfds
 """What `Config.corpus` may be."""
 
 
@@ -287,8 +287,8 @@ def from_json(cls: type, data: dict[str, Any]) -> Any:
 def variants(hint: Any) -> tuple[type, ...]:
   """Returns the members of a union, or the one type that is none.
 
-  >>> [kind.__name__ for kind in variants(AnyCorpus)]
-  ['Chitchat', 'TextFiles', 'Tfds', 'LabelledFiles', 'LabelledTfds']
+  >>> [kind.__name__ for kind in variants(AnyText)]
+  ['Chitchat', 'TextFiles', 'Tfds', 'Chats', 'ChitchatAnswers']
   """
   return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from train import training
 from train.command import Launch
-from train.data import chats
+from train.data.batches import shown
 from train.step import State
 from train.training import Setup
 
@@ -52,7 +52,7 @@ def show_example(setup: Setup, console: Console) -> None:
       'fine-tuning starts from a checkpoint: name a directory of transformers '
       'with --checkpoint; train.pretrain starts from random weights'
     )
-  console.print(chats.shown(setup.text.train, setup.text.tokenizer))
+  console.print(shown(setup.text.train, setup.text.tokenizer))
 
 
 def show_export(setup: Setup, state: State, console: Console) -> None:

@@ -78,8 +78,8 @@ def train(
         values = validate(state.params)
         log(done, {f'validation_{name}': x for name, x in values.items()})
         console.print(f'step {done}: validation: {metrics.describe(values)}')
-        score = task.score(values)
-        if config.save_best and score < best:
+        score = task.score(values) if config.save_best else None
+        if score is not None and score < best:
           best, due['save'] = score, True
       if due['save']:
         save(state, score)

@@ -51,8 +51,6 @@ class Task:
 
   init: Callable[[jax.Array], PyTree]
   """`key -> parameters`, as they are stored between steps."""
-  read: Callable[[jax.Array], PyTree]
-  """The same from the config's checkpoint; what that lacks is drawn."""
   layers: Any
   """The model one layer at a time, on arrays, as `layerwise` wants it."""
   loss: Loss
@@ -67,6 +65,8 @@ class Task:
   """What a weight of 1 counts."""
   score: Callable[[Metrics], float] = lambda found: found['loss']
   """A number of a validation; the lowest is the best."""
+  read: Callable[[jax.Array], PyTree] | None = None
+  """As `init`, from the config's checkpoint; what that lacks is drawn."""
   large: tuple[str, ...] = ()
   """Paths of the weights that `Layerwise.slices` cuts."""
 
