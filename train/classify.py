@@ -36,7 +36,7 @@ def measure(
   ]
   logits_nC = np.concatenate([x[kept] for x, _, kept in rows])
   targets_n = np.concatenate([x[kept] for _, x, kept in rows])
-  cost_n = encoder.cost(logits_nC, targets_n, num_labels)
+  cost_n = np.asarray(encoder.cost(logits_nC, targets_n, num_labels))
   metrics = {'loss': float(np.mean(cost_n, dtype=np.float64))}
   if num_labels == 1:
     return metrics | correlations(logits_nC[:, 0], targets_n)

@@ -23,7 +23,7 @@ from models.llama import Layers
 from train import classify
 from train.config import Config
 from train.data import labelled
-from train.data.batches import batches, validation_batches
+from train.data.batches import batches, shown, validation_batches
 from train.data.corpus import Documents
 from train.data.labelled import Examples, LabelledFiles, LabelledTfds
 from train.data.tokenizer import Tokenizer
@@ -61,6 +61,8 @@ class Task:
   """Data to batches without end, whose position can be saved."""
   evaluate: Callable[[Text], Callable[[PyTree], Metrics]]
   """Data to `parameters -> metrics` of what is held out."""
+  example: Callable[[Text], Any]
+  """Data to what shows an example of it, for a rich console."""
   unit: str
   """What a weight of 1 counts."""
   score: Callable[[Metrics], float] = lambda found: found['loss']
@@ -104,6 +106,12 @@ def language_model(config: Config) -> Task:
     ),
     evaluate=lambda text: functools.partial(
       perplexity, jax.jit(loss), batches=held_out(config, text)
+    ),
+    example=lambda text: shown(
+      text.train,
+      text.tokenizer,
+      sequence_length=config.sequence_length,
+      seed=config.seed,
     ),
     unit='tokens',
     # A tied model has one of them.
@@ -149,6 +157,13 @@ def classification(config: Config) -> Task:
       jax.jit(loss.logits),
       batches=held_out(text),
       num_labels=model.num_labels,
+    ),
+    example=lambda text: labelled.shown(
+      text.train,
+      text.tokenizer,
+      labels,
+      sequence_length=config.sequence_length,
+      seed=config.seed,
     ),
     unit='examples',
     score=lambda found: -found[metric],

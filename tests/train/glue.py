@@ -6,6 +6,7 @@ import random
 
 import jax
 import tokenizers
+from safetensors import numpy as safetensors
 from tokenizers import models, pre_tokenizers, processors, trainers
 
 from models import huggingface
@@ -91,7 +92,7 @@ def prepare(directory: pathlib.Path, task: str, count: int = 96) -> None:
 
 
 def roberta(directory: pathlib.Path, **changes) -> EncoderConfig:
-  """Writes a random checkpoint, and a byte-level BPE with its template."""
+  """Writes a random body, and a byte-level BPE with its template."""
   fast = tokenizers.Tokenizer(models.BPE())
   fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   fast.decoder = tokenizers.decoders.ByteLevel()
@@ -115,13 +116,17 @@ def roberta(directory: pathlib.Path, **changes) -> EncoderConfig:
     num_heads=2,
     num_layers=2,
     num_positions=66,
-    kind='roberta',
+    family='roberta',
     num_types=1,
     pad_id=1,
     norm_eps=1e-5,
     **changes,
   )
   huggingface.save(directory, config, Layers(config).init(jax.random.key(0)))
+  file = directory / 'model.safetensors'
+  tensors = safetensors.load_file(file)
+  body = {k: x for k, x in tensors.items() if not k.startswith('classifier')}
+  safetensors.save_file(body, file)
   fast.save(str(directory / 'tokenizer.json'))
   tokens = {'bos_token': '<s>', 'eos_token': '</s>', 'pad_token': '<pad>'}
   (directory / 'tokenizer_config.json').write_text(json.dumps(tokens))

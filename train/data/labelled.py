@@ -9,6 +9,7 @@ B rows of a batch, T tokens of a row.
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import grain
 import jax
 import numpy as np
+from rich.table import Table
+from rich.text import Text
 
 from train.data import corpus
 from train.data.batches import AHEAD, Batch
@@ -258,6 +261,44 @@ def validation_batches(
   if num_batches is not None:
     found = grain.experimental.LimitIterDataset(found, num_batches)
   return _ahead(found)
+
+
+def shown(
+  examples: Examples,
+  tokenizer: AnyTokenizer,
+  labels: Labels,
+  *,
+  sequence_length: int,
+  seed: int = 0,
+  counted: int = 1000,
+) -> Table:
+  """Returns a table with one example: its tokens' text, and its label.
+
+  Args:
+    examples: `corpus.open('train')`.
+    tokenizer: of the run.
+    labels: what the labels mean.
+    sequence_length: T.
+    seed: of the order; the first example is shown.
+    counted: of how many examples the lengths are counted.
+  """
+  encode, fast = encoder(tokenizer, sequence_length), _fast(tokenizer)
+  stream = examples.stream(seed=seed, repeat=False)
+  rows = list(itertools.islice(stream, counted))
+  full = sum(len(encode(row.texts)[0]) == sequence_length for row in rows)
+  table = Table(
+    title='an example',
+    caption=f'{full:,} of {len(rows):,} examples fill {sequence_length:,} '
+    'tokens or are cut there',
+    box=None,
+  )
+  table.add_column('tokens')
+  table.add_column('label')
+  text = fast.decode(encode(rows[0].texts)[0].tolist(), False)
+  target = labels.target(rows[0]).item()
+  name = f' ({labels.names[target]})' if labels.names else ''
+  table.add_row(Text(text), f'{target:g}{name}')
+  return table
 
 
 def encoder(
