@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 from train.config import Config, differences, from_json, to_json
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import AnyTokenizer, load
 
 FREE = ('save_every', 'eval_every', 'eval_batches')
 """What a resumed run may change: nothing that is computed depends on it."""
@@ -26,11 +26,6 @@ class Run:
     return self.directory / 'config.json'
 
   @property
-  def tokenizer_path(self) -> pathlib.Path:
-    """The sentencepiece model."""
-    return self.directory / 'tokenizer.model'
-
-  @property
   def metrics_path(self) -> pathlib.Path:
     """One JSON object a line, one or two lines a step."""
     return self.directory / 'metrics.jsonl'
@@ -45,10 +40,10 @@ class Run:
     """Where Orbax keeps the checkpoints, one directory a step."""
     return self.directory / 'checkpoints'
 
-  def create(self, config: Config, tokenizer: Tokenizer) -> None:
+  def create(self, config: Config, tokenizer: AnyTokenizer) -> None:
     """Writes the first files; nothing of a run exists before."""
     self.directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(self.tokenizer_path)
+    tokenizer.save(self.directory)
     # Last: a directory is a run once it holds the configuration.
     self.write(config)
 
@@ -79,9 +74,9 @@ class Run:
         'go on with the version that wrote it, or start a new run'
       ) from error
 
-  def tokenizer(self) -> Tokenizer:
+  def tokenizer(self) -> AnyTokenizer:
     """Reads the tokenizer."""
-    return Tokenizer.load(self.tokenizer_path)
+    return load(self.directory)
 
   def check(self, config: Config) -> None:
     """Raises ValueError where a resumed run would compute something else."""
