@@ -29,7 +29,7 @@ from train.command import check_least, user_errors
 from train.data.batches import validation_batches
 from train.data.corpus import Indexed
 from train.data.text_files import Texts, expand, index
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import AnyTokenizer
 from train.model import Model, bucket, is_directory, opened
 from train.run import Run
 from train.task import Batch, Metrics, Text, language_model, perplexity
@@ -232,7 +232,7 @@ class Pair(NamedTuple):
 
 
 def encoded(
-  tokenizer: Tokenizer, path: str, questions: Sequence[Question], window: int
+  tokenizer: AnyTokenizer, path: str, questions: Sequence[Question], window: int
 ) -> list[Pair]:
   """Returns each question with each of its choices, one after another.
 
@@ -253,7 +253,7 @@ def encoded(
   return pairs
 
 
-def joined(tokenizer: Tokenizer, context: str, choice: str) -> Pair:
+def joined(tokenizer: AnyTokenizer, context: str, choice: str) -> Pair:
   """Returns the tokens of both, a space between them where there is none.
 
   They are those of the whole text, so that a word may begin with its space;

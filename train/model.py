@@ -11,7 +11,7 @@ from models import huggingface
 from models.llama import Layers
 from train import checkpoint
 from train.data import tokenizer as tokenizers
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import AnyTokenizer
 from train.run import Run
 from train.task import PyTree, language_model, stored_layers
 
@@ -22,7 +22,7 @@ class Model(NamedTuple):
   layers: Layers
   params: PyTree
   """As `layers` reads them."""
-  tokenizer: Tokenizer
+  tokenizer: AnyTokenizer
   window: int
   """Tokens that the model was trained to look back at."""
 

@@ -23,7 +23,7 @@ import numpy as np
 from models.llama import Layers
 from train import machine
 from train.command import check_least, user_errors
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import AnyTokenizer
 from train.model import Model, bucket, opened
 from train.task import PyTree
 
@@ -91,7 +91,7 @@ class Reader:
     self._cache, self._rows = None, []
 
   def read(self, rows: Sequence[list[int]], room: int) -> jax.Array:
-    """Returns the logits [B, V] after rows, whose known beginnings are not read.
+    """Returns the logits [B, V] after rows; known beginnings are not read.
 
     Args:
       rows: tokens, at least one in each; as many rows each time.
@@ -190,7 +190,10 @@ def stream(
 
 
 def spoken(
-  tokenizer: Tokenizer, prompt: list[int], ids: list[int], stop: Sequence[str]
+  tokenizer: AnyTokenizer,
+  prompt: list[int],
+  ids: list[int],
+  stop: Sequence[str],
 ) -> tuple[str, bool]:
   """Returns the text of tokens after a prompt, and whether it is all there is.
 
@@ -224,7 +227,7 @@ def settled(text: str, stop: Sequence[str]) -> str:
 def continuations(
   layers: Layers,
   params: PyTree,
-  tokenizer: Tokenizer,
+  tokenizer: AnyTokenizer,
   prompts: Sequence[str],
   *,
   window: int,
@@ -274,7 +277,7 @@ def continuations(
   return [text for text, _ in found]
 
 
-def beginning(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def beginning(tokenizer: AnyTokenizer, prompt: str) -> list[int]:
   """Returns a prompt's tokens, at least one."""
   ids = tokenizer.encode(prompt).tolist()
   if tokenizer.bos_id is not None:
@@ -350,7 +353,9 @@ def answers(
     messages.append({'role': 'assistant', 'content': text})
 
 
-def rendered(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+def rendered(
+  tokenizer: AnyTokenizer, messages: list[dict[str, str]]
+) -> list[int]:
   """Returns the tokens of a conversation, up to where the answer begins."""
   text = tokenizer.chat_template.render(messages, add_generation_prompt=True)
   return tokenizer.encode(text, special=True).tolist()
