@@ -216,7 +216,7 @@ def answer(value: Any, choices: Sequence[str]) -> int:
   elif isinstance(value, str) and value:
     if value in choices:
       return choices.index(value)
-    if value in letters:
+    if len(value) == 1 and value in letters:
       return letters.index(value)
   raise ValueError(
     f'answer must be a number in 0..{len(choices) - 1}, a letter of '
@@ -285,7 +285,6 @@ def log_likelihoods(
   @jax.jit
   def score(params, batch):
     nll_BT = layers.nll(params, batch)
-    # Padding may be anything, and 0 times infinity is no number.
     return -jnp.sum(jnp.where(batch['scored'], nll_BT, 0), axis=1)
 
   lengths = defaultdict(list)
