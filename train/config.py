@@ -16,10 +16,11 @@ import optax
 from galore_optax.clipping import check_norm
 from galore_optax.layerwise.weights import ARRAYS, ROUNDED, Weights, quantized
 from models.llama import LlamaConfig
+from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, TextFiles, Tfds
 from train.method import Optimizer
 
-AnyCorpus: TypeAlias = Chitchat | TextFiles | Tfds
+AnyCorpus: TypeAlias = Chitchat | TextFiles | Tfds | Chats | ChitchatAnswers
 """What `Config.corpus` may be."""
 
 
@@ -198,7 +199,7 @@ def variants(hint: Any) -> tuple[type, ...]:
   """Returns the members of a union, or the one type that is none.
 
   >>> [kind.__name__ for kind in variants(AnyCorpus)]
-  ['Chitchat', 'TextFiles', 'Tfds']
+  ['Chitchat', 'TextFiles', 'Tfds', 'Chats', 'ChitchatAnswers']
   """
   return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 

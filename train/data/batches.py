@@ -1,27 +1,37 @@
-"""Documents to batches: shuffled, tokenized, packed, checkpointable.
+"""Documents and chats to batches: shuffled, tokenized, packed, checkpointable.
 
-B sequences of a batch, T tokens of a sequence, n tokens of a document.
+B sequences of a batch, T tokens of a sequence, n tokens of an example.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import grain
 import jax
 import numpy as np
+from rich.table import Table
+from rich.text import Text
 
+from train.data.chats import Dialogues, Example
 from train.data.corpus import Documents
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import AnyTokenizer
 
 Batch = dict[str, np.ndarray]
 
 # Batches made while the device works: one is next, one is under way.
 AHEAD = 2
 
+# Rows that examples are packed into at once: the more, the less is padded.
+_OPEN_ROWS = 64
+
+# Tokens that are shown of what is cut off.
+_BEYOND = 50
+
 
 def batches(
-  documents: Documents,
-  tokenizer: Tokenizer,
+  documents: Documents | Dialogues,
+  tokenizer: AnyTokenizer,
   *,
   batch_size: int,
   sequence_length: int,
@@ -34,7 +44,10 @@ def batches(
   A thread makes them and sends them there while the step before is computed.
 
   A document is BOS text EOS, cut where a row is full; nothing is padded and
-  every token but BOS is a target exactly once.
+  every token but BOS is a target exactly once. (Where a tokenizer has no BOS,
+  the first token is none.) A chat is never cut, unless it is longer than a row,
+  which then holds its beginning alone: rows are filled with whole chats and
+  padded. One that has no scored token in its row is left out.
 
   The state of the iterator is small JSON: `get_state`, `set_state`, or
   `grain.checkpoint.CheckpointSave(it)` in an Orbax checkpoint. It counts what
@@ -45,30 +58,32 @@ def batches(
     tokenizer: of the run.
     batch_size: B over all processes; each gets B / process_count rows.
     sequence_length: T.
-    seed: of the order of the documents.
+    seed: of the order of the documents, and of the rows of chats.
     process_index: usually jax.process_index().
     process_count: usually jax.process_count().
 
   Returns:
     An iterator of dicts: `inputs`, `targets`, `positions` (restart at each
     document), `segments` (one number per document of a row, from 1; 0 is
-    padding), all [B, T] int32, and `weights` [B, T] float32 (0 on padding).
+    padding), all [B, T] int32, and `weights` [B, T] float32 (1 on targets that
+    are scored, 0 on others and on padding). No row is without a scored target.
+
+  Raises:
+    ValueError: a size is wrong, no chat has a scored token in its row, or the
+      template refuses a chat.
   """
   num_rows = _rows_of_a_process(batch_size, process_count)
-  stream = documents.stream(
-    seed=seed,
-    repeat=True,
-    process_index=process_index,
-    process_count=process_count,
+  share = {'process_index': process_index, 'process_count': process_count}
+  rows = _packed(
+    documents, tokenizer, sequence_length, seed=seed, repeat=True, **share
   )
-  rows = _packed(stream, tokenizer, sequence_length)
   found = rows.batch(num_rows, drop_remainder=True).map(_training_batch)
   return iter(_ahead(found.map(jax.device_put)))
 
 
 def validation_batches(
-  documents: Documents,
-  tokenizer: Tokenizer,
+  documents: Documents | Dialogues,
+  tokenizer: AnyTokenizer,
   *,
   batch_size: int,
   sequence_length: int,
@@ -84,8 +99,8 @@ def validation_batches(
   batches, whose content does not depend on the number of processes.
 
   Each batch has one more array, `bytes` [B, T] int32: the UTF-8 bytes of text
-  that each target stands for (0 for EOS). Over a whole split,
-  sum(weights * bytes) is the size of its text, so
+  that each target stands for (0 for EOS). Over a whole split of documents,
+  sum(weights * bytes) is the size of its text (of chats, of what is scored), so
 
     bits_per_byte = sum(weights * nll) / log(2) / sum(weights * bytes)
 
@@ -100,9 +115,7 @@ def validation_batches(
   """
   num_rows = _rows_of_a_process(batch_size, process_count)
   start = process_index * num_rows
-  rows = _packed(
-    documents.stream(seed=0, repeat=False), tokenizer, sequence_length
-  )
+  rows = _packed(documents, tokenizer, sequence_length, seed=0, repeat=False)
   padded = rows.batch(
     batch_size,
     drop_remainder=False,
@@ -136,9 +149,12 @@ def _rows_of_a_process(batch_size: int, process_count: int) -> int:
 
 
 def _packed(
-  stream: grain.IterDataset, tokenizer: Tokenizer, sequence_length: int
+  documents: Documents | Dialogues,
+  tokenizer: AnyTokenizer,
+  sequence_length: int,
+  **order,
 ) -> grain.IterDataset:
-  """Rows of T pairs of input and target, with the target's bytes.
+  """Rows of T pairs of input and target, with the target's bytes and score.
 
   Pairs are made before packing: cutting token rows of T + 1 afterwards would
   lose the target at every cut.
@@ -148,25 +164,82 @@ def _packed(
       f'sequence_length must be at least 1, got {sequence_length}: 256 is a '
       'usual choice for a small model'
     )
-  return grain.experimental.ConcatThenSplitIterDataset(
-    stream.map(functools.partial(_pairs, tokenizer=tokenizer)),
-    length_struct={'pairs': sequence_length},
+  length = {'pairs': sequence_length}
+  found = examples(documents, tokenizer, **order).map(_pairs)
+  if not isinstance(documents, Dialogues):
+    return grain.experimental.ConcatThenSplitIterDataset(
+      found, length_struct=length
+    )
+  _check_scored(documents, tokenizer, sequence_length)
+  kept = found.map(functools.partial(_cut, sequence_length)).filter(_is_scored)
+  return grain.experimental.FirstFitPackIterDataset(
+    kept,
+    length_struct=length,
+    num_packing_bins=_OPEN_ROWS,
+    seed=order['seed'],
+    shuffle_bins=order['repeat'],
   )
 
 
-def _pairs(document: str, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-  """[n + 1, 3]: input, target, UTF-8 bytes of the target.
+def examples(
+  documents: Documents | Dialogues, tokenizer: AnyTokenizer, **order
+) -> grain.IterDataset[Example]:
+  """Returns what a model reads, whole, in an order fixed by a seed.
 
-  The bytes of a document add up to its size whatever the model does to it (a
-  space added in front, normalization): its first token takes the difference.
+  Args:
+    documents: of a corpus, opened.
+    tokenizer: of the run.
+    **order: as in `Documents.stream`.
   """
-  ids_n = tokenizer.encode(document)
-  pairs = np.empty((len(ids_n) + 1, 3), np.int32)
-  pairs[0, 0], pairs[1:, 0] = tokenizer.bos_id, ids_n
-  pairs[:-1, 1], pairs[-1, 1] = ids_n, tokenizer.eos_id
-  pairs[:-1, 2], pairs[-1, 2] = tokenizer.bytes_V[ids_n], 0
-  pairs[0, 2] += len(document.encode()) - pairs[:, 2].sum()
-  return {'pairs': pairs}
+  if isinstance(documents, Dialogues):
+    return documents.examples(tokenizer, **order)
+  encoded = functools.partial(_document, tokenizer=tokenizer)
+  return documents.stream(**order).map(encoded)
+
+
+def _document(document: str, *, tokenizer: AnyTokenizer) -> Example:
+  """BOS text EOS, all of it scored.
+
+  The bytes of a document add up to its size whatever the tokenizer does to it
+  (a space added in front, normalization): its first token takes the difference.
+  """
+  begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  ids_n = np.array(
+    [*begin, *tokenizer.encode(document), tokenizer.eos_id], np.int32
+  )
+  bytes_n = tokenizer.bytes_V[ids_n]
+  bytes_n[len(begin)] += len(document.encode()) - bytes_n.sum()
+  return Example(ids_n, np.ones(len(ids_n), bool), bytes_n)
+
+
+def _pairs(example: Example) -> dict[str, np.ndarray]:
+  """[n - 1, 4]: input, target, UTF-8 bytes of the target, whether scored."""
+  ids_n, scored_n, bytes_n = example
+  columns = (ids_n[:-1], ids_n[1:], bytes_n[1:], scored_n[1:])
+  return {'pairs': np.stack(columns, axis=-1, dtype=np.int32)}
+
+
+def _cut(length: int, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return {'pairs': row['pairs'][:length]}
+
+
+def _is_scored(row: dict[str, np.ndarray]) -> bool:
+  return bool(row['pairs'][:, 3].any())
+
+
+def _check_scored(
+  documents: Dialogues, tokenizer: AnyTokenizer, sequence_length: int
+) -> None:
+  """Raises ValueError where all chats are left out, which would never end."""
+  encode = documents.encoder(tokenizer)
+  for i in range(len(documents.source)):
+    example = encode(documents.source[i])
+    if example.scored_n[1 : sequence_length + 1].any():
+      return
+  raise ValueError(
+    f'sequence_length {sequence_length} ends each of the '
+    f'{len(documents.source)} chats before its first answer: raise it'
+  )
 
 
 def _stack_padded(
@@ -181,15 +254,16 @@ def _stack_padded(
 
 
 def _batch(packed: dict[str, np.ndarray]) -> Batch:
-  """What the model reads, from packed pairs [B, T, 3]."""
-  inputs_BT, targets_BT, bytes_BT = np.moveaxis(packed['pairs'], -1, 0)
-  segments_BT = packed['pairs_segment_ids']
+  """What the model reads, from packed pairs [B, T, 4]."""
+  inputs_BT, targets_BT, bytes_BT, scored_BT = np.moveaxis(
+    packed['pairs'], -1, 0
+  )
   return {
     'inputs': np.ascontiguousarray(inputs_BT),
     'targets': np.ascontiguousarray(targets_BT),
-    'weights': (segments_BT > 0).astype(np.float32),
+    'weights': scored_BT.astype(np.float32),  # padding is not
     'positions': packed['pairs_positions'],
-    'segments': segments_BT,
+    'segments': packed['pairs_segment_ids'],
     'bytes': np.ascontiguousarray(bytes_BT),
   }
 
@@ -198,3 +272,69 @@ def _training_batch(packed: dict[str, np.ndarray]) -> Batch:
   batch = _batch(packed)
   del batch['bytes']
   return batch
+
+
+def shown(
+  documents: Documents | Dialogues,
+  tokenizer: AnyTokenizer,
+  *,
+  sequence_length: int,
+  seed: int = 0,
+  counted: int = 200,
+) -> Table:
+  """Returns a table with one example, coloured by what is scored.
+
+  Args:
+    documents: `corpus.open('train')`.
+    tokenizer: of the run.
+    sequence_length: T; what a chat has beyond it is struck out, and left out
+      where it is long.
+    seed: of the order; the first example is shown.
+    counted: of how many examples the lengths are counted.
+  """
+  stream = examples(documents, tokenizer, seed=seed, repeat=False)
+  found = list(itertools.islice(stream, counted))
+  targets = [example.scored_n[1:] for example in found]
+  long = sum(len(scored_n) > sequence_length for scored_n in targets)
+  empty = sum(not scored_n[:sequence_length].any() for scored_n in targets)
+  scored, total = sum(x.sum() for x in targets), sum(map(len, targets))
+  caption = (
+    f'{scored / total:.0%} of the tokens of {len(found):,} examples are scored;'
+    f' {long:,} are longer than {sequence_length:,} tokens'
+  )
+  if isinstance(documents, Dialogues):
+    caption += f'; {empty:,} have no answer before that and are left out'
+  table = Table(
+    title='an example: what is scored is green',
+    title_justify='left',
+    caption=caption,
+    caption_justify='left',
+    show_header=False,
+    expand=True,
+  )
+  table.add_row(_coloured(found[0], tokenizer, sequence_length))
+  return table
+
+
+def _coloured(
+  example: Example, tokenizer: AnyTokenizer, sequence_length: int
+) -> Text:
+  """The text of an example in runs of tokens of one style."""
+  special = {i: text for text, i in tokenizer.specials.items()}
+  ids_n, scored_n, _ = (x_n[: sequence_length + _BEYOND] for x_n in example)
+  styles = [
+    ('bold green' if scored and i else 'dim')
+    + (' strike' if i > sequence_length else '')
+    for i, scored in enumerate(scored_n)
+  ]
+  keys = [
+    (style, special.get(int(id_)))
+    for style, id_ in zip(styles, ids_n, strict=True)
+  ]
+  text, start = Text(), 0
+  for (style, name), run in itertools.groupby(keys):
+    stop = start + len(list(run))
+    said = tokenizer.decode(ids_n[start:stop])
+    text.append(said if name is None else (stop - start) * name, style)
+    start = stop
+  return text

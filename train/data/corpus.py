@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import grain
 import numpy as np
 
-from train.data.text_files import Texts, expand, index
+from train.data.text_files import File, Texts, expand, index
 
 Split = Literal['train', 'validation']
 
@@ -157,12 +157,12 @@ class Chitchat:
 
   def open(self, split: Split) -> Documents:
     """Documents of a split; ValueError if the package is not installed."""
-    _check_holdout(self.holdout)
+    check_holdout(self.holdout)
     return Indexed(
       [
         text
-        for name, text in _dialogues()
-        if _in_split(split, zlib.crc32(name.encode()), self.holdout)
+        for name, text in dialogues()
+        if in_split(split, zlib.crc32(name.encode()), self.holdout)
       ]
     )
 
@@ -198,27 +198,15 @@ class TextFiles:
       ValueError: a line is no JSON object with a text (the message names file
         and line), a file is not UTF-8, or there are no documents.
     """
-    _check_holdout(self.holdout)
-    if self.validation is not None:
-      return Indexed(self._texts(getattr(self, split)))
-    texts = self._texts(self.train)
-    share = texts.where(lambda crcs_d: _in_split(split, crcs_d, self.holdout))
-    if not len(share):
-      raise ValueError(
-        f'the {split} split of {self.train!r} is empty: holdout={self.holdout} '
-        f'of {len(texts)} documents; give a validation file, another holdout, '
-        'or more documents (a plain text file is split at `separator`)'
+    return Indexed(
+      in_files(
+        split,
+        self.train,
+        self.validation,
+        self.holdout,
+        lambda path: index(path, self.separator),
       )
-    return Indexed(share)
-
-  def _texts(self, pattern: str) -> Texts:
-    texts = Texts(index(path, self.separator) for path in expand(pattern))
-    if not len(texts):
-      raise ValueError(
-        f'no document in the files of {pattern!r}: at least one that is not '
-        'blank is needed; give files with text'
-      )
-    return texts
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +265,48 @@ class Tfds:
     )
 
 
-def _check_holdout(holdout: float) -> None:
+def in_files(
+  split: Split,
+  train: str,
+  validation: str | None,
+  holdout: float,
+  read: Callable[[str], File],
+) -> Texts:
+  """Returns what the files of a split hold.
+
+  Args:
+    split: which one.
+    train: path or glob of the training files.
+    validation: of the validation files; None holds out a share.
+    holdout: that share, by a hash of the content.
+    read: what indexes a file.
+
+  Raises:
+    FileNotFoundError: no file matches.
+    ValueError: nothing is in them, or in the split.
+  """
+  check_holdout(holdout)
+  pattern = train if split == 'train' or validation is None else validation
+  texts = Texts(read(path) for path in expand(pattern))
+  if not len(texts):
+    raise ValueError(
+      f'no document in the files of {pattern!r}: at least one that is not '
+      'blank is needed; give files with text'
+    )
+  if validation is not None:
+    return texts
+  share = texts.where(lambda crcs_d: in_split(split, crcs_d, holdout))
+  if not len(share):
+    raise ValueError(
+      f'the {split} split of {pattern!r} is empty: holdout={holdout} of '
+      f'{len(texts)} documents; give a validation file, another holdout, or '
+      'more documents (a plain text file is split at `separator`)'
+    )
+  return share
+
+
+def check_holdout(holdout: float) -> None:
+  """Raises ValueError where it is no share."""
   if not 0 < holdout < 1:
     raise ValueError(
       f'holdout must be between 0 and 1, got {holdout}: it is the share of '
@@ -285,7 +314,7 @@ def _check_holdout(holdout: float) -> None:
     )
 
 
-def _in_split(
+def in_split(
   split: Split, crc: int | np.ndarray, holdout: float
 ) -> bool | np.ndarray:
   """Whether a hash puts it there; what is equal is never in both."""
@@ -293,7 +322,7 @@ def _in_split(
 
 
 @functools.cache
-def _dialogues() -> list[tuple[str, str]]:
+def dialogues() -> list[tuple[str, str]]:
   """Id and text of each dialogue; a turn is a list of messages."""
   try:
     package = importlib.resources.files('chitchat_dataset')

@@ -1,4 +1,6 @@
-"""Random access to the documents of text files, by an index of byte offsets.
+"""Random access to what text files hold, by an index of byte offsets.
+
+Documents of plain text, or lines of JSON that a caller parses.
 
 d documents of a file.
 """
@@ -10,6 +12,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -22,25 +25,26 @@ class File:
   starts_d: np.ndarray  # [d] int64, offset of the first byte
   stops_d: np.ndarray  # [d] int64, offset past the last byte
   crcs_d: np.ndarray  # [d] int64, CRC-32 of the bytes
+  lines_d: np.ndarray  # [d] int64, number of its first line, from 1
+  parse: Callable[[bytes], Any]
+  """What makes a document of these bytes."""
 
-  def read(self, i: int) -> str:
+  def read(self, i: int) -> Any:
     """Document i."""
     with open(self.path, 'rb') as file:
       file.seek(self.starts_d[i])
       content = file.read(self.stops_d[i] - self.starts_d[i])
-    return (
-      json.loads(content)['text'] if _is_jsonl(self.path) else content.decode()
-    )
+    return self.parse(content)
 
   def where(self, keep: Callable[[np.ndarray], np.ndarray]) -> 'File':
     """The documents whose CRC satisfies `keep`, from [d] to a mask [d]."""
     kept_d = keep(self.crcs_d)
-    columns = (self.starts_d, self.stops_d, self.crcs_d)
-    return File(self.path, *(x_d[kept_d] for x_d in columns))
+    columns = (self.starts_d, self.stops_d, self.crcs_d, self.lines_d)
+    return File(self.path, *(x_d[kept_d] for x_d in columns), self.parse)
 
 
 class Texts:
-  """Documents of several files, a grain random-access source of str."""
+  """Documents of several files, a grain random-access source."""
 
   def __init__(self, files: Iterable[File]):
     """The documents of files, in their order."""
@@ -51,15 +55,24 @@ class Texts:
     """Number of documents."""
     return int(self._stops[-1])
 
-  def __getitem__(self, i: int) -> str:
+  def __getitem__(self, i: int) -> Any:
     """Document i, read from its file."""
-    f = int(np.searchsorted(self._stops, i, side='right'))
-    # Counted from the end of file f, which is where document stops[f] begins.
-    return self._files[f].read(i - int(self._stops[f]))
+    file, j = self._at(i)
+    return file.read(j)
+
+  def place(self, i: int) -> str:
+    """Where document i is, in words."""
+    file, j = self._at(i)
+    return f'{file.path}, line {file.lines_d[j]}'
 
   def where(self, keep: Callable[[np.ndarray], np.ndarray]) -> 'Texts':
     """The documents whose CRC satisfies `keep`."""
     return Texts(file.where(keep) for file in self._files)
+
+  def _at(self, i: int) -> tuple[File, int]:
+    f = int(np.searchsorted(self._stops, i, side='right'))
+    # Counted from the end of file f, which is where document stops[f] begins.
+    return self._files[f], i - int(self._stops[f])
 
 
 def expand(pattern: str) -> list[str]:
@@ -78,42 +91,70 @@ def expand(pattern: str) -> list[str]:
 
 def index(path: str, separator: str | None) -> File:
   """Finds the documents of a file and checks that each can be read."""
-  spans = list(_lines(path) if _is_jsonl(path) else _parts(path, separator))
-  return File(path, *np.array(spans, np.int64).reshape(-1, 3).T)
+  if path.endswith('.jsonl'):
+    rule = 'a line must be a JSON object whose field "text" is a string'
+    return index_lines(path, _text, rule)
+  return _file(path, _parts(path, separator), bytes.decode)
 
 
-def _is_jsonl(path: str) -> bool:
-  return path.endswith('.jsonl')
+def index_lines(path: str, parse: Callable[[bytes], Any], rule: str) -> File:
+  """Finds the lines of a file and checks that each can be parsed.
+
+  Args:
+    path: of the file.
+    parse: from a line to a document; what is false is left out, and so are
+      blank lines.
+    rule: what a line must be, for the error that names file and line.
+
+  Raises:
+    ValueError: `parse` raises ValueError, KeyError, TypeError or
+      AttributeError.
+  """
+
+  def spans():
+    start = 0
+    with open(path, 'rb') as file:
+      for number, line in enumerate(file, 1):
+        stop = start + len(line)
+        if line.strip() and _checked(parse, line, path, number, rule):
+          yield start, stop, zlib.crc32(line.strip()), number
+        start = stop
+
+  return _file(path, spans(), parse)
 
 
-def _lines(path: str) -> Iterator[tuple[int, int, int]]:
-  """Spans and CRCs of the lines of a .jsonl whose text is not blank."""
-  start = 0
-  with open(path, 'rb') as file:
-    for number, line in enumerate(file, 1):
-      stop = start + len(line)
-      if line.strip() and _text(line, path, number).strip():
-        yield start, stop, zlib.crc32(line.strip())
-      start = stop
+def _file(
+  path: str,
+  spans: Iterable[tuple[int, int, int, int]],
+  parse: Callable[[bytes], Any],
+) -> File:
+  return File(path, *np.array(list(spans), np.int64).reshape(-1, 4).T, parse)
 
 
-def _text(line: bytes, path: str, number: int) -> str:
-  rule = 'a line must be a JSON object whose field "text" is a string'
+def _checked(
+  parse: Callable[[bytes], Any], line: bytes, path: str, number: int, rule: str
+) -> Any:
   try:
-    record = json.loads(line)
-    text = record['text']
-    # JSON can spell half a surrogate pair, which is no Unicode text.
-    text.encode()
+    return parse(line)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     shown = line[:60].decode('utf-8', 'replace').strip()
     raise ValueError(
       f'{path}, line {number}: {rule}, got {shown!r} '
       f'({type(error).__name__}: {error}): correct or remove the line'
     ) from error
-  return text
 
 
-def _parts(path: str, separator: str | None) -> Iterator[tuple[int, int, int]]:
+def _text(line: bytes) -> str:
+  """The document of a line; '' if it is blank."""
+  text = json.loads(line)['text']
+  # JSON can spell half a surrogate pair, which is no Unicode text.
+  text.encode()
+  return text if text.strip() else ''
+
+
+def _parts(
+  path: str, separator: str | None
+) -> Iterator[tuple[int, int, int, int]]:
   """Spans and CRCs between separators, white space around them left out."""
   with open(path, 'rb') as file:
     content = file.read()
@@ -124,11 +165,12 @@ def _parts(path: str, separator: str | None) -> Iterator[tuple[int, int, int]]:
       f'{path} must be UTF-8 text, got byte {content[error.start]:#04x} at '
       f'offset {error.start}: convert it, or leave it out of the glob'
     ) from error
-  start = 0
+  start, line = 0, 1
   for match in _separator(separator).finditer(content):
-    yield from _stripped(content, start, match.start())
+    yield from _stripped(content, start, match.start(), line)
+    line += content.count(b'\n', start, match.end())
     start = match.end()
-  yield from _stripped(content, start, len(content))
+  yield from _stripped(content, start, len(content), line)
 
 
 def _separator(separator: str | None) -> re.Pattern[bytes]:
@@ -141,10 +183,12 @@ def _separator(separator: str | None) -> re.Pattern[bytes]:
 
 
 def _stripped(
-  content: bytes, start: int, stop: int
-) -> Iterator[tuple[int, int, int]]:
+  content: bytes, start: int, stop: int, line: int
+) -> Iterator[tuple[int, int, int, int]]:
   part = content[start:stop]
   text = part.strip()
   if text:
-    start += len(part) - len(part.lstrip())
-    yield start, start + len(text), zlib.crc32(text)
+    blank = len(part) - len(part.lstrip())
+    line += part.count(b'\n', 0, blank)
+    start += blank
+    yield start, start + len(text), zlib.crc32(text), line

@@ -9,6 +9,7 @@ bytes. So are those of a byte-level tokenizer.json.
 n tokens of a text, V ids.
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -49,7 +50,8 @@ class Tokenizer:
     bos_id: id that starts each document.
     eos_id: id that ends each document.
     stop_ids: ids that end an answer: eos_id, and the template's end of a turn.
-    tokens: texts of the special tokens that a template can name.
+    tokens: texts of the tokens that a template can name, such as eos_token.
+    specials: ids of special and added tokens, by their texts.
     chat_template: of its directory; None where there is none.
   """
 
@@ -61,21 +63,21 @@ class Tokenizer:
     self.bos_id = self._processor.bos_id()
     self.eos_id = self._processor.eos_id()
     settings = _Settings(self.files)
-    self._specials = settings.added() | {
+    self.specials = settings.added() | {
       self._processor.id_to_piece(i): i
       for i in range(self._num_pieces)
       if self._processor.is_control(i)
     }
     self.vocab_size = max(
-      self._num_pieces, 1 + max(self._specials.values(), default=0)
+      self._num_pieces, 1 + max(self.specials.values(), default=0)
     )
     names = (('bos_token', self.bos_id), ('eos_token', self.eos_id))
     self.tokens = {
       name: self._processor.id_to_piece(i) for name, i in names if i >= 0
     }
-    self.chat_template = settings.chat_template(self.tokens, self._specials)
+    self.chat_template = settings.chat_template(self.tokens, self.specials)
     self.stop_ids = _stop_ids(
-      self.eos_id, settings, self.chat_template, self._specials
+      self.eos_id, settings, self.chat_template, self.specials
     )
 
   @classmethod
@@ -93,7 +95,8 @@ class Tokenizer:
         '.model file, or none to train one on the corpus'
       )
     try:
-      tokenizer = cls(path.read_bytes(), _settings_of(path.parent))
+      with _broken(path.parent):
+        tokenizer = cls(path.read_bytes(), _settings_of(path.parent))
     except RuntimeError as error:
       raise ValueError(
         f'{str(path)!r} is not a sentencepiece model: give a .model file, or '
@@ -133,8 +136,8 @@ class Tokenizer:
     ids, scored_n = [], []
     for text, scored in _spaces_moved(pieces):
       for part in self._special.split(text):
-        if part in self._specials:
-          found = [self._specials[part]]
+        if part in self.specials:
+          found = [self.specials[part]]
         else:
           # Where a text follows another, its own space is the one added.
           own = self._adds_space and ids
@@ -154,9 +157,13 @@ class Tokenizer:
     """UTF-8 bytes of text that each id stands for, [vocab_size] int32."""
     return np.array([self._num_bytes(i) for i in range(self.vocab_size)], 'i4')
 
+  def with_template(self, source: str) -> 'Tokenizer':
+    """Returns the same tokenizer with another chat template, a Jinja text."""
+    return Tokenizer(self.model, self.files | _template_file(source))
+
   @functools.cached_property
   def _special(self) -> re.Pattern[str]:
-    texts = sorted(self._specials, key=len, reverse=True)
+    texts = sorted(self.specials, key=len, reverse=True)
     return re.compile(f'({"|".join(map(re.escape, texts)) or "(?!)"})')
 
   @functools.cached_property
@@ -188,7 +195,8 @@ class JsonTokenizer:
     eos_id: id that ends each document.
     stop_ids: ids that end an answer: eos_id, those of generation_config.json,
       and the template's end of a turn.
-    tokens: texts of the special tokens that a template can name.
+    tokens: texts of the tokens that a template can name, such as eos_token.
+    specials: ids of special and added tokens, by their texts.
     chat_template: of its directory; None where there is none.
   """
 
@@ -217,11 +225,10 @@ class JsonTokenizer:
     self.eos_id = self._eos_id()
     self.bos_id = self._bos_id(settings.adds_bos)
     added = self._tokenizer.get_added_tokens_decoder()
-    self._special_ids = {i for i, token in added.items() if token.special}
-    specials = {token.content: i for i, token in added.items()}
-    self.chat_template = settings.chat_template(self.tokens, specials)
+    self.specials = {token.content: i for i, token in added.items()}
+    self.chat_template = settings.chat_template(self.tokens, self.specials)
     self.stop_ids = _stop_ids(
-      self.eos_id, settings, self.chat_template, specials
+      self.eos_id, settings, self.chat_template, self.specials
     )
     # No special tokens come from it any more, and a token's offsets are all of
     # its characters, a space in front too.
@@ -242,10 +249,8 @@ class JsonTokenizer:
       raise FileNotFoundError(
         f'no tokenizer at {str(path)!r}: give the path of a tokenizer.json'
       )
-    try:
+    with _broken(path.parent):
       return cls(path.read_bytes(), _settings_of(path.parent))
-    except ValueError as error:
-      raise ValueError(f'{str(path.parent)!r}: {error}') from error
 
   def save(self, directory: str | os.PathLike) -> None:
     """Writes tokenizer.json, and the other files, into a directory."""
@@ -302,6 +307,10 @@ class JsonTokenizer:
       elif not added[i].special:
         found_V[i] = len(token.encode())
     return found_V
+
+  def with_template(self, source: str) -> 'JsonTokenizer':
+    """Returns the same tokenizer with another chat template, a Jinja text."""
+    return JsonTokenizer(self.model, self.files | _template_file(source))
 
   @functools.cached_property
   def _plain(self) -> tokenizers.Tokenizer:
@@ -426,6 +435,21 @@ class _Settings:
     return ChatTemplate(source, tokens, specials)
 
 
+@contextlib.contextmanager
+def _broken(directory: pathlib.Path) -> Iterator[None]:
+  """Names the directory in errors about its files."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f'the tokenizer in {str(directory)!r}: {error}') from error
+  except (AttributeError, KeyError, TypeError) as error:
+    raise ValueError(
+      f'the tokenizer in {str(directory)!r}: a field of {", ".join(_SETTINGS)} '
+      f'has another form than transformers writes ({type(error).__name__}: '
+      f'{error}): copy the directory again'
+    ) from error
+
+
 def _settings_of(directory: pathlib.Path) -> dict[str, bytes]:
   """Files of settings, by name; what config.json adds is moved into them.
 
@@ -495,6 +519,11 @@ def _spaces_moved(pieces: Iterable[Piece]) -> Iterator[Piece]:
     space = ' ' if text.endswith(' ') else ''
     yield text.removesuffix(' '), scored
   yield space, scored
+
+
+def _template_file(source: str) -> dict[str, bytes]:
+  """Comes before what other files say."""
+  return {'chat_template.jinja': source.encode()}
 
 
 def _write(directory: str | os.PathLike, files: Mapping[str, bytes]) -> None:

@@ -38,7 +38,7 @@ class TestChitchat:
     from train.data import corpus
 
     monkeypatch.setitem(sys.modules, 'chitchat_dataset', None)
-    corpus._dialogues.cache_clear()
+    corpus.dialogues.cache_clear()
     with pytest.raises(
       ValueError, match=r"pip install 'galore-optax\[train\]'"
     ):

@@ -20,7 +20,9 @@ from tests.train.data.tiny import (
   write_other,
   write_settings,
 )
+from tests.train.test_config import CONFIG
 from train.data.tokenizer import Tokenizer, load, train_tokenizer
+from train.run import Run
 
 SMILE = '\U0001f600\u2581'
 CHATML_TEXT = '<|im_start|>user\nThe dog?<|im_end|>\n'
@@ -177,6 +179,19 @@ def test_pieces_of_a_model_that_adds_a_space(tmp_path):
   assert tokenizer.decode(ids_n[scored_n]) == 'brown fox over'
 
 
+@pytest.mark.parametrize('kind', ['sentencepiece', 'json'])
+def test_a_run_keeps_its_tokenizer(tokenizer, tmp_path, kind):
+  if kind == 'json':
+    (tmp_path / 'checkpoint').mkdir()
+    tokenizer = load(write(tmp_path / 'checkpoint', CHATML))
+  run = Run(tmp_path / 'run')
+  run.create(CONFIG, tokenizer)
+  found = run.tokenizer()
+  assert type(found) is type(tokenizer) and run.config() == CONFIG
+  np.testing.assert_array_equal(found.encode(TEXT), tokenizer.encode(TEXT))
+  assert found.stop_ids == tokenizer.stop_ids
+
+
 class TestJson:
   """A byte-level BPE as SmolLM2's, and others by their parts."""
 
@@ -320,13 +335,18 @@ class TestJson:
         '{"eos_token": "<none>"}',
         "'<none>' is not in the vocabulary",
       ),
+      (
+        'tokenizer_config.json',
+        '{"eos_token": {"text": "a"}}',
+        r"a field of .* has another form .*KeyError: 'content'",
+      ),
       ('chat_template.jinja', '{% if %}', r'no Jinja template \(line 1'),
     ],
   )
   def test_broken_files(self, tmp_path, name, content, message):
     write(tmp_path)
     (tmp_path / name).write_text(content, 'latin-1')
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf'in .*{tmp_path.name}.*{message}'):
       load(tmp_path)
 
   def test_no_tokenizer(self, tmp_path):

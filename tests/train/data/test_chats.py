@@ -1,0 +1,462 @@
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tests.train.data.tiny import (
+  CHAT,
+  CHATML,
+  GENERATION,
+  LLAMA3,
+  LLAMA3_SPECIALS,
+  MISTRAL,
+  MISTRAL_SPECIALS,
+  QWEN,
+  SPECIALS,
+  TEXT,
+  THINK,
+  write,
+)
+from train.data.batches import batches, shown, validation_batches
+from train.data.chats import (
+  PLAIN,
+  Chat,
+  Chats,
+  ChitchatAnswers,
+  Prose,
+  parse_line,
+  template_of,
+)
+from train.data.corpus import Chitchat
+from train.data.template import ChatTemplate
+from train.data.tokenizer import load, train_tokenizer
+
+SCORED = tuple(message['role'] == 'assistant' for message in CHAT)
+
+# The template, its tokens, what an answer ends with.
+TEMPLATES = {
+  'chatml': (CHATML, SPECIALS, '<|im_end|>'),
+  'generation': (GENERATION, SPECIALS, '<|im_end|>'),
+  'qwen': (QWEN, SPECIALS, '<|im_end|>'),
+  'llama3': (LLAMA3, LLAMA3_SPECIALS, '<|eot_id|>'),
+  'mistral': (MISTRAL, MISTRAL_SPECIALS, '</s>'),
+  'plain': (PLAIN, MISTRAL_SPECIALS, '</s>'),
+}
+
+
+def make(name, tmp_path):
+  """A tokenizer with this template, BOS and EOS of the same kind."""
+  template, specials, _ = TEMPLATES[name]
+  settings = {'bos_token': specials[0], 'eos_token': specials[1]}
+  return load(write(tmp_path, template, settings, specials))
+
+
+def messages_of(name):
+  return CHAT[1:] if name == 'mistral' else CHAT
+
+
+def lines(path, records):
+  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  return str(path)
+
+
+def chats_file(tmp_path, number=60):
+  """Chats of many lengths, every answer another one."""
+  return lines(
+    tmp_path / 'chats.jsonl',
+    [
+      {
+        'messages': [
+          {'role': 'user', 'content': f'Question {i}? ' + i % 7 * 'Why? '},
+          {'role': 'assistant', 'content': f'Answer {i}.' + i % 5 * ' So.'},
+        ]
+      }
+      for i in range(number)
+    ],
+  )
+
+
+class TestTemplate:
+  @pytest.mark.parametrize('name', TEMPLATES)
+  def test_scored_are_the_answers_and_their_ends(self, tmp_path, name):
+    tokenizer = make(name, tmp_path)
+    messages = messages_of(name)
+    pieces = tokenizer.chat_template.pieces(messages, SCORED[-len(messages) :])
+    assert ''.join(text for text, _ in pieces) == (
+      tokenizer.chat_template.render(messages)
+    )
+    end = TEMPLATES[name][2]
+    assert [text for text, scored in pieces if scored] == [
+      message['content'] + end
+      for message in messages
+      if message['role'] == 'assistant'
+    ]
+    assert tokenizer.chat_template.end_of_turn == end
+    assert tokenizer.specials[end] in tokenizer.stop_ids
+
+  @pytest.mark.parametrize('name', TEMPLATES)
+  def test_scored_tokens_say_the_same(self, tmp_path, name):
+    tokenizer = make(name, tmp_path)
+    messages = messages_of(name)
+    template = tokenizer.chat_template
+    pieces = template.pieces(messages, SCORED[-len(messages) :])
+    ids_n, scored_n = tokenizer.encode_pieces(pieces)
+    np.testing.assert_array_equal(
+      ids_n, tokenizer.encode(template.render(messages), special=True)
+    )
+    said = tokenizer.decode(ids_n[scored_n])
+    # Of a token in two pieces, a space in front, all is scored.
+    assert said.replace(' ', '') == ''.join(
+      message['content']
+      for message in messages
+      if message['role'] == 'assistant'
+    ).replace(' ', '')
+    end = tokenizer.specials[TEMPLATES[name][2]]
+    assert list(ids_n[scored_n]).count(end) == 2
+
+  def test_an_answer_that_the_question_repeats(self, tmp_path):
+    template = make('chatml', tmp_path).chat_template
+    messages = [
+      {'role': 'user', 'content': 'assistant\nyes'},
+      {'role': 'assistant', 'content': 'yes'},
+      {'role': 'user', 'content': 'yes'},
+      {'role': 'assistant', 'content': ' yes\n'},
+    ]
+    pieces = template.pieces(messages, (False, True, False, True))
+    assert [text for text, scored in pieces if scored] == [
+      'yes<|im_end|>',
+      'yes\n<|im_end|>',
+    ]
+    only_last = template.pieces(messages, (False, False, False, True))
+    assert len([text for text, scored in only_last if scored]) == 1
+
+  def test_white_space_that_a_template_strips(self, tmp_path):
+    template = make('llama3', tmp_path).chat_template
+    messages = [{'role': 'assistant', 'content': ' \n yes \n'}]
+    *_, last = template.pieces(messages, (True,))
+    assert last == ('yes<|eot_id|>', True)
+
+  def test_generation_marks_of_some_answers(self, tmp_path):
+    template = make('generation', tmp_path).chat_template
+    pieces = template.pieces(CHAT, (False, False, False, False, True))
+    scored = [text for text, scored in pieces if scored]
+    assert scored == [CHAT[-1]['content'] + '<|im_end|>']
+
+  def test_a_template_that_takes_an_answer_apart(self):
+    template = ChatTemplate(THINK, {}, SPECIALS)
+    answer = '<think>\nhm\n</think>\n\nYes.'
+    messages = [CHAT[1], {'role': 'assistant', 'content': answer}]
+    pieces = template.pieces(messages, (False, True))
+    assert pieces[1:] == [(answer + '<|im_end|>', True), ('\n', False)]
+    with pytest.raises(ValueError, match='rewrites message 2 of 4, so that'):
+      template.pieces(2 * messages, (False, True, False, True))
+    # The one that is last can be found.
+    *_, last, _ = template.pieces(2 * messages, (False, False, False, True))
+    assert last == (answer + '<|im_end|>', True)
+
+  def test_what_a_template_may_use(self):
+    source = (
+      '{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}'
+      "{{ m | tojson }}{% endfor %}{{ strftime_now('%Y') }}{{ eos_token }}"
+    )
+    template = ChatTemplate(source, {'eos_token': '</s>'}, ())
+    found = template.render([{'role': '<user>', 'content': 'caf\u00e9'}] * 2)
+    assert re.fullmatch(
+      r'\{"role": "<user>", "content": "caf\u00e9"\}\d{4}</s>', found
+    )
+
+  @pytest.mark.parametrize(
+    'source',
+    [
+      "{{ raise_exception('roles must alternate') }}",
+      '{{ messages.__class__.__mro__ }}',
+      '{{ messages.append(1) }}',
+      '{{ nothing.at.all }}',
+    ],
+  )
+  def test_a_template_that_fails_is_one_error(self, source):
+    template = ChatTemplate(source, {}, ())
+    with pytest.raises(ValueError, match='refuses messages of the roles user'):
+      template.render([{'role': 'user', 'content': 'a'}])
+
+
+class TestLines:
+  @pytest.mark.parametrize(
+    'record',
+    [
+      {'messages': list(CHAT)},
+      {
+        'conversations': [
+          {'from': {'user': 'human', 'assistant': 'gpt'}.get(r, r), 'value': c}
+          for r, c in (message.values() for message in CHAT)
+        ]
+      },
+      {'conversations': list(CHAT)},
+    ],
+  )
+  def test_conversations(self, record):
+    chat = parse_line(json.dumps(record).encode())
+    assert chat == Chat(CHAT, SCORED)
+
+  def test_guanaco(self):
+    text = '### Human: Who?### Assistant: The fox.\n### Human: And?'
+    chat = parse_line(json.dumps({'text': text}).encode())
+    assert [tuple(message.values()) for message in chat.messages] == [
+      ('user', 'Who?'),
+      ('assistant', 'The fox.'),
+      ('user', 'And?'),
+    ]
+    assert chat.scored == (False, True, False)
+
+  def test_prompt_and_completion(self):
+    record = {'prompt': list(CHAT[:3]), 'completion': list(CHAT[3:])}
+    chat = parse_line(json.dumps(record).encode())
+    assert chat == Chat(CHAT, (False, False, False, False, True))
+    record = {'prompt': '1 + 1 =', 'completion': ' 2'}
+    prose = parse_line(json.dumps(record).encode())
+    assert prose == Prose((('1 + 1 =', False), (' 2', True)))
+
+  def test_nothing_to_learn(self):
+    for record in (
+      {'messages': list(CHAT[:2])},
+      {'messages': [CHAT[0], {'role': 'assistant', 'content': ' '}]},
+      {'prompt': 'a', 'completion': ''},
+      {'text': ' '},
+    ):
+      assert parse_line(json.dumps(record).encode()) is None
+    line = json.dumps({'messages': list(CHAT[:2])}).encode()
+    assert parse_line(line, 'all') is not None
+
+  @pytest.mark.parametrize(
+    'line',
+    [
+      '{"messages": ',
+      '[1]',
+      '3',
+      '{"body": "a"}',
+      '{"prompt": "a"}',
+      '{"prompt": "a", "completion": ["b"]}',
+      '{"text": 1}',
+      '{"messages": {"role": "user"}}',
+      '{"messages": ["a"]}',
+      '{"messages": [{"role": "user"}]}',
+      '{"messages": [{"role": "user", "content": null}]}',
+      '{"messages": [{"role": 1, "content": "a"}]}',
+      '{"conversations": [{"from": "human"}]}',
+      r'{"messages": [{"role": "assistant", "content": "\ud800"}]}',
+    ],
+  )
+  def test_bad_line_is_named(self, tmp_path, line):
+    path = lines(tmp_path / 'a.jsonl', [{'text': 'a'}, {'text': 'b'}])
+    with open(path, 'a') as file:
+      file.write('\n' + line)
+    with pytest.raises(
+      ValueError, match=r'a\.jsonl, line 4: a line must be .*correct or remove'
+    ):
+      Chats(path).open('train')
+
+
+class TestCorpus:
+  def test_splits_are_disjoint_and_complete(self, tmp_path):
+    path = chats_file(tmp_path)
+    corpus = Chats(path, holdout=0.3)
+    answers = [
+      {item.messages[1]['content'] for item in corpus.open(split).source}
+      for split in ('train', 'validation')
+    ]
+    assert not answers[0] & answers[1] and len(answers[0] | answers[1]) == 60
+    assert len(Chats(path, path).open('validation').source) == 60
+
+  def test_a_template_that_is_named(self, tmp_path):
+    tokenizer = make('chatml', tmp_path)
+    (tmp_path / 'a.jinja').write_text(MISTRAL)
+    own, plain, named = (
+      template_of(tokenizer, template).render(CHAT[1:3])
+      for template in (None, 'plain', str(tmp_path / 'a.jinja'))
+    )
+    assert own.startswith('<|im_start|>user\n')
+    assert plain.endswith(
+      '### Human: Who jumps over the dog?\n'
+      '### Assistant: The quick brown fox.<|im_start|>'
+    )
+    assert '[INST]' in named
+    saved = tokenizer.with_template(MISTRAL)
+    saved.save(tmp_path)
+    assert '[INST]' in load(tmp_path).chat_template.render(CHAT[1:3])
+    with pytest.raises(FileNotFoundError, match=r"no chat template at 'none'"):
+      Chats(chats_file(tmp_path), template='none').open('train')
+
+  def test_texts_are_taken_as_they_stand(self, tmp_path):
+    tokenizer = make('mistral', tmp_path)
+    records = [
+      {'prompt': 'The dog', 'completion': ' jumps'},
+      {'text': TEXT},
+      {'text': f'<s>{TEXT}</s>'},
+    ]
+    dialogues = Chats(
+      lines(tmp_path / 'a.jsonl', records), str(tmp_path / 'a.jsonl')
+    ).open('train')
+    bos, eos = tokenizer.specials['<s>'], tokenizer.specials['</s>']
+    tokenizer.bos_id = bos
+    encode = dialogues.encoder(tokenizer)
+    first, second, third = map(encode, dialogues.source)
+    assert (first.ids_n[0], first.ids_n[-1]) == (bos, eos)
+    assert tokenizer.decode(first.ids_n[first.scored_n]) == ' jumps'
+    assert first.scored_n[-1]
+    assert (first.bytes_n * first.scored_n).sum() == len(' jumps')
+    np.testing.assert_array_equal(second.ids_n, third.ids_n)
+    assert second.scored_n[1:].all()
+
+  def test_a_chat_that_the_template_refuses_is_named(self, tmp_path):
+    tokenizer = make('mistral', tmp_path)
+    records = [{'messages': list(CHAT[1:3])}, {'messages': list(CHAT)}]
+    path = lines(tmp_path / 'a.jsonl', records)
+    dialogues = Chats(path, path).open('train')
+    with pytest.raises(ValueError, match=r'a\.jsonl, line 2: .*alternate'):
+      batches(dialogues, tokenizer, batch_size=1, sequence_length=8, seed=0)
+
+  def test_chitchat_answers(self):
+    train, validation = (
+      ChitchatAnswers().open(split) for split in ('train', 'validation')
+    )
+    held = list(Chitchat().open('validation').source)
+    contents = [message['content'] for message in validation.source[0].messages]
+    assert '\n'.join(contents) in held
+    assert validation.source[1].scored[:3] == (False, True, False)
+    # 3,150 have one turn alone.
+    assert len(train.source) + len(validation.source) == 7168 - 3150
+    assert validation.source.place(0).startswith('dialogue ')
+
+
+class TestBatches:
+  @pytest.fixture
+  def tokenizer(self, tmp_path):
+    return make('chatml', tmp_path)
+
+  @pytest.fixture
+  def dialogues(self, tmp_path):
+    path = chats_file(tmp_path)
+    return Chats(path, path).open('train')
+
+  def training(self, dialogues, tokenizer, **kwargs):
+    shape = {'batch_size': 4, 'sequence_length': 90, 'seed': 3} | kwargs
+    return batches(dialogues, tokenizer, **shape)
+
+  def test_whole_chats_alone_in_their_segments(self, dialogues, tokenizer):
+    found = validation_batches(
+      dialogues, tokenizer, batch_size=4, sequence_length=90
+    )
+    encode = dialogues.encoder(tokenizer)
+    expected = {
+      (tuple(ids_n[:-1]), tuple(ids_n[1:]), tuple(scored_n[1:]))
+      for ids_n, scored_n, _ in map(encode, dialogues.source)
+    }
+    segments = []
+    for batch in found:
+      np.testing.assert_array_equal(
+        batch['weights'] * batch['segments'] == 0, batch['weights'] == 0
+      )
+      for row in range(4):
+        ids_T = batch['segments'][row]
+        for i in range(1, ids_T.max() + 1):
+          inside = ids_T == i
+          positions = batch['positions'][row][inside]
+          np.testing.assert_array_equal(positions, np.arange(inside.sum()))
+          segments.append(
+            tuple(
+              tuple(batch[key][row][inside])
+              for key in ('inputs', 'targets', 'weights')
+            )
+          )
+    assert len(segments) == 60 and set(segments) == expected
+    num_bytes = sum((b['weights'] * b['bytes']).sum() for b in found)
+    assert num_bytes == sum(
+      len(item.messages[1]['content'].encode()) for item in dialogues.source
+    )
+
+  def test_every_row_has_an_answer_and_an_epoch_has_all(
+    self, dialogues, tokenizer
+  ):
+    found = list(itertools.islice(self.training(dialogues, tokenizer), 30))
+    assert found[0]['weights'].dtype == np.float32
+    for batch in found:
+      assert np.asarray(batch['weights']).sum(axis=1).min() > 0
+      assert batch['weights'].shape == (4, 90)
+    said = tokenizer.decode(
+      np.concatenate([np.asarray(b['targets']).ravel() for b in found])
+    )
+    assert {int(i) for i in re.findall(r'Answer (\d+)\.', said)} == set(
+      range(60)
+    )
+
+  def test_state_resumes_bit_equal(self, dialogues, tokenizer):
+    iterator = self.training(dialogues, tokenizer)
+    for taken in range(40):
+      if taken in (0, 1, 7, 16, 33):  # also where rows are shuffled anew
+        state = json.loads(json.dumps(iterator.get_state()))
+        resumed = self.training(dialogues, tokenizer)
+        resumed.set_state(state)
+        following = self.training(dialogues, tokenizer)
+        for _ in range(taken):
+          next(following)
+        for _ in range(20):
+          ours, theirs = next(resumed), next(following)
+          for key, x_BT in ours.items():
+            np.testing.assert_array_equal(x_BT, theirs[key])
+      next(iterator)
+
+  def test_a_chat_longer_than_a_row_is_cut(self, tokenizer, tmp_path):
+    answer = {'role': 'assistant', 'content': 60 * 'long '}
+    long = {'messages': [CHAT[1], answer]}
+    late = {'messages': [{'role': 'user', 'content': 60 * 'long '}, answer]}
+    path = lines(tmp_path / 'a.jsonl', [long, late])
+    dialogues = Chats(path, path).open('train')
+    encode = dialogues.encoder(tokenizer)
+    example = encode(dialogues.source[0])
+    iterator = self.training(dialogues, tokenizer, batch_size=1)
+    for _ in range(5):
+      batch = next(iterator)
+      np.testing.assert_array_equal(batch['inputs'][0], example.ids_n[:90])
+      np.testing.assert_array_equal(batch['targets'][0], example.ids_n[1:91])
+    table = shown(dialogues, tokenizer, sequence_length=90)
+    assert '2 are longer than 90 tokens; 1 have no answer' in table.caption
+    with pytest.raises(ValueError, match='sequence_length 10 ends each of'):
+      self.training(dialogues, tokenizer, sequence_length=10)
+
+  def test_all_can_be_scored(self, tokenizer, tmp_path):
+    path = chats_file(tmp_path)
+    dialogues = Chats(path, path, score='all').open('train')
+    batch = next(self.training(dialogues, tokenizer))
+    np.testing.assert_array_equal(batch['weights'], batch['segments'] > 0)
+
+  def test_a_tokenizer_trained_on_chats(self, dialogues):
+    stream = dialogues.stream(seed=0, repeat=False)
+    tokenizer = train_tokenizer(stream, vocab_size=300)
+    iterator = self.training(dialogues, tokenizer)
+    batch = {key: np.asarray(x) for key, x in next(iterator).items()}
+    first = batch['segments'][0] == 1
+    said = tokenizer.decode(batch['inputs'][0][first])
+    assert re.match(r'### Human: Question \d+\?', said)
+    scored = tokenizer.decode(
+      batch['targets'][0][first & (batch['weights'][0] > 0)]
+    )
+    assert re.fullmatch(r' Answer \d+\.( So\.)*', scored)
+    assert batch['targets'][0][first][-1] == tokenizer.eos_id
+
+  def test_shown_colours_what_is_scored(self, dialogues, tokenizer):
+    table = shown(dialogues, tokenizer, sequence_length=90)
+    text = table.columns[0]._cells[0]
+    assert text.plain.startswith('<|im_start|>user\nQuestion ')
+    green = [
+      text.plain[span.start : span.end]
+      for span in text.spans
+      if span.style == 'bold green'
+    ]
+    assert re.fullmatch(r'Answer \d+\.( So\.)*<\|im_end\|>', ''.join(green))
+    console = Console(record=True, width=80)
+    console.print(table)
+    said = ' '.join(console.export_text().split())
+    assert 'of 60 examples are scored; 0 are longer than 90' in said
