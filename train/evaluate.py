@@ -268,8 +268,10 @@ def joined(tokenizer: AnyTokenizer, context: str, choice: str) -> Pair:
   same = 0
   while same < min(len(known), len(ids) - 1) and known[same] == ids[same]:
     same += 1
-  first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-  return Pair([first, *ids], len(ids) - same)
+  begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  # Some token must come before the first that is scored.
+  begin = begin if begin or same else [tokenizer.eos_id]
+  return Pair([*begin, *ids], len(ids) - same)
 
 
 def log_likelihoods(

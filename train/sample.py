@@ -119,9 +119,10 @@ class Reader:
       found_BV, self._cache = _extend(
         *(self._layers, self._params, self._cache, tokens_BT, lengths_B)
       )
-      if logits_BV is None:
+      if start == 0:
         logits_BV = found_BV
-      logits_BV = jnp.where(lengths_B[:, None] > 0, found_BV, logits_BV)
+      else:
+        logits_BV = jnp.where(lengths_B[:, None] > 0, found_BV, logits_BV)
     return logits_BV
 
 

@@ -84,11 +84,12 @@ def test_a_choice_begins_with_its_space(model):
   tokenizer = model.tokenizer
   for context in ('The lazy', 'The lazy '):
     ids, num_scored = evaluate.joined(tokenizer, context, 'dog')
-    assert ids == [tokenizer.eos_id, *tokenizer.encode('The lazy dog')]
+    assert ids == tokenizer.encode('The lazy dog').tolist()
     assert tokenizer.decode(ids[-num_scored:]) == ' dog'
   ids, num_scored = evaluate.joined(tokenizer, 'The lazy\n', 'dog')
   assert tokenizer.decode(ids[-num_scored:]) == '\ndog'
   ids, num_scored = evaluate.joined(tokenizer, '', 'dog')
+  # The tokenizer has no BOS, and a first token has nothing before it.
   assert ids == [tokenizer.eos_id, *tokenizer.encode('dog')]
   assert num_scored == len(ids) - 1
 
@@ -191,11 +192,8 @@ def test_choices_of_a_directory(directory, model, tmp_path, capsys):
     scores, context = [], next(iter(line.values()))
     for choice in line['choices']:
       known = model.tokenizer.encode(context)
-      ids = [
-        model.tokenizer.eos_id,
-        *model.tokenizer.encode(f'{context} {choice}'),
-      ]
-      scores.append(log_p(model, ids)[len(known) :].sum())
+      ids = model.tokenizer.encode(f'{context} {choice}').tolist()
+      scores.append(log_p(model, ids)[len(known) - 1 :].sum())
     sizes = [len(choice) for choice in line['choices']]
     right['accuracy'].append(np.argmax(scores) == best)
     right['accuracy per byte'].append(
@@ -216,9 +214,9 @@ def test_texts_of_a_directory(directory, model, tmp_path, capsys):
   assert first.startswith(f'{files[0]}: loss ')
   assert second.startswith(f'{files[1]}: loss ')
   values = dict(x.rsplit(' ', 1) for x in first.split(': ')[1].split(', '))
-  # The document in rows of 8 pairs, each of which knows itself alone.
-  end = model.tokenizer.eos_id
-  ids = [end, *model.tokenizer.encode(text).tolist(), end]
+  # The document in rows of 8 pairs, each of which knows itself alone. Nothing
+  # comes before its first token, whose bytes do not count either.
+  ids = [*model.tokenizer.encode(text).tolist(), model.tokenizer.eos_id]
   nll = -sum(
     log_p(model, ids[start : start + 9]).sum()
     for start in range(0, len(ids) - 1, 8)
@@ -226,7 +224,8 @@ def test_texts_of_a_directory(directory, model, tmp_path, capsys):
   mean = nll / (len(ids) - 1)
   assert float(values['loss']) == pytest.approx(mean, abs=2e-4)
   assert float(values['perplexity']) == pytest.approx(math.exp(mean), rel=1e-3)
-  bits = nll / math.log(2) / len(text.encode())
+  num_bytes = len(text.encode()) - model.tokenizer.bytes_V[ids[0]]
+  bits = nll / math.log(2) / num_bytes
   assert float(values['bits per byte']) == pytest.approx(bits, abs=2e-4)
 
 
