@@ -44,11 +44,12 @@ _NAMES = {
   'lm_head/kernel': 'lm_head.weight',
 }
 
-_TOKENIZER = (
+_OTHERS = (
   *('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'),
   *('special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt'),
   *('chat_template.jinja', 'chat_template.json', 'generation_config.json'),
 )
+"""What a checkpoint has beside config.json and its weights: the tokenizer."""
 
 _INDEX = 'model.safetensors.index.json'
 
@@ -132,10 +133,18 @@ def save(
     for file in directory.glob(pattern):
       raise FileExistsError(f'{file} exists; name another directory')
   _write_shards(directory, flat, max_shard_bytes)
-  for name in _TOKENIZER:
-    if source is not None and (pathlib.Path(source) / name).is_file():
-      shutil.copyfile(pathlib.Path(source) / name, directory / name)
+  if source is not None:
+    copy(source, directory)
   _write_json(directory / 'config.json', fields)
+
+
+def copy(source: str | pathlib.Path, directory: str | pathlib.Path) -> None:
+  """Copies config.json and a tokenizer's files, those that are there."""
+  pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+  for name in ('config.json', *_OTHERS):
+    file = pathlib.Path(source) / name
+    if file.is_file():
+      shutil.copyfile(file, pathlib.Path(directory) / name)
 
 
 def llama_params(
