@@ -31,7 +31,13 @@ from train.data.tokenizer import Tokenizer, train_tokenizer
 from train.run import Run
 from train.sample import continuations
 from train.step import State
-from train.task import Task, Text, language_model, stored_layers
+from train.task import (
+  Task,
+  Text,
+  array_shapes,
+  language_model,
+  stored_layers,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +113,11 @@ def prepare(argv: Sequence[str]) -> Setup:
   task = language_model(config)
   init, step = step_lib.build(config, task)
   memory = report.memory_table(
-    jax.eval_shape(task.layers.init, jax.random.key(0)),
+    array_shapes(config, task),
     jax.eval_shape(task.init, jax.random.key(0)),
     config.transformation(),
     type(config.optimizer).__name__,
+    task.trained,
   )
   documents = config.corpus.open('train')
   held_out = config.corpus.open('validation')
