@@ -33,16 +33,40 @@ class State(NamedTuple):
 
 def build(config: Config, task: Task) -> tuple[Init, Step]:
   """Returns what starts and what continues the training of a task."""
-  schedule = config.schedule()
+  schedule, start = config.schedule(), starter(config, task)
+  if isinstance(config.update, WholeTree):
+    step = make_step(
+      task.loss,
+      config.transformation(),
+      schedule=schedule,
+      microbatches=config.microbatches,
+    )
+  else:
+    update = make_layerwise(config, task)
+    step = make_layerwise_step(update, schedule=schedule)
+  if config.learning_rate == 0:
+    step = still(step)
+  return lambda key: start(task.init(key)), step
+
+
+def starter(config: Config, task: Task) -> Callable[[PyTree], 'State']:
+  """Returns `parameters -> state` before the first update."""
   if isinstance(config.update, WholeTree):
     tx = config.transformation()
-    step = make_step(
-      task.loss, tx, schedule=schedule, microbatches=config.microbatches
-    )
-    return lambda key: init(task.init(key), tx), step
-  update = make_layerwise(config, task)
-  step = make_layerwise_step(update, schedule=schedule)
-  return lambda key: init(task.init(key), update), step
+  else:
+    tx = make_layerwise(config, task)
+  return lambda params: init(params, tx)
+
+
+def still(step: Step) -> Step:
+  """Returns a step that moves no weight: a sum with 0 would lose a -0."""
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def same(state: State, batch: Batch) -> tuple[State, PyTree]:
+    new, metrics = step(state, batch)
+    return new._replace(params=state.params), metrics
+
+  return same
 
 
 def init(params: PyTree, tx: Any) -> State:

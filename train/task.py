@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from galore_optax.layerwise.weights import ARRAYS, is_stored
+from models import huggingface
 from models.llama import Layers
 from train.config import Config
 from train.data.batches import batches, validation_batches
@@ -46,6 +47,8 @@ class Task:
 
   init: Callable[[jax.Array], PyTree]
   """`key -> parameters`, as they are stored between steps."""
+  read: Callable[[jax.Array], PyTree]
+  """The same from the config's checkpoint; what that lacks is drawn."""
   layers: Any
   """The model one layer at a time, on arrays, as `layerwise` wants it."""
   loss: Loss
@@ -58,6 +61,8 @@ class Task:
   """Data to `parameters -> metrics` of what is held out."""
   unit: str
   """What a weight of 1 counts."""
+  score: Callable[[Metrics], float] = lambda found: found['loss']
+  """A number of a validation; the lowest is the best."""
   large: tuple[str, ...] = ()
   """Paths of the weights that `Layerwise.slices` cuts."""
 
@@ -66,7 +71,8 @@ def language_model(config: Config) -> Task:
   """Returns the pre-training of a LLaMA on a corpus."""
   layers, loss = Layers(config.model), stored_layers(config)
   return Task(
-    init=functools.partial(init_params, config),
+    init=lambda key: stored(config, Layers(config.model).init(key)),
+    read=lambda key: stored(config, read_params(config)),
     layers=layers,
     loss=loss,
     batches=lambda text: batches(
@@ -99,14 +105,21 @@ def stored_layers(config: Config) -> Layers:
   )
 
 
-def init_params(config: Config, key: jax.Array) -> PyTree:
-  """Returns the first weights of a config, as they are stored."""
+def stored(config: Config, params: PyTree) -> PyTree:
+  """Returns weights as a config stores them."""
   store = config.weights().store
-  params = Layers(config.model).init(key)
   blocks = jax.tree.map(
     lambda w: store(w) if w.ndim > 2 else w, params['blocks']
   )
   return params | {'blocks': blocks}
+
+
+def read_params(config: Config) -> PyTree:
+  """Returns the weights of a config's checkpoint, of the config's type."""
+  _, params = huggingface.load(
+    config.checkpoint, param_dtype=config.model.param_dtype
+  )
+  return params
 
 
 def held_out(config: Config, text: Text) -> grain.IterDataset[Batch]:

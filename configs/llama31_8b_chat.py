@@ -1,0 +1,58 @@
+"""Llama-3.1-8B fine-tuned on chats, on one card of 24 GB.
+
+Source: the recipe of mistral_7b_guanaco, for a model whose embedding and head
+have 128,256 rows.
+
+Command: python -m train.finetune configs/llama31_8b_chat.py --checkpoint DIR
+--corpus.train chats.jsonl
+Expected memory: FOOTPRINT.
+Expected time, expected number: unknown. Our number: not yet run.
+"""
+
+from models.llama import Llama3Scaling, LlamaConfig
+from train.config import Config, Layerwise
+from train.data.chats import Chats
+from train.method import Galore8bit
+
+config = Config(
+  # As in meta-llama/Llama-3.1-8B, for a plan without the checkpoint.
+  model=LlamaConfig(
+    vocab_size=128_256,
+    width=4096,
+    mlp_width=14_336,
+    num_heads=32,
+    num_layers=32,
+    num_kv_heads=8,
+    rope_theta=500_000.0,
+    rope_scaling=Llama3Scaling(
+      factor=8.0,
+      low_freq_factor=1.0,
+      high_freq_factor=4.0,
+      original_length=8192,
+    ),
+    norm_eps=1e-5,
+    dtype='bfloat16',
+    param_dtype='bfloat16',
+    remat=True,
+  ),
+  corpus=Chats('chats.jsonl'),
+  optimizer=Galore8bit(
+    rank=512,
+    gap=200,
+    scale=1.8,
+    subspace='power',
+    basis_bits=8,
+    weight_decay=0.05,
+  ),
+  update=Layerwise(
+    clip='previous', slices=64, weights='rounded', accumulate=8, sums='bfloat16'
+  ),
+  steps=1000,
+  learning_rate=1e-5,
+  warmup=0.2,
+  batch_size=8,
+  sequence_length=1024,
+  eval_every=100,
+  save_every=500,
+  save_best=True,
+)
