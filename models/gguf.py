@@ -242,7 +242,7 @@ def _load(file, reader, fields, shardings, overrides):
   try:
     config = dataclasses.replace(_config(reader, fields), **overrides)
     tensors = _tensors(reader, config)
-    return config, huggingface.llama_params(tensors, config, shardings)
+    return config, huggingface.params_of(tensors, config, shardings)
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from error
 

@@ -252,19 +252,6 @@ def _fresh(tensors, names, row):
   }
 
 
-def linear_modules(layer: int = 0) -> dict[str, str]:
-  """Names of a checkpoint's linear modules, by the paths of our kernels.
-
-  >>> linear_modules(3)['blocks/attention/q/kernel']
-  'model.layers.3.self_attn.q_proj'
-  """
-  return {
-    path: name.format(layer).removesuffix('.weight')
-    for path, name in _NAMES.items()
-    if path.endswith('/kernel')
-  }
-
-
 @dataclasses.dataclass(frozen=True)
 class _Stored:
   """A tensor in a file; rows of it are read when they are asked for."""

@@ -40,11 +40,12 @@ What differs from there, for the same arguments:
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from models import huggingface
+from models import huggingface_config
 from train.config import Layerwise, WholeTree
 from train.method import CLASSES
 
@@ -100,6 +101,8 @@ def from_hf_args(
   optim: str,
   optim_args: str | Mapping[str, Any] | None = None,
   targets: str | Sequence[str] | None = None,
+  *,
+  model_type: str = 'llama',
 ) -> dict[str, Any]:
   """Returns fields of `Config` for what `TrainingArguments` say.
 
@@ -111,6 +114,7 @@ def from_hf_args(
     targets: optim_target_modules: a regex that matches a module's whole name
       ('model.layers.0.self_attn.q_proj'), 'all-linear', or several strings,
       each a part of a name or such a regex.
+    model_type: as in config.json; it names the modules.
 
   Returns:
     The fields optimizer and update.
@@ -138,7 +142,7 @@ def from_hf_args(
   if keys and targets is None:
     raise ValueError(
       f'{optim} needs targets, as it needs optim_target_modules there; '
-      f"give 'all-linear', or parts of {_modules()}"
+      f"give 'all-linear', or parts of {_modules(model_type)}"
     )
   if targets is not None and not keys:
     raise ValueError(
@@ -146,7 +150,7 @@ def from_hf_args(
       'them out'
     )
   if keys:
-    options['targets'] = _paths(targets)
+    options['targets'] = _paths(targets, model_type)
   in_backward = optim.endswith(_LAYERWISE) or 'lomo' in optim
   return {
     'optimizer': CLASSES[name](**options),
@@ -197,26 +201,31 @@ def _value(key, text, values):
   raise ValueError(f'optim_args: {key} must be {rule}, got {text!r}')
 
 
-def _paths(targets):
+def _paths(targets, model_type):
   """Paths of our kernels whose modules transformers would pick."""
-  picked = {
-    path: _picked(path, targets) for path in huggingface.linear_modules()
-  }
-  found = [path for path, layers in picked.items() if layers]
+  kinds = huggingface_config.ARCHITECTURES
+  if model_type not in kinds:
+    raise ValueError(f'model_type must be of {[*kinds]}, got {model_type!r}')
+  modules = functools.partial(huggingface_config.linear_modules, model_type)
+  layers = list(map(modules, range(_LAYERS)))
+  found = [
+    path
+    for path in modules()
+    if _picked([layer[path] for layer in layers], targets)
+  ]
   if not found:
     raise ValueError(
-      f'targets {targets!r} match no linear module; a model has {_modules()}'
+      f'targets {targets!r} match no linear module; a model has '
+      f'{_modules(model_type)}'
     )
-  if 'lm_head/kernel' in found[:-1] + found[1:]:
+  if len(found) > 1 and found[-1] == 'lm_head/kernel':
     # Where the model is tied there is none, and nothing else to be named.
-    found.remove('lm_head/kernel')
-    found[-1] += '|lm_head/kernel'
+    found[-2:] = ['|'.join(found[-2:])]
   return tuple(found)
 
 
-def _picked(path, targets):
+def _picked(names, targets):
   """Whether a module is picked in every layer, or in none."""
-  names = [huggingface.linear_modules(i)[path] for i in range(_LAYERS)]
   picked = [_matches(name, targets) for name in names]
   if any(picked) and not all(picked):
     raise ValueError(
@@ -242,6 +251,6 @@ def _matches(name, targets):
     ) from error
 
 
-def _modules():
+def _modules(model_type):
   """The names of a layer's linear modules, and of the head."""
-  return ', '.join(huggingface.linear_modules().values())
+  return ', '.join(huggingface_config.linear_modules(model_type).values())

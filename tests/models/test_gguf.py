@@ -55,7 +55,7 @@ def _params(config=_CONFIG):
 
 def _named(config, params):
   """Tensors as convert_hf_to_gguf of llama.cpp names and orders them."""
-  for name, tensor in huggingface.llama_tensors(params).items():
+  for name, tensor in huggingface.tensors_of(params, config).items():
     if not name.startswith('model.layers.'):
       whole = {'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm'}
       yield whole.get(name.removesuffix('.weight'), 'output'), tensor

@@ -12,7 +12,7 @@ pytest.importorskip('tyro')
 
 from transformers import trainer_optimizer  # noqa: E402
 
-from models import huggingface  # noqa: E402
+from models import huggingface_config  # noqa: E402
 from train.hf_args import from_hf_args  # noqa: E402
 
 pytestmark = [
@@ -90,7 +90,7 @@ def test_targets_are_the_same(targets, tied):
   ours = from_hf_args('galore_adamw', None, targets)['optimizer'].targets
   paths = {path for target in ours for path in target.split('|')}
   paths -= {'lm_head/kernel'} if tied else set()
-  layers = [huggingface.linear_modules(layer) for layer in range(2)]
+  layers = [huggingface_config.linear_modules('llama', i) for i in range(2)]
   assert theirs == {layer[path] for path in paths for layer in layers}
 
 

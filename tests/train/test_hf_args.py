@@ -92,6 +92,18 @@ def test_targets_are_those_of_the_same_modules(targets, paths):
   assert optimizer.targets == paths
 
 
+def test_an_encoder_has_modules_of_other_names():
+  found = from_hf_args(
+    'galore_adamw', None, ['query', 'intermediate'], model_type='roberta'
+  )
+  paths = ('blocks/attention/q/kernel', 'blocks/mlp/up/kernel')
+  assert found['optimizer'].targets == paths
+  with pytest.raises(ValueError, match=r'a model has bert.encoder.layer.0'):
+    from_hf_args('galore_adamw', None, ['mlp'], model_type='bert')
+  with pytest.raises(ValueError, match=r"model_type must be .* got 'gpt2'"):
+    from_hf_args('galore_adamw', None, ['mlp'], model_type='gpt2')
+
+
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('targets', ['all-linear', 'all_linear'])
 def test_all_linear_has_the_head_where_there_is_one(tied, targets):
