@@ -3,7 +3,8 @@
 No array of [B, heads, T, T] exists, forward or backward: `attend` takes cuDNN's
 kernel, or `blockwise`, in which a block of queries meets the blocks of keys (up
 to its own, where it is causal), one after another, while a running maximum and
-sum make one softmax of all of them.
+sum make one softmax of all of them. `attend_cached` is for few queries, and
+keys from before.
 
 Shapes: B batch, T time, N query heads, K key-value heads, G query heads of
 each, H head dimension; I blocks of C time steps each (S where they are keys).
@@ -70,6 +71,52 @@ def attend(
     kind = 'cudnn' if here else 'blockwise'
   of_kind = {'cudnn': cudnn, 'blockwise': blockwise}[kind]
   return of_kind(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, causal)
+
+
+def attend_cached(
+  q_BTNH,
+  k_BTKH,
+  v_BTKH,
+  keys_BSKH,
+  values_BSKH,
+  positions_BT,
+  *,
+  window: int | None = None,
+):
+  """The same over keys from before and these ones; all rows are one segment.
+
+  Every score [B, N, T, S + T] exists at once, in float32.
+
+  Args:
+    q_BTNH: queries.
+    k_BTKH: keys of the same time steps.
+    v_BTKH: values of them.
+    keys_BSKH: keys from before, that of position s at s; of a row those before
+      the first of its positions count.
+    values_BSKH: values from before.
+    positions_BT: integers, of each row one after another.
+    window: as in `attend`.
+
+  Returns:
+    [B, T, N, H], of the queries' type.
+  """
+  B, T, N, H = q_BTNH.shape
+  S, K = keys_BSKH.shape[1:3]
+  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+  old_BKGTS = _product('btkgh,bskh->bkgts', q_BTKGH, keys_BSKH)
+  new_BKGTT = _product('btkgh,bskh->bkgts', q_BTKGH, k_BTKH)
+  times_1S = jnp.arange(S)[None]
+  later = jnp.iinfo(jnp.int32).max
+  old_BS = jnp.where(times_1S < positions_BT[:, :1], times_1S, later)
+  times = jnp.concatenate([old_BS, positions_BT], axis=1)[:, None, :]
+  seen = times <= positions_BT[:, :, None]
+  if window is not None:
+    seen &= positions_BT[:, :, None] - times < window
+  scores = jnp.concatenate([old_BKGTS, new_BKGTT], axis=-1) * _scale(q_BTNH)
+  p = jax.nn.softmax(jnp.where(seen[:, None, None], scores, MASKED), axis=-1)
+  y_BTKGH = _product('bkgts,bskh->btkgh', p[..., :S], values_BSKH)
+  y_BTKGH += _product('bkgts,bskh->btkgh', p[..., S:], v_BTKH)
+  return y_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
 def refusal(

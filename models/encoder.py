@@ -258,10 +258,10 @@ class Block(nn.Module):
     config, noise_B2 = self.config, x.get('noise')
     mix = nn.remat(Attention) if config.remat else Attention
     mixed = mix(config, name='attention')(x['h'], x['segments'])
-    h_BTD = x['h'] + drop(mixed, noise_B2, 0, config.dropout)
+    h_BTD = x['h'] + drop(mixed, noise_B2, 1, config.dropout)
     h_BTD = LayerNorm(config, name='attention_norm')(h_BTD)
     y_BTD = Mlp(config, name='mlp')(h_BTD)
-    h_BTD += drop(y_BTD, noise_B2, 1, config.dropout)
+    h_BTD += drop(y_BTD, noise_B2, 2, config.dropout)
     new = {'h': LayerNorm(config, name='mlp_norm')(h_BTD)}
     if noise_B2 is not None:
       new['noise'] = advance(noise_B2)
@@ -280,9 +280,9 @@ class Head(nn.Module):
     D, C = config.width, config.num_labels
     h_BD = x['h'][:, 0]
     if config.family == 'roberta':
-      h_BD = drop(h_BD, noise_B2, 0, config.dropout)
+      h_BD = drop(h_BD, noise_B2, 3, config.dropout)
     y_BD = jnp.tanh(Linear(config, (D, D), True, name='dense')(h_BD))
-    y_BD = drop(y_BD, noise_B2, 1, config.dropout)
+    y_BD = drop(y_BD, noise_B2, 4, config.dropout)
     out = Linear(config, (D, C), True, name='out')
     return out(y_BD).astype(jnp.float32)
 

@@ -187,6 +187,19 @@ def fields_of(config: AnyConfig) -> Fields:
   return fields | row.write(config, kind)
 
 
+def linear_modules(kind: str, layer: int = 0) -> dict[str, str]:
+  """Returns a model_type's linear modules, by the paths of our kernels.
+
+  >>> linear_modules('llama', 3)['blocks/attention/q/kernel']
+  'model.layers.3.self_attn.q_proj'
+  """
+  return {
+    path: name.format(layer).removesuffix('.weight')
+    for path, name in ARCHITECTURES[kind].names.items()
+    if path.endswith('/kernel')
+  }
+
+
 def model_type(config: AnyConfig) -> str:
   """Returns the first model_type that has what a config has.
 
