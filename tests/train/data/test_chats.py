@@ -326,9 +326,8 @@ class TestCorpus:
       batches(dialogues, tokenizer, batch_size=1, sequence_length=8, seed=0)
 
   def test_chitchat_answers(self):
-    train, validation = (
-      ChitchatAnswers().open(split) for split in ('train', 'validation')
-    )
+    whole = ChitchatAnswers(turns=10_000)
+    train, validation = map(whole.open, ('train', 'validation'))
     held = list(Chitchat().open('validation').source)
     contents = [message['content'] for message in validation.source[0].messages]
     assert '\n'.join(contents) in held
@@ -336,6 +335,15 @@ class TestCorpus:
     # 3,150 have one turn alone.
     assert len(train.source) + len(validation.source) == 7168 - 3150
     assert validation.source.place(0).startswith('dialogue ')
+    parts = ChitchatAnswers().open('validation').source
+    assert max(len(part.messages) for part in parts) == 8
+    # But for a last question, which has no answer.
+    answers = [
+      sum(sum(chat.scored) for chat in s) for s in (parts, validation.source)
+    ]
+    assert answers[0] == answers[1]
+    with pytest.raises(ValueError, match=r'turns must be even .* got 3'):
+      ChitchatAnswers(turns=3).open('train')
 
 
 class TestBatches:
