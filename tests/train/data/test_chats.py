@@ -267,6 +267,11 @@ class TestLines:
 
 
 class TestCorpus:
+  def test_no_line_has_an_answer(self, tmp_path):
+    path = lines(tmp_path / 'a.jsonl', [{'messages': list(CHAT[:2])}])
+    with pytest.raises(ValueError, match=r'no document .*of chats: with an'):
+      Chats(path).open('train')
+
   def test_splits_are_disjoint_and_complete(self, tmp_path):
     path = chats_file(tmp_path)
     corpus = Chats(path, holdout=0.3)
