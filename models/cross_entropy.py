@@ -56,6 +56,17 @@ def sum_in_chunks(h_BTD, kernel_DV, targets_BT, weights_BT, chunk):
   return jax.lax.scan(add, jnp.float32(0), chunks_JBC)[0]
 
 
+def in_chunks(h_BTD, kernel_DV, targets_BT, chunk):
+  """nll [B, T] with the logits of about `chunk` tokens at a time."""
+
+  def find(chunk_BC):
+    h_BCD, targets_BC = chunk_BC
+    return negative_log_likelihood(h_BCD, kernel_DV, targets_BC)
+
+  nll_JBC = jax.lax.map(find, _split((h_BTD, targets_BT), chunk))
+  return _join(nll_JBC, targets_BT.shape[1])
+
+
 def _sum_with_gradient(h_BTD, kernel_DV, targets_BT, weights_BT, chunk):
   """The sum, and its gradient with respect to h, kernel and weights."""
 

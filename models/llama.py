@@ -3,15 +3,17 @@
 The linen modules below are the one definition of the mathematics; `Layers`
 offers the same model as pure functions, whole or one layer at a time.
 
-Shapes: B batch, T time (S where time is attended to), D width, F mlp width,
-N query heads, K key-value heads, H head dimension, V vocabulary, L layers.
+Shapes: B batch, T time (S where time is attended to, or has room in a cache),
+D width, F mlp width, N query heads, K key-value heads, H head dimension,
+V vocabulary, L layers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -290,8 +292,21 @@ class Embedding(nn.Module):
     return rows_BTD.astype(self.config.dtype)
 
 
+class Cache(NamedTuple):
+  """Keys and values of the tokens that a model has read, row by row."""
+
+  keys: jax.Array  # [L, B, S, K, H], turned
+  values: jax.Array  # [L, B, S, K, H]
+  lengths: jax.Array  # [B] int32, tokens of each row; the rest is room
+
+
 class Attention(nn.Module):
-  """Causal attention with grouped heads, inside segments."""
+  """Causal attention with grouped heads, inside segments.
+
+  Where there are variables 'cache/keys' and 'cache/values' [B, S, K, H], every
+  row goes on from the first of its positions, and is one segment; its keys and
+  values of these time steps are left in 'read/keys' and 'read/values'.
+  """
 
   config: LlamaConfig
 
@@ -313,14 +328,21 @@ class Attention(nn.Module):
         x_BTNH = RMSNorm(config, name=f'{name}_norm')(x_BTNH)
       return rotate(x_BTNH, positions_BT, turns)
 
-    y_BTNH = attention.attend(
-      turned('q', N),
-      turned('k', config.kv_heads),
-      heads('v', config.kv_heads),
-      segments_BT,
-      window=config.window,
-      kind=config.attention,
-    )
+    q_BTNH, k_BTKH = turned('q', N), turned('k', config.kv_heads)
+    v_BTKH = heads('v', config.kv_heads)
+    if self.has_variable('cache', 'keys'):
+      cached = (self.get_variable('cache', x) for x in ('keys', 'values'))
+      y_BTNH = attention.attend_cached(
+        *(q_BTNH, k_BTKH, v_BTKH, *cached, positions_BT), window=config.window
+      )
+      for name, x_BTKH in (('keys', k_BTKH), ('values', v_BTKH)):
+        self.sow('read', name, x_BTKH, reduce_fn=lambda _, new: new)
+    else:
+      y_BTNH = attention.attend(
+        *(q_BTNH, k_BTKH, v_BTKH, segments_BT),
+        window=config.window,
+        kind=config.attention,
+      )
     y_BTD = y_BTNH.reshape(*h_BTD.shape[:2], N * H)
     return Linear(config, (N * H, D), name='o')(y_BTD)
 
@@ -388,6 +410,22 @@ class Llama(nn.Module):
     x = self.run_blocks(self.enter(batch))
     return cross_entropy.project_logits(self.norm(x['h']), self.head_kernel())
 
+  def logits_at(self, batch, times_B):
+    """Logits [B, V] in float32 of one time step of each row."""
+    x = self.run_blocks(self.enter(batch))
+    h_BTD = jnp.take_along_axis(x['h'], times_B[:, None, None], axis=1)
+    kernel_DV = self.head_kernel()
+    return cross_entropy.project_logits(self.norm(h_BTD), kernel_DV)[:, 0]
+
+  def nll(self, batch):
+    """-log p(target) [B, T], with few logits at a time."""
+    return cross_entropy.in_chunks(
+      self.norm(self.run_blocks(self.enter(batch))['h']),
+      self.head_kernel(),
+      batch['targets'],
+      chunk=self.config.loss_chunk,
+    )
+
   def enter(self, batch):
     """Embeds the inputs; positions and segments ride along."""
     return {
@@ -400,7 +438,7 @@ class Llama(nn.Module):
     """All blocks, by a scan over their stacked parameters."""
     scan = nn.scan(
       lambda block, x: (block(x), None),
-      variable_axes={'params': 0},
+      variable_axes={'params': 0, 'cache': 0, 'read': 0},
       split_rngs={'params': True},
       length=self.config.num_layers,
     )
@@ -441,6 +479,8 @@ class Layers:
   read: Callable[[Any], Any] | None = None
   """Makes arrays of one layer of params['blocks'] where they are stored as
   something else; the whole model calls it layer by layer, `block` does not."""
+  intercept: Callable[..., Any] | None = None
+  """A linen interceptor of all that is computed, such as `lowrank.hook`."""
 
   def init(self, key):
     """Fresh parameters; their shapes under `jax.eval_shape`."""
@@ -458,13 +498,74 @@ class Layers:
     """Logits [B, T, V] float32 from inputs, positions and segments."""
     return self._apply(params, batch, method=Llama.logits)
 
+  def nll(self, params, batch):
+    """-log p(target) [B, T] float32, whatever the weights are."""
+    return self._apply(params, batch, method=Llama.nll)
+
+  def cache(self, num_rows, length, dtype=None):
+    """A `Cache` of nothing, with room for `length` tokens a row.
+
+    Args:
+      num_rows: rows that are read at the same time.
+      length: tokens of a row, at most; `config.window` takes none away.
+      dtype: of keys and values; None is that of the activations.
+    """
+    config = self.config
+    heads = (config.kv_heads, config.head_width)
+    shape = (config.num_layers, num_rows, length, *heads)
+    # Each its own: two of the same array cannot both be donated.
+    keys, values = (jnp.zeros(shape, dtype or config.dtype) for _ in range(2))
+    return Cache(keys, values, jnp.zeros(num_rows, jnp.int32))
+
+  def extend(self, params, cache, tokens_BT, lengths_B):
+    """Reads more tokens of each row: a prompt, or the token chosen last.
+
+    What the cache has no room for is lost without a word.
+
+    Args:
+      params: The parameters.
+      cache: What was read before; donate it, for it to be changed in place.
+      tokens_BT: The tokens that come next, followed by any others.
+      lengths_B: How many of each row come next; 0 leaves a row as it was.
+
+    Returns:
+      Logits [B, V] float32 after the last token of each row (of a row that is
+      left as it was they mean nothing), and the new cache.
+    """
+    times_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    positions_BT = cache.lengths[:, None] + times_T[None, :]
+    batch = {
+      'inputs': tokens_BT,
+      'positions': positions_BT,
+      'segments': jnp.zeros_like(tokens_BT),
+    }
+    old = {'keys': cache.keys, 'values': cache.values}
+    logits_BV, found = Llama(self.config, self.read).apply(
+      {'params': params, 'cache': {'blocks': {'attention': old}}},
+      *(batch, jnp.maximum(lengths_B - 1, 0)),
+      method=Llama.logits_at,
+      mutable=['read'],
+    )
+    new = found['read']['blocks']['attention']
+    rows_B1 = jnp.arange(len(tokens_BT))[:, None]
+    # What is written beyond a row's tokens is not seen before its next token
+    # replaces it.
+    keys, values = (
+      old[name]
+      .at[:, rows_B1, positions_BT]
+      .set(new[name].astype(old[name].dtype), mode='drop')
+      for name in ('keys', 'values')
+    )
+    return logits_BV, Cache(keys, values, cache.lengths + lengths_B)
+
   def embed(self, params, batch):
     """x = {'h': [B, T, D], 'positions', 'segments'}; reads params['embed']."""
     return self._apply(params, batch, method=Llama.enter)
 
   def block(self, layer_params, x):
     """One block: params['blocks'] without the leading axis."""
-    return Block(self.config).apply({'params': layer_params}, x)
+    with self._intercepted():
+      return Block(self.config).apply({'params': layer_params}, x)
 
   def loss(self, params, x, batch):
     """Loss from the last block's x; reads every entry but params['blocks'].
@@ -484,4 +585,10 @@ class Layers:
 
   def _apply(self, params, *inputs, method=None):
     model = Llama(self.config, self.read)
-    return model.apply({'params': params}, *inputs, method=method)
+    with self._intercepted():
+      return model.apply({'params': params}, *inputs, method=method)
+
+  def _intercepted(self):
+    if self.intercept is None:
+      return contextlib.nullcontext()
+    return nn.intercept_methods(self.intercept)

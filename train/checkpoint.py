@@ -9,6 +9,7 @@ checkpoints before it as they were.
 
 import contextlib
 import logging
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -16,12 +17,24 @@ from typing import Any
 import grain
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from train.config import Config, to_json
 from train.step import State
 from train.task import PyTree, Task
 
-KEEP = 2  # checkpoints kept: the newest, and one should that be damaged
+# Checkpoints kept: the newest, one should that be damaged, and the best.
+KEPT = preservation_policy.AnyPreservationPolicy(
+  [
+    preservation_policy.LatestN(2),
+    preservation_policy.BestN(
+      get_metric_fn=lambda found: found['score'],
+      reverse=True,
+      n=1,
+      keep_checkpoints_without_metrics=False,
+    ),
+  ]
+)
 
 
 @contextlib.contextmanager
@@ -33,7 +46,11 @@ def opened(directory: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
   """
   # Orbax logs there, with a traceback, what it raises too.
   logging.getLogger('absl').setLevel(logging.CRITICAL)
-  options = ocp.CheckpointManagerOptions(max_to_keep=KEEP)
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=KEPT,
+    best_fn=lambda found: found['score'],
+    best_mode='min',
+  )
   with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
     try:
       yield manager
@@ -54,6 +71,7 @@ def save(
   state: State,
   batches: grain.DatasetIterator,
   config: Config,
+  score: float | None = None,
 ) -> None:
   """Saves everything that a run needs to go on; the state may then be donated.
 
@@ -73,8 +91,15 @@ def save(
     data=grain.checkpoint.CheckpointSave(batches),
     config=ocp.args.JsonSave(to_json(config)),
   )
+  found = None if score is None else {'score': score}
   with failures(manager, step):
-    manager.save(step, args=items)
+    manager.save(step, args=items, metrics=found)
+
+
+def best_score(manager: ocp.CheckpointManager) -> float:
+  """Returns the lowest score of a checkpoint; infinity where none has one."""
+  step = best_step(manager)
+  return math.inf if step is None else manager.metrics(step)['score']
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
@@ -122,23 +147,43 @@ def restore(
   return State(found.optimizer['step'], found.params, found.optimizer['state'])
 
 
-def restore_params(directory: pathlib.Path, task: Task) -> PyTree:
-  """Returns the parameters of the newest checkpoint, and nothing else."""
+def restore_params(
+  directory: pathlib.Path, task: Task, *, best: bool = False
+) -> PyTree:
+  """Returns the parameters of the newest checkpoint, and nothing else.
+
+  Args:
+    directory: of the checkpoints.
+    task: what was trained.
+    best: of the checkpoint whose validation was the best instead; the newest
+      where none was validated.
+  """
   if not exists(directory):
     raise FileNotFoundError(f'no checkpoint in {directory} yet')
   shapes = on_device(jax.eval_shape(task.init, jax.random.key(0)))
   with opened(directory) as manager:
     items = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
-    return read(manager, items).params
+    return read(manager, items, best_step(manager) if best else None).params
 
 
-def read(manager: ocp.CheckpointManager, items: ocp.args.Composite) -> Any:
-  """Returns items of the newest checkpoint.
+def best_step(manager: ocp.CheckpointManager) -> int | None:
+  """Returns the step whose score is the lowest, None where none has one."""
+  found = {step: manager.metrics(step) for step in manager.all_steps()}
+  scores = {step: x['score'] for step, x in found.items() if x}
+  return min(scores, key=lambda step: scores[step], default=None)
+
+
+def read(
+  manager: ocp.CheckpointManager,
+  items: ocp.args.Composite,
+  step: int | None = None,
+) -> Any:
+  """Returns items of a checkpoint, by default the newest.
 
   Raises:
     ValueError: they are not what this version of the program would save.
   """
-  step = manager.latest_step()
+  step = manager.latest_step() if step is None else step
   try:
     return manager.restore(step, args=items)
   # Orbax and grain have no error of their own for a state of another layout.

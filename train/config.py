@@ -15,13 +15,36 @@ import optax
 
 from galore_optax.clipping import check_norm
 from galore_optax.layerwise.weights import ARRAYS, ROUNDED, Weights, quantized
-from models.llama import LlamaConfig
+from models import huggingface
+from models.llama import Dtype, LlamaConfig
+from models.lowrank import Factored, Lora, Relora
+from train import adapter as adapter_lib
 from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, TextFiles, Tfds
 from train.method import Optimizer
 
 AnyCorpus: TypeAlias = Chitchat | TextFiles | Tfds | Chats | ChitchatAnswers
 """What `Config.corpus` may be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+  """The model of `checkpoint`; what stands here is how it computes."""
+
+  dtype: Dtype | None = None
+  """Type of the activations and of the matmuls (None: the checkpoint's)."""
+  param_dtype: Dtype | None = None
+  """Type of the parameters (None: the checkpoint's)."""
+  remat: bool = False
+  """Whether the backward pass recomputes each block from its input."""
+  loss_chunk: int = 512
+  """Tokens whose logits exist at the same time."""
+  attention: Literal['auto', 'cudnn', 'blockwise'] = 'auto'
+  """As of a LlamaConfig."""
+
+
+AnyModel: TypeAlias = LlamaConfig | Imported
+"""What `Config.model` may be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +101,9 @@ Update: TypeAlias = WholeTree | Layerwise
 class Config:
   """One experiment, whole: a config file holds `config = Config(...)`."""
 
-  model: LlamaConfig
-  """The model; its vocab_size is also the size of a tokenizer trained here."""
+  model: AnyModel
+  """The model; its vocab_size is also the size of a tokenizer trained here.
+  Where there is a checkpoint, that has the model, and this how it computes."""
   corpus: AnyCorpus
   """Where the text comes from."""
   optimizer: Optimizer
@@ -92,8 +116,13 @@ class Config:
   """Sequences in an update."""
   sequence_length: int
   """Tokens in a sequence."""
+  checkpoint: str | None = None
+  """A directory of transformers: weights and tokenizer to start from; None
+  starts from random weights."""
   update: Update = dataclasses.field(default_factory=WholeTree)
   """Whether gradients exist all at once or one at a time."""
+  adapter: Lora | Relora | Factored | None = None
+  """Factors of low rank beside the weights, or in their place."""
   microbatches: int = 1
   """Parts that a batch is computed in, one after another, to save memory."""
   warmup: float = 0.1
@@ -103,13 +132,16 @@ class Config:
   clip_norm: float | None = 1.0
   """Global norm that a gradient is scaled down to; None leaves it alone."""
   tokenizer: str | None = None
-  """A sentencepiece .model file; None trains one on the corpus."""
+  """A sentencepiece .model file, or a directory of transformers; None is the
+  checkpoint's or, where there is none, trains one on the corpus."""
   eval_every: int = 100
   """Steps between two validations."""
   eval_batches: int | None = None
   """Batches in a validation; None is the whole split."""
   save_every: int = 500
   """Steps between two checkpoints."""
+  save_best: bool = False
+  """Whether the best validation so far is saved and kept, too."""
   seed: int = 0
   """Seed of the initial weights and of the order of the documents."""
 
@@ -147,23 +179,57 @@ class Config:
     """Number of parts that a batch is computed in."""
     return self.microbatches * self.update.accumulate
 
+  def resolved(self) -> 'Config':
+    """Returns the config with its model read from its checkpoint.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: the model needs one, or its own is not implemented.
+    """
+    if self.checkpoint is None:
+      if isinstance(self.model, Imported):
+        raise ValueError(
+          'the model is to be read from a checkpoint: name a directory of '
+          'transformers with --checkpoint'
+        )
+      return self
+    found = huggingface.read_config(self.checkpoint)
+    kept = {
+      field.name: getattr(self.model, field.name)
+      for field in dataclasses.fields(Imported)
+    }
+    given = {name: x for name, x in kept.items() if x is not None}
+    return dataclasses.replace(self, model=dataclasses.replace(found, **given))
+
   def schedule(self) -> optax.Schedule:
-    """Returns the learning rate by step: up from 0, then down a cosine."""
-    return optax.warmup_cosine_decay_schedule(
+    """Returns the learning rate by step: up from 0, then down a cosine.
+
+    ReLoRA's begins again at 0 after each merge.
+    """
+    cosine = optax.warmup_cosine_decay_schedule(
       init_value=0.0,
       peak_value=self.learning_rate,
       warmup_steps=round(self.warmup * self.steps),
       decay_steps=self.steps,
       end_value=self.final * self.learning_rate,
     )
+    if isinstance(self.adapter, Relora):
+      return adapter_lib.jagged(cosine, self.adapter)
+    return cosine
 
   def weights(self) -> Weights:
     """Returns how weights are stored between steps."""
     return self.update.stored(self.model.param_dtype)
 
+  def rule(self) -> optax.GradientTransformation:
+    """Returns the optimizer, of what is trained."""
+    schedule = self.schedule()
+    optimizer = self.optimizer.build(schedule)
+    return adapter_lib.with_lomo(optimizer, self.adapter, schedule)
+
   def transformation(self) -> optax.GradientTransformation:
     """Returns the optimizer, behind the clipping that is asked for."""
-    optimizer = self.optimizer.build(self.schedule())
+    optimizer = self.rule()
     if self.clip_norm is None:
       return optimizer
     return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)

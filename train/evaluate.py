@@ -1,4 +1,10 @@
-"""Validates the newest checkpoint of a run: `python -m train.evaluate RUN`."""
+"""Measures a model: `python -m train.evaluate PATH`.
+
+The validation split of a run, texts (`--text`), or questions with choices
+(`--choices`), whose answers are scored by likelihood.
+
+Axes: B rows of a batch, T tokens of a row, n pairs, q questions.
+"""
 
 from train import signals
 
@@ -7,37 +13,350 @@ if __name__ == '__main__':
 
 import argparse
 import dataclasses
+import json
 import pathlib
+import string
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from train import checkpoint, machine, metrics
 from train.command import check_least, user_errors
+from train.data.batches import validation_batches
+from train.data.corpus import Indexed
+from train.data.text_files import Texts, expand, index
+from train.data.tokenizer import AnyTokenizer
+from train.model import Model, bucket, is_directory, opened
 from train.run import Run
-from train.task import Text, language_model
+from train.task import Batch, Metrics, Text, language_model, perplexity
+
+CONTEXTS = ('question', 'prompt', 'context')
+"""What a line of questions may call the text before the choices."""
+
+
+class Question(NamedTuple):
+  """A text, and what may follow it."""
+
+  context: str
+  choices: tuple[str, ...]
+  answer: int  # which choice is right
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Prints the perplexity of a run's newest checkpoint."""
-  parser = argparse.ArgumentParser(
-    'python -m train.evaluate', description=main.__doc__
-  )
-  parser.add_argument('run', type=pathlib.Path, help='directory of the run')
-  parser.add_argument(
-    '--batches',
-    type=int,
-    help='number of batches (default: the whole validation split)',
-  )
-  args = parser.parse_args(argv)
+  """Measures a run's newest checkpoint, or a model of transformers."""
+  args = parser().parse_args(argv)
   machine.cache_compilations()
   with user_errors():
-    check_least(1, batches=args.batches)
-    run = Run(args.run)
-    config = dataclasses.replace(run.config(), eval_batches=args.batches)
-    task = language_model(config)
-    held_out = config.corpus.open('validation')
-    evaluate = task.evaluate(Text(None, held_out, run.tokenizer()))
-    params = checkpoint.restore_params(run.checkpoints_path, task)
-  print(f'validation: {metrics.describe(evaluate(params))}')
+    check_least(
+      1, batches=args.batches, window=args.window, batch_size=args.batch_size
+    )
+    if not args.text and not args.choices:
+      print(f'validation: {metrics.describe(validation(args))}')
+      return
+    questions = {path: read_questions(path) for path in args.choices}
+    model = opened(args.path)
+    window = args.window
+    if window is None:
+      window = 512 if is_directory(args.path) else model.window
+    texts = {name: documents(name) for name in args.text}
+    pairs = {
+      path: encoded(model.tokenizer, path, some, window)
+      for path, some in questions.items()
+    }
+  for name, text in texts.items():
+    found = text_perplexity(model, text, window, args.batch_size)
+    print(f'{name}: {metrics.describe(found)}')
+  for path, some in questions.items():
+    found_n = log_likelihoods(model, pairs[path], window, args.batch_size)
+    print(f'{path}: {described(accuracies(some, found_n))}')
+
+
+def parser() -> argparse.ArgumentParser:
+  """Returns the options."""
+  options = argparse.ArgumentParser(
+    'python -m train.evaluate', description=main.__doc__
+  )
+  options.add_argument(
+    'path',
+    type=pathlib.Path,
+    help='directory of a run, or of a model of transformers',
+  )
+  options.add_argument(
+    '--batches',
+    type=int,
+    help='number of batches of the validation split (default: all of it)',
+  )
+  options.add_argument(
+    '--text',
+    nargs='+',
+    default=[],
+    metavar='FILE',
+    help='text files, each a document, or JSONL with a field text: perplexity '
+    'and bits per byte',
+  )
+  options.add_argument(
+    '--choices',
+    nargs='+',
+    default=[],
+    metavar='FILE.jsonl',
+    help='lines {"question": TEXT, "choices": [TEXT, ...], "answer": number '
+    'from 0, letter or text}: accuracy of the most likely choice',
+  )
+  options.add_argument(
+    '--window',
+    type=int,
+    help='tokens that the model looks back at (default: of a run its '
+    'sequence_length, else 512)',
+  )
+  options.add_argument(
+    '--batch-size',
+    type=int,
+    default=8,
+    help='rows of a batch of texts or choices (default: 8)',
+  )
+  return options
+
+
+def validation(args: argparse.Namespace) -> Metrics:
+  """Returns what a run's newest checkpoint does on its validation split."""
+  if is_directory(args.path):
+    raise ValueError(
+      f'{args.path} is a directory of transformers, which has no validation '
+      'split: name --text or --choices'
+    )
+  run = Run(args.path)
+  config = dataclasses.replace(run.config(), eval_batches=args.batches)
+  task = language_model(config)
+  held_out = config.corpus.open('validation')
+  evaluate = task.evaluate(Text(None, held_out, run.tokenizer()))
+  return evaluate(checkpoint.restore_params(run.checkpoints_path, task))
+
+
+def documents(pattern: str) -> Indexed:
+  """Returns the texts of files: a line of JSONL each, any other file whole."""
+  texts = Texts(index(path, None) for path in expand(pattern))
+  if not len(texts):
+    raise ValueError(f'no text in {pattern!r}: name a file that is not blank')
+  return Indexed(texts)
+
+
+def text_perplexity(
+  model: Model, texts: Indexed, window: int, batch_size: int
+) -> Metrics:
+  """Returns loss, perplexity and bits per byte of texts.
+
+  They are laid end to end and cut into rows of `window` tokens, as in training;
+  a token is scored by those before it in its row and its text.
+  """
+  batches = validation_batches(
+    texts, model.tokenizer, batch_size=batch_size, sequence_length=window
+  )
+  return perplexity(jax.jit(model.layers), model.params, batches=batches)
+
+
+def read_questions(path: str) -> list[Question]:
+  """Reads a JSONL of questions.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: a line is no question; the message names it.
+  """
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(f'no file {path!r}: name a JSONL of questions')
+  questions = []
+  with open(path, 'rb') as file:
+    for number, line in enumerate(file, 1):
+      if not line.strip():
+        continue
+      try:
+        questions.append(question(json.loads(line)))
+      except ValueError as error:
+        raise ValueError(f'{path}, line {number}: {error}') from error
+  if not questions:
+    raise ValueError(f'{path} must have a question on a line, got none')
+  return questions
+
+
+def question(fields: Any) -> Question:
+  """Returns the question that a line of JSON holds, or raises ValueError.
+
+  >>> question({'question': '1 + 1 =', 'choices': ['1', '2'], 'answer': 'B'})
+  Question(context='1 + 1 =', choices=('1', '2'), answer=1)
+  """
+  if not isinstance(fields, dict):
+    raise ValueError(f'must be a JSON object, got {str(fields)[:40]!r}')
+  names = [name for name in CONTEXTS if name in fields]
+  if len(names) != 1 or not isinstance(fields[names[0]], str):
+    raise ValueError(
+      f'must have one text among {", ".join(CONTEXTS)}, got {sorted(fields)}'
+    )
+  choices = fields.get('choices')
+  if (
+    not isinstance(choices, list)
+    or len(choices) < 2
+    or not all(isinstance(x, str) and x.strip() for x in choices)
+  ):
+    raise ValueError(
+      f'choices must be two texts or more, none of them blank, got {choices!r}'
+    )
+  right = answer(fields.get('answer'), choices)
+  return Question(fields[names[0]], tuple(choices), right)
+
+
+def answer(value: Any, choices: Sequence[str]) -> int:
+  """Returns the number of the choice that is named: by number, text, letter."""
+  letters = string.ascii_uppercase[: len(choices)]
+  if isinstance(value, int) and not isinstance(value, bool):
+    if 0 <= value < len(choices):
+      return value
+  elif isinstance(value, str) and value:
+    if value in choices:
+      return choices.index(value)
+    if len(value) == 1 and value in letters:
+      return letters.index(value)
+  raise ValueError(
+    f'answer must be a number in 0..{len(choices) - 1}, a letter of '
+    f'{letters} or the text of a choice, got {value!r}'
+  )
+
+
+class Pair(NamedTuple):
+  """A text and one that follows it, as tokens."""
+
+  ids: list[int]
+  num_scored: int  # tokens at the end that belong to what follows
+
+
+def encoded(
+  tokenizer: AnyTokenizer, path: str, questions: Sequence[Question], window: int
+) -> list[Pair]:
+  """Returns each question with each of its choices, one after another.
+
+  Raises:
+    ValueError: a choice has more tokens than the window.
+  """
+  pairs = []
+  for number, (context, choices, _) in enumerate(questions, 1):
+    for choice in choices:
+      pair = joined(tokenizer, context, choice)
+      if pair.num_scored > window:
+        raise ValueError(
+          f'{path}, question {number}: a choice must have at most --window='
+          f'{window} tokens, got {pair.num_scored}: {choice[:40]!r}'
+        )
+      # The beginning of what is too long is left out.
+      pairs.append(pair._replace(ids=pair.ids[-window - 1 :]))
+  return pairs
+
+
+def joined(tokenizer: AnyTokenizer, context: str, choice: str) -> Pair:
+  """Returns the tokens of both, a space between them where there is none.
+
+  They are those of the whole text, so that a word may begin with its space;
+  scored is what differs from the context's own.
+  """
+  before = context.rstrip()
+  between = context[len(before) :]
+  if before and not between and not choice[0].isspace():
+    between = ' '
+  known = tokenizer.encode(before).tolist()
+  ids = tokenizer.encode(before + between + choice).tolist()
+  same = 0
+  while same < min(len(known), len(ids) - 1) and known[same] == ids[same]:
+    same += 1
+  begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  # Some token must come before the first that is scored.
+  begin = begin if begin or same else [tokenizer.eos_id]
+  return Pair([*begin, *ids], len(ids) - same)
+
+
+def log_likelihoods(
+  model: Model, pairs: Sequence[Pair], window: int, batch_size: int
+) -> np.ndarray:
+  """Returns log p [n] of what follows, given what it follows.
+
+  Rows of about the same length make a batch; each length, a power of two, is
+  compiled once.
+  """
+  layers = model.layers
+
+  @jax.jit
+  def score(params, batch):
+    nll_BT = layers.nll(params, batch)
+    return -jnp.sum(jnp.where(batch['scored'], nll_BT, 0), axis=1)
+
+  lengths = defaultdict(list)
+  for i, pair in enumerate(pairs):
+    lengths[min(window, bucket(len(pair.ids) - 1))].append(i)
+  found, at = [], []
+  for length, members in sorted(lengths.items()):
+    for start in range(0, len(members), batch_size):
+      some = members[start : start + batch_size]
+      batch = stacked([pairs[i] for i in some], batch_size, length)
+      found.append(score(model.params, batch)[: len(some)])
+      at += some
+  found_n = np.empty(len(pairs))
+  found_n[at] = np.concatenate(jax.device_get(found))
+  return found_n
+
+
+def stacked(pairs: Sequence[Pair], batch_size: int, length: int) -> Batch:
+  """Returns a batch of B = batch_size rows and T = length tokens."""
+  inputs_BT, targets_BT = np.zeros((2, batch_size, length), np.int32)
+  scored_BT = np.zeros((batch_size, length), bool)
+  for b, (ids, num_scored) in enumerate(pairs):
+    last = len(ids) - 1
+    inputs_BT[b, :last], targets_BT[b, :last] = ids[:-1], ids[1:]
+    scored_BT[b, last - num_scored : last] = True
+  times_1T = np.arange(length, dtype=np.int32)[None]
+  return {
+    'inputs': inputs_BT,
+    'targets': targets_BT,
+    'positions': np.repeat(times_1T, batch_size, axis=0),
+    'segments': np.zeros_like(inputs_BT),
+    'scored': scored_BT,
+  }
+
+
+def accuracies(
+  questions: Sequence[Question], log_p_n: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Returns whether [q] the right choice is the best, by two measures.
+
+  'accuracy' takes the most likely choice, 'accuracy per byte' that of the
+  highest log-likelihood for each byte of its text.
+
+  >>> question = Question('', ('ab', 'a'), 0)
+  >>> found = accuracies([question], np.array([-3.0, -2.0]))
+  >>> {name: right_q.tolist() for name, right_q in found.items()}
+  {'accuracy': [False], 'accuracy per byte': [True]}
+  """
+  stops = np.cumsum([len(x.choices) for x in questions])
+  rows = np.split(log_p_n, stops[:-1])
+  right = {'accuracy': [], 'accuracy per byte': []}
+  for row, (_, choices, best) in zip(rows, questions, strict=True):
+    sizes = np.array([len(choice.encode()) for choice in choices])
+    right['accuracy'].append(np.argmax(row) == best)
+    right['accuracy per byte'].append(np.argmax(row / sizes) == best)
+  return {name: np.array(some) for name, some in right.items()}
+
+
+def described(right: dict[str, np.ndarray]) -> str:
+  """Returns shares with their standard errors, in words.
+
+  >>> described({'accuracy': np.array([True, False, True])})
+  'accuracy 0.6667 (standard error 0.3333), 3 questions'
+  """
+  words = []
+  for name, right_q in right.items():
+    p = right_q.mean()
+    error = np.sqrt(p * (1 - p) / max(len(right_q) - 1, 1))
+    words.append(f'{name} {p:.4f} (standard error {error:.4f})')
+  return f'{", ".join(words)}, {len(right_q)} questions'
 
 
 if __name__ == '__main__':

@@ -24,7 +24,7 @@ from train.config import Config
 from train.metrics import Log
 from train.signals import Stop
 from train.step import State, Step
-from train.task import Batch, Metrics, PyTree
+from train.task import Batch, Metrics, PyTree, Task
 
 
 def train(
@@ -34,11 +34,12 @@ def train(
   step: Step,
   batches: Iterator[Batch],
   validate: Callable[[PyTree], Metrics],
-  save: Callable[[State], None],
+  save: Callable[[State, float | None], None],
+  best: float,
   log: Log,
   console: Console,
   stop: Stop,
-  unit: str,
+  task: Task,
 ) -> State:
   """Returns the state after the last step, or where a signal stopped it.
 
@@ -48,23 +49,24 @@ def train(
     step: one update.
     batches: one for each step.
     validate: parameters to metrics.
-    save: writes a checkpoint.
+    save: writes a checkpoint, with its score if it was validated.
+    best: the lowest score that a checkpoint has; infinity where none has one.
     log: takes the metrics of each step and each validation.
     console: shows progress.
     stop: what a signal sets.
-    unit: what a batch's weights count.
+    task: says what a batch's weights count, and which validation is better.
 
   Raises:
     FloatingPointError: the loss is not finite; nothing after that is saved.
   """
   start = int(state.step)
-  with progress(console, config.steps, start, unit) as show:
-    meter = Meter(show, log, unit)
+  with progress(console, config.steps, start, task.unit) as show:
+    meter = Meter(show, log, task.unit)
     for done in range(start + 1, config.steps + 1):
       state, found = step(state, next(batches))
       meter.add(done, found)
       last = done == config.steps
-      asked = stop.signal is not None
+      asked, score = stop.signal is not None, None
       due = {
         'eval': last or done % config.eval_every == 0,
         'save': last or done % config.save_every == 0 or asked,
@@ -76,8 +78,11 @@ def train(
         values = validate(state.params)
         log(done, {f'validation_{name}': x for name, x in values.items()})
         console.print(f'step {done}: validation: {metrics.describe(values)}')
+        score = task.score(values) if config.save_best else None
+        if score is not None and score < best:
+          best, due['save'] = score, True
       if due['save']:
-        save(state)
+        save(state, score)
       if asked:
         break
       if any(due.values()):

@@ -7,6 +7,7 @@ import re
 import shutil
 from typing import Any
 
+from models import huggingface
 from train.config import Config, differences, from_json, to_json
 from train.data.tokenizer import AnyTokenizer, load
 
@@ -26,6 +27,11 @@ class Run:
     return self.directory / 'config.json'
 
   @property
+  def source_path(self) -> pathlib.Path:
+    """What the checkpoint that a run began with has beside its weights."""
+    return self.directory / 'source'
+
+  @property
   def metrics_path(self) -> pathlib.Path:
     """One JSON object a line, one or two lines a step."""
     return self.directory / 'metrics.jsonl'
@@ -40,10 +46,23 @@ class Run:
     """Where Orbax keeps the checkpoints, one directory a step."""
     return self.directory / 'checkpoints'
 
-  def create(self, config: Config, tokenizer: AnyTokenizer) -> None:
-    """Writes the first files; nothing of a run exists before."""
+  def create(
+    self,
+    config: Config,
+    tokenizer: AnyTokenizer,
+    source: pathlib.Path | None = None,
+  ) -> None:
+    """Writes the first files; nothing of a run exists before.
+
+    Args:
+      config: of the run.
+      tokenizer: of the run.
+      source: a directory of transformers whose small files are kept.
+    """
     self.directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(self.directory)
+    if source is not None:
+      huggingface.copy(source, self.source_path)
     # Last: a directory is a run once it holds the configuration.
     self.write(config)
 
@@ -58,7 +77,8 @@ class Run:
     self.directory.mkdir(parents=True, exist_ok=True)
     if source.metrics_path.exists():
       shutil.copy(source.metrics_path, self.metrics_path)
-    self.create(config, source.tokenizer())
+    begun = source.source_path if source.source_path.is_dir() else None
+    self.create(config, source.tokenizer(), begun)
 
   def config(self) -> Config:
     """Reads the configuration."""

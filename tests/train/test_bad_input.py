@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.train.program import write_config
-from train import evaluate, pretrain, sample
+from train import evaluate, pretrain, sample, training
 from train.run import Run, numbered
 
 
@@ -184,7 +184,7 @@ def test_runs_are_numbered(config, tmp_path, monkeypatch):
   assert sorted(numbered('tiny')) == [1, 2, 3]
   found = []
   monkeypatch.setattr(
-    pretrain, 'train', lambda setup, *args, **options: found.append(setup.run)
+    training, 'train', lambda setup, *args, **options: found.append(setup.run)
   )
   pretrain.main([config, '--resume'])
   assert found[0].directory.name == Run(runs / 'tiny-2').directory.name

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import io
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from train import checkpoint, loop, metrics
 from train import step as step_lib
 from train.method import AdamW
 from train.signals import Stop
-from train.task import INPUTS, Task, perplexity
+from train.task import INPUTS, Task, language_model, perplexity
 
 VALUES = {'loss': 1.0, 'weight': 8.0, 'learning_rate': 0.1, 'correct': 3.0}
 
@@ -93,11 +94,12 @@ def test_the_loop_reads_a_step_once_the_next_is_in_the_queue(tmp_path):
     step=step,
     batches=batches(),
     validate=validate,
-    save=lambda state: events.append('save'),
+    save=lambda state, score: events.append('save'),
+    best=math.inf,
     log=lambda step, values: None,
     console=Console(file=io.StringIO()),
     stop=Stop(),
-    unit='tokens',
+    task=language_model(CONFIG),
   )
   in_turn = [name for name, _ in itertools.groupby(events)]
   assert in_turn == [
@@ -180,11 +182,12 @@ def test_a_second_task_needs_no_second_loop(tmp_path):
       step=step,
       batches=task.batches(None),
       validate=task.evaluate(None),
-      save=lambda state: saved.append(int(state.step)),
+      save=lambda state, score: saved.append(int(state.step)),
+      best=math.inf,
       log=log,
       console=Console(file=io.StringIO()),
       stop=Stop(),
-      unit=task.unit,
+      task=task,
     )
   assert int(state.step) == 3 and saved == [3]
   lines = metrics.read(path)

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.train.program import lines, saved, write_config
-from train import evaluate, loop, metrics, pretrain, sample
+from train import evaluate, loop, metrics, pretrain, sample, training
 from train import step as step_lib
 from train.run import Run
 
@@ -163,7 +163,7 @@ def test_resume_goes_on_with_the_runs_own_values(copied, monkeypatch, tmp_path):
   before = run.config()
   found = []
   monkeypatch.setattr(
-    pretrain, 'train', lambda setup, *args, **options: found.append(setup) or 0
+    training, 'train', lambda setup, *args, **options: found.append(setup) or 0
   )
   assert pretrain.main([str(edited), '--resume']) == 0
   assert found[0].config == before == run.config()
@@ -337,7 +337,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(
   # The advice, word for word, up to the first step.
   begun = []
   monkeypatch.setattr(
-    pretrain, 'train', lambda setup, state, *_, **__: begun.append(state) or 0
+    training, 'train', lambda setup, state, *_, **__: begun.append(state) or 0
   )
   assert pretrain.main(shlex.split(err.splitlines()[-1])[3:]) == 0
   assert int(begun[0].step) == 5

@@ -11,7 +11,7 @@ from models.llama import Layers
 from tests.train.program import lines, saved, write_config
 from train import command, evaluate, metrics, pretrain, sample
 from train.run import Run
-from train.task import init_params, stored_layers
+from train.task import language_model, stored_layers
 
 INT8 = (
   *('--update', 'Layerwise', '--update.weights', 'int8', '--update.slices'),
@@ -79,7 +79,7 @@ def test_evaluate_and_sample_read_them(finished, capsys):
 def test_the_model_reads_what_the_weights_stand_for(tmp_path):
   launch = command.parse([write_config(tmp_path), *INT8])
   config = launch.config
-  stored = init_params(config, jax.random.key(0))
+  stored = language_model(config).init(jax.random.key(0))
   read = config.weights().read
   arrays = jax.tree.map(read, stored, is_leaf=is_stored)
   shape = (2, config.sequence_length)

@@ -125,11 +125,12 @@ def planned(
   console = Console(stderr=True)
   for path, request in requests.items():
     cards = Cards(request.device, request.devices, request.estimate)
-    configs = {'': request.config}
+    given = request.config.resolved()
+    configs = {'': given}
     if request.compare:
-      configs = compare.methods(request.config)
+      configs = compare.methods(given)
     if request.plot:
-      configs = compare.bars(request.config)
+      configs = compare.bars(given)
     for method, config in configs.items():
       if not request.estimate:
         console.print(f'compiling {path} {method}', highlight=False)

@@ -1,0 +1,62 @@
+"""Llama-3.1-8B fine-tuned on chats, on one card of 24 GB.
+
+Source: the recipe of mistral_7b_guanaco. Embedding and head have 128,256 rows,
+which leaves too little room for weights in bfloat16 (24.29 GiB in all with
+--update.weights rounded): the layers' matrices are stored in blocks of 256
+8-bit integers, their sums rounded stochastically.
+
+Command: python -m train.finetune configs/llama31_8b_chat.py --checkpoint DIR
+--corpus.train chats.jsonl
+Expected memory: 17.89 GiB on an RTX 4090, by the compiler (make plan
+ARGS=configs/llama31_8b_chat.py, 25 November 2026, jax 0.10.2).
+Expected time, expected number: unknown. Our number: not yet run.
+"""
+
+from train.data.chats import Chats
+
+from models.llama import Llama3Scaling, LlamaConfig
+from train.config import Config, Layerwise
+from train.method import Galore8bit
+
+config = Config(
+  # As in meta-llama/Llama-3.1-8B, for a plan without the checkpoint.
+  model=LlamaConfig(
+    vocab_size=128_256,
+    width=4096,
+    mlp_width=14_336,
+    num_heads=32,
+    num_layers=32,
+    num_kv_heads=8,
+    rope_theta=500_000.0,
+    rope_scaling=Llama3Scaling(
+      factor=8.0,
+      low_freq_factor=1.0,
+      high_freq_factor=4.0,
+      original_length=8192,
+    ),
+    norm_eps=1e-5,
+    dtype='bfloat16',
+    param_dtype='bfloat16',
+    remat=True,
+  ),
+  corpus=Chats('chats.jsonl'),
+  optimizer=Galore8bit(
+    rank=512,
+    gap=200,
+    scale=1.8,
+    subspace='power',
+    basis_bits=8,
+    weight_decay=0.05,
+  ),
+  update=Layerwise(
+    clip='previous', slices=64, weights='int8', accumulate=8, sums='bfloat16'
+  ),
+  steps=1000,
+  learning_rate=1e-5,
+  warmup=0.2,
+  batch_size=8,
+  sequence_length=1024,
+  eval_every=100,
+  save_every=500,
+  save_best=True,
+)

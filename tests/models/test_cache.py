@@ -1,0 +1,195 @@
+"""A model that reads piece by piece against the same model on it all."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from galore_optax.layerwise.weights import is_stored, quantized
+from models import cross_entropy
+from models.llama import Layers, Llama3Scaling, LlamaConfig
+
+_SMALL = LlamaConfig(
+  vocab_size=61,
+  width=24,
+  mlp_width=40,
+  num_heads=4,
+  num_layers=3,
+)
+_VARIANTS = {
+  'plain': {},
+  'grouped': {'num_kv_heads': 2},
+  'one key head': {'num_kv_heads': 1, 'tied': True},
+  'biases': {'qkv_bias': True, 'num_kv_heads': 2},
+  'norms of heads': {'qk_norm': True, 'head_dim': 8, 'num_kv_heads': 2},
+  'window': {'window': 5, 'num_kv_heads': 2},
+  'scaled waves': {'rope_scaling': Llama3Scaling(8.0, 1.0, 4.0, 64)},
+  'remat': {'remat': True},
+}
+# Sums of float32 in another order, through three layers.
+_FLOAT32 = {'rtol': 1e-4, 'atol': 2e-5}
+
+
+def _model(**changes):
+  """A model and random parameters, norm scales and biases included."""
+  model = Layers(dataclasses.replace(_SMALL, **changes))
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  rng = np.random.default_rng(2)
+
+  def draw(path, leaf):
+    mean = 1.0 if path[-1].key == 'scale' else 0.0
+    return jnp.asarray(rng.normal(mean, 0.3, leaf.shape), leaf.dtype)
+
+  return model, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
+def _extend(model):
+  return jax.jit(model.extend, donate_argnums=1)
+
+
+def _whole(model, params, tokens_BT):
+  """Logits [B, T, V] of whole rows."""
+  times_BT = np.tile(np.arange(tokens_BT.shape[1]), (len(tokens_BT), 1))
+  batch = {
+    'inputs': tokens_BT,
+    'positions': np.int32(times_BT),
+    'segments': np.zeros_like(tokens_BT),
+  }
+  return np.asarray(jax.jit(model.logits)(params, batch))
+
+
+def _check(model, params, prompts_B, pieces, cache, tolerance):
+  """Reads ragged prompts, then pieces, and asks for the logits after each."""
+  rng = np.random.default_rng(3)
+  num_rows, longest = len(prompts_B), max(prompts_B)
+  vocab = model.config.vocab_size
+  shape = (num_rows, longest + sum(pieces))
+  tokens_BT = rng.integers(vocab, size=shape, dtype=np.int32)
+  expected_BTV = _whole(model, params, tokens_BT)
+  read_B = np.zeros(num_rows, np.int32)
+  for size in [longest, *pieces]:
+    lengths_B = np.full(num_rows, size, np.int32)
+    if size == longest:
+      lengths_B = np.int32(prompts_B)
+    # What follows a row's own tokens must not matter.
+    piece_BT = rng.integers(vocab, size=(num_rows, size), dtype=np.int32)
+    for row, (start, length) in enumerate(zip(read_B, lengths_B, strict=True)):
+      piece_BT[row, :length] = tokens_BT[row, start : start + length]
+    logits_BV, cache = _extend(model)(params, cache, piece_BT, lengths_B)
+    read_B = read_B + lengths_B
+    np.testing.assert_array_equal(cache.lengths, read_B)
+    expected_BV = expected_BTV[np.arange(num_rows), read_B - 1]
+    np.testing.assert_allclose(logits_BV, expected_BV, **tolerance)
+  return cache
+
+
+@pytest.mark.parametrize('variant', _VARIANTS)
+def test_pieces_give_the_logits_of_the_whole(variant):
+  model, params = _model(**_VARIANTS[variant])
+  cache = model.cache(3, 16)
+  # Rows of 7, 1 and 4 tokens; then one token three times, and four at once.
+  _check(model, params, (7, 1, 4), (1, 1, 1, 4), cache, _FLOAT32)
+
+
+def test_room_that_is_just_enough():
+  model, params = _model()
+  _check(model, params, (5, 5), (1, 2), model.cache(2, 8), _FLOAT32)
+
+
+def test_bfloat16_is_close_and_keeps_its_type():
+  model, params = _model(dtype='bfloat16')
+  cache = model.cache(2, 12)
+  assert cache.keys.dtype == jnp.bfloat16
+  # Logits of a standard deviation of 2; both sides round some fifty times.
+  cache = _check(model, params, (6, 2), (1, 1), cache, {'rtol': 0, 'atol': 0.3})
+  assert cache.values.dtype == jnp.bfloat16
+  exact, _ = _model()
+  half = exact.cache(2, 12, 'bfloat16')
+  _check(exact, params, (6, 2), (1, 1), half, {'rtol': 0, 'atol': 0.3})
+
+
+def test_a_row_of_no_tokens_stays_as_it_was():
+  model, params = _model(num_kv_heads=2)
+  tokens_BT = np.arange(12, dtype=np.int32).reshape(2, 6)
+  extend = _extend(model)
+  _, cache = extend(params, model.cache(2, 9), tokens_BT, np.int32([3, 3]))
+  junk_BT = tokens_BT[:, :1] + 40
+  _, cache = extend(params, cache, junk_BT, np.int32([1, 0]))
+  np.testing.assert_array_equal(cache.lengths, [4, 3])
+  logits_BV, _ = extend(params, cache, tokens_BT[:, 3:4], np.int32([1, 1]))
+  expected_BTV = _whole(model, params, tokens_BT)
+  np.testing.assert_allclose(logits_BV[1], expected_BTV[1, 3], **_FLOAT32)
+  assert np.max(np.abs(logits_BV[0] - expected_BTV[0, 3])) > 1e-2
+
+
+def test_a_row_can_go_back():
+  model, params = _model()
+  tokens_BT = np.arange(6, dtype=np.int32)[None]
+  extend = _extend(model)
+  _, cache = extend(params, model.cache(1, 8), tokens_BT + 30, np.int32([6]))
+  cache = cache._replace(lengths=jnp.zeros(1, jnp.int32))
+  logits_BV, _ = extend(params, cache, tokens_BT, np.int32([6]))
+  expected_BTV = _whole(model, params, tokens_BT)
+  np.testing.assert_allclose(logits_BV, expected_BTV[:, -1], **_FLOAT32)
+
+
+def test_the_cache_is_changed_in_place():
+  model, params = _model(num_kv_heads=2)
+  cache = jax.eval_shape(lambda: model.cache(2, 4096))
+  tokens_BT = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+  lengths_B = jax.ShapeDtypeStruct((2,), jnp.int32)
+  lowered = _extend(model).lower(params, cache, tokens_BT, lengths_B)
+  memory = lowered.compile().memory_analysis()
+  size = 4 * cache.keys.size
+  # Both are aliased, and what is made beside them is less than one of them.
+  assert memory.alias_size_in_bytes >= 2 * size
+  assert memory.temp_size_in_bytes < size
+
+
+def test_stored_weights_are_read_layer_by_layer():
+  plain, params = _model(num_kv_heads=2)
+  weights = quantized(bits=8, dtype='float32')
+  stored = jax.tree.map(
+    lambda w: weights.store(w) if w.ndim > 2 else w, params['blocks']
+  )
+  read = lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_stored)
+  arrays = params | {'blocks': read(stored)}
+  model = Layers(plain.config, read)
+  tokens_BT = np.arange(10, dtype=np.int32).reshape(2, 5)
+  args = tokens_BT, np.int32([5, 2])
+  found, _ = _extend(model)(
+    params | {'blocks': stored}, model.cache(2, 8), *args
+  )
+  expected, _ = _extend(plain)(arrays, plain.cache(2, 8), *args)
+  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_losses_of_tokens_sum_to_the_loss():
+  model, params = _model(loss_chunk=6)
+  rng = np.random.default_rng(5)
+  draw = lambda: rng.integers(61, size=(2, 7), dtype=np.int32)
+  batch = {
+    'inputs': draw(),
+    'targets': draw(),
+    'positions': np.tile(np.arange(7, dtype=np.int32), (2, 1)),
+    'segments': np.zeros((2, 7), np.int32),
+    'weights': rng.random((2, 7), np.float32),
+  }
+  nll_BT = jax.jit(model.nll)(params, batch)
+  _, sums = jax.jit(model)(params, batch)
+  np.testing.assert_allclose(
+    np.sum(batch['weights'] * nll_BT), sums['nll'], rtol=1e-5
+  )
+  logits_BTV = _whole(model, params, batch['inputs'])
+  log_p_BTV = jax.nn.log_softmax(logits_BTV)
+  picked = np.take_along_axis(log_p_BTV, batch['targets'][..., None], -1)
+  np.testing.assert_allclose(nll_BT, -picked[..., 0], **_FLOAT32)
+  h_BTD, kernel_DV = rng.random((2, 7, 3)), rng.random((3, 61))
+  one = lambda n: cross_entropy.in_chunks(
+    *(jnp.float32(h_BTD), jnp.float32(kernel_DV), batch['targets'], n)
+  )
+  np.testing.assert_allclose(one(2), one(100), rtol=1e-6)

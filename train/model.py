@@ -1,0 +1,97 @@
+"""A trained model, whatever holds it: a run, or a directory of transformers.
+
+`train.sample` and `train.evaluate` open what they are given here.
+"""
+
+import json
+import pathlib
+from typing import NamedTuple
+
+from models import huggingface
+from models.llama import Layers
+from train import checkpoint
+from train.data import tokenizer as tokenizers
+from train.data.tokenizer import AnyTokenizer
+from train.run import Run
+from train.task import PyTree, language_model, stored_layers
+
+
+class Model(NamedTuple):
+  """What it takes to read text, and to write it."""
+
+  layers: Layers
+  params: PyTree
+  """As `layers` reads them."""
+  tokenizer: AnyTokenizer
+  window: int
+  """Tokens that the model was trained to look back at."""
+
+
+def opened(path: str | pathlib.Path) -> Model:
+  """Reads a model, and its tokenizer.
+
+  Args:
+    path: a run, whose newest checkpoint it is, or a directory of transformers.
+
+  Raises:
+    FileNotFoundError: it is neither, or a file is missing.
+    ValueError: what is in it cannot be read; the message names it.
+  """
+  path = pathlib.Path(path)
+  return of_directory(path) if is_directory(path) else of_run(Run(path))
+
+
+def is_directory(path: pathlib.Path) -> bool:
+  """Whether it is a directory of transformers; False says that it is a run.
+
+  Raises:
+    FileNotFoundError: it is neither.
+  """
+  file = path / 'config.json'
+  try:
+    fields = json.loads(file.read_text())
+  except (OSError, ValueError):
+    fields = None
+  for name, found in (('model_type', True), ('kind', False)):
+    if isinstance(fields, dict) and name in fields:
+      return found
+  raise FileNotFoundError(
+    f'{path} is not a run (config.json and checkpoints/, as train.pretrain '
+    'writes them), nor a directory of transformers (config.json with a '
+    'model_type, *.safetensors and a tokenizer): name one of the two'
+  )
+
+
+def of_run(run: Run) -> Model:
+  """Reads the newest checkpoint of a run."""
+  config = run.config()
+  params = checkpoint.restore_params(
+    run.checkpoints_path, language_model(config)
+  )
+  layers, window = stored_layers(config), config.sequence_length
+  return Model(layers, params, run.tokenizer(), window)
+
+
+def of_directory(path: pathlib.Path) -> Model:
+  """Reads a directory of transformers."""
+  tokenizer = tokenizers.load(path)
+  config = huggingface.read_config(path)
+  if tokenizer.vocab_size > config.vocab_size:
+    raise ValueError(
+      f'the tokenizer of {path} must have at most vocab_size='
+      f'{config.vocab_size} ids, got {tokenizer.vocab_size}: it is that of '
+      'another model'
+    )
+  config, params = huggingface.load(path)
+  fields = json.loads((path / 'config.json').read_text())
+  window = fields.get('max_position_embeddings') or 2048
+  return Model(Layers(config), params, tokenizer, window)
+
+
+def bucket(size: int, least: int = 16) -> int:
+  """Returns the next power of two: what has a few sizes is compiled few times.
+
+  >>> bucket(3), bucket(16), bucket(17)
+  (16, 16, 32)
+  """
+  return max(least, 1 << (size - 1).bit_length())

@@ -1,0 +1,256 @@
+"""From a command line to the last step: what the training programs share.
+
+`prepare` checks everything that a user can get wrong and writes nothing;
+`begin` finds the state to start from, in the run or in a checkpoint of
+transformers; `train` hands both to the loop (`train.loop`).
+"""
+
+import dataclasses
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import grain
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from train import checkpoint, loop, machine, metrics, report, signals
+from train import run as run_lib
+from train import step as step_lib
+from train.command import Launch, parse, source, user_errors
+from train.config import Config, differences
+from train.data.corpus import Documents
+from train.data.tokenizer import AnyTokenizer, load, train_tokenizer
+from train.run import Run
+from train.step import State
+from train.task import Task, Text, array_shapes, language_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """All that training needs, checked; nothing is written yet."""
+
+  config: Config
+  run: Run
+  source: Run | None
+  """The run whose checkpoint this one starts from; itself, if resumed."""
+  task: Task
+  init: step_lib.Init
+  step: step_lib.Step
+  text: Text
+  batches: grain.DatasetIterator
+  memory: Table
+  launch: Launch
+
+
+Before: TypeAlias = Callable[[Setup, Console], None]
+After: TypeAlias = Callable[[Setup, State, Console], None]
+
+
+def main(
+  argv: Sequence[str], kind: type[Launch], *, before: Before, after: After
+) -> int:
+  """Runs a training program; returns the exit code.
+
+  Args:
+    argv: its command line.
+    kind: its options.
+    before: shows what is to be trained; may raise as `prepare` does.
+    after: shows what was trained, if no signal stopped it.
+  """
+  console = Console()
+  machine.cache_compilations()
+  with user_errors():
+    setup = prepare(argv, kind)
+    before(setup, console)
+    console.print(setup.memory)
+    console.print(machine.describe(), highlight=False)
+    state = begin(setup)
+  try:
+    return train(setup, state, console, after, path=argv[0])
+  except FloatingPointError as error:
+    print(f'error: {error}', file=sys.stderr)
+    if checkpoint.exists(setup.run.checkpoints_path):
+      rate = f'{setup.config.learning_rate / 2:g}'
+      again = command(setup, argv[0], '--branch', '--learning-rate', rate)
+      print(
+        'the checkpoints before it are intact; to go on from the newest with '
+        f'half the learning rate:\n{again}',
+        file=sys.stderr,
+      )
+  except OSError as error:
+    print(f'error: {error}', file=sys.stderr)
+  return 1
+
+
+def command(setup: Setup, path: str, *options: str) -> str:
+  """Returns a command line that goes on from a run, for the user to copy."""
+  words = ['python', '-m', setup.launch.program, path]
+  return shlex.join([*words, '--run', str(setup.run.directory), *options])
+
+
+def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
+  """Checks everything that a user can get wrong."""
+  found = source(argv)
+  launch = parse(
+    argv, kind, None if found is None else lambda path: found.config()
+  )
+  config, name = launch.config, pathlib.Path(argv[0]).stem
+  if found is None:
+    config = config.resolved()
+  if launch.tensorboard:
+    metrics.event_writer()
+  if found is None:
+    where = run_lib.new(launch.run, name)
+  elif launch.branch:
+    where = run_lib.new(None, name)
+    check_branch(found, config)
+  else:
+    where = found
+    where.check(config)
+  task = language_model(config)
+  init, step = step_lib.build(config, task)
+  memory = report.memory_table(
+    array_shapes(config, task),
+    jax.eval_shape(task.init, jax.random.key(0)),
+    config.transformation(),
+    type(config.optimizer).__name__,
+    task.trained,
+  )
+  documents = config.corpus.open('train')
+  held_out = config.corpus.open('validation')
+  tokenizer = (
+    found.tokenizer() if found else prepare_tokenizer(config, documents)
+  )
+  text = Text(documents, held_out, tokenizer)
+  return Setup(
+    config=config,
+    run=where,
+    source=found,
+    task=task,
+    init=init,
+    step=step,
+    text=text,
+    batches=task.batches(text),
+    memory=memory,
+    launch=launch,
+  )
+
+
+def check_branch(source: Run, config: Config) -> None:
+  """Raises ValueError where a config cannot start from a run's checkpoint."""
+  if not checkpoint.exists(source.checkpoints_path):
+    raise FileNotFoundError(
+      f'no checkpoint in {source.checkpoints_path} to start from: leave out '
+      '--branch to begin anew'
+    )
+  theirs = source.config()
+  differ = differences(theirs, config)
+  if 'tokenizer' in differ or shapes(theirs) != shapes(config):
+    raise ValueError(
+      f'--branch cannot start from {source.directory}, whose state or text is '
+      f'another one: {run_lib.listed(differ)}. Leave out what changes the model'
+      ' or what the optimizer keeps, or begin anew without --branch'
+    )
+
+
+def shapes(config: Config) -> State:
+  """Returns the shapes of a config's state."""
+  init, _ = step_lib.build(config, language_model(config))
+  return jax.eval_shape(init, jax.random.key(0))
+
+
+def prepare_tokenizer(config: Config, documents: Documents) -> AnyTokenizer:
+  """Returns the tokenizer that is named, or one trained on the documents."""
+  vocab_size = config.model.vocab_size
+  path = config.tokenizer or config.checkpoint
+  if path is None:
+    sample = documents.stream(seed=0, repeat=False)
+    return train_tokenizer(sample, vocab_size=vocab_size)
+  tokenizer = load(path)
+  if tokenizer.vocab_size > vocab_size:
+    raise ValueError(
+      f'model.vocab_size must be at least {tokenizer.vocab_size}, the number '
+      f'of ids in {path}, got {vocab_size}'
+    )
+  return tokenizer
+
+
+def begin(setup: Setup) -> State:
+  """Returns the state to start from, and writes the run's first files."""
+  config, source, where = setup.config, setup.source, setup.run
+  key = jax.random.key(config.seed)
+  state = None
+  if source and checkpoint.exists(source.checkpoints_path):
+    with checkpoint.opened(source.checkpoints_path) as manager:
+      like = jax.eval_shape(setup.init, key)
+      state = checkpoint.restore(manager, like, setup.batches)
+  setup.batches.start_prefetch()  # while the step compiles
+  if state is None and config.checkpoint is not None:
+    params = setup.task.read(key)
+    start = step_lib.starter(config, setup.task)
+    state = jax.jit(start, donate_argnums=0)(params)
+  elif state is None:
+    state = jax.jit(setup.init)(key)
+  if source == where:
+    where.write(config)
+  elif source is None:
+    begun = config.checkpoint and pathlib.Path(config.checkpoint)
+    where.create(config, setup.text.tokenizer, begun)
+  else:
+    if int(state.step) >= config.steps:
+      raise ValueError(
+        f'steps must be more than {int(state.step)}, which {source.directory} '
+        f'has done, got {config.steps}'
+      )
+    where.branch(source, config)
+    with checkpoint.opened(where.checkpoints_path) as manager:
+      checkpoint.save(manager, state, setup.batches, config)
+  return state
+
+
+def train(
+  setup: Setup, state: State, console: Console, after: After, *, path: str
+) -> int:
+  """Trains to the last step, or until a signal; returns the exit code."""
+  config, where, task = setup.config, setup.run, setup.task
+  console.print(f'run: {where.directory}', highlight=False)
+  with (
+    signals.asked() as stop,
+    checkpoint.opened(where.checkpoints_path) as manager,
+    metrics.opened(
+      where.metrics_path,
+      step=int(state.step),
+      tensorboard=setup.launch.tensorboard,
+    ) as log,
+  ):
+    state = loop.train(
+      state,
+      config,
+      step=setup.step,
+      batches=setup.batches,
+      validate=task.evaluate(setup.text),
+      save=lambda state, score: checkpoint.save(
+        manager, state, setup.batches, config, score
+      ),
+      best=checkpoint.best_score(manager),
+      log=log,
+      console=console,
+      stop=stop,
+      task=task,
+    )
+  if stop.signal is None:
+    metrics.plot(where.metrics_path, where.curves_path, str(where.directory))
+    after(setup, state, console)
+    console.print(f'curves: {where.curves_path}', highlight=False)
+  else:
+    console.print(
+      f'stopped and saved at step {int(state.step)}; to go on:\n'
+      f'{command(setup, path, "--resume")}',
+      highlight=False,
+      soft_wrap=True,
+    )
+  return stop.code
