@@ -128,6 +128,16 @@ class Dialogues:
           raise ValueError(f'{self.source.place(i)}: {error}') from error
     return Indexed(self.source, self.encoder(tokenizer)).stream(**order)
 
+  def templated(self, tokenizer: AnyTokenizer) -> AnyTokenizer:
+    """Returns the tokenizer with the template that these chats have.
+
+    Saved with a run, it is the one that the model is asked by.
+    """
+    template = template_of(tokenizer, self.template)
+    if template is tokenizer.chat_template:
+      return tokenizer
+    return tokenizer.with_template(template.source)
+
   def encoder(self, tokenizer: AnyTokenizer) -> Callable[..., Example]:
     """Returns what makes an example of an item of the source."""
     return functools.partial(
@@ -253,8 +263,6 @@ def template_of(
   tokenizer: AnyTokenizer, template: str | None = None
 ) -> ChatTemplate:
   """Returns the template of a run.
-
-  `tokenizer.with_template(template_of(...).source)` is saved with it.
 
   Args:
     tokenizer: of the run.

@@ -295,8 +295,10 @@ class TestCorpus:
       '### Assistant: The quick brown fox.<|im_start|>'
     )
     assert '[INST]' in named
-    saved = tokenizer.with_template(MISTRAL)
-    saved.save(tmp_path)
+    path = chats_file(tmp_path)
+    assert Chats(path).open('train').templated(tokenizer) is tokenizer
+    chats = Chats(path, template=str(tmp_path / 'a.jinja')).open('train')
+    chats.templated(tokenizer).save(tmp_path)
     assert '[INST]' in load(tmp_path).chat_template.render(CHAT[1:3])
     with pytest.raises(FileNotFoundError, match=r"no chat template at 'none'"):
       Chats(chats_file(tmp_path), template='none').open('train')
@@ -465,6 +467,9 @@ class TestBatches:
     )
     assert re.fullmatch(r' Answer \d+\.( So\.)*', scored)
     assert batch['targets'][0][first][-1] == tokenizer.eos_id
+    template = dialogues.templated(tokenizer).chat_template
+    asked = template.render(CHAT[1:2], add_generation_prompt=True)
+    assert asked == f'<s>### Human: {CHAT[1]["content"]}\n### Assistant:'
 
   def test_shown_colours_what_is_scored(self, dialogues, tokenizer):
     table = shown(dialogues, tokenizer, sequence_length=90)
