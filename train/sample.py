@@ -369,6 +369,8 @@ def typed() -> Iterator[str]:
     try:
       line = input('> ' if asked else '')
     except EOFError:
+      if asked:
+        print()  # the shell's prompt has a line of its own
       return
     if line.strip():
       yield line
