@@ -197,10 +197,9 @@ def decay_updated_weights(
 
   def update_fn(updates, state, params=None):
     # No params are asked for where no decay is; a traced one may be any.
-    decays = not is_zero(weight_decay)
-    if decays and params is None:
-      raise ValueError('weight decay needs params: tx.update(g, state, params)')
-    if decays:
+    if not is_zero(weight_decay):
+      if params is None:
+        raise ValueError('weight decay needs params: update(g, state, params)')
       shrink = rate_at(learning_rate, state.count) * weight_decay
       decayed = lambda u, w: u - (shrink * (w + u)).astype(u.dtype)
       updates = jax.tree.map(decayed, updates, params)

@@ -128,6 +128,24 @@ class Stage(optax.GradientTransformationExtraArgs):
     return stage
 
 
+# Options of galore-torch and transformers, and what they are called here.
+THEIRS = {'update_proj_gap': 'gap', 'optim_target_modules': 'targets'}
+THEIRS |= {'proj_type': "side (its 'left' 'right')", 'betas': 'b1 and b2'}
+
+
+def _knows_theirs(function):
+  """Tells those who give an option of the reference what it is called here."""
+
+  @functools.wraps(function)
+  def called(*args, **options):
+    for name in THEIRS.keys() & options:
+      raise TypeError(f'{name} is called {THEIRS[name]} here; README has all')
+    return function(*args, **options)
+
+  return called
+
+
+@_knows_theirs
 def galore(
   inner: optax.GradientTransformation | Apart | None = None,
   *,

@@ -1,9 +1,10 @@
-"""Causal attention inside segments, one pair of blocks of time at a time.
+"""Attention inside segments, one pair of blocks of time at a time.
 
 No array of [B, heads, T, T] exists, forward or backward: `attend` takes cuDNN's
-kernel, or `blockwise`, in which a block of queries meets the blocks of keys up
-to its own, one after another, while a running maximum and sum make one softmax
-of all of them. `attend_cached` is for few queries, and keys from before.
+kernel, or `blockwise`, in which a block of queries meets the blocks of keys (up
+to its own, where it is causal), one after another, while a running maximum and
+sum make one softmax of all of them. `attend_cached` is for few queries, and
+keys from before.
 
 Shapes: B batch, T time, N query heads, K key-value heads, G query heads of
 each, H head dimension; I blocks of C time steps each (S where they are keys).
@@ -35,6 +36,7 @@ def attend(
   *,
   window: int | None = None,
   kind: Kind = 'auto',
+  causal: bool = True,
 ):
   """softmax(q k / sqrt(H)) v over what is not later, and of the same segment.
 
@@ -47,6 +49,7 @@ def attend(
       of them.
     kind: 'cudnn', cuDNN's kernel; 'blockwise', the products below; 'auto', the
       first on a GPU where JAX has it for such arrays, else the second.
+    causal: False is for a model that sees what is later too, and no window.
 
   Returns:
     [B, T, N, H], of the inputs' type.
@@ -56,7 +59,7 @@ def attend(
   """
   if window is not None and window >= q_BTNH.shape[1]:
     window = None
-  if kind == 'cudnn' and (reason := refusal(q_BTNH, k_BTKH, window)):
+  if kind == 'cudnn' and (reason := refusal(q_BTNH, k_BTKH, window, causal)):
     q = jax.typeof(q_BTNH).str_short()
     raise ValueError(
       f"attention='cudnn' cannot be had for queries {q}: {reason}; "
@@ -64,10 +67,10 @@ def attend(
     )
   if kind == 'auto':
     on_gpu = jax.default_backend() == 'gpu'
-    here = on_gpu and not refusal(q_BTNH, k_BTKH, window)
+    here = on_gpu and not refusal(q_BTNH, k_BTKH, window, causal)
     kind = 'cudnn' if here else 'blockwise'
   of_kind = {'cudnn': cudnn, 'blockwise': blockwise}[kind]
-  return of_kind(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+  return of_kind(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, causal)
 
 
 def attend_cached(
@@ -116,14 +119,16 @@ def attend_cached(
   return y_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def refusal(q_BTNH, k_BTKH, window: int | None = None) -> str | None:
+def refusal(
+  q_BTNH, k_BTKH, window: int | None = None, causal: bool = True
+) -> str | None:
   """Returns why JAX has no kernel of cuDNN's to train with; None if it has.
 
   Tracing it asks for the version of cuDNN, the type, the head dimension and
   the number of time steps, by the rules of this JAX for this card.
   """
   segments_BT = jax.ShapeDtypeStruct(q_BTNH.shape[:2], jnp.int32)
-  total = lambda *x: jnp.sum(cudnn(*x, window).astype(jnp.float32))
+  total = lambda *x: jnp.sum(cudnn(*x, window, causal).astype(jnp.float32))
   try:
     jax.eval_shape(jax.grad(total), q_BTNH, k_BTKH, k_BTKH, segments_BT)
   except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -132,19 +137,19 @@ def refusal(q_BTNH, k_BTKH, window: int | None = None) -> str | None:
   return None
 
 
-def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None):
+def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None, causal=True):
   """The same by cuDNN's kernel; the one mask [B, 1, T, T] is for all heads."""
   same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
   return jax.nn.dot_product_attention(
     *(q_BTNH, k_BTKH, v_BTKH),
     mask=same_BTS[:, None],
-    is_causal=True,
+    is_causal=causal,
     local_window_size=None if window is None else (window - 1, 0),
     implementation='cudnn',
   )
 
 
-def blockwise(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None):
+def blockwise(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None, causal=True):
   """The same by JAX's own products, on any device.
 
   Scores, softmax and sums are float32, products are of the inputs' type. Work
@@ -172,22 +177,23 @@ def blockwise(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None):
     # What is added at the end is a segment of its own.
     blocks(segments_BT, fill=-1),
     window,
+    causal,
   )
   return y_IBKGCH.transpose(1, 0, 4, 2, 3, 5).reshape(B, I * C, N, H)[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window):
-  return _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window, causal):
+  return _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window, causal)[0]
 
 
-def _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window):
+def _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window, causal):
   """Returns the result, and what the backward pass reads."""
 
   def meet(found, pair):
     top, total, y = found
     i, j = pair
-    scores = _scores(q_IBKGCH, k_IBKSH, segments_IBC, i, j, window)
+    scores = _scores(q_IBKGCH, k_IBKSH, segments_IBC, i, j, window, causal)
     new = jnp.maximum(top[i], jnp.max(scores, axis=-1))
     p, shrink = jnp.exp(scores - new[..., None]), jnp.exp(top[i] - new)
     part = _product('bkgcs,bksh->bkgch', p, v_IBKSH[j])
@@ -199,14 +205,13 @@ def _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window):
 
   y = jnp.zeros(q_IBKGCH.shape, jnp.float32)
   none = y[..., 0]
-  (top, total, y), _ = jax.lax.scan(
-    meet, (none + MASKED, none, y), _pairs(*segments_IBC.shape[::2], window)
-  )
+  pairs = _pairs(*segments_IBC.shape[::2], window, causal)
+  (top, total, y), _ = jax.lax.scan(meet, (none + MASKED, none, y), pairs)
   y = (y / total[..., None]).astype(q_IBKGCH.dtype)
   return y, (q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, y, top + jnp.log(total))
 
 
-def _backward(window, kept, dy):
+def _backward(window, causal, kept, dy):
   """Returns the cotangents of q, k and v; softmax is found again."""
   q, k, v, segments, y, log_total = kept
   # What the normalization of a softmax takes from each of its scores.
@@ -215,7 +220,7 @@ def _backward(window, kept, dy):
   def meet(found, pair):
     dq, dk, dv = found
     i, j = pair
-    scores = _scores(q, k, segments, i, j, window)
+    scores = _scores(q, k, segments, i, j, window, causal)
     p = jnp.exp(scores - log_total[i][..., None])
     dp = _product('bkgch,bksh->bkgcs', dy[i], v[j])
     ds = p * (dp - taken[i][..., None]) * _scale(q)
@@ -226,7 +231,8 @@ def _backward(window, kept, dy):
     ), None
 
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-  found, _ = jax.lax.scan(meet, zeros, _pairs(*segments.shape[::2], window))
+  pairs = _pairs(*segments.shape[::2], window, causal)
+  found, _ = jax.lax.scan(meet, zeros, pairs)
   return *(
     dx.astype(x.dtype) for dx, x in zip(found, kept[:3], strict=True)
   ), None
@@ -235,9 +241,9 @@ def _backward(window, kept, dy):
 _attend.defvjp(_forward, _backward)
 
 
-def _pairs(num_blocks, size, window):
+def _pairs(num_blocks, size, window, causal):
   """Blocks of queries, and for each those of keys that it sees."""
-  i, j = np.tril_indices(num_blocks)
+  i, j = np.tril_indices(num_blocks, 0 if causal else num_blocks)
   if window is not None:
     # The first query of block i and the last key of block j are the closest.
     near = (i - j - 1) * size + 1 < window
@@ -245,13 +251,13 @@ def _pairs(num_blocks, size, window):
   return np.int32(i), np.int32(j)
 
 
-def _scores(q_IBKGCH, k_IBKSH, segments_IBC, i, j, window):
+def _scores(q_IBKGCH, k_IBKSH, segments_IBC, i, j, window, causal):
   """Scores [B, K, G, C, S] of block i of queries with block j of keys."""
   scores = _product('bkgch,bksh->bkgcs', q_IBKGCH[i], k_IBKSH[j])
   C = segments_IBC.shape[-1]
   times = jnp.arange(C)
   queries, keys = i * C + times[:, None], j * C + times[None, :]
-  in_reach_CS = queries >= keys
+  in_reach_CS = (queries >= keys) | (not causal)
   if window is not None:
     in_reach_CS &= queries - keys < window
   same_BCS = segments_IBC[i][:, :, None] == segments_IBC[j][:, None, :]

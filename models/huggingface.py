@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 import shutil
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -19,29 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import huggingface_config, llama
+from models import encoder, huggingface_config, llama
+from models.huggingface_config import AnyConfig
 
 PyTree: TypeAlias = Any
 
-# Of every architecture, each of which has some of them.
-_NAMES = {
-  'embed/embedding': 'model.embed_tokens.weight',
-  'blocks/attention_norm/scale': 'model.layers.{}.input_layernorm.weight',
-  'blocks/attention/q/kernel': 'model.layers.{}.self_attn.q_proj.weight',
-  'blocks/attention/k/kernel': 'model.layers.{}.self_attn.k_proj.weight',
-  'blocks/attention/v/kernel': 'model.layers.{}.self_attn.v_proj.weight',
-  'blocks/attention/o/kernel': 'model.layers.{}.self_attn.o_proj.weight',
-  'blocks/attention/q/bias': 'model.layers.{}.self_attn.q_proj.bias',
-  'blocks/attention/k/bias': 'model.layers.{}.self_attn.k_proj.bias',
-  'blocks/attention/v/bias': 'model.layers.{}.self_attn.v_proj.bias',
-  'blocks/attention/q_norm/scale': 'model.layers.{}.self_attn.q_norm.weight',
-  'blocks/attention/k_norm/scale': 'model.layers.{}.self_attn.k_norm.weight',
-  'blocks/mlp_norm/scale': 'model.layers.{}.post_attention_layernorm.weight',
-  'blocks/mlp/gate/kernel': 'model.layers.{}.mlp.gate_proj.weight',
-  'blocks/mlp/up/kernel': 'model.layers.{}.mlp.up_proj.weight',
-  'blocks/mlp/down/kernel': 'model.layers.{}.mlp.down_proj.weight',
-  'norm/scale': 'model.norm.weight',
-  'lm_head/kernel': 'lm_head.weight',
+# As the first BERTs say it.
+_RENAMED = {
+  'LayerNorm.gamma': 'LayerNorm.weight',
+  'LayerNorm.beta': 'LayerNorm.bias',
 }
 
 _OTHERS = (
@@ -57,7 +44,7 @@ _PIECE = 2**26
 """Numbers that are read at a time."""
 
 
-def read_config(directory: str | pathlib.Path) -> llama.LlamaConfig:
+def read_config(directory: str | pathlib.Path) -> AnyConfig:
   """Returns the model that a checkpoint's config.json describes.
 
   Its numbers are of the checkpoint's type; of float16, which the model does
@@ -75,8 +62,12 @@ def read_config(directory: str | pathlib.Path) -> llama.LlamaConfig:
 
 
 def load(
-  directory: str | pathlib.Path, *, shardings: PyTree = None, **overrides
-) -> tuple[llama.LlamaConfig, PyTree]:
+  directory: str | pathlib.Path,
+  *,
+  shardings: PyTree = None,
+  key: jax.Array | None = None,
+  **overrides,
+) -> tuple[AnyConfig, PyTree]:
   """Reads a checkpoint piece by piece, with little of it in host memory.
 
   Args:
@@ -84,11 +75,13 @@ def load(
     shardings: where parameters go, one for all or a tree of them as
       `jax.jit(out_shardings=)` takes it, on a mesh whose axes are Auto; None is
       the default device.
-    **overrides: fields of `LlamaConfig` to set to something else, such as
+    key: draws the head of an encoder whose checkpoint has none.
+    **overrides: fields of the configuration to set to something else, such as
       param_dtype.
 
   Returns:
-    The configuration, and the parameters of `models.llama` as `jax.Array`s.
+    The configuration, and the parameters of `models.llama` or `models.encoder`
+    as `jax.Array`s.
 
   Raises:
     FileNotFoundError: a file is missing.
@@ -96,12 +89,12 @@ def load(
       not those of the config; the message names the field or the tensor.
   """
   config = dataclasses.replace(read_config(directory), **overrides)
-  return config, llama_params(_tensors(directory), config, shardings)
+  return config, params_of(_tensors(directory), config, shardings, key)
 
 
 def save(
   directory: str | pathlib.Path,
-  config: llama.LlamaConfig,
+  config: AnyConfig,
   params: PyTree,
   *,
   source: str | pathlib.Path | None = None,
@@ -127,12 +120,13 @@ def save(
   directory = pathlib.Path(directory)
   flat = _flatten(params)
   _check_params(flat, config)
-  fields = huggingface_config.fields_of(config) | _sourced(source)
+  fields = huggingface_config.fields_of(config)
+  fields |= _sourced(source, fields['model_type'])
   directory.mkdir(parents=True, exist_ok=True)
   for pattern in ('config.json', '*.safetensors', '*.safetensors.index.json'):
     for file in directory.glob(pattern):
       raise FileExistsError(f'{file} exists; name another directory')
-  _write_shards(directory, flat, max_shard_bytes)
+  _write_shards(directory, _parts(flat, config), flat, max_shard_bytes)
   if source is not None:
     copy(source, directory)
   _write_json(directory / 'config.json', fields)
@@ -147,53 +141,115 @@ def copy(source: str | pathlib.Path, directory: str | pathlib.Path) -> None:
       shutil.copyfile(file, pathlib.Path(directory) / name)
 
 
-def llama_params(
+def params_of(
   tensors: Mapping[str, Any],
-  config: llama.LlamaConfig,
+  config: AnyConfig,
   shardings: PyTree = None,
+  key: jax.Array | None = None,
 ) -> PyTree:
-  """Parameters of `models.llama` from a checkpoint's tensors.
+  """Parameters of a model from a checkpoint's tensors.
 
   Args:
     tensors: NumPy arrays by the checkpoint's names, or what has a shape and
-      gives such rows as are asked for. A tied model's `lm_head.weight` and the
-      rotary frequencies that old checkpoints carry are ignored; any other name
-      that the model lacks is an error.
-    config: The `LlamaConfig` that the tensors must fit.
+      gives such rows as are asked for. What an architecture's row calls ignored
+      is; any other name that the model lacks is an error.
+    config: The `LlamaConfig` or `EncoderConfig` that the tensors must fit.
     shardings: as in `load`.
+    key: as in `load`.
 
   Returns:
     Nested dict of `jax.Array`s of type `config.param_dtype`.
   """
-  shapes = jax.eval_shape(llama.Layers(config).init, jax.random.key(0))
+  row = _row(config)
+  init = _layers(config).init
+  shapes = jax.eval_shape(init, jax.random.key(0))
   places = dict.fromkeys(_flatten(shapes))
   if shardings is not None:
     places = _flatten(jax.tree.broadcast(shardings, shapes))
   shapes = _flatten(shapes)
-  names = {path: _names(path, config.num_layers) for path in shapes}
+  names = {path: _names(row, path, config.num_layers) for path in shapes}
+  expected = {name for some in names.values() for name in some}
+  tensors = _named(tensors, row, expected)
+  fresh = _fresh(tensors, names, row)
+  names = {path: some for path, some in names.items() if path not in fresh}
   _check_names(tensors, {name for some in names.values() for name in some})
+  for path, some in names.items():
+    for name in some:
+      expected = _theirs(path, shapes[path].shape)
+      _check_shape(name, tensors[name].shape, expected)
+  if fresh and key is None:
+    raise ValueError(
+      f'the checkpoint has no {", ".join(sorted(fresh))}: give a key to draw '
+      'them, or a checkpoint with a head'
+    )
+  params = {}
   for path, leaf in shapes.items():
-    for name in names[path]:
-      _check_shape(name, tensors[name].shape, _theirs(path, leaf.shape))
-  params = {
-    path: _parameter(path, leaf, map(tensors.get, names[path]), places[path])
-    for path, leaf in shapes.items()
-  }
+    if path in fresh:
+      draw = lambda key, path=path: _flatten(init(key))[path]
+      params[path] = jax.jit(draw, out_shardings=places[path])(key)
+    else:
+      stored = map(tensors.get, names[path])
+      params[path] = _parameter(path, leaf, stored, places[path])
   return flax.traverse_util.unflatten_dict(params, sep='/')
 
 
-def llama_tensors(params: PyTree) -> dict[str, np.ndarray]:
-  """A checkpoint's tensors from parameters: `llama_params` undone.
+def tensors_of(params: PyTree, config: AnyConfig) -> dict[str, np.ndarray]:
+  """A checkpoint's tensors from parameters: `params_of` undone.
 
   Args:
-    params: Parameters of `models.llama`, on any device.
+    params: Parameters of the model, on any device.
+    config: The model.
 
   Returns:
     Dict from checkpoint name to NumPy array, without `lm_head.weight` if the
     model is tied.
   """
   flat = _flatten(params)
-  return {name: _tensor(flat, part) for name, part in _parts(flat).items()}
+  parts = _parts(flat, config)
+  return {name: _tensor(flat, part) for name, part in parts.items()}
+
+
+def _row(config):
+  """What there is to say about a model's architecture."""
+  kind = huggingface_config.model_type(config)
+  return huggingface_config.ARCHITECTURES[kind]
+
+
+def _layers(config):
+  """The model of a configuration."""
+  kinds = {
+    llama.LlamaConfig: llama.Layers,
+    encoder.EncoderConfig: encoder.Layers,
+  }
+  return kinds[type(config)](config)
+
+
+def _named(tensors, row, expected):
+  """Tensors by the names of a whole model, without those to be ignored."""
+  named = {}
+  for name, tensor in tensors.items():
+    for before, now in _RENAMED.items():
+      if name.endswith(before):
+        name = name.removesuffix(before) + now
+    if row.prefix + name in expected:
+      name = row.prefix + name
+    if name in expected or not re.fullmatch(row.ignored, name):
+      named[name] = tensor
+  return named
+
+
+def _fresh(tensors, names, row):
+  """Paths of the head's modules of which a checkpoint has no tensor."""
+  modules = {}
+  for path in names:
+    if row.head and path.startswith(row.head):
+      modules.setdefault(path.rpartition('/')[0], []).append(path)
+  return {
+    path
+    for paths in modules.values()
+    for path in paths
+    if not any(name in tensors for p in paths for name in names[p])
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +313,7 @@ def _parameter(path, leaf, tensors, sharding):
   def put(whole, rows, layer, start):
     piece = _turned(path, rows).astype(leaf.dtype)
     at = [0] * piece.ndim
-    at[0 if path == 'embed/embedding' else -1] = start
+    at[0 if _is_table(path) else -1] = start
     if path.startswith('blocks/'):
       piece, at = piece[None], [layer, *at]
     return jax.lax.dynamic_update_slice(whole, piece, at)
@@ -272,12 +328,12 @@ def _parameter(path, leaf, tensors, sharding):
   return whole
 
 
-def _write_shards(directory, flat, max_bytes):
+def _write_shards(directory, parts, flat, max_bytes):
   """Writes tensors in files of at most so many bytes, and their index."""
   from safetensors import numpy as safetensors
 
   shards, sizes = [{}], [0]
-  for name, part in _parts(flat).items():
+  for name, part in parts.items():
     leaf, layer = flat[part[0]], part[1]
     size = leaf.nbytes if layer is None else leaf.nbytes // len(leaf)
     if shards[-1] and sizes[-1] + size > max_bytes:
@@ -299,13 +355,13 @@ def _write_shards(directory, flat, max_bytes):
     _write_json(directory / _INDEX, index)
 
 
-def _parts(flat):
+def _parts(flat, config):
   """By the checkpoint's names: a parameter's path, and the layer or None."""
-  parts = {}
+  row, parts = _row(config), {}
   for path, leaf in flat.items():
     stacked = path.startswith('blocks/')
     layers = range(len(leaf)) if stacked else [None]
-    names = _names(path, len(leaf))
+    names = _names(row, path, len(leaf))
     parts |= {name: (path, i) for name, i in zip(names, layers, strict=True)}
   return parts
 
@@ -319,28 +375,30 @@ def _tensor(flat, part):
 
 def _turned(path, matrix):
   """Our layout from theirs, or theirs from ours."""
-  return matrix if path == 'embed/embedding' else matrix.T
+  return matrix if _is_table(path) else matrix.T
 
 
 def _theirs(path, shape):
   """The shape of a checkpoint's tensor, from that of our parameter."""
   shape = shape[1:] if path.startswith('blocks/') else shape
-  return shape if path == 'embed/embedding' else shape[::-1]
+  return shape if _is_table(path) else shape[::-1]
 
 
-def _names(path, num_layers):
+def _is_table(path):
+  """Whether rows are looked up: such a matrix is stored as we have it."""
+  return path.endswith('/embedding')
+
+
+def _names(row, path, num_layers):
   """The checkpoint's names for a parameter, layer by layer."""
   if not path.startswith('blocks/'):
-    return [_NAMES[path]]
-  return [_NAMES[path].format(layer) for layer in range(num_layers)]
+    return [row.names[path]]
+  return [row.names[path].format(layer) for layer in range(num_layers)]
 
 
 def _check_names(tensors, expected):
   missing = sorted(expected - set(tensors))
-  ignored = {'lm_head.weight'} | {
-    name for name in tensors if name.endswith('rotary_emb.inv_freq')
-  }
-  surplus = sorted(set(tensors) - expected - ignored)
+  surplus = sorted(set(tensors) - expected)
   if missing or surplus:
     raise ValueError(
       'the tensors must be those of the configured model, got missing '
@@ -358,7 +416,7 @@ def _check_shape(name, shape, expected):
 
 
 def _check_params(flat, config):
-  shapes = jax.eval_shape(llama.Layers(config).init, jax.random.key(0))
+  shapes = jax.eval_shape(_layers(config).init, jax.random.key(0))
   shapes = _flatten(shapes)
   if odd := sorted(shapes.keys() ^ flat.keys()):
     raise ValueError(f'params must be those of the config; check {odd[:4]}')
@@ -370,17 +428,12 @@ def _check_params(flat, config):
       raise ValueError(f'{path} must be {expected} by the config, got {got}')
 
 
-def _sourced(source):
+def _sourced(source, kind):
   """What a source's config.json has for other programs."""
   file = source and pathlib.Path(source) / 'config.json'
   if not file or not file.is_file():
     return {}
-  fields = json.loads(file.read_text())
-  return {
-    name: value
-    for name, value in fields.items()
-    if name in huggingface_config.HARMLESS
-  }
+  return huggingface_config.for_others(json.loads(file.read_text()), kind)
 
 
 def _write_json(file, data):

@@ -1,50 +1,111 @@
-"""A checkpoint's config.json, to and from a `LlamaConfig`.
+"""A checkpoint's config.json, to and from a `LlamaConfig` or `EncoderConfig`.
 
 Every field is one that the model implements, one that changes nothing that it
-computes, or refused by name.
+computes, or refused by name. A row of `ARCHITECTURES` is all that there is to
+say about an architecture: its fields, and its names of tensors.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+from models.encoder import EncoderConfig
 from models.llama import Llama3Scaling, LlamaConfig
 
 Fields: TypeAlias = dict[str, Any]
+AnyConfig: TypeAlias = LlamaConfig | EncoderConfig
 
 
 class Architecture(NamedTuple):
   """What a model_type means."""
 
-  name: str
-  """transformers' class."""
+  classes: tuple[str, ...]
+  """transformers' classes that can be read; the first is the one written."""
+  config: type
+  """The model's configuration."""
+  fixed: Fields
+  """Fields of ours that the model_type decides."""
+  needed: dict[str, str]
+  """Fields of ours, and of config.json with the same values."""
+  optional: dict[str, str]
+  """The same, of those that may be missing."""
+  read: Callable[[Fields, str], Fields]
+  """`(config.json, model_type) -> our fields` that are more than a copy."""
+  write: Callable[[Any, str], Fields]
+  """`(configuration, model_type) -> config.json`, all that is no copy."""
+  others: frozenset[str]
+  """Fields that `read` looks at."""
+  neutral: Fields
+  """The only values under which these fields change nothing."""
+  names: dict[str, str]
+  """Our paths, and the names of tensors; {} is the layer."""
   required: tuple[str, ...] = ()
   """Fields that have a default of their own there, none of ours."""
+  prefix: str = ''
+  """What the names of a model without a head may lack."""
+  head: str = ''
+  """Beginning of the paths that are drawn anew where a checkpoint has none."""
+  ignored: str = ''
+  """Names of tensors that the model does not need: a regular expression."""
 
 
-ARCHITECTURES = {
-  'llama': Architecture('LlamaForCausalLM'),
-  'mistral': Architecture(
-    'MistralForCausalLM', ('num_key_value_heads', 'sliding_window')
-  ),
-  'qwen2': Architecture('Qwen2ForCausalLM', ('num_key_value_heads',)),
-  'qwen3': Architecture(
-    'Qwen3ForCausalLM', ('num_key_value_heads', 'head_dim')
-  ),
+_LLAMA_NAMES = {
+  'embed/embedding': 'model.embed_tokens.weight',
+  'blocks/attention_norm/scale': 'model.layers.{}.input_layernorm.weight',
+  'blocks/attention/q/kernel': 'model.layers.{}.self_attn.q_proj.weight',
+  'blocks/attention/k/kernel': 'model.layers.{}.self_attn.k_proj.weight',
+  'blocks/attention/v/kernel': 'model.layers.{}.self_attn.v_proj.weight',
+  'blocks/attention/o/kernel': 'model.layers.{}.self_attn.o_proj.weight',
+  'blocks/attention/q/bias': 'model.layers.{}.self_attn.q_proj.bias',
+  'blocks/attention/k/bias': 'model.layers.{}.self_attn.k_proj.bias',
+  'blocks/attention/v/bias': 'model.layers.{}.self_attn.v_proj.bias',
+  'blocks/attention/q_norm/scale': 'model.layers.{}.self_attn.q_norm.weight',
+  'blocks/attention/k_norm/scale': 'model.layers.{}.self_attn.k_norm.weight',
+  'blocks/mlp_norm/scale': 'model.layers.{}.post_attention_layernorm.weight',
+  'blocks/mlp/gate/kernel': 'model.layers.{}.mlp.gate_proj.weight',
+  'blocks/mlp/up/kernel': 'model.layers.{}.mlp.up_proj.weight',
+  'blocks/mlp/down/kernel': 'model.layers.{}.mlp.down_proj.weight',
+  'norm/scale': 'model.norm.weight',
+  'lm_head/kernel': 'lm_head.weight',
+}
+_ENCODER_NAMES = {
+  'embed/tokens/embedding': 'embeddings.word_embeddings.weight',
+  'embed/types/embedding': 'embeddings.token_type_embeddings.weight',
+  'embed/positions/embedding': 'embeddings.position_embeddings.weight',
+  'embed/norm': 'embeddings.LayerNorm',
+  'blocks/attention/q': 'encoder.layer.{}.attention.self.query',
+  'blocks/attention/k': 'encoder.layer.{}.attention.self.key',
+  'blocks/attention/v': 'encoder.layer.{}.attention.self.value',
+  'blocks/attention/o': 'encoder.layer.{}.attention.output.dense',
+  'blocks/attention_norm': 'encoder.layer.{}.attention.output.LayerNorm',
+  'blocks/mlp/up': 'encoder.layer.{}.intermediate.dense',
+  'blocks/mlp/down': 'encoder.layer.{}.output.dense',
+  'blocks/mlp_norm': 'encoder.layer.{}.output.LayerNorm',
 }
 
-# Fields of a LlamaConfig to those of config.json, with the same values.
-_REQUIRED = {
+
+def _encoder_names(prefix, dense, out):
+  """Names of an encoder and its head; each module has a weight and a bias."""
+  modules = {path: prefix + name for path, name in _ENCODER_NAMES.items()} | {
+    'head/dense': dense,
+    'head/out': out,
+  }
+  names = {}
+  for path, name in modules.items():
+    if path.endswith('embedding'):
+      names[path] = name
+    else:
+      weight = 'scale' if path.endswith('norm') else 'kernel'
+      names[f'{path}/{weight}'] = f'{name}.weight'
+      names[f'{path}/bias'] = f'{name}.bias'
+  return names
+
+
+_NEEDED = {
   'vocab_size': 'vocab_size',
   'width': 'hidden_size',
   'mlp_width': 'intermediate_size',
   'num_layers': 'num_hidden_layers',
   'num_heads': 'num_attention_heads',
-}
-_OPTIONAL = {
-  'num_kv_heads': 'num_key_value_heads',
-  'head_dim': 'head_dim',
-  'norm_eps': 'rms_norm_eps',
-  'init_std': 'initializer_range',
-  'tied': 'tie_word_embeddings',
 }
 _SCALING = {
   'factor': 'factor',
@@ -52,23 +113,7 @@ _SCALING = {
   'high_freq_factor': 'high_freq_factor',
   'original_length': 'original_max_position_embeddings',
 }
-_READ = {
-  *('model_type', 'architectures', 'dtype', 'torch_dtype'),
-  *('rope_theta', 'rope_scaling', 'rope_parameters'),
-  *('sliding_window', 'use_sliding_window', 'max_window_layers', 'layer_types'),
-  *_REQUIRED.values(),
-  *_OPTIONAL.values(),
-}
-
-# The only values under which these fields change nothing.
-_NEUTRAL = {
-  'hidden_act': 'silu',
-  'attention_bias': False,
-  'mlp_bias': False,
-  'attention_dropout': 0,
-  'partial_rotary_factor': 1,
-  'rope_interleaved': False,
-  'use_mrope': False,
+_DECODES = {
   'is_encoder_decoder': False,
   'add_cross_attention': False,
   'chunk_size_feed_forward': 0,
@@ -84,6 +129,14 @@ HARMLESS = {
 }
 """Fields for other programs: no number of the model depends on them."""
 
+_HARMLESS_IN_ENCODERS = {
+  # How it is trained, and the shapes that BERT's first poolers could have had.
+  *('attention_probs_dropout_prob', 'classifier_dropout'),
+  *('gradient_checkpointing', 'tie_word_embeddings', 'finetuning_task'),
+  *('directionality', 'pooler_fc_size', 'pooler_num_attention_heads'),
+  *('pooler_num_fc_layers', 'pooler_size_per_head', 'pooler_type'),
+}
+
 # float16 has a range of its own: float32 holds all of it.
 _DTYPES = {
   **{None: 'float32', 'float32': 'float32'},
@@ -91,7 +144,7 @@ _DTYPES = {
 }
 
 
-def parse(fields: Fields) -> LlamaConfig:
+def parse(fields: Fields) -> AnyConfig:
   """Returns the model that a config.json describes.
 
   Raises:
@@ -99,49 +152,140 @@ def parse(fields: Fields) -> LlamaConfig:
       the field.
   """
   kind = _model_type(fields)
+  row = ARCHITECTURES[kind]
   _check(fields, kind)
-  values = {ours: fields[theirs] for ours, theirs in _REQUIRED.items()}
+  values = row.fixed | {
+    ours: fields[theirs] for ours, theirs in row.needed.items()
+  }
   values |= {
     ours: fields[theirs]
-    for ours, theirs in _OPTIONAL.items()
+    for ours, theirs in row.optional.items()
     if fields.get(theirs) is not None
   }
-  if values.get('head_dim') == values['width'] / values['num_heads']:
-    del values['head_dim']
   name = fields.get('dtype') or fields.get('torch_dtype')
   if name not in _DTYPES:
     raise ValueError(f'dtype must be one of {[*_DTYPES][1:]}, got {name!r}')
-  theta, scaling = _rope(fields)
-  return LlamaConfig(
-    **values,
-    qkv_bias=kind == 'qwen2',
-    qk_norm=kind == 'qwen3',
-    window=_window(fields, kind),
-    rope_theta=theta,
-    rope_scaling=scaling,
-    dtype=_DTYPES[name],
-    param_dtype=_DTYPES[name],
-  )
+  values |= {'dtype': _DTYPES[name], 'param_dtype': _DTYPES[name]}
+  return row.config(**values | row.read(fields, kind))
 
 
-def fields_of(config: LlamaConfig) -> Fields:
+def fields_of(config: AnyConfig) -> Fields:
   """Returns the config.json that `parse` reads as this model.
 
   Raises:
     ValueError: no architecture has such a model.
   """
-  kind = _kind(config)
+  kind = model_type(config)
+  row = ARCHITECTURES[kind]
   fields = {
     'model_type': kind,
-    'architectures': [ARCHITECTURES[kind].name],
-    'hidden_act': 'silu',
-    'rope_theta': config.rope_theta,
+    'architectures': [row.classes[0]],
     'torch_dtype': config.param_dtype,
   }
-  names = _REQUIRED | _OPTIONAL
+  names = row.needed | row.optional
   fields |= {theirs: getattr(config, ours) for ours, theirs in names.items()}
-  fields['num_key_value_heads'] = config.kv_heads
-  fields['head_dim'] = config.head_width
+  return fields | row.write(config, kind)
+
+
+def linear_modules(kind: str, layer: int = 0) -> dict[str, str]:
+  """Returns a model_type's linear modules, by the paths of our kernels.
+
+  >>> linear_modules('llama', 3)['blocks/attention/q/kernel']
+  'model.layers.3.self_attn.q_proj'
+  """
+  return {
+    path: name.format(layer).removesuffix('.weight')
+    for path, name in ARCHITECTURES[kind].names.items()
+    if path.endswith('/kernel')
+  }
+
+
+def model_type(config: AnyConfig) -> str:
+  """Returns the first model_type that has what a config has.
+
+  Raises:
+    ValueError: there is none.
+  """
+  for kind, row in ARCHITECTURES.items():
+    if isinstance(config, row.config) and all(
+      getattr(config, name) == value for name, value in row.fixed.items()
+    ):
+      return kind
+  raise ValueError(
+    'no architecture has both qkv_bias and qk_norm; those that can be '
+    f'written are {", ".join(ARCHITECTURES)}'
+  )
+
+
+def for_others(fields: Fields, kind: str) -> Fields:
+  """Returns what of a config.json only other programs read."""
+  return {
+    name: value
+    for name, value in fields.items()
+    if name in HARMLESS and name not in _known(ARCHITECTURES[kind])
+  }
+
+
+def _known(row):
+  """Fields that decide what the model is."""
+  copied = {*row.needed.values(), *row.optional.values()}
+  return copied | row.others | {'model_type', 'architectures'}
+
+
+def _model_type(fields):
+  kind = fields.get('model_type')
+  if kind not in ARCHITECTURES:
+    raise ValueError(
+      f'model_type must be one of {", ".join(ARCHITECTURES)}, got {kind!r}'
+    )
+  classes = ARCHITECTURES[kind].classes
+  names = fields.get('architectures') or classes[:1]
+  if len(names) != 1 or names[0] not in classes:
+    expected = [classes[0]] if len(classes) == 1 else f'one of {classes}'
+    raise ValueError(f'architectures must be {expected}, got {names!r}')
+  return kind
+
+
+def _check(fields, kind):
+  """Raises ValueError for a field that is missing, or not implemented."""
+  row = ARCHITECTURES[kind]
+  required = {*row.needed.values(), *row.required}
+  if missing := sorted(required - set(fields)):
+    raise ValueError(f'{missing[0]} is missing from a model_type {kind!r}')
+  read = _known(row) | {'dtype', 'torch_dtype'} | row.neutral.keys() | HARMLESS
+  if row.config is EncoderConfig:
+    read |= _HARMLESS_IN_ENCODERS
+  for name, value in fields.items():
+    if name in row.neutral and value not in (None, row.neutral[name]):
+      raise ValueError(
+        f'{name} must be {row.neutral[name]!r}, got {value!r}: nothing else '
+        'is implemented'
+      )
+    if value is not None and name not in read:
+      raise ValueError(
+        f'{name} is not implemented, got {value!r}; take it out of '
+        'config.json if the model does not depend on it'
+      )
+
+
+def _read_llama(fields, kind):
+  theta, scaling = _rope(fields)
+  values = {'rope_theta': theta, 'rope_scaling': scaling}
+  values['window'] = _window(fields, kind)
+  if fields.get('head_dim') == (
+    fields['hidden_size'] / fields['num_attention_heads']
+  ):
+    values['head_dim'] = None
+  return values
+
+
+def _write_llama(config, kind):
+  fields = {
+    'hidden_act': 'silu',
+    'rope_theta': config.rope_theta,
+    'num_key_value_heads': config.kv_heads,
+    'head_dim': config.head_width,
+  }
   scaling = config.rope_scaling
   if scaling is not None:
     fields['rope_scaling'] = {'rope_type': 'llama3'} | {
@@ -157,50 +301,44 @@ def fields_of(config: LlamaConfig) -> Fields:
   return fields
 
 
-def _kind(config):
-  """The model_type that has what a config has."""
-  if config.qkv_bias and config.qk_norm:
+def _read_encoder(fields, kind):
+  """The labels: numbers where they have no other names, then transformers'."""
+  del kind
+  named = fields.get('id2label') or {}
+  num_labels = fields.get('num_labels') or len(named) or 2
+  labels = tuple(named[key] for key in sorted(named, key=int))
+  if named and len(named) != num_labels:
     raise ValueError(
-      'no architecture has both qkv_bias and qk_norm; those that can be '
-      f'written are {", ".join(ARCHITECTURES)}'
+      f'id2label must name {num_labels} labels, got {len(named)}'
     )
-  if config.qkv_bias:
-    return 'qwen2'
-  if config.qk_norm:
-    return 'qwen3'
-  return 'llama' if config.window is None else 'mistral'
-
-
-def _model_type(fields):
-  kind = fields.get('model_type')
-  if kind not in ARCHITECTURES:
+  problem = 'regression' if num_labels == 1 else 'single_label_classification'
+  if fields.get('problem_type') not in (None, problem):
     raise ValueError(
-      f'model_type must be one of {", ".join(ARCHITECTURES)}, got {kind!r}'
+      f'problem_type must be {problem!r} with {num_labels} labels, got '
+      f'{fields["problem_type"]!r}: nothing else is implemented'
     )
-  name = ARCHITECTURES[kind].name
-  if (fields.get('architectures') or [name]) != [name]:
-    raise ValueError(
-      f'architectures must be {[name]}, got {fields["architectures"]!r}'
-    )
-  return kind
+  unnamed = labels == _unnamed(num_labels)
+  return {
+    'num_labels': num_labels,
+    'labels': None if unnamed else labels or None,
+  }
 
 
-def _check(fields, kind):
-  """Raises ValueError for a field that is missing, or not implemented."""
-  required = {*_REQUIRED.values(), *ARCHITECTURES[kind].required}
-  if missing := sorted(required - set(fields)):
-    raise ValueError(f'{missing[0]} is missing from a model_type {kind!r}')
-  for name, value in fields.items():
-    if name in _NEUTRAL and value not in (None, _NEUTRAL[name]):
-      raise ValueError(
-        f'{name} must be {_NEUTRAL[name]!r}, got {value!r}: nothing else is '
-        'implemented'
-      )
-    if value is not None and name not in _READ | _NEUTRAL.keys() | HARMLESS:
-      raise ValueError(
-        f'{name} is not implemented, got {value!r}; take it out of '
-        'config.json if the model does not depend on it'
-      )
+def _write_encoder(config, kind):
+  del kind
+  one = config.num_labels == 1
+  labels = config.labels or _unnamed(config.num_labels)
+  return {
+    'hidden_act': 'gelu',
+    'attention_probs_dropout_prob': 0.0,
+    'id2label': {str(i): label for i, label in enumerate(labels)},
+    'label2id': {label: i for i, label in enumerate(labels)},
+    'problem_type': 'regression' if one else 'single_label_classification',
+  }
+
+
+def _unnamed(num_labels):
+  return tuple(f'LABEL_{i}' for i in range(num_labels))
 
 
 def _rope(fields):
@@ -246,3 +384,100 @@ def _window(fields, kind):
       f'max_window_layers={first}, layer_types={layers}'
     )
   return size if layers[0] == 'sliding_attention' else None
+
+
+_LLAMA = Architecture(
+  classes=('LlamaForCausalLM',),
+  config=LlamaConfig,
+  fixed={'qkv_bias': False, 'qk_norm': False, 'window': None},
+  needed=_NEEDED,
+  optional={
+    'num_kv_heads': 'num_key_value_heads',
+    'head_dim': 'head_dim',
+    'norm_eps': 'rms_norm_eps',
+    'init_std': 'initializer_range',
+    'tied': 'tie_word_embeddings',
+  },
+  read=_read_llama,
+  write=_write_llama,
+  others=frozenset(
+    {
+      *('rope_theta', 'rope_scaling', 'rope_parameters', 'sliding_window'),
+      *('use_sliding_window', 'max_window_layers', 'layer_types'),
+    }
+  ),
+  neutral=_DECODES
+  | {
+    'hidden_act': 'silu',
+    'attention_bias': False,
+    'mlp_bias': False,
+    'attention_dropout': 0,
+    'partial_rotary_factor': 1,
+    'rope_interleaved': False,
+    'use_mrope': False,
+  },
+  names=_LLAMA_NAMES,
+  ignored=r'lm_head\.weight|.*rotary_emb\.inv_freq',
+)
+_BERT = Architecture(
+  classes=(
+    *('BertForSequenceClassification', 'BertModel', 'BertForMaskedLM'),
+    *('BertForPreTraining',),
+  ),
+  config=EncoderConfig,
+  fixed={'kind': 'bert'},
+  needed=_NEEDED | {'num_positions': 'max_position_embeddings'},
+  optional={
+    'num_types': 'type_vocab_size',
+    'pad_id': 'pad_token_id',
+    'norm_eps': 'layer_norm_eps',
+    'init_std': 'initializer_range',
+    'dropout': 'hidden_dropout_prob',
+  },
+  read=_read_encoder,
+  write=_write_encoder,
+  others=frozenset({'num_labels', 'id2label', 'label2id', 'problem_type'}),
+  neutral=_DECODES
+  | {
+    'hidden_act': 'gelu',
+    'position_embedding_type': 'absolute',
+    'is_decoder': False,
+  },
+  names=_encoder_names('bert.', 'bert.pooler.dense', 'classifier'),
+  prefix='bert.',
+  head='head/',
+  ignored=r'(bert\.)?embeddings\.position_ids|cls\..*',
+)
+_QWEN2 = _LLAMA._replace(
+  classes=('Qwen2ForCausalLM',),
+  fixed={'qkv_bias': True, 'qk_norm': False},
+  required=('num_key_value_heads',),
+)
+
+ARCHITECTURES = {
+  'llama': _LLAMA,
+  'mistral': _LLAMA._replace(
+    classes=('MistralForCausalLM',),
+    fixed={'qkv_bias': False, 'qk_norm': False},
+    required=('num_key_value_heads', 'sliding_window'),
+  ),
+  'qwen2': _QWEN2,
+  'qwen3': _QWEN2._replace(
+    classes=('Qwen3ForCausalLM',),
+    fixed={'qkv_bias': False, 'qk_norm': True},
+    required=('num_key_value_heads', 'head_dim'),
+  ),
+  'bert': _BERT,
+  'roberta': _BERT._replace(
+    classes=(
+      *('RobertaForSequenceClassification', 'RobertaModel'),
+      *('RobertaForMaskedLM',),
+    ),
+    fixed={'kind': 'roberta'},
+    required=('pad_token_id',),
+    names=_encoder_names('roberta.', 'classifier.dense', 'classifier.out_proj'),
+    prefix='roberta.',
+    ignored=r'(roberta\.)?(embeddings\.position_ids|pooler\..*)|lm_head\..*',
+  ),
+}
+"""By model_type; of rows that both have a model, the first writes it."""

@@ -8,6 +8,7 @@ D width, F mlp width, N query heads, K key-value heads, H head dimension,
 V vocabulary, L layers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -478,6 +479,8 @@ class Layers:
   read: Callable[[Any], Any] | None = None
   """Makes arrays of one layer of params['blocks'] where they are stored as
   something else; the whole model calls it layer by layer, `block` does not."""
+  intercept: Callable[..., Any] | None = None
+  """A linen interceptor of all that is computed, such as `lowrank.hook`."""
 
   def init(self, key):
     """Fresh parameters; their shapes under `jax.eval_shape`."""
@@ -561,7 +564,8 @@ class Layers:
 
   def block(self, layer_params, x):
     """One block: params['blocks'] without the leading axis."""
-    return Block(self.config).apply({'params': layer_params}, x)
+    with self._intercepted():
+      return Block(self.config).apply({'params': layer_params}, x)
 
   def loss(self, params, x, batch):
     """Loss from the last block's x; reads every entry but params['blocks'].
@@ -581,4 +585,10 @@ class Layers:
 
   def _apply(self, params, *inputs, method=None):
     model = Llama(self.config, self.read)
-    return model.apply({'params': params}, *inputs, method=method)
+    with self._intercepted():
+      return model.apply({'params': params}, *inputs, method=method)
+
+  def _intercepted(self):
+    if self.intercept is None:
+      return contextlib.nullcontext()
+    return nn.intercept_methods(self.intercept)

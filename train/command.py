@@ -13,6 +13,7 @@ import re
 import runpy
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -199,7 +200,7 @@ def choose(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
   """Takes `--optimizer AdamW` and the like out of the arguments.
 
   Another method comes with its own defaults; what has none must follow, as in
-  `--corpus TextFiles --corpus.train 'text/*.txt'`.
+  `--corpus TextFiles --corpus.train 'text/*.txt'`. `--adapter None` is none.
   """
   rest = list(args)
   for name, kinds in choices().items():
@@ -210,7 +211,7 @@ def choose(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
         raise ValueError(
           f'--{name} must be one of {", ".join(kinds)}, got {kind!r}'
         )
-      if kind != type(getattr(config, name)).__name__:
+      if kind != shown(type(getattr(config, name))):
         fresh = blank(kinds[kind])
         config = dataclasses.replace(config, **{name: fresh})
       del rest[at : at + 2]
@@ -220,19 +221,27 @@ def choose(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
 def choices() -> dict[str, dict[str, type]]:
   """Returns the fields of a config that have a choice of classes."""
   hints = typing.get_type_hints(Config)
-  unions = {
-    name: [kind for kind in variants(hint) if dataclasses.is_dataclass(kind)]
-    for name, hint in hints.items()
-  }
+  unions = {name: variants(hint) for name, hint in hints.items()}
   return {
-    name: {kind.__name__: kind for kind in kinds}
+    name: {shown(kind): kind for kind in kinds}
     for name, kinds in unions.items()
-    if len(kinds) > 1
+    if sum(map(dataclasses.is_dataclass, kinds)) > 1
   }
+
+
+def shown(kind: type) -> str:
+  """Returns what the command line calls one of the classes of a field.
+
+  >>> shown(types.NoneType), shown(Config)
+  ('None', 'Config')
+  """
+  return 'None' if kind is types.NoneType else kind.__name__
 
 
 def blank(kind: Any) -> Any:
   """Returns an instance; the fields without a default are still to give."""
+  if kind is types.NoneType:
+    return None
   required = [
     field.name
     for field in dataclasses.fields(kind)

@@ -17,6 +17,8 @@ from galore_optax.clipping import check_norm
 from galore_optax.layerwise.weights import ARRAYS, ROUNDED, Weights, quantized
 from models import huggingface
 from models.llama import Dtype, LlamaConfig
+from models.lowrank import Factored, Lora, Relora
+from train import adapter as adapter_lib
 from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, TextFiles, Tfds
 from train.method import Optimizer
@@ -119,6 +121,8 @@ class Config:
   starts from random weights."""
   update: Update = dataclasses.field(default_factory=WholeTree)
   """Whether gradients exist all at once or one at a time."""
+  adapter: Lora | Relora | Factored | None = None
+  """Factors of low rank beside the weights, or in their place."""
   microbatches: int = 1
   """Parts that a batch is computed in, one after another, to save memory."""
   warmup: float = 0.1
@@ -198,22 +202,34 @@ class Config:
     return dataclasses.replace(self, model=dataclasses.replace(found, **given))
 
   def schedule(self) -> optax.Schedule:
-    """Returns the learning rate by step: up from 0, then down a cosine."""
-    return optax.warmup_cosine_decay_schedule(
+    """Returns the learning rate by step: up from 0, then down a cosine.
+
+    ReLoRA's begins again at 0 after each merge.
+    """
+    cosine = optax.warmup_cosine_decay_schedule(
       init_value=0.0,
       peak_value=self.learning_rate,
       warmup_steps=round(self.warmup * self.steps),
       decay_steps=self.steps,
       end_value=self.final * self.learning_rate,
     )
+    if isinstance(self.adapter, Relora):
+      return adapter_lib.jagged(cosine, self.adapter)
+    return cosine
 
   def weights(self) -> Weights:
     """Returns how weights are stored between steps."""
     return self.update.stored(self.model.param_dtype)
 
+  def rule(self) -> optax.GradientTransformation:
+    """Returns the optimizer, of what is trained."""
+    schedule = self.schedule()
+    optimizer = self.optimizer.build(schedule)
+    return adapter_lib.with_lomo(optimizer, self.adapter, schedule)
+
   def transformation(self) -> optax.GradientTransformation:
     """Returns the optimizer, behind the clipping that is asked for."""
-    optimizer = self.optimizer.build(self.schedule())
+    optimizer = self.rule()
     if self.clip_norm is None:
       return optimizer
     return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)

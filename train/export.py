@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 
 from galore_optax.layerwise.weights import is_stored
-from models import huggingface
+from models import huggingface, lowrank
 from train import checkpoint
 from train.command import user_errors
 from train.run import Run
@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     choices=('float32', 'bfloat16'),
     help="type of the weights (default: the run's)",
   )
+  parser.add_argument(
+    '--adapter',
+    action='store_true',
+    help="the factors of a LoRA alone, in PEFT's format (default: merged)",
+  )
   args = parser.parse_args(argv)
   with user_errors():
     export(
@@ -46,26 +51,45 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def export(
-  run: Run, directory: pathlib.Path, *, best: bool, dtype: str | None = None
+  run: Run,
+  directory: pathlib.Path,
+  *,
+  best: bool,
+  dtype: str | None = None,
+  factors: bool = False,
 ) -> None:
   """Writes config.json, safetensors and the tokenizer's files.
+
+  Factors of low rank are merged into the weights.
 
   Args:
     run: what was trained.
     directory: must hold no checkpoint.
     best: whether the best validation is taken, and not the newest weights.
     dtype: of the weights; None is the run's.
+    factors: whether they are written alone, for PEFT.
 
   Raises:
     FileNotFoundError: there is no such run, or no checkpoint in it.
     FileExistsError: the directory has a checkpoint.
+    ValueError: the run has no factors to write alone.
   """
   config = run.config()
+  adapter = config.adapter
+  if factors and not isinstance(adapter, lowrank.Lora):
+    raise ValueError(
+      f'{run.directory} has no factors beside its weights; leave out --adapter'
+    )
   params = checkpoint.restore_params(
     run.checkpoints_path, language_model(config), best=best
   )
   read, model = config.weights().read, config.model
   params = jax.tree.map(read, params, is_leaf=is_stored)
+  if factors:
+    lowrank.save_adapter(directory, params, adapter, base=config.checkpoint)
+    return
+  if adapter is not None:
+    params = lowrank.merge(params, adapter)
   if dtype is not None:
     model = dataclasses.replace(model, param_dtype=dtype)
     params = jax.tree.map(lambda w: w.astype(dtype), params)

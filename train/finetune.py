@@ -52,7 +52,14 @@ def show_example(setup: Setup, console: Console) -> None:
       'fine-tuning starts from a checkpoint: name a directory of transformers '
       'with --checkpoint; train.pretrain starts from random weights'
     )
-  console.print(shown(setup.text.train, setup.text.tokenizer))
+  config, text = setup.config, setup.text
+  table = shown(
+    text.train,
+    text.tokenizer,
+    sequence_length=config.sequence_length,
+    seed=config.seed,
+  )
+  console.print(table)
 
 
 def show_export(setup: Setup, state: State, console: Console) -> None:

@@ -1,6 +1,7 @@
 """The table before the first step: what takes how many bytes."""
 
 import math
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -9,22 +10,32 @@ from rich import box
 from rich.table import Table
 
 import galore_optax
+from galore_optax.memory import Row
+from galore_optax.paths import paths
 from train.method import adamw
-from train.task import PyTree
+from train.step import split
+from train.task import Mask, PyTree, everything
 
 
 def memory_table(
-  params: PyTree, stored: PyTree, tx: optax.GradientTransformation, name: str
+  params: PyTree,
+  stored: PyTree,
+  tx: optax.GradientTransformation,
+  name: str,
+  trained: Mask = everything,
 ) -> Table:
-  """Returns each parameter's bytes under `tx`, next to plain AdamW's.
+  """Returns each parameter's bytes under `tx`, next to plain AdamW's on all.
 
   Args:
     params: parameters or their shapes; nothing is allocated.
     stored: the same as they are stored.
     tx: the optimizer.
     name: of the optimizer.
+    trained: as in `Task`; of what is not, `tx` keeps nothing.
   """
-  ours = galore_optax.describe(tx, params)
+  ours = with_still(
+    galore_optax.describe(tx, split(params, trained)[0]), params
+  )
   baseline = galore_optax.describe(adamw(0.0), params)
   sizes = [
     sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(node))
@@ -61,6 +72,15 @@ def memory_table(
   if projected:
     table.caption += '\n' + compare('of projected weights', sum(projected))
   return table
+
+
+def with_still(rows: Iterable[Row], params: PyTree) -> list[Row]:
+  """Returns a row for each parameter: of those without one, of no bytes."""
+  known = {row.path: row for row in rows}
+  return [
+    known.get(path, Row(path, tuple(leaf.shape), None, 0, 0))
+    for path, leaf in zip(paths(params), jax.tree.leaves(params), strict=True)
+  ]
 
 
 def compare(what: str, numbers: np.ndarray) -> str:

@@ -1,9 +1,12 @@
 """The training step: microbatches, gradient, update.
 
 `build` makes what `train.loop` repeats of a `train.task.Task`, for all weights
-at once or, with `galore_optax.layerwise`, one after another.
+at once or, with `galore_optax.layerwise`, one after another. What a task does
+not train is held fixed: it has no gradient, and the optimizer keeps nothing of
+it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -12,9 +15,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_optax.layerwise import stack
 from galore_optax.layerwise.step import Layerwise, layerwise
+from galore_optax.layerwise.weights import is_stored
+from models.lowrank import Relora
+from train import adapter as adapter_lib
 from train.config import Config, WholeTree
-from train.task import Batch, Loss, PyTree, Task
+from train.task import Batch, Loss, Mask, PyTree, Task, everything
 
 Init: TypeAlias = Callable[[jax.Array], 'State']
 Step: TypeAlias = Callable[['State', Batch], tuple['State', PyTree]]
@@ -33,20 +40,22 @@ class State(NamedTuple):
 
 def build(config: Config, task: Task) -> tuple[Init, Step]:
   """Returns what starts and what continues the training of a task."""
-  schedule, start = config.schedule(), starter(config, task)
+  schedule, trained = config.schedule(), task.trained
+  start = starter(config, task)
   if isinstance(config.update, WholeTree):
     step = make_step(
       task.loss,
       config.transformation(),
       schedule=schedule,
       microbatches=config.microbatches,
+      trained=trained,
     )
   else:
     update = make_layerwise(config, task)
-    step = make_layerwise_step(update, schedule=schedule)
+    step = make_layerwise_step(update, schedule=schedule, trained=trained)
   if config.learning_rate == 0:
-    step = still(step)
-  return lambda key: start(task.init(key)), step
+    step = motionless(step)
+  return lambda key: start(task.init(key)), with_adapter(step, config)
 
 
 def starter(config: Config, task: Task) -> Callable[[PyTree], 'State']:
@@ -55,10 +64,10 @@ def starter(config: Config, task: Task) -> Callable[[PyTree], 'State']:
     tx = config.transformation()
   else:
     tx = make_layerwise(config, task)
-  return lambda params: init(params, tx)
+  return lambda params: init(params, tx, task.trained)
 
 
-def still(step: Step) -> Step:
+def motionless(step: Step) -> Step:
   """Returns a step that moves no weight: a sum with 0 would lose a -0."""
 
   @functools.partial(jax.jit, donate_argnums=0)
@@ -69,9 +78,96 @@ def still(step: Step) -> Step:
   return same
 
 
-def init(params: PyTree, tx: Any) -> State:
+def init(params: PyTree, tx: Any, trained: Mask = everything) -> State:
   """Returns the state before the first update."""
-  return State(jnp.zeros([], jnp.int32), params, tx.init(params))
+  moving, _ = split(params, trained)
+  return State(jnp.zeros([], jnp.int32), params, tx.init(moving))
+
+
+def with_adapter(step: Step, config: Config) -> Step:
+  """Returns a step that draws a config's dropout, and restarts its ReLoRA.
+
+  Both depend on the seed and the number of the step alone.
+  """
+  adapter, seed = config.adapter, config.seed
+  noisy = getattr(adapter, 'dropout', 0) > 0
+  restarts = isinstance(adapter, Relora)
+  if not noisy and not restarts:
+    return step
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def around(state: State, batch: Batch) -> tuple[State, PyTree]:
+    if noisy:
+      batch = adapter_lib.with_noise(batch, seed, state.step)
+    state, metrics = step(state, batch)
+    if restarts:
+      params, optimizer = adapter_lib.restart(
+        *(state.params, state.optimizer, state.step),
+        adapter=adapter,
+        weights=config.weights(),
+        seed=seed,
+      )
+      state = State(state.step, params, optimizer)
+    return state, metrics
+
+  return around
+
+
+def split(params: PyTree, trained: Mask) -> tuple[PyTree, PyTree]:
+  """Returns what is trained and what is not; None stands for the other.
+
+  >>> split({'a': 1, 'b': 2}, lambda params: {'a': True, 'b': False})
+  ({'a': 1, 'b': None}, {'a': None, 'b': 2})
+  """
+  chosen = trained(params)
+  pick = lambda wanted: jax.tree.map(
+    lambda is_trained, w: w if is_trained == wanted else None, chosen, params
+  )
+  return pick(True), pick(False)
+
+
+def join(moving: PyTree, still: PyTree) -> PyTree:
+  """Inverts `split`; what neither has stays None.
+
+  >>> join({'a': 1, 'b': None}, {'a': None, 'b': 2})
+  {'a': 1, 'b': 2}
+  """
+  return jax.tree.map(
+    lambda w, other: other if w is None else w,
+    *(moving, still),
+    is_leaf=lambda x: x is None or is_stored(x),
+  )
+
+
+class Beneath(NamedTuple):
+  """A model, layer by layer, some of whose weights are held fixed.
+
+  A block finds its own by the number of the layer, which goes from block to
+  block with what they pass on.
+  """
+
+  layers: Any  # of the task
+  still: PyTree  # what is not trained, as it is stored
+  read: Callable[[Any], jax.Array]  # makes an array of a stored weight
+
+  def embed(self, params: PyTree, batch: Batch) -> PyTree:
+    """Returns what the first block reads."""
+    x = self.layers.embed(join(params, self.still), batch)
+    return {'x': x, 'layer': jnp.int32(0)}
+
+  def block(self, layer_params: PyTree, x: PyTree) -> PyTree:
+    """Returns what the next block reads."""
+    mine = jax.tree.map(
+      lambda w: self.read(stack.take(w, x['layer'])),
+      self.still['blocks'],
+      is_leaf=is_stored,
+    )
+    y = self.layers.block(join(layer_params, mine), x['x'])
+    return {'x': y, 'layer': x['layer'] + 1}
+
+  def loss(self, params: PyTree, x: PyTree, batch: Batch) -> Any:
+    """Returns the loss, and sums."""
+    return self.layers.loss(join(params, self.still), x['x'], batch)
 
 
 def make_layerwise(config: Config, task: Task) -> Layerwise:
@@ -80,7 +176,7 @@ def make_layerwise(config: Config, task: Task) -> Layerwise:
   assert not isinstance(update, WholeTree)
   return layerwise(
     task.layers,
-    config.optimizer.build(config.schedule()),
+    config.rule(),
     clip_norm=config.clip_norm,
     clip=update.clip,
     microbatches=config.microbatches,
@@ -93,7 +189,9 @@ def make_layerwise(config: Config, task: Task) -> Layerwise:
   )
 
 
-def make_layerwise_step(update: Layerwise, *, schedule: optax.Schedule) -> Step:
+def make_layerwise_step(
+  update: Layerwise, *, schedule: optax.Schedule, trained: Mask = everything
+) -> Step:
   """Returns the same as `make_step` for a layer-wise update.
 
   With `accumulate`, `projected_grad_norm` stands for `grad_norm`.
@@ -102,7 +200,13 @@ def make_layerwise_step(update: Layerwise, *, schedule: optax.Schedule) -> Step:
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: State, batch: Batch) -> tuple[State, PyTree]:
     batch, weight = with_mean_weight(batch)
-    params, optimizer, found = update(state.params, state.optimizer, batch)
+    moving, still = split(state.params, trained)
+    run = update
+    if jax.tree.leaves(still):
+      model = Beneath(update.model, still, update.weights.read)
+      run = dataclasses.replace(update, model=model)
+    moving, optimizer, found = run(moving, state.optimizer, batch)
+    params = join(moving, still)
     metrics = {name: found[name] for name in NO_SUMS if name in found}
     metrics['learning_rate'] = jnp.asarray(schedule(state.step))
     sums = {name: x for name, x in found.items() if name not in metrics}
@@ -118,6 +222,7 @@ def make_step(
   *,
   schedule: optax.Schedule,
   microbatches: int = 1,
+  trained: Mask = everything,
 ) -> Step:
   """Returns the jitted `(state, batch) -> (state, metrics)`; donates state.
 
@@ -130,14 +235,17 @@ def make_step(
     tx: the optimizer.
     schedule: the learning rate by step, for the metrics alone.
     microbatches: number of equal parts of the batch, one in memory at a time.
+    trained: as in `Task`.
   """
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: State, batch: Batch) -> tuple[State, PyTree]:
     batch, weight = with_mean_weight(batch)
-    value, sums, grads = mean_gradient(loss, state.params, batch, microbatches)
-    updates, optimizer = tx.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    moving, still = split(state.params, trained)
+    of_moving = lambda moving, batch: loss(join(moving, still), batch)
+    value, sums, grads = mean_gradient(of_moving, moving, batch, microbatches)
+    updates, optimizer = tx.update(grads, state.optimizer, moving)
+    params = join(optax.apply_updates(moving, updates), still)
     metrics = {
       'loss': value,
       'grad_norm': optax.tree.norm(grads),

@@ -17,8 +17,9 @@ import jax
 import numpy as np
 
 from galore_optax.layerwise.weights import ARRAYS, is_stored
-from models import huggingface
+from models import huggingface, lowrank
 from models.llama import Layers
+from train import adapter as adapter_lib
 from train.config import Config
 from train.data.batches import batches, validation_batches
 from train.data.corpus import Documents
@@ -28,6 +29,7 @@ PyTree: TypeAlias = Any
 Batch: TypeAlias = dict[str, Any]
 Metrics: TypeAlias = dict[str, float]
 Loss: TypeAlias = Callable[[PyTree, Batch], tuple[jax.Array, PyTree]]
+Mask: TypeAlias = Callable[[PyTree], PyTree]
 
 INPUTS = ('inputs', 'targets', 'weights', 'positions', 'segments')
 """What a language model reads of a batch."""
@@ -39,6 +41,15 @@ class Text(NamedTuple):
   train: Documents | None  # None where nothing is trained
   validation: Documents
   tokenizer: Tokenizer
+
+
+def everything(params: PyTree) -> PyTree:
+  """Returns the mask of a task that trains all its weights.
+
+  >>> everything({'w': 1})
+  {'w': True}
+  """
+  return jax.tree.map(lambda _: True, params, is_leaf=is_stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +76,17 @@ class Task:
   """As `init`, from the config's checkpoint; what that lacks is drawn."""
   large: tuple[str, ...] = ()
   """Paths of the weights that `Layerwise.slices` cuts."""
+  trained: Mask = everything
+  """Parameters to the same tree of whether each is trained; the others stay as
+  they are, without gradient or optimizer state."""
 
 
 def language_model(config: Config) -> Task:
   """Returns the pre-training of a LLaMA on a corpus."""
-  layers, loss = Layers(config.model), stored_layers(config)
+  layers, loss = layers_of(config), stored_layers(config)
   return Task(
-    init=lambda key: stored(config, Layers(config.model).init(key)),
-    read=lambda key: stored(config, read_params(config)),
+    init=lambda key: as_stored(config, Layers(config.model).init(key), key),
+    read=lambda key: as_stored(config, read_params(config), key),
     layers=layers,
     loss=loss,
     batches=lambda text: batches(
@@ -88,7 +102,30 @@ def language_model(config: Config) -> Task:
     unit='tokens',
     # A tied model has one of them.
     large=('embed/embedding', 'lm_head/kernel'),
+    trained=functools.partial(trained, config),
   )
+
+
+def trained(config: Config, params: PyTree) -> PyTree:
+  """Returns which parameters of a config are trained."""
+  adapter = config.adapter
+  if adapter is None or getattr(adapter, 'lomo', 0):
+    return everything(params)
+  return lowrank.optimized(params, adapter)
+
+
+def layers_of(config: Config) -> Layers:
+  """Returns the model of a config, with its adapter, on arrays."""
+  adapter = config.adapter
+  hook = None if adapter is None else lowrank.hook(adapter)
+  return Layers(config.model, intercept=hook)
+
+
+def array_shapes(config: Config, task: Task) -> PyTree:
+  """Returns the shapes of a task's parameters as arrays, as gradients are."""
+  read = config.weights().read
+  arrays = lambda key: jax.tree.map(read, task.init(key), is_leaf=is_stored)
+  return jax.eval_shape(arrays, jax.random.key(0))
 
 
 def stored_layers(config: Config) -> Layers:
@@ -96,20 +133,22 @@ def stored_layers(config: Config) -> Layers:
 
   Layer by layer: no more than one layer of them exists as arrays.
   """
-  weights = config.weights()
+  layers, weights = layers_of(config), config.weights()
   if weights is ARRAYS:
-    return Layers(config.model)
-  return Layers(
-    config.model,
-    lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_stored),
-  )
+    return layers
+  read = lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_stored)
+  return dataclasses.replace(layers, read=read)
 
 
-def stored(config: Config, params: PyTree) -> PyTree:
-  """Returns weights as a config stores them."""
-  store = config.weights().store
-  blocks = jax.tree.map(
-    lambda w: store(w) if w.ndim > 2 else w, params['blocks']
+def as_stored(config: Config, params: PyTree, key: jax.Array) -> PyTree:
+  """Returns a model's weights as a config stores them, with its adapter."""
+  store, adapter = config.weights().store, config.adapter
+  if adapter is not None:
+    params = lowrank.adapt(params, adapter, adapter_lib.first_key(key))
+  is_factor = lambda path: path[-1].key in lowrank.FACTORS
+  blocks = jax.tree_util.tree_map_with_path(
+    lambda path, w: store(w) if w.ndim > 2 and not is_factor(path) else w,
+    params['blocks'],
   )
   return params | {'blocks': blocks}
 

@@ -26,7 +26,7 @@ from train.data.corpus import Documents
 from train.data.tokenizer import AnyTokenizer, load, train_tokenizer
 from train.run import Run
 from train.step import State
-from train.task import Task, Text, language_model
+from train.task import Task, Text, array_shapes, language_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +114,11 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
   task = language_model(config)
   init, step = step_lib.build(config, task)
   memory = report.memory_table(
-    jax.eval_shape(task.layers.init, jax.random.key(0)),
+    array_shapes(config, task),
     jax.eval_shape(task.init, jax.random.key(0)),
     config.transformation(),
     type(config.optimizer).__name__,
+    task.trained,
   )
   documents = config.corpus.open('train')
   held_out = config.corpus.open('validation')

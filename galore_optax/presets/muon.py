@@ -75,8 +75,7 @@ def galore_muon(
     optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=matrices),
     optax.stateless_with_tree_map(lambda u, _: size(u) * u),
   )
-  if adam_learning_rate is None:
-    adam_learning_rate = learning_rate
-  checks.check_learning_rate(adam_learning_rate=adam_learning_rate)
-  rest = descend(adam_learning_rate, weight_decay, optax.scale_by_adam())
+  rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+  checks.check_learning_rate(adam_learning_rate=rate)
+  rest = descend(rate, weight_decay, optax.scale_by_adam())
   return galore(Apart(low, rest), **rotated_by(options, beta))

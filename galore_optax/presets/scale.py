@@ -58,11 +58,10 @@ def scale_sgd(
   unit_columns = lambda g_io, _: g_io / jnp.maximum(rms(g_io, (-2,)), 1e-8)
   normalised = optax.stateless_with_tree_map(unit_columns)
   matrix = descend(learning_rate, weight_decay, normalised)
-  if vector_learning_rate is None:
-    vector_learning_rate = learning_rate
-  checks.check_learning_rate(vector_learning_rate=vector_learning_rate)
+  rate = learning_rate if vector_learning_rate is None else vector_learning_rate
+  checks.check_learning_rate(vector_learning_rate=rate)
   head = optax.chain(optax.ema(momentum, debias=False), matrix)
-  vector = descend(vector_learning_rate, weight_decay, optax.scale_by_adam())
+  vector = descend(rate, weight_decay, optax.scale_by_adam())
   rules: dict[Any, Any] = dict(matrix=matrix, head=head, vector=vector)
   return in_float32(optax.partition(rules, _kinds))
 

@@ -11,7 +11,7 @@ Axes: m projected side, n other side, r rank.
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -257,12 +257,6 @@ class Gaussian:
     return rows_rm / jnp.sqrt(basis_rm.shape[0])
 
 
-NAMES: dict[str, Subspace] = {
-  'svd': Svd(),
-  'gram': Gram(),
-  'randomized': Randomized(),
-  'power': PowerIteration(),
-  'random': RandomOrthogonal(),
-  'coordinates': Coordinates(),
-}
-"""The short names that `galore(subspace=...)` takes."""
+# The short names that `galore(subspace=...)` takes, in the order of `Name`.
+_NAMED = Svd(), Gram(), Randomized(), PowerIteration(), RandomOrthogonal()
+NAMES = dict(zip(get_args(Name), (*_NAMED, Coordinates()), strict=True))

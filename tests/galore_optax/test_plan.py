@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+import galore_optax
 from galore_optax import Elsewhere, galore
 from galore_optax import paths as selection
 
@@ -162,6 +163,33 @@ def test_options_out_of_range_raise_at_once(option, value, rule):
   message = str(caught.value)
   assert message.startswith(f'{option} must be')
   assert rule in message and repr(value) in message
+
+
+@pytest.mark.parametrize(
+  ('option', 'ours'),
+  [
+    ({'update_proj_gap': 200}, 'gap'),
+    ({'proj_type': 'right'}, r"side \(its 'left' 'right'\)"),
+    ({'optim_target_modules': ['attn']}, 'targets'),
+    ({'betas': (0.9, 0.999)}, 'b1 and b2'),
+  ],
+)
+@pytest.mark.parametrize(
+  'name',
+  ['galore_adamw', 'galore_adamw_8bit', 'galore_adafactor', 'apollo_mini'],
+)
+def test_an_option_of_the_reference_is_told_its_name_here(option, ours, name):
+  (theirs,) = option
+  message = f'{theirs} is called {ours} here; README'
+  with pytest.raises(TypeError, match=message):
+    galore(optax.sgd(0.1), **option)
+  with pytest.raises(TypeError, match=message):
+    getattr(galore_optax, name)(0.1, **option)
+
+
+def test_another_option_is_refused_as_ever():
+  with pytest.raises(TypeError, match="unexpected keyword argument 'gab'"):
+    galore(optax.sgd(0.1), gab=3)
 
 
 def test_the_update_raises_as_init_does():

@@ -24,13 +24,14 @@ def _inputs(T, *, heads=4, kv_heads=2, dtype=jnp.float32):
   return draw(heads), draw(kv_heads), draw(kv_heads), np.int32(segments_BT)
 
 
-def _whole(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None):
+def _whole(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None, causal=True):
   """The definition: every score of every head at once."""
   T, N, K = *q_BTNH.shape[1:3], k_BTKH.shape[2]
   k_BTNH, v_BTNH = (jnp.repeat(x, N // K, axis=2) for x in (k_BTKH, v_BTKH))
   scores = jnp.einsum('btnh,bsnh->bnts', q_BTNH, k_BTNH) / np.sqrt(H)
   seen = segments_BT[:, :, None] == segments_BT[:, None, :]
-  seen &= np.tril(np.ones((1, T, T), bool))
+  if causal:
+    seen &= np.tril(np.ones((1, T, T), bool))
   if window is not None:
     seen &= np.triu(np.ones((1, T, T), bool), 1 - window)
   p = jax.nn.softmax(jnp.where(seen[:, None], scores, -np.inf))
@@ -53,6 +54,19 @@ def test_blocks_give_whole_attention_and_its_gradient(T):
     expected = _value_and_gradient(_whole, *wide, segments)
   found = _value_and_gradient(attention.blockwise, q, k, v, segments)
   # Sums of up to 300 terms of order 1 in float32.
+  chex.assert_trees_all_close(
+    jax.tree.map(np.float64, found), expected, rtol=1e-5, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('T', [5, 129])
+def test_both_directions_give_whole_attention_and_its_gradient(T):
+  q, k, v, segments = _inputs(T)
+  both = lambda f: functools.partial(f, causal=False)
+  with jax.enable_x64(True):
+    wide = (np.float64(x) for x in (q, k, v))
+    expected = _value_and_gradient(both(_whole), *wide, segments)
+  found = _value_and_gradient(both(attention.blockwise), q, k, v, segments)
   chex.assert_trees_all_close(
     jax.tree.map(np.float64, found), expected, rtol=1e-5, atol=1e-5
   )

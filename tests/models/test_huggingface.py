@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from models import huggingface
+from models import encoder, huggingface
 from models.llama import Layers, Llama3Scaling, LlamaConfig
 
 safetensors = pytest.importorskip('safetensors.numpy')
@@ -76,8 +76,9 @@ def _set(directory, **fields):
 
 
 def test_a_kernel_goes_to_its_layer_transposed():
-  params = _params(_config(qkv_bias=True))
-  tensors = huggingface.llama_tensors(params)
+  config = _config(qkv_bias=True)
+  params = _params(config)
+  tensors = huggingface.tensors_of(params, config)
   assert len(tensors) == 3 * 12 + 3
   np.testing.assert_array_equal(
     tensors['model.layers.1.mlp.up_proj.weight'],
@@ -182,11 +183,11 @@ def test_tensors_are_cast_to_the_parameters_type(saved):
 def test_names_without_meaning_are_ignored():
   config = _config(tied=True)
   params = _params(config)
-  tensors = huggingface.llama_tensors(params)
+  tensors = huggingface.tensors_of(params, config)
   tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
   frequencies = 'model.layers.0.self_attn.rotary_emb.inv_freq'
   tensors[frequencies] = np.ones(3, np.float32)
-  _assert_same(huggingface.llama_params(tensors, config), params)
+  _assert_same(huggingface.params_of(tensors, config), params)
 
 
 def test_other_files_are_ignored(saved):
@@ -336,3 +337,79 @@ def test_loading_takes_the_checkpoint_and_little_more(tmp_path):
   peak = int(peak.split()[1]) * 1024
   print(f'peak {peak / 1e9:.2f} GB of a checkpoint of {size / 1e9:.2f} GB')
   assert size < peak < size + 2e9
+
+
+_ENCODERS = {
+  'bert': {'labels': ('no', 'yes', 'perhaps'), 'num_labels': 3, 'dropout': 0.1},
+  'roberta': {'pad_id': 1, 'num_types': 1, 'num_labels': 1},
+}
+
+
+def _encoder(kind, **changes):
+  """A small encoder and its parameters."""
+  config = encoder.EncoderConfig(
+    vocab_size=31,
+    width=12,
+    mlp_width=20,
+    num_heads=2,
+    num_layers=3,
+    num_positions=9,
+    kind=kind,
+    **_ENCODERS[kind] | changes,
+  )
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(encoder.Layers(config).init, jax.random.key(0))
+  draw = lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype)
+  return config, jax.tree.map(draw, shapes)
+
+
+@pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('kind', _ENCODERS)
+def test_a_round_trip_of_an_encoder_changes_no_byte(
+  tmp_path, kind, param_dtype
+):
+  formats = {'dtype': param_dtype, 'param_dtype': param_dtype}
+  config, params = _encoder(kind, **formats)
+  huggingface.save(tmp_path / 'a', config, params)
+  found, loaded = huggingface.load(tmp_path / 'a')
+  assert found == config
+  _assert_same(loaded, params)
+  # Another's labels do not take the place of the model's.
+  _set(tmp_path / 'a', label2id={'x': 0}, bos_token_id=5)
+  huggingface.save(tmp_path / 'b', found, loaded, source=tmp_path / 'a')
+  a, b = (tmp_path / x / 'model.safetensors' for x in 'ab')
+  assert a.read_bytes() == b.read_bytes()
+  fields = json.loads((tmp_path / 'b/config.json').read_text())
+  assert fields['bos_token_id'] == 5
+  assert len(fields['label2id']) == config.num_labels
+
+
+@pytest.mark.parametrize('kind', _ENCODERS)
+def test_an_encoder_without_a_head(tmp_path, kind):
+  config, params = _encoder(kind)
+  huggingface.save(tmp_path, config, params)
+
+  def behead(tensors):
+    for name in list(tensors):
+      tensor = tensors.pop(name)
+      if not name.startswith('classifier'):
+        # As BertModel and the first BERTs name them.
+        name = name.removeprefix(f'{kind}.')
+        tensors[name.replace('Norm.weight', 'Norm.gamma')] = tensor
+    tensors['embeddings.position_ids'] = np.arange(9)
+
+  _change(tmp_path, behead)
+  with pytest.raises(ValueError, match=r'has no .*head/out/bias.* give a key'):
+    huggingface.load(tmp_path)
+  key = jax.random.key(3)
+  found = huggingface.load(tmp_path, key=key)[1]
+  fresh = jax.jit(encoder.Layers(config).init)(key)
+  # The pooler of a BERT is of the body, a dense layer of RoBERTa's is not.
+  drawn = {'bert': ('out',), 'roberta': ('dense', 'out')}[kind]
+  head = params['head'] | {name: fresh['head'][name] for name in drawn}
+  _assert_same(found, params | {'head': head})
+  _change(
+    tmp_path, lambda x: x.update({'classifier.bias': np.zeros(3, np.float32)})
+  )
+  with pytest.raises(ValueError, match=r"(missing|surplus) \['classifier\."):
+    huggingface.load(tmp_path, key=key)

@@ -6,14 +6,15 @@ import math
 import jax
 import pytest
 
-from models import huggingface_config
+from models import encoder, huggingface_config
+from models.encoder import EncoderConfig
 from models.llama import Layers, Llama3Scaling, LlamaConfig
 
 
 def _fields(kind, sizes, **others):
   names = ('vocab_size', 'hidden_size', 'intermediate_size')
   names += ('num_hidden_layers', 'num_attention_heads', 'num_key_value_heads')
-  architecture = huggingface_config.ARCHITECTURES[kind].name
+  architecture = huggingface_config.ARCHITECTURES[kind].classes[0]
   return {
     'model_type': kind,
     'architectures': [architecture],
@@ -228,3 +229,82 @@ def test_a_model_that_no_architecture_has_is_refused():
   config = dataclasses.replace(huggingface_config.parse(_QWEN2), qk_norm=True)
   with pytest.raises(ValueError, match='both qkv_bias and qk_norm'):
     huggingface_config.fields_of(config)
+
+
+_BERT = {
+  'model_type': 'bert',
+  'architectures': ['BertForMaskedLM'],
+  'attention_probs_dropout_prob': 0.1,
+  'gradient_checkpointing': False,
+  'hidden_act': 'gelu',
+  'hidden_dropout_prob': 0.1,
+  'hidden_size': 768,
+  'initializer_range': 0.02,
+  'intermediate_size': 3072,
+  'layer_norm_eps': 1e-12,
+  'max_position_embeddings': 512,
+  'num_attention_heads': 12,
+  'num_hidden_layers': 12,
+  'pad_token_id': 0,
+  'position_embedding_type': 'absolute',
+  'type_vocab_size': 2,
+  'vocab_size': 30_522,
+}
+_ROBERTA = _BERT | {
+  'model_type': 'roberta',
+  'architectures': ['RobertaForMaskedLM'],
+  'bos_token_id': 0,
+  'eos_token_id': 2,
+  'layer_norm_eps': 1e-5,
+  'max_position_embeddings': 514,
+  'pad_token_id': 1,
+  'type_vocab_size': 1,
+  'vocab_size': 50_265,
+}
+
+
+@pytest.mark.parametrize(
+  ('fields', 'count'), [(_BERT, 109_483_778), (_ROBERTA, 124_647_170)]
+)
+def test_published_encoders_have_the_published_parameter_counts(fields, count):
+  config = huggingface_config.parse(fields)
+  shapes = jax.eval_shape(encoder.Layers(config).init, jax.random.key(0))
+  found = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+  assert found == count
+  assert (config.max_length, config.dropout) == (512, 0.1)
+  assert (
+    huggingface_config.parse(huggingface_config.fields_of(config)) == config
+  )
+
+
+def test_labels_arrive():
+  names = {'id2label': {'1': 'yes', '0': 'no', '2': 'perhaps'}}
+  found = huggingface_config.parse(_BERT | names)
+  assert (found.num_labels, found.labels) == (3, ('no', 'yes', 'perhaps'))
+  unnamed = {'id2label': {'0': 'LABEL_0'}, 'problem_type': 'regression'}
+  found = huggingface_config.parse(_BERT | unnamed)
+  assert (found.num_labels, found.labels) == (1, None)
+  assert isinstance(found, EncoderConfig)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'hidden_act': 'relu'}, "hidden_act must be 'gelu', got 'relu'"),
+    ({'is_decoder': True}, 'is_decoder must be False, got True'),
+    ({'rope_theta': 1e4}, 'rope_theta is not implemented'),
+    ({'architectures': ['BertForQA']}, r"one of \(.* got \['BertForQA'\]"),
+    ({'problem_type': 'multi_label_classification'}, "must be 'single_label"),
+    ({'id2label': {'0': 'a'}, 'num_labels': 2}, 'must name 2 labels, got 1'),
+    ({'max_position_embeddings': 0}, 'max_length must be at least 1'),
+  ],
+)
+def test_what_is_not_implemented_of_an_encoder_is_named(fields, message):
+  with pytest.raises(ValueError, match=message):
+    huggingface_config.parse(_BERT | fields)
+
+
+def test_the_padding_of_a_roberta_must_be_known():
+  rest = {key: x for key, x in _ROBERTA.items() if key != 'pad_token_id'}
+  with pytest.raises(ValueError, match='pad_token_id is missing'):
+    huggingface_config.parse(rest)

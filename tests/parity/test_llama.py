@@ -89,7 +89,7 @@ def _assert_close(actual, expected):
 def test_logits_and_gradients_equal(num_kv_heads, tied):
   config = _config(num_kv_heads, tied)
   reference = _reference(config)
-  params = huggingface.llama_params(
+  params = huggingface.params_of(
     _tensors(reference.state_dict().items()), config
   )
   model, batch = Layers(config), _batch(config)
@@ -110,7 +110,7 @@ def test_logits_and_gradients_equal(num_kv_heads, tied):
   step = jax.jit(jax.value_and_grad(model, has_aux=True))
   (our_loss, _), our_gradients = step(params, batch)
   np.testing.assert_allclose(our_loss, loss.item(), rtol=1e-5)
-  ours = huggingface.llama_tensors(our_gradients)
+  ours = huggingface.tensors_of(our_gradients, config)
   assert sorted(ours) == sorted(gradients)
   for name, gradient in gradients.items():
     _assert_close(ours[name], gradient)

@@ -177,7 +177,6 @@ def _packed(
     length_struct=length,
     num_packing_bins=_OPEN_ROWS,
     seed=order['seed'],
-    shuffle_bins=order['repeat'],
   )
 
 
@@ -302,7 +301,8 @@ def shown(
     f'{scored / total:.0%} of the tokens of {len(found):,} examples are scored;'
     f' {long:,} are longer than {sequence_length:,} tokens'
   )
-  if isinstance(documents, Dialogues):
+  is_cut = isinstance(documents, Dialogues)
+  if is_cut:
     caption += f'; {empty:,} have no answer before that and are left out'
   table = Table(
     title='an example: what is scored is green',
@@ -312,19 +312,22 @@ def shown(
     show_header=False,
     expand=True,
   )
-  table.add_row(_coloured(found[0], tokenizer, sequence_length))
+  table.add_row(_coloured(found[0], tokenizer, sequence_length, is_cut))
   return table
 
 
 def _coloured(
-  example: Example, tokenizer: AnyTokenizer, sequence_length: int
+  example: Example,
+  tokenizer: AnyTokenizer,
+  sequence_length: int,
+  is_cut: bool,
 ) -> Text:
   """The text of an example in runs of tokens of one style."""
   special = {i: text for text, i in tokenizer.specials.items()}
   ids_n, scored_n, _ = (x_n[: sequence_length + _BEYOND] for x_n in example)
   styles = [
     ('bold green' if scored and i else 'dim')
-    + (' strike' if i > sequence_length else '')
+    + (' strike' if is_cut and i > sequence_length else '')
     for i, scored in enumerate(scored_n)
   ]
   keys = [

@@ -104,12 +104,14 @@ def whole_update(config: Config) -> tuple[Callable, PyTree, PyTree, PyTree]:
   """
   config = dataclasses.replace(config, update=WholeTree())
   tx = config.transformation()
-  init, _ = step_lib.build(config, language_model(config))
+  task = language_model(config)
+  init, _ = step_lib.build(config, task)
   state = jax.eval_shape(init, jax.random.key(0))
+  params, _ = step_lib.split(state.params, task.trained)
 
   def update(params: PyTree, optimizer: PyTree, grads: PyTree):
     updates, optimizer = tx.update(grads, optimizer, params)
     return optax.apply_updates(params, updates), optimizer
 
   jitted = jax.jit(update, donate_argnums=(0, 1))
-  return jitted, state.params, state.optimizer, state.params
+  return jitted, params, state.optimizer, params

@@ -18,7 +18,7 @@ from train import step as step_lib
 from train.config import Config, WholeTree
 from train.plan import cards as cards_lib
 from train.plan.cards import GPUS
-from train.task import Task, language_model
+from train.task import Task, array_shapes, language_model
 
 PyTree = Any
 
@@ -281,13 +281,14 @@ def gradient_bytes(
   config: Config, task: Task, state: step_lib.State, devices: int
 ) -> int:
   """Returns the bytes of the gradients, and sums, that exist at once."""
-  shapes = jax.eval_shape(task.layers.init, jax.random.key(0))
-  leaves = [shard(x, devices) for x in jax.tree.leaves(shapes)]
+  moving, _ = step_lib.split(array_shapes(config, task), task.trained)
+  leaves = [shard(x, devices) for x in jax.tree.leaves(moving)]
   size = lambda x: x.size * x.dtype.itemsize
   if isinstance(config.update, WholeTree):
     return sum(map(size, leaves))
   update = step_lib.make_layerwise(config, task)
-  sums = jax.eval_shape(update.sums, state.params, state.optimizer)
+  params, _ = step_lib.split(state.params, task.trained)
+  sums = jax.eval_shape(update.sums, params, state.optimizer)
   per_layer = lambda x: size(x) // (x.shape[0] if x.ndim == 3 else 1)
   return max(map(per_layer, leaves)) + sum(
     size(shard(x, devices)) for x in sums

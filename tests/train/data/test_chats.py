@@ -157,6 +157,13 @@ class TestTemplate:
     *_, last, _ = template.pieces(2 * messages, (False, False, False, True))
     assert last == (answer + '<|im_end|>', True)
 
+  def test_a_template_that_reads_more_than_the_text(self):
+    source = CHATML.replace("message['content']", "message['content'][:5]")
+    template = ChatTemplate(source, {}, SPECIALS)
+    pieces = template.pieces(CHAT[1:3], (False, True))
+    assert pieces[1] == ('The q<|im_end|>', True)
+    assert ''.join(text for text, _ in pieces) == template.render(CHAT[1:3])
+
   def test_what_a_template_may_use(self):
     source = (
       '{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}'

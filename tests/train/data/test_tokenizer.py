@@ -320,6 +320,9 @@ class TestJson:
     np.testing.assert_array_equal(ids_n, tokenizer.encode(whole))
     # One token is in two pieces.
     assert tokenizer.decode(ids_n[scored_n]) == ' brown'
+    pieces = [('The quick ', False), ('br', True), ('own fox', False)]
+    ids_n, scored_n = tokenizer.encode_pieces(pieces)
+    assert tokenizer.decode(ids_n[scored_n]) == ' brown'
     assert [len(x) for x in tokenizer.encode_pieces([])] == [0, 0]
 
   @pytest.mark.parametrize(

@@ -1,0 +1,394 @@
+"""A GGUF file of llama.cpp: read, and turned into a directory of transformers.
+
+  python -m models.gguf FILE DIR
+
+writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json,
+so that every program that takes such a directory takes the file's model. Of a
+quantized file the weights are what its codes stand for, in float32.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import tempfile
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from models import huggingface
+from models.llama import LlamaConfig
+
+PyTree: TypeAlias = Any
+Fields: TypeAlias = dict[str, Any]
+
+# Of a layer, in a file of llama.cpp and in one of transformers.
+_LAYER = {
+  'attn_norm': 'input_layernorm',
+  'attn_q': 'self_attn.q_proj',
+  'attn_k': 'self_attn.k_proj',
+  'attn_v': 'self_attn.v_proj',
+  'attn_output': 'self_attn.o_proj',
+  'ffn_norm': 'post_attention_layernorm',
+  'ffn_gate': 'mlp.gate_proj',
+  'ffn_up': 'mlp.up_proj',
+  'ffn_down': 'mlp.down_proj',
+}
+_WHOLE = {
+  'token_embd.weight': 'model.embed_tokens.weight',
+  'output_norm.weight': 'model.norm.weight',
+  'output.weight': 'lm_head.weight',
+}
+
+# Fields of a LlamaConfig to those of a file, behind 'llama.'.
+_REQUIRED = {
+  'width': 'embedding_length',
+  'mlp_width': 'feed_forward_length',
+  'num_layers': 'block_count',
+  'num_heads': 'attention.head_count',
+  'norm_eps': 'attention.layer_norm_rms_epsilon',
+}
+_OPTIONAL = {
+  'num_kv_heads': 'attention.head_count_kv',
+  'head_dim': 'attention.key_length',
+  'rope_theta': 'rope.freq_base',
+}
+_HARMLESS = {'context_length', 'vocab_size'}
+
+# The only values under which these fields change nothing.
+_NEUTRAL = {'rope.scaling.type': 'none', 'expert_count': 0}
+
+_TOKEN_IDS = {
+  'bos': 'tokenizer.ggml.bos_token_id',
+  'eos': 'tokenizer.ggml.eos_token_id',
+  'unk': 'tokenizer.ggml.unknown_token_id',
+  'pad': 'tokenizer.ggml.padding_token_id',
+}
+_CONTROL, _USER_DEFINED = 3, 4
+"""Types of tokens that no merge makes: those without text, and others."""
+
+
+def load(
+  file: str | pathlib.Path, *, shardings: PyTree = None, **overrides
+) -> tuple[LlamaConfig, PyTree]:
+  """Reads a file's model piece by piece, with little of it in host memory.
+
+  Args:
+    file: of general.architecture llama: LLaMA, SmolLM, TinyLlama, and Mistral,
+      whose window such a file does not say.
+    shardings: as in `models.huggingface.load`.
+    **overrides: fields of `LlamaConfig` to set to something else, such as
+      param_dtype.
+
+  Returns:
+    The configuration, and the parameters of `models.llama` as `jax.Array`s.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ImportError: the library gguf is not installed.
+    ValueError: the file is none of GGUF, or has what is not implemented; the
+      message names it.
+  """
+  reader, fields = _open(file)
+  return _load(file, reader, fields, shardings, overrides)
+
+
+def convert(
+  file: str | pathlib.Path, directory: str | pathlib.Path, **overrides
+) -> LlamaConfig:
+  """Writes a directory of transformers from a file: weights and tokenizer.
+
+  Args:
+    file: as in `load`, with a byte-level BPE in it.
+    directory: made if it is not there; must have no checkpoint in it.
+    **overrides: as in `load`.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    FileExistsError: the directory has a checkpoint.
+    FileNotFoundError, ImportError, ValueError: as in `load`.
+  """
+  reader, fields = _open(file)
+  try:
+    tokenizer, words = tokenizer_of(fields)
+  except ValueError as error:
+    raise ValueError(f'{file}: {error}') from error
+  config, params = _load(file, reader, fields, None, overrides)
+  others = {f'{name}_token_id': i for name, i in _token_ids(fields).items()}
+  length = fields.get('llama.context_length')
+  with tempfile.TemporaryDirectory() as source:
+    source = pathlib.Path(source)
+    tokenizer.save(str(source / 'tokenizer.json'))
+    (source / 'tokenizer_config.json').write_text(_text(words))
+    others |= {'max_position_embeddings': length} if length else {}
+    (source / 'config.json').write_text(_text(others))
+    huggingface.save(directory, config, params, source=source)
+  return config
+
+
+def tokenizer_of(fields: Fields) -> tuple[Any, Fields]:
+  """Returns the tokenizer of a file's fields, by the library tokenizers.
+
+  Args:
+    fields: The values by key, of which those of tokenizer.* are used.
+
+  Returns:
+    The `tokenizers.Tokenizer`, and what tokenizer_config.json says beside it:
+    the special tokens by their names, and the chat template where there is one.
+
+  Raises:
+    ImportError: the library tokenizers is not installed.
+    ValueError: the file has another kind of tokenizer; the message names it.
+  """
+  try:
+    import tokenizers
+  except ImportError as error:
+    raise _no_library('tokenizers') from error
+
+  before = _before(fields, tokenizers.pre_tokenizers)
+  tokens = fields['tokenizer.ggml.tokens']
+  vocab = {token: i for i, token in enumerate(tokens)}
+  merges = [tuple(x.split(' ', 1)) for x in fields['tokenizer.ggml.merges']]
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(before)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  kinds = fields.get('tokenizer.ggml.token_type', ())
+  tokenizer.add_tokens(
+    [
+      tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
+      for token, kind in zip(tokens, kinds, strict=False)
+      if kind in (_CONTROL, _USER_DEFINED)
+    ]
+  )
+  words = {f'{name}_token': tokens[i] for name, i in _token_ids(fields).items()}
+  words |= {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'add_bos_token': False,
+    'clean_up_tokenization_spaces': False,
+  }
+  if 'tokenizer.chat_template' in fields:
+    words['chat_template'] = fields['tokenizer.chat_template']
+  return tokenizer, words
+
+
+def _before(fields, pre_tokenizers):
+  """What splits the text before the merges, by the names of llama.cpp."""
+  known = {
+    'gpt-2': (),
+    'smollm': (pre_tokenizers.Digits(individual_digits=True),),
+  }
+  expected = {
+    'tokenizer.ggml.model': ('gpt2',),
+    'tokenizer.ggml.pre': tuple(known),
+    'tokenizer.ggml.add_bos_token': (False, None),
+    'tokenizer.ggml.add_space_prefix': (False, None),
+  }
+  for key, values in expected.items():
+    if fields.get(key) not in values:
+      raise ValueError(
+        f'{key} must be {" or ".join(map(repr, values))}, got '
+        f'{fields.get(key)!r}: take the tokenizer from the directory of '
+        'transformers that the file was made from'
+      )
+  last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+  return [*known[fields['tokenizer.ggml.pre']], last]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """A tensor in a file; rows of it are decoded when they are asked for."""
+
+  tensor: Any
+  order: np.ndarray | None
+  """The file's row for each row of ours (None: the same)."""
+
+  @property
+  def shape(self):
+    return tuple(int(size) for size in reversed(self.tensor.shape))
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    import gguf
+
+    rows = rows if self.order is None else self.order[rows]
+    return gguf.dequantize(self.tensor.data[rows], self.tensor.tensor_type)
+
+
+def _open(file):
+  """The library's reader of a file, and the file's values by key."""
+  try:
+    import gguf
+  except ImportError as error:
+    raise _no_library('gguf') from error
+
+  if not pathlib.Path(file).is_file():
+    raise FileNotFoundError(f'{file} must be a GGUF file, there is none')
+  try:
+    reader = gguf.GGUFReader(file)
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+  except (ValueError, IndexError, KeyError) as error:
+    # What the library says of a file that ends early is of its own arrays.
+    raise ValueError(
+      f'{file} must be a whole GGUF file ({error}); fetch it again'
+    ) from error
+  return reader, fields
+
+
+def _load(file, reader, fields, shardings, overrides):
+  """`load`, of an open file."""
+  try:
+    config = dataclasses.replace(_config(reader, fields), **overrides)
+    tensors = _tensors(reader, config)
+    return config, huggingface.params_of(tensors, config, shardings)
+  except ValueError as error:
+    raise ValueError(f'{file}: {error}') from error
+
+
+def _config(reader, fields):
+  """The model that a file's fields and tensors describe."""
+  kind = fields.get('general.architecture')
+  if kind != 'llama':
+    raise ValueError(
+      f'general.architecture must be llama, got {kind!r}: no other is '
+      'implemented; start from the directory of transformers that the file was '
+      'made from'
+    )
+  prefix = 'llama.'
+  given = {
+    key.removeprefix(prefix): value
+    for key, value in fields.items()
+    if key.startswith(prefix)
+  }
+  if missing := [key for key in _REQUIRED.values() if key not in given]:
+    raise ValueError(f'{prefix}{missing[0]} is missing')
+  values = {
+    ours: given.pop(theirs)
+    for ours, theirs in (_REQUIRED | _OPTIONAL).items()
+    if theirs in given
+  }
+  for ours, value in values.items():
+    if not isinstance(value, (int, float)):
+      key = (_REQUIRED | _OPTIONAL)[ours]
+      raise ValueError(
+        f'{prefix}{key} must be one number, the same for every layer, got '
+        f'{value!r}'
+      )
+  # The nearest decimal: 32 bits do not hold 1e-5.
+  values['norm_eps'] = float(str(np.float32(values['norm_eps'])))
+  shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
+  if 'token_embd.weight' not in shapes:
+    raise ValueError('token_embd.weight is missing')
+  config = LlamaConfig(
+    vocab_size=int(shapes['token_embd.weight'][-1]),
+    tied='output.weight' not in shapes,
+    **values,
+  )
+  _check(given, config.head_width)
+  return config
+
+
+def _check(given, head_dim):
+  """Raises ValueError for a field that is not implemented."""
+  neutral = _NEUTRAL | dict.fromkeys(
+    ('rope.dimension_count', 'attention.value_length'), head_dim
+  )
+  for key, value in given.items():
+    if key not in _HARMLESS and value != neutral.get(key):
+      known = f'must be {neutral[key]!r}' if key in neutral else 'is not known'
+      raise ValueError(
+        f'llama.{key} {known}, got {value!r}: nothing else is implemented'
+      )
+
+
+def _tensors(reader, config):
+  """A file's tensors by the names and in the order of transformers."""
+  import gguf
+
+  heads = {'attn_q': config.num_heads, 'attn_k': config.kv_heads}
+  tensors = {}
+  for tensor in reader.tensors:
+    try:
+      gguf.dequantize(tensor.data[:1], tensor.tensor_type)
+    except NotImplementedError as error:
+      raise ValueError(
+        f'{tensor.name} has the quantization {tensor.tensor_type.name}, which '
+        'the library gguf does not decode; take a file of another one'
+      ) from error
+    name, part = _name(tensor.name)
+    rows = int(tensor.shape[-1])
+    order = _unpaired(rows, heads[part]) if part in heads else None
+    tensors[name] = _Stored(tensor, order)
+  return tensors
+
+
+def _name(theirs):
+  """The name of a tensor in transformers, and its part of a layer."""
+  if theirs in _WHOLE:
+    return _WHOLE[theirs], None
+  block, _, rest = theirs.partition('.')
+  layer, _, rest = rest.partition('.')
+  part, _, kind = rest.partition('.')
+  if block != 'blk' or kind != 'weight' or part not in _LAYER:
+    raise ValueError(
+      f'the tensor {theirs} belongs to no model that is implemented (a LLaMA '
+      'without biases, experts and scaled waves)'
+    )
+  return f'model.layers.{layer}.{_LAYER[part]}.weight', part
+
+
+def _unpaired(rows, heads):
+  """The file's row for each row of transformers, of queries or keys.
+
+  A rotation mixes two numbers: neighbours in llama.cpp, in transformers those
+  that are half a head apart.
+
+  >>> _unpaired(8, 2).tolist()
+  [0, 2, 1, 3, 4, 6, 5, 7]
+  """
+  if rows % (2 * heads):
+    raise ValueError(
+      f'queries and keys must have whole heads, got {rows} rows of {heads}'
+    )
+  return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
+
+
+def _token_ids(fields):
+  return {name: fields[k] for name, k in _TOKEN_IDS.items() if k in fields}
+
+
+def _no_library(name):
+  return ImportError(
+    f'a GGUF file needs the library {name}: pip install "galore-optax[gguf]"'
+  )
+
+
+_text = functools.partial(json.dumps, indent=2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+  """Converts the file that the command line names."""
+  parser = argparse.ArgumentParser(
+    'python -m models.gguf', description=__doc__.split('\n\n')[0]
+  )
+  parser.add_argument('file', help='a GGUF file of a LLaMA')
+  parser.add_argument('directory', help='where to write; made if not there')
+  parser.add_argument(
+    *('--dtype', '-d'),
+    choices=('float32', 'bfloat16'),
+    default='float32',
+    help='type of the weights that are written',
+  )
+  given = parser.parse_args(arguments)
+  formats = {'dtype': given.dtype, 'param_dtype': given.dtype}
+  try:
+    config = convert(given.file, given.directory, **formats)
+  except (OSError, ImportError, ValueError) as error:
+    sys.exit(f'error: {error}')
+  print(f'{given.directory}: {config}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,542 @@
+"""Low-rank factors beside weights, or in their place: LoRA, ReLoRA, W = A B.
+
+`adapt` adds factors to parameters, `merge` takes them out again. A model reads
+them through `hook`, which `models.llama.Layers` takes: no module knows of them.
+`save_adapter` and `load_adapter` are in PEFT's format.
+
+Shapes: L layers, in and out the sides of a kernel [L, in, out], r the rank of
+its factors lora_a [L, in, r] and lora_b [L, r, out]; B batch, T time.
+
+Sources: Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021; Lialin et
+al., `ReLoRA <https://arxiv.org/abs/2307.05695>`_, 2023.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import zlib
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models import cross_entropy, huggingface
+
+PyTree: TypeAlias = Any
+Role: TypeAlias = Literal['factor', 'beneath', 'rest']
+
+FACTORS = ('lora_a', 'lora_b')
+"""Names of the two factors, beside the name of a kernel."""
+
+_PREFIX = 'base_model.model.'
+
+_FILES = ('adapter_config.json', 'adapter_model.safetensors')
+
+# Fields of PEFT's config with another value change what is computed.
+_PLAIN = {
+  'peft_type': 'LORA',
+  'bias': 'none',
+  **dict.fromkeys(
+    ('use_dora', 'use_rslora', 'use_qalora', 'use_bdlora'), False
+  ),
+  **dict.fromkeys(('fan_in_fan_out', 'lora_bias'), False),
+  'rank_pattern': {},
+  'alpha_pattern': {},
+  **dict.fromkeys(('modules_to_save', 'trainable_token_indices'), None),
+  **dict.fromkeys(('target_parameters', 'layer_replication'), None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Two factors beside each kernel: x W + alpha / rank * dropout(x) A B."""
+
+  rank: int = 8
+  """Columns of A and rows of B."""
+  alpha: float = 16.0
+  """Over the rank, what their product counts."""
+  dropout: float = 0.0
+  """Share of A's input that is left out in training."""
+  targets: tuple[str, ...] | None = None
+  """Regexes on the paths of the kernels that have factors; None is all that a
+  layer has."""
+  rest: Literal['frozen', 'trained'] = 'frozen'
+  """Whether weights without factors (embedding, norms, head) are trained."""
+  lomo: float = 0.0
+  """Times the learning rate, that of plain SGD on what would be frozen: LOMO
+  together with LoRA. 0 freezes it."""
+
+  def __post_init__(self):
+    """Checks what can be checked without a model."""
+    _check_rank(self)
+    if not 0 < self.alpha < math.inf:
+      raise ValueError(
+        f'adapter.alpha must be positive and finite, got {self.alpha}'
+      )
+    if not 0 <= self.dropout < 1:
+      raise ValueError(
+        f'adapter.dropout is a share in [0, 1), got {self.dropout}'
+      )
+    if not 0 <= self.lomo < math.inf:
+      raise ValueError(
+        f'adapter.lomo must be finite and not negative, got {self.lomo}'
+      )
+
+  @property
+  def scale(self) -> float:
+    """What the product of the factors counts."""
+    return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Relora(Lora):
+  """LoRA that adds its factors to the weights now and then, and starts anew.
+
+  Many updates of low rank add up to one that is not: for pre-training.
+  """
+
+  rest: Literal['frozen', 'trained'] = 'trained'
+  """Whether weights without factors (embedding, norms, head) are trained."""
+  every: int = 1000
+  """Steps from one merge to the next."""
+  reset: float = 0.999
+  """Share of the factors' moments that a merge sets to 0, at random."""
+  restart_warmup: int = 50
+  """Steps in which the learning rate rises from 0 after a merge."""
+
+  def __post_init__(self):
+    """Checks what can be checked without a model."""
+    super().__post_init__()
+    if self.every < 1:
+      raise ValueError(f'adapter.every must be at least 1, got {self.every}')
+    if not 0 <= self.reset <= 1:
+      raise ValueError(f'adapter.reset is a share in [0, 1], got {self.reset}')
+    if not 0 <= self.restart_warmup < self.every:
+      raise ValueError(
+        'adapter.restart_warmup must be at least 0 and below adapter.every = '
+        f'{self.every}, got {self.restart_warmup}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Factored:
+  """Two factors in place of each kernel: x A B. For pre-training."""
+
+  rank: int = 8
+  """Columns of A and rows of B."""
+  targets: tuple[str, ...] | None = None
+  """Regexes on the paths of the kernels that are replaced; None is all that a
+  layer has."""
+
+  def __post_init__(self):
+    """Checks what can be checked without a model."""
+    _check_rank(self)
+
+  @property
+  def scale(self) -> float:
+    """What the product of the factors counts."""
+    return 1.0
+
+
+Adapter: TypeAlias = Lora | Relora | Factored
+
+
+def _check_rank(adapter):
+  if adapter.rank < 1:
+    raise ValueError(f'adapter.rank must be at least 1, got {adapter.rank}')
+
+
+def adapt(params: PyTree, adapter: Adapter, key: jax.Array) -> PyTree:
+  """Returns parameters with factors.
+
+  Beside a kernel A is uniform in +-1 / sqrt(in), as torch draws a layer's
+  weight, and B is 0, so that the function is the same; both are float32. In a
+  kernel's place both are normal, of its type, and their product has its
+  standard deviation.
+
+  Args:
+    params: of a model whose layers are stacked in params['blocks'].
+    adapter: rank and targets.
+    key: of the factors.
+
+  Raises:
+    ValueError: a target is no kernel of a layer, or too small for the rank.
+
+  Example:
+    >>> params = {'blocks': {'up': {'kernel': jnp.ones((2, 5, 7))}}}
+    >>> params = adapt(params, Lora(rank=3), jax.random.key(0))
+    >>> jax.tree.map(jnp.shape, params['blocks']['up'])
+    {'kernel': (2, 5, 7), 'lora_a': (2, 5, 3), 'lora_b': (2, 3, 7)}
+  """
+  flat = _flatten(params)
+  for number, path in enumerate(_targets(flat, adapter)):
+    a, b = (f'{path.rpartition("/")[0]}/{name}' for name in FACTORS)
+    one = jax.random.fold_in(key, number)
+    if isinstance(adapter, Factored):
+      flat[a], flat[b] = _factors(flat.pop(path), adapter.rank, one)
+    else:
+      flat[a], flat[b] = fresh_factors(flat[path].shape, adapter.rank, one)
+  return _unflatten(flat)
+
+
+def fresh_factors(shape, rank: int, key: jax.Array):
+  """Returns A and B of a kernel [..., in, out]; B is 0."""
+  *layers, rows, columns = shape
+  bound = rows**-0.5
+  a = jax.random.uniform(
+    key, (*layers, rows, rank), jnp.float32, minval=-bound, maxval=bound
+  )
+  return a, jnp.zeros((*layers, rank, columns), jnp.float32)
+
+
+def _factors(kernel, rank, key):
+  """Normal A and B whose product has the kernel's standard deviation."""
+  *layers, rows, columns = kernel.shape
+  std = jnp.sqrt(jnp.std(kernel.astype(jnp.float32)) / rank**0.5)
+  shapes = (*layers, rows, rank), (*layers, rank, columns)
+  return tuple(
+    (std * jax.random.normal(one, shape)).astype(kernel.dtype)
+    for one, shape in zip(jax.random.split(key), shapes, strict=True)
+  )
+
+
+def merge(params: PyTree, adapter: Adapter) -> PyTree:
+  """Returns parameters without factors, of the same function.
+
+  Products and sums are float32 and rounded once, to the type of the kernel.
+
+  Example:
+    >>> params = {'up': {'kernel': jnp.ones((2, 2)),
+    ...                  'lora_a': jnp.ones((2, 1)), 'lora_b': jnp.eye(2)[:1]}}
+    >>> merge(params, Lora(rank=1, alpha=3.0))['up']['kernel']
+    Array([[4., 1.],
+           [4., 1.]], dtype=float32)
+  """
+  flat = _flatten(params)
+  for path in [path for path in flat if path.endswith(FACTORS[0])]:
+    parent = path.rpartition('/')[0]
+    a, b = (flat.pop(f'{parent}/{name}') for name in FACTORS)
+    total, kernel = product(a, b, adapter.scale), flat.get(f'{parent}/kernel')
+    dtype = a.dtype
+    if kernel is not None:
+      total, dtype = kernel.astype(jnp.float32) + total, kernel.dtype
+    flat[f'{parent}/kernel'] = total.astype(dtype)
+  return _unflatten(flat)
+
+
+def product(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+  """Returns scale A B [..., in, out] in float32."""
+  a, b = (x.astype(jnp.float32) for x in (a, b))
+  return scale * jnp.matmul(a, b, precision='highest')
+
+
+def roles(params: PyTree) -> dict[str, Role]:
+  """Returns what each weight is, by path: a factor, one beneath, the rest.
+
+  >>> roles({'up': {'kernel': 0, 'lora_a': 0, 'lora_b': 0}, 'norm': 0})
+  {'up/kernel': 'beneath', 'up/lora_a': 'factor', 'up/lora_b': 'factor',
+   'norm': 'rest'}
+  """
+  flat = _flatten(params)
+
+  def role(path) -> Role:
+    parent, _, name = path.rpartition('/')
+    if name in FACTORS:
+      return 'factor'
+    beside = name == 'kernel' and f'{parent}/{FACTORS[0]}' in flat
+    return 'beneath' if beside else 'rest'
+
+  return {path: role(path) for path in flat}
+
+
+def optimized(params: PyTree, adapter: Adapter) -> PyTree:
+  """Returns the tree of whether the optimizer trains each weight.
+
+  >>> params = {'up': {'kernel': 0, 'lora_a': 0, 'lora_b': 0}, 'norm': 0}
+  >>> optimized(params, Lora())['norm'], optimized(params, Relora())['norm']
+  (False, True)
+  """
+  frozen = {'beneath'}
+  if isinstance(adapter, Lora) and adapter.rest == 'frozen':
+    frozen.add('rest')
+  return _unflatten(
+    {path: role not in frozen for path, role in roles(params).items()}
+  )
+
+
+def hook(adapter: Adapter) -> Callable[..., Any]:
+  """Returns the interceptor by which a model computes with its factors.
+
+  Any module that has them, and maps an array by its kernel, takes part. Dropout
+  is where a batch has 'noise', a key [B, 2] uint32 of each example: it goes
+  from layer to layer with the other entries of a block's input, and another
+  one comes out of each.
+  """
+  noises = []  # of the blocks that are being computed, the innermost last
+
+  def intercept(next_fun, args, kwargs, context):
+    module, method = context.module, context.method_name
+    if method == 'setup':
+      bare = _has(module, FACTORS[0]) and not _has(module, 'kernel')
+      return _set_up(module) if bare else next_fun(*args, **kwargs)
+    x = args[0] if args else None
+    if isinstance(x, dict) and 'noise' in x:
+      noises.append(x['noise'])
+      try:
+        y = next_fun(*args, **kwargs)
+      finally:
+        noises.pop()
+      if method == 'enter':
+        return {**y, 'noise': x['noise']}
+      # A block that is made anew in the backward pass is called inside itself.
+      is_block = method == '__call__' and isinstance(y, dict)
+      return {**y, 'noise': _folded(x['noise'], 0)} if is_block else y
+    if method != '__call__' or not _has(module, FACTORS[0]):
+      return next_fun(*args, **kwargs)
+    a, b = (module.get_variable('params', name) for name in FACTORS)
+    dropped = x
+    if noises and getattr(adapter, 'dropout', 0):
+      noise = _folded(noises[-1], zlib.crc32(module.name.encode()))
+      dropped = drop(x, noise, adapter.dropout)
+    low = cross_entropy.multiply(cross_entropy.multiply(dropped, a), b)
+    if isinstance(adapter, Factored):
+      return low if module.bias is None else low + _row(module.bias, low)
+    return next_fun(*args, **kwargs) + adapter.scale * low
+
+  return intercept
+
+
+def _has(module, name):
+  return module.has_variable('params', name)
+
+
+def _set_up(module):
+  """Sets up a linear map that has no kernel."""
+  module.kernel = None
+  module.bias = module.get_variable('params', 'bias')
+
+
+def _row(bias, y):
+  """A bias as it is added to an array."""
+  return jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+
+
+def _folded(noise_B2, number):
+  """The keys of something else, from keys [B, 2]."""
+  keys_B = jax.random.wrap_key_data(noise_B2, impl='threefry2x32')
+  folded_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
+  return jax.random.key_data(folded_B)
+
+
+def drop(x_BTD, noise_B2, share: float):
+  """Sets a share of numbers to 0, and makes up for it with the others.
+
+  What is left out of an example depends on its own key alone.
+  """
+  keys_B = jax.random.wrap_key_data(noise_B2, impl='threefry2x32')
+  shape = x_BTD.shape[1:]
+  draw = lambda key: jax.random.bernoulli(key, 1 - share, shape)
+  return jnp.where(jax.vmap(draw)(keys_B), x_BTD / (1 - share), 0)
+
+
+def _targets(flat, adapter):
+  """Paths of the kernels that get factors, in order."""
+  kernels = sorted(
+    path
+    for path, leaf in flat.items()
+    if path.startswith('blocks/') and path.endswith('/kernel')
+    if len(leaf.shape) == 3
+  )
+  chosen = kernels
+  if adapter.targets is not None:
+    chosen = _matched(adapter.targets, kernels)
+  for path in chosen:
+    _, rows, columns = flat[path].shape
+    if adapter.rank > min(rows, columns):
+      raise ValueError(
+        f'adapter.rank must be in 1..{min(rows, columns)} for {path} of shape '
+        f'{flat[path].shape}, got {adapter.rank}'
+      )
+  return chosen
+
+
+def _matched(targets, kernels):
+  """Kernels whose whole path some regex matches."""
+  try:
+    regexes = [re.compile(target) for target in targets]
+  except re.error as error:
+    raise ValueError(
+      f'adapter.targets: {error.pattern!r} is no regular expression: {error}'
+    ) from error
+  unused = [x.pattern for x in regexes if not any(map(x.fullmatch, kernels))]
+  if unused or not regexes:
+    raise ValueError(
+      f'adapter.targets {unused} match no kernel of a layer; a regex must match'
+      f' a whole path. Paths: {", ".join(kernels)}'
+    )
+  return [path for path in kernels if any(x.fullmatch(path) for x in regexes)]
+
+
+def save_adapter(
+  directory: str | pathlib.Path,
+  params: PyTree,
+  adapter: Lora,
+  *,
+  base: str | None = None,
+) -> None:
+  """Writes the factors alone, as PEFT reads them beside their model.
+
+  Args:
+    directory: made if it is not there; must have no adapter in it.
+    params: of `models.llama`, with factors.
+    adapter: theirs.
+    base: name or path of the checkpoint beneath, for the reader.
+
+  Raises:
+    FileExistsError: the directory has an adapter.
+    ValueError: the factors alone are not all that was trained.
+  """
+  from safetensors import numpy as safetensors
+
+  if not isinstance(adapter, Lora) or not _is_alone(adapter):
+    raise ValueError(
+      'an adapter is saved alone where nothing else is trained: a Lora with '
+      f"rest='frozen' and lomo=0, got {adapter}; merge it, and save the model"
+    )
+  directory = pathlib.Path(directory)
+  for name in _FILES:
+    if (directory / name).exists():
+      raise FileExistsError(
+        f'{directory / name} exists; name another directory'
+      )
+  tensors = {}
+  for factor, letter in zip(FACTORS, 'AB', strict=True):
+    kernels = _in_place(params, factor)
+    for name, tensor in huggingface.llama_tensors(kernels).items():
+      tensors[_peft_name(name, letter)] = tensor
+  modules = {name.split('.lora_')[0].split('.')[-1] for name in tensors}
+  fields = _PLAIN | {
+    'task_type': 'CAUSAL_LM',
+    'base_model_name_or_path': base,
+    'inference_mode': True,
+    'r': adapter.rank,
+    'lora_alpha': adapter.alpha,
+    'lora_dropout': adapter.dropout,
+    'target_modules': sorted(modules),
+  }
+  directory.mkdir(parents=True, exist_ok=True)
+  safetensors.save_file(tensors, directory / _FILES[1], {'format': 'pt'})
+  (directory / _FILES[0]).write_text(json.dumps(fields, indent=2) + '\n')
+
+
+def load_adapter(
+  directory: str | pathlib.Path, params: PyTree
+) -> tuple[PyTree, Lora]:
+  """Returns parameters with the factors that PEFT saved, and their adapter.
+
+  Args:
+    directory: adapter_config.json and adapter_model.safetensors.
+    params: of `models.llama`, without factors.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: the adapter is of a kind that `Lora` is not, or its tensors are
+      not those of the model; the message names the field or the tensor.
+  """
+  from safetensors import numpy as safetensors
+
+  config, weights = (pathlib.Path(directory) / name for name in _FILES)
+  for file in (config, weights):
+    if not file.is_file():
+      raise FileNotFoundError(f'{file} is missing; it is part of an adapter')
+  fields = json.loads(config.read_text())
+  for name, plain in _PLAIN.items():
+    found = fields.get(name) or plain
+    if found != plain:
+      raise ValueError(
+        f'{config}: {name} must be {plain!r}, the one that is implemented, got '
+        f'{found!r}'
+      )
+  tensors = safetensors.load_file(weights)
+  flat, targets = _flatten(params), []
+  for path, leaf in list(flat.items()):
+    if not (path.startswith('blocks/') and path.endswith('/kernel')):
+      continue
+    # A number for each layer, to be found under the name that it goes by.
+    one = {path: np.zeros((leaf.shape[0], 1, 1))}
+    names = list(huggingface.llama_tensors(_unflatten(one)))
+    if not any(_peft_name(name, 'A') in tensors for name in names):
+      continue
+    targets.append(path)
+    shape_a = (fields['r'], leaf.shape[1])
+    for letter, factor, shape in (
+      ('A', FACTORS[0], shape_a),
+      ('B', FACTORS[1], (leaf.shape[2], fields['r'])),
+    ):
+      flat[f'{path.rpartition("/")[0]}/{factor}'] = jnp.stack(
+        [
+          _peft_tensor(tensors, _peft_name(name, letter), shape)
+          for name in names
+        ]
+      )
+  if tensors:
+    raise ValueError(
+      f'{weights} has tensors that the model has no place for: '
+      f'{sorted(tensors)[:4]} ({len(tensors)} in all)'
+    )
+  adapter = Lora(
+    rank=fields['r'],
+    alpha=float(fields['lora_alpha']),
+    dropout=float(fields['lora_dropout']),
+    targets=tuple(map(re.escape, targets)),
+  )
+  return _unflatten(flat), adapter
+
+
+def _is_alone(adapter):
+  """Whether an adapter is all that is trained."""
+  merges = isinstance(adapter, Relora)
+  return adapter.rest == 'frozen' and not adapter.lomo and not merges
+
+
+def _in_place(params, factor):
+  """The tree of one factor of each kernel, under the kernel's name."""
+  flat = _flatten(params)
+  return _unflatten(
+    {
+      path.replace(factor, 'kernel'): np.asarray(leaf, np.float32)
+      for path, leaf in flat.items()
+      if path.endswith(f'/{factor}')
+    }
+  )
+
+
+def _peft_name(name, letter):
+  """PEFT's name of a factor, from the checkpoint's of the weight."""
+  return f'{_PREFIX}{name.removesuffix(".weight")}.lora_{letter}.weight'
+
+
+def _peft_tensor(tensors, name, shape):
+  """A factor of one layer, taken out of PEFT's tensors, as ours."""
+  if name not in tensors:
+    raise ValueError(
+      f'{name} is missing: an adapter must have a kernel of all layers, or of '
+      'none'
+    )
+  tensor = tensors.pop(name)
+  if tensor.shape != shape:
+    raise ValueError(f'{name} must have the shape {shape}, got {tensor.shape}')
+  return jnp.asarray(tensor.T, jnp.float32)
+
+
+def _flatten(tree):
+  return flax.traverse_util.flatten_dict(tree, sep='/')
+
+
+def _unflatten(flat):
+  return flax.traverse_util.unflatten_dict(flat, sep='/')

@@ -1,0 +1,208 @@
+"""The encoder: its exact statements, and the same model layer by layer."""
+
+import dataclasses
+import operator
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galore_optax.layerwise.step import layerwise
+from models.encoder import EncoderConfig, Layers, drop
+
+B, T = 4, 11
+
+
+def _config(**changes):
+  changes = {'num_labels': 3, 'init_std': 0.3, 'norm_eps': 1e-5} | changes
+  return EncoderConfig(
+    vocab_size=31,
+    width=12,
+    mlp_width=20,
+    num_heads=3,
+    num_layers=3,
+    num_positions=16,
+    **changes,
+  )
+
+
+def _batch(config, seed=0):
+  """Rows of 11, 8, 5 and 2 tokens; the second half is the other sentence."""
+  rng = np.random.default_rng(seed)
+  lengths_B1 = np.array([11, 8, 5, 2])[:, None]
+  segments_BT = np.int32(np.arange(T)[None] < lengths_B1)
+  tokens_BT = rng.integers(3, 31, (B, T), dtype=np.int32)
+  targets_B = rng.integers(0, 3, B, dtype=np.int32)
+  return {
+    'inputs': np.where(segments_BT, tokens_BT, np.int32(config.pad_id)),
+    'types': np.int32(np.arange(T)[None] >= lengths_B1 // 2),
+    'segments': segments_BT,
+    'targets': targets_B if config.num_labels > 1 else np.float32(targets_B),
+    'weights': np.ones(B, np.float32),
+  }
+
+
+def _params(config):
+  """Weights of which no norm and no bias is neutral."""
+  shapes = jax.eval_shape(Layers(config).init, jax.random.key(0))
+  rng = np.random.default_rng(1)
+  draw = lambda path, x: np.float32(
+    0.4 * rng.standard_normal(x.shape) + ('scale' in str(path[-1]))
+  )
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+_KINDS = pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    {'num_labels': 1},
+    {'kind': 'roberta', 'pad_id': 1, 'num_types': 1},
+  ],
+  ids=['bert', 'regression', 'roberta'],
+)
+
+
+@_KINDS
+def test_padding_changes_nothing(changes):
+  config = _config(**changes)
+  params, batch = _params(config), _batch(config)
+  whole = Layers(config).logits(params, batch)
+  for row, length in enumerate([11, 8, 5, 2]):
+    alone = {name: x[row : row + 1] for name, x in batch.items()}
+    for name in ('inputs', 'types', 'segments'):
+      alone[name] = alone[name][:, :length]
+    found = Layers(config).logits(params, alone)
+    # Sums of fewer terms in another order.
+    np.testing.assert_allclose(found[0], whole[row], rtol=0, atol=2e-5)
+
+
+def test_both_directions_are_seen():
+  config = _config()
+  params, batch = _params(config), _batch(config)
+  before = Layers(config).logits(params, batch)
+  batch['inputs'] = batch['inputs'].copy()
+  batch['inputs'][0, -1] = 3 + (batch['inputs'][0, -1] + 1) % 28
+  after = Layers(config).logits(params, batch)
+  # The head reads the first token alone.
+  assert np.abs(after[0] - before[0]).max() > 1e-3
+  np.testing.assert_array_equal(after[1:], before[1:])
+
+
+@_KINDS
+def test_the_pieces_are_the_model(changes):
+  config = _config(**changes, remat=True)
+  model, batch = Layers(config), _batch(config)
+  params = _params(config)
+  x = model.embed({'embed': params['embed']}, batch)
+  for layer in range(config.num_layers):
+    x = model.block(
+      jax.tree.map(operator.itemgetter(layer), params['blocks']), x
+    )
+  found = model.loss({'head': params['head']}, x, batch)
+  chex.assert_trees_all_close(found, model(params, batch), rtol=1e-5)
+
+
+def test_the_loss_is_of_the_rows_that_count():
+  config = _config()
+  model, params, batch = Layers(config), _params(config), _batch(config)
+  weights = np.float32([1, 0, 3, 0])
+  logits = model.logits(params, batch)
+  nll = -jax.nn.log_softmax(logits)[np.arange(B), batch['targets']]
+  loss, sums = model(params, batch | {'weights': weights})
+  np.testing.assert_allclose(sums['cost'], weights @ nll, rtol=1e-5)
+  np.testing.assert_allclose(loss, weights @ nll / B, rtol=1e-5)
+  assert sums['weight'] == 4
+
+
+def test_one_label_is_a_squared_error():
+  config = _config(num_labels=1)
+  model, params, batch = Layers(config), _params(config), _batch(config)
+  error = model.logits(params, batch)[:, 0] - batch['targets']
+  np.testing.assert_allclose(
+    model(params, batch)[0], np.mean(error**2), rtol=1e-5
+  )
+
+
+def test_recomputing_changes_no_gradient():
+  config = _config(dropout=0.2)
+  params, batch = _params(config), _batch(config)
+  batch['noise'] = np.arange(2 * B, dtype=np.uint32).reshape(B, 2)
+  gradient = lambda config: jax.grad(Layers(config), has_aux=True)(
+    params, batch
+  )
+  plain, again = (
+    gradient(config),
+    gradient(dataclasses.replace(config, remat=True)),
+  )
+  chex.assert_trees_all_close(plain, again, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.3])
+def test_layer_wise_is_whole_tree(dropout):
+  config = _config(dropout=dropout)
+  model, params, batch = Layers(config), _params(config), _batch(config)
+  if dropout:
+    batch['noise'] = np.arange(2 * B, dtype=np.uint32).reshape(B, 2)
+  params = jax.tree.map(jnp.asarray, params)
+  step = layerwise(model, optax.sgd(0.1), microbatches=2)
+  found, _, metrics = jax.jit(step)(params, step.init(params), batch)
+  (loss, _), grads = jax.value_and_grad(model, has_aux=True)(params, batch)
+  expected = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
+  chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+  noise = np.stack([np.arange(2, dtype=np.uint32)] * 2 + [np.uint32([5, 6])])
+  x = jnp.ones((3, 2000))
+  kept = drop(x, noise, 0, 0.25)
+  assert {*np.unique(kept).tolist()} == {0.0, float(np.float32(1 / 0.75))}
+  # Of 2,000 draws the share is known to 0.01.
+  np.testing.assert_allclose(np.mean(kept, axis=1), 1, atol=0.05)
+  np.testing.assert_array_equal(kept[0], kept[1])  # a row's own noise
+  assert np.mean(kept[0] != kept[2]) > 0.3
+  assert np.mean(kept != drop(x, noise, 1, 0.25)) > 0.3
+  np.testing.assert_array_equal(drop(x, noise, 0, 0.0), x)
+  np.testing.assert_array_equal(drop(x, None, 0, 0.25), x)
+
+
+def test_layers_draw_differently():
+  """With equal noise in all layers, equal blocks would drop the same."""
+  config = _config(dropout=0.5)
+  x = {
+    'h': np.ones((1, T, 12), np.float32),
+    'segments': np.ones((1, T), np.int32),
+    'noise': np.uint32([[3, 4]]),
+  }
+  params = jax.tree.map(lambda w: w[0], _params(config)['blocks'])
+  found = Layers(config).block(params, x)
+  assert np.any(found['noise'] != x['noise'])
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'num_labels': 0}, 'num_labels must be at least 1, got 0'),
+    ({'dropout': 1.0}, r'dropout is a share .*\[0, 1\), got 1.0'),
+    ({'pad_id': 31}, r'pad_id must be .*0\.\.30, got 31'),
+    ({'kind': 'roberta', 'pad_id': 15}, 'max_length must be at least 1'),
+  ],
+)
+def test_what_is_impossible_is_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    _config(**changes)
+  with pytest.raises(ValueError, match='width must be a multiple'):
+    dataclasses.replace(_config(), num_heads=5)
+
+
+def test_rows_without_positions_are_refused():
+  config = _config(kind='roberta', pad_id=1)
+  long = {
+    name: np.tile(x, (1, 2)) for name, x in _batch(config).items() if x.ndim > 1
+  }
+  with pytest.raises(ValueError, match=r'at most 14 tokens.*got 22'):
+    Layers(config).logits(_params(config), long)

@@ -1,0 +1,419 @@
+"""Training with factors of low rank: who moves, restarts, resumption."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from models import lowrank
+from models.llama import LlamaConfig
+from models.lowrank import Factored, Lora, Relora
+from tests.train import program
+from train import adapter as adapter_lib
+from train import loop, pretrain, report
+from train import step as step_lib
+from train.command import parse
+from train.config import Config, Layerwise, WholeTree, from_json, to_json
+from train.data.corpus import TextFiles
+from train.method import Adam8bit, AdamW, Galore
+from train.plan.footprint import Cards, make_plan
+from train.run import Run
+from train.task import array_shapes, language_model
+
+B, T, V = 4, 6, 19
+KERNELS = 7  # of a layer
+
+CONFIG = Config(
+  model=LlamaConfig(
+    vocab_size=V, width=8, mlp_width=12, num_heads=2, num_layers=2, init_std=0.3
+  ),
+  corpus=TextFiles(train='none.txt'),
+  optimizer=AdamW(),
+  steps=6,
+  learning_rate=0.05,
+  warmup=0.0,
+  batch_size=B,
+  sequence_length=T,
+  adapter=Lora(rank=3),
+)
+
+
+def example(seed):
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(V, size=(B, T + 1), dtype=np.int32)
+  return {
+    'inputs': tokens[:, :-1],
+    'targets': tokens[:, 1:],
+    'weights': (rng.random((B, T)) < 0.8).astype(np.float32),
+    'positions': np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+    'segments': np.ones((B, T), np.int32),
+  }
+
+
+def changed(**options):
+  return dataclasses.replace(CONFIG, **options)
+
+
+def start(config):
+  init, step = step_lib.build(config, language_model(config))
+  return init(jax.random.key(0)), step
+
+
+def run(config, num_steps=3, state=None):
+  """The state after some steps, and the metrics of the last."""
+  first, step = start(config)
+  state = first if state is None else state
+  for seed in range(int(state.step), int(state.step) + num_steps):
+    state, metrics = step(state, example(seed))
+  return state, metrics
+
+
+def by_role(params):
+  """Weights by what they are."""
+  flat = lowrank._flatten(params)
+  found = {'factor': {}, 'beneath': {}, 'rest': {}}
+  for path, role in lowrank.roles(params).items():
+    found[role][path] = flat[path]
+  return found
+
+
+LAYERWISE = Layerwise()
+
+
+@pytest.mark.parametrize('update', [WholeTree(), LAYERWISE])
+@pytest.mark.parametrize(
+  'adapter, frozen',
+  [
+    (Lora(rank=3), {'beneath', 'rest'}),
+    (Lora(rank=3, rest='trained'), {'beneath'}),
+    (Lora(rank=3, lomo=0.5), set()),
+    (Relora(rank=3, every=9, restart_warmup=1), {'beneath'}),
+    (Factored(rank=3), set()),
+  ],
+)
+def test_who_moves(update, adapter, frozen):
+  config = changed(adapter=adapter, update=update)
+  before = by_role(jax.device_get(start(config)[0].params))
+  after = by_role(jax.device_get(run(config)[0].params))
+  for role in before:
+    for path, weight in before[role].items():
+      same = np.array_equal(after[role][path], weight)
+      assert same == (role in frozen), path
+
+
+@pytest.mark.parametrize('update', [WholeTree(), LAYERWISE])
+def test_the_optimizer_keeps_moments_of_what_is_trained_alone(update):
+  state, _ = start(changed(update=update))
+  factors = by_role(state.params)['factor']
+  assert len(factors) == 2 * KERNELS
+  numbers = sum(x.size for x in factors.values())
+  kept = [x for x in jax.tree.leaves(state.optimizer) if x.dtype == 'float32']
+  # A layer-wise state has the last step's norm too.
+  assert sum(x.size for x in kept if x.ndim) == 2 * numbers
+
+
+@pytest.mark.parametrize(
+  'adapter',
+  [
+    Lora(rank=3, dropout=0.3),
+    Lora(rank=3, rest='trained', targets=('.*/[qv]/kernel',)),
+    Lora(rank=3, lomo=0.5),
+    Relora(rank=3, every=2, restart_warmup=0, reset=0.5, dropout=0.1),
+    Factored(rank=3),
+  ],
+)
+def test_layer_by_layer_is_the_whole_tree(adapter):
+  config = changed(adapter=adapter, microbatches=2)
+  whole, expected = run(config)
+  if isinstance(adapter, Relora):
+    # The order of an optimizer's leaves decides which moments are reset.
+    adapter = dataclasses.replace(adapter, reset=1.0)
+    config = dataclasses.replace(config, adapter=adapter)
+    whole, expected = run(config)
+  layers, found = run(dataclasses.replace(config, update=LAYERWISE))
+  # Adam divides by the root of a moment: rounding counts most where gradients
+  # are smallest. Three steps of 0.05 each.
+  chex.assert_trees_all_close(layers.params, whole.params, rtol=0, atol=2e-4)
+  for name in ('loss', 'grad_norm'):
+    np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
+
+
+def test_frozen_weights_have_no_gradient():
+  config = changed(clip_norm=None)
+  state, step = start(config)
+  moving, _ = step_lib.split(state.params, language_model(config).trained)
+  assert set(by_role(moving)['beneath'].values()) == {None}
+  _, metrics = step(state, example(0))
+  state, _ = start(config)
+  batch, _ = step_lib.with_mean_weight(example(0))
+  grads = jax.grad(lambda p: language_model(config).loss(p, batch)[0])
+  of_factors = by_role(grads(state.params))['factor']
+  # The norm is of the factors' gradients, and of no others.
+  np.testing.assert_allclose(
+    metrics['grad_norm'], optax.tree.norm(of_factors), rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize('weights', ['int8', 'rounded'])
+def test_frozen_weights_may_be_stored_in_8_bits(weights):
+  config = changed(update=Layerwise(weights=weights))
+  before = jax.device_get(start(config)[0].params)
+  state, metrics = run(config)
+  assert np.isfinite(metrics['loss'])
+  roles = by_role(jax.device_get(state.params))
+  chex.assert_trees_all_equal(roles['beneath'], by_role(before)['beneath'])
+  assert all(x.dtype == np.float32 for x in roles['factor'].values())
+  bytes_of = lambda x: sum(a.nbytes for a in jax.tree.leaves(x))
+  q = roles['beneath']['blocks/attention/q/kernel']
+  assert (bytes_of(q) < 2 * 8 * 8 * 4) == (weights == 'int8')
+
+
+def test_lomo_and_lora_add_up():
+  config = changed(adapter=Lora(rank=3, lomo=0.5), clip_norm=None)
+  # From factors that matter.
+  state, _ = run(config, 2)
+  start_at = jax.tree.map(jnp.copy, state.params)
+  both, _ = run(config, 1, state)
+
+  batch, _ = step_lib.with_mean_weight(example(2))
+  task = language_model(config)
+  grads = jax.jit(jax.grad(lambda p: task.loss(p, batch)[0]))(start_at)
+  rate = 0.5 * float(config.schedule()(2))
+  sgd = jax.tree.map(lambda w, g: w - rate * g, start_at, grads)
+  got, want = by_role(both.params), by_role(sgd)
+  for role in ('beneath', 'rest'):
+    # An update of about 0.1 in another order of operations.
+    chex.assert_trees_all_close(got[role], want[role], rtol=1e-5, atol=1e-6)
+
+  # The factors, by LoRA alone: from the same weights, and moments.
+  alone = changed(clip_norm=None)
+  moments = _state_of_factors(run(config, 2)[0].optimizer)
+  tx = alone.transformation()
+  trained = language_model(alone).trained
+  moving, _ = step_lib.split(start_at, trained)
+  moving_grads, _ = step_lib.split(grads, trained)
+  updates, _ = tx.update(moving_grads, moments, moving)
+  lora = by_role(optax.apply_updates(moving, updates))['factor']
+  chex.assert_trees_all_close(got['factor'], lora, rtol=1e-5, atol=1e-6)
+
+
+def _state_of_factors(optimizer):
+  """The state of LoRA's own optimizer, out of the one of both."""
+  inner = optimizer.inner_states['optimizer'].inner_state
+  hole = lambda x: isinstance(x, optax.MaskedNode)
+  return jax.tree.map(lambda x: None if hole(x) else x, inner, is_leaf=hole)
+
+
+RELORA = Relora(rank=3, every=3, restart_warmup=2)
+
+
+@pytest.mark.parametrize('update', [WholeTree(), LAYERWISE])
+def test_a_merge_keeps_the_function_and_starts_anew(update):
+  config = changed(adapter=RELORA, update=update)
+  never = dataclasses.replace(RELORA, every=7, restart_warmup=0)
+  before, _ = run(dataclasses.replace(config, adapter=never))
+  after, _ = run(config)
+  layers = language_model(config).layers
+  chex.assert_trees_all_equal(
+    by_role(before.params)['rest'], by_role(after.params)['rest']
+  )
+  expected = layers.logits(before.params, example(9))
+  # x W + (x A) B against x (W + A B): float32 sums of tens of numbers up to 10.
+  np.testing.assert_allclose(
+    layers.logits(after.params, example(9)), expected, rtol=0, atol=1e-4
+  )
+  for path, factor in by_role(after.params)['factor'].items():
+    if path.endswith('lora_b'):
+      assert not factor.any(), path
+    else:
+      old = by_role(before.params)['factor'][path]
+      assert float(jnp.mean(factor != old)) == 1, path
+      assert 0.5 < float(jnp.abs(factor).max()) * factor.shape[1] ** 0.5 <= 1
+  # The moments of the factors, but for one of a thousand; not the others'.
+  for state, some in ((before, 1.0), (after, 0.01)):
+    share = _nonzero(state.optimizer, True)
+    assert share == 1.0 if some == 1.0 else share < some
+  chex.assert_trees_all_equal(
+    _counters(before.optimizer), _counters(after.optimizer)
+  )
+  assert _nonzero(after.optimizer, False) > 0.9
+
+
+def _nonzero(optimizer, of_factor):
+  """Share of the moments, of factors or of others, that are not 0."""
+  leaves = jax.tree_util.tree_leaves_with_path(optimizer)
+  moments = [
+    np.asarray(leaf).ravel()
+    for path, leaf in leaves
+    if leaf.dtype == 'float32' and leaf.ndim > 1
+    if adapter_lib._of_factor(path) == of_factor
+  ]
+  return float(np.mean(np.concatenate(moments) != 0))
+
+
+def _counters(optimizer):
+  return [x for x in jax.tree.leaves(optimizer) if x.dtype == 'int32']
+
+
+@pytest.mark.parametrize('optimizer', [AdamW(), Adam8bit(), Galore(rank=2)])
+@pytest.mark.parametrize('update', [WholeTree(), LAYERWISE])
+def test_a_reset_reaches_the_moments_of_every_optimizer(optimizer, update):
+  config = changed(optimizer=optimizer, update=update)
+  state = start(config)[0].optimizer
+  ones = jax.tree.map(jnp.ones_like, state)
+  reset = adapter_lib.reset_moments(ones, 1.0, jax.random.key(0))
+  names = jax.tree_util.tree_leaves_with_path(reset)
+  zeroed = [path for path, leaf in names if not leaf.any()]
+  # Two moments of two factors of each kernel.
+  assert len(zeroed) == 4 * KERNELS
+  for path, leaf in names:
+    assert leaf.all() or path in zeroed
+
+
+def test_a_merge_into_8_bits_adds_what_the_factors_say():
+  weights = changed(update=Layerwise(weights='int8')).weights()
+  kernel = jax.random.normal(jax.random.key(0), (2, 16, 32))
+  params = {'blocks': {'up': {'kernel': kernel}}}
+  params = lowrank.adapt(params, RELORA, jax.random.key(1))
+  up = params['blocks']['up']
+  up['lora_b'] = jax.random.normal(jax.random.key(2), up['lora_b'].shape)
+  expected = lowrank.merge(params, RELORA)['blocks']['up']['kernel']
+  up['kernel'] = weights.store(kernel)
+  key = jax.random.key(3)
+  found = adapter_lib.merge_into(params, RELORA, weights, key)
+  got = weights.read(found['blocks']['up']['kernel'])
+  assert float(jnp.abs(expected - kernel).max()) > 1
+  # Twice a unit of 8 bits: of the largest number in a block over 127.
+  unit = float(jnp.abs(expected).max()) / 127
+  np.testing.assert_allclose(got, expected, rtol=0, atol=2 * unit)
+
+
+def test_the_schedule_rises_anew_to_the_cosine():
+  config = changed(
+    adapter=dataclasses.replace(RELORA, every=10, restart_warmup=4),
+    steps=40,
+    warmup=0.1,
+  )
+  smooth = dataclasses.replace(config, adapter=None).schedule()
+  jagged = config.schedule()
+  rates = [float(jagged(step)) for step in range(40)]
+  cosine = [float(smooth(step)) for step in range(40)]
+  for merge in (10, 20, 30):
+    top = cosine[merge + 4]
+    expected = [0, top / 4, top / 2, top * 3 / 4, top]
+    np.testing.assert_allclose(rates[merge : merge + 5], expected, rtol=1e-6)
+    np.testing.assert_allclose(
+      rates[merge + 4 : merge + 10], cosine[merge + 4 : merge + 10], rtol=1e-6
+    )
+  np.testing.assert_allclose(rates[:10], cosine[:10], rtol=1e-6)
+
+
+def test_a_config_takes_its_adapter_to_json_and_back():
+  for adapter in (None, Lora(targets=('.*q.*',)), RELORA, Factored(rank=2)):
+    config = changed(adapter=adapter)
+    data = json.loads(json.dumps(to_json(config)))
+    assert from_json(Config, data) == config
+
+
+def test_the_command_line_names_an_adapter(tmp_path):
+  path = program.write_config(tmp_path)
+  said = lambda *options: parse([path, *options]).config.adapter
+  assert said() is None
+  assert said('--adapter', 'Lora', '--adapter.rank', '4') == Lora(rank=4)
+  relora = said(
+    '--adapter', 'Relora', '--adapter.targets', '.*/q/.*', '.*/v/.*'
+  )
+  assert relora == Relora(targets=('.*/q/.*', '.*/v/.*'))
+  assert said('--adapter', 'Lora', '--adapter', 'None') is None
+  with pytest.raises(ValueError, match='--adapter must be one of Lora, Relora'):
+    said('--adapter', 'Dora')
+
+
+@pytest.mark.parametrize(
+  'options, match',
+  [
+    (['--adapter.rank', '17'], r'adapter.rank must be in 1\.\.16 for blocks/'),
+    (['--adapter.targets', 'q'], r"adapter.targets \['q'\] match no kernel"),
+    (['--adapter.rank', '0'], 'adapter.rank must be at least 1'),
+  ],
+)
+def test_bad_adapters_are_one_line(
+  options, match, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  path = program.write_config(tmp_path)
+  line = [path, '--optimizer', 'AdamW', '--adapter', 'Lora', *options]
+  with pytest.raises(SystemExit):
+    pretrain.main(line)
+  assert re.search(match, capsys.readouterr().err)
+  assert not (tmp_path / 'runs').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('update', ['WholeTree', 'Layerwise'])
+def test_a_resumed_run_is_bit_equal_over_a_merge(update, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  path = program.write_config(tmp_path)
+  options = ['--optimizer', 'AdamW', '--update', update, '--adapter', 'Relora']
+  options += [
+    '--adapter.rank',
+    '3',
+    '--adapter.every',
+    '3',
+    '--save-every',
+    '4',
+  ]
+  options += ['--adapter.restart-warmup', '1', '--adapter.dropout', '0.2']
+  assert pretrain.main([path, *options, '--run', 'whole']) == 0
+
+  show = loop.Meter.add
+
+  def interrupt(meter, step, metrics):
+    if step == 4:  # between the merges after 3 and 6
+      os.kill(os.getpid(), signal.SIGTERM)
+    show(meter, step, metrics)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Meter, 'add', interrupt)
+    args = [path, *options, '--run', 'parts']
+    assert pretrain.main(args) == 128 + signal.SIGTERM
+  assert pretrain.main([path, '--run', 'parts', '--resume']) == 0
+  whole, parts = (Run(tmp_path / name) for name in ('whole', 'parts'))
+  chex.assert_trees_all_equal(program.saved(parts), program.saved(whole))
+  assert program.lines(parts) == program.lines(whole)
+
+
+def test_the_memory_table_has_what_is_frozen_at_no_state():
+  config = changed(adapter=Lora(rank=3, targets=('.*/q/kernel',)))
+  task = language_model(config)
+  table = report.memory_table(
+    array_shapes(config, task),
+    jax.eval_shape(task.init, jax.random.key(0)),
+    config.transformation(),
+    'AdamW',
+    task.trained,
+  )
+  text = str(table.caption)
+  # Two moments of A [2, 8, 3] and B [2, 3, 8], float32.
+  assert f'optimizer state: {2 * 2 * 48 * 4:,} bytes' in text
+
+
+@pytest.mark.parametrize('update', [WholeTree(), LAYERWISE])
+def test_a_plan_counts_what_is_trained(update):
+  cards = Cards('rtx4090', estimate=True)
+  plan = lambda adapter: make_plan(
+    changed(adapter=adapter, update=update), cards
+  )
+  lora, plain = plan(Lora(rank=1)), plan(None)
+  factors = 4 * 2 * (4 * (8 + 8) + 3 * (8 + 12))
+  assert lora.parameter_bytes == plain.parameter_bytes + factors
+  assert lora.gradient_bytes < plain.gradient_bytes
+  assert lora.moment_bytes < plain.moment_bytes / 4

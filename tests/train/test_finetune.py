@@ -1,0 +1,203 @@
+"""Fine-tunes tiny checkpoints, from directory to directory."""
+
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from models import huggingface
+from models.llama import Layers, LlamaConfig
+from tests.train.data.tiny import CHATML, SPECIALS, write
+from train import checkpoint, export, finetune, metrics
+from train.run import Run
+
+SMALL = dict(width=16, mlp_width=24, num_heads=2, num_layers=2)
+MODELS = {
+  'llama': LlamaConfig(400, **SMALL, tied=True),
+  'mistral': LlamaConfig(400, **SMALL, num_kv_heads=1, window=12),
+  'qwen2': LlamaConfig(400, **SMALL, qkv_bias=True, param_dtype='bfloat16'),
+}
+FEW = [
+  *('--batch-size', '4', '--sequence-length', '48', '--eval-batches', '2'),
+  *('--optimizer.rank', '4', '--optimizer.gap', '2'),
+]
+
+
+def make(tmp_path, kind='llama'):
+  """A checkpoint with a tokenizer and a template, and chats beside it."""
+  directory, config = tmp_path / 'checkpoint', MODELS[kind]
+  source = tmp_path / 'source'
+  source.mkdir()
+  write(source, CHATML, {'eos_token': '<|im_end|>'}, SPECIALS)
+  params = Layers(config).init(jax.random.key(3))
+  huggingface.save(directory, config, params, source=source)
+  chats = tmp_path / 'chats.jsonl'
+  chats.write_text(
+    ''.join(
+      json.dumps(
+        {
+          'messages': [
+            {'role': 'user', 'content': f'Question {i}?'},
+            {'role': 'assistant', 'content': f'Answer {i}.' + i % 3 * ' So.'},
+          ]
+        }
+      )
+      + '\n'
+      for i in range(80)
+    )
+  )
+  return directory, chats
+
+
+def tune(tmp_path, directory, chats, *args, config='configs/chat.py'):
+  """The exit code, and the run."""
+  run = tmp_path / 'run'
+  code = finetune.main(
+    [
+      *(config, '--checkpoint', str(directory), '--run', str(run)),
+      *('--corpus.train', str(chats), *FEW, *args),
+    ]
+  )
+  return code, Run(run)
+
+
+def exported(tmp_path, run, *args):
+  out = tmp_path / 'exported'
+  export.main([str(run.directory), str(out), *args])
+  return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', MODELS)
+def test_a_rate_of_zero_exports_what_was_imported(tmp_path, capsys, kind):
+  directory, chats = make(tmp_path, kind)
+  code, run = tune(
+    tmp_path, directory, chats, '--steps', '3', '--learning-rate', '0'
+  )
+  assert code == 0
+  out = exported(tmp_path, run)
+  names = {file.name for file in directory.iterdir()}
+  assert {file.name for file in out.iterdir()} == names
+  for name in names - {'config.json'}:
+    assert (out / name).read_bytes() == (directory / name).read_bytes(), name
+  ours, theirs = (
+    json.loads((x / 'config.json').read_text()) for x in (out, directory)
+  )
+  assert ours == theirs
+  printed = capsys.readouterr().out
+  assert 'what is scored is green' in printed
+  assert f'train.export {run.directory}' in printed
+
+
+@pytest.mark.slow
+def test_a_negative_zero_is_kept_where_nothing_is_trained(tmp_path):
+  directory, chats = make(tmp_path)
+  config, params = huggingface.load(directory)
+  params = jax.tree.map(lambda w: -0.0 * abs(w), params)
+  zeros = tmp_path / 'zeros'
+  huggingface.save(zeros, config, params, source=directory)
+  _, run = tune(tmp_path, zeros, chats, '--steps', '2', '--learning-rate', '0')
+  out = exported(tmp_path, run)
+  name = 'model.safetensors'
+  assert (out / name).read_bytes() == (zeros / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_kept_and_exported(tmp_path):
+  directory, chats = make(tmp_path)
+  # Too fast after the first validation: what comes later is worse.
+  fast = ['--learning-rate', '0.3', '--warmup', '0.7', '--save-every', '99']
+  every = ['--steps', '8', '--eval-every', '2']
+  code, run = tune(tmp_path, directory, chats, *fast, *every)
+  assert code == 0
+  losses = {
+    line['step']: line['validation_loss']
+    for line in metrics.read(run.metrics_path)
+    if 'validation_loss' in line
+  }
+  best = min(losses, key=losses.get)
+  assert best != 8
+  with checkpoint.opened(run.checkpoints_path) as manager:
+    assert checkpoint.best_step(manager) == best
+    assert checkpoint.best_score(manager) == losses[best]
+    assert 8 in manager.all_steps()
+  out = exported(tmp_path, run)
+  newest = tmp_path / 'newest'
+  export.main([str(run.directory), str(newest), '--newest'])
+  one, other = (load_file(x / 'model.safetensors') for x in (out, newest))
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_equal(one, other)
+
+
+@pytest.mark.slow
+def test_a_resumed_fine_tune_needs_no_checkpoint_of_transformers(tmp_path):
+  directory, chats = make(tmp_path)
+  args = ['--steps', '4', '--eval-every', '2']
+  assert tune(tmp_path, directory, chats, *args)[0] == 0
+  for file in directory.iterdir():
+    file.unlink()
+  run = Run(tmp_path / 'run')
+  code = finetune.main(
+    ['configs/chat.py', '--run', str(run.directory), '--branch', '--steps', '6']
+  )
+  assert code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'args',
+  [
+    ['--optimizer', 'AdamW', '--update', 'WholeTree', '--microbatches', '2'],
+    ['--optimizer', 'Lomo', '--learning-rate', '0.1'],
+    ['--update.accumulate', '2', '--update.clip', 'previous'],
+    ['--update.weights', 'int8', '--update.slices', '2'],
+  ],
+)
+def test_every_update_learns_the_answers(tmp_path, args):
+  directory, chats = make(tmp_path)
+  rate = [] if '--learning-rate' in args else ['--learning-rate', '0.02']
+  steps = ['--steps', '12', '--eval-every', '6']
+  targets = [] if 'AdamW' in args or 'Lomo' in args else FEW[6:]
+  run = tmp_path / 'run'
+  command = [
+    *('configs/chat.py', '--checkpoint', str(directory), '--run', str(run)),
+    *('--corpus.train', str(chats), *FEW[:6], *targets, *args, *rate, *steps),
+  ]
+  assert finetune.main(command) == 0
+  found = [
+    line['validation_loss']
+    for line in metrics.read(Run(run).metrics_path)
+    if 'validation_loss' in line
+  ]
+  assert found[-1] < found[0]
+  scored = [
+    line['tokens']
+    for line in metrics.read(Run(run).metrics_path)
+    if 'tokens' in line
+  ]
+  # The answers alone: a fraction of 4 x 48 tokens.
+  assert max(scored) < 0.7 * 4 * 48
+  assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+  'args, message',
+  [
+    ([], 'name a directory of transformers with --checkpoint'),
+    (['--checkpoint', 'nowhere'], 'nowhere'),
+  ],
+)
+def test_without_a_checkpoint_it_says_what_to_name(args, message, capsys):
+  with pytest.raises(SystemExit):
+    finetune.main(['configs/chat.py', *args])
+  error = capsys.readouterr().err
+  assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_export_refuses_what_is_no_run_and_what_is_taken(tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    export.main([str(tmp_path), str(tmp_path / 'new')])
+  assert 'is not a run' in capsys.readouterr().err

@@ -1,0 +1,256 @@
+"""What transformers' `TrainingArguments` say of an optimizer, in our words.
+
+`from_hf_args` reads `optim`, `optim_args` and `optim_target_modules`:
+
+  Config(**from_hf_args('galore_adamw_8bit_layerwise', 'rank=512', MODULES),
+         learning_rate=1e-5, ...)
+
+Names for people who come from elsewhere; a dash is what there is not:
+
+| here | galore-torch, transformers, axolotl | LLaMA-Factory |
+| --- | --- | --- |
+| `rank` | `rank` | `galore_rank`, `apollo_rank` (16) |
+| `gap` | `update_proj_gap` | `galore_update_interval` |
+| `scale` | `scale` | `galore_scale` (2.0), `apollo_scale` (32.0) |
+| `side` | `proj_type` | `galore_proj_type` |
+| `side='left'` | `proj_type='right'`: weights are [out, in] | the same |
+| `channels=False` | `scale_type='tensor'` | `apollo_scale_type` |
+| `targets` | `optim_target_modules` | `galore_target` |
+| `update=Layerwise()` | `optim='..._layerwise'` | `galore_layerwise` |
+| `Layerwise(accumulate=)` | refused | refused |
+| `basis_bits=4` | axolotl: `qgalore_proj_bits` | - |
+| `switch_every` of BAdam | - | `badam_switch_interval` (50) |
+| `clip_norm` | `max_grad_norm` | `max_grad_norm` |
+
+What differs from there, for the same arguments:
+
+* Layer-wise, transformers refuses accumulation and DDP, clips gradients that
+  are gone already, and shows a dummy's learning rate;
+  `galore_adafactor_layerwise` does not start (`relative_step` stays on beside
+  a learning rate). Here it is the step of the whole tree, layer by layer,
+  clipped by the norm of all gradients.
+* `weight_decay`, betas and epsilon of `TrainingArguments` do not reach GaLore
+  there: it keeps its own, which in 8 bits are a decay of 0.01 and an epsilon of
+  1e-8 (APOLLO takes betas and epsilon, 1e-8 too). Here a preset's are its
+  arguments: `dataclasses.replace(found['optimizer'], weight_decay=0.01)`.
+* Their targets may pick some layers; here a stack of layers is one target, and
+  a pattern that picks some of them is an error.
+* A rank that does not fit is an error here, and cut there.
+* APOLLO's sketch is made from a seed at each step; `proj=svd` is not here.
+"""
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from models import huggingface_config
+from train.config import Layerwise, WholeTree
+from train.method import CLASSES
+
+_LAYERS = 128
+"""Layers whose names are tried: a pattern must pick all or none."""
+
+
+class _Key(NamedTuple):
+  """A key of optim_args."""
+
+  option: str | None
+  """Of the preset; None where it has no choice."""
+  default: str
+  """Of transformers."""
+  values: Callable[[str], Any] | Mapping[str, Any]
+  """Ours by theirs."""
+
+
+# Their weights are [out, in]: what is on the left there is on the right here.
+_SIDES = {
+  **{'std': 'std', 'reverse_std': 'reverse_std', 'full': 'full'},
+  **{'left': 'right', 'right': 'left'},
+}
+_GALORE = {
+  'rank': _Key('rank', '128', int),
+  'update_proj_gap': _Key('gap', '200', int),
+  'scale': _Key('scale', '0.25', float),
+  'proj_type': _Key('side', 'std', _SIDES),
+}
+_APOLLO = _GALORE | {
+  'scale': _Key('scale', '1.0', float),
+  'scale_type': _Key('channels', 'channel', {'channel': True, 'tensor': False}),
+  'proj': _Key(None, 'random', {'random': None}),
+}
+
+# Of `optim`, but for a suffix: our method, and what optim_args may say of it.
+_OPTIMIZERS = {
+  'galore_adamw': ('Galore', _GALORE),
+  'galore_adamw_8bit': ('Galore8bit', _GALORE),
+  'galore_adafactor': ('GaloreAdafactor', _GALORE),
+  'apollo_adamw': ('Apollo', _APOLLO),
+  'lomo': ('Lomo', {}),
+  'adalomo': ('AdaLomo', {}),
+  'adamw_torch': ('AdamW', {}),
+  'adamw_torch_fused': ('AdamW', {}),
+  'adamw_8bit': ('Adam8bit', {}),
+  'adamw_bnb_8bit': ('Adam8bit', {}),
+}
+_LAYERWISE = '_layerwise'
+
+
+def from_hf_args(
+  optim: str,
+  optim_args: str | Mapping[str, Any] | None = None,
+  targets: str | Sequence[str] | None = None,
+  *,
+  model_type: str = 'llama',
+) -> dict[str, Any]:
+  """Returns fields of `Config` for what `TrainingArguments` say.
+
+  The module has a table of names, and what differs.
+
+  Args:
+    optim: the optimizer's name there.
+    optim_args: 'rank=128,update_proj_gap=200,scale=0.25', or a mapping.
+    targets: optim_target_modules: a regex that matches a module's whole name
+      ('model.layers.0.self_attn.q_proj'), 'all-linear', or several strings,
+      each a part of a name or such a regex.
+    model_type: as in config.json; it names the modules.
+
+  Returns:
+    The fields optimizer and update.
+
+  Raises:
+    ValueError: what is not known, or not here; the message names it.
+
+  Example:
+    >>> found = from_hf_args('galore_adamw_layerwise', 'rank=64', ['mlp'])
+    >>> found['update']
+    Layerwise(clip='exact', slices=1, weights='arrays', ...)
+    >>> found['optimizer'].rank, found['optimizer'].gap
+    (64, 200)
+    >>> found['optimizer'].targets[0]
+    'blocks/mlp/gate/kernel'
+  """
+  names = [*_OPTIMIZERS]
+  names += [
+    f'{name}{_LAYERWISE}' for name, row in _OPTIMIZERS.items() if row[1]
+  ]
+  if optim not in names:
+    raise ValueError(f'optim must be one of {names}, got {optim!r}')
+  name, keys = _OPTIMIZERS[optim.removesuffix(_LAYERWISE)]
+  options = _options(optim, keys, _parsed(optim_args))
+  if keys and targets is None:
+    raise ValueError(
+      f'{optim} needs targets, as it needs optim_target_modules there; '
+      f"give 'all-linear', or parts of {_modules(model_type)}"
+    )
+  if targets is not None and not keys:
+    raise ValueError(
+      f'targets are of what projects, got {targets!r} for {optim}; leave '
+      'them out'
+    )
+  if keys:
+    options['targets'] = _paths(targets, model_type)
+  in_backward = optim.endswith(_LAYERWISE) or 'lomo' in optim
+  return {
+    'optimizer': CLASSES[name](**options),
+    'update': Layerwise() if in_backward else WholeTree(),
+  }
+
+
+def _parsed(optim_args):
+  """Values by key, as transformers takes the string apart."""
+  if optim_args is None or isinstance(optim_args, Mapping):
+    return {key: str(value) for key, value in (optim_args or {}).items()}
+  pairs = [part for part in optim_args.replace(' ', '').split(',') if part]
+  for part in pairs:
+    if part.count('=') != 1:
+      raise ValueError(
+        f'optim_args must be key=value, divided by commas, got {part!r}'
+      )
+  return dict(part.split('=') for part in pairs)
+
+
+def _options(optim, keys, given):
+  """Options of our preset, theirs by default where nothing is given."""
+  for key in given:
+    if key not in keys:
+      near = difflib.get_close_matches(key, keys, 1, 0)
+      meant = f'; did you mean {near[0]}?' if near else ''
+      raise ValueError(
+        f'optim_args of {optim} must be of {[*keys]}, got {key!r}{meant}'
+      )
+  values = {
+    row.option: _value(key, given.get(key, row.default), row.values)
+    for key, row in keys.items()
+  }
+  return {name: value for name, value in values.items() if name is not None}
+
+
+def _value(key, text, values):
+  """Our value for a text of theirs."""
+  if isinstance(values, Mapping):
+    if text in values:
+      return values[text]
+    rule = f'one of {[*values]}'
+  else:
+    try:
+      return values(text)
+    except ValueError:
+      rule = {int: 'an integer', float: 'a number'}[values]
+  raise ValueError(f'optim_args: {key} must be {rule}, got {text!r}')
+
+
+def _paths(targets, model_type):
+  """Paths of our kernels whose modules transformers would pick."""
+  kinds = huggingface_config.ARCHITECTURES
+  if model_type not in kinds:
+    raise ValueError(f'model_type must be of {[*kinds]}, got {model_type!r}')
+  modules = functools.partial(huggingface_config.linear_modules, model_type)
+  layers = list(map(modules, range(_LAYERS)))
+  found = [
+    path
+    for path in modules()
+    if _picked([layer[path] for layer in layers], targets)
+  ]
+  if not found:
+    raise ValueError(
+      f'targets {targets!r} match no linear module; a model has '
+      f'{_modules(model_type)}'
+    )
+  if len(found) > 1 and found[-1] == 'lm_head/kernel':
+    # Where the model is tied there is none, and nothing else to be named.
+    found[-2:] = ['|'.join(found[-2:])]
+  return tuple(found)
+
+
+def _picked(names, targets):
+  """Whether a module is picked in every layer, or in none."""
+  picked = [_matches(name, targets) for name in names]
+  if any(picked) and not all(picked):
+    raise ValueError(
+      f'targets must pick a module of all layers or of none, got {targets!r}, '
+      f'which picks {names[picked.index(True)]} but not '
+      f'{names[picked.index(False)]}; a stack of layers is one target here'
+    )
+  return picked[0]
+
+
+def _matches(name, targets):
+  """Whether transformers takes a linear module, by its trainer's rules."""
+  try:
+    if isinstance(targets, str):
+      is_all = targets.replace('_', '-') == 'all-linear'
+      return is_all or re.fullmatch(targets, name) is not None
+    return any(
+      target in name or re.fullmatch(target, name) for target in targets
+    )
+  except re.error as error:
+    raise ValueError(
+      f'targets: {error.pattern!r} is no regular expression: {error}'
+    ) from error
+
+
+def _modules(model_type):
+  """The names of a layer's linear modules, and of the head."""
+  return ', '.join(huggingface_config.linear_modules(model_type).values())
