@@ -382,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   machine.cache_compilations()
   with user_errors():
     check(args)
-    model = opened(args.path)
+    model = opened(args.path, best=args.best)
     choice = Choice(args.temperature, args.top_k, args.top_p)
     options = {'stop': args.stop, 'seed': args.seed}
     if args.chat:
@@ -415,6 +415,11 @@ def parser() -> argparse.ArgumentParser:
     'path',
     type=pathlib.Path,
     help='directory of a run, or of a model of transformers',
+  )
+  options.add_argument(
+    '--best',
+    action='store_true',
+    help='the checkpoint of the best validation of a run (default: newest)',
   )
   options.add_argument(
     '--prompt',
