@@ -27,18 +27,19 @@ class Model(NamedTuple):
   """Tokens that the model was trained to look back at."""
 
 
-def opened(path: str | pathlib.Path) -> Model:
+def opened(path: str | pathlib.Path, *, best: bool = False) -> Model:
   """Reads a model, and its tokenizer.
 
   Args:
     path: a run, whose newest checkpoint it is, or a directory of transformers.
+    best: of a run, whether it is the checkpoint of the best validation instead.
 
   Raises:
     FileNotFoundError: it is neither, or a file is missing.
     ValueError: what is in it cannot be read; the message names it.
   """
   path = pathlib.Path(path)
-  return of_directory(path) if is_directory(path) else of_run(Run(path))
+  return of_directory(path) if is_directory(path) else of_run(Run(path), best)
 
 
 def is_directory(path: pathlib.Path) -> bool:
@@ -62,11 +63,11 @@ def is_directory(path: pathlib.Path) -> bool:
   )
 
 
-def of_run(run: Run) -> Model:
-  """Reads the newest checkpoint of a run."""
+def of_run(run: Run, best: bool) -> Model:
+  """Reads the newest checkpoint of a run, or the best."""
   config = run.config()
   params = checkpoint.restore_params(
-    run.checkpoints_path, language_model(config)
+    run.checkpoints_path, language_model(config), best=best
   )
   layers, window = stored_layers(config), config.sequence_length
   return Model(layers, params, run.tokenizer(), window)
