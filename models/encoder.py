@@ -8,6 +8,7 @@ Shapes: B batch, T time, D width, F mlp width, N heads, H head dimension, V
 vocabulary, P positions, K kinds of tokens, C labels, L layers.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class EncoderConfig:
   """Number of blocks."""
   num_positions: int
   """Rows of the table of positions; see `max_length`."""
-  kind: Literal['bert', 'roberta'] = 'bert'
+  family: Literal['bert', 'roberta'] = 'bert'
   """Which of the two: RoBERTa's first token has the position after that of
   `pad_id`, and its head drops out of its input too."""
   num_types: int = 2
@@ -99,7 +100,7 @@ class EncoderConfig:
   @property
   def first_position(self) -> int:
     """Position of a row's first token."""
-    return self.pad_id + 1 if self.kind == 'roberta' else 0
+    return self.pad_id + 1 if self.family == 'roberta' else 0
 
   @property
   def max_length(self) -> int:
@@ -257,10 +258,10 @@ class Block(nn.Module):
     config, noise_B2 = self.config, x.get('noise')
     mix = nn.remat(Attention) if config.remat else Attention
     mixed = mix(config, name='attention')(x['h'], x['segments'])
-    h_BTD = x['h'] + drop(mixed, noise_B2, 0, config.dropout)
+    h_BTD = x['h'] + drop(mixed, noise_B2, 1, config.dropout)
     h_BTD = LayerNorm(config, name='attention_norm')(h_BTD)
     y_BTD = Mlp(config, name='mlp')(h_BTD)
-    h_BTD += drop(y_BTD, noise_B2, 1, config.dropout)
+    h_BTD += drop(y_BTD, noise_B2, 2, config.dropout)
     new = {'h': LayerNorm(config, name='mlp_norm')(h_BTD)}
     if noise_B2 is not None:
       new['noise'] = advance(noise_B2)
@@ -278,10 +279,10 @@ class Head(nn.Module):
     config, noise_B2 = self.config, x.get('noise')
     D, C = config.width, config.num_labels
     h_BD = x['h'][:, 0]
-    if config.kind == 'roberta':
-      h_BD = drop(h_BD, noise_B2, 0, config.dropout)
+    if config.family == 'roberta':
+      h_BD = drop(h_BD, noise_B2, 3, config.dropout)
     y_BD = jnp.tanh(Linear(config, (D, D), True, name='dense')(h_BD))
-    y_BD = drop(y_BD, noise_B2, 1, config.dropout)
+    y_BD = drop(y_BD, noise_B2, 4, config.dropout)
     out = Linear(config, (D, C), True, name='out')
     return out(y_BD).astype(jnp.float32)
 
@@ -367,6 +368,8 @@ class Layers:
   read: Callable[[Any], Any] | None = None
   """Makes arrays of one layer of params['blocks'] where they are stored as
   something else; the whole model calls it layer by layer, `block` does not."""
+  intercept: Callable[..., Any] | None = None
+  """A linen interceptor of all that is computed, such as `lowrank.hook`."""
 
   def init(self, key):
     """Fresh parameters; their shapes under `jax.eval_shape`."""
@@ -390,7 +393,8 @@ class Layers:
 
   def block(self, layer_params, x):
     """One block: params['blocks'] without the leading axis."""
-    return Block(self.config).apply({'params': layer_params}, x)
+    with self._intercepted():
+      return Block(self.config).apply({'params': layer_params}, x)
 
   def loss(self, params, x, batch):
     """Loss from the last block's x; reads params['head'].
@@ -410,4 +414,10 @@ class Layers:
 
   def _apply(self, params, *inputs, method=None):
     model = Encoder(self.config, self.read)
-    return model.apply({'params': params}, *inputs, method=method)
+    with self._intercepted():
+      return model.apply({'params': params}, *inputs, method=method)
+
+  def _intercepted(self):
+    if self.intercept is None:
+      return contextlib.nullcontext()
+    return nn.intercept_methods(self.intercept)

@@ -142,7 +142,8 @@ def save(
   for pattern in ('config.json', '*.safetensors', '*.safetensors.index.json'):
     for file in directory.glob(pattern):
       raise FileExistsError(f'{file} exists; name another directory')
-  _write_shards(directory, _parts(flat, config), flat, max_shard_bytes)
+  parts = _parts(flat, _row(config))
+  _write_shards(directory, parts, flat, max_shard_bytes)
   if source is not None:
     copy(source, directory)
   _write_json(directory / 'config.json', fields)
@@ -221,8 +222,17 @@ def tensors_of(params: PyTree, config: AnyConfig) -> dict[str, np.ndarray]:
     Dict from checkpoint name to NumPy array, without `lm_head.weight` if the
     model is tied.
   """
+  return _tensors_of(params, _row(config))
+
+
+def llama_tensors(params: PyTree) -> dict[str, np.ndarray]:
+  """The same of any model of `models.llama`, or of a part of its parameters."""
+  return _tensors_of(params, huggingface_config.ARCHITECTURES['llama'])
+
+
+def _tensors_of(params, row):
   flat = _flatten(params)
-  parts = _parts(flat, config)
+  parts = _parts(flat, row)
   return {name: _tensor(flat, part) for name, part in parts.items()}
 
 
@@ -425,9 +435,9 @@ def _write_shards(directory, parts, flat, max_bytes):
     _write_json(directory / _INDEX, index)
 
 
-def _parts(flat, config):
+def _parts(flat, row):
   """By the checkpoint's names: a parameter's path, and the layer or None."""
-  row, parts = _row(config), {}
+  parts = {}
   for path, leaf in flat.items():
     stacked = path.startswith('blocks/')
     layers = range(len(leaf)) if stacked else [None]

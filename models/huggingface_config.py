@@ -439,7 +439,7 @@ _BERT = Architecture(
     *('BertForPreTraining',),
   ),
   config=EncoderConfig,
-  fixed={'kind': 'bert'},
+  fixed={'family': 'bert'},
   needed=_NEEDED | {'num_positions': 'max_position_embeddings'},
   optional={
     'num_types': 'type_vocab_size',
@@ -487,7 +487,7 @@ ARCHITECTURES = {
       *('RobertaForSequenceClassification', 'RobertaModel'),
       *('RobertaForMaskedLM',),
     ),
-    fixed={'kind': 'roberta'},
+    fixed={'family': 'roberta'},
     required=('pad_token_id',),
     names=_encoder_names('roberta.', 'classifier.dense', 'classifier.out_proj'),
     prefix='roberta.',

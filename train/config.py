@@ -16,14 +16,17 @@ import optax
 from galore_optax.clipping import check_norm
 from galore_optax.layerwise.weights import ARRAYS, ROUNDED, Weights, quantized
 from models import huggingface
+from models.encoder import EncoderConfig
 from models.llama import Dtype, LlamaConfig
 from models.lowrank import Factored, Lora, Relora
 from train import adapter as adapter_lib
 from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, TextFiles, Tfds
+from train.data.labelled import LabelledFiles, LabelledTfds
 from train.method import Optimizer
 
-AnyCorpus: TypeAlias = Chitchat | TextFiles | Tfds | Chats | ChitchatAnswers
+AnyText: TypeAlias = Chitchat | TextFiles | Tfds | Chats | ChitchatAnswers
+AnyCorpus: TypeAlias = AnyText | LabelledFiles | LabelledTfds
 """What `Config.corpus` may be."""
 
 
@@ -43,8 +46,31 @@ class Imported:
   """As of a LlamaConfig."""
 
 
-AnyModel: TypeAlias = LlamaConfig | Imported
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+  """The encoder of `checkpoint`, with a head for these labels."""
+
+  num_labels: int = 2
+  """Labels to choose from; 1 is a number to predict."""
+  labels: tuple[str, ...] | None = None
+  """Their names, in the data and in an export (None: numbers)."""
+  dropout: float | None = None
+  """As of an EncoderConfig (None: the checkpoint's)."""
+  dtype: Dtype | None = None
+  """Type of the activations and of the matmuls (None: the checkpoint's)."""
+  param_dtype: Dtype | None = None
+  """Type of the parameters (None: the checkpoint's)."""
+  remat: bool = False
+  """Whether the backward pass recomputes each block from its input."""
+  attention: Literal['auto', 'cudnn', 'blockwise'] = 'auto'
+  """As of a LlamaConfig."""
+
+
+AnyModel: TypeAlias = LlamaConfig | EncoderConfig | Imported | Classifier
 """What `Config.model` may be."""
+
+# What says how a model of a checkpoint computes.
+_READS = {LlamaConfig: Imported, EncoderConfig: Classifier}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,18 +213,31 @@ class Config:
       ValueError: the model needs one, or its own is not implemented.
     """
     if self.checkpoint is None:
-      if isinstance(self.model, Imported):
+      if isinstance(self.model, Imported | Classifier):
         raise ValueError(
           'the model is to be read from a checkpoint: name a directory of '
           'transformers with --checkpoint'
         )
       return self
     found = huggingface.read_config(self.checkpoint)
+    reads = _READS[type(found)]
+    if not isinstance(self.model, type(found) | reads):
+      raise ValueError(
+        f'the checkpoint {self.checkpoint} has a {type(found).__name__}, for '
+        f'which model must be {reads.__name__}(...), got '
+        f'{type(self.model).__name__}: take another checkpoint, or a config '
+        'for such models'
+      )
     kept = {
       field.name: getattr(self.model, field.name)
-      for field in dataclasses.fields(Imported)
+      for field in dataclasses.fields(reads)
     }
-    given = {name: x for name, x in kept.items() if x is not None}
+    given = {
+      name: x
+      for name, x in kept.items()
+      # Names of other labels do not go with this number of them.
+      if x is not None or name == 'labels'
+    }
     return dataclasses.replace(self, model=dataclasses.replace(found, **given))
 
   def schedule(self) -> optax.Schedule:
@@ -264,7 +303,7 @@ def from_json(cls: type, data: dict[str, Any]) -> Any:
 def variants(hint: Any) -> tuple[type, ...]:
   """Returns the members of a union, or the one type that is none.
 
-  >>> [kind.__name__ for kind in variants(AnyCorpus)]
+  >>> [kind.__name__ for kind in variants(AnyText)]
   ['Chitchat', 'TextFiles', 'Tfds', 'Chats', 'ChitchatAnswers']
   """
   return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

@@ -17,7 +17,7 @@ from models import huggingface, lowrank
 from train import checkpoint
 from train.command import user_errors
 from train.run import Run
-from train.task import language_model
+from train.task import task_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,7 +81,7 @@ def export(
       f'{run.directory} has no factors beside its weights; leave out --adapter'
     )
   params = checkpoint.restore_params(
-    run.checkpoints_path, language_model(config), best=best
+    run.checkpoints_path, task_of(config), best=best
   )
   read, model = config.weights().read, config.model
   params = jax.tree.map(read, params, is_leaf=is_stored)

@@ -5,7 +5,8 @@
 
 The model, the tokenizer and the chat's template come from the checkpoint, the
 weights go back into such a directory by `train.export`. `train.training` does
-the work.
+the work. With --seeds 5 it is done for five seeds, one after another, and the
+best validation of each makes a mean and a spread.
 """
 
 from train import signals
@@ -13,6 +14,7 @@ from train import signals
 if __name__ == '__main__':
   signals.end_quietly()  # before the imports below, which take seconds
 
+import argparse
 import dataclasses
 import shlex
 import sys
@@ -21,10 +23,11 @@ from typing import ClassVar
 
 from rich.console import Console
 
-from train import training
-from train.command import Launch
-from train.data.batches import shown
+from train import metrics, training
+from train.classify import spread
+from train.command import Launch, check_least, load, user_errors
 from train.step import State
+from train.task import Metrics
 from train.training import Setup
 
 
@@ -33,16 +36,76 @@ class Finetune(Launch):
   """Fine-tunes a checkpoint of transformers."""
 
   program: ClassVar[str] = 'train.finetune'
+  seeds: int = 1
+  """Number of runs, of --seed and those that follow it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Trains; returns the exit code."""
-  return training.main(
-    sys.argv[1:] if argv is None else argv,
-    Finetune,
-    before=show_example,
-    after=show_export,
-  )
+  argv = sys.argv[1:] if argv is None else argv
+  found = []
+
+  def after(setup: Setup, state: State, console: Console) -> None:
+    show_export(setup, state, console)
+    found.append(best(setup))
+
+  with user_errors():
+    commands = of_seeds(argv)
+  for one in commands:
+    code = training.main(one, Finetune, before=show_example, after=after)
+    if code:
+      return code
+  for name in found[0] if len(found) > 1 else ():
+    values = [validation[name] for validation in found]
+    Console().print(f'best {name}: {spread(values)}', highlight=False)
+  return 0
+
+
+def of_seeds(argv: Sequence[str]) -> list[Sequence[str]]:
+  """Returns a command line for each seed.
+
+  >>> of_seeds(['a.py', '--seeds', '2', '--seed', '7'])[1]
+  ['a.py', '--seeds', '2', '--seed', '8']
+  """
+  options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  options.add_argument('--seeds', type=int, default=1)
+  options.add_argument('--seed', type=int)
+  options.add_argument('--run')
+  options.add_argument('--resume', action='store_true')
+  options.add_argument('--branch', action='store_true')
+  asked, _ = options.parse_known_args(argv)
+  check_least(1, seeds=asked.seeds)
+  if asked.seeds == 1:
+    return [argv]
+  if asked.run or asked.resume or asked.branch:
+    raise ValueError(
+      f'--seeds {asked.seeds} starts as many new runs: leave out --run, '
+      '--resume and --branch, or go on with the runs one by one'
+    )
+  first = asked.seed
+  if first is None:
+    first = load(argv[0]).seed
+  rest = list(argv)
+  if '--seed' in rest:
+    at = rest.index('--seed')
+    del rest[at : at + 2]
+  return [
+    [*rest, '--seed', str(seed)] for seed in range(first, first + asked.seeds)
+  ]
+
+
+def best(setup: Setup) -> Metrics:
+  """Returns the metrics of a run's best validation."""
+  start = 'validation_'
+  validations = [
+    {
+      name.removeprefix(start): value
+      for name, value in line.items()
+      if name.startswith(start)
+    }
+    for line in metrics.read(setup.run.metrics_path)
+  ]
+  return min(filter(None, validations), key=setup.task.score)
 
 
 def show_example(setup: Setup, console: Console) -> None:
@@ -52,14 +115,7 @@ def show_example(setup: Setup, console: Console) -> None:
       'fine-tuning starts from a checkpoint: name a directory of transformers '
       'with --checkpoint; train.pretrain starts from random weights'
     )
-  config, text = setup.config, setup.text
-  table = shown(
-    text.train,
-    text.tokenizer,
-    sequence_length=config.sequence_length,
-    seed=config.seed,
-  )
-  console.print(table)
+  console.print(setup.task.example(setup.text))
 
 
 def show_export(setup: Setup, state: State, console: Console) -> None:

@@ -17,12 +17,16 @@ import jax
 import numpy as np
 
 from galore_optax.layerwise.weights import ARRAYS, is_stored
-from models import huggingface, lowrank
+from models import encoder, huggingface, lowrank
+from models.encoder import EncoderConfig
 from models.llama import Layers
 from train import adapter as adapter_lib
+from train import classify
 from train.config import Config
-from train.data.batches import batches, validation_batches
+from train.data import labelled
+from train.data.batches import batches, shown, validation_batches
 from train.data.corpus import Documents
+from train.data.labelled import Examples, LabelledFiles, LabelledTfds
 from train.data.tokenizer import Tokenizer
 
 PyTree: TypeAlias = Any
@@ -38,8 +42,8 @@ INPUTS = ('inputs', 'targets', 'weights', 'positions', 'segments')
 class Text(NamedTuple):
   """A corpus, opened, and the tokenizer of the run."""
 
-  train: Documents | None  # None where nothing is trained
-  validation: Documents
+  train: Documents | Examples | None  # None where nothing is trained
+  validation: Documents | Examples
   tokenizer: Tokenizer
 
 
@@ -68,6 +72,8 @@ class Task:
   """Data to batches without end, whose position can be saved."""
   evaluate: Callable[[Text], Callable[[PyTree], Metrics]]
   """Data to `parameters -> metrics` of what is held out."""
+  example: Callable[[Text], Any]
+  """Data to what shows an example of it, for a rich console."""
   unit: str
   """What a weight of 1 counts."""
   score: Callable[[Metrics], float] = lambda found: found['loss']
@@ -81,12 +87,28 @@ class Task:
   they are, without gradient or optimizer state."""
 
 
+def task_of(config: Config) -> Task:
+  """Returns what a config trains: its model says which task it is.
+
+  Raises:
+    ValueError: its corpus is for the other one, or has another metric.
+  """
+  encodes = isinstance(config.model, EncoderConfig)
+  if encodes != isinstance(config.corpus, LabelledFiles | LabelledTfds):
+    expected = 'LabelledFiles or LabelledTfds' if encodes else 'one of texts'
+    raise ValueError(
+      f'the corpus of a {type(config.model).__name__} must be {expected}, got '
+      f'{type(config.corpus).__name__}; --corpus takes another'
+    )
+  return classification(config) if encodes else language_model(config)
+
+
 def language_model(config: Config) -> Task:
   """Returns the pre-training of a LLaMA on a corpus."""
   layers, loss = layers_of(config), stored_layers(config)
   return Task(
     init=lambda key: as_stored(config, Layers(config.model).init(key), key),
-    read=lambda key: as_stored(config, read_params(config), key),
+    read=lambda key: as_stored(config, read_params(config, key), key),
     layers=layers,
     loss=loss,
     batches=lambda text: batches(
@@ -99,6 +121,12 @@ def language_model(config: Config) -> Task:
     evaluate=lambda text: functools.partial(
       perplexity, jax.jit(loss), batches=held_out(config, text)
     ),
+    example=lambda text: shown(
+      text.train,
+      text.tokenizer,
+      sequence_length=config.sequence_length,
+      seed=config.seed,
+    ),
     unit='tokens',
     # A tied model has one of them.
     large=('embed/embedding', 'lm_head/kernel'),
@@ -106,19 +134,88 @@ def language_model(config: Config) -> Task:
   )
 
 
+def classification(config: Config) -> Task:
+  """Returns the fine-tuning of an encoder on labelled texts."""
+  model, metric = config.model, config.corpus.metric
+  check_metric(metric, model.num_labels)
+  if config.checkpoint is None and config.tokenizer is None:
+    raise ValueError(
+      'a classifier needs a tokenizer.json: name a directory that has one with '
+      '--checkpoint, or with --tokenizer to start from random weights'
+    )
+  layers, loss = layers_of(config), stored_layers(config)
+  labels = labelled.Labels(model.num_labels, model.labels)
+  held_out = lambda text: labelled.validation_batches(
+    text.validation,
+    text.tokenizer,
+    labels,
+    batch_size=config.batch_size,
+    sequence_length=config.sequence_length,
+    num_batches=config.eval_batches,
+  )
+  return Task(
+    init=lambda key: as_stored(config, layers.init(key), key),
+    read=lambda key: as_stored(config, read_params(config, key), key),
+    layers=layers,
+    loss=loss,
+    batches=lambda text: labelled.batches(
+      text.train,
+      text.tokenizer,
+      labels,
+      batch_size=config.batch_size,
+      sequence_length=config.sequence_length,
+      seed=config.seed,
+      noise=model.dropout > 0,
+    ),
+    evaluate=lambda text: functools.partial(
+      classify.measure,
+      jax.jit(loss.logits),
+      batches=held_out(text),
+      num_labels=model.num_labels,
+    ),
+    example=lambda text: labelled.shown(
+      text.train,
+      text.tokenizer,
+      labels,
+      sequence_length=config.sequence_length,
+      seed=config.seed,
+    ),
+    unit='examples',
+    score=lambda found: -found[metric],
+    large=('embed/tokens/embedding',),
+    trained=functools.partial(trained, config),
+  )
+
+
+def check_metric(metric: str, num_labels: int) -> None:
+  """Raises ValueError where a metric is not one of such labels."""
+  numbers = metric in ('pearson', 'spearman')
+  if numbers != (num_labels == 1):
+    raise ValueError(
+      f'corpus.metric must be {"one" if num_labels == 1 else "none"} of '
+      f'pearson and spearman for model.num_labels={num_labels}, got {metric}'
+    )
+
+
 def trained(config: Config, params: PyTree) -> PyTree:
   """Returns which parameters of a config are trained."""
   adapter = config.adapter
   if adapter is None or getattr(adapter, 'lomo', 0):
     return everything(params)
-  return lowrank.optimized(params, adapter)
+  chosen = lowrank.optimized(params, adapter)
+  if 'head' in chosen:
+    # Drawn at random for these labels: nothing is learned beside a frozen one.
+    chosen |= {'head': everything(params['head'])}
+  return chosen
 
 
-def layers_of(config: Config) -> Layers:
+def layers_of(config: Config) -> Layers | encoder.Layers:
   """Returns the model of a config, with its adapter, on arrays."""
   adapter = config.adapter
   hook = None if adapter is None else lowrank.hook(adapter)
-  return Layers(config.model, intercept=hook)
+  encodes = isinstance(config.model, EncoderConfig)
+  kind = encoder.Layers if encodes else Layers
+  return kind(config.model, intercept=hook)
 
 
 def array_shapes(config: Config, task: Task) -> PyTree:
@@ -128,7 +225,7 @@ def array_shapes(config: Config, task: Task) -> PyTree:
   return jax.eval_shape(arrays, jax.random.key(0))
 
 
-def stored_layers(config: Config) -> Layers:
+def stored_layers(config: Config) -> Layers | encoder.Layers:
   """Returns the model that reads its weights as a config stores them.
 
   Layer by layer: no more than one layer of them exists as arrays.
@@ -153,12 +250,16 @@ def as_stored(config: Config, params: PyTree, key: jax.Array) -> PyTree:
   return params | {'blocks': blocks}
 
 
-def read_params(config: Config) -> PyTree:
-  """Returns the weights of a config's checkpoint, of the config's type."""
-  _, params = huggingface.load(
-    config.checkpoint, param_dtype=config.model.param_dtype
-  )
-  return params
+def read_params(config: Config, key: jax.Array) -> PyTree:
+  """Returns the weights of a config's checkpoint, of the config's type.
+
+  A head that it has not is drawn.
+  """
+  fields = ('param_dtype', 'num_labels', 'labels')
+  given = {
+    x: getattr(config.model, x) for x in fields if hasattr(config.model, x)
+  }
+  return huggingface.load(config.checkpoint, key=key, **given)[1]
 
 
 def held_out(config: Config, text: Text) -> grain.IterDataset[Batch]:

@@ -27,7 +27,7 @@ from train.data.corpus import Documents
 from train.data.tokenizer import AnyTokenizer, load, train_tokenizer
 from train.run import Run
 from train.step import State
-from train.task import Task, Text, array_shapes, language_model
+from train.task import Task, Text, array_shapes, task_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
   else:
     where = found
     where.check(config)
-  task = language_model(config)
+  task = task_of(config)
   init, step = step_lib.build(config, task)
   memory = report.memory_table(
     array_shapes(config, task),
@@ -160,7 +160,7 @@ def check_branch(source: Run, config: Config) -> None:
 
 def shapes(config: Config) -> State:
   """Returns the shapes of a config's state."""
-  init, _ = step_lib.build(config, language_model(config))
+  init, _ = step_lib.build(config, task_of(config))
   return jax.eval_shape(init, jax.random.key(0))
 
 

@@ -60,7 +60,7 @@ _KINDS = pytest.mark.parametrize(
   [
     {},
     {'num_labels': 1},
-    {'kind': 'roberta', 'pad_id': 1, 'num_types': 1},
+    {'family': 'roberta', 'pad_id': 1, 'num_types': 1},
   ],
   ids=['bert', 'regression', 'roberta'],
 )
@@ -189,7 +189,7 @@ def test_layers_draw_differently():
     ({'num_labels': 0}, 'num_labels must be at least 1, got 0'),
     ({'dropout': 1.0}, r'dropout is a share .*\[0, 1\), got 1.0'),
     ({'pad_id': 31}, r'pad_id must be .*0\.\.30, got 31'),
-    ({'kind': 'roberta', 'pad_id': 15}, 'max_length must be at least 1'),
+    ({'family': 'roberta', 'pad_id': 15}, 'max_length must be at least 1'),
   ],
 )
 def test_what_is_impossible_is_named(changes, message):
@@ -200,7 +200,7 @@ def test_what_is_impossible_is_named(changes, message):
 
 
 def test_rows_without_positions_are_refused():
-  config = _config(kind='roberta', pad_id=1)
+  config = _config(family='roberta', pad_id=1)
   long = {
     name: np.tile(x, (1, 2)) for name, x in _batch(config).items() if x.ndim > 1
   }

@@ -354,7 +354,7 @@ def _encoder(kind, **changes):
     num_heads=2,
     num_layers=3,
     num_positions=9,
-    kind=kind,
+    family=kind,
     **_ENCODERS[kind] | changes,
   )
   rng = np.random.default_rng(0)

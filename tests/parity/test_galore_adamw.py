@@ -150,7 +150,7 @@ def torch_llama():
 def to_tree(tensors):
   """Returns tensors by torch's names as our stacked tree."""
   arrays = {name: x.detach().numpy().copy() for name, x in tensors}
-  return jax.tree.map(jnp.asarray, huggingface.llama_params(arrays, CONFIG))
+  return jax.tree.map(jnp.asarray, huggingface.params_of(arrays, CONFIG))
 
 
 def is_projected(name):

@@ -236,14 +236,21 @@ class Tfds:
       FileNotFoundError: the data set is not prepared in `data_dir`.
       ValueError: it has no such split, or no feature 'text'.
     """
-    name = self.train if split == 'train' else self.validation
-    builder = _prepared(self.name, self.data_dir)
-    splits, features = builder.info.splits, builder.info.features
+    found, features = self.records(split), self._builder().info.features
     if 'text' not in features:
       raise ValueError(
         f"{self.name} has no feature 'text', but {sorted(features)}: name a "
         'data set of texts'
       )
+    return dataclasses.replace(
+      found, text=lambda x: _text_of_example(found.text(x))
+    )
+
+  def records(self, split: Split) -> Indexed | Sharded:
+    """Examples of a split: all features of each, as `open` raises."""
+    name = self.train if split == 'train' else self.validation
+    builder = self._builder()
+    splits, features = builder.info.splits, builder.info.features
     try:
       info = splits[name]
     except ValueError as error:
@@ -252,7 +259,7 @@ class Tfds:
         f"{split} to one of them, or to a slice such as 'train[99%:]'"
       ) from error
     if builder.info.file_format.value != 'tfrecord':
-      return Indexed(builder.as_data_source(name), _text_of_example)
+      return Indexed(builder.as_data_source(name), dict)
     if name not in splits:
       raise ValueError(
         f'{split}={name!r} is a slice, which tfrecord does not have: name one '
@@ -261,8 +268,11 @@ class Tfds:
     return Sharded(
       tuple(str(path) for path in info.filepaths),
       info.num_examples,
-      lambda record: _text_of_example(features.deserialize_example_np(record)),
+      features.deserialize_example_np,
     )
+
+  def _builder(self):
+    return _prepared(self.name, self.data_dir)
 
 
 def in_files(

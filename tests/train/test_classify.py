@@ -1,0 +1,199 @@
+"""The task of classification, from files to metrics."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from models import huggingface
+from models.encoder import EncoderConfig, Layers
+from tests.train import glue
+from train import classify, export, finetune, metrics
+from train import step as step_lib
+from train.config import Classifier, Config, Layerwise
+from train.data import tokenizer as tokenizer_lib
+from train.data.corpus import Chitchat
+from train.data.labelled import LabelledFiles
+from train.method import AdamW, Galore
+from train.run import Run
+from train.task import Text, task_of
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+  """A random RoBERTa without a head."""
+  directory = tmp_path_factory.mktemp('roberta')
+  glue.roberta(directory, init_std=0.1, dropout=0.1)
+  return directory
+
+
+@pytest.fixture
+def config(tmp_path, checkpoint):
+  """Reviews, good or bad."""
+  records = glue.examples(('text',), ('bad', 'good'), 240, 0)
+  path = tmp_path / 'reviews.jsonl'
+  path.write_text(''.join(json.dumps(x) + '\n' for x in records))
+  return Config(
+    model=Classifier(labels=('bad', 'good'), dropout=0.0),
+    corpus=LabelledFiles(str(path)),
+    optimizer=AdamW(),
+    steps=60,
+    learning_rate=0.01,
+    batch_size=16,
+    sequence_length=32,
+    eval_every=20,
+    checkpoint=str(checkpoint),
+  )
+
+
+def fit(config, steps):
+  """Trains without a program; returns the task's loss and metrics."""
+  config = config.resolved()
+  task = task_of(config)
+  corpus, tokenizer = config.corpus, tokenizer_lib.load(config.checkpoint)
+  text = Text(corpus.open('train'), corpus.open('validation'), tokenizer)
+  _, step = step_lib.build(config, task)
+  params = task.read(jax.random.key(0))
+  state = step_lib.starter(config, task)(params)
+  data, validate = task.batches(text), task.evaluate(text)
+  losses = [validate(state.params)]
+  for _ in range(steps):
+    state, found = step(state, next(data))
+    losses.append(float(found['loss']))
+  return task, state, losses, validate(state.params)
+
+
+def test_what_can_be_learned_is(config):
+  task, _, (before, *losses), after = fit(config, 60)
+  assert before['accuracy'] < 0.75 and after['accuracy'] > 0.95
+  assert np.mean(losses[-5:]) < 0.3 < np.mean(losses[:5])
+  assert after['loss'] < before['loss']
+  assert task.score(after) == -after['accuracy']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dropout', [0.0, 0.2])
+def test_layer_wise_and_microbatches_change_nothing(config, dropout):
+  model = dataclasses.replace(config.model, dropout=dropout)
+  config = dataclasses.replace(config, model=model, clip_norm=None)
+  expected = fit(config, 3)
+  for change in (
+    {'microbatches': 2},
+    {'update': Layerwise()},
+    {'update': Layerwise(), 'microbatches': 4},
+  ):
+    found = fit(dataclasses.replace(config, **change), 3)
+    # Sums in another order, before Adam divides by their size.
+    np.testing.assert_allclose(found[2][1:], expected[2][1:], rtol=2e-3)
+
+
+def test_dropout_is_at_work_in_training_alone(config):
+  model = dataclasses.replace(config.model, dropout=0.5)
+  config = dataclasses.replace(config, learning_rate=0.0)
+  quiet = fit(config, 2)
+  noisy = fit(dataclasses.replace(config, model=model), 2)
+  assert quiet[2][0] == noisy[2][0] and quiet[3] == noisy[3]
+  assert quiet[2][1] != noisy[2][1]
+
+
+def test_a_validation_does_not_depend_on_the_batches(config):
+  found = [
+    fit(dataclasses.replace(config, batch_size=size), 0)[3] for size in (7, 16)
+  ]
+  np.testing.assert_allclose(
+    [*found[0].values()], [*found[1].values()], rtol=1e-5
+  )
+
+
+def test_metrics_are_those_of_their_definitions():
+  found, targets = np.array([0, 1, 1, 0, 1]), np.array([0, 1, 0, 0, 1])
+  # 2 hits of label 1, 1 false alarm, no miss, 2 right rejections.
+  expected = {'accuracy': 0.8, 'f1': 0.8, 'matthews': 4 / 6}
+  assert classify.agreement(found, targets) == pytest.approx(expected)
+  constant = classify.agreement(np.zeros(3, int), np.array([0, 1, 0]))
+  assert constant['matthews'] == constant['f1'] == 0
+  numbers = np.array([0.0, 1.0, 4.0])
+  assert classify.correlations(np.ones(3), numbers) == {
+    'pearson': 0.0,
+    'spearman': 0.0,
+  }
+  assert classify.correlations(-numbers, numbers) == pytest.approx(
+    {'pearson': -1.0, 'spearman': -1.0}
+  )
+  assert classify.agreement(found + 1, targets + 1)['f1'] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'corpus': Chitchat()}, r'must be LabelledFiles or .* got Chitchat'),
+    (
+      {'corpus': LabelledFiles('x', metric='pearson')},
+      r'metric must be none of pearson .*num_labels=2, got pearson',
+    ),
+    (
+      {'model': Classifier(num_labels=1)},
+      r'metric must be one of pearson .*num_labels=1, got accuracy',
+    ),
+    ({'model': Classifier(num_labels=3, labels=('a',))}, 'labels must be 3'),
+    ({'checkpoint': None}, 'read from a checkpoint'),
+  ],
+)
+def test_what_does_not_go_together_is_refused(config, change, message):
+  with pytest.raises(ValueError, match=message):
+    task_of(dataclasses.replace(config, **change).resolved())
+
+
+@pytest.mark.parametrize('option', ['--run x', '--resume', '--branch'])
+def test_several_seeds_are_new_runs(option):
+  with pytest.raises(ValueError, match='3 starts as many new runs'):
+    finetune.of_seeds(['a.py', '--seeds', '3', *option.split()])
+
+
+def test_a_model_from_nothing_needs_a_tokenizer(config):
+  model = EncoderConfig(320, 16, 32, 2, 2, 66)
+  config = dataclasses.replace(config, model=model, checkpoint=None)
+  with pytest.raises(ValueError, match=r'needs a tokenizer\.json.*--tokenizer'):
+    task_of(config.resolved())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['cola', 'stsb'])
+def test_a_shipped_config_runs_from_directory_to_directory(
+  task, tmp_path, checkpoint, monkeypatch, capsys
+):
+  glue.prepare(tmp_path / 'data', task)
+  monkeypatch.chdir(tmp_path)
+  root = __file__.partition('tests')[0]
+  options = {
+    'checkpoint': checkpoint,
+    'corpus.data-dir': tmp_path / 'data',
+    **{'steps': 12, 'eval-every': 6, 'save-every': 6, 'batch-size': 8},
+    **{'learning-rate': 0.01, 'sequence-length': 64, 'optimizer.gap': 5},
+  }
+  argv = [f'{root}configs/glue_{task}.py', '--seeds', '2']
+  argv += [str(x) for k, v in options.items() for x in (f'--{k}', v)]
+  assert finetune.main(argv) == 0
+  shown = capsys.readouterr().out
+  metric = {'cola': 'matthews', 'stsb': 'pearson'}[task]
+  assert '<s>' in shown and f'best {metric}: ' in shown and '2 seeds' in shown
+  runs = [tmp_path / 'runs' / f'glue_{task}{end}' for end in ('', '-2')]
+  for run in runs:
+    lines = metrics.read(Run(run).metrics_path)
+    assert [x['step'] for x in lines if f'validation_{metric}' in x] == [6, 12]
+  export.main([str(runs[0]), str(tmp_path / 'out')])
+  config, params = huggingface.load(tmp_path / 'out')
+  assert config.labels == (glue.GLUE[task][1] or None)
+  assert (tmp_path / 'out/tokenizer.json').is_file()
+  assert jax.tree.structure(params) == jax.tree.structure(
+    jax.eval_shape(Layers(config).init, jax.random.key(0))
+  )
+
+
+@pytest.mark.slow
+def test_galore_learns(config):
+  optimizer = Galore(rank=4, gap=20, scale=2.0)
+  config = dataclasses.replace(config, optimizer=optimizer)
+  assert fit(config, 60)[3]['accuracy'] > 0.9

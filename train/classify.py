@@ -1,0 +1,103 @@
+"""What a classifier is measured by, and several seeds of it in one line.
+
+B rows of a batch, C labels, n rows of a split.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from models import encoder
+from train.data.labelled import Batch
+
+PyTree: TypeAlias = Any
+Metrics: TypeAlias = dict[str, float]
+Logits: TypeAlias = Callable[[PyTree, Batch], jax.Array]
+
+
+def measure(
+  logits: Logits, params: PyTree, *, batches: Iterable[Batch], num_labels: int
+) -> Metrics:
+  """Returns the loss and the metrics of a split, over all rows at once.
+
+  Args:
+    logits: `(parameters, batch) -> [B, C]`.
+    params: the model's parameters.
+    batches: of the split; rows of weight 0 do not count.
+    num_labels: C; 1 is a number to predict.
+  """
+  found = [(logits(params, batch), batch) for batch in batches]
+  rows = [
+    (np.asarray(logits_BC), batch['targets'], batch['weights'] > 0)
+    for logits_BC, batch in found
+  ]
+  logits_nC = np.concatenate([x[kept] for x, _, kept in rows])
+  targets_n = np.concatenate([x[kept] for _, x, kept in rows])
+  cost_n = np.asarray(encoder.cost(logits_nC, targets_n, num_labels))
+  metrics = {'loss': float(np.mean(cost_n, dtype=np.float64))}
+  if num_labels == 1:
+    return metrics | correlations(logits_nC[:, 0], targets_n)
+  return metrics | agreement(np.argmax(logits_nC, axis=-1), targets_n)
+
+
+def agreement(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
+  """Returns accuracy, F1 and Matthews' correlation of labels.
+
+  F1 is that of label 1 where there are two labels, else the mean over labels.
+
+  >>> agreement(np.array([0, 1, 1, 1]), np.array([0, 1, 1, 0]))
+  {'accuracy': 0.75, 'f1': 0.8, 'matthews': 0.577...}
+  """
+  try:
+    from sklearn import metrics
+  except ImportError as error:
+    raise ImportError(
+      'the metrics of a classifier need scikit-learn: pip install '
+      "'galore-optax[train]'"
+    ) from error
+  labels = {*found_n.tolist(), *targets_n.tolist()}
+  average = 'binary' if labels <= {0, 1} else 'macro'
+  with warnings.catch_warnings():
+    # Of a split, or answers, of one label; Matthews' is 0 then.
+    warnings.simplefilter('ignore')
+    return {
+      'accuracy': float(metrics.accuracy_score(targets_n, found_n)),
+      'f1': float(
+        metrics.f1_score(targets_n, found_n, average=average, zero_division=0)
+      ),
+      'matthews': float(metrics.matthews_corrcoef(targets_n, found_n)),
+    }
+
+
+def correlations(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
+  """Returns the correlations of numbers, and of their ranks.
+
+  Where one side is constant they are 0.
+
+  >>> correlations(np.array([1.0, 2.0, 9.0]), np.array([0.0, 1.0, 2.0]))
+  {'pearson': 0.917..., 'spearman': 1.0}
+  """
+  from scipy import stats
+
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    found = {
+      'pearson': stats.pearsonr(found_n, targets_n).statistic,
+      'spearman': stats.spearmanr(found_n, targets_n).statistic,
+    }
+  return {name: float(np.nan_to_num(x)) for name, x in found.items()}
+
+
+def spread(values: Sequence[float]) -> str:
+  """Returns the mean of several seeds and the deviation of one of them.
+
+  >>> spread([0.9, 0.92, 0.91])
+  '0.9100 +- 0.0100 (3 seeds)'
+  """
+  mean = f'{np.mean(values):.4f}'
+  if len(values) == 1:
+    return f'{mean} (1 seed)'
+  return f'{mean} +- {np.std(values, ddof=1):.4f} ({len(values)} seeds)'
