@@ -205,6 +205,7 @@ class _Stored:
   tensor: Any
   order: np.ndarray | None
   """The file's row for each row of ours (None: the same)."""
+  dtype: str = 'float32'
 
   @property
   def shape(self):

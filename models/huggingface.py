@@ -40,6 +40,12 @@ _OTHERS = (
 
 _INDEX = 'model.safetensors.index.json'
 
+_DTYPES = {
+  **{'F64': 'float64', 'F32': 'float32'},
+  **{'F16': 'float16', 'BF16': 'bfloat16'},
+}
+"""Types of weights that are read, by the names of safetensors."""
+
 _PIECE = 2**26
 """Numbers that are read at a time."""
 
@@ -55,8 +61,14 @@ def read_config(directory: str | pathlib.Path) -> AnyConfig:
     ValueError: it asks for what is not implemented; the message names it.
   """
   file = pathlib.Path(directory) / 'config.json'
+  if not file.is_file():
+    raise FileNotFoundError(
+      f'{file} is missing: a checkpoint is a directory with config.json and '
+      f'*.safetensors{_other_kind(file.parent)}'
+    )
+  fields = _read_json(file)
   try:
-    return huggingface_config.parse(json.loads(file.read_text()))
+    return huggingface_config.parse(fields)
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from error
 
@@ -89,7 +101,11 @@ def load(
       not those of the config; the message names the field or the tensor.
   """
   config = dataclasses.replace(read_config(directory), **overrides)
-  return config, params_of(_tensors(directory), config, shardings, key)
+  tensors = _tensors(directory)
+  try:
+    return config, params_of(tensors, config, shardings, key)
+  except ValueError as error:
+    raise ValueError(f'{directory}: {error}') from error
 
 
 def save(
@@ -170,6 +186,7 @@ def params_of(
   shapes = _flatten(shapes)
   names = {path: _names(row, path, config.num_layers) for path in shapes}
   expected = {name for some in names.values() for name in some}
+  _check_head(tensors, row, shapes)
   tensors = _named(tensors, row, expected)
   fresh = _fresh(tensors, names, row)
   names = {path: some for path, some in names.items() if path not in fresh}
@@ -177,7 +194,7 @@ def params_of(
   for path, some in names.items():
     for name in some:
       expected = _theirs(path, shapes[path].shape)
-      _check_shape(name, tensors[name].shape, expected)
+      _check_tensor(name, tensors[name], expected)
   if fresh and key is None:
     raise ValueError(
       f'the checkpoint has no {", ".join(sorted(fresh))}: give a key to draw '
@@ -189,7 +206,7 @@ def params_of(
       draw = lambda key, path=path: _flatten(init(key))[path]
       params[path] = jax.jit(draw, out_shardings=places[path])(key)
     else:
-      stored = map(tensors.get, names[path])
+      stored = {name: tensors[name] for name in names[path]}
       params[path] = _parameter(path, leaf, stored, places[path])
   return flax.traverse_util.unflatten_dict(params, sep='/')
 
@@ -269,6 +286,7 @@ class _Stored:
   file: pathlib.Path
   name: str
   shape: tuple[int, ...]
+  dtype: str
 
   def __getitem__(self, rows: slice) -> np.ndarray:
     from safetensors import safe_open
@@ -281,60 +299,112 @@ class _Stored:
 
 def _tensors(directory):
   """All tensors of a checkpoint, by name."""
-  from safetensors import safe_open
-
   tensors = {}
-  for path in _files(pathlib.Path(directory)):
+  for path, expected in _files(pathlib.Path(directory)).items():
     if not path.is_file():
-      raise FileNotFoundError(f'{path}, which the index names, is missing')
-    with safe_open(path, 'np') as file:
-      for name in file.keys():
-        shape = tuple(file.get_slice(name).get_shape())
-        tensors[name] = _Stored(path, name, shape)
+      raise FileNotFoundError(
+        f'{path}, which the index names, is missing: fetch it'
+      )
+    found = _stored(path)
+    if missing := sorted(expected - found.keys()):
+      raise ValueError(
+        f'{path} must have the tensors that the index names, got none of the '
+        f'name {missing[0]}: fetch both again'
+      )
+    tensors |= found
   return tensors
 
 
+def _stored(path):
+  """The tensors of one file, by name."""
+  from safetensors import SafetensorError, safe_open
+
+  found = {}
+  try:
+    with safe_open(path, 'np') as file:
+      for name in file.keys():
+        rows = file.get_slice(name)
+        shape, dtype = tuple(rows.get_shape()), rows.get_dtype()
+        found[name] = _Stored(path, name, shape, _DTYPES.get(dtype, dtype))
+  except SafetensorError as error:
+    with open(path, 'rb') as file:
+      pointer = file.read(30).startswith(b'version https://git-lfs')
+    remedy = 'it is a pointer: git lfs pull' if pointer else 'fetch it again'
+    raise ValueError(
+      f'{path} must be a whole safetensors file ({error}): {remedy}'
+    ) from error
+  return found
+
+
 def _files(directory):
-  """The files of a checkpoint; others, as consolidated*, are ignored."""
+  """The files of a checkpoint, and the tensors that an index says of each.
+
+  Others, as consolidated*, are ignored.
+  """
   whole, index = directory / 'model.safetensors', directory / _INDEX
   if whole.is_file():
-    return [whole]
-  if index.is_file():
-    names = json.loads(index.read_text())['weight_map'].values()
-    # The name alone: an index has no say in other directories.
-    files = sorted({pathlib.PurePath(name).name for name in names})
-    return [directory / file for file in files]
-  message = f'{directory} must have {whole.name} or {_INDEX}'
-  if any(directory.glob('*.bin')):
-    # A pickle runs what it likes.
-    message += (
-      '; *.bin is not read. To convert it, if you trust it: python -c "from '
-      'transformers import AutoModelForCausalLM as M; M.from_pretrained('
-      f"'{directory}', torch_dtype='auto').save_pretrained('NEW')\""
+    return {whole: set()}
+  if not index.is_file():
+    raise FileNotFoundError(
+      f'{directory} must have {whole.name} or {_INDEX}{_other_kind(directory)}'
     )
-  raise FileNotFoundError(message)
+  placed = _read_json(index).get('weight_map')
+  if not isinstance(placed, dict) or not placed:
+    raise ValueError(
+      f'{index} must have a weight_map, from tensors to files: fetch it again'
+    )
+  files = {}
+  for tensor, name in placed.items():
+    # The name alone: an index has no say in other directories.
+    file = directory / pathlib.PurePath(name).name
+    files.setdefault(file, set()).add(tensor)
+  return dict(sorted(files.items()))
+
+
+def _other_kind(directory):
+  """What to do with a directory that has weights of another kind."""
+  if any(directory.glob('adapter_*')):
+    return '; an adapter is no model: merge it into its own first'
+  if file := next(directory.glob('*.gguf'), None):
+    return f'; to convert a GGUF file: python -m models.gguf {file} NEW'
+  if not any(directory.glob('*.bin')):
+    return ''
+  # A pickle runs what it likes.
+  return (
+    '; *.bin is not read. To convert it, if you trust it: python -c "from '
+    'transformers import AutoModelForCausalLM as M; M.from_pretrained('
+    f"'{directory}', torch_dtype='auto').save_pretrained('NEW')\""
+  )
 
 
 def _parameter(path, leaf, tensors, sharding):
   """A parameter, on its devices; of its tensors a piece at a time is here."""
-  into = functools.partial(jax.jit, out_shardings=sharding)
+  outputs = sharding, None
 
-  @functools.partial(into, donate_argnums=0)
+  @functools.partial(jax.jit, out_shardings=outputs, donate_argnums=0)
   def put(whole, rows, layer, start):
     piece = _turned(path, rows).astype(leaf.dtype)
     at = [0] * piece.ndim
     at[0 if _is_table(path) else -1] = start
     if path.startswith('blocks/'):
       piece, at = piece[None], [layer, *at]
-    return jax.lax.dynamic_update_slice(whole, piece, at)
+    whole = jax.lax.dynamic_update_slice(whole, piece, at)
+    return whole, jnp.all(jnp.isfinite(rows))
 
-  whole = into(lambda: jnp.zeros(leaf.shape, leaf.dtype))()
-  for layer, tensor in enumerate(tensors):
+  zeros = lambda: jnp.zeros(leaf.shape, leaf.dtype)
+  whole = jax.jit(zeros, out_shardings=sharding)()
+  for layer, (name, tensor) in enumerate(tensors.items()):
     rows = max(1, _PIECE // math.prod(tensor.shape[1:]))
     for start in range(0, tensor.shape[0], rows):
-      whole = put(whole, tensor[start : start + rows], layer, start)
+      piece = tensor[start : start + rows]
+      whole, finite = put(whole, piece, layer, start)
       # Else the next pieces would be read before this one has left the host.
       jax.block_until_ready(whole)
+      if not finite:
+        raise ValueError(
+          f'{name} must be finite, got {piece[~np.isfinite(piece)][0]} among '
+          'its numbers: the checkpoint is broken, take another one'
+        )
   return whole
 
 
@@ -413,15 +483,41 @@ def _check_names(tensors, expected):
     raise ValueError(
       'the tensors must be those of the configured model, got missing '
       f'{missing[:4]} and surplus {surplus[:4]} ({len(missing)} and '
-      f'{len(surplus)} in all); check num_layers and tied'
+      f'{len(surplus)} in all); check num_hidden_layers and '
+      'tie_word_embeddings in config.json'
     )
 
 
-def _check_shape(name, shape, expected):
-  if shape != expected:
+def _check_tensor(name, tensor, expected):
+  if tensor.shape != expected:
     raise ValueError(
       f'{name} must have the shape {expected} of the configured model, got '
-      f'{shape}; check the config'
+      f'{tensor.shape}; check the config'
+    )
+  if str(tensor.dtype) not in _DTYPES.values():
+    raise ValueError(
+      f'{name} must be of {", ".join(_DTYPES.values())}, got {tensor.dtype}: '
+      'quantized weights are not read; start from those before'
+    )
+
+
+def _check_head(tensors, row, shapes):
+  """Raises ValueError where a tied model comes with a head of its own."""
+  table, head = (
+    row.names.get(x) for x in ('embed/embedding', 'lm_head/kernel')
+  )
+  if 'lm_head/kernel' in shapes or head not in tensors or table not in tensors:
+    return
+  one, other = tensors[head], tensors[table]
+  same = one.shape == other.shape
+  rows = max(1, _PIECE // math.prod(one.shape[1:]))
+  for start in range(0, one.shape[0] if same else 0, rows):
+    piece = slice(start, start + rows)
+    same = same and np.array_equal(one[piece], other[piece])
+  if not same:
+    raise ValueError(
+      f'{head} must be {table} where tie_word_embeddings is true, got '
+      'another; set it to false in config.json'
     )
 
 
@@ -444,6 +540,19 @@ def _sourced(source, kind):
   if not file or not file.is_file():
     return {}
   return huggingface_config.for_others(json.loads(file.read_text()), kind)
+
+
+def _read_json(file):
+  """The object in a file."""
+  try:
+    data = json.loads(file.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f'{file} must be JSON ({error}): fetch it again'
+    ) from error
+  if not isinstance(data, dict):
+    raise ValueError(f'{file} must be a JSON object, got {str(data)[:40]!r}')
+  return data
 
 
 def _write_json(file, data):

@@ -6,7 +6,7 @@ say about an architecture: its fields, and its names of tensors.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, get_type_hints
 
 from models.encoder import EncoderConfig
 from models.llama import Llama3Scaling, LlamaConfig
@@ -162,6 +162,7 @@ def parse(fields: Fields) -> AnyConfig:
     for ours, theirs in row.optional.items()
     if fields.get(theirs) is not None
   }
+  _check_types(values, row)
   name = fields.get('dtype') or fields.get('torch_dtype')
   if name not in _DTYPES:
     raise ValueError(f'dtype must be one of {[*_DTYPES][1:]}, got {name!r}')
@@ -266,6 +267,19 @@ def _check(fields, kind):
         f'{name} is not implemented, got {value!r}; take it out of '
         'config.json if the model does not depend on it'
       )
+
+
+def _check_types(values, row):
+  """Raises ValueError for what is no number where ours is one."""
+  hints = get_type_hints(row.config)
+  for ours, theirs in (row.needed | row.optional).items():
+    kind = hints[ours]
+    rule = {bool: 'true or false', float: 'a number'}.get(
+      kind, 'a whole number'
+    )
+    kind = kind | int if kind is float else kind
+    if ours in values and not isinstance(values[ours], kind):
+      raise ValueError(f'{theirs} must be {rule}, got {values[ours]!r}')
 
 
 def _read_llama(fields, kind):

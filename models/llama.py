@@ -540,12 +540,13 @@ class Layers:
       'segments': jnp.zeros_like(tokens_BT),
     }
     old = {'keys': cache.keys, 'values': cache.values}
-    logits_BV, found = Llama(self.config, self.read).apply(
-      {'params': params, 'cache': {'blocks': {'attention': old}}},
-      *(batch, jnp.maximum(lengths_B - 1, 0)),
-      method=Llama.logits_at,
-      mutable=['read'],
-    )
+    with self._intercepted():
+      logits_BV, found = Llama(self.config, self.read).apply(
+        {'params': params, 'cache': {'blocks': {'attention': old}}},
+        *(batch, jnp.maximum(lengths_B - 1, 0)),
+        method=Llama.logits_at,
+        mutable=['read'],
+      )
     new = found['read']['blocks']['attention']
     rows_B1 = jnp.arange(len(tokens_BT))[:, None]
     # What is written beyond a row's tokens is not seen before its next token

@@ -32,7 +32,7 @@ from train.data.text_files import Texts, expand, index
 from train.data.tokenizer import AnyTokenizer
 from train.model import Model, bucket, is_directory, opened
 from train.run import Run
-from train.task import Batch, Metrics, Text, language_model, perplexity
+from train.task import Batch, Metrics, Text, perplexity, task_of
 
 CONTEXTS = ('question', 'prompt', 'context')
 """What a line of questions may call the text before the choices."""
@@ -47,7 +47,7 @@ class Question(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Measures a run's newest checkpoint, or a model of transformers."""
+  """Measures a checkpoint of a run, or a model of transformers."""
   args = parser().parse_args(argv)
   machine.cache_compilations()
   with user_errors():
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       print(f'validation: {metrics.describe(validation(args))}')
       return
     questions = {path: read_questions(path) for path in args.choices}
-    model = opened(args.path)
+    model = opened(args.path, best=args.best)
     window = args.window
     if window is None:
       window = 512 if is_directory(args.path) else model.window
@@ -84,6 +84,11 @@ def parser() -> argparse.ArgumentParser:
     'path',
     type=pathlib.Path,
     help='directory of a run, or of a model of transformers',
+  )
+  options.add_argument(
+    '--best',
+    action='store_true',
+    help='the checkpoint of the best validation of a run (default: newest)',
   )
   options.add_argument(
     '--batches',
@@ -122,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def validation(args: argparse.Namespace) -> Metrics:
-  """Returns what a run's newest checkpoint does on its validation split."""
+  """Returns what a run's checkpoint does on its validation split."""
   if is_directory(args.path):
     raise ValueError(
       f'{args.path} is a directory of transformers, which has no validation '
@@ -130,10 +135,11 @@ def validation(args: argparse.Namespace) -> Metrics:
     )
   run = Run(args.path)
   config = dataclasses.replace(run.config(), eval_batches=args.batches)
-  task = language_model(config)
+  task = task_of(config)
   held_out = config.corpus.open('validation')
   evaluate = task.evaluate(Text(None, held_out, run.tokenizer()))
-  return evaluate(checkpoint.restore_params(run.checkpoints_path, task))
+  params = checkpoint.restore_params(run.checkpoints_path, task, best=args.best)
+  return evaluate(params)
 
 
 def documents(pattern: str) -> Indexed:

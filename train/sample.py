@@ -369,6 +369,8 @@ def typed() -> Iterator[str]:
     try:
       line = input('> ' if asked else '')
     except EOFError:
+      if asked:
+        print()  # the shell's prompt has a line of its own
       return
     if line.strip():
       yield line
@@ -380,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   machine.cache_compilations()
   with user_errors():
     check(args)
-    model = opened(args.path)
+    model = opened(args.path, best=args.best)
     choice = Choice(args.temperature, args.top_k, args.top_p)
     options = {'stop': args.stop, 'seed': args.seed}
     if args.chat:
@@ -413,6 +415,11 @@ def parser() -> argparse.ArgumentParser:
     'path',
     type=pathlib.Path,
     help='directory of a run, or of a model of transformers',
+  )
+  options.add_argument(
+    '--best',
+    action='store_true',
+    help='the checkpoint of the best validation of a run (default: newest)',
   )
   options.add_argument(
     '--prompt',

@@ -22,6 +22,7 @@ from train import run as run_lib
 from train import step as step_lib
 from train.command import Launch, parse, source, user_errors
 from train.config import Config, differences
+from train.data.chats import Dialogues
 from train.data.corpus import Documents
 from train.data.tokenizer import AnyTokenizer, load, train_tokenizer
 from train.run import Run
@@ -169,13 +170,16 @@ def prepare_tokenizer(config: Config, documents: Documents) -> AnyTokenizer:
   path = config.tokenizer or config.checkpoint
   if path is None:
     sample = documents.stream(seed=0, repeat=False)
-    return train_tokenizer(sample, vocab_size=vocab_size)
-  tokenizer = load(path)
+    tokenizer = train_tokenizer(sample, vocab_size=vocab_size)
+  else:
+    tokenizer = load(path)
   if tokenizer.vocab_size > vocab_size:
     raise ValueError(
       f'model.vocab_size must be at least {tokenizer.vocab_size}, the number '
       f'of ids in {path}, got {vocab_size}'
     )
+  if isinstance(documents, Dialogues):
+    return documents.templated(tokenizer)
   return tokenizer
 
 

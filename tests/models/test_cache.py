@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from galore_optax.layerwise.weights import is_stored, quantized
-from models import cross_entropy
+from models import cross_entropy, lowrank
 from models.llama import Layers, Llama3Scaling, LlamaConfig
 
 _SMALL = LlamaConfig(
@@ -166,6 +166,22 @@ def test_stored_weights_are_read_layer_by_layer():
   )
   expected, _ = _extend(plain)(arrays, plain.cache(2, 8), *args)
   np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'adapter', [lowrank.Lora(rank=2, alpha=8.0), lowrank.Factored(rank=3)]
+)
+def test_factors_take_part(adapter):
+  plain, params = _model(num_kv_heads=2)
+  params = lowrank.adapt(params, adapter, jax.random.key(1))
+  draw = lambda path, w: (
+    jax.random.normal(jax.random.key(2), w.shape)
+    if path[-1].key == 'lora_b'
+    else w
+  )
+  params = jax.tree_util.tree_map_with_path(draw, params)
+  model = Layers(plain.config, intercept=lowrank.hook(adapter))
+  _check(model, params, (5, 2), (1, 1), model.cache(2, 8), _FLOAT32)
 
 
 def test_losses_of_tokens_sum_to_the_loss():

@@ -12,7 +12,7 @@ from train.run import Run, numbered
 def start(config, monkeypatch):
   """Writes the first files of a run, and trains nothing."""
   with monkeypatch.context() as patch:
-    patch.setattr(pretrain, 'train', lambda *args, **options: 0)
+    patch.setattr(training, 'train', lambda *args, **options: 0)
     assert pretrain.main([config]) == 0
 
 

@@ -128,6 +128,16 @@ class Dialogues:
           raise ValueError(f'{self.source.place(i)}: {error}') from error
     return Indexed(self.source, self.encoder(tokenizer)).stream(**order)
 
+  def templated(self, tokenizer: AnyTokenizer) -> AnyTokenizer:
+    """Returns the tokenizer with the template that these chats have.
+
+    Saved with a run, it is the one that the model is asked by.
+    """
+    template = template_of(tokenizer, self.template)
+    if template is tokenizer.chat_template:
+      return tokenizer
+    return tokenizer.with_template(template.source)
+
   def encoder(self, tokenizer: AnyTokenizer) -> Callable[..., Example]:
     """Returns what makes an example of an item of the source."""
     return functools.partial(
@@ -203,6 +213,10 @@ class ChitchatAnswers:
   holdout: float = 0.05
   """Share of the dialogues that is kept for validation: the same ones."""
 
+  turns: int = 8
+  """Most turns of a chat: a longer dialogue is several. Most of 8 fit 256
+  tokens."""
+
   score: Score = 'answers'
   """As in `Chats`."""
 
@@ -212,11 +226,18 @@ class ChitchatAnswers:
   def open(self, split: Split) -> Dialogues:
     """Chats of a split; ValueError if the package is not installed."""
     check_holdout(self.holdout)
+    if self.turns < 2 or self.turns % 2:
+      raise ValueError(
+        f'turns must be even and at least 2, got {self.turns}: a chat begins '
+        'with a question'
+      )
     _source(self.template)
     found = [
-      (name, _alternating(text.split('\n')))
+      (name, _alternating(turns[start : start + self.turns]))
       for name, text in dialogues()
       if in_split(split, zlib.crc32(name.encode()), self.holdout)
+      for turns in [text.split('\n')]
+      for start in range(0, len(turns), self.turns)
     ]
     named = _Named([pair for pair in found if any(pair[1].scored)])
     return Dialogues(named, self.template, self.score)
@@ -242,8 +263,6 @@ def template_of(
   tokenizer: AnyTokenizer, template: str | None = None
 ) -> ChatTemplate:
   """Returns the template of a run.
-
-  `tokenizer.with_template(template_of(...).source)` is saved with it.
 
   Args:
     tokenizer: of the run.

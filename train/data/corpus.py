@@ -301,7 +301,7 @@ def in_files(
   if not len(texts):
     raise ValueError(
       f'no document in the files of {pattern!r}: at least one that is not '
-      'blank is needed; give files with text'
+      'blank (of chats: with an answer) is needed; give files with text'
     )
   if validation is not None:
     return texts

