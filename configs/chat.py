@@ -10,9 +10,8 @@ Expected memory: make plan ARGS='configs/chat.py --checkpoint DIR' tells.
 Expected time, expected number: of the checkpoint and the chats.
 """
 
-from train.data.chats import Chats
-
 from train.config import Config, Imported, Layerwise
+from train.data.chats import Chats
 from train.method import Galore8bit
 
 config = Config(

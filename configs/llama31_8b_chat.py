@@ -12,10 +12,9 @@ ARGS=configs/llama31_8b_chat.py, 25 November 2026, jax 0.10.2).
 Expected time, expected number: unknown. Our number: not yet run.
 """
 
-from train.data.chats import Chats
-
 from models.llama import Llama3Scaling, LlamaConfig
 from train.config import Config, Layerwise
+from train.data.chats import Chats
 from train.method import Galore8bit
 
 config = Config(

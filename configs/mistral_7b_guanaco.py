@@ -14,10 +14,9 @@ ARGS=configs/mistral_7b_guanaco.py, 25 November 2026, jax 0.10.2).
 Expected time, expected number: unknown. Our number: not yet run.
 """
 
-from train.data.chats import Chats
-
 from models.llama import LlamaConfig
 from train.config import Config, Layerwise
+from train.data.chats import Chats
 from train.method import Galore8bit
 
 config = Config(
