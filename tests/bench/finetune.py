@@ -35,7 +35,7 @@ from train import metrics
 from train.data.chats import ChitchatAnswers
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
-STEPS = 40
+STEPS = 30
 SHARED = [
   *('--batch-size', '2', '--sequence-length', '256', '--warmup', '0.1'),
   *('--eval-batches', '8', '--save-every', '9999', '--no-save-best'),
@@ -135,7 +135,7 @@ def corpus(place: pathlib.Path, part: str) -> list[str]:
   return [
     *('--corpus.train', str(place / 'train.jsonl')),
     *('--corpus.validation', str(place / 'validation.jsonl')),
-    *('--steps', '60', '--eval-every', '10'),
+    *('--steps', '45', '--eval-every', '15'),
   ]
 
 

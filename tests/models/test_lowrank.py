@@ -1,6 +1,8 @@
 """Factors of low rank: what they compute, and that the model is the same."""
 
 import dataclasses
+import functools
+import json
 
 import chex
 import jax
@@ -44,31 +46,31 @@ def model(adapter, **overrides):
   return Layers(config, intercept=lowrank.hook(adapter))
 
 
+@functools.cache
+def base():
+  return jax.jit(Layers(CONFIG).init)(jax.random.key(0))
+
+
 def weights(adapter, *, moved=False):
   """Parameters with factors; `moved`, as if they had been trained."""
-  base = Layers(CONFIG).init(jax.random.key(0))
-  params = lowrank.adapt(base, adapter, jax.random.key(1))
+  params = lowrank.adapt(base(), adapter, jax.random.key(1))
   if not moved:
     return params
-  flat, treedef = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(2), len(flat))
-  moved = [
-    w + 0.2 * jax.random.normal(key, w.shape)
-    for w, key in zip(flat, keys, strict=True)
-  ]
-  return treedef.unflatten(moved)
+  rng = np.random.default_rng(2)
+  return jax.tree.map(
+    lambda w: w + 0.2 * rng.normal(size=w.shape).astype('f4'), params
+  )
 
 
 def test_at_start_the_function_is_the_same_bit_for_bit():
-  base = Layers(CONFIG).init(jax.random.key(0))
   params = weights(Lora(rank=3))
   for name, adapted in params['blocks']['attention'].items():
     assert adapted['lora_a'].shape == (2, 12, 3), name
     chex.assert_trees_all_equal(
-      adapted['kernel'], base['blocks']['attention'][name]['kernel']
+      adapted['kernel'], base()['blocks']['attention'][name]['kernel']
     )
   found = jax.jit(model(Lora(rank=3)).logits)(params, example())
-  expected = jax.jit(Layers(CONFIG).logits)(base, example())
+  expected = jax.jit(Layers(CONFIG).logits)(base(), example())
   np.testing.assert_array_equal(found, expected)
 
 
@@ -227,16 +229,17 @@ def test_an_adapter_is_saved_and_read(tmp_path):
   adapter = Lora(rank=3, alpha=5.0, dropout=0.1, targets=('.*/[qv]/kernel',))
   params = weights(adapter, moved=True)
   lowrank.save_adapter(tmp_path / 'new', params, adapter, base='here')
-  base = {
-    path: x
-    for path, x in lowrank._flatten(params).items()
-    if not path.endswith(lowrank.FACTORS)
-  }
-  base = lowrank._unflatten(base)
-  found, again = lowrank.load_adapter(tmp_path / 'new', base)
+  plain = lowrank._unflatten(
+    {
+      path: leaf
+      for path, leaf in lowrank._flatten(params).items()
+      if not path.endswith(lowrank.FACTORS)
+    }
+  )
+  found, again = lowrank.load_adapter(tmp_path / 'new', plain)
   chex.assert_trees_all_equal(found, params)
   assert (again.rank, again.alpha, again.dropout) == (3, 5.0, 0.1)
-  refitted = lowrank.adapt(base, again, jax.random.key(0))
+  refitted = lowrank.adapt(plain, again, jax.random.key(0))
   chex.assert_trees_all_equal_shapes(refitted, params)
   with pytest.raises(FileExistsError, match=r'adapter_config\.json exists'):
     lowrank.save_adapter(tmp_path / 'new', params, adapter)
@@ -247,8 +250,6 @@ def test_an_adapter_is_saved_and_read(tmp_path):
 
 
 def _broken(directory, change):
-  import json
-
   from safetensors import numpy as safetensors
 
   adapter = Lora(rank=3, targets=('.*/[qv]/kernel',))
@@ -266,9 +267,11 @@ NAME = 'base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight'
 @pytest.mark.parametrize(
   'change, match',
   [
-    (lambda f, t: f.update(use_dora=True), 'use_dora must be False'),
+    (lambda f, t: f.update(use_dora=True), "none of {'use_dora': True}"),
+    (lambda f, t: f.update(init_lora_weights='pissa'), "'pissa'}; merge"),
+    (lambda f, t: f.pop('r'), r"must have \['r'\]"),
     (lambda f, t: f.update(peft_type='IA3'), "peft_type must be 'LORA'"),
-    (lambda f, t: f.update(rank_pattern={'q': 4}), 'rank_pattern must be {}'),
+    (lambda f, t: f.update(rank_pattern={'q': 4}), "'rank_pattern': {'q': 4}"),
     (lambda f, t: t.pop(NAME), f'{NAME} is missing'),
     (lambda f, t: f.update(r=4), r'must have the shape \(4, 12\), got \(3, 12'),
     (
@@ -280,7 +283,7 @@ NAME = 'base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight'
 def test_an_adapter_that_is_another_is_told(change, match, tmp_path):
   _broken(tmp_path, change)
   with pytest.raises(ValueError, match=match):
-    lowrank.load_adapter(tmp_path, Layers(CONFIG).init(jax.random.key(0)))
+    lowrank.load_adapter(tmp_path, base())
 
 
 def test_a_missing_file_is_told(tmp_path):

@@ -86,9 +86,10 @@ def by_role(params):
 
 
 LAYERWISE = Layerwise()
+UPDATES = [WholeTree(), pytest.param(LAYERWISE, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize('update', [WholeTree(), LAYERWISE])
+@pytest.mark.parametrize('update', UPDATES)
 @pytest.mark.parametrize(
   'adapter, frozen',
   [
@@ -124,20 +125,21 @@ def test_the_optimizer_keeps_moments_of_what_is_trained_alone(update):
   'adapter',
   [
     Lora(rank=3, dropout=0.3),
-    Lora(rank=3, rest='trained', targets=('.*/[qv]/kernel',)),
-    Lora(rank=3, lomo=0.5),
-    Relora(rank=3, every=2, restart_warmup=0, reset=0.5, dropout=0.1),
-    Factored(rank=3),
+    *(
+      pytest.param(adapter, marks=pytest.mark.slow)
+      for adapter in (
+        Lora(rank=3, rest='trained', targets=('.*/[qv]/kernel',)),
+        Lora(rank=3, lomo=0.5),
+        # Of all moments: the order of a state's leaves decides which ones.
+        Relora(rank=3, every=2, restart_warmup=0, reset=1.0, dropout=0.1),
+        Factored(rank=3),
+      )
+    ),
   ],
 )
 def test_layer_by_layer_is_the_whole_tree(adapter):
   config = changed(adapter=adapter, microbatches=2)
   whole, expected = run(config)
-  if isinstance(adapter, Relora):
-    # The order of an optimizer's leaves decides which moments are reset.
-    adapter = dataclasses.replace(adapter, reset=1.0)
-    config = dataclasses.replace(config, adapter=adapter)
-    whole, expected = run(config)
   layers, found = run(dataclasses.replace(config, update=LAYERWISE))
   # Adam divides by the root of a moment: rounding counts most where gradients
   # are smallest. Three steps of 0.05 each.
@@ -215,7 +217,7 @@ def _state_of_factors(optimizer):
 RELORA = Relora(rank=3, every=3, restart_warmup=2)
 
 
-@pytest.mark.parametrize('update', [WholeTree(), LAYERWISE])
+@pytest.mark.parametrize('update', UPDATES)
 def test_a_merge_keeps_the_function_and_starts_anew(update):
   config = changed(adapter=RELORA, update=update)
   never = dataclasses.replace(RELORA, every=7, restart_warmup=0)
