@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from models.llama import LlamaConfig
 from train import training
 from train.command import Launch
 from train.sample import continuations
@@ -27,9 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
   return training.main(
     sys.argv[1:] if argv is None else argv,
     Launch,
-    before=lambda setup, console: None,
+    before=check,
     after=show_samples,
   )
+
+
+def check(setup: Setup, console: Console) -> None:
+  """Raises ValueError for a model that writes no text."""
+  del console
+  if not isinstance(setup.config.model, LlamaConfig):
+    raise ValueError(
+      'train.pretrain is for models that write text, got '
+      f'{type(setup.config.model).__name__}; train.finetune is for classifiers'
+    )
 
 
 def show_samples(setup: Setup, state: State, console: Console) -> None:

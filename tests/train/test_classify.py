@@ -3,14 +3,24 @@
 import dataclasses
 import json
 
+import flax.traverse_util
 import jax
 import numpy as np
 import pytest
 
 from models import huggingface
 from models.encoder import EncoderConfig, Layers
+from models.lowrank import Lora
 from tests.train import glue
-from train import classify, evaluate, export, finetune, metrics
+from train import (
+  classify,
+  command,
+  evaluate,
+  export,
+  finetune,
+  metrics,
+  pretrain,
+)
 from train import step as step_lib
 from train.config import Classifier, Config, Layerwise
 from train.data import tokenizer as tokenizer_lib
@@ -98,6 +108,19 @@ def test_dropout_is_at_work_in_training_alone(config):
   assert quiet[2][1] != noisy[2][1]
 
 
+def test_beside_factors_the_head_alone_is_trained(config):
+  config = dataclasses.replace(config, adapter=Lora(rank=2, dropout=0.1))
+  task, state, *_ = fit(config, 2)
+  # `fit` starts from the same key.
+  before, after = task.read(jax.random.key(0)), state.params
+  same = jax.tree.map(lambda a, b: bool((a == b).all()), before, after)
+  flat = flax.traverse_util.flatten_dict(same, sep='/')
+  moved = {path for path, is_same in flat.items() if not is_same}
+  assert moved == {
+    path for path in flat if 'lora' in path or path.startswith('head/')
+  }
+
+
 def test_a_validation_does_not_depend_on_the_batches(config):
   found = [
     fit(dataclasses.replace(config, batch_size=size), 0)[3] for size in (7, 16)
@@ -150,6 +173,13 @@ def test_what_does_not_go_together_is_refused(config, change, message):
 def test_several_seeds_are_new_runs(option):
   with pytest.raises(ValueError, match='3 starts as many new runs'):
     finetune.of_seeds(['a.py', '--seeds', '3', *option.split()])
+
+
+def test_pretraining_is_for_models_that_write(config, capsys, monkeypatch):
+  monkeypatch.setattr(command, 'load', lambda path: config)
+  with pytest.raises(SystemExit):
+    pretrain.main(['a.py'])
+  assert 'got EncoderConfig; train.finetune is for' in capsys.readouterr().err
 
 
 def test_a_model_from_nothing_needs_a_tokenizer(config):
