@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from models.llama import Llama3Scaling, LlamaConfig
+from models.lowrank import Factored
 from train.config import Config, differences, flatten, from_json, to_json
 from train.data.corpus import TextFiles
 from train.method import AdamW, Galore
