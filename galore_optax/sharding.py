@@ -100,12 +100,11 @@ def _of_low(plan: Projection, shape, cuts, *, basis: bool = False):
   near, far = of(plan.axes[side]), of(plan.axes[-3 - side])
   low = (*shape[:num], *plan.low_shape)
   batch = [*cuts[:num], *(cuts[num + axis] for axis in plan.batch_axes)]
-  if basis:
-    return (*low[:-1], plan.matrix_shape[side]), [*batch, (), near + far]
   # A single column, of entries one by one, has rows alone to cut.
-  if low[-1] == 1:
-    return low, [*batch, far + near, ()]
-  return low, [*batch, (), far + near if len(plan.sides) == 1 else ()]
+  rows = near + far if low[-1] == 1 else ()
+  if basis:
+    return (*low[:-1], plan.matrix_shape[side]), [*batch, rows, near + far]
+  return low, [*batch, rows, far + near if len(plan.sides) == 1 else ()]
 
 
 def _fitted(mesh: Any, shape, cuts) -> PartitionSpec:

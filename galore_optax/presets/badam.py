@@ -182,7 +182,8 @@ def _one_block(rule, rest, active, blocks):
   def init_fn(params):
     stacks, others = _split(params, blocks)
     shapes = [x.shape for x in jax.tree.leaves(stacks)]
-    if min(map(len, shapes)) < 2 or len({shape[0] for shape in shapes}) > 1:
+    lengths = {shape[0] for shape in shapes if len(shape) > 1}
+    if len(lengths) > 1 or any(len(shape) < 2 for shape in shapes):
       pairs = zip(paths.paths(stacks), shapes, strict=True)
       raise ValueError(
         f'blocks {blocks!r} must match stacks [L, ...] of one length L, got '
