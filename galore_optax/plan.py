@@ -5,11 +5,9 @@ returns a `Projection` or a `Whole` for each leaf. The numbers of a plan are in
 `projection`.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeAlias, get_args
 
 import jax
@@ -19,8 +17,6 @@ from galore_optax import checks, paths, projection
 from galore_optax.projection import Projection, Whole
 
 Plan: TypeAlias = Projection | Whole
-
-_watching: Any = contextvars.ContextVar('watching', default=None)
 
 # Attention kernels that keep their heads apart: [d, heads, head_dim].
 MANY_HEADS = re.compile(r'(?:.*/)?(query|key|value|out)(?:/kernel)?')
@@ -100,11 +96,9 @@ class Planner:
       others = set(range(ndim)).difference(axis % ndim for axis in i)
       o = tuple(sorted(others)) if o is ... else _as_tuple(o)
       used = {axis % ndim for axis in i + o if -ndim <= axis < ndim}
-      if len(used) < len(i + o):
-        raise ValueError(
-          f'axes must be distinct and in {-ndim}..{ndim - 1} for {path} of'
-          f' shape {shape}, got {axes!r}'
-        )
+      rule = f'distinct and in {-ndim}..{ndim - 1} for {path} of shape {shape}'
+      distinct = len(used) == len(i + o)
+      checks.require(rule, lambda _, yes=distinct: yes, axes=axes)
       return tuple(x % ndim for x in i), tuple(x % ndim for x in o)
     return _axes_of_heads(path, shape) or ((ndim - 2,), (ndim - 1,))
 
@@ -121,13 +115,10 @@ class Planner:
       return p if yes else Whole(p.path, p.shape)
     of = f'{p.path} of shape {p.shape}'
     if isinstance(p, Whole):
-      raise ValueError(
-        f'{of} and dtype {leaf.dtype} is a target but no matrix: it needs two'
-        ' axes of real numbers. Leave it out of targets'
-      )
+      rule = 'is no matrix, two axes of real numbers. Leave it out of targets'
+      raise ValueError(f'{of} and dtype {leaf.dtype} {rule}')
     largest = self._largest_rank(p)
-    if p.rank > largest:
-      raise ValueError(f'rank must be in 1..{largest} for {of}, got {p.rank}')
+    checks.require(f'in 1..{largest} for {of}', largest.__ge__, rank=p.rank)
     return p
 
   def _nothing_selected(self, plans) -> str:
@@ -139,28 +130,6 @@ class Planner:
       ' last axes larger than rank, embeddings, heads, norms and biases'
       f' excepted. Lower rank or name targets. Parameters: {shapes}'
     )
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[dict[str, Projection]]:
-  """Yields a dict to which each `galore` adds its plans, by path, at `init`.
-
-  So a description finds them behind any wrapper. They could not stand in the
-  state: flax's msgpack takes no static data, and a seed has no shape.
-  """
-  seen = {}
-  token = _watching.set(seen)
-  try:
-    yield seen
-  finally:
-    _watching.reset(token)
-
-
-def show(plans: Sequence[Plan]) -> None:
-  """Adds plans to the dict of whoever watches."""
-  seen = _watching.get()
-  if seen is not None:
-    seen.update({p.path: p for p in plans if isinstance(p, Projection)})
 
 
 def _axes_of_heads(path, shape):
@@ -180,13 +149,11 @@ def _axes_of_heads(path, shape):
 
 def _checked_rank(rank) -> int | float:
   kind = int if checks.is_integer(rank) else float
+  rule = 'an integer >= 1 or a float in (0, 1], the share of the projected side'
   # A NaN or an infinity is no share.
-  if checks.is_number(rank) and (rank >= 1 if kind is int else 0 < rank <= 1):
-    return kind(rank)
-  raise ValueError(
-    'rank must be an integer >= 1 or a float in (0, 1], the share of the'
-    f' projected side, got {rank!r}'
-  )
+  fits = lambda x: x >= 1 if kind is int else 0 < x <= 1
+  checks.require(rule, lambda x: checks.is_number(x) and fits(x), rank=rank)
+  return kind(rank)
 
 
 def _as_tuple(axes: Any) -> tuple[int, ...]:

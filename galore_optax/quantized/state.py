@@ -16,6 +16,7 @@ from galore_optax.checks import check_count, check_static
 from galore_optax.precision import full
 from galore_optax.quantized import array
 from galore_optax.quantized.array import is_coded, quantize, unpacked
+from galore_optax.sharding import on_any_mesh, placed
 
 # States of what goes around `quantize_state`, as it looks at a whole tree.
 GUARDS = (
@@ -96,19 +97,20 @@ def quantize_state(
   check_count(block_size=block_size)
   inner = optax.with_extra_args_support(inner)
 
+  @placed
   def init_fn(params):
     if elementwise:
       _check_elementwise(inner, params)
     seen = _tried(inner, params)
     init = lambda params: _packed(inner, params, seen, block_size, min_size)
-    if any(
-      isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)
-    ):
+    is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    if any(map(is_shape, jax.tree.leaves(params))):
       zeros = lambda x: jnp.zeros(x.shape, x.dtype)
       return jax.jit(lambda: init(jax.tree.map(zeros, params)))()
     # Jitted, so that no float32 moment is allocated on the way.
     return jax.jit(init)(params)
 
+  @on_any_mesh(lambda updates, state, params=None: (updates, state))
   def update_fn(updates, state, params=None, **extra_args):
     run = lambda g, s, w: inner.update(g, s, w, **extra_args)
     if elementwise:
@@ -342,7 +344,7 @@ def _acts_alone(inner) -> bool:
   """Whether the update of four elements is that of each alone."""
   g, w = jnp.array([[1e-2, -1.0], [1e3, 2.0]]), jnp.array([[1.0, -2], [3, 0.5]])
 
-  def update(at):
+  def update(at=...):
     u, state = inner.update(g[at], inner.init(w[at]), w[at])
     return [jnp.asarray(x) for x in jax.tree.leaves((u, state))]
 
@@ -353,15 +355,11 @@ def _acts_alone(inner) -> bool:
 
   with jax.ensure_compile_time_eval():
     try:
-      whole = update(slice(None))
+      whole = update()
     except TypeError:
       return True  # It needs extra args, which only `update` is given.
     if any(isinstance(x, Tracer) for x in whole):
       return True  # A hyperparameter is traced.
-    for i, j in np.ndindex(2, 2):
-      at = np.s_[i : i + 1, j : j + 1]
-      cut = [x[at] if x.ndim == 2 else x for x in whole]
-      pairs = zip(update(at), cut, strict=True)
-      if not all(same(x, y) for x, y in pairs):
-        return False
-  return True
+    cells = [np.s_[i : i + 1, j : j + 1] for i, j in np.ndindex(2, 2)]
+    cut = lambda at: [x[at] if x.ndim == 2 else x for x in whole]
+    return all(all(map(same, update(at), cut(at))) for at in cells)

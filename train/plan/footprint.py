@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from galore_optax import memory
 from models import attention
 from models.llama import LlamaConfig
 from train import step as step_lib
 from train.config import Config, WholeTree
 from train.plan import cards as cards_lib
+from train.plan.account import account
 from train.plan.cards import GPUS
 from train.task import Task, array_shapes, language_model
 
@@ -144,11 +144,11 @@ def make_plan(
     mesh = mesh_of(cards)
     compiled = cards_lib.compile_step(*placed_step(config, step, state, mesh))
   share = lambda tree: jax.tree.map(lambda x: shard(x, cards.devices), tree)
-  account = memory.account(share(state.params), share(state.optimizer))
+  sums = account(share(state.params), share(state.optimizer))
   gradients = gradient_bytes(config, task, state, cards.devices)
   activations = activation_bytes(config) // cards.devices
   workspace = workspace_bytes(config)
-  total = account.total + gradients + activations
+  total = sums.total + gradients + activations
   if compiled:
     total = compiled.total_bytes
   total += workspace
@@ -161,10 +161,10 @@ def make_plan(
     batch_size=config.batch_size,
     sequence_length=config.sequence_length,
     attention=config.model.attention,
-    parameter_bytes=account.parameters,
-    vocabulary_bytes=account.vocabulary,
-    basis_bytes=account.bases,
-    moment_bytes=account.moments + account.counters,
+    parameter_bytes=sums.parameters,
+    vocabulary_bytes=sums.vocabulary,
+    basis_bytes=sums.bases,
+    moment_bytes=sums.moments + sums.counters,
     gradient_bytes=gradients,
     activation_bytes=activations,
     workspace_bytes=workspace,
