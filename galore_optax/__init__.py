@@ -40,6 +40,7 @@ from galore_optax.quantized.rounding import (
 )
 from galore_optax.quantized.state import quantize_state as quantize_state
 from galore_optax.residual import Scaled as Scaled, Sgd as Sgd, Sign as Sign
+from galore_optax.sharding import state_shardings as state_shardings
 from galore_optax.subspace.finders import Coordinates as Coordinates
 from galore_optax.subspace.finders import Gaussian as Gaussian, Gram as Gram
 from galore_optax.subspace.finders import PowerIteration as PowerIteration

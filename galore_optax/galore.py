@@ -46,10 +46,11 @@ import optax
 from galore_optax import checks, decay, projection
 from galore_optax import moments as moments_lib
 from galore_optax.paths import Targets, is_part
-from galore_optax.plan import Plan, Planner, show
+from galore_optax.plan import Plan, Planner
 from galore_optax.precision import full
-from galore_optax.projection import Axes, Projection, Side, Whole, each
+from galore_optax.projection import Axes, Projection, Side, Whole, each, show
 from galore_optax.residual import Residual, Split
+from galore_optax.sharding import low_sharding, on_any_mesh, placed
 from galore_optax.subspace import finders, kept, refresh
 
 Preset = TypeVar('Preset', bound=Callable)
@@ -355,6 +356,10 @@ def _staged(first: Any, **other: Any) -> Galore:
   return tx
 
 
+def _like_weights(self, low, state, params=None, grads=None):
+  return params if grads is None else grads, state
+
+
 @dataclasses.dataclass(frozen=True)
 class _Core:
   """The checked options of one `galore`, which documents them, and its stages.
@@ -379,6 +384,7 @@ class _Core:
     """Returns the same with f(keeper)."""
     return _staged(dataclasses.replace(self, keeper=f(self.keeper)))
 
+  @placed
   def init(self, params: Any) -> GaloreState:
     """Returns the state before the first update."""
     plans = self.plan(params)
@@ -406,6 +412,7 @@ class _Core:
     """Returns whether a refresh finds any basis: a scalar."""
     return refresh.is_due(self.gap, state.phase, state.count, layer)
 
+  @on_any_mesh(lambda self, grads, state: state)
   def refresh(self, grads: Any, state: GaloreState, *, layer: Any = 0) -> Any:
     """Returns the state with new bases, and moments to match, if due."""
     plans = self.plan(grads)
@@ -450,12 +457,16 @@ class _Core:
     turns = list(map(turn, plans, *bases, phase))
     return new._replace(inner=self.moments(state.inner, treedef, turns))
 
+  @on_any_mesh(
+    lambda self, grads, _: each(low_sharding, self.plan(grads), grads)
+  )
   def project(self, grads: Any, state: GaloreState) -> Any:
     """Returns the gradients, those of projected leaves in their subspaces."""
     plans = self.plan(grads)
     bases = self._bases(plans, grads, state)
     return each(lambda p, g, basis: p.project(g, basis), plans, grads, bases)
 
+  @on_any_mesh(_like_weights)
   def apply(self, low, state, params=None, grads=None, *, layer=0, **extra):
     """Returns the updates and the next state; `state` has the step's bases."""
     assert grads is not None or self.rule is None, 'a rule reads the gradient'

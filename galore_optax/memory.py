@@ -13,9 +13,7 @@ import optax
 
 from galore_optax import paths
 from galore_optax.galore import GaloreState
-from galore_optax.plan import watched
-
-BASIS = jax.tree_util.GetAttrKey('basis')
+from galore_optax.projection import watched
 
 
 class Row(NamedTuple):
@@ -79,35 +77,17 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
   owners = [path for path, _ in leaves]
   sizes = collections.Counter()
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    owner = _owner(path, owners)
+    owner = paths.owner(path, owners)
     end = () if owner is None else owners[owner][-1:]
     # A scalar is a counter, unless it stands where a parameter would.
     if owner is not None and (leaf.ndim or path[-1:] == end != ()):
-      sizes[owner, BASIS in path] += leaf.size * leaf.dtype.itemsize
+      sizes[owner, paths.BASIS in path] += leaf.size * leaf.dtype.itemsize
   names = paths.paths(params)
   shapes = [tuple(leaf.shape) for _, leaf in leaves]
   low = [seen[name].low_shape if name in seen else None for name in names]
   bases = [sizes[i, True] for i in range(len(leaves))]
   rest = [sizes[i, False] for i in range(len(leaves))]
   return Table(map(Row, names, shapes, low, bases, rest))
-
-
-def _owner(path, owners):
-  """Returns the parameter whose path comes last, or right after BASIS.
-
-  Of two that end together it is the longer; a chain's own indices, which a
-  list of parameters shares, come first.
-  """
-  starts = lambda owner: range(len(path) - len(owner) + 1)
-  if BASIS in path:
-    starts = lambda owner: [path.index(BASIS) + 1]
-  found = [
-    (start + len(owner), len(owner), i)
-    for i, owner in enumerate(owners)
-    for start in starts(owner)
-    if path[start : start + len(owner)] == owner
-  ]
-  return max(found, default=(None,))[-1]
 
 
 class Account(NamedTuple):

@@ -15,7 +15,6 @@ import optax
 PyTree: TypeAlias = Any
 
 # Names weights: None (by shape), regexes, or a predicate `(path, leaf)`.
-# Names weights: None (by shape), regexes, or a predicate `(path, leaf)`.
 Targets: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool] | None
 
 # Words of vectors; with more axes, such a leaf is a stack of them.
@@ -27,6 +26,7 @@ TABLE = re.compile(r'(un)?embed\w*|wte|wpe')  # words of embeddings
 HEAD = re.compile(r'(\w+_)?(head|logits)|unembed\w*')
 
 VALUE = jax.tree_util.GetAttrKey('value')
+BASIS = jax.tree_util.GetAttrKey('basis')
 
 
 class Elsewhere(NamedTuple):
@@ -72,6 +72,26 @@ def paths(tree: PyTree) -> list[str]:
   # and takes off at update.
   is_variable = lambda key: key[-1:] == (VALUE,) and parents[key[:-1]] == 1
   return [show(key[:-1] if is_variable(key) else key) for key in keys]
+
+
+def owner(path: Any, owners: Sequence[Any]) -> int | None:
+  """Returns which parameter a leaf of state is of: its path comes last.
+
+  In a basis it comes right after BASIS.
+
+  Of two that end together it is the longer; a chain's own indices, which a
+  list of parameters shares, come first.
+  """
+  starts = lambda owner: range(len(path) - len(owner) + 1)
+  if BASIS in path:
+    starts = lambda owner: [path.index(BASIS) + 1]
+  found = [
+    (start + len(owner), len(owner), i)
+    for i, owner in enumerate(owners)
+    for start in starts(owner)
+    if path[start : start + len(owner)] == owner
+  ]
+  return max(found, default=(None,))[-1]
 
 
 def is_matrix(path: str) -> bool:

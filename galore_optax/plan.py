@@ -5,11 +5,9 @@ returns a `Projection` or a `Whole` for each leaf. The numbers of a plan are in
 `projection`.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeAlias, get_args
 
 import jax
@@ -19,8 +17,6 @@ from galore_optax import checks, paths, projection
 from galore_optax.projection import Projection, Whole
 
 Plan: TypeAlias = Projection | Whole
-
-_watching: Any = contextvars.ContextVar('watching', default=None)
 
 # Attention kernels that keep their heads apart: [d, heads, head_dim].
 MANY_HEADS = re.compile(r'(?:.*/)?(query|key|value|out)(?:/kernel)?')
@@ -139,28 +135,6 @@ class Planner:
       ' last axes larger than rank, embeddings, heads, norms and biases'
       f' excepted. Lower rank or name targets. Parameters: {shapes}'
     )
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[dict[str, Projection]]:
-  """Yields a dict to which each `galore` adds its plans, by path, at `init`.
-
-  So a description finds them behind any wrapper. They could not stand in the
-  state: flax's msgpack takes no static data, and a seed has no shape.
-  """
-  seen = {}
-  token = _watching.set(seen)
-  try:
-    yield seen
-  finally:
-    _watching.reset(token)
-
-
-def show(plans: Sequence[Plan]) -> None:
-  """Adds plans to the dict of whoever watches."""
-  seen = _watching.get()
-  if seen is not None:
-    seen.update({p.path: p for p in plans if isinstance(p, Projection)})
 
 
 def _axes_of_heads(path, shape):

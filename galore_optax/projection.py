@@ -7,9 +7,11 @@ Axes: i input (rows of a Flax kernel), o output (columns); m the projected
 side, n the other, r the rank. Leading axes (layers, experts) are batch.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -29,6 +31,8 @@ Axes: TypeAlias = tuple[int | Sequence[int], Any]
 Side: TypeAlias = Literal['std', 'reverse_std', 'left', 'right', 'full']
 
 ROWS, COLUMNS = -2, -1
+
+_watching: Any = contextvars.ContextVar('watching', default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +167,28 @@ def each(f: Callable, plans: Sequence[Any], tree: Any, *trees: Any) -> Any:
   leaves, treedef = jax.tree.flatten(tree)
   rest = [treedef.flatten_up_to(other) for other in trees]
   return treedef.unflatten(map(f, plans, leaves, *rest))
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, Projection]]:
+  """Yields a dict to which each `galore` adds its plans, by path, at `init`.
+
+  So a description finds them behind any wrapper. They could not stand in the
+  state: flax's msgpack takes no static data, and a seed has no shape.
+  """
+  seen = {}
+  token = _watching.set(seen)
+  try:
+    yield seen
+  finally:
+    _watching.reset(token)
+
+
+def show(plans: Sequence[Projection | Whole]) -> None:
+  """Adds plans to the dict of whoever watches."""
+  seen = _watching.get()
+  if seen is not None:
+    seen.update({p.path: p for p in plans if isinstance(p, Projection)})
 
 
 def projected_sides(side: Side, i: int, o: int) -> tuple[int, ...]:

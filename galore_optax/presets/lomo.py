@@ -11,7 +11,7 @@ import optax
 
 from galore_optax import paths
 from galore_optax.clipping import clipped
-from galore_optax.precision import rms
+from galore_optax.precision import full, rms
 from galore_optax.presets.adafactor import scale_by_galore_factored_rms
 from galore_optax.presets.inner import descend
 
@@ -102,8 +102,8 @@ def scale_by_weight_rms(*, weight_decay=0.0, eps=1e-3):
   """
 
   def by_weight(name, u, w):
-    w = w.astype(jnp.float32)
-    total = u.astype(jnp.float32) + weight_decay * w
+    w = full(w)
+    total = full(u) + weight_decay * w
     size = rms(w, paths.own_axes(name, w.ndim))
     return (jnp.maximum(eps, size) * total).astype(u.dtype)
 

@@ -16,6 +16,7 @@ from galore_optax.checks import check_count, check_static
 from galore_optax.precision import full
 from galore_optax.quantized import array
 from galore_optax.quantized.array import is_coded, quantize, unpacked
+from galore_optax.sharding import on_any_mesh, placed
 
 # States of what goes around `quantize_state`, as it looks at a whole tree.
 GUARDS = (
@@ -96,6 +97,7 @@ def quantize_state(
   check_count(block_size=block_size)
   inner = optax.with_extra_args_support(inner)
 
+  @placed
   def init_fn(params):
     if elementwise:
       _check_elementwise(inner, params)
@@ -109,6 +111,7 @@ def quantize_state(
     # Jitted, so that no float32 moment is allocated on the way.
     return jax.jit(init)(params)
 
+  @on_any_mesh(lambda updates, state, params=None: (updates, state))
   def update_fn(updates, state, params=None, **extra_args):
     run = lambda g, s, w: inner.update(g, s, w, **extra_args)
     if elementwise:
