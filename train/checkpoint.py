@@ -132,7 +132,7 @@ def restore(
 
   Args:
     manager: of a directory that holds a checkpoint.
-    state: shapes of what was saved.
+    state: shapes of what was saved, with the shardings to restore to.
     batches: an iterator made as the saved one was.
   """
   state = on_device(state)
@@ -198,8 +198,9 @@ def read(
 
 
 def on_device(shapes: PyTree) -> PyTree:
-  """Returns shapes that say where to restore to: the first device."""
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  """Returns shapes that say where to restore to: else the first device."""
+  first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  place = lambda x: getattr(x, 'sharding', None) or first
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), shapes
   )
