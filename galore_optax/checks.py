@@ -6,6 +6,7 @@ its value is not known.
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ def check_count(**counts: Any) -> None:
 
   >>> check_count(microbatches=4)
   """
-  _check('an integer >= 1', lambda x: is_integer(x) and x >= 1, counts)
+  require('an integer >= 1', lambda x: is_integer(x) and x >= 1, **counts)
 
 
 def check_integer(**values: Any) -> None:
@@ -52,7 +53,7 @@ def check_integer(**values: Any) -> None:
   >>> check_integer(seed=0)
   """
   known = lambda x: isinstance(x, jax.Array) or is_integer(x)
-  _check('an integer', known, values)
+  require('an integer', known, **values)
 
 
 def check_static(**values: object) -> None:
@@ -64,7 +65,7 @@ def check_static(**values: object) -> None:
     'a Python number, as what is compiled depends on it; under'
     f' optax.inject_hyperparams it belongs in static_args={tuple(values)}'
   )
-  _check(rule, lambda x: not isinstance(x, jax.Array), values)
+  require(rule, lambda x: not isinstance(x, jax.Array), **values)
 
 
 def check_one_of(known: tuple[str, ...], **values: object) -> None:
@@ -73,7 +74,7 @@ def check_one_of(known: tuple[str, ...], **values: object) -> None:
   >>> check_one_of(('keep', 'reset'), moments='keep')
   """
   rule = f'one of {", ".join(known)}'
-  _check(rule, lambda x: isinstance(x, str) and x in known, values)
+  require(rule, lambda x: isinstance(x, str) and x in known, **values)
 
 
 def check_not_negative(**values: Any) -> None:
@@ -109,7 +110,20 @@ def check_learning_rate(**rates: Any) -> None:
   check_not_negative(**{k: x for k, x in rates.items() if not callable(x)})
 
 
-def _check(rule, holds, values) -> None:
+def check_params(params: Any, what: str) -> None:
+  """Raises ValueError where an update is not given the weights it needs.
+
+  >>> check_params({'w': jax.numpy.ones(2)}, 'weight decay')
+  """
+  if params is None:
+    raise ValueError(f'{what} needs params: tx.update(g, state, params)')
+
+
+def require(rule: str, holds: Callable[[Any], Any], **values: Any) -> None:
+  """Raises ValueError for a value for which a rule does not hold.
+
+  >>> require('at least 1', lambda x: x >= 1, limit=1.01)
+  """
   for name, x in values.items():
     if not holds(x):
       raise ValueError(f'{name} must be {rule}, got {x!r}')
@@ -118,4 +132,4 @@ def _check(rule, holds, values) -> None:
 def _check_finite(rule, holds, values) -> None:
   finite = lambda x: is_number(x) and math.isfinite(x) and holds(x)
   # An array, traced or not, is its maker's business.
-  _check(rule, lambda x: isinstance(x, jax.Array) or finite(x), values)
+  require(rule, lambda x: isinstance(x, jax.Array) or finite(x), **values)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_optax.checks import require
 from galore_optax.precision import full
 
 
@@ -59,8 +60,8 @@ def clipped(rule: optax.GradientTransformation, clip_norm: float | None) -> Any:
 
 def check_norm(clip_norm: Any) -> None:
   """Raises ValueError for a bound that would turn or stop the gradient."""
-  if isinstance(clip_norm, int | float) and not clip_norm > 0:
-    raise ValueError(f'clip_norm must be positive, or None, got {clip_norm!r}')
+  holds = lambda x: not isinstance(x, int | float) or x > 0
+  require('positive, or None', holds, clip_norm=clip_norm)
 
 
 def clip_coefficient(norm: jax.Array, clip_norm: float) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_optax.checks import is_zero
+from galore_optax.checks import check_params, is_zero
 from galore_optax.projection import Projection, Whole, each
 
 # Steps at which an inner is tried: at some, a schedule may be zero.
@@ -52,10 +52,18 @@ def through(inner, plans, low, state, params, extra) -> tuple[Any, Any, Any]:
     updates, state = inner.update(low, state, None, **extra)
     return updates, None, state
   at = each(lambda p, w: p.view(w), plans, params)
-  along = each(lambda p, w: p.tangent(w), plans, params)
+  along = _along(plans, at)
   update = lambda w: inner.update(low, state, w, **extra)
   updates, slopes, state = jax.jvp(update, (at,), (along,), has_aux=True)
   return updates, jax.tree.map(lambda x: x.ravel()[0], slopes), state
+
+
+def _along(plans, tree):
+  """Returns ones of projected leaves, along which the slope is taken.
+
+  Of others zeros: decay of the inner acts on the weight itself.
+  """
+  return each(lambda p, x: jnp.full_like(x, _is_low(p)), plans, tree)
 
 
 _is_low = lambda p: isinstance(p, Projection)
@@ -109,7 +117,7 @@ def _run_both(inner, plans, g, weights, count):
   Returns of each the updates, and the states before and after.
   """
   blind = each(lambda p, x: 0 * x if _is_low(p) else x, plans, weights)
-  along = each(lambda p, x: jnp.full_like(x, _is_low(p)), plans, weights)
+  along = _along(plans, weights)
   state, other = (at_count(count, inner.init(x)) for x in (weights, blind))
   seen, after = inner.update(g, state, weights)
   update = lambda w: inner.update(g, other, w)
@@ -198,8 +206,7 @@ def decay_updated_weights(
   def update_fn(updates, state, params=None):
     # No params are asked for where no decay is; a traced one may be any.
     if not is_zero(weight_decay):
-      if params is None:
-        raise ValueError('weight decay needs params: update(g, state, params)')
+      check_params(params, 'weight decay')
       shrink = rate_at(learning_rate, state.count) * weight_decay
       decayed = lambda u, w: u - (shrink * (w + u)).astype(u.dtype)
       updates = jax.tree.map(decayed, updates, params)

@@ -122,12 +122,6 @@ class Stage(optax.GradientTransformationExtraArgs):
 
   around: Callable[[optax.GradientTransformation], Galore]
 
-  def __new__(cls, around: Callable[..., Galore]) -> 'Stage':
-    """Returns a stage; called directly, it raises TypeError."""
-    stage = super().__new__(cls, _no_inner, _no_inner)
-    stage.around = around
-    return stage
-
 
 # Options of galore-torch and transformers, and what they are called here.
 THEIRS = {'update_proj_gap': 'gap', 'optim_target_modules': 'targets'}
@@ -223,16 +217,17 @@ def galore(
   checks.check_static(rank=rank, gap=getattr(gap, 'gap', gap))
   checks.check_not_negative(scale=scale)
   gap, keeper = refresh.checked_gap(gap), kept.keeping(subspace)
-  planner = Planner(rank, side, targets, axes, keeper.by_coordinates)
-  if residual is not None and not callable(residual):
-    raise ValueError(
-      'residual must be None or a rule of galore_optax.residual with its'
-      f' learning rate, such as Sign(1e-3), got {residual!r}'
-    )
+  planner = Planner(rank, side, targets, axes, kept.by_coordinates(keeper))
+  rule = 'None or a rule of galore_optax.residual, such as Sign(1e-3)'
+  checks.require(rule, lambda x: x is None or callable(x), residual=residual)
   moments = moments_lib.checked(moments, in_turns=not isinstance(gap, int))
   options = planner, keeper, gap, scale, residual, moments
   of = lambda inner: _staged(_Core(_checked_inner(inner, moments), *options))
-  return Stage(of) if inner is None else of(inner)
+  if inner is not None:
+    return of(inner)
+  stage = Stage(_no_inner, _no_inner)
+  stage.around = of
+  return stage
 
 
 def names_options(*fixed: str, of: Any = galore) -> Callable[[Preset], Preset]:
@@ -260,7 +255,7 @@ def names_options(*fixed: str, of: Any = galore) -> Callable[[Preset], Preset]:
   def named(preset: Preset) -> Preset:
     signature = inspect.signature(preset)
     *own, _ = signature.parameters.values()
-    taken = {parameter.name for parameter in own} | {*fixed, 'inner'}
+    taken = {parameter.name for parameter in own} | {*fixed}
     for option in inspect.signature(of).parameters.values():
       if option.kind is option.KEYWORD_ONLY and option.name not in taken:
         own.append(option)
@@ -279,10 +274,8 @@ def chain(
     before, after = args[:position], args[position + 1 :]
     if isinstance(stage, Stage) and after:
       if any(isinstance(other, Stage) for other in after):
-        raise ValueError(
-          'a chain takes one galore stage, got another after it; for several'
-          ' ranks use optax.partition with a chain for each'
-        )
+        several = 'for several ranks use optax.partition with a chain for each'
+        raise ValueError(f'a chain takes one galore stage, got two; {several}')
       return chain(*before, stage.around(_optax_chain(*after)))
   if args and isinstance(args[0], Galore):
     rest = _optax_chain(*args[1:]) if args[1:] else optax.identity()
@@ -305,11 +298,8 @@ def quantize_bases(
     >>> tx.init({'w': jnp.ones((512, 512))}).basis['w'].nbytes
     528
   """
-  if not isinstance(tx, Galore):
-    raise ValueError(
-      'quantize_bases takes a galore, or an optax.chain that begins with one,'
-      f' got {tx!r}; put other transformations around it'
-    )
+  rule = 'a galore, or an optax.chain that begins with one, others around it'
+  checks.require(rule, lambda x: isinstance(x, Galore), tx=tx)
   return tx.with_keeper(lambda k: kept.packed(k, bits=bits, group=group))
 
 
@@ -356,10 +346,6 @@ def _staged(first: Any, **other: Any) -> Galore:
   return tx
 
 
-def _like_weights(self, low, state, params=None, grads=None):
-  return params if grads is None else grads, state
-
-
 @dataclasses.dataclass(frozen=True)
 class _Core:
   """The checked options of one `galore`, which documents them, and its stages.
@@ -394,10 +380,7 @@ class _Core:
     if any(isinstance(p, Projection) for p in plans) and not is_part(params):
       decay.check(inner, plans, params)
     inner_state = inner.init(each(lambda p, w: p.view(w), plans, params))
-    if self.moments == 'reset':
-      moments_lib.check_resets(inner_state.inner_states['low'])
-    elif self.moments != 'keep':
-      self.moments.check(inner_state)
+    moments_lib.check(self.moments, inner_state)
     basis = lambda p, w: refresh.first_kept(self.keeper, p, w.dtype)
     return GaloreState(
       count=jnp.zeros([], jnp.int32),
@@ -457,16 +440,14 @@ class _Core:
     turns = list(map(turn, plans, *bases, phase))
     return new._replace(inner=self.moments(state.inner, treedef, turns))
 
-  @on_any_mesh(
-    lambda self, grads, _: each(low_sharding, self.plan(grads), grads)
-  )
+  @on_any_mesh(lambda self, g, _: each(low_sharding, self.plan(g), g))
   def project(self, grads: Any, state: GaloreState) -> Any:
     """Returns the gradients, those of projected leaves in their subspaces."""
     plans = self.plan(grads)
     bases = self._bases(plans, grads, state)
     return each(lambda p, g, basis: p.project(g, basis), plans, grads, bases)
 
-  @on_any_mesh(_like_weights)
+  @on_any_mesh(lambda _, low, s, w=None, g=None: (w if g is None else g, s))
   def apply(self, low, state, params=None, grads=None, *, layer=0, **extra):
     """Returns the updates and the next state; `state` has the step's bases."""
     assert grads is not None or self.rule is None, 'a rule reads the gradient'
@@ -542,10 +523,8 @@ def _turned(p, new, old, changed, low: jax.Array, power: int) -> jax.Array:
 def _checked_inner(inner: Any, moments: Any) -> Any:
   """Returns an inner that takes extra args, or two of them."""
   for one in inner if isinstance(inner, Apart) else (inner,):
-    if not isinstance(one, optax.GradientTransformation):
-      raise ValueError(
-        f'inner must be a transformation, e.g. optax.adamw(1e-3), got {one!r}'
-      )
+    is_tx = lambda x: isinstance(x, optax.GradientTransformation)
+    checks.require('a transformation, e.g. optax.adamw(1e-3)', is_tx, inner=one)
   if isinstance(inner, Apart):
     return inner
   inner = optax.with_extra_args_support(inner)

@@ -51,10 +51,6 @@ class Rotate:
     """Raises ValueError for what is no decay."""
     check_decay(b1=self.b1, b2=self.b2)
 
-  def check(self, state: Any) -> None:
-    """Raises ValueError where a moment is neither mu, trace, ema nor nu."""
-    _check(state, {*FIRST, *SECOND}, 'rotate', 'mu, trace and nu')
-
   def __call__(self, state: Any, treedef: Any, turns: Sequence) -> Any:
     """Returns the inner state in the new basis.
 
@@ -112,16 +108,24 @@ def checked(rule: Any, *, in_turns: bool) -> Any:
     return rule
   check_one_of(('keep', 'reset', 'rotate'), moments=rule)
   if rule == 'reset' and in_turns:
-    raise ValueError(
-      "moments='reset' restarts a counter that all matrices share, so they"
-      " cannot take turns; use an integer gap, 'keep' or 'rotate'"
-    )
+    why = "moments='reset' restarts a counter of all matrices, so they cannot"
+    raise ValueError(f'{why} take turns; give an integer gap, keep or rotate')
   return Rotate() if rule == 'rotate' else rule
 
 
-def check_resets(state: Any) -> None:
-  """Raises ValueError where a reset of the state would miss a moment."""
-  _check(state, ZEROED, 'reset', ', '.join(sorted(ZEROED)))
+def check(rule: Any, state: Any) -> None:
+  """Raises ValueError where a rule would miss a moment of the state."""
+  known, listing = {*FIRST, *SECOND}, 'mu, trace and nu'
+  if rule == 'reset':
+    state, known = state.inner_states['low'], ZEROED
+    listing = ', '.join(sorted(known))
+  for path, x in jax.tree_util.tree_leaves_with_path(state):
+    names = {getattr(key, 'name', None) for key in path}
+    if rule != 'keep' and x.ndim and not names & (known | CONSTANTS):
+      raise ValueError(
+        f'moments={rule!r} knows the moments {listing}, got'
+        f' {jax.tree_util.keystr(path)}; use another of keep, reset and rotate'
+      )
 
 
 def reset(state: Any) -> Any:
@@ -152,16 +156,6 @@ def reset_low(state: Any) -> Any:
   """Returns the state of two inners with that of the 'low' leaves reset."""
   low = state.inner_states['low']
   return state._replace(inner_states={**state.inner_states, 'low': reset(low)})
-
-
-def _check(state, known, name, listing):
-  for path, x in jax.tree_util.tree_leaves_with_path(state):
-    names = {getattr(key, 'name', None) for key in path}
-    if x.ndim and not names & (known | CONSTANTS):
-      raise ValueError(
-        f"moments='{name}' knows the moments {listing}, got"
-        f' {jax.tree_util.keystr(path)}; use another of keep, reset and rotate'
-      )
 
 
 def _each_node(f, state):

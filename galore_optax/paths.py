@@ -202,8 +202,6 @@ def matched(patterns: Sequence[str], tree, *, option='targets') -> list[bool]:
     raise ValueError(f'{option}: {what}: {error}') from error
   unused = [r.pattern for r in regexes if not any(map(r.fullmatch, found))]
   if unused and found and not is_part(tree):
-    raise ValueError(
-      f'{option} {unused} match no parameter; a regex must match a whole path.'
-      ' Paths: ' + ', '.join(found)
-    )
+    rule = 'match no parameter; a regex must match a whole path. Paths:'
+    raise ValueError(f'{option} {unused} {rule} {", ".join(found)}')
   return [any(regex.fullmatch(name) for regex in regexes) for name in found]

@@ -96,11 +96,9 @@ class Planner:
       others = set(range(ndim)).difference(axis % ndim for axis in i)
       o = tuple(sorted(others)) if o is ... else _as_tuple(o)
       used = {axis % ndim for axis in i + o if -ndim <= axis < ndim}
-      if len(used) < len(i + o):
-        raise ValueError(
-          f'axes must be distinct and in {-ndim}..{ndim - 1} for {path} of'
-          f' shape {shape}, got {axes!r}'
-        )
+      rule = f'distinct and in {-ndim}..{ndim - 1} for {path} of shape {shape}'
+      distinct = len(used) == len(i + o)
+      checks.require(rule, lambda _, yes=distinct: yes, axes=axes)
       return tuple(x % ndim for x in i), tuple(x % ndim for x in o)
     return _axes_of_heads(path, shape) or ((ndim - 2,), (ndim - 1,))
 
@@ -117,13 +115,10 @@ class Planner:
       return p if yes else Whole(p.path, p.shape)
     of = f'{p.path} of shape {p.shape}'
     if isinstance(p, Whole):
-      raise ValueError(
-        f'{of} and dtype {leaf.dtype} is a target but no matrix: it needs two'
-        ' axes of real numbers. Leave it out of targets'
-      )
+      rule = 'is no matrix, two axes of real numbers. Leave it out of targets'
+      raise ValueError(f'{of} and dtype {leaf.dtype} {rule}')
     largest = self._largest_rank(p)
-    if p.rank > largest:
-      raise ValueError(f'rank must be in 1..{largest} for {of}, got {p.rank}')
+    checks.require(f'in 1..{largest} for {of}', largest.__ge__, rank=p.rank)
     return p
 
   def _nothing_selected(self, plans) -> str:
@@ -154,13 +149,11 @@ def _axes_of_heads(path, shape):
 
 def _checked_rank(rank) -> int | float:
   kind = int if checks.is_integer(rank) else float
+  rule = 'an integer >= 1 or a float in (0, 1], the share of the projected side'
   # A NaN or an infinity is no share.
-  if checks.is_number(rank) and (rank >= 1 if kind is int else 0 < rank <= 1):
-    return kind(rank)
-  raise ValueError(
-    'rank must be an integer >= 1 or a float in (0, 1], the share of the'
-    f' projected side, got {rank!r}'
-  )
+  fits = lambda x: x >= 1 if kind is int else 0 < x <= 1
+  checks.require(rule, lambda x: checks.is_number(x) and fits(x), rank=rank)
+  return kind(rank)
 
 
 def _as_tuple(axes: Any) -> tuple[int, ...]:

@@ -48,10 +48,6 @@ class Whole:
     """Returns what the inner sees as parameter: the weight."""
     return full(w)
 
-  def tangent(self, w: jax.Array) -> jax.Array:
-    """Returns zeros: decay of the inner acts on the weight itself."""
-    return jnp.zeros_like(full(w))
-
   def project(self, g: jax.Array, basis: Basis) -> jax.Array:
     """Returns the gradient in float32."""
     return full(g)
@@ -116,10 +112,6 @@ class Projection:
   def view(self, w: Any) -> jax.Array:
     """Returns what the inner sees as parameter: zeros [..., r, n]."""
     return jnp.zeros(self.low_shape, jnp.promote_types(w.dtype, jnp.float32))
-
-  def tangent(self, w: Any) -> jax.Array:
-    """Returns ones [..., r, n], along which the slope of decay is taken."""
-    return jnp.ones_like(self.view(w))
 
   def project(self, g: jax.Array, basis: Basis) -> jax.Array:
     """Returns the low-rank gradient [..., r, n] in float32.

@@ -39,11 +39,9 @@ class Residual(Protocol):
 
   def init(self, plan: Projection) -> Any:
     """Returns the state for one weight."""
-    ...
 
   def __call__(self, plan: Projection, split: Split, state: Any) -> Added:
     """Returns what is added to the update [..., i, o], and the state."""
-    ...
 
 
 def outside(plan: Projection, split: Split, share: float = 1.0) -> jax.Array:
@@ -127,10 +125,8 @@ class Scaled:
   def __post_init__(self) -> None:
     """Raises ValueError for a limit that lets nothing grow."""
     checks.check_not_negative(scale=self.scale, inside=self.inside)
-    if not isinstance(self.limit, jax.Array) and not self.limit >= 1:
-      raise ValueError(
-        f'limit must be at least 1, the growth of a norm, got {self.limit!r}'
-      )
+    holds = lambda x: isinstance(x, jax.Array) or x >= 1
+    checks.require('>= 1, the growth of a norm', holds, limit=self.limit)
 
   def init(self, plan: Projection) -> Any:
     """Returns the norm [...] of the last update: none yet, so no limit."""

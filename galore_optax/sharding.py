@@ -13,19 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_optax import paths
+from galore_optax.checks import require
 from galore_optax.projection import Projection, watched
 
-# Fields of numbers that many elements of an array share.
-SHARED = {'scale', 'offset'}
 
-
-def state_shardings(
-  tx: optax.GradientTransformation, params: Any, shardings: Any
-) -> Any:
+def state_shardings(tx: Any, params: Any, shardings: Any) -> Any:
   """Returns where each leaf of the state of `tx` lives.
 
   What has a weight's shape lives where the weight does. Of a projected weight,
@@ -48,14 +43,14 @@ def state_shardings(
     ValueError: a parameter has another kind of sharding.
 
   Example:
-    >>> import galore_optax
+    >>> import galore_optax, optax
     >>> mesh = jax.make_mesh((1,), ('fsdp',))
     >>> rows = NamedSharding(mesh, PartitionSpec('fsdp'))
     >>> tx = galore_optax.galore(optax.adam(0.1), rank=2)
     >>> params = {'w': jax.ShapeDtypeStruct((4, 6), 'float32')}
     >>> state = state_shardings(tx, params, {'w': rows})
-    >>> state.basis['w'].spec, state.inner[0].mu['w'].spec
-    (PartitionSpec(None, 'fsdp'), PartitionSpec(None, 'fsdp'))
+    >>> tuple(state.basis['w'].spec), tuple(state.inner[0].mu['w'].spec)
+    ((None, 'fsdp'), (None, 'fsdp'))
   """
   return _shardings(tx.init, params, shardings)
 
@@ -64,19 +59,14 @@ def _shardings(init: Callable[[Any], Any], params: Any, shardings: Any) -> Any:
   with watched() as seen:
     # Of bare shapes: where an operation's result lives need not be said. A new
     # function: what was traced before would not be watched again.
-    bare = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params
-    )
-    state = jax.eval_shape(lambda params: init(params), bare)
+    bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    state = jax.eval_shape(lambda w: init(w), jax.tree.map(bare, params))
   leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
   owners = [path for path, _ in leaves]
   names, places = paths.paths(params), treedef.flatten_up_to(shardings)
   for name, place in zip(names, places, strict=True):
-    if not isinstance(place, NamedSharding):
-      raise ValueError(
-        f'shardings must be a NamedSharding for each parameter, got {place!r}'
-        f' for {name}'
-      )
+    named = lambda x: isinstance(x, NamedSharding)
+    require(f'a NamedSharding for {name}', named, shardings=place)
 
   def of_leaf(path, x):
     owner = paths.owner(path, owners)
@@ -110,12 +100,11 @@ def _of_low(plan: Projection, shape, cuts, *, basis: bool = False):
   near, far = of(plan.axes[side]), of(plan.axes[-3 - side])
   low = (*shape[:num], *plan.low_shape)
   batch = [*cuts[:num], *(cuts[num + axis] for axis in plan.batch_axes)]
-  if basis:
-    return (*low[:-1], plan.matrix_shape[side]), [*batch, (), near + far]
   # A single column, of entries one by one, has rows alone to cut.
-  if low[-1] == 1:
-    return low, [*batch, far + near, ()]
-  return low, [*batch, (), far + near if len(plan.sides) == 1 else ()]
+  rows = near + far if low[-1] == 1 else ()
+  if basis:
+    return (*low[:-1], plan.matrix_shape[side]), [*batch, rows, near + far]
+  return low, [*batch, rows, far + near if len(plan.sides) == 1 else ()]
 
 
 def _fitted(mesh: Any, shape, cuts) -> PartitionSpec:
@@ -134,7 +123,7 @@ def _like(fields, shape, whole, cuts) -> list[tuple[str, ...]]:
   if len(shape) == len(whole):
     return cuts
   if len(shape) == len(whole) - 1:
-    if fields & SHARED:
+    if fields & {'scale', 'offset'}:  # Numbers that elements share.
       return [*cuts[:-2], cuts[-2] + cuts[-1]]
     for axis in (-2, -1) if 'v_col' in fields else (-1, -2):
       left = [i for i in range(len(whole)) if i != axis % len(whole)]
@@ -153,12 +142,13 @@ def placed(init: Callable) -> Callable:
 
   def init_fn(*args):
     one, params = functools.partial(init, *args[:-1]), args[-1]
-    typed = _is_explicit()
-    known = lambda x: isinstance(x, jax.Array) and (typed or not _is_traced(x))
-    place = lambda x: (jax.typeof(x) if typed else x).sharding
-    is_placed = lambda x: known(x) and isinstance(place(x), NamedSharding)
+    typed = jax.sharding.get_abstract_mesh().explicit_axes
     leaves = jax.tree.leaves(params)
-    if not leaves or not all(map(is_placed, leaves)):
+    # What is traced has a place by its type, under explicit axes, or none.
+    place = lambda x: getattr(jax.typeof(x) if typed else x, 'sharding', None)
+    places = [place(x) for x in leaves if isinstance(x, jax.Array)]
+    known = [x for x in places if isinstance(x, NamedSharding)]
+    if not leaves or len(known) < len(leaves):
       return one(params)
     places = _shardings(one, params, jax.tree.map(place, params))
     if not typed:
@@ -183,7 +173,7 @@ def on_any_mesh(like: Callable) -> Callable[[Callable], Callable]:
 
 
 def _run(f, like, args, kwargs):
-  if not _is_explicit():
+  if not jax.sharding.get_abstract_mesh().explicit_axes:
     return f(*args, **kwargs)
   leaves, treedef = jax.tree.flatten((args, kwargs))
   every = dict(enumerate(leaves))
@@ -193,8 +183,9 @@ def _run(f, like, args, kwargs):
     args, kwargs = treedef.unflatten((every | arrays).values())
     return f(*args, **kwargs)
 
-  spec = lambda x: getattr(x, 'spec', None) or jax.typeof(x).sharding.spec
-  specs = jax.tree.map(spec, like(*args))
+  is_place = lambda x: isinstance(x, NamedSharding)
+  place = lambda x: x if is_place(x) else jax.typeof(x).sharding
+  specs = jax.tree.map(lambda x: place(x).spec, like(*args))
   return jax.sharding.auto_axes(run, out_sharding=specs)(arrays)
 
 
@@ -205,11 +196,3 @@ def low_sharding(plan: Any, x: jax.Array) -> NamedSharding:
     return place
   low = _of_low(plan, x.shape, [*map(_axes, place.spec)])
   return NamedSharding(place.mesh, _fitted(place.mesh, *low))
-
-
-def _is_explicit() -> bool:
-  return bool(jax.sharding.get_abstract_mesh().explicit_axes)
-
-
-def _is_traced(x: Any) -> bool:
-  return isinstance(x, jax.core.Tracer)

@@ -106,11 +106,20 @@ def devices(sizes: Mesh) -> jax.sharding.Mesh:
 
 
 def grid(sizes: Mesh, there: Any) -> jax.sharding.Mesh:
-  """Returns devices as a mesh that the compiler lays arrays out on."""
+  """Returns devices as a mesh on which the compiler lays arrays out."""
   sides = dataclasses.asdict(sizes)
   auto = (AxisType.Auto,) * len(sides)
   return jax.make_mesh(
     tuple(sides.values()), tuple(sides), axis_types=auto, devices=there
+  )
+
+
+def absent(sizes: Mesh) -> jax.sharding.AbstractMesh:
+  """Returns a mesh of no devices, for shapes alone."""
+  sides = dataclasses.asdict(sizes)
+  auto = (AxisType.Auto,) * len(sides)
+  return jax.sharding.AbstractMesh(
+    tuple(sides.values()), tuple(sides), axis_types=auto
   )
 
 

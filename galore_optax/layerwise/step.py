@@ -20,7 +20,7 @@ import optax
 from jax import lax
 
 from galore_optax import clipping
-from galore_optax.checks import check_count
+from galore_optax.checks import check_count, check_one_of
 from galore_optax.galore import Galore
 from galore_optax.layerwise import stack
 from galore_optax.layerwise.passes import Passes
@@ -134,14 +134,12 @@ class Layerwise:
     self.slices = dict(self.slices or {})
     check_count(microbatches=self.microbatches, accumulate=self.accumulate)
     clipping.check_norm(self.clip_norm)
-    if self.clip not in ('exact', 'previous'):
-      raise ValueError(f"clip must be 'exact' or 'previous', got {self.clip!r}")
+    check_one_of(('exact', 'previous'), clip=self.clip)
+    accumulated = f'accumulate={self.accumulate}'
     linear = isinstance(self.tx, Galore) and self.tx.linear
     if self.accumulate > 1 and not linear:
-      raise ValueError(
-        f'accumulate={self.accumulate} sums projected gradients: tx must be a'
-        ' galore without a residual rule; microbatches work with any'
-      )
+      its = 'tx must be a galore without a residual rule; or use microbatches'
+      raise ValueError(f'{accumulated} sums projected gradients: {its}')
 
   def init(self, params: PyTree) -> LayerwiseState:
     """Returns the state before the first step."""

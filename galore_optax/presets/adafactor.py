@@ -18,6 +18,7 @@ from galore_optax.galore import galore, names_options, with_apply
 from galore_optax.precision import full, rms
 from galore_optax.presets.inner import check_numbers
 from galore_optax.projection import Projection, from_matrix, to_matrix
+from galore_optax.sharding import placed
 
 
 class FactoredState(NamedTuple):
@@ -55,16 +56,16 @@ def scale_by_galore_factored_rms(
   """
   checks.check_positive(decay_rate=decay_rate)
   checks.check_not_negative(eps=eps)
-  if isinstance(clip_threshold, float | int) and not clip_threshold > 0:
-    raise ValueError(f'clip_threshold must be > 0, got {clip_threshold!r}')
+  holds = lambda x: not checks.is_number(x) or x > 0
+  checks.require('> 0', holds, clip_threshold=clip_threshold)
 
+  @placed
   def init_fn(params):
     leaves, treedef = jax.tree.flatten(params)
     rows = list(map(_first, paths.paths(params), leaves))
     return FactoredState(jnp.zeros([], jnp.int32), *_columns(treedef, rows, 3))
 
   def update_fn(updates, state, params=None):
-    del params
     count = jnp.asarray(optax.safe_increment(state.count))
     weight = count.astype(float) ** -decay_rate
     grads, treedef = jax.tree.flatten(updates)
@@ -172,11 +173,7 @@ def galore_adafactor(
     # The step size of each weight acts before the inner's momentum, where only
     # the low-rank gradient is seen: it is handed through as an extra arg.
     def apply_fn(low, state, params=None, grads=None, **extra_args):
-      if params is None:
-        raise ValueError(
-          'weight decay and the scale of parameters need params:'
-          ' tx.update(g, state, params)'
-        )
+      checks.check_params(params, 'a step that follows the weights')
       rate = rate_at(learning_rate, state.count)
       scale = lambda p, w: _scale(p, w, eps[1]) if scale_parameter else 1.0
       plans = jax.tree.structure(params).unflatten(tx.plan(params))
@@ -194,7 +191,6 @@ def galore_adafactor(
 
 def _by_size(updates, state, params=None, *, step_size, **extra_args):
   """Multiplies by minus a number a matrix, each in a tree of extra args."""
-  del params, extra_args
   down = lambda u, size: jnp.asarray(-size, u.dtype) * u
   return jax.tree.map(down, updates, step_size), state
 

@@ -9,6 +9,7 @@ Axes: L layers, the leading axis of a stack.
 """
 
 import functools
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -22,6 +23,7 @@ from galore_optax import checks, paths
 from galore_optax.decay import rate_at
 from galore_optax.precision import in_float32
 from galore_optax.presets.inner import Inner, check_numbers, without_rate
+from galore_optax.sharding import placed
 
 Rule = optax.GradientTransformationExtraArgs
 Order = Literal['random', 'ascending', 'descending', 'fixed']
@@ -134,8 +136,8 @@ def layer_of_turn(turn, num_layers, order='random', start=None, seed=0):
     return jax.random.permutation(key, num_layers)[place].astype(jnp.int32)
   if start is None:
     start = num_layers - 1 if order == 'descending' else 0
-  if not 0 <= start < num_layers:
-    raise ValueError(f'start must be in 0..{num_layers - 1}, got {start}')
+  layers = range(num_layers)
+  checks.require(f'in 0..{num_layers - 1}', layers.__contains__, start=start)
   step = {'ascending': 1, 'descending': -1, 'fixed': 0}[order]
   return (start + step * place) % num_layers
 
@@ -176,21 +178,23 @@ def _one_block(rule, rest, active, blocks):
   """Applies a rule to the layer whose turn it is, another to the rest."""
   rest_rule = rest or optax.with_extra_args_support(optax.set_to_zero())
 
+  @placed
   def init_fn(params):
     stacks, others = _split(params, blocks)
     shapes = [x.shape for x in jax.tree.leaves(stacks)]
-    if min(map(len, shapes)) < 2 or len({shape[0] for shape in shapes}) > 1:
+    lengths = {shape[0] for shape in shapes if len(shape) > 1}
+    if len(lengths) > 1 or any(len(shape) < 2 for shape in shapes):
       pairs = zip(paths.paths(stacks), shapes, strict=True)
       raise ValueError(
         f'blocks {blocks!r} must match stacks [L, ...] of one length L, got '
         + ', '.join(f'{path} {shape}' for path, shape in pairs)
       )
-    layer = jax.tree.map(_first, stacks)
+    first = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    layer = jax.tree.map(first, stacks)
     return OneBlockState(rule.init(layer), rest_rule.init(others))
 
   def update_fn(updates, state, params=None, **extra):
-    if params is None:
-      raise ValueError('badam needs params: tx.update(g, state, params)')
+    checks.check_params(params, 'badam')
     (stacks, others), weights = _split(updates, blocks), _split(params, blocks)
     layer = active(state.block.count, jax.tree.leaves(stacks)[0].shape[0])
     take = lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False)
@@ -222,14 +226,7 @@ def _one_block(rule, rest, active, blocks):
 def _split(tree, blocks):
   """Returns the stacks of a tree and the rest of it; MaskedNode elsewhere."""
   mine = paths.matched([blocks], tree, option='blocks')
-  leaves, treedef = jax.tree.flatten(tree)
-  none, pairs = optax.MaskedNode(), list(zip(leaves, mine, strict=True))
-  stacks = treedef.unflatten([x if yes else none for x, yes in pairs])
-  return stacks, treedef.unflatten([none if yes else x for x, yes in pairs])
-
-
-def _first(x):
-  """Returns the first layer of an array, abstract or not."""
-  if isinstance(x, jax.ShapeDtypeStruct):
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-  return x[0]
+  mine = jax.tree.structure(tree).unflatten(mine)
+  keep = lambda x, yes: x if yes else optax.MaskedNode()
+  others = jax.tree.map(operator.not_, mine)
+  return jax.tree.map(keep, tree, mine), jax.tree.map(keep, tree, others)

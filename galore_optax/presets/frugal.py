@@ -75,14 +75,13 @@ def frugal(
     Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
   """
   checks.check_static(density=density)
-  if not (checks.is_number(density) and 0 <= density <= 1):
-    raise ValueError(f'density must be a number in [0, 1], got {density!r}')
+  holds = lambda x: checks.is_number(x) and 0 <= x <= 1
+  checks.require('a number in [0, 1]', holds, density=density)
   checks.check_one_of(tuple(RESIDUALS), residual=residual)
   checks.check_not_negative(residual_scale=residual_scale)
   inside = descend(learning_rate, weight_decay, without_rate(inner))
-  rest_rate = lambda count: (
-    residual_scale * jnp.asarray(rate_at(learning_rate, count), float)
-  )
+  rate = lambda count: jnp.asarray(rate_at(learning_rate, count), float)
+  rest_rate = lambda count: residual_scale * rate(count)
   options: dict[str, Any] = dict(gap=gap, targets=targets, **_where(subspace))
   options['residual'] = RESIDUALS[residual](rest_rate)
   # Made for all densities, as it checks the options.
@@ -93,9 +92,8 @@ def frugal(
   if density > 0:
     return stage
   direction = optax.scale_by_sign() if residual == 'sign' else optax.identity()
-  rules = direction, optax.scale(residual_scale)
-  alone = descend(learning_rate, weight_decay, *rules)
-  return partition(in_float32(alone), in_float32(inside), targets)
+  options = learning_rate, weight_decay, direction, optax.scale(residual_scale)
+  return partition(in_float32(descend(*options)), in_float32(inside), targets)
 
 
 def _where(subspace) -> dict[str, Any]:

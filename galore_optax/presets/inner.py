@@ -51,7 +51,6 @@ def scale_by_galore_adam(
   checks.check_not_negative(eps=eps)
 
   def update_fn(updates, state, params=None):
-    del params
     count = optax.safe_increment(state.count)
     mu = optax.tree.update_moment(updates, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
@@ -83,11 +82,9 @@ def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
   """
   if isinstance(inner, str) and inner in INNERS:
     inner = INNERS[inner]
-  if not isinstance(inner, optax.GradientTransformation):
-    raise ValueError(
-      f'inner must be one of {", ".join(INNERS)} or a transformation without'
-      f' a learning rate, such as optax.scale_by_adam(), got {inner!r}'
-    )
+  rule = f'one of {", ".join(INNERS)} or a transformation without learning rate'
+  is_tx = lambda x: isinstance(x, optax.GradientTransformation)
+  checks.require(rule, is_tx, inner=inner)
   tx = in_float32(inner)
 
   def init_fn(params):
@@ -117,10 +114,9 @@ def _check_no_rate(inner, params):
       least = min(answers, default=0.0)
       if least < 0:
         raise ValueError(
-          'the inner has a learning rate of its own (it makes'
-          f' {least:.3g} of a gradient of one), and the preset'
-          " multiplies by learning_rate after it; give 'adam', 'lion', 'sgdm'"
-          ' or a transformation such as optax.scale_by_adam()'
+          f'the inner has a learning rate of its own (it makes {least:.3g} of a'
+          ' gradient of one), and the preset multiplies by learning_rate after'
+          " it; give 'adam', 'lion', 'sgdm' or such as optax.scale_by_adam()"
         )
       if any(x > 0 for x in answers):
         return
@@ -144,9 +140,8 @@ def descend(learning_rate, weight_decay, *rules):
   """
   check_numbers(learning_rate, weight_decay)
   decayed = decay.add_decayed_weights(weight_decay)
-  return optax.chain(
-    *rules, decayed, optax.scale_by_learning_rate(learning_rate)
-  )
+  down = optax.scale_by_learning_rate(learning_rate)
+  return optax.chain(*rules, decayed, down)
 
 
 def rotated_by(options, b1, b2=0.999):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import paths
+from galore_optax.checks import check_params
 from galore_optax.clipping import clipped
 from galore_optax.precision import full, rms
 from galore_optax.presets.adafactor import scale_by_galore_factored_rms
@@ -108,8 +109,7 @@ def scale_by_weight_rms(*, weight_decay=0.0, eps=1e-3):
     return (jnp.maximum(eps, size) * total).astype(u.dtype)
 
   def scaled(updates, params):
-    if params is None:
-      raise ValueError('AdaLomo needs params: tx.update(g, state, params)')
+    check_params(params, 'AdaLomo')
     names = jax.tree.structure(updates).unflatten(paths.paths(updates))
     return jax.tree.map(by_weight, names, updates, params)
 

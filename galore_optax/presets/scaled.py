@@ -16,20 +16,52 @@ from galore_optax.subspace.refresh import Staggered
 
 
 @names_options('residual')
-def fira(
+def _scaled(
   learning_rate: optax.ScalarOrSchedule,
+  rule: Any,
   *,
-  rank: int | float = 128,
   gap: int | Staggered = 200,
-  scale: float = 0.25,
   limit: float = 1.01,
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-6,
   weight_decay: float = 0.0,
-  complement: Literal['exact', 'reference'] = 'exact',
   bits: Literal[8] | None = None,
   inner: Inner | None = None,
+  **options: Any,
+):
+  """Returns `galore` around an inner, with the rule that `Scaled` makes."""
+  inner_lib.check_numbers(learning_rate, weight_decay)
+  checks.require('8, or None for float32', lambda x: x in (8, None), bits=bits)
+  alone = 'None beside an inner: give inner=quantize_state(...) alone'
+  checks.require(alone, lambda x: not (x and inner is not None), bits=bits)
+  restarts = options.get('moments') == 'reset'
+
+  def correction(count):
+    # A reset restarts the inner's counter.
+    age = count % gap if restarts else count
+    return inner_lib.bias_correction(b1, b2, age + 1)
+
+  if inner not in ('lion', 'sgdm'):
+    rule['correction'] = correction
+  if inner is None:
+    inner = inner_lib.scale_by_galore_adam(b1=b1, b2=b2, eps=eps)
+    inner = quantize_state(inner) if bits else inner
+  options = inner_lib.rotated_by(options, b1, b2) | dict(gap=gap)
+  inner, residual = inner_lib.without_rate(inner), Scaled(limit=limit, **rule)
+  return optax.chain(
+    galore(inner, residual=residual, **options),
+    optax.scale_by_learning_rate(learning_rate),
+    decay_updated_weights(learning_rate, weight_decay=weight_decay),
+  )
+
+
+@names_options(of=_scaled)
+def fira(
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  scale: float = 0.25,
+  complement: Literal['exact', 'reference'] = 'exact',
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore's Adam, and the rest of the gradient scaled as Adam scaled its part.
@@ -66,28 +98,18 @@ def fira(
   """
   checks.check_not_negative(scale=scale)
   checks.check_one_of(('exact', 'reference'), complement=complement)
-  rule = dict(inside=1.0 if complement == 'exact' else scale, limit=limit)
-  options |= dict(rank=rank, gap=gap, scale=scale)
-  inner = _inner(inner, bits, b1, b2, eps)
-  return _scaled(learning_rate, weight_decay, inner, b1, b2, rule, options)
+  rule = dict(inside=1.0 if complement == 'exact' else scale)
+  return _scaled(learning_rate, rule, scale=scale, **options)
 
 
-@names_options('subspace', 'residual')
+@names_options('subspace', of=_scaled)
 def apollo(
   learning_rate: optax.ScalarOrSchedule,
   *,
   rank: int | float = 256,
-  gap: int = 200,
   scale: float = 1.0,
   channels: bool = True,
-  limit: float = 1.01,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-6,
-  weight_decay: float = 0.0,
   seed: int = 0,
-  bits: Literal[8] | None = None,
-  inner: Inner | None = None,
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """The raw gradient, scaled by channel as Adam scales a random sketch of it.
@@ -122,10 +144,9 @@ def apollo(
   """
   # Before its root is taken; a traced one is its maker's business.
   checks.check_not_negative(scale=scale)
-  rule = dict(inside=0, channels=channels, scale=scale**0.5, limit=limit)
-  options |= dict(rank=rank, gap=gap, scale=0.0, subspace=Gaussian(seed))
-  inner = _inner(inner, bits, b1, b2, eps)
-  return _scaled(learning_rate, weight_decay, inner, b1, b2, rule, options)
+  rule = dict(inside=0, channels=channels, scale=scale**0.5)
+  options |= dict(rank=rank, scale=0.0, subspace=Gaussian(seed))
+  return _scaled(learning_rate, rule, **options)
 
 
 @names_options('rank', 'channels', of=apollo)
@@ -151,38 +172,3 @@ def apollo_mini(
     Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024.
   """
   return apollo(learning_rate, rank=1, scale=scale, channels=False, **options)
-
-
-def _inner(inner, bits, b1, b2, eps):
-  """Returns Adam, its moments of so many bits, or what replaces it."""
-  if bits not in (8, None):
-    raise ValueError(f'bits must be 8, or None for float32, got {bits!r}')
-  if inner is None:
-    adam = inner_lib.scale_by_galore_adam(b1=b1, b2=b2, eps=eps)
-    return quantize_state(adam) if bits else adam
-  if bits:
-    raise ValueError(
-      f'bits={bits} is of Adam; give inner=quantize_state(...) alone'
-    )
-  return inner
-
-
-def _scaled(learning_rate, weight_decay, inner, b1, b2, rule, options):
-  """Returns `galore` around an inner, with the rule that `Scaled` makes."""
-  inner_lib.check_numbers(learning_rate, weight_decay)
-  gap, restarts = options['gap'], options.get('moments') == 'reset'
-
-  def correction(count):
-    # A reset restarts the inner's counter.
-    age = count % gap if restarts else count
-    return inner_lib.bias_correction(b1, b2, age + 1)
-
-  if inner not in ('lion', 'sgdm'):
-    rule['correction'] = correction
-  options = inner_lib.rotated_by(options, b1, b2)
-  inner = inner_lib.without_rate(inner)
-  return optax.chain(
-    galore(inner, residual=Scaled(**rule), **options),
-    optax.scale_by_learning_rate(learning_rate),
-    decay_updated_weights(learning_rate, weight_decay=weight_decay),
-  )

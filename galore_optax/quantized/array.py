@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from galore_optax.checks import check_count, check_static
+from galore_optax.checks import check_count, check_static, require
 from galore_optax.quantized import codes as dynamic
 from galore_optax.quantized.codes import Code
 
@@ -68,8 +68,7 @@ def check_layout(*, bits: int, group: int) -> None:
   >>> check_layout(bits=4, group=256)
   """
   check_static(bits=bits, group=group)
-  if bits not in (4, 8):
-    raise ValueError(f'bits must be 4 or 8, got {bits!r}')
+  require('4 or 8', lambda x: x in (4, 8), bits=bits)
   check_count(group=group)
 
 
@@ -254,9 +253,8 @@ def quantize_linear(
   steps = jnp.round(steps) + middle
   codes = jnp.clip(steps, 0, num_levels).astype(jnp.uint8)
   codes = _merge(codes, rows.shape[-1]).reshape(x.shape)
-  if bits == 4:
-    return Quantized(_pack(codes), scale, offset, 'int4', group, x.shape[-1])
-  return Quantized(codes, scale, offset, 'int8', group, x.shape[-1])
+  codes, code = (_pack(codes), 'int4') if bits == 4 else (codes, 'int8')
+  return Quantized(codes, scale, offset, code, group, x.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnames='dtype')

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
-from galore_optax.checks import check_count, check_integer
+from galore_optax.checks import check_count, check_integer, is_integer, require
 from galore_optax.subspace.polar import orthonormalise, random_rows
 
 # A finder.
@@ -102,10 +102,8 @@ class Randomized:
 
   def __post_init__(self) -> None:
     """Raises ValueError for fewer than no columns or products."""
-    options = dataclasses.asdict(self)
-    check_integer(**options)
-    if min(options.values()) < 0:
-      raise ValueError(f'{" and ".join(options)} must be >= 0, got {self}')
+    known = lambda x: is_integer(x) and x >= 0
+    require('an integer >= 0', known, **dataclasses.asdict(self))
 
   def __call__(self, g_mn, basis_rm, key):
     """Returns the basis [r, m] of a gradient."""
@@ -228,7 +226,7 @@ class Coordinates:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gaussian:
+class Gaussian(RandomOrthogonal):
   """Random normal rows of variance 1 / r, from a seed and never stored.
 
   They are orthonormal in the mean alone: `E[P^T P] = I`, which is enough to
@@ -243,13 +241,6 @@ class Gaussian:
     Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024.
   """
 
-  seed: int = 0  # Another seed, other rows.
-  stored: ClassVar[bool] = False
-
-  def __post_init__(self) -> None:
-    """Raises ValueError for a seed that is no integer."""
-    check_integer(seed=self.seed)
-
   def __call__(self, g_mn, basis_rm, key):
     """Returns random rows [r, m]."""
     key = jax.random.fold_in(key, self.seed)
@@ -257,6 +248,6 @@ class Gaussian:
     return rows_rm / jnp.sqrt(basis_rm.shape[0])
 
 
-# The short names that `galore(subspace=...)` takes, in the order of `Name`.
-_NAMED = Svd(), Gram(), Randomized(), PowerIteration(), RandomOrthogonal()
-NAMES = dict(zip(get_args(Name), (*_NAMED, Coordinates()), strict=True))
+_BY_NAME = Svd(), Gram(), Randomized(), PowerIteration(), RandomOrthogonal()
+NAMES = dict(zip(get_args(Name), (*_BY_NAME, Coordinates()), strict=True))
+"""The short names that `galore(subspace=...)` takes."""

@@ -8,13 +8,18 @@ Axes: m projected side, n other side, r rank; leading axes are batch.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from galore_optax import projection
-from galore_optax.checks import check_count, check_not_negative, check_one_of
+from galore_optax.checks import (
+  check_count,
+  check_not_negative,
+  check_one_of,
+  require,
+)
 from galore_optax.quantized import array
 from galore_optax.subspace import finders
 
@@ -34,9 +39,15 @@ class Keeper(Protocol):
     """Returns a basis [..., r, m], or indices [..., r], of a stack of kept."""
 
 
-def _by_coordinates(keeper: Any) -> bool:
-  """Whether the basis is of coordinates: indices, no rows."""
-  return getattr(keeper.finder, 'by_coordinates', False)
+def by_coordinates(keeper: Any) -> bool:
+  """Whether the basis of a keeper, or a finder, is indices and no rows.
+
+  >>> by_coordinates(keeping('coordinates')), by_coordinates(Lazy('svd'))
+  (True, False)
+  """
+  while hasattr(keeper, 'finder'):
+    keeper = keeper.finder
+  return getattr(keeper, 'by_coordinates', False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +56,13 @@ class Rows:
 
   finder: finders.Subspace
 
-  by_coordinates = property(_by_coordinates)
-
   def first(self, r, m, dtype):
     """Returns the first r coordinates, should the first refresh fail.
 
     >>> Rows(finders.Svd()).first(1, 2, jnp.float32)
     Array([[1., 0.]], dtype=float32)
     """
-    if self.by_coordinates:
+    if by_coordinates(self):
       return jnp.arange(r, dtype=jnp.int32)
     return jnp.eye(r, m, dtype=dtype)
 
@@ -82,7 +91,6 @@ class Seeds:
   """Keeps a seed, 4 bytes, of a basis that is made anew at every update."""
 
   finder: finders.Subspace
-  by_coordinates: ClassVar[bool] = False
 
   def first(self, r, m, dtype):
     """Returns a seed."""
@@ -144,13 +152,8 @@ class Lazy:
     check_count(memory=self.memory)
     check_not_negative(threshold=self.threshold)
     object.__setattr__(self, 'finder', keeping(self.finder))
-    if isinstance(self.finder, Seeds):
-      raise ValueError(
-        'Lazy compares subspaces that follow the gradient, got a finder of'
-        f' random ones, {self.finder.finder}; use it without Lazy'
-      )
-
-  by_coordinates = property(_by_coordinates)
+    rule = 'one that follows the gradient; use a random one without Lazy'
+    require(rule, lambda x: not isinstance(x, Seeds), finder=self.finder)
 
   def first(self, r, m, dtype):
     """Returns a basis that waits for nothing."""
@@ -206,8 +209,6 @@ class Packed:
     """Raises ValueError for a layout that no array has."""
     array.check_layout(bits=self.bits, group=self.group)
     object.__setattr__(self, 'finder', keeping(self.finder))
-
-  by_coordinates = property(_by_coordinates)
 
   def first(self, r, m, dtype):
     """Returns the first rows, packed."""

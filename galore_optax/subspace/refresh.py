@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import paths, projection
-from galore_optax.checks import is_integer
+from galore_optax.checks import is_integer, require
 from galore_optax.precision import full
 from galore_optax.projection import Basis, Projection, Whole
 from galore_optax.subspace.kept import Keeper, Kept, Seeds
@@ -66,9 +66,8 @@ class Job(NamedTuple):
 def checked_gap(gap: Any) -> Gap:
   """Returns a gap with a Python integer in it; ValueError for what is none."""
   steps = gap.gap if isinstance(gap, Staggered) else gap
-  if not is_integer(steps) or steps < 1:
-    rule = 'gap must be an integer >= 1, in optimizer steps'
-    raise ValueError(f'{rule}, got {gap!r}')
+  holds = lambda _: is_integer(steps) and steps >= 1
+  require('an integer >= 1, in optimizer steps', holds, gap=gap)
   return Staggered(int(steps)) if isinstance(gap, Staggered) else int(steps)
 
 
@@ -132,10 +131,8 @@ def basis_of(keeper: Keeper, plan: Any, kept: Any, dtype: Any) -> Basis:
 
 def changed(gap: Gap, plan: Projection, phase, count, layer) -> jax.Array:
   """Returns which matrices have a new basis and had one before: [..., 1, 1]."""
-  if isinstance(gap, int):
-    return (count > 0).reshape((1,) * len(plan.matrix_shape))
-  due_k = _due_k(gap, phase, count, layer) & (count > 0)
-  return due_k.reshape(*plan.batch, 1, 1)
+  due = _due_k(gap, phase, count, layer) & (count > 0)
+  return jnp.broadcast_to(due, plan.num_matrices).reshape(*plan.batch, 1, 1)
 
 
 def refreshed(keeper, plans, grads, kept, phase, *, gap, count, layer) -> Any:

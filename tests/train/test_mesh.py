@@ -1,21 +1,11 @@
 """The same training on one device and on many, to rounding."""
 
-import dataclasses
-
-import chex
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from tests.train.program import write_config
-from train import mesh as mesh_lib
-from train import step as step_lib
 from train import training
-from train.command import load
-from train.mesh import Mesh
-from train.run import Run
-from train.task import language_model
 
 GRIDS = {
   'data': ('--mesh.data', '8'),

@@ -17,10 +17,10 @@ import numpy as np
 import optax
 
 import galore_optax
-from galore_optax import memory
 from models.llama import Layers, llama
 from train import step as step_lib
 from train.method import METHODS, VARIANTS
+from train.plan.account import account
 
 RANK, GAP = 128, 200
 STAGGERED_GAP = 28  # two matrices of 56 at a step
@@ -228,13 +228,13 @@ def update_cost(
   coordinates = options.get('subspace') in ('columns', 'entries')
   ranked = name in METHODS and {'rank', 'density'} & parameters(name).keys()
   products = ranked and not coordinates
-  account = memory.account(params, jax.eval_shape(tx.init, params))
+  sums = account(params, jax.eval_shape(tx.init, params))
   weights = 4 * size_of(params)
   matrices = [x for x in jax.tree.leaves(params['blocks']) if x.ndim > 1]
   flops = sum(4 * RANK * x.size for x in matrices) if products else 0
   return {
     'flops': flops,
-    'bytes': 3 * weights + account.bases + 2 * account.moments,
+    'bytes': 3 * weights + sums.bases + 2 * sums.moments,
   }
 
 

@@ -6,9 +6,10 @@ import optax
 import pytest
 
 import galore_optax
-from galore_optax import memory, quantize_bases
+from galore_optax import quantize_bases
 from galore_optax.quantized.state import quantize_state
 from models.llama import Layers, llama
+from train.plan.account import account, elements
 
 GIB = 2**30
 
@@ -19,7 +20,7 @@ def shapes(size, dtype='float32'):
 
 
 def count(tx, params):
-  return memory.elements(params, jax.eval_shape(tx.init, params))
+  return elements(params, jax.eval_shape(tx.init, params))
 
 
 def test_share_of_the_state_that_galore_saves_at_7b():
@@ -40,7 +41,7 @@ def test_share_that_one_byte_an_element_saves_at_7b():
   tx = quantize_bases(
     galore_optax.galore(quantize_state(optax.adam(0.1)), rank=1024), bits=8
   )
-  real = memory.account(params, jax.eval_shape(tx.init, params))
+  real = account(params, jax.eval_shape(tx.init, params))
   # The 82.5% above, but for a scale of 4 bytes in each block of 256.
   assert 1 - real.state / (2 * adam.state) == pytest.approx(0.8228, abs=5e-5)
   assert real.bases == 32 * 7 * 1024 * 4096 * 260 // 256
@@ -58,16 +59,16 @@ def test_share_that_one_byte_an_element_saves_at_7b():
 def test_memory_column_of_frugal(size, adamw, galore, quarter, sign):
   params = shapes(size)
   rank = llama(size).width // 4
-  plain = memory.account(params, jax.eval_shape(optax.adam(0.1).init, params))
+  plain = account(params, jax.eval_shape(optax.adam(0.1).init, params))
   tx = galore_optax.galore(optax.adam(0.1), rank=rank, side='reverse_std')
-  low = memory.account(params, jax.eval_shape(tx.init, params))
+  low = account(params, jax.eval_shape(tx.init, params))
   assert round(plain.moments / GIB, 2) == adamw
   assert round((low.bases + low.moments) / GIB, 2) == galore
   # FRUGAL keeps moments of a share of each matrix, and BAdam's row is the same;
   # with a share of none the layers' matrices keep nothing.
   for density, printed in ((0.25, quarter), (0.0, sign)):
     tx = galore_optax.frugal(0.1, density=density, subspace='random')
-    share = memory.account(params, jax.eval_shape(tx.init, params))
+    share = account(params, jax.eval_shape(tx.init, params))
     assert round(share.moments / GIB, 2) == printed
     assert share.bases <= 4 * 7 * 24  # a seed for each matrix
 
@@ -79,9 +80,7 @@ def test_account_is_exact_to_the_byte():
   }
   tx = galore_optax.galore(optax.adam(0.1), rank=5, targets=['blocks/w'])
   state = tx.init(params)
-  account = memory.account(params, jax.eval_shape(tx.init, params))
-  assert account.bases == 3 * 5 * 8 * 2
-  assert account.moments == 2 * 4 * (3 * 5 * 12 + 8 * 20)
-  assert account.total == sum(
-    x.nbytes for x in jax.tree.leaves((params, state))
-  )
+  sums = account(params, jax.eval_shape(tx.init, params))
+  assert sums.bases == 3 * 5 * 8 * 2
+  assert sums.moments == 2 * 4 * (3 * 5 * 12 + 8 * 20)
+  assert sums.total == sum(x.nbytes for x in jax.tree.leaves((params, state)))

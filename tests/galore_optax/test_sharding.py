@@ -1,0 +1,234 @@
+"""Steps and states on meshes of eight devices, and on one."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import galore_optax as go
+from tests.galore_optax.program import each, normal
+
+AXES = ('data', 'fsdp', 'tensor')
+SHAPES = {'blocks': {'up': (2, 16, 24)}, 'w': (24, 40), 'embed': (16, 8)}
+# Sizes of the axes, and of a kernel's input and output the axis that cuts it.
+LAYOUTS = {
+  'data': ((8, 1, 1), (None, None)),
+  'in': ((1, 8, 1), ('fsdp', None)),
+  'out': ((1, 8, 1), (None, 'fsdp')),
+  'tensor': ((1, 1, 8), (None, 'tensor')),
+  'mixed': ((1, 4, 2), ('fsdp', 'tensor')),
+}
+LOW = dict(rank=4, gap=2)
+GALORE = {
+  'svd': dict(weight_decay=0.1),
+  'gram': dict(subspace='gram'),
+  'randomized': dict(subspace='randomized'),
+  'power': dict(subspace='power'),
+  'random': dict(subspace='random'),
+  'coordinates': dict(subspace='coordinates'),
+  'lazy': dict(subspace=go.Lazy('svd', memory=1)),
+  'full': dict(side='full'),
+  'rotate': dict(side='reverse_std', moments='rotate'),
+  'staggered': dict(gap=go.Staggered(2)),
+}
+PRESETS = {
+  name: lambda options=options: go.galore_adamw(0.1, **LOW | options)
+  for name, options in GALORE.items()
+} | {
+  'reset': lambda: go.galore(optax.adamw(0.1), moments='reset', **LOW),
+  'chain': lambda: optax.chain(go.galore(**LOW), optax.adamw(0.1)),
+  '8bit': lambda: go.galore_adamw_8bit(0.1, min_size=0, block_size=5, **LOW),
+  'packed': lambda: go.galore_adamw_8bit(0.1, basis_bits=4, **LOW),
+  'adafactor': lambda: go.galore_adafactor(0.1, scale_parameter=True, **LOW),
+  'muon': lambda: go.galore_muon(0.1, **LOW),
+  'fira': lambda: go.fira(0.1, **LOW),
+  'apollo': lambda: go.apollo(0.1, **LOW),
+  'apollo_mini': lambda: go.apollo_mini(0.1, gap=2),
+  'frugal': lambda: go.frugal(0.1, gap=2),
+  'columns': lambda: go.frugal(0.1, gap=2, subspace='columns'),
+  'entries': lambda: go.frugal(0.1, gap=2, subspace='entries'),
+  'sign': lambda: go.frugal(0.1, density=0),
+  'badam': lambda: go.badam(0.1, switch_every=1),
+  'lomo': lambda: go.lomo(0.1),
+  'adalomo': lambda: go.adalomo(0.1),
+  'scale': lambda: go.scale_sgd(0.1),
+}
+
+
+def weights(seed=0):
+  shape = lambda x: isinstance(x, tuple)
+  make = lambda shape: jnp.asarray(normal(shape, seed))
+  return jax.tree.map(make, SHAPES, is_leaf=shape)
+
+
+def mesh_of(layout, kind=AxisType.Auto):
+  return jax.make_mesh(LAYOUTS[layout][0], AXES, axis_types=(kind,) * 3)
+
+
+def put(tree, layout, mesh):
+  """Returns the leaves, cut as a layout says."""
+
+  def of_leaf(x):
+    spec = PartitionSpec(*(None,) * (x.ndim - 2), *LAYOUTS[layout][1])
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+  return jax.tree.map(of_leaf, tree)
+
+
+def run(tx, params, grads, *, jit=True):
+  init, update = map(jax.jit, (tx.init, tx.update)) if jit else tx[:2]
+  state = init(params)
+  for g in grads:
+    updates, state = update(g, state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+CASES = [
+  (name, layout, kind, True)
+  for name in PRESETS
+  for layout in LAYOUTS
+  for kind in ('Explicit', 'Auto')
+] + [(name, 'mixed', 'Explicit', False) for name in PRESETS]
+
+
+@each(
+  ('name', 'layout', 'kind', 'jit'),
+  CASES,
+  quick=[('svd', 'in', 'Explicit', True), ('lomo', 'mixed', 'Explicit', False)],
+)
+def test_a_mesh_is_one_device(name, layout, kind, jit):
+  mesh = mesh_of(layout, AxisType[kind])
+  with jax.enable_x64(True):
+    tx, start = PRESETS[name](), weights()
+    grads = [weights(seed) for seed in (10, 20, 30)]
+    want = run(tx, start, grads)
+    with jax.set_mesh(mesh):
+      grads = [put(g, layout, mesh) for g in grads]
+      ours = run(tx, put(start, layout, mesh), grads, jit=jit)
+  # Sums across devices are in another order.
+  chex.assert_trees_all_close(ours, want, rtol=0, atol=1e-12)
+
+
+@each(
+  ('name', 'layout'),
+  [(name, layout) for name in PRESETS for layout in ('in', 'out', 'mixed')],
+  quick=[('svd', 'in'), ('svd', 'mixed')],
+)
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+def test_a_first_state_lives_where_it_is_told(name, layout, kind):
+  mesh, tx = mesh_of(layout, kind), PRESETS[name]()
+  with jax.set_mesh(mesh):
+    params = put(weights(), layout, mesh)
+    state = tx.init(params)
+    places = jax.tree.map(lambda x: x.sharding, params)
+    places = go.state_shardings(tx, params, places)
+  chex.assert_trees_all_equal_structs(state, places)
+  for x, place in zip(*map(jax.tree.leaves, (state, places)), strict=True):
+    assert x.sharding.is_equivalent_to(place, x.ndim)
+
+
+@pytest.mark.parametrize('cut', [('fsdp', None), (None, 'fsdp')])
+def test_moments_are_cut_along_n_and_bases_along_m(cut):
+  mesh = jax.make_mesh((8,), ('fsdp',))
+  place = NamedSharding(mesh, PartitionSpec(*cut))
+  params = {'w': jax.ShapeDtypeStruct((24, 40), 'float32')}
+  tx = go.galore_adamw_8bit(0.1, block_size=5, min_size=0, **LOW)
+  state, _ = go.state_shardings(tx, params, {'w': place})
+  spec = lambda x: tuple(x.spec)
+  assert spec(state.basis['w']) == (None, 'fsdp')
+  for moment in (state.inner[0].mu['w'], state.inner[0].nu['w']):
+    assert spec(moment.codes) == spec(moment.scale) == (None, 'fsdp')
+  assert spec(state.count) == spec(state.inner[0].count) == ()
+  # 25 is not divided by 8.
+  params = {'w': jax.ShapeDtypeStruct((24, 25), 'float32')}
+  state, _ = go.state_shardings(
+    go.galore_adamw(0.1, **LOW), params, {'w': place}
+  )
+  assert spec(state.basis['w']) == (None, 'fsdp')
+  assert spec(state.inner[0].mu['w']) == (None, None)
+
+
+def test_a_place_that_is_no_partition_raises():
+  params = {'w': jnp.ones((24, 40))}
+  with pytest.raises(ValueError, match='must be a NamedSharding for w, got'):
+    go.state_shardings(go.galore_adamw(0.1, rank=4), params, {'w': None})
+
+
+WIDE = dict(rank=64)
+BILL = {
+  'galore': lambda: go.galore_adamw(0.1, **WIDE),
+  'fira': lambda: go.fira(0.1, **WIDE),
+  'apollo': lambda: go.apollo(0.1, **WIDE),
+  'frugal': lambda: go.frugal(0.1),
+  'entries': lambda: go.frugal(0.1, subspace='entries'),
+  'adafactor': lambda: go.galore_adafactor(0.1, **WIDE),
+  '8bit': lambda: go.galore_adamw_8bit(0.1, **WIDE),
+  'packed': lambda: go.galore_adamw_8bit(0.1, basis_bits=4, **WIDE),
+}
+
+
+@each(
+  ('name', 'cut'),
+  [(name, cut) for name in BILL for cut in ('in', 'out')],
+  quick=[('galore', 'in'), ('adafactor', 'out')],
+)
+def test_a_device_holds_an_eighth_of_the_state(name, cut):
+  mesh = jax.make_mesh((8,), ('fsdp',))
+  spec = PartitionSpec(None, *LAYOUTS[cut][1])
+  # Blocks of 256, a number of them that eight devices divide.
+  params = {'up': jax.ShapeDtypeStruct((3, 2048, 4096), 'float32')}
+  tx, places = BILL[name](), {'up': NamedSharding(mesh, spec)}
+  places = go.state_shardings(tx, params, places)
+  state = jax.eval_shape(tx.init, params)
+  pairs = list(zip(*map(jax.tree.leaves, (state, places)), strict=True))
+  size = lambda x, shape: np.prod(shape, dtype=int) * x.dtype.itemsize
+  whole = sum(size(x, x.shape) for x, _ in pairs)
+  share = sum(size(x, place.shard_shape(x.shape)) for x, place in pairs)
+  assert share <= 1.05 * whole / 8
+
+
+@each('name', PRESETS, quick=['svd', 'adafactor', 'badam', 'scale'])
+def test_what_is_like_the_parameters_is_known_by_optax(name):
+  tx = PRESETS[name]()
+  state = jax.eval_shape(tx.init, weights())
+  seen = []
+  mark = lambda x: seen.append(x) or x
+  back = optax.tree.map_params(tx, mark, state)
+  chex.assert_trees_all_equal_structs(back, state)
+  # What is left are counters.
+  rest = len(jax.tree.leaves(state)) - len(seen)
+  assert rest <= 5 and (seen or name in ('sign', 'lomo'))
+
+
+class Layer(nnx.Module):
+  def __init__(self):
+    self.up = nnx.Linear(24, 40, use_bias=False, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
+def test_flax_optimizer_has_its_state_in_place(kind):
+  mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(kind,))
+  rows = NamedSharding(mesh, PartitionSpec('fsdp'))
+  with jax.set_mesh(mesh):
+    graph, state = nnx.split(Layer())
+    model = nnx.merge(graph, jax.device_put(state, rows))
+    tx = go.galore_adamw(0.1, **LOW)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def places():
+      galore = nnx.to_pure_dict(nnx.state(optimizer))['opt_state'][0]
+      arrays = galore['basis'], galore['inner'][0]['mu']
+      return [
+        (x.shape, tuple(x.sharding.spec)) for x in jax.tree.leaves(arrays)
+      ]
+
+    cut = (None, 'fsdp')
+    assert places() == [((4, 24), cut), ((4, 40), cut)]
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    nnx.jit(lambda *run: run[0].update(*run[1:]))(optimizer, model, grads)
+    assert places() == [((4, 24), cut), ((4, 40), cut)]

@@ -1,0 +1,85 @@
+"""Bytes of parameters and optimizer state before anything exists.
+
+Everything is read off shapes (`jax.eval_shape`), so that it is exact and
+allocates nothing. What is kept for each weight is in `galore_optax.describe`.
+"""
+
+import collections
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from galore_optax import GaloreState, paths
+
+
+class Account(NamedTuple):
+  """Bytes, or elements, of parameters and optimizer state."""
+
+  parameters: int  # weights that do not grow with the vocabulary
+  vocabulary: int  # embeddings and head
+  bases: int  # of the projections
+  moments: int  # what the optimizer keeps of gradients, scales included
+  counters: int  # integers: steps done
+
+  @property
+  def weights(self) -> int:
+    """All weights."""
+    return self.parameters + self.vocabulary
+
+  @property
+  def state(self) -> int:
+    """All optimizer state."""
+    return self.bases + self.moments + self.counters
+
+  @property
+  def total(self) -> int:
+    """Weights and state."""
+    return self.weights + self.state
+
+
+def account(params: Any, state: Any) -> Account:
+  """Returns the bytes of parameters and of a state for them.
+
+  Args:
+    params: arrays or their shapes.
+    state: of any optimizer, layer-wise or not; `jax.eval_shape(tx.init,
+      params)` makes one without allocating it.
+
+  Example:
+    >>> import optax
+    >>> params = {'w': jnp.zeros((3, 5)), 'embed': jnp.zeros((7, 3))}
+    >>> account(params, jax.eval_shape(optax.adam(0.1).init, params))
+    Account(parameters=60, vocabulary=84, bases=0, moments=288, counters=4)
+  """
+  return _account(params, state, lambda x: x.size * x.dtype.itemsize)
+
+
+def elements(params: Any, state: Any) -> Account:
+  """Returns the same as `account` in elements, whatever their types.
+
+  >>> import optax
+  >>> params = {'w': jnp.zeros((3, 5), jnp.bfloat16)}
+  >>> elements(params, jax.eval_shape(optax.adam(0.1).init, params)).moments
+  30
+  """
+  return _account(params, state, lambda x: x.size)
+
+
+def _account(params, state, size) -> Account:
+  sums = collections.Counter()
+  weights = jax.tree.leaves(params)
+  for path, w in zip(paths.paths(params), weights, strict=True):
+    kind = 'vocabulary' if paths.in_vocabulary(path) else 'parameters'
+    sums[kind] += size(w)
+  is_galore = lambda x: isinstance(x, GaloreState)
+  for node in jax.tree.leaves(state, is_leaf=is_galore):
+    if is_galore(node):
+      sums['bases'] += sum(map(size, jax.tree.leaves(node.basis)))
+      node = node._replace(basis=())
+    for x in jax.tree.leaves(node):
+      # Codes of quantized moments are integers too, but of 8 bits.
+      is_integer = jnp.issubdtype(x.dtype, jnp.integer)
+      is_counter = is_integer and x.dtype.itemsize > 1
+      sums['counters' if is_counter else 'moments'] += size(x)
+  return Account(**{field: sums[field] for field in Account._fields})
