@@ -8,6 +8,8 @@ checkpoints before it as they were.
 """
 
 import contextlib
+import dataclasses
+import json
 import logging
 import math
 import pathlib
@@ -88,7 +90,7 @@ def save(
     optimizer=ocp.args.StandardSave(
       {'step': state.step, 'state': state.optimizer}
     ),
-    data=grain.checkpoint.CheckpointSave(batches),
+    data=PositionSave(batches),
     config=ocp.args.JsonSave(to_json(config)),
   )
   found = None if score is None else {'score': score}
@@ -132,7 +134,7 @@ def restore(
 
   Args:
     manager: of a directory that holds a checkpoint.
-    state: shapes of what was saved.
+    state: shapes of what was saved, with the shardings to restore to.
     batches: an iterator made as the saved one was.
   """
   state = on_device(state)
@@ -141,7 +143,7 @@ def restore(
     optimizer=ocp.args.StandardRestore(
       {'step': state.step, 'state': state.optimizer}
     ),
-    data=grain.checkpoint.CheckpointRestore(batches),
+    data=PositionRestore(batches),
   )
   found = read(manager, items)
   return State(found.optimizer['step'], found.params, found.optimizer['state'])
@@ -198,8 +200,44 @@ def read(
 
 
 def on_device(shapes: PyTree) -> PyTree:
-  """Returns shapes that say where to restore to: the first device."""
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  """Returns shapes that say where to restore to: else the first device."""
+  first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  place = lambda x: getattr(x, 'sharding', None) or first
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), shapes
   )
+
+
+class PositionHandler(ocp.CheckpointHandler):
+  """The position in the data: the same in all processes, so one file."""
+
+  def save(self, directory: Any, args: Any) -> None:
+    """Writes it, once."""
+    if jax.process_index() == 0:
+      position = json.dumps(args.item.get_state(), indent=4)
+      (directory / POSITION).write_text(position)
+
+  def restore(self, directory: Any, args: Any) -> Any:
+    """Moves an iterator there, however many processes there were."""
+    args.item.set_state(json.loads((directory / POSITION).read_text()))
+    return args.item
+
+
+@ocp.args.register_with_handler(PositionHandler, for_save=True)
+@dataclasses.dataclass
+class PositionSave(ocp.args.CheckpointArgs):
+  """Saves where an iterator is."""
+
+  item: grain.DatasetIterator
+
+
+@ocp.args.register_with_handler(PositionHandler, for_restore=True)
+@dataclasses.dataclass
+class PositionRestore(ocp.args.CheckpointArgs):
+  """Moves an iterator to where one was."""
+
+  item: grain.DatasetIterator
+
+
+# As grain itself calls what a single process saves.
+POSITION = 'process_0-of-1.json'

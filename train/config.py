@@ -23,6 +23,7 @@ from train import adapter as adapter_lib
 from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, TextFiles, Tfds
 from train.data.labelled import LabelledFiles, LabelledTfds
+from train.mesh import Mesh
 from train.method import Optimizer
 
 AnyText: TypeAlias = Chitchat | TextFiles | Tfds | Chats | ChitchatAnswers
@@ -170,6 +171,8 @@ class Config:
   """Whether the best validation so far is saved and kept, too."""
   seed: int = 0
   """Seed of the initial weights and of the order of the documents."""
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  """The devices that share the work; nothing else depends on them."""
 
   def __post_init__(self):
     """Checks what can be checked without data."""
@@ -196,6 +199,7 @@ class Config:
         'batch_size must be a multiple of microbatches x update.accumulate = '
         f'{self.parts}, got {self.batch_size}; --microbatches sets the first'
       )
+    self.mesh.check(self.model, self.batch_size, self.parts)
     if not 0 <= self.warmup < 1:
       raise ValueError(
         f'warmup is a share of the steps in [0, 1), got {self.warmup}'

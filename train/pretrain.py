@@ -12,6 +12,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 
+import jax
 from rich.console import Console
 
 from models.llama import LlamaConfig
@@ -46,6 +47,8 @@ def check(setup: Setup, console: Console) -> None:
 def show_samples(setup: Setup, state: State, console: Console) -> None:
   """Prints three held-out documents' beginnings, and how the model goes on."""
   config, text = setup.config, setup.text
+  if jax.process_count() > 1:  # a process has but a part of the model
+    return
   documents = text.validation.stream(seed=config.seed, repeat=False)
   prompts = [document[:60] for document in itertools.islice(documents, 3)]
   texts = continuations(

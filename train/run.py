@@ -11,7 +11,10 @@ from models import huggingface
 from train.config import Config, differences, from_json, to_json
 from train.data.tokenizer import AnyTokenizer, load
 
-FREE = ('save_every', 'eval_every', 'eval_batches')
+FREE = (
+  *('save_every', 'eval_every', 'eval_batches'),
+  *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
+)
 """What a resumed run may change: nothing that is computed depends on it."""
 
 

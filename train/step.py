@@ -18,8 +18,10 @@ import optax
 from galore_optax.layerwise import stack
 from galore_optax.layerwise.step import Layerwise, layerwise
 from galore_optax.layerwise.weights import is_stored
+from galore_optax.sharding import state_shardings
 from models.lowrank import Relora
 from train import adapter as adapter_lib
+from train import mesh as mesh_lib
 from train.config import Config, WholeTree
 from train.task import Batch, Loss, Mask, PyTree, Task, everything
 
@@ -60,11 +62,37 @@ def build(config: Config, task: Task) -> tuple[Init, Step]:
 
 def starter(config: Config, task: Task) -> Callable[[PyTree], 'State']:
   """Returns `parameters -> state` before the first update."""
-  if isinstance(config.update, WholeTree):
-    tx = config.transformation()
-  else:
-    tx = make_layerwise(config, task)
+  tx = optimizer_of(config, task)
   return lambda params: init(params, tx, task.trained)
+
+
+def optimizer_of(config: Config, task: Task) -> Any:
+  """Returns what makes the optimizer's state of a config."""
+  if isinstance(config.update, WholeTree):
+    return config.transformation()
+  return make_layerwise(config, task)
+
+
+def shardings(config: Config, task: Task, mesh: jax.sharding.Mesh) -> 'State':
+  """Returns where each array of a state lives."""
+  whole = mesh_lib.everywhere(mesh)
+  key = jax.random.key(0)
+  if mesh.size == 1:
+    state = jax.eval_shape(build(config, task)[0], key)
+    return jax.tree.map(lambda _: whole, state)
+  params = jax.eval_shape(task.init, key)
+  places = mesh_lib.of_params(params, mesh)
+  moving, _ = split(params, task.trained)
+  of_moving, _ = split(places, lambda _: task.trained(params))
+  optimizer = state_shardings(optimizer_of(config, task), moving, of_moving)
+  return State(whole, places, optimizer)
+
+
+def placed(step: Step, mesh: jax.sharding.Mesh, places: 'State') -> Step:
+  """Returns a step on a mesh; the state stays where it was."""
+  return jax.jit(
+    mesh_lib.under(mesh, step), donate_argnums=0, out_shardings=(places, None)
+  )
 
 
 def motionless(step: Step) -> Step:
@@ -282,9 +310,8 @@ def mean_gradient(
   if microbatches == 1:
     (value, sums), grads = gradient(params, batch)
     return value, sums, grads
-  parts = jax.tree.map(
-    lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch
-  )
+  cut = lambda x: x.reshape(microbatches, -1, *x.shape[1:])
+  parts = jax.tree.map(lambda x: mesh_lib.along_rows(cut(x), 1), batch)
 
   def add(total: PyTree, micro: Batch) -> tuple[PyTree, None]:
     return jax.tree.map(jnp.add, total, gradient(params, micro)), None

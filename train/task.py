@@ -22,6 +22,7 @@ from models.encoder import EncoderConfig
 from models.llama import Layers
 from train import adapter as adapter_lib
 from train import classify
+from train import mesh as mesh_lib
 from train.config import Config
 from train.data import labelled
 from train.data.batches import batches, shown, validation_batches
@@ -117,9 +118,12 @@ def language_model(config: Config) -> Task:
       batch_size=config.batch_size,
       sequence_length=config.sequence_length,
       seed=config.seed,
+      put=mesh_lib.deal(config.mesh),
     ),
     evaluate=lambda text: functools.partial(
-      perplexity, jax.jit(loss), batches=held_out(config, text)
+      perplexity,
+      mesh_lib.measure(loss, config.mesh),
+      batches=held_out(config, text),
     ),
     example=lambda text: shown(
       text.train,
@@ -166,10 +170,11 @@ def classification(config: Config) -> Task:
       sequence_length=config.sequence_length,
       seed=config.seed,
       noise=model.dropout > 0,
+      put=mesh_lib.deal(config.mesh),
     ),
     evaluate=lambda text: functools.partial(
       classify.measure,
-      jax.jit(loss.logits),
+      mesh_lib.measure(loss.logits, config.mesh),
       batches=held_out(text),
       num_labels=model.num_labels,
     ),
@@ -213,6 +218,8 @@ def layers_of(config: Config) -> Layers | encoder.Layers:
   """Returns the model of a config, with its adapter, on arrays."""
   adapter = config.adapter
   hook = None if adapter is None else lowrank.hook(adapter)
+  if config.mesh.size > 1:
+    hook = mesh_lib.keeping_rows(hook)
   encodes = isinstance(config.model, EncoderConfig)
   kind = encoder.Layers if encodes else Layers
   return kind(config.model, intercept=hook)
@@ -259,7 +266,13 @@ def read_params(config: Config, key: jax.Array) -> PyTree:
   given = {
     x: getattr(config.model, x) for x in fields if hasattr(config.model, x)
   }
-  return huggingface.load(config.checkpoint, key=key, **given)[1]
+  plain = layers_of(dataclasses.replace(config, adapter=None))
+  places = mesh_lib.of_params(
+    jax.eval_shape(plain.init, key), mesh_lib.devices(config.mesh)
+  )
+  return huggingface.load(
+    config.checkpoint, key=key, shardings=places, **given
+  )[1]
 
 
 def held_out(config: Config, text: Text) -> grain.IterDataset[Batch]:

@@ -5,6 +5,7 @@
 transformers; `train` hands both to the loop (`train.loop`).
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import shlex
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train import checkpoint, loop, machine, metrics, report, signals
+from train import mesh as mesh_lib
 from train import run as run_lib
 from train import step as step_lib
 from train.command import Launch, parse, source, user_errors
@@ -41,6 +43,8 @@ class Setup:
   task: Task
   init: step_lib.Init
   step: step_lib.Step
+  places: State
+  """Where each array of the state lives."""
   text: Text
   batches: grain.DatasetIterator
   memory: Table
@@ -62,9 +66,10 @@ def main(
     before: shows what is to be trained; may raise as `prepare` does.
     after: shows what was trained, if no signal stopped it.
   """
-  console = Console()
   machine.cache_compilations()
   with user_errors():
+    mesh_lib.join()
+    console = Console(quiet=not mesh_lib.leads())
     setup = prepare(argv, kind)
     before(setup, console)
     console.print(setup.memory)
@@ -113,7 +118,9 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
     where = found
     where.check(config)
   task = task_of(config)
+  mesh = mesh_lib.devices(config.mesh)
   init, step = step_lib.build(config, task)
+  places = step_lib.shardings(config, task, mesh)
   memory = report.memory_table(
     array_shapes(config, task),
     jax.eval_shape(task.init, jax.random.key(0)),
@@ -133,7 +140,8 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
     source=found,
     task=task,
     init=init,
-    step=step,
+    step=step_lib.placed(step, mesh, places),
+    places=places,
     text=text,
     batches=task.batches(text),
     memory=memory,
@@ -186,34 +194,55 @@ def prepare_tokenizer(config: Config, documents: Documents) -> AnyTokenizer:
 def begin(setup: Setup) -> State:
   """Returns the state to start from, and writes the run's first files."""
   config, source, where = setup.config, setup.source, setup.run
-  key = jax.random.key(config.seed)
+  key, places = jax.random.key(config.seed), setup.places
+  agree(setup)
   state = None
   if source and checkpoint.exists(source.checkpoints_path):
     with checkpoint.opened(source.checkpoints_path) as manager:
-      like = jax.eval_shape(setup.init, key)
+      like = mesh_lib.at(jax.eval_shape(setup.init, key), places)
       state = checkpoint.restore(manager, like, setup.batches)
   setup.batches.start_prefetch()  # while the step compiles
   if state is None and config.checkpoint is not None:
-    params = setup.task.read(key)
+    params = jax.device_put(setup.task.read(key), places.params)
     start = step_lib.starter(config, setup.task)
-    state = jax.jit(start, donate_argnums=0)(params)
+    state = jax.jit(start, donate_argnums=0, out_shardings=places)(params)
   elif state is None:
-    state = jax.jit(setup.init)(key)
+    state = jax.jit(setup.init, out_shardings=places)(key)
+  branches = source not in (where, None)
+  if branches and int(state.step) >= config.steps:
+    raise ValueError(
+      f'steps must be more than {int(state.step)}, which {source.directory} '
+      f'has done, got {config.steps}'
+    )
+  if mesh_lib.leads():
+    write(setup)
+  if branches:
+    with checkpoint.opened(where.checkpoints_path) as manager:
+      checkpoint.save(manager, state, setup.batches, config)
+  return state
+
+
+def agree(setup: Setup) -> None:
+  """Raises ValueError where processes would train something else each.
+
+  None of them writes before all have looked for what is there.
+  """
+  words = repr((setup.config, setup.run, setup.source)).encode()
+  mesh_lib.agree(
+    'config, run and tokenizer', words + setup.text.tokenizer.bytes_V.tobytes()
+  )
+
+
+def write(setup: Setup) -> None:
+  """Writes a run's first files, or a resumed one's config."""
+  config, source, where = setup.config, setup.source, setup.run
   if source == where:
     where.write(config)
   elif source is None:
     begun = config.checkpoint and pathlib.Path(config.checkpoint)
     where.create(config, setup.text.tokenizer, begun)
   else:
-    if int(state.step) >= config.steps:
-      raise ValueError(
-        f'steps must be more than {int(state.step)}, which {source.directory} '
-        f'has done, got {config.steps}'
-      )
     where.branch(source, config)
-    with checkpoint.opened(where.checkpoints_path) as manager:
-      checkpoint.save(manager, state, setup.batches, config)
-  return state
 
 
 def train(
@@ -221,6 +250,7 @@ def train(
 ) -> int:
   """Trains to the last step, or until a signal; returns the exit code."""
   config, where, task = setup.config, setup.run, setup.task
+  leads = mesh_lib.leads()
   console.print(f'run: {where.directory}', highlight=False)
   with (
     signals.asked() as stop,
@@ -229,7 +259,9 @@ def train(
       where.metrics_path,
       step=int(state.step),
       tensorboard=setup.launch.tensorboard,
-    ) as log,
+    )
+    if leads
+    else contextlib.nullcontext(lambda step, values: None) as log,
   ):
     state = loop.train(
       state,
@@ -247,7 +279,8 @@ def train(
       task=task,
     )
   if stop.signal is None:
-    metrics.plot(where.metrics_path, where.curves_path, str(where.directory))
+    if leads:
+      metrics.plot(where.metrics_path, where.curves_path, str(where.directory))
     after(setup, state, console)
     console.print(f'curves: {where.curves_path}', highlight=False)
   else:

@@ -5,7 +5,7 @@ B sequences of a batch, T tokens of a sequence, n tokens of an example.
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import jax
@@ -36,8 +36,7 @@ def batches(
   batch_size: int,
   sequence_length: int,
   seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  put: Callable[[Batch], Batch] = jax.device_put,
 ) -> grain.DatasetIterator[Batch]:
   """Training batches without end, every epoch in another order, on the device.
 
@@ -56,11 +55,10 @@ def batches(
   Args:
     documents: `corpus.open('train')`.
     tokenizer: of the run.
-    batch_size: B over all processes; each gets B / process_count rows.
+    batch_size: B.
     sequence_length: T.
     seed: of the order of the documents, and of the rows of chats.
-    process_index: usually jax.process_index().
-    process_count: usually jax.process_count().
+    put: sends a batch to the device, or to many.
 
   Returns:
     An iterator of dicts: `inputs`, `targets`, `positions` (restart at each
@@ -72,13 +70,10 @@ def batches(
     ValueError: a size is wrong, no chat has a scored token in its row, or the
       template refuses a chat.
   """
-  num_rows = _rows_of_a_process(batch_size, process_count)
-  share = {'process_index': process_index, 'process_count': process_count}
-  rows = _packed(
-    documents, tokenizer, sequence_length, seed=seed, repeat=True, **share
-  )
-  found = rows.batch(num_rows, drop_remainder=True).map(_training_batch)
-  return iter(_ahead(found.map(jax.device_put)))
+  _check_batch_size(batch_size)
+  rows = _packed(documents, tokenizer, sequence_length, seed=seed, repeat=True)
+  found = rows.batch(batch_size, drop_remainder=True).map(_training_batch)
+  return iter(_ahead(found.map(put)))
 
 
 def validation_batches(
@@ -88,15 +83,11 @@ def validation_batches(
   batch_size: int,
   sequence_length: int,
   num_batches: int | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
 ) -> grain.IterDataset[Batch]:
   """One pass over a split, the same batches each time it is iterated.
 
   As `batches`, but on the host and in an order that is always the same; the
-  last batch is padded with weight 0 rather than dropped. Every process packs
-  the whole split and takes its rows, so that all see the same number of
-  batches, whose content does not depend on the number of processes.
+  last batch is padded with weight 0 rather than dropped.
 
   Each batch has one more array, `bytes` [B, T] int32: the UTF-8 bytes of text
   that each target stands for (0 for EOS). Over a whole split of documents,
@@ -107,14 +98,11 @@ def validation_batches(
   Args:
     documents: `corpus.open('validation')`.
     tokenizer: of the run.
-    batch_size: B over all processes; each gets B / process_count rows.
+    batch_size: B.
     sequence_length: T.
     num_batches: stop after so many; None takes the whole split.
-    process_index: usually jax.process_index().
-    process_count: usually jax.process_count().
   """
-  num_rows = _rows_of_a_process(batch_size, process_count)
-  start = process_index * num_rows
+  _check_batch_size(batch_size)
   rows = _packed(documents, tokenizer, sequence_length, seed=0, repeat=False)
   padded = rows.batch(
     batch_size,
@@ -123,13 +111,7 @@ def validation_batches(
   )
   if num_batches is not None:
     padded = grain.experimental.LimitIterDataset(padded, num_batches)
-  return _ahead(
-    padded.map(
-      lambda batch: _batch(
-        {k: x[start : start + num_rows] for k, x in batch.items()}
-      )
-    )
-  )
+  return _ahead(padded.map(_batch))
 
 
 def _ahead(found: grain.IterDataset) -> grain.IterDataset:
@@ -139,13 +121,9 @@ def _ahead(found: grain.IterDataset) -> grain.IterDataset:
   )
 
 
-def _rows_of_a_process(batch_size: int, process_count: int) -> int:
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-      f'batch_size must be a positive multiple of the {process_count} '
-      f'processes, got {batch_size}: change batch_size'
-    )
-  return batch_size // process_count
+def _check_batch_size(batch_size: int) -> None:
+  if batch_size < 1:
+    raise ValueError(f'batch_size must be at least 1, got {batch_size}')
 
 
 def _packed(

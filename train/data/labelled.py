@@ -210,6 +210,7 @@ def batches(
   sequence_length: int,
   seed: int,
   noise: bool = False,
+  put: Callable[[Batch], Batch] = jax.device_put,
 ) -> grain.DatasetIterator[Batch]:
   """Training batches without end, every epoch in another order, on the device.
 
@@ -224,6 +225,7 @@ def batches(
     sequence_length: tokens in a row at most; longer texts are cut.
     seed: of the order, and of the noise.
     noise: whether there are bits for dropout.
+    put: sends a batch to the device, or to many.
 
   Returns:
     An iterator of dicts: `inputs`, `types` (0, and 1 in the second text),
@@ -239,7 +241,7 @@ def batches(
   fill = pad_id(tokenizer)
   stack = functools.partial(_stack, batch_size, sequence_length, fill)
   found = rows.batch(batch_size, drop_remainder=True, batch_fn=stack)
-  return iter(_ahead(found.map(jax.device_put)))
+  return iter(_ahead(found.map(put)))
 
 
 def validation_batches(

@@ -39,8 +39,8 @@ class Request:
   """What would be trained."""
   device: Literal[*GPUS] = 'rtx4090'
   """The card."""
-  devices: int = 1
-  """Number of cards that share the step."""
+  devices: int | None = None
+  """Number of cards, short for --mesh.fsdp; None: as many as the mesh has."""
   estimate: bool = False
   """Byte arithmetic alone, without the compiler: no temporaries."""
   compare: bool = False

@@ -12,14 +12,7 @@ from train.config import Config, WholeTree
 from train.plan import cards as cards_lib
 from train.plan.cards import GPUS
 from train.plan.cost import Cost, cost_of
-from train.plan.footprint import (
-  Cards,
-  check_devices,
-  mesh_of,
-  on_card,
-  placed,
-  placed_step,
-)
+from train.plan.footprint import Cards, mesh_of, on_card, placed_step, shared
 from train.task import language_model
 
 PyTree = Any
@@ -73,26 +66,25 @@ def make_bill(
   config: Config, cards: Cards, *, path: str = '', method: str = ''
 ) -> Bill:
   """Returns the bill of a config; the arguments are `make_plan`'s."""
-  check_devices(config, cards)
-  config, mesh = on_card(config), mesh_of(cards)
-  init, step = step_lib.build(config, language_model(config))
-  state = jax.eval_shape(init, jax.random.key(0))
-  of_step = placed_step(config, step, state, mesh)
-  update, *arguments = whole_update(config)
-  of_update = jax.tree.map(lambda x: placed(x, mesh), arguments)
+  config = on_card(shared(config, cards))
+  mesh = mesh_of(config, cards)
+  of_step = placed_step(config, language_model(config), mesh)
+  update, *of_update = whole_update(config, mesh)
   return Bill(
     config=path,
     method=method or type(config.optimizer).__name__,
     device=cards.device,
-    devices=cards.devices,
+    devices=config.mesh.size,
     attention=config.model.attention,
-    elements=sum(x.size for x in jax.tree.leaves(arguments[0])),
+    elements=sum(x.size for x in jax.tree.leaves(of_update[0])),
     update=cost_of(cards_lib.optimized(update, *of_update)),
     step=cost_of(cards_lib.optimized(*of_step)),
   )
 
 
-def whole_update(config: Config) -> tuple[Callable, PyTree, PyTree, PyTree]:
+def whole_update(
+  config: Config, mesh: jax.sharding.Mesh
+) -> tuple[Callable, PyTree, PyTree, PyTree]:
   """Returns the update of all weights at once, jitted, and its arguments.
 
   It is the one of `train.step.make_step`, without what surrounds it, whatever
@@ -105,13 +97,13 @@ def whole_update(config: Config) -> tuple[Callable, PyTree, PyTree, PyTree]:
   config = dataclasses.replace(config, update=WholeTree())
   tx = config.transformation()
   task = language_model(config)
-  init, _ = step_lib.build(config, task)
-  state = jax.eval_shape(init, jax.random.key(0))
+  _, state, _ = placed_step(config, task, mesh)
   params, _ = step_lib.split(state.params, task.trained)
 
   def update(params: PyTree, optimizer: PyTree, grads: PyTree):
     updates, optimizer = tx.update(grads, optimizer, params)
     return optax.apply_updates(params, updates), optimizer
 
-  jitted = jax.jit(update, donate_argnums=(0, 1))
+  places = jax.tree.map(lambda x: x.sharding, (params, state.optimizer))
+  jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=places)
   return jitted, params, state.optimizer, params

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
+from train.mesh import Mesh, grid
 from train.plan import program
 
 PyTree = Any
@@ -186,25 +186,26 @@ class Compiled(NamedTuple):
     return held + self.temp_bytes
 
 
-def topology_mesh(gpu: Gpu, *, devices: int = 1) -> jax.sharding.Mesh:
-  """Returns a mesh of absent cards, axis 'data'.
+def topology_mesh(gpu: Gpu, sizes: Mesh | None = None) -> jax.sharding.Mesh:
+  """Returns a mesh of absent cards, by default of one.
 
   Raises:
     RuntimeError: the compiler is not installed.
   """
+  sizes = sizes or Mesh()
   try:
     topology = topologies.get_topology_desc(
       platform='cuda',
       topology_name='',
       target_config=gpu.target_config,
-      topology=f'{devices}x1x1',
+      topology=f'{sizes.size}x1x1',
     )
   except (RuntimeError, NotImplementedError, ValueError) as error:
     raise RuntimeError(
       "compiling for a GPU needs JAX's CUDA compiler, which has an environment"
       " of its own: make plan ARGS='configs/llama_7b.py'"
     ) from error
-  return jax.sharding.Mesh(np.array(topology.devices), ('data',))
+  return grid(sizes, topology.devices)
 
 
 @contextlib.contextmanager

@@ -9,15 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import attention
 from models.llama import LlamaConfig
+from train import mesh as mesh_lib
 from train import step as step_lib
 from train.config import Config, WholeTree
 from train.plan import cards as cards_lib
 from train.plan.account import account
 from train.plan.cards import GPUS
+from train.step import State
 from train.task import Task, array_shapes, language_model
 
 PyTree = Any
@@ -29,8 +30,8 @@ class Cards:
 
   device: str
   """Short name of the card."""
-  devices: int = 1
-  """How many of them."""
+  devices: int | None = None
+  """How many of them share the state by FSDP; None: the config's mesh."""
   estimate: bool = False
   """Whether to do without the compiler."""
 
@@ -134,19 +135,18 @@ def make_plan(
     path: of the config, for the reader.
     method: name of the optimizer; default, that of its class.
   """
-  check_devices(config, cards)
-  config = on_card(config)
+  config = on_card(shared(config, cards))
   task = language_model(config)
-  init, step = step_lib.build(config, task)
-  state = jax.eval_shape(init, jax.random.key(0))
+  mesh = mesh_lib.absent(config.mesh)
+  if not cards.estimate:
+    mesh = mesh_of(config, cards)
+  step, state, inputs = placed_step(config, task, mesh)
   compiled = None
   if not cards.estimate:
-    mesh = mesh_of(cards)
-    compiled = cards_lib.compile_step(*placed_step(config, step, state, mesh))
-  share = lambda tree: jax.tree.map(lambda x: shard(x, cards.devices), tree)
-  sums = account(share(state.params), share(state.optimizer))
-  gradients = gradient_bytes(config, task, state, cards.devices)
-  activations = activation_bytes(config) // cards.devices
+    compiled = cards_lib.compile_step(step, state, inputs)
+  sums = account(part(state.params), part(state.optimizer))
+  gradients = gradient_bytes(config, task, state, mesh)
+  activations = activation_bytes(config)
   workspace = workspace_bytes(config)
   total = sums.total + gradients + activations
   if compiled:
@@ -157,7 +157,7 @@ def make_plan(
     config=path,
     method=method or type(config.optimizer).__name__,
     device=cards.device,
-    devices=cards.devices,
+    devices=config.mesh.size,
     batch_size=config.batch_size,
     sequence_length=config.sequence_length,
     attention=config.model.attention,
@@ -175,15 +175,26 @@ def make_plan(
   )
 
 
-def check_devices(config: Config, cards: Cards) -> None:
-  """Raises ValueError for cards that cannot share a batch."""
+def shared(config: Config, cards: Cards) -> Config:
+  """Returns a config whose mesh has as many devices as are asked for.
+
+  Raises:
+    ValueError: its own mesh has others, or they cannot share a batch.
+  """
+  if cards.devices is None:
+    return config
   if cards.devices < 1:
     raise ValueError(f'--devices must be at least 1, got {cards.devices}')
-  if config.batch_size % cards.devices:
+  if config.mesh.size not in (1, cards.devices):
     raise ValueError(
-      f'the batch size must be a multiple of --devices {cards.devices}, got '
-      f'{config.batch_size}'
+      f'--devices must be {config.mesh.size}, as the mesh '
+      f'{mesh_lib.described(config.mesh)} has them, got {cards.devices}: leave '
+      'one of the two out'
     )
+  if config.mesh.size == 1:
+    mesh = mesh_lib.Mesh(fsdp=cards.devices)
+    config = dataclasses.replace(config, mesh=mesh)
+  return config
 
 
 def on_card(config: Config) -> Config:
@@ -205,68 +216,37 @@ def on_card(config: Config) -> Config:
   return dataclasses.replace(config, model=model)
 
 
-def mesh_of(cards: Cards) -> Mesh:
+def mesh_of(config: Config, cards: Cards) -> jax.sharding.Mesh:
   """Returns the cards that are not there.
 
   Raises:
     ImportError: the compiler is not installed.
   """
   try:
-    return cards_lib.topology_mesh(GPUS[cards.device], devices=cards.devices)
+    return cards_lib.topology_mesh(GPUS[cards.device], config.mesh)
   except RuntimeError as error:
     raise ImportError(f'{error}; --estimate needs none') from error
 
 
 def placed_step(
-  config: Config, step: Any, state: PyTree, mesh: Mesh
-) -> tuple[Any, PyTree, PyTree]:
+  config: Config, task: Task, mesh: Any
+) -> tuple[step_lib.Step, State, PyTree]:
   """Returns the jitted step, its state and its batch, on a mesh."""
-  state = jax.tree.map(lambda x: placed(x, mesh), state)
-  inputs = jax.tree.map(
-    lambda x: placed(x, mesh, PartitionSpec('data')), batch(config)
+  init, step = step_lib.build(config, task)
+  places = step_lib.shardings(config, task, mesh)
+  state = mesh_lib.at(jax.eval_shape(init, jax.random.key(0)), places)
+  inputs = batch(config)
+  rows = jax.tree.map(lambda _: mesh_lib.of_batch(mesh), inputs)
+  step = step_lib.placed(step, mesh, places)
+  return step, state, mesh_lib.at(inputs, rows)
+
+
+def part(tree: PyTree) -> PyTree:
+  """Returns the shapes of what each of the devices holds of arrays."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
+    tree,
   )
-  # The state is shared out after the step as before it, or nothing happens in
-  # place.
-  shardings = jax.tree.map(lambda x: x.sharding, state)
-  step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-  return step, state, inputs
-
-
-def placed(x: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
-  """Returns a shape on a mesh; without a spec, shared out as `shard` says."""
-  if spec is None:
-    axis = shared_axis(x, mesh.size)
-    spec = PartitionSpec()
-    if axis is not None:
-      spec = PartitionSpec(*(None,) * axis, 'data')
-  sharding = NamedSharding(mesh, spec)
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def shared_axis(x: Any, devices: int) -> int | None:
-  """Returns the axis of an array that devices share, None where each has all.
-
-  The last one that they divide, so that no layer axis and no small array is
-  shared.
-
-  >>> shared_axis(jax.ShapeDtypeStruct((32, 1024, 1030), 'float32'), 4)
-  1
-  """
-  axes = [i for i, size in enumerate(x.shape) if size % devices == 0]
-  return axes[-1] if axes and x.size >= 2**16 else None
-
-
-def shard(x: Any, devices: int) -> jax.ShapeDtypeStruct:
-  """Returns what one of the devices holds of an array.
-
-  >>> shard(jax.ShapeDtypeStruct((32, 1024, 1030), 'float32'), 4).shape
-  (32, 256, 1030)
-  """
-  axis = shared_axis(x, devices)
-  shape = [
-    size // devices if i == axis else size for i, size in enumerate(x.shape)
-  ]
-  return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
 
 def batch(config: Config) -> PyTree:
@@ -277,12 +257,11 @@ def batch(config: Config) -> PyTree:
   return tokens | {'weights': jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
-def gradient_bytes(
-  config: Config, task: Task, state: step_lib.State, devices: int
-) -> int:
+def gradient_bytes(config: Config, task: Task, state: State, mesh: Any) -> int:
   """Returns the bytes of the gradients, and sums, that exist at once."""
   moving, _ = step_lib.split(array_shapes(config, task), task.trained)
-  leaves = [shard(x, devices) for x in jax.tree.leaves(moving)]
+  placed = mesh_lib.at(moving, mesh_lib.of_params(moving, mesh))
+  leaves = jax.tree.leaves(part(placed))
   size = lambda x: x.size * x.dtype.itemsize
   if isinstance(config.update, WholeTree):
     return sum(map(size, leaves))
@@ -290,8 +269,10 @@ def gradient_bytes(
   params, _ = step_lib.split(state.params, task.trained)
   sums = jax.eval_shape(update.sums, params, state.optimizer)
   per_layer = lambda x: size(x) // (x.shape[0] if x.ndim == 3 else 1)
-  return max(map(per_layer, leaves)) + sum(
-    size(shard(x, devices)) for x in sums
+  # They live where moments do, of which each device has its share.
+  sizes = config.mesh
+  return max(map(per_layer, leaves)) + sum(map(size, sums)) // (
+    sizes.fsdp * sizes.tensor
   )
 
 
@@ -300,7 +281,7 @@ def activation_bytes(config: Config) -> int:
   tokens = config.batch_size * config.sequence_length
   if isinstance(config.update, WholeTree):
     tokens //= config.microbatches
-  tokens //= config.update.accumulate
+  tokens //= config.update.accumulate * config.mesh.data * config.mesh.fsdp
   model: LlamaConfig = config.model
   element = jnp.dtype(model.dtype).itemsize
   return model.num_layers * tokens * model.width * element

@@ -208,34 +208,7 @@ def test_last_validation_batch_is_padded_with_weight_zero():
     assert not x_BT[padding].any()
 
 
-def test_processes_share_the_training_documents():
-  headings = []
-  for i in (0, 1):
-    # Well within an epoch: the next one deals the documents anew.
-    found = list(
-      itertools.islice(training(process_index=i, process_count=2), 8)
-    )
-    assert found[0]['inputs'].shape == (2, 33)
-    text = tokenizer().decode(
-      np.concatenate([b['targets'] for b in found]).flat
-    )
-    headings.append({t.split('.')[0] for t in text.split('Document ')[1:-1]})
-  assert min(map(len, headings)) > 2
-  assert not headings[0] & headings[1]
-
-
-def test_processes_share_the_rows_of_validation():
-  shares = [list(validation(process_index=i, process_count=2)) for i in (0, 1)]
-  joined = [
-    {key: np.concatenate([a[key], b[key]]) for key in a}
-    for a, b in zip(*shares, strict=True)
-  ]
-  assert_same(joined, validation())
-
-
 def test_bad_sizes():
-  with pytest.raises(ValueError, match='multiple of the 3 processes, got 4'):
-    training(process_count=3)
   with pytest.raises(ValueError, match=r'batch_size .* got 0'):
     validation(batch_size=0)
   with pytest.raises(ValueError, match=r'sequence_length .* at least 1, got 0'):

@@ -10,8 +10,8 @@ from train.data.corpus import Chitchat, TextFiles, Tfds
 PARAGRAPHS = [f'Paragraph {i}.\nIts second line, \u00e9.' for i in range(60)]
 
 
-def read(documents, seed=0, **share):
-  return list(documents.stream(seed=seed, repeat=False, **share))
+def read(documents, seed=0):
+  return list(documents.stream(seed=seed, repeat=False))
 
 
 def write_jsonl(path, texts):
@@ -168,17 +168,6 @@ class TestOrder:
     resumed = iter(documents.stream(seed=3, repeat=True))
     resumed.set_state(state)
     assert [next(resumed) for _ in range(99)] == following
-
-  def test_shares_do_not_overlap(self, documents):
-    shares = [
-      read(documents, seed=3, process_index=i, process_count=2) for i in (0, 1)
-    ]
-    assert min(map(len, shares)) > 0
-    assert sorted(shares[0] + shares[1]) == sorted(PARAGRAPHS)
-
-  def test_more_processes_than_documents(self, documents):
-    with pytest.raises(ValueError, match='99 processes need as many'):
-      documents.stream(seed=0, repeat=True, process_count=99)
 
 
 def prepare(directory, field='text'):

@@ -16,6 +16,7 @@ from galore_optax.layerwise.step import layerwise
 from galore_optax.subspace.finders import PowerIteration
 from models import attention
 from models.llama import Layers, LlamaConfig
+from train.mesh import Mesh
 from train.plan import cards
 from train.plan.cards import GPUS
 
@@ -122,7 +123,7 @@ def test_another_card():
 @needs_compiler
 @pytest.mark.card
 def test_collectives_of_eight_cards():
-  mesh = cards.topology_mesh(GPUS['rtx4090'], devices=8)
+  mesh = cards.topology_mesh(GPUS['rtx4090'], Mesh(data=8))
   x = jax.ShapeDtypeStruct(
     (64, 32), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec('data'))
   )
@@ -153,7 +154,7 @@ def test_cudnn_is_there_for_a_plan_alone():
 @pytest.mark.card
 @pytest.mark.parametrize('devices', [1, 2])
 def test_compiles_the_kernel_of_cudnn(devices):
-  mesh = cards.topology_mesh(GPUS['rtx4090'], devices=devices)
+  mesh = cards.topology_mesh(GPUS['rtx4090'], Mesh(data=devices))
   shared = NamedSharding(mesh, PartitionSpec('data'))
   f, arguments = attend(1024)
   placed = jax.tree.map(

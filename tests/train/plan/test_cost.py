@@ -17,6 +17,7 @@ from models.llama import LlamaConfig
 from train import step as step_lib
 from train.config import Config, Layerwise
 from train.data.corpus import Chitchat
+from train.mesh import Mesh, devices
 from train.method import CLASSES, Galore, Galore8bit
 from train.plan.bill import whole_update
 from train.plan.cost import cost_of
@@ -65,7 +66,9 @@ def step(config):
 
 
 PROGRAMS = {
-  f'update, {name}': lambda name=name: whole_update(config(name))
+  f'update, {name}': lambda name=name: whole_update(
+    config(name), devices(Mesh())
+  )
   for name in CLASSES
 } | {f'step, {name}': lambda x=x: step(x) for name, x in STEPS.items()}
 

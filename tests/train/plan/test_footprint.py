@@ -11,7 +11,7 @@ from train import step
 from train.command import load
 from train.config import Layerwise
 from train.method import Galore
-from train.plan.footprint import Cards, make_plan, placed
+from train.plan.footprint import Cards, make_plan
 from train.task import language_model
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -108,12 +108,3 @@ def test_cards_share_the_state():
   assert eight.basis_bytes * 8 == one.basis_bytes
   assert eight.activation_bytes * 8 == one.activation_bytes
   assert sum(eight.parts.values()) == eight.total_bytes < one.total_bytes / 7
-
-
-def test_shares_large_arrays_out():
-  mesh = jax.make_mesh((4,), ('data',))
-  big = jax.ShapeDtypeStruct((3, 1024, 66), 'float32')
-  small = jax.ShapeDtypeStruct((8, 64), 'float32')
-  spec = lambda x: placed(x, mesh).sharding.spec
-  assert spec(big) == jax.sharding.PartitionSpec(None, 'data')
-  assert spec(small) == jax.sharding.PartitionSpec()

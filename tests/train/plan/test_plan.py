@@ -116,7 +116,8 @@ def test_table(config, capsys):
   ('args', 'message'),
   [
     (['--batch-size', '0'], 'batch_size must be at least 1'),
-    (['--devices', '3'], 'multiple of --devices 3'),
+    (['--devices', '3'], 'multiple of mesh.data x mesh.fsdp = 3'),
+    (['--devices', '4', '--mesh.data', '2'], 'leave one of the two out'),
     (['--devices', '0'], '--devices must be at least 1'),
   ],
 )

@@ -1,0 +1,273 @@
+"""The same training on one device, on many, and in several processes."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from models.llama import LlamaConfig
+from tests.train.program import lines, write_config
+from train import checkpoint, mesh, training
+from train.mesh import Mesh
+from train.run import Run
+
+GRIDS = {
+  'data': ('--mesh.data', '8'),
+  'fsdp': ('--mesh.fsdp', '8'),
+  'tensor': ('--mesh.tensor', '2', '--mesh.fsdp', '4'),
+  'mixed': ('--mesh.data', '2', '--mesh.tensor', '2', '--mesh.fsdp', '2'),
+}
+
+# The finders but 'svd' amplify rounding.
+TOLERANCES = {'svd': 1e-5, 'gram': 1e-3, 'power': 1e-3}
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  return write_config(tmp_path_factory.mktemp('mesh'))
+
+
+def prepared(config, run, *options):
+  options = ('--batch-size', '16', '--steps', '30', *options)
+  return training.prepare([config, '--run', str(run), *options])
+
+
+def trained(setup, steps):
+  """The losses of some steps and of a validation, and the state."""
+  state, found = training.begin(setup), []
+  for _ in range(steps):
+    state, metrics = setup.step(state, next(setup.batches))
+    found.append(metrics['loss'])
+  validated = setup.task.evaluate(setup.text)(state.params)
+  return np.array([*jax.device_get(found), validated['loss']]), state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('finder', TOLERANCES)
+def test_losses_are_the_same_on_any_mesh(config, tmp_path, finder):
+  options = ('--optimizer.subspace', finder)
+  one = prepared(config, tmp_path / 'one', *options)
+  expected, _ = trained(one, 30)
+  assert expected[-2] < expected[0] - 0.5
+  for name, grid in GRIDS.items():
+    many = prepared(config, tmp_path / name, *options, *grid)
+    found, state = trained(many, 30)
+    np.testing.assert_allclose(
+      found, expected, rtol=TOLERANCES[finder], err_msg=name
+    )
+    # The step leaves the state where it was.
+    places = jax.tree.map(lambda x: x.sharding, state)
+    jax.tree.map(assert_equivalent, state, places, many.places)
+
+
+def assert_equivalent(x, place, expected):
+  assert place.is_equivalent_to(expected, x.ndim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'options',
+  [
+    ('--update', 'Layerwise', '--optimizer', 'Galore8bit'),
+    ('--optimizer', 'Apollo'),
+  ],
+)
+def test_other_steps_are_the_same_on_a_mesh(config, tmp_path, options):
+  rank = ('--optimizer.rank', '4')
+  one = prepared(config, tmp_path / 'one', *options, *rank)
+  many = prepared(config, tmp_path / 'many', *options, *rank, *GRIDS['mixed'])
+  # Two refreshes, by a finder that amplifies rounding.
+  expected, _ = trained(one, 8)
+  np.testing.assert_allclose(trained(many, 8)[0], expected, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_from_mesh_to_mesh(config, tmp_path):
+  setup = prepared(config, tmp_path / 'run', '--mesh.fsdp', '8')
+  _, state = trained(setup, 2)
+  saved = jax.device_get(state)
+  position = setup.batches.get_state()
+  with checkpoint.opened(setup.run.checkpoints_path) as manager:
+    checkpoint.save(manager, state, setup.batches, setup.config)
+  for grid in (('fsdp', 4), ('tensor', 2), ('fsdp', 1)):
+    sides = {'data': 1, 'fsdp': 1, 'tensor': 1} | dict([grid])
+    options = [f'--mesh.{name}={size}' for name, size in sides.items()]
+    again = training.prepare(
+      [config, '--run', str(tmp_path / 'run'), '--resume', *options]
+    )
+    restored = training.begin(again)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), saved)
+    assert again.batches.get_state() == position
+    q = restored.params['blocks']['attention']['q']['kernel']
+    assert len(q.sharding.device_set) == grid[1]
+
+
+def free_port():
+  with socket.socket() as found:
+    found.bind(('localhost', 0))
+    return found.getsockname()[1]
+
+
+def start(argv, *, port, process, processes=2):
+  """Starts one of the processes of a run, with four devices."""
+  variables = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+    'JAX_NUM_PROCESSES': str(processes),
+    'JAX_PROCESS_ID': str(process),
+  }
+  return subprocess.Popen(
+    [sys.executable, '-m', 'train.pretrain', *argv],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=variables,
+  )
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(config, tmp_path):
+  options = ('--batch-size', '16', '--steps', '30', '--eval-every', '30')
+  options += ('--optimizer.subspace', 'svd')
+  argv = [config, *options, '--run', str(tmp_path / 'two'), '--mesh.fsdp', '4']
+  port = free_port()
+  both = [
+    start([*argv, '--mesh.data', '2'], port=port, process=i) for i in (0, 1)
+  ]
+  ends = [process.communicate(timeout=900) for process in both]
+  assert [process.returncode for process in both] == [0, 0], ends
+  # One of them speaks, and writes.
+  assert 'validation' in ends[0][0] and not ends[1][0]
+  two = Run(tmp_path / 'two')
+  assert (two.directory / 'curves.png').exists()
+  setup = prepared(config, tmp_path / 'one', *options)
+  expected, _ = trained(setup, 30)
+  found = [x['loss'] for x in lines(two) if 'loss' in x]
+  found += [x['validation_loss'] for x in lines(two) if 'validation_loss' in x]
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  # What two processes saved, one reads.
+  again = training.prepare(
+    [config, '--run', str(two.directory), '--resume', '--mesh.data', '1']
+  )
+  state = training.begin(again)
+  assert int(state.step) == 30
+  assert again.batches.get_state() == setup.batches.get_state()
+
+
+MODEL = LlamaConfig(
+  vocab_size=48, width=32, mlp_width=40, num_heads=4, num_layers=3
+)
+
+
+def test_where_parameters_live():
+  grid = mesh.absent(Mesh(data=2, fsdp=8, tensor=4))
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, 'float32')
+  params = {
+    'embed': {'embedding': shape(48, 32)},
+    'blocks': {
+      'norm': {'scale': shape(8, 32)},
+      'attention': {
+        'q': {'kernel': shape(3, 32, 64), 'lora_a': shape(3, 32, 8)},
+        'o': {'kernel': shape(3, 64, 32)},
+      },
+      # No width that divides, and then no side.
+      'mlp': {'up': {'kernel': shape(3, 30, 64)}, 'odd': shape(3, 7, 5)},
+    },
+    'lm_head': {'kernel': shape(32, 47)},
+  }
+  found = jax.tree.map(lambda x: x.spec, mesh.of_params(params, grid))
+  spec = PartitionSpec
+  assert found == {
+    'embed': {'embedding': spec('tensor', 'fsdp')},
+    'blocks': {
+      'norm': {'scale': spec()},
+      'attention': {
+        'q': {
+          'kernel': spec(None, 'fsdp', 'tensor'),
+          'lora_a': spec(None, 'fsdp', None),
+        },
+        'o': {'kernel': spec(None, 'tensor', 'fsdp')},
+      },
+      'mlp': {
+        'up': {'kernel': spec(None, None, ('tensor', 'fsdp'))},
+        'odd': spec(None, None, None),
+      },
+    },
+    'lm_head': {'kernel': spec('fsdp', None)},
+  }
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (('--mesh.fsdp', '0'), 'mesh.fsdp must be at least 1, got 0'),
+    (
+      ('--mesh.data', '16'),
+      'data 16 x fsdp 1 x tensor 1 = 16 devices .* got 8',
+    ),
+    (('--mesh.data', '3'), 'multiple of mesh.data x mesh.fsdp = 3 x 2 parts'),
+    (('--mesh.tensor', '4'), 'must divide model.num_heads = 2, got 4'),
+  ],
+)
+def test_a_mesh_that_does_not_fit(config, tmp_path, options, message):
+  with pytest.raises(ValueError, match=message):
+    prepared(config, tmp_path / 'run', '--batch-size', '32', *options)
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """What JAX is asked for, which it does not do here."""
+  calls = []
+  initialize = lambda **given: calls.append(given)
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  return calls
+
+
+@pytest.mark.parametrize(
+  ('variables', 'message'),
+  [
+    ({}, None),
+    ({'SLURM_NTASKS': '1', 'SLURM_JOB_ID': '7'}, None),
+    ({'JAX_COORDINATOR_ADDRESS': 'a:1'}, 'JAX_NUM_PROCESSES must be a number'),
+    (
+      {'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '2'},
+      "JAX_PROCESS_ID must be a number .* got ''",
+    ),
+  ],
+)
+def test_a_cluster_is_joined_where_there_is_one(
+  monkeypatch, asked, variables, message
+):
+  asked = []
+  monkeypatch.setattr(
+    jax.distributed, 'initialize', lambda **x: asked.append(x)
+  )
+  for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  if message is None:
+    mesh.join()
+  else:
+    with pytest.raises(ValueError, match=message):
+      mesh.join()
+  assert not asked
+
+
+def test_slurm_is_detected(monkeypatch, asked):
+  asked = []
+  monkeypatch.setattr(
+    jax.distributed, 'initialize', lambda **x: asked.append(x)
+  )
+  task = {'NTASKS': 2, 'JOB_ID': 7, 'PROCID': 1, 'LOCALID': 0}
+  for name, value in {**task, 'STEP_NODELIST': 'a,b'}.items():
+    monkeypatch.setenv(f'SLURM_{name}', str(value))
+  mesh.join()
+  assert asked == [{}]
