@@ -245,11 +245,17 @@ def train(
       console=console,
       stop=stop,
       task=task,
+      profile=where.profile_path if setup.launch.profile else None,
     )
   if stop.signal is None:
     metrics.plot(where.metrics_path, where.curves_path, str(where.directory))
     after(setup, state, console)
-    console.print(f'curves: {where.curves_path}', highlight=False)
+    console.print(
+      f'curves: {where.curves_path}; all of the run as a page: '
+      f'python -m train.report {where.directory}',
+      highlight=False,
+      soft_wrap=True,
+    )
   else:
     console.print(
       f'stopped and saved at step {int(state.step)}; to go on:\n'

@@ -37,7 +37,7 @@ def meter(clock=None):
     lambda step, values, seconds: shown.append((step, seconds)),
     lambda step, values: logged.append((step, values)),
     'tokens',
-    clock or itertools.count().__next__,
+    clock=clock or itertools.count().__next__,
   )
   return found, shown, logged
 
