@@ -37,19 +37,17 @@ _PREFIX = 'base_model.model.'
 
 _FILES = ('adapter_config.json', 'adapter_model.safetensors')
 
-# Fields of PEFT's config with another value change what is computed.
-_PLAIN = {
-  'peft_type': 'LORA',
-  'bias': 'none',
-  **dict.fromkeys(
-    ('use_dora', 'use_rslora', 'use_qalora', 'use_bdlora'), False
-  ),
-  **dict.fromkeys(('fan_in_fan_out', 'lora_bias'), False),
-  'rank_pattern': {},
-  'alpha_pattern': {},
-  **dict.fromkeys(('modules_to_save', 'trainable_token_indices'), None),
-  **dict.fromkeys(('target_parameters', 'layer_replication'), None),
-}
+# Fields of PEFT's config that change what is computed, where they are set.
+_FOREIGN = (
+  *('use_dora', 'use_rslora', 'use_qalora', 'use_bdlora', 'lora_bias'),
+  *('fan_in_fan_out', 'rank_pattern', 'alpha_pattern', 'modules_to_save'),
+  *('trainable_token_indices', 'target_parameters', 'layer_replication'),
+  *('alora_invocation_tokens', 'arrow_config', 'kasa_config'),
+  *('velora_config', 'monteclora_config'),
+)
+
+# First factors that come with a change of the weights beneath.
+_MOVED = ('pissa', 'olora', 'corda', 'loftq', 'lora_ga')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,7 +418,9 @@ def save_adapter(
     for name, tensor in huggingface.llama_tensors(kernels).items():
       tensors[_peft_name(name, letter)] = tensor
   modules = {name.split('.lora_')[0].split('.')[-1] for name in tensors}
-  fields = _PLAIN | {
+  fields = {
+    'peft_type': 'LORA',
+    'bias': 'none',
     'task_type': 'CAUSAL_LM',
     'base_model_name_or_path': base,
     'inference_mode': True,
@@ -455,13 +455,7 @@ def load_adapter(
     if not file.is_file():
       raise FileNotFoundError(f'{file} is missing; it is part of an adapter')
   fields = json.loads(config.read_text())
-  for name, plain in _PLAIN.items():
-    found = fields.get(name) or plain
-    if found != plain:
-      raise ValueError(
-        f'{config}: {name} must be {plain!r}, the one that is implemented, got '
-        f'{found!r}'
-      )
+  _check_peft(config, fields)
   tensors = safetensors.load_file(weights)
   flat, targets = _flatten(params), []
   for path, leaf in list(flat.items()):
@@ -496,6 +490,28 @@ def load_adapter(
     targets=tuple(map(re.escape, targets)),
   )
   return _unflatten(flat), adapter
+
+
+def _check_peft(file, fields):
+  """Raises ValueError where PEFT's config says what `Lora` does not do."""
+  for name, value in {'peft_type': 'LORA', 'bias': 'none'}.items():
+    if fields.get(name) != value:
+      raise ValueError(
+        f'{file}: {name} must be {value!r}, got {fields.get(name)!r}; '
+        'merge the adapter with PEFT, and load the model'
+      )
+  foreign = {name: fields[name] for name in _FOREIGN if fields.get(name)}
+  first = fields.get('init_lora_weights')
+  if isinstance(first, str) and first.lower().startswith(_MOVED):
+    foreign['init_lora_weights'] = first
+  if foreign:
+    raise ValueError(
+      f'{file}: plain LoRA has none of {foreign}; merge the adapter with PEFT, '
+      'and load the model'
+    )
+  absent = {'r', 'lora_alpha', 'lora_dropout'} - fields.keys()
+  if absent:
+    raise ValueError(f'{file} must have {sorted(absent)}')
 
 
 def _is_alone(adapter):

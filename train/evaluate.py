@@ -32,7 +32,7 @@ from train.data.text_files import Texts, expand, index
 from train.data.tokenizer import AnyTokenizer
 from train.model import Model, bucket, is_directory, opened
 from train.run import Run
-from train.task import Batch, Metrics, Text, language_model, perplexity
+from train.task import Batch, Metrics, Text, perplexity, task_of
 
 CONTEXTS = ('question', 'prompt', 'context')
 """What a line of questions may call the text before the choices."""
@@ -135,7 +135,7 @@ def validation(args: argparse.Namespace) -> Metrics:
     )
   run = Run(args.path)
   config = dataclasses.replace(run.config(), eval_batches=args.batches)
-  task = language_model(config)
+  task = task_of(config)
   held_out = config.corpus.open('validation')
   evaluate = task.evaluate(Text(None, held_out, run.tokenizer()))
   params = checkpoint.restore_params(run.checkpoints_path, task, best=args.best)

@@ -5,10 +5,10 @@
 
 import json
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from models import huggingface
-from models.llama import Layers
+from models.llama import Layers, LlamaConfig
 from train import checkpoint
 from train.data import tokenizer as tokenizers
 from train.data.tokenizer import AnyTokenizer
@@ -66,6 +66,7 @@ def is_directory(path: pathlib.Path) -> bool:
 def of_run(run: Run, best: bool) -> Model:
   """Reads the newest checkpoint of a run, or the best."""
   config = run.config()
+  check_writes(run.directory, config.model)
   params = checkpoint.restore_params(
     run.checkpoints_path, language_model(config), best=best
   )
@@ -77,6 +78,7 @@ def of_directory(path: pathlib.Path) -> Model:
   """Reads a directory of transformers."""
   tokenizer = tokenizers.load(path)
   config = huggingface.read_config(path)
+  check_writes(path, config)
   if tokenizer.vocab_size > config.vocab_size:
     raise ValueError(
       f'the tokenizer of {path} must have at most vocab_size='
@@ -87,6 +89,15 @@ def of_directory(path: pathlib.Path) -> Model:
   fields = json.loads((path / 'config.json').read_text())
   window = fields.get('max_position_embeddings') or 2048
   return Model(Layers(config), params, tokenizer, window)
+
+
+def check_writes(path: pathlib.Path, config: Any) -> None:
+  """Raises ValueError for a model that is none of language."""
+  if not isinstance(config, LlamaConfig):
+    raise ValueError(
+      f'{path} must hold a model that writes text, got '
+      f'{type(config).__name__}; python -m train.evaluate RUN measures one'
+    )
 
 
 def bucket(size: int, least: int = 16) -> int:

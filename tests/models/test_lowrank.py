@@ -266,9 +266,11 @@ NAME = 'base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight'
 @pytest.mark.parametrize(
   'change, match',
   [
-    (lambda f, t: f.update(use_dora=True), 'use_dora must be False'),
+    (lambda f, t: f.update(use_dora=True), "none of {'use_dora': True}"),
+    (lambda f, t: f.update(init_lora_weights='pissa'), "'pissa'}; merge"),
+    (lambda f, t: f.pop('r'), r"must have \['r'\]"),
     (lambda f, t: f.update(peft_type='IA3'), "peft_type must be 'LORA'"),
-    (lambda f, t: f.update(rank_pattern={'q': 4}), 'rank_pattern must be {}'),
+    (lambda f, t: f.update(rank_pattern={'q': 4}), "'rank_pattern': {'q': 4}"),
     (lambda f, t: t.pop(NAME), f'{NAME} is missing'),
     (lambda f, t: f.update(r=4), r'must have the shape \(4, 12\), got \(3, 12'),
     (

@@ -10,7 +10,7 @@ import pytest
 from models import huggingface
 from models.encoder import EncoderConfig, Layers
 from tests.train import glue
-from train import classify, export, finetune, metrics
+from train import classify, evaluate, export, finetune, metrics
 from train import step as step_lib
 from train.config import Classifier, Config, Layerwise
 from train.data import tokenizer as tokenizer_lib
@@ -183,6 +183,11 @@ def test_a_shipped_config_runs_from_directory_to_directory(
   for run in runs:
     lines = metrics.read(Run(run).metrics_path)
     assert [x['step'] for x in lines if f'validation_{metric}' in x] == [6, 12]
+  capsys.readouterr()
+  evaluate.main([str(runs[0])])
+  last = metrics.read(Run(runs[0]).metrics_path)[-1]
+  value = last[f'validation_{metric}']
+  assert f'{metric} {value:.4f}' in capsys.readouterr().out
   export.main([str(runs[0]), str(tmp_path / 'out')])
   config, params = huggingface.load(tmp_path / 'out')
   assert config.labels == (glue.GLUE[task][1] or None)

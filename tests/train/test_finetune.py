@@ -34,22 +34,23 @@ def make(tmp_path, kind='llama'):
   write(source, CHATML, {'eos_token': '<|im_end|>'}, SPECIALS)
   params = Layers(config).init(jax.random.key(3))
   huggingface.save(directory, config, params, source=source)
+  return directory, chats_file(tmp_path)
+
+
+def chats_file(tmp_path):
+  """Eighty short chats."""
+  records = [
+    {
+      'messages': [
+        {'role': 'user', 'content': f'Question {i}?'},
+        {'role': 'assistant', 'content': f'Answer {i}.' + i % 3 * ' So.'},
+      ]
+    }
+    for i in range(80)
+  ]
   chats = tmp_path / 'chats.jsonl'
-  chats.write_text(
-    ''.join(
-      json.dumps(
-        {
-          'messages': [
-            {'role': 'user', 'content': f'Question {i}?'},
-            {'role': 'assistant', 'content': f'Answer {i}.' + i % 3 * ' So.'},
-          ]
-        }
-      )
-      + '\n'
-      for i in range(80)
-    )
-  )
-  return directory, chats
+  chats.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  return chats
 
 
 def tune(tmp_path, directory, chats, *args, config='configs/chat.py'):

@@ -11,6 +11,7 @@ import pytest
 
 from models import huggingface
 from models.llama import Layers, LlamaConfig
+from tests.train import glue
 from tests.train.data import tiny
 from train import sample
 from train.data.tokenizer import load
@@ -295,3 +296,11 @@ def test_one_step_is_compiled_for_all_tokens(model):
     list(sample.stream(reader, rows, num_tokens=num_tokens, **options))
   # The prompts' 32 tokens, and one.
   assert sample._extend._cache_size() == before + 2
+
+
+def test_an_encoder_writes_nothing(tmp_path, capsys):
+  glue.roberta(tmp_path)
+  with pytest.raises(SystemExit):
+    sample.main([str(tmp_path), '--prompt', 'dog'])
+  err = capsys.readouterr().err
+  assert 'must hold a model that writes text, got EncoderConfig' in err

