@@ -1,4 +1,4 @@
-"""What the program runs on, what it could do, and its cache of compiled steps."""
+"""What the program runs on, its peak, and its cache of compiled steps."""
 
 import os
 import pathlib

@@ -89,9 +89,9 @@ def init(params: PyTree, tx: Any, trained: Mask = everything) -> State:
 def with_health(step: Step) -> Step:
   """Returns a step whose metrics tell what a refresh noted of subspaces.
 
-  `subspace` is of the newest refresh, [3, k] by weight; `refreshed` says whether
-  all matrices have had a new one since the one before. Where no subspace follows
-  the gradient there is neither.
+  `subspace` is what `train.subspace.health` finds; `refreshed` is 1 where this
+  step was the last one that all matrices needed for a new subspace. Where none
+  follows the gradient there is neither.
   """
 
   @functools.partial(jax.jit, donate_argnums=0)

@@ -127,7 +127,9 @@ def by_number(found: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
   """
   logged = {}
   for i, name in enumerate(NUMBERS):
-    rows = {path: [round(float(x), 6) for x in found[path][i]] for path in found}
+    rows = {
+      path: [round(float(x), 6) for x in found[path][i]] for path in found
+    }
     if all(min(row) >= 0 for row in rows.values()):
       logged[name] = rows
   return logged

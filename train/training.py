@@ -27,7 +27,7 @@ from train.data.corpus import Documents
 from train.data.tokenizer import AnyTokenizer, load, train_tokenizer
 from train.run import Run
 from train.step import State
-from train.task import Task, Text, array_shapes, task_of
+from train.task import Task, Text, task_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +114,7 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
     where.check(config)
   task = task_of(config)
   init, step = step_lib.build(config, task)
-  memory = report.memory_table(
-    array_shapes(config, task),
-    jax.eval_shape(task.init, jax.random.key(0)),
-    config.transformation(),
-    type(config.optimizer).__name__,
-    task.trained,
-  )
+  memory = report.memory_of(config, task)
   documents = config.corpus.open('train')
   held_out = config.corpus.open('validation')
   tokenizer = (

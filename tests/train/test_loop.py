@@ -167,6 +167,7 @@ def test_a_second_task_needs_no_second_loop(tmp_path):
     loss=loss,
     batches=lambda data: batches(),
     evaluate=lambda data: lambda params: {'far': float(params['w'].sum())},
+    example=lambda data: None,
     unit='examples',
   )
   config = dataclasses.replace(
