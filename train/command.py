@@ -52,6 +52,8 @@ class Launch:
   continue, with that run's values where no others are given."""
   tensorboard: bool = False
   """Write TensorBoard events too (needs the extra `tensorboard`)."""
+  profile: bool = False
+  """Write a profiler's trace of three steps into the run's directory."""
 
 
 @contextlib.contextmanager

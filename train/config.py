@@ -20,6 +20,7 @@ from models.encoder import EncoderConfig
 from models.llama import Dtype, LlamaConfig
 from models.lowrank import Factored, Lora, Relora
 from train import adapter as adapter_lib
+from train import subspace
 from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, TextFiles, Tfds
 from train.data.labelled import LabelledFiles, LabelledTfds
@@ -270,9 +271,9 @@ class Config:
     return self.update.stored(self.model.param_dtype)
 
   def rule(self) -> optax.GradientTransformation:
-    """Returns the optimizer, of what is trained."""
+    """Returns the optimizer, of what is trained, its subspaces watched."""
     schedule = self.schedule()
-    optimizer = self.optimizer.build(schedule)
+    optimizer = subspace.watched(self.optimizer.build(schedule))
     return adapter_lib.with_lomo(optimizer, self.adapter, schedule)
 
   def transformation(self) -> optax.GradientTransformation:

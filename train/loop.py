@@ -6,9 +6,10 @@ validated, `train.signals` who asks.
 
 import contextlib
 import math
+import pathlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 from rich.console import Console
@@ -19,12 +20,18 @@ from rich.progress import (
   TextColumn,
 )
 
-from train import metrics
+from train import machine, metrics, subspace
 from train.config import Config
 from train.metrics import Log
 from train.signals import Stop
 from train.step import State, Step
 from train.task import Batch, Metrics, PyTree, Task
+
+PROFILED = range(3, 6)
+"""Steps in a profile, counted from the start: the first one compiles."""
+
+WAITING = 0.5
+"""Share of the time that the data may take before the user is told."""
 
 
 def train(
@@ -40,6 +47,7 @@ def train(
   console: Console,
   stop: Stop,
   task: Task,
+  profile: pathlib.Path | None = None,
 ) -> State:
   """Returns the state after the last step, or where a signal stopped it.
 
@@ -55,16 +63,24 @@ def train(
     console: shows progress.
     stop: what a signal sets.
     task: says what a batch's weights count, and which validation is better.
+    profile: where the profiler's trace of some steps goes; None for no trace.
 
   Raises:
     FloatingPointError: the loss is not finite; nothing after that is saved.
   """
   start = int(state.step)
-  with progress(console, config.steps, start, task.unit) as show:
-    meter = Meter(show, log, task.unit)
+  with (
+    progress(console, config.steps, start, task.unit) as show,
+    contextlib.ExitStack() as tracing,
+  ):
+    meter = Meter(show, log, task.unit, machine.peak_flops(config.model.dtype))
     for done in range(start + 1, config.steps + 1):
-      state, found = step(state, next(batches))
-      meter.add(done, found)
+      if profile is not None:
+        trace(profile, done - start, tracing, meter, console)
+      with meter.timed('data'):
+        batch = next(batches)
+      state, found = step(state, batch)
+      meter.add(done, found, task.flops(batch) if task.flops else None)
       last = done == config.steps
       asked, score = stop.signal is not None, None
       due = {
@@ -75,19 +91,56 @@ def train(
         # A loss that is not finite must come to light before a save.
         meter.flush()
       if due['eval']:
-        values = validate(state.params)
-        log(done, {f'validation_{name}': x for name, x in values.items()})
+        with meter.timed('evaluation'):
+          values = validate(state.params)
+        named = {f'validation_{name}': x for name, x in values.items()}
+        log(done, named | meter.spent('evaluation'))
         console.print(f'step {done}: validation: {metrics.describe(values)}')
         score = task.score(values) if config.save_best else None
         if score is not None and score < best:
           best, due['save'] = score, True
       if due['save']:
-        save(state, score)
+        with meter.timed('save'):
+          save(state, score)
+        log(done, meter.spent('save'))
       if asked:
         break
       if any(due.values()):
         meter.restart()
+    if meter.waiting > WAITING:
+      console.print(
+        f'{meter.waiting:.0%} of the time went by waiting for data: '
+        f'{config.corpus} is too slow for this model',
+        highlight=False,
+      )
   return state
+
+
+def trace(
+  directory: pathlib.Path,
+  number: int,
+  tracing: contextlib.ExitStack,
+  meter: 'Meter',
+  console: Console,
+) -> None:
+  """Starts the profiler before its first step, and stops it after the last."""
+  if number == PROFILED.start:
+    meter.flush()
+    tracing.enter_context(
+      jax.profiler.trace(str(directory), create_perfetto_trace=True)
+    )
+    meter.restart()
+  elif number == PROFILED.stop:
+    meter.flush()
+    tracing.close()
+    meter.restart()
+    console.print(
+      f'trace: {directory}; open its perfetto_trace.json.gz at '
+      'https://ui.perfetto.dev, or all of it with `tensorboard --logdir '
+      f"{directory}` and TensorBoard's plugin xprof",
+      highlight=False,
+      soft_wrap=True,
+    )
 
 
 class Show(Protocol):
@@ -102,7 +155,8 @@ class Meter:
 
   Reading a metric waits for its step; by then the next step is in the queue.
   Time counts between two readings, so neither the first step, which compiles,
-  nor what `flush` and `restart` enclose is part of it.
+  nor what `flush` and `restart` enclose is part of it. It is `data_seconds`,
+  where the loop waited for a batch, and `step_seconds`, the rest.
   """
 
   def __init__(
@@ -110,18 +164,36 @@ class Meter:
     show: Show,
     log: Log,
     unit: str,
+    peak: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
   ):
-    """Starts with nothing to show."""
+    """Starts with nothing to show; `peak` is flops per second at most."""
     self._show, self._log, self._unit, self._clock = show, log, unit, clock
-    self._pending: tuple[int, PyTree] | None = None
+    self._pending: tuple[int, PyTree, float | None] | None = None
     self._since: float | None = None
-    self._seconds, self._steps = 0.0, 0
+    self._seconds, self._waited, self._steps = 0.0, 0.0, 0
+    self._peak, self._spent = peak, {}
 
-  def add(self, step: int, values: PyTree) -> None:
+  def add(self, step: int, values: PyTree, flops: float | None = None) -> None:
     """Takes the metrics of a step, and shows those of the step before."""
-    previous, self._pending = self._pending, (step, values)
+    previous, self._pending = self._pending, (step, values, flops)
     self._read(previous)
+
+  @contextlib.contextmanager
+  def timed(self, what: str) -> Iterator[None]:
+    """Counts the time inside for `spent`."""
+    start = self._clock()
+    yield
+    self._spent[what] = self._spent.get(what, 0.0) + self._clock() - start
+
+  def spent(self, what: str) -> Metrics:
+    """Returns the seconds that something took since this was asked last."""
+    return {f'{what}_seconds': self._spent.pop(what, 0.0)}
+
+  @property
+  def waiting(self) -> float:
+    """The share of the time of all steps that went by waiting for data."""
+    return self._waited / self._seconds if self._seconds else 0.0
 
   def flush(self) -> None:
     """Shows the last step, and stops the clock: what follows is no step."""
@@ -132,27 +204,51 @@ class Meter:
   def restart(self) -> None:
     """Starts the clock again."""
     self._since = self._clock()
+    self.spent('data')
 
-  def _read(self, entry: tuple[int, PyTree] | None) -> None:
+  def _read(self, entry: tuple[int, PyTree, float | None] | None) -> None:
     if entry is None:
       return
-    step, found = entry
-    read = jax.device_get(found)  # all at once: one wait, one transfer
-    values = {name: float(value) for name, value in read.items()}
+    step, found, flops = entry
+    scalars = {k: x for k, x in found.items() if k != 'subspace'}
+    read = jax.device_get(scalars)  # all at once: one wait, one transfer
+    values: dict[str, Any] = {name: float(x) for name, x in read.items()}
     if not math.isfinite(values['loss']):
       raise FloatingPointError(f'the loss is {values["loss"]} at step {step}')
+    if values.pop('refreshed', 0):
+      values |= subspace.by_number(jax.device_get(found['subspace']))
     weight = values.pop('weight')
     values[self._unit] = weight
     now = self._clock()
+    waited = self.spent('data')['data_seconds']
     if self._since is not None:
       seconds = now - self._since
-      values[f'{self._unit}_per_second'] = weight / seconds
+      values |= self._speed(seconds, waited, weight, flops)
       self._seconds += seconds
+      self._waited += waited
       self._steps += 1
     self._since = now
+    peak = machine.peak_bytes()
+    if peak is not None:
+      values['peak_bytes'] = peak
     self._log(step, values)
     mean = self._seconds / self._steps if self._steps else None
     self._show(step, values, mean)
+
+  def _speed(
+    self, seconds: float, waited: float, weight: float, flops: float | None
+  ) -> Metrics:
+    """Returns how fast a step was, and where its time went."""
+    values = {
+      f'{self._unit}_per_second': weight / seconds,
+      'data_seconds': waited,
+      'step_seconds': seconds - waited,
+    }
+    if flops is not None:
+      values['flops_per_second'] = flops / seconds
+      if self._peak is not None:
+        values['share_of_peak'] = flops / seconds / self._peak
+    return values
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What the program runs on, and its cache of compiled steps."""
+"""What the program runs on, its peak, and its cache of compiled steps."""
 
 import os
 import pathlib
@@ -28,6 +28,30 @@ def nvidia() -> bool:
   """Whether the machine has a card of NVIDIA's."""
   driver = pathlib.Path('/proc/driver/nvidia')
   return driver.exists() or shutil.which('nvidia-smi') is not None
+
+
+def peak_flops(dtype: str) -> float | None:
+  """Returns the flops per second of all devices; None where that is unknown.
+
+  Args:
+    dtype: of the products, 'float32' or 'bfloat16'; see `train.plan.cards.Gpu`.
+  """
+  # Imported here: only a card has such a figure.
+  from train.plan.cards import GPUS
+
+  kind = jax.devices()[0].device_kind
+  for gpu in GPUS.values():
+    if gpu.name == kind:
+      one = gpu.flops if dtype == 'float32' else gpu.half_flops
+      return one * jax.device_count()
+  return None
+
+
+def peak_bytes() -> int | None:
+  """Returns the most memory that a device here has held; None where untold."""
+  found = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [stats.get('peak_bytes_in_use') for stats in found]
+  return None if None in peaks else max(peaks)
 
 
 def cache_compilations() -> None:

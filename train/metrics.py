@@ -7,12 +7,14 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
+
 
 class Log(Protocol):
   """Takes the metrics of a step."""
 
-  def __call__(self, step: int, values: dict[str, float]) -> None:
-    """Writes them."""
+  def __call__(self, step: int, values: dict[str, Any]) -> None:
+    """Writes them: numbers, or lists of numbers by the path of a weight."""
 
 
 @contextlib.contextmanager
@@ -37,13 +39,28 @@ def opened(
       events = event_writer()(str(path.parent), purge_step=step + 1)
       stack.callback(events.close)
 
-    def log(step: int, values: dict[str, float]) -> None:
+    def log(step: int, values: dict[str, Any]) -> None:
       file.write(json.dumps({'step': step, **values}) + '\n')
       if events:
-        for name, value in values.items():
+        for name, value in scalars(values).items():
           events.add_scalar(name, value, step)
 
     yield log
+
+
+def scalars(values: dict[str, Any]) -> dict[str, float]:
+  """Returns the mean of each list, by name and path, and numbers as they are.
+
+  >>> scalars({'loss': 2.0, 'captured_energy': {'q/kernel': [0.5, 0.75]}})
+  {'loss': 2.0, 'captured_energy/q/kernel': 0.625}
+  """
+  flat = {}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      flat |= {f'{name}/{path}': float(np.mean(x)) for path, x in value.items()}
+    else:
+      flat[name] = value
+  return flat
 
 
 def describe(values: dict[str, float]) -> str:
@@ -68,7 +85,7 @@ def event_writer() -> Any:
     ) from error
 
 
-def read(path: pathlib.Path) -> list[dict[str, float]]:
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
   """Returns the lines of a metrics file, none if there is no file."""
   if not path.exists():
     return []

@@ -9,6 +9,7 @@ if __name__ == '__main__':
   signals.end_quietly()  # before the imports below, which take seconds
 
 import itertools
+import json
 import sys
 from collections.abc import Sequence
 
@@ -59,7 +60,9 @@ def show_samples(setup: Setup, state: State, console: Console) -> None:
     window=config.sequence_length,
     seed=config.seed,
   )
-  for prompt, said in zip(prompts, texts, strict=True):
+  pairs = list(zip(prompts, texts, strict=True))
+  setup.run.samples_path.write_text(json.dumps(pairs, indent=2) + '\n')
+  for prompt, said in pairs:
     console.rule('sample', align='left')
     console.print(prompt, style='bold', end='', markup=False, highlight=False)
     console.print(said, markup=False, highlight=False)

@@ -1,20 +1,317 @@
-"""The table before the first step: what takes how many bytes."""
+"""A run as one HTML page: `python -m train.report RUN`.
 
+The page needs nothing beside itself: pictures are inside. `memory_table`, which
+is on it, is also what is printed before the first step.
+"""
+
+from train import signals
+
+if __name__ == '__main__':
+  signals.end_quietly()  # before the imports below, which take seconds
+
+import argparse
+import base64
+import html
+import io
+import json
 import math
-from collections.abc import Iterable
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 import optax
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 import galore_optax
 from galore_optax.memory import Row
 from galore_optax.paths import paths
+from train import metrics, subspace
+from train.command import user_errors
+from train.config import Config, flatten
 from train.method import adamw
+from train.run import Run
 from train.step import split
-from train.task import Mask, PyTree, everything
+from train.task import Mask, PyTree, Task, array_shapes, everything, task_of
+
+Lines: TypeAlias = Sequence[Mapping[str, Any]]
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+table { border-collapse: collapse; margin: 0.5rem 0; }
+th, td { padding: 0.1rem 0.8rem 0.1rem 0; text-align: left;
+  border-bottom: 1px solid #ddd; vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+pre { overflow-x: auto; font-size: 12px; line-height: 1.35; }
+img { max-width: 100%; } .note { color: #555; }
+"""
+
+_PARTS = {
+  'step_seconds': 'steps',
+  'data_seconds': 'waiting for data',
+  'evaluation_seconds': 'validation',
+  'save_seconds': 'saving',
+}
+"""Where the time of a run goes, by what the log calls it."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Writes what a run has done so far as one HTML page."""
+  parser = argparse.ArgumentParser(
+    'python -m train.report', description=main.__doc__
+  )
+  parser.add_argument('run', type=pathlib.Path, help='directory of the run')
+  parser.add_argument(
+    '--output', type=pathlib.Path, help='the page (default: RUN/report.html)'
+  )
+  args = parser.parse_args(argv)
+  run = Run(args.run)
+  where = args.output or run.report_path
+  with user_errors():
+    where.write_text(page(run), encoding='utf-8')
+  print(f'written: {where}')
+
+
+def page(run: Run) -> str:
+  """Returns the page of a run.
+
+  Raises:
+    FileNotFoundError: it is no run, or has no metrics yet.
+  """
+  config = run.config()
+  lines = metrics.read(run.metrics_path)
+  if not lines:
+    raise FileNotFoundError(
+      f'no metrics in {run.metrics_path} yet: wait for the first steps'
+    )
+  sections = {
+    'Summary': summary(config, lines),
+    'Curves': curves(lines),
+    'Subspaces': subspaces(lines),
+    'Time': times(lines),
+    'Skipped steps': skipped(lines),
+    'Memory': f'<pre>{html.escape(memory_text(config))}</pre>',
+    'Samples': samples(run.samples_path),
+    'Configuration': table(flatten(config)),
+  }
+  body = '\n'.join(
+    f'<section id="{title.split()[0].lower()}"><h2>{title}</h2>\n{inside}\n'
+    '</section>'
+    for title, inside in sections.items()
+  )
+  title = html.escape(str(run.directory))
+  return (
+    '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
+    f'<title>{title}</title>\n<style>{_STYLE}</style></head>\n'
+    f'<body><h1>{title}</h1>\n{body}\n</body>\n</html>\n'
+  )
+
+
+def summary(config: Config, lines: Lines) -> str:
+  """Returns where a run stands."""
+  rows: dict[str, Any] = {
+    'steps': f'{lines[-1]["step"]:,} of {config.steps:,}',
+    'optimizer': type(config.optimizer).__name__,
+  }
+  for title, name, form in (
+    ('last loss', 'loss', '{:.4f}'),
+    ('examples per second', 'examples_per_second', '{:,.0f}'),
+    ('tokens per second', 'tokens_per_second', '{:,.0f}'),
+    ('model flops per second', 'flops_per_second', '{:.3g}'),
+    ("share of the card's peak", 'share_of_peak', '{:.1%}'),
+    ('most bytes on a device', 'peak_bytes', '{:,.0f}'),
+  ):
+    found = values(lines, name)
+    if found:
+      # A speed is the median: the last step may have waited for anything.
+      is_speed = name.endswith('_per_second') or name.startswith('share')
+      rows[title] = form.format(np.median(found) if is_speed else found[-1])
+  last = next((x for x in reversed(lines) if is_validation(x)), {})
+  for name, value in last.items():
+    if name.startswith('validation_'):
+      rows[name.replace('_', ' ')] = f'{value:.4f}'
+  return table(rows)
+
+
+def is_validation(line: Mapping[str, Any]) -> bool:
+  """Whether a line of the log is of a validation."""
+  return any(name.startswith('validation_') for name in line)
+
+
+def curves(lines: Lines) -> str:
+  """Returns pictures of loss, learning rate, norm of the gradient and speed."""
+  speeds = {x for line in lines for x in line if x.endswith('s_per_second')}
+  (unit, *_) = sorted(speeds - {'flops_per_second'}) or ['tokens_per_second']
+  shown = [
+    picture('loss', lines, {'loss': 'training', 'validation_loss': 'held out'}),
+    picture('learning rate', lines, {'learning_rate': ''}),
+    picture('norm of the gradient', lines, {'grad_norm': ''}),
+    picture(
+      'norm of the projected gradient', lines, {'projected_grad_norm': ''}
+    ),
+    picture(unit.replace('_', ' '), lines, {unit: ''}),
+  ]
+  return '\n'.join(filter(None, shown))
+
+
+def subspaces(lines: Lines) -> str:
+  """Returns energy and overlap of the subspaces, over time and at last."""
+  flat = [{'step': x['step'], **metrics.scalars(x)} for x in lines]
+  shown, newest = [], {}
+  for name in subspace.NUMBERS:
+    here = [line[name] for line in lines if name in line]
+    if here:
+      labels = {f'{name}/{path}': path for path in here[-1]}
+      shown.append(picture(name.replace('_', ' '), flat, labels))
+      newest[name] = here[-1]
+  if not newest:
+    return '<p>No subspace that follows the gradient was found.</p>'
+  rows = {
+    path: [
+      f'{pick(found[path]):.3f}'
+      for found in newest.values()
+      for pick in (np.min, np.mean)
+    ]
+    for path in newest[subspace.NUMBERS[0]]
+  }
+  head = ['weight']
+  for name in newest:
+    head += [f'{name.replace("_", " ")}, lowest', 'mean']
+  note = (
+    '<p class="note">Captured energy is the share of the gradient that a '
+    'subspace held when it was found: where it is low, a higher rank would '
+    'learn more. Overlap is what a new subspace shares with the one before, 1 '
+    'if they are the same: where it is near 1 a longer gap would do, where it '
+    'is low the old subspace had gone stale. Lines are means over layers.</p>'
+  )
+  return '\n'.join([note, *shown, table(rows, head)])
+
+
+def times(lines: Lines) -> str:
+  """Returns where the time went: steps, data, validation, saves."""
+  seconds = {title: sum(values(lines, name)) for name, title in _PARTS.items()}
+  total = sum(seconds.values()) or 1.0
+  rows = {
+    title: [f'{spent:,.1f}', f'{spent / total:.1%}']
+    for title, spent in seconds.items()
+  }
+  note = (
+    '<p class="note">Without compilation: the first step after a start is not '
+    'timed.</p>'
+  )
+  return note + table(rows, ['', 'seconds', 'share'])
+
+
+def skipped(lines: Lines) -> str:
+  """Returns how many steps were skipped, and which, where the log tells."""
+  rows = {}
+  for name in ('skipped_steps', 'partial_steps'):
+    # They count from the start of the run.
+    counts = [(x['step'], x[name]) for x in lines if x.get(name)]
+    before = [0, *(count for _, count in counts)]
+    where = [
+      step
+      for (step, now), old in zip(counts, before, strict=False)
+      if now > old
+    ]
+    if where:
+      steps = ', '.join(f'{step:,}' for step in where)
+      rows[name.replace('_', ' ')] = [f'{counts[-1][1]:,.0f}', steps]
+  if not rows:
+    return '<p>None.</p>'
+  return table(rows, ['', 'number', 'noticed at step'])
+
+
+def samples(path: pathlib.Path) -> str:
+  """Returns how the model goes on with some prompts."""
+  if not path.is_file():
+    return '<p>None: they are written at the end of a pre-training.</p>'
+  pairs = json.loads(path.read_text())
+  return '\n'.join(
+    f'<pre style="white-space: pre-wrap"><b>{html.escape(prompt)}</b>'
+    f'{html.escape(said)}</pre>'
+    for prompt, said in pairs
+  )
+
+
+def memory_text(config: Config) -> str:
+  """Returns the table of bytes of a config as text."""
+  console = Console(file=io.StringIO(), width=100)
+  console.print(memory_of(config, task_of(config)))
+  return console.file.getvalue()
+
+
+def values(lines: Lines, name: str) -> list[float]:
+  """Returns a metric of all lines that have it.
+
+  >>> values([{'loss': 2.0}, {'step': 1}], 'loss')
+  [2.0]
+  """
+  return [line[name] for line in lines if name in line]
+
+
+def picture(title: str, lines: Lines, names: Mapping[str, str]) -> str:
+  """Returns an SVG of metrics by step inside an img; '' where there are none.
+
+  Args:
+    title: of the axis.
+    lines: of the log.
+    names: metrics, and what each is called.
+  """
+  # Imported here: it takes a third of a second, which a training saves.
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 3), layout='constrained')
+  axes = figure.subplots()
+  for name, label in names.items():
+    points = [(x['step'], x[name]) for x in lines if name in x]
+    if points:
+      few = len(points) < 50
+      style = {'marker': 'o', 'markersize': 3} if few else {}
+      axes.plot(*zip(*points, strict=True), linewidth=0.9, label=label, **style)
+  if not axes.lines:
+    return ''
+  axes.set(xlabel='step', ylabel=title)
+  axes.grid(alpha=0.3)
+  if len(axes.lines) > 1:
+    axes.legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, 0.5))
+  file = io.BytesIO()
+  figure.savefig(file, format='svg', metadata={'Date': None})
+  code = base64.b64encode(file.getvalue()).decode()
+  alt = html.escape(title)
+  return f'<img alt="{alt} by step" src="data:image/svg+xml;base64,{code}">'
+
+
+def table(rows: Mapping[str, Any], head: Sequence[str] = ()) -> str:
+  """Returns rows by their first cell as HTML; cells of lists are numbers.
+
+  >>> table({'a<b': 1})
+  '<table><tr><td>a&lt;b</td><td>1</td></tr></table>'
+  """
+  titles = ''.join(f'<th>{html.escape(title)}</th>' for title in head)
+  found = [f'<tr>{titles}</tr>'] if head else []
+  for name, cells in rows.items():
+    kind = ' class="number"' if isinstance(cells, list) else ''
+    cells = cells if isinstance(cells, list) else [cells]
+    texts = [f'<td{kind}>{html.escape(str(cell))}</td>' for cell in cells]
+    found.append(f'<tr><td>{html.escape(name)}</td>{"".join(texts)}</tr>')
+  return f'<table>{"".join(found)}</table>'
+
+
+def memory_of(config: Config, task: Task) -> Table:
+  """Returns the table of a config's bytes."""
+  return memory_table(
+    array_shapes(config, task),
+    jax.eval_shape(task.init, jax.random.key(0)),
+    config.transformation(),
+    type(config.optimizer).__name__,
+    task.trained,
+  )
 
 
 def memory_table(
@@ -108,3 +405,7 @@ def by(shape: tuple[int, ...]) -> str:
   '8x64x256'
   """
   return 'x'.join(map(str, shape))
+
+
+if __name__ == '__main__':
+  main()

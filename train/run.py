@@ -36,13 +36,28 @@ class Run:
 
   @property
   def metrics_path(self) -> pathlib.Path:
-    """One JSON object a line, one or two lines a step."""
+    """One JSON object a line; a validation and a save have a line too."""
     return self.directory / 'metrics.jsonl'
 
   @property
   def curves_path(self) -> pathlib.Path:
     """The picture of the losses."""
     return self.directory / 'curves.png'
+
+  @property
+  def samples_path(self) -> pathlib.Path:
+    """How the trained model goes on with some prompts, as JSON."""
+    return self.directory / 'samples.json'
+
+  @property
+  def profile_path(self) -> pathlib.Path:
+    """The profiler's trace, if one was asked for."""
+    return self.directory / 'profile'
+
+  @property
+  def report_path(self) -> pathlib.Path:
+    """The page that `train.report` writes."""
+    return self.directory / 'report.html'
 
   @property
   def checkpoints_path(self) -> pathlib.Path:

@@ -22,6 +22,7 @@ from galore_optax.sharding import state_shardings
 from models.lowrank import Relora
 from train import adapter as adapter_lib
 from train import mesh as mesh_lib
+from train import subspace
 from train.config import Config, WholeTree
 from train.task import Batch, Loss, Mask, PyTree, Task, everything
 
@@ -57,7 +58,8 @@ def build(config: Config, task: Task) -> tuple[Init, Step]:
     step = make_layerwise_step(update, schedule=schedule, trained=trained)
   if config.learning_rate == 0:
     step = motionless(step)
-  return lambda key: start(task.init(key)), with_adapter(step, config)
+  step = with_health(with_adapter(step, config))
+  return lambda key: start(task.init(key)), step
 
 
 def starter(config: Config, task: Task) -> Callable[[PyTree], 'State']:
@@ -110,6 +112,28 @@ def init(params: PyTree, tx: Any, trained: Mask = everything) -> State:
   """Returns the state before the first update."""
   moving, _ = split(params, trained)
   return State(jnp.zeros([], jnp.int32), params, tx.init(moving))
+
+
+def with_health(step: Step) -> Step:
+  """Returns a step whose metrics tell what a refresh noted of subspaces.
+
+  `subspace` is what `train.subspace.health` finds; `refreshed` is 1 where this
+  step was the last one that all matrices needed for a new subspace. Where none
+  follows the gradient there is neither.
+  """
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def around(state: State, batch: Batch) -> tuple[State, PyTree]:
+    before = subspace.health(state.optimizer)
+    state, metrics = step(state, batch)
+    found = subspace.health(state.optimizer)
+    if found:
+      counts = map(subspace.refreshes, (before, found))
+      refreshed = jnp.not_equal(*counts)
+      metrics = metrics | {'subspace': found, 'refreshed': refreshed}
+    return state, metrics
+
+  return around
 
 
 def with_adapter(step: Step, config: Config) -> Step:

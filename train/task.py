@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from galore_optax.layerwise.weights import ARRAYS, is_stored
+from galore_optax.paths import paths
 from models import encoder, huggingface, lowrank
 from models.encoder import EncoderConfig
 from models.llama import Layers
@@ -86,6 +87,8 @@ class Task:
   trained: Mask = everything
   """Parameters to the same tree of whether each is trained; the others stay as
   they are, without gradient or optimizer state."""
+  flops: Callable[[Batch], float] | None = None
+  """A batch to what its update costs, as `model_flops` counts."""
 
 
 def task_of(config: Config) -> Task:
@@ -101,7 +104,55 @@ def task_of(config: Config) -> Task:
       f'the corpus of a {type(config.model).__name__} must be {expected}, got '
       f'{type(config.corpus).__name__}; --corpus takes another'
     )
-  return classification(config) if encodes else language_model(config)
+  task = classification(config) if encodes else language_model(config)
+  return dataclasses.replace(task, flops=counted(config, task))
+
+
+def counted(config: Config, task: Task) -> Callable[[Batch], float]:
+  """Returns what counts the flops of a batch of a config's task."""
+  # At the first batch: a plan or an evaluation asks for none.
+  shapes = functools.cache(lambda: array_shapes(config, task))
+  return lambda batch: model_flops(
+    config.model, shapes(), task.trained(shapes()), *batch['inputs'].shape
+  )
+
+
+def model_flops(
+  model: Any, params: PyTree, trained: PyTree, rows: int, length: int
+) -> float:
+  """Returns the flops of an update that the model needs, two a multiplication.
+
+  A token is multiplied with N weights on its way forward (2 N flops), its
+  gradient with them on its way back (2 N), and both with each other for the
+  N_t weights that are trained (2 N_t): 6 N where all are. A row of T tokens has
+  12 L T D more of attention for each, D the width of all heads: T^2 products
+  forward and twice as many back, those that are masked included. What a program
+  computes again to save memory does not count, nor does the optimizer.
+
+  Args:
+    model: the config of the model.
+    params: its parameters or their shapes, factors of low rank included.
+    trained: the same tree, of whether each is trained.
+    rows: in the batch.
+    length: T, tokens in a row.
+
+  References:
+    Chowdhery et al., `PaLM <https://arxiv.org/abs/2204.02311>`_, 2022.
+  """
+  flat = zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True)
+  rate = 0
+  for path, (w, moves) in zip(paths(params), flat, strict=True):
+    head = path == 'lm_head/kernel'
+    tied = path == 'embed/embedding' and getattr(model, 'tied', False)
+    # The layers' matrices are stacked; what is looked up is not multiplied.
+    if head or tied or w.ndim > 2:
+      rate += (6 if moves else 4) * w.size
+  width = model.num_heads * getattr(
+    model, 'head_width', model.width // model.num_heads
+  )
+  seen = min(length, getattr(model, 'window', None) or length)
+  rate += 12 * model.num_layers * seen * width
+  return float(rows * length * rate)
 
 
 def language_model(config: Config) -> Task:

@@ -29,7 +29,7 @@ from train.data.corpus import Documents
 from train.data.tokenizer import AnyTokenizer, load, train_tokenizer
 from train.run import Run
 from train.step import State
-from train.task import Task, Text, array_shapes, task_of
+from train.task import Task, Text, task_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +121,7 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
   mesh = mesh_lib.devices(config.mesh)
   init, step = step_lib.build(config, task)
   places = step_lib.shardings(config, task, mesh)
-  memory = report.memory_table(
-    array_shapes(config, task),
-    jax.eval_shape(task.init, jax.random.key(0)),
-    config.transformation(),
-    type(config.optimizer).__name__,
-    task.trained,
-  )
+  memory = report.memory_of(config, task)
   documents = config.corpus.open('train')
   held_out = config.corpus.open('validation')
   tokenizer = (
@@ -277,12 +271,18 @@ def train(
       console=console,
       stop=stop,
       task=task,
+      profile=where.profile_path if setup.launch.profile else None,
     )
   if stop.signal is None:
     if leads:
       metrics.plot(where.metrics_path, where.curves_path, str(where.directory))
     after(setup, state, console)
-    console.print(f'curves: {where.curves_path}', highlight=False)
+    console.print(
+      f'curves: {where.curves_path}; all of the run as a page: '
+      f'python -m train.report {where.directory}',
+      highlight=False,
+      soft_wrap=True,
+    )
   else:
     console.print(
       f'stopped and saved at step {int(state.step)}; to go on:\n'

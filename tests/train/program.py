@@ -2,6 +2,7 @@
 
 import pathlib
 import random
+import re
 
 import jax
 import numpy as np
@@ -66,7 +67,9 @@ def saved(run):
 
 def lines(run):
   """What the run logged, without how long it took."""
-  return [
-    {k: v for k, v in line.items() if k != 'tokens_per_second'}
+  timed = re.compile('.*_(seconds|per_second)')
+  found = [
+    {k: v for k, v in line.items() if not timed.fullmatch(k)}
     for line in metrics.read(run.metrics_path)
   ]
+  return [line for line in found if line.keys() != {'step'}]

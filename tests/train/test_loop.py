@@ -37,7 +37,7 @@ def meter(clock=None):
     lambda step, values, seconds: shown.append((step, seconds)),
     lambda step, values: logged.append((step, values)),
     'tokens',
-    clock or itertools.count().__next__,
+    clock=clock or itertools.count().__next__,
   )
   return found, shown, logged
 
@@ -167,6 +167,7 @@ def test_a_second_task_needs_no_second_loop(tmp_path):
     loss=loss,
     batches=lambda data: batches(),
     evaluate=lambda data: lambda params: {'far': float(params['w'].sum())},
+    example=lambda data: None,
     unit='examples',
   )
   config = dataclasses.replace(
