@@ -40,6 +40,7 @@ def train(
   console: Console,
   stop: Stop,
   task: Task,
+  clock: Callable[[], float] = time.monotonic,
 ) -> State:
   """Returns the state after the last step, or where a signal stopped it.
 
@@ -55,11 +56,13 @@ def train(
     console: shows progress.
     stop: what a signal sets.
     task: says what a batch's weights count, and which validation is better.
+    clock: tells when `save_minutes` have passed.
 
   Raises:
     FloatingPointError: the loss is not finite; nothing after that is saved.
   """
-  start = int(state.step)
+  start, saved = int(state.step), clock()
+  limit = math.inf if config.save_minutes is None else 60 * config.save_minutes
   with progress(console, config.steps, start, task.unit) as show:
     meter = Meter(show, log, task.unit)
     for done in range(start + 1, config.steps + 1):
@@ -69,7 +72,10 @@ def train(
       asked, score = stop.signal is not None, None
       due = {
         'eval': last or done % config.eval_every == 0,
-        'save': last or done % config.save_every == 0 or asked,
+        'save': last
+        or done % config.save_every == 0
+        or asked
+        or clock() - saved >= limit,
       }
       if any(due.values()):
         # A loss that is not finite must come to light before a save.
@@ -83,6 +89,7 @@ def train(
           best, due['save'] = score, True
       if due['save']:
         save(state, score)
+        saved = clock()
       if asked:
         break
       if any(due.values()):

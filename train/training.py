@@ -189,7 +189,7 @@ def begin(setup: Setup) -> State:
   key = jax.random.key(config.seed)
   state = None
   if source and checkpoint.exists(source.checkpoints_path):
-    with checkpoint.opened(source.checkpoints_path) as manager:
+    with checkpoint.reading(source.checkpoints_path) as manager:
       like = jax.eval_shape(setup.init, key)
       state = checkpoint.restore(manager, like, setup.batches)
   setup.batches.start_prefetch()  # while the step compiles
@@ -224,7 +224,7 @@ def train(
   console.print(f'run: {where.directory}', highlight=False)
   with (
     signals.asked() as stop,
-    checkpoint.opened(where.checkpoints_path) as manager,
+    checkpoint.opened(where.checkpoints_path, begun=int(state.step)) as manager,
     metrics.opened(
       where.metrics_path,
       step=int(state.step),
