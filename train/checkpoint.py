@@ -4,15 +4,20 @@ One Orbax checkpoint has four items: the parameters, the optimizer's state
 with the step, the position in the data, and the configuration. A save copies
 the state to the host, and a thread writes it while training goes on: into a
 temporary directory that is renamed at the end, so a save that fails leaves the
-checkpoints before it as they were.
+checkpoints before it as they were. The last file before that name holds the
+digest of every other: whoever reads a checkpoint compares them first, and
+takes the next one where a file is not as it was written.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import math
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +26,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from train.config import Config, to_json
+from train.config import Config, from_json, to_json
 from train.step import State
 from train.task import PyTree, Task
 
@@ -39,33 +44,152 @@ KEPT = preservation_policy.AnyPreservationPolicy(
 )
 
 
+DIGESTS = 'digests.json'
+
+# Written by Orbax while it renames a checkpoint. Nothing is read from them.
+UNREAD = {DIGESTS, '_CHECKPOINT_METADATA', 'commit_success.txt'}
+
+# Where the configuration lies in a checkpoint.
+CONFIG = ('config', 'metadata')
+
+
 @contextlib.contextmanager
-def opened(directory: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
-  """Yields the manager of a directory of checkpoints; waits for the last save.
+def opened(
+  directory: pathlib.Path, *, begun: int | None = None
+) -> Iterator[ocp.CheckpointManager]:
+  """Yields the manager that saves to a directory; waits for the last save.
+
+  Args:
+    directory: of the checkpoints.
+    begun: the step that a run goes on from; it passed over those that lie
+      after it, which are moved out of the way of its own.
 
   Raises:
     OSError: as of `save`.
   """
-  # Orbax logs there, with a traceback, what it raises too.
-  logging.getLogger('absl').setLevel(logging.CRITICAL)
+  for step in steps(directory):
+    damaged = fault(directory / str(step), 'metrics') is not None
+    if damaged or (begun is not None and step > begun):
+      set_aside(directory / str(step))
+  written = ocp.AsyncOptions(
+    post_finalization_callback=lambda: write_digests(directory)
+  )
   options = ocp.CheckpointManagerOptions(
     preservation_policy=KEPT,
     best_fn=lambda found: found['score'],
     best_mode='min',
+    # Of saves that were killed; there is no other at this time.
+    cleanup_tmp_directories=True,
+    async_options=written,
   )
-  with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+  with quietly(directory, options) as manager:
     try:
       yield manager
     finally:
       finish(manager)
 
 
+@contextlib.contextmanager
+def reading(directory: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
+  """Yields a manager that changes nothing: a run may be saving there."""
+  options = ocp.CheckpointManagerOptions(
+    read_only=True, lightweight_initialize=True
+  )
+  with quietly(directory, options) as manager:
+    yield manager
+
+
+@contextlib.contextmanager
+def quietly(
+  directory: pathlib.Path, options: ocp.CheckpointManagerOptions
+) -> Iterator[ocp.CheckpointManager]:
+  """Yields a manager; Orbax logs, with a traceback, what it raises too."""
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
+  with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+    yield manager
+
+
+def steps(directory: pathlib.Path) -> list[int]:
+  """Returns the steps whose checkpoints a directory has, the newest first."""
+  if not directory.is_dir():
+    return []
+  names = (path.name for path in directory.iterdir() if path.is_dir())
+  return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
 def exists(directory: pathlib.Path) -> bool:
   """Whether a directory holds a checkpoint."""
-  if not directory.is_dir():
-    return False
-  with opened(directory) as manager:
-    return manager.latest_step() is not None
+  return bool(steps(directory))
+
+
+def set_aside(path: pathlib.Path) -> None:
+  """Moves a checkpoint that is damaged to the run's directory `damaged`."""
+  if jax.process_index() != 0:
+    return
+  place = path.parent.parent / 'damaged'
+  place.mkdir(exist_ok=True)
+  taken = sum(x.name.split('.')[0] == path.name for x in place.iterdir())
+  path.rename(place / (f'{path.name}.{taken}' if taken else path.name))
+
+
+def write_digests(directory: pathlib.Path) -> None:
+  """Writes the digests of a checkpoint that is not yet named."""
+  # A thread of Orbax does this, of the one save that there is at a time.
+  for path in directory.glob('*.orbax-checkpoint-tmp'):
+    files = digests(path)
+    content = {'sha256': files, 'of_these': digest_of(files)}
+    (path / DIGESTS).write_text(json.dumps(content, indent=1))
+
+
+def digests(path: pathlib.Path, item: str = '') -> dict[str, str]:
+  """Returns the SHA-256 of each file in a checkpoint, or of one item's."""
+  files = sorted(x for x in (path / item).rglob('*') if x.is_file())
+  names = [x.relative_to(path).as_posix() for x in files]
+  with concurrent.futures.ThreadPoolExecutor() as threads:
+    found = dict(zip(names, threads.map(digest, files), strict=True))
+  return {name: found[name] for name in names if name not in UNREAD}
+
+
+def digest(path: pathlib.Path) -> str:
+  """Returns the SHA-256 of a file."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def digest_of(files: dict[str, str]) -> str:
+  """Returns the SHA-256 of the digests themselves."""
+  return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def checked(path: pathlib.Path) -> bool:
+  """Whether a checkpoint has digests: those of older versions have none."""
+  return (path / DIGESTS).exists()
+
+
+def fault(path: pathlib.Path, item: str = '') -> str | None:
+  """Returns what is wrong with a checkpoint, or with one item of it.
+
+  None where nothing is, or where it has no digests to tell by.
+  """
+  if not checked(path):
+    return None
+  try:
+    content = json.loads((path / DIGESTS).read_bytes())
+    written = content['sha256']
+    whole = content['of_these'] == digest_of(written)
+  except (OSError, ValueError, TypeError, KeyError):
+    whole = False
+  if not whole:
+    return f'{DIGESTS} is not as it was written'
+  try:
+    found = digests(path, item)
+  except OSError as error:
+    return f'{error.filename} cannot be read: {error.strerror}'
+  for name, wanted in written.items():
+    if item in ('', name.split('/')[0]) and found.get(name) != wanted:
+      changed = 'not as it was written' if name in found else 'missing'
+      return f'{name} is {changed}'
+  return None
 
 
 def save(
@@ -130,7 +254,7 @@ def failures(
 def restore(
   manager: ocp.CheckpointManager, state: State, batches: grain.DatasetIterator
 ) -> State:
-  """Returns the newest state, and moves `batches` to where it was.
+  """Returns the newest sound state, and moves `batches` to where it was.
 
   Args:
     manager: of a directory that holds a checkpoint.
@@ -152,7 +276,7 @@ def restore(
 def restore_params(
   directory: pathlib.Path, task: Task, *, best: bool = False
 ) -> PyTree:
-  """Returns the parameters of the newest checkpoint, and nothing else.
+  """Returns the parameters of the newest sound checkpoint, and nothing else.
 
   Args:
     directory: of the checkpoints.
@@ -163,40 +287,97 @@ def restore_params(
   if not exists(directory):
     raise FileNotFoundError(f'no checkpoint in {directory} yet')
   shapes = on_device(jax.eval_shape(task.init, jax.random.key(0)))
-  with opened(directory) as manager:
+  with reading(directory) as manager:
     items = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
-    return read(manager, items, best_step(manager) if best else None).params
+    return read(manager, items, best=best).params
+
+
+def restore_config(directory: pathlib.Path) -> Config | None:
+  """Returns the configuration of the newest sound checkpoint, if there is one.
+
+  It is read from its file: there is no task yet to read the others for.
+  """
+  for step in steps(directory):
+    path = directory / str(step)
+    if fault(path, 'config') is None:
+      with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return from_json(Config, json.loads(path.joinpath(*CONFIG).read_text()))
+  return None
 
 
 def best_step(manager: ocp.CheckpointManager) -> int | None:
   """Returns the step whose score is the lowest, None where none has one."""
-  found = {step: manager.metrics(step) for step in manager.all_steps()}
-  scores = {step: x['score'] for step, x in found.items() if x}
-  return min(scores, key=lambda step: scores[step], default=None)
+  found = scores(manager)
+  return min(found, key=lambda step: found[step], default=None)
+
+
+def scores(manager: ocp.CheckpointManager) -> dict[int, float]:
+  """Returns the scores of the checkpoints that have one, by step."""
+  directory = pathlib.Path(manager.directory)
+  found = {
+    step: manager.metrics(step)
+    for step in steps(directory)
+    if fault(directory / str(step), 'metrics') is None
+  }
+  return {step: x['score'] for step, x in found.items() if x}
 
 
 def read(
   manager: ocp.CheckpointManager,
   items: ocp.args.Composite,
-  step: int | None = None,
+  *,
+  best: bool = False,
 ) -> Any:
-  """Returns items of a checkpoint, by default the newest.
+  """Returns items of the newest sound checkpoint, or of the best one.
+
+  One line says which are passed over, and why.
 
   Raises:
-    ValueError: they are not what this version of the program would save.
+    ValueError: they are not what this version of the program would save, or no
+      checkpoint is sound.
   """
-  step = manager.latest_step() if step is None else step
-  try:
-    return manager.restore(step, args=items)
-  # Orbax and grain have no error of their own for a state of another layout.
-  except Exception as error:
-    reason = str(error).strip().split('\n')[0][:200]
-    raise ValueError(
-      f'cannot read the checkpoint {manager.directory / str(step)}: it is '
-      'damaged, or of another version of this program, whose state has another '
-      f'layout ({type(error).__name__}: {reason}). Go on with the version that '
-      'wrote it, or start a new run without --resume'
-    ) from error
+  directory, passed = pathlib.Path(manager.directory), []
+  found = scores(manager) if best else {}
+  order = sorted(found, key=lambda step: found[step])
+  order += [step for step in steps(directory) if step not in found]
+  for step in order:
+    path = directory / str(step)
+    wrong = fault(path)
+    if wrong is None:
+      try:
+        taken = manager.restore(step, args=items)
+      # Orbax and grain have no error of their own for another layout.
+      except Exception as error:
+        reason = str(error).strip().split('\n')[0][:200]
+        wrong = f'{type(error).__name__}: {reason}'
+        if checked(path):
+          raise other_layout(path, wrong) from error
+      else:
+        tell(path, passed)
+        return taken
+    passed.append(f'checkpoint {step} is damaged ({wrong})')
+  if passed:
+    raise other_layout(directory / str(order[0]), '; '.join(passed))
+  raise FileNotFoundError(f'no checkpoint in {directory} yet')
+
+
+def other_layout(path: pathlib.Path, reason: str) -> ValueError:
+  """Returns the error of a checkpoint that cannot be read."""
+  return ValueError(
+    f'cannot read the checkpoint {path}: it is damaged, or of another version '
+    f'of this program, whose state has another layout ({reason}). Go on with '
+    'the version that wrote it, or start a new run without --resume'
+  )
+
+
+def tell(path: pathlib.Path, passed: list[str]) -> None:
+  """Says which checkpoint is taken, unless it is the first and was checked."""
+  lines = list(passed)
+  if not checked(path):
+    lines.append(f'checkpoint {path.name} has no {DIGESTS} to check it by')
+  if lines:
+    what = f'{"; ".join(lines)}: taken is checkpoint {path.name}'
+    print(f'{path.parent}: {what}', file=sys.stderr)
 
 
 def on_device(shapes: PyTree) -> PyTree:

@@ -168,6 +168,8 @@ class Config:
   """Batches in a validation; None is the whole split."""
   save_every: int = 500
   """Steps between two checkpoints."""
+  save_minutes: float | None = None
+  """Minutes after which a checkpoint is due even so; None has steps alone."""
   save_best: bool = False
   """Whether the best validation so far is saved and kept, too."""
   seed: int = 0
@@ -184,6 +186,10 @@ class Config:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f'{name} must be at least 1, got {value}')
+    if self.save_minutes is not None and not self.save_minutes > 0:
+      raise ValueError(
+        f'save_minutes must be positive, or None, got {self.save_minutes}'
+      )
     if not 0 <= self.learning_rate < math.inf:
       raise ValueError(
         'learning_rate must be finite and not negative, got '

@@ -48,6 +48,7 @@ def train(
   stop: Stop,
   task: Task,
   profile: pathlib.Path | None = None,
+  clock: Callable[[], float] = time.monotonic,
 ) -> State:
   """Returns the state after the last step, or where a signal stopped it.
 
@@ -64,11 +65,13 @@ def train(
     stop: what a signal sets.
     task: says what a batch's weights count, and which validation is better.
     profile: where the profiler's trace of some steps goes; None for no trace.
+    clock: tells when `save_minutes` have passed.
 
   Raises:
     FloatingPointError: the loss is not finite; nothing after that is saved.
   """
-  start = int(state.step)
+  start, saved = int(state.step), clock()
+  limit = math.inf if config.save_minutes is None else 60 * config.save_minutes
   with (
     progress(console, config.steps, start, task.unit) as show,
     contextlib.ExitStack() as tracing,
@@ -85,7 +88,10 @@ def train(
       asked, score = stop.signal is not None, None
       due = {
         'eval': last or done % config.eval_every == 0,
-        'save': last or done % config.save_every == 0 or asked,
+        'save': last
+        or done % config.save_every == 0
+        or asked
+        or clock() - saved >= limit,
       }
       if any(due.values()):
         # A loss that is not finite must come to light before a save.
@@ -103,6 +109,7 @@ def train(
         with meter.timed('save'):
           save(state, score)
         log(done, meter.spent('save'))
+        saved = clock()
       if asked:
         break
       if any(due.values()):

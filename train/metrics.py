@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -30,6 +31,12 @@ def opened(
     step: updates done so far.
     tensorboard: whether to write events too.
   """
+  if bad := parsed(path)[1]:
+    numbers = ', '.join(map(str, bad))
+    print(
+      f'{path}: left out are lines that are no metrics: {numbers}',
+      file=sys.stderr,
+    )
   kept = [line for line in read(path) if line['step'] <= step]
   path.write_text(''.join(json.dumps(line) + '\n' for line in kept))
   with contextlib.ExitStack() as stack:
@@ -87,11 +94,24 @@ def event_writer() -> Any:
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
   """Returns the lines of a metrics file, none if there is no file."""
+  return parsed(path)[0]
+
+
+def parsed(path: pathlib.Path) -> tuple[list[dict[str, float]], list[int]]:
+  """Returns the lines of a metrics file, and the numbers of others in it."""
   if not path.exists():
-    return []
+    return [], []
+  found, bad = [], []
   # A process that was killed may have left half a line at the end.
-  lines = path.read_text().split('\n')[:-1]
-  return [json.loads(line) for line in lines]
+  for number, text in enumerate(path.read_bytes().split(b'\n')[:-1], 1):
+    try:
+      line = json.loads(text)
+      line['step'] + 0
+    except (ValueError, TypeError, KeyError):
+      bad.append(number)
+    else:
+      found.append(line)
+  return found, bad
 
 
 def plot(metrics: pathlib.Path, picture: pathlib.Path, title: str) -> None:

@@ -53,6 +53,8 @@ def is_directory(path: pathlib.Path) -> bool:
     fields = json.loads(file.read_text())
   except (OSError, ValueError):
     fields = None
+    if (path / 'checkpoints').is_dir():
+      return False
   for name, found in (('model_type', True), ('kind', False)):
     if isinstance(fields, dict) and name in fields:
       return found

@@ -1,18 +1,21 @@
 """A run's directory: what is in it, where it stands, what may change in it."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
 import shutil
+import sys
 from typing import Any
 
 from models import huggingface
+from train import checkpoint
 from train.config import Config, differences, from_json, to_json
 from train.data.tokenizer import AnyTokenizer, load
 
 FREE = (
-  *('save_every', 'eval_every', 'eval_batches'),
+  *('save_every', 'save_minutes', 'eval_every', 'eval_batches'),
   *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
 )
 """What a resumed run may change: nothing that is computed depends on it."""
@@ -105,7 +108,9 @@ class Run:
         f'{self.directory} is not a run: it has no {self.config_path.name}'
       )
     try:
-      return from_json(Config, json.loads(self.config_path.read_text()))
+      return from_json(Config, json.loads(self.config_path.read_bytes()))
+    except ValueError as error:
+      return salvaged(self, f'{type(error).__name__}: {error}')
     except (AttributeError, KeyError, TypeError) as error:
       raise ValueError(
         f'{self.config_path} is no configuration of this version ({error}): '
@@ -129,6 +134,23 @@ class Run:
         'Leave them out to go on as before, or add --branch to start a new run '
         'from its checkpoint'
       )
+
+
+@functools.cache
+def salvaged(run: Run, reason: str) -> Config:
+  """Returns the configuration of a run whose own file is garbage."""
+  found = checkpoint.restore_config(run.checkpoints_path)
+  if found is None:
+    raise ValueError(
+      f'{run.config_path} is no configuration ({reason}), and no checkpoint of '
+      'the run has one: write it anew, or start a new run'
+    )
+  print(
+    f'{run.config_path} is no configuration ({reason}): taken are the values '
+    'that the newest checkpoint was saved with',
+    file=sys.stderr,
+  )
+  return found
 
 
 def listed(differ: dict[str, tuple[Any, Any]]) -> str:

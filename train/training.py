@@ -192,7 +192,7 @@ def begin(setup: Setup) -> State:
   agree(setup)
   state = None
   if source and checkpoint.exists(source.checkpoints_path):
-    with checkpoint.opened(source.checkpoints_path) as manager:
+    with checkpoint.reading(source.checkpoints_path) as manager:
       like = mesh_lib.at(jax.eval_shape(setup.init, key), places)
       state = checkpoint.restore(manager, like, setup.batches)
   setup.batches.start_prefetch()  # while the step compiles
@@ -248,7 +248,7 @@ def train(
   console.print(f'run: {where.directory}', highlight=False)
   with (
     signals.asked() as stop,
-    checkpoint.opened(where.checkpoints_path) as manager,
+    checkpoint.opened(where.checkpoints_path, begun=int(state.step)) as manager,
     metrics.opened(
       where.metrics_path,
       step=int(state.step),

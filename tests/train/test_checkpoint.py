@@ -1,12 +1,15 @@
-"""Saves in the background: what is written, and what a user learns if not."""
+"""Saves in the background, digests, and what a user learns of damage."""
 
 import functools
+import pathlib
 import resource
+import shutil
 
 import chex
 import grain
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 from tests.train.test_config import CONFIG
@@ -68,3 +71,116 @@ def test_a_save_that_fails_comes_to_light(tmp_path, full, capfd, then):
         pytest.fail('went on')
   assert 'Traceback' not in capfd.readouterr().err
   chex.assert_trees_all_equal(restored(tmp_path), state(1))
+
+
+@pytest.fixture(scope='module')
+def twice(tmp_path_factory):
+  """A directory with checkpoints 1 and 2, of which 1 has the better score."""
+  directory = tmp_path_factory.mktemp('run') / 'checkpoints'
+  with checkpoint.opened(directory) as manager:
+    for step in (1, 2):
+      checkpoint.save(manager, state(step), data(), CONFIG, float(step))
+  return directory
+
+
+@pytest.fixture
+def two(twice, tmp_path):
+  return shutil.copytree(twice, tmp_path / 'checkpoints')
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def largest(path, item):
+  files = (x for x in (path / item).rglob('*') if x.is_file())
+  return max(files, key=lambda x: x.stat().st_size)
+
+
+ITEMS = ('params', 'optimizer', 'data', 'config', 'metrics', 'digests.json')
+
+
+@pytest.mark.parametrize('item', ITEMS)
+@pytest.mark.parametrize('harm', [truncate, flip, pathlib.Path.unlink])
+def test_a_damaged_checkpoint_is_passed_over(two, capfd, harm, item):
+  newest = two / '2'
+  if item == 'digests.json':
+    file = newest / item
+    harm = flip if harm is pathlib.Path.unlink else harm
+  else:
+    file = largest(newest, item)
+  harm(file)
+  with checkpoint.reading(two) as manager:
+    like = jax.eval_shape(lambda: state(0))
+    found = checkpoint.restore(manager, like, data())
+  chex.assert_trees_all_equal(found, state(1))
+  err = capfd.readouterr().err
+  assert err.count('\n') == 1
+  assert err.startswith(f'{two}: checkpoint 2 is damaged (')
+  assert str(file.relative_to(newest)) in err
+  assert err.endswith('taken is checkpoint 1\n')
+
+
+def test_what_is_sound_says_nothing_and_best_is_best(two, capfd):
+  with checkpoint.reading(two) as manager:
+    items = ocp.args.Composite(
+      params=ocp.args.StandardRestore(
+        checkpoint.on_device(jax.eval_shape(lambda: state(0).params))
+      )
+    )
+    newest = checkpoint.read(manager, items).params
+    best = checkpoint.read(manager, items, best=True).params
+    flip(largest(two / '1', 'params'))
+    assert capfd.readouterr().err == ''
+    next_best = checkpoint.read(manager, items, best=True).params
+  chex.assert_trees_all_equal(newest, state(2).params)
+  chex.assert_trees_all_equal(best, state(1).params)
+  chex.assert_trees_all_equal(next_best, state(2).params)
+  assert 'taken is checkpoint 2' in capfd.readouterr().err
+
+
+def test_without_digests_a_checkpoint_is_taken_unchecked(two, capfd):
+  (two / '2' / 'digests.json').unlink()
+  with checkpoint.reading(two) as manager:
+    like = jax.eval_shape(lambda: state(0))
+    found = checkpoint.restore(manager, like, data())
+    chex.assert_trees_all_equal(found, state(2))
+    assert 'checkpoint 2 has no digests.json' in capfd.readouterr().err
+    shutil.rmtree(two / '2' / 'params')
+    found = checkpoint.restore(manager, like, data())
+  chex.assert_trees_all_equal(found, state(1))
+  assert 'checkpoint 2 is damaged' in capfd.readouterr().err
+
+
+def test_where_none_is_sound_each_is_named(two):
+  for step in (1, 2):
+    flip(largest(two / str(step), 'optimizer'))
+  with checkpoint.reading(two) as manager:
+    like = jax.eval_shape(lambda: state(0))
+    with pytest.raises(ValueError, match=r'checkpoint 2 .* checkpoint 1 .*run'):
+      checkpoint.restore(manager, like, data())
+
+
+def test_a_run_goes_on_beside_what_was_damaged(two):
+  flip(largest(two / '2', 'params'))
+  flip(largest(two / '1', 'metrics'))
+  (two / '3.orbax-checkpoint-tmp').mkdir()
+  for number in range(2):
+    with checkpoint.opened(two, begun=1) as manager:
+      checkpoint.save(manager, state(2), data(), CONFIG)
+    names = sorted(x.name for x in (two.parent / 'damaged').iterdir())
+    assert names == ['1', '2', '2.1'][: 2 + number]
+    assert checkpoint.steps(two) == [2]
+  assert not (two / '3.orbax-checkpoint-tmp').exists()
+
+
+def test_the_configuration_is_in_a_checkpoint_too(two):
+  flip(largest(two / '2', 'config'))
+  assert checkpoint.restore_config(two) == CONFIG
+  assert checkpoint.restore_config(two / '1') is None

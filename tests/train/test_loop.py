@@ -109,6 +109,33 @@ def test_the_loop_reads_a_step_once_the_next_is_in_the_queue(tmp_path):
   ]
 
 
+def test_minutes_make_a_save_due(tmp_path):
+  clock, saved = Clock(), []
+
+  def step(state, batch):
+    clock.now += 40
+    return state._replace(step=state.step + 1), VALUES
+
+  config = dataclasses.replace(
+    CONFIG, steps=7, eval_every=9, save_every=5, save_minutes=1
+  )
+  loop.train(
+    step_lib.State(0, {}, ()),
+    config,
+    step=step,
+    batches=itertools.repeat({}),
+    validate=lambda params: {'loss': 1.0},
+    save=lambda state, score: saved.append(state.step),
+    best=math.inf,
+    log=lambda step, values: None,
+    console=Console(file=io.StringIO()),
+    stop=Stop(),
+    task=language_model(CONFIG),
+    clock=clock,
+  )
+  assert saved == [2, 4, 5, 7]
+
+
 class Waited(float):
   """A loss that is ready two seconds after the one before."""
 

@@ -19,6 +19,17 @@ def test_lines_after_the_checkpoint_are_dropped(path):
   assert [line['loss'] for line in metrics.read(path)] == [1, 2, 3, 0.5]
 
 
+@pytest.mark.parametrize('garbage', [b'\xff\xfe', b'[1]', b'{"loss": 1}', b''])
+def test_garbage_is_named_and_left_out(path, capfd, garbage):
+  path.write_bytes(b'{"step": 1}\n' + garbage + b'\n{"step": 2}\n')
+  assert [line['step'] for line in metrics.read(path)] == [1, 2]
+  with metrics.opened(path, step=2, tensorboard=False):
+    pass
+  assert f'{path}: left out are lines' in (err := capfd.readouterr().err)
+  assert err.endswith('no metrics: 2\n')
+  assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_a_line_is_on_disk_at_once(path):
   with metrics.opened(path, step=0, tensorboard=False) as log:
     log(1, {'loss': 2.0})

@@ -252,6 +252,28 @@ def test_a_checkpoint_of_another_layout_ends_with_the_remedy(copied, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('short')
+def test_resume_from_the_newest_that_is_sound(copied, finished, capsys):
+  config, run = copied
+  before = lines(run)
+  damaged = next((run.checkpoints_path / '8' / 'params' / 'd').iterdir())
+  damaged.write_bytes(damaged.read_bytes()[:-1])
+  run.config_path.write_bytes(b'\xff' * 9)
+  with run.metrics_path.open('a') as file:
+    file.write('garbage\n')
+  for program in (evaluate, sample):
+    program.main([str(run.directory)])
+  assert 'taken is checkpoint 5' in capsys.readouterr().err
+  assert pretrain.main([config, '--resume']) == 0
+  err = capsys.readouterr().err
+  assert f'checkpoint 8 is damaged (params/d/{damaged.name}' in err
+  assert str(run.config_path) in err and 'no metrics: ' in err
+  assert (run.directory / 'damaged' / '8').is_dir()
+  chex.assert_trees_all_equal(saved(run), saved(finished[1]))
+  assert lines(run) == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('stop', [signal.SIGINT, signal.SIGTERM])
 def test_a_process_that_is_stopped(finished, tmp_path, stop):
   config, _ = finished
