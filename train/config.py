@@ -186,6 +186,11 @@ class Config:
         f'{self.learning_rate}'
       )
     check_norm(self.clip_norm)
+    if self.checkpoint is not None and isinstance(self.adapter, Factored):
+      raise ValueError(
+        'adapter Factored draws its factors in place of the weights of '
+        f'{self.checkpoint}: leave out checkpoint, or take Lora'
+      )
     if self.batch_size % self.parts:
       raise ValueError(
         'batch_size must be a multiple of microbatches x update.accumulate = '

@@ -158,7 +158,9 @@ def test_dropout_is_the_same_layer_by_layer(remat):
   def by_layer(params):
     x = layers.embed(params, batch)
     for i in range(CONFIG.num_layers):
-      x = layers.block(jax.tree.map(lambda w, i=i: w[i], params['blocks']), x)
+      layer = jax.tree.map(lambda w, i=i: w[i], params['blocks'])
+      noise, x = x['noise'], layers.block(layer, x)
+      assert x['noise'] is not noise  # each layer leaves out others
     return layers.loss(params, x, batch)[0]
 
   expected, gradient = grad(by_layer)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from models.llama import Llama3Scaling, LlamaConfig
+from models.lowrank import Factored
 from train.config import Config, differences, flatten, from_json, to_json
 from train.data.corpus import TextFiles
 from train.method import AdamW, Galore
@@ -86,6 +87,10 @@ def test_schedule_rises_from_zero_and_falls_to_a_tenth():
     ({'final': -3.0}, r'share of learning_rate in \[0, 1\], got -3.0'),
     ({'clip_norm': 0.0}, 'clip_norm must be positive, or None, got 0.0'),
     ({'eval_batches': 0}, 'eval_batches must be at least 1, got 0'),
+    (
+      {'checkpoint': 'here', 'adapter': Factored()},
+      'draws its factors in place of the weights of here',
+    ),
   ],
 )
 def test_bad_values_are_refused(change, message):
