@@ -19,6 +19,7 @@ from rich.progress import (
   TextColumn,
 )
 
+from train import mesh as mesh_lib
 from train import metrics
 from train.config import Config
 from train.metrics import Log
@@ -66,6 +67,7 @@ def train(
       state, found = step(state, next(batches))
       meter.add(done, found)
       last = done == config.steps
+      stop.signal = mesh_lib.of_any(stop.signal)
       asked, score = stop.signal is not None, None
       due = {
         'eval': last or done % config.eval_every == 0,
