@@ -289,6 +289,9 @@ def join() -> None:
         )
   # Its own handler of SIGTERM would take the place of the program's.
   jax.config.update('jax_enable_preemption_service', False)
+  # Processes on CPUs wait for each other for ever where each begins with
+  # another one of several programs that are queued.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
   jax.distributed.initialize(**given)
 
 
