@@ -30,6 +30,7 @@ from train.data.batches import validation_batches
 from train.data.corpus import Indexed
 from train.data.text_files import Texts, expand, index
 from train.data.tokenizer import AnyTokenizer
+from train.mesh import Mesh
 from train.model import Model, bucket, is_directory, opened
 from train.run import Run
 from train.task import Batch, Metrics, Text, perplexity, task_of
@@ -134,7 +135,9 @@ def validation(args: argparse.Namespace) -> Metrics:
       'split: name --text or --choices'
     )
   run = Run(args.path)
-  config = dataclasses.replace(run.config(), eval_batches=args.batches)
+  config = dataclasses.replace(
+    run.config(), eval_batches=args.batches, mesh=Mesh()
+  )
   task = task_of(config)
   held_out = config.corpus.open('validation')
   evaluate = task.evaluate(Text(None, held_out, run.tokenizer()))

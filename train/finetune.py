@@ -23,7 +23,7 @@ from typing import ClassVar
 
 from rich.console import Console
 
-from train import metrics, training
+from train import mesh, metrics, training
 from train.classify import spread
 from train.command import Launch, check_least, load, user_errors
 from train.step import State
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   def after(setup: Setup, state: State, console: Console) -> None:
     show_export(setup, state, console)
-    found.append(best(setup))
+    if mesh.leads():
+      found.append(best(setup))
 
   with user_errors():
     commands = of_seeds(argv)

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from train import machine, metrics, subspace
+from train import mesh as mesh_lib
 from train.config import Config
 from train.metrics import Log
 from train.signals import Stop
@@ -85,6 +86,7 @@ def train(
       state, found = step(state, batch)
       meter.add(done, found, task.flops(batch) if task.flops else None)
       last = done == config.steps
+      stop.signal = mesh_lib.of_any(stop.signal)
       asked, score = stop.signal is not None, None
       due = {
         'eval': last or done % config.eval_every == 0,

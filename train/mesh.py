@@ -133,6 +133,15 @@ def described(sizes: Mesh) -> str:
   return ' x '.join(f'{name} {size}' for name, size in sides)
 
 
+def used(sizes: Mesh) -> str:
+  """Returns which of the devices there are do something, in words."""
+  idle = jax.device_count() - sizes.size
+  line = f'mesh: {described(sizes)}'
+  if idle:
+    line += f'; {idle} devices are idle: --mesh.data or --mesh.fsdp uses them'
+  return line
+
+
 def everywhere(mesh: jax.sharding.Mesh) -> NamedSharding:
   """Returns the place of what each device has whole."""
   return NamedSharding(mesh, PartitionSpec())
@@ -278,6 +287,11 @@ def join() -> None:
           f'JAX_{name.upper()} must be a number beside JAX_COORDINATOR_ADDRESS,'
           f' got {value!r}: set it in each process, or unset both'
         )
+  # Its own handler of SIGTERM would take the place of the program's.
+  jax.config.update('jax_enable_preemption_service', False)
+  # Processes on CPUs wait for each other for ever where each begins with
+  # another one of several programs that are queued.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
   jax.distributed.initialize(**given)
 
 
@@ -315,3 +329,14 @@ def agree(what: str, content: bytes) -> None:
       f'{what} must be the same in all {jax.process_count()} processes, and '
       'differ: start all of them with the same files and options'
     )
+
+
+def of_any(number: int | None) -> int | None:
+  """Returns the signal that any of the processes has got, None for none.
+
+  All of them must leave the loop after the same step.
+  """
+  if jax.process_count() == 1:
+    return number
+  found = multihost_utils.process_allgather(np.int32(number or 0))
+  return int(found.max()) or None

@@ -74,6 +74,8 @@ def main(
     before(setup, console)
     console.print(setup.memory)
     console.print(machine.describe(), highlight=False)
+    if jax.device_count() > 1:
+      console.print(mesh_lib.used(setup.config.mesh), highlight=False)
     state = begin(setup)
   try:
     return train(setup, state, console, after, path=argv[0])

@@ -7,7 +7,7 @@ what runs in a loop is taken as often as the loop goes round.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -37,6 +37,7 @@ class Instruction(NamedTuple):
 
 Computation = dict[str, Instruction]
 Program = dict[str, Computation]
+Choose = Callable[..., tuple[Kernel, ...]]
 
 VIEWS = frozenset(('bitcast', 'reshape', 'get-tuple-element'))
 """Operations that take no time, of an array."""
@@ -72,7 +73,7 @@ _BRANCHES = re.compile(
 )
 
 
-def kernels(text: str) -> tuple[Kernel, ...]:
+def kernels(text: str, *, choose: Choose = min) -> tuple[Kernel, ...]:
   """Returns what a program runs.
 
   Of a conditional it is the branch that moves fewest bytes: of an optimizer's
@@ -81,9 +82,10 @@ def kernels(text: str) -> tuple[Kernel, ...]:
 
   Args:
     text: of the optimized program: `jax.stages.Compiled.as_text()`.
+    choose: `max` for the branch that moves most bytes instead.
   """
   program, entry = parse(text)
-  return tuple(_run(program, entry, 1))
+  return tuple(_run(program, entry, 1, choose))
 
 
 def parse(text: str) -> tuple[Program, str]:
@@ -127,7 +129,9 @@ def _closing(text: str) -> int:
   raise ValueError(f'no end of {text[:80]!r}')
 
 
-def _run(program: Program, name: str, times: int) -> Iterator[Kernel]:
+def _run(
+  program: Program, name: str, times: int, choose: Choose
+) -> Iterator[Kernel]:
   """Goes through what a computation runs."""
   body = program[name]
   for x in body.values():
@@ -136,14 +140,15 @@ def _run(program: Program, name: str, times: int) -> Iterator[Kernel]:
       trips = _TRIPS.search(x.rest)
       inner = re.search(r'body=%?([\w.\-]+)', x.rest)
       assert inner
-      yield from _run(program, inner[1], times * int(trips[1] if trips else 1))
+      rounds = int(trips[1] if trips else 1)
+      yield from _run(program, inner[1], times * rounds, choose)
     elif x.op == 'conditional':
       found = ' '.join(map(''.join, _BRANCHES.findall(x.rest)))
       names = re.findall(r'[\w.\-]+', found)
-      branches = [tuple(_run(program, branch, times)) for branch in names]
-      yield from min(branches, key=moved)
+      branches = [tuple(_run(program, x, times, choose)) for x in names]
+      yield from choose(branches, key=moved)
     elif x.op in ('call', 'async-start') and called:
-      yield from _run(program, called[1], times)
+      yield from _run(program, called[1], times, choose)
     elif x.op not in FREE and not x.op.endswith('-done'):
       inside = tuple(_inside(program, body, x))
       flops = [_flops(around, y) for around, y in inside]

@@ -1,0 +1,156 @@
+"""What each of several devices holds and sends.
+
+`python -m tests.bench.scaling` takes from shapes and from the compiler, for
+devices of the CPU that stand for others: bytes of weights and of optimizer
+state that a device holds under FSDP, and bytes of what its collectives return
+in a step, with and without a refresh. Writes tests/bench/results/scaling.md.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from models.llama import LlamaConfig
+from train import mesh as mesh_lib
+from train.config import Config
+from train.data.corpus import Chitchat
+from train.mesh import Mesh
+from train.method import AdamW, Apollo, Galore, Galore8bit
+from train.plan import program
+from train.plan.footprint import part, placed_step
+from train.task import language_model
+
+RESULTS = pathlib.Path(__file__).parent / 'results'
+
+COLLECTIVES = (
+  *('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all'),
+  'collective-permute',
+)
+
+
+class Row(NamedTuple):
+  """Of one method on a number of devices, in bytes of a device."""
+
+  method: str
+  devices: int
+  weights: int
+  state: int
+  step: int | None = None
+  refresh: int | None = None
+
+
+def configs(width: int, num_layers: int) -> dict[str, Config]:
+  """Returns a config for each method; ranks are a quarter of the width."""
+  model = LlamaConfig(
+    vocab_size=8 * width,
+    width=width,
+    mlp_width=3 * width,
+    num_heads=8,
+    num_layers=num_layers,
+  )
+  rank = width // 4
+  methods = {
+    'AdamW': AdamW(),
+    'GaLore': Galore(rank=rank, subspace='power'),
+    '8-bit GaLore': Galore8bit(rank=rank, subspace='power'),
+    'APOLLO': Apollo(rank=rank),
+  }
+  return {
+    name: Config(
+      model=model,
+      corpus=Chitchat(),
+      optimizer=optimizer,
+      steps=1000,
+      learning_rate=1e-3,
+      batch_size=16,
+      sequence_length=64,
+      # The norm of whole gradients would have to be known first.
+      clip_norm=None,
+    )
+    for name, optimizer in methods.items()
+  }
+
+
+def measured(name: str, config: Config, devices: int, *, compiles: bool) -> Row:
+  """Returns what a device holds and, if it is compiled, what it receives."""
+  config = dataclasses.replace(config, mesh=Mesh(fsdp=devices))
+  mesh = mesh_lib.devices(config.mesh)
+  step, state, batch = placed_step(config, language_model(config), mesh)
+  size = lambda tree: sum(
+    x.size * x.dtype.itemsize for x in jax.tree.leaves(part(tree))
+  )
+  row = Row(name, devices, size(state.params), size(state.optimizer))
+  if not compiles:
+    return row
+  text = step.lower(state, batch).compile().as_text()
+  return row._replace(step=sent(text, min), refresh=sent(text, max))
+
+
+def sent(text: str, choose) -> int:
+  """Returns the bytes of what collectives return, in loops as often as they go.
+
+  Args:
+    text: of a compiled program.
+    choose: `min` for a step between two refreshes, `max` for one with one.
+  """
+  return sum(
+    kernel.times * program.size(kernel.shape)
+    for kernel in program.kernels(text, choose=choose)
+    if kernel.op in COLLECTIVES
+  )
+
+
+def written(rows: Sequence[Row], width: int, num_layers: int) -> str:
+  """Returns the table in Markdown."""
+  kib = lambda x: '-' if x is None else f'{x / 2**10:,.0f}'
+  lines = [
+    '# Many devices\n',
+    f'A LLaMA of width {width}, mlp width {3 * width}, {num_layers} layers and '
+    f'{8 * width} tokens in float32, {16} sequences of 64 tokens in a batch, '
+    f'rank {width // 4} with `power`, no clipping, sharded by FSDP over devices'
+    f' of the CPU. KiB of each device, from shapes and from the compiled '
+    f'program (jax {jax.__version__}): what collectives return, in a step '
+    'between two refreshes and in one with a refresh. No times.\n',
+    '| method | devices | weights | state | a step | with a refresh |',
+    '|---|---:|---:|---:|---:|---:|',
+    *(
+      f'| {x.method} | {x.devices} | {kib(x.weights)} | {kib(x.state)} | '
+      f'{kib(x.step)} | {kib(x.refresh)} |'
+      for x in rows
+    ),
+  ]
+  return '\n'.join(lines) + '\n'
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Writes the table."""
+  options = argparse.ArgumentParser('python -m tests.bench.scaling')
+  options.add_argument('--width', type=int, default=256)
+  options.add_argument('--layers', type=int, default=2)
+  options.add_argument('--devices', type=int, nargs='+', default=[1, 2, 4, 8])
+  options.add_argument(
+    '--compiled',
+    type=int,
+    nargs='+',
+    help='numbers of devices that are compiled for too (default: all)',
+  )
+  args = options.parse_args(argv)
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_num_cpu_devices', max(args.devices))
+  compiled = args.compiled or args.devices
+  rows = []
+  for name, config in configs(args.width, args.layers).items():
+    for devices in args.devices:
+      row = measured(name, config, devices, compiles=devices in compiled)
+      print(row, flush=True)
+      rows.append(row)
+  text = written(rows, args.width, args.layers)
+  (RESULTS / 'scaling.md').write_text(text)
+
+
+if __name__ == '__main__':
+  main()
