@@ -79,8 +79,13 @@ def train(
   ):
     meter = Meter(show, log, task.unit, machine.peak_flops(config.model.dtype))
     for done in range(start + 1, config.steps + 1):
-      if profile is not None:
-        trace(profile, done - start, tracing, meter, console)
+      at = done - start
+      if profile is not None and at in (PROFILED.start, PROFILED.stop):
+        meter.flush()
+        tracing.close()
+        if at == PROFILED.start:
+          tracing.enter_context(trace(profile, console))
+        meter.restart()
       with meter.timed('data'):
         batch = next(batches)
       state, found = step(state, batch)
@@ -104,6 +109,12 @@ def train(
         named = {f'validation_{name}': x for name, x in values.items()}
         log(done, named | meter.spent('evaluation'))
         console.print(f'step {done}: validation: {metrics.describe(values)}')
+        if meter.waiting > WAITING:
+          console.print(
+            f'{meter.waiting:.0%} of the time went by waiting for data: '
+            f'{config.corpus} is too slow for this model',
+            highlight=False,
+          )
         score = task.score(values) if config.save_best else None
         if score is not None and score < best:
           best, due['save'] = score, True
@@ -116,40 +127,21 @@ def train(
         break
       if any(due.values()):
         meter.restart()
-    if meter.waiting > WAITING:
-      console.print(
-        f'{meter.waiting:.0%} of the time went by waiting for data: '
-        f'{config.corpus} is too slow for this model',
-        highlight=False,
-      )
   return state
 
 
-def trace(
-  directory: pathlib.Path,
-  number: int,
-  tracing: contextlib.ExitStack,
-  meter: 'Meter',
-  console: Console,
-) -> None:
-  """Starts the profiler before its first step, and stops it after the last."""
-  if number == PROFILED.start:
-    meter.flush()
-    tracing.enter_context(
-      jax.profiler.trace(str(directory), create_perfetto_trace=True)
-    )
-    meter.restart()
-  elif number == PROFILED.stop:
-    meter.flush()
-    tracing.close()
-    meter.restart()
-    console.print(
-      f'trace: {directory}; open its perfetto_trace.json.gz at '
-      'https://ui.perfetto.dev, or all of it with `tensorboard --logdir '
-      f"{directory}` and TensorBoard's plugin xprof",
-      highlight=False,
-      soft_wrap=True,
-    )
+@contextlib.contextmanager
+def trace(directory: pathlib.Path, console: Console) -> Iterator[None]:
+  """Has the profiler watch, and says how to open what it wrote."""
+  with jax.profiler.trace(str(directory), create_perfetto_trace=True):
+    yield
+  console.print(
+    f'trace: {directory}; open its perfetto_trace.json.gz at '
+    'https://ui.perfetto.dev, or all of it with `tensorboard --logdir '
+    f"{directory}` and TensorBoard's plugin xprof",
+    highlight=False,
+    soft_wrap=True,
+  )
 
 
 class Show(Protocol):

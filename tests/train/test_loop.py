@@ -1,10 +1,13 @@
 """What the loop shows and logs, and how long it says that takes."""
 
 import dataclasses
+import gzip
 import inspect
 import io
 import itertools
+import json
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +34,13 @@ class Clock:
     return self.now
 
 
-def meter(clock=None):
+def meter(clock=None, peak=None):
   shown, logged = [], []
   found = loop.Meter(
     lambda step, values, seconds: shown.append((step, seconds)),
     lambda step, values: logged.append((step, values)),
     'tokens',
+    peak,
     clock=clock or itertools.count().__next__,
   )
   return found, shown, logged
@@ -163,6 +167,106 @@ def test_time_leaves_out_compilation_validations_and_saves(every):
   speeds = [values.get('tokens_per_second') for _, values in logged]
   assert speeds == [None, *5 * [4.0]]
   assert [seconds for _, seconds in shown] == [None, *5 * [2.0]]
+
+
+def test_where_the_time_went():
+  clock = Clock()
+  found, _, logged = meter(clock)
+  for step in range(1, 4):
+    with found.timed('data'):
+      clock.now += 1
+    found.add(step, {**VALUES, 'loss': Waited(clock)})
+  found.flush()
+  with found.timed('save'):
+    clock.now += 7
+  assert found.spent('save') == {'save_seconds': 7}
+  names = ('data_seconds', 'step_seconds')
+  split = [[x.get(name) for name in names] for _, x in logged]
+  # Read one step late: when the last one is read no batch was waited for.
+  assert split == [[None, None], [1, 2], [0, 2]]
+  assert found.waiting == pytest.approx(1 / 5)
+
+
+def test_flops_and_their_share_of_the_peak(monkeypatch):
+  clock = Clock()
+  found, _, logged = meter(clock, peak=8.0)
+  monkeypatch.setattr(loop.machine, 'peak_bytes', lambda: 123)
+  for step in range(1, 4):
+    found.add(step, {**VALUES, 'loss': Waited(clock)}, flops=6.0)
+  found.flush()
+  first, second, _ = (values for _, values in logged)
+  assert 'flops_per_second' not in first
+  assert second['flops_per_second'] == 3 and second['share_of_peak'] == 3 / 8
+  assert second['peak_bytes'] == 123
+
+
+def test_subspaces_are_logged_where_they_are_new():
+  found, _, logged = meter()
+  noted = {'w': np.array([[0.5, 0.75], [0.25, 1], [2, 2]])}
+  for step, new in enumerate([True, False], 1):
+    found.add(step, {**VALUES, 'subspace': noted, 'refreshed': new})
+  found.flush()
+  assert logged[0][1]['captured_energy'] == {'w': [0.5, 0.75]}
+  assert logged[0][1]['subspace_overlap'] == {'w': [0.25, 1]}
+  assert 'captured_energy' not in logged[1][1]
+  assert 'refreshed' not in logged[0][1]
+
+
+def looped(directory, *, steps, batches=None, profile=None):
+  """What the loop prints and logs of steps that do nothing."""
+  lines, console = [], Console(file=io.StringIO(), width=200)
+
+  def step(state, batch):
+    return state._replace(step=state.step + 1), VALUES
+
+  config = dataclasses.replace(CONFIG, steps=steps, eval_every=99)
+  loop.train(
+    step_lib.State(0, {}, ()),
+    config,
+    step=step,
+    batches=batches or itertools.repeat({'inputs': np.zeros((2, 3), int)}),
+    validate=lambda params: {'loss': 1.0},
+    save=lambda state, score: None,
+    best=math.inf,
+    log=lambda step, values: lines.append((step, values)),
+    console=console,
+    stop=Stop(),
+    task=dataclasses.replace(
+      language_model(CONFIG), flops=lambda batch: float(batch['inputs'].size)
+    ),
+    profile=profile,
+  )
+  return console.file.getvalue(), lines
+
+
+def test_the_loop_logs_flops_validations_and_saves(tmp_path):
+  _, lines = looped(tmp_path, steps=3)
+  speed = lines[1][1]
+  seconds = speed['data_seconds'] + speed['step_seconds']
+  assert speed['flops_per_second'] == pytest.approx(6 / seconds)
+  *_, validation, save = lines
+  assert validation[1].keys() == {'validation_loss', 'evaluation_seconds'}
+  assert save[1].keys() == {'save_seconds'} and validation[0] == save[0] == 3
+
+
+def test_data_that_are_too_slow_are_named(tmp_path):
+  def slow():
+    while True:
+      time.sleep(0.02)
+      yield {'inputs': np.zeros((2, 3), int)}
+
+  said, _ = looped(tmp_path, steps=6, batches=slow())
+  assert "waiting for data: TextFiles(train='a.txt'" in said
+  assert 'waiting for data' not in looped(tmp_path, steps=6)[0]
+
+
+@pytest.mark.parametrize('steps', [4, 8])
+def test_a_profile_is_a_trace_that_can_be_opened(steps, tmp_path):
+  """Where a run ends inside the traced steps, too."""
+  said, _ = looped(tmp_path, steps=steps, profile=tmp_path / 'profile')
+  (trace,) = (tmp_path / 'profile').rglob('perfetto_trace.json.gz')
+  assert json.loads(gzip.decompress(trace.read_bytes()))['traceEvents']
+  assert f'trace: {tmp_path}/profile' in said.replace('\n', '')
 
 
 def test_a_loss_that_is_not_finite_names_its_step():

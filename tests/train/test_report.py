@@ -1,13 +1,25 @@
+import base64
+import dataclasses
+import html.parser
 import io
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree
 
 import jax
+import numpy as np
 import optax
 import pytest
 from rich.console import Console
 
 from models.llama import Layers, LlamaConfig
-from train import report
+from tests.train.test_config import CONFIG
+from train import metrics, report
+from train.config import flatten
 from train.method import AdamW, Galore
+from train.run import Run
 
 MODEL = LlamaConfig(
   vocab_size=31, width=12, mlp_width=20, num_heads=2, num_layers=3
@@ -58,3 +70,153 @@ def test_nothing_is_allocated(rank):
   before = stacks()
   text(Galore(rank=rank))
   assert stacks() == before
+
+
+TITLES = [
+  *('Summary', 'Curves', 'Subspaces', 'Time', 'Skipped steps', 'Memory'),
+  *('Samples', 'Configuration'),
+]
+
+
+@pytest.fixture
+def run(tmp_path):
+  """What a training leaves behind, but for its checkpoints."""
+  found = Run(tmp_path / 'a <run>')
+  found.directory.mkdir()
+  found.write(dataclasses.replace(CONFIG, model=MODEL, steps=9))
+  weights = {'blocks/q/kernel': [0.25, 0.75], 'blocks/k/kernel': [0.5, 0.5]}
+  with metrics.opened(found.metrics_path, step=0, tensorboard=False) as log:
+    for step in range(1, 9):
+      values = {'loss': 5 - step / 8, 'learning_rate': 0.1, 'grad_norm': 1.0}
+      speed = {'tokens_per_second': 99.0, 'flops_per_second': 1e9}
+      spent = {'data_seconds': 0.25, 'step_seconds': 0.75}
+      skipped = {'skipped_steps': int(step > 2) + int(step > 5)}
+      log(step, values | (speed | spent if step > 1 else {}) | skipped)
+    log(7, dict.fromkeys(['captured_energy', 'subspace_overlap'], weights))
+    log(8, {'validation_loss': 4.125, 'evaluation_seconds': 2.0})
+    log(8, {'save_seconds': 1.0})
+  pairs = [('Say <b>', ' it & go.')]
+  found.samples_path.write_text(json.dumps(pairs))
+  return found
+
+
+class Page(html.parser.HTMLParser):
+  """The text of each section, its pictures, and what it asks of others."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.open, self.texts, self.pictures = [], {}, {}
+    self.title = self.heading = ''
+    self.outside = re.findall(r'(?:src|href)="(?!data:)|url\(|@import', text)
+    self.feed(text)
+    self.close()
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    if tag == 'img':
+      source = dict(attrs)['src']
+      start = 'data:image/svg+xml;base64,'
+      assert source.startswith(start)
+      svg = base64.b64decode(source.removeprefix(start), validate=True)
+      self.pictures.setdefault(self.heading, []).append(svg)
+    elif tag not in ('meta', 'br'):
+      assert tag not in ('script', 'link', 'iframe')
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if self.open[-1:] == ['h2']:
+      self.heading = data
+      self.texts[data] = []
+    elif self.open[-1:] == ['title']:
+      self.title = data
+    elif self.heading and data.strip():
+      self.texts[self.heading].append(data)
+
+
+def test_the_page_has_every_section(run):
+  report.main([str(run.directory)])
+  text = run.report_path.read_text()
+  page = Page(text)
+  assert list(page.texts) == TITLES and page.title == str(run.directory)
+  assert not page.outside
+  # Loss, rate, norm, speed; energy and overlap.
+  numbers = {title: len(x) for title, x in page.pictures.items()}
+  assert numbers == {'Curves': 4, 'Subspaces': 2}
+  for pictures in page.pictures.values():
+    for svg in pictures:
+      root = xml.etree.ElementTree.fromstring(svg)
+      assert root.tag == '{http://www.w3.org/2000/svg}svg'
+  cells = page.texts['Summary']
+  assert cells[cells.index('steps') + 1] == '8 of 9'
+  assert cells[cells.index('tokens per second') + 1] == '99'
+  assert cells[cells.index('validation loss') + 1] == '4.1250'
+  cells = page.texts['Subspaces']
+  at = cells.index('blocks/q/kernel')
+  assert cells[at + 1 : at + 5] == 2 * ['0.250', '0.500']
+  # 7 steps of 0.75 and 0.25 seconds, 2 seconds and 1.
+  cells = page.texts['Time']
+  at = cells.index('steps')
+  assert cells[at + 1 : at + 3] == ['5.2', '52.5%']
+  assert page.texts['Skipped steps'][-3:] == ['skipped steps', '2', '3, 6']
+  assert '3x12x20' in ''.join(page.texts['Memory'])
+  assert page.texts['Samples'] == ['Say <b>', ' it & go.']
+  assert set(flatten(run.config())) <= set(page.texts['Configuration'])
+
+
+def test_a_run_that_has_just_begun_has_a_page(run):
+  run.samples_path.unlink()
+  run.metrics_path.write_text('{"step": 1, "loss": 3.0}\n')
+  page = Page(report.page(run))
+  assert list(page.texts) == TITLES
+  assert page.texts['Skipped steps'] == ['None.']
+  assert 'None' in page.texts['Samples'][0]
+  assert 'No subspace' in page.texts['Subspaces'][0]
+
+
+@pytest.mark.parametrize('missing', ['config_path', 'metrics_path'])
+def test_what_is_no_run_has_no_page(missing, run, capsys):
+  getattr(run, missing).unlink()
+  with pytest.raises(SystemExit):
+    report.main([str(run.directory)])
+  said = capsys.readouterr().err
+  assert said.startswith('error:') and getattr(run, missing).name in said
+  assert not run.report_path.exists()
+
+
+BROWSER = shutil.which('chromium') or shutil.which('chromium-browser')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason='needs chromium')
+def test_a_browser_shows_the_page(run, tmp_path):
+  from PIL import Image
+
+  report.main([str(run.directory)])
+  url = run.report_path.resolve().as_uri()
+  picture = tmp_path / 'page.png'
+  browse = lambda *options: subprocess.run(
+    [
+      *(BROWSER, '--headless', '--no-sandbox', '--disable-gpu'),
+      *(f'--user-data-dir={tmp_path / "profile"}', '--hide-scrollbars'),
+      # Nothing is asked of the network.
+      *('--host-resolver-rules=MAP * ~NOTFOUND', *options, url),
+    ],
+    capture_output=True,
+    check=True,
+    text=True,
+    timeout=120,
+  )
+  document = browse('--dump-dom').stdout
+  assert [f'<h2>{title}</h2>' in document for title in TITLES] == [True] * 8
+  browse(f'--screenshot={picture}', '--window-size=1000,4000')
+  pixels = np.asarray(Image.open(picture).convert('RGB')).astype(int)
+  assert pixels.shape == (4000, 1000, 3)
+  # matplotlib's blue: the curves were drawn, in the place of the first one.
+  blue = np.abs(pixels - [31, 119, 180]).max(-1) < 30
+  assert blue[:1500].sum() > 200
+  # Something is drawn from the top to the configuration at the end.
+  dark = (pixels.max(-1) < 160).any(1)
+  assert dark[:200].any() and dark[2500:].any()

@@ -6,13 +6,14 @@ there and returns `Documents`: what can be streamed, shuffled by a seed.
 `train.data.text_files` indexes plain files; `train.data.batches` makes batches.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.resources
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import grain
@@ -82,15 +83,95 @@ class Sharded:
     shuffled = _shuffled(self.paths, seed)
     ordered = shuffled.repeat() if repeat else shuffled
     records = grain.experimental.InterleaveIterDataset(
-      ordered.map(grain.experimental.TFRecordIterDataset),
+      ordered.map(lambda path: _Shard(path, self.text)),
       cycle_length=min(len(shuffled), _INTERLEAVED_SHARDS),
     )
     # No longer than an epoch, which a small data set would see twice in one.
     window = max(1, min(self.num_records, _SHUFFLED_RECORDS))
-    windowed = grain.experimental.WindowShuffleIterDataset(
+    return grain.experimental.WindowShuffleIterDataset(
       records, window_size=window, seed=seed
     )
-    return windowed.map(self.text)
+
+
+class _Shard(grain.IterDataset):
+  """What is in a tfrecord file."""
+
+  def __init__(self, path: str, text: Callable[[bytes], Any]):
+    super().__init__()
+    self._path, self._text = path, text
+
+  def __iter__(self) -> grain.DatasetIterator:
+    with _reading(self._path):
+      records = iter(grain.experimental.TFRecordIterDataset(self._path))
+    return _ShardIterator(self._path, self._text, records)
+
+
+class _ShardIterator(grain.DatasetIterator):
+  """Its position is that in the file."""
+
+  def __init__(
+    self,
+    path: str,
+    text: Callable[[bytes], Any],
+    records: grain.DatasetIterator,
+  ):
+    super().__init__()
+    self._path, self._text, self._records = path, text, records
+
+  def __next__(self) -> Any:
+    with _reading(self._path):
+      record = next(self._records)
+    try:
+      return self._text(record)
+    except ValueError as error:
+      raise ValueError(f'{self._path}: {error}') from error
+    except Exception as error:
+      raise _unreadable(self._path, error) from error
+
+  def get_state(self) -> dict[str, Any]:
+    return self._records.get_state()
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self._records.set_state(state)
+
+
+class _Records:
+  """Records by random access, in files that an error names."""
+
+  def __init__(self, source: Any, files: Sequence[Any]):
+    self._source, self._files = source, files
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: int) -> Any:
+    stops = np.cumsum([file.take for file in self._files])
+    path = self._files[int(np.searchsorted(stops, i, side='right'))].filename
+    with _reading(path):
+      record = self._source[i]
+      # What stood behind the end of a file comes as a record of nothing.
+      missing = [name for name, value in record.items() if value is None]
+      if missing:
+        raise ValueError(f'record {i:,} has no {missing[0]!r}')
+      return record
+
+
+@contextlib.contextmanager
+def _reading(path: Any) -> Iterator[None]:
+  """Names the file in an error, whatever a library raises."""
+  try:
+    yield
+  except (StopIteration, FileNotFoundError):
+    raise
+  except Exception as error:
+    raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Any, error: Exception) -> OSError:
+  return OSError(
+    f'cannot read {path} ({type(error).__name__}: {str(error)[:200]}): put a '
+    'sound file in its place, and go on with --resume'
+  )
 
 
 def _shuffled(
@@ -227,7 +308,8 @@ class Tfds:
         f"{split} to one of them, or to a slice such as 'train[99%:]'"
       ) from error
     if builder.info.file_format.value != 'tfrecord':
-      return Indexed(builder.as_data_source(name), dict)
+      records = builder.as_data_source(name)
+      return Indexed(_Records(records, info.file_instructions), dict)
     if name not in splits:
       raise ValueError(
         f'{split}={name!r} is a slice, which tfrecord does not have: name one '

@@ -29,10 +29,15 @@ class File:
   """What makes a document of these bytes."""
 
   def read(self, i: int) -> Any:
-    """Document i."""
+    """Document i; OSError where the file is gone or is another one."""
     with open(self.path, 'rb') as file:
       file.seek(self.starts_d[i])
       content = file.read(self.stops_d[i] - self.starts_d[i])
+    if zlib.crc32(content.strip()) != self.crcs_d[i]:
+      raise OSError(
+        f'{self.path} has changed since it was opened: other bytes at offset '
+        f'{self.starts_d[i]:,}; put the old file back, or start anew with it'
+      )
     return self.parse(content)
 
   def place(self, i: int) -> str:

@@ -260,3 +260,52 @@ class TestTfds:
       FileNotFoundError, match=r"data set 'c4/en' in .*nowhere"
     ):
       Tfds(data_dir=str(tmp_path / 'nowhere')).open('train')
+
+
+def flipped(raw):
+  middle = len(raw) // 2
+  return raw[: middle - 200] + 400 * b'\xff' + raw[middle + 200 :]
+
+
+def damage(path, how):
+  """Damages a file after it was opened."""
+  raw = path.read_bytes()
+  path.unlink()
+  if how != 'gone':
+    path.write_bytes(flipped(raw) if how == 'flipped' else raw[: len(raw) // 2])
+
+
+@pytest.mark.parametrize('how', ['gone', 'cut', 'flipped'])
+class TestDamaged:
+  """A file that was sound when it was opened, and is not when it is read."""
+
+  def test_text_names_its_file(self, how, tmp_path):
+    path = tmp_path / 'a.txt'
+    path.write_text('\n\n'.join(PARAGRAPHS))
+    documents = TextFiles(str(path), str(path)).open('train')
+    damage(path, how)
+    with pytest.raises(OSError, match=r'a\.txt'):
+      read(documents)
+
+  def test_json_names_its_file(self, how, tmp_path):
+    path = tmp_path / 'a.jsonl'
+    write_jsonl(path, PARAGRAPHS)
+    documents = TextFiles(str(path), str(path)).open('train')
+    damage(path, how)
+    with pytest.raises(OSError, match=r'a\.jsonl'):
+      read(documents)
+
+  def test_array_record_names_its_file(self, how, tmp_path):
+    directory = pathlib.Path(prepare(tmp_path).data_dir)
+    documents = Tfds(data_dir=str(tmp_path)).open('train')
+    damage(directory / 'c4-train.array_record-00001-of-00003', how)
+    with pytest.raises(OSError, match='array_record-00001-of-00003'):
+      read(documents)
+
+  def test_tfrecord_names_its_file(self, how, tmp_path):
+    data_dir = prepare_tfrecord(tmp_path)
+    documents = Tfds(data_dir=data_dir).open('train')
+    (path,) = pathlib.Path(data_dir).rglob('*.tfrecord-00001-of-00003')
+    damage(path, how)
+    with pytest.raises(OSError, match='tfrecord-00001-of-00003'):
+      read(documents)

@@ -1,0 +1,87 @@
+"""The loader alone: tokens a second that it makes, nothing trained on them.
+
+`python -m tests.bench.loader` reads, tokenizes and packs the quickstart's
+dialogues from memory, from a .jsonl and from a text file. It prints how many
+times what the 60M model learns in a second on two cores (`MODEL`) that is, of
+which 20 are asked for, and writes tests/bench/results/loader.json.
+"""
+
+import itertools
+import json
+import pathlib
+import tempfile
+import time
+
+import rich.table
+from rich.console import Console
+
+from tests.bench.quickstart import CONFIG, RESULTS
+from train.command import load
+from train.data.batches import batches
+from train.data.corpus import Chitchat, Documents, TextFiles
+from train.data.tokenizer import AnyTokenizer
+from train.training import prepare_tokenizer
+
+MODEL = 560
+"""Tokens a second of configs/llama_60m.py on two cores, about."""
+
+SECONDS = 20.0
+"""How long each source is measured, at least."""
+
+WARM_UP = 3
+"""Batches taken before: some are ready when the first one is asked for."""
+
+SEPARATOR = '\n<|endoftext|>\n'
+
+
+def sources(directory: pathlib.Path) -> dict[str, Chitchat | TextFiles]:
+  """Returns the same dialogues from memory and from files."""
+  texts = list(Chitchat().open('train').stream(seed=0, repeat=False))
+  lines, plain = directory / 'train.jsonl', directory / 'train.txt'
+  lines.write_text(''.join(json.dumps({'text': x}) + '\n' for x in texts))
+  plain.write_text(SEPARATOR.join(texts))
+  return {
+    'Chitchat': Chitchat(),
+    'TextFiles, .jsonl': TextFiles(str(lines)),
+    'TextFiles, .txt': TextFiles(str(plain), separator=SEPARATOR),
+  }
+
+
+def measure(
+  documents: Documents, tokenizer: AnyTokenizer, seconds: float
+) -> float:
+  """Returns the tokens a second of an opened corpus."""
+  made = batches(
+    documents, tokenizer, batch_size=8, sequence_length=256, seed=0
+  )
+  for _ in itertools.islice(made, WARM_UP):
+    pass
+  count, start = 0, time.perf_counter()
+  while (spent := time.perf_counter() - start) < seconds:
+    count += next(made)['inputs'].size
+  return count / spent
+
+
+def main() -> None:
+  """Measures, prints, writes."""
+  config, rows = load(CONFIG), []
+  with tempfile.TemporaryDirectory() as scratch:
+    for name, corpus in sources(pathlib.Path(scratch)).items():
+      documents = corpus.open('train')
+      tokenizer = prepare_tokenizer(config, documents)
+      rate = measure(documents, tokenizer, SECONDS)
+      row = {'source': name, 'vocab_size': tokenizer.vocab_size}
+      row |= {'tokens_per_second': rate, 'times': rate / MODEL}
+      rows.append(row)
+      print(row, flush=True)
+  RESULTS.mkdir(exist_ok=True)
+  (RESULTS / 'loader.json').write_text(json.dumps(rows, indent=1) + '\n')
+  table = rich.table.Table('source', 'tokens / s', 'times the 60M model')
+  for row in rows:
+    rate, times = row['tokens_per_second'], row['times']
+    table.add_row(row['source'], f'{rate:,.0f}', f'{times:.0f}')
+  Console().print(table)
+
+
+if __name__ == '__main__':
+  main()
