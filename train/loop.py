@@ -59,12 +59,13 @@ def train(
     clock: tells when `save_minutes` have passed.
 
   Raises:
-    FloatingPointError: the loss is not finite; nothing after that is saved.
+    FloatingPointError: more steps in a row than `max_skipped` came to nothing;
+      nothing after the first of them is saved.
   """
-  start, saved = int(state.step), clock()
+  start, saved, late = int(state.step), clock(), False
   limit = math.inf if config.save_minutes is None else 60 * config.save_minutes
   with progress(console, config.steps, start, task.unit) as show:
-    meter = Meter(show, log, task.unit)
+    meter = Meter(show, log, task.unit, max_skipped=config.max_skipped)
     for done in range(start + 1, config.steps + 1):
       state, found = step(state, next(batches))
       meter.add(done, found)
@@ -75,10 +76,11 @@ def train(
         'save': last
         or done % config.save_every == 0
         or asked
+        or late
         or clock() - saved >= limit,
       }
       if any(due.values()):
-        # A loss that is not finite must come to light before a save.
+        # A step that came to nothing must come to light before a save.
         meter.flush()
       if due['eval']:
         values = validate(state.params)
@@ -87,7 +89,10 @@ def train(
         score = task.score(values) if config.save_best else None
         if score is not None and score < best:
           best, due['save'] = score, True
-      if due['save']:
+      # Where a step came to nothing the state may be why: no sound checkpoint
+      # makes room for it.
+      late = due['save'] and meter.skipped > 0 and not (asked or last)
+      if due['save'] and not late:
         save(state, score)
         saved = clock()
       if asked:
@@ -118,8 +123,12 @@ class Meter:
     log: Log,
     unit: str,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    max_skipped: int = 0,
   ):
     """Starts with nothing to show."""
+    self.skipped = 0  # the last steps, in a row, that came to nothing
+    self._max_skipped = max_skipped
     self._show, self._log, self._unit, self._clock = show, log, unit, clock
     self._pending: tuple[int, PyTree] | None = None
     self._since: float | None = None
@@ -146,8 +155,7 @@ class Meter:
     step, found = entry
     read = jax.device_get(found)  # all at once: one wait, one transfer
     values = {name: float(value) for name, value in read.items()}
-    if not math.isfinite(values['loss']):
-      raise FloatingPointError(f'the loss is {values["loss"]} at step {step}')
+    self._count(step, values)
     weight = values.pop('weight')
     values[self._unit] = weight
     now = self._clock()
@@ -157,9 +165,23 @@ class Meter:
       self._seconds += seconds
       self._steps += 1
     self._since = now
-    self._log(step, values)
+    # JSON has no word for the others.
+    self._log(step, {k: x for k, x in values.items() if math.isfinite(x)})
     mean = self._seconds / self._steps if self._steps else None
     self._show(step, values, mean)
+
+  def _count(self, step: int, values: Metrics) -> None:
+    """Counts steps that came to nothing, whole or in part."""
+    norm = values.get('projected_grad_norm', values.get('grad_norm', 0.0))
+    lost = not math.isfinite(values['loss'])
+    if not lost and math.isfinite(norm):
+      self.skipped = 0
+      return
+    self.skipped += 1
+    if self.skipped > self._max_skipped:
+      what = f'loss is {values["loss"]}' if lost else f'gradient is {norm}'
+      more = f', as {self.skipped} in a row' if self.skipped > 1 else ''
+      raise FloatingPointError(f'the {what} at step {step}{more}')
 
 
 @contextlib.contextmanager
@@ -179,6 +201,8 @@ def progress(
 
     def show(step: int, values: Metrics, seconds: float | None) -> None:
       text = f'loss {values["loss"]:.3f}  lr {values["learning_rate"]:.2e}'
+      if values.get('skipped_steps') or values.get('partial_steps'):
+        text += '  not applied: not finite'
       speed = values.get(f'{unit}_per_second')
       if speed:
         text += f'  {speed:,.0f} {unit}/s'

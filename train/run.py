@@ -14,7 +14,10 @@ from train import checkpoint
 from train.config import Config, differences, from_json, to_json
 from train.data.tokenizer import AnyTokenizer, load
 
-FREE = ('save_every', 'save_minutes', 'eval_every', 'eval_batches')
+FREE = (
+  *('save_every', 'save_minutes', 'eval_every', 'eval_batches'),
+  'max_skipped',
+)
 """What a resumed run may change: nothing that is computed depends on it."""
 
 

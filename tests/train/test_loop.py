@@ -167,7 +167,7 @@ def test_time_leaves_out_compilation_validations_and_saves(every):
 
 def test_a_loss_that_is_not_finite_names_its_step():
   found, _, logged = meter()
-  found.add(7, {'loss': float('nan')})
+  found.add(7, VALUES | {'loss': float('nan')})
   with pytest.raises(FloatingPointError, match='loss is nan at step 7'):
     found.flush()
   assert not logged
