@@ -68,6 +68,7 @@ def train(
     meter = Meter(show, log, task.unit, max_skipped=config.max_skipped)
     for done in range(start + 1, config.steps + 1):
       state, found = step(state, next(batches))
+      stop.begun = True
       meter.add(done, found)
       last = done == config.steps
       asked, score = stop.signal is not None, None
@@ -75,13 +76,15 @@ def train(
         'eval': last or done % config.eval_every == 0,
         'save': last
         or done % config.save_every == 0
-        or asked
         or late
         or clock() - saved >= limit,
       }
-      if any(due.values()):
+      if asked or any(due.values()):
         # A step that came to nothing must come to light before a save.
         meter.flush()
+      if asked:
+        # Before a validation, for which there may be no time.
+        save(state, None)
       if due['eval']:
         values = validate(state.params)
         log(done, {f'validation_{name}': x for name, x in values.items()})
@@ -89,6 +92,10 @@ def train(
         score = task.score(values) if config.save_best else None
         if score is not None and score < best:
           best, due['save'] = score, True
+      if asked:
+        break
+      asked = due['eval'] and stop.signal is not None
+      due['save'] |= asked
       # Where a step came to nothing the state may be why: no sound checkpoint
       # makes room for it.
       late = due['save'] and meter.skipped > 0 and not (asked or last)
