@@ -50,7 +50,9 @@ def clipped(rule: optax.GradientTransformation, clip_norm: float | None) -> Any:
 
   def update_fn(updates, state, params=None, **extra_args):
     norm = jnp.sqrt(sum_of_squares(updates))
-    updates = times(updates, clip_coefficient(norm, clip_norm))
+    by = clip_coefficient(norm, clip_norm)
+    # Each leaf is rounded once, to its dtype.
+    updates = jax.tree.map(lambda a: (full(a) * by).astype(a.dtype), updates)
     return rule.update(updates, state, params, **extra_args)
 
   tx = ClippedTransformation(rule.init, update_fn)
@@ -84,12 +86,3 @@ def sum_of_squares(tree: Any) -> jax.Array:
   """
   squares = [jnp.sum(jnp.square(full(a))) for a in jax.tree.leaves(tree)]
   return sum(squares, jnp.zeros([], jnp.float32))
-
-
-def times(tree: Any, factor: jax.Array) -> Any:
-  """Returns each leaf times a float32 factor, rounded once to its dtype.
-
-  >>> times(jnp.ones(2, jnp.bfloat16), jnp.float32(0.5))
-  Array([0.5, 0.5], dtype=bfloat16)
-  """
-  return jax.tree.map(lambda a: (full(a) * factor).astype(a.dtype), tree)

@@ -122,6 +122,12 @@ def exists(directory: pathlib.Path) -> bool:
   return bool(steps(directory))
 
 
+def newest_sound(directory: pathlib.Path) -> pathlib.Path | None:
+  """Returns the newest checkpoint whose files are as they were written."""
+  paths = (directory / str(step) for step in steps(directory))
+  return next((path for path in paths if fault(path) is None), None)
+
+
 def set_aside(path: pathlib.Path) -> None:
   """Moves a checkpoint that is damaged to the run's directory `damaged`."""
   if jax.process_index() != 0:

@@ -25,7 +25,7 @@ from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, TextFiles, Tfds
 from train.data.labelled import LabelledFiles, LabelledTfds
 from train.mesh import Mesh
-from train.method import Optimizer
+from train.method import CLASSES, Optimizer, limit_growth
 
 AnyText: TypeAlias = Chitchat | TextFiles | Tfds | Chats | ChitchatAnswers
 AnyCorpus: TypeAlias = AnyText | LabelledFiles | LabelledTfds
@@ -94,7 +94,8 @@ class Layerwise:
 
   clip: Literal['exact', 'previous'] = 'exact'
   """Where the norm to clip by comes from: a second backward pass, or the step
-  before."""
+  before. The second pass also tells, before a weight changes, whether all
+  gradients are finite; clip_norm=inf has it and clips nothing."""
   slices: int = 1
   """Pieces in which the embedding and the head are updated."""
   weights: Literal['arrays', 'rounded', 'int8'] = 'arrays'
@@ -162,6 +163,12 @@ class Config:
   tokenizer: str | None = None
   """A sentencepiece .model file, or a directory of transformers; None is the
   checkpoint's or, where there is none, trains one on the corpus."""
+  norm_growth: float | None = None
+  """Largest growth of the norm of a weight's gradient from one step to the
+  next, as Fira limits its own; it is scaled down to that. None has no limit."""
+  max_skipped: int = 10
+  """Steps in a row that may come to nothing, as loss or gradient are not
+  finite, before the run ends."""
   eval_every: int = 100
   """Steps between two validations."""
   eval_batches: int | None = None
@@ -201,6 +208,11 @@ class Config:
         'adapter Factored draws its factors in place of the weights of '
         f'{self.checkpoint}: leave out checkpoint, or take Lora'
       )
+    if self.max_skipped < 0:
+      raise ValueError(
+        f'max_skipped must not be negative, got {self.max_skipped}'
+      )
+    self._check_growth()
     if self.batch_size % self.parts:
       raise ValueError(
         'batch_size must be a multiple of microbatches x update.accumulate = '
@@ -214,6 +226,20 @@ class Config:
     if not 0 <= self.final <= 1:
       raise ValueError(
         f'final is a share of learning_rate in [0, 1], got {self.final}'
+      )
+
+  def _check_growth(self) -> None:
+    """Raises ValueError for a limit that none can be, or that nothing keeps."""
+    limit = self.norm_growth
+    if limit is not None and not limit >= 1:
+      raise ValueError(f'norm_growth must be at least 1, or None, got {limit}')
+    layerwise = isinstance(self.update, Layerwise)
+    one_layer = layerwise and isinstance(self.optimizer, CLASSES['Badam'])
+    if limit is not None and (self.update.accumulate > 1 or one_layer):
+      raise ValueError(
+        f'norm_growth={limit} needs the gradient of each weight at each step: '
+        'update must be WholeTree, or Layerwise without accumulate and with '
+        'another optimizer than Badam'
       )
 
   @property
@@ -280,7 +306,10 @@ class Config:
     """Returns the optimizer, of what is trained, its subspaces watched."""
     schedule = self.schedule()
     optimizer = subspace.watched(self.optimizer.build(schedule))
-    return adapter_lib.with_lomo(optimizer, self.adapter, schedule)
+    rule = adapter_lib.with_lomo(optimizer, self.adapter, schedule)
+    if self.norm_growth is None:
+      return rule
+    return optax.chain(limit_growth(self.norm_growth), rule)
 
   def transformation(self) -> optax.GradientTransformation:
     """Returns the optimizer, behind the clipping that is asked for."""

@@ -69,15 +69,22 @@ def train(
     clock: tells when `save_minutes` have passed.
 
   Raises:
-    FloatingPointError: the loss is not finite; nothing after that is saved.
+    FloatingPointError: more steps in a row than `max_skipped` came to nothing;
+      nothing after the first of them is saved.
   """
-  start, saved = int(state.step), clock()
+  start, saved, late = int(state.step), clock(), False
   limit = math.inf if config.save_minutes is None else 60 * config.save_minutes
   with (
     progress(console, config.steps, start, task.unit) as show,
     contextlib.ExitStack() as tracing,
   ):
-    meter = Meter(show, log, task.unit, machine.peak_flops(config.model.dtype))
+    meter = Meter(
+      show,
+      log,
+      task.unit,
+      machine.peak_flops(config.model.dtype),
+      max_skipped=config.max_skipped,
+    )
     for done in range(start + 1, config.steps + 1):
       at = done - start
       if profile is not None and at in (PROFILED.start, PROFILED.stop):
@@ -89,6 +96,7 @@ def train(
       with meter.timed('data'):
         batch = next(batches)
       state, found = step(state, batch)
+      stop.begun = True
       meter.add(done, found, task.flops(batch) if task.flops else None)
       last = done == config.steps
       stop.signal = mesh_lib.of_any(stop.signal)
@@ -97,12 +105,15 @@ def train(
         'eval': last or done % config.eval_every == 0,
         'save': last
         or done % config.save_every == 0
-        or asked
+        or late
         or clock() - saved >= limit,
       }
-      if any(due.values()):
-        # A loss that is not finite must come to light before a save.
+      if asked or any(due.values()):
+        # A step that came to nothing must come to light before a save.
         meter.flush()
+      if asked:
+        # Before a validation, for which there may be no time.
+        save(state, None)
       if due['eval']:
         with meter.timed('evaluation'):
           values = validate(state.params)
@@ -118,7 +129,14 @@ def train(
         score = task.score(values) if config.save_best else None
         if score is not None and score < best:
           best, due['save'] = score, True
-      if due['save']:
+      if asked:
+        break
+      asked = due['eval'] and stop.signal is not None
+      due['save'] |= asked
+      # Where a step came to nothing the state may be why: no sound checkpoint
+      # makes room for it.
+      late = due['save'] and meter.skipped > 0 and not (asked or last)
+      if due['save'] and not late:
         with meter.timed('save'):
           save(state, score)
         log(done, meter.spent('save'))
@@ -167,8 +185,12 @@ class Meter:
     unit: str,
     peak: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    max_skipped: int = 0,
   ):
     """Starts with nothing to show; `peak` is flops per second at most."""
+    self.skipped = 0  # the last steps, in a row, that came to nothing
+    self._max_skipped = max_skipped
     self._show, self._log, self._unit, self._clock = show, log, unit, clock
     self._pending: tuple[int, PyTree, float | None] | None = None
     self._since: float | None = None
@@ -213,11 +235,9 @@ class Meter:
     step, found, flops = entry
     scalars = {k: x for k, x in found.items() if k != 'subspace'}
     read = jax.device_get(scalars)  # all at once: one wait, one transfer
-    values: dict[str, Any] = {name: float(x) for name, x in read.items()}
-    if not math.isfinite(values['loss']):
-      raise FloatingPointError(f'the loss is {values["loss"]} at step {step}')
-    if values.pop('refreshed', 0):
-      values |= subspace.by_number(jax.device_get(found['subspace']))
+    values = {name: float(x) for name, x in read.items()}
+    self._count(step, values)
+    refreshed = values.pop('refreshed', 0)
     weight = values.pop('weight')
     values[self._unit] = weight
     now = self._clock()
@@ -232,7 +252,13 @@ class Meter:
     peak = machine.peak_bytes()
     if peak is not None:
       values['peak_bytes'] = peak
-    self._log(step, values)
+    # JSON has no word for the others.
+    noted: dict[str, Any] = {
+      k: x for k, x in values.items() if math.isfinite(x)
+    }
+    if refreshed:
+      noted |= subspace.by_number(jax.device_get(found['subspace']))
+    self._log(step, noted)
     mean = self._seconds / self._steps if self._steps else None
     self._show(step, values, mean)
 
@@ -250,6 +276,19 @@ class Meter:
       if self._peak is not None:
         values['share_of_peak'] = flops / seconds / self._peak
     return values
+
+  def _count(self, step: int, values: Metrics) -> None:
+    """Counts steps that came to nothing, whole or in part."""
+    norm = values.get('projected_grad_norm', values.get('grad_norm', 0.0))
+    lost = not math.isfinite(values['loss'])
+    if not lost and math.isfinite(norm):
+      self.skipped = 0
+      return
+    self.skipped += 1
+    if self.skipped > self._max_skipped:
+      what = f'loss is {values["loss"]}' if lost else f'gradient is {norm}'
+      more = f', as {self.skipped} in a row' if self.skipped > 1 else ''
+      raise FloatingPointError(f'the {what} at step {step}{more}')
 
 
 @contextlib.contextmanager
@@ -269,6 +308,8 @@ def progress(
 
     def show(step: int, values: Metrics, seconds: float | None) -> None:
       text = f'loss {values["loss"]:.3f}  lr {values["learning_rate"]:.2e}'
+      if values.get('skipped_steps') or values.get('partial_steps'):
+        text += '  not applied: not finite'
       speed = values.get(f'{unit}_per_second')
       if speed:
         text += f'  {speed:,.0f} {unit}/s'

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 import tyro
 
@@ -364,6 +365,60 @@ globals().update(CLASSES)
 
 Optimizer = functools.reduce(operator.or_, CLASSES.values())
 """What `Config.optimizer` may be."""
+
+
+def limit_growth(limit: float) -> optax.GradientTransformation:
+  """Scales gradients so that no norm grows by more than `limit` in a step.
+
+  A norm is of one weight: the last two axes of an array of more.
+
+  >>> tx = limit_growth(1.5)
+  >>> g = {'w': jnp.ones(4)}
+  >>> _, state = tx.update(g, tx.init(g))
+  >>> print(tx.update({'w': 10 * g['w']}, state)[0]['w'])
+  [1.5 1.5 1.5 1.5]
+
+  References:
+    Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, limits the
+    norm of what it adds so.
+  """
+
+  def init(params: Any) -> optax.OptState:
+    # No norm yet, so no limit.
+    first = lambda w: jnp.full(w.shape[:-2], jnp.inf, jnp.float32)
+    return GrowthState(jax.tree.map(first, params))
+
+  def update(
+    grads: Any, state: optax.OptState, params: Any = None
+  ) -> tuple[Any, optax.OptState]:
+    del params
+    norms = jax.tree.map(_norm, grads)
+    shrink = lambda norm, last: jnp.minimum(
+      # After a zero gradient a bound of zero would hold for ever.
+      limit * jnp.where(last > 0, last, jnp.inf) / jnp.where(norm > 0, norm, 1),
+      1,
+    )
+    factors = jax.tree.map(shrink, norms, state.norms)
+    last = jax.tree.map(jnp.multiply, factors, norms)
+    return jax.tree.map(_times, grads, factors), GrowthState(last)
+
+  return optax.GradientTransformation(init, update)
+
+
+class GrowthState(NamedTuple):
+  """State of `limit_growth`."""
+
+  norms: Any  # [...], float32: of each weight's gradient, as it was limited
+
+
+def _norm(g: jax.Array) -> jax.Array:
+  axes = tuple(range(g.ndim))[-2:]
+  return jnp.sqrt(jnp.sum(jnp.square(g.astype(jnp.float32)), axes))
+
+
+def _times(g: jax.Array, factor: jax.Array) -> jax.Array:
+  by = factor.reshape(factor.shape + (1,) * (g.ndim - factor.ndim))
+  return (g.astype(jnp.float32) * by).astype(g.dtype)
 
 
 def lines() -> list[tuple[str, Variant]]:

@@ -17,6 +17,7 @@ from train.data.tokenizer import AnyTokenizer, load
 FREE = (
   *('save_every', 'save_minutes', 'eval_every', 'eval_batches'),
   *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
+  'max_skipped',
 )
 """What a resumed run may change: nothing that is computed depends on it."""
 

@@ -1,8 +1,12 @@
 """Ctrl-C and SIGTERM: an end that loses nothing, with the usual exit codes.
 
 Before training there is nothing to save, and the program ends
-(`end_quietly`). While it trains it is told to stop after the step (`asked`),
-and answers at once, even where the interpreter waits for a device.
+(`end_quietly`), while the first step compiles too. While it trains it is told
+to stop after the step (`asked`), and answers at once, even where the
+interpreter waits for a device. The grace period that it needs is what is left
+of a step, or of a validation that runs, and one save. A second signal, and
+SIGKILL, lose what came after the last checkpoint that was finished, and no
+checkpoint.
 """
 
 import contextlib
@@ -20,8 +24,9 @@ class Stop:
   """Whether a signal asked the program to stop, and which."""
 
   def __init__(self):
-    """Nobody has asked."""
+    """Nobody has asked, and nothing is done that is worth a save."""
     self.signal: int | None = None
+    self.begun = False
 
   @property
   def code(self) -> int:
@@ -45,6 +50,8 @@ def end_quietly() -> None:
 def asked() -> Iterator[Stop]:
   """Yields what the first signal sets; the second one ends the program.
 
+  So does the first, as long as nothing is `begun`.
+
   Python runs a handler once the interpreter has its turn, which may be after
   the step, or after its compilation. The number itself comes through a socket
   at once, and a thread waits there.
@@ -63,7 +70,9 @@ def asked() -> Iterator[Stop]:
     while number := int.from_bytes(reader.recv(1)):
       if number not in SIGNALS:
         continue
-      if not first:
+      if first and not stop.begun:
+        say(f'{name(number)}: stopped, with nothing new to save')
+      if not (first and stop.begun):
         os._exit(128 + number)
       first, stop.signal = False, number
       say(f'{name(number)}: will save after this step; again ends at once')

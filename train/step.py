@@ -1,5 +1,8 @@
 """The training step: microbatches, gradient, update.
 
+An update is applied where loss and gradient are finite; `skipped_steps` of the
+metrics is 1 where it was not, and everything but the step is as it was.
+
 `build` makes what `train.loop` repeats of a `train.task.Task`, for all weights
 at once or, with `galore_optax.layerwise`, one after another. What a task does
 not train is held fixed: it has no gradient, and the optimizer keeps nothing of
@@ -55,7 +58,13 @@ def build(config: Config, task: Task) -> tuple[Init, Step]:
     )
   else:
     update = make_layerwise(config, task)
-    step = make_layerwise_step(update, schedule=schedule, trained=trained)
+    step = make_layerwise_step(
+      update,
+      schedule=schedule,
+      trained=trained,
+      in_part=not (config.clip_norm and update.clip == 'exact')
+      and update.accumulate == 1,
+    )
   if config.learning_rate == 0:
     step = motionless(step)
   step = with_health(with_adapter(step, config))
@@ -242,11 +251,22 @@ def make_layerwise(config: Config, task: Task) -> Layerwise:
 
 
 def make_layerwise_step(
-  update: Layerwise, *, schedule: optax.Schedule, trained: Mask = everything
+  update: Layerwise,
+  *,
+  schedule: optax.Schedule,
+  trained: Mask = everything,
+  in_part: bool = False,
 ) -> Step:
   """Returns the same as `make_step` for a layer-wise update.
 
   With `accumulate`, `projected_grad_norm` stands for `grad_norm`.
+
+  Args:
+    update: of each weight as its gradient appears.
+    schedule: as in `make_step`.
+    trained: as in `Task`.
+    in_part: whether weights above a gradient that is not finite are updated,
+      as no pass before told; `partial_steps` of the metrics is 1 then.
   """
 
   @functools.partial(jax.jit, donate_argnums=0)
@@ -261,6 +281,11 @@ def make_layerwise_step(
     params = join(moving, still)
     metrics = {name: found[name] for name in NO_SUMS if name in found}
     metrics['learning_rate'] = jnp.asarray(schedule(state.step))
+    norm = found.get('projected_grad_norm', found.get('grad_norm'))
+    bad, lost = ~jnp.isfinite(norm), ~jnp.isfinite(found['loss'])
+    metrics['skipped_steps'] = jnp.int32(lost if in_part else bad)
+    if in_part:
+      metrics['partial_steps'] = jnp.int32(bad & ~lost)
     sums = {name: x for name, x in found.items() if name not in metrics}
     metrics |= with_own_weight(sums, batch, weight)
     return State(state.step + 1, params, optimizer), metrics
@@ -279,8 +304,9 @@ def make_step(
   """Returns the jitted `(state, batch) -> (state, metrics)`; donates state.
 
   The loss is the mean over what the whole batch scores, however that falls
-  into microbatches. Metrics are `loss`, `grad_norm`, `learning_rate`, the
-  batch's `weight` and the sums that stand beside the loss, by name.
+  into microbatches. Metrics are `loss`, `grad_norm`, `learning_rate`,
+  `skipped_steps`, the batch's `weight` and the sums that stand beside the
+  loss, by name.
 
   Args:
     loss: as in `Task.loss`.
@@ -296,15 +322,25 @@ def make_step(
     moving, still = split(state.params, trained)
     of_moving = lambda moving, batch: loss(join(moving, still), batch)
     value, sums, grads = mean_gradient(of_moving, moving, batch, microbatches)
-    updates, optimizer = tx.update(grads, state.optimizer, moving)
-    params = join(optax.apply_updates(moving, updates), still)
+    norm = optax.tree.norm(grads)
+    sound = jnp.isfinite(value) & jnp.isfinite(norm)
+
+    def updated(kept: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+      moving, optimizer = kept
+      updates, optimizer = tx.update(grads, optimizer, moving)
+      return optax.apply_updates(moving, updates), optimizer
+
+    moving, optimizer = jax.lax.cond(
+      sound, updated, lambda kept: kept, (moving, state.optimizer)
+    )
     metrics = {
       'loss': value,
-      'grad_norm': optax.tree.norm(grads),
+      'grad_norm': norm,
       'learning_rate': jnp.asarray(schedule(state.step)),
+      'skipped_steps': jnp.int32(~sound),
     }
     metrics |= with_own_weight(sums, batch, weight)
-    return State(state.step + 1, params, optimizer), metrics
+    return State(state.step + 1, join(moving, still), optimizer), metrics
 
   return step
 

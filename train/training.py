@@ -81,12 +81,13 @@ def main(
     return train(setup, state, console, after, path=argv[0])
   except FloatingPointError as error:
     print(f'error: {error}', file=sys.stderr)
-    if checkpoint.exists(setup.run.checkpoints_path):
+    newest = checkpoint.newest_sound(setup.run.checkpoints_path)
+    if newest is not None:
       rate = f'{setup.config.learning_rate / 2:g}'
       again = command(setup, argv[0], '--branch', '--learning-rate', rate)
       print(
-        'the checkpoints before it are intact; to go on from the newest with '
-        f'half the learning rate:\n{again}',
+        f'the last sound checkpoint is {newest}; to go on from it with half '
+        f'the learning rate:\n{again}',
         file=sys.stderr,
       )
   except OSError as error:

@@ -50,8 +50,10 @@ class Passes(NamedTuple):
       saved: input of each block, as `forward` returns it.
       x: input of the loss.
       entries: what the visits change, by weight.
-      visit: `(entry, name, gradient, layer) -> entry`, called when a weight's
-        gradient is complete; layer is None outside the stack.
+      visit: `(entry, name, gradient, layer, squares) -> entry`, called when a
+        weight's gradient is complete; layer is None outside the stack. The sum
+        of the squares so far, with this gradient, is finite until something is
+        not, the loss included.
       stored: the weights, where no visit changes them: XLA would copy them in
         the entries. None where they are the first of each entry.
       active: the one layer whose weights are visited; None for all.
@@ -70,8 +72,9 @@ class Passes(NamedTuple):
 
     def see(carry, name, grad):
       entries, squares, layer = carry
-      new = {name: visit(entries[name], name, grad, layer)}
-      return entries | new, squares + sum_of_squares(grad), layer
+      squares = squares + sum_of_squares(grad)
+      new = {name: visit(entries[name], name, grad, layer, squares)}
+      return entries | new, squares, layer
 
     carry = (entries, jnp.zeros([], jnp.float32), None)
     rest = {n: read(carry, n) for n in entries if not stack.in_stack(n)}
@@ -85,6 +88,7 @@ class Passes(NamedTuple):
     # What nothing reads has a gradient of zero, and its update.
     in_embed = {n: w for n, w in moving.items() if n not in by_loss - by_embed}
     (value, sums, head), dx = _loss_gradient(loss, in_loss, x, self.batch)
+    carry = (entries, jnp.where(jnp.isfinite(value), carry[1], jnp.nan), None)
     for name in in_loss:
       if name not in in_embed:
         carry = see(carry, name, head.pop(name))
@@ -115,9 +119,8 @@ class Passes(NamedTuple):
       dx, *carry = state
       x = inputs(layer)
       back = lambda weights, dx: _gradients(self._block, weights, x, dx)
-      dx, (entries, squares, _) = pull_back(
-        back, dx, (*carry, layer), names=carry[0], read=read, visit=see
-      )
+      how = dict(names=carry[0], read=read, visit=see)
+      dx, (entries, squares, _) = pull_back(back, dx, (*carry, layer), **how)
       return dx, entries, squares
 
     if active is None:

@@ -53,8 +53,8 @@ class Layers(Protocol):
 class LayerwiseState(NamedTuple):
   """State of a layer-wise step."""
 
-  count: jax.Array  # [], int32: steps done
-  norm: jax.Array  # [], float32: the last step's, in its metrics
+  count: jax.Array  # [], int32: steps done, of a finite norm
+  norm: jax.Array  # [], float32: of the last of them, in its metrics
   # State of tx by weight: [L, ...] for 'blocks/', of one layer for `badam`; ()
   # for what is frozen.
   inner: dict[str, optax.OptState]
@@ -73,14 +73,20 @@ class Layerwise:
   takes its gradient, updates that layer in place and moves on, as the
   whole-tree step would. Jit the step and donate `params` and `state`.
 
+  Nothing changes, and the `grad_norm` of the metrics is not finite, where the
+  loss is not, or where the norm to clip by was found first and is not. If it
+  was not found first, nothing changes from the first gradient on that is not
+  finite. With `accumulate`, refreshes are done before.
+
   Args:
     model: the three functions of `Layers`.
     tx: any optax transformation that treats weights one by one, leading axes
       as batch, and so not `optax.clip_by_global_norm`: see `clip_norm`. Its
       update gets `layer=`, the layer's index, as an extra argument.
     clip_norm: largest global norm of the gradient; that of `tx` if `clipped`.
-    clip: 'exact' finds that norm by a backward pass of its own, as LOMO does;
-      'previous' takes that of the step before, after the first, at no cost.
+    clip: 'exact' finds that norm by a backward pass of its own, as LOMO does,
+      for a `clip_norm` of infinity too; 'previous' takes that of the step
+      before, after the first, at no cost.
     microbatches: parts of a batch, over which a layer's gradient is summed, in
       float32: a refresh sees the whole batch, all inputs of blocks are kept.
     accumulate: parts that a batch is cut into before, which pass forward and
@@ -131,7 +137,6 @@ class Layerwise:
         raise ValueError(f'clip_norm={self.clip_norm} beside {its}')
       self.clip_norm, self.tx = self.tx.clip_norm, self.tx.rule
     self.tx = optax.with_extra_args_support(self.tx)
-    self.slices = dict(self.slices or {})
     check_count(microbatches=self.microbatches, accumulate=self.accumulate)
     clipping.check_norm(self.clip_norm)
     check_one_of(('exact', 'previous'), clip=self.clip)
@@ -181,8 +186,9 @@ class Layerwise:
     metrics['projected_grad_norm' if summed else 'grad_norm'] = norm
     params = tree.build({name: stored for name, (stored, _) in entries.items()})
     inner = {name: inner for name, (_, inner) in entries.items()}
-    count = jnp.asarray(optax.safe_increment(state.count))
-    return params, LayerwiseState(count, norm, inner), metrics
+    kept = lambda new, old: jnp.where(jnp.isfinite(norm), new, old)
+    count = kept(optax.safe_increment(state.count), state.count)
+    return params, LayerwiseState(count, kept(norm, state.norm), inner), metrics
 
   def _at_once(self, tree, weights, state, batch, key):
     """Updates each weight as its gradient appears.
@@ -195,20 +201,20 @@ class Layerwise:
     active = None
     if self._trains_one_layer():
       active = self.tx.active(state.count, jax.tree.leaves(saved)[0].shape[0])
-    backward = functools.partial(passes.backward, saved, active=active)
-    keep = lambda entry, name, grad, layer: entry
-    none = dict.fromkeys(weights)
-    exact = lambda: backward(x, none, keep, stored=weights)[1]
+    back = functools.partial(passes.backward, saved, active=active)
+    keep = lambda entry, *seen: entry
+    exact = lambda: back(x, dict.fromkeys(weights), keep, stored=weights)[1]
     before = lambda: lax.cond(state.count == 0, exact, lambda: state.norm)
-    factor = None
+    norm, factor = jnp.float32(0), None
     if self.clip_norm is not None:
       norm = exact() if self.clip == 'exact' else before()
       factor = clipping.clip_coefficient(norm, self.clip_norm)
     # The second pass begins after the first: their gradients never coexist.
-    x, factor = lax.optimization_barrier((x, factor))
+    x, norm, factor = lax.optimization_barrier((x, norm, factor))
 
-    def visit(entry, name, grad, layer):
-      update = functools.partial(self.update, tree, key, factor, name)
+    def visit(entry, name, grad, layer, squares):
+      scale = (norm + squares, factor)
+      update = functools.partial(self.update, tree, key, scale, name)
       if layer is None:
         return stack.in_slices(update, entry, grad, self.slices.get(name))
       # The state is of one layer if one is trained at a time.
@@ -217,7 +223,7 @@ class Layerwise:
       return tuple(map(stack.put, entry, new, places))
 
     entries = {name: (w, state.inner[name]) for name, w in weights.items()}
-    return backward(x, entries, visit)
+    return back(x, entries, visit)
 
   def _in_parts(self, tree, weights, state, batch, key):
     """Updates every weight from the sum of its projected gradients.
@@ -246,13 +252,12 @@ class Layerwise:
     metrics = jax.tree.map(lambda a: jnp.sum(a, 0), metrics)
     metrics['loss'] /= num
     sums = {name: total for name, (_, total) in entries.items()}
-    norm = jnp.sqrt(clipping.sum_of_squares(sums)) / num
-    factor = jnp.float32(1 / num)
-    if self.clip_norm is not None:
-      factor *= clipping.clip_coefficient(norm, self.clip_norm)
+    # Of a loss that is not finite, it is not finite either.
+    norm = jnp.sqrt(clipping.sum_of_squares((sums, 0 * metrics['loss']))) / num
+    factor = clipping.clip_coefficient(norm, self.clip_norm or jnp.inf) / num
 
     def updated(name):
-      update = functools.partial(self.update, tree, key, factor, name)
+      update = functools.partial(self.update, tree, key, (norm, factor), name)
       entry = (weights[name], entries[name][0])
       if stack.in_stack(name):
         return stack.each(update, entry, sums[name])
@@ -260,7 +265,7 @@ class Layerwise:
 
     return {name: updated(name) for name in weights}, norm, metrics
 
-  def _add(self, tree, key, number, entry, name, grad, layer):
+  def _add(self, tree, key, number, entry, name, grad, layer, _):
     """Returns (state of tx, sums) of a weight after a gradient of a part."""
     inner, total = stack.take(entry, layer)
     index = 0 if layer is None else layer
@@ -301,20 +306,25 @@ class Layerwise:
     frozen = [name for name in tree.names if self._rule(name) is None]
     return Passes(self.model, tree, self.weights.read, batch, frozen)
 
-  def update(self, tree, key, factor, name, entry, grad, layer):
+  def update(self, tree, key, scale, name, entry, grad, layer):
     """Returns (stored, state) of one weight, layer or slice, updated.
 
-    The gradient, or the sum of projected ones, counts `factor` times.
+    The gradient, or the sum of projected ones, counts `scale[1]` times; the
+    entry stays as it is where `scale[0]` is not finite.
     """
-    stored, inner = entry
-    weight = self.weights.read(stored)
-    projected = self.accumulate > 1 and name not in self.slices
-    rule = self.tx.apply if projected else self._rule(name).update
-    grad = grad if factor is None else full(grad) * factor
-    grad = tree.alone(name, grad if projected else grad.astype(weight.dtype))
-    updates, inner = rule(grad, inner, tree.alone(name, weight), layer=layer)
-    key = tree.key(key, name, layer)
-    return self.weights.write(stored, jax.tree.leaves(updates)[0], key), inner
+
+    def updated(entry):
+      stored, inner = entry
+      weight = self.weights.read(stored)
+      projected = self.accumulate > 1 and name not in self.slices
+      rule = self.tx.apply if projected else self._rule(name).update
+      g = grad if scale[1] is None else full(grad) * scale[1]
+      g = tree.alone(name, g if projected else g.astype(weight.dtype))
+      new, inner = rule(g, inner, tree.alone(name, weight), layer=layer)
+      noise = tree.key(key, name, layer)
+      return self.weights.write(stored, jax.tree.leaves(new)[0], noise), inner
+
+    return lax.cond(jnp.isfinite(scale[0]), updated, lambda entry: entry, entry)
 
   def _trains_one_layer(self) -> bool:
     """Whether tx has the parts of a `badam`, whose state is of one layer."""

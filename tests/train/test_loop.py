@@ -140,6 +140,37 @@ def test_minutes_make_a_save_due(tmp_path):
   assert saved == [2, 4, 5, 7]
 
 
+@pytest.mark.parametrize('when', ['step', 'validation'])
+def test_a_signal_saves_before_the_next_long_thing(when):
+  events, stop = [], Stop()
+
+  def happens(name):
+    events.append(name)
+    if name == when:
+      stop.signal = 15
+
+  def step(state, batch):
+    happens('step')
+    return state._replace(step=state.step + 1), VALUES
+
+  loop.train(
+    step_lib.State(0, {}, ()),
+    dataclasses.replace(CONFIG, steps=3, eval_every=1, save_every=9),
+    step=step,
+    batches=itertools.repeat({}),
+    validate=lambda params: happens('validation') or {'loss': 1.0},
+    save=lambda state, score: events.append(f'save {state.step}'),
+    best=math.inf,
+    log=lambda step, values: None,
+    console=Console(file=io.StringIO()),
+    stop=stop,
+    task=language_model(CONFIG),
+  )
+  save = events.index('save 1')
+  assert events.pop(save) and events == ['step', 'validation']
+  assert save == (1 if when == 'step' else 2) and stop.begun
+
+
 class Waited(float):
   """A loss that is ready two seconds after the one before."""
 
@@ -271,7 +302,7 @@ def test_a_profile_is_a_trace_that_can_be_opened(steps, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_its_step():
   found, _, logged = meter()
-  found.add(7, {'loss': float('nan')})
+  found.add(7, VALUES | {'loss': float('nan')})
   with pytest.raises(FloatingPointError, match='loss is nan at step 7'):
     found.flush()
   assert not logged

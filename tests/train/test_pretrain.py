@@ -352,9 +352,11 @@ def test_a_loss_that_is_not_a_number_ends_the_run(
   monkeypatch.chdir(tmp_path)
   with monkeypatch.context() as patch:
     patch.setattr(step_lib, 'make_step', broken)
-    assert pretrain.main([config, '--run', str(run.directory)]) == 1
+    args = [config, '--run', str(run.directory), '--max-skipped', '0']
+    assert pretrain.main(args) == 1
   err = capsys.readouterr().err
   assert 'loss is inf at step 7' in err and 'Traceback' not in err
+  assert f'last sound checkpoint is {run.checkpoints_path / "5"};' in err
   assert int(saved(run)[0].step) == 5
   # The advice, word for word, up to the first step.
   begun = []

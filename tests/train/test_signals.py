@@ -24,6 +24,7 @@ TRAINING = """
 import sys, time
 from train import signals
 with signals.asked() as stop:
+  stop.begun = True
   print('ready', flush=True)
   while stop.signal is None:
     time.sleep(0.01)
@@ -35,7 +36,8 @@ sys.exit(stop.code)
 FOR_EVER = """
 import time
 from train import signals
-with signals.asked():
+with signals.asked() as stop:
+  stop.begun = BEGUN
   print('ready', flush=True)
   while True:
     time.sleep(1)
@@ -72,7 +74,7 @@ def test_in_training_a_signal_is_acknowledged_and_the_step_goes_on(number):
 
 
 def test_a_second_signal_ends_the_program_at_once():
-  process = started(FOR_EVER)
+  process = started(FOR_EVER.replace('BEGUN', 'True'))
   process.send_signal(signal.SIGTERM)
   assert process.stderr.readline() == '\n'
   assert 'SIGTERM' in process.stderr.readline()
@@ -81,8 +83,19 @@ def test_a_second_signal_ends_the_program_at_once():
   assert process.returncode == 130
 
 
+@BOTH
+def test_while_the_first_step_compiles_the_first_signal_does(number):
+  process = started(FOR_EVER.replace('BEGUN', 'False'))
+  process.send_signal(number)
+  _, err = process.communicate(timeout=30)
+  assert process.returncode == 128 + number
+  line = f'{signals.name(number)}: stopped, with nothing new to save'
+  assert err.strip() == line
+
+
 def test_an_answer_does_not_wait_for_the_interpreter(capfd):
   with signals.asked() as stop:
+    stop.begun = True
     # What C does at a signal, though no handler is run before a step ends.
     os.write(signal.set_wakeup_fd(-1), bytes([signal.SIGTERM]))
     limit = time.monotonic() + 30

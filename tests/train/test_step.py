@@ -173,5 +173,5 @@ def test_a_layerwise_update_names_its_norm(norm):
   _, metrics = step(state, {'weights': jnp.array([1.0, 0.0])})
   # The sum alone is of weights with a mean of 1.
   expected = {'loss': 2.0, norm: 3.0, 'learning_rate': 0.1}
-  expected |= {'nll': 2.0, 'weight': 1.0}
+  expected |= {'nll': 2.0, 'weight': 1.0, 'skipped_steps': 0}
   chex.assert_trees_all_close(metrics, expected)
