@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 import chex
 
 from tests.train.program import lines, saved, write_config
-from train import checkpoint, metrics
+from train import checkpoint
 from train.run import Run
 
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'faults.json'
@@ -76,7 +76,7 @@ def wait(process: subprocess.Popen, until: Callable[[], bool]) -> None:
   """Waits for a moment of a process that must not end before."""
   while not until():
     assert process.poll() is None, process.communicate()[1]
-    time.sleep(0.0005)
+    time.sleep(0.001)
 
 
 def saving(run: Run) -> bool:
@@ -88,30 +88,31 @@ def kill(
   process: subprocess.Popen, run: Run, moment: str, draw: random.Random
 ) -> None:
   """Kills a process at a moment: as it starts, between steps, in a save."""
+  before = logged(run)
+  grown = lambda num: logged(run) >= before + num
+  most = STEPS_A_KILL - SAVE_EVERY
   if moment == 'start':
-    time.sleep(draw.uniform(0, 8))
+    end = time.monotonic() + draw.uniform(0, 8)
+    wait(process, lambda: time.monotonic() > end or grown(most))
   elif moment == 'save':
     # What the kill before left does not count.
-    with contextlib.suppress(FileNotFoundError):
-      for left in run.checkpoints_path.glob('*.orbax-checkpoint-tmp'):
-        shutil.rmtree(left)
+    for left in run.checkpoints_path.glob('*.orbax-checkpoint-tmp'):
+      shutil.rmtree(left, ignore_errors=True)
     wait(process, lambda: saving(run))
     time.sleep(draw.uniform(0, 0.1))
   else:
-    before = len(metrics.read(run.metrics_path))
-    more = draw.randint(1, STEPS_A_KILL - SAVE_EVERY)
     # A resumed run first drops the lines after its checkpoint.
-    wait(process, lambda: newest_line(run) > 0)
-    wait(process, lambda: len(metrics.read(run.metrics_path)) >= before + more)
+    more = draw.randint(1, most)
+    wait(process, lambda: grown(more))
   process.kill()
   process.communicate()
 
 
-def newest_line(run: Run) -> int:
-  """Returns the last step that was logged."""
-  return max(
-    (line['step'] for line in metrics.read(run.metrics_path)), default=0
-  )
+def logged(run: Run) -> int:
+  """Returns the number of lines that were logged."""
+  if not run.metrics_path.exists():
+    return 0
+  return run.metrics_path.read_bytes().count(b'\n')
 
 
 def equal(run: Run, whole: Run) -> None:
