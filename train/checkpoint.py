@@ -92,8 +92,12 @@ def opened(
 @contextlib.contextmanager
 def reading(directory: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
   """Yields a manager that changes nothing: a run may be saving there."""
+  # Orbax warns of what a manager that only reads would change.
   options = ocp.CheckpointManagerOptions(
-    read_only=True, lightweight_initialize=True
+    read_only=True,
+    lightweight_initialize=True,
+    create=False,
+    save_interval_steps=0,
   )
   with quietly(directory, options) as manager:
     yield manager

@@ -461,7 +461,8 @@ def _settings_of(directory: pathlib.Path) -> dict[str, bytes]:
     if (directory / name).is_file()
   }
   config, name = directory / 'config.json', 'generation_config.json'
-  if config.is_file():
+  # That of a run, which may be garbage, says nothing of a tokenizer.
+  if config.is_file() and not (directory / 'checkpoints').is_dir():
     model = _object(config.read_bytes(), 'config.json')
     ends = {
       key: model[key]
