@@ -1,5 +1,8 @@
 """Steps and states on meshes of eight devices, and on one."""
 
+import math
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -232,3 +235,52 @@ def test_flax_optimizer_has_its_state_in_place(kind):
     grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
     nnx.jit(lambda *run: run[0].update(*run[1:]))(optimizer, model, grads)
     assert places() == [((4, 24), cut), ((4, 40), cut)]
+
+
+def computations(text):
+  """Returns the lines of each computation of a compiled program, by name."""
+  found, name = {}, None
+  for line in text.splitlines():
+    head = re.match(r'(ENTRY )?%?([\w.\-]+) .*\{$', line)
+    if head:
+      name = 'ENTRY' if head[1] else head[2]
+    found.setdefault(name, []).append(line)
+  return found
+
+
+def unconditional(parts, name='ENTRY'):
+  """Returns the lines that run at every step: in no branch of a condition."""
+  lines = [*parts[name]]
+  calls = r'(?:calls|to_apply|body|condition)=%?([\w.\-]+)'
+  for called in re.findall(calls, '\n'.join(parts[name])):
+    lines += unconditional(parts, called)
+  return lines
+
+
+def gathered(lines):
+  """Returns the elements of each array that is gathered."""
+  shapes = re.findall(r'= \w+\[([\d,]*)\]\S* all-gather', '\n'.join(lines))
+  return [math.prod(map(int, filter(None, x.split(',')))) for x in shapes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('name', 'layout', 'kind'),
+  [('svd', 'in', 'Auto'), ('svd', 'out', 'Explicit'), ('fira', 'in', 'Auto')],
+)
+def test_a_step_gathers_no_matrix_and_a_refresh_one_at_a_time(
+  name, layout, kind
+):
+  mesh, tx = mesh_of(layout, AxisType[kind]), PRESETS[name]()
+  params = {'up': (2, 64, 96), 'w': (64, 96), 'v': (64, 96)}
+  with jax.set_mesh(mesh):
+    params = put({k: jnp.ones(x) for k, x in params.items()}, layout, mesh)
+    state = tx.init(params)
+    places = jax.tree.map(lambda x: x.sharding, (params, state))
+    update = jax.jit(tx.update, out_shardings=places)
+    text = update.lower(params, state, params).compile().as_text()
+  parts = computations(text)
+  every = gathered(text.splitlines())
+  assert ' conditional(' in text and max(every) == 64 * 96
+  # A basis, or a low-rank update, of the stack.
+  assert 0 < max(gathered(unconditional(parts))) <= 2 * LOW['rank'] * 96
