@@ -114,7 +114,7 @@ def written(rows: Sequence[Row], width: int, num_layers: int) -> str:
     f'rank {width // 4} with `power`, no clipping, sharded by FSDP over devices'
     f' of the CPU. KiB of each device, from shapes and from the compiled '
     f'program (jax {jax.__version__}): what collectives return, in a step '
-    'between two refreshes and in one with a refresh. No times.\n',
+    'between two refreshes and in one with a refresh (-: not compiled).\n',
     '| method | devices | weights | state | a step | with a refresh |',
     '|---|---:|---:|---:|---:|---:|',
     *(
