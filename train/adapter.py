@@ -48,6 +48,11 @@ def with_lomo(
   return optax.partition({'optimizer': optimizer, 'lomo': beneath}, labels)
 
 
+def restarts(adapter: Adapter | None) -> bool:
+  """Whether training merges factors now and then, and starts them anew."""
+  return isinstance(adapter, Relora)
+
+
 def jagged(envelope: optax.Schedule, adapter: Relora) -> optax.Schedule:
   """Returns a schedule that rises from 0 after each merge, to the envelope.
 

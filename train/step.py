@@ -22,7 +22,6 @@ from galore_optax.layerwise import stack
 from galore_optax.layerwise.step import Layerwise, layerwise
 from galore_optax.layerwise.weights import is_stored
 from galore_optax.sharding import state_shardings
-from models.lowrank import Relora
 from train import adapter as adapter_lib
 from train import mesh as mesh_lib
 from train import subspace
@@ -152,7 +151,7 @@ def with_adapter(step: Step, config: Config) -> Step:
   """
   adapter, seed = config.adapter, config.seed
   noisy = getattr(adapter, 'dropout', 0) > 0
-  restarts = isinstance(adapter, Relora)
+  restarts = adapter_lib.restarts(adapter)
   if not noisy and not restarts:
     return step
 

@@ -83,7 +83,7 @@ def roberta() -> Any:
     num_heads=12,
     num_layers=12,
     num_positions=514,
-    kind='roberta',
+    family='roberta',
     num_types=1,
     pad_id=1,
     dtype='bfloat16',
