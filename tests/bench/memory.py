@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 
 from galore_optax import describe, galore_adamw, galore_adamw_8bit, lomo
-from galore_optax.memory import account, elements
 from models import encoder
 from models.llama import Layers, llama
 from train.method import adam_8bit, adamw
+from train.plan.account import account, elements
 
 PAGE = pathlib.Path(__file__).parent / 'results' / 'memory.md'
 

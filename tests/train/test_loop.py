@@ -330,7 +330,6 @@ def test_a_second_task_needs_no_second_loop(tmp_path):
     batches=lambda data: batches(),
     evaluate=lambda data: lambda params: {'far': float(params['w'].sum())},
     example=lambda data: None,
-    example=lambda data: None,
     unit='examples',
   )
   config = dataclasses.replace(
