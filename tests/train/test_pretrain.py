@@ -133,7 +133,7 @@ def test_resume_drops_what_came_after_the_checkpoint(
   args = [config, '--run', str(run.directory)]
   show = loop.Meter.add
 
-  def crash(meter, step, metrics):
+  def crash(meter, step, metrics, *rest):
     show(meter, step, metrics, *rest)
     if step == 8:
       raise OSError('the machine is gone')
