@@ -211,20 +211,13 @@ def skipped(lines: Lines) -> str:
   """Returns how many steps were skipped, and which, where the log tells."""
   rows = {}
   for name in ('skipped_steps', 'partial_steps'):
-    # They count from the start of the run.
-    counts = [(x['step'], x[name]) for x in lines if x.get(name)]
-    before = [0, *(count for _, count in counts)]
-    where = [
-      step
-      for (step, now), old in zip(counts, before, strict=False)
-      if now > old
-    ]
+    where = [line['step'] for line in lines if line.get(name)]
     if where:
       steps = ', '.join(f'{step:,}' for step in where)
-      rows[name.replace('_', ' ')] = [f'{counts[-1][1]:,.0f}', steps]
+      rows[name.replace('_', ' ')] = [f'{len(where):,}', steps]
   if not rows:
     return '<p>None.</p>'
-  return table(rows, ['', 'number', 'noticed at step'])
+  return table(rows, ['', 'number', 'at step'])
 
 
 def samples(path: pathlib.Path) -> str:

@@ -378,10 +378,10 @@ def test_a_resumed_run_is_bit_equal_over_a_merge(update, tmp_path, monkeypatch):
 
   show = loop.Meter.add
 
-  def interrupt(meter, step, metrics):
+  def interrupt(meter, step, metrics, *rest):
     if step == 4:  # between the merges after 3 and 6
       os.kill(os.getpid(), signal.SIGTERM)
-    show(meter, step, metrics)
+    show(meter, step, metrics, *rest)
 
   with monkeypatch.context() as patch:
     patch.setattr(loop.Meter, 'add', interrupt)

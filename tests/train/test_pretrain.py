@@ -62,7 +62,7 @@ def test_a_run_leaves_its_files(finished):
   names = {path.name for path in run.directory.iterdir()}
   assert names == {
     *('config.json', 'tokenizer.model', 'metrics.jsonl', 'curves.png'),
-    'checkpoints',
+    *('samples.json', 'checkpoints'),
   }
   steps = [line['step'] for line in lines(run) if 'loss' in line]
   assert steps == list(range(1, 9))
@@ -102,10 +102,10 @@ def test_resume_is_bit_equal_to_no_stop(
   args = [config, '--run', str(run.directory)]
   show = loop.Meter.add
 
-  def interrupt(meter, step, metrics):
+  def interrupt(meter, step, metrics, *rest):
     if step == 4:
       os.kill(os.getpid(), stop)
-    show(meter, step, metrics)
+    show(meter, step, metrics, *rest)
 
   with monkeypatch.context() as patch:
     patch.setattr(loop.Meter, 'add', interrupt)
@@ -133,8 +133,8 @@ def test_resume_drops_what_came_after_the_checkpoint(
   args = [config, '--run', str(run.directory)]
   show = loop.Meter.add
 
-  def crash(meter, step, metrics):
-    show(meter, step, metrics)
+  def crash(meter, step, metrics, *rest):
+    show(meter, step, metrics, *rest)
     if step == 8:
       raise OSError('the machine is gone')
 

@@ -90,7 +90,7 @@ def run(tmp_path):
       values = {'loss': 5 - step / 8, 'learning_rate': 0.1, 'grad_norm': 1.0}
       speed = {'tokens_per_second': 99.0, 'flops_per_second': 1e9}
       spent = {'data_seconds': 0.25, 'step_seconds': 0.75}
-      skipped = {'skipped_steps': int(step > 2) + int(step > 5)}
+      skipped = {'skipped_steps': int(step in (3, 6))}
       log(step, values | (speed | spent if step > 1 else {}) | skipped)
     log(7, dict.fromkeys(['captured_energy', 'subspace_overlap'], weights))
     log(8, {'validation_loss': 4.125, 'evaluation_seconds': 2.0})
