@@ -329,9 +329,11 @@ def make_step(
       updates, optimizer = tx.update(grads, optimizer, moving)
       return optax.apply_updates(moving, updates), optimizer
 
-    moving, optimizer = jax.lax.cond(
-      sound, updated, lambda kept: kept, (moving, state.optimizer)
-    )
+    # By this name `train.plan` knows which branch a step takes.
+    with jax.named_scope('if_finite'):
+      moving, optimizer = jax.lax.cond(
+        sound, updated, lambda kept: kept, (moving, state.optimizer)
+      )
     metrics = {
       'loss': value,
       'grad_norm': norm,

@@ -324,7 +324,8 @@ class Layerwise:
       noise = tree.key(key, name, layer)
       return self.weights.write(stored, jax.tree.leaves(new)[0], noise), inner
 
-    return lax.cond(jnp.isfinite(scale[0]), updated, lambda entry: entry, entry)
+    with jax.named_scope('if_finite'):
+      return lax.cond(jnp.isfinite(scale[0]), updated, lambda e: e, entry)
 
   def _trains_one_layer(self) -> bool:
     """Whether tx has the parts of a `badam`, whose state is of one layer."""

@@ -67,6 +67,8 @@ _ARRAY = re.compile(r'([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]')
 _HEADER = re.compile(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLED = re.compile(r'(?:calls|to_apply)=%?([\w.\-]+)')
+# A condition of `jax.named_scope('if_finite')`, which a step meets.
+_GATE = 'if_finite/cond"'
 _BRANCHES = re.compile(
   r'(?:true_computation|false_computation)=%?([\w.\-]+)'
   r'|branch_computations=\{([^}]*)\}'
@@ -77,7 +79,8 @@ def kernels(text: str, *, choose: Choose = min) -> tuple[Kernel, ...]:
   """Returns what a program runs.
 
   Of a conditional it is the branch that moves fewest bytes: of an optimizer's
-  update, what happens between two refreshes. A loop of unknown length goes
+  update, what happens between two refreshes; of one that waits for finite
+  numbers, the update. A loop of unknown length goes
   round once.
 
   Args:
@@ -146,7 +149,8 @@ def _run(
       found = ' '.join(map(''.join, _BRANCHES.findall(x.rest)))
       names = re.findall(r'[\w.\-]+', found)
       branches = [tuple(_run(program, x, times, choose)) for x in names]
-      yield from choose(branches, key=moved)
+      pick = max if _GATE in x.rest else choose
+      yield from pick(branches, key=moved)
     elif x.op in ('call', 'async-start') and called:
       yield from _run(program, called[1], times, choose)
     elif x.op not in FREE and not x.op.endswith('-done'):

@@ -245,7 +245,7 @@ def test_a_bare_stack_and_any_aux():
 
 
 def test_rejects_what_it_cannot_do():
-  with pytest.raises(ValueError, match="'exact' or 'previous'"):
+  with pytest.raises(ValueError, match='must be one of exact, previous'):
     layerwise(Residual(), optax.sgd(0.1), clip_norm=1.0, clip='never')
   for options in ({'microbatches': 0}, {'accumulate': 0}):
     with pytest.raises(ValueError, match='must be an integer >= 1, got 0'):

@@ -358,5 +358,5 @@ def test_factored_rms_is_an_inner_of_its_own():
 def test_missing_params_raise():
   params = {'w': jnp.ones((5, 9))}
   tx = galore_adafactor(0.1, **OPTIONS)
-  with pytest.raises(ValueError, match='need params'):
+  with pytest.raises(ValueError, match='needs params'):
     tx.update(params, tx.init(params))

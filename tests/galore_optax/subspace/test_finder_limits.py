@@ -30,8 +30,8 @@ def gradients(bad):
 @pytest.mark.parametrize(
   'make, message',
   [
-    (lambda: Randomized(oversample=-1), 'oversample and power_iterations'),
-    (lambda: Randomized(power_iterations=-1), 'must be >= 0'),
+    (lambda: Randomized(oversample=-1), 'oversample must be an integer >= 0'),
+    (lambda: Randomized(power_iterations=-1), 'must be an integer >= 0'),
     (lambda: PowerIteration(steps=0), 'steps must be an integer >= 1'),
     (lambda: Lazy(memory=0), 'memory must be an integer >= 1'),
   ],
