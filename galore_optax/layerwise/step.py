@@ -140,11 +140,10 @@ class Layerwise:
     check_count(microbatches=self.microbatches, accumulate=self.accumulate)
     clipping.check_norm(self.clip_norm)
     check_one_of(('exact', 'previous'), clip=self.clip)
-    accumulated = f'accumulate={self.accumulate}'
     linear = isinstance(self.tx, Galore) and self.tx.linear
     if self.accumulate > 1 and not linear:
-      its = 'tx must be a galore without a residual rule; or use microbatches'
-      raise ValueError(f'{accumulated} sums projected gradients: {its}')
+      its = f'accumulate={self.accumulate} sums projected gradients: tx must be'
+      raise ValueError(f'{its} a galore without residual, or use microbatches')
 
   def init(self, params: PyTree) -> LayerwiseState:
     """Returns the state before the first step."""
