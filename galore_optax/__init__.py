@@ -44,9 +44,8 @@ from galore_optax.sharding import state_shardings as state_shardings
 from galore_optax.subspace.finders import Coordinates as Coordinates
 from galore_optax.subspace.finders import Gaussian as Gaussian, Gram as Gram
 from galore_optax.subspace.finders import PowerIteration as PowerIteration
-from galore_optax.subspace.finders import Randomized as Randomized
+from galore_optax.subspace.finders import Randomized as Randomized, Svd as Svd
 from galore_optax.subspace.finders import RandomOrthogonal as RandomOrthogonal
-from galore_optax.subspace.finders import Svd as Svd
 from galore_optax.subspace.kept import Lazy as Lazy, Packed as Packed
 from galore_optax.subspace.refresh import Staggered as Staggered
 

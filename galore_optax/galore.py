@@ -284,7 +284,7 @@ def chain(
 
 
 def quantize_bases(
-  tx: optax.GradientTransformation, *, bits: Literal[4, 8] = 4, group: int = 256
+  tx: Any, *, bits: Literal[4, 8] = 4, group: int = 256
 ) -> Galore:
   """Stores the bases of a `galore` in few bits; see `Packed`.
 

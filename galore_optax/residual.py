@@ -42,6 +42,7 @@ class Residual(Protocol):
 
   def __call__(self, plan: Projection, split: Split, state: Any) -> Added:
     """Returns what is added to the update [..., i, o], and the state."""
+    ...
 
 
 def outside(plan: Projection, split: Split, share: float = 1.0) -> jax.Array:

@@ -92,8 +92,8 @@ def frugal(
   if density > 0:
     return stage
   direction = optax.scale_by_sign() if residual == 'sign' else optax.identity()
-  options = learning_rate, weight_decay, direction, optax.scale(residual_scale)
-  return partition(in_float32(descend(*options)), in_float32(inside), targets)
+  alone = learning_rate, weight_decay, direction, optax.scale(residual_scale)
+  return partition(in_float32(descend(*alone)), in_float32(inside), targets)
 
 
 def _where(subspace) -> dict[str, Any]:

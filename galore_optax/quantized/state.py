@@ -344,7 +344,7 @@ def _acts_alone(inner) -> bool:
   """Whether the update of four elements is that of each alone."""
   g, w = jnp.array([[1e-2, -1.0], [1e3, 2.0]]), jnp.array([[1.0, -2], [3, 0.5]])
 
-  def update(at=...):
+  def update(at: Any = ...):
     u, state = inner.update(g[at], inner.init(w[at]), w[at])
     return [jnp.asarray(x) for x in jax.tree.leaves((u, state))]
 
