@@ -167,7 +167,10 @@ def run(model: pathlib.Path, where: pathlib.Path, options: list[str]) -> dict:
     'state_bytes': int(state[1].replace(',', '')) if state else 0,
     'peak_bytes': usage.ru_maxrss * 1024,
     'seconds': float(np.median(seconds)),
-    'command': shlex.join(words),
+    'command': shlex.join(
+      {str(model): 'SMOLLM2', str(where): 'RUN'}.get(word, word)
+      for word in words
+    ),
     'date': f'{datetime.date.today()}',
   }
 
@@ -182,7 +185,8 @@ def report(found: list[dict]) -> str:
     f'{when}, on the CPU. '
     'Held-out loss is in nats a token of the answers; bytes are of optimizer '
     'state and of the process at its peak; seconds are the median of a step of '
-    '2 x 256 tokens. The commands are in finetune.json.',
+    '2 x 256 tokens, on a machine with other work: they are not to be compared. '
+    'The commands are in finetune.json.',
   ]
   head = '| | rate | held-out loss | training | state, MB | peak, GB | s |'
   for part, rows in PARTS.items():
@@ -194,7 +198,8 @@ def report(found: list[dict]) -> str:
       ]
       if tried
     ]
-    lines += ['', f'## {part}', '', head, '| --- |' + 6 * ' --- |']
+    lines += ['', f'## {part}', '']
+    lines += [head, '| --- |' + 6 * ' --- |'] if runs else ['Not yet run.']
     lines += [
       f'| {run["name"]} | {run["rate"]:g} | {losses(run)} | '
       f'{run["training"]:.3f} | {run["state_bytes"] / 1e6:,.1f} | '
