@@ -185,7 +185,7 @@ def report(found: list[dict]) -> str:
     f'{when}, on the CPU. '
     'Held-out loss is in nats a token of the answers; bytes are of optimizer '
     'state and of the process at its peak; seconds are the median of a step of '
-    '2 x 256 tokens, on a machine with other work: they are not to be compared. '
+    '2 x 256 tokens, on a machine with other work: do not compare them. '
     'The commands are in finetune.json.',
   ]
   head = '| | rate | held-out loss | training | state, MB | peak, GB | s |'
