@@ -9,7 +9,6 @@ Axes: L layers, the leading axis of a stack.
 """
 
 import functools
-import operator
 import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -23,7 +22,7 @@ from galore_optax import checks, paths
 from galore_optax.decay import rate_at
 from galore_optax.precision import in_float32
 from galore_optax.presets.inner import Inner, check_numbers, without_rate
-from galore_optax.sharding import placed
+from galore_optax.sharding import on_any_mesh, placed
 
 Rule = optax.GradientTransformationExtraArgs
 Order = Literal['random', 'ascending', 'descending', 'fixed']
@@ -153,6 +152,7 @@ def _in_turns(inner, learning_rate, weight_decay, master_weights, every):
     master = optax.tree.zeros_like(params) if master_weights else ()
     return TurnState(jnp.zeros([], jnp.int32), inner.init(params), master)
 
+  @on_any_mesh(lambda updates, state, *_, **__: (updates, state))
   def update_fn(updates, state, params=None, **extra_args):
     count, *kept = state
     due = (count if every is None else count % every) == 0
@@ -228,5 +228,5 @@ def _split(tree, blocks):
   mine = paths.matched([blocks], tree, option='blocks')
   mine = jax.tree.structure(tree).unflatten(mine)
   keep = lambda x, yes: x if yes else optax.MaskedNode()
-  others = jax.tree.map(operator.not_, mine)
+  others = jax.tree.map(lambda x: not x, mine)
   return jax.tree.map(keep, tree, mine), jax.tree.map(keep, tree, others)

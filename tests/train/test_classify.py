@@ -216,8 +216,9 @@ def test_a_shipped_config_runs_from_directory_to_directory(
     assert [x['step'] for x in lines if f'validation_{metric}' in x] == [6, 12]
   capsys.readouterr()
   evaluate.main([str(runs[0])])
-  last = metrics.read(Run(runs[0]).metrics_path)[-1]
-  value = last[f'validation_{metric}']
+  lines = metrics.read(Run(runs[0]).metrics_path)
+  name = f'validation_{metric}'
+  value = [line[name] for line in lines if name in line][-1]
   assert f'{metric} {value:.4f}' in capsys.readouterr().out
   export.main([str(runs[0]), str(tmp_path / 'out')])
   config, params = huggingface.load(tmp_path / 'out')
