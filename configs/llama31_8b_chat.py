@@ -7,8 +7,8 @@ which leaves too little room for weights in bfloat16 (24.29 GiB in all with
 
 Command: python -m train.finetune configs/llama31_8b_chat.py --checkpoint DIR
 --corpus.train chats.jsonl
-Expected memory: 17.89 GiB on an RTX 4090, by the compiler (make plan
-ARGS=configs/llama31_8b_chat.py, 25 November 2026, jax 0.10.2).
+Expected memory: 18.04 GiB on an RTX 4090, by the compiler (make plan
+ARGS=configs/llama31_8b_chat.py, 26 November 2026, jax 0.10.2).
 Expected time, expected number: unknown. Our number: not yet run.
 """
 

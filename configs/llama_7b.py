@@ -9,9 +9,10 @@ paper's batch goes in parts, whose projected gradients are summed: add
 
 Command: python -m train.pretrain configs/llama_7b.py
 (c4/en prepared by TFDS; --corpus.data-dir says where)
-Expected memory: 18.82 GiB on an RTX 4090, with --batch-size 2 17.62 GiB, by the
-compiler (make plan ARGS=configs/llama_7b.py, 25 November 2026, jax
-0.10.2); 12.96 GiB with --optimizer Lomo --batch-size 1 --sequence-length 512.
+Expected memory: 18.83 GiB on an RTX 4090, with --batch-size 2 17.73 GiB, by the
+compiler (make plan ARGS=configs/llama_7b.py, 26 November 2026, jax
+0.10.2); on 25 November 12.96 GiB with --optimizer Lomo --batch-size 1
+--sequence-length 512.
 Expected time: not measured.
 Expected number: perplexity 14.65 after 19.7 B tokens of C4, in batches of 512
 sequences (the paper).

@@ -6,8 +6,8 @@ their sums rounded stochastically; embedding and head stay bfloat16.
 
 Command: python -m train.pretrain configs/llama_7b_16gb.py
 (c4/en prepared by TFDS; --corpus.data-dir says where)
-Expected memory: 11.16 GiB on an RTX 4090, by the compiler (make plan
-ARGS=configs/llama_7b_16gb.py, 25 November 2026, jax 0.10.2); Q-GaLore reports
+Expected memory: 11.32 GiB on an RTX 4090, by the compiler (make plan
+ARGS=configs/llama_7b_16gb.py, 26 November 2026, jax 0.10.2); Q-GaLore reports
 15.1 GB.
 Expected time, expected number: unknown. Our number: not yet run.
 """

@@ -10,7 +10,7 @@ stochastically.
 Command: python -m train.finetune configs/mistral_7b_guanaco.py --checkpoint DIR
 --corpus.train openassistant_best_replies_train.jsonl
 Expected memory: 19.19 GiB on an RTX 4090, by the compiler (make plan
-ARGS=configs/mistral_7b_guanaco.py, 25 November 2026, jax 0.10.2).
+ARGS=configs/mistral_7b_guanaco.py, 26 November 2026, jax 0.10.2).
 Expected time, expected number: unknown. Our number: not yet run.
 """
 
