@@ -64,8 +64,8 @@ def compile_layers(num_layers, rule='galore'):
   )
 
 
-# Of four small layers, with jax 0.10.2; 3,611,712 before a weight was kept as it
-# is where its gradient is not finite, which costs a branch for each.
+# Of four small layers, with jax 0.10.2; 3,611,712 before a weight was kept as
+# it is where its gradient is not finite, which costs a branch for each.
 TEMP_BYTES = 3_838_280
 
 
