@@ -112,6 +112,7 @@ def convert(
     FileExistsError: the directory has a checkpoint.
     FileNotFoundError, ImportError, ValueError: as in `load`.
   """
+  huggingface.check_new(directory)
   reader, fields = _open(file)
   try:
     tokenizer, words = tokenizer_of(fields)

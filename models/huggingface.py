@@ -138,15 +138,20 @@ def save(
   _check_params(flat, config)
   fields = huggingface_config.fields_of(config)
   fields |= _sourced(source, fields['model_type'])
+  check_new(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  for pattern in ('config.json', '*.safetensors', '*.safetensors.index.json'):
-    for file in directory.glob(pattern):
-      raise FileExistsError(f'{file} exists; name another directory')
   parts = _parts(flat, _row(config))
   _write_shards(directory, parts, flat, max_shard_bytes)
   if source is not None:
     copy(source, directory)
   _write_json(directory / 'config.json', fields)
+
+
+def check_new(directory: str | pathlib.Path) -> None:
+  """Raises FileExistsError for a directory that has a checkpoint."""
+  for pattern in ('config.json', '*.safetensors', '*.safetensors.index.json'):
+    for file in pathlib.Path(directory).glob(pattern):
+      raise FileExistsError(f'{file} exists; name another directory')
 
 
 def copy(source: str | pathlib.Path, directory: str | pathlib.Path) -> None:
@@ -539,7 +544,7 @@ def _sourced(source, kind):
   file = source and pathlib.Path(source) / 'config.json'
   if not file or not file.is_file():
     return {}
-  return huggingface_config.for_others(json.loads(file.read_text()), kind)
+  return huggingface_config.for_others(_read_json(file), kind)
 
 
 def _read_json(file):

@@ -14,8 +14,10 @@ import jax
 
 from galore_optax.layerwise.weights import is_stored
 from models import huggingface, lowrank
+from models.llama import LlamaConfig
 from train import checkpoint
 from train.command import user_errors
+from train.data.tokenizer import TEMPLATE
 from train.run import Run
 from train.task import task_of
 
@@ -44,8 +46,17 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   args = parser.parse_args(argv)
   with user_errors():
+    if args.adapter and args.dtype:
+      raise ValueError(
+        f'--dtype {args.dtype} is of weights, and --adapter writes none: leave '
+        'out one of the two'
+      )
     export(
-      Run(args.run), args.directory, best=not args.newest, dtype=args.dtype
+      Run(args.run),
+      args.directory,
+      best=not args.newest,
+      dtype=args.dtype,
+      factors=args.adapter,
     )
   print(f'written: {args.directory}')
 
@@ -76,10 +87,14 @@ def export(
   """
   config = run.config()
   adapter = config.adapter
-  if factors and not isinstance(adapter, lowrank.Lora):
+  alone = isinstance(config.model, LlamaConfig)
+  if factors and not (alone and isinstance(adapter, lowrank.Lora)):
     raise ValueError(
-      f'{run.directory} has no factors beside its weights; leave out --adapter'
+      f'{run.directory} has no factors beside the weights of a language model; '
+      'leave out --adapter'
     )
+  if not factors:
+    huggingface.check_new(directory)
   params = checkpoint.restore_params(
     run.checkpoints_path, task_of(config), best=best
   )
@@ -93,10 +108,14 @@ def export(
   if dtype is not None:
     model = dataclasses.replace(model, param_dtype=dtype)
     params = jax.tree.map(lambda w: w.astype(dtype), params)
-  source = run.source_path if run.source_path.is_dir() else None
-  huggingface.save(directory, model, params, source=source)
-  if source is None:
+  huggingface.save(directory, model, params, source=run.source())
+  if run.source() is None:
     run.tokenizer().save(directory)
+  elif isinstance(config.model, LlamaConfig):
+    # What the chats were rendered by need not be the checkpoint's own.
+    template = run.tokenizer().files.get(TEMPLATE)
+    if template is not None:
+      (directory / TEMPLATE).write_bytes(template)
 
 
 if __name__ == '__main__':

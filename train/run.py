@@ -99,8 +99,11 @@ class Run:
     self.directory.mkdir(parents=True, exist_ok=True)
     if source.metrics_path.exists():
       shutil.copy(source.metrics_path, self.metrics_path)
-    begun = source.source_path if source.source_path.is_dir() else None
-    self.create(config, source.tokenizer(), begun)
+    self.create(config, source.tokenizer(), source.source())
+
+  def source(self) -> pathlib.Path | None:
+    """Returns its `source_path`; None where it began with no checkpoint."""
+    return self.source_path if self.source_path.is_dir() else None
 
   def config(self) -> Config:
     """Reads the configuration."""

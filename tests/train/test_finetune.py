@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from models import huggingface
+from models import huggingface, lowrank
 from models.llama import Layers, LlamaConfig
 from tests.train.data.tiny import CHATML, SPECIALS, write
 from train import checkpoint, export, finetune, metrics
+from train.data.chats import PLAIN
+from train.data.tokenizer import load
 from train.run import Run
 
 SMALL = dict(width=16, mlp_width=24, num_heads=2, num_layers=2)
@@ -122,7 +124,8 @@ def test_the_best_weights_are_kept_and_exported(tmp_path):
   best = min(losses, key=losses.get)
   assert best != 8
   with checkpoint.opened(run.checkpoints_path) as manager:
-    assert checkpoint.best_step(manager) == best
+    scores = checkpoint.scores(manager)
+    assert min(scores, key=scores.get) == best
     assert checkpoint.best_score(manager) == losses[best]
     assert 8 in manager.all_steps()
   out = exported(tmp_path, run)
@@ -145,6 +148,48 @@ def test_a_resumed_fine_tune_needs_no_checkpoint_of_transformers(tmp_path):
     ['configs/chat.py', '--run', str(run.directory), '--branch', '--steps', '6']
   )
   assert code == 0
+
+
+@pytest.mark.slow
+def test_factors_are_exported_alone_or_merged(tmp_path, capsys):
+  directory, chats = make(tmp_path)
+  lora = ['--adapter', 'Lora', '--optimizer', 'AdamW', '--update', 'WholeTree']
+  run = tmp_path / 'run'
+  command = [
+    *('configs/chat.py', '--checkpoint', str(directory), '--run', str(run)),
+    *('--corpus.train', str(chats), *FEW[:6], '--steps', '3', *lora),
+    *('--learning-rate', '0.1'),
+  ]
+  assert finetune.main(command) == 0
+  alone, merged = tmp_path / 'alone', tmp_path / 'merged'
+  export.main([str(run), str(alone), '--adapter'])
+  export.main([str(run), str(merged)])
+  names = {file.name for file in alone.iterdir()}
+  assert names == {'adapter_config.json', 'adapter_model.safetensors'}
+  _, base = huggingface.load(directory)
+  with_factors, adapter = lowrank.load_adapter(alone, base)
+  # Both read the same checkpoint of the run.
+  chex.assert_trees_all_close(
+    lowrank.merge(with_factors, adapter), huggingface.load(merged)[1], rtol=1e-6
+  )
+  with pytest.raises(SystemExit):
+    export.main([str(run), str(tmp_path / 'x'), '--adapter', '--dtype=float32'])
+  assert '--adapter writes none' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_template_of_the_chats_is_exported(tmp_path, capsys):
+  directory, chats = make(tmp_path)
+  still = ['--steps', '1', '--learning-rate', '0']
+  _, run = tune(
+    tmp_path, directory, chats, *still, '--corpus.template', 'plain'
+  )
+  out = exported(tmp_path, run)
+  assert load(out).chat_template.source == PLAIN
+  assert load(directory).chat_template.source == CHATML
+  with pytest.raises(SystemExit):
+    export.main([str(run.directory), str(tmp_path / 'x'), '--adapter'])
+  assert 'has no factors' in capsys.readouterr().err
 
 
 @pytest.mark.slow

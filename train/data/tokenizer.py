@@ -33,10 +33,13 @@ _NUM_RESERVED = 4 + 256
 # sentencepiece leaves out training lines beyond 4,192 bytes.
 _MAX_LINE_CHARS = 1000
 
+TEMPLATE = 'chat_template.jinja'
+"""The file of a chat template alone."""
+
 # What a directory says about its tokenizer, beside the tokenizer itself.
 _SETTINGS = (
   *('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'),
-  *('chat_template.jinja', 'chat_template.json', 'generation_config.json'),
+  *(TEMPLATE, 'chat_template.json', 'generation_config.json'),
 )
 
 
@@ -212,7 +215,7 @@ class JsonTokenizer:
       ValueError: one of them is broken, or nothing says what EOS is.
     """
     self.model, self.files = model, dict(files or {})
-    self._tokenizer = _parsed(model)
+    self._tokenizer = parsed(model)
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
     if not vocabulary:
       raise ValueError(
@@ -315,7 +318,7 @@ class JsonTokenizer:
   @functools.cached_property
   def _plain(self) -> tokenizers.Tokenizer:
     """Reads the text of a special token as any other text."""
-    plain = _parsed(self.model)
+    plain = parsed(self.model)
     plain.encode_special_tokens = True
     return plain
 
@@ -422,7 +425,7 @@ class _Settings:
     self, tokens: Mapping[str, str], specials: Iterable[str]
   ) -> ChatTemplate | None:
     """The template, of its own file or of tokenizer_config.json."""
-    text = self._files.get('chat_template.jinja')
+    text = self._files.get(TEMPLATE)
     source = text.decode() if text is not None else None
     for name in ('chat_template.json', 'tokenizer_config.json'):
       if source is None:
@@ -524,7 +527,7 @@ def _spaces_moved(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 def _template_file(source: str) -> dict[str, bytes]:
   """Comes before what other files say."""
-  return {'chat_template.jinja': source.encode()}
+  return {TEMPLATE: source.encode()}
 
 
 def _write(directory: str | os.PathLike, files: Mapping[str, bytes]) -> None:
@@ -532,7 +535,8 @@ def _write(directory: str | os.PathLike, files: Mapping[str, bytes]) -> None:
     (pathlib.Path(directory) / name).write_bytes(content)
 
 
-def _parsed(model: bytes) -> tokenizers.Tokenizer:
+def parsed(model: bytes) -> tokenizers.Tokenizer:
+  """Returns the library's tokenizer of a tokenizer.json, which cuts nothing."""
   try:
     found = tokenizers.Tokenizer.from_str(model.decode())
   # `tokenizers` raises nothing more special.
