@@ -99,14 +99,14 @@ def train(
       stop.begun = True
       meter.add(done, found, task.flops(batch) if task.flops else None)
       last = done == config.steps
-      stop.signal = mesh_lib.of_any(stop.signal)
-      asked, score = stop.signal is not None, None
+      asked, score = of_any(stop), None
+      # By one process's clock for all: a save takes all of them.
+      passed = math.isfinite(limit) and bool(
+        mesh_lib.of_any(int(clock() - saved >= limit))
+      )
       due = {
         'eval': last or done % config.eval_every == 0,
-        'save': last
-        or done % config.save_every == 0
-        or late
-        or clock() - saved >= limit,
+        'save': last or done % config.save_every == 0 or late or passed,
       }
       if asked or any(due.values()):
         # A step that came to nothing must come to light before a save.
@@ -131,7 +131,7 @@ def train(
           best, due['save'] = score, True
       if asked:
         break
-      asked = due['eval'] and stop.signal is not None
+      asked = due['eval'] and of_any(stop)
       due['save'] |= asked
       # Where a step came to nothing the state may be why: no sound checkpoint
       # makes room for it.
@@ -146,6 +146,15 @@ def train(
       if any(due.values()):
         meter.restart()
   return state
+
+
+def of_any(stop: Stop) -> bool:
+  """Whether a signal asked any of the processes to stop; then all know it."""
+  number = mesh_lib.of_any(stop.signal)
+  if number is not None:
+    # Not otherwise: one may have come while the others were asked.
+    stop.signal = number
+  return number is not None
 
 
 @contextlib.contextmanager
