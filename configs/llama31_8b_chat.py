@@ -12,12 +12,15 @@ ARGS=configs/llama31_8b_chat.py, 26 November 2026, jax 0.10.2).
 Expected time, expected number: unknown. Our number: not yet run.
 """
 
-from models.llama import Llama3Scaling, LlamaConfig
-from train.config import Config, Layerwise
-from train.data.chats import Chats
-from train.method import Galore8bit
+import dataclasses
 
-config = Config(
+from configs import mistral_7b_guanaco
+from models.llama import Llama3Scaling, LlamaConfig
+from train.data.chats import Chats
+
+recipe = mistral_7b_guanaco.config
+config = dataclasses.replace(
+  recipe,
   # As in meta-llama/Llama-3.1-8B, for a plan without the checkpoint.
   model=LlamaConfig(
     vocab_size=128_256,
@@ -39,23 +42,6 @@ config = Config(
     remat=True,
   ),
   corpus=Chats('chats.jsonl'),
-  optimizer=Galore8bit(
-    rank=512,
-    gap=200,
-    scale=1.8,
-    subspace='power',
-    basis_bits=8,
-    weight_decay=0.05,
-  ),
-  update=Layerwise(
-    clip='previous', slices=64, weights='int8', accumulate=8, sums='bfloat16'
-  ),
+  update=dataclasses.replace(recipe.update, slices=64, weights='int8'),
   steps=1000,
-  learning_rate=1e-5,
-  warmup=0.2,
-  batch_size=8,
-  sequence_length=1024,
-  eval_every=100,
-  save_every=500,
-  save_best=True,
 )

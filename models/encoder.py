@@ -8,7 +8,6 @@ Shapes: B batch, T time, D width, F mlp width, N heads, H head dimension, V
 vocabulary, P positions, K kinds of tokens, C labels, L layers.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -18,8 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import attention
-from models.llama import Dtype, Linear
+from models import attention, noise
+from models.llama import Dtype, Linear, apply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,20 +138,7 @@ def drop(x, noise_B2, site, rate):
   """
   if noise_B2 is None or not rate:
     return x
-
-  def kept(noise_2):
-    key = jax.random.fold_in(jax.random.wrap_key_data(noise_2), site)
-    return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
-
-  return jnp.where(jax.vmap(kept)(noise_B2), x / (1 - rate), 0).astype(x.dtype)
-
-
-def advance(noise_B2):
-  """The next layer's keys."""
-  follow = lambda noise_2: jax.random.key_data(
-    jax.random.split(jax.random.wrap_key_data(noise_2), 1)[0]
-  )
-  return jax.vmap(follow)(noise_B2)
+  return noise.drop(x, noise.folded(noise_B2, site), rate)
 
 
 class LayerNorm(nn.Module):
@@ -264,7 +250,7 @@ class Block(nn.Module):
     h_BTD += drop(y_BTD, noise_B2, 2, config.dropout)
     new = {'h': LayerNorm(config, name='mlp_norm')(h_BTD)}
     if noise_B2 is not None:
-      new['noise'] = advance(noise_B2)
+      new['noise'] = noise.following(noise_B2)
     return {**x, **new}
 
 
@@ -316,7 +302,7 @@ class Encoder(nn.Module):
     """Embeds the inputs; segments and noise ride along."""
     x = {'h': self.embed(batch), 'segments': batch['segments']}
     if 'noise' in batch:
-      x['noise'] = advance(batch['noise'])
+      x['noise'] = noise.following(batch['noise'])
     return x
 
   def run_blocks(self, x):
@@ -393,8 +379,8 @@ class Layers:
 
   def block(self, layer_params, x):
     """One block: params['blocks'] without the leading axis."""
-    with self._intercepted():
-      return Block(self.config).apply({'params': layer_params}, x)
+    params = {'params': layer_params}
+    return apply(Block(self.config), self.intercept, params, x)
 
   def loss(self, params, x, batch):
     """Loss from the last block's x; reads params['head'].
@@ -414,10 +400,5 @@ class Layers:
 
   def _apply(self, params, *inputs, method=None):
     model = Encoder(self.config, self.read)
-    with self._intercepted():
-      return model.apply({'params': params}, *inputs, method=method)
-
-  def _intercepted(self):
-    if self.intercept is None:
-      return contextlib.nullcontext()
-    return nn.intercept_methods(self.intercept)
+    params = {'params': params}
+    return apply(model, self.intercept, params, *inputs, method=method)

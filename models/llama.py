@@ -8,11 +8,11 @@ D width, F mlp width, N query heads, K key-value heads, H head dimension,
 V vocabulary, L layers.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -463,6 +463,13 @@ class Llama(nn.Module):
     return self.lm_head.kernel
 
 
+def apply(module, intercept, variables, *inputs, **options):
+  """Returns `module.apply`, under a linen interceptor unless it is None."""
+  hook = nn.intercept_methods(intercept) if intercept else nullcontext()
+  with hook:
+    return module.apply(variables, *inputs, **options)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layers:
   """The model as pure functions of a plain dict of parameters.
@@ -540,13 +547,13 @@ class Layers:
       'segments': jnp.zeros_like(tokens_BT),
     }
     old = {'keys': cache.keys, 'values': cache.values}
-    with self._intercepted():
-      logits_BV, found = Llama(self.config, self.read).apply(
-        {'params': params, 'cache': {'blocks': {'attention': old}}},
-        *(batch, jnp.maximum(lengths_B - 1, 0)),
-        method=Llama.logits_at,
-        mutable=['read'],
-      )
+    logits_BV, found = apply(
+      *(Llama(self.config, self.read), self.intercept),
+      {'params': params, 'cache': {'blocks': {'attention': old}}},
+      *(batch, jnp.maximum(lengths_B - 1, 0)),
+      method=Llama.logits_at,
+      mutable=['read'],
+    )
     new = found['read']['blocks']['attention']
     rows_B1 = jnp.arange(len(tokens_BT))[:, None]
     # What is written beyond a row's tokens is not seen before its next token
@@ -565,8 +572,8 @@ class Layers:
 
   def block(self, layer_params, x):
     """One block: params['blocks'] without the leading axis."""
-    with self._intercepted():
-      return Block(self.config).apply({'params': layer_params}, x)
+    params = {'params': layer_params}
+    return apply(Block(self.config), self.intercept, params, x)
 
   def loss(self, params, x, batch):
     """Loss from the last block's x; reads every entry but params['blocks'].
@@ -586,10 +593,5 @@ class Layers:
 
   def _apply(self, params, *inputs, method=None):
     model = Llama(self.config, self.read)
-    with self._intercepted():
-      return model.apply({'params': params}, *inputs, method=method)
-
-  def _intercepted(self):
-    if self.intercept is None:
-      return contextlib.nullcontext()
-    return nn.intercept_methods(self.intercept)
+    params = {'params': params}
+    return apply(model, self.intercept, params, *inputs, method=method)

@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import cross_entropy, huggingface
+from models import cross_entropy, huggingface, noise
+from models.huggingface_config import linear_modules
 
 PyTree: TypeAlias = Any
 Role: TypeAlias = Literal['factor', 'beneath', 'rest']
@@ -293,14 +294,14 @@ def hook(adapter: Adapter) -> Callable[..., Any]:
         return {**y, 'noise': x['noise']}
       # A block that is made anew in the backward pass is called inside itself.
       is_block = method == '__call__' and isinstance(y, dict)
-      return {**y, 'noise': _folded(x['noise'], 0)} if is_block else y
+      return {**y, 'noise': noise.folded(x['noise'], 0)} if is_block else y
     if method != '__call__' or not _has(module, FACTORS[0]):
       return next_fun(*args, **kwargs)
     a, b = (module.get_variable('params', name) for name in FACTORS)
     dropped = x
     if noises and getattr(adapter, 'dropout', 0):
-      noise = _folded(noises[-1], zlib.crc32(module.name.encode()))
-      dropped = drop(x, noise, adapter.dropout)
+      keys = noise.folded(noises[-1], zlib.crc32(module.name.encode()))
+      dropped = noise.drop(x, keys, adapter.dropout)
     low = cross_entropy.multiply(cross_entropy.multiply(dropped, a), b)
     if isinstance(adapter, Factored):
       return low if module.bias is None else low + _row(module.bias, low)
@@ -322,24 +323,6 @@ def _set_up(module):
 def _row(bias, y):
   """A bias as it is added to an array."""
   return jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
-
-
-def _folded(noise_B2, number):
-  """The keys of something else, from keys [B, 2]."""
-  keys_B = jax.random.wrap_key_data(noise_B2, impl='threefry2x32')
-  folded_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
-  return jax.random.key_data(folded_B)
-
-
-def drop(x_BTD, noise_B2, share: float):
-  """Sets a share of numbers to 0, and makes up for it with the others.
-
-  What is left out of an example depends on its own key alone.
-  """
-  keys_B = jax.random.wrap_key_data(noise_B2, impl='threefry2x32')
-  shape = x_BTD.shape[1:]
-  draw = lambda key: jax.random.bernoulli(key, 1 - share, shape)
-  return jnp.where(jax.vmap(draw)(keys_B), x_BTD / (1 - share), 0)
 
 
 def _targets(flat, adapter):
@@ -461,9 +444,8 @@ def load_adapter(
   for path, leaf in list(flat.items()):
     if not (path.startswith('blocks/') and path.endswith('/kernel')):
       continue
-    # A number for each layer, to be found under the name that it goes by.
-    one = {path: np.zeros((leaf.shape[0], 1, 1))}
-    names = list(huggingface.llama_tensors(_unflatten(one)))
+    layers = range(leaf.shape[0])
+    names = [linear_modules('llama', layer)[path] for layer in layers]
     if not any(_peft_name(name, 'A') in tensors for name in names):
       continue
     targets.append(path)

@@ -1,5 +1,6 @@
 """The tables of memory: what is committed follows from the shapes."""
 
+import jax
 import pytest
 
 from tests.bench import memory
@@ -12,7 +13,7 @@ def test_the_page_is_what_the_program_prints():
 
 
 def test_elements_are_those_of_two_matrices_and_a_vector():
-  struct = memory.jax.ShapeDtypeStruct
+  struct = jax.ShapeDtypeStruct
   params = {
     'up': struct((3, 10, 20), 'bfloat16'),
     'embed': struct((50, 10), 'bfloat16'),

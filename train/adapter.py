@@ -120,7 +120,8 @@ def merge_into(
   roles = lowrank.roles(params)
   names = sorted(path for path in roles if roles[path] == 'beneath')
   for number, path in enumerate(names):
-    of_a, of_b = (path.replace('kernel', name) for name in lowrank.FACTORS)
+    beside = path.rpartition('/')[0]
+    of_a, of_b = (f'{beside}/{name}' for name in lowrank.FACTORS)
     a, rounding = flat[of_a], jax.random.fold_in(key, number)
 
     def add(stored, b, layer, a=a, rounding=rounding):

@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from train.config import Config, from_json, to_json
+from train.mesh import leads
 from train.step import State
 from train.task import PyTree, Task
 
@@ -134,7 +135,7 @@ def newest_sound(directory: pathlib.Path) -> pathlib.Path | None:
 
 def set_aside(path: pathlib.Path) -> None:
   """Moves a checkpoint that is damaged to the run's directory `damaged`."""
-  if jax.process_index() != 0:
+  if not leads():
     return
   place = path.parent.parent / 'damaged'
   place.mkdir(exist_ok=True)
@@ -234,8 +235,7 @@ def save(
 
 def best_score(manager: ocp.CheckpointManager) -> float:
   """Returns the lowest score of a checkpoint; infinity where none has one."""
-  step = best_step(manager)
-  return math.inf if step is None else manager.metrics(step)['score']
+  return min(scores(manager).values(), default=math.inf)
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
@@ -313,12 +313,6 @@ def restore_config(directory: pathlib.Path) -> Config | None:
       with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return from_json(Config, json.loads(path.joinpath(*CONFIG).read_text()))
   return None
-
-
-def best_step(manager: ocp.CheckpointManager) -> int | None:
-  """Returns the step whose score is the lowest, None where none has one."""
-  found = scores(manager)
-  return min(found, key=lambda step: found[step], default=None)
 
 
 def scores(manager: ocp.CheckpointManager) -> dict[int, float]:
@@ -404,7 +398,7 @@ class PositionHandler(ocp.CheckpointHandler):
 
   def save(self, directory: Any, args: Any) -> None:
     """Writes it, once."""
-    if jax.process_index() == 0:
+    if leads():
       position = json.dumps(args.item.get_state(), indent=4)
       (directory / POSITION).write_text(position)
 

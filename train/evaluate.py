@@ -26,12 +26,12 @@ import numpy as np
 
 from train import checkpoint, machine, metrics
 from train.command import check_least, user_errors
-from train.data.batches import validation_batches
+from train.data.batches import bucket, validation_batches
 from train.data.corpus import Indexed
 from train.data.text_files import Texts, expand, index
 from train.data.tokenizer import AnyTokenizer
 from train.mesh import Mesh
-from train.model import Model, bucket, is_directory, opened
+from train.model import Model, is_directory, opened, options_of, shared
 from train.run import Run
 from train.task import Batch, Metrics, Text, perplexity, task_of
 
@@ -78,19 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
   """Returns the options."""
-  options = argparse.ArgumentParser(
-    'python -m train.evaluate', description=main.__doc__
-  )
-  options.add_argument(
-    'path',
-    type=pathlib.Path,
-    help='directory of a run, or of a model of transformers',
-  )
-  options.add_argument(
-    '--best',
-    action='store_true',
-    help='the checkpoint of the best validation of a run (default: newest)',
-  )
+  options = options_of('train.evaluate', main.__doc__)
   options.add_argument(
     '--batches',
     type=int,
@@ -274,9 +262,7 @@ def joined(tokenizer: AnyTokenizer, context: str, choice: str) -> Pair:
     between = ' '
   known = tokenizer.encode(before).tolist()
   ids = tokenizer.encode(before + between + choice).tolist()
-  same = 0
-  while same < min(len(known), len(ids) - 1) and known[same] == ids[same]:
-    same += 1
+  same = min(shared(known, ids), len(ids) - 1)
   begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   # Some token must come before the first that is scored.
   begin = begin if begin or same else [tokenizer.eos_id]

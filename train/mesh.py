@@ -107,20 +107,21 @@ def devices(sizes: Mesh) -> jax.sharding.Mesh:
 
 def grid(sizes: Mesh, there: Any) -> jax.sharding.Mesh:
   """Returns devices as a mesh on which the compiler lays arrays out."""
-  sides = dataclasses.asdict(sizes)
-  auto = (AxisType.Auto,) * len(sides)
-  return jax.make_mesh(
-    tuple(sides.values()), tuple(sides), axis_types=auto, devices=there
-  )
+  shape, names, kinds = _axes(sizes)
+  return jax.make_mesh(shape, names, axis_types=kinds, devices=there)
 
 
 def absent(sizes: Mesh) -> jax.sharding.AbstractMesh:
   """Returns a mesh of no devices, for shapes alone."""
+  shape, names, kinds = _axes(sizes)
+  return jax.sharding.AbstractMesh(shape, names, axis_types=kinds)
+
+
+def _axes(sizes: Mesh):
+  """Lengths, names and types of the axes."""
   sides = dataclasses.asdict(sizes)
-  auto = (AxisType.Auto,) * len(sides)
-  return jax.sharding.AbstractMesh(
-    tuple(sides.values()), tuple(sides), axis_types=auto
-  )
+  kinds = (AxisType.Auto,) * len(sides)
+  return tuple(sides.values()), tuple(sides), kinds
 
 
 def described(sizes: Mesh) -> str:

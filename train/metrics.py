@@ -31,13 +31,14 @@ def opened(
     step: updates done so far.
     tensorboard: whether to write events too.
   """
-  if bad := parsed(path)[1]:
+  found, bad = parsed(path)
+  if bad:
     numbers = ', '.join(map(str, bad))
     print(
       f'{path}: left out are lines that are no metrics: {numbers}',
       file=sys.stderr,
     )
-  kept = [line for line in read(path) if line['step'] <= step]
+  kept = [line for line in found if line['step'] <= step]
   path.write_text(''.join(json.dumps(line) + '\n' for line in kept))
   with contextlib.ExitStack() as stack:
     file = stack.enter_context(path.open('a', buffering=1))

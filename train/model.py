@@ -5,7 +5,10 @@
 
 import json
 import pathlib
+from argparse import ArgumentParser
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from models import huggingface
 from models.llama import Layers, LlamaConfig
@@ -25,6 +28,22 @@ class Model(NamedTuple):
   tokenizer: AnyTokenizer
   window: int
   """Tokens that the model was trained to look back at."""
+
+
+def options_of(program: str, description: str | None) -> ArgumentParser:
+  """Returns the options of a program that say what `opened` opens."""
+  options = ArgumentParser(f'python -m {program}', description=description)
+  options.add_argument(
+    'path',
+    type=pathlib.Path,
+    help='directory of a run, or of a model of transformers',
+  )
+  options.add_argument(
+    '--best',
+    action='store_true',
+    help='the checkpoint of the best validation of a run (default: newest)',
+  )
+  return options
 
 
 def opened(path: str | pathlib.Path, *, best: bool = False) -> Model:
@@ -102,10 +121,13 @@ def check_writes(path: pathlib.Path, config: Any) -> None:
     )
 
 
-def bucket(size: int, least: int = 16) -> int:
-  """Returns the next power of two: what has a few sizes is compiled few times.
+def shared(row: list[int], old: list[int]) -> int:
+  """Returns how many tokens two rows begin with in common.
 
-  >>> bucket(3), bucket(16), bucket(17)
-  (16, 16, 32)
+  >>> shared([1, 2, 3, 4], [1, 2, 7]), shared([1, 2], [1, 2, 3])
+  (2, 2)
   """
-  return max(least, 1 << (size - 1).bit_length())
+  length = min(len(row), len(old))
+  if row[:length] == old[:length]:
+    return length
+  return int(np.argmin(np.equal(row[:length], old[:length])))

@@ -11,7 +11,6 @@ if __name__ == '__main__':
 import argparse
 import functools
 import math
-import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -23,8 +22,9 @@ import numpy as np
 from models.llama import Layers
 from train import machine
 from train.command import check_least, user_errors
+from train.data.batches import bucket
 from train.data.tokenizer import AnyTokenizer
-from train.model import Model, bucket, opened
+from train.model import Model, opened, options_of, shared
 from train.task import PyTree
 
 CHUNK = 256
@@ -124,18 +124,6 @@ class Reader:
       else:
         logits_BV = jnp.where(lengths_B[:, None] > 0, found_BV, logits_BV)
     return logits_BV
-
-
-def shared(row: list[int], old: list[int]) -> int:
-  """Returns how many tokens two rows begin with in common.
-
-  >>> shared([1, 2, 3, 4], [1, 2, 7]), shared([1, 2], [1, 2, 3])
-  (2, 2)
-  """
-  length = min(len(row), len(old))
-  if row[:length] == old[:length]:
-    return length
-  return int(np.argmin(np.equal(row[:length], old[:length])))
 
 
 def padded(rows: Sequence[list[int]], size: int):
@@ -408,19 +396,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
   """Returns the options."""
-  options = argparse.ArgumentParser(
-    'python -m train.sample', description=main.__doc__
-  )
-  options.add_argument(
-    'path',
-    type=pathlib.Path,
-    help='directory of a run, or of a model of transformers',
-  )
-  options.add_argument(
-    '--best',
-    action='store_true',
-    help='the checkpoint of the best validation of a run (default: newest)',
-  )
+  options = options_of('train.sample', main.__doc__)
   options.add_argument(
     '--prompt',
     action='append',

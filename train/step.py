@@ -46,28 +46,27 @@ class State(NamedTuple):
 def build(config: Config, task: Task) -> tuple[Init, Step]:
   """Returns what starts and what continues the training of a task."""
   schedule, trained = config.schedule(), task.trained
-  start = starter(config, task)
+  tx = optimizer_of(config, task)
   if isinstance(config.update, WholeTree):
     step = make_step(
       task.loss,
-      config.transformation(),
+      tx,
       schedule=schedule,
       microbatches=config.microbatches,
       trained=trained,
     )
   else:
-    update = make_layerwise(config, task)
     step = make_layerwise_step(
-      update,
+      tx,
       schedule=schedule,
       trained=trained,
-      in_part=not (config.clip_norm and update.clip == 'exact')
-      and update.accumulate == 1,
+      in_part=not (config.clip_norm and tx.clip == 'exact')
+      and tx.accumulate == 1,
     )
   if config.learning_rate == 0:
     step = motionless(step)
   step = with_health(with_adapter(step, config))
-  return lambda key: start(task.init(key)), step
+  return lambda key: init(task.init(key), tx, trained), step
 
 
 def starter(config: Config, task: Task) -> Callable[[PyTree], 'State']:
@@ -83,13 +82,14 @@ def optimizer_of(config: Config, task: Task) -> Any:
   return make_layerwise(config, task)
 
 
-def shardings(config: Config, task: Task, mesh: jax.sharding.Mesh) -> 'State':
-  """Returns where each array of a state lives."""
+def shardings(
+  first: Init, config: Config, task: Task, mesh: jax.sharding.Mesh
+) -> 'State':
+  """Returns where each array of a state lives; `first` is that of `build`."""
   whole = mesh_lib.everywhere(mesh)
   key = jax.random.key(0)
   if mesh.size == 1:
-    state = jax.eval_shape(build(config, task)[0], key)
-    return jax.tree.map(lambda _: whole, state)
+    return jax.tree.map(lambda _: whole, jax.eval_shape(first, key))
   params = jax.eval_shape(task.init, key)
   places = mesh_lib.of_params(params, mesh)
   moving, _ = split(params, task.trained)

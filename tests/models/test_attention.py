@@ -45,45 +45,35 @@ def _value_and_gradient(function, q, k, v, segments):
   return function(q, k, v, segments), grads
 
 
-# One step, part of a block, a block, a step more, and pairs of blocks.
-@pytest.mark.parametrize('T', [1, 5, 128, 129, 300])
-def test_blocks_give_whole_attention_and_its_gradient(T):
+def _agree(T, **options):
+  """Asserts that blocks give whole attention, and its gradient."""
   q, k, v, segments = _inputs(T)
+  of = lambda f: functools.partial(f, **options)
   with jax.enable_x64(True):
     wide = (np.float64(x) for x in (q, k, v))
-    expected = _value_and_gradient(_whole, *wide, segments)
-  found = _value_and_gradient(attention.blockwise, q, k, v, segments)
+    expected = _value_and_gradient(of(_whole), *wide, segments)
+  found = _value_and_gradient(of(attention.blockwise), q, k, v, segments)
   # Sums of up to 300 terms of order 1 in float32.
   chex.assert_trees_all_close(
     jax.tree.map(np.float64, found), expected, rtol=1e-5, atol=1e-5
   )
 
 
+# One step, part of a block, a block, a step more, and pairs of blocks.
+@pytest.mark.parametrize('T', [1, 5, 128, 129, 300])
+def test_blocks_give_whole_attention_and_its_gradient(T):
+  _agree(T)
+
+
 @pytest.mark.parametrize('T', [5, 129])
 def test_both_directions_give_whole_attention_and_its_gradient(T):
-  q, k, v, segments = _inputs(T)
-  both = lambda f: functools.partial(f, causal=False)
-  with jax.enable_x64(True):
-    wide = (np.float64(x) for x in (q, k, v))
-    expected = _value_and_gradient(both(_whole), *wide, segments)
-  found = _value_and_gradient(both(attention.blockwise), q, k, v, segments)
-  chex.assert_trees_all_close(
-    jax.tree.map(np.float64, found), expected, rtol=1e-5, atol=1e-5
-  )
+  _agree(T, causal=False)
 
 
 # Alone, inside a block, a block, a step more, and over pairs of blocks.
 @pytest.mark.parametrize('window', [1, 5, 100, 101, 250])
 def test_a_window_gives_whole_attention_in_it_and_its_gradient(window):
-  q, k, v, segments = _inputs(300)  # in blocks of 100
-  limited = lambda f: functools.partial(f, window=window)
-  with jax.enable_x64(True):
-    wide = (np.float64(x) for x in (q, k, v))
-    expected = _value_and_gradient(limited(_whole), *wide, segments)
-  found = _value_and_gradient(limited(attention.blockwise), q, k, v, segments)
-  chex.assert_trees_all_close(
-    jax.tree.map(np.float64, found), expected, rtol=1e-5, atol=1e-5
-  )
+  _agree(300, window=window)  # in blocks of 100
 
 
 @pytest.mark.parametrize('window', [300, 1000])

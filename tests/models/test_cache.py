@@ -11,6 +11,7 @@ import pytest
 from galore_optax.layerwise.weights import is_stored, quantized
 from models import cross_entropy, lowrank
 from models.llama import Layers, Llama3Scaling, LlamaConfig
+from tests.models.program import drawn
 
 _SMALL = LlamaConfig(
   vocab_size=61,
@@ -36,14 +37,7 @@ _FLOAT32 = {'rtol': 1e-4, 'atol': 2e-5}
 def _model(**changes):
   """A model and random parameters, norm scales and biases included."""
   model = Layers(dataclasses.replace(_SMALL, **changes))
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  rng = np.random.default_rng(2)
-
-  def draw(path, leaf):
-    mean = 1.0 if path[-1].key == 'scale' else 0.0
-    return jnp.asarray(rng.normal(mean, 0.3, leaf.shape), leaf.dtype)
-
-  return model, jax.tree_util.tree_map_with_path(draw, shapes)
+  return model, drawn(model, 0.3)
 
 
 @functools.cache

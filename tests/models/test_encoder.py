@@ -127,6 +127,7 @@ def test_one_label_is_a_squared_error():
   )
 
 
+@pytest.mark.slow
 def test_recomputing_changes_no_gradient():
   config = _config(dropout=0.2)
   params, batch = _params(config), _batch(config)
@@ -141,6 +142,7 @@ def test_recomputing_changes_no_gradient():
   chex.assert_trees_all_close(plain, again, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dropout', [0.0, 0.3])
 def test_layer_wise_is_whole_tree(dropout):
   config = _config(dropout=dropout)

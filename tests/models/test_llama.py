@@ -20,6 +20,7 @@ from models.llama import (
   frequencies,
   llama,
 )
+from tests.models.program import drawn
 
 _SMALL = LlamaConfig(
   vocab_size=61,
@@ -37,14 +38,7 @@ _FLOAT32 = {'rtol': 2e-5, 'atol': 2e-6}
 def _model(**changes):
   """A model and random parameters, norm scales included."""
   model = Layers(dataclasses.replace(_SMALL, **changes))
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  rng = np.random.default_rng(2)
-
-  def draw(path, leaf):
-    mean = 1.0 if path[-1].key == 'scale' else 0.0
-    return jnp.asarray(rng.normal(mean, 0.2, leaf.shape), leaf.dtype)
-
-  return model, jax.tree_util.tree_map_with_path(draw, shapes)
+  return model, drawn(model, 0.2)
 
 
 @functools.cache

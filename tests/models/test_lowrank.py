@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from models import lowrank
+from models import noise as noise_lib
 from models.llama import Layers, LlamaConfig
 from models.lowrank import Factored, Lora, Relora
 
@@ -147,6 +148,7 @@ def test_factored_has_no_kernel_and_starts_as_wide():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', [False, True])
 def test_dropout_is_the_same_layer_by_layer(remat):
   adapter = Lora(rank=3, dropout=0.4)
@@ -184,11 +186,11 @@ def test_dropout_depends_on_the_example_alone():
 def test_dropout_keeps_the_mean_and_differs_from_layer_to_layer():
   noise = jax.random.key_data(jax.random.split(jax.random.key(0), 4))
   x = jnp.ones((4, 50, 60))
-  found = lowrank.drop(x, noise, 0.25)
+  found = noise_lib.drop(x, noise, 0.25)
   chex.assert_trees_all_equal(jnp.unique(found), jnp.array([0.0, 1 / 0.75]))
   # 12,000 coins: a standard deviation of the mean of 0.005.
   assert float(found.mean()) == pytest.approx(1, abs=0.03)
-  again = lowrank.drop(x, lowrank._folded(noise, 0), 0.25)
+  again = noise_lib.drop(x, noise_lib.folded(noise, 0), 0.25)
   assert float((found != again).mean()) > 0.3
   assert float((found[0] != found[1]).mean()) > 0.3
 

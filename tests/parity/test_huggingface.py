@@ -11,6 +11,7 @@ transformers = pytest.importorskip('transformers')
 
 from models import huggingface  # noqa: E402
 from models.llama import Layers  # noqa: E402
+from tests.parity.reference import perturb  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -64,10 +65,7 @@ def _reference(kind, dtype='float32'):
       dtype=dtype,
     )
   )
-  with torch.no_grad():
-    for name, parameter in model.named_parameters():
-      if 'norm' in name or 'bias' in name:
-        parameter.add_(0.3 * torch.randn_like(parameter))
+  perturb(model)
   return model.to(getattr(torch, dtype)).eval()
 
 

@@ -9,6 +9,7 @@ transformers = pytest.importorskip('transformers')
 
 from models import huggingface  # noqa: E402
 from models.llama import Layers, LlamaConfig  # noqa: E402
+from tests.parity.reference import perturb  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -55,10 +56,7 @@ def _reference(config):
       dtype='float32',
     )
   )
-  with torch.no_grad():
-    for name, parameter in model.named_parameters():
-      if 'norm' in name:
-        parameter.add_(0.3 * torch.randn_like(parameter))
+  perturb(model)
   return model.eval()
 
 

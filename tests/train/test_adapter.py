@@ -148,6 +148,7 @@ def test_layer_by_layer_is_the_whole_tree(adapter):
     np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_frozen_weights_have_no_gradient():
   config = changed(clip_norm=None)
   state, step = start(config)
@@ -164,6 +165,7 @@ def test_frozen_weights_have_no_gradient():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weights', ['int8', 'rounded'])
 def test_frozen_weights_may_be_stored_in_8_bits(weights):
   config = changed(update=Layerwise(weights=weights))
@@ -178,6 +180,7 @@ def test_frozen_weights_may_be_stored_in_8_bits(weights):
   assert (bytes_of(q) < 2 * 8 * 8 * 4) == (weights == 'int8')
 
 
+@pytest.mark.slow
 def test_lomo_and_lora_add_up():
   config = changed(adapter=Lora(rank=3, lomo=0.5), clip_norm=None)
   # From factors that matter.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
+from tests.bench.faults import flip, largest, truncate
 from tests.train.test_config import CONFIG
 from train import checkpoint
 from train.step import State
@@ -86,21 +87,6 @@ def twice(tmp_path_factory):
 @pytest.fixture
 def two(twice, tmp_path):
   return shutil.copytree(twice, tmp_path / 'checkpoints')
-
-
-def truncate(path):
-  path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path):
-  content = bytearray(path.read_bytes())
-  content[len(content) // 2] ^= 1
-  path.write_bytes(content)
-
-
-def largest(path, item):
-  files = (x for x in (path / item).rglob('*') if x.is_file())
-  return max(files, key=lambda x: x.stat().st_size)
 
 
 ITEMS = ('params', 'optimizer', 'data', 'config', 'metrics', 'digests.json')

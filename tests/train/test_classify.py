@@ -99,6 +99,7 @@ def test_layer_wise_and_microbatches_change_nothing(config, dropout):
     np.testing.assert_allclose(found[2][1:], expected[2][1:], rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_dropout_is_at_work_in_training_alone(config):
   model = dataclasses.replace(config.model, dropout=0.5)
   config = dataclasses.replace(config, learning_rate=0.0)
@@ -108,6 +109,7 @@ def test_dropout_is_at_work_in_training_alone(config):
   assert quiet[2][1] != noisy[2][1]
 
 
+@pytest.mark.slow
 def test_beside_factors_the_head_alone_is_trained(config):
   config = dataclasses.replace(config, adapter=Lora(rank=2, dropout=0.1))
   # The first rate is 0, B moves in the second step and then A has a gradient.
@@ -122,6 +124,7 @@ def test_beside_factors_the_head_alone_is_trained(config):
   }
 
 
+@pytest.mark.slow
 def test_a_validation_does_not_depend_on_the_batches(config):
   found = [
     fit(dataclasses.replace(config, batch_size=size), 0)[3] for size in (7, 16)

@@ -113,7 +113,7 @@ def test_the_loop_reads_a_step_once_the_next_is_in_the_queue(tmp_path):
   ]
 
 
-def test_minutes_make_a_save_due(tmp_path):
+def test_minutes_make_a_save_due():
   clock, saved = Clock(), []
 
   def step(state, batch):

@@ -73,7 +73,7 @@ def batches(
   _check_batch_size(batch_size)
   rows = _packed(documents, tokenizer, sequence_length, seed=seed, repeat=True)
   found = rows.batch(batch_size, drop_remainder=True).map(_training_batch)
-  return iter(_ahead(found.map(put)))
+  return iter(ahead(found.map(put)))
 
 
 def validation_batches(
@@ -111,14 +111,23 @@ def validation_batches(
   )
   if num_batches is not None:
     padded = grain.experimental.LimitIterDataset(padded, num_batches)
-  return _ahead(padded.map(_batch))
+  return ahead(padded.map(_batch))
 
 
-def _ahead(found: grain.IterDataset) -> grain.IterDataset:
+def ahead(found: grain.IterDataset) -> grain.IterDataset:
   """The same, made by a thread before it is asked for."""
   return grain.experimental.ThreadPrefetchIterDataset(
     found, prefetch_buffer_size=AHEAD
   )
+
+
+def bucket(size: int, least: int = 16) -> int:
+  """Returns the next power of two: what has a few sizes is compiled few times.
+
+  >>> bucket(3), bucket(16), bucket(17)
+  (16, 16, 32)
+  """
+  return max(least, 1 << (size - 1).bit_length())
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -148,6 +157,7 @@ def _packed(
     return grain.experimental.ConcatThenSplitIterDataset(
       found, length_struct=length
     )
+  documents.check(tokenizer)
   _check_scored(documents, tokenizer, sequence_length)
   kept = found.map(functools.partial(_cut, sequence_length)).filter(_is_scored)
   return grain.experimental.FirstFitPackIterDataset(

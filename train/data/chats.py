@@ -113,6 +113,11 @@ class Dialogues:
     Args:
       tokenizer: of the run.
       **order: as in `Documents.stream`.
+    """
+    return Indexed(self.source, self.encoder(tokenizer)).stream(**order)
+
+  def check(self, tokenizer: AnyTokenizer) -> None:
+    """Renders every chat.
 
     Raises:
       ValueError: the template refuses a chat, or rewrites an answer of it; the
@@ -126,7 +131,6 @@ class Dialogues:
           template.pieces(item.messages, item.scored)
         except ValueError as error:
           raise ValueError(f'{self.source.place(i)}: {error}') from error
-    return Indexed(self.source, self.encoder(tokenizer)).stream(**order)
 
   def templated(self, tokenizer: AnyTokenizer) -> AnyTokenizer:
     """Returns the tokenizer with the template that these chats have.

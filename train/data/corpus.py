@@ -140,13 +140,14 @@ class _Records:
 
   def __init__(self, source: Any, files: Sequence[Any]):
     self._source, self._files = source, files
+    self._stops = np.cumsum([file.take for file in files])
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, i: int) -> Any:
-    stops = np.cumsum([file.take for file in self._files])
-    path = self._files[int(np.searchsorted(stops, i, side='right'))].filename
+    number = int(np.searchsorted(self._stops, i, side='right'))
+    path = self._files[number].filename
     with _reading(path):
       record = self._source[i]
       # What stood behind the end of a file comes as a record of nothing.
@@ -370,7 +371,7 @@ def check_holdout(holdout: float) -> None:
   if not 0 < holdout < 1:
     raise ValueError(
       f'holdout must be between 0 and 1, got {holdout}: it is the share of '
-      'documents kept for validation, 0.05 by default'
+      'what there is to train on that is kept for validation'
     )
 
 

@@ -22,10 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from train.data import corpus
-from train.data.batches import AHEAD, Batch
+from train.data.batches import Batch, ahead, bucket
 from train.data.corpus import Indexed, Sharded, Split
 from train.data.text_files import expand
-from train.data.tokenizer import AnyTokenizer, JsonTokenizer
+from train.data.tokenizer import AnyTokenizer, JsonTokenizer, parsed
 
 Examples: TypeAlias = Indexed | Sharded
 Metric: TypeAlias = Literal['accuracy', 'f1', 'matthews', 'pearson', 'spearman']
@@ -122,14 +122,11 @@ class LabelledFiles:
     check_columns(self.texts)
     if self.validation is not None:
       return Indexed(self._rows(getattr(self, split)), _itself)
-    if not 0 < self.holdout < 1:
-      raise ValueError(
-        f'holdout must be between 0 and 1, got {self.holdout}: it is the share '
-        'of rows kept for validation, 0.1 by default'
-      )
-    held = lambda row: _crc(row) < self.holdout * 2**32
+    corpus.check_holdout(self.holdout)
     rows = self._rows(self.train)
-    kept = [row for row in rows if held(row) == (split == 'validation')]
+    kept = [
+      row for row in rows if corpus.in_split(split, _crc(row), self.holdout)
+    ]
     if not kept:
       raise ValueError(
         f'the {split} split of {self.train!r} is empty: holdout={self.holdout} '
@@ -241,7 +238,7 @@ def batches(
   fill = pad_id(tokenizer)
   stack = functools.partial(_stack, batch_size, sequence_length, fill)
   found = rows.batch(batch_size, drop_remainder=True, batch_fn=stack)
-  return iter(_ahead(found.map(put)))
+  return iter(ahead(found.map(put)))
 
 
 def validation_batches(
@@ -264,7 +261,7 @@ def validation_batches(
   found = rows.batch(batch_size, drop_remainder=False, batch_fn=stack)
   if num_batches is not None:
     found = grain.experimental.LimitIterDataset(found, num_batches)
-  return _ahead(found)
+  return ahead(found)
 
 
 def shown(
@@ -320,7 +317,6 @@ def encoder(
       f'sequence_length must be more than the {needed} special tokens of a '
       f'pair, got {length}'
     )
-  fast.no_padding()
   fast.enable_truncation(length, strategy='longest_first')
 
   def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -339,15 +335,13 @@ def pad_id(tokenizer: AnyTokenizer) -> int:
 
 def _fast(tokenizer):
   """The library's tokenizer as its file has it, special tokens and all."""
-  import tokenizers
-
   if not isinstance(tokenizer, JsonTokenizer):
     raise ValueError(
       "a classifier needs a tokenizer.json, whose template has the model's "
       'special tokens; this tokenizer is of sentencepiece: name a directory '
       'that has one with --tokenizer'
     )
-  fast = tokenizers.Tokenizer.from_str(tokenizer.model.decode())
+  fast = parsed(tokenizer.model)
   if not fast.num_special_tokens_to_add(True):
     raise ValueError(
       'tokenizer.json must have a post_processor that adds special tokens, as '
@@ -379,7 +373,7 @@ def _stack(
 ) -> Batch:
   """A batch of rows of one length, with rows of weight 0 up to batch_size."""
   longest = max(len(row['ids']) for row in rows)
-  length = min(most, max(_SHORTEST, 1 << (longest - 1).bit_length()))
+  length = min(most, bucket(longest, _SHORTEST))
   batch = {
     'inputs': np.full((batch_size, length), fill, np.int32),
     'types': np.zeros((batch_size, length), np.int32),
@@ -400,13 +394,6 @@ def _stack(
     for name in {'targets', 'noise'} & row.keys():
       batch[name][i] = row[name]
   return batch
-
-
-def _ahead(found: grain.IterDataset) -> grain.IterDataset:
-  """The same, made by a thread before it is asked for."""
-  return grain.experimental.ThreadPrefetchIterDataset(
-    found, prefetch_buffer_size=AHEAD
-  )
 
 
 def _itself(row: Row) -> Row:

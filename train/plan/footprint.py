@@ -14,6 +14,7 @@ from models import attention
 from models.llama import LlamaConfig
 from train import mesh as mesh_lib
 from train import step as step_lib
+from train.command import check_least
 from train.config import Config, WholeTree
 from train.plan import cards as cards_lib
 from train.plan.account import account
@@ -183,8 +184,7 @@ def shared(config: Config, cards: Cards) -> Config:
   """
   if cards.devices is None:
     return config
-  if cards.devices < 1:
-    raise ValueError(f'--devices must be at least 1, got {cards.devices}')
+  check_least(1, devices=cards.devices)
   if config.mesh.size not in (1, cards.devices):
     raise ValueError(
       f'--devices must be {config.mesh.size}, as the mesh '
@@ -233,7 +233,7 @@ def placed_step(
 ) -> tuple[step_lib.Step, State, PyTree]:
   """Returns the jitted step, its state and its batch, on a mesh."""
   init, step = step_lib.build(config, task)
-  places = step_lib.shardings(config, task, mesh)
+  places = step_lib.shardings(init, config, task, mesh)
   state = mesh_lib.at(jax.eval_shape(init, jax.random.key(0)), places)
   inputs = batch(config)
   rows = jax.tree.map(lambda _: mesh_lib.of_batch(mesh), inputs)

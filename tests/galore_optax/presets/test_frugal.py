@@ -24,9 +24,6 @@ STEPS, GAP, DENSITY, DECAY = 8, 2, 0.4, 0.3
 WARM_UP = optax.linear_schedule(0.0, 0.25, 4)
 """Zero at the first step; binary fractions, as optax rounds to float32."""
 
-STACKS = {'down': (5, 7, 3), 'up': (5, 4, 9), 'vector': (5,)}
-"""The layers of five that take turns by two, from the last one down."""
-
 
 @pytest.fixture
 def x64():

@@ -25,7 +25,9 @@ SHIPPED = {
 
 def marked(name):
   # A layer-wise state is traced weight by weight.
-  return pytest.param(name, marks=[pytest.mark.slow] * ('7b' in name))
+  return pytest.param(
+    name, marks=[pytest.mark.slow] * ('7b' in name or '8b' in name)
+  )
 
 
 def estimate(config):
