@@ -83,11 +83,18 @@ def put(tree, layout, mesh):
 
 
 def run(tx, params, grads, *, jit=True):
-  init, update = map(jax.jit, (tx.init, tx.update)) if jit else tx[:2]
-  state = init(params)
-  for g in grads:
-    updates, state = update(g, state, params)
-    params = optax.apply_updates(params, updates)
+  def step(params, state, g):
+    updates, state = tx.update(g, state, params)
+    return optax.apply_updates(params, updates), state
+
+  init, step = map(jax.jit, (tx.init, step)) if jit else (tx.init, step)
+  # On the CPU, operation by operation, more programs than 32 wait for a device,
+  # and the one that the others wait for may be the next: XLA ends the process.
+  # Looking for NaN waits for each.
+  with jax.debug_nans(not jit):
+    state = init(params)
+    for g in grads:
+      params, state = step(params, state, g)
   return params
 
 
