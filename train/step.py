@@ -17,7 +17,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
+from galore_optax.galore import Galore
 from galore_optax.layerwise import stack
 from galore_optax.layerwise.step import Layerwise, layerwise
 from galore_optax.layerwise.weights import is_stored
@@ -305,7 +307,8 @@ def make_step(
   The loss is the mean over what the whole batch scores, however that falls
   into microbatches. Metrics are `loss`, `grad_norm`, `learning_rate`,
   `skipped_steps`, the batch's `weight` and the sums that stand beside the
-  loss, by name.
+  loss, by name; `projected_grad_norm` stands for `grad_norm` where devices sum
+  projected gradients.
 
   Args:
     loss: as in `Task.loss`.
@@ -319,14 +322,21 @@ def make_step(
   def step(state: State, batch: Batch) -> tuple[State, PyTree]:
     batch, weight = with_mean_weight(batch)
     moving, still = split(state.params, trained)
-    of_moving = lambda moving, batch: loss(join(moving, still), batch)
-    value, sums, grads = mean_gradient(of_moving, moving, batch, microbatches)
+    gradient = functools.partial(mean_gradient, loss, microbatches)
+    if sums_projected(tx):
+      # Between refreshes the devices along 'data' send what galore projects.
+      value, sums, grads, found = projected(
+        gradient, tx, moving, still, state.optimizer, batch
+      )
+      update, name = tx.apply, 'projected_grad_norm'
+    else:
+      value, sums, grads = gradient(moving, still, batch)
+      update, name, found = tx.update, 'grad_norm', state.optimizer
     norm = optax.tree.norm(grads)
     sound = jnp.isfinite(value) & jnp.isfinite(norm)
 
     def updated(kept: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-      moving, optimizer = kept
-      updates, optimizer = tx.update(grads, optimizer, moving)
+      updates, optimizer = update(grads, found, moving)
       return optax.apply_updates(moving, updates), optimizer
 
     # By this name `train.plan` knows which branch a step takes.
@@ -336,7 +346,7 @@ def make_step(
       )
     metrics = {
       'loss': value,
-      'grad_norm': norm,
+      name: norm,
       'learning_rate': jnp.asarray(schedule(state.step)),
       'skipped_steps': jnp.int32(~sound),
     }
@@ -363,26 +373,91 @@ def with_own_weight(
   }
 
 
+def sums_projected(tx: Any) -> bool:
+  """Whether devices along 'data' send projected gradients for whole ones.
+
+  It is exact where nothing reads more of a gradient than its projection: no
+  residual rule, no clipping by its norm. Asked where a step is traced, under
+  its mesh.
+  """
+  sides = jax.sharding.get_abstract_mesh().shape
+  if sides.get('data', 1) == 1 or not isinstance(tx, Galore):
+    return False
+  # With all three sides XLA's partitioner fails at the embedding's gather.
+  return tx.linear and min(sides['fsdp'], sides['tensor']) == 1
+
+
+def traffic(config: Config) -> str:
+  """Returns what devices along 'data' send each other, in words."""
+  with jax.sharding.use_abstract_mesh(mesh_lib.absent(config.mesh)):
+    whole_tree = isinstance(config.update, WholeTree)
+    if whole_tree and sums_projected(config.transformation()):
+      return 'mesh.data sums projected gradients, whole ones at a refresh'
+  return (
+    'mesh.data sums whole gradients; projected ones need update WholeTree, an '
+    'optimizer that reads no more of them, clip_norm and norm_growth None, '
+    'and mesh.fsdp or mesh.tensor 1'
+  )
+
+
+def projected(
+  gradient: Callable, tx: Galore, *args: PyTree
+) -> tuple[jax.Array, PyTree, PyTree, PyTree]:
+  """Returns loss, sums, the projected gradient, and the state refreshed.
+
+  Each device along 'data' projects the gradient of its own rows, and what they
+  sum has the size of the moments. The whole gradient is summed where a refresh
+  is due, inside its branch.
+
+  Args:
+    gradient: `(moving, still, batch) -> loss, sums, gradient`.
+    tx: a `galore` for which `sums_projected` holds.
+    *args: what is trained, what is not, the state of tx, and the batch.
+  """
+  mean = functools.partial(jax.lax.pmean, axis_name='data')
+
+  def of_share(moving, still, optimizer, batch):
+    value, sums, grads = gradient(moving, still, batch)
+    optimizer = jax.lax.cond(
+      tx.due(optimizer),
+      lambda: tx.refresh(mean(grads), optimizer),
+      lambda: optimizer,
+    )
+    low = mean(tx.project(grads, optimizer))
+    return mean(value), jax.lax.psum(sums, 'data'), low, optimizer
+
+  everywhere = PartitionSpec()
+  return jax.shard_map(
+    of_share,
+    in_specs=(*(everywhere,) * 3, PartitionSpec('data')),
+    out_specs=everywhere,
+    axis_names={'data'},
+    # It would sum the gradients of what all devices have, which are whole.
+    check_vma=False,
+  )(*args)
+
+
 def mean_gradient(
-  loss: Loss, params: PyTree, batch: Batch, microbatches: int
+  loss: Loss, microbatches: int, moving: PyTree, still: PyTree, batch: Batch
 ) -> tuple[jax.Array, PyTree, PyTree]:
-  """Returns loss and gradient, averaged over microbatches, and the sums."""
-  gradient = jax.value_and_grad(loss, has_aux=True)
+  """Returns loss, sums and gradient, of what is trained, over microbatches."""
+  of_moving = lambda moving, batch: loss(join(moving, still), batch)
+  gradient = jax.value_and_grad(of_moving, has_aux=True)
   if microbatches == 1:
-    (value, sums), grads = gradient(params, batch)
+    (value, sums), grads = gradient(moving, batch)
     return value, sums, grads
   cut = lambda x: x.reshape(microbatches, -1, *x.shape[1:])
   parts = jax.tree.map(lambda x: mesh_lib.along_rows(cut(x), 1), batch)
 
   def add(total: PyTree, micro: Batch) -> tuple[PyTree, None]:
-    return jax.tree.map(jnp.add, total, gradient(params, micro)), None
+    return jax.tree.map(jnp.add, total, gradient(moving, micro)), None
 
   first = jax.tree.map(lambda x: x[0], parts)
   # In float32: a sum of many bfloat16 gradients would drop the small ones.
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.float32),
-    (jax.eval_shape(loss, params, first), params),
+    (jax.eval_shape(of_moving, moving, first), moving),
   )
   ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
   mean = lambda total, like: (total / microbatches).astype(like.dtype)
-  return value / microbatches, sums, jax.tree.map(mean, grads, params)
+  return value / microbatches, sums, jax.tree.map(mean, grads, moving)

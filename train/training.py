@@ -76,6 +76,8 @@ def main(
     console.print(machine.describe(), highlight=False)
     if jax.device_count() > 1:
       console.print(mesh_lib.used(setup.config.mesh), highlight=False)
+    if setup.config.mesh.data > 1:
+      console.print(step_lib.traffic(setup.config), highlight=False)
     state = begin(setup)
   try:
     return train(setup, state, console, after, path=argv[0])

@@ -1,7 +1,9 @@
 """The same training on one device, on many, and in several processes."""
 
+import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,10 +14,16 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from models.llama import LlamaConfig
+from tests.bench import scaling
 from tests.train.program import lines, write_config
-from train import checkpoint, mesh, training
+from tests.train.test_config import CONFIG
+from train import checkpoint, mesh, step, training
+from train.config import Layerwise
 from train.mesh import Mesh
+from train.method import AdamW, Fira
+from train.plan.footprint import placed_step
 from train.run import Run
+from train.task import language_model
 
 GRIDS = {
   'data': ('--mesh.data', '8'),
@@ -23,6 +31,8 @@ GRIDS = {
   'tensor': ('--mesh.tensor', '2', '--mesh.fsdp', '4'),
   'mixed': ('--mesh.data', '2', '--mesh.tensor', '2', '--mesh.fsdp', '2'),
 }
+
+SVD = ('--optimizer.subspace', 'svd')
 
 # The finders but 'svd' amplify rounding.
 TOLERANCES = {'svd': 1e-5, 'gram': 1e-3, 'power': 1e-3}
@@ -90,6 +100,71 @@ def test_other_steps_are_the_same_on_a_mesh(config, tmp_path, options):
   # Two refreshes, by a finder that amplifies rounding.
   expected, _ = trained(one, 8)
   np.testing.assert_allclose(trained(many, 8)[0], expected, rtol=1e-3)
+
+
+SHARED = {
+  'data': ('--mesh.data', '8'),
+  'fsdp': ('--mesh.data', '2', '--mesh.fsdp', '4'),
+  'tensor': ('--mesh.data', '2', '--mesh.tensor', '2'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'options',
+  [
+    ('--optimizer.subspace', 'svd'),
+    ('--optimizer', 'Galore8bit', '--optimizer.rank', '4', *SVD),
+    ('--optimizer', 'GaloreAdafactor', '--optimizer.rank', '4', *SVD),
+  ],
+)
+def test_projected_sums_train_as_whole_ones(config, tmp_path, options):
+  options = (*options, '--clip-norm', 'None', '--optimizer.gap', '5')
+  one = prepared(config, tmp_path / 'one', *options)
+  expected, _ = trained(one, 12)
+  for name, grid in SHARED.items():
+    many = prepared(config, tmp_path / name, *options, *grid)
+    assert 'sums projected gradients' in step.traffic(many.config)
+    found, state = trained(many, 12)
+    # Sums across devices are in another order.
+    np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=name)
+    places = jax.tree.map(lambda x: x.sharding, state)
+    jax.tree.map(assert_equivalent, state, places, many.places)
+
+
+@pytest.mark.slow
+def test_projected_sums_are_a_quarter_of_whole_ones():
+  # The rank is a quarter of the projected side.
+  found = {}
+  for name, config in scaling.configs(width=64, num_layers=2).items():
+    config = dataclasses.replace(config, mesh=Mesh(data=8))
+    grid = mesh.devices(config.mesh)
+    task = language_model(config)
+    jitted, state, batch = placed_step(config, task, grid)
+    text = jitted.lower(state, batch).compile().as_text()
+    # What no method projects is sent whole by all of them.
+    rest = {k: x for k, x in state.params.items() if k != 'blocks'}
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rest))
+    found[name] = [scaling.sent(text, at) - whole for at in (min, max)]
+  for name in ('GaLore', '8-bit GaLore'):
+    assert found['AdamW'][0] >= 3.5 * found[name][0]
+    assert found[name][1] <= found['AdamW'][1]
+
+
+def test_the_program_says_what_devices_send():
+  projected = 'mesh.data sums projected gradients, whole ones at a refresh'
+  whole = 'mesh.data sums whole gradients; .* clip_norm and norm_growth None'
+  config = dataclasses.replace(CONFIG, mesh=Mesh(data=2), clip_norm=None)
+  assert step.traffic(config) == projected
+  for other in (
+    {'clip_norm': 1.0},
+    {'norm_growth': 1.1},
+    {'optimizer': Fira(rank=4)},
+    {'optimizer': AdamW()},
+    {'update': Layerwise()},
+    {'mesh': Mesh(data=2, fsdp=2, tensor=2), 'batch_size': 8},
+  ):
+    assert re.match(whole, step.traffic(dataclasses.replace(config, **other)))
 
 
 @pytest.mark.slow

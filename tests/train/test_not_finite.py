@@ -23,8 +23,10 @@ from tests.galore_optax.layerwise.program import (
 )
 from tests.train.test_config import CONFIG
 from train import loop
+from train import mesh as mesh_lib
 from train import step as step_lib
 from train.config import Layerwise
+from train.mesh import Mesh
 from train.method import Badam, Galore, limit_growth
 from train.signals import Stop
 from train.task import language_model
@@ -71,11 +73,25 @@ def by_layer(**options):
   return tx, step
 
 
+@functools.cache
+def projected():
+  """Four devices, which sum what galore projects."""
+  tx, step = whole()
+  mesh = mesh_lib.devices(Mesh(data=4))
+  place = mesh_lib.everywhere(mesh)
+  run = jax.jit(mesh_lib.under(mesh, step), in_shardings=place)
+  return tx, run
+
+
 STEPS = {
   'whole': whole,
+  'projected': projected,
   'exact': lambda: by_layer(clip_norm=1.0),
   'accumulate': lambda: by_layer(accumulate=2),
 }
+
+IN_PARTS = ('projected', 'accumulate')
+"""Where no whole gradient is known."""
 
 
 def start(tx, **options):
@@ -100,6 +116,7 @@ def test_everything_but_the_step_stays(monkeypatch, kind, of):
     chex.assert_trees_all_equal(after, before._replace(step=np.int32(4)))
   assert after.step == 4
   assert metrics['skipped_steps'] == 1 and 'partial_steps' not in metrics
+  assert ('projected_grad_norm' in metrics) == (kind in IN_PARTS)
   assert bool(jnp.isfinite(metrics['loss'])) == (of == 'gradient')
   # The next step is as if that one had not been.
   if of == 'loss' and kind != 'accumulate':
