@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from galore_optax.checks import check_params, is_zero
+from galore_optax.precision import close
 from galore_optax.projection import Projection, Whole, each
 
 # Steps at which an inner is tried: at some, a schedule may be zero.
@@ -134,13 +134,13 @@ def _run_both(inner, plans, g, weights, count):
 
 def _compare(plans, ours, theirs):
   """Compares two runs of an inner; returns whether they tell enough."""
-  if not all(jax.tree.leaves(jax.tree.map(_close, ours, theirs))):
+  if not all(jax.tree.leaves(jax.tree.map(close, ours, theirs))):
     raise ValueError(
       'the inner reads params for more than decoupled weight decay (a trust'
       ' ratio, a parameter scale, or decay that enters a momentum, perhaps),'
       ' which has no low-rank form. Use one without it, such as optax.adamw'
     )
-  moved = each(lambda p, x: _is_low(p) and bool(np.any(x)), plans, ours[0])
+  moved = each(lambda p, x: _is_low(p) and bool(jnp.any(x)), plans, ours[0])
   return any(jax.tree.leaves(moved))
 
 
@@ -153,16 +153,6 @@ def at_count(count: int, state: Any) -> Any:
     return jnp.full_like(x, count) if is_count else x
 
   return jax.tree.map(of_leaf, state)
-
-
-def _close(x: Any, y: Any) -> bool:
-  """Whether two arrays agree, to 1e-4 of the largest number in them."""
-  if not jnp.issubdtype(x.dtype, jnp.number):
-    return True
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  x, y = np.asarray(x.astype(wide)), np.asarray(y.astype(wide))
-  atol = 1e-4 * np.max(np.abs(np.nan_to_num(x)), initial=0)
-  return np.allclose(x, y, rtol=1e-4, atol=atol, equal_nan=True)
 
 
 def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:

@@ -312,9 +312,6 @@ def with_apply(tx: Galore, wrap: Callable[[Callable], Callable]) -> Galore:
 def _followed(first, rest) -> Galore:
   """Returns `optax.chain(first, *rest)` with the stages of the first."""
 
-  def refresh_fn(grads, state, **layer):
-    return first.refresh(grads, state[0], **layer), *state[1:]
-
   def apply_fn(low, state, params=None, grads=None, **extra_args):
     updates, head = first.apply(low, state[0], params, grads, **extra_args)
     extra_args.pop('layer', None)
@@ -325,7 +322,7 @@ def _followed(first, rest) -> Galore:
     first,
     init=lambda params: (first.init(params), *rest.init(params)),
     due=lambda state, **layer: first.due(state[0], **layer),
-    refresh=refresh_fn,
+    refresh=lambda g, s, **layer: (first.refresh(g, s[0], **layer), *s[1:]),
     project=lambda grads, state: first.project(grads, state[0]),
     apply=apply_fn,
     with_keeper=lambda f: _followed(first.with_keeper(f), rest),
@@ -402,9 +399,8 @@ class _Core:
     if not any(isinstance(p, Projection) for p in plans):
       return state
     # What no refresh changes stays outside the cond, where it is not copied.
-    names = ['basis', 'skipped']
-    if self.moments != 'keep':
-      names += ['inner', 'residual']
+    others = () if self.moments == 'keep' else ('inner', 'residual')
+    names = 'basis', 'skipped', *others
     pick = lambda state: {name: getattr(state, name) for name in names}
     new = lambda: pick(self._refreshed(plans, grads, state, layer))
     # A scalar: a batched predicate would turn the cond into a select, and a

@@ -81,6 +81,5 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
   names = paths.paths(params)
   shapes = [tuple(leaf.shape) for _, leaf in leaves]
   low = [seen[name].low_shape if name in seen else None for name in names]
-  bases = [sizes[i, True] for i in range(len(leaves))]
-  rest = [sizes[i, False] for i in range(len(leaves))]
-  return Table(map(Row, names, shapes, low, bases, rest))
+  num_bytes = lambda in_basis: [sizes[i, in_basis] for i in range(len(leaves))]
+  return Table(map(Row, names, shapes, low, num_bytes(True), num_bytes(False)))

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax.checks import check_decay, check_one_of
-from galore_optax.quantized.array import full, is_coded, quantize, unpacked
+from galore_optax.quantized.array import full, is_coded, unpacked
+from galore_optax.quantized.state import repacked
 
 # Fields of first and of second moments in optax's states.
 FIRST, SECOND = ('mu', 'trace', 'ema'), ('nu',)
@@ -83,14 +84,14 @@ class Rotate:
       if f in old:
         mu = unpacked(old[f])
         turned = turn(mu, 1)
-        new[f] = _stored(turned, old[f])
+        new[f] = repacked(turned, old[f])
     if 'nu' in old:
       w1, w2 = 1.0, 1.0
       # Bias corrections; without a count the inner makes none.
       if count is not None:
         w1, w2 = (1 - b ** jnp.maximum(count, 1) for b in (self.b1, self.b2))
       spread = turn(unpacked(old['nu']) / w2 - (mu / w1) ** 2, 2)
-      new['nu'] = _stored(w2 * jnp.abs(spread + (turned / w1) ** 2), old['nu'])
+      new['nu'] = repacked(w2 * jnp.abs(spread + (turned / w1) ** 2), old['nu'])
     return new
 
 
@@ -169,10 +170,3 @@ def _zeros(x):
   if not is_coded(x):
     return jnp.zeros_like(x)
   return full(x.shape, 0.0, code=x.code, block_size=x.block_size)
-
-
-def _stored(new, old):
-  """Returns `new`, in 8 bits if `old` is."""
-  if not is_coded(old):
-    return new
-  return quantize(new, code=old.code, block_size=old.block_size)

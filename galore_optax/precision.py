@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -58,3 +59,17 @@ def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
          [5.]], dtype=float32)
   """
   return jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True))
+
+
+def close(x: Any, y: Any) -> bool:
+  """Whether two arrays agree, to 1e-4 of the largest number in them.
+
+  >>> close(jnp.array([1e-6, 1.0]), jnp.array([0.0, 1.0]))
+  True
+  """
+  if not jnp.issubdtype(x.dtype, jnp.number):
+    return True
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  x, y = np.asarray(x.astype(wide)), np.asarray(y.astype(wide))
+  atol = 1e-4 * np.max(np.abs(np.nan_to_num(x)), initial=0)
+  return np.allclose(x, y, rtol=1e-4, atol=atol, equal_nan=True)

@@ -257,9 +257,7 @@ def _back(x, rows, side, m):
   """Returns `x` with a side r replaced by m; transposes `_through`."""
   if jnp.issubdtype(rows.dtype, jnp.integer):
     return orient(_scatter(rows, orient(x, side), m), side)
-  if side == ROWS:
-    return _matmul(jnp.swapaxes(rows, -2, -1), x)
-  return _matmul(x, rows)
+  return _matmul(rows.mT, x) if side == ROWS else _matmul(x, rows)
 
 
 def _scatter(index_r, low_rn, m):

@@ -13,18 +13,14 @@ import optax
 from jax.core import Tracer
 
 from galore_optax.checks import check_count, check_static
-from galore_optax.precision import full
+from galore_optax.precision import close, full
 from galore_optax.quantized import array
 from galore_optax.quantized.array import is_coded, quantize, unpacked
 from galore_optax.sharding import on_any_mesh, placed
 
 # States of what goes around `quantize_state`, as it looks at a whole tree.
-GUARDS = (
-  optax.ApplyIfFiniteState,
-  optax.MaskedState,
-  optax.MultiStepsState,
-  optax.transforms.PartitionState,
-)
+GUARDS = optax.ApplyIfFiniteState, optax.MaskedState, optax.MultiStepsState
+GUARDS += (optax.transforms.PartitionState,)
 # Fields of second moments, unless an update makes them negative: an average
 # of differences has such a name too.
 SQUARES = {'nu', 'nu_max', 'v', 'n', 'sum_of_squares'}
@@ -117,7 +113,7 @@ def quantize_state(
       new, state = _leaf_by_leaf(run, Outer.of(inner), updates, state, params)
     else:
       new, after = run(_wide(updates), unpacked(state), params)
-      state = _repacked(after, state, quantize)
+      state = repacked(after, state)
     return optax.tree.cast_like(new, updates), state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -208,7 +204,7 @@ def _leaf_by_leaf(run, outer: Outer, updates, state, params) -> tuple[Any, Any]:
     """Returns updates, moments and counters of a leaf, a piece or a list."""
     u, after = run(_wide(g), outer.join(unpacked(m), counters), _wide(w))
     new, after = outer.split(after)
-    return u, _repacked(new, m, store), _repacked(after, counters, store)
+    return u, repacked(new, m, store), repacked(after, counters, store)
 
   every, new, after, last = range(len(grads)), {}, counters, None
   coded = [i for i in every if any(is_coded(m[i]) for m in moments)]
@@ -296,8 +292,12 @@ def _wide(tree: Any) -> Any:
   return jax.tree.map(full, tree)
 
 
-def _repacked(new, old, store) -> Any:
-  """Returns the new state, in codes where the old one is."""
+def repacked(new: Any, old: Any, store: Any = quantize) -> Any:
+  """Returns the new state, in codes where the old one is.
+
+  >>> repacked({'mu': 2.0}, {'mu': jnp.zeros(())})
+  {'mu': Array(2., dtype=float32)}
+  """
 
   def pack(old, new):
     if is_coded(old):
@@ -348,11 +348,7 @@ def _acts_alone(inner) -> bool:
     u, state = inner.update(g[at], inner.init(w[at]), w[at])
     return [jnp.asarray(x) for x in jax.tree.leaves((u, state))]
 
-  def same(x, y):
-    if x.shape != y.shape or not jnp.issubdtype(y.dtype, jnp.number):
-      return x.shape == y.shape
-    return jnp.allclose(x, y, rtol=1e-4, atol=1e-6)
-
+  same = lambda x, y: x.shape == y.shape and close(x, y)
   with jax.ensure_compile_time_eval():
     try:
       whole = update()

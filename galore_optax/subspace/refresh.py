@@ -16,12 +16,15 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from galore_optax import paths, projection
 from galore_optax.checks import is_integer, require
 from galore_optax.precision import full
 from galore_optax.projection import Basis, Projection, Whole
 from galore_optax.subspace.kept import Keeper, Kept, Seeds
+
+FREE = P.UNCONSTRAINED  # cut as it is
 
 # Multiples of it, modulo one, never come close to each other.
 GOLDEN = 0.618033988749895
@@ -167,7 +170,7 @@ def refreshed(keeper, plans, grads, kept, phase, *, gap, count, layer) -> Any:
     for number, one in enumerate(_by_side(p, kept[i])):
       jobs = _jobs(p, number, grads[i], one, gap, phase[i], count, layer)
       if len(jobs.due) > 1:
-        found[i, number], skip_k = jax.lax.map(find, jobs)
+        found[i, number], skip_k = _dealt(find, jobs)
         skips.append(jnp.sum(skip_k, dtype=jnp.int32))
       else:
         job = jax.tree.map(lambda x: x[0], jobs)
@@ -197,6 +200,22 @@ def _jobs(p, number, g, kept, gap, phase, count, layer) -> Job:
     seeds=tuple(wide(x) for x in seeds),
     due=wide(_due_k(gap, phase, count, layer), bool),
   )
+
+
+def _dealt(find, jobs: Job) -> Any:
+  """Finds what a stack keeps, on each device of a mesh for its share."""
+  mesh, k, axes = jax.sharding.get_abstract_mesh(), len(jobs.due), ()
+  for axis in mesh.auto_axes:
+    if mesh.shape[axis] > 1 and k % mesh.shape[axis] == 0:
+      axes, k = (*axes, axis), k // mesh.shape[axis]
+      # To all axes at once the compiler might go by way of the whole stack.
+      g_mn = jax.lax.with_sharding_constraint(jobs.g_mn, P(axes, FREE, FREE))
+      jobs = jobs._replace(g_mn=g_mn)
+  share = functools.partial(jax.lax.map, find)
+  if axes:
+    places = {'in_specs': P(axes), 'out_specs': P(axes), 'axis_names': {*axes}}
+    share = jax.shard_map(share, **places, check_vma=False)
+  return share(jobs)
 
 
 def _each(find, jobs: list[Job]) -> tuple[list[Kept], jax.Array]:

@@ -62,10 +62,10 @@ PRESETS = {
 }
 
 
-def weights(seed=0):
+def weights(seed=0, shapes=SHAPES):
   shape = lambda x: isinstance(x, tuple)
   make = lambda shape: jnp.asarray(normal(shape, seed))
-  return jax.tree.map(make, SHAPES, is_leaf=shape)
+  return jax.tree.map(make, shapes, is_leaf=shape)
 
 
 def mesh_of(layout, kind=AxisType.Auto):
@@ -83,18 +83,15 @@ def put(tree, layout, mesh):
 
 
 def run(tx, params, grads, *, jit=True):
-  def step(params, state, g):
-    updates, state = tx.update(g, state, params)
-    return optax.apply_updates(params, updates), state
-
-  init, step = map(jax.jit, (tx.init, step)) if jit else (tx.init, step)
+  init, update = map(jax.jit, (tx.init, tx.update)) if jit else tx[:2]
   # On the CPU, operation by operation, more programs than 32 wait for a device,
   # and the one that the others wait for may be the next: XLA ends the process.
   # Looking for NaN waits for each.
   with jax.debug_nans(not jit):
     state = init(params)
     for g in grads:
-      params, state = step(params, state, g)
+      updates, state = update(g, state, params)
+      params = optax.apply_updates(params, updates)
   return params
 
 
@@ -120,10 +117,25 @@ CASES = [
   quick=[('svd', 'in', 'Explicit', True), ('lomo', 'mixed', 'Explicit', False)],
 )
 def test_a_mesh_is_one_device(name, layout, kind, jit):
+  check_one_device(name, layout, kind, SHAPES, jit=jit)
+
+
+# A stack that is dealt out over all devices, and one over some of them.
+STACKS = {'eight': (8, 16, 24), 'six': (6, 16, 24)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('name', ['svd', 'full', 'rotate', 'staggered'])
+def test_a_stack_that_is_dealt_out_is_one_device(name, layout):
+  check_one_device(name, layout, 'Explicit', STACKS)
+
+
+def check_one_device(name, layout, kind, shapes, *, jit=True):
   mesh = mesh_of(layout, AxisType[kind])
   with jax.enable_x64(True):
-    tx, start = PRESETS[name](), weights()
-    grads = [weights(seed) for seed in (10, 20, 30)]
+    tx, start = PRESETS[name](), weights(0, shapes)
+    grads = [weights(seed, shapes) for seed in (10, 20, 30)]
     want = run(tx, start, grads)
     with jax.set_mesh(mesh):
       grads = [put(g, layout, mesh) for g in grads]
@@ -274,22 +286,38 @@ def unconditional(parts, name='ENTRY'):
   return lines
 
 
+def elements(shape):
+  """Returns the elements of an array, of its sides as text."""
+  return math.prod(map(int, filter(None, shape.split(','))))
+
+
 def gathered(lines):
   """Returns the elements of each array that is gathered."""
   shapes = re.findall(r'= \w+\[([\d,]*)\]\S* all-gather', '\n'.join(lines))
-  return [math.prod(map(int, filter(None, x.split(',')))) for x in shapes]
+  return list(map(elements, shapes))
+
+
+def dealt(lines):
+  """Returns the elements of what each device gets of an all-to-all."""
+  found = re.findall(r'= (\(.*\)) all-to-all\(', '\n'.join(lines))
+  return [sum(map(elements, re.findall(r'\w\[([\d,]*)\]', x))) for x in found]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'layout', 'kind'),
-  [('svd', 'in', 'Auto'), ('svd', 'out', 'Explicit'), ('fira', 'in', 'Auto')],
+  [
+    ('svd', 'in', 'Auto'),
+    ('svd', 'out', 'Explicit'),
+    ('fira', 'in', 'Auto'),
+    ('staggered', 'mixed', 'Auto'),
+  ],
 )
-def test_a_step_gathers_no_matrix_and_a_refresh_one_at_a_time(
+def test_a_refresh_deals_a_stack_out_and_gathers_one_matrix_at_a_time(
   name, layout, kind
 ):
   mesh, tx = mesh_of(layout, AxisType[kind]), PRESETS[name]()
-  params = {'up': (2, 64, 96), 'w': (64, 96), 'v': (64, 96)}
+  params = {'up': (8, 64, 96), 'w': (64, 96), 'v': (64, 96)}
   with jax.set_mesh(mesh):
     params = put({k: jnp.ones(x) for k, x in params.items()}, layout, mesh)
     state = tx.init(params)
@@ -299,5 +327,7 @@ def test_a_step_gathers_no_matrix_and_a_refresh_one_at_a_time(
   parts = computations(text)
   every = gathered(text.splitlines())
   assert ' conditional(' in text and max(every) == 64 * 96
+  # Eight matrices of a stack: each device sends parts, and has one whole.
+  assert max(dealt(text.splitlines())) == 64 * 96
   # A basis, or a low-rank update, of the stack.
-  assert 0 < max(gathered(unconditional(parts))) <= 2 * LOW['rank'] * 96
+  assert 0 < max(gathered(unconditional(parts))) <= 8 * LOW['rank'] * 96

@@ -121,20 +121,16 @@ def test_the_optimizer_keeps_moments_of_what_is_trained_alone(update):
   assert sum(x.size for x in kept if x.ndim) == 2 * numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'adapter',
   [
     Lora(rank=3, dropout=0.3),
-    *(
-      pytest.param(adapter, marks=pytest.mark.slow)
-      for adapter in (
-        Lora(rank=3, rest='trained', targets=('.*/[qv]/kernel',)),
-        Lora(rank=3, lomo=0.5),
-        # Of all moments: the order of a state's leaves decides which ones.
-        Relora(rank=3, every=2, restart_warmup=0, reset=1.0, dropout=0.1),
-        Factored(rank=3),
-      )
-    ),
+    Lora(rank=3, rest='trained', targets=('.*/[qv]/kernel',)),
+    Lora(rank=3, lomo=0.5),
+    # Of all moments: the order of a state's leaves decides which ones.
+    Relora(rank=3, every=2, restart_warmup=0, reset=1.0, dropout=0.1),
+    Factored(rank=3),
   ],
 )
 def test_layer_by_layer_is_the_whole_tree(adapter):
@@ -220,6 +216,7 @@ def _state_of_factors(optimizer):
 RELORA = Relora(rank=3, every=3, restart_warmup=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('update', UPDATES)
 def test_a_merge_keeps_the_function_and_starts_anew(update):
   config = changed(adapter=RELORA, update=update)

@@ -197,6 +197,7 @@ def run(update, number=5):
   return found
 
 
+@pytest.mark.slow
 def test_a_step_hands_them_on_at_refreshes():
   whole, layers = run(WholeTree()), run(Layerwise())
   for found in whole, layers:
