@@ -2,8 +2,9 @@
 
 `python -m tests.bench.scaling` takes from shapes and from the compiler, for
 devices of the CPU that stand for others: bytes of weights and of optimizer
-state that a device holds under FSDP, and bytes of what its collectives return
-in a step, with and without a refresh. Writes tests/bench/results/scaling.md.
+state that a device holds, under FSDP and where only the rows of a batch are
+dealt out, and bytes of what its collectives return in a step, with and without
+a refresh. Writes tests/bench/results/scaling.md.
 """
 
 import argparse
@@ -36,6 +37,7 @@ class Row(NamedTuple):
   """Of one method on a number of devices, in bytes of a device."""
 
   method: str
+  axis: str
   devices: int
   weights: int
   state: int
@@ -75,15 +77,18 @@ def configs(width: int, num_layers: int) -> dict[str, Config]:
   }
 
 
-def measured(name: str, config: Config, devices: int, *, compiles: bool) -> Row:
+def measured(
+  name: str, config: Config, axis: str, devices: int, *, compiles: bool
+) -> Row:
   """Returns what a device holds and, if it is compiled, what it receives."""
-  config = dataclasses.replace(config, mesh=Mesh(fsdp=devices))
+  config = dataclasses.replace(config, mesh=Mesh(**{axis: devices}))
   mesh = mesh_lib.devices(config.mesh)
   step, state, batch = placed_step(config, language_model(config), mesh)
   size = lambda tree: sum(
     x.size * x.dtype.itemsize for x in jax.tree.leaves(part(tree))
   )
-  row = Row(name, devices, size(state.params), size(state.optimizer))
+  held = size(state.params), size(state.optimizer)
+  row = Row(name, axis, devices, *held)
   if not compiles:
     return row
   text = step.lower(state, batch).compile().as_text()
@@ -111,15 +116,16 @@ def written(rows: Sequence[Row], width: int, num_layers: int) -> str:
     '# Many devices\n',
     f'A LLaMA of width {width}, mlp width {3 * width}, {num_layers} layers and '
     f'{8 * width} tokens in float32, 16 sequences of 64 tokens in a batch, '
-    f'rank {width // 4} with `power`, no clipping, sharded by FSDP over devices'
-    f' of the CPU. KiB of each device, from shapes and from the compiled '
-    f'program (jax {jax.__version__}): what collectives return, in a step '
-    'between two refreshes and in one with a refresh (-: not compiled).\n',
-    '| method | devices | weights | state | a step | with a refresh |',
-    '|---|---:|---:|---:|---:|---:|',
+    f'rank {width // 4} with `power`, no clipping, on a mesh of devices of the '
+    f'CPU: `fsdp` cuts weights, state and batch, `data` the batch alone. '
+    'KiB of each device, from shapes and from the compiled program (jax '
+    f'{jax.__version__}): what collectives return, in a step between two '
+    'refreshes and in one with a refresh (-: not compiled).\n',
+    '| method | mesh | weights | state | a step | with a refresh |',
+    '|---|---|---:|---:|---:|---:|',
     *(
-      f'| {x.method} | {x.devices} | {kib(x.weights)} | {kib(x.state)} | '
-      f'{kib(x.step)} | {kib(x.refresh)} |'
+      f'| {x.method} | {x.axis} {x.devices} | {kib(x.weights)} | '
+      f'{kib(x.state)} | {kib(x.step)} | {kib(x.refresh)} |'
       for x in rows
     ),
   ]
@@ -144,10 +150,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   compiled = args.compiled or args.devices
   rows = []
   for name, config in configs(args.width, args.layers).items():
-    for devices in args.devices:
-      row = measured(name, config, devices, compiles=devices in compiled)
-      print(row, flush=True)
-      rows.append(row)
+    for axis in ('fsdp', 'data'):
+      for devices in args.devices:
+        compiles = devices in compiled
+        row = measured(name, config, axis, devices, compiles=compiles)
+        print(row, flush=True)
+        rows.append(row)
   text = written(rows, args.width, args.layers)
   (RESULTS / 'scaling.md').write_text(text)
 
