@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from train.config import Config, from_json, to_json
-from train.mesh import leads
+from train.mesh import leads, together
 from train.step import State
 from train.task import PyTree, Task
 
@@ -68,10 +68,13 @@ def opened(
   Raises:
     OSError: as of `save`.
   """
-  for step in steps(directory):
+  # None of the processes is still reading what is moved, or lists it.
+  together('checkpoints are read')
+  for step in steps(directory) if leads() else ():
     damaged = fault(directory / str(step), 'metrics') is not None
     if damaged or (begun is not None and step > begun):
       set_aside(directory / str(step))
+  together('checkpoints are set aside')
   written = ocp.AsyncOptions(
     post_finalization_callback=lambda: write_digests(directory)
   )
@@ -135,8 +138,6 @@ def newest_sound(directory: pathlib.Path) -> pathlib.Path | None:
 
 def set_aside(path: pathlib.Path) -> None:
   """Moves a checkpoint that is damaged to the run's directory `damaged`."""
-  if not leads():
-    return
   place = path.parent.parent / 'damaged'
   place.mkdir(exist_ok=True)
   taken = sum(x.name.split('.')[0] == path.name for x in place.iterdir())

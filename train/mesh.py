@@ -318,6 +318,12 @@ def _detected() -> bool:
   )
 
 
+def together(moment: str) -> None:
+  """Waits until all processes have come to a moment, which has a name."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(moment)
+
+
 def agree(what: str, content: bytes) -> None:
   """Waits for the other processes, and compares what they have.
 

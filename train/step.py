@@ -101,10 +101,13 @@ def shardings(
 
 
 def placed(step: Step, mesh: jax.sharding.Mesh, places: 'State') -> Step:
-  """Returns a step on a mesh; the state stays where it was."""
-  return jax.jit(
-    mesh_lib.under(mesh, step), donate_argnums=0, out_shardings=(places, None)
-  )
+  """Returns a step on a mesh; the state stays where it was.
+
+  Each device, and so each process, has the metrics whole.
+  """
+  out = places, mesh_lib.everywhere(mesh)
+  step = mesh_lib.under(mesh, step)
+  return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
 def motionless(step: Step) -> Step:

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from models.llama import LlamaConfig
-from tests.bench import scaling
+from tests.bench import faults, scaling
 from tests.train.program import lines, write_config
 from tests.train.test_config import CONFIG
 from train import checkpoint, mesh, step, training
@@ -239,6 +239,16 @@ def test_two_processes_train_what_one_does(config, tmp_path):
   state = training.begin(again)
   assert int(state.step) == 30
   assert position_of(again) == position_of(setup)
+  # The newest is damaged, which each process finds and one sets aside.
+  faults.flip(faults.largest(two.checkpoints_path / '30', 'params'))
+  argv = [config, '--run', str(two.directory), '--resume', '--mesh.data', '2']
+  port = free_port()
+  both = [start(argv, port=port, process=i) for i in (0, 1)]
+  ends = [process.communicate(timeout=900) for process in both]
+  assert [process.returncode for process in both] == [0, 0], ends
+  assert all('30 is damaged' in err for _, err in ends)
+  assert (two.directory / 'damaged' / '30').exists()
+  assert checkpoint.newest_sound(two.checkpoints_path).name == '30'
 
 
 MODEL = LlamaConfig(
