@@ -241,6 +241,19 @@ def along_rows(x: jax.Array, axis: int = 0) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def along_params(grads: PyTree) -> PyTree:
+  """Keeps gradients where their parameters live, if traced under a mesh.
+
+  What reads them wants them elsewhere: a refresh whole layers, for one. Asked
+  for both, the compiler might have every device sum all of a gradient.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return grads
+  keep = lambda g, place: jax.lax.with_sharding_constraint(g, place.spec)
+  return jax.tree.map(keep, grads, of_params(grads, mesh))
+
+
 def keeping_rows(hook: Callable | None) -> Callable:
   """Returns a linen interceptor that keeps rows from block to block of a model.
 

@@ -445,7 +445,12 @@ def mean_gradient(
 ) -> tuple[jax.Array, PyTree, PyTree]:
   """Returns loss, sums and gradient, of what is trained, over microbatches."""
   of_moving = lambda moving, batch: loss(join(moving, still), batch)
-  gradient = jax.value_and_grad(of_moving, has_aux=True)
+  whole = jax.value_and_grad(of_moving, has_aux=True)
+
+  def gradient(moving: PyTree, batch: Batch) -> tuple[Any, PyTree]:
+    found, grads = whole(moving, batch)
+    return found, mesh_lib.along_params(grads)
+
   if microbatches == 1:
     (value, sums), grads = gradient(moving, batch)
     return value, sums, grads

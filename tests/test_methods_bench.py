@@ -1,0 +1,106 @@
+"""The bench of methods: what it runs, and that a run is the same again."""
+
+import math
+
+import pytest
+
+from tests.bench import methods
+from tests.bench.methods import Job, Rung, Size
+
+SIZE = Size(
+  width=32,
+  num_layers=2,
+  vocab_size=400,
+  batch_size=2,
+  sequence_length=32,
+  eval_rows=4,
+  first=(Rung(2, 3), Rung(3, 2), Rung(4, 1)),
+  tuned=5,
+  final=6,
+  finalists=2,
+  seeds=2,
+)
+COUNT = 3 + 2 + 1
+
+
+def pretended(job, best):
+  """Bits of a run, the fewer the nearer its rates are to the best ones."""
+  away = math.log(job.matrix / best[0]) ** 2 + math.log(job.rest / best[1]) ** 2
+  return {**job._asdict(), 'bits_per_byte': 2 + away - job.steps / 1e3}
+
+
+def everything(names, size, best):
+  """What is done in the end, in order."""
+  done = {}
+  while (job := next(methods.todo(names, size, done), None)) is not None:
+    assert job not in done
+    done[job] = pretended(job, best(job.method))
+  return done
+
+
+def test_all_methods_have_the_same_trials():
+  inside = lambda name: methods.pairs(methods.METHODS[name])[4]
+  size = Size(first=(Rung(2, 12), Rung(3, 2), Rung(4, 1)), tuned=5, final=6)
+  done = everything([*methods.METHODS], size, inside)
+  for name in methods.METHODS:
+    first = [job for job in done if job.method == name and job.steps <= 4]
+    # The best of the first column is at an edge: one neighbour outside.
+    assert len(first) == 12 + 2 + 1 and {job.seed for job in first} == {0}
+    assert (first[-1].matrix, first[-1].rest) == inside(name)
+  last = [job for job in done if job.steps == 6]
+  assert len(last) == (1 + size.finalists) * 2 * size.seeds
+  assert {job.corpus for job in last} == {*methods.CORPORA}
+  assert methods.BASELINE in {job.method for job in last}
+
+
+def test_a_best_at_an_edge_moves_on():
+  start = methods.METHODS['GaLore']
+  far = (methods.rung(start.matrix, -2), start.rest)
+  done = everything(['GaLore'], SIZE, lambda _: far)
+  found = methods.tuned('GaLore', SIZE, done)
+  with pytest.raises(StopIteration) as end:
+    next(found)
+  assert end.value.value[0] == far
+
+
+def test_without_all_methods_there_are_no_finals():
+  names = ['AdamW', 'GaLore']
+  done = everything(names, SIZE, lambda _: (3e-3, 3e-3))
+  assert {job.steps for job in done} == {2, 3, 4}
+
+
+def test_runs_of_another_size_do_not_mix(tmp_path):
+  methods.save(tmp_path / 'a.json', '{"size": {"width": 8}, "runs": []}')
+  with pytest.raises(SystemExit, match=r'holds runs of .*move it away'):
+    methods.read(tmp_path / 'a.json', SIZE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['GaLore', 'Muon', 'ReLoRA', 'BAdam', 'LOMO'])
+def test_a_run_is_the_same_again(tmp_path, name):
+  bench = methods.Bench(SIZE, methods.Corpora(tmp_path))
+  job = Job('chitchat', name, 3e-3, 1e-2, seed=1, steps=4)
+  first, again = bench.run(job), bench.run(job)
+  same = lambda found: {k: x for k, x in found.items() if k != 'seconds'}
+  assert same(first) == same(again)
+  assert first['bits_per_byte'] < 8 and first['tokens'] == 4 * 2 * 32
+  # What is trained moves by both rates.
+  other = bench.run(job._replace(matrix=1e-2))
+  assert other['bits_per_byte'] != first['bits_per_byte']
+
+
+@pytest.mark.slow
+def test_a_stopped_bench_goes_on(tmp_path, capsys):
+  run = lambda hours: methods.bench(
+    tmp_path, size=SIZE, names=['AdamW', 'SCALE'], hours=hours
+  )
+  run(0)
+  assert not (tmp_path / 'methods.json').exists()
+  run(None)
+  ran = capsys.readouterr().out.splitlines()
+  assert len(ran) >= 2 * COUNT
+  page = (tmp_path / 'methods.md').read_text()
+  assert '| AdamW |' in page and '| SCALE |' in page
+  assert (tmp_path / 'methods.png').exists()
+  run(None)
+  assert not capsys.readouterr().out
