@@ -404,7 +404,12 @@ def traffic(config: Config) -> str:
 
 
 def projected(
-  gradient: Callable, tx: Galore, *args: PyTree
+  gradient: Callable,
+  tx: Galore,
+  moving: PyTree,
+  still: PyTree,
+  optimizer: PyTree,
+  batch: Batch,
 ) -> tuple[jax.Array, PyTree, PyTree, PyTree]:
   """Returns loss, sums, the projected gradient, and the state refreshed.
 
@@ -415,29 +420,41 @@ def projected(
   Args:
     gradient: `(moving, still, batch) -> loss, sums, gradient`.
     tx: a `galore` for which `sums_projected` holds.
-    *args: what is trained, what is not, the state of tx, and the batch.
+    moving: what is trained.
+    still: what is not.
+    optimizer: the state of tx.
+    batch: of all devices.
   """
+  whole, own = PartitionSpec(), PartitionSpec('data')
   mean = functools.partial(jax.lax.pmean, axis_name='data')
-
-  def of_share(moving, still, optimizer, batch):
-    value, sums, grads = gradient(moving, still, batch)
-    optimizer = jax.lax.cond(
-      tx.due(optimizer),
-      lambda: tx.refresh(mean(grads), optimizer),
-      lambda: optimizer,
-    )
-    low = mean(tx.project(grads, optimizer))
-    return mean(value), jax.lax.psum(sums, 'data'), low, optimizer
-
-  everywhere = PartitionSpec()
-  return jax.shard_map(
-    of_share,
-    in_specs=(*(everywhere,) * 3, PartitionSpec('data')),
-    out_specs=everywhere,
+  on_each = functools.partial(
+    jax.shard_map,
     axis_names={'data'},
     # It would sum the gradients of what all devices have, which are whole.
     check_vma=False,
-  )(*args)
+  )
+
+  def of_rows(moving, still, batch):
+    value, sums, grads = gradient(moving, still, batch)
+    # With an axis in front, along which each device has its own.
+    grads = jax.tree.map(lambda g: g[None], grads)
+    return mean(value), jax.lax.psum(sums, 'data'), grads
+
+  def project(grads, optimizer):
+    return mean(tx.project(jax.tree.map(lambda g: g[0], grads), optimizer))
+
+  def refreshed():
+    total = jax.tree.map(lambda g: jnp.mean(g, 0), grads)
+    return tx.refresh(mesh_lib.along_params(total), optimizer)
+
+  value, sums, grads = on_each(
+    of_rows, in_specs=(whole, whole, own), out_specs=(whole, whole, own)
+  )(moving, still, batch)
+  optimizer = jax.lax.cond(tx.due(optimizer), refreshed, lambda: optimizer)
+  low = on_each(project, in_specs=(own, whole), out_specs=whole)(
+    grads, optimizer
+  )
+  return value, sums, low, optimizer
 
 
 def mean_gradient(

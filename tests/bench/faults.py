@@ -7,7 +7,7 @@ position in the data and the log too, and no kill may cost a checkpoint. Then
 files are damaged, a disk is full or may not be written, and SIGTERM comes while
 the step compiles or a save is written. The results go to
 tests/bench/results/faults.json. What follows `--` is passed on to each run, as
-in `--devices 8 -- --mesh.fsdp 8`.
+in `--devices 8 -- --mesh.fsdp 8 --batch-size 16`.
 """
 
 import argparse
