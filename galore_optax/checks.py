@@ -98,8 +98,7 @@ def check_decay(**values: Any) -> None:
 
   >>> check_decay(b1=0.9, b2=0.999)
   """
-  rule = 'in [0, 1), the share that a moment keeps'
-  _check_finite(rule, lambda x: 0 <= x < 1, values)
+  _check_finite('in [0, 1), the share kept', lambda x: 0 <= x < 1, values)
 
 
 def check_learning_rate(**rates: Any) -> None:

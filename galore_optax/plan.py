@@ -141,8 +141,7 @@ def _axes_of_heads(path, shape):
     return None
   a, b, c = range(len(shape) - 3, len(shape))
   if match[1] == 'out':
-    joined = shape[a] * shape[b] == shape[c]
-    return ((a, b), (c,)) if joined else None
+    return ((a, b), (c,)) if shape[a] * shape[b] == shape[c] else None
   return ((a,), (b, c)) if shape[a] > shape[b] else None
 
 

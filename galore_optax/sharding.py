@@ -19,6 +19,9 @@ from galore_optax import paths
 from galore_optax.checks import require
 from galore_optax.projection import Projection, watched
 
+# Fields of 8-bit arrays.
+CODED = {'codes', 'scale', 'offset'}
+
 
 def state_shardings(tx: Any, params: Any, shardings: Any) -> Any:
   """Returns where each leaf of the state of `tx` lives.
@@ -26,8 +29,10 @@ def state_shardings(tx: Any, params: Any, shardings: Any) -> Any:
   What has a weight's shape lives where the weight does. Of a projected weight,
   moments [..., r, n] are cut along n and a basis [..., r, m] along m, over all
   mesh axes that the weight is cut over, whichever side that is: a state is
-  never whole on a device. Scales of 8-bit codes follow them. Nothing is cut
-  along r. What no axis divides, and counters, are whole on every device.
+  never whole on a device. 8-bit codes of a stack, and their scales, are cut
+  along the stack where its length allows: along n a block might lie on two
+  devices. Nothing is cut along r. What no axis divides, and counters, are whole
+  on every device.
 
   Args:
     tx: any transformation, or what else has an `init`, as `layerwise` does.
@@ -75,9 +80,12 @@ def _shardings(init: Callable[[Any], Any], params: Any, shardings: Any) -> Any:
     shape, place = leaves[owner][1].shape, places[owner]
     cuts = [*map(_axes, place.spec), *((),) * len(shape)][: len(shape)]
     plan = seen.get(names[owner])
+    fields = {getattr(key, 'name', None) for key in path}
     if plan is not None:
       shape, cuts = _of_low(plan, shape, cuts, basis=paths.BASIS in path)
-    fields = {getattr(key, 'name', None) for key in path}
+      first = cuts[0] + cuts[-1]
+      if plan.batch and fields & CODED and _fits(place.mesh, shape[0], first):
+        cuts = [first, *cuts[1:-1], ()]
     spec = _fitted(place.mesh, x.shape, _like(fields, x.shape, shape, cuts))
     return NamedSharding(place.mesh, spec)
 
@@ -110,12 +118,16 @@ def _of_low(plan: Projection, shape, cuts, *, basis: bool = False):
 def _fitted(mesh: Any, shape, cuts) -> PartitionSpec:
   """Returns the partition, of no more axes than divide a dimension."""
 
-  def fits(size, axes):
-    while size % math.prod(mesh.shape[axis] for axis in axes):
+  def of_side(size, axes):
+    while not _fits(mesh, size, axes):
       axes = axes[:-1]
     return axes or None
 
-  return PartitionSpec(*map(fits, shape, cuts))
+  return PartitionSpec(*map(of_side, shape, cuts))
+
+
+def _fits(mesh: Any, size: int, axes: tuple[str, ...]) -> bool:
+  return size % math.prod(mesh.shape[axis] for axis in axes) == 0
 
 
 def _like(fields, shape, whole, cuts) -> list[tuple[str, ...]]:

@@ -81,9 +81,8 @@ def frugal(
   checks.check_not_negative(residual_scale=residual_scale)
   inside = descend(learning_rate, weight_decay, without_rate(inner))
   rate = lambda count: jnp.asarray(rate_at(learning_rate, count), float)
-  rest_rate = lambda count: residual_scale * rate(count)
   options: dict[str, Any] = dict(gap=gap, targets=targets, **_where(subspace))
-  options['residual'] = RESIDUALS[residual](rest_rate)
+  options['residual'] = RESIDUALS[residual](lambda c: residual_scale * rate(c))
   # Made for all densities, as it checks the options.
   rank = float(density) or 1.0
   stage = galore(inside, rank=rank, scale=1.0, moments='reset', **options)

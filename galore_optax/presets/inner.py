@@ -19,9 +19,8 @@ from galore_optax.precision import in_float32
 Inner = Literal['adam', 'lion', 'sgdm'] | optax.GradientTransformation
 
 # The short names, with optax's own defaults.
-INNERS = dict(
-  adam=optax.scale_by_adam(), lion=optax.scale_by_lion(), sgdm=optax.trace(0.9)
-)
+INNERS = {'adam': optax.scale_by_adam(), 'lion': optax.scale_by_lion()}
+INNERS |= {'sgdm': optax.trace(0.9)}
 
 
 def scale_by_galore_adam(

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import chex
+import jax
 
 from tests.train.program import lines, saved, write_config
 from train import checkpoint
@@ -286,6 +287,8 @@ def main() -> None:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('options', nargs='*')
   args = parser.parse_args()
+  # For what is read of the runs here.
+  jax.config.update('jax_num_cpu_devices', args.devices)
   with tempfile.TemporaryDirectory() as name:
     directory = pathlib.Path(name)
     program = Program(

@@ -185,6 +185,19 @@ def test_moments_are_cut_along_n_and_bases_along_m(cut):
   assert spec(state.inner[0].mu['w']) == (None, None)
 
 
+def test_codes_of_a_stack_are_cut_along_it():
+  mesh = jax.make_mesh((8,), ('fsdp',))
+  tx = go.galore_adamw_8bit(0.1, block_size=5, min_size=0, **LOW)
+  # Three layers are not divided by 8: along n.
+  for length, cut in ((16, ('fsdp', None, None)), (3, (None, None, 'fsdp'))):
+    params = {'up': jax.ShapeDtypeStruct((length, 24, 40), 'float32')}
+    place = NamedSharding(mesh, PartitionSpec(None, 'fsdp'))
+    state, _ = go.state_shardings(tx, params, {'up': place})
+    moment = state.inner[0].nu['up']
+    assert tuple(moment.codes.spec) == tuple(moment.scale.spec) == cut
+    assert tuple(state.basis['up'].spec) == (None, None, 'fsdp')
+
+
 def test_a_place_that_is_no_partition_raises():
   params = {'w': jnp.ones((24, 40))}
   with pytest.raises(ValueError, match='must be a NamedSharding for w, got'):
