@@ -94,6 +94,15 @@ def main(
       )
   except OSError as error:
     print(f'error: {error}', file=sys.stderr)
+    # One of the system, from elsewhere than a save, which says so itself.
+    if error.errno is not None and checkpoint.exists(
+      setup.run.checkpoints_path
+    ):
+      print(
+        'the checkpoints are as they were: make room, or mend what it says, '
+        f'and go on with\n{command(setup, argv[0], "--resume")}',
+        file=sys.stderr,
+      )
   return 1
 
 

@@ -1,6 +1,7 @@
 """Runs the program in-process, as a user would from the command line."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -394,6 +395,22 @@ def test_a_save_that_fails_leaves_the_one_before(
   assert int(saved(run)[0].step) == 5
   assert pretrain.main([*args, '--resume']) == 0
   chex.assert_trees_all_equal(saved(run)[0], saved(whole)[0])
+
+
+def test_a_disk_that_is_full_elsewhere_tells_how_to_go_on(
+  finished, monkeypatch, capsys
+):
+  config, run = finished
+
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(training.loop, 'train', full)
+  assert pretrain.main([config, '--run', str(run.directory), '--resume']) == 1
+  *_, said, what, advice = capsys.readouterr().err.splitlines()
+  assert 'No space left on device' in said
+  assert 'checkpoints are as they were: make room' in what
+  assert advice.endswith(f'--run {run.directory} --resume')
 
 
 def test_evaluate_prints_what_the_run_printed(finished, capsys):
