@@ -459,7 +459,7 @@ def command(job: Job) -> str:
   """Returns what trains a run again.
 
   >>> command(Job('chitchat', 'GaLore', 0.01, 0.003, 0, 400))
-  "python -m tests.bench.methods --run chitchat GaLore 0.01 0.003 0 400"
+  'python -m tests.bench.methods --run chitchat GaLore 0.01 0.003 0 400'
   """
   return shlex.join(
     ['python', '-m', 'tests.bench.methods', '--run', *map(str, job)]
