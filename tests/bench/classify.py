@@ -31,7 +31,7 @@ import jax
 
 from configs.glue_cola import TARGETS
 from models.lowrank import Lora
-from tests.bench.methods import package, save
+from tests.bench.methods import package, save, until
 from train import machine
 from train import step as step_lib
 from train.classify import spread
@@ -309,7 +309,6 @@ def bench(
   show: Callable[[str], None] = print,
 ) -> None:
   """Runs what is not done, for some hours, and writes the table."""
-  end = time.monotonic() + 3600 * hours if hours is not None else float('inf')
   file, by_name = results / 'classify.json', {m.name: m for m in methods}
   done = read(file)
   results.mkdir(parents=True, exist_ok=True)
@@ -318,9 +317,7 @@ def bench(
     for name, sentences in sets.items():
       (folder := pathlib.Path(directory) / name).mkdir()
       paths[name] = write(sentences, folder, size)
-    for job in todo(list(sets), methods, done):
-      if time.monotonic() >= end:
-        break
+    for job in until(todo(list(sets), methods, done), hours):
       method = by_name[job.method]
       found = fit(paths[job.data], checkpoint, method, job, size)
       done[job] = job._asdict() | found

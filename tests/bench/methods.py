@@ -36,13 +36,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
 
 import galore_optax as go
 from galore_optax.paths import is_matrix, paths
+from galore_optax.presets.muon import MATRIX
 from models.llama import LlamaConfig
 from models.lowrank import Adapter, Factored, Lora, Relora
 from train import adapter as adapter_lib
@@ -53,6 +53,7 @@ from train.data.batches import validation_batches
 from train.data.corpus import Chitchat, TextFiles
 from train.data.tokenizer import train_tokenizer
 from train.method import AdamW, adam_8bit, adamw, optax_galore
+from train.plan.account import account
 from train.task import INPUTS, Text, language_model
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -131,16 +132,12 @@ def galore(preset: Callable, **options: Any) -> Callable:
 def muon(around: Around) -> optax.GradientTransformation:
   """Muon on the layers' matrices, their updates as large as Adam's."""
   del around
-  whole = lambda tree: jax.tree.map(
-    lambda _: optax.contrib.MuonDimensionNumbers(), tree
+  sides = lambda tree: jax.tree.map(
+    lambda yes: MATRIX if yes else None, matrices(tree)
   )
-  size = lambda u: 0.2 * math.sqrt(max(u.shape[-2:]))
-  matrix = optax.chain(
-    optax.contrib.scale_by_muon(weight_dimension_numbers=whole),
-    optax.stateless_with_tree_map(lambda u, _: size(u) * u),
+  return optax.contrib.muon(
+    1.0, consistent_rms=0.2, muon_weight_dimension_numbers=sides
   )
-  rules = {True: matrix, False: optax.scale_by_adam()}
-  return optax.chain(optax.partition(rules, matrices), optax.scale(-1.0))
 
 
 _adam = lambda a: adamw(1.0)
@@ -344,10 +341,11 @@ class Bench:
     method = METHODS[name]
     # Every number of steps with this gap has the same program.
     config = self.config(Job('chitchat', name, 1.0, 1.0, 0, gap * 20))
+    whole = dataclasses.replace(config, adapter=None).schedule()
     task, around = language_model(config), Around(self.size.rank, gap)
 
     def optimizer(rates, steps):
-      schedule = functools.partial(share, steps=steps)
+      schedule = lambda count: whole(count * (config.steps / steps))
       if isinstance(config.adapter, Relora):
         schedule = adapter_lib.jagged(schedule, config.adapter)
       clip = optax.clip_by_global_norm(1.0)
@@ -408,23 +406,8 @@ class Bench:
     params = jax.eval_shape(task.init, jax.random.key(0))
     moving, _ = step_lib.split(params, task.trained)
     tx = method.make(self.around(job.steps))
-    size = lambda tree: sum(
-      x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-    state = jax.eval_shape(lambda params: tx.init(params), moving)
-    return {'weight_bytes': size(params), 'state_bytes': size(state)}
-
-
-def share(count: Any, *, steps: Any) -> Any:
-  """Returns the share of the highest rate: up for a tenth, then a cosine.
-
-  >>> [round(float(share(i, steps=100)), 2) for i in (0, 5, 10, 55, 100)]
-  [0.0, 0.5, 1.0, 0.55, 0.1]
-  """
-  warmup = 0.1 * steps
-  down = (count - warmup) / (steps - warmup)
-  cosine = 0.1 + 0.45 * (1 + jnp.cos(jnp.pi * jnp.minimum(down, 1.0)))
-  return jnp.where(count < warmup, count / warmup, cosine)
+    found = account(params, jax.eval_shape(lambda w: tx.init(w), moving))
+    return {'weight_bytes': found.weights, 'state_bytes': found.state}
 
 
 def two_rates(
@@ -433,26 +416,15 @@ def two_rates(
   """Multiplies what is made at learning rate 1, matrices by a rate of theirs.
 
   >>> tx = two_rates(0.5, 2.0, lambda count: 1.0)
-  >>> u = {'up': jnp.ones((1, 2)), 'norm': jnp.ones(1)}
+  >>> u = {'up': np.ones((1, 2), 'f'), 'norm': np.ones(1, 'f')}
   >>> new, _ = tx.update(u, tx.init(u))
   >>> print(new['up'], new['norm'])
   [[0.5 0.5]] [2.]
   """
-
-  def init(params):
-    del params
-    return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
-
-  def update(updates, state, params=None):
-    del params
-    by = schedule(state.count)
-    scaled = lambda is_matrix, u: (
-      u * jnp.asarray(by * (matrix if is_matrix else rest), u.dtype)
-    )
-    new = jax.tree.map(scaled, matrices(updates), updates)
-    return new, optax.ScaleByScheduleState(state.count + 1)
-
-  return optax.GradientTransformation(init, update)
+  by = lambda rate: optax.scale_by_schedule(
+    lambda count: rate * schedule(count)
+  )
+  return optax.partition({True: by(matrix), False: by(rest)}, matrices)
 
 
 def command(job: Job) -> str:
@@ -469,6 +441,11 @@ def command(job: Job) -> str:
 Done: TypeAlias = dict[Job, dict[str, Any]]
 
 
+def missing(jobs: Sequence[Job], done: Done) -> Iterator[Job]:
+  """Yields the runs that are not done."""
+  yield from (job for job in jobs if job not in done)
+
+
 def tuned(name: str, size: Size, done: Done) -> Iterator[Job]:
   """Yields the runs of a method's first round.
 
@@ -479,16 +456,12 @@ def tuned(name: str, size: Size, done: Done) -> Iterator[Job]:
   for steps, count in size.first:
     bits = lambda pair, steps=steps: done[found(pair, steps)]['bits_per_byte']
     order = order[:count]
-    for pair in order:
-      if found(pair, steps) not in done:
-        yield found(pair, steps)
+    yield from missing([found(pair, steps) for pair in order], done)
     order = sorted(order, key=bits)
   tried = set(pairs(METHODS[name]))
   for _ in range(3):
     more = beyond(order[0], tried)
-    for pair in more:
-      if found(pair, steps) not in done:
-        yield found(pair, steps)
+    yield from missing([found(pair, steps) for pair in more], done)
     tried |= {*more}
     order = sorted([*order, *more], key=bits)
   return order
@@ -518,22 +491,36 @@ def todo(names: Sequence[str], size: Size, done: Done) -> Iterator[Job]:
     order[name] = yield from tuned(name, size, done)
   if {*names} != {*METHODS}:
     return
-  last = size.first[-1].steps
-  bits = lambda name: done[Job('chitchat', name, *order[name][0], 0, last)][
-    'bits_per_byte'
-  ]
+  found = firsts(size, done)
+  bits = lambda name: found[name]['bits_per_byte']
   others = sorted((n for n in METHODS if n != BASELINE), key=bits)
   for name in [BASELINE, *others[: size.finalists]]:
     for corpus in CORPORA:
       tries = [Job(corpus, name, *p, 0, size.tuned) for p in order[name][:3]]
-      for job in tries:
-        if job not in done:
-          yield job
+      yield from missing(tries, done)
       best = min(tries, key=lambda job: done[job]['bits_per_byte'])
-      for seed in range(size.seeds):
-        job = best._replace(seed=seed, steps=size.final)
-        if job not in done:
-          yield job
+      last = best._replace(steps=size.final)
+      seeds = [last._replace(seed=seed) for seed in range(size.seeds)]
+      yield from missing(seeds, done)
+
+
+def firsts(size: Size, done: Done) -> dict[str, dict[str, Any]]:
+  """Returns the best run of each method at the end of the first round."""
+  found: dict[str, dict[str, Any]] = {}
+  for job, run in done.items():
+    if job.steps == size.first[-1].steps and job.corpus == CORPORA[0]:
+      known = found.get(job.method, run)
+      found[job.method] = min(known, run, key=lambda x: x['bits_per_byte'])
+  return found
+
+
+def until(jobs: Iterator[Any], hours: float | None) -> Iterator[Any]:
+  """Yields what is to run, while there is time."""
+  end = time.monotonic() + 3600 * (math.inf if hours is None else hours)
+  for job in jobs:
+    if time.monotonic() >= end:
+      return
+    yield job
 
 
 def read(file: pathlib.Path, size: Size) -> Done:
@@ -600,26 +587,29 @@ def page(size: Size, done: Done) -> str:
 
 def first_rows(size: Size, done: Done) -> list[str]:
   """Returns the lines of the first round, the best first; begun ones last."""
-  lines = []
-  last = size.first[-1].steps
+  lines, best = [], firsts(size, done)
   for name in METHODS:
-    runs = [x for job, x in done.items() if job.method == name]
-    ends = [x for x in runs if x['steps'] == last and x['corpus'] == CORPORA[0]]
-    count = sum(x['steps'] <= last for x in runs)
-    if ends:
-      best = min(ends, key=lambda x: x['bits_per_byte'])
-      total = best['weight_bytes'] + best['state_bytes']
+    count = sum(
+      job.method == name and job.steps <= size.first[-1].steps for job in done
+    )
+    if name in best:
+      run = best[name]
       lines.append(
         (
-          best['bits_per_byte'],
-          f'| {name} | {best["matrix"]:g} | {best["rest"]:g} | '
-          f'{best["bits_per_byte"]:.3f} | {best["state_bytes"] / 1e3:,.0f} | '
-          f'{total / 1e3:,.0f} | {best["seconds"]:.3f} | {count} |',
+          run['bits_per_byte'],
+          f'| {name} | {run["matrix"]:g} | {run["rest"]:g} | '
+          f'{run["bits_per_byte"]:.3f} | {run["state_bytes"] / 1e3:,.0f} | '
+          f'{held(run) / 1e3:,.0f} | {run["seconds"]:.3f} | {count} |',
         )
       )
-    elif runs:
+    elif count:
       lines.append((99.0, f'| {name} | | | {count} runs so far | | | | |'))
   return [line for _, line in sorted(lines)]
+
+
+def held(run: dict[str, Any]) -> int:
+  """Returns the bytes of a run's weights and state."""
+  return run['weight_bytes'] + run['state_bytes']
 
 
 def finals(corpus: str, size: Size, done: Done) -> dict[str, list[dict]]:
@@ -642,13 +632,12 @@ def final_rows(corpus: str, size: Size, done: Done) -> list[str]:
       less = rows[name] - rows[BASELINE]
       error = 2 * np.std(less, ddof=1) / math.sqrt(len(less))
       paired = f'{np.mean(less):+.4f} +- {error:.4f}'
-    total = runs[0]['weight_bytes'] + runs[0]['state_bytes']
     lines.append(
       (
         np.mean(bits),
         f'| {name} | {runs[0]["matrix"]:g} | {runs[0]["rest"]:g} | '
         f'{np.mean(bits):.4f} | {min(bits):.4f} - {max(bits):.4f} | {paired} | '
-        f'{total / 1e3:,.0f} |',
+        f'{held(runs[0]) / 1e3:,.0f} |',
       )
     )
   return [line for _, line in sorted(lines)]
@@ -656,17 +645,11 @@ def final_rows(corpus: str, size: Size, done: Done) -> list[str]:
 
 def picture(size: Size, done: Done, path: pathlib.Path) -> None:
   """Draws bits per byte against bytes, and the front that none is below."""
-  last = size.first[-1].steps
   figure = Figure(figsize=(8, 5), layout='constrained')
   axes = figure.subplots()
-  best: dict[str, dict] = {}
-  for job, run in done.items():
-    if job.steps == last and job.corpus == CORPORA[0]:
-      known = best.get(job.method, run)
-      best[job.method] = min(known, run, key=lambda x: x['bits_per_byte'])
   points = sorted(
-    ((x['weight_bytes'] + x['state_bytes']) / 1e6, x['bits_per_byte'], name)
-    for name, x in best.items()
+    (held(x) / 1e6, x['bits_per_byte'], name)
+    for name, x in firsts(size, done).items()
   )
   front, low = [], math.inf
   for x, y, name in points:
@@ -689,15 +672,12 @@ def bench(
   hours: float | None = None,
 ) -> None:
   """Runs what is not done, for some hours, and writes the tables."""
-  end = time.monotonic() + 3600 * (math.inf if hours is None else hours)
   directory.mkdir(parents=True, exist_ok=True)
   file = directory / 'methods.json'
   done = read(file, size)
   with tempfile.TemporaryDirectory() as scratch:
     runner = Bench(size, Corpora(pathlib.Path(scratch)))
-    for job in todo(names, size, done):
-      if time.monotonic() >= end:
-        break
+    for job in until(todo(names, size, done), hours):
       done[job] = runner.run(job)
       content = {
         'size': dataclasses.asdict(size),
@@ -707,8 +687,9 @@ def bench(
       save(file, json.dumps(content) + '\n')
       bits = done[job]['bits_per_byte']
       print(f'{job}: {bits:.4f} bits per byte', flush=True)
-  if done:
+  if firsts(size, done):
     picture(size, done, directory / 'methods.png')
+  if done:
     save(directory / 'methods.md', page(size, done))
 
 

@@ -22,6 +22,7 @@ from train.data.corpus import Chitchat
 from train.mesh import Mesh
 from train.method import AdamW, Apollo, Galore, Galore8bit
 from train.plan import program
+from train.plan.account import account
 from train.plan.footprint import part, placed_step
 from train.task import language_model
 
@@ -84,11 +85,8 @@ def measured(
   config = dataclasses.replace(config, mesh=Mesh(**{axis: devices}))
   mesh = mesh_lib.devices(config.mesh)
   step, state, batch = placed_step(config, language_model(config), mesh)
-  size = lambda tree: sum(
-    x.size * x.dtype.itemsize for x in jax.tree.leaves(part(tree))
-  )
-  held = size(state.params), size(state.optimizer)
-  row = Row(name, axis, devices, *held)
+  held = account(part(state.params), part(state.optimizer))
+  row = Row(name, axis, devices, held.weights, held.state)
   if not compiles:
     return row
   text = step.lower(state, batch).compile().as_text()
