@@ -60,8 +60,9 @@ class Planner:
     names = paths.paths(tree)
     paths.matched(list(self.axes or {}), tree, option='axes')
     plans = list(map(self._candidate, names, leaves))
-    chosen = list(map(self._is_default, plans))
-    if self.targets is not None:
+    if self.targets is None:
+      chosen = list(map(self._is_default, plans))
+    else:
       chosen = paths.chosen(self.targets, tree)
     if names and not any(chosen) and not paths.is_part(tree):
       raise ValueError(self._nothing_selected(plans))

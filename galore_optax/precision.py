@@ -41,7 +41,6 @@ def in_float32(tx: Any) -> optax.GradientTransformationExtraArgs:
     (dtype(bfloat16), dtype('float32'))
   """
   tx = optax.with_extra_args_support(tx)
-  wide = lambda tree: jax.tree.map(full, tree)
 
   def update_fn(updates, state, params=None, **extra_args):
     new, state = tx.update(wide(updates), state, wide(params), **extra_args)
@@ -67,9 +66,27 @@ def close(x: Any, y: Any) -> bool:
   >>> close(jnp.array([1e-6, 1.0]), jnp.array([0.0, 1.0]))
   True
   """
-  if not jnp.issubdtype(x.dtype, jnp.number):
-    return True
+  if x.shape != y.shape or not jnp.issubdtype(x.dtype, jnp.number):
+    return x.shape == y.shape
   wide = jnp.promote_types(x.dtype, jnp.float32)
   x, y = np.asarray(x.astype(wide)), np.asarray(y.astype(wide))
   atol = 1e-4 * np.max(np.abs(np.nan_to_num(x)), initial=0)
   return np.allclose(x, y, rtol=1e-4, atol=atol, equal_nan=True)
+
+
+def wide(tree: Any) -> Any:
+  """Returns a tree of arrays, abstract or not, in float32 at least.
+
+  >>> wide({'w': jnp.ones(1, jnp.bfloat16)})
+  {'w': Array([1.], dtype=float32)}
+  """
+  return jax.tree.map(full, tree)
+
+
+def single(tree: Any, value: float) -> Any:
+  """Returns arrays of one element, with the axes of those of a tree.
+
+  >>> single({'w': jnp.ones((2, 3))}, 0.5)
+  {'w': Array([[0.5]], dtype=float32)}
+  """
+  return jax.tree.map(lambda x: jnp.full((1,) * x.ndim, value, 'f'), tree)

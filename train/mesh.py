@@ -233,10 +233,10 @@ def measure(f: Callable, sizes: Mesh) -> Callable[[PyTree, PyTree], PyTree]:
 def along_rows(x: jax.Array, axis: int = 0) -> jax.Array:
   """Keeps rows where the batch has them, if this is traced under a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
-  # Inside of `jax.shard_map` over 'data' a device has its own rows alone.
-  rows = tuple(name for name in ROWS if name not in mesh.manual_axes)
   if mesh.empty:
     return x
+  # Inside of `jax.shard_map` over 'data' a device has its own rows alone.
+  rows = tuple(name for name in ROWS if name not in mesh.manual_axes)
   spec = PartitionSpec(*(None,) * axis, rows)
   return jax.lax.with_sharding_constraint(x, spec)
 

@@ -13,7 +13,7 @@ import optax
 
 from galore_optax import checks, decay, paths
 from galore_optax.moments import Rotate
-from galore_optax.precision import in_float32
+from galore_optax.precision import in_float32, single
 
 # A short name, or a transformation without a learning rate.
 Inner = Literal['adam', 'lion', 'sgdm'] | optax.GradientTransformation
@@ -96,9 +96,7 @@ def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
 
 
 def _check_no_rate(inner, params):
-  filled = lambda value: jax.tree.map(
-    lambda x: jnp.full((1,) * x.ndim, value, jnp.float32), params
-  )
+  filled = lambda value: single(params, value)
   with jax.ensure_compile_time_eval():
     # At a learning rate of zero nothing can be seen: try the next count.
     for count in decay.COUNTS:

@@ -13,14 +13,16 @@ import optax
 from jax.core import Tracer
 
 from galore_optax.checks import check_count, check_static
-from galore_optax.precision import close, full
+from galore_optax.precision import close, single, wide
 from galore_optax.quantized import array
 from galore_optax.quantized.array import is_coded, quantize, unpacked
 from galore_optax.sharding import on_any_mesh, placed
 
 # States of what goes around `quantize_state`, as it looks at a whole tree.
-GUARDS = optax.ApplyIfFiniteState, optax.MaskedState, optax.MultiStepsState
-GUARDS += (optax.transforms.PartitionState,)
+GUARDS = (
+  *(optax.ApplyIfFiniteState, optax.MaskedState),
+  *(optax.MultiStepsState, optax.transforms.PartitionState),
+)
 # Fields of second moments, unless an update makes them negative: an average
 # of differences has such a name too.
 SQUARES = {'nu', 'nu_max', 'v', 'n', 'sum_of_squares'}
@@ -112,7 +114,7 @@ def quantize_state(
     if elementwise:
       new, state = _leaf_by_leaf(run, Outer.of(inner), updates, state, params)
     else:
-      new, after = run(_wide(updates), unpacked(state), params)
+      new, after = run(wide(updates), unpacked(state), params)
       state = repacked(after, state)
     return optax.tree.cast_like(new, updates), state
 
@@ -152,8 +154,7 @@ def _tried(inner, params) -> list[tuple[bool, bool]]:
   Whether it starts the same whatever the weights are, so is no copy of them;
   and whether gradients below zero make it negative. What is traced counts.
   """
-  one = lambda value, x: jnp.full((1,) * x.ndim, value, jnp.float32)
-  filled = lambda value: jax.tree.map(lambda x: one(value, x), params)
+  filled = lambda value: single(params, value)
   holds = lambda x: isinstance(x, Tracer) or bool(x)
   with jax.ensure_compile_time_eval():
     ones, twos = (inner.init(filled(value)) for value in (1.0, 2.0))
@@ -172,7 +173,7 @@ def _tried(inner, params) -> list[tuple[bool, bool]]:
 
 def _packed(inner, params, seen, block_size, min_size) -> Any:
   """Returns the inner's first state with codes for its moments."""
-  state = jax.tree.map(jnp.asarray, inner.init(_wide(params)))
+  state = jax.tree.map(jnp.asarray, inner.init(wide(params)))
   pairs = jax.tree_util.tree_leaves_with_path(params)
   like = {path: jnp.shape(x) for path, x in pairs}
 
@@ -202,7 +203,7 @@ def _leaf_by_leaf(run, outer: Outer, updates, state, params) -> tuple[Any, Any]:
 
   def step(g, m, w, store=quantize):
     """Returns updates, moments and counters of a leaf, a piece or a list."""
-    u, after = run(_wide(g), outer.join(unpacked(m), counters), _wide(w))
+    u, after = run(wide(g), outer.join(unpacked(m), counters), wide(w))
     new, after = outer.split(after)
     return u, repacked(new, m, store), repacked(after, counters, store)
 
@@ -288,10 +289,6 @@ _with_slope.defjvps(
 )
 
 
-def _wide(tree: Any) -> Any:
-  return jax.tree.map(full, tree)
-
-
 def repacked(new: Any, old: Any, store: Any = quantize) -> Any:
   """Returns the new state, in codes where the old one is.
 
@@ -348,7 +345,6 @@ def _acts_alone(inner) -> bool:
     u, state = inner.update(g[at], inner.init(w[at]), w[at])
     return [jnp.asarray(x) for x in jax.tree.leaves((u, state))]
 
-  same = lambda x, y: x.shape == y.shape and close(x, y)
   with jax.ensure_compile_time_eval():
     try:
       whole = update()
@@ -358,4 +354,4 @@ def _acts_alone(inner) -> bool:
       return True  # A hyperparameter is traced.
     cells = [np.s_[i : i + 1, j : j + 1] for i, j in np.ndindex(2, 2)]
     cut = lambda at: [x[at] if x.ndim == 2 else x for x in whole]
-    return all(all(map(same, update(at), cut(at))) for at in cells)
+    return all(all(map(close, update(at), cut(at))) for at in cells)

@@ -21,6 +21,7 @@ from train import checkpoint, mesh, step, training
 from train.config import Layerwise
 from train.mesh import Mesh
 from train.method import AdamW, Fira
+from train.plan.account import account
 from train.plan.footprint import placed_step
 from train.run import Run
 from train.task import language_model
@@ -113,7 +114,7 @@ SHARED = {
 @pytest.mark.parametrize(
   'options',
   [
-    ('--optimizer.subspace', 'svd'),
+    SVD,
     ('--optimizer', 'Galore8bit', '--optimizer.rank', '4', *SVD),
     ('--optimizer', 'GaloreAdafactor', '--optimizer.rank', '4', *SVD),
   ],
@@ -144,7 +145,7 @@ def test_projected_sums_are_a_quarter_of_whole_ones():
     text = jitted.lower(state, batch).compile().as_text()
     # What no method projects is sent whole by all of them.
     rest = {k: x for k, x in state.params.items() if k != 'blocks'}
-    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rest))
+    whole = account(rest, ()).weights
     found[name] = [scaling.sent(text, at) - whole for at in (min, max)]
   for name in ('GaLore', '8-bit GaLore'):
     assert found['AdamW'][0] >= 3.5 * found[name][0]
@@ -215,7 +216,7 @@ def start(argv, *, port, process, processes=2):
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(config, tmp_path):
   options = ('--batch-size', '16', '--steps', '30', '--eval-every', '30')
-  options += ('--optimizer.subspace', 'svd')
+  options += SVD
   argv = [config, *options, '--run', str(tmp_path / 'two'), '--mesh.fsdp', '4']
   port = free_port()
   both = [
