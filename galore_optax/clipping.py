@@ -49,8 +49,7 @@ def clipped(rule: optax.GradientTransformation, clip_norm: float | None) -> Any:
     return rule
 
   def update_fn(updates, state, params=None, **extra_args):
-    norm = jnp.sqrt(sum_of_squares(updates))
-    by = clip_coefficient(norm, clip_norm)
+    by = clip_coefficient(jnp.sqrt(sum_of_squares(updates)), clip_norm)
     # Each leaf is rounded once, to its dtype.
     updates = jax.tree.map(lambda a: (full(a) * by).astype(a.dtype), updates)
     return rule.update(updates, state, params, **extra_args)

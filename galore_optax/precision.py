@@ -68,8 +68,7 @@ def close(x: Any, y: Any) -> bool:
   """
   if x.shape != y.shape or not jnp.issubdtype(x.dtype, jnp.number):
     return x.shape == y.shape
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  x, y = np.asarray(x.astype(wide)), np.asarray(y.astype(wide))
+  x, y = np.asarray(full(x)), np.asarray(full(y))
   atol = 1e-4 * np.max(np.abs(np.nan_to_num(x)), initial=0)
   return np.allclose(x, y, rtol=1e-4, atol=atol, equal_nan=True)
 

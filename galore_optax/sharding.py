@@ -22,6 +22,8 @@ from galore_optax.projection import Projection, watched
 # Fields of 8-bit arrays.
 CODED = {'codes', 'scale', 'offset'}
 
+_is_place = lambda x: isinstance(x, NamedSharding)
+
 
 def state_shardings(tx: Any, params: Any, shardings: Any) -> Any:
   """Returns where each leaf of the state of `tx` lives.
@@ -33,6 +35,10 @@ def state_shardings(tx: Any, params: Any, shardings: Any) -> Any:
   along the stack where its length allows: along n a block might lie on two
   devices. Nothing is cut along r. What no axis divides, and counters, are whole
   on every device.
+
+  NNX variables count as the arrays in them, and `nnx.Optimizer` keeps plain
+  arrays: axes that a variable names are those of its weight alone. For the same
+  reason take linen's boxes off first, by `flax.linen.unbox`.
 
   Args:
     tx: any transformation, or what else has an `init`, as `layerwise` does.
@@ -57,7 +63,7 @@ def state_shardings(tx: Any, params: Any, shardings: Any) -> Any:
     >>> tuple(state.basis['w'].spec), tuple(state.inner[0].mu['w'].spec)
     ((None, 'fsdp'), (None, 'fsdp'))
   """
-  return _shardings(tx.init, params, shardings)
+  return _shardings(tx.init, _unboxed(params), _unboxed(shardings))
 
 
 def _shardings(init: Callable[[Any], Any], params: Any, shardings: Any) -> Any:
@@ -70,8 +76,7 @@ def _shardings(init: Callable[[Any], Any], params: Any, shardings: Any) -> Any:
   owners = [path for path, _ in leaves]
   names, places = paths.paths(params), treedef.flatten_up_to(shardings)
   for name, place in zip(names, places, strict=True):
-    named = lambda x: isinstance(x, NamedSharding)
-    require(f'a NamedSharding for {name}', named, shardings=place)
+    require(f'a NamedSharding for {name}', _is_place, shardings=place)
 
   def of_leaf(path, x):
     owner = paths.owner(path, owners)
@@ -152,15 +157,15 @@ def placed(init: Callable) -> Callable:
   of arrays, and of what is traced under a mesh with explicit axes.
   """
 
+  @functools.wraps(init)
   def init_fn(*args):
-    one, params = functools.partial(init, *args[:-1]), args[-1]
+    one, params = functools.partial(init, *args[:-1]), _unboxed(args[-1])
     typed = jax.sharding.get_abstract_mesh().explicit_axes
     leaves = jax.tree.leaves(params)
     # What is traced has a place by its type, under explicit axes, or none.
     place = lambda x: getattr(jax.typeof(x) if typed else x, 'sharding', None)
-    places = [place(x) for x in leaves if isinstance(x, jax.Array)]
-    known = [x for x in places if isinstance(x, NamedSharding)]
-    if not leaves or len(known) < len(leaves):
+    known = lambda x: isinstance(x, jax.Array) and _is_place(place(x))
+    if not leaves or not all(map(known, leaves)):
       return one(params)
     places = _shardings(one, params, jax.tree.map(place, params))
     if not typed:
@@ -169,6 +174,17 @@ def placed(init: Callable) -> Callable:
     return jax.jit(jax.sharding.auto_axes(one, out_sharding=specs))(params)
 
   return init_fn
+
+
+def _unboxed(params: Any) -> Any:
+  """Returns the arrays of NNX variables, and other leaves as they are.
+
+  A variable names the axes that cut it, and its optimizer would cut whatever
+  stands in a copy of it alike: a basis has other sides.
+  """
+  is_variable = lambda x: hasattr(x, 'get_metadata')
+  one = lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x
+  return jax.tree.map(one, params, is_leaf=is_variable)
 
 
 def on_any_mesh(like: Callable) -> Callable[[Callable], Callable]:
@@ -181,7 +197,9 @@ def on_any_mesh(like: Callable) -> Callable[[Callable], Callable]:
     like: a function of the positional arguments: a tree of what lives where
       the result does, arrays or partitions.
   """
-  return lambda f: lambda *args, **kwargs: _run(f, like, args, kwargs)
+  return lambda f: functools.wraps(f)(
+    lambda *args, **kwargs: _run(f, like, args, kwargs)
+  )
 
 
 def _run(f, like, args, kwargs):
@@ -195,8 +213,7 @@ def _run(f, like, args, kwargs):
     args, kwargs = treedef.unflatten((every | arrays).values())
     return f(*args, **kwargs)
 
-  is_place = lambda x: isinstance(x, NamedSharding)
-  place = lambda x: x if is_place(x) else jax.typeof(x).sharding
+  place = lambda x: x if _is_place(x) else jax.typeof(x).sharding
   specs = jax.tree.map(lambda x: place(x).spec, like(*args))
   return jax.sharding.auto_axes(run, out_sharding=specs)(arrays)
 

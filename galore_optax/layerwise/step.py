@@ -27,6 +27,7 @@ from galore_optax.layerwise.passes import Passes
 from galore_optax.layerwise.weights import ARRAYS, Weights
 from galore_optax.precision import full
 from galore_optax.quantized.rounding import apply_updates_stochastic
+from galore_optax.sharding import on_any_mesh, placed
 
 PyTree = Any
 
@@ -145,6 +146,7 @@ class Layerwise:
       its = f'accumulate={self.accumulate} sums projected gradients: tx must be'
       raise ValueError(f'{its} a galore without residual, or use microbatches')
 
+  @placed
   def init(self, params: PyTree) -> LayerwiseState:
     """Returns the state before the first step."""
     tree, read = stack.Parts(params), self.weights.read
@@ -174,6 +176,8 @@ class Layerwise:
     inner: Any = {name: init_weight(name, w) for name, w in weights.items()}
     return LayerwiseState(jnp.int32(0), jnp.float32(0), inner)
 
+  # Metrics are whole everywhere, as the counter is.
+  @on_any_mesh(lambda _, params, state, batch: (params, state, state.count))
   def __call__(self, params: PyTree, state: LayerwiseState, batch: PyTree):
     """Returns parameters and state one step on, and the step's metrics."""
     tree = stack.Parts(params)

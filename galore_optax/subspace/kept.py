@@ -13,13 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from galore_optax import projection
-from galore_optax.checks import (
-  check_count,
-  check_not_negative,
-  check_one_of,
-  require,
-)
+from galore_optax import checks, projection
 from galore_optax.quantized import array
 from galore_optax.subspace import finders
 
@@ -149,11 +143,11 @@ class Lazy:
 
   def __post_init__(self) -> None:
     """Raises ValueError for a mean over nothing."""
-    check_count(memory=self.memory)
-    check_not_negative(threshold=self.threshold)
+    checks.check_count(memory=self.memory)
+    checks.check_not_negative(threshold=self.threshold)
     object.__setattr__(self, 'finder', keeping(self.finder))
     rule = 'one that follows the gradient; use a random one without Lazy'
-    require(rule, lambda x: not isinstance(x, Seeds), finder=self.finder)
+    checks.require(rule, lambda x: not isinstance(x, Seeds), finder=self.finder)
 
   def first(self, r, m, dtype):
     """Returns a basis that waits for nothing."""
@@ -252,7 +246,7 @@ def keeping(finder: Any) -> Any:
   if hasattr(finder, 'rows'):
     return finder
   if not callable(finder):
-    check_one_of(tuple(finders.NAMES), subspace=finder)
+    checks.check_one_of(tuple(finders.NAMES), subspace=finder)
     finder = finders.NAMES[finder]
   kind: Any = Rows if getattr(finder, 'stored', True) else Seeds
   return kind(finder)

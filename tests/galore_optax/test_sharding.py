@@ -1,5 +1,6 @@
 """Steps and states on meshes of eight devices, and on one."""
 
+import functools
 import math
 import re
 
@@ -144,6 +145,69 @@ def check_one_device(name, layout, kind, shapes, *, jit=True):
   chex.assert_trees_all_close(ours, want, rtol=0, atol=1e-12)
 
 
+class Deep:
+  """A model as `layerwise` wants it, whose sides eight devices divide."""
+
+  def embed(self, params, batch):
+    return batch['x'] @ params['embed']
+
+  def block(self, layer_params, x):
+    return x + jnp.tanh(x @ layer_params['up']) @ layer_params['down']
+
+  def loss(self, params, x, batch):
+    rest = (x @ params['w'] - batch['y']) ** 2
+    return jnp.mean(rest), {'rest': jnp.mean(rest)}
+
+
+DEEP = {'blocks': {'up': (3, 16, 24), 'down': (3, 24, 16)}}
+DEEP |= {'w': (16, 40), 'embed': (16, 16)}
+BADAM = go.badam(0.1, switch_every=1)
+WAYS = {
+  'plain': lambda: go.layerwise(Deep(), PRESETS['svd']()),
+  'clipped': lambda: go.layerwise(Deep(), PRESETS['8bit'](), clip_norm=0.1),
+  'parts': lambda: go.layerwise(Deep(), PRESETS['adafactor'](), microbatches=2),
+  'sums': lambda: go.layerwise(Deep(), PRESETS['staggered'](), accumulate=2),
+  'sliced': lambda: go.layerwise(Deep(), go.lomo(0.1), slices={'w': 2}),
+  'one layer': lambda: go.layerwise(Deep(), BADAM),
+}
+
+
+@each(
+  ('way', 'layout', 'kind'),
+  [
+    *((way, 'mixed', kind) for way in WAYS for kind in KINDS),
+    *(('plain', cut, 'Explicit') for cut in LAYOUTS if cut != 'mixed'),
+  ],
+  quick=[('plain', 'mixed', 'Explicit')],
+)
+def test_a_layerwise_step_on_a_mesh_is_that_of_one_device(way, layout, kind):
+  step, mesh = WAYS[way](), mesh_of(layout, AxisType[kind])
+
+  def run(params, batch):
+    state, found = step.init(params), []
+    for _ in range(3):
+      params, state, metrics = jax.jit(step)(params, state, batch)
+      found.append(metrics)
+    return params, found
+
+  with jax.enable_x64(True):
+    data = {'x': (16, 16), 'y': (16, 40)}
+    small = functools.partial(jax.tree.map, lambda x: 0.1 * x)
+    params, batch = small((weights(0, DEEP), weights(1, data)))
+    want = run(params, batch)
+    with jax.set_mesh(mesh):
+      rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+      ours = run(put(params, layout, mesh), jax.device_put(batch, rows))
+  if kind == 'Explicit':
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(ours[1]))
+    specs = lambda tree: [x.sharding.spec for x in jax.tree.leaves(tree)]
+    assert specs(ours[0]) == specs(put(params, layout, mesh))
+  # Sums across devices are in another order; norms are float32.
+  atol = 1e-8 if way == 'clipped' else 1e-11
+  chex.assert_trees_all_close(ours[0], want[0], rtol=0, atol=atol)
+  chex.assert_trees_all_close(ours[1], want[1], rtol=1e-6)
+
+
 @each(
   ('name', 'layout', 'kind'),
   [
@@ -251,8 +315,8 @@ def test_what_is_like_the_parameters_is_known_by_optax(name):
 
 
 class Layer(nnx.Module):
-  def __init__(self):
-    self.up = nnx.Linear(24, 40, use_bias=False, rngs=nnx.Rngs(0))
+  def __init__(self, **options):
+    self.up = nnx.Linear(24, 40, use_bias=False, rngs=nnx.Rngs(0), **options)
 
 
 @pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
@@ -277,6 +341,32 @@ def test_flax_optimizer_has_its_state_in_place(kind):
     grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
     nnx.jit(lambda *run: run[0].update(*run[1:]))(optimizer, model, grads)
     assert places() == [((4, 24), cut), ((4, 40), cut)]
+
+
+@pytest.mark.parametrize('name', ['chain', '8bit', 'adafactor'])
+def test_axes_that_flax_names_are_those_of_weights_alone(name):
+  # The optimizer gives the axes of a variable to the state that is of it.
+  mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Auto,))
+  named = nnx.with_partitioning(nnx.initializers.ones, ('fsdp', None))
+  with jax.set_mesh(mesh):
+    model = Layer(kernel_init=named)
+    rows = NamedSharding(mesh, PartitionSpec('fsdp'))
+    nnx.update(model, jax.device_put(nnx.state(model), rows))
+    params, tx = nnx.state(model, nnx.Param), PRESETS[name]()
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    places = jax.tree.map(lambda x: x.sharding, params)
+    places = go.state_shardings(tx, params, places)
+    state = jax.jit(tx.init, out_shardings=places)(params)
+    ours = jax.tree.leaves(nnx.as_pure(optimizer.opt_state))
+    leaves = map(jax.tree.leaves, (state, places))
+    for x, same, place in zip(ours, *leaves, strict=True):
+      assert x.shape == same.shape
+      assert x.sharding.is_equivalent_to(place, x.ndim)
+    # Something of it is cut: not all is whole on each device.
+    assert any(not x.is_fully_replicated for x in ours)
+    nnx.jit(lambda *run: run[0].update(*run[1:]))(optimizer, model, params)
+  assert model.up.kernel.get_metadata()
+  assert (model.up.kernel[...] < 1).any()
 
 
 def computations(text):
