@@ -11,6 +11,7 @@ import types
 import typing
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import jax.numpy as jnp
 import optax
 
 from galore_optax.clipping import check_norm
@@ -155,9 +156,12 @@ class Config:
   microbatches: int = 1
   """Parts that a batch is computed in, one after another, to save memory."""
   warmup: float = 0.1
-  """Share of the steps in which the learning rate rises from 0."""
+  """Share of the steps, or of a cycle, in which the learning rate rises."""
   final: float = 0.1
   """Share of the highest learning rate where the cosine ends."""
+  cycles: int = 1
+  """Times that warm-up and cosine begin anew, at 0, in equal parts of the
+  steps, as in FRUGAL's pre-training."""
   clip_norm: float | None = 1.0
   """Global norm that a gradient is scaled down to; None leaves it alone."""
   tokenizer: str | None = None
@@ -188,7 +192,7 @@ class Config:
     """Checks what can be checked without data."""
     for name in (
       *('steps', 'batch_size', 'sequence_length', 'microbatches'),
-      *('eval_every', 'eval_batches', 'save_every'),
+      *('eval_every', 'eval_batches', 'save_every', 'cycles'),
     ):
       value = getattr(self, name)
       if value is not None and value < 1:
@@ -219,6 +223,10 @@ class Config:
         f'{self.parts}, got {self.batch_size}; --microbatches sets the first'
       )
     self.mesh.check(self.model, self.batch_size, self.parts)
+    if self.steps % self.cycles:
+      raise ValueError(
+        f'cycles must divide steps={self.steps}, got {self.cycles}'
+      )
     if not 0 <= self.warmup < 1:
       raise ValueError(
         f'warmup is a share of the steps in [0, 1), got {self.warmup}'
@@ -287,13 +295,17 @@ class Config:
 
     ReLoRA's begins again at 0 after each merge.
     """
-    cosine = optax.warmup_cosine_decay_schedule(
+    length = self.steps // self.cycles
+    once = optax.warmup_cosine_decay_schedule(
       init_value=0.0,
       peak_value=self.learning_rate,
-      warmup_steps=round(self.warmup * self.steps),
-      decay_steps=self.steps,
+      warmup_steps=round(self.warmup * length),
+      decay_steps=length,
       end_value=self.final * self.learning_rate,
     )
+    # The last one ends where it ends, rather than at 0.
+    begun = lambda step: jnp.minimum(step // length, self.cycles - 1) * length
+    cosine = lambda step: once(step - begun(step))
     if isinstance(self.adapter, Relora):
       return adapter_lib.jagged(cosine, self.adapter)
     return cosine

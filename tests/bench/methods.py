@@ -382,21 +382,25 @@ class Bench:
       state, metrics = step(state, batch, rates, job.steps)
     last = float(metrics['loss'])
     seconds = (time.perf_counter() - clock) / job.steps
-    rows = self.held_out(job.corpus)
-    sums = [loss(state.params, {k: row[k] for k in INPUTS})[1] for row in rows]
-    nll = np.array([float(x['nll']) for x in sums]) / math.log(2)
-    count = np.array([np.sum(x['weights'] * x['bytes']) for x in rows])
-    finite = lambda x: float(x) if math.isfinite(x) else 99.0
     return {
       **job._asdict(),
-      # JSON has no infinity: a run that is not finite is as bad as can be.
-      'bits_per_byte': finite(nll.sum() / count.sum()),
+      **self.measured(job.corpus, functools.partial(loss, state.params)),
       'loss': finite(last),
       'tokens': job.steps * self.size.batch_size * self.size.sequence_length,
       'seconds': seconds,
       **sizes,
-      'rows': [round(finite(x), 4) for x in nll / count.mean()],
       'command': command(job),
+    }
+
+  def measured(self, corpus: str, loss: Callable) -> dict[str, Any]:
+    """Returns the validation of `batch -> loss, sums`, whole and by row."""
+    rows = self.held_out(corpus)
+    sums = [loss({k: row[k] for k in INPUTS})[1] for row in rows]
+    nll = np.array([float(x['nll']) for x in sums]) / math.log(2)
+    count = np.array([np.sum(x['weights'] * x['bytes']) for x in rows])
+    return {
+      'bits_per_byte': finite(nll.sum() / count.sum()),
+      'rows': [round(finite(x), 4) for x in nll / count.mean()],
     }
 
   def sizes(self, job: Job) -> dict[str, int]:
@@ -408,6 +412,15 @@ class Bench:
     tx = method.make(self.around(job.steps))
     found = account(params, jax.eval_shape(lambda w: tx.init(w), moving))
     return {'weight_bytes': found.weights, 'state_bytes': found.state}
+
+
+def finite(x: Any) -> float:
+  """Returns a number for JSON, which has no infinity: as bad as can be.
+
+  >>> finite(float('nan'))
+  99.0
+  """
+  return float(x) if math.isfinite(x) else 99.0
 
 
 def two_rates(
@@ -627,11 +640,8 @@ def final_rows(corpus: str, size: Size, done: Done) -> list[str]:
   rows = {name: np.mean([x['rows'] for x in y], 0) for name, y in found.items()}
   for name, runs in found.items():
     bits = [x['bits_per_byte'] for x in runs]
-    paired = '-'
-    if name != BASELINE and BASELINE in rows:
-      less = rows[name] - rows[BASELINE]
-      error = 2 * np.std(less, ddof=1) / math.sqrt(len(less))
-      paired = f'{np.mean(less):+.4f} +- {error:.4f}'
+    known = name != BASELINE and BASELINE in rows
+    paired = less(rows[name], rows[BASELINE]) if known else '-'
     lines.append(
       (
         np.mean(bits),
@@ -641,6 +651,17 @@ def final_rows(corpus: str, size: Size, done: Done) -> list[str]:
       )
     )
   return [line for _, line in sorted(lines)]
+
+
+def less(rows: Any, base: Any) -> str:
+  """Returns the mean difference of rows, and twice its standard error.
+
+  >>> less(np.array([2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0]))
+  '+1.0000 +- 1.1547'
+  """
+  each = np.asarray(rows) - np.asarray(base)
+  error = 2 * np.std(each, ddof=1) / math.sqrt(len(each))
+  return f'{np.mean(each):+.4f} +- {error:.4f}'
 
 
 def picture(size: Size, done: Done, path: pathlib.Path) -> None:

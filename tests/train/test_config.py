@@ -75,10 +75,21 @@ def test_schedule_rises_from_zero_and_falls_to_a_tenth():
   np.testing.assert_allclose(CONFIG.schedule()(100), 0.002, rtol=1e-6)
 
 
+def test_cycles_of_the_schedule_are_alike():
+  part = dataclasses.replace(CONFIG, steps=25)
+  whole = dataclasses.replace(CONFIG, steps=100, cycles=4)
+  rates = np.array([whole.schedule()(count) for count in range(100)])
+  once = np.array([part.schedule()(count) for count in range(25)])
+  # The same numbers, as a cycle begins at a whole step.
+  np.testing.assert_array_equal(rates, np.tile(once, 4))
+  assert whole.schedule()(100) == part.schedule()(25) > 0
+
+
 @pytest.mark.parametrize(
   'change, message',
   [
     ({'steps': 0}, 'steps must be at least 1, got 0'),
+    ({'cycles': 3}, 'cycles must divide steps=100, got 3'),
     ({'microbatches': 3}, r'microbatches x update.accumulate = 3, got 4'),
     ({'warmup': 1.0}, r'share of the steps in \[0, 1\), got 1.0'),
     ({'learning_rate': -1.0}, 'finite and not negative, got -1.0'),

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 
 import pytest
 
@@ -15,6 +16,8 @@ from train.plan.bill import make_bill
 from train.plan.cards import GPUS
 from train.plan.footprint import Cards
 from train.plan.program import arrays
+
+ROOT = pathlib.Path(__file__).parents[3]
 
 needs_compiler = pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda12_plugin') is None,
@@ -104,6 +107,27 @@ def test_compiled_bytes_add_up(config, capsys):
   # Beside parameters and state, the arguments are the batch and counters;
   # XLA pads each to its alignment.
   assert 0 <= found['argument_bytes'] - state < 2**16
+
+
+PROMISE = re.compile(
+  r'memory: ([\d.]+) GiB on an [\w ]+, ([\d.]+) of them optimizer state, by '
+  r"the compiler \(make plan ARGS='?configs/\w+\.py([^,']*)"
+)
+PROMISES = [
+  (str(path), *found)
+  for path in sorted((ROOT / 'configs').glob('*.py'))
+  for found in PROMISE.findall(' '.join(path.read_text().split()))
+]
+
+
+@needs_compiler
+@pytest.mark.card
+@pytest.mark.parametrize('path, total, state, options', PROMISES)
+def test_a_config_needs_what_it_says(path, total, state, options, capsys):
+  found = report(capsys, path, *options.split())
+  ours = found['total_bytes'], found['basis_bytes'] + found['moment_bytes']
+  assert [f'{x / 2**30:.2f}' for x in ours] == [total, state]
+  assert found['fits']
 
 
 def test_table(config, capsys):
@@ -228,7 +252,7 @@ def test_cost(config, capsys):
 @pytest.mark.card
 @pytest.mark.parametrize('kind', ['auto', 'blockwise'])
 def test_no_scores_of_all_pairs_exist(kind):
-  config = load(str(pathlib.Path(__file__).parents[3] / 'configs/llama_60m.py'))
+  config = load(str(ROOT / 'configs/llama_60m.py'))
   model = dataclasses.replace(config.model, attention=kind)
   config = dataclasses.replace(config, model=model)
   bill = make_bill(config, Cards('rtx4090'))

@@ -1,0 +1,342 @@
+"""One choice of GaLore changed at a time: what each of them is worth.
+
+`python -m tests.bench.ablations` trains the model of `tests.bench.methods` on
+chitchat-dataset, 1 M tokens a run, with GaLore at the two rates that were found
+there, and then with one choice changed: how weights and moments are rounded,
+b2, gap, rank, scale, moments at a refresh, what a refresh sees, the side,
+what is projected, blocks of 8 bits. A choice may want another rate: each is run
+at a third, at once and at three times the matrices' rate, and its best stands
+in the table. What nothing changed is run with three seeds, which tell how much
+of a difference is chance.
+
+Each run is written to tests/bench/results/ablations.json as it ends and skipped
+where it is there, so that a stopped bench goes on; then the tables to
+ablations.md. `--hours` bounds a call. A run is the config of the bench of
+methods, with the changes that stand beside it.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax.precision import full
+from galore_optax.quantized.array import quantize, unpacked
+from tests.bench import methods
+from tests.bench.methods import RESULTS, Bench, Corpora, less, save, until
+from train import machine
+from train import step as step_lib
+from train.config import Config, Layerwise
+from train.method import Galore
+from train.task import language_model
+
+CORPUS = 'chitchat'
+FACTORS = (1.0, 1 / 3, 3.0)
+"""Of the matrices' rate."""
+
+Rounding: TypeAlias = Callable[[str, jax.Array], jax.Array]
+"""`(name of the moment, it) -> what is kept of it`."""
+
+
+class Choice(NamedTuple):
+  """A row: what is not as in the base."""
+
+  table: str
+  name: str
+  changes: dict[str, Any]
+  """Fields of the config, by their path."""
+  keeps: Rounding | None = None
+  """What an update leaves of the moments, in float32 still."""
+  factors: tuple[float, ...] = FACTORS
+
+
+class Job(NamedTuple):
+  """A run that is wanted."""
+
+  table: str
+  name: str
+  factor: float
+  seed: int
+
+
+def to_bfloat16(name: str, x: jax.Array) -> jax.Array:
+  """Returns a second moment as bfloat16 has it, others as they are."""
+  return full(x.astype(jnp.bfloat16)) if name == 'nu' else x
+
+
+def to_8_bits(name: str, x: jax.Array, *, along: int = -1) -> jax.Array:
+  """Returns a moment in blocks of 256, along one of the last two axes."""
+  if x.ndim < 2 or x.size < 4096:
+    return x
+  turn = lambda x: jnp.swapaxes(x, -1, along)
+  code = 'unsigned' if name == 'nu' else 'signed'
+  return turn(unpacked(quantize(turn(x), code=code, block_size=256)))
+
+
+def second(keeps: Rounding) -> Rounding:
+  """Returns the same for second moments alone."""
+  return lambda name, x: keeps(name, x) if name == 'nu' else x
+
+
+BASE = Choice('base', 'GaLore', {})
+_LAYERS = '.*(attention|mlp)/.*kernel'
+_bfloat16 = {'model.param_dtype': 'bfloat16', 'model.dtype': 'bfloat16'}
+_rounded = {'update': Layerwise(weights='rounded')}
+
+
+def one(table: str, field: str, values: Sequence[Any], **options: Any):
+  """Returns the choices of one field of the config."""
+  name = field.split('.')[-1]
+  return [
+    Choice(table, f'{name} {value}', {field: value}, **options)
+    for value in values
+  ]
+
+
+CHOICES = [
+  BASE,
+  Choice('weights', 'computed in bfloat16', {'model.dtype': 'bfloat16'}),
+  Choice('weights', 'bfloat16, sums to nearest', _bfloat16),
+  Choice('weights', 'bfloat16, sums stochastic', _bfloat16 | _rounded),
+  Choice('second moments', 'bfloat16, to nearest', {}, to_bfloat16),
+  Choice('second moments', '8 bits', {}, second(to_8_bits)),
+  *one('second moments', 'optimizer.b2', (0.99, 0.95)),
+  *one('gap', 'optimizer.gap', (100, 200, 500, 1000)),
+  *one('rank', 'optimizer.rank', (8, 16, 64)),
+  *(
+    Choice('scale', f'scale {factor:g} of the base', {}, factors=(factor,))
+    for factor in (0.1, 0.25, 0.5, 2.0)
+  ),
+  *one('moments at a refresh', 'optimizer.moments', ('reset', 'rotate')),
+  Choice(
+    'what a refresh sees',
+    'a quarter of the batch',
+    {'update': Layerwise(accumulate=4)},
+  ),
+  *one('side', 'optimizer.side', ('reverse_std', 'left', 'right', 'full')),
+  Choice(
+    *('projected', 'embedding too'),
+    {'optimizer.targets': (_LAYERS, 'embed/embedding')},
+  ),
+  Choice(
+    'projected', 'head too', {'optimizer.targets': (_LAYERS, 'lm_head/kernel')}
+  ),
+  Choice('both moments in 8 bits', 'blocks along n', {}, to_8_bits),
+  Choice(
+    *('both moments in 8 bits', 'blocks along r', {}),
+    functools.partial(to_8_bits, along=-2),
+  ),
+]
+
+
+def changed(config: Any, changes: dict[str, Any]) -> Any:
+  """Returns a dataclass with fields changed, by their path.
+
+  >>> changed(Galore(rank=8), {'rank': 4, 'gap': 50}).rank
+  4
+  """
+  for path, value in changes.items():
+    name, _, rest = path.partition('.')
+    new = changed(getattr(config, name), {rest: value}) if rest else value
+    config = dataclasses.replace(config, **{name: new})
+  return config
+
+
+def keeping(
+  tx: optax.GradientTransformation, keeps: Rounding
+) -> optax.GradientTransformation:
+  """Returns a transformation whose moments are rounded after each update."""
+
+  def rounded(path, x):
+    names = [getattr(key, 'name', None) for key in path]
+    known = [name for name in names if name in ('mu', 'nu')]
+    return keeps(known[0], x) if known else x
+
+  def update(updates, state, params=None):
+    updates, state = tx.update(updates, state, params)
+    return updates, jax.tree_util.tree_map_with_path(rounded, state)
+
+  return optax.GradientTransformation(tx.init, update)
+
+
+class Size(NamedTuple):
+  """How long and how large."""
+
+  steps: int = 1000
+  gap: int = 50
+  seeds: int = 3
+  model: methods.Size = methods.Size()
+
+
+SIZE = Size()
+
+
+class Runner:
+  """What runs share."""
+
+  def __init__(self, size: Size, rates: tuple[float, float]):
+    """Reads no text yet.
+
+    Args:
+      size: of everything.
+      rates: of the matrices and of the rest.
+    """
+    self.size, self.rates = size, rates
+    self.bench = Bench(size.model, Corpora(pathlib.Path()))
+
+  def config(self, choice: Choice, factor: float, seed: int) -> Config:
+    """Returns the config of a run."""
+    matrix, rest = self.rates
+    job = methods.Job(CORPUS, 'GaLore', matrix, rest, seed, self.size.steps)
+    base = dataclasses.replace(
+      self.bench.config(job),
+      optimizer=Galore(
+        rank=self.size.model.rank,
+        gap=self.size.gap,
+        scale=factor * matrix / rest,
+        # 'svd' and those that the default projects.
+        targets=None,
+      ),
+      learning_rate=rest,
+    )
+    return changed(base, choice.changes)
+
+  def run(self, choice: Choice, factor: float, seed: int) -> dict[str, Any]:
+    """Trains once; returns what the tables show of it."""
+    jax.clear_caches()
+    config = self.config(choice, factor, seed)
+    task = language_model(config)
+    start, step = step_lib.build(config, task)
+    if choice.keeps is not None:
+      step = step_lib.make_step(
+        task.loss,
+        keeping(config.transformation(), choice.keeps),
+        schedule=config.schedule(),
+      )
+    job = methods.Job(CORPUS, 'GaLore', *self.rates, seed, config.steps)
+    state = start(jax.random.key(seed))
+    clock = time.perf_counter()
+    for batch in self.bench.first_batches(job):
+      state, _ = step(state, batch)
+    loss = functools.partial(jax.jit(task.loss), state.params)
+    found = self.bench.measured(CORPUS, loss)
+    return found | {
+      'seconds': (time.perf_counter() - clock) / config.steps,
+      'changes': repr(choice.changes),
+    }
+
+
+Done: TypeAlias = dict[Job, dict[str, Any]]
+
+
+def todo(choices: Sequence[Choice], seeds: int) -> Iterator[tuple[Choice, Job]]:
+  """Yields all runs, the base first."""
+  for choice in choices:
+    for factor in choice.factors:
+      yield choice, Job(choice.table, choice.name, factor, 0)
+  for seed in range(1, seeds):
+    yield BASE, Job(BASE.table, BASE.name, 1.0, seed)
+
+
+def page(size: Size, rates: tuple[float, float], done: Done) -> str:
+  """Returns the results."""
+  tokens = size.steps * size.model.batch_size * size.model.sequence_length
+  named = lambda table, name: {
+    job: run for job, run in done.items() if job[:2] == (table, name)
+  }
+  base = named(*BASE[:2])
+  seeds = [run['bits_per_byte'] for job, run in base.items() if job.factor == 1]
+  lines = [
+    '# One choice of GaLore at a time',
+    '',
+    'By `python -m tests.bench.ablations`, which explains it; '
+    f'{len(done)} runs of {tokens:,} tokens of chitchat-dataset. The base: '
+    f'rank {size.model.rank} of {size.model.width}, gap {size.gap}, float32, '
+    f'rates {rates[0]:g} of the matrices and {rates[1]:g} of the rest: '
+    f'{min(seeds):.4f} to {max(seeds):.4f} bits per byte of {len(seeds)} '
+    'seeds. A difference is of the same rows of validation text, with twice '
+    'its standard error, which knows nothing of seeds.',
+    '',
+    '| | | rate of matrices | bits per byte | less the base |',
+    '| --- | --- | --- | --- | --- |',
+  ]
+  bits = lambda pair: pair[1]['bits_per_byte']
+  _, first = min(
+    ((job, run) for job, run in base.items() if job.seed == 0), key=bits
+  )
+  for choice in CHOICES:
+    found = {j: x for j, x in named(*choice[:2]).items() if j.seed == 0}
+    if found:
+      job, run = min(found.items(), key=bits)
+      difference = '-' if choice is BASE else less(run['rows'], first['rows'])
+      lines.append(
+        f'| {choice.table} | {choice.name} | {rates[0] * job.factor:.3g} | '
+        f'{run["bits_per_byte"]:.4f} | {difference} |'
+      )
+  return '\n'.join([*lines, ''])
+
+
+def known_rates(directory: pathlib.Path) -> tuple[float, float]:
+  """Returns GaLore's best rates in the first round of the bench of methods."""
+  size = methods.Size()
+  best = methods.firsts(size, methods.read(directory / 'methods.json', size))
+  if 'GaLore' not in best:
+    raise SystemExit(
+      f'{directory}/methods.json has no rates of GaLore: run python -m '
+      'tests.bench.methods --only GaLore first, or give --rates MATRICES REST'
+    )
+  return best['GaLore']['matrix'], best['GaLore']['rest']
+
+
+def bench(
+  directory: pathlib.Path,
+  rates: tuple[float, float],
+  *,
+  size: Size = SIZE,
+  choices: Sequence[Choice] = CHOICES,
+  hours: float | None = None,
+) -> None:
+  """Runs what is not done, for some hours, and writes the tables."""
+  file, done = directory / 'ablations.json', {}
+  directory.mkdir(parents=True, exist_ok=True)
+  if file.exists():
+    saved = json.loads(file.read_text())
+    if tuple(saved['rates']) != rates:
+      raise SystemExit(
+        f'{file} holds runs at the rates {saved["rates"]}, not at {rates}: '
+        'move it away, or give --rates'
+      )
+    done = {Job(*(run[x] for x in Job._fields)): run for run in saved['runs']}
+  runner = Runner(size, rates)
+  left = ((c, job) for c, job in todo(choices, size.seeds) if job not in done)
+  for choice, job in until(left, hours):
+    done[job] = job._asdict() | runner.run(choice, job.factor, job.seed)
+    runs = [*done.values()]
+    content = {'rates': rates, 'machine': machine.describe(), 'runs': runs}
+    save(file, json.dumps(content) + '\n')
+    print(f'{job}: {done[job]["bits_per_byte"]:.4f} bits per byte', flush=True)
+  if any(job[:2] == BASE[:2] for job in done):
+    save(directory / 'ablations.md', page(size, rates, done))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Trains what is missing and writes the tables."""
+  parser = argparse.ArgumentParser('python -m tests.bench.ablations')
+  parser.add_argument('--hours', type=float, help='start no run after them')
+  parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
+  parser.add_argument('--rates', type=float, nargs=2, help='default: the best')
+  args = parser.parse_args(argv)
+  rates = tuple(args.rates) if args.rates else known_rates(args.results)
+  bench(args.results, rates, hours=args.hours)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,75 @@
+"""The bench of choices: every one of them runs, and the base is GaLore's."""
+
+import dataclasses
+import json
+
+import pytest
+
+from tests.bench import ablations, methods
+from tests.bench.ablations import BASE, CHOICES, Choice, Runner, Size
+from tests.test_methods_bench import SIZE
+
+RATES = (3e-3, 1e-2)
+# Four rows, as one choice cuts a batch in four.
+MODEL = dataclasses.replace(SIZE, batch_size=4)
+SMALL = Size(steps=4, gap=2, model=MODEL)
+
+
+def test_names_are_of_one_choice_each():
+  names = [choice[:2] for choice in CHOICES]
+  assert len({*names}) == len(names)
+  jobs = [job for _, job in ablations.todo(CHOICES, seeds=3)]
+  assert len({*jobs}) == len(jobs)
+
+
+def test_rates_come_from_the_bench_of_methods(tmp_path):
+  with pytest.raises(SystemExit, match=r'has no rates of GaLore: run python'):
+    ablations.known_rates(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_base_is_galore_of_the_bench_of_methods(tmp_path):
+  # Another program: one scales updates, the other has the rates inside. The
+  # gap is that of the other bench; the warm-up is of whole steps in both.
+  runner = Runner(SMALL._replace(gap=25, steps=20), RATES)
+  ours = runner.run(BASE, 1.0, 0)
+  bench = methods.Bench(MODEL, methods.Corpora(tmp_path))
+  job = methods.Job('chitchat', 'GaLore', *RATES, 0, 20)
+  theirs = bench.run(job)
+  assert ours['bits_per_byte'] == pytest.approx(theirs['bits_per_byte'], 1e-5)
+  # What rounds nothing changes nothing.
+  same = Choice('base', 'same', {}, lambda name, x: x)
+  assert runner.run(same, 1.0, 0)['rows'] == ours['rows']
+
+
+# One of each table, and what goes another way through the program.
+TRIED = {
+  'bfloat16, sums stochastic',
+  'bfloat16, to nearest',
+  'a quarter of the batch',
+  'side full',
+  'head too',
+  'blocks along r',
+}
+
+
+@pytest.mark.slow
+def test_choices_train_and_a_stopped_bench_goes_on(tmp_path, capsys):
+  tried = [c for c in CHOICES if c is BASE or c.name in TRIED]
+  choices = [c._replace(factors=c.factors[:1]) for c in tried]
+  run = lambda hours: ablations.bench(
+    tmp_path, RATES, size=SMALL, choices=choices, hours=hours
+  )
+  run(None)
+  assert len(capsys.readouterr().out.splitlines()) == 1 + len(TRIED) + 2
+  runs = json.loads((tmp_path / 'ablations.json').read_text())['runs']
+  bits = {x['name']: x['bits_per_byte'] for x in runs if not x['seed']}
+  # Each is another run than the base.
+  assert all(0 < bits[name] < 20 for name in TRIED)
+  assert bits['GaLore'] not in [bits[name] for name in TRIED]
+  page = (tmp_path / 'ablations.md').read_text()
+  assert all(f'| {c.table} | {c.name} |' in page for c in tried)
+  run(None)
+  assert not capsys.readouterr().out
+  with pytest.raises(SystemExit, match='holds runs at the rates'):
+    ablations.bench(tmp_path, (1.0, 1.0), size=SMALL, choices=choices)
