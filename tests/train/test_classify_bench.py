@@ -31,12 +31,15 @@ def follow(value, methods=METHODS, names=('a',)):
 
 def test_a_grid_grows_until_its_best_is_inside():
   order, done = follow(lambda rate: -abs(rate - 0.03))
-  rates = [job.rate for job in order if job.seed == 0]
+  rates = [job.rate for job in order if job.seed == 0 and job.epochs == 1]
   assert rates == [0.001, 0.01, 0.03, 0.09]
-  assert order[4:] == [Job('a', 'AdamW', 0.03, seed) for seed in (1, 2)]
+  seeds = [Job('a', 'AdamW', 0.03, seed) for seed in (1, 2)]
+  longer = [Job('a', 'AdamW', 0.03, seed, 3) for seed in range(3)]
+  assert order[4:] == seeds + longer
   text = bench.table(['a', 'b'], METHODS, done)
   assert '| a | AdamW | 0.03 | 51.0000 +- 1.0000 (3 seeds) | 2.0 | 3 |' in text
-  assert text.count('\n') == 3  # Nothing of b is done.
+  assert '| a, 3 epochs | AdamW | 0.03 | 51.0000' in text
+  assert text.count('\n') == 4  # Nothing of b is done.
 
 
 def test_a_grid_ends_somewhere():
@@ -115,9 +118,10 @@ def test_every_method_runs_and_none_runs_twice(tmp_path, monkeypatch):
     show=lines.append,
   )
   run()
-  assert len(lines) == len(methods) + 1
+  # AdamW and GaLore for longer, too.
+  assert len(lines) == len(methods) + 2 + 1
   done = bench.read(tmp_path / 'results/classify.json')
-  assert len(done) == len(methods)
+  assert len(done) == len(methods) + 2
   size = {job.method: found['state_bytes'] for job, found in done.items()}
   # Those of the embedding, too, and of the factors and the head alone.
   assert size['AdamW'] > size['GaLore r=4'] > size['LoRA r=4']
@@ -125,4 +129,4 @@ def test_every_method_runs_and_none_runs_twice(tmp_path, monkeypatch):
   run()
   (text,) = lines
   assert text == (tmp_path / 'results/classify.md').read_text()
-  assert text.count('1 seed') == len(methods)
+  assert text.count('1 seed') == len(methods) + 2
