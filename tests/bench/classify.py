@@ -359,8 +359,15 @@ def bench(
       )
       # Each run compiles steps of its own, which would add up in memory.
       jax.clear_caches()
-  words = f'Sizes: {size}. Accuracy: mean +- deviation of a seed.\n\n'
-  text = words + table(list(sets), methods, wider, done)
+  text = f"""# A classification by MiniLM
+
+By `python -m tests.bench.classify --sentences vaderSentiment-3.3.2.tar.gz`,
+which explains the rows; {len(done)} runs on the CPU, in classify.json with the
+machine. {size}.
+Accuracy is the mean of seeds and the deviation of one; seconds are the best of
+them, on a machine with other work: do not compare them.
+
+{table(list(sets), methods, wider, done)}"""
   save(results / 'classify.md', text)
   show(text)
 
