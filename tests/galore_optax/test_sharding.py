@@ -178,7 +178,7 @@ WAYS = {
     *((way, 'mixed', kind) for way in WAYS for kind in KINDS),
     *(('plain', cut, 'Explicit') for cut in LAYOUTS if cut != 'mixed'),
   ],
-  quick=[('plain', 'mixed', 'Explicit')],
+  quick=[('one layer', 'mixed', 'Explicit')],
 )
 def test_a_layerwise_step_on_a_mesh_is_that_of_one_device(way, layout, kind):
   step, mesh = WAYS[way](), mesh_of(layout, AxisType[kind])
@@ -343,7 +343,7 @@ def test_flax_optimizer_has_its_state_in_place(kind):
     assert places() == [((4, 24), cut), ((4, 40), cut)]
 
 
-@pytest.mark.parametrize('name', ['chain', '8bit', 'adafactor'])
+@each('name', ['chain', '8bit', 'adafactor'], quick=['chain'])
 def test_axes_that_flax_names_are_those_of_weights_alone(name):
   # The optimizer gives the axes of a variable to the state that is of it.
   mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Auto,))
