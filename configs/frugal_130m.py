@@ -11,7 +11,7 @@ quarter of the matrices, in turns; documents are packed here, and there each is
 cut or padded to 256 tokens; the tokenizer is trained on C4 here, and is T5's
 there, so compare with AdamW (--optimizer AdamW) by the side. GaLore there:
 --optimizer Galore --optimizer.rank 0.25 --learning-rate 0.01.
-Expected memory: 4.69 GiB on an RTX 4090, 0.53 of them optimizer state, by the
+Expected memory: 4.69 GiB on an RTX 4090, 0.52 of them optimizer state, by the
 compiler (make plan ARGS=configs/frugal_130m.py, 26 November 2026, jax 0.10.2).
 Expected time: not measured. 6 x parameters x tokens is 2.1e+19 operations, 39
 hours at 150 TFLOP/s.

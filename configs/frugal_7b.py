@@ -8,7 +8,7 @@ Command: python -m train.pretrain configs/frugal_7b.py
 (c4/en prepared by TFDS; --corpus.data-dir says where).
 Differences: documents are packed here, and there each is cut or padded to 256
 tokens; the tokenizer is trained on C4 here, and is T5's there.
-Expected memory: 53.55 GiB on an H100, 1.96 of them optimizer state, by the
+Expected memory: 53.56 GiB on an H100, 1.96 of them optimizer state, by the
 compiler (make plan ARGS='configs/frugal_7b.py --device h100', 26 November 2026,
 jax 0.10.2).
 Expected time: not measured. 6 x parameters x tokens is 7.9e+20 operations, 1472

@@ -9,7 +9,7 @@ Differences: documents are packed here, and there each is cut or padded to 256
 tokens; the tokenizer is trained on C4 here, and is T5's there; their evaluation
 divides by one batch too many, so that its perplexities are too low. Compare
 with AdamW (--optimizer AdamW --learning-rate 0.001) by the side.
-Expected memory: 9.46 GiB on an RTX 4090, 0.12 of them optimizer state, by the
+Expected memory: 9.47 GiB on an RTX 4090, 0.12 of them optimizer state, by the
 compiler (make plan ARGS=configs/scale_350m.py, 26 November 2026, jax 0.10.2).
 Expected time: not measured. 6 x parameters x tokens is 1.7e+19 operations, 32
 hours at 150 TFLOP/s.

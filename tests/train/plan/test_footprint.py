@@ -24,7 +24,7 @@ SHIPPED = {
 
 
 def marked(name):
-  # A layer-wise state is traced weight by weight; one size of a paper's will do.
+  # A layer-wise state is traced weight by weight; of a paper one size will do.
   large = '7b' in name or '8b' in name
   another = name.startswith(('scale', 'frugal')) and '60m' not in name
   return pytest.param(name, marks=[pytest.mark.slow] * (large or another))
