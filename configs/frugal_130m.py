@@ -6,11 +6,7 @@ Source: Zmushko et al. (arXiv 2411.07837), Table 2, and the authors' script for
 no clipping, float32 weights.
 Command: python -m train.pretrain configs/frugal_130m.py
 (c4/en prepared by TFDS; --corpus.data-dir says where).
-Differences: a quarter of each matrix's columns has Adam here, and there a
-quarter of the matrices, in turns; documents are packed here, and there each is
-cut or padded to 256 tokens; the tokenizer is trained on C4 here, and is T5's
-there, so compare with AdamW (--optimizer AdamW) by the side. GaLore there:
---optimizer Galore --optimizer.rank 0.25 --learning-rate 0.01.
+Differences: those of configs/frugal_60m.py.
 Expected memory: 4.69 GiB on an RTX 4090, 0.52 of them optimizer state, by the
 compiler (make plan ARGS=configs/frugal_130m.py, 26 November 2026, jax 0.10.2).
 Expected time: not measured. 6 x parameters x tokens is 2.1e+19 operations, 39
@@ -20,23 +16,15 @@ GaLore 20.11, BAdam 20.34).
 Our number: not yet run.
 """
 
-from models.llama import llama
-from train.config import Config
-from train.data.corpus import Tfds
-from train.method import Frugal
+import dataclasses
 
-config = Config(
+from configs.frugal_60m import config as base
+from models.llama import llama
+
+config = dataclasses.replace(
+  base,
   model=llama('130m', dtype='bfloat16', param_dtype='float32'),
-  corpus=Tfds('c4/en'),
-  optimizer=Frugal(density=0.25, gap=200, subspace='columns'),
-  steps=200_000,
-  learning_rate=0.001,
-  batch_size=512,
-  sequence_length=256,
   microbatches=16,
   cycles=10,
-  clip_norm=None,
-  eval_every=2000,
   eval_batches=1221,  # 10 million tokens
-  save_every=2000,
 )

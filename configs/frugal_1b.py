@@ -6,11 +6,7 @@ steps of 512 x 256 tokens in cycles of 100,000, a tenth of each warm-up, no
 clipping, float32 weights.
 Command: python -m train.pretrain configs/frugal_1b.py
 (c4/en prepared by TFDS; --corpus.data-dir says where).
-Differences: a quarter of each matrix's columns has Adam here, and there a
-quarter of the matrices, in turns; documents are packed here, and there each is
-cut or padded to 256 tokens; the tokenizer is trained on C4 here, and is T5's
-there, so compare with AdamW (--optimizer AdamW) by the side. GaLore there:
---optimizer Galore --optimizer.rank 0.25 --learning-rate 0.01.
+Differences: those of configs/frugal_60m.py.
 Expected memory: 26.64 GiB on an H100, 3.23 of them optimizer state, by the
 compiler (make plan ARGS='configs/frugal_1b.py --device h100', 26 November 2026,
 jax 0.10.2).
@@ -21,23 +17,16 @@ GaLore 13.64, BAdam 13.75).
 Our number: not yet run.
 """
 
-from models.llama import llama
-from train.config import Config
-from train.data.corpus import Tfds
-from train.method import Frugal
+import dataclasses
 
-config = Config(
+from configs.frugal_60m import config as base
+from models.llama import llama
+
+config = dataclasses.replace(
+  base,
   model=llama('1b', dtype='bfloat16', param_dtype='float32', remat=True),
-  corpus=Tfds('c4/en'),
-  optimizer=Frugal(density=0.25, gap=200, subspace='columns'),
   steps=500_000,
-  learning_rate=0.001,
-  batch_size=512,
-  sequence_length=256,
   microbatches=32,
   cycles=5,
-  clip_norm=None,
-  eval_every=2000,
   eval_batches=2441,  # 10 million tokens
-  save_every=2000,
 )

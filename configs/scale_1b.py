@@ -5,11 +5,8 @@ their script for 1B: learning rate 0.0002, momentum 0.9 of the head, 100,000
 steps of 512 x 256 tokens, a tenth of them warm-up, no clipping, bfloat16.
 Command: python -m train.pretrain configs/scale_1b.py
 (c4/en prepared by TFDS; --corpus.data-dir says where).
-Differences: documents are packed here, and there each is cut or padded to 256
-tokens; the tokenizer is trained on C4 here, and is T5's there; their evaluation
-divides by one batch too many, so that its perplexities are too low. Compare
-with AdamW (--optimizer AdamW --learning-rate 0.001) by the side. Vectors have
-rate 0.001 there, and that of the matrices here.
+Differences: those of configs/scale_60m.py, and vectors have rate 0.001 there,
+and that of the matrices here.
 Expected memory: 10.80 GiB on an RTX 4090, 0.24 of them optimizer state, by the
 compiler (make plan ARGS=configs/scale_1b.py, 26 November 2026, jax 0.10.2).
 Expected time: not measured. 6 x parameters x tokens is 1.1e+20 operations, 195
@@ -19,22 +16,16 @@ Expected number: validation perplexity 14.25 (Adam 16.52, Muon 14.18, GaLore
 Our number: not yet run.
 """
 
-from models.llama import llama
-from train.config import Config
-from train.data.corpus import Tfds
-from train.method import ScaleSgd
+import dataclasses
 
-config = Config(
+from configs.scale_60m import config as base
+from models.llama import llama
+
+config = dataclasses.replace(
+  base,
   model=llama('1b', dtype='bfloat16', param_dtype='bfloat16', remat=True),
-  corpus=Tfds('c4/en'),
-  optimizer=ScaleSgd(momentum=0.9),
   steps=100_000,
   learning_rate=0.0002,
-  batch_size=512,
-  sequence_length=256,
   microbatches=32,
-  clip_norm=None,
-  eval_every=1000,
   eval_batches=2441,  # 10 million tokens
-  save_every=1000,
 )
