@@ -11,7 +11,6 @@ import types
 import typing
 from typing import Any, ClassVar, Literal, TypeAlias
 
-import jax.numpy as jnp
 import optax
 
 from galore_optax.clipping import check_norm
@@ -303,9 +302,9 @@ class Config:
       decay_steps=length,
       end_value=self.final * self.learning_rate,
     )
-    # The last one ends where it ends, rather than at 0.
-    begun = lambda step: jnp.minimum(step // length, self.cycles - 1) * length
-    cosine = lambda step: once(step - begun(step))
+    cosine = optax.join_schedules(
+      [once] * self.cycles, range(length, self.steps, length)
+    )
     if isinstance(self.adapter, Relora):
       return adapter_lib.jagged(cosine, self.adapter)
     return cosine
