@@ -69,6 +69,18 @@ def test_without_all_methods_there_are_no_finals():
   assert {job.steps for job in done} == {2, 3, 4}
 
 
+def test_calls_with_half_of_the_methods_each_do_what_one_does():
+  inside = lambda name: methods.pairs(methods.METHODS[name])[4]
+  names = [*methods.METHODS]
+  whole = everything(names, SIZE, inside)
+  done = {}
+  for half in (names[::2], names[1::2]) * 2:
+    while (job := next(methods.todo(half, SIZE, done), None)) is not None:
+      assert job.method in half
+      done[job] = pretended(job, inside(job.method))
+  assert done == whole
+
+
 def test_runs_of_another_size_do_not_mix(tmp_path):
   methods.save(tmp_path / 'a.json', '{"size": {"width": 8}, "runs": []}')
   with pytest.raises(SystemExit, match=r'holds runs of .*move it away'):

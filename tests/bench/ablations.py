@@ -319,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   parser.add_argument('--rates', type=float, nargs=2, help='default: the best')
   args = parser.parse_args(argv)
+  methods.on_one_core()
   rates = tuple(args.rates) if args.rates else known_rates(args.results)
   bench(args.results, rates, hours=args.hours)
 

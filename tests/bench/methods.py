@@ -16,6 +16,10 @@ where it is there, so that a stopped bench goes on; then the tables to
 methods.md and a picture. `--hours` bounds a call. A run's command, which is
 beside it, trains it again and prints the same figures on the same machine.
 
+All is computed on one core, as sums are split over cores and figures would
+depend on their number. Two calls, `taskset -c 1` before the second, share a
+results file: each with half of the methods (`--only`).
+
 Papers have one rate for all weights, which GaLore's scale of 0.25 turns into
 two; with two for everyone, scale is 1 here.
 """
@@ -28,6 +32,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import pathlib
 import shlex
 import tempfile
@@ -498,18 +503,23 @@ def beyond(pair: tuple[float, float], tried: Any) -> list[tuple[float, float]]:
 
 
 def todo(names: Sequence[str], size: Size, done: Done) -> Iterator[Job]:
-  """Yields the runs that are still wanted; ends where the tables are whole."""
-  order = {}
+  """Yields the runs of these methods that are still wanted.
+
+  Who is in the finals is known once the first round of all methods is done.
+  """
   for name in names:
-    order[name] = yield from tuned(name, size, done)
-  if {*names} != {*METHODS}:
+    yield from tuned(name, size, done)
+  if any(next(tuned(name, size, done), None) for name in METHODS):
     return
   found = firsts(size, done)
   bits = lambda name: found[name]['bits_per_byte']
   others = sorted((n for n in METHODS if n != BASELINE), key=bits)
   for name in [BASELINE, *others[: size.finalists]]:
+    if name not in names:
+      continue
+    order = yield from tuned(name, size, done)
     for corpus in CORPORA:
-      tries = [Job(corpus, name, *p, 0, size.tuned) for p in order[name][:3]]
+      tries = [Job(corpus, name, *p, 0, size.tuned) for p in order[:3]]
       yield from missing(tries, done)
       best = min(tries, key=lambda job: done[job]['bits_per_byte'])
       last = best._replace(steps=size.final)
@@ -700,6 +710,8 @@ def bench(
     runner = Bench(size, Corpora(pathlib.Path(scratch)))
     for job in until(todo(names, size, done), hours):
       done[job] = runner.run(job)
+      # What another call has run since.
+      done |= read(file, size)
       content = {
         'size': dataclasses.asdict(size),
         'machine': machine.describe(),
@@ -712,6 +724,12 @@ def bench(
     picture(size, done, directory / 'methods.png')
   if done:
     save(directory / 'methods.md', page(size, done))
+
+
+def on_one_core() -> None:
+  """Keeps to the first core that is allowed, where the system can be told."""
+  if hasattr(os, 'sched_setaffinity'):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -727,6 +745,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     help='one run, whose figures are printed',
   )
   args = parser.parse_args(argv)
+  on_one_core()
   if args.run is None:
     bench(args.results, size=Size(), names=args.only, hours=args.hours)
     return
