@@ -512,8 +512,10 @@ def _turned(p, new, old, changed, low: jax.Array, power: int) -> jax.Array:
   is for a matrix that was not due.
   """
   eye_rr = jnp.broadcast_to(jnp.eye(p.rank), (*p.batch, p.rank, p.rank))
-  overlaps = [projection.overlap(n, o) for n, o in zip(new, old, strict=True)]
-  return p.turn(low, [jnp.where(changed, x, eye_rr) ** power for x in overlaps])
+  # A card would round the factors to 11 bits, and moments with them.
+  with jax.default_matmul_precision('highest'):
+    found = map(projection.overlap, new, old)
+    return p.turn(low, [jnp.where(changed, x, eye_rr) ** power for x in found])
 
 
 def _checked_inner(inner: Any, moments: Any) -> Any:

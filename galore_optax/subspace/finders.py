@@ -109,11 +109,10 @@ class Randomized:
     """Returns the basis [r, m] of a gradient."""
     (m, n), r = g_mn.shape, basis_rm.shape[0]
     k = min(r + self.oversample, m)
-    sketch_mk = g_mn @ jax.random.normal(key, (n, k), g_mn.dtype)
-    q_mk, _ = jnp.linalg.qr(sketch_mk)
+    q_mk, _ = jnp.linalg.qr(g_mn @ jax.random.normal(key, (n, k), g_mn.dtype))
     for _ in range(self.power_iterations):
       q_mk, _ = jnp.linalg.qr(g_mn @ (g_mn.T @ q_mk))
-    return (q_mk @ _leading(q_mk.T @ g_mn, r)).T
+    return jnp.matmul(q_mk, _leading(q_mk.T @ g_mn, r), precision='highest').T
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,11 @@ def normal32(shape, seed=0):
   return jnp.asarray(normal(shape, seed), jnp.float32)
 
 
+def gram(rows_rm):
+  """Returns the products of rows, which a card would round to 11 bits."""
+  return np.float64(rows_rm) @ np.float64(rows_rm).T
+
+
 def tree(shapes=SHAPES, seed=0, leading=(), dtype=None):
   return {
     name: jnp.asarray(normal((*leading, *shape), seed + i), dtype)

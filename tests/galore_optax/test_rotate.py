@@ -63,6 +63,17 @@ def test_the_second_moment_follows_its_variance():
   np.testing.assert_allclose(after.inner.nu['t'], expected_v, atol=1e-6)
 
 
+def test_moments_turn_by_products_of_the_highest_precision():
+  # Of which a card knows lower ones.
+  def products(moments):
+    tx = galore(optax.adam(0.1), rank=4, moments=moments)
+    state = jax.eval_shape(tx.init, PARAMS)
+    return str(jax.make_jaxpr(tx.update)(PARAMS, state)).count('HIGHEST')
+
+  # Of either matrix, C and its products with both moments.
+  assert products('rotate') - products('keep') >= 2 * 3
+
+
 def test_nothing_moves_when_the_basis_stays():
   # The same gradient: the same basis, and C is the identity.
   inner = optax.adam(0.1)
