@@ -50,7 +50,7 @@ class Question(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures a checkpoint of a run, or a model of transformers."""
   args = parser().parse_args(argv)
-  machine.cache_compilations()
+  machine.prepare()
   with user_errors():
     check_least(
       1, batches=args.batches, window=args.window, batch_size=args.batch_size

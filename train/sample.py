@@ -367,7 +367,7 @@ def typed() -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> None:
   """Continues prompts, or answers in a chat, with a run or a checkpoint."""
   args = parser().parse_args(argv)
-  machine.cache_compilations()
+  machine.prepare()
   with user_errors():
     check(args)
     model = opened(args.path, best=args.best)

@@ -66,7 +66,7 @@ def main(
     before: shows what is to be trained; may raise as `prepare` does.
     after: shows what was trained, if no signal stopped it.
   """
-  machine.cache_compilations()
+  machine.prepare()
   with user_errors():
     mesh_lib.join()
     console = Console(quiet=not mesh_lib.leads())

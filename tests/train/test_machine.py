@@ -1,7 +1,10 @@
 """What a user is told of the machine, and where compiled steps are kept."""
 
+import os
+
 import jax
 import pytest
+from jaxlib import xla_client
 
 from train import machine
 
@@ -39,6 +42,22 @@ def test_a_cache_of_ones_own_is_left_alone(monkeypatch):
   before = jax.config.jax_compilation_cache_dir
   machine.cache_compilations()
   assert jax.config.jax_compilation_cache_dir == before is not None
+
+
+@pytest.mark.parametrize('given', ['', 'CLIENT', 'PYTHON_CLIENT'])
+def test_a_card_is_taken_but_for_a_twentieth(monkeypatch, given):
+  for name in ('CLIENT', 'PYTHON_CLIENT'):
+    monkeypatch.delenv(f'XLA_{name}_MEM_FRACTION', raising=False)
+  if given:
+    monkeypatch.setenv(f'XLA_{given}_MEM_FRACTION', '0.5')
+  else:
+    # Taken back after the test.
+    monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', '')
+    del os.environ['XLA_CLIENT_MEM_FRACTION']
+  machine.prepare()
+  # What JAX gives the card's client: of both variables one may be set.
+  options = xla_client.generate_pjrt_gpu_plugin_options()
+  assert options['memory_fraction'] == (0.5 if given else 0.95)
 
 
 @pytest.mark.parametrize(

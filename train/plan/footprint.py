@@ -16,6 +16,7 @@ from train import mesh as mesh_lib
 from train import step as step_lib
 from train.command import check_least
 from train.config import Config, WholeTree
+from train.machine import MEMORY_SHARE
 from train.plan import cards as cards_lib
 from train.plan.account import account
 from train.plan.cards import GPUS
@@ -71,7 +72,7 @@ class Plan:
   workspace_bytes: int
   """Allowance for what solvers allocate while they run."""
   capacity_bytes: int
-  """Memory of the card."""
+  """What the programs take of the card's memory."""
   total_bytes: int
   """Peak, workspace included; without a compiler, what is certain."""
   fits: bool | None
@@ -153,7 +154,7 @@ def make_plan(
   if compiled:
     total = compiled.total_bytes
   total += workspace
-  capacity = GPUS[cards.device].memory_bytes
+  capacity = int(MEMORY_SHARE * GPUS[cards.device].memory_bytes)
   return Plan(
     config=path,
     method=method or type(config.optimizer).__name__,
