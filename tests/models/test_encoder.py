@@ -59,7 +59,7 @@ _KINDS = pytest.mark.parametrize(
   'changes',
   [
     {},
-    {'num_labels': 1},
+    pytest.param({'num_labels': 1}, marks=pytest.mark.slow),
     {'family': 'roberta', 'pad_id': 1, 'num_types': 1},
   ],
   ids=['bert', 'regression', 'roberta'],

@@ -384,7 +384,9 @@ def test_a_round_trip_of_an_encoder_changes_no_byte(
   assert len(fields['label2id']) == config.num_labels
 
 
-@pytest.mark.parametrize('kind', _ENCODERS)
+@pytest.mark.parametrize(
+  'kind', ['bert', pytest.param('roberta', marks=pytest.mark.slow)]
+)
 def test_an_encoder_without_a_head(tmp_path, kind):
   config, params = _encoder(kind)
   huggingface.save(tmp_path, config, params)

@@ -96,7 +96,11 @@ UPDATES = [WholeTree(), pytest.param(LAYERWISE, marks=pytest.mark.slow)]
     (Lora(rank=3), {'beneath', 'rest'}),
     (Lora(rank=3, rest='trained'), {'beneath'}),
     (Lora(rank=3, lomo=0.5), set()),
-    (Relora(rank=3, every=9, restart_warmup=1), {'beneath'}),
+    pytest.param(
+      Relora(rank=3, every=9, restart_warmup=1),
+      {'beneath'},
+      marks=pytest.mark.slow,
+    ),
     (Factored(rank=3), set()),
   ],
 )

@@ -25,9 +25,8 @@ def seed_rule():
   return galore_rule(subspace='random')
 
 
-@pytest.mark.parametrize(
-  'microbatches', [1, pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('microbatches', [1, 2])
 def test_parts_are_one_large_batch_over_three_refreshes(microbatches):
   model, tx = Residual(), seed_rule()
   options = dict(steps=6, examples=12)
