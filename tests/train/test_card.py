@@ -1,18 +1,33 @@
 """The bench of a card, in small and on whatever is here."""
 
+import json
+
 import jax
 import pytest
 
-from tests.bench import card
+from tests.bench.card import __main__ as card
 
 
 @pytest.mark.slow
-def test_measures_a_small_step(capsys):
-  card.main(['--small', '--steps', '2'])
-  out = capsys.readouterr().out
-  (row,) = [line for line in out.splitlines() if line.startswith('| small')]
-  _, peak, plan, step, _, tokens, _ = row.strip('| ').split(' | ')
-  assert jax.devices()[0].device_kind in out
-  assert float(step) > 0 and float(tokens.replace(',', '')) > 0
-  # The CPU does not count its memory, and is no card to plan for.
-  assert (peak, plan) == ('-', '-')
+def test_measures_small_rows(capsys):
+  card.main(['--small', '--steps', '3'])
+  lines = capsys.readouterr().out.splitlines()
+  found = {}
+  for name, line in zip(card.SMALL, lines, strict=True):
+    assert line.startswith(f'{name} ')
+    found[name] = json.loads(line.removeprefix(name))
+  step, update = found['small step'], found['small update']
+  for row in (step, update):
+    assert row['device'] == jax.devices()[0].device_kind
+    assert 0 < row['seconds'] < row['first'] and row['finite']
+  assert step['tokens'] == 2 * 32
+  assert 'no config file configs/none.py' in found['no such config']['failed']
+  # No card to plan for: of what is planned there is nothing.
+  page = card.page(found)
+  assert '| small step |' in page and '| small update |' in page
+  assert 'no such config' not in page
+
+
+def test_a_row_for_each_workload_that_the_page_shows():
+  kinds = {workload[1] for workload in card.ROWS.values()}
+  assert kinds == {'rates', 'step', 'update'}

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from galore_torch import GaLoreAdamW
+from galore_torch import GaLoreAdamW, GaLoreAdamW8bit
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from models import llama as llama_lib
 from models.llama import llama
 from tests.bench.speed.ours import BATCH, GAP, RANK, TIME
 
@@ -20,28 +21,37 @@ Run = Callable[[], Any]
 def model(size: str) -> LlamaForCausalLM:
   """Returns transformers' model of one of our sizes."""
   ours = llama(size)
+  return transformer(ours, ours.num_layers)
+
+
+def transformer(
+  ours: llama_lib.LlamaConfig, num_layers: int
+) -> LlamaForCausalLM:
+  """Returns transformers' model of ours, with so many layers."""
   torch.manual_seed(0)
   config = LlamaConfig(
     vocab_size=ours.vocab_size,
     hidden_size=ours.width,
     intermediate_size=ours.mlp_width,
     num_attention_heads=ours.num_heads,
-    num_hidden_layers=ours.num_layers,
+    num_hidden_layers=num_layers,
     use_cache=False,
   )
   return LlamaForCausalLM(config).train()
 
 
 def optimizer(
-  name: str, named: dict[str, torch.nn.Parameter], gap: int
+  name: str, named: dict[str, torch.nn.Parameter], gap: int, rank: int = RANK
 ) -> torch.optim.Optimizer:
   """Returns an optimizer of the reference, or torch's own AdamW."""
   if name == 'AdamW':
     return torch.optim.AdamW(named.values(), lr=0.01, fused=True)
   matrices = {k: p for k, p in named.items() if 'attn' in k or 'mlp' in k}
   rest = [p for k, p in named.items() if k not in matrices]
-  low = dict(rank=RANK, update_proj_gap=gap, scale=0.25, proj_type='std')
+  low = dict(rank=rank, update_proj_gap=gap, scale=0.25, proj_type='std')
   groups = [{'params': rest}, {'params': list(matrices.values())} | low]
+  if name == '8-bit GaLore':
+    return GaLoreAdamW8bit(groups, lr=0.01)
   return GaLoreAdamW(groups, lr=0.01, no_deprecation_warning=True)
 
 

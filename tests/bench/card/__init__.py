@@ -1,0 +1,1 @@
+"""Steps and updates on a real card: `python -m tests.bench.card`."""

@@ -1,0 +1,144 @@
+"""What is measured of ours: generators that compile, and then measure.
+
+Each yields once when it has compiled, and then what it found.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train import machine
+from train import step as step_lib
+from train.command import parse
+from train.mesh import devices
+from train.plan.bill import whole_update
+from train.plan.footprint import batch
+from train.task import language_model
+
+PyTree = Any
+Found = dict[str, Any]
+
+
+def step(steps: str, *argv: str) -> Iterator[Found]:
+  """A config's step as it is trained: made-up weights and tokens."""
+  config = parse(argv).config.resolved()
+  init, run_step = step_lib.build(config, language_model(config))
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  inputs = jax.tree.map(made_up, batch(config))
+  # Compiled before anything is there, so that the peak is the step's own.
+  compiled = run_step.lower(shapes, inputs).compile()
+  yield {}
+  held = [zeros(shapes._replace(params=())), {}]
+  held[0] = held[0]._replace(params=jax.jit(lambda: waves(shapes.params))())
+
+  def run() -> Any:
+    held[:] = compiled(held[0], inputs)
+    return held
+
+  found = measured(run, int(steps))
+  yield found | {
+    'tokens': config.batch_size * config.sequence_length,
+    'finite': math.isfinite(float(held[1]['loss'])),
+  }
+
+
+def update(steps: str, *argv: str) -> Iterator[Found]:
+  """The optimizer's part of a config's step, of all weights at once."""
+  config = parse(argv).config.resolved()
+  run_update, *shapes = whole_update(config, devices(config.mesh))
+  compiled = run_update.lower(*shapes).compile()
+  yield {}
+  params, state, grads = shapes
+  held = [jax.jit(lambda: waves(params))(), zeros(state)]
+  grads = jax.jit(lambda: noise(grads))()
+
+  def run() -> Any:
+    held[:] = compiled(*held, grads)
+    return held
+
+  yield measured(run, int(steps)) | {
+    'elements': sum(x.size for x in jax.tree.leaves(params)),
+    'finite': all(
+      bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(held[0])
+    ),
+  }
+
+
+def rates(steps: str) -> Iterator[Found]:
+  """What the card can do: bytes a second, flops of three types of product."""
+  size = 8192
+  draw = lambda dtype: jax.random.normal(jax.random.key(0), (size, size), dtype)
+  product = jax.jit(jnp.matmul, static_argnames='precision')
+  yield {}
+  x = jnp.ones(2**30, jnp.float32)
+  double = jax.jit(lambda x: 2 * x)
+  copied = measured(lambda: double(x), int(steps))
+  found = {key: copied[key] for key in ('device', 'software')}
+  found['bandwidth'] = 8 * x.size / copied['seconds']
+  for name, dtype, precision in (
+    ('bfloat16', jnp.bfloat16, None),
+    ('float32 as it is', jnp.float32, None),
+    ('float32, highest', jnp.float32, 'highest'),
+  ):
+    a = draw(dtype)
+    run = lambda a=a, p=precision: product(a, a, precision=p)
+    found[name] = 2 * size**3 / measured(run, int(steps))['seconds']
+  yield found
+
+
+def measured(run: Callable[[], Any], steps: int) -> Found:
+  """Times a first run and, in three rounds, as many as in `steps`."""
+
+  def seconds(count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+      last = run()
+    jax.block_until_ready(last)
+    return (time.perf_counter() - start) / count
+
+  first = seconds(1)
+  usual = statistics.median(seconds(max(1, steps // 3)) for _ in range(3))
+  return {
+    'device': jax.devices()[0].device_kind,
+    'software': f'jax {jax.__version__}',
+    'seconds': usual,
+    'first': first,
+    'peak_bytes': machine.peak_bytes(),
+  }
+
+
+def zeros(shapes: PyTree) -> PyTree:
+  """Returns an optimizer's state before the first update."""
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def waves(shapes: PyTree) -> PyTree:
+  """Returns weights; real initial ones would take more memory for a moment."""
+  wave = lambda x: jnp.cos(
+    jax.lax.broadcasted_iota(jnp.float32, x.shape, x.ndim - 1)
+  )
+  return jax.tree.map(lambda x: (0.02 * wave(x)).astype(x.dtype), shapes)
+
+
+def noise(shapes: PyTree) -> PyTree:
+  """Returns gradients of full rank."""
+  leaves, structure = jax.tree.flatten(shapes)
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  made = [
+    jax.random.normal(key, x.shape, x.dtype)
+    for key, x in zip(keys, leaves, strict=True)
+  ]
+  return jax.tree.unflatten(structure, made)
+
+
+def made_up(x: jax.ShapeDtypeStruct) -> np.ndarray:
+  """Returns an input of small numbers; as weights, ones."""
+  if x.dtype == jnp.float32:
+    return np.ones(x.shape, x.dtype)
+  return np.resize(np.arange(x.shape[-1]), x.shape).astype(x.dtype) % 128

@@ -1,0 +1,92 @@
+"""What is measured of PyTorch: transformers and galore-torch, unmodified.
+
+Generators as those of `tests.bench.card.ours`.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import __version__ as VERSION
+
+from tests.bench.speed import theirs
+from train.command import load
+
+CARD = 'cuda' if torch.cuda.is_available() else 'cpu'
+# As JAX multiplies float32 on a card unless it is told otherwise.
+torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def step(steps: str, optimizer: str, path: str) -> Iterator[dict[str, Any]]:
+  """The step of a config's model, batch, microbatches and rank."""
+  config = load(path)
+  net, tx = made(config, optimizer)
+  size = config.batch_size // config.microbatches
+  shape = (config.microbatches, size, config.sequence_length)
+  tokens = torch.randint(0, 128, shape, device=CARD)
+  yield {}
+
+  def run() -> None:
+    for part in tokens:
+      loss = net(input_ids=part, labels=part).loss / config.microbatches
+      loss.backward()
+    tx.step()
+    tx.zero_grad()
+
+  yield measured(run, int(steps)) | {'tokens': tokens.numel()}
+
+
+def update(
+  steps: str, optimizer: str, path: str, dtype: str, layers: str
+) -> Iterator[dict[str, Any]]:
+  """The optimizer's part of a step, of the config's model with less layers."""
+  net, tx = made(load(path), optimizer, dtype, int(layers))
+  grads = [torch.randn_like(w) for w in net.parameters()]
+  yield {}
+
+  def run() -> None:
+    # In 8 bits a step leaves the projected gradient in the gradient's place.
+    for w, grad in zip(net.parameters(), grads, strict=True):
+      w.grad = grad
+    tx.step()
+
+  elements = sum(w.numel() for w in net.parameters())
+  yield measured(run, int(steps)) | {'elements': elements}
+
+
+def made(
+  config: Any, optimizer: str, dtype: str = 'bfloat16', layers: int = 0
+) -> tuple[Any, torch.optim.Optimizer]:
+  """Returns transformers' model of a config on the card, and its optimizer."""
+  net = theirs.transformer(config.model, layers or config.model.num_layers)
+  net = net.to(CARD, getattr(torch, dtype))
+  if config.model.remat and not layers:
+    net.gradient_checkpointing_enable()
+  rank = getattr(config.optimizer, 'rank', 0)
+  named = dict(net.named_parameters())
+  return net, theirs.optimizer(optimizer, named, 500, rank)
+
+
+def measured(run: Callable[[], Any], steps: int) -> dict[str, Any]:
+  """Times a first run and, in three rounds, as many as in `steps`."""
+
+  def seconds(count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+      run()
+    if CARD == 'cuda':
+      torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count
+
+  first = seconds(1)
+  usual = statistics.median(seconds(max(1, steps // 3)) for _ in range(3))
+  on_card = CARD == 'cuda'
+  return {
+    'software': f'torch {torch.__version__}, transformers {VERSION}',
+    'device': torch.cuda.get_device_name() if on_card else 'cpu',
+    'seconds': usual,
+    'first': first,
+    'peak_bytes': torch.cuda.max_memory_allocated() if on_card else None,
+  }
