@@ -1,0 +1,216 @@
+"""The papers' claims at the size of the bench of methods, a line each.
+
+`python -m tests.bench.claims` reads tests/bench/results/methods.json and writes
+claims.md beside it: of each claim the difference of two methods in bits a byte,
+with twice its standard error over the rows of held-out text, by the finals
+where both are in them, else by the first round; and whether that confirms the
+claim. What is not run yet is said.
+"""
+
+import argparse
+import enum
+import math
+import pathlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.bench import methods
+from tests.bench.methods import BASELINE, CORPORA, RESULTS, Done, Size, held
+
+
+class Kind(enum.Enum):
+  """What a claim says of one method beside another."""
+
+  BETTER = 'better than'
+  NO_WORSE = 'at least as good as'
+  EQUAL = 'equal to'
+  NEAR = 'within 2% of the perplexity of'
+  FRONT = 'on the front of bits against bytes'
+
+
+class Claim(NamedTuple):
+  """One method beside another, and who said so."""
+
+  one: str
+  kind: Kind
+  other: str
+  source: str
+
+
+CLAIMS = (
+  Claim('GaLore', Kind.NEAR, BASELINE, 'GaLore, Table 2'),
+  Claim('GaLore', Kind.BETTER, 'Low-Rank', 'GaLore, Table 2'),
+  Claim('GaLore', Kind.BETTER, 'LoRA', 'GaLore, Table 2'),
+  Claim('GaLore', Kind.BETTER, 'ReLoRA', 'GaLore, Table 2'),
+  Claim('8-bit GaLore', Kind.EQUAL, 'GaLore', 'GaLore'),
+  Claim('FRUGAL', Kind.BETTER, 'GaLore', 'FRUGAL, Table 2'),
+  Claim('FRUGAL', Kind.BETTER, 'BAdam', 'FRUGAL, Table 2'),
+  Claim('Fira', Kind.NO_WORSE, 'GaLore', 'Fira'),
+  Claim('APOLLO', Kind.NO_WORSE, 'GaLore', 'APOLLO, Table 2'),
+  Claim('SCALE', Kind.FRONT, '', 'SCALE'),
+)
+
+
+class Pair(NamedTuple):
+  """Two methods' rows of the same text, by the same round."""
+
+  where: str
+  one: np.ndarray
+  other: np.ndarray
+
+  @property
+  def difference(self) -> float:
+    """Bits a byte that the first has more."""
+    return float(np.mean(self.one - self.other))
+
+  @property
+  def error(self) -> float:
+    """Twice the standard error of the difference."""
+    each = self.one - self.other
+    return 2 * float(np.std(each, ddof=1)) / math.sqrt(len(each))
+
+
+def pairs(claim: Claim, size: Size, done: Done) -> Iterator[Pair]:
+  """Yields what is known of two methods: finals, else the first round."""
+  known = False
+  for corpus in CORPORA:
+    last = methods.finals(corpus, size, done)
+    if claim.one in last and claim.other in last:
+      known = True
+      mean = lambda name, last=last: np.mean([x['rows'] for x in last[name]], 0)
+      where = f'{corpus}, {size.seeds} seeds'
+      yield Pair(where, mean(claim.one), mean(claim.other))
+  first = methods.firsts(size, done)
+  if not known and claim.one in first and claim.other in first:
+    rows = (np.array(first[x]['rows']) for x in (claim.one, claim.other))
+    yield Pair('first round', *rows)
+
+
+def confirmed(kind: Kind, pair: Pair, bytes_per_token: float) -> bool | None:
+  """Returns whether a pair is as claimed; None where it cannot tell.
+
+  >>> rows = np.array([2.0, 2.2, 2.1])
+  >>> confirmed(Kind.BETTER, Pair('', rows - 0.1, rows), 3.0)
+  True
+  >>> confirmed(Kind.NEAR, Pair('', rows + 0.1, rows), 3.0)
+  False
+  """
+  off, error = pair.difference, pair.error
+  match kind:
+    case Kind.BETTER:
+      return None if abs(off) <= error else off < 0
+    case Kind.NO_WORSE:
+      return off <= error
+    case Kind.EQUAL:
+      return abs(off) <= error
+    case Kind.NEAR:
+      return 2 ** (off * bytes_per_token) <= 1.02
+  raise ValueError(f'{kind} is of no pair')
+
+
+def on_front(name: str, size: Size, done: Done) -> list[str]:
+  """Returns the methods that are better in no more bytes; none: on the front.
+
+  What is better by no more than the error of the difference is not.
+  """
+  first = methods.firsts(size, done)
+  rows = {key: np.array(run['rows']) for key, run in first.items()}
+  return [
+    other
+    for other, run in first.items()
+    if other != name
+    and held(run) <= held(first[name])
+    and confirmed(Kind.BETTER, Pair('', rows[other], rows[name]), 1.0)
+  ]
+
+
+def lines(
+  claim: Claim, size: Size, done: Done, bytes_per_token: dict[str, float]
+) -> list[str]:
+  """Returns a claim's rows of the table."""
+  said = ' '.join(x for x in (claim.one, claim.kind.value, claim.other) if x)
+  row = lambda where, found, verdict: (
+    f'| {said} ({claim.source}) | {where} | {found} | {verdict} |'
+  )
+  if claim.kind is Kind.FRONT:
+    if claim.one not in methods.firsts(size, done):
+      return [row('', '', 'not yet run')]
+    ahead = on_front(claim.one, size, done)
+    found = f'in no more bytes: {", ".join(ahead) or "none is better"}'
+    return [row('first round', found, verdict(not ahead))]
+  found = []
+  for pair in pairs(claim, size, done):
+    corpus = next((x for x in CORPORA if x in pair.where), CORPORA[0])
+    each = bytes_per_token[corpus]
+    ratio = 2 ** (pair.difference * each) - 1
+    text = (
+      f'{pair.difference:+.4f} +- {pair.error:.4f} bits a byte, perplexity '
+      f'{ratio:+.1%}'
+    )
+    answer = verdict(confirmed(claim.kind, pair, each))
+    found.append(row(pair.where, text, answer))
+  return found or [row('', '', 'not yet run')]
+
+
+def verdict(answer: bool | None) -> str:
+  """Returns an answer in a word."""
+  words = {True: 'confirmed', False: '**contradicted**', None: 'no difference'}
+  return words[answer]
+
+
+def page(size: Size, done: Done, bytes_per_token: dict[str, float]) -> str:
+  """Returns the table of all claims."""
+  rows = [x for c in CLAIMS for x in lines(c, size, done, bytes_per_token)]
+  return '\n'.join(
+    [
+      "# The papers' claims at 1.5 M parameters",
+      '',
+      'By `python -m tests.bench.claims`, from the runs of '
+      '[methods.md](methods.md): there the',
+      'sizes are small, both learning rates are tuned for everyone, and second '
+      'moments decay.',
+      'Less is better; an error is twice the standard one over rows of text, '
+      'and a perplexity is',
+      'of a token.',
+      '',
+      '| claim | by | difference | |',
+      '| --- | --- | --- | --- |',
+      *rows,
+      '',
+    ]
+  )
+
+
+def bytes_per_token(bench: methods.Bench, corpus: str) -> float:
+  """Returns the mean length of a held-out token that is scored."""
+  sums: Any = np.zeros(2)
+  for row in bench.held_out(corpus):
+    sums += [np.sum(row['weights'] * row['bytes']), np.sum(row['weights'])]
+  return float(sums[0] / sums[1])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Writes the table, and prints it."""
+  parser = argparse.ArgumentParser('python -m tests.bench.claims')
+  parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
+  args = parser.parse_args(argv)
+  size = Size()
+  done = methods.read(args.results / 'methods.json', size)
+  if not done:
+    raise SystemExit(
+      f'{args.results}/methods.json has no runs: python -m tests.bench.methods'
+    )
+  with tempfile.TemporaryDirectory() as scratch:
+    bench = methods.Bench(size, methods.Corpora(pathlib.Path(scratch)))
+    ran = {job.corpus for job in done}
+    each = {corpus: bytes_per_token(bench, corpus) for corpus in sorted(ran)}
+  text = page(size, done, each)
+  (args.results / 'claims.md').write_text(text)
+  print(text)
+
+
+if __name__ == '__main__':
+  main()

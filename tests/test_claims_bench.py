@@ -1,0 +1,75 @@
+"""The papers' claims: what a difference of two methods is taken for."""
+
+import numpy as np
+import pytest
+
+from tests.bench import claims
+from tests.bench.claims import Claim, Kind, Pair
+from tests.bench.methods import CORPORA, Job, Rung, Size
+
+SIZE = Size(first=(Rung(4, 1),), final=6, seeds=2)
+ROWS = np.linspace(2.0, 2.2, 8)
+NOISE = np.array([1, -1, 1, -1, 1, -1, 1, -1]) * 1e-3
+
+
+def runs(name, rows, *, state=100, corpus='chitchat', steps=4, seeds=1):
+  """What is done of a method, the same with each seed."""
+  return {
+    Job(corpus, name, 1.0, 1.0, seed, steps): {
+      'rows': [float(x) for x in rows],
+      'bits_per_byte': float(np.mean(rows)),
+      'weight_bytes': 10,
+      'state_bytes': state,
+    }
+    for seed in range(seeds)
+  }
+
+
+@pytest.mark.parametrize(
+  'kind, off, expected',
+  [
+    (Kind.BETTER, -0.01, True),
+    (Kind.BETTER, 0.01, False),
+    (Kind.BETTER, 0.0, None),
+    (Kind.NO_WORSE, 0.0, True),
+    (Kind.NO_WORSE, 0.01, False),
+    (Kind.EQUAL, 0.0, True),
+    (Kind.EQUAL, -0.01, False),
+    # Of 3 bytes a token 0.0095 bits a byte are 2%.
+    (Kind.NEAR, 0.0094, True),
+    (Kind.NEAR, 0.0096, False),
+    (Kind.NEAR, -1.0, True),
+  ],
+)
+def test_a_difference_beyond_its_error_counts(kind, off, expected):
+  pair = Pair('', ROWS + off + NOISE, ROWS)
+  assert claims.confirmed(kind, pair, 3.0) is expected
+
+
+def test_finals_go_before_the_first_round():
+  claim = Claim('GaLore', Kind.BETTER, 'LoRA', 'x')
+  done = runs('GaLore', ROWS) | runs('LoRA', ROWS + 0.1)
+  (first,) = claims.pairs(claim, SIZE, done)
+  assert first.where == 'first round'
+  assert first.difference == pytest.approx(-0.1)
+  for name, more in (('GaLore', 0.3), ('LoRA', 0.1)):
+    last = {'corpus': CORPORA[1], 'steps': SIZE.final, 'seeds': SIZE.seeds}
+    done |= runs(name, ROWS + more, **last)
+  (final,) = claims.pairs(claim, SIZE, done)
+  assert final.where == f'{CORPORA[1]}, 2 seeds'
+  assert final.difference == pytest.approx(0.2)
+
+
+def test_the_front_is_of_what_is_no_larger_and_better():
+  done = runs('SCALE', ROWS, state=50) | runs('AdamW', ROWS - 1, state=51)
+  assert not claims.on_front('SCALE', SIZE, done)
+  done |= runs('LOMO', ROWS - 0.1 + NOISE, state=0)
+  assert claims.on_front('SCALE', SIZE, done) == ['LOMO']
+
+
+def test_the_page_has_each_claim():
+  done = runs('GaLore', ROWS) | runs('AdamW', ROWS + NOISE)
+  page = claims.page(SIZE, done, {'chitchat': 3.0})
+  assert page.count('not yet run') == len(claims.CLAIMS) - 1
+  (line,) = [x for x in page.splitlines() if 'perplexity of AdamW' in x]
+  assert line.endswith('| confirmed |')
