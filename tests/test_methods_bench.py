@@ -1,11 +1,14 @@
 """The bench of methods: what it runs, and that a run is the same again."""
 
+import dataclasses
 import math
+import pathlib
 
 import pytest
 
-from tests.bench import methods
+from tests.bench import methods, quickstart
 from tests.bench.methods import Job, Rung, Size
+from train.command import load
 
 SIZE = Size(
   width=32,
@@ -116,3 +119,17 @@ def test_a_stopped_bench_goes_on(tmp_path, capsys):
   assert (tmp_path / 'methods.png').exists()
   run(None)
   assert not capsys.readouterr().out
+
+
+def test_the_quickstart_is_tuned_as_it_is():
+  given, size = load(quickstart.CONFIG), quickstart.size()
+  bench = quickstart.Quickstart(size, methods.Corpora(pathlib.Path()))
+  job = Job('chitchat', 'GaLore', 1.0, 1.0, seed=given.seed, steps=given.steps)
+  config = bench.config(job)
+  # Rates and the method are the bench's own.
+  changed = {'optimizer': given.optimizer, 'learning_rate': given.learning_rate}
+  assert dataclasses.replace(config, **changed) == given
+  around = bench.around(job.steps)
+  assert around == (given.optimizer.rank, given.optimizer.gap)
+  assert size.rank == around.rank and size.first[-1].steps == given.steps
+  assert {*quickstart.NAMES} <= {*methods.METHODS}

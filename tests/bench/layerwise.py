@@ -9,12 +9,17 @@ sees. It prints the table and writes it to tests/bench/results/layerwise.json.
 
 import json
 import pathlib
+import subprocess
+import sys
 import tempfile
 
+import numpy as np
 import rich.table
 from rich.console import Console
 
-from tests.bench.quickstart import RESULTS, run, summary
+from tests.bench.methods import RESULTS
+from tests.bench.quickstart import CONFIG
+from train import metrics
 
 RULE = ['--optimizer', 'Galore8bit']
 RULE += ['--optimizer.rank', '64', '--optimizer.gap', '50']
@@ -30,6 +35,28 @@ STEPS = {
 
 RATE = 0.01
 """The best of the quickstart's rates for GaLore."""
+
+
+def run(
+  directory: pathlib.Path, arguments: list[str], rate: float
+) -> list[dict]:
+  """Trains once; returns the lines of its metrics."""
+  command = [sys.executable, '-m', 'train.pretrain', CONFIG, *arguments]
+  command += ['--learning-rate', str(rate), '--run', str(directory)]
+  subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+  return metrics.read(directory / 'metrics.jsonl')
+
+
+def summary(lines: list[dict]) -> dict[str, float]:
+  """Returns what the table shows of one run."""
+  speeds = [line for line in lines if 'tokens_per_second' in line]
+  seconds = [line['tokens'] / line['tokens_per_second'] for line in speeds]
+  last = next(line for line in reversed(lines) if 'validation_loss' in line)
+  return {
+    'bits_per_byte': last['validation_bits_per_byte'],
+    'perplexity': last['validation_perplexity'],
+    'seconds': float(np.mean(seconds)),
+  }
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ import time
 import rich.table
 from rich.console import Console
 
-from tests.bench.quickstart import CONFIG, RESULTS
+from tests.bench.methods import RESULTS
+from tests.bench.quickstart import CONFIG
 from train.command import load
 from train.data.batches import batches
 from train.data.corpus import Chitchat, Documents, TextFiles

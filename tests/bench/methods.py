@@ -99,6 +99,9 @@ class Size:
     return self.width // 4
 
 
+SIZE = Size()
+
+
 class Job(NamedTuple):
   """A run that is wanted."""
 
@@ -275,6 +278,9 @@ def package(name: str) -> pathlib.Path:
 class Bench:
   """What runs share: texts, batches, and a method that is compiled."""
 
+  name = 'methods'
+  """Of the module and of its results."""
+
   def __init__(self, size: Size, corpora: Corpora):
     """Makes nothing yet."""
     self.size, self.corpora = size, corpora
@@ -394,7 +400,7 @@ class Bench:
       'tokens': job.steps * self.size.batch_size * self.size.sequence_length,
       'seconds': seconds,
       **sizes,
-      'command': command(job),
+      'command': command(self.name, job),
     }
 
   def measured(self, corpus: str, loss: Callable) -> dict[str, Any]:
@@ -445,14 +451,14 @@ def two_rates(
   return optax.partition({True: by(matrix), False: by(rest)}, matrices)
 
 
-def command(job: Job) -> str:
-  """Returns what trains a run again.
+def command(name: str, job: Job) -> str:
+  """Returns what trains a run of a bench again.
 
-  >>> command(Job('chitchat', 'GaLore', 0.01, 0.003, 0, 400))
+  >>> command('methods', Job('chitchat', 'GaLore', 0.01, 0.003, 0, 400))
   'python -m tests.bench.methods --run chitchat GaLore 0.01 0.003 0 400'
   """
   return shlex.join(
-    ['python', '-m', 'tests.bench.methods', '--run', *map(str, job)]
+    ['python', '-m', f'tests.bench.{name}', '--run', *map(str, job)]
   )
 
 
@@ -701,13 +707,15 @@ def bench(
   size: Size,
   names: Sequence[str],
   hours: float | None = None,
+  make: type[Bench] = Bench,
+  write: Callable[[Size, Done], str] = page,
 ) -> None:
   """Runs what is not done, for some hours, and writes the tables."""
   directory.mkdir(parents=True, exist_ok=True)
-  file = directory / 'methods.json'
+  file = directory / f'{make.name}.json'
   done = read(file, size)
   with tempfile.TemporaryDirectory() as scratch:
-    runner = Bench(size, Corpora(pathlib.Path(scratch)))
+    runner = make(size, Corpora(pathlib.Path(scratch)))
     for job in until(todo(names, size, done), hours):
       done[job] = runner.run(job)
       # What another call has run since.
@@ -721,9 +729,9 @@ def bench(
       bits = done[job]['bits_per_byte']
       print(f'{job}: {bits:.4f} bits per byte', flush=True)
   if firsts(size, done):
-    picture(size, done, directory / 'methods.png')
+    picture(size, done, directory / f'{make.name}.png')
   if done:
-    save(directory / 'methods.md', page(size, done))
+    save(directory / f'{make.name}.md', write(size, done))
 
 
 def on_one_core() -> None:
@@ -732,11 +740,18 @@ def on_one_core() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(
+  argv: Sequence[str] | None = None,
+  *,
+  size: Size = SIZE,
+  names: Sequence[str] = (*METHODS,),
+  make: type[Bench] = Bench,
+  write: Callable[[Size, Done], str] = page,
+) -> None:
   """Trains what is missing and writes the tables; or trains one run."""
-  parser = argparse.ArgumentParser('python -m tests.bench.methods')
+  parser = argparse.ArgumentParser(f'python -m tests.bench.{make.name}')
   parser.add_argument('--hours', type=float, help='start no run after them')
-  parser.add_argument('--only', nargs='+', choices=METHODS, default=[*METHODS])
+  parser.add_argument('--only', nargs='+', choices=METHODS, default=names)
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   parser.add_argument(
     '--run',
@@ -747,12 +762,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parser.parse_args(argv)
   on_one_core()
   if args.run is None:
-    bench(args.results, size=Size(), names=args.only, hours=args.hours)
+    options = dict(size=size, make=make, write=write)
+    bench(args.results, names=args.only, hours=args.hours, **options)
     return
   kinds = Job.__annotations__.values()
   job = Job(*(kind(x) for kind, x in zip(kinds, args.run, strict=True)))
   with tempfile.TemporaryDirectory() as scratch:
-    found = Bench(Size(), Corpora(pathlib.Path(scratch))).run(job)
+    found = make(size, Corpora(pathlib.Path(scratch))).run(job)
   print(json.dumps({k: x for k, x in found.items() if k != 'rows'}, indent=1))
 
 
