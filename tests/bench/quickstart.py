@@ -85,7 +85,8 @@ def page(size: Size, done: Done) -> str:
       'command in',
       'quickstart.json. `optax.contrib.galore` as it comes projects the '
       'embedding and the head',
-      'alone: it sees no matrix in stacked layers.',
+      'alone: it sees no matrix in stacked layers. Seconds are of a machine '
+      'with other work.',
       '',
       '| method | rate of matrices | of the rest | bits per byte | state, kB |'
       ' weights and state, kB | s / step | runs |',
