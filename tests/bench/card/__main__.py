@@ -310,6 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, row in (SMALL if args.small else ROWS).items()
     if args.only is None or name.startswith(tuple(args.only))
   }
+  if not wanted:
+    parser.error(f'no row begins with {args.only}; there are {[*ROWS]}')
   with tempfile.TemporaryDirectory() as cache:
     compile_all(wanted, cache)
     for name, row in measure_all(wanted, args.steps, cache):
