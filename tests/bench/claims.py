@@ -9,7 +9,6 @@ claim. What is not run yet is said.
 
 import argparse
 import enum
-import math
 import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -60,17 +59,17 @@ class Pair(NamedTuple):
   where: str
   one: np.ndarray
   other: np.ndarray
+  corpus: str = CORPORA[0]
 
   @property
   def difference(self) -> float:
     """Bits a byte that the first has more."""
-    return float(np.mean(self.one - self.other))
+    return methods.paired(self.one, self.other)[0]
 
   @property
   def error(self) -> float:
     """Twice the standard error of the difference."""
-    each = self.one - self.other
-    return 2 * float(np.std(each, ddof=1)) / math.sqrt(len(each))
+    return methods.paired(self.one, self.other)[1]
 
 
 def pairs(claim: Claim, size: Size, done: Done) -> Iterator[Pair]:
@@ -82,7 +81,7 @@ def pairs(claim: Claim, size: Size, done: Done) -> Iterator[Pair]:
       known = True
       mean = lambda name, last=last: np.mean([x['rows'] for x in last[name]], 0)
       where = f'{corpus}, {size.seeds} seeds'
-      yield Pair(where, mean(claim.one), mean(claim.other))
+      yield Pair(where, mean(claim.one), mean(claim.other), corpus)
   first = methods.firsts(size, done)
   if not known and claim.one in first and claim.other in first:
     rows = (np.array(first[x]['rows']) for x in (claim.one, claim.other))
@@ -143,13 +142,10 @@ def lines(
     return [row('first round', found, verdict(not ahead))]
   found = []
   for pair in pairs(claim, size, done):
-    corpus = next((x for x in CORPORA if x in pair.where), CORPORA[0])
-    each = bytes_per_token[corpus]
+    each = bytes_per_token[pair.corpus]
     ratio = 2 ** (pair.difference * each) - 1
-    text = (
-      f'{pair.difference:+.4f} +- {pair.error:.4f} bits a byte, perplexity '
-      f'{ratio:+.1%}'
-    )
+    less = methods.less(pair.one, pair.other)
+    text = f'{less} bits a byte, perplexity {ratio:+.1%}'
     answer = verdict(confirmed(claim.kind, pair, each))
     found.append(row(pair.where, text, answer))
   return found or [row('', '', 'not yet run')]

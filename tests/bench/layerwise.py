@@ -34,7 +34,7 @@ STEPS = {
 }
 
 RATE = 0.01
-"""The best of the quickstart's rates for GaLore."""
+"""The quickstart's own."""
 
 
 def run(

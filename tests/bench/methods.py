@@ -675,9 +675,15 @@ def less(rows: Any, base: Any) -> str:
   >>> less(np.array([2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0]))
   '+1.0000 +- 1.1547'
   """
+  mean, error = paired(rows, base)
+  return f'{mean:+.4f} +- {error:.4f}'
+
+
+def paired(rows: Any, base: Any) -> tuple[float, float]:
+  """Returns the mean difference of rows, and twice its standard error."""
   each = np.asarray(rows) - np.asarray(base)
   error = 2 * np.std(each, ddof=1) / math.sqrt(len(each))
-  return f'{np.mean(each):+.4f} +- {error:.4f}'
+  return float(np.mean(each)), float(error)
 
 
 def picture(size: Size, done: Done, path: pathlib.Path) -> None:

@@ -1,7 +1,5 @@
 """What a user is told of the machine, and where compiled steps are kept."""
 
-import os
-
 import jax
 import pytest
 from jaxlib import xla_client
@@ -47,13 +45,11 @@ def test_a_cache_of_ones_own_is_left_alone(monkeypatch):
 @pytest.mark.parametrize('given', ['', 'CLIENT', 'PYTHON_CLIENT'])
 def test_a_card_is_taken_but_for_a_twentieth(monkeypatch, given):
   for name in ('CLIENT', 'PYTHON_CLIENT'):
-    monkeypatch.delenv(f'XLA_{name}_MEM_FRACTION', raising=False)
+    # Set before, so that what the program sets is taken back after the test.
+    monkeypatch.setenv(f'XLA_{name}_MEM_FRACTION', '')
+    monkeypatch.delenv(f'XLA_{name}_MEM_FRACTION')
   if given:
     monkeypatch.setenv(f'XLA_{given}_MEM_FRACTION', '0.5')
-  else:
-    # Taken back after the test.
-    monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', '')
-    del os.environ['XLA_CLIENT_MEM_FRACTION']
   machine.prepare()
   # What JAX gives the card's client: of both variables one may be set.
   options = xla_client.generate_pjrt_gpu_plugin_options()
