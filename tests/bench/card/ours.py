@@ -93,24 +93,29 @@ def rates(steps: str) -> Iterator[Found]:
 
 
 def measured(run: Callable[[], Any], steps: int) -> Found:
+  """Returns the seconds and the peak of what runs on the first device."""
+  return timed(run, jax.block_until_ready, steps) | {
+    'device': jax.devices()[0].device_kind,
+    'software': f'jax {jax.__version__}',
+    'peak_bytes': machine.peak_bytes(),
+  }
+
+
+def timed(
+  run: Callable[[], Any], wait: Callable[[Any], Any], steps: int
+) -> Found:
   """Times a first run and, in three rounds, as many as in `steps`."""
 
   def seconds(count: int) -> float:
     start = time.perf_counter()
     for _ in range(count):
       last = run()
-    jax.block_until_ready(last)
+    wait(last)
     return (time.perf_counter() - start) / count
 
   first = seconds(1)
   usual = statistics.median(seconds(max(1, steps // 3)) for _ in range(3))
-  return {
-    'device': jax.devices()[0].device_kind,
-    'software': f'jax {jax.__version__}',
-    'seconds': usual,
-    'first': first,
-    'peak_bytes': machine.peak_bytes(),
-  }
+  return {'seconds': usual, 'first': first}
 
 
 def zeros(shapes: PyTree) -> PyTree:

@@ -3,14 +3,13 @@
 Generators as those of `tests.bench.card.ours`.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from transformers import __version__ as VERSION
 
+from tests.bench.card.ours import timed
 from tests.bench.speed import theirs
 from train.command import load
 
@@ -70,23 +69,11 @@ def made(
 
 
 def measured(run: Callable[[], Any], steps: int) -> dict[str, Any]:
-  """Times a first run and, in three rounds, as many as in `steps`."""
-
-  def seconds(count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-      run()
-    if CARD == 'cuda':
-      torch.cuda.synchronize()
-    return (time.perf_counter() - start) / count
-
-  first = seconds(1)
-  usual = statistics.median(seconds(max(1, steps // 3)) for _ in range(3))
+  """Returns the seconds and the peak of what runs on the card."""
   on_card = CARD == 'cuda'
-  return {
-    'software': f'torch {torch.__version__}, transformers {VERSION}',
+  wait = lambda _: torch.cuda.synchronize() if on_card else None
+  return timed(run, wait, steps) | {
     'device': torch.cuda.get_device_name() if on_card else 'cpu',
-    'seconds': usual,
-    'first': first,
+    'software': f'torch {torch.__version__}, transformers {VERSION}',
     'peak_bytes': torch.cuda.max_memory_allocated() if on_card else None,
   }
