@@ -71,5 +71,5 @@ def test_choices_train_and_a_stopped_bench_goes_on(tmp_path, capsys):
   assert all(f'| {c.table} | {c.name} |' in page for c in tried)
   run(None)
   assert not capsys.readouterr().out
-  with pytest.raises(SystemExit, match='holds runs at the rates'):
+  with pytest.raises(SystemExit, match=r"holds runs of {'rates'"):
     ablations.bench(tmp_path, (1.0, 1.0), size=SMALL, choices=choices)

@@ -1,5 +1,6 @@
 """The bench of methods: what it runs, and that a run is the same again."""
 
+import concurrent.futures
 import dataclasses
 import math
 import pathlib
@@ -8,6 +9,7 @@ import pytest
 
 from tests.bench import methods, quickstart
 from tests.bench.methods import Job, Rung, Size
+from tests.bench.runs import save
 from train.command import load
 
 SIZE = Size(
@@ -85,9 +87,24 @@ def test_calls_with_half_of_the_methods_each_do_what_one_does():
 
 
 def test_runs_of_another_size_do_not_mix(tmp_path):
-  methods.save(tmp_path / 'a.json', '{"size": {"width": 8}, "runs": []}')
+  save(tmp_path / 'methods.json', '{"size": {"width": 8}, "runs": []}')
   with pytest.raises(SystemExit, match=r'holds runs of .*move it away'):
-    methods.read(tmp_path / 'a.json', SIZE)
+    methods.runs_of(tmp_path, SIZE)
+
+
+def test_calls_at_one_time_lose_no_run(tmp_path):
+  jobs = [Job('chitchat', 'GaLore', 1.0, 1.0, seed, 4) for seed in range(40)]
+
+  def call(mine):
+    runs = methods.runs_of(tmp_path, SIZE)
+    for job in mine:
+      runs.add(job, {'bits_per_byte': float(job.seed)})
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    list(pool.map(call, (jobs[i::4] for i in range(4))))
+  done = methods.runs_of(tmp_path, SIZE).done
+  assert {*done} == {*jobs}
+  assert all(run['bits_per_byte'] == job.seed for job, run in done.items())
 
 
 @pytest.mark.slow

@@ -11,14 +11,13 @@ of a difference is chance.
 
 Each run is written to tests/bench/results/ablations.json as it ends and skipped
 where it is there, so that a stopped bench goes on; then the tables to
-ablations.md. `--hours` bounds a call. A run is the config of the bench of
-methods, with the changes that stand beside it.
+ablations.md. `--hours` bounds a call, `--only` names tables. A run is the
+config of the bench of methods, with the changes that stand beside it.
 """
 
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -30,8 +29,8 @@ import optax
 from galore_optax.precision import full
 from galore_optax.quantized.array import quantize, unpacked
 from tests.bench import methods
-from tests.bench.methods import RESULTS, Bench, Corpora, less, save, until
-from train import machine
+from tests.bench.methods import RESULTS, Bench, Corpora, less
+from tests.bench.runs import Runs, save, until
 from train import step as step_lib
 from train.config import Config, Layerwise
 from train.method import Galore
@@ -227,8 +226,8 @@ def todo(choices: Sequence[Choice], seeds: int) -> Iterator[tuple[Choice, Job]]:
   for choice in choices:
     for factor in choice.factors:
       yield choice, Job(choice.table, choice.name, factor, 0)
-  for seed in range(1, seeds):
-    yield BASE, Job(BASE.table, BASE.name, 1.0, seed)
+    for seed in range(1, seeds if choice is BASE else 1):
+      yield choice, Job(choice.table, choice.name, 1.0, seed)
 
 
 def page(size: Size, rates: tuple[float, float], done: Done) -> str:
@@ -272,7 +271,7 @@ def page(size: Size, rates: tuple[float, float], done: Done) -> str:
 def known_rates(directory: pathlib.Path) -> tuple[float, float]:
   """Returns GaLore's best rates in the first round of the bench of methods."""
   size = methods.Size()
-  best = methods.firsts(size, methods.read(directory / 'methods.json', size))
+  best = methods.firsts(size, methods.runs_of(directory, size).done)
   if 'GaLore' not in best:
     raise SystemExit(
       f'{directory}/methods.json has no rates of GaLore: run python -m '
@@ -290,26 +289,15 @@ def bench(
   hours: float | None = None,
 ) -> None:
   """Runs what is not done, for some hours, and writes the tables."""
-  file, done = directory / 'ablations.json', {}
-  directory.mkdir(parents=True, exist_ok=True)
-  if file.exists():
-    saved = json.loads(file.read_text())
-    if tuple(saved['rates']) != rates:
-      raise SystemExit(
-        f'{file} holds runs at the rates {saved["rates"]}, not at {rates}: '
-        'move it away, or give --rates'
-      )
-    done = {Job(*(run[x] for x in Job._fields)): run for run in saved['runs']}
-  runner = Runner(size, rates)
-  left = ((c, job) for c, job in todo(choices, size.seeds) if job not in done)
+  runs = Runs(directory / 'ablations.json', Job, {'rates': rates})
+  runner, every = Runner(size, rates), todo(choices, size.seeds)
+  left = ((choice, job) for choice, job in every if job not in runs.done)
   for choice, job in until(left, hours):
-    done[job] = job._asdict() | runner.run(choice, job.factor, job.seed)
-    runs = [*done.values()]
-    content = {'rates': rates, 'machine': machine.describe(), 'runs': runs}
-    save(file, json.dumps(content) + '\n')
-    print(f'{job}: {done[job]["bits_per_byte"]:.4f} bits per byte', flush=True)
-  if any(job[:2] == BASE[:2] for job in done):
-    save(directory / 'ablations.md', page(size, rates, done))
+    found = runner.run(choice, job.factor, job.seed)
+    runs.add(job, found)
+    print(f'{job}: {found["bits_per_byte"]:.4f} bits per byte', flush=True)
+  if any(job[:2] == BASE[:2] for job in runs.done):
+    save(directory / 'ablations.md', page(size, rates, runs.done))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -318,10 +306,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--hours', type=float, help='start no run after them')
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   parser.add_argument('--rates', type=float, nargs=2, help='default: the best')
+  tables = [*dict.fromkeys(choice.table for choice in CHOICES)]
+  parser.add_argument('--only', nargs='+', choices=tables, default=tables)
   args = parser.parse_args(argv)
-  methods.on_one_core()
+  methods.repeatable()
   rates = tuple(args.rates) if args.rates else known_rates(args.results)
-  bench(args.results, rates, hours=args.hours)
+  choices = [choice for choice in CHOICES if choice.table in args.only]
+  bench(args.results, rates, choices=choices, hours=args.hours)
 
 
 if __name__ == '__main__':

@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   args = parser.parse_args(argv)
   size = Size()
-  done = methods.read(args.results / 'methods.json', size)
+  done = methods.runs_of(args.results, size).done
   if not done:
     raise SystemExit(
       f'{args.results}/methods.json has no runs: python -m tests.bench.methods'

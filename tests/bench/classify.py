@@ -33,7 +33,8 @@ import jax
 
 from configs.glue_cola import TARGETS
 from models.lowrank import Lora
-from tests.bench.methods import missing, package, save, until
+from tests.bench.methods import missing, package
+from tests.bench.runs import Runs, save, until
 from train import machine
 from train import step as step_lib
 from train.classify import spread
@@ -242,7 +243,6 @@ def fit(
     'steps': config.steps,
     'seconds': seconds,
     'state_bytes': state_bytes,
-    'machine': machine.describe(),
   }
 
 
@@ -317,16 +317,6 @@ def table(
   return '\n'.join(lines) + '\n'
 
 
-def read(file: pathlib.Path) -> dict[Job, dict]:
-  """Returns the runs of a file, by what they are."""
-  if not file.exists():
-    return {}
-  return {
-    Job(*(run[name] for name in Job._fields)): run
-    for run in json.loads(file.read_text())
-  }
-
-
 def bench(
   sets: dict[str, Sentences],
   checkpoint: str,
@@ -339,20 +329,17 @@ def bench(
   show: Callable[[str], None] = print,
 ) -> None:
   """Runs what is not done, for some hours, and writes the table."""
-  file = results / 'classify.json'
   by_name = {method.name: method for method in (*methods, *wider)}
-  done = read(file)
-  results.mkdir(parents=True, exist_ok=True)
+  runs = Runs(results / 'classify.json', Job, {'size': size._asdict()})
   with tempfile.TemporaryDirectory() as directory:
     paths = {}
     for name, sentences in sets.items():
       (folder := pathlib.Path(directory) / name).mkdir()
       paths[name] = write(sentences, folder, size)
-    for job in until(todo(list(sets), methods, wider, done), hours):
+    for job in until(todo(list(sets), methods, wider, runs.done), hours):
       method = by_name[job.method]
       found = fit(paths[job.data], checkpoint, method, job, size)
-      done[job] = job._asdict() | found
-      save(file, json.dumps(list(done.values()), indent=1) + '\n')
+      runs.add(job, found)
       show(
         f'{job}: {found["validation"]:.3f} of the validation rows, '
         f'{found["test"]:.3f} of the test rows, {found["seconds"]:.0f} s'
@@ -362,12 +349,12 @@ def bench(
   text = f"""# A classification by MiniLM
 
 By `python -m tests.bench.classify --sentences vaderSentiment-3.3.2.tar.gz`,
-which explains the rows; {len(done)} runs on the CPU, in classify.json with the
-machine. {size}.
+which explains the rows; {len(runs.done)} runs on the CPU, in classify.json.
+{size}.
 Accuracy is the mean of seeds and the deviation of one; seconds are the best of
 them, on a machine with other work: do not compare them.
 
-{table(list(sets), methods, wider, done)}"""
+{table(list(sets), methods, wider, runs.done)}"""
   save(results / 'classify.md', text)
   show(text)
 

@@ -17,8 +17,9 @@ methods.md and a picture. `--hours` bounds a call. A run's command, which is
 beside it, trains it again and prints the same figures on the same machine.
 
 All is computed on one core, as sums are split over cores and figures would
-depend on their number. Two calls, `taskset -c 1` before the second, share a
-results file: each with half of the methods (`--only`).
+depend on their number; on a card in float32, and in one order. Calls share a
+results file: two, `taskset -c 1` before the second, with half of the methods
+each (`--only`).
 
 Papers have one rate for all weights, which GaLore's scale of 0.25 turns into
 two; with two for everyone, scale is 1 here.
@@ -37,7 +38,7 @@ import pathlib
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -50,6 +51,7 @@ from galore_optax.paths import is_matrix, paths
 from galore_optax.presets.muon import MATRIX
 from models.llama import LlamaConfig
 from models.lowrank import Adapter, Factored, Lora, Relora
+from tests.bench.runs import Runs, save, until
 from train import adapter as adapter_lib
 from train import machine
 from train import step as step_lib
@@ -394,7 +396,6 @@ class Bench:
     last = float(metrics['loss'])
     seconds = (time.perf_counter() - clock) / job.steps
     return {
-      **job._asdict(),
       **self.measured(job.corpus, functools.partial(loss, state.params)),
       'loss': finite(last),
       'tokens': job.steps * self.size.batch_size * self.size.sequence_length,
@@ -543,34 +544,10 @@ def firsts(size: Size, done: Done) -> dict[str, dict[str, Any]]:
   return found
 
 
-def until(jobs: Iterator[Any], hours: float | None) -> Iterator[Any]:
-  """Yields what is to run, while there is time."""
-  end = time.monotonic() + 3600 * (math.inf if hours is None else hours)
-  for job in jobs:
-    if time.monotonic() >= end:
-      return
-    yield job
-
-
-def read(file: pathlib.Path, size: Size) -> Done:
-  """Returns the runs of an earlier bench, which must be of this size."""
-  if not file.exists():
-    return {}
-  saved = json.loads(file.read_text())
-  ours = json.loads(json.dumps(dataclasses.asdict(size)))
-  if saved['size'] != ours:
-    raise SystemExit(
-      f'{file} holds runs of {saved["size"]}, not of {ours}: move it away, or '
-      'name another --results'
-    )
-  return {Job(*(run[x] for x in Job._fields)): run for run in saved['runs']}
-
-
-def save(path: pathlib.Path, text: str) -> None:
-  """Writes a file at once, so that a stop leaves the old one."""
-  new = path.with_suffix('.new')
-  new.write_text(text)
-  new.replace(path)
+def runs_of(directory: pathlib.Path, size: Size, name: str = 'methods') -> Runs:
+  """Returns the runs of a bench, those of a directory to begin with."""
+  shared = {'size': dataclasses.asdict(size)}
+  return Runs(directory / f'{name}.json', Job, shared)
 
 
 def page(size: Size, done: Done) -> str:
@@ -588,7 +565,7 @@ def page(size: Size, done: Done) -> str:
     'keeps. Seconds are of a machine with other work: do not compare them.',
     '',
     f'## First round: {tokens(size.first[-1].steps):,} tokens of '
-    'chitchat-dataset, one seed',
+    f'chitchat-dataset, one seed, on {machines(firsts(size, done).values())}',
     '',
     '| method | rate of matrices | of the rest | bits per byte | state, kB |'
     ' weights and state, kB | s / step | runs |',
@@ -598,10 +575,11 @@ def page(size: Size, done: Done) -> str:
   for corpus in CORPORA:
     rows = final_rows(corpus, size, done)
     if rows:
+      on = machines(itertools.chain(*finals(corpus, size, done).values()))
       text += [
         '',
         f'## {corpus}: {tokens(size.final):,} tokens, tuned anew, '
-        f'{size.seeds} seeds',
+        f'{size.seeds} seeds, on {on}',
         '',
         f'The difference to {BASELINE} is of the same {size.eval_rows} rows of '
         'text, each the mean of the seeds, and twice its standard error.',
@@ -634,6 +612,11 @@ def first_rows(size: Size, done: Done) -> list[str]:
     elif count:
       lines.append((99.0, f'| {name} | | | {count} runs so far | | | | |'))
   return [line for _, line in sorted(lines)]
+
+
+def machines(runs: Iterable[dict[str, Any]]) -> str:
+  """Returns what runs were computed on."""
+  return ' and '.join(sorted({run['machine'] for run in runs}))
 
 
 def held(run: dict[str, Any]) -> int:
@@ -717,32 +700,31 @@ def bench(
   write: Callable[[Size, Done], str] = page,
 ) -> None:
   """Runs what is not done, for some hours, and writes the tables."""
-  directory.mkdir(parents=True, exist_ok=True)
-  file = directory / f'{make.name}.json'
-  done = read(file, size)
+  runs = runs_of(directory, size, make.name)
   with tempfile.TemporaryDirectory() as scratch:
     runner = make(size, Corpora(pathlib.Path(scratch)))
-    for job in until(todo(names, size, done), hours):
-      done[job] = runner.run(job)
-      # What another call has run since.
-      done |= read(file, size)
-      content = {
-        'size': dataclasses.asdict(size),
-        'machine': machine.describe(),
-        'runs': list(done.values()),
-      }
-      save(file, json.dumps(content) + '\n')
-      bits = done[job]['bits_per_byte']
-      print(f'{job}: {bits:.4f} bits per byte', flush=True)
-  if firsts(size, done):
-    picture(size, done, directory / f'{make.name}.png')
-  if done:
-    save(directory / f'{make.name}.md', write(size, done))
+    for job in until(todo(names, size, runs.done), hours):
+      found = runner.run(job)
+      runs.add(job, found)
+      print(f'{job}: {found["bits_per_byte"]:.4f} bits per byte', flush=True)
+  if firsts(size, runs.done):
+    picture(size, runs.done, directory / f'{make.name}.png')
+  if runs.done:
+    save(directory / f'{make.name}.md', write(size, runs.done))
 
 
-def on_one_core() -> None:
-  """Keeps to the first core that is allowed, where the system can be told."""
-  if hasattr(os, 'sched_setaffinity'):
+def repeatable() -> None:
+  """Sets what makes figures the same again on a machine; called first.
+
+  On the CPU, one core: the first that is allowed, where the system can be told.
+  On a card, products in float32, and neither sums nor a choice of kernels that
+  depend on time.
+  """
+  if machine.nvidia() and jax.config.jax_platforms != 'cpu':
+    flags = '--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0'
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
+    jax.config.update('jax_default_matmul_precision', 'highest')
+  elif hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
@@ -766,7 +748,7 @@ def main(
     help='one run, whose figures are printed',
   )
   args = parser.parse_args(argv)
-  on_one_core()
+  repeatable()
   if args.run is None:
     options = dict(size=size, make=make, write=write)
     bench(args.results, names=args.only, hours=args.hours, **options)

@@ -122,9 +122,9 @@ def test_every_method_runs_and_none_runs_twice(tmp_path, monkeypatch):
   )
   run()
   assert len(lines) == len(methods) + 1 + 1
-  done = bench.read(tmp_path / 'results/classify.json')
-  assert len(done) == len(methods) + 1
-  size = {job.method: found['state_bytes'] for job, found in done.items()}
+  runs = json.loads((tmp_path / 'results/classify.json').read_text())['runs']
+  assert len(runs) == len(methods) + 1
+  size = {run['method']: run['state_bytes'] for run in runs}
   # Those of the embedding, too, and of the factors and the head alone.
   assert size['AdamW'] > size['GaLore r=4'] > size['LoRA r=4']
   lines.clear()
