@@ -222,12 +222,12 @@ Done: TypeAlias = dict[Job, dict[str, Any]]
 
 
 def todo(choices: Sequence[Choice], seeds: int) -> Iterator[tuple[Choice, Job]]:
-  """Yields all runs, the base first."""
-  for choice in choices:
-    for factor in choice.factors:
-      yield choice, Job(choice.table, choice.name, factor, 0)
-    for seed in range(1, seeds if choice is BASE else 1):
-      yield choice, Job(choice.table, choice.name, 1.0, seed)
+  """Yields all runs, the base first: each choice at one rate, then others."""
+  for i in range(len(FACTORS)):
+    for choice in choices:
+      for factor in choice.factors[i : i + 1]:
+        for seed in range(seeds if choice is BASE and factor == 1 else 1):
+          yield choice, Job(choice.table, choice.name, factor, seed)
 
 
 def page(size: Size, rates: tuple[float, float], done: Done) -> str:
@@ -249,8 +249,8 @@ def page(size: Size, rates: tuple[float, float], done: Done) -> str:
     'seeds. A difference is of the same rows of validation text, with twice '
     'its standard error, which knows nothing of seeds.',
     '',
-    '| | | rate of matrices | bits per byte | less the base |',
-    '| --- | --- | --- | --- | --- |',
+    '| | | rate of matrices | of so many | bits per byte | less the base |',
+    '| --- | --- | --- | --- | --- | --- |',
   ]
   bits = lambda pair: pair[1]['bits_per_byte']
   _, first = min(
@@ -263,7 +263,7 @@ def page(size: Size, rates: tuple[float, float], done: Done) -> str:
       difference = '-' if choice is BASE else less(run['rows'], first['rows'])
       lines.append(
         f'| {choice.table} | {choice.name} | {rates[0] * job.factor:.3g} | '
-        f'{run["bits_per_byte"]:.4f} | {difference} |'
+        f'{len(found)} | {run["bits_per_byte"]:.4f} | {difference} |'
       )
   return '\n'.join([*lines, ''])
 
