@@ -671,23 +671,30 @@ def paired(rows: Any, base: Any) -> tuple[float, float]:
 
 def picture(size: Size, done: Done, path: pathlib.Path) -> None:
   """Draws bits per byte against bytes, and the front that none is below."""
-  figure = Figure(figsize=(8, 5), layout='constrained')
-  axes = figure.subplots()
-  points = sorted(
-    (held(x) / 1e6, x['bits_per_byte'], name)
-    for name, x in firsts(size, done).items()
-  )
-  front, low = [], math.inf
-  for x, y, name in points:
-    if y < low:
-      front.append((x, y))
-      low = y
-    axes.annotate(name, (x, y), (3, 3), textcoords='offset points', fontsize=7)
-  axes.scatter(*zip(*[p[:2] for p in points], strict=True), s=14)
-  axes.step(*zip(*front, strict=True), where='post', linewidth=1)
-  axes.set_xlabel('weights and optimizer state, MB')
-  axes.set_ylabel('validation bits per byte')
-  figure.savefig(path, dpi=120)
+  point = lambda run: (held(run) / 1e6, run['bits_per_byte'])
+  panels = {'first round, chitchat': firsts(size, done)}
+  for corpus in CORPORA:
+    last = finals(corpus, size, done).items()
+    mean = lambda runs: float(np.mean([x['bits_per_byte'] for x in runs]))
+    best = {
+      name: runs[0] | {'bits_per_byte': mean(runs)} for name, runs in last
+    }
+    panels |= {f'{size.seeds} seeds, {corpus}': best} if best else {}
+  figure = Figure(figsize=(7 * len(panels), 5), layout='constrained')
+  for axes, title in zip(
+    figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+  ):
+    points = {name: point(run) for name, run in panels[title].items()}
+    order = sorted(points.values())
+    lowest = itertools.accumulate((y for _, y in order), min)
+    axes.scatter(*zip(*order, strict=True), s=14)
+    axes.step([x for x, _ in order], [*lowest], where='post', linewidth=1)
+    for name, at in points.items():
+      axes.annotate(name, at, (3, 3), textcoords='offset points', fontsize=7)
+    axes.set_title(title)
+    axes.set_xlabel('weights and optimizer state, MB')
+    axes.set_ylabel('validation bits per byte')
+  figure.savefig(path, dpi=100)
 
 
 def bench(
