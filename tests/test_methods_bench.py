@@ -86,6 +86,20 @@ def test_calls_with_half_of_the_methods_each_do_what_one_does():
   assert done == whole
 
 
+def test_more_methods_may_be_in_the_finals():
+  inside = lambda name: methods.pairs(methods.METHODS[name])[4]
+  names, last = (
+    [*methods.METHODS],
+    lambda done: {job.method for job in done if job.steps == SIZE.final},
+  )
+  done = everything(names, SIZE, inside)
+  other = next(name for name in names if name not in last(done))
+  extra = [*methods.todo([other], SIZE, done)]
+  assert not extra
+  job = next(methods.todo([other], SIZE, done, [other]))
+  assert (job.method, job.steps) == (other, SIZE.tuned)
+
+
 def test_runs_of_another_size_do_not_mix(tmp_path):
   save(tmp_path / 'methods.json', '{"size": {"width": 8}, "runs": []}')
   with pytest.raises(SystemExit, match=r'holds runs of .*move it away'):
@@ -123,8 +137,9 @@ def test_a_run_is_the_same_again(tmp_path, name):
 
 @pytest.mark.slow
 def test_a_stopped_bench_goes_on(tmp_path, capsys):
+  bench = methods.Bench(SIZE, methods.Corpora(tmp_path))
   run = lambda hours: methods.bench(
-    tmp_path, size=SIZE, names=['AdamW', 'SCALE'], hours=hours
+    bench, tmp_path, names=['AdamW', 'SCALE'], hours=hours
   )
   run(0)
   assert not (tmp_path / 'methods.json').exists()
@@ -139,7 +154,7 @@ def test_a_stopped_bench_goes_on(tmp_path, capsys):
 
 
 def test_the_quickstart_is_tuned_as_it_is():
-  given, size = load(quickstart.CONFIG), quickstart.size()
+  given, size = load(quickstart.CONFIG), quickstart.Quickstart.usual()
   bench = quickstart.Quickstart(size, methods.Corpora(pathlib.Path()))
   job = Job('chitchat', 'GaLore', 1.0, 1.0, seed=given.seed, steps=given.steps)
   config = bench.config(job)
@@ -149,4 +164,4 @@ def test_the_quickstart_is_tuned_as_it_is():
   around = bench.around(job.steps)
   assert around == (given.optimizer.rank, given.optimizer.gap)
   assert size.rank == around.rank and size.first[-1].steps == given.steps
-  assert {*quickstart.NAMES} <= {*methods.METHODS}
+  assert {*quickstart.Quickstart.names} <= {*methods.METHODS}

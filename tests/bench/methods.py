@@ -101,9 +101,6 @@ class Size:
     return self.width // 4
 
 
-SIZE = Size()
-
-
 class Job(NamedTuple):
   """A run that is wanted."""
 
@@ -113,6 +110,9 @@ class Job(NamedTuple):
   rest: float
   seed: int
   steps: int
+
+
+Done: TypeAlias = dict[Job, dict[str, Any]]
 
 
 class Around(NamedTuple):
@@ -282,6 +282,8 @@ class Bench:
 
   name = 'methods'
   """Of the module and of its results."""
+  names: Sequence[str] = (*METHODS,)
+  """Of the methods."""
 
   def __init__(self, size: Size, corpora: Corpora):
     """Makes nothing yet."""
@@ -291,6 +293,15 @@ class Bench:
     # Of one method, and one order of the text, at a time.
     self.compiled = functools.lru_cache(1)(self._compiled)
     self.batches = functools.lru_cache(1)(self._batches)
+
+  @staticmethod
+  def usual() -> Size:
+    """Returns the size that is run."""
+    return Size()
+
+  def page(self, done: Done) -> str:
+    """Returns the results: what was run, the tables, what they say."""
+    return page(self.size, done)
 
   def config(self, job: Job) -> Config:
     """Returns the config of a run, at learning rate 1."""
@@ -463,9 +474,6 @@ def command(name: str, job: Job) -> str:
   )
 
 
-Done: TypeAlias = dict[Job, dict[str, Any]]
-
-
 def missing(jobs: Sequence[Job], done: Done) -> Iterator[Job]:
   """Yields the runs that are not done."""
   yield from (job for job in jobs if job not in done)
@@ -509,10 +517,13 @@ def beyond(pair: tuple[float, float], tried: Any) -> list[tuple[float, float]]:
   return found
 
 
-def todo(names: Sequence[str], size: Size, done: Done) -> Iterator[Job]:
+def todo(
+  names: Sequence[str], size: Size, done: Done, more: Sequence[str] = ()
+) -> Iterator[Job]:
   """Yields the runs of these methods that are still wanted.
 
-  Who is in the finals is known once the first round of all methods is done.
+  Who is in the finals, beside `more`, is known once the first round of all
+  methods is done.
   """
   for name in names:
     yield from tuned(name, size, done)
@@ -521,9 +532,8 @@ def todo(names: Sequence[str], size: Size, done: Done) -> Iterator[Job]:
   found = firsts(size, done)
   bits = lambda name: found[name]['bits_per_byte']
   others = sorted((n for n in METHODS if n != BASELINE), key=bits)
-  for name in [BASELINE, *others[: size.finalists]]:
-    if name not in names:
-      continue
+  last = dict.fromkeys([BASELINE, *others[: size.finalists], *more])
+  for name in [name for name in last if name in names]:
     order = yield from tuned(name, size, done)
     for corpus in CORPORA:
       tries = [Job(corpus, name, *p, 0, size.tuned) for p in order[:3]]
@@ -567,10 +577,7 @@ def page(size: Size, done: Done) -> str:
     f'## First round: {tokens(size.first[-1].steps):,} tokens of '
     f'chitchat-dataset, one seed, on {machines(firsts(size, done).values())}',
     '',
-    '| method | rate of matrices | of the rest | bits per byte | state, kB |'
-    ' weights and state, kB | s / step | runs |',
-    '| --- | --- | --- | --- | --- | --- | --- | --- |',
-    *first_rows(size, done),
+    *first_table(size, done),
   ]
   for corpus in CORPORA:
     rows = final_rows(corpus, size, done)
@@ -592,8 +599,12 @@ def page(size: Size, done: Done) -> str:
   return '\n'.join([*text, '', '![Bits against bytes](methods.png)', ''])
 
 
-def first_rows(size: Size, done: Done) -> list[str]:
+def first_table(size: Size, done: Done) -> list[str]:
   """Returns the lines of the first round, the best first; begun ones last."""
+  heads = (
+    '| method | rate of matrices | of the rest | bits per byte | state, kB |'
+    ' weights and state, kB | s / step | runs |'
+  )
   lines, best = [], firsts(size, done)
   for name in METHODS:
     count = sum(
@@ -611,7 +622,7 @@ def first_rows(size: Size, done: Done) -> list[str]:
       )
     elif count:
       lines.append((99.0, f'| {name} | | | {count} runs so far | | | | |'))
-  return [line for _, line in sorted(lines)]
+  return [heads, '| --- ' * 8 + '|', *(line for _, line in sorted(lines))]
 
 
 def machines(runs: Iterable[dict[str, Any]]) -> str:
@@ -698,26 +709,32 @@ def picture(size: Size, done: Done, path: pathlib.Path) -> None:
 
 
 def bench(
+  runner: Bench,
   directory: pathlib.Path,
   *,
-  size: Size,
   names: Sequence[str],
+  more: Sequence[str] = (),
   hours: float | None = None,
-  make: type[Bench] = Bench,
-  write: Callable[[Size, Done], str] = page,
 ) -> None:
-  """Runs what is not done, for some hours, and writes the tables."""
-  runs = runs_of(directory, size, make.name)
-  with tempfile.TemporaryDirectory() as scratch:
-    runner = make(size, Corpora(pathlib.Path(scratch)))
-    for job in until(todo(names, size, runs.done), hours):
-      found = runner.run(job)
-      runs.add(job, found)
-      print(f'{job}: {found["bits_per_byte"]:.4f} bits per byte', flush=True)
+  """Runs what is not done, for some hours, and writes the tables.
+
+  Args:
+    runner: what runs a job.
+    directory: of the results.
+    names: the methods.
+    more: which of them are in the finals beside the best.
+    hours: after which no run is started.
+  """
+  runs, size = runs_of(directory, runner.size, runner.name), runner.size
+  for job in until(todo(names, size, runs.done, more), hours):
+    found = runner.run(job)
+    runs.add(job, found)
+    print(f'{job}: {found["bits_per_byte"]:.4f} bits per byte', flush=True)
   if firsts(size, runs.done):
-    picture(size, runs.done, directory / f'{make.name}.png')
+    picture(size, runs.done, directory / f'{runner.name}.png')
   if runs.done:
-    save(directory / f'{make.name}.md', write(size, runs.done))
+    text = runner.page(runs.done)
+    save(directory / f'{runner.name}.md', text)
 
 
 def repeatable() -> None:
@@ -735,18 +752,21 @@ def repeatable() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def main(
-  argv: Sequence[str] | None = None,
-  *,
-  size: Size = SIZE,
-  names: Sequence[str] = (*METHODS,),
-  make: type[Bench] = Bench,
-  write: Callable[[Size, Done], str] = page,
-) -> None:
+def main(make: type[Bench] = Bench, argv: Sequence[str] | None = None) -> None:
   """Trains what is missing and writes the tables; or trains one run."""
   parser = argparse.ArgumentParser(f'python -m tests.bench.{make.name}')
   parser.add_argument('--hours', type=float, help='start no run after them')
-  parser.add_argument('--only', nargs='+', choices=METHODS, default=names)
+  parser.add_argument(
+    '--only', nargs='+', choices=METHODS, default=make.names, metavar='METHOD'
+  )
+  parser.add_argument(
+    *('--finals',),
+    nargs='+',
+    choices=METHODS,
+    default=(),
+    metavar='METHOD',
+    help='methods that are in them though others are better',
+  )
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   parser.add_argument(
     '--run',
@@ -756,14 +776,15 @@ def main(
   )
   args = parser.parse_args(argv)
   repeatable()
-  if args.run is None:
-    options = dict(size=size, make=make, write=write)
-    bench(args.results, names=args.only, hours=args.hours, **options)
-    return
-  kinds = Job.__annotations__.values()
-  job = Job(*(kind(x) for kind, x in zip(kinds, args.run, strict=True)))
   with tempfile.TemporaryDirectory() as scratch:
-    found = make(size, Corpora(pathlib.Path(scratch))).run(job)
+    runner = make(make.usual(), Corpora(pathlib.Path(scratch)))
+    if args.run is None:
+      options = dict(names=args.only, more=args.finals, hours=args.hours)
+      bench(runner, args.results, **options)
+      return
+    kinds = Job.__annotations__.values()
+    job = Job(*(kind(x) for kind, x in zip(kinds, args.run, strict=True)))
+    found = runner.run(job)
   print(json.dumps({k: x for k, x in found.items() if k != 'rows'}, indent=1))
 
 

@@ -24,30 +24,30 @@ from train.config import Config
 from train.method import AdamW
 
 CONFIG = 'configs/quickstart.py'
-NAMES = (
-  *(BASELINE, '8-bit Adam', 'GaLore', '8-bit GaLore'),
-  'optax.contrib.galore',
-)
-
-
-def size() -> Size:
-  """Returns the quickstart's size; the last rung is the quickstart itself."""
-  given = load(CONFIG)
-  return Size(
-    width=given.model.width,
-    num_layers=given.model.num_layers,
-    vocab_size=given.model.vocab_size,
-    batch_size=given.batch_size,
-    sequence_length=given.sequence_length,
-    eval_rows=given.eval_batches * given.batch_size,
-    first=(Rung(50, 12), Rung(100, 6), Rung(given.steps, 2)),
-  )
 
 
 class Quickstart(methods.Bench):
   """Runs of the quickstart's own config."""
 
   name = 'quickstart'
+  names = (
+    *(BASELINE, '8-bit Adam', 'GaLore', '8-bit GaLore'),
+    'optax.contrib.galore',
+  )
+
+  @staticmethod
+  def usual() -> Size:
+    """Returns the quickstart's size; the last rung is the quickstart itself."""
+    given = load(CONFIG)
+    return Size(
+      width=given.model.width,
+      num_layers=given.model.num_layers,
+      vocab_size=given.model.vocab_size,
+      batch_size=given.batch_size,
+      sequence_length=given.sequence_length,
+      eval_rows=given.eval_batches * given.batch_size,
+      first=(Rung(50, 12), Rung(100, 6), Rung(given.steps, 2)),
+    )
 
   def config(self, job: Job) -> Config:
     """Returns the config of a run, at learning rate 1."""
@@ -67,35 +67,20 @@ class Quickstart(methods.Bench):
     given = load(CONFIG).optimizer
     return Around(given.rank, given.gap)
 
+  def page(self, done: Done) -> str:
+    """Returns the table, and how it is to be read."""
+    text = f"""# The quickstart under several methods
 
-def page(size: Size, done: Done) -> str:
-  """Returns the table, and how it is to be read."""
-  steps = size.first[-1].steps
-  return '\n'.join(
-    [
-      '# The quickstart under several methods',
-      '',
-      f'By `python -m tests.bench.quickstart`: {steps} steps of configs/'
-      'quickstart.py on one core,',
-      'one seed; each method at the best of its pairs of rates, none of which '
-      'is at the edge of',
-      'what was tried. Another machine sums in another order: expect figures '
-      'within 0.005 bits',
-      'of these (a second one once gave 2.0096 for 2.007). Each run has its '
-      'command in',
-      'quickstart.json. `optax.contrib.galore` as it comes projects the '
-      'embedding and the head',
-      'alone: it sees no matrix in stacked layers. Seconds are of a machine '
-      'with other work.',
-      '',
-      '| method | rate of matrices | of the rest | bits per byte | state, kB |'
-      ' weights and state, kB | s / step | runs |',
-      '| --- | --- | --- | --- | --- | --- | --- | --- |',
-      *methods.first_rows(size, done),
-      '',
-    ]
-  )
+By `python -m tests.bench.quickstart`: {self.size.first[-1].steps} steps of
+configs/quickstart.py on one core, one seed; each method at the best of its
+pairs of rates, none of which is at the edge of what was tried. Another machine
+sums in another order: expect figures within 0.005 bits of these (a second one
+once gave 2.0096 for 2.007). Each run has its command in quickstart.json.
+`optax.contrib.galore` as it comes projects the embedding and the head alone: it
+sees no matrix in stacked layers. Seconds are of a machine with other work.
+"""
+    return '\n'.join([text, *methods.first_table(self.size, done), ''])
 
 
 if __name__ == '__main__':
-  methods.main(size=size(), names=NAMES, make=Quickstart, write=page)
+  methods.main(Quickstart)
