@@ -49,8 +49,11 @@ def test_all_methods_have_the_same_trials():
   done = everything([*methods.METHODS], size, inside)
   for name in methods.METHODS:
     first = [job for job in done if job.method == name and job.steps <= 4]
-    # The best of the first column is at an edge: one neighbour outside.
-    assert len(first) == 12 + 2 + 1 and {job.seed for job in first} == {0}
+    # The best of the first column is at an edge: one neighbour outside. Of
+    # one rate there are six, and the fifth has both neighbours.
+    tied = methods.METHODS[name].tied is not None
+    count = 6 + 2 + 1 if tied else 12 + 2 + 1
+    assert len(first) == count and {job.seed for job in first} == {0}
     assert (first[-1].matrix, first[-1].rest) == inside(name)
   last = [job for job in done if job.steps == 6]
   assert len(last) == (1 + size.finalists) * 2 * size.seeds
@@ -66,6 +69,15 @@ def test_a_best_at_an_edge_moves_on():
   with pytest.raises(StopIteration) as end:
     next(found)
   assert end.value.value[0] == far
+
+
+def test_one_rate_moves_on_alone():
+  far = (0.75, 3.0)
+  size = Size(first=(Rung(2, 12), Rung(3, 2), Rung(4, 1)))
+  done = everything(['GaLore, one rate'], size, lambda _: far)
+  assert all(job.matrix == 0.25 * job.rest for job in done)
+  best = min(done.values(), key=lambda run: run['bits_per_byte'])
+  assert (best['matrix'], best['rest']) == far
 
 
 def test_without_all_methods_there_are_no_finals():

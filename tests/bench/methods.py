@@ -22,7 +22,8 @@ results file: two, `taskset -c 1` before the second, with half of the methods
 each (`--only`).
 
 Papers have one rate for all weights, which GaLore's scale of 0.25 turns into
-two; with two for everyone, scale is 1 here.
+two; with two for everyone, scale is 1 here. What one rate makes of AdamW, and
+one with that scale of GaLore, is in two rows more.
 """
 
 import argparse
@@ -132,6 +133,8 @@ class Method(NamedTuple):
   rest: float = 3e-3
   """Where the other's begins: three values."""
   adapter: Callable[[Around], Adapter] | None = None
+  tied: float | None = None
+  """Of the rest's rate, what the matrices' is; None: both are tuned."""
 
 
 def galore(preset: Callable, **options: Any) -> Callable:
@@ -203,6 +206,9 @@ METHODS = {
     lambda a: optax_galore(1.0, rank=a.rank, update_proj_gap=a.gap),
     matrix=1e-3,
   ),
+  # As the papers have them: one rate, GaLore's matrices at a quarter of it.
+  'AdamW, one rate': Method(_adam, rest=3e-4, tied=1.0),
+  'GaLore, one rate': Method(galore(go.galore_adamw), tied=0.25),
 }
 
 BASELINE = 'AdamW'
@@ -215,12 +221,16 @@ def matrices(tree: Any) -> Any:
 
 
 def pairs(method: Method) -> list[tuple[float, float]]:
-  """Returns the grid of (matrix, rest), four by three.
+  """Returns the grid of (matrix, rest), four by three; or six, if tied.
 
   >>> pairs(METHODS['GaLore'])[:3]
   [(0.003, 0.003), (0.003, 0.01), (0.003, 0.03)]
+  >>> pairs(METHODS['AdamW, one rate'])[:3]
+  [(0.0003, 0.0003), (0.001, 0.001), (0.003, 0.003)]
   """
   ladder = lambda start, count: [rung(start, i) for i in range(count)]
+  if method.tied is not None:
+    return [(method.tied * rate, rate) for rate in ladder(method.rest, 6)]
   return list(
     itertools.product(ladder(method.matrix, 4), ladder(method.rest, 3))
   )
@@ -493,26 +503,32 @@ def tuned(name: str, size: Size, done: Done) -> Iterator[Job]:
     order = sorted(order, key=bits)
   tried = set(pairs(METHODS[name]))
   for _ in range(3):
-    more = beyond(order[0], tried)
+    more = beyond(order[0], tried, METHODS[name].tied)
     yield from missing([found(pair, steps) for pair in more], done)
     tried |= {*more}
     order = sorted([*order, *more], key=bits)
   return order
 
 
-def beyond(pair: tuple[float, float], tried: Any) -> list[tuple[float, float]]:
+def beyond(
+  pair: tuple[float, float], tried: Any, tied: float | None = None
+) -> list[tuple[float, float]]:
   """Returns the neighbours of a pair that lie outside of what was tried.
 
   >>> beyond((0.1, 0.01), {(0.1, 0.003), (0.1, 0.01), (0.03, 0.03)})
   [(0.3, 0.01)]
+  >>> beyond((0.01, 0.01), {(0.01, 0.01), (0.003, 0.003)}, tied=1.0)
+  [(0.03, 0.03)]
   """
   found = []
-  for axis in (0, 1):
+  for axis in (0, 1) if tied is None else (1,):
     values = {one[axis] for one in tried}
     for end, by in ((min(values), -1), (max(values), 1)):
       if pair[axis] == end:
         moved = list(pair)
         moved[axis] = rung(end, by)
+        if tied is not None:
+          moved[0] = tied * moved[1]
         found.append(tuple(moved))
   return found
 
