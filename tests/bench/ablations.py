@@ -3,7 +3,7 @@
 `python -m tests.bench.ablations` trains the model of `tests.bench.methods` on
 chitchat-dataset, 1 M tokens a run, with GaLore at the two rates that were found
 there, and then with one choice changed: how weights and moments are rounded,
-b2, gap, rank, scale, moments at a refresh, what a refresh sees, the side,
+b1, b2, gap, rank, scale, moments at a refresh, what a refresh sees, the side,
 what is projected, blocks of 8 bits. A choice may want another rate: each is run
 at a third, at once and at three times the matrices' rate, and its best stands
 in the table. What nothing changed is run with three seeds, which tell how much
@@ -104,6 +104,7 @@ CHOICES = [
   Choice('second moments', 'bfloat16, to nearest', {}, second(to_bfloat16)),
   Choice('second moments', '8 bits', {}, second(to_8_bits)),
   *one('second moments', 'optimizer.b2', (0.99, 0.95)),
+  *one('first moments', 'optimizer.b1', (0.5, 0.0)),
   *one('gap', 'optimizer.gap', (100, 200, 500, 1000)),
   *one('rank', 'optimizer.rank', (8, 16, 64)),
   *(

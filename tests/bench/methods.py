@@ -653,11 +653,11 @@ def held(run: dict[str, Any]) -> int:
 
 def finals(corpus: str, size: Size, done: Done) -> dict[str, list[dict]]:
   """Returns the last runs of a corpus by method, of all seeds."""
-  found = {}
+  found: dict[tuple, list[dict]] = {}
   for job, run in done.items():
     if job.corpus == corpus and job.steps == size.final:
-      found.setdefault(job.method, []).append(run)
-  return {name: x for name, x in found.items() if len(x) == size.seeds}
+      found.setdefault((job.method, job.matrix, job.rest), []).append(run)
+  return {name: x for (name, *_), x in found.items() if len(x) == size.seeds}
 
 
 def final_rows(corpus: str, size: Size, done: Done) -> list[str]:
