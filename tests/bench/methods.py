@@ -562,9 +562,14 @@ def todo(
 
 def firsts(size: Size, done: Done) -> dict[str, dict[str, Any]]:
   """Returns the best run of each method at the end of the first round."""
+  return best_at(CORPORA[0], size.first[-1].steps, done)
+
+
+def best_at(corpus: str, steps: int, done: Done) -> dict[str, dict[str, Any]]:
+  """Returns the best run of each method at a number of steps, of seed 0."""
   found: dict[str, dict[str, Any]] = {}
   for job, run in done.items():
-    if job.steps == size.first[-1].steps and job.corpus == CORPORA[0]:
+    if (job.corpus, job.steps, job.seed) == (corpus, steps, 0):
       known = found.get(job.method, run)
       found[job.method] = min(known, run, key=lambda x: x['bits_per_byte'])
   return found
@@ -611,6 +616,11 @@ def page(size: Size, done: Done) -> str:
         f' less {BASELINE} | weights and state, kB |',
         '| --- | --- | --- | --- | --- | --- | --- |',
         *rows,
+        '',
+        f'With more tokens, of seed 0: less {BASELINE} at as many, the best '
+        'rates of each.',
+        '',
+        *by_length(corpus, size, done),
       ]
   return '\n'.join([*text, '', '![Bits against bytes](methods.png)', ''])
 
@@ -677,6 +687,30 @@ def final_rows(corpus: str, size: Size, done: Done) -> list[str]:
       )
     )
   return [line for _, line in sorted(lines)]
+
+
+def by_length(corpus: str, size: Size, done: Done) -> list[str]:
+  """Returns the lines of what is more than the baseline's, by tokens."""
+  lengths = [size.tuned, size.final]
+  if corpus == CORPORA[0]:
+    lengths = [size.first[-1].steps, *lengths]
+  best = [best_at(corpus, steps, done) for steps in lengths]
+  base = [found.get(BASELINE) for found in best]
+  more = lambda name, i: (
+    f'{best[i][name]["bits_per_byte"] - base[i]["bits_per_byte"]:+.4f}'
+    if base[i] and name in best[i]
+    else ''
+  )
+  tokens = [x * size.batch_size * size.sequence_length for x in lengths]
+  return [
+    '| method | ' + ' | '.join(f'{x:,}' for x in tokens) + ' |',
+    '| --- ' * (1 + len(lengths)) + '|',
+    *(
+      f'| {name} | {" | ".join(more(name, i) for i in range(len(lengths)))} |'
+      for name in sorted(best[-1], key=lambda x: best[-1][x]['bits_per_byte'])
+      if name != BASELINE
+    ),
+  ]
 
 
 def less(rows: Any, base: Any) -> str:
