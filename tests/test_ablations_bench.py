@@ -22,6 +22,17 @@ def test_names_are_of_one_choice_each():
   assert len({*jobs}) == len(jobs)
 
 
+def test_all_have_one_rate_before_any_has_three():
+  jobs = [job for _, job in ablations.todo(CHOICES, seeds=3)]
+  assert [job.seed for job in jobs[:3]] == [0, 1, 2]
+  once = len(CHOICES) + 2
+  assert len({job[:2] for job in jobs[:once]}) == len(CHOICES)
+  assert sum(job.seed > 0 for job in jobs) == 2
+  # A choice that stands for the base has its seeds, too.
+  like = BASE._replace(factors=(1.0,))
+  assert len([*ablations.todo([like], seeds=3)]) == 3
+
+
 def test_rates_come_from_the_bench_of_methods(tmp_path):
   with pytest.raises(SystemExit, match=r'has no rates of GaLore: run python'):
     ablations.known_rates(tmp_path)

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import math
 import pathlib
+import re
 
 import pytest
 
@@ -71,6 +72,41 @@ def test_a_best_at_an_edge_moves_on():
   assert end.value.value[0] == far
 
 
+def test_finals_are_of_the_pair_that_tuning_has_ahead():
+  runs = lambda pair, bits, steps, seeds: {
+    (job := Job('chitchat', 'GaLore', *pair, seed, steps)): {
+      **job._asdict(),
+      'bits_per_byte': bits,
+    }
+    for seed in range(seeds)
+  }
+  good, bad = (0.01, 0.01), (0.03, 0.03)
+  tried = runs(good, 2.0, SIZE.tuned, 1) | runs(bad, 2.1, SIZE.tuned, 1)
+  last = runs(good, 1.5, SIZE.final, SIZE.seeds)
+  other = runs(bad, 1.4, SIZE.final, SIZE.seeds)
+  for done in (tried | last | other, tried | other | last):
+    (found,) = methods.finals('chitchat', SIZE, done).values()
+    assert {run['matrix'] for run in found} == {0.01}
+  # Not before all seeds are there.
+  few = tried | runs(good, 1.5, SIZE.final, SIZE.seeds - 1)
+  assert not methods.finals('chitchat', SIZE, few)
+
+
+@pytest.mark.parametrize(
+  'line, wrong',
+  [
+    ('--run chitchat Galore 1 1 0 4', r"no method is named 'Galore'"),
+    ('--run chat GaLore 1 1 0 4', r"one of .* got 'chat'"),
+    ('--run chitchat GaLore 1 1 0 many', r"invalid literal .* 'many'"),
+    ('--only AdamW --finals GaLore', r'must be among the methods of --only'),
+  ],
+)
+def test_what_cannot_be_run_is_told(capsys, line, wrong):
+  with pytest.raises(SystemExit):
+    methods.main(argv=line.split())
+  assert re.search(wrong, capsys.readouterr().err)
+
+
 def test_one_rate_moves_on_alone():
   far = (0.75, 3.0)
   size = Size(first=(Rung(2, 12), Rung(3, 2), Rung(4, 1)))
@@ -114,7 +150,7 @@ def test_more_methods_may_be_in_the_finals():
 
 def test_runs_of_another_size_do_not_mix(tmp_path):
   save(tmp_path / 'methods.json', '{"size": {"width": 8}, "runs": []}')
-  with pytest.raises(SystemExit, match=r'holds runs of .*move it away'):
+  with pytest.raises(SystemExit, match=r'holds runs of .*move the file away'):
     methods.runs_of(tmp_path, SIZE)
 
 
@@ -125,6 +161,7 @@ def test_calls_at_one_time_lose_no_run(tmp_path):
     runs = methods.runs_of(tmp_path, SIZE)
     for job in mine:
       runs.add(job, {'bits_per_byte': float(job.seed)})
+      save(tmp_path / 'methods.md', 'a page')
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
     list(pool.map(call, (jobs[i::4] for i in range(4))))

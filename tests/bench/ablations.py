@@ -227,7 +227,8 @@ def todo(choices: Sequence[Choice], seeds: int) -> Iterator[tuple[Choice, Job]]:
   for i in range(len(FACTORS)):
     for choice in choices:
       for factor in choice.factors[i : i + 1]:
-        for seed in range(seeds if choice is BASE and factor == 1 else 1):
+        all_seeds = choice[:2] == BASE[:2] and factor == 1
+        for seed in range(seeds if all_seeds else 1):
           yield choice, Job(choice.table, choice.name, factor, seed)
 
 
@@ -248,7 +249,8 @@ def page(size: Size, rates: tuple[float, float], done: Done) -> str:
     f'rates {rates[0]:g} of the matrices and {rates[1]:g} of the rest: '
     f'{min(seeds):.4f} to {max(seeds):.4f} bits per byte of {len(seeds)} '
     'seeds. A difference is of the same rows of validation text, with twice '
-    'its standard error, which knows nothing of seeds.',
+    'its standard error, which knows nothing of seeds. Computed on '
+    f'{methods.machines(done.values())}.',
     '',
     '| | | rate of matrices | of so many | bits per byte | less the base |',
     '| --- | --- | --- | --- | --- | --- |',
@@ -281,6 +283,12 @@ def known_rates(directory: pathlib.Path) -> tuple[float, float]:
   return best['GaLore']['matrix'], best['GaLore']['rest']
 
 
+def shared(size: Size, rates: tuple[float, float]) -> dict[str, Any]:
+  """Returns what all runs have in common."""
+  model = dataclasses.asdict(size.model)
+  return {'rates': rates, 'size': size._asdict() | {'model': model}}
+
+
 def bench(
   directory: pathlib.Path,
   rates: tuple[float, float],
@@ -290,7 +298,7 @@ def bench(
   hours: float | None = None,
 ) -> None:
   """Runs what is not done, for some hours, and writes the tables."""
-  runs = Runs(directory / 'ablations.json', Job, {'rates': rates})
+  runs = Runs(directory / 'ablations.json', Job, shared(size, rates))
   runner, every = Runner(size, rates), todo(choices, size.seeds)
   left = ((choice, job) for choice, job in every if job not in runs.done)
   for choice, job in until(left, hours):
@@ -308,7 +316,14 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   parser.add_argument('--rates', type=float, nargs=2, help='default: the best')
   tables = [*dict.fromkeys(choice.table for choice in CHOICES)]
-  parser.add_argument('--only', nargs='+', choices=tables, default=tables)
+  parser.add_argument(
+    '--only',
+    nargs='+',
+    choices=tables,
+    default=tables,
+    metavar='TABLE',
+    help=f'of {", ".join(map(repr, tables))}',
+  )
   args = parser.parse_args(argv)
   methods.repeatable()
   rates = tuple(args.rates) if args.rates else known_rates(args.results)

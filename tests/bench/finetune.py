@@ -31,7 +31,8 @@ from typing import NamedTuple
 import numpy as np
 
 from models import gguf
-from tests.bench.methods import package, save
+from tests.bench.methods import package
+from tests.bench.runs import save
 from train import metrics
 from train.data.chats import ChitchatAnswers
 

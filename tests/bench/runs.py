@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import threading
 import time
 from collections.abc import Hashable, Iterator
 from typing import Any
@@ -28,7 +29,7 @@ class Runs:
     """Reads what there is.
 
     Args:
-      file: of the runs; its directory is made.
+      file: of the runs; its directory is made with the first one.
       job: the named tuple's class.
       shared: what all runs have in common, such as a model's size.
 
@@ -37,7 +38,6 @@ class Runs:
     """
     self.file, self.job = file, job
     self.shared = json.loads(json.dumps(shared))
-    file.parent.mkdir(parents=True, exist_ok=True)
     self.done: dict[Any, dict[str, Any]] = self._read()
 
   def _read(self) -> dict[Any, dict[str, Any]]:
@@ -47,8 +47,8 @@ class Runs:
     runs = saved.pop('runs')
     if saved != self.shared:
       raise SystemExit(
-        f'{self.file} holds runs of {saved}, not of {self.shared}: move it '
-        'away, or name another --results'
+        f'{self.file} holds runs of {saved}, not of {self.shared}: ask for the '
+        'same again, move the file away, or name another --results'
       )
     return {self.job(*(run[x] for x in self.job._fields)): run for run in runs}
 
@@ -56,6 +56,7 @@ class Runs:
     """Writes a run, and reads what other calls have written since."""
     fields = dict(zip(self.job._fields, job, strict=True))  # pyright: ignore
     self.done[job] = fields | run | {'machine': jax.devices()[0].device_kind}
+    self.file.parent.mkdir(parents=True, exist_ok=True)
     directory = os.open(self.file.parent, os.O_RDONLY)
     try:
       # Until it is closed.
@@ -69,7 +70,8 @@ class Runs:
 
 def save(path: pathlib.Path, text: str) -> None:
   """Writes a file at once, so that a stop leaves the old one."""
-  new = path.with_suffix('.new')
+  # Of this thread of this process: another may write the same file.
+  new = path.with_name(f'{path.name}.{threading.get_native_id()}')
   new.write_text(text)
   new.replace(path)
 
