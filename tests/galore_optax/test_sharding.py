@@ -178,7 +178,7 @@ WAYS = {
     *((way, 'mixed', kind) for way in WAYS for kind in KINDS),
     *(('plain', cut, 'Explicit') for cut in LAYOUTS if cut != 'mixed'),
   ],
-  quick=[('one layer', 'mixed', 'Explicit')],
+  quick=[],
 )
 def test_a_layerwise_step_on_a_mesh_is_that_of_one_device(way, layout, kind):
   step, mesh = WAYS[way](), mesh_of(layout, AxisType[kind])

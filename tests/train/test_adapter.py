@@ -94,14 +94,15 @@ UPDATES = [WholeTree(), pytest.param(LAYERWISE, marks=pytest.mark.slow)]
   'adapter, frozen',
   [
     (Lora(rank=3), {'beneath', 'rest'}),
-    (Lora(rank=3, rest='trained'), {'beneath'}),
-    (Lora(rank=3, lomo=0.5), set()),
-    pytest.param(
-      Relora(rank=3, every=9, restart_warmup=1),
-      {'beneath'},
-      marks=pytest.mark.slow,
+    *(
+      pytest.param(*rare, marks=pytest.mark.slow)
+      for rare in (
+        (Lora(rank=3, rest='trained'), {'beneath'}),
+        (Lora(rank=3, lomo=0.5), set()),
+        (Relora(rank=3, every=9, restart_warmup=1), {'beneath'}),
+        (Factored(rank=3), set()),
+      )
     ),
-    (Factored(rank=3), set()),
   ],
 )
 def test_who_moves(update, adapter, frozen):
@@ -270,7 +271,7 @@ def _counters(optimizer):
 
 
 @pytest.mark.parametrize('optimizer', [AdamW(), Adam8bit(), Galore(rank=2)])
-@pytest.mark.parametrize('update', [WholeTree(), LAYERWISE])
+@pytest.mark.parametrize('update', UPDATES)
 def test_a_reset_reaches_the_moments_of_every_optimizer(optimizer, update):
   config = changed(optimizer=optimizer, update=update)
   state = start(config)[0].optimizer

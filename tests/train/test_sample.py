@@ -298,6 +298,7 @@ def test_one_step_is_compiled_for_all_tokens(model):
   assert sample._extend._cache_size() == before + 2
 
 
+@pytest.mark.slow
 def test_an_encoder_writes_nothing(tmp_path, capsys):
   glue.roberta(tmp_path)
   with pytest.raises(SystemExit):
