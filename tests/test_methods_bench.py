@@ -136,14 +136,11 @@ def test_calls_with_half_of_the_methods_each_do_what_one_does():
 
 def test_more_methods_may_be_in_the_finals():
   inside = lambda name: methods.pairs(methods.METHODS[name])[4]
-  names, last = (
-    [*methods.METHODS],
-    lambda done: {job.method for job in done if job.steps == SIZE.final},
-  )
+  names = [*methods.METHODS]
   done = everything(names, SIZE, inside)
-  other = next(name for name in names if name not in last(done))
-  extra = [*methods.todo([other], SIZE, done)]
-  assert not extra
+  last = {job.method for job in done if job.steps == SIZE.final}
+  other = next(name for name in names if name not in last)
+  assert not [*methods.todo([other], SIZE, done)]
   job = next(methods.todo([other], SIZE, done, [other]))
   assert (job.method, job.steps) == (other, SIZE.tuned)
 

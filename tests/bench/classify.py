@@ -330,6 +330,7 @@ def bench(
 ) -> None:
   """Runs what is not done, for some hours, and writes the table."""
   by_name = {method.name: method for method in (*methods, *wider)}
+  results.mkdir(parents=True, exist_ok=True)
   runs = Runs(results / 'classify.json', Job, {'size': size._asdict()})
   with tempfile.TemporaryDirectory() as directory:
     paths = {}

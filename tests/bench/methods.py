@@ -544,7 +544,7 @@ def todo(
   """
   for name in names:
     yield from tuned(name, size, done)
-  if any(next(tuned(name, size, done), None) for name in METHODS):
+  if waiting(size, done):
     return
   found = firsts(size, done)
   bits = lambda name: found[name]['bits_per_byte']
@@ -559,6 +559,11 @@ def todo(
       last = best._replace(steps=size.final)
       seeds = [last._replace(seed=seed) for seed in range(size.seeds)]
       yield from missing(seeds, done)
+
+
+def waiting(size: Size, done: Done) -> list[str]:
+  """Returns the methods whose first round is not done."""
+  return [name for name in METHODS if any(tuned(name, size, done))]
 
 
 def firsts(size: Size, done: Done) -> dict[str, dict[str, Any]]:
@@ -791,9 +796,8 @@ def bench(
     print(f'{job}: {found["bits_per_byte"]:.4f} bits per byte', flush=True)
   if firsts(size, runs.done):
     picture(size, runs.done, directory / f'{runner.name}.png')
-  waiting = [name for name in METHODS if any(tuned(name, size, runs.done))]
-  if more and waiting:
-    print(f'finals wait for the first round of {", ".join(waiting)}')
+  if more and (names := waiting(size, runs.done)):
+    print(f'finals wait for the first round of {", ".join(names)}')
   if runs.done:
     text = runner.page(runs.done)
     save(directory / f'{runner.name}.md', text)
