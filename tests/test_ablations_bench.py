@@ -61,7 +61,19 @@ TRIED = {
   'side full',
   'head too',
   'blocks along r',
+  'the rest: Fira',
+  'APOLLO, no limit',
 }
+
+
+@pytest.mark.slow
+def test_apollo_is_that_of_the_bench_of_methods(tmp_path):
+  runner = Runner(SMALL._replace(gap=25, steps=20), RATES)
+  choice = next(c for c in CHOICES if c.name == 'the whole: APOLLO')
+  bench = methods.Bench(MODEL, methods.Corpora(tmp_path))
+  theirs = bench.run(methods.Job('chitchat', 'APOLLO', *RATES, 0, 20))
+  ours = runner.run(choice, 1.0, 0)
+  assert ours['bits_per_byte'] == pytest.approx(theirs['bits_per_byte'], 1e-5)
 
 
 @pytest.mark.slow

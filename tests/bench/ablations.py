@@ -4,10 +4,10 @@
 chitchat-dataset, 1 M tokens a run, with GaLore at the two rates that were found
 there, and then with one choice changed: how weights and moments are rounded,
 b1, b2, gap, rank, scale, moments at a refresh, what a refresh sees, the side,
-what is projected, blocks of 8 bits. A choice may want another rate: each is run
-at a third, at once and at three times the matrices' rate, and its best stands
-in the table. What nothing changed is run with three seeds, which tell how much
-of a difference is chance.
+what is projected, blocks of 8 bits; and with Fira and APOLLO in its place. A
+choice may want another rate: each is run at a third, at once and at three times
+the matrices' rate, and its best stands in the table. What nothing changed is
+run with three seeds, which tell how much of a difference is chance.
 
 Each run is written to tests/bench/results/ablations.json as it ends and skipped
 where it is there, so that a stopped bench goes on; then the tables to
@@ -18,6 +18,7 @@ config of the bench of methods, with the changes that stand beside it.
 import argparse
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -33,7 +34,7 @@ from tests.bench.methods import RESULTS, Bench, Corpora, less
 from tests.bench.runs import Runs, save, until
 from train import step as step_lib
 from train.config import Config, Layerwise
-from train.method import Galore
+from train.method import Apollo, Fira, Galore
 from train.task import language_model
 
 CORPUS = 'chitchat'
@@ -54,6 +55,8 @@ class Choice(NamedTuple):
   keeps: Rounding | None = None
   """What an update leaves of the moments, in float32 still."""
   factors: tuple[float, ...] = FACTORS
+  optimizer: Callable[..., Any] = Galore
+  """Of rank, gap and scale."""
 
 
 class Job(NamedTuple):
@@ -96,6 +99,11 @@ def one(table: str, field: str, values: Sequence[Any]) -> list[Choice]:
   return [Choice(table, f'{name} {value}', {field: value}) for value in values]
 
 
+def apollo(*, scale: float, **options: Any) -> Any:
+  """Returns APOLLO, whose update is multiplied by the root of its scale."""
+  return Apollo(scale=scale**2, **options)
+
+
 CHOICES = [
   BASE,
   Choice('weights', 'computed in bfloat16', {'model.dtype': 'bfloat16'}),
@@ -129,6 +137,16 @@ CHOICES = [
   Choice(
     *('both moments in 8 bits', 'blocks along r', {}),
     functools.partial(to_8_bits, along=-2),
+  ),
+  *(
+    Choice('scaled by channel', name, changes, optimizer=optimizer)
+    for name, optimizer, changes in (
+      ('the rest: Fira', Fira, {}),
+      ('the whole: APOLLO', apollo, {}),
+      ('APOLLO, rank 128', apollo, {'optimizer.rank': 128}),
+      ('APOLLO, b1 0', apollo, {'optimizer.b1': 0.0}),
+      ('APOLLO, no limit', apollo, {'optimizer.limit': math.inf}),
+    )
   ),
 ]
 
@@ -193,7 +211,7 @@ class Runner:
     rank, scale = self.size.model.rank, factor * job.matrix / job.rest
     base = dataclasses.replace(
       self.bench.config(job),
-      optimizer=Galore(rank=rank, gap=self.size.gap, scale=scale),
+      optimizer=choice.optimizer(rank=rank, gap=self.size.gap, scale=scale),
       learning_rate=job.rest,
     )
     return changed(base, choice.changes)
