@@ -16,6 +16,7 @@ def runs(name, rows, *, state=100, corpus='chitchat', steps=4, seeds=1):
   """What is done of a method, the same with each seed."""
   return {
     Job(corpus, name, 1.0, 1.0, seed, steps): {
+      'seed': seed,
       'rows': [float(x) for x in rows],
       'bits_per_byte': float(np.mean(rows)),
       'weight_bytes': 10,
@@ -36,8 +37,9 @@ def runs(name, rows, *, state=100, corpus='chitchat', steps=4, seeds=1):
     (Kind.EQUAL, 0.0, True),
     (Kind.EQUAL, -0.01, False),
     # Of 3 bytes a token 0.0095 bits a byte are 2%.
-    (Kind.NEAR, 0.0094, True),
-    (Kind.NEAR, 0.0096, False),
+    (Kind.NEAR, 0.008, True),
+    (Kind.NEAR, 0.0094, None),
+    (Kind.NEAR, 0.011, False),
     (Kind.NEAR, -1.0, True),
   ],
 )

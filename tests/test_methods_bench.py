@@ -6,7 +6,9 @@ import math
 import pathlib
 import re
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from tests.bench import methods, quickstart
 from tests.bench.methods import Job, Rung, Size
@@ -90,6 +92,33 @@ def test_finals_are_of_the_pair_that_tuning_has_ahead():
   # Not before all seeds are there.
   few = tried | runs(good, 1.5, SIZE.final, SIZE.seeds - 1)
   assert not methods.finals('chitchat', SIZE, few)
+
+
+def test_an_interval_is_student_s_where_one_thing_is_a_sample():
+  rng = np.random.default_rng(0)
+  rows, base = rng.normal(size=(2, 9))
+  interval = stats.ttest_rel(rows, base).confidence_interval()
+  mean, error = methods.paired(rows, base)
+  assert (mean - error, mean + error) == pytest.approx(tuple(interval))
+  # Of rows that are all the same the seeds are the sample.
+  seeds = np.repeat(rows[:3, None], 5, 1), np.repeat(base[:3, None], 5, 1)
+  interval = stats.ttest_rel(rows[:3], base[:3]).confidence_interval()
+  mean, error = methods.paired(*seeds)
+  assert (mean - error, mean + error) == pytest.approx(tuple(interval))
+  assert methods.paired(rows, rows) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize('of_seeds', [0.0, 0.1, 0.3, 1.0])
+def test_an_interval_has_the_truth_in_it_as_often_as_it_says(of_seeds):
+  rng = np.random.default_rng(0)
+  inside = 0
+  for _ in range(2000):
+    seeds, rows = rng.normal(size=(3, 1)), rng.normal(size=(1, 64))
+    each = of_seeds * seeds + rows + rng.normal(size=(3, 64))
+    mean, error = methods.paired(each, 0.0)
+    inside += abs(mean) <= error
+  # Three standard deviations of 2,000 tries below 95%.
+  assert inside / 2000 > 0.935
 
 
 @pytest.mark.parametrize(

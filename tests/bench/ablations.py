@@ -266,8 +266,8 @@ def page(size: Size, rates: tuple[float, float], done: Done) -> str:
     f'rank {size.model.rank} of {size.model.width}, gap {size.gap}, float32, '
     f'rates {rates[0]:g} of the matrices and {rates[1]:g} of the rest: '
     f'{min(seeds):.4f} to {max(seeds):.4f} bits per byte of {len(seeds)} '
-    'seeds. A difference is of the same rows of validation text, with twice '
-    'its standard error, which knows nothing of seeds. Computed on '
+    'seeds. A difference is of the same rows of validation text, with its 95% '
+    'interval, which knows nothing of seeds. Computed on '
     f'{methods.machines(done.values())}.',
     '',
     '| | | rate of matrices | of so many | bits per byte | less the base |',
