@@ -773,7 +773,7 @@ def picture(size: Size, done: Done, path: pathlib.Path) -> None:
       name: runs[0] | {'bits_per_byte': mean(runs)} for name, runs in last
     }
     panels |= {f'{size.seeds} seeds, {corpus}': best} if best else {}
-  figure = Figure(figsize=(7 * len(panels), 5), layout='constrained')
+  figure = Figure(figsize=(7 * len(panels), 7), layout='constrained')
   for axes, title in zip(
     figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
   ):
@@ -782,12 +782,31 @@ def picture(size: Size, done: Done, path: pathlib.Path) -> None:
     lowest = itertools.accumulate((y for _, y in order), min)
     axes.scatter(*zip(*order, strict=True), s=14)
     axes.step([x for x, _ in order], [*lowest], where='post', linewidth=1)
-    for name, at in points.items():
-      axes.annotate(name, at, (3, 3), textcoords='offset points', fontsize=7)
+    for name, at in apart(points).items():
+      axes.annotate(name, at, (4, 3), textcoords='offset points', fontsize=7)
+    axes.margins(x=0.2)
     axes.set_title(title)
     axes.set_xlabel('weights and optimizer state, MB')
     axes.set_ylabel('validation bits per byte')
   figure.savefig(path, dpi=100)
+
+
+def apart(
+  points: dict[str, tuple[float, float]],
+) -> dict[str, tuple[float, float]]:
+  """Returns where names stand: beside their points, or above other names.
+
+  >>> apart({'a': (0.0, 0.0), 'b': (0.0, 0.1), 'c': (9.0, 10.0)})['b']
+  (0.0, 0.2)
+  """
+  width, height = (max(x) - min(x) for x in zip(*points.values(), strict=True))
+  found: dict[str, tuple[float, float]] = {}
+  for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
+    for other_x, other_y in found.values():
+      if abs(x - other_x) < width / 8:
+        y = max(y, other_y + height / 50)
+    found[name] = (x, y)
+  return found
 
 
 def bench(
