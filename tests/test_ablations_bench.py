@@ -61,7 +61,7 @@ TRIED = {
   'side full',
   'head too',
   'blocks along r',
-  'the rest: Fira',
+  'Fira, what is outside at rate 0.1',
   'APOLLO, no limit',
 }
 
@@ -69,7 +69,7 @@ TRIED = {
 @pytest.mark.slow
 def test_apollo_is_that_of_the_bench_of_methods(tmp_path):
   runner = Runner(SMALL._replace(gap=25, steps=20), RATES)
-  choice = next(c for c in CHOICES if c.name == 'the whole: APOLLO')
+  choice = next(c for c in CHOICES if c.name == 'APOLLO')
   bench = methods.Bench(MODEL, methods.Corpora(tmp_path))
   theirs = bench.run(methods.Job('chitchat', 'APOLLO', *RATES, 0, 20))
   ours = runner.run(choice, 1.0, 0)

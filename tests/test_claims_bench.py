@@ -48,6 +48,12 @@ def test_a_difference_beyond_its_error_counts(kind, off, expected):
   assert claims.confirmed(kind, pair, 3.0) is expected
 
 
+def test_what_could_not_be_seen_is_not_confirmed():
+  pair = Pair('', ROWS + 20 * NOISE, ROWS)
+  assert pair.error > 0.0095
+  assert claims.confirmed(Kind.EQUAL, pair, 3.0) is None
+
+
 def test_finals_go_before_the_first_round():
   claim = Claim('GaLore', Kind.BETTER, 'LoRA', 'x')
   done = runs('GaLore', ROWS) | runs('LoRA', ROWS + 0.1)

@@ -141,9 +141,9 @@ CHOICES = [
   *(
     Choice('scaled by channel', name, changes, optimizer=optimizer)
     for name, optimizer, changes in (
-      ('the rest: Fira', Fira, {}),
-      ('the whole: APOLLO', apollo, {}),
-      ('APOLLO, rank 128', apollo, {'optimizer.rank': 128}),
+      ('Fira, what is outside at rate 0.1', Fira, {}),
+      ('APOLLO', apollo, {}),
+      ('APOLLO, rank 64', apollo, {'optimizer.rank': 64}),
       ('APOLLO, b1 0', apollo, {'optimizer.b1': 0.0}),
       ('APOLLO, no limit', apollo, {'optimizer.limit': math.inf}),
     )

@@ -123,15 +123,17 @@ def confirmed(kind: Kind, pair: Pair, bytes_per_token: float) -> bool | None:
   False
   """
   off, error = pair.difference, pair.error
+  limit = math.log2(1.02) / bytes_per_token
   match kind:
     case Kind.BETTER:
       return None if abs(off) <= error else off < 0
     case Kind.NO_WORSE:
       return off <= error
     case Kind.EQUAL:
-      return abs(off) <= error
+      # To find no difference is to confirm that there is none where one of
+      # 2% of the perplexity would have been seen.
+      return False if abs(off) > error else (error + abs(off) <= limit or None)
     case Kind.NEAR:
-      limit = math.log2(1.02) / bytes_per_token
       return None if abs(off - limit) <= error else off < limit
   raise ValueError(f'{kind} is of no pair')
 
