@@ -61,7 +61,7 @@ TRIED = {
   'side full',
   'head too',
   'blocks along r',
-  'Fira, what is outside at rate 0.1',
+  'Fira, outside at the rate of the rest',
   'APOLLO, no limit',
 }
 

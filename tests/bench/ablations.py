@@ -141,7 +141,7 @@ CHOICES = [
   *(
     Choice('scaled by channel', name, changes, optimizer=optimizer)
     for name, optimizer, changes in (
-      ('Fira, what is outside at rate 0.1', Fira, {}),
+      ('Fira, outside at the rate of the rest', Fira, {}),
       ('APOLLO', apollo, {}),
       ('APOLLO, rank 64', apollo, {'optimizer.rank': 64}),
       ('APOLLO, b1 0', apollo, {'optimizer.b1': 0.0}),
