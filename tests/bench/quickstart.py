@@ -74,11 +74,11 @@ class Quickstart(methods.Bench):
 By `python -m tests.bench.quickstart`: {self.size.first[-1].steps} steps of
 configs/quickstart.py on {methods.machines(done.values())}, one seed; each
 method at the best of its pairs of rates, none of which is at the edge of what
-was tried. Another machine
-sums in another order: expect figures within 0.005 bits of these (a second one
-once gave 2.0096 for 2.007). Each run has its command in quickstart.json.
-`optax.contrib.galore` as it comes projects the embedding and the head alone: it
-sees no matrix in stacked layers. Seconds are of a machine with other work.
+was tried. Another machine sums in another order: expect figures within 0.005
+bits of these (a second one once gave 2.0096 for 2.007). Each run has its
+command in quickstart.json. `optax.contrib.galore` as it comes projects the
+embedding and the head alone: it sees no matrix in stacked layers. Seconds are
+the least of the runs, as the machine had other work.
 """
     return '\n'.join([text, *methods.first_table(self.size, done), ''])
 
