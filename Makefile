@@ -1,10 +1,11 @@
-# Everything a fresh machine needs is installed into .venv, and for three other
-# purposes into .venv-plan, .venv-parity and .venv-lowest.
+# Everything a fresh machine needs is installed into .venv, and for four other
+# purposes into .venv-plan, .venv-parity, .venv-lowest and .venv-newest.
 PYTHON ?= python3
 BIN := .venv/bin
 PLAN := .venv-plan/bin
 PARITY := .venv-parity/bin
 LOWEST := .venv-lowest/bin
+NEWEST := .venv-newest/bin
 
 # The same program on the machine's card, if it has one.
 CARD := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
@@ -14,9 +15,10 @@ TRAIN := .venv/$(if $(CARD),train-cuda,train)
 # takes a tenth less time.
 train train-layerwise: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # Tests and plans run on the CPU, whatever the machine has.
-test slow plan card parity lowest: export JAX_PLATFORMS := cpu
+test slow cpu plan card parity lowest newest: export JAX_PLATFORMS := cpu
 
-.PHONY: train train-layerwise test slow plan card parity lowest lint clean
+.PHONY: train train-layerwise test slow cpu plan card parity lowest newest lint \
+  clean
 
 train: $(TRAIN)
 	$(BIN)/python -m train.pretrain configs/quickstart.py $(ARGS)
@@ -33,6 +35,16 @@ test: .venv/test
 slow: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests $(ARGS)
 
+# The library's tests as another x86 CPU rounds: `CORE` selects the kernels of
+# OpenBLAS, which NumPy's products and XLA's decompositions use, and `ISA` bounds
+# the instructions that XLA emits.
+CORE ?= Haswell
+ISA ?= AVX2
+cpu: export OPENBLAS_CORETYPE := $(CORE)
+cpu: export XLA_FLAGS := --xla_cpu_max_isa=$(ISA)
+cpu: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/galore_optax $(ARGS)
+
 # What a step needs on a card that is not there:
 # make plan ARGS='configs/llama_7b.py --device rtx4090 --batch-size 2'
 plan: .venv-plan/plan
@@ -46,10 +58,19 @@ parity: .venv-parity/parity
 	$(PARITY)/python -m pytest -m parity tests/parity $(ARGS)
 
 # The core with the lowest versions that pyproject.toml claims. The other
-# environments have the newest.
+# environments have the newest at the time of their installation.
 lowest: .venv-lowest/lowest
 	$(LOWEST)/python -m pytest tests/galore_optax/test_chain.py \
 	  tests/galore_optax/test_galore.py $(ARGS)
+
+# The library, the models and all doctests with the newest versions, which each
+# call installs: make newest PYTHON=python3.13
+newest:
+	test -x $(NEWEST)/python || $(PYTHON) -m venv .venv-newest
+	$(NEWEST)/python -m pip install -q --upgrade --upgrade-strategy eager \
+	  -e '.[test]'
+	$(NEWEST)/python -m pytest tests/galore_optax tests/models galore_optax \
+	  models train $(ARGS)
 
 lint: .venv/lint
 	$(BIN)/ruff check .
@@ -81,5 +102,5 @@ lint: .venv/lint
 	touch $@
 
 clean:
-	rm -rf .venv .venv-plan .venv-parity .venv-lowest runs build *.egg-info \
-	  .pytest_cache .ruff_cache
+	rm -rf .venv .venv-plan .venv-parity .venv-lowest .venv-newest runs build \
+	  *.egg-info .pytest_cache .ruff_cache
