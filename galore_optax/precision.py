@@ -53,7 +53,7 @@ def in_float32(tx: Any) -> optax.GradientTransformationExtraArgs:
 def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   """Returns the root mean square over `axes`, which are kept.
 
-  >>> rms(jnp.array([[3.0, -3.0], [1.0, -7.0]]), (-1,))
+  >>> rms(jnp.array([[3.0, -3.0], [1.0, -7.0]]), (-1,)).round(4)
   Array([[3.],
          [5.]], dtype=float32)
   """

@@ -375,7 +375,7 @@ def limit_growth(limit: float) -> optax.GradientTransformation:
   >>> tx = limit_growth(1.5)
   >>> g = {'w': jnp.ones(4)}
   >>> _, state = tx.update(g, tx.init(g))
-  >>> print(tx.update({'w': 10 * g['w']}, state)[0]['w'])
+  >>> print(tx.update({'w': 10 * g['w']}, state)[0]['w'].round(4))
   [1.5 1.5 1.5 1.5]
 
   References:

@@ -64,8 +64,8 @@ class Noting:
 def captured(rows_rm: jax.Array, g_mn: jax.Array) -> jax.Array:
   """Returns the share of a gradient in a subspace; 0 where there is none.
 
-  >>> print(captured(jnp.eye(1, 2), jnp.array([[3.], [4.]])))
-  0.36
+  >>> f'{captured(jnp.eye(1, 2), jnp.array([[3.], [4.]])):.4f}'
+  '0.3600'
   """
   total = square(g_mn)
   share = square(rows_rm @ g_mn) / jnp.where(total > 0, total, 1)

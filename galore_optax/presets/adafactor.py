@@ -48,7 +48,7 @@ def scale_by_galore_factored_rms(
     >>> tx = scale_by_galore_factored_rms()
     >>> params = {'up': jnp.array([[3.0, -4.0]]), 'bias': jnp.array([2.0])}
     >>> updates, state = tx.update(params, tx.init(params))
-    >>> updates['up'], state.v_row['up'], state.v['up']
+    >>> updates['up'].round(4), state.v_row['up'].round(4), state.v['up']
     (Array([[ 1., -1.]], ...), Array([12.5], ...), MaskedNode())
 
   References:

@@ -39,7 +39,7 @@ def scale_by_galore_adam(
   Example:
     >>> tx = scale_by_galore_adam(eps=0.0)
     >>> params = {'w': jnp.array([3.0, -4.0])}
-    >>> tx.update(params, tx.init(params))[0]['w']
+    >>> tx.update(params, tx.init(params))[0]['w'].round(4)
     Array([ 1., -1.], dtype=float32)
 
   References:
@@ -131,9 +131,9 @@ def check_numbers(learning_rate, weight_decay):
 def descend(learning_rate, weight_decay, *rules):
   """Returns rules, then decoupled weight decay, then minus the learning rate.
 
-  >>> tx, w = descend(0.5, 0.1, optax.scale_by_sign()), jnp.ones(1)
+  >>> tx, w = descend(0.5, 0.25, optax.scale_by_sign()), jnp.ones(1)
   >>> tx.update(3 * w, tx.init(w), w)[0]
-  Array([-0.55], dtype=float32)
+  Array([-0.625], dtype=float32)
   """
   check_numbers(learning_rate, weight_decay)
   decayed = decay.add_decayed_weights(weight_decay)

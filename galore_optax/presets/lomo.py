@@ -98,7 +98,7 @@ def scale_by_weight_rms(*, weight_decay=0.0, eps=1e-3):
 
   >>> tx = scale_by_weight_rms()
   >>> g, w = {'w': jnp.ones(2)}, {'w': jnp.array([1.0, 7.0])}
-  >>> tx.update(g, tx.init(w), w)[0]['w']
+  >>> tx.update(g, tx.init(w), w)[0]['w'].round(4)
   Array([5., 5.], dtype=float32)
   """
 

@@ -44,11 +44,11 @@ def scale_sgd(
 
   Example:
     >>> tx = scale_sgd(0.5)
-    >>> params = {'w': jnp.array([[3.0, 0.0], [-3.0, 0.01]])}
+    >>> params = {'w': jnp.array([[3.0, 0.01], [-3.0, 0.01]])}
     >>> updates, _ = tx.update(params, tx.init(params), params)
-    >>> print(updates['w'].round(4))
-    [[-0.5    -0.    ]
-     [ 0.5    -0.7071]]
+    >>> updates['w'].round(4)
+    Array([[-0.5, -0.5],
+           [ 0.5, -0.5]], dtype=float32)
 
   References:
     Glentis et al., `A Minimalist Optimizer Design for LLM Pretraining

@@ -139,8 +139,8 @@ def quantize(
     >>> import jax.numpy as jnp
     >>> from galore_optax.quantized import array as blockwise
     >>> q = blockwise.quantize(jnp.array([-3.0, 0.0, 1e-3, 2.0]))
-    >>> [round(float(x), 6) for x in blockwise.dequantize(q)]
-    [-2.978906, 0.0, 0.001144, 2.008594]
+    >>> [round(float(x), 4) for x in blockwise.dequantize(q)]
+    [-2.9789, 0.0, 0.0011, 2.0086]
 
   References:
     Dettmers et al., 8-bit optimizers via block-wise quantization,
