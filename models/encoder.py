@@ -212,11 +212,16 @@ class Attention(nn.Module):
       y_BTD = Linear(config, (D, D), True, name=name)(h_BTD)
       return y_BTD.reshape(*h_BTD.shape[:2], N, D // N)
 
-    y_BTNH = attention.attend(
-      *(heads('q'), heads('k'), heads('v'), segments_BT),
-      kind=config.attention,
-      causal=False,
-    )
+    q_BTNH, k_BTNH, v_BTNH = heads('q'), heads('k'), heads('v')
+    if self.is_initializing():
+      # As in `llama.Attention`.
+      y_BTNH = q_BTNH
+    else:
+      y_BTNH = attention.attend(
+        *(q_BTNH, k_BTNH, v_BTNH, segments_BT),
+        kind=config.attention,
+        causal=False,
+      )
     return Linear(config, (D, D), True, name='o')(y_BTNH.reshape(h_BTD.shape))
 
 

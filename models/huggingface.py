@@ -183,8 +183,7 @@ def params_of(
     Nested dict of `jax.Array`s of type `config.param_dtype`.
   """
   row = _row(config)
-  init = _layers(config).init
-  shapes = jax.eval_shape(init, jax.random.key(0))
+  init, shapes = _layers(config).init, _shapes(config)
   places = dict.fromkeys(_flatten(shapes))
   if shardings is not None:
     places = _flatten(jax.tree.broadcast(shardings, shapes))
@@ -254,6 +253,12 @@ def _layers(config):
     encoder.EncoderConfig: encoder.Layers,
   }
   return kinds[type(config)](config)
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(config):
+  """Shapes of the parameters; callers must not change the dict."""
+  return jax.eval_shape(_layers(config).init, jax.random.key(0))
 
 
 def _named(tensors, row, expected):
@@ -384,20 +389,8 @@ def _other_kind(directory):
 
 def _parameter(path, leaf, tensors, sharding):
   """A parameter, on its devices; of its tensors a piece at a time is here."""
-  outputs = sharding, None
-
-  @functools.partial(jax.jit, out_shardings=outputs, donate_argnums=0)
-  def put(whole, rows, layer, start):
-    piece = _turned(path, rows).astype(leaf.dtype)
-    at = [0] * piece.ndim
-    at[0 if _is_table(path) else -1] = start
-    if path.startswith('blocks/'):
-      piece, at = piece[None], [layer, *at]
-    whole = jax.lax.dynamic_update_slice(whole, piece, at)
-    return whole, jnp.all(jnp.isfinite(rows))
-
-  zeros = lambda: jnp.zeros(leaf.shape, leaf.dtype)
-  whole = jax.jit(zeros, out_shardings=sharding)()
+  put = _put(_is_table(path), path.startswith('blocks/'), sharding)
+  whole = _zeros(leaf.shape, leaf.dtype, sharding)()
   for layer, (name, tensor) in enumerate(tensors.items()):
     rows = max(1, _PIECE // math.prod(tensor.shape[1:]))
     for start in range(0, tensor.shape[0], rows):
@@ -411,6 +404,31 @@ def _parameter(path, leaf, tensors, sharding):
           'its numbers: the checkpoint is broken, take another one'
         )
   return whole
+
+
+# Parameters of equal shapes and places share their programs.
+@functools.cache
+def _zeros(shape, dtype, sharding):
+  """A program that makes a parameter of zeros on its devices."""
+  return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _put(is_table, is_stack, sharding):
+  """A program that writes rows of a tensor into a parameter."""
+  outputs = sharding, None
+
+  @functools.partial(jax.jit, out_shardings=outputs, donate_argnums=0)
+  def put(whole, rows, layer, start):
+    piece = (rows if is_table else rows.T).astype(whole.dtype)
+    at = [0] * piece.ndim
+    at[0 if is_table else -1] = start
+    if is_stack:
+      piece, at = piece[None], [layer, *at]
+    whole = jax.lax.dynamic_update_slice(whole, piece, at)
+    return whole, jnp.all(jnp.isfinite(rows))
+
+  return put
 
 
 def _write_shards(directory, parts, flat, max_bytes):
@@ -527,8 +545,7 @@ def _check_head(tensors, row, shapes):
 
 
 def _check_params(flat, config):
-  shapes = jax.eval_shape(_layers(config).init, jax.random.key(0))
-  shapes = _flatten(shapes)
+  shapes = _flatten(_shapes(config))
   if odd := sorted(shapes.keys() ^ flat.keys()):
     raise ValueError(f'params must be those of the config; check {odd[:4]}')
   for path, leaf in shapes.items():

@@ -337,6 +337,10 @@ class Attention(nn.Module):
       )
       for name, x_BTKH in (('keys', k_BTKH), ('values', v_BTKH)):
         self.sow('read', name, x_BTKH, reduce_fn=lambda _, new: new)
+    elif self.is_initializing():
+      # Parameters do not depend on the mixed values. Tracing attention would
+      # take most of the time of `init`.
+      y_BTNH = q_BTNH
     else:
       y_BTNH = attention.attend(
         *(q_BTNH, k_BTKH, v_BTKH, segments_BT),
@@ -492,9 +496,8 @@ class Layers:
   def init(self, key):
     """Fresh parameters; their shapes under `jax.eval_shape`."""
     keys = ('inputs', 'targets', 'positions', 'segments')
-    # Of two time steps: cuDNN takes no odd number.
-    batch = dict.fromkeys(keys, jnp.zeros((1, 2), jnp.int32))
-    batch['weights'] = jnp.zeros((1, 2), jnp.float32)  # under x64 too
+    batch = dict.fromkeys(keys, jnp.zeros((1, 1), jnp.int32))
+    batch['weights'] = jnp.zeros((1, 1), jnp.float32)  # under x64 too
     return Llama(self.config).init(key, batch)['params']
 
   def __call__(self, params, batch):

@@ -1,15 +1,17 @@
 """The verbatim line, and every other place where a stage may stand."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
 import galore_optax
 from galore_optax import galore
 from tests.galore_optax.program import normal32
+from tests.rounding import assert_same_program
 
 optax_chain = optax.chain.__wrapped__
 BOTH_SPELLINGS = (
@@ -26,19 +28,15 @@ def params():
   }
 
 
-def gradients(step=0):
-  return jax.tree.map(lambda x: jnp.sin(x * (3 + step)), params())
-
-
-def run(tx, steps=3):
-  """Returns updates and state after some steps."""
-  w, step = params(), jax.jit(tx.update)
-  state, trail = tx.init(w), []
-  for i in range(steps):
-    updates, state = step(gradients(i), state, w)
-    w = optax.apply_updates(w, updates)
-    trail.append(updates)
-  return trail, state
+def assert_same(*txs, **extra):
+  """Asserts that transformations run the same operations, at every step."""
+  w = params()
+  assert_same_program(*((tx.init, w) for tx in txs))
+  updates = [functools.partial(tx.update, **extra) for tx in txs]
+  states = [jax.eval_shape(tx.init, w) for tx in txs]
+  assert_same_program(
+    *((f, w, state, w) for f, state in zip(updates, states, strict=True))
+  )
 
 
 def test_importing_the_package_makes_optax_chain_aware():
@@ -51,25 +49,18 @@ def test_the_verbatim_line_is_galore_around_adamw():
   lr = optax.linear_schedule(0.0, 0.1, 3)
   line = optax.chain(galore(rank=4, gap=2), optax.adamw(lr, weight_decay=0.1))
   call = galore(optax.adamw(lr, weight_decay=0.1), rank=4, gap=2)
-  trail, state = run(line)
-  want, want_state = run(call)
-  chex.assert_trees_all_equal(trail, want)
   # The chain adds its own tuples around the same leaves.
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    jax.tree.leaves(state),
-    jax.tree.leaves(want_state),
-  )
+  assert_same(line, call)
 
 
 def test_the_verbatim_line_keeps_low_rank_state_to_the_byte():
   line = optax.chain(galore(rank=4, gap=2), optax.adamw(0.1))
-  state = line.init(params())
+  state = jax.eval_shape(line.init, params())
   r = 4
   basis = r * 11 + r * 11  # The shorter side of both weights.
   moments = 2 * (r * 17 + r * 17 + 5)
   counters = 2 + 1  # GaLore's count and skipped, Adam's count.
-  size = sum(x.nbytes for x in jax.tree.leaves(state))
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
   assert size == 4 * (basis + moments + counters)
 
 
@@ -79,11 +70,10 @@ def test_what_stands_before_a_stage_acts_on_the_whole_gradient():
   stage = {'rank': 4, 'gap': 2}
   line = optax.chain(*before, galore(**stage), *after)
   want = optax_chain(*before, galore(optax_chain(*after), **stage))
-  trail, state = run(line)
-  want_trail, want_state = run(want)
-  chex.assert_trees_all_equal(trail, want_trail)
-  chex.assert_trees_all_equal(state, want_state)
-  chex.assert_trees_all_equal_structs(state, want_state)
+  assert_same(line, want)
+  chex.assert_trees_all_equal_structs(
+    *(jax.eval_shape(tx.init, params()) for tx in (line, want))
+  )
 
 
 WITHOUT_STAGE = {
@@ -114,16 +104,16 @@ def test_without_a_stage_it_is_optax_chain(name):
   # A chain that starts with a whole galore can also sum projected gradients.
   assert isinstance(ours, type(theirs))
   assert type(ours) is type(theirs) or name == 'galore with its inner'
-  w = params()
   extra = {'value': jnp.float32(3.0)} if name == 'extra args' else {}
-  state, want = ours.init(w), theirs.init(w)
+  assert_same(ours, theirs, **extra)
+  w = params()
+  state, want = (jax.eval_shape(tx.init, w) for tx in (ours, theirs))
   chex.assert_trees_all_equal_structs(state, want)
-  for i in range(2):
-    updates, state = ours.update(gradients(i), state, w, **extra)
-    want_updates, want = theirs.update(gradients(i), want, w, **extra)
-    chex.assert_trees_all_equal(updates, want_updates)
-    chex.assert_trees_all_equal_structs(state, want)
-    chex.assert_trees_all_equal(state, want)
+  after, want = (
+    jax.eval_shape(lambda s, tx=tx: tx.update(w, s, w, **extra), s)
+    for tx, s in ((ours, state), (theirs, want))
+  )
+  chex.assert_trees_all_equal_structs(after, want)
 
 
 @pytest.mark.parametrize(
@@ -161,18 +151,16 @@ def test_a_second_stage_raises():
 
 def test_a_chain_with_a_stage_stands_inside_other_chains():
   inner = optax.chain(galore(rank=4, gap=2), optax.adam(0.1))
-  trail, _ = run(optax.chain(optax.clip(0.5), optax.chain(inner)))
-  want, _ = run(
-    optax_chain(optax.clip(0.5), galore(optax.adam(0.1), rank=4, gap=2))
+  assert_same(
+    optax.chain(optax.clip(0.5), optax.chain(inner)),
+    optax_chain(optax.clip(0.5), galore(optax.adam(0.1), rank=4, gap=2)),
   )
-  chex.assert_trees_all_equal(trail, want)
 
 
 def test_a_stage_may_be_used_twice():
   stage = galore(rank=4, gap=2)
-  one, _ = run(optax.chain(stage, optax.adam(0.1)))
-  two, _ = run(optax.chain(stage, optax.adam(0.1)))
-  chex.assert_trees_all_equal(one, two)
+  one, two = (optax.chain(stage, optax.adam(0.1)) for _ in range(2))
+  assert_same(one, two)
 
 
 def test_extra_args_reach_what_follows_a_stage():
@@ -184,6 +172,6 @@ def test_extra_args_reach_what_follows_a_stage():
 
   spy = optax.GradientTransformationExtraArgs(lambda p: (), update)
   tx = optax.chain(galore(rank=4), spy)
-  state = tx.init(params())
-  tx.update(gradients(), state, params(), value=7)
+  state, w = jax.eval_shape(tx.init, params()), params()
+  jax.eval_shape(lambda state: tx.update(w, state, w, value=7), state)
   assert seen and all(value == 7 for value, _ in seen)

@@ -1,6 +1,7 @@
 """The encoder: its exact statements, and the same model layer by layer."""
 
 import dataclasses
+import functools
 import operator
 
 import chex
@@ -55,6 +56,16 @@ def _params(config):
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+@functools.cache
+def _logits(config):
+  return jax.jit(Layers(config).logits)
+
+
+@functools.cache
+def _loss(config):
+  return jax.jit(Layers(config))
+
+
 _KINDS = pytest.mark.parametrize(
   'changes',
   [
@@ -70,12 +81,12 @@ _KINDS = pytest.mark.parametrize(
 def test_padding_changes_nothing(changes):
   config = _config(**changes)
   params, batch = _params(config), _batch(config)
-  whole = Layers(config).logits(params, batch)
-  for row, length in enumerate([11, 8, 5, 2]):
+  whole = _logits(config)(params, batch)
+  for row, length in ((1, 8), (3, 2)):
     alone = {name: x[row : row + 1] for name, x in batch.items()}
     for name in ('inputs', 'types', 'segments'):
       alone[name] = alone[name][:, :length]
-    found = Layers(config).logits(params, alone)
+    found = _logits(config)(params, alone)
     # Sums of fewer terms in another order.
     np.testing.assert_allclose(found[0], whole[row], rtol=0, atol=2e-5)
 
@@ -83,10 +94,10 @@ def test_padding_changes_nothing(changes):
 def test_both_directions_are_seen():
   config = _config()
   params, batch = _params(config), _batch(config)
-  before = Layers(config).logits(params, batch)
+  before = _logits(config)(params, batch)
   batch['inputs'] = batch['inputs'].copy()
   batch['inputs'][0, -1] = 3 + (batch['inputs'][0, -1] + 1) % 28
-  after = Layers(config).logits(params, batch)
+  after = _logits(config)(params, batch)
   # The head reads the first token alone.
   assert np.abs(after[0] - before[0]).max() > 1e-3
   np.testing.assert_array_equal(after[1:], before[1:])
@@ -96,23 +107,28 @@ def test_both_directions_are_seen():
 def test_the_pieces_are_the_model(changes):
   config = _config(**changes, remat=True)
   model, batch = Layers(config), _batch(config)
+
+  @jax.jit
+  def pieces(params):
+    x = model.embed({'embed': params['embed']}, batch)
+    for layer in range(config.num_layers):
+      x = model.block(
+        jax.tree.map(operator.itemgetter(layer), params['blocks']), x
+      )
+    return model.loss({'head': params['head']}, x, batch)
+
   params = _params(config)
-  x = model.embed({'embed': params['embed']}, batch)
-  for layer in range(config.num_layers):
-    x = model.block(
-      jax.tree.map(operator.itemgetter(layer), params['blocks']), x
-    )
-  found = model.loss({'head': params['head']}, x, batch)
-  chex.assert_trees_all_close(found, model(params, batch), rtol=1e-5)
+  expected = _loss(config)(params, batch)
+  chex.assert_trees_all_close(pieces(params), expected, rtol=1e-5)
 
 
 def test_the_loss_is_of_the_rows_that_count():
   config = _config()
-  model, params, batch = Layers(config), _params(config), _batch(config)
+  params, batch = _params(config), _batch(config)
   weights = np.float32([1, 0, 3, 0])
-  logits = model.logits(params, batch)
+  logits = _logits(config)(params, batch)
   nll = -jax.nn.log_softmax(logits)[np.arange(B), batch['targets']]
-  loss, sums = model(params, batch | {'weights': weights})
+  loss, sums = _loss(config)(params, batch | {'weights': weights})
   np.testing.assert_allclose(sums['cost'], weights @ nll, rtol=1e-5)
   np.testing.assert_allclose(loss, weights @ nll / B, rtol=1e-5)
   assert sums['weight'] == 4
@@ -120,10 +136,10 @@ def test_the_loss_is_of_the_rows_that_count():
 
 def test_one_label_is_a_squared_error():
   config = _config(num_labels=1)
-  model, params, batch = Layers(config), _params(config), _batch(config)
-  error = model.logits(params, batch)[:, 0] - batch['targets']
+  params, batch = _params(config), _batch(config)
+  error = _logits(config)(params, batch)[:, 0] - batch['targets']
   np.testing.assert_allclose(
-    model(params, batch)[0], np.mean(error**2), rtol=1e-5
+    _loss(config)(params, batch)[0], np.mean(error**2), rtol=1e-5
   )
 
 
@@ -132,7 +148,7 @@ def test_recomputing_changes_no_gradient():
   config = _config(dropout=0.2)
   params, batch = _params(config), _batch(config)
   batch['noise'] = np.arange(2 * B, dtype=np.uint32).reshape(B, 2)
-  gradient = lambda config: jax.grad(Layers(config), has_aux=True)(
+  gradient = lambda config: jax.jit(jax.grad(Layers(config), has_aux=True))(
     params, batch
   )
   plain, again = (
@@ -152,7 +168,8 @@ def test_layer_wise_is_whole_tree(dropout):
   params = jax.tree.map(jnp.asarray, params)
   step = layerwise(model, optax.sgd(0.1), microbatches=2)
   found, _, metrics = jax.jit(step)(params, step.init(params), batch)
-  (loss, _), grads = jax.value_and_grad(model, has_aux=True)(params, batch)
+  value_and_grad = jax.jit(jax.value_and_grad(model, has_aux=True))
+  (loss, _), grads = value_and_grad(params, batch)
   expected = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
   np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
   chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=2e-5)
@@ -181,7 +198,7 @@ def test_layers_draw_differently():
     'noise': np.uint32([[3, 4]]),
   }
   params = jax.tree.map(lambda w: w[0], _params(config)['blocks'])
-  found = Layers(config).block(params, x)
+  found = jax.jit(Layers(config).block)(params, x)
   assert np.any(found['noise'] != x['noise'])
 
 
@@ -207,4 +224,4 @@ def test_rows_without_positions_are_refused():
     name: np.tile(x, (1, 2)) for name, x in _batch(config).items() if x.ndim > 1
   }
   with pytest.raises(ValueError, match=r'at most 14 tokens.*got 22'):
-    Layers(config).logits(_params(config), long)
+    jax.eval_shape(Layers(config).logits, _params(config), long)

@@ -14,6 +14,7 @@ from models import lowrank
 from models import noise as noise_lib
 from models.llama import Layers, LlamaConfig
 from models.lowrank import Factored, Lora, Relora
+from tests.rounding import assert_close
 
 CONFIG = LlamaConfig(
   vocab_size=23,
@@ -48,6 +49,12 @@ def model(adapter, **overrides):
 
 
 @functools.cache
+def logits(adapter=None):
+  """The compiled logits of a model, with an adapter or without one."""
+  return jax.jit((model(adapter) if adapter else Layers(CONFIG)).logits)
+
+
+@functools.cache
 def base():
   return jax.jit(Layers(CONFIG).init)(jax.random.key(0))
 
@@ -63,16 +70,22 @@ def weights(adapter, *, moved=False):
   )
 
 
-def test_at_start_the_function_is_the_same_bit_for_bit():
+def test_at_start_the_function_is_the_same():
   params = weights(Lora(rank=3))
   for name, adapted in params['blocks']['attention'].items():
     assert adapted['lora_a'].shape == (2, 12, 3), name
     chex.assert_trees_all_equal(
       adapted['kernel'], base()['blocks']['attention'][name]['kernel']
     )
-  found = jax.jit(model(Lora(rank=3)).logits)(params, example())
-  expected = jax.jit(Layers(CONFIG).logits)(base(), example())
-  np.testing.assert_array_equal(found, expected)
+  found = logits(Lora(rank=3))(params, example())
+  # Nothing is added, bit for bit, whatever the factor before the zeros is.
+  grown = jax.tree_util.tree_map_with_path(
+    lambda path, w: 5 * w if path[-1].key == 'lora_a' else w, params
+  )
+  np.testing.assert_array_equal(found, logits(Lora(rank=3))(grown, example()))
+  # Two programs: two layers of four sums of up to 20 terms.
+  expected = logits()(base(), example())
+  assert_close(found, expected, operations=2 * 4 * 20)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +93,11 @@ def test_at_start_the_function_is_the_same_bit_for_bit():
 )
 def test_merged_weights_are_the_same_function(adapter):
   params = weights(adapter, moved=True)
-  found = jax.jit(model(adapter).logits)(params, example())
+  found = logits(adapter)(params, example())
   merged = lowrank.merge(params, adapter)
   shapes = jax.eval_shape(Layers(CONFIG).init, jax.random.key(0))
   chex.assert_trees_all_equal_shapes_and_dtypes(merged, shapes)
-  expected = Layers(CONFIG).logits(merged, example())
+  expected = logits()(merged, example())
   assert expected.std() > 0.5
   # x (W + A B) against x W + (x A) B: sums of tens of float32 numbers, through
   # two layers.
@@ -92,7 +105,7 @@ def test_merged_weights_are_the_same_function(adapter):
   unscaled = lowrank.merge(
     params, dataclasses.replace(adapter, rank=adapter.rank + 1)
   )
-  other = Layers(CONFIG).logits(unscaled, example())
+  other = logits()(unscaled, example())
   if not isinstance(adapter, Factored):
     assert np.abs(other - expected).max() > 1e-2
 
@@ -176,9 +189,8 @@ def test_dropout_is_the_same_layer_by_layer(remat):
 def test_dropout_depends_on_the_example_alone():
   adapter = Lora(rank=3, dropout=0.4)
   params, batch = weights(adapter, moved=True), example(noise=True)
-  layers = model(adapter)
-  whole = layers.logits(params, batch)
-  last = layers.logits(params, {k: x[2:] for k, x in batch.items()})
+  whole = logits(adapter)(params, batch)
+  last = logits(adapter)(params, {k: x[2:] for k, x in batch.items()})
   # Products over other shapes sum in another order.
   np.testing.assert_allclose(whole[2:], last, rtol=0, atol=1e-5)
 
