@@ -1,9 +1,9 @@
 """Equality of programs, and closeness of their results by their rounding.
 
 Two programs that compute the same formula round differently. XLA fuses and
-contracts operations. XLA and LAPACK choose kernels by the instruction set and the
-number of threads. Results are equal bit for bit only if one program, or programs
-of the same operations, compute them.
+contracts operations. XLA and LAPACK choose kernels by the instruction set and
+the number of threads. Results are equal bit for bit only if one program, or
+programs of the same operations, compute them.
 """
 
 from collections.abc import Callable
