@@ -42,7 +42,9 @@ def test_it_is_the_papers_algorithm(mini, moments):
     make = lambda: scaled_oracle.Scaled(
       whole=True, channels=not mini, inside=0.0, outside=np.sqrt(scale)
     )
-    rows = rows_of(tx, Gaussian(), weights, states[0].basis)
+    rows = jax.jit(lambda basis: rows_of(tx, Gaussian(), weights, basis))(
+      states[0].basis
+    )
     want = scaled_oracle.run(
       *(make, weights, grads, rows, STEPS, DECAY),
       restart_every=GAP if moments == 'reset' else None,

@@ -10,6 +10,7 @@ import pytest
 from galore_optax import Coordinates, Lazy, galore, quantize_bases
 from galore_optax.quantized.array import Quantized, dequantize
 from tests.galore_optax.program import each, normal32
+from tests.rounding import assert_close, units
 
 every_width = pytest.mark.parametrize('bits', [8, 4])
 
@@ -28,12 +29,13 @@ def codes(state):
 
 def run(tx, steps):
   """Returns the updates and states of each step, in one trace."""
-  state, trail = tx.init(params()), []
+  weights = jax.tree.map(np.asarray, params())
+  state, trail = jax.jit(tx.init)(weights), []
   update = jax.jit(chex.assert_max_traces(tx.update, n=1))
   chex.clear_trace_counter()
   for i in range(steps):
-    grads = jax.tree.map(lambda x: jnp.sin(x * (i + 2)), params())  # noqa: B023
-    updates, state = update(grads, state, params())
+    grads = jax.tree.map(lambda x: np.sin(x * np.float32(i + 2)), weights)  # noqa: B023
+    updates, state = update(grads, state, weights)
     trail.append((updates, state))
   return trail
 
@@ -55,7 +57,7 @@ def test_bytes_of_the_basis_of_a_real_weight(bits):
 def test_a_basis_is_packed_when_it_is_found_and_stays(bits, side):
   tx = galore(optax.sgd(0.1), rank=5, gap=2, side=side)
   trail = run(quantize_bases(tx, bits=bits), 4)
-  one, two, three, four = (codes(state) for _, state in trail)
+  one, two, three, four = (jax.device_get(codes(state)) for _, state in trail)
   assert len(one) == (4 if side == 'full' else 2)
   chex.assert_trees_all_equal(one, two)
   chex.assert_trees_all_equal(three, four)
@@ -69,10 +71,13 @@ def test_a_basis_is_packed_when_it_is_found_and_stays(bits, side):
     for code, basis in zip(packed, jax.tree.leaves(state.basis), strict=True):
       step = np.max(np.abs(basis)) / (127 if bits == 8 else 7)
       # Vectors may turn with the sign of the packed ones before them.
-      off = np.abs(dequantize(code)) - np.abs(basis)
-      assert np.max(np.abs(off)) <= 0.5 * step + 1e-6
-  off = optax.tree.norm(optax.tree.sub(trail[0][0], plain[0][0]))
-  size = optax.tree.norm(plain[0][0])
+      off = np.abs(np.abs(dequantize(code)) - np.abs(basis))
+      # Two decompositions of up to 41 terms, in two programs.
+      assert np.max(off) <= 0.5 * step + units(41)
+  (ours, _), (theirs, _) = jax.device_get((trail[0], plain[0]))
+  square = lambda tree: sum(np.sum(x * x) for x in jax.tree.leaves(tree))
+  off = np.sqrt(square(jax.tree.map(np.subtract, ours, theirs)))
+  size = np.sqrt(square(theirs))
   # Measured: 0.008 and 0.0095 in 8 bits, 0.129 and 0.167 in 4.
   assert 0 < off < (0.02 if bits == 8 else 0.2) * size
 
@@ -91,4 +96,5 @@ def test_what_is_no_vector_is_not_packed():
       chex.assert_trees_all_equal(ours.wait, other.wait)
       chex.assert_trees_all_equal(ours.gaps, other.gaps)
   stage = galore(optax.sgd(0.1), rank=5, gap=2, subspace=Coordinates())
-  chex.assert_trees_all_equal(run(quantize_bases(stage), 3), run(stage, 3))
+  # Two programs, whose products are selections.
+  assert_close(run(quantize_bases(stage), 3), run(stage, 3), operations=2)
