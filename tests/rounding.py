@@ -59,6 +59,23 @@ def assert_close(found: Any, expected: Any, operations: float) -> None:
     )
 
 
+def distance(found: Any, expected: Any) -> float:
+  """Returns the norm of the difference of two trees over that of `expected`.
+
+  Adam divides an entry of a gradient by its size. It enlarges the rounding of
+  the few entries that nearly cancel. The norm averages over all entries.
+
+  >>> distance({'w': np.array([3.0, 5.0])}, {'w': np.array([3.0, 4.0])})
+  0.2
+  """
+  norm = lambda tree: np.sqrt(sum(np.sum(x * x) for x in jax.tree.leaves(tree)))
+  found, expected = (
+    jax.tree.map(np.float64, jax.device_get(x)) for x in (found, expected)
+  )
+  off = jax.tree.map(np.subtract, found, expected)
+  return float(norm(off) / norm(expected))
+
+
 def assert_same_program(*calls: tuple[Callable[..., Any], *tuple[Any, ...]]):
   """Asserts that calls are the same operations on the same leaves.
 

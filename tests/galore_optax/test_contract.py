@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_optax import galore, galore_adamw
 from tests.galore_optax.program import normal32
+from tests.rounding import distance, units
 
 KINDS = {
   'keep': lambda: galore(optax.adamw(0.1), rank=4, gap=2),
@@ -106,8 +107,8 @@ def test_jit_changes_nothing():
   for i in range(3):
     updates, state = update(gradients(i), state, w)
     want, want_state = tx.update(gradients(i), want_state, w)
-    # Fusion rounds otherwise: an ulp or two.
-    chex.assert_trees_all_close(updates, want, rtol=1e-4, atol=1e-6)
+    # Fusion rounds otherwise, and Adam enlarges it.
+    assert distance(updates, want) < units(1000)
 
 
 def test_donated_state_is_used_up():
@@ -119,7 +120,8 @@ def test_donated_state_is_used_up():
     used = jax.tree.leaves(state)
     updates, state = update(gradients(i), state, w)
     want, want_state = plain(gradients(i), want_state, w)
-    chex.assert_trees_all_equal(updates, want)
+    # A donated buffer may be fused otherwise, and Adam enlarges the rounding.
+    assert distance(updates, want) < units(1000)
     assert all(x.is_deleted() for x in used if x.ndim > 1)
 
 
@@ -150,6 +152,7 @@ def test_orbax_brings_the_state_back(kind, tmp_path):
   chex.assert_trees_all_equal_structs(back, state)
   for i in range(3, 5):
     g = gradients(i, jnp.bfloat16)
+    # One program.
     (updates, state), (want, back) = update(g, state, w), update(g, back, w)
     chex.assert_trees_all_equal(updates, want)
 
@@ -173,5 +176,5 @@ def test_eight_devices_are_one(spec):
     g = jax.tree.map(lambda x: jnp.sin(x * (i + 2)), w)  # noqa: B023
     updates, state = update(put(g), state, put(w))
     want, want_state = update(g, want_state, w)
-    # Sums across devices are in another order.
-    chex.assert_trees_all_close(updates, want, rtol=1e-3, atol=1e-5)
+    # Sums of up to 24 terms across devices are in another order.
+    assert distance(updates, want) < units(1000)

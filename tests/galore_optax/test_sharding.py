@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import galore_optax as go
 from tests.galore_optax.program import each, normal
+from tests.rounding import distance
 
 AXES = ('data', 'fsdp', 'tensor')
 SHAPES = {'blocks': {'up': (2, 16, 24)}, 'w': (24, 40), 'embed': (16, 8)}
@@ -84,18 +85,22 @@ def put(tree, layout, mesh):
 
 
 def run(tx, params, grads, *, jit=True):
-  init, update = map(jax.jit, (tx.init, tx.update)) if jit else tx[:2]
+  def update(g, state, params):
+    updates, state = tx.update(g, state, params)
+    return optax.apply_updates(params, updates), state
+
+  init, step = map(jax.jit, (tx.init, update)) if jit else (tx.init, update)
   # On the CPU, operation by operation, more programs than 32 wait for a device,
   # and the one that the others wait for may be the next: XLA ends the process.
   # Looking for NaN waits for each.
   with jax.debug_nans(not jit):
     state = init(params)
     for g in grads:
-      updates, state = update(g, state, params)
-      params = optax.apply_updates(params, updates)
+      params, state = step(g, state, params)
   return params
 
 
+CODES = ('8bit', 'packed')
 # On every layout and in every way; the others on the one that has most of it.
 CORE = ('svd', '8bit', 'adafactor', 'fira')
 KINDS = ('Explicit', 'Auto')
@@ -141,8 +146,13 @@ def check_one_device(name, layout, kind, shapes, *, jit=True):
     with jax.set_mesh(mesh):
       grads = [put(g, layout, mesh) for g in grads]
       ours = run(tx, put(start, layout, mesh), grads, jit=jit)
-  # Sums across devices are in another order.
-  chex.assert_trees_all_close(ours, want, rtol=0, atol=1e-12)
+  if name in CODES:
+    # Scales are float32, and a value at a tie has one of two codes: one entry
+    # in a thousand may then be off by a hundredth of its update.
+    assert distance(ours, want) < 1e-4
+  else:
+    # Sums across devices are in another order.
+    chex.assert_trees_all_close(ours, want, rtol=0, atol=1e-12)
 
 
 class Deep:

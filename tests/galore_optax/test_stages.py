@@ -1,14 +1,15 @@
 """An update in three stages, and how often it asks its inner."""
 
-import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import galore_optax as go
 from galore_optax import Galore, Staggered, galore
 from tests.galore_optax.program import each, normal32
+from tests.rounding import assert_same_program, distance, units
 
 PARAMS = {
   'up': normal32((3, 5, 9)),
@@ -41,10 +42,15 @@ def test_an_update_is_its_stages(name):
   tx = TXS[name]()
   assert isinstance(tx, Galore) and tx.linear
 
-  @jax.jit
   def by_stages(g, state):
     state = tx.refresh(g, state)
     return tx.apply(tx.project(g, state), state, PARAMS, g)
+
+  update = lambda g, state: tx.update(g, state, PARAMS)
+  state = tx.init(PARAMS)
+  assert_same_program(
+    (by_stages, gradients(0), state), (update, gradients(0), state)
+  )
 
   @jax.jit
   def of_projections(g, state):
@@ -52,22 +58,22 @@ def test_an_update_is_its_stages(name):
     halves = [tx.project(optax.tree.scale(x, g), state) for x in (0.25, 0.75)]
     return tx.apply(optax.tree.add(*halves), state, PARAMS)
 
-  whole, state = jax.jit(tx.update), tx.init(PARAMS)
+  whole = jax.jit(update)
   for i in range(3):
-    want, after = whole(gradients(i), state, PARAMS)
-    chex.assert_trees_all_equal(by_stages(gradients(i), state), (want, after))
-    # Linear: the sum of projections, without the gradient. One rounding.
+    want, after = whole(gradients(i), state)
+    # Linear: the sum of projections, without the gradient. One rounding, which
+    # Adam enlarges in the entries that nearly cancel.
     got, _ = of_projections(gradients(i), state)
-    chex.assert_trees_all_close(got, want, rtol=2e-4, atol=1e-5)
+    assert distance(got, want) < units(1000)
     state = after
 
 
 def test_due_says_when_a_refresh_changes_a_basis():
   tx, seen = galore(optax.sgd(0.1), rank=3, gap=3), []
-  state = tx.init(PARAMS)
+  state, step = tx.init(PARAMS), jax.jit(tx.update)
   for i in range(7):
     seen.append(bool(tx.due(state)))
-    _, state = tx.update(gradients(i), state)
+    _, state = step(gradients(i), state)
   assert seen == [True, False, False, True, False, False, True]
 
 
@@ -75,9 +81,10 @@ def test_matrices_that_take_turns_are_due_one_by_one():
   tx, found = galore(optax.sgd(0.1), rank=3, gap=Staggered(8)), []
   state, step = tx.init(PARAMS), jax.jit(tx.update)
   for i in range(17):
-    due, before = bool(tx.due(state)), state.basis
+    due, before = bool(tx.due(state)), jax.device_get(state.basis)
     _, state = step(gradients(i), state)
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), before, state.basis)
+    after = jax.device_get(state.basis)
+    same = jax.tree.map(np.array_equal, before, after)
     changed = not all(jax.tree.leaves(same))
     # A matrix that is due has a new basis.
     assert due == changed

@@ -11,6 +11,7 @@ from galore_optax import galore_adamw, galore_adamw_8bit
 from galore_optax.quantized.array import Quantized
 from models.llama import Layers, llama
 from tests.galore_optax.program import normal, normal32
+from tests.rounding import distance, units
 
 OPTIONS = dict(rank=9, gap=2, weight_decay=0.1)
 
@@ -48,22 +49,22 @@ def trail(tx, steps=4, pick=lambda tree: tree):
 def test_with_no_leaf_large_enough_it_is_galore_adamw():
   ours, state = trail(galore_adamw_8bit(0.1, min_size=10**9, **OPTIONS))
   want, want_state = trail(galore_adamw(0.1, **OPTIONS))
-  chex.assert_trees_all_equal(ours, want)
-  chex.assert_trees_all_equal(state, want_state)
+  # Two programs, of four steps of sums of up to 560 terms.
+  assert distance((ours, state), (want, want_state)) < units(4 * 560)
 
 
 def test_codes_stand_for_the_moments_and_nothing_else_changes():
   ours, state = trail(galore_adamw_8bit(0.1, **OPTIONS))
   want, want_state = trail(galore_adamw(0.1, **OPTIONS))
   assert len(codes(state)) == 4
-  chex.assert_trees_all_equal(state[0].basis, want_state[0].basis)
-  # The first update is made of no stored moment.
-  chex.assert_trees_all_close(ours[0], want[0], rtol=1e-5, atol=1e-6)
+  # Two programs. A singular vector is known to eps / gap.
+  assert distance(state[0].basis, want_state[0].basis) < units(1000)
+  # The first update is made of no stored moment, in sums of up to 560 terms.
+  assert distance(ours[0], want[0]) < units(560)
   for now, expected in zip(ours, want, strict=True):
     for name, x in expected.items():
-      off = jnp.linalg.norm(now[name] - x) / jnp.linalg.norm(x)
       # Measured: 0.0095 to 0.0116, the codes' own error.
-      assert off < 0.03
+      assert distance(now[name], x) < 0.03
 
 
 @pytest.mark.slow
@@ -73,9 +74,11 @@ def test_a_stack_is_its_layers():
   for i in range(3):
     want, alone = trail(tx, pick=lambda tree, i=i: {'w': tree['stack'][i]})
     for stacked, one in zip(ours, want, strict=True):
-      chex.assert_trees_all_close(stacked['w'][i], one['w'], rtol=1e-5)
+      assert distance(stacked['w'][i], one['w']) < units(1000)
     for stacked, one in zip(codes(state), codes(alone), strict=True):
-      chex.assert_trees_all_equal(stacked.codes[i], one.codes)
+      # A value at a tie may round to either neighbour.
+      off = np.abs(np.int32(stacked.codes[i]) - np.int32(one.codes))
+      assert off.max() <= 1 and off.mean() < 0.002
 
 
 @pytest.mark.slow
@@ -103,7 +106,7 @@ def test_the_projected_side_does_not_matter(shape):
   options = dict(rank=16, gap=50, scale=1.0)
   want = last(galore_adamw(0.01, **options))
   ours = last(galore_adamw_8bit(0.01, min_size=1, **options))
-  off = jnp.linalg.norm(ours - want) / jnp.linalg.norm(want)
+  off = distance(ours, want)
   # Measured: 0.0240 both; with rows of r entries 0.056 where [n, r].
   assert off < 0.04
 
@@ -111,7 +114,7 @@ def test_the_projected_side_does_not_matter(shape):
 def test_a_moment_of_a_real_model_takes_1_02_bytes_an_element():
   layers = Layers(llama('60m', vocab_size=4096))
   params = jax.eval_shape(layers.init, jax.random.key(0))
-  state = galore_adamw_8bit(0.01, rank=128).init(params)
+  state = jax.eval_shape(galore_adamw_8bit(0.01, rank=128).init, params)
   adam = state[0].inner[0]
   shapes = jax.eval_shape(galore_adamw(0.01, rank=128).init, params)
   large = [x for x in jax.tree.leaves(shapes[0].inner[0].mu) if x.size >= 4096]
@@ -119,5 +122,7 @@ def test_a_moment_of_a_real_model_takes_1_02_bytes_an_element():
   for moment in (adam.mu, adam.nu):
     stored = codes(moment)
     assert [q.shape for q in stored] == [x.shape for x in large]
-    assert sum(q.nbytes for q in stored) <= 1.02 * elements
+    arrays = jax.tree.leaves(stored)
+    size = sum(x.size * x.dtype.itemsize for x in arrays)
+    assert size <= 1.02 * elements
   assert {q.code for q in codes(adam.nu)} == {'unsigned'}

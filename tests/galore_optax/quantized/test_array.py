@@ -8,10 +8,17 @@ import pytest
 
 from galore_optax.quantized import array as blockwise
 from galore_optax.quantized import codes as dynamic
+from tests.rounding import assert_close, units
 
 # One shape per layout: rows of full blocks, rows with a short block, joined
 # rows with full blocks and with a short one, a vector, a short vector.
 SHAPES = [(3, 512), (2, 1376), (3, 8, 96), (2, 7, 344), (5,)]
+
+
+# Operation by operation, compiling takes most of the time.
+quantize_linear = jax.jit(
+  blockwise.quantize_linear, static_argnames=('bits', 'group', 'symmetric')
+)
 
 
 def normal(shape, seed=0):
@@ -37,7 +44,7 @@ def test_every_value_of_a_code_survives(code):
   q = blockwise.quantize(values, code=code)
   np.testing.assert_array_equal(q.codes, np.arange(256))
   # Decoding computes in float32 what the map rounds once from float64.
-  chex.assert_trees_all_close(blockwise.dequantize(q), values, rtol=3e-7)
+  np.testing.assert_allclose(blockwise.dequantize(q), values, rtol=units(3))
 
 
 @pytest.mark.parametrize('code', ['signed', 'unsigned'])
@@ -79,7 +86,7 @@ def test_error_is_bounded_by_the_block(shape, code):
 @pytest.mark.parametrize('symmetric', [True, False])
 def test_linear_error_is_half_a_step(shape, bits, symmetric):
   x = normal(shape) + 0.5
-  q = blockwise.quantize_linear(x, bits=bits, symmetric=symmetric)
+  q = quantize_linear(x, bits=bits, symmetric=symmetric)
   step = np.asarray(q.scale).ravel()[block_of(q)]
   error = np.abs(blockwise.dequantize(q) - x)
   # Beyond half a step: float32 rounding of x / step and of code * step.
@@ -90,7 +97,7 @@ def test_linear_error_is_half_a_step(shape, bits, symmetric):
 @pytest.mark.parametrize('low, high', [(3, 4), (-4, -3), (7, 7), (-2, -2)])
 def test_groups_of_one_sign_keep_half_a_step(bits, low, high):
   x = np.linspace(low, high, 300, dtype=np.float32)
-  q = blockwise.quantize_linear(x, bits=bits, symmetric=False)
+  q = quantize_linear(x, bits=bits, symmetric=False)
   step = (high - low) / (2**bits - 1)
   error = np.abs(blockwise.dequantize(q) - x)
   assert np.all(error <= 0.5 * step + 1e-6 * np.abs(x).max())
@@ -103,14 +110,14 @@ def test_packing_is_exact_for_every_pair(num_columns):
   pairs = np.stack(np.meshgrid(np.arange(15), np.arange(15)), -1)
   values = np.resize(pairs.ravel(), (64, num_columns)) - 7.0
   values[:, 0] = 7.0  # So that a step is 1.
-  q = blockwise.quantize_linear(values, bits=4, group=num_columns)
+  q = quantize_linear(values, bits=4, group=num_columns)
   assert q.codes.shape == (64, (num_columns + 1) // 2)
   np.testing.assert_array_equal(blockwise.dequantize(q), values)
 
 
 def test_bytes_are_exact():
   x = normal((32, 1024))
-  linear = blockwise.quantize_linear
+  linear = quantize_linear
   n, groups = x.size, x.size // 256
   assert blockwise.quantize(x).nbytes == n + 4 * groups <= 1.02 * n
   assert linear(x).nbytes == n + 4 * groups
@@ -131,9 +138,9 @@ def test_no_width_costs_more_than_two_percent(num_columns):
   [
     blockwise.quantize,
     lambda x: blockwise.quantize(abs(x), code='unsigned'),
-    blockwise.quantize_linear,
-    lambda x: blockwise.quantize_linear(x, bits=4, symmetric=False),
-    lambda x: blockwise.quantize_linear(x, key=jax.random.key(0)),
+    quantize_linear,
+    lambda x: quantize_linear(x, bits=4, symmetric=False),
+    lambda x: quantize_linear(x, key=jax.random.key(0)),
   ],
 )
 def test_what_is_not_finite_poisons_its_block_alone(store, bad):
@@ -149,7 +156,7 @@ def test_what_is_not_finite_poisons_its_block_alone(store, bad):
 @pytest.mark.parametrize('tiny', [0.0, -0.0, 1e-40, -1e-45])
 def test_zero_and_subnormal_blocks_become_zero(tiny):
   x = np.full(256, tiny, np.float32)
-  for q in (blockwise.quantize(x), blockwise.quantize_linear(x)):
+  for q in (blockwise.quantize(x), quantize_linear(x)):
     np.testing.assert_array_equal(blockwise.dequantize(q), np.zeros(256))
 
 
@@ -169,7 +176,7 @@ def test_full_equals_quantize(shape, value):
   [
     blockwise.quantize,
     pytest.param(
-      lambda x: blockwise.quantize_linear(x, bits=4, symmetric=False),
+      lambda x: quantize_linear(x, bits=4, symmetric=False),
       marks=pytest.mark.slow,
     ),
   ],
@@ -177,14 +184,25 @@ def test_full_equals_quantize(shape, value):
 def test_a_stack_is_its_slices(shape, store):
   x = normal(shape)
   whole = store(x)
-  loop = [store(y) for y in x]
-  stacked = jax.tree.map(lambda *ys: jnp.stack(ys), *loop)
-  chex.assert_trees_all_equal(whole, stacked, jax.vmap(store)(x))
-  _, scanned = jax.lax.scan(lambda c, y: (c, store(y)), 0, x)
-  chex.assert_trees_all_equal(whole, scanned)
-  layer = jax.tree.map(lambda y: y[1], whole)
-  chex.assert_trees_all_equal(
-    blockwise.dequantize(layer), blockwise.dequantize(whole)[1]
+  loop = jax.device_get([store(y) for y in x])
+  stacked = jax.tree.map(lambda *ys: np.stack(ys), *loop)
+  scan = lambda x: jax.lax.scan(lambda c, y: (c, store(y)), 0, x)[1]
+  for made in (stacked, jax.jit(jax.vmap(store))(x), jax.jit(scan)(x)):
+    for ours, other in zip(*map(jax.tree.leaves, (whole, made)), strict=True):
+      if ours.dtype != jnp.uint8:
+        # Extremes of a block, and their difference over the number of steps.
+        assert_close(ours, other, operations=2)
+        continue
+      # Another program may round a value at a tie to the other neighbour: of
+      # two packed codes, in either half.
+      off = np.asarray(ours) != np.asarray(other)
+      assert off.mean() < 0.002
+  layer = jax.tree.map(lambda y: y[1], jax.device_get(whole))
+  # A code times a scale, and an offset.
+  assert_close(
+    blockwise.dequantize(layer),
+    np.asarray(blockwise.dequantize(whole))[1],
+    operations=3,
   )
 
 
@@ -192,7 +210,7 @@ def test_random_rounding_is_right_on_average():
   num, fraction = 100_000, 0.3
   x = np.full((num // 250, 250), 10 + fraction, np.float32)
   x[:, 0] = 127.0  # A step is 1.
-  q = blockwise.quantize_linear(x, group=250, key=jax.random.key(1))
+  q = quantize_linear(x, group=250, key=jax.random.key(1))
   up = np.asarray(blockwise.dequantize(q))[:, 1:] - 10
   assert set(np.unique(up)) == {0.0, 1.0}
   sigma = np.sqrt(fraction * (1 - fraction) / up.size)

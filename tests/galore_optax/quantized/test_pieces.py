@@ -93,8 +93,8 @@ def test_leaf_by_leaf_equals_the_whole_tree(
   inner = optax.with_extra_args_support((INNERS | WHOLE)[name])
   tx = quantize_state(inner, elementwise=name in INNERS)
   update = jax.jit(chex.assert_max_traces(tx.update, 1))
-  whole = jax.jit(plain(inner))
-  state = tx.init(params)
+  whole, read = jax.jit(plain(inner)), jax.jit(decoded)
+  state = jax.jit(tx.init)(params)
   for grads in gradients(params, 3):
     want = whole(grads, state, params)
     chex.clear_trace_counter()
@@ -104,16 +104,15 @@ def test_leaf_by_leaf_equals_the_whole_tree(
     chex.assert_trees_all_close(updates, want[0], rtol=2e-4, atol=1e-6)
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
     pairs = zip(
-      jax.tree.leaves(decoded(new)),
-      jax.tree.leaves(decoded(want[1])),
-      strict=True,
+      jax.tree.leaves(read(new)), jax.tree.leaves(read(want[1])), strict=True
     )
     for got, expected in pairs:
+      got, expected = np.asarray(got), np.asarray(expected)
       if jnp.issubdtype(got.dtype, jnp.floating):
-        off = jnp.abs(got - expected) > 1e-5 * jnp.abs(expected) + 1e-7
-        assert float(off.mean()) < 0.002
+        off = np.abs(got - expected) > 1e-5 * np.abs(expected) + 1e-7
+        assert off.mean() < 0.002
       else:
-        chex.assert_trees_all_equal(got, expected)
+        np.testing.assert_array_equal(got, expected)
     state = new
 
 
@@ -122,8 +121,8 @@ def test_leaf_by_leaf_equals_the_whole_tree(
   [
     # One leaf: less than a tenth of the two float32 moments.
     ({'w': (8192, 1024)}, 0.1),
-    # Eight leaves: about one of them at a time.
-    ({f'w{i}': (1024, 1024) for i in range(8)}, 0.25),
+    # Five leaves: about one of them at a time.
+    ({f'w{i}': (1024, 1024) for i in range(5)}, 0.4),
   ],
 )
 def test_no_float32_copy_of_the_state_is_alive(shapes, share, monkeypatch):

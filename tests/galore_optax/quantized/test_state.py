@@ -12,6 +12,7 @@ from galore_optax.quantized import array as blockwise
 from galore_optax.quantized.array import Quantized, dequantize
 from galore_optax.quantized.state import quantize_state
 from tests.galore_optax.program import each
+from tests.rounding import distance
 
 
 def is_quantized(x):
@@ -97,9 +98,10 @@ def test_an_inner_that_needs_extra_arguments_is_signed(params):
     lambda params: {'nu': optax.tree.zeros_like(params)}, update
   )
   tx = quantize_state(inner)
-  state = tx.init(params)
+  state = jax.eval_shape(tx.init, params)
   assert state['nu']['w'].code == 'signed'
-  _, state = tx.update(params, state, value=1.0)
+  update = lambda g, state: tx.update(g, state, value=1.0)
+  jax.eval_shape(update, params, state)
   with pytest.raises(TypeError, match='value'):
     tx.update(params, state)
 
@@ -147,11 +149,13 @@ def relative_update(store_nu):
   """
   grads = jnp.full(4096, 1e-2).at[::256].set(1.0)
   tx = optax.scale_by_adam(eps=1e-12)
-  state = tx.init(grads)
-  for _ in range(50):
+
+  def step(state, _):
     updates, state = tx.update(grads, state)
-    state = state._replace(nu=store_nu(state.nu))
-  return float(updates[1])
+    return state._replace(nu=store_nu(state.nu)), updates[1]
+
+  run = jax.jit(lambda: jax.lax.scan(step, tx.init(grads), length=50)[1])
+  return float(run()[-1])
 
 
 def test_linear_codes_of_the_second_moment_are_seven_times_too_large():
@@ -203,19 +207,18 @@ def test_8_bit_adam_learns_what_adam_learns():
 
   eight, w8 = train(quantize_state(optax.adam(0.02)))
   full, w32 = train(optax.adam(0.02))
-  distance = jnp.linalg.norm(w8 - w32) / jnp.linalg.norm(w32)
   # Small entries of a block are off by up to 28% (see `quantize`), and so are
   # their updates. Measured: 0.050, and a loss of 0.415 against 0.372.
-  assert float(distance) < 0.07
+  assert distance(w8, w32) < 0.07
   assert eight < 1.25 * full
 
 
 def test_a_skipped_update_leaves_the_state_as_it_is(params):
   tx = optax.apply_if_finite(quantize_state(optax.adam(0.1)), 3)
-  grads = next(gradients(params, 1))
-  _, state = tx.update(grads, tx.init(params))
+  grads, update = next(gradients(params, 1)), jax.jit(tx.update)
+  _, state = update(grads, tx.init(params))
   bad = {**grads, 'b': grads['b'].at[0].set(jnp.nan)}
-  _, after = tx.update(bad, state)
+  _, after = update(bad, state)
   chex.assert_trees_all_equal(after.inner_state, state.inner_state)
 
 
@@ -247,18 +250,18 @@ def test_a_gradient_that_is_not_finite_shows(params):
   tx = quantize_state(optax.adam(0.1))
   grads = next(gradients(params, 1))
   grads['w'] = grads['w'].at[1, 300].set(jnp.nan)
-  _, state = tx.update(grads, tx.init(params))
-  nu = dequantize(state[0].nu['w'])
-  assert bool(jnp.all(jnp.isnan(nu[1, 256:])))
-  assert bool(jnp.all(jnp.isfinite(nu[0])))
+  _, state = jax.jit(tx.update)(grads, tx.init(params))
+  nu = np.asarray(dequantize(state[0].nu['w']))
+  assert np.all(np.isnan(nu[1, 256:]))
+  assert np.all(np.isfinite(nu[0]))
 
 
 def test_updates_have_the_dtype_of_gradients(params):
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   tx = quantize_state(optax.adamw(0.1))
   grads = next(gradients(params, 1))
-  state = tx.init(params)
-  updates, new = tx.update(grads, state, params)
+  state = jax.eval_shape(tx.init, params)
+  updates, new = jax.eval_shape(tx.update, grads, state, params)
   chex.assert_trees_all_equal_dtypes(updates, grads)
   chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
   assert new[0].nu['b'].dtype == jnp.float32
@@ -296,7 +299,7 @@ def test_state_donates_shards_and_runs_in_control_flow(params):
 def test_state_survives_a_checkpoint(params, tmp_path):
   ocp = pytest.importorskip('orbax.checkpoint')
   tx = quantize_state(optax.adam(0.1))
-  _, state = tx.update(next(gradients(params, 1)), tx.init(params))
+  _, state = jax.jit(tx.update)(next(gradients(params, 1)), tx.init(params))
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / 'state', state)
     checkpointer.wait_until_finished()
@@ -325,12 +328,12 @@ def test_galore_takes_it_as_inner(moments):
   options = dict(rank=12, gap=3, moments=moments)
   tx, full = galore(quantize_state(adam), **options), galore(adam, **options)
   state, want = tx.init(params), full.init(params)
+  step, full_step = jax.jit(tx.update), jax.jit(full.update)
   for grads in gradients(params, 5):
-    got, state = jax.jit(tx.update)(grads, state, params)
-    expected, want = jax.jit(full.update)(grads, want, params)
-  off = jnp.linalg.norm(got['w'] - expected['w'])
+    got, state = step(grads, state, params)
+    expected, want = full_step(grads, want, params)
   # Measured: 0.009 to 0.011, the codes' own error.
-  assert float(off / jnp.linalg.norm(expected['w'])) < 0.03
+  assert distance(got['w'], expected['w']) < 0.03
   paths = by_path(state)
   assert sum(map(is_quantized, paths.values())) == 2
   counts = {k: int(x) for k, x in paths.items() if k.endswith('].count')}
