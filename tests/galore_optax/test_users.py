@@ -16,8 +16,12 @@ from flax.training.train_state import TrainState
 
 from galore_optax import galore, galore_adamw
 from tests.galore_optax.program import each, normal32
+from tests.rounding import assert_close, assert_same_program, distance, units
 
 OPTIONS = {'rank': 3, 'gap': 2}
+# A program of other leaves sums up to 13 terms in another order, in each of four
+# steps. Adam enlarges the rounding of entries that nearly cancel.
+ANOTHER_PROGRAM = units(4 * 13 * 10)
 
 
 def tree(seed=0):
@@ -48,7 +52,7 @@ def test_masked():
   trail, state = run(optax.masked(direct(), mask))
   part, _ = run(direct(), params={k: tree()[k] for k in 'wb'})
   for ours, want in zip(trail, part, strict=True):
-    chex.assert_trees_all_equal({k: ours[k] for k in 'wb'}, want)
+    assert distance({k: ours[k] for k in 'wb'}, want) < ANOTHER_PROGRAM
   assert set(jax.tree.leaves(state.inner_state.basis)[0].shape) == {3, 7}
 
 
@@ -58,8 +62,10 @@ def test_partition():
   trail, _ = run(tx)
   part, _ = run(direct(), params={k: tree()[k] for k in 'wb'})
   for ours, want in zip(trail, part, strict=True):
-    chex.assert_trees_all_equal({k: ours[k] for k in 'wb'}, want)
-  np.testing.assert_allclose(trail[0]['v'], -0.5 * jnp.sin(3 * tree()['v']))
+    assert distance({k: ours[k] for k in 'wb'}, want) < ANOTHER_PROGRAM
+  # Two products and a sine, which XLA computes to a few units.
+  want = -0.5 * np.sin(3 * np.float64(tree()['v']))
+  assert_close(trail[0]['v'], want, operations=10)
 
 
 def test_two_ranks_by_partition():
@@ -94,7 +100,7 @@ def test_MultiSteps():
     want, want_state = want_step(mean, want_state, params)
     assert not np.any(nothing['w'])
     # A running mean rounds otherwise than the mean.
-    chex.assert_trees_all_close(ours, want, rtol=1e-3, atol=1e-5)
+    assert distance(ours, want) < ANOTHER_PROGRAM
   assert int(state.inner_opt_state.count) == 3
 
 
@@ -112,7 +118,7 @@ def test_inject_hyperparams(jitted):
   g = tree(5)
   ours, _ = jax.jit(tx.update)(g, state, params)
   expected, _ = jax.jit(want.update)(g, want.init(params), params)
-  chex.assert_trees_all_close(ours, expected, rtol=1e-5)
+  assert distance(ours, expected) < ANOTHER_PROGRAM
 
 
 def test_apply_if_finite_skips_the_whole_step():
@@ -128,9 +134,9 @@ def test_apply_if_finite_skips_the_whole_step():
 
 def test_named_chain():
   tx = optax.named_chain(('clip', optax.clip(0.5)), ('galore', direct()))
-  trail, state = run(tx)
-  want, _ = run(optax.chain(optax.clip(0.5), direct()))
-  chex.assert_trees_all_equal(trail, want)
+  want = optax.chain(optax.clip(0.5), direct())
+  w, state, other = tree(), tx.init(tree()), want.init(tree())
+  assert_same_program((tx.update, w, state, w), (want.update, w, other, w))
   assert state['galore'].basis['w'].shape == (3, 7)
 
 
@@ -148,7 +154,7 @@ def test_schedule_free_around():
   # The average of iterates that are the same as galore's own: at step one
   # the average is the iterate, and the update is galore's.
   want, _ = run(galore(optax.sgd(0.1), scale=1.0, **OPTIONS), steps=1)
-  chex.assert_trees_all_close(trail[0], want[0], rtol=1e-4, atol=1e-6)
+  assert distance(trail[0], want[0]) < ANOTHER_PROGRAM
 
 
 def test_lookahead_around():
@@ -156,7 +162,7 @@ def test_lookahead_around():
   params = optax.LookaheadParams.init_synced(tree())
   updates, _ = jax.jit(tx.update)(tree(3), tx.init(params), params)
   want, _ = run_one(direct(), tree(3))
-  chex.assert_trees_all_close(updates.fast, want, rtol=1e-6)
+  assert distance(updates.fast, want) < ANOTHER_PROGRAM
 
 
 def run_one(tx, g):
@@ -164,9 +170,14 @@ def run_one(tx, g):
 
 
 def test_frozen_dict():
-  trail, _ = run(direct(), params=FrozenDict(tree()))
-  want, _ = run(direct())
-  chex.assert_trees_all_equal(trail[-1].unfreeze(), want[-1])
+  tx, w = direct(), tree()
+  frozen, state = FrozenDict(w), tx.init(w)
+  frozen_state = tx.init(frozen)
+  assert_same_program(
+    (tx.update, frozen, frozen_state, frozen), (tx.update, w, state, w)
+  )
+  updates, _ = jax.eval_shape(tx.update, frozen, frozen_state, frozen)
+  assert isinstance(updates, FrozenDict)
 
 
 @jax.tree_util.register_dataclass
@@ -189,7 +200,8 @@ def test_a_module_that_is_a_pytree():
   assert state.basis.weight == optax.MaskedNode()
   named = {'0': leaf.weight, '1': leaf.weight}
   want, _ = run(direct(), params=named)
-  chex.assert_trees_all_equal(trail[-1].children[1].weight, want[-1]['1'])
+  found = trail[-1].children[1].weight
+  assert distance(found, want[-1]['1']) < ANOTHER_PROGRAM
 
 
 def test_a_haiku_dict_has_slashes_in_its_keys():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_optax.layerwise.passes import pull_back
+from tests.rounding import assert_close
 
 
 def arguments():
@@ -40,8 +41,8 @@ def test_gradients_are_those_of_vjp_and_weights_are_read_before_changed():
     grads, dx = jax.vjp(f, params, x)[1](dy)
     return dx, jax.tree.map(jnp.subtract, params, grads)
 
-  # The same operations in the same order.
-  chex.assert_trees_all_equal(in_pieces(params), at_once(params))
+  # The same operations in two programs: four products of up to five terms.
+  assert_close(in_pieces(params), at_once(params), operations=20)
 
 
 def test_the_gradient_of_an_added_parameter_is_the_cotangent():
@@ -54,4 +55,5 @@ def test_the_gradient_of_an_added_parameter_is_the_cotangent():
     read=lambda carry, name: carry,
     visit=lambda carry, name, grad: carry + grad,
   )
+  # Sums of integers are exact.
   chex.assert_trees_all_equal((dx, carry), (dy, dy))

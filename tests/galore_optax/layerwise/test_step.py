@@ -26,16 +26,24 @@ from tests.galore_optax.layerwise.program import (
   run_whole_tree,
 )
 from tests.galore_optax.program import each
+from tests.rounding import assert_close
+
+leaves = jax.tree.leaves
 
 
-def test_equals_the_whole_tree_step_bit_by_bit():
-  model, tx = Residual(), optax.lion(0.01)
+# Two programs, of three steps of sums over 28 tokens through three layers.
+ROUNDINGS = 3 * 28 * 3
+
+
+def test_equals_the_whole_tree_step():
+  # Momentum is linear: rounding does not grow.
+  model, tx = Residual(), optax.sgd(0.1, momentum=0.9)
   params, state, metrics = run(layerwise(model, tx))
   whole, expected = run_whole_tree(model, tx)
-  chex.assert_trees_all_equal(params, whole)
-  assert metrics['loss'] == expected['loss']
-  norm = optax.tree.norm(expected['grads'])
-  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-6)
+  assert_close(params, whole, ROUNDINGS)
+  assert_close(metrics['loss'], expected['loss'], ROUNDINGS)
+  norm = np.sqrt(sum(np.sum(np.square(g)) for g in leaves(expected['grads'])))
+  assert_close(metrics['grad_norm'], norm, ROUNDINGS)
   assert state.norm == metrics['grad_norm']
 
 
@@ -106,7 +114,7 @@ def test_slices_change_nothing_but_the_scratch():
   model, tx = Residual(), optax.sgd(0.1, momentum=0.9)
   plain = run(layerwise(model, tx))
   cut = run(layerwise(model, tx, slices={'head/w': 3}))
-  chex.assert_trees_all_equal(cut[0], plain[0])
+  assert_close(cut[0], plain[0], ROUNDINGS)
   assert cut[1].inner['head/w'][0].trace['head']['w'].shape == (3, D // 3, V)
   with pytest.raises(ValueError, match='must divide'):
     layerwise(model, tx, slices={'head/w': 4}).init(make_params())
@@ -116,7 +124,7 @@ def test_state_comes_back_from_a_checkpoint_bit_by_bit(tmp_path):
   step = layerwise(Residual(), quantize_state(optax.adam(0.01), min_size=32))
   start = make_params()
   go = jax.jit(step)
-  params, state, _ = go(start, step.init(start), make_batch())
+  params, state, _ = go(start, jax.jit(step.init)(start), make_batch())
   saved = {'params': params, 'state': state}
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / 'step', saved)
@@ -124,6 +132,7 @@ def test_state_comes_back_from_a_checkpoint_bit_by_bit(tmp_path):
     back = checkpointer.restore(
       tmp_path / 'step', jax.tree.map(ocp.utils.to_shape_dtype_struct, saved)
     )
+  # One program.
   on = go(params, state, make_batch(7))
   again = go(back['params'], back['state'], make_batch(7))
   chex.assert_trees_all_equal(on, again)
@@ -138,9 +147,11 @@ def test_weights_in_eight_bits_are_read_and_written():
   new, _, _ = run(step, steps=1, params=params)
   assert is_stored(new['blocks']['w'])
   exact, _ = run_whole_tree(
-    Residual(), optax.sgd(0.1), steps=1, params=read(params)
+    Residual(), optax.sgd(0.1), steps=1, params=jax.jit(read)(params)
   )
-  gap = np.abs(read(new)['blocks']['w'] - exact['blocks']['w'])
+  gap = np.abs(
+    np.subtract(*(x['blocks']['w'] for x in (jax.jit(read)(new), exact)))
+  )
   # Rounded up or down: off by less than a step of the block.
   assert gap.max() < 1.01 * np.max(new['blocks']['w'].scale)
   assert gap.max() > 0
