@@ -19,8 +19,8 @@ from tests.galore_optax.program import each, normal32
 from tests.rounding import assert_close, assert_same_program, distance, units
 
 OPTIONS = {'rank': 3, 'gap': 2}
-# A program of other leaves sums up to 13 terms in another order, in each of four
-# steps. Adam enlarges the rounding of entries that nearly cancel.
+# A program of other leaves sums up to 13 terms in another order, in each of
+# four steps. Adam enlarges the rounding of entries that nearly cancel.
 ANOTHER_PROGRAM = units(4 * 13 * 10)
 
 
