@@ -395,6 +395,9 @@ def _parameter(path, leaf, tensors, sharding):
     rows = max(1, _PIECE // math.prod(tensor.shape[1:]))
     for start in range(0, tensor.shape[0], rows):
       piece = tensor[start : start + rows]
+      if piece.dtype == np.float16:
+        # XLA cannot convert it on a CPU without F16C instructions.
+        piece = piece.astype(np.float32)
       whole, finite = put(whole, piece, layer, start)
       # Else the next pieces would be read before this one has left the host.
       jax.block_until_ready(whole)

@@ -122,7 +122,8 @@ def roberta(directory: pathlib.Path, **changes) -> EncoderConfig:
     norm_eps=1e-5,
     **changes,
   )
-  huggingface.save(directory, config, Layers(config).init(jax.random.key(0)))
+  params = jax.jit(Layers(config).init)(jax.random.key(0))
+  huggingface.save(directory, config, params)
   file = directory / 'model.safetensors'
   tensors = safetensors.load_file(file)
   body = {k: x for k, x in tensors.items() if not k.startswith('classifier')}

@@ -54,7 +54,7 @@ def test_200_steps_track_float32_on_the_gradients_of_a_llama():
   full = galore_adamw(schedule, **OPTIONS)
   eight = galore_adamw_8bit(schedule, **OPTIONS)
   move, move_eight = mover(full), mover(eight)
-  start = layers.init(jax.random.key(0))
+  start = jax.jit(layers.init)(jax.random.key(0))
   float32 = start, full.init(start)
   fed = free = start, eight.init(start)
   losses = []

@@ -25,7 +25,7 @@ QUESTION = {'question': 'The lazy', 'choices': ['dog', 'fox'], 'answer': 0}
 @pytest.fixture(scope='module')
 def directory(tmp_path_factory):
   path = tmp_path_factory.mktemp('directory')
-  params = Layers(CONFIG).init(jax.random.key(3))
+  params = jax.jit(Layers(CONFIG).init)(jax.random.key(3))
   params = jax.tree.map(lambda w: 20 * w if w.ndim > 1 else w, params)
   huggingface.save(path, CONFIG, params)
   return tiny.write(path)
@@ -250,7 +250,8 @@ def test_a_tokenizer_of_another_model(directory, tmp_path, capsys):
   small = LlamaConfig(
     vocab_size=100, width=16, mlp_width=24, num_heads=2, num_layers=1
   )
-  huggingface.save(tmp_path, small, Layers(small).init(jax.random.key(0)))
+  params = jax.jit(Layers(small).init)(jax.random.key(0))
+  huggingface.save(tmp_path, small, params)
   tiny.write(tmp_path)
   with pytest.raises(SystemExit):
     evaluate.main([str(tmp_path), '--text', str(directory / 'config.json')])

@@ -34,7 +34,7 @@ def make(tmp_path, kind='llama'):
   source = tmp_path / 'source'
   source.mkdir()
   write(source, CHATML, {'eos_token': '<|im_end|>'}, SPECIALS)
-  params = Layers(config).init(jax.random.key(3))
+  params = jax.jit(Layers(config).init)(jax.random.key(3))
   huggingface.save(directory, config, params, source=source)
   return directory, chats_file(tmp_path)
 

@@ -33,7 +33,7 @@ GREEDY = Choice(temperature=0.0)
 def model():
   """A model whose next token depends on all that it has read."""
   layers = Layers(CONFIG)
-  params = layers.init(jax.random.key(3))
+  params = jax.jit(layers.init)(jax.random.key(3))
   return layers, jax.tree.map(lambda w: 20 * w if w.ndim > 1 else w, params)
 
 
