@@ -13,6 +13,8 @@ from galore_optax.subspace.kept import Rows, keeping
 
 SHAPES = {'tall': (13, 7), 'wide': (6, 11), 'square': (8, 8), 'vector': (5,)}
 MATRICES = ('tall', 'wide', 'square')
+# Finders return float32 rows that are orthonormal to this bound.
+ORTHONORMAL = 1e-5
 
 
 def normal(shape, seed=0):

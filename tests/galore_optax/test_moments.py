@@ -9,6 +9,7 @@ import pytest
 
 from galore_optax import galore, moments
 from tests.galore_optax.program import each, normal32
+from tests.rounding import assert_close, distance, units
 
 PARAMS = {'w': (7, 9), 'stack': (2, 11, 5), 'b': (4,)}
 
@@ -34,7 +35,8 @@ def test_keep_leaves_the_inner_state_to_the_inner():
   # mu decays and takes the gradient in the new basis, nothing else.
   g = tree(12)['w']
   want = 0.9 * second.inner[0].mu['w'] + 0.1 * third.basis['w'] @ g
-  chex.assert_trees_all_close(adam.mu['w'], want, atol=1e-6)
+  # Sums of seven terms.
+  assert_close(adam.mu['w'], want, operations=10)
   assert np.any(first.basis['w'] != third.basis['w'])
 
 
@@ -53,11 +55,11 @@ def test_reset_restarts_the_projected_leaves_alone():
     assert [int(s[2].count) for s in group] == [1, 2, 3]
   g = tree(12)
   mu = low[2][0].mu
-  chex.assert_trees_all_close(
-    mu['w'], 0.1 * trail[2].basis['w'] @ g['w'], atol=1e-6
-  )
+  # Sums of seven terms.
+  want = 0.1 * trail[2].basis['w'] @ g['w']
+  assert_close(mu['w'], want, operations=10)
   want = 0.9 * rest[1][0].mu['b'] + 0.1 * g['b']
-  chex.assert_trees_all_close(rest[2][0].mu['b'], want, atol=1e-6)
+  assert_close(rest[2][0].mu['b'], want, operations=3)
 
 
 def test_reset_leaves_other_leaves_on_their_own_trajectory():
@@ -70,7 +72,8 @@ def test_reset_leaves_other_leaves_on_their_own_trajectory():
     g = tree(10 + i)
     ours, state = step(g, state, params)
     want, alone = step_alone(g['b'], alone)
-    chex.assert_trees_all_close(ours['b'], want, rtol=1e-6)
+    # Two programs of Adam, whose five steps add up.
+    assert_close(ours['b'], want, operations=50)
 
 
 INNERS = {
@@ -104,7 +107,8 @@ def test_after_a_reset_the_projected_updates_are_those_of_a_first_step(name):
   first = fresh.init(params)._replace(count=state.count, basis=state.basis)
   want, _ = jax.jit(fresh.update)(g, first, params)
   for name in ('w', 'stack'):
-    chex.assert_trees_all_close(after_reset[name], want[name], rtol=1e-5)
+    # Two programs. Inners enlarge the rounding of entries that nearly cancel.
+    assert distance(after_reset[name], want[name]) < units(1000)
 
 
 def test_a_restart_zeroes_moments_and_their_counters():

@@ -2,7 +2,6 @@
 
 import types
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,6 +10,7 @@ from optax.contrib import _galore as theirs
 from galore_optax import galore
 from galore_optax.subspace import kept as subspace
 from tests.galore_optax.program import normal32
+from tests.rounding import distance
 
 # A tie it gives to the rows, the PyTorch reference to the output axis.
 SHAPES = {'tall': (23, 11), 'wide': (11, 29), 'bias': (5,)}
@@ -57,9 +57,9 @@ def test_the_longer_side_is_that_of_optax(monkeypatch):
     updates, state = step(g, state)
     want, want_state = want_step(g, want_state)
     for name, update in updates.items():
-      # Two decompositions in float32, one of them of the transpose.
-      scale = float(jnp.max(jnp.abs(want[name])))
-      chex.assert_trees_all_close(update / scale, want[name] / scale, atol=2e-5)
+      # Two decompositions in float32, one of them of the transpose: vectors are
+      # known to eps / gap, and Adam enlarges entries that nearly cancel.
+      assert distance(update, want[name]) < 1e-3
   for name in ('tall', 'wide'):
     basis, projector = state.basis[name], want_state.projector[name]
     assert basis.shape == projector.shape[::-1] == (4, max(SHAPES[name]))

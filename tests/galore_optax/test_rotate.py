@@ -1,6 +1,5 @@
 """Moments carried across a refresh."""
 
-import chex
 import jax
 import numpy as np
 import optax
@@ -37,9 +36,9 @@ def test_momentum_does_not_depend_on_the_gauge(side, gap):
   inner = optax.sgd(0.1, momentum=0.9)
   run = lambda **options: _run(inner, gap=gap, side=side, **options)[0]
   rotated = run(moments='rotate')
-  chex.assert_trees_all_close(
-    run(moments='rotate', subspace=Gauge()), rotated, atol=2e-6
-  )
+  # Eight steps of two sums of up to 19 terms, and three rotations.
+  found = run(moments='rotate', subspace=Gauge())
+  assert_close(found, rotated, operations=8 * 2 * 19)
   kept = run(moments='keep', subspace=Gauge())
   assert not np.allclose(kept[-1]['q'], rotated[-1]['q'], atol=1e-2)
 

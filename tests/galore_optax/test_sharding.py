@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import galore_optax as go
 from tests.galore_optax.program import each, normal
-from tests.rounding import distance
+from tests.rounding import distance, units
 
 AXES = ('data', 'fsdp', 'tensor')
 SHAPES = {'blocks': {'up': (2, 16, 24)}, 'w': (24, 40), 'embed': (16, 8)}
@@ -212,10 +212,14 @@ def test_a_layerwise_step_on_a_mesh_is_that_of_one_device(way, layout, kind):
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(ours[1]))
     specs = lambda tree: [x.sharding.spec for x in jax.tree.leaves(tree)]
     assert specs(ours[0]) == specs(put(params, layout, mesh))
-  # Sums across devices are in another order; norms are float32.
-  atol = 1e-8 if way == 'clipped' else 1e-11
-  chex.assert_trees_all_close(ours[0], want[0], rtol=0, atol=atol)
-  chex.assert_trees_all_close(ours[1], want[1], rtol=1e-6)
+  # Sums across devices are in another order. Where gradients are clipped, norms
+  # are float32 and values at a tie have one of two codes.
+  if way == 'clipped':
+    assert distance(ours[0], want[0]) < 1e-4
+  else:
+    chex.assert_trees_all_close(ours[0], want[0], rtol=0, atol=1e-11)
+  # Norms in float32 of three thousand squares, whose errors average out.
+  chex.assert_trees_all_close(ours[1], want[1], rtol=units(100))
 
 
 @each(

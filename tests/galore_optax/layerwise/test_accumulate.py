@@ -18,6 +18,7 @@ from tests.galore_optax.layerwise.program import (
   make_params,
   run,
 )
+from tests.rounding import units
 
 
 def seed_rule():
@@ -36,7 +37,8 @@ def test_parts_are_one_large_batch_over_three_refreshes(microbatches):
   # Sums over examples in another order.
   chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-6)
   for name in ('loss', 'nll'):
-    np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
+    # Sums over 84 tokens, after six steps through three layers.
+    np.testing.assert_allclose(metrics[name], expected[name], rtol=units(84))
   # What is outside the subspaces is not in the norm.
   norm = metrics['projected_grad_norm']
   assert 0 < norm < expected['grad_norm']
@@ -98,8 +100,8 @@ def test_a_refresh_sees_the_first_part():
   for name in ('blocks/u', 'blocks/w'):
     basis = state.inner[name].basis['blocks'][name[-1]]
     want = expected.inner[name].basis['blocks'][name[-1]]
-    # One decomposition, in two programs.
-    np.testing.assert_allclose(basis, want, atol=1e-5)
+    # One decomposition, in two programs: vectors are known to eps / gap.
+    np.testing.assert_allclose(basis, want, atol=units(1000))
 
 
 @pytest.mark.slow

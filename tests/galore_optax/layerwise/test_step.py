@@ -26,7 +26,7 @@ from tests.galore_optax.layerwise.program import (
   run_whole_tree,
 )
 from tests.galore_optax.program import each
-from tests.rounding import assert_close
+from tests.rounding import assert_close, units
 
 # Two programs, of three steps of sums over 28 tokens through three layers.
 ROUNDINGS = 3 * 28 * 3
@@ -71,7 +71,7 @@ def test_clips_by_the_norm_of_the_whole_gradient():
     params, _, metrics = run(step, steps=1)
     assert metrics['grad_norm'] > bound
     # The norm's squares are added leaf by leaf and layer by layer.
-    chex.assert_trees_all_close(params, whole, rtol=1e-6, atol=1e-7)
+    assert_close(params, whole, ROUNDINGS)
 
 
 @pytest.mark.slow
@@ -103,8 +103,8 @@ def test_microbatches_are_one_large_batch_over_three_refreshes():
   whole = run(layerwise(model, tx), steps=6, examples=12)
   # Sums over examples in another order, through three decompositions.
   chex.assert_trees_all_close(three[0], whole[0], rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(three[2]['loss'], whole[2]['loss'], rtol=1e-6)
-  np.testing.assert_allclose(three[2]['nll'], whole[2]['nll'], rtol=1e-6)
+  for name in ('loss', 'nll'):
+    assert_close(three[2][name], whole[2][name], 3 * ROUNDINGS)
 
 
 def test_slices_change_nothing_but_the_scratch():
@@ -183,16 +183,15 @@ def test_badam_has_the_norm_of_what_it_trains():
   start = make_params()
   grads = run_whole_tree(model, tx, steps=1)[1]['grads']['blocks']
   mine = jax.tree.map(lambda g: g[1], grads)
-  np.testing.assert_allclose(
-    metrics['grad_norm'], optax.tree.norm(mine), rtol=1e-6
-  )
+  norm = jax.jit(optax.tree.norm)(mine)
+  assert_close(metrics['grad_norm'], norm, ROUNDINGS)
   factor = clip_coefficient(metrics['grad_norm'], bound)
   moved = jax.tree.map(lambda a, b: a - b, params['blocks'], start['blocks'])
   assert not any(jnp.any(x[jnp.array([0, 2])]) for x in moved.values())
   expected = jax.tree.map(lambda g: -0.1 * factor * g, mine)
-  # The difference of two weights of size one.
+  # The difference of two weights of size one, which round once each.
   chex.assert_trees_all_close(
-    jax.tree.map(lambda x: x[1], moved), expected, atol=1e-7
+    jax.tree.map(lambda x: x[1], moved), expected, atol=units(2)
   )
 
 
@@ -220,7 +219,8 @@ def test_matrices_take_turns_as_in_the_whole_tree():
   model, tx = Residual(), galore_rule(gap=galore_optax.Staggered(3))
   params, state, _ = run(layerwise(model, tx), steps=5)
   whole, _ = run_whole_tree(model, tx, steps=5)
-  chex.assert_trees_all_close(params, whole, rtol=1e-5, atol=1e-6)
+  # Decompositions are of one matrix here and of a stack there.
+  chex.assert_trees_all_close(params, whole, rtol=1e-4, atol=1e-5)
   w, u = (state.inner[f'blocks/{x}'] for x in 'wu')
   assert np.array_equal(w.count, u.count)
 
@@ -245,8 +245,8 @@ def test_a_bare_stack_and_any_aux():
   whole, expected = run_whole_tree(Bare(()), tx, steps=2, params=params)
   for aux in ((), None, 3.0, {'loss': 7.0}):
     ours, _, metrics = run(layerwise(Bare(aux), tx), steps=2, params=params)
-    chex.assert_trees_all_close(ours, whole, rtol=1e-6)
-    np.testing.assert_allclose(metrics['loss'], expected['loss'], rtol=1e-6)
+    assert_close(ours, whole, ROUNDINGS)
+    assert_close(metrics['loss'], expected['loss'], ROUNDINGS)
     assert metrics.get('aux') == (aux if not isinstance(aux, dict) else None)
 
 

@@ -11,7 +11,7 @@ import pytest
 from galore_optax import galore, galore_adamw, scale_by_galore_adam
 from galore_optax.decay import decay_updated_weights
 from tests.galore_optax.program import normal, trajectory, tree
-from tests.rounding import assert_close
+from tests.rounding import assert_close, units
 
 
 def test_adam_with_eps_before_the_bias_correction():
@@ -23,9 +23,9 @@ def test_adam_with_eps_before_the_bias_correction():
     updates, state = tx.update(jnp.asarray(g, jnp.float32), state)
     mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * g * g
     step = np.sqrt(1 - b2**t) / (1 - b1**t)
-    np.testing.assert_allclose(
-      updates, step * mu / (np.sqrt(nu) + eps), rtol=1e-5
-    )
+    want = step * mu / (np.sqrt(nu) + eps)
+    # About ten roundings a step; moments of five steps may cancel.
+    assert_close(updates, want, operations=50)
 
 
 def test_it_is_optax_adam_with_a_growing_eps():
@@ -34,7 +34,8 @@ def test_it_is_optax_adam_with_a_growing_eps():
   ours, _ = tx.update(g, tx.init(g))
   other = optax.scale_by_adam(b2=0.9, eps=0.2 / np.sqrt(1 - 0.9))
   want, _ = other.update(g, other.init(g))
-  np.testing.assert_allclose(ours, want, rtol=1e-6)
+  # About ten roundings of products and roots, on either side.
+  np.testing.assert_allclose(ours, want, rtol=units(20))
 
 
 def test_bias_correction_keeps_its_digits_for_b2_near_one():
@@ -42,7 +43,8 @@ def test_bias_correction_keeps_its_digits_for_b2_near_one():
   tx = scale_by_galore_adam(b2=0.999, eps=0.0)
   g = jnp.ones(1)
   updates, _ = tx.update(g, tx.init(g))
-  np.testing.assert_allclose(updates, 1.0, rtol=1e-6)
+  # Ten roundings of products and roots.
+  np.testing.assert_allclose(updates, 1.0, rtol=units(10))
 
 
 def test_decay_acts_on_the_weight_that_the_update_made():
@@ -53,7 +55,8 @@ def test_decay_acts_on_the_weight_that_the_update_made():
   for t in range(3):
     updates, state = tx.update(u, state, w)
     want = (np.asarray(w) + np.asarray(u)) * (1 - 0.1 * t * decay)
-    np.testing.assert_allclose(w + updates, want, rtol=1e-6)
+    # Three products and three sums.
+    np.testing.assert_allclose(w + updates, want, rtol=units(6))
 
 
 def test_decay_is_on_every_leaf_whole_and_unscaled():
@@ -63,7 +66,8 @@ def test_decay_is_on_every_leaf_whole_and_unscaled():
   step = jax.jit(lambda g, w: tx.update(g, tx.init(w), w)[0])
   updates = step(zeros, params)
   for name, w in params.items():
-    np.testing.assert_allclose(updates[name], -0.05 * w, rtol=1e-6)
+    # The product of three numbers, in either order.
+    assert_close(updates[name], -0.05 * w, operations=3)
 
 
 def test_without_decay_it_is_galore_around_its_adam():

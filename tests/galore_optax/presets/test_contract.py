@@ -19,6 +19,7 @@ from tests.galore_optax.layerwise.program import (
   run_whole_tree,
 )
 from tests.galore_optax.program import each, normal32
+from tests.rounding import distance
 
 L, STEPS = 3, 5
 RANK = dict(rank=3, gap=2)
@@ -158,7 +159,7 @@ def test_a_stack_is_a_loop_over_its_layers(name):
     for i in range(L):
       want, states[i] = alone(one(g, i), states[i], one(w, i), i)
       # Products of one matrix and of a batch sum in another order.
-      chex.assert_trees_all_close(one(updates, i), want, rtol=1e-3, atol=1e-5)
+      assert distance(one(jax.device_get(updates), i), want) < 1e-3
 
 
 @each('name', PRESETS, quick=['adalomo-clipped'])
@@ -190,8 +191,9 @@ def test_eight_devices_are_one(name):
   for i in range(4):
     updates, state = step(sharded, state, examples, i)
     want, want_state = step(w, want_state, inputs, i)
-    # Sums across devices are in another order.
-    chex.assert_trees_all_close(updates, want, rtol=1e-3, atol=1e-5)
+    # Sums across devices are in another order. Power iteration and Adam enlarge
+    # the rounding of directions and entries that are small.
+    assert distance(updates, want) < 1e-3
 
 
 @each('name', LOOPS, quick=['adalomo'])

@@ -19,7 +19,7 @@ from tests.galore_optax.layerwise.test_step import (
   run_whole_tree,
 )
 from tests.galore_optax.program import Adam, each, normal, trajectory
-from tests.rounding import assert_same_program
+from tests.rounding import assert_close, assert_same_program
 
 STEPS = 5
 SHAPES = {
@@ -199,7 +199,9 @@ def test_numbers_may_be_injected_and_scheduled():
   tx = optax.inject_hyperparams(scale_sgd)(rate, **options)
   ours, state = trajectory(tx, weights, grads)
   want, _ = trajectory(scale_sgd(rate, **options), weights, grads)
-  chex.assert_trees_all_close(ours, want, rtol=1e-5, atol=1e-6)
+  # Numbers are arrays in one program and constants in the other: about ten
+  # roundings, and sums of up to 13 squares, in each of five steps.
+  assert_close(ours, want, operations=STEPS * (10 + 13))
   assert {*state.hyperparams} == {'learning_rate', *options}
 
 

@@ -273,17 +273,23 @@ def test_state_donates_shards_and_runs_in_control_flow(params):
   grads = next(gradients(params, 1))
   state = tx.init(params)
   want = jax.jit(tx.update)(grads, state)
+
+  def same(found, expected):
+    # A value at a tie has one of two codes, which are 1% apart.
+    read = jax.jit(decoded)
+    return distance(read(found), read(expected)) < 1e-3
+
   branch = jax.jit(
     lambda g, s: jax.lax.cond(True, tx.update, lambda g, s: (g, s), g, s)
   )
-  chex.assert_trees_all_close(branch(grads, state), want, rtol=1e-5)
+  assert same(branch(grads, state), want)
   stacked = jax.tree.map(lambda x: jnp.stack([x, x]), (grads, state))
   mapped = jax.jit(jax.vmap(tx.update))(*stacked)
   first = jax.tree.map(lambda x: x[0], mapped)
-  chex.assert_trees_all_close(first, want, rtol=1e-5)
+  assert same(first, want)
   donated = jax.jit(tx.update, donate_argnums=1)
   copy = jax.tree.map(jnp.copy, state)
-  chex.assert_trees_all_close(donated(grads, copy), want, rtol=1e-5)
+  assert same(donated(grads, copy), want)
   assert all(x.is_deleted() for x in jax.tree.leaves(copy[0].mu['w']))
   mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
@@ -292,7 +298,7 @@ def test_state_donates_shards_and_runs_in_control_flow(params):
   spread = jax.device_put((only(grads), state[0].mu['w']), rows)
   state = (state[0]._replace(mu={'w': spread[1]}), *state[1:])
   updates, new = jax.jit(tx.update)(spread[0], state)
-  chex.assert_trees_all_close(updates, only(want[0]), rtol=1e-5)
+  assert same(updates, only(want[0]))
   assert new[0].mu['w'].codes.sharding.spec == rows.spec
 
 

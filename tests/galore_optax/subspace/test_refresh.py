@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from galore_optax import Svd, galore
-from tests.galore_optax.program import each, gram
+from tests.galore_optax.program import ORTHONORMAL, each, gram
+from tests.rounding import units
 
 SHAPES = {'stack': (3, 7, 9), 'tall': (11, 5)}
 
@@ -55,10 +56,10 @@ def test_a_basis_spans_the_gradient_of_its_own_step():
     g = np.asarray(grads['tall'][step])
     _, _, vh = np.linalg.svd(g)
     basis = np.asarray(states.basis['tall'][step])
-    # Orthonormal rows to float32's rounding.
-    np.testing.assert_allclose(gram(basis), np.eye(4), atol=1e-6)
+    np.testing.assert_allclose(gram(basis), np.eye(4), atol=ORTHONORMAL)
     want = vh[:4].T @ vh[:4]
-    np.testing.assert_allclose(basis.T @ basis, want, atol=1e-5)
+    # A subspace is known to eps / gap.
+    np.testing.assert_allclose(basis.T @ basis, want, atol=units(100))
 
 
 def jaxprs(eqn):
@@ -177,7 +178,7 @@ def test_a_first_gradient_that_is_not_finite_leaves_a_valid_basis():
     np.testing.assert_allclose(
       rows @ np.swapaxes(rows, -1, -2),
       np.broadcast_to(np.eye(4), (*rows.shape[:-2], 4, 4)),
-      atol=1e-6,
+      atol=ORTHONORMAL,
     )
 
 
@@ -201,4 +202,5 @@ def test_bases_do_not_depend_on_the_size_of_a_gradient(size):
   )
   want = run(grads)
   ours = run(jax.tree.map(lambda g: g * np.float32(size), grads))
-  chex.assert_trees_all_close(ours, want, atol=1e-6)
+  # Two programs: a singular vector is known to eps / gap.
+  chex.assert_trees_all_close(ours, want, atol=units(100))
