@@ -130,6 +130,10 @@ Update: TypeAlias = WholeTree | Layerwise
 class Config:
   """One experiment, whole: a config file holds `config = Config(...)`."""
 
+  OLDER_RUNS: ClassVar[dict[str, Any]] = {'window': 0}
+  """Values in runs that were written before a field existed, where these differ
+  from its default."""
+
   model: AnyModel
   """The model; its vocab_size is also the size of a tokenizer trained here.
   Where there is a checkpoint, that has the model, and this how it computes."""
@@ -145,6 +149,10 @@ class Config:
   """Sequences in an update."""
   sequence_length: int
   """Tokens in a sequence."""
+  window: int = 2**20
+  """Tokens of the window in which packed rows are shuffled, at most about an
+  epoch; each takes 24 bytes of host memory, and a resume fills the window again
+  (0: rows keep the order of packing)."""
   checkpoint: str | None = None
   """A directory of transformers: weights and tokenizer to start from; None
   starts from random weights."""
@@ -211,10 +219,11 @@ class Config:
         'adapter Factored draws its factors in place of the weights of '
         f'{self.checkpoint}: leave out checkpoint, or take Lora'
       )
-    if self.max_skipped < 0:
-      raise ValueError(
-        f'max_skipped must not be negative, got {self.max_skipped}'
-      )
+    for name in ('max_skipped', 'window'):
+      if getattr(self, name) < 0:
+        raise ValueError(
+          f'{name} must not be negative, got {getattr(self, name)}'
+        )
     self._check_growth()
     if self.batch_size % self.parts:
       raise ValueError(
@@ -344,9 +353,13 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type, data: dict[str, Any]) -> Any:
-  """Returns the dataclass that `to_json` took apart."""
+  """Returns the dataclass that `to_json` took apart.
+
+  A field that an older run did not write takes the value of `cls.OLDER_RUNS`,
+  or else its default.
+  """
   hints = typing.get_type_hints(cls)
-  values = {}
+  values = dict(getattr(cls, 'OLDER_RUNS', {}))
   for name, value in data.items():
     if isinstance(value, dict):
       kinds = {kind.__name__: kind for kind in variants(hints[name])}

@@ -281,6 +281,12 @@ def leads() -> bool:
   return jax.process_index() == 0
 
 
+def announce(line: str) -> None:
+  """Prints a line, once for all processes."""
+  if leads():
+    print(line, flush=True)
+
+
 def join() -> None:
   """Joins the other processes of a cluster, before JAX looks for devices.
 

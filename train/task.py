@@ -169,7 +169,9 @@ def language_model(config: Config) -> Task:
       batch_size=config.batch_size,
       sequence_length=config.sequence_length,
       seed=config.seed,
+      window=config.window,
       put=mesh_lib.deal(config.mesh),
+      log=mesh_lib.announce,
     ),
     evaluate=lambda text: functools.partial(
       perplexity,

@@ -101,6 +101,10 @@ class Dialogues:
   score: Score = 'answers'
   """As in `Chats`."""
 
+  def __len__(self) -> int:
+    """Number of chats."""
+    return len(self.source)
+
   def stream(self, **order) -> grain.IterDataset[str]:
     """As in `Documents`: text by the plain template, without special tokens."""
     return Indexed(self.source, _plain_text).stream(**order)

@@ -32,6 +32,10 @@ _SHUFFLED_RECORDS = 4096
 class Documents(Protocol):
   """The documents of one split, each a str."""
 
+  def __len__(self) -> int:
+    """Number of documents."""
+    ...
+
   def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
     """Documents in an order fixed by `seed`.
 
@@ -51,6 +55,10 @@ class Indexed:
 
   text: Callable[[Any], str] = str
   """What turns an item into a document."""
+
+  def __len__(self) -> int:
+    """Number of documents."""
+    return len(self.source)
 
   def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
     """As in `Documents`."""
@@ -77,6 +85,10 @@ class Sharded:
 
   text: Callable[[bytes], str]
   """What turns a record into a document."""
+
+  def __len__(self) -> int:
+    """Number of documents."""
+    return self.num_records
 
   def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
     """As in `Documents`."""
