@@ -48,6 +48,12 @@ def test_a_run_of_before_a_field_takes_its_default():
   assert from_json(Config, data) == CONFIG
 
 
+def test_rows_of_older_runs_keep_the_order_of_packing():
+  data = to_json(CONFIG)
+  del data['window'], data['groups']
+  assert from_json(Config, data) == dataclasses.replace(CONFIG, window=0)
+
+
 def test_differences_name_fields_and_both_values():
   other = dataclasses.replace(
     CONFIG, steps=50, optimizer=dataclasses.replace(CONFIG.optimizer, rank=2)
