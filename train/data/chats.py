@@ -5,7 +5,6 @@ n tokens of an example.
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import re
@@ -24,8 +23,9 @@ from train.data.corpus import (
   in_files,
   in_split,
 )
+from train.data.records import Record, parse_object
 from train.data.template import ChatTemplate, Message, Piece
-from train.data.text_files import index_lines
+from train.data.text_files import index_records
 from train.data.tokenizer import AnyTokenizer
 
 Score = Literal['answers', 'all']
@@ -199,13 +199,13 @@ class Chats:
         or no line has an answer.
     """
     _source(self.template)
-    parse = functools.partial(parse_line, score=self.score)
+    parse = functools.partial(parse_record, score=self.score)
     texts = in_files(
       split,
       self.train,
       self.validation,
       self.holdout,
-      lambda path: index_lines(path, parse, _RULE),
+      lambda path: index_records(path, parse, _RULE),
     )
     return Dialogues(texts, self.template, self.score)
 
@@ -296,9 +296,13 @@ def parse_line(line: bytes, score: Score = 'answers') -> Chat | Prose | None:
   >>> parse_line(b'{"prompt": "1 + 1 =", "completion": " 2"}')
   Prose(pieces=(('1 + 1 =', False), (' 2', True)))
   """
-  record = json.loads(line)
-  # JSON can spell half a surrogate pair, which is no Unicode text.
-  json.dumps(record, ensure_ascii=False).encode()
+  return parse_record(parse_object(line), score)
+
+
+def parse_record(
+  record: Record, score: Score = 'answers'
+) -> Chat | Prose | None:
+  """As `parse_line`, of a record."""
   if 'messages' in record:
     item = _chat([], record['messages'])
   elif 'conversations' in record:
