@@ -59,8 +59,9 @@ With a line for each message and EOS behind each answer.
 # Keys of messages that identify them, and change nothing that is learned.
 _IDENTITIES = ('id', 'index', 'name', 'tool_call_id')
 
-# Characters of a text that a warning quotes.
+# Characters of a text that a warning quotes, and kinds that it lists.
 _SHOWN = 40
+_LISTED = 5
 
 
 class Example(NamedTuple):
@@ -105,10 +106,12 @@ class Tally:
     >>> print(tally)
     id (1, the first: a.jsonl, line 2)
     """
-    return '; '.join(
+    texts = [
       f'{kind} ({count:,}, the first: {self.first[kind]})'
-      for kind, count in self.counts.items()
-    )
+      for kind, count in self.counts.most_common(_LISTED)
+    ]
+    more = len(self.counts) - len(texts)
+    return '; '.join([*texts, f'{more:,} more'] if more else texts)
 
 
 @dataclasses.dataclass
@@ -285,6 +288,10 @@ _WARNINGS = {
     'message of its line, set --corpus.score last, or set the variables of the '
     'template by --corpus.template-variables'
   ),
+  'inside': (
+    'answers with the text of a token in them that stops the model: {}; remove '
+    'it there'
+  ),
   'ends': (
     'answers that end with another token than those that stop the model '
     '(None is no token): {}; set --corpus.score last, or name another '
@@ -310,6 +317,10 @@ def _tally(
     if message['role'] != 'assistant' and not is_said:
       found['messages'].add(f'role {message["role"]}', place)
   for answer in answers:
+    content = item.messages[answer.message]['content']
+    for end in template.ends:
+      if end in content:
+        found['inside'].add(end, place)
     if not answer.is_whole:
       found['contents'].add(f'message {answer.message + 1}', place)
     if answer.end not in template.ends:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from train.data.marks import Message
+from train.data.marks import RESERVED, Message
 from train.data.records import Record, RecordError, parse_json
 from train.data.template import Piece
 
@@ -394,6 +394,11 @@ def _list(value: Any, name: str) -> list[Any]:
 def _string(value: Any, name: str) -> str:
   if not isinstance(value, str):
     raise TypeError(f'"{name}" must be a string, got {value!r:.40}')
+  found = RESERVED.search(value)
+  if found:
+    raise RecordError(
+      f'"{name}" has U+{ord(found[0]):04X}, which is not a character: remove it'
+    )
   return value
 
 

@@ -17,6 +17,9 @@ _ZERO = 0xFDD2
 BEGIN, END = '\ufde0', '\ufde1'
 """The marks of {% generation %}, around those of its content."""
 
+RESERVED = re.compile(f'[{_START}-{END}]')
+"""The code points that marks are made of."""
+
 _MARK = re.compile(
   f'(?P<start>{_START})(?P<number>[\ufdd2-\ufddb]+)|(?P<begin>{BEGIN})|'
   f'{_STOP}|(?P<end>{END})'

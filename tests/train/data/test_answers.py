@@ -217,6 +217,15 @@ class TestCalls:
     assert 'b c' in call and "'a'" not in call
     assert answer == 'Four.<|im_end|>'
 
+  def test_a_template_that_refuses_to_be_without_tools(self):
+    source = TOOLS.replace('{%- if tools %}', '').replace(
+      '<|im_end|>\n{% endif %}', '<|im_end|>\n'
+    )
+    found = template(source)
+    with pytest.raises(ValueError, match='refuses messages of the roles user'):
+      found.render(TURNS)
+    assert found.ends == ('<|im_end|>',)
+
   def test_calls_and_tools(self):
     found = template(TOOLS)
     context = {'tools': [TOOL]}

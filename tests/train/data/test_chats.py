@@ -33,6 +33,7 @@ from train.data.chats import (
   Chats,
   ChitchatAnswers,
   Prose,
+  Tally,
   parse_line,
   template_of,
 )
@@ -545,6 +546,21 @@ class TestRun:
     (warning,) = found.check(tokenizer)
     assert 'answers that end with another token than those that' in warning
     assert '<|im_end|> (1, the first: ' in warning
+
+  def test_an_end_inside_an_answer_is_warned_of(self, tmp_path):
+    records = [{'messages': turns('one <|im_end|>', 'say <|im_end|> to stop')}]
+    found, tokenizer = opened(tmp_path, CHATML, records)
+    (warning,) = found.check(tokenizer)
+    assert warning.startswith('answers with the text of a token in them that')
+    assert ': <|im_end|> (1, the first: ' in warning
+
+  def test_a_warning_lists_the_most_common(self):
+    tally = Tally()
+    for i in range(9):
+      for _ in range(i):
+        tally.add(str(i), f'a, line {i}')
+    assert str(tally).startswith('8 (8, the first: a, line 8); 7 (7, ')
+    assert str(tally).endswith('; 4 (4, the first: a, line 4); 3 more')
 
   def test_a_chat_is_rendered_once_to_check_it(self, tmp_path, monkeypatch):
     records = [{'messages': turns('one', 'two')}]

@@ -210,6 +210,14 @@ def test_media_are_an_error():
     parse_record({'messages': [{**QUESTION, 'content': parts}, ANSWER]})
 
 
+@pytest.mark.parametrize('code', ['\ufdd0', '\ufddb', '\ufde1'])
+def test_a_code_point_that_is_not_a_character_is_an_error(code):
+  # The template's text is searched for answers by means of them.
+  answer = {**ANSWER, 'content': f'a{code}b'}
+  with pytest.raises(ValueError, match=rf'has U\+{ord(code):X}, which is not'):
+    parse_record({'messages': [QUESTION, answer]})
+
+
 def test_texts_in_parts_are_joined():
   parts = [{'type': 'text', 'text': 'Wh'}, {'type': 'input_text', 'text': 'o?'}]
   asked = {'role': 'user', 'content': parts}
