@@ -164,7 +164,9 @@ def eos_of(tokenizer: AnyTokenizer) -> str | None:
 def ids_of(path: pathlib.Path) -> set[int]:
   """Returns the ids that end a text by a JSON file of a checkpoint."""
   found = fields_of(path).get('eos_token_id')
-  return set(found) if isinstance(found, list) else {found} - {None}
+  if found is None:
+    return set()
+  return set(found) if isinstance(found, list) else {found}
 
 
 def fields_of(path: pathlib.Path) -> dict[str, Any]:

@@ -355,7 +355,9 @@ class Chats:
 
   Files are JSON lines, a JSON list, CSV, TSV, Parquet or Arrow, by their ending
   (.json, .csv, .tsv, .parquet, .arrow; others are JSON lines), each with .gz,
-  .bz2 or .xz behind it if it is compressed.
+  .bz2 or .xz behind it if it is compressed. Of files that are not plain JSON
+  lines there is a copy in the directory for temporary files ($TMPDIR) while the
+  program runs.
 
   Messages are rendered by the checkpoint's chat template. The assistant's
   messages are scored, from the end of the generation prompt to the special

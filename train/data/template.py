@@ -9,11 +9,13 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, ClassVar, NoReturn, TypeAlias
 
 import jinja2
 import jinja2.ext
 import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
 from train.data.answers import Answer, Finder
@@ -352,8 +354,8 @@ class ChatTemplate:
       )
     except ValueError:
       return False
-    is_python = repr(_CALL['function']['arguments']) in plain.text
-    return bool(found.marks) and found.text == plain.text and not is_python
+    # Python's own form of an object escapes the marks in it.
+    return bool(found.marks) and found.text == plain.text
 
   def _adapted(self, message: Message) -> Message:
     """Returns a message in the form that the template expects."""
@@ -442,7 +444,7 @@ def _literal(value: Any) -> str:
 class _Generation(jinja2.ext.Extension):
   """{% generation %}: its content is put between marks."""
 
-  tags = frozenset({'generation'})
+  tags: ClassVar[set[str]] = {'generation'}
 
   def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
     """As a block whose content passes through `_mark`."""

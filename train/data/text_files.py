@@ -200,8 +200,9 @@ def _file(
   parse: Callable[[bytes], Any],
   **options: Any,
 ) -> File:
-  columns = np.array(list(spans), np.int64).reshape(-1, 4).T
-  return File(path, *columns, parse, **options)
+  table = np.array(list(spans), np.int64).reshape(-1, 4)
+  starts_d, stops_d, crcs_d, numbers_d = table.T
+  return File(path, starts_d, stops_d, crcs_d, numbers_d, parse, **options)
 
 
 def _lines(path: str) -> Iterator[tuple[_Span, bytes]]:
@@ -250,9 +251,9 @@ def _has_texts(path: str) -> bool:
   kind = records.kind_of(path)
   if kind in ('.csv', '.tsv'):
     return 'text' in records.header(path)
-  return kind in ('.jsonl', '.ndjson', '.parquet', '.arrow') or records.is_list(
-    path
-  )
+  if kind in ('.jsonl', '.ndjson', '.parquet', '.arrow'):
+    return True
+  return records.is_list(path)
 
 
 def _text(record: Record) -> str:

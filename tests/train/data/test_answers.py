@@ -187,6 +187,19 @@ class TestEnds:
       'Still four.<|im_end|>',
     ]
 
+  def test_a_block_without_special_tokens(self):
+    source = (
+      "{% for m in messages %}{% if m.role == 'assistant' %}"
+      '{% generation %}<a>{{ m.content }}</a>{% endgeneration %}{% else %}'
+      '<u>{{ m.content }}</u>{% endif %}{% endfor %}'
+      '{% if add_generation_prompt %}<a>{% endif %}'
+    )
+    found = ChatTemplate(source, {}, ())
+    assert scored_texts(found, TURNS, SCORED) == [
+      'Four.</a>',
+      'Still four.</a>',
+    ]
+
 
 class TestCalls:
   @pytest.mark.parametrize(
