@@ -49,7 +49,7 @@ class Setup:
   batches: grain.DatasetIterator
   memory: Table
   warnings: tuple[str, ...]
-  """What the data have that a model would not learn as they mean it."""
+  """Warnings about data that the model would not learn as they mean it."""
   launch: Launch
 
 

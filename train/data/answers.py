@@ -1,7 +1,7 @@
-"""Where the answers are in a conversation that a chat template has rendered.
+"""Finds the answers in a conversation that a chat template has rendered.
 
-A template can strip, move and repeat what messages say. `Finder` renders them
-with marks (`train.data.marks`) and follows the marks.
+A template can strip, move and repeat the texts of messages. `Finder` renders
+them with marks (`train.data.marks`) and follows the marks.
 """
 
 import itertools
@@ -18,7 +18,7 @@ _SHOWN = 60
 
 
 class Answer(NamedTuple):
-  """Where a scored message is in the text of a conversation."""
+  """The span of a scored message in the text of a conversation."""
 
   message: int
   """Number of the message, from 0."""
@@ -42,11 +42,11 @@ class Finder:
     template: 'ChatTemplate',
     messages: Sequence[Message],
     context: Mapping[str, Any] | None,
-  ):
+  ) -> None:
     """Renders the conversation.
 
     Args:
-      template: what renders it.
+      template: of the run.
       messages: of the conversation, in the form that the template expects.
       context: further variables of the template.
     """
@@ -83,7 +83,7 @@ class Finder:
         )
 
   def _generated(self, scored: Sequence[bool]) -> Iterator[Answer]:
-    """By {% generation %}, of which the assistant's messages have one each."""
+    """Finds answers by {% generation %}: the assistant's messages have one."""
     answers = [
       (i, answer)
       for i, (message, answer) in enumerate(
@@ -124,7 +124,7 @@ class Finder:
     return (stop, ends[0]) if ends else self._end(start, stop, i)
 
   def _marked(self, scored: Sequence[bool]) -> Iterator[Answer]:
-    """By marks around what the messages say."""
+    """Finds answers by marks around the texts of their messages."""
     marker = Marker(self._template.thoughts)
     marked = [
       marker.message(message, i) if answer else message
@@ -154,15 +154,17 @@ class Finder:
       yield Answer(i, start, stop, end, prompt, marker.has_content(i, marks))
 
   def _by_turns(self, scored: Sequence[bool]) -> Iterator[Answer]:
-    """For templates that take an answer apart: all that a turn adds is it."""
+    """Finds answers as the text that a turn adds to its prompt.
+
+    This serves templates that take a content apart.
+    """
     for i, answer in enumerate(scored):
       if not answer:
         continue
-      before = self._template.rendered(self._messages[:i], self._context).text
-      prompt = self._prompt(i)
-      turn = self._turn(i)
+      before, prompt, turn = self._turn(i - 1), self._prompt(i), self._turn(i)
       if (
-        prompt is None
+        before is None
+        or prompt is None
         or turn is None
         or not turn.startswith(before)
         or not self.text.startswith(turn)
@@ -224,16 +226,17 @@ class Finder:
       return first, None
     if self.text.startswith(whole) and len(whole) <= first:
       return len(whole), None
-    expected = self._template.prompt_after(self._messages[:i], self._context)
-    if not expected:
+    before = self._turn(i - 1)
+    if before is None or before == whole or not whole.startswith(before):
       return first, whole[-_SHOWN:]
+    expected = whole[len(before) :]
     # A template that rewrites older messages keeps the end of the prompt, or a
     # beginning of that end.
     header = self._template.special.search(expected)
     least = len(expected) if header is None else header.end()
-    before = self._behind(i - 1, first)
+    earliest = self._behind(i - 1, first)
     for size in range(len(expected), least - 1, -1):
-      at = self.text.rfind(expected[:size], before, first)
+      at = self.text.rfind(expected[:size], earliest, first)
       start = self._aligned(at + size)
       between = self.text[start:first]
       if at >= 0 and not any(end in between for end in self._template.ends):

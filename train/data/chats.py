@@ -116,7 +116,7 @@ class Tally:
 
 @dataclasses.dataclass
 class Reading:
-  """What was not read of the lines of a corpus."""
+  """Counts of the lines and keys of a corpus that are not read."""
 
   num_left_out: int = 0
   """Lines, or dialogues, without an answer."""
@@ -126,7 +126,7 @@ class Reading:
   """Keys of messages that only a template may read."""
 
   def see(self, record: Record, item: Chat | Prose | None, place: str) -> None:
-    """Counts what is not read of a record."""
+    """Counts the keys of a record that are not read, and a record left out."""
     self.num_left_out += item is None
     for name in unread_keys(record):
       self.keys.add(name, place)
@@ -177,7 +177,7 @@ class Dialogues:
     """Renders every chat, once for each template.
 
     Returns:
-      Warnings: of what a model would not learn, or learn and not need.
+      Warnings about data that the model would not learn as they mean it.
 
     Raises:
       ValueError: the template refuses a chat, or rewrites an answer of it; the
@@ -205,7 +205,7 @@ class Dialogues:
 
     Raises:
       FileNotFoundError: `template` is not there.
-      ValueError: it is no Jinja template, or lacks a variable.
+      ValueError: it is not a Jinja template, or does not read a variable.
     """
     template = self._build(tokenizer)
     own = tokenizer.chat_template
@@ -283,10 +283,10 @@ _WARNINGS = {
   'messages': 'messages that the chat template leaves out: {}',
   'contents': 'answers of which the chat template leaves out a part: {}',
   'prompts': (
-    'answers that begin elsewhere in training than in sampling, so that the '
-    'model is asked what it did not learn: {}; make each answer the last '
-    'message of its line, set --corpus.score last, or set the variables of the '
-    'template by --corpus.template-variables'
+    'answers that begin elsewhere in training than in sampling, where the '
+    'model has to continue a prompt that it did not learn: {}; make each '
+    'answer the last message of its line, set --corpus.score last, or set the '
+    'variables of the template by --corpus.template-variables'
   ),
   'inside': (
     'answers with the text of a token in them that stops the model: {}; remove '
@@ -307,7 +307,7 @@ def _tally(
   score: Score,
   found: Mapping[str, Tally],
 ) -> None:
-  """Counts what a template does with a chat, by the keys of `_WARNINGS`."""
+  """Counts the losses of a chat in a template, by the keys of `_WARNINGS`."""
   flags = item.scored
   if score == 'all':
     flags = [x['role'] == 'assistant' for x in item.messages]
@@ -368,9 +368,9 @@ class Chats:
   BOS and EOS; of texts all is scored. A line without an answer is left out.
 
   Names of roles are those of ShareGPT, OpenAI and others, in any case. "system"
-  and "tools" may be beside the messages; tool calls of the assistant are
-  scored. "weight": 0 or "train": false excludes a message, or a line, from what
-  is scored. A key of preference data is an error.
+  and "tools" may be keys of the record; tool calls of the assistant are scored.
+  "weight": 0 or "train": false excludes a message, or a record, from the loss.
+  A key of preference data is an error.
   """
 
   train: str
@@ -384,8 +384,7 @@ class Chats:
   content, where `validation` is None."""
 
   score: Score = 'answers'
-  """What is learned: the answers, the last answer of each line, or all that a
-  model reads."""
+  """The scored tokens: of all answers, of the last answer of a line, or all."""
 
   template: str | None = None
   """None is the checkpoint's template, or the plain one ('### Human: ',
@@ -537,7 +536,7 @@ def variables_of(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_line(line: bytes, score: Score = 'answers') -> Chat | Prose | None:
-  """Returns what a line of JSON holds; None if nothing of it is scored.
+  """Returns the conversation or text of a JSON line; None if none is scored.
 
   Raises:
     ValueError, KeyError, TypeError, AttributeError: it is not as in `Chats`.

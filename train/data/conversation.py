@@ -101,8 +101,8 @@ def parse_record(
   for name in _MEDIA:
     if record.get(name):
       raise RecordError(
-        f'the key {name!r} has what a language model does not read: remove it, '
-        'and the messages that refer to it'
+        f'the key {name!r} is for models of images or sounds: remove it, and '
+        'the messages that refer to it'
       )
   turns = _turns(record)
   if turns is None:
@@ -143,8 +143,8 @@ def _check_keys(record: Mapping[str, Any]) -> None:
   for name in record:
     if _PREFERENCE.fullmatch(name):
       raise RecordError(
-        f'the key {name!r} is of preference data, for which there is no loss '
-        'yet: remove the key, and the answers that must not be learned'
+        f'the key {name!r} is of preference data, which has no loss here yet: '
+        'remove the key, and the answers that must not be learned'
       )
     if name in _OTHER_LOSS:
       raise RecordError(
@@ -260,7 +260,7 @@ def _chat(
 def _system(
   record: Record, first: Sequence[tuple[Message, bool]]
 ) -> list[tuple[Message, bool]]:
-  """Returns the system message that is beside the messages, if any."""
+  """Returns the system message that a key of the record holds, if any."""
   found = {name: record[name] for name in _SYSTEM if record.get(name)}
   for name, text in found.items():
     message = {'role': 'system', 'content': _string(text, name)}
@@ -275,7 +275,7 @@ def _system(
 
 
 def _variables(record: Record) -> dict[str, Any]:
-  """Returns what a record gives a template beside its messages."""
+  """Returns the further variables that a record has for a template."""
   found = dict(_decoded(record.get('chat_template_kwargs', {})))
   if record.get('documents'):
     found['documents'] = _list(record['documents'], 'documents')

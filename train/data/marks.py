@@ -1,6 +1,6 @@
-"""Marks around what messages say, which a chat template moves along.
+"""Marks around the texts of messages, which a chat template moves along.
 
-They are code points that are no characters, so that no text has them.
+They are Unicode noncharacters, which no text has.
 """
 
 import re
@@ -43,10 +43,10 @@ class Field(NamedTuple):
 
 
 class Marker:
-  """Puts marks around what messages say."""
+  """Puts marks around the texts of messages."""
 
-  def __init__(self, thoughts: Sequence[str]):
-    """Has marked nothing; `thoughts` are keys of a message beside 'content'."""
+  def __init__(self, thoughts: Sequence[str]) -> None:
+    """Has marked nothing; `thoughts` are further keys of texts."""
     self.fields: list[Field] = []
     self._thoughts = thoughts
 

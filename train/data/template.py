@@ -57,11 +57,11 @@ _THOUGHTS = ('reasoning_content', 'reasoning', 'thinking')
 
 
 class ChatTemplate:
-  """Renders messages, and finds the answers in what it rendered.
+  """Renders messages, and finds the answers in the text.
 
   Attributes:
     source: the Jinja text.
-    origin: what an error calls it.
+    origin: its name in an error.
     reads: names of the variables that it looks up.
     thoughts: keys of a message for its thoughts, which the template names.
     clock: the time that its function strftime_now gives.
@@ -83,14 +83,14 @@ class ChatTemplate:
     *,
     origin: str = 'the chat template',
     clock: datetime.datetime | None = None,
-  ):
+  ) -> None:
     """Compiles a template.
 
     Args:
       source: Jinja text.
       tokens: what it may name, such as bos_token and eos_token.
       specials: texts of the tokens that can end a turn.
-      origin: what an error calls it.
+      origin: its name in an error.
       clock: the time of a run, in all of its renderings. None is the time of
         this call.
 
@@ -188,8 +188,8 @@ class ChatTemplate:
     An answer begins where the generation prompt ends, so that a model learns
     all that it has to write. It has the content and the calls of a scored
     message, and the special token that the template puts behind them. A
-    template can mark what a model writes by {% generation %}; an answer is
-    then that, and the special token behind it.
+    template can mark the text that a model writes by {% generation %}; an
+    answer is then this text, and the special token behind it.
 
     Args:
       messages: as in `render`.
@@ -317,7 +317,7 @@ class ChatTemplate:
     """Returns the token that ends an answer with calls, if there is one."""
     if self._form_of_call is None:
       return None
-    # What is behind each of two calls does not end the answer.
+    # A token behind each of two calls does not end the answer.
     for calls in ([_CALL, _CALL], [_CALL]):
       answer = {'role': 'assistant', 'content': '', 'tool_calls': calls}
       end, is_known = self._try(answer)
@@ -371,7 +371,7 @@ def _of_form(
 
   Args:
     message: has arguments that are objects.
-    content: what replaces a content that is empty.
+    content: replaces an empty content.
     dump: whether arguments are JSON.
   """
   found = dict(message)

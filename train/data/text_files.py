@@ -32,7 +32,7 @@ class File:
   parse: Callable[[bytes], Any]
   """What makes a document of these bytes."""
   unit: str = 'line'
-  """What the numbers count."""
+  """The unit that the numbers count."""
   is_copied: bool = False
   """Whether the offsets are those of the spool, which has a copy."""
 
@@ -158,9 +158,9 @@ def index_records(
 
   Args:
     path: of the file.
-    parse: from a record to a document; what is false is left out, and so are
-      blank lines.
-    rule: what a record must be, for the error that names file and line.
+    parse: from a record to a document. A false document is left out, and so
+      are blank lines.
+    rule: the form of a record, for the error that names file and line.
     seen: called with each record, its document and its place.
 
   Raises:

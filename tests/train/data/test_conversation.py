@@ -203,7 +203,7 @@ def test_a_loss_of_parts_is_an_error(key):
 def test_media_are_an_error():
   record = {'messages': [QUESTION, ANSWER]}
   assert parse_record({**record, 'images': []}) is not None
-  with pytest.raises(ValueError, match="the key 'images' has what"):
+  with pytest.raises(ValueError, match="the key 'images' is for"):
     parse_record({**record, 'images': ['a.png']})
   parts = [{'type': 'image', 'url': 'a.png'}, {'type': 'text', 'text': 'Who?'}]
   with pytest.raises(ValueError, match="has the type 'image', which"):
