@@ -307,7 +307,10 @@ def shown(
   )
   is_cut = isinstance(documents, Dialogues)
   if is_cut:
-    caption += f'; {empty:,} have no answer before that and are left out'
+    caption += (
+      f'; {empty:,} have no answer before that and are left out, as '
+      f'{documents.reading.num_left_out:,} lines without an answer are'
+    )
   table = Table(
     title='an example: what is scored is green',
     title_justify='left',

@@ -231,11 +231,16 @@ class Chitchat:
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles:
-  """Text files of one's own: .jsonl (field 'text'), or plain text.
+  """Text files of one's own: records with a field 'text', or plain text.
 
-  A file whose name ends in .jsonl holds one JSON object a line; its field
-  'text' is a document. Any other file is plain UTF-8 text. Files are read once
-  when opened, to check and to index them, and stay on disk.
+  A .jsonl file holds one JSON object a line, a .parquet or .arrow file rows,
+  and a .json file may hold a list of objects; their field 'text' is a document.
+  So is the column 'text' of a .csv or .tsv file that has one. Any other file is
+  plain UTF-8 text. Files may be compressed (.gz, .bz2, .xz).
+
+  Files are read once when opened, to check and to index them. Plain text and
+  JSON lines stay in their files; of others there is a copy in the directory for
+  temporary files ($TMPDIR) while the program runs.
   """
 
   train: str
@@ -257,6 +262,7 @@ class TextFiles:
 
     Raises:
       FileNotFoundError: no file matches.
+      ImportError: Parquet needs the package `datasets`.
       ValueError: a line is no JSON object with a text (the message names file
         and line), a file is not UTF-8, or there are no documents.
     """
