@@ -27,6 +27,7 @@ from galore_optax.presets.adamw import galore_adamw as galore_adamw
 from galore_optax.presets.adamw import galore_adamw_8bit as galore_adamw_8bit
 from galore_optax.presets.badam import badam as badam
 from galore_optax.presets.frugal import frugal as frugal
+from galore_optax.presets.groups import Group as Group, grouped as grouped
 from galore_optax.presets.inner import (
   scale_by_galore_adam as scale_by_galore_adam,
 )

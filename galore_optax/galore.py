@@ -303,6 +303,15 @@ def quantize_bases(
   return tx.with_keeper(lambda k: kept.packed(k, bits=bits, group=group))
 
 
+def from_stages(stages: Any) -> Galore:
+  """Returns the transformation of an object that has the stages of `Galore`.
+
+  Args:
+    stages: an object with `init` and the attributes of `Galore`.
+  """
+  return _staged(stages)
+
+
 def with_apply(tx: Galore, wrap: Callable[[Callable], Callable]) -> Galore:
   """Returns `tx` with `wrap(tx.apply)` for its last stage."""
   with_keeper = lambda f: with_apply(tx.with_keeper(f), wrap)

@@ -5,7 +5,8 @@ allocates nothing.
 """
 
 import collections
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -33,16 +34,22 @@ class Row(NamedTuple):
 class Table(tuple[Row, ...]):
   """Rows in the order of the parameters; `print` shows them aligned."""
 
-  __slots__ = ()
+  multipliers: Mapping[str, tuple[Any, Any]] = {}
+  """Multipliers of learning rate and weight decay by path, with `grouped`."""
 
   def __str__(self) -> str:
-    """Returns the rows as text."""
+    """Returns the rows as text, with the multipliers if there are groups."""
     rows = [('path', 'shape', 'projected', 'bytes')]
     for row in self:
       low = str(row.projected_shape or '-')
       rows.append((row.path, str(row.shape), low, f'{row.bytes:,}'))
+    if self.multipliers:
+      factors = [self.multipliers[row.path] for row in self]
+      columns = [('rate', 'decay'), *((str(a), str(b)) for a, b in factors)]
+      rows = [(*row, *more) for row, more in zip(rows, columns, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    line = '{{:<{}}}  {{:<{}}}  {{:<{}}}  {{:>{}}}'.format(*widths)
+    pairs = zip('<<<>>>', widths, strict=False)
+    line = '  '.join(f'{{:{side}{width}}}' for side, width in pairs)
     return '\n'.join(line.format(*row) for row in rows)
 
 
@@ -54,7 +61,8 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
     params: parameters, or `jax.ShapeDtypeStruct`s of them.
 
   Returns:
-    A row for each parameter: path, shape, projected shape, bytes of state.
+    A row for each parameter: path, shape, projected shape, bytes of state. The
+    printed table also has the multipliers of groups (`grouped`).
 
   Example:
     >>> import jax.numpy as jnp
@@ -80,6 +88,11 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
       sizes[owner, paths.BASIS in path] += leaf.size * leaf.dtype.itemsize
   names = paths.paths(params)
   shapes = [tuple(leaf.shape) for _, leaf in leaves]
-  low = [seen[name].low_shape if name in seen else None for name in names]
+  low = [
+    seen.plans[name].low_shape if name in seen.plans else None for name in names
+  ]
   num_bytes = lambda in_basis: [sizes[i, in_basis] for i in range(len(leaves))]
-  return Table(map(Row, names, shapes, low, num_bytes(True), num_bytes(False)))
+  columns = shapes, low, num_bytes(True), num_bytes(False)
+  table = Table(map(Row, names, *columns))
+  table.multipliers = seen.multipliers
+  return table

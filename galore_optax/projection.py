@@ -12,7 +12,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -161,14 +161,23 @@ def each(f: Callable, plans: Sequence[Any], tree: Any, *trees: Any) -> Any:
   return treedef.unflatten(map(f, plans, leaves, *rest))
 
 
-@contextlib.contextmanager
-def watched() -> Iterator[dict[str, Projection]]:
-  """Yields a dict to which each `galore` adds its plans, by path, at `init`.
+class Seen(NamedTuple):
+  """What transformations record at `init`, by path."""
 
-  So a description finds them behind any wrapper. They could not stand in the
-  state: flax's msgpack takes no static data, and a seed has no shape.
+  plans: dict[str, Projection]
+  """How each projected leaf is projected."""
+  multipliers: dict[str, tuple[Any, Any]]
+  """Multipliers of learning rate and weight decay, where there are groups."""
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Seen]:
+  """Yields dicts to which each `galore` adds its plans at `init`.
+
+  A description thereby finds the plans behind any wrapper. The state could not
+  hold them: flax's msgpack takes no static data, and a seed has no shape.
   """
-  seen = {}
+  seen = Seen({}, {})
   token = _watching.set(seen)
   try:
     yield seen
@@ -177,10 +186,18 @@ def watched() -> Iterator[dict[str, Projection]]:
 
 
 def show(plans: Sequence[Projection | Whole]) -> None:
-  """Adds plans to the dict of whoever watches."""
+  """Records plans if a `watched()` context is active."""
   seen = _watching.get()
   if seen is not None:
-    seen.update({p.path: p for p in plans if isinstance(p, Projection)})
+    found = {p.path: p for p in plans if isinstance(p, Projection)}
+    seen.plans.update(found)
+
+
+def show_multipliers(found: dict[str, tuple[Any, Any]]) -> None:
+  """Records the multipliers of leaves if a `watched()` context is active."""
+  seen = _watching.get()
+  if seen is not None:
+    seen.multipliers.update(found)
 
 
 def projected_sides(side: Side, i: int, o: int) -> tuple[int, ...]:

@@ -84,7 +84,7 @@ def _shardings(init: Callable[[Any], Any], params: Any, shardings: Any) -> Any:
       return NamedSharding(places[0].mesh, PartitionSpec())
     shape, place = leaves[owner][1].shape, places[owner]
     cuts = [*map(_axes, place.spec), *((),) * len(shape)][: len(shape)]
-    plan = seen.get(names[owner])
+    plan = seen.plans.get(names[owner])
     fields = {getattr(key, 'name', None) for key in path}
     if plan is not None:
       shape, cuts = _of_low(plan, shape, cuts, basis=paths.BASIS in path)

@@ -1,11 +1,9 @@
 """The arrows between packages, read from the imports."""
 
 import ast
-import io
 import pathlib
 import subprocess
 import sys
-import tokenize
 
 import pytest
 
@@ -119,34 +117,6 @@ def test_arrows_inside_the_library(path):
 def test_folders_of_the_library_are_one_level_deep():
   for path in modules('galore_optax'):
     assert len(path.relative_to(ROOT).parts) <= 3
-
-
-def code_lines(path):
-  """Lines that are not blank, comment, or a docstring of a module, class or
-  function."""
-  text = path.read_text()
-  documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-  docs = set()
-  for node in ast.walk(ast.parse(text)):
-    if isinstance(node, documented) and ast.get_docstring(node) is not None:
-      docs.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-  code = set()
-  for token in tokenize.generate_tokens(io.StringIO(text).readline):
-    if token.type not in NO_CODE:
-      code.update(range(token.start[0], token.end[0] + 1))
-  return len(code - docs)
-
-
-NO_CODE = {
-  *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE),
-  *(tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),
-}
-
-
-def test_the_library_fits_an_afternoon():
-  """A budget of 3,000 code lines, new methods and sharding included."""
-  lines = {path: code_lines(path) for path in modules('galore_optax')}
-  assert sum(lines.values()) <= 3000, sorted(lines.items(), key=lambda x: -x[1])
 
 
 def test_functions_are_shorter_than_a_screen_and_a_half():

@@ -6,14 +6,20 @@ import math
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
 
+from galore_optax.paths import is_matrix, paths
+from models.llama import LlamaConfig
+from models.lowrank import Factored, Lora
 from tests.bench import methods, quickstart
 from tests.bench.methods import Job, Rung, Size
 from tests.bench.runs import save
+from tests.train.test_config import CONFIG
 from train.command import load
+from train.task import language_model
 
 SIZE = Size(
   width=32,
@@ -234,9 +240,32 @@ def test_the_quickstart_is_tuned_as_it_is():
   job = Job('chitchat', 'GaLore', 1.0, 1.0, seed=given.seed, steps=given.steps)
   config = bench.config(job)
   # Rates and the method are the bench's own.
-  changed = {'optimizer': given.optimizer, 'learning_rate': given.learning_rate}
+  changed = {
+    name: getattr(given, name)
+    for name in ('optimizer', 'learning_rate', 'window')
+  }
   assert dataclasses.replace(config, **changed) == given
   around = bench.around(job.steps)
   assert around == (given.optimizer.rank, given.optimizer.gap)
   assert size.rank == around.rank and size.first[-1].steps == given.steps
   assert {*quickstart.Quickstart.names} <= {*methods.METHODS}
+
+
+def test_the_pattern_of_matrices_is_their_names():
+  for adapter in (None, Factored(2), Lora(rank=2, rest='trained')):
+    model = LlamaConfig(
+      vocab_size=300, width=8, mlp_width=12, num_heads=2, num_layers=1
+    )
+    config = dataclasses.replace(CONFIG, model=model, adapter=adapter)
+    task = language_model(config)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    for path in paths(params):
+      assert bool(re.fullmatch(methods.MATRICES, path)) == is_matrix(path)
+
+
+def test_pages_say_that_rows_are_not_shuffled():
+  results = pathlib.Path(methods.RESULTS)
+  pages = 'methods', 'ablations', 'claims', 'quickstart', 'finetune'
+  for name in pages:
+    assert '**Rows not shuffled**' in (results / f'{name}.md').read_text()[:300]
+  assert not methods.unshuffled(Size(window=1024))

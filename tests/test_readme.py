@@ -32,10 +32,6 @@ def test_code_runs(capsys):
   assert np.all(np.diff(losses) < 0)
 
 
-def test_it_is_short():
-  assert len(TEXT.splitlines()) <= 200
-
-
 def test_its_line_stands_verbatim():
   line = 'tx = optax.chain(galore(rank=512, gap=200), optax.adamw(lr))'
   assert line in TEXT.splitlines()

@@ -9,10 +9,12 @@ import dataclasses
 import math
 import types
 import typing
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import optax
+import tyro
 
+from galore_optax import Group, grouped
 from galore_optax.clipping import check_norm
 from galore_optax.layerwise.weights import ARRAYS, ROUNDED, Weights, quantized
 from models import huggingface
@@ -126,9 +128,54 @@ Update: TypeAlias = WholeTree | Layerwise
 """What `Config.update` may be."""
 
 
+def group_of(text: str) -> Group:
+  """Returns the group that a command line spells.
+
+  >>> group_of('embed/.*=10'), group_of('.*norm/scale=1,0').decay
+  (Group(pattern='embed/.*', rate=10.0, decay=1.0), 0.0)
+  """
+  pattern, _, factors = text.rpartition('=')
+  try:
+    rate, decay = map(float, (factors + ',1').split(',')[:2])
+  except ValueError:
+    pattern = ''
+  if not pattern or factors.count(',') > 1:
+    raise ValueError(
+      f'a group is PATTERN=RATE or PATTERN=RATE,DECAY, got {text!r}: for '
+      "example 'embed/.*=10,0'"
+    )
+  return Group(pattern, rate, decay)
+
+
+def spelled(group: Group) -> str:
+  """Returns the group as a command line spells it.
+
+  >>> spelled(Group('embed/.*', 10))
+  'embed/.*=10,1'
+  """
+  return f'{group.pattern}={group.rate:g},{group.decay:g}'
+
+
+Groups: TypeAlias = Annotated[
+  tuple[Group, ...],
+  tyro.constructors.PrimitiveConstructorSpec(
+    nargs='*',
+    metavar='[PATTERN=RATE[,DECAY] [...]]',
+    instance_from_str=lambda args: tuple(map(group_of, args)),
+    is_instance=lambda x: isinstance(x, tuple),
+    str_from_instance=lambda groups: [*map(spelled, groups)],
+  ),
+]
+"""Groups of parameters, a word each on a command line."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """One experiment, whole: a config file holds `config = Config(...)`."""
+
+  OLDER_RUNS: ClassVar[dict[str, Any]] = {'window': 0}
+  """Values in runs that were written before a field existed, where these differ
+  from its default."""
 
   model: AnyModel
   """The model; its vocab_size is also the size of a tokenizer trained here.
@@ -145,6 +192,10 @@ class Config:
   """Sequences in an update."""
   sequence_length: int
   """Tokens in a sequence."""
+  window: int = 2**20
+  """Tokens of the window in which packed rows are shuffled, at most about an
+  epoch; each takes 24 bytes of host memory, and a resume fills the window again
+  (0: rows keep the order of packing)."""
   checkpoint: str | None = None
   """A directory of transformers: weights and tokenizer to start from; None
   starts from random weights."""
@@ -161,6 +212,9 @@ class Config:
   cycles: int = 1
   """Times that warm-up and cosine begin anew, at 0, in equal parts of the
   steps, as in FRUGAL's pre-training."""
+  groups: Groups = ()
+  """Parameters with a learning rate and a weight decay of their own: a regex on
+  whole paths, and a multiplier of each. A rate of 0 freezes them."""
   clip_norm: float | None = 1.0
   """Global norm that a gradient is scaled down to; None leaves it alone."""
   tokenizer: str | None = None
@@ -211,10 +265,11 @@ class Config:
         'adapter Factored draws its factors in place of the weights of '
         f'{self.checkpoint}: leave out checkpoint, or take Lora'
       )
-    if self.max_skipped < 0:
-      raise ValueError(
-        f'max_skipped must not be negative, got {self.max_skipped}'
-      )
+    for name in ('max_skipped', 'window'):
+      if getattr(self, name) < 0:
+        raise ValueError(
+          f'{name} must not be negative, got {getattr(self, name)}'
+        )
     self._check_growth()
     if self.batch_size % self.parts:
       raise ValueError(
@@ -314,10 +369,33 @@ class Config:
     return self.update.stored(self.model.param_dtype)
 
   def rule(self) -> optax.GradientTransformation:
-    """Returns the optimizer, of what is trained, its subspaces watched."""
-    schedule = self.schedule()
-    optimizer = subspace.watched(self.optimizer.build(schedule))
-    rule = adapter_lib.with_lomo(optimizer, self.adapter, schedule)
+    """Returns the optimizer of the trained weights, its subspaces watched."""
+    # The frozen ones are not among the trained weights.
+    groups = [group for group in self.groups if not group.frozen]
+    if hasattr(self.optimizer, 'weight_decay'):
+      decay = self.optimizer.weight_decay
+      return grouped(self._rule, groups)(self.schedule(), decay)
+    return grouped(self._rule_without_decay, groups)(self.schedule())
+
+  def _rule(
+    self, learning_rate: optax.Schedule, weight_decay: float
+  ) -> optax.GradientTransformation:
+    """Returns the optimizer at another rate and decay."""
+    optimizer = dataclasses.replace(self.optimizer, weight_decay=weight_decay)
+    return self._around(optimizer, learning_rate)
+
+  def _rule_without_decay(
+    self, learning_rate: optax.Schedule
+  ) -> optax.GradientTransformation:
+    """Returns an optimizer that has no weight decay, at another rate."""
+    return self._around(self.optimizer, learning_rate)
+
+  def _around(
+    self, optimizer: Optimizer, learning_rate: optax.Schedule
+  ) -> optax.GradientTransformation:
+    """Returns an optimizer with the rules of adapter and gradient growth."""
+    rule = subspace.watched(optimizer.build(learning_rate))
+    rule = adapter_lib.with_lomo(rule, self.adapter, learning_rate)
     if self.norm_growth is None:
       return rule
     return optax.chain(limit_growth(self.norm_growth), rule)
@@ -336,23 +414,39 @@ def to_json(config: Any) -> dict[str, Any]:
   >>> to_json(Chitchat(holdout=0.1))
   {'kind': 'Chitchat', 'holdout': 0.1}
   """
+
+  def as_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+      return [*map(as_json, value)]
+    return to_json(value) if dataclasses.is_dataclass(value) else value
+
   return {'kind': type(config).__name__} | {
-    field.name: to_json(value) if dataclasses.is_dataclass(value) else value
+    field.name: as_json(getattr(config, field.name))
     for field in dataclasses.fields(config)
-    for value in [getattr(config, field.name)]
   }
 
 
 def from_json(cls: type, data: dict[str, Any]) -> Any:
-  """Returns the dataclass that `to_json` took apart."""
+  """Returns the dataclass that `to_json` took apart.
+
+  A field that an older run did not write takes the value of `cls.OLDER_RUNS`,
+  or else its default.
+  """
   hints = typing.get_type_hints(cls)
-  values = {}
-  for name, value in data.items():
+  values = dict(getattr(cls, 'OLDER_RUNS', {}))
+
+  def value_of(value: Any, hint: Any) -> Any:
     if isinstance(value, dict):
-      kinds = {kind.__name__: kind for kind in variants(hints[name])}
-      values[name] = from_json(kinds[value['kind']], value)
-    elif name != 'kind':
-      values[name] = tuple(value) if isinstance(value, list) else value
+      kinds = {kind.__name__: kind for kind in variants(hint)}
+      return from_json(kinds[value['kind']], value)
+    if isinstance(value, list):
+      items = next(iter(typing.get_args(hint)), None)
+      return tuple(value_of(x, items) for x in value)
+    return value
+
+  for name, value in data.items():
+    if name != 'kind':
+      values[name] = value_of(value, hints[name])
   return cls(**values)
 
 

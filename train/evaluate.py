@@ -13,7 +13,6 @@ if __name__ == '__main__':
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import string
 from collections import defaultdict
@@ -26,6 +25,7 @@ import numpy as np
 
 from train import checkpoint, machine, metrics
 from train.command import check_least, user_errors
+from train.data import records
 from train.data.batches import bucket, validation_batches
 from train.data.corpus import Indexed
 from train.data.text_files import Texts, expand, index
@@ -165,14 +165,12 @@ def read_questions(path: str) -> list[Question]:
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(f'no file {path!r}: name a JSONL of questions')
   questions = []
-  with open(path, 'rb') as file:
-    for number, line in enumerate(file, 1):
-      if not line.strip():
-        continue
-      try:
-        questions.append(question(json.loads(line)))
-      except ValueError as error:
-        raise ValueError(f'{path}, line {number}: {error}') from error
+  unit, numbered = records.read(path)
+  for number, record in numbered:
+    try:
+      questions.append(question(record))
+    except ValueError as error:
+      raise ValueError(f'{path}, {unit} {number}: {error}') from error
   if not questions:
     raise ValueError(f'{path} must have a question on a line, got none')
   return questions

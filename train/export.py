@@ -7,8 +7,10 @@ if __name__ == '__main__':
 
 import argparse
 import dataclasses
+import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -17,7 +19,8 @@ from models import huggingface, lowrank
 from models.llama import LlamaConfig
 from train import checkpoint
 from train.command import user_errors
-from train.data.tokenizer import TEMPLATE
+from train.data.chats import has_answers
+from train.data.tokenizer import CLOCK, TEMPLATE, AnyTokenizer
 from train.run import Run
 from train.task import task_of
 
@@ -71,7 +74,9 @@ def export(
 ) -> None:
   """Writes config.json, safetensors and the tokenizer's files.
 
-  Factors of low rank are merged into the weights.
+  Factors of low rank are merged into the weights. generation_config.json has
+  all tokens that end a text; the tokenizer's EOS is the one that ends an
+  answer, if the run was trained on chats.
 
   Args:
     run: what was trained.
@@ -109,13 +114,86 @@ def export(
     model = dataclasses.replace(model, param_dtype=dtype)
     params = jax.tree.map(lambda w: w.astype(dtype), params)
   huggingface.save(directory, model, params, source=run.source())
+  tokenizer = run.tokenizer()
   if run.source() is None:
-    run.tokenizer().save(directory)
-  elif isinstance(config.model, LlamaConfig):
+    tokenizer.save(directory)
+    # Other programs have a clock of their own.
+    (directory / CLOCK).unlink(missing_ok=True)
+  elif alone:
     # What the chats were rendered by need not be the checkpoint's own.
-    template = run.tokenizer().files.get(TEMPLATE)
+    template = tokenizer.files.get(TEMPLATE)
     if template is not None:
       (directory / TEMPLATE).write_bytes(template)
+  if alone:
+    write_ends(directory, tokenizer, is_chat=has_answers(config.corpus))
+
+
+def write_ends(
+  directory: pathlib.Path, tokenizer: AnyTokenizer, *, is_chat: bool
+) -> None:
+  """Writes the tokens that end a text to the files that have them.
+
+  Args:
+    directory: an exported checkpoint.
+    tokenizer: of the run.
+    is_chat: whether the run learned answers.
+  """
+  ids = list(tokenizer.stop_ids)
+  template = tokenizer.chat_template
+  end = template.end_of_turn if is_chat and template is not None else None
+  if end is not None:
+    first = tokenizer.specials[end]
+    ids = [first, *(i for i in ids if i != first)]
+    name = 'tokenizer_config.json'
+    change(directory / name, {'eos_token': end}, make=end != eos_of(tokenizer))
+    change(directory / 'special_tokens_map.json', {'eos_token': end})
+    if first not in ids_of(directory / 'config.json'):
+      change(directory / 'config.json', {'eos_token_id': first})
+  path = directory / 'generation_config.json'
+  if set(ids) != ids_of(path):
+    found = ids if len(ids) > 1 else ids[0]
+    change(path, {'eos_token_id': found}, make=True)
+
+
+def eos_of(tokenizer: AnyTokenizer) -> str | None:
+  """Returns the text of the tokenizer's EOS."""
+  texts = {i: text for text, i in tokenizer.specials.items()}
+  return texts.get(tokenizer.eos_id)
+
+
+def ids_of(path: pathlib.Path) -> set[int]:
+  """Returns the ids that end a text by a JSON file of a checkpoint."""
+  found = fields_of(path).get('eos_token_id')
+  if found is None:
+    return set()
+  return set(found) if isinstance(found, list) else {found}
+
+
+def fields_of(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the fields of a JSON file; none if it is not there."""
+  return json.loads(path.read_bytes()) if path.is_file() else {}
+
+
+def change(
+  path: pathlib.Path, fields: Mapping[str, Any], *, make: bool = False
+) -> None:
+  """Changes fields of a JSON file, which stays as it is if they are equal.
+
+  Args:
+    path: of the file.
+    fields: new values. A token that is an object keeps its other properties.
+    make: whether fields are added, and the file made, if they are not there.
+  """
+  found = fields_of(path)
+  new = {}
+  for name, value in fields.items():
+    old = found.get(name)
+    if isinstance(old, dict) and isinstance(value, str):
+      value = {**old, 'content': value}
+    if value != old and (name in found or make):
+      new[name] = value
+  if new:
+    path.write_text(json.dumps(found | new, indent=2) + '\n')
 
 
 if __name__ == '__main__':

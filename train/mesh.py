@@ -9,6 +9,7 @@ Axes: B rows of a batch, L layers, D width, V vocabulary.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import os
@@ -281,6 +282,12 @@ def leads() -> bool:
   return jax.process_index() == 0
 
 
+def announce(line: str) -> None:
+  """Prints a line, once for all processes."""
+  if leads():
+    print(line, flush=True)
+
+
 def join() -> None:
   """Joins the other processes of a cluster, before JAX looks for devices.
 
@@ -352,6 +359,17 @@ def agree(what: str, content: bytes) -> None:
       f'{what} must be the same in all {jax.process_count()} processes, and '
       'differ: start all of them with the same files and options'
     )
+
+
+def clock() -> datetime.datetime:
+  """Returns the time of the first process, the same in all of them."""
+  now = datetime.datetime.now().replace(microsecond=0)
+  if jax.process_count() == 1:
+    return now
+  # Processes may have other time zones.
+  parts = np.array(now.timetuple()[:6], np.int32)
+  found = multihost_utils.broadcast_one_to_all(parts)
+  return datetime.datetime(*map(int, found))
 
 
 def of_any(number: int | None) -> int | None:

@@ -323,9 +323,8 @@ def memory_table(
     name: of the optimizer.
     trained: as in `Task`; of what is not, `tx` keeps nothing.
   """
-  ours = with_still(
-    galore_optax.describe(tx, split(params, trained)[0]), params
-  )
+  described = galore_optax.describe(tx, split(params, trained)[0])
+  ours = with_still(described, params)
   baseline = galore_optax.describe(adamw(0.0), params)
   sizes = [
     sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(node))
@@ -347,11 +346,18 @@ def memory_table(
     padding=(0, 1, 0, 0),
   )
   table.add_column('parameter', overflow='fold')
-  for head in ('shape', 'projected', 'weight', 'basis', 'moments', 'AdamW'):
+  factors = described.multipliers
+  heads = ['shape', 'projected', 'weight', 'basis', 'moments', 'AdamW']
+  for head in heads + ['rate', 'decay'] * bool(factors):
     table.add_column(head, justify='right')
   for row, numbers in rows:
     low = by(row.projected_shape) if row.projected_shape else '-'
-    table.add_row(row.path, by(row.shape), low, *decimals(numbers / size))
+    # A parameter that is not described is frozen.
+    own = map('{:g}'.format, factors.get(row.path, (0.0, 0.0)))
+    table.add_row(
+      *(row.path, by(row.shape), low, *decimals(numbers / size)),
+      *(own if factors else ()),
+    )
   table.add_section()
   table.add_row('all', '', '', *decimals(total / size), style='bold')
   count = sum(math.prod(row.shape) for row in ours)

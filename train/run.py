@@ -122,8 +122,12 @@ class Run:
       ) from error
 
   def tokenizer(self) -> AnyTokenizer:
-    """Reads the tokenizer."""
-    return load(self.directory)
+    """Reads the tokenizer, whose chat template is that of the run."""
+    found = load(self.directory)
+    if found.chat_template is not None:
+      # The file that the config names may be another one by now.
+      found.chat_template.is_settled = True
+    return found
 
   def check(self, config: Config) -> None:
     """Raises ValueError where a resumed run would compute something else."""

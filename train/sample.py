@@ -12,8 +12,8 @@ import argparse
 import functools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from models.llama import Layers
 from train import machine
 from train.command import check_least, user_errors
 from train.data.batches import bucket
+from train.data.chats import variables_of
 from train.data.tokenizer import AnyTokenizer
 from train.model import Model, opened, options_of, shared
 from train.task import PyTree
@@ -282,6 +283,7 @@ def chat(
   choice: Choice,
   stop: Sequence[str] = (),
   seed: int = 0,
+  variables: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
   """Returns the answers to lines, in pieces; each ends with a newline.
 
@@ -289,16 +291,33 @@ def chat(
   beginning is not read again. What no longer fits into the window is forgotten,
   a line and its answer at a time.
 
+  Args:
+    model: the model, and its tokenizer.
+    lines: messages of the user.
+    num_tokens: tokens of an answer, at most.
+    choice: how a token is chosen.
+    stop: texts that end an answer.
+    seed: of the choice.
+    variables: of the template, instead of those that it was saved with.
+
   Raises:
-    ValueError: the model has no template.
+    ValueError: the model has no template, or it does not read a variable.
   """
-  if model.tokenizer.chat_template is None:
+  template = model.tokenizer.chat_template
+  if template is None:
     raise ValueError(
       '--chat needs a model with a chat template, which this one has not: '
       'continue its texts with --prompt'
     )
+  template.check_variables(variables or {})
   return answers(
-    *(model, lines), num_tokens=num_tokens, choice=choice, stop=stop, seed=seed
+    model,
+    lines,
+    num_tokens=num_tokens,
+    choice=choice,
+    stop=stop,
+    seed=seed,
+    variables=variables,
   )
 
 
@@ -310,6 +329,7 @@ def answers(
   choice: Choice,
   stop: Sequence[str],
   seed: int,
+  variables: Mapping[str, Any] | None,
 ) -> Iterator[str]:
   """Yields what `chat` returns."""
   tokenizer = model.tokenizer
@@ -317,10 +337,10 @@ def answers(
   room = min(num_tokens, model.window // 2)
   for turn, line in enumerate(lines):
     messages.append({'role': 'user', 'content': line})
-    prompt = rendered(tokenizer, messages)
+    prompt = rendered(tokenizer, messages, variables)
     while len(messages) > 1 and len(prompt) + room > model.window:
       messages = messages[2:]
-      prompt = rendered(tokenizer, messages)
+      prompt = rendered(tokenizer, messages, variables)
     ids, text, shown = [], '', ''
     for (token,) in stream(
       reader,
@@ -343,10 +363,14 @@ def answers(
 
 
 def rendered(
-  tokenizer: AnyTokenizer, messages: list[dict[str, str]]
+  tokenizer: AnyTokenizer,
+  messages: list[dict[str, str]],
+  variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
   """Returns the tokens of a conversation, up to where the answer begins."""
-  text = tokenizer.chat_template.render(messages, add_generation_prompt=True)
+  text = tokenizer.chat_template.render(
+    messages, add_generation_prompt=True, context=variables
+  )
   return tokenizer.encode(text, special=True).tolist()
 
 
@@ -376,7 +400,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.chat:
       num_tokens = args.num_tokens or 512
       pieces = chat(
-        model, typed(), num_tokens=num_tokens, choice=choice, **options
+        model,
+        typed(),
+        num_tokens=num_tokens,
+        choice=choice,
+        variables=variables_of(args.template_variables),
+        **options,
       )
   if args.chat:
     for piece in pieces:
@@ -410,6 +439,14 @@ def parser() -> argparse.ArgumentParser:
     'Ctrl-D ends it',
   )
   options.add_argument(
+    '--template-variables',
+    nargs='+',
+    default=[],
+    metavar='NAME=VALUE',
+    help='variables of the template of --chat, such as enable_thinking=false '
+    '(default: those of the run)',
+  )
+  options.add_argument(
     '--num-tokens',
     type=int,
     help='tokens to choose at most (default: 80, of an answer 512)',
@@ -439,6 +476,8 @@ def check(args: argparse.Namespace) -> None:
   """Raises ValueError for what means nothing."""
   if bool(args.prompt) == args.chat:
     raise ValueError('give either --prompt or --chat')
+  if args.template_variables and not args.chat:
+    raise ValueError('--template-variables are of --chat: leave them out')
   check_least(1, num_tokens=args.num_tokens, top_k=args.top_k)
   if not 0 <= args.temperature < math.inf:
     raise ValueError(

@@ -67,7 +67,7 @@ def build(config: Config, task: Task) -> tuple[Init, Step]:
     )
   if config.learning_rate == 0:
     step = motionless(step)
-  step = with_health(with_adapter(step, config))
+  step = with_health(with_adapter(with_rates(step, config), config))
   return lambda key: init(task.init(key), tx, trained), step
 
 
@@ -145,6 +145,23 @@ def with_health(step: Step) -> Step:
       refreshed = jnp.not_equal(*counts)
       metrics = metrics | {'subspace': found, 'refreshed': refreshed}
     return state, metrics
+
+  return around
+
+
+def with_rates(step: Step, config: Config) -> Step:
+  """Returns a step whose metrics have the learning rate of each group."""
+  if not config.groups:
+    return step
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def around(state: State, batch: Batch) -> tuple[State, PyTree]:
+    state, metrics = step(state, batch)
+    rates = {
+      f'learning_rate/{group.pattern}': group.rate * metrics['learning_rate']
+      for group in config.groups
+    }
+    return state, metrics | rates
 
   return around
 

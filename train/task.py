@@ -16,8 +16,10 @@ import grain
 import jax
 import numpy as np
 
+from galore_optax import Group
 from galore_optax.layerwise.weights import ARRAYS, is_stored
 from galore_optax.paths import paths
+from galore_optax.presets.groups import assigned
 from models import encoder, huggingface, lowrank
 from models.encoder import EncoderConfig
 from models.llama import Layers
@@ -169,7 +171,9 @@ def language_model(config: Config) -> Task:
       batch_size=config.batch_size,
       sequence_length=config.sequence_length,
       seed=config.seed,
+      window=config.window,
       put=mesh_lib.deal(config.mesh),
+      log=mesh_lib.announce,
     ),
     evaluate=lambda text: functools.partial(
       perplexity,
@@ -254,7 +258,30 @@ def check_metric(metric: str, num_labels: int) -> None:
 
 
 def trained(config: Config, params: PyTree) -> PyTree:
-  """Returns which parameters of a config are trained."""
+  """Returns which parameters of a config are trained.
+
+  Raises:
+    ValueError: a group matches no parameter that the adapter leaves trained,
+      two groups match the same one, or all are frozen.
+  """
+  chosen = by_adapter(config, params)
+  if not config.groups:
+    return chosen
+  marks, treedef = jax.tree.flatten(chosen)
+  # Without the leaves that are not trained.
+  moving = treedef.unflatten([mark or None for mark in marks])
+  groups = (*config.groups, Group('', 1.0))
+  indices = iter(assigned(config.groups, moving))
+  left = [mark and not groups[next(indices)].frozen for mark in marks]
+  if not any(left):
+    raise ValueError(
+      'groups freeze every trained parameter: give one of them a rate above 0'
+    )
+  return treedef.unflatten(left)
+
+
+def by_adapter(config: Config, params: PyTree) -> PyTree:
+  """Returns which parameters the adapter of a config leaves trained."""
   adapter = config.adapter
   if adapter is None or getattr(adapter, 'lomo', 0):
     return everything(params)

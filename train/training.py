@@ -48,6 +48,8 @@ class Setup:
   text: Text
   batches: grain.DatasetIterator
   memory: Table
+  warnings: tuple[str, ...]
+  """Warnings about data that the model would not learn as they mean it."""
   launch: Launch
 
 
@@ -72,6 +74,10 @@ def main(
     console = Console(quiet=not mesh_lib.leads())
     setup = prepare(argv, kind)
     before(setup, console)
+    for text in setup.warnings:
+      console.print(
+        f'warning: {text}', markup=False, highlight=False, soft_wrap=True
+      )
     console.print(setup.memory)
     console.print(machine.describe(), highlight=False)
     if jax.device_count() > 1:
@@ -142,6 +148,9 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
     found.tokenizer() if found else prepare_tokenizer(config, documents)
   )
   text = Text(documents, held_out, tokenizer)
+  # Both splits, so that no chat is refused first in the midst of a run.
+  chats = [x for x in (documents, held_out) if isinstance(x, Dialogues)]
+  warnings = dict.fromkeys(line for x in chats for line in x.check(tokenizer))
   return Setup(
     config=config,
     run=where,
@@ -153,6 +162,7 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
     text=text,
     batches=task.batches(text),
     memory=memory,
+    warnings=tuple(warnings),
     launch=launch,
   )
 
@@ -195,7 +205,7 @@ def prepare_tokenizer(config: Config, documents: Documents) -> AnyTokenizer:
       f'of ids in {path}, got {vocab_size}'
     )
   if isinstance(documents, Dialogues):
-    return documents.templated(tokenizer)
+    return documents.templated(tokenizer, mesh_lib.clock())
   return tokenizer
 
 
@@ -235,9 +245,11 @@ def agree(setup: Setup) -> None:
 
   None of them writes before all have looked for what is there.
   """
-  words = repr((setup.config, setup.run, setup.source)).encode()
+  tokenizer = setup.text.tokenizer
+  files = sorted(tokenizer.files.items())
+  words = repr((setup.config, setup.run, setup.source, files)).encode()
   mesh_lib.agree(
-    'config, run and tokenizer', words + setup.text.tokenizer.bytes_V.tobytes()
+    'config, run and tokenizer', words + tokenizer.bytes_V.tobytes()
   )
 
 

@@ -52,6 +52,7 @@ class OneBlock(optax.GradientTransformationExtraArgs):
   active: Callable[[jax.Array, int], jax.Array]
   # Raises ValueError if the blocks are not the layers of a stack, by path.
   check_blocks: Callable[[dict[str, bool]], None]
+  blocks: str  # regex on the paths of the stacked leaves
 
 
 def badam(
@@ -120,7 +121,7 @@ def badam(
     count // switch_every, num_layers, order, start, seed
   )
   one = rule(None if order == 'fixed' else switch_every)
-  return _one_block(one, rule(None) if train_rest else None, active, blocks)
+  return one_block(one, rule(None) if train_rest else None, active, blocks)
 
 
 def layer_of_turn(turn, num_layers, order='random', start=None, seed=0):
@@ -174,12 +175,29 @@ def _in_turns(inner, learning_rate, weight_decay, master_weights, every):
   return in_float32(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
-def _one_block(rule, rest, active, blocks):
-  """Applies a rule to the layer whose turn it is, another to the rest."""
+def one_block(
+  rule: Any,
+  rest: Any,
+  active: Callable[[jax.Array, int], jax.Array],
+  blocks: str,
+  check: Callable[[Any], None] | None = None,
+) -> OneBlock:
+  """Applies a rule to the layer whose turn it is, another to the rest.
+
+  Args:
+    rule: transformation of one layer.
+    rest: transformation of the other leaves; None freezes them.
+    active: as in `OneBlock`.
+    blocks: regex on the paths of the stacked leaves.
+    check: receives the parameters at `init`, and raises ValueError if they do
+      not fit.
+  """
   rest_rule = rest or optax.with_extra_args_support(optax.set_to_zero())
 
   @placed
   def init_fn(params):
+    if check is not None:
+      check(params)
     stacks, others = _split(params, blocks)
     shapes = [x.shape for x in jax.tree.leaves(stacks)]
     lengths = {shape[0] for shape in shapes if len(shape) > 1}
@@ -196,7 +214,8 @@ def _one_block(rule, rest, active, blocks):
   def update_fn(updates, state, params=None, **extra):
     checks.check_params(params, 'badam')
     (stacks, others), weights = _split(updates, blocks), _split(params, blocks)
-    layer = active(state.block.count, jax.tree.leaves(stacks)[0].shape[0])
+    num_layers = jax.tree.leaves(stacks)[0].shape[0]
+    layer = active(_updates_done(state.block), num_layers)
     take = lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False)
     ours, own_weights = jax.tree.map(take, (stacks, weights[0]))
     ours, block = rule.update(ours, state.block, own_weights, **extra)
@@ -219,8 +238,19 @@ def _one_block(rule, rest, active, blocks):
 
   tx = OneBlock(init_fn, update_fn)
   tx.rule, tx.rest = rule, rest
-  tx.active, tx.check_blocks = active, check_blocks
+  tx.active, tx.check_blocks, tx.blocks = active, check_blocks, blocks
   return tx
+
+
+def _updates_done(state: Any) -> jax.Array:
+  """Returns the count of a rule, which the rules of several groups share."""
+
+  def is_turn(x: Any) -> bool:
+    return isinstance(x, TurnState)
+
+  turns = filter(is_turn, jax.tree.leaves(state, is_leaf=is_turn))
+  # Without a turn all layers are frozen, and any of them serves.
+  return next((turn.count for turn in turns), jnp.int32(0))
 
 
 def _split(tree, blocks):

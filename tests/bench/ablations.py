@@ -261,6 +261,7 @@ def page(size: Size, rates: tuple[float, float], done: Done) -> str:
   lines = [
     '# One choice of GaLore at a time',
     '',
+    *methods.unshuffled(size.model),
     'By `python -m tests.bench.ablations`, which explains it; '
     f'{len(done)} runs of {tokens:,} tokens of chitchat-dataset. The base: '
     f'rank {size.model.rank} of {size.model.width}, gap {size.gap}, float32, '

@@ -199,6 +199,7 @@ def page(size: Size, done: Done, bytes_per_token: dict[str, float]) -> str:
     [
       "# The papers' claims at 1.5 M parameters",
       '',
+      *methods.unshuffled(size),
       'By `python -m tests.bench.claims`, from the runs of '
       '[methods.md](methods.md): there the',
       'sizes are small, both learning rates are tuned for everyone, and second '

@@ -41,6 +41,7 @@ STEPS = 30
 SHARED = [
   *('--batch-size', '2', '--sequence-length', '256', '--warmup', '0.1'),
   *('--eval-batches', '8', '--save-every', '9999', '--no-save-best'),
+  *('--window', '0'),
 ]
 GALORE = ['--optimizer', 'Galore8bit', '--optimizer.subspace', 'power']
 WHOLE = ['--update', 'WholeTree']
@@ -175,6 +176,8 @@ def report(found: list[dict]) -> str:
   when = max((run['date'] for run in found), default='not yet run')
   lines = [
     '# Fine-tuning SmolLM2-135M',
+    '',
+    '**Rows not shuffled** (`--window 0`): rows keep the order of packing.',
     '',
     'By `python -m tests.bench.finetune`, which explains the rows; '
     f'{when}, on the CPU. '

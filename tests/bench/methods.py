@@ -87,6 +87,8 @@ class Size:
   batch_size: int = 8
   sequence_length: int = 128
   eval_rows: int = 256
+  window: int = 0
+  """Tokens of the window in which rows are shuffled."""
   first: tuple[Rung, ...] = (
     *(Rung(50, 12), Rung(100, 6), Rung(200, 3)),
     Rung(400, 2),
@@ -127,9 +129,10 @@ class Around(NamedTuple):
 
 
 class Method(NamedTuple):
-  """One row: a transformation at learning rate 1, or an adapter with one."""
+  """One row: a transformation, or an adapter with one."""
 
-  make: Callable[[Around], optax.GradientTransformation]
+  make: Callable[[Around, Any], optax.GradientTransformation]
+  """`(run, learning rate) -> transformation`."""
   matrix: float = 3e-3
   """Where the grid of the matrices' rate begins: four values, times 3 each."""
   rest: float = 3e-3
@@ -141,40 +144,42 @@ class Method(NamedTuple):
 
 def galore(preset: Callable, **options: Any) -> Callable:
   """Returns what makes a preset at a run's rank and gap, unscaled."""
-  return lambda a: preset(1.0, rank=a.rank, gap=a.gap, scale=1.0, **options)
+  return lambda a, rate: preset(
+    rate, rank=a.rank, gap=a.gap, scale=1.0, **options
+  )
 
 
-def muon(around: Around) -> optax.GradientTransformation:
+def muon(around: Around, rate: Any) -> optax.GradientTransformation:
   """Muon on the layers' matrices, their updates as large as Adam's."""
   del around
   sides = lambda tree: jax.tree.map(
     lambda yes: MATRIX if yes else None, matrices(tree)
   )
   return optax.contrib.muon(
-    1.0, consistent_rms=0.2, muon_weight_dimension_numbers=sides
+    rate, consistent_rms=0.2, muon_weight_dimension_numbers=sides
   )
 
 
-_adam = lambda a: adamw(1.0)
+_adam = lambda a, rate: adamw(rate)
 _lora = lambda a: dict(rank=a.rank, alpha=float(a.rank), rest='trained')
 
 METHODS = {
   'AdamW': Method(_adam, matrix=3e-4),
-  '8-bit Adam': Method(lambda a: adam_8bit(1.0), matrix=3e-4),
+  '8-bit Adam': Method(lambda a, rate: adam_8bit(rate), matrix=3e-4),
   'Muon': Method(muon, matrix=1e-3),
-  'SCALE': Method(lambda a: go.scale_sgd(1.0), matrix=3e-4),
+  'SCALE': Method(lambda a, rate: go.scale_sgd(rate), matrix=3e-4),
   'GaLore': Method(galore(go.galore_adamw)),
   'GaLore, power': Method(galore(go.galore_adamw, subspace='power')),
   'GaLore, rotate': Method(galore(go.galore_adamw, moments='rotate')),
   'GaLore, staggered': Method(
-    lambda a: go.galore_adamw(
-      1.0, rank=a.rank, gap=go.Staggered(a.gap), scale=1.0
+    lambda a, rate: go.galore_adamw(
+      rate, rank=a.rank, gap=go.Staggered(a.gap), scale=1.0
     )
   ),
   'GaLore, longer side': Method(
     # Moments of the shorter side take less: rank 38 has the bytes of 32.
-    lambda a: go.galore_adamw(
-      1.0, rank=a.rank * 6 // 5, gap=a.gap, scale=1.0, side='reverse_std'
+    lambda a, rate: go.galore_adamw(
+      rate, rank=a.rank * 6 // 5, gap=a.gap, scale=1.0, side='reverse_std'
     )
   ),
   '8-bit GaLore': Method(galore(go.galore_adamw_8bit)),
@@ -188,24 +193,28 @@ METHODS = {
       **_lora(a), every=4 * a.gap, restart_warmup=a.gap // 5
     ),
   ),
-  'FRUGAL': Method(lambda a: go.frugal(1.0, gap=a.gap), matrix=3e-4),
-  'FRUGAL, density 0': Method(lambda a: go.frugal(1.0, density=0), matrix=1e-4),
+  'FRUGAL': Method(lambda a, rate: go.frugal(rate, gap=a.gap), matrix=3e-4),
+  'FRUGAL, density 0': Method(
+    lambda a, rate: go.frugal(rate, density=0), matrix=1e-4
+  ),
   'BAdam': Method(
-    lambda a: go.badam(1.0, switch_every=a.gap // 5, train_rest=True),
+    lambda a, rate: go.badam(rate, switch_every=a.gap // 5, train_rest=True),
     matrix=3e-4,
   ),
   'Fira': Method(galore(go.fira)),
   "Fira, the reference's complement": Method(
-    lambda a: go.fira(
-      1.0, rank=a.rank, gap=a.gap, scale=0.25, complement='reference'
+    lambda a, rate: go.fira(
+      rate, rank=a.rank, gap=a.gap, scale=0.25, complement='reference'
     )
   ),
-  'APOLLO': Method(lambda a: go.apollo(1.0, rank=a.rank, gap=a.gap)),
-  'APOLLO-Mini': Method(lambda a: go.apollo_mini(1.0, gap=a.gap), matrix=1e-3),
-  'LOMO': Method(lambda a: go.lomo(1.0), matrix=0.1, rest=0.1),
-  'AdaLomo': Method(lambda a: go.adalomo(1.0), matrix=0.01, rest=0.01),
+  'APOLLO': Method(lambda a, rate: go.apollo(rate, rank=a.rank, gap=a.gap)),
+  'APOLLO-Mini': Method(
+    lambda a, rate: go.apollo_mini(rate, gap=a.gap), matrix=1e-3
+  ),
+  'LOMO': Method(lambda a, rate: go.lomo(rate), matrix=0.1, rest=0.1),
+  'AdaLomo': Method(lambda a, rate: go.adalomo(rate), matrix=0.01, rest=0.01),
   'optax.contrib.galore': Method(
-    lambda a: optax_galore(1.0, rank=a.rank, update_proj_gap=a.gap),
+    lambda a, rate: optax_galore(rate, rank=a.rank, update_proj_gap=a.gap),
     matrix=1e-3,
   ),
   # As the papers have them: one rate, GaLore's matrices at a quarter of it.
@@ -214,6 +223,9 @@ METHODS = {
 }
 
 BASELINE = 'AdamW'
+
+MATRICES = 'blocks/(attention|mlp)/.*'
+"""Paths of the layers' matrices, factors included."""
 
 
 def matrices(tree: Any) -> Any:
@@ -333,6 +345,7 @@ class Bench:
       learning_rate=1.0,
       batch_size=size.batch_size,
       sequence_length=size.sequence_length,
+      window=size.window,
       seed=job.seed,
     )
 
@@ -384,9 +397,14 @@ class Bench:
       schedule = lambda count: whole(count * (config.steps / steps))
       if isinstance(config.adapter, Relora):
         schedule = adapter_lib.jagged(schedule, config.adapter)
+      matrix, rest = rates
+      make = go.grouped(
+        lambda learning_rate: method.make(around, learning_rate),
+        [go.Group(MATRICES, rate=matrix / rest)],
+      )
       clip = optax.clip_by_global_norm(1.0)
-      scale = two_rates(*rates, schedule)
-      return optax.chain(clip, method.make(around), scale), schedule
+      tx = make(lambda count: rest * schedule(count))
+      return optax.chain(clip, tx), schedule
 
     @jax.jit
     def start(key):
@@ -444,7 +462,7 @@ class Bench:
     task, method = language_model(config), METHODS[job.method]
     params = jax.eval_shape(task.init, jax.random.key(0))
     moving, _ = step_lib.split(params, task.trained)
-    tx = method.make(self.around(job.steps))
+    tx = method.make(self.around(job.steps), 1.0)
     found = account(params, jax.eval_shape(lambda w: tx.init(w), moving))
     return {'weight_bytes': found.weights, 'state_bytes': found.state}
 
@@ -456,23 +474,6 @@ def finite(x: Any) -> float:
   99.0
   """
   return float(x) if math.isfinite(x) else 99.0
-
-
-def two_rates(
-  matrix: Any, rest: Any, schedule: optax.Schedule
-) -> optax.GradientTransformation:
-  """Multiplies what is made at learning rate 1, matrices by a rate of theirs.
-
-  >>> tx = two_rates(0.5, 2.0, lambda count: 1.0)
-  >>> u = {'up': np.ones((1, 2), 'f'), 'norm': np.ones(1, 'f')}
-  >>> new, _ = tx.update(u, tx.init(u))
-  >>> print(new['up'], new['norm'])
-  [[0.5 0.5]] [2.]
-  """
-  by = lambda rate: optax.scale_by_schedule(
-    lambda count: rate * schedule(count)
-  )
-  return optax.partition({True: by(matrix), False: by(rest)}, matrices)
 
 
 def command(name: str, job: Job) -> str:
@@ -596,6 +597,7 @@ def page(size: Size, done: Done) -> str:
   text = [
     '# Every method in one harness',
     '',
+    *unshuffled(size),
     'By `python -m tests.bench.methods`, which explains the rounds; '
     f'{len(done)} runs, each with its command in methods.json. A LLaMA with '
     f'{weights:,} weights in float32; rank {size.rank}, or a quarter of the '
@@ -634,6 +636,18 @@ def page(size: Size, done: Done) -> str:
         *by_length(corpus, size, done),
       ]
   return '\n'.join([*text, '', '![Bits against bytes](methods.png)', ''])
+
+
+def unshuffled(size: Size) -> list[str]:
+  """Returns the first lines of a page whose rows kept the order of packing."""
+  if size.window:
+    return []
+  return [
+    '**Rows not shuffled** (`--window 0`): a batch holds consecutive pieces of '
+    'two or three dialogues. Learning rates by group round in another order '
+    'than these runs did, so that their last digits differ now.',
+    '',
+  ]
 
 
 def first_table(size: Size, done: Done) -> list[str]:
@@ -894,6 +908,12 @@ def main(make: type[Bench] = Bench, argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   parser.add_argument(
+    '--window',
+    type=int,
+    default=0,
+    help='tokens of the window in which rows are shuffled',
+  )
+  parser.add_argument(
     '--run',
     nargs=len(Job._fields),
     metavar=tuple(name.upper() for name in Job._fields),
@@ -905,7 +925,8 @@ def main(make: type[Bench] = Bench, argv: Sequence[str] | None = None) -> None:
   job = args.run and job_of(args.run, parser.error)
   repeatable()
   with tempfile.TemporaryDirectory() as scratch:
-    runner = make(make.usual(), Corpora(pathlib.Path(scratch)))
+    size = dataclasses.replace(make.usual(), window=args.window)
+    runner = make(size, Corpora(pathlib.Path(scratch)))
     if job is None:
       options = dict(names=args.only, more=args.finals, hours=args.hours)
       bench(runner, args.results, **options)

@@ -58,6 +58,7 @@ class Quickstart(methods.Bench):
       adapter=adapter and adapter(self.around(job.steps)),
       steps=job.steps,
       learning_rate=1.0,
+      window=self.size.window,
       seed=job.seed,
     )
 
@@ -69,8 +70,10 @@ class Quickstart(methods.Bench):
 
   def page(self, done: Done) -> str:
     """Returns the table, and how it is to be read."""
+    head = '\n'.join(methods.unshuffled(self.size))
     text = f"""# The quickstart under several methods
 
+{head}
 By `python -m tests.bench.quickstart`: {self.size.first[-1].steps} steps of
 configs/quickstart.py on {methods.machines(done.values())}, one seed; each
 method at the best of its pairs of rates, none of which is at the edge of what

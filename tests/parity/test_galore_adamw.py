@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from galore_optax import galore_adamw
+from galore_optax import Group, galore_adamw, grouped
 
 torch = pytest.importorskip('torch')
 galore_torch = pytest.importorskip('galore_torch')
@@ -299,4 +299,45 @@ def test_the_unmodified_reference_within_the_first_gap():
     step_reference(optimizer, step)
     params, state = update(grads, state, params)
   found = distances(params, to_tree(model.named_parameters()), start)
+  assert largest(found) < 1e-5, found
+
+
+def test_groups_are_the_param_groups_of_pytorch(signs_by_rule):
+  """Two groups of projected weights with a rate and a decay of their own."""
+  start = separated(0, 0.5)
+  weights = {k: torch.nn.Parameter(torch.tensor(w.T)) for k, w in start.items()}
+  galore = {'rank': RANK, 'update_proj_gap': GAP, 'scale': SCALE}
+  factors = {'tall': (2.0, 0.5), 'wide': (0.5, 0.0), 'square': (1.0, 1.0)}
+  optimizer = galore_torch.GaLoreAdamW(
+    [
+      {'params': [weights[name]], 'weight_decay': DECAY * decay, **galore}
+      | {'proj_type': 'std'}
+      for name, (_, decay) in factors.items()
+    ],
+    lr=LR,
+    no_deprecation_warning=True,
+  )
+  groups = [
+    Group(name, rate=rate, decay=decay)
+    for name, (rate, decay) in factors.items()
+    if name != 'square'
+  ]
+  tx = grouped(galore_adamw, groups)(
+    learning_rate, rank=RANK, gap=GAP, scale=SCALE, weight_decay=DECAY
+  )
+  params = jax.tree.map(jnp.asarray, start)
+  state, update = tx.init(params), jax.jit(tx.update)
+  for step in range(STEPS):
+    grads = separated(1 + step, 0.1)
+    for group, (rate, _) in zip(
+      optimizer.param_groups, factors.values(), strict=True
+    ):
+      group['lr'] = rate * learning_rate(step)
+    for name, w in weights.items():
+      w.grad = torch.tensor(grads[name].T)
+    optimizer.step()
+    updates, state = update(grads, state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+  theirs = {k: w.detach().numpy().T for k, w in weights.items()}
+  found = distances(params, theirs, start)
   assert largest(found) < 1e-5, found

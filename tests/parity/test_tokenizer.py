@@ -21,11 +21,16 @@ from tests.train.data.tiny import (  # noqa: E402
   MISTRAL_SPECIALS,
   QWEN,
   SPECIALS,
+  THINK_OR_NOT,
+  TOOLS,
+  VICUNA,
   write,
   write_other,
 )
+from train.data.chats import Chats  # noqa: E402
 from train.data.template import ChatTemplate  # noqa: E402
 from train.data.tokenizer import load  # noqa: E402
+from train.export import write_ends  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -145,3 +150,65 @@ def test_named_templates_and_files(tmp_path):
     expected = theirs.apply_chat_template(messages, tokenize=False)
     assert load(tmp_path).chat_template.render(messages) == expected
   assert json.loads(config.read_text())['chat_template'] == named
+
+
+@pytest.mark.parametrize('template', [THINK_OR_NOT, VICUNA])
+@pytest.mark.parametrize('prompt', [False, True])
+def test_what_a_run_adds_to_a_template(tmp_path, template, prompt):
+  """Values of variables and an end: transformers reads them in the template."""
+  (tmp_path / 'a.jsonl').write_text('{"text": "a"}')
+  path = str(tmp_path / 'a.jsonl')
+  thinks = template is THINK_OR_NOT
+  variables = ('enable_thinking=false',) if thinks else ()
+  chats = Chats(path, path, template_variables=variables).open('train')
+  ours = chats.templated(load(write(tmp_path, template)))
+  ours.save(tmp_path)
+  theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+  messages = [dict(message) for message in CHAT]
+  kwargs = {'tokenize': False, 'add_generation_prompt': prompt}
+  rendered = theirs.apply_chat_template(messages, **kwargs)
+  assert rendered == ours.chat_template.render(
+    messages, add_generation_prompt=prompt
+  )
+  if thinks:
+    # A value that is given comes before the one that was saved.
+    given = {'enable_thinking': True}
+    assert theirs.apply_chat_template(messages, **kwargs, **given) == (
+      ours.chat_template.render(
+        messages, add_generation_prompt=prompt, context=given
+      )
+    )
+    assert rendered.endswith('</think>\n\n') == prompt
+  else:
+    assert f'The quick brown fox.{SPECIALS[0]}' in rendered
+
+
+def test_tools_and_calls_are_rendered_alike(tmp_path):
+  function = {'name': 'f', 'arguments': {'a': 'caf\u00e9 <b>'}}
+  call = {'type': 'function', 'function': function}
+  tools = [{'type': 'function', 'function': {'name': 'f', 'parameters': {}}}]
+  messages = [
+    {'role': 'user', 'content': 'go'},
+    {'role': 'assistant', 'content': '', 'tool_calls': [call]},
+    {'role': 'tool', 'content': '4'},
+  ]
+  write(tmp_path, TOOLS)
+  theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+  assert load(tmp_path).chat_template.render(
+    messages, context={'tools': tools}
+  ) == theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+
+
+def test_transformers_stops_where_an_answer_ends(tmp_path):
+  token = {'__type': 'AddedToken', 'content': SPECIALS[0], 'special': True}
+  write(tmp_path, CHATML, {'eos_token': token, 'pad_token': SPECIALS[0]})
+  settings = {'eos_token': SPECIALS[0], 'pad_token': SPECIALS[0]}
+  (tmp_path / 'special_tokens_map.json').write_text(json.dumps(settings))
+  ours = load(tmp_path)
+  write_ends(tmp_path, ours, is_chat=True)
+  theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+  assert (theirs.eos_token, theirs.pad_token) == ('<|im_end|>', SPECIALS[0])
+  generation = transformers.GenerationConfig.from_pretrained(tmp_path)
+  assert generation.eos_token_id == [
+    ours.specials[x] for x in ('<|im_end|>', SPECIALS[0])
+  ]

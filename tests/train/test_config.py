@@ -8,6 +8,7 @@ import pytest
 from models.llama import Llama3Scaling, LlamaConfig
 from models.lowrank import Factored
 from train.config import Config, differences, flatten, from_json, to_json
+from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import TextFiles
 from train.method import AdamW, Galore
 
@@ -46,6 +47,23 @@ def test_a_run_of_before_a_field_takes_its_default():
   for name in ('attention', *later):
     del data['model'][name]
   assert from_json(Config, data) == CONFIG
+
+
+def test_rows_of_older_runs_keep_the_order_of_packing():
+  data = to_json(CONFIG)
+  del data['window'], data['groups']
+  assert from_json(Config, data) == dataclasses.replace(CONFIG, window=0)
+
+
+@pytest.mark.parametrize('corpus', [Chats('a.jsonl'), ChitchatAnswers()])
+def test_chats_of_before_variables(corpus):
+  config = dataclasses.replace(CONFIG, corpus=corpus)
+  data = to_json(config)
+  del data['corpus']['template_variables']
+  assert from_json(Config, data) == config
+  given = dataclasses.replace(corpus, template_variables=('a=1', 'b=x'))
+  config = dataclasses.replace(CONFIG, corpus=given)
+  assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
 
 
 def test_differences_name_fields_and_both_values():

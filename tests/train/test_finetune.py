@@ -1,5 +1,7 @@
 """Fine-tunes tiny checkpoints, from directory to directory."""
 
+import datetime
+import io
 import json
 
 import chex
@@ -10,8 +12,16 @@ from safetensors.numpy import load_file
 
 from models import huggingface, lowrank
 from models.llama import Layers, LlamaConfig
-from tests.train.data.tiny import CHATML, SPECIALS, write
-from train import checkpoint, export, finetune, metrics
+from tests.train.data.tiny import (
+  CHATML,
+  DATED,
+  SPECIALS,
+  THINK_OR_NOT,
+  VICUNA,
+  write,
+)
+from tests.train.program import saved
+from train import checkpoint, evaluate, export, finetune, mesh, metrics, sample
 from train.data.chats import PLAIN
 from train.data.tokenizer import load
 from train.run import Run
@@ -28,12 +38,12 @@ FEW = [
 ]
 
 
-def make(tmp_path, kind='llama'):
+def make(tmp_path, kind='llama', template=CHATML, eos='<|im_end|>'):
   """A checkpoint with a tokenizer and a template, and chats beside it."""
   directory, config = tmp_path / 'checkpoint', MODELS[kind]
   source = tmp_path / 'source'
   source.mkdir()
-  write(source, CHATML, {'eos_token': '<|im_end|>'}, SPECIALS)
+  write(source, template, {'eos_token': eos}, SPECIALS)
   params = jax.jit(Layers(config).init)(jax.random.key(3))
   huggingface.save(directory, config, params, source=source)
   return directory, chats_file(tmp_path)
@@ -83,7 +93,9 @@ def test_a_rate_of_zero_exports_what_was_imported(tmp_path, capsys, kind):
   assert code == 0
   out = exported(tmp_path, run)
   names = {file.name for file in directory.iterdir()}
-  assert {file.name for file in out.iterdir()} == names
+  # The checkpoint did not name the tokens that end an answer.
+  ends = {'generation_config.json'}
+  assert {file.name for file in out.iterdir()} == names | ends
   for name in names - {'config.json'}:
     assert (out / name).read_bytes() == (directory / name).read_bytes(), name
   ours, theirs = (
@@ -190,6 +202,110 @@ def test_the_template_of_the_chats_is_exported(tmp_path, capsys):
   with pytest.raises(SystemExit):
     export.main([str(run.directory), str(tmp_path / 'x'), '--adapter'])
   assert 'has no factors' in capsys.readouterr().err
+
+
+LONG = ('--sequence-length', '96')
+STILL = ('--steps', '1', '--learning-rate', '0')
+ASKED = [{'role': 'user', 'content': 'Question 1?'}]
+
+
+@pytest.mark.slow
+def test_a_base_checkpoint_stops_where_an_answer_ends(tmp_path):
+  directory, chats = make(tmp_path, eos='<|endoftext|>')
+  ids = load(directory).specials
+  for name in ('config.json', 'generation_config.json'):
+    path = directory / name
+    fields = json.loads(path.read_text()) if path.is_file() else {}
+    fields['eos_token_id'] = ids['<|endoftext|>']
+    path.write_text(json.dumps(fields))
+  _, run = tune(tmp_path, directory, chats, *STILL)
+  out = exported(tmp_path, run)
+  both = [ids['<|im_end|>'], ids['<|endoftext|>']]
+  fields = json.loads((out / 'generation_config.json').read_text())
+  assert fields['eos_token_id'] == both
+  tokenizer = load(out)
+  assert tokenizer.tokens['eos_token'] == '<|im_end|>'
+  assert set(tokenizer.stop_ids) == set(both)
+  fields = json.loads((out / 'config.json').read_text())
+  assert fields['eos_token_id'] == ids['<|im_end|>']
+
+
+@pytest.mark.slow
+def test_variables_of_the_template_go_into_run_and_export(tmp_path, capsys):
+  directory, chats = make(tmp_path, template=THINK_OR_NOT)
+  variables = ['--corpus.template-variables', 'enable_thinking=false']
+  _, run = tune(tmp_path, directory, chats, *STILL, *variables)
+  assert run.config().corpus.template_variables == ('enable_thinking=false',)
+  assert 'warning' not in capsys.readouterr().out
+  expected = '<|im_start|>assistant\n<think>\n\n</think>\n\n'
+  for path in (run.directory, exported(tmp_path, run)):
+    template = load(path).chat_template
+    prompt = template.render(ASKED, add_generation_prompt=True)
+    assert prompt.endswith(expected)
+
+
+@pytest.mark.slow
+def test_a_template_without_an_end_gets_one_and_says_so(tmp_path, capsys):
+  directory, chats = make(tmp_path, template=VICUNA)
+  _, run = tune(tmp_path, directory, chats, *STILL)
+  printed = ' '.join(capsys.readouterr().out.split())
+  assert "would never stop: '<|im_end|>' is added there and scored" in printed
+  answer = {'role': 'assistant', 'content': 'Answer 1.'}
+  for path in (run.directory, exported(tmp_path, run)):
+    text = load(path).chat_template.render([*ASKED, answer])
+    assert text == 'USER: Question 1? ASSISTANT: Answer 1.<|im_end|> '
+
+
+@pytest.mark.slow
+def test_a_run_resumed_on_another_day_has_its_date(tmp_path, monkeypatch):
+  directory, chats = make(tmp_path, template=DATED)
+  args = ['--steps', '6', '--save-every', '2', '--eval-every', '3', *LONG]
+  clock = datetime.datetime(2026, 1, 2, 3, 4, 5)
+
+  class Killed(Exception):
+    pass
+
+  def crash(batch):
+    raise Killed
+
+  (tmp_path / 'whole').mkdir()
+  with monkeypatch.context() as patch:
+    patch.setattr(mesh, 'clock', lambda: clock)
+    _, whole = tune(tmp_path / 'whole', directory, chats, *args)
+    patch.setattr(metrics, 'describe', crash)
+    with pytest.raises(Killed):
+      tune(tmp_path, directory, chats, *args)
+  run = Run(tmp_path / 'run')
+  assert run.tokenizer().chat_template.clock == clock
+  resume = ['configs/chat.py', '--run', str(run.directory), '--resume']
+  assert finetune.main(resume) == 0
+  chex.assert_trees_all_equal(saved(run), saved(whole))
+  # Other programs have a clock of their own.
+  assert not (exported(tmp_path, run) / 'chat_clock.json').exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_an_older_version(tmp_path, capsys):
+  directory, chats = make(tmp_path)
+  template = tmp_path / 'own.jinja'
+  template.write_text(DATED)
+  args = ['--corpus.template', str(template), *LONG]
+  _, run = tune(tmp_path, directory, chats, *STILL, *args)
+  # It knew neither variables nor the clock, and kept the template's name.
+  template.unlink()
+  (run.directory / 'chat_clock.json').unlink()
+  fields = json.loads(run.config_path.read_text())
+  del fields['corpus']['template_variables']
+  run.config_path.write_text(json.dumps(fields))
+  evaluate.main([str(run.directory), '--batches', '2'])
+  assert 'validation: loss' in capsys.readouterr().out
+  text = load(exported(tmp_path, run)).chat_template.source
+  assert text == DATED
+  typed = io.StringIO('Question 1?\n')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('sys.stdin', typed)
+    sample.main([str(run.directory), '--chat', '--num-tokens', '4'])
+  assert capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The same training on one device, on many, and in several processes."""
 
 import dataclasses
+import datetime
 import json
 import os
 import re
@@ -363,3 +364,15 @@ def test_slurm_is_detected(monkeypatch, asked):
     monkeypatch.setenv(f'SLURM_{name}', str(value))
   mesh.join()
   assert asked == [{}]
+
+
+def test_the_clock_is_that_of_the_first_process(monkeypatch):
+  assert mesh.clock().microsecond == 0
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  theirs = np.array([2026, 1, 2, 3, 4, 5], np.int32)
+  monkeypatch.setattr(
+    mesh.multihost_utils,
+    'broadcast_one_to_all',
+    lambda ours: theirs.astype(ours.dtype).reshape(ours.shape),
+  )
+  assert mesh.clock() == datetime.datetime(2026, 1, 2, 3, 4, 5)

@@ -278,6 +278,29 @@ def test_a_chat_needs_a_template(model, tmp_path, monkeypatch, capsys):
   assert '--chat needs a model with a chat template' in capsys.readouterr().err
 
 
+def test_a_chat_has_variables(model, tmp_path, monkeypatch, capsys):
+  huggingface.save(tmp_path, model[0].config, model[1])
+  tiny.write(tmp_path, tiny.THINK_OR_NOT)
+  seen, stream = [], sample.stream
+
+  def recorded(reader, prompts, **options):
+    seen.append(load(tmp_path).decode(prompts[0]))
+    return stream(reader, prompts, **options)
+
+  monkeypatch.setattr(sample, 'stream', recorded)
+  options = ['--template-variables', 'enable_thinking=false']
+  for some in ([], options):
+    talk(monkeypatch, capsys, tmp_path, 'one\n', '--num-tokens', '2', *some)
+  assert [text.endswith('<think>\n\n</think>\n\n') for text in seen] == [0, 1]
+  for args, message in (
+    (['--chat', options[0], 'thinkin=1'], "does not read 'thinkin'"),
+    (['--prompt', 'a', *options], '--template-variables are of --chat'),
+  ):
+    with pytest.raises(SystemExit):
+      sample.main([str(tmp_path), *args])
+    assert message in capsys.readouterr().err
+
+
 def test_prompts_of_a_directory(directory, capsys):
   args = [str(directory), '--prompt', 'The quick', '--prompt', 'dog']
   sample.main([*args, '--num-tokens', '6', '--top-p', '0.9'])

@@ -16,6 +16,7 @@ from rich.text import Text
 from train.data.chats import Dialogues, Example
 from train.data.corpus import Documents
 from train.data.tokenizer import AnyTokenizer
+from train.data.window import ConcatThenSplit, ShuffledRows, num_rows
 
 Batch = dict[str, np.ndarray]
 
@@ -36,11 +37,15 @@ def batches(
   batch_size: int,
   sequence_length: int,
   seed: int,
+  window: int = 0,
   put: Callable[[Batch], Batch] = jax.device_put,
+  log: Callable[[str], None] = print,
 ) -> grain.DatasetIterator[Batch]:
   """Training batches without end, every epoch in another order, on the device.
 
   A thread makes them and sends them there while the step before is computed.
+  Documents are shuffled, then packed into rows; the rows are shuffled again
+  within a window, so that a batch holds rows of many documents.
 
   A document is BOS text EOS, cut where a row is full; nothing is padded and
   every token but BOS is a target exactly once. (Where a tokenizer has no BOS,
@@ -57,8 +62,11 @@ def batches(
     tokenizer: of the run.
     batch_size: B.
     sequence_length: T.
-    seed: of the order of the documents, and of the rows of chats.
+    seed: of the order of documents and rows.
+    window: tokens of the window in which rows are shuffled, at most about an
+      epoch; 0 keeps the order of packing. Each takes 24 bytes of host memory.
     put: sends a batch to the device, or to many.
+    log: receives one line when `set_state` has filled the window again.
 
   Returns:
     An iterator of dicts: `inputs`, `targets`, `positions` (restart at each
@@ -72,6 +80,16 @@ def batches(
   """
   _check_batch_size(batch_size)
   rows = _packed(documents, tokenizer, sequence_length, seed=seed, repeat=True)
+  in_window = num_rows(
+    examples(documents, tokenizer, seed=0, repeat=False),
+    len(documents),
+    window,
+    sequence_length,
+  )
+  if in_window > 1:
+    rows = ShuffledRows(
+      rows, num_rows=in_window, length=sequence_length, seed=seed, log=log
+    )
   found = rows.batch(batch_size, drop_remainder=True).map(_training_batch)
   return iter(ahead(found.map(put)))
 
@@ -154,9 +172,7 @@ def _packed(
   length = {'pairs': sequence_length}
   found = examples(documents, tokenizer, **order).map(_pairs)
   if not isinstance(documents, Dialogues):
-    return grain.experimental.ConcatThenSplitIterDataset(
-      found, length_struct=length
-    )
+    return ConcatThenSplit(found, length)
   documents.check(tokenizer)
   _check_scored(documents, tokenizer, sequence_length)
   kept = found.map(functools.partial(_cut, sequence_length)).filter(_is_scored)
@@ -291,7 +307,10 @@ def shown(
   )
   is_cut = isinstance(documents, Dialogues)
   if is_cut:
-    caption += f'; {empty:,} have no answer before that and are left out'
+    caption += (
+      f'; {empty:,} have no answer before that and are left out, as '
+      f'{documents.reading.num_left_out:,} lines without an answer are'
+    )
   table = Table(
     title='an example: what is scored is green',
     title_justify='left',

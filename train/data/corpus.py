@@ -32,6 +32,10 @@ _SHUFFLED_RECORDS = 4096
 class Documents(Protocol):
   """The documents of one split, each a str."""
 
+  def __len__(self) -> int:
+    """Number of documents."""
+    ...
+
   def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
     """Documents in an order fixed by `seed`.
 
@@ -51,6 +55,10 @@ class Indexed:
 
   text: Callable[[Any], str] = str
   """What turns an item into a document."""
+
+  def __len__(self) -> int:
+    """Number of documents."""
+    return len(self.source)
 
   def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
     """As in `Documents`."""
@@ -77,6 +85,10 @@ class Sharded:
 
   text: Callable[[bytes], str]
   """What turns a record into a document."""
+
+  def __len__(self) -> int:
+    """Number of documents."""
+    return self.num_records
 
   def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
     """As in `Documents`."""
@@ -219,11 +231,16 @@ class Chitchat:
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles:
-  """Text files of one's own: .jsonl (field 'text'), or plain text.
+  """Text files of one's own: records with a field 'text', or plain text.
 
-  A file whose name ends in .jsonl holds one JSON object a line; its field
-  'text' is a document. Any other file is plain UTF-8 text. Files are read once
-  when opened, to check and to index them, and stay on disk.
+  A .jsonl file holds one JSON object a line, a .parquet or .arrow file rows,
+  and a .json file may hold a list of objects; their field 'text' is a document.
+  So is the column 'text' of a .csv or .tsv file that has one. Any other file is
+  plain UTF-8 text. Files may be compressed (.gz, .bz2, .xz).
+
+  Files are read once when opened, to check and to index them. Plain text and
+  JSON lines stay in their files; of others there is a copy in the directory for
+  temporary files ($TMPDIR) while the program runs.
   """
 
   train: str
@@ -245,6 +262,7 @@ class TextFiles:
 
     Raises:
       FileNotFoundError: no file matches.
+      ImportError: Parquet needs the package `datasets`.
       ValueError: a line is no JSON object with a text (the message names file
         and line), a file is not UTF-8, or there are no documents.
     """

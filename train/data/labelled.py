@@ -6,11 +6,9 @@ opens is a stream of `Row`s. `Labels` says what a label means to the model.
 B rows of a batch, T tokens of a row.
 """
 
-import csv
 import dataclasses
 import functools
 import itertools
-import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -21,7 +19,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from train.data import corpus
+from train.data import corpus, records
 from train.data.batches import Batch, ahead, bucket
 from train.data.corpus import Indexed, Sharded, Split
 from train.data.text_files import expand
@@ -86,10 +84,11 @@ class Labels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LabelledFiles:
-  """Labelled texts of .csv, .tsv or .jsonl files of one's own.
+  """Labelled texts of .csv, .tsv, .jsonl, .json or .parquet files.
 
-  The first line of a .csv or .tsv names the columns, a line of a .jsonl is an
-  object. The texts are in the columns `text`, `sentence`, `sentence1` and
+  The first line of a .csv or .tsv names the columns. A line of a .jsonl is an
+  object, a .json file holds a list of them. Each may be compressed (.gz, .bz2,
+  .xz). The texts are in the columns `text`, `sentence`, `sentence1` and
   `sentence2`, `premise` and `hypothesis`, `question` and `passage` or such.
   """
 
@@ -436,45 +435,12 @@ def _scalar(label):
 
 
 def _records(path: str) -> Iterator[tuple[dict[str, Any], str]]:
-  """Lines of a file as dicts, and where each is."""
-  kinds = {'.jsonl': _objects, '.csv': _table, '.tsv': _table}
-  for ending, read in kinds.items():
-    if path.endswith(ending):
-      yield from read(path)
-      return
-  raise ValueError(
-    f'{path} must end in one of {", ".join(kinds)}: rename or convert it'
-  )
-
-
-def _objects(path):
-  with open(path, 'rb') as file:
-    for number, line in enumerate(file, 1):
-      place = f'{path}, line {number}'
-      if not line.strip():
-        continue
-      try:
-        record = json.loads(line)
-      except ValueError as error:
-        raise ValueError(f'{place}: no JSON ({error}): correct it') from error
-      if not isinstance(record, dict):
-        raise ValueError(f'{place}: must be an object, got {record!r}')
-      yield record, place
-
-
-def _table(path):
-  # GLUE's own files have quotes that quote nothing.
-  kind = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE}
-  with open(path, encoding='utf-8-sig', newline='') as file:
-    reader = csv.DictReader(file, **kind if path.endswith('.tsv') else {})
-    try:
-      for record in reader:
-        place = f'{path}, line {reader.line_num}'
-        if None in record or None in record.values():
-          raise ValueError(
-            f'{place}: must have {len(reader.fieldnames)} columns, as the '
-            'first line has; correct it'
-          )
-        yield record, place
-    except (UnicodeDecodeError, csv.Error) as error:
-      raise ValueError(f'{path} cannot be read as a table: {error}') from error
+  """Records of a file, and where each is."""
+  kinds = records.KINDS
+  if records.kind_of(path) not in kinds:
+    raise ValueError(
+      f'{path} must end in one of {", ".join(kinds)}: rename or convert it'
+    )
+  unit, numbered = records.read(path)
+  for number, record in numbered:
+    yield record, f'{path}, {unit} {number}'

@@ -8,24 +8,72 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn, TypeAlias
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
-Message = Mapping[str, str]
-"""At least 'role' and 'content'."""
+from train.data.answers import Answer, Finder
+from train.data.marks import BEGIN, END, Marker, Message, Rendered, read_marks
 
-Piece = tuple[str, bool]
+Piece: TypeAlias = tuple[str, bool]
 """A text, and whether it is scored."""
 
-# Two code points that are no characters, so that no text has them.
-_START, _STOP = '\ufdd0', '\ufdd1'
+_QUESTION = {'role': 'user', 'content': 'a'}
+_ANSWER = {'role': 'assistant', 'content': 'b'}
+_CALL = {
+  'id': 'call00000',
+  'type': 'function',
+  'function': {'name': 'c', 'arguments': {'d': 'e'}},
+}
+_TOOLS = [
+  {
+    'type': 'function',
+    'function': {
+      'name': 'c',
+      'description': 'f',
+      'parameters': {
+        'type': 'object',
+        'properties': {'d': {'type': 'string', 'description': 'g'}},
+        'required': ['d'],
+      },
+    },
+  }
+]
+
+# Variables of every rendering, which have no default.
+_ARGUMENTS = (
+  *('messages', 'add_generation_prompt', 'tools', 'documents'),
+  'strftime_now',
+)
+
+# Names of the thoughts that are apart from the content of a message.
+_THOUGHTS = ('reasoning_content', 'reasoning', 'thinking')
 
 
 class ChatTemplate:
-  """Renders messages, and finds the answers in what it rendered."""
+  """Renders messages, and finds the answers in the text.
+
+  Attributes:
+    source: the Jinja text.
+    origin: its name in an error.
+    reads: names of the variables that it looks up.
+    thoughts: keys of a message for its thoughts, which the template names.
+    clock: the time that its function strftime_now gives.
+    is_settled: whether a run was started with this template and clock.
+    specials: texts of the tokens that can end a turn, longest first.
+    special: a pattern of one of them.
+    end: a pattern of one of them, behind white space.
+    end_of_turn: the special token behind an answer; None where there is none.
+    ends: special tokens that end an answer: with a text, and with a call.
+    has_end: whether it has an `end_of_turn`, or refuses to be tried.
+    added_end: the text that `with_end` has added; None if it has not.
+  """
 
   def __init__(
     self,
@@ -34,179 +82,379 @@ class ChatTemplate:
     specials: Iterable[str],
     *,
     origin: str = 'the chat template',
-  ):
+    clock: datetime.datetime | None = None,
+  ) -> None:
     """Compiles a template.
 
     Args:
       source: Jinja text.
       tokens: what it may name, such as bos_token and eos_token.
       specials: texts of the tokens that can end a turn.
-      origin: what an error calls it.
+      origin: its name in an error.
+      clock: the time of a run, in all of its renderings. None is the time of
+        this call.
 
     Raises:
       ValueError: it is no Jinja template.
     """
-    self.source = source
-    self._tokens, self._origin = dict(tokens), origin
-    longest_first = sorted(specials, key=len, reverse=True)
-    self._end = re.compile(
-      rf'\s*(?:{"|".join(map(re.escape, longest_first)) or "(?!)"})'
-    )
+    self.source, self.origin = source, origin
+    self.is_settled = clock is not None
+    self.clock = datetime.datetime.now() if clock is None else clock
+    self._tokens = dict(tokens)
+    self.specials = tuple(sorted(specials, key=len, reverse=True))
+    special = '|'.join(map(re.escape, self.specials)) or '(?!)'
+    self.special = re.compile(special)
+    self.end = re.compile(rf'\s*({special})')
+    eos = re.escape(self._tokens.get('eos_token', '')) or '(?!)'
+    self._eos = re.compile(rf'(?:{special})*?({eos})')
     try:
-      self._template = _environment().from_string(source)
+      environment = _environment()
+      self.reads = jinja2.meta.find_undeclared_variables(
+        environment.parse(source)
+      )
+      self._template = environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
       raise ValueError(
         f'{origin} is no Jinja template (line {error.lineno}: {error}): '
         'correct it, or name another template'
       ) from error
+    end = _ADDED_END.search(source)
+    self.added_end = None if end is None else json.loads(end[1])
+    self.thoughts = tuple(x for x in _THOUGHTS if self.mentions(x))
+    self.ends: tuple[str, ...] = ()
+    self.end_of_turn, self.has_end = self._try(_ANSWER)
+    self.ends = () if self.end_of_turn is None else (self.end_of_turn,)
+    end_of_call = self._end_of_call()
+    if end_of_call is not None and end_of_call not in self.ends:
+      self.ends = (*self.ends, end_of_call)
 
   def render(
-    self, messages: Sequence[Message], *, add_generation_prompt: bool = False
+    self,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    context: Mapping[str, Any] | None = None,
   ) -> str:
     """Returns the text of a conversation.
 
     Args:
       messages: 'role' and 'content' of each.
       add_generation_prompt: whether the text ends where an answer begins.
+      context: further variables, such as 'tools'.
 
     Raises:
-      ValueError: the template refuses these messages.
+      ValueError: the template refuses these messages, or lacks a variable.
     """
-    return _unmarked(self._rendered(messages, add_generation_prompt))
+    self.check_variables(context or {})
+    return self.rendered(
+      [self._adapted(message) for message in messages],
+      context,
+      add_generation_prompt=add_generation_prompt,
+    ).text
 
   def pieces(
-    self, messages: Sequence[Message], scored: Sequence[bool]
+    self,
+    messages: Sequence[Message],
+    scored: Sequence[bool],
+    context: Mapping[str, Any] | None = None,
   ) -> list[Piece]:
     """Returns the text of a conversation in pieces, answers apart.
-
-    An answer is the content of a scored message and the special token that the
-    template puts behind it. Where the template itself says what a model
-    generates, by {% generation %}, it is exactly that.
 
     Args:
       messages: as in `render`.
       scored: which of them are answers.
+      context: as in `render`.
 
     Raises:
-      ValueError: the template refuses these messages, or rewrites an answer so
-        that it cannot be found again.
+      ValueError: as in `answers`.
     """
-    text = self._rendered(messages)
-    if _START in text:
-      return self._generated(text, messages, scored)
-    marked = [
-      _marked(message) if answer else message
-      for message, answer in zip(messages, scored, strict=True)
-    ]
-    found = self._rendered(marked)
-    num_marked = sum(_START in message['content'] for message in marked)
-    if _unmarked(found) == text and found.count(_START) == num_marked:
-      return _joined(self._ended(_split(found)))
-    return _joined(self._by_prefixes(text, messages, scored))
+    text, answers = self.answers(messages, scored, context)
+    found: list[Piece] = []
+    done = 0
+    for answer in answers:
+      start = max(done, answer.start)
+      found += [(text[done:start], False), (text[start : answer.stop], True)]
+      done = answer.stop
+    return _joined([*found, (text[done:], False)])
+
+  def answers(
+    self,
+    messages: Sequence[Message],
+    scored: Sequence[bool],
+    context: Mapping[str, Any] | None = None,
+  ) -> tuple[str, list[Answer]]:
+    """Returns the text of a conversation, and where the answers are in it.
+
+    An answer begins where the generation prompt ends, so that a model learns
+    all that it has to write. It has the content and the calls of a scored
+    message, and the special token that the template puts behind them. A
+    template can mark the text that a model writes by {% generation %}; an
+    answer is then this text, and the special token behind it.
+
+    Args:
+      messages: as in `render`.
+      scored: which of them are answers.
+      context: as in `render`.
+
+    Raises:
+      ValueError: the template refuses these messages, lacks a variable, leaves
+        out a call, or rewrites an answer so that it cannot be found again.
+    """
+    self.check_variables(context or {})
+    adapted = [self._adapted(message) for message in messages]
+    finder = Finder(self, adapted, context)
+    return finder.text, list(finder.answers(scored))
+
+  def mentions(self, name: str) -> bool:
+    """Whether a name is in the template, for example a key of messages."""
+    return re.search(rf'\b{re.escape(name)}\b', self.source) is not None
+
+  def check_variables(self, variables: Iterable[str]) -> None:
+    """Raises ValueError for a variable that the template does not read."""
+    for name in variables:
+      if name not in self.reads:
+        known = sorted(self.reads - {*_ARGUMENTS} - self._tokens.keys())
+        raise ValueError(
+          f'{self.origin} does not read {name!r}, which would be lost (it '
+          f'reads {", ".join(known) or "no variable"}): remove it, or name '
+          'another template'
+        )
+
+  def check_defaults(self, variables: Iterable[str]) -> None:
+    """Raises ValueError for a variable that can have no default."""
+    self.check_variables(variables)
+    for name in variables:
+      if name in _ARGUMENTS or name in self._tokens:
+        raise ValueError(
+          f'{name!r} is always set by the program: remove it from the '
+          'variables of the template'
+        )
 
   @functools.cached_property
-  def end_of_turn(self) -> str | None:
-    """The special token behind an answer; None where there is none."""
-    question = {'role': 'user', 'content': 'a'}
-    answer = {'role': 'assistant', 'content': 'b'}
+  def generation_prompt(self) -> str:
+    """The text that a prompt for an answer ends with, '' if there is none."""
     try:
-      pieces = self.pieces((question, answer), (False, True))
+      return self.prompt_after([_QUESTION], None)
     except ValueError:
-      return None
-    answers = [text for text, scored in pieces if scored]
-    found = answers and list(self._end.finditer(answers[-1]))
-    return found[-1][0].strip() if found else None
+      return ''
 
-  def _rendered(
-    self, messages: Sequence[Message], add_generation_prompt: bool = False
+  def prompt_after(
+    self, messages: Sequence[Message], context: Mapping[str, Any] | None
   ) -> str:
+    """Returns the generation prompt after some messages, '' if there is none.
+
+    Raises:
+      ValueError: as `rendered`.
+    """
+    before = self.rendered(messages, context).text
+    prompt = self.rendered(messages, context, add_generation_prompt=True).text
+    return prompt[len(before) :] if prompt.startswith(before) else ''
+
+  def up_to_eos(self, text: str, stop: int, end: str) -> tuple[int, str]:
+    """Returns the end of an answer, or EOS if special tokens lead up to it.
+
+    Args:
+      text: of a conversation.
+      stop: offset past the special token behind an answer.
+      end: that token.
+    """
+    eos = self._eos.match(text, stop)
+    if eos is None or end == self._tokens.get('eos_token'):
+      return stop, end
+    return eos.end(), eos[1]
+
+  def rendered(
+    self,
+    messages: Sequence[Message],
+    context: Mapping[str, Any] | None,
+    *,
+    add_generation_prompt: bool = False,
+  ) -> Rendered:
+    """Returns the text of messages, and the marks that were in it.
+
+    Args:
+      messages: in the form that the template expects.
+      context: as in `render`.
+      add_generation_prompt: as in `render`.
+
+    Raises:
+      ValueError: the template refuses these messages.
+    """
+    variables = {'tools': None, 'documents': None, **self._tokens}
     try:
-      return self._template.render(
+      text = self._template.render(
+        **variables | dict(context or {}),
         messages=messages,
-        tools=None,
-        documents=None,
         add_generation_prompt=add_generation_prompt,
-        **self._tokens,
+        strftime_now=self.clock.strftime,
       )
     # A template is a program: it can fail as any.
     except Exception as error:
       roles = ', '.join(str(message.get('role')) for message in messages)
       raise ValueError(
-        f'{self._origin} refuses messages of the roles {roles} '
+        f'{self.origin} refuses messages of the roles {roles} '
         f'({type(error).__name__}: {error}): change them, or name another '
         'template'
       ) from error
+    return read_marks(text)
 
-  def _generated(
-    self, text: str, messages: Sequence[Message], scored: Sequence[bool]
-  ) -> list[Piece]:
-    """By {% generation %}, of which the assistant's messages have one each."""
-    pieces = _split(text)
-    answers = [
-      answer
-      for message, answer in zip(messages, scored, strict=True)
-      if message['role'] == 'assistant'
-    ]
-    if sum(inside for _, inside in pieces) != len(answers):
-      raise ValueError(
-        f'{self._origin} has another number of {{% generation %}} than the '
-        f'{len(answers)} messages of the assistant: correct it, or name '
-        'another template'
-      )
-    left = iter(answers)
-    return _joined((part, inside and next(left)) for part, inside in pieces)
+  @functools.cached_property
+  def _probes(self) -> tuple[Mapping[str, Any], ...]:
+    """Contexts to try a template in: some refuse to be without tools."""
+    return ({}, {'tools': _TOOLS}) if 'tools' in self.reads else ({},)
 
-  def _ended(self, pieces: list[Piece]) -> list[Piece]:
-    """Moves the special token behind an answer into it."""
-    found, after = [], False
-    for text, scored in pieces:
-      end = self._end.match(text) if after and not scored else None
-      if end:
-        found += [(end[0], True), (text[end.end() :], False)]
-      else:
-        found.append((text, scored))
-      after = scored
-    return found
-
-  def _by_prefixes(
-    self, text: str, messages: Sequence[Message], scored: Sequence[bool]
-  ) -> list[Piece]:
-    """For templates that take an answer apart: all that a turn adds is it."""
-    found, done = [], 0
-    for i, answer in enumerate(scored):
-      if not answer:
+  def _try(self, answer: Message) -> tuple[str | None, bool]:
+    """Returns the token that ends an answer, and false if none does."""
+    for context in self._probes:
+      try:
+        _, (found,) = self.answers((_QUESTION, answer), (False, True), context)
+      except ValueError:
         continue
-      prompt = self._rendered(messages[:i], add_generation_prompt=True)
-      turn = self._rendered(messages[: i + 1])
-      if not (turn.startswith(prompt) and text.startswith(turn)):
-        raise ValueError(
-          f'{self._origin} rewrites message {i + 1} of {len(messages)}, so '
-          'that the answer cannot be found in the text: make each answer the '
-          'last message of its line, or name another template'
-        )
-      said = turn[len(prompt) :]
-      ends = list(self._end.finditer(said))
-      stop = len(prompt) + (ends[-1].end() if ends else len(said.rstrip()))
-      found += [(text[done : len(prompt)], False)]
-      found += [(text[len(prompt) : stop], True)]
-      done = stop
-    return [*found, (text[done:], False)]
+      return found.end, found.end is not None
+    return None, True
+
+  def _end_of_call(self) -> str | None:
+    """Returns the token that ends an answer with calls, if there is one."""
+    if self._form_of_call is None:
+      return None
+    # A token behind each of two calls does not end the answer.
+    for calls in ([_CALL, _CALL], [_CALL]):
+      answer = {'role': 'assistant', 'content': '', 'tool_calls': calls}
+      end, is_known = self._try(answer)
+      if end is not None or not is_known:
+        return end
+    return None
+
+  @functools.cached_property
+  def _form_of_call(self) -> Callable[[Message], Message] | None:
+    """The form of messages that call tools; None if none is rendered.
+
+    Templates differ in the content that they expect: a text, null or nothing;
+    and in the arguments: an object, or its JSON.
+    """
+    message = {'role': 'assistant', 'content': '', 'tool_calls': [_CALL]}
+    for content in ({'content': ''}, {'content': None}, {}):
+      for dump in (False, True):
+        form = functools.partial(_of_form, content=content, dump=dump)
+        if any(self._has_call(form, message, x) for x in self._probes):
+          return form
+    return None
+
+  def _has_call(
+    self,
+    form: Callable[[Message], Message],
+    message: Message,
+    context: Mapping[str, Any],
+  ) -> bool:
+    """Whether a call of a message is rendered as it should be."""
+    marked = Marker(()).message(message, 1)
+    try:
+      plain, found = (
+        self.rendered([_QUESTION, form(x)], context) for x in (message, marked)
+      )
+    except ValueError:
+      return False
+    # Python's own form of an object escapes the marks in it.
+    return bool(found.marks) and found.text == plain.text
+
+  def _adapted(self, message: Message) -> Message:
+    """Returns a message in the form that the template expects."""
+    if not message.get('tool_calls') or self._form_of_call is None:
+      return message
+    return self._form_of_call(message)
+
+
+def _of_form(
+  message: Message, *, content: Mapping[str, Any], dump: bool
+) -> Message:
+  """Returns a message that calls tools in a form.
+
+  Args:
+    message: has arguments that are objects.
+    content: replaces an empty content.
+    dump: whether arguments are JSON.
+  """
+  found = dict(message)
+  if not found.get('content'):
+    found.pop('content', None)
+    found |= content
+  if dump:
+    found['tool_calls'] = [
+      {**call, 'function': {**function, 'arguments': arguments}}
+      for call in message['tool_calls']
+      for function in [call['function']]
+      for arguments in [json.dumps(function['arguments'], ensure_ascii=False)]
+    ]
+  return found
+
+
+def with_defaults(source: str, variables: Mapping[str, Any]) -> str:
+  """Returns a template that has values for variables which are not given.
+
+  Every program that renders it uses them.
+
+  >>> print(with_defaults('{{ x }}', {'x': False}))
+  {%- if x is not defined %}{%- set x = false %}{%- endif %}
+  {{ x }}
+  """
+  lines = [
+    f'{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}'
+    '{%- endif %}\n'
+    for name, value in variables.items()
+  ]
+  return ''.join([*lines, source])
+
+
+def with_end(source: str, end: str) -> str:
+  """Returns a template that puts a text behind the content of each answer."""
+  return _WITH_END.format(end=_literal(end)) + source
+
+
+# A newline behind a block is not part of the text.
+_WITH_END = """\
+{{%- set ended = namespace(messages=[]) %}}
+{{%- for message in messages %}}
+{{%- if message.role == 'assistant' and message.content is string
+    and not message.tool_calls %}}
+{{%- set message = dict(message, content=message.content + {end}) %}}
+{{%- endif %}}
+{{%- set ended.messages = ended.messages + [message] %}}
+{{%- endfor %}}
+{{%- set messages = ended.messages %}}
+"""
+
+
+_ADDED_END = re.compile(
+  re.escape(_WITH_END.format(end='@')).replace('@', r'("(?:[^"\\]|\\.)*")')
+)
+
+
+def _literal(value: Any) -> str:
+  """Returns a JSON value as Jinja writes it."""
+  if isinstance(value, dict):
+    pairs = (f'{_literal(k)}: {_literal(x)}' for k, x in value.items())
+    return f'{{{", ".join(pairs)}}}'
+  if isinstance(value, list):
+    return f'[{", ".join(map(_literal, value))}]'
+  if value is None:
+    return 'none'
+  return json.dumps(value, ensure_ascii=False)
 
 
 class _Generation(jinja2.ext.Extension):
   """{% generation %}: its content is put between marks."""
 
-  tags = frozenset({'generation'})
+  tags: ClassVar[set[str]] = {'generation'}
 
-  def parse(self, parser):
+  def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
     """As a block whose content passes through `_mark`."""
     line = next(parser.stream).lineno
     body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
     call = self.call_method('_mark')
     return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
 
-  def _mark(self, caller) -> str:
-    return f'{_START}{caller()}{_STOP}'
+  def _mark(self, caller: Callable[[], str]) -> str:
+    return f'{BEGIN}{caller()}{END}'
 
 
 @functools.cache
@@ -218,12 +466,17 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
   )
   environment.filters['tojson'] = _tojson
   environment.globals['raise_exception'] = _raise
-  environment.globals['strftime_now'] = _strftime_now
+  # A text must be the same each time that it is rendered.
+  del environment.filters['random'], environment.globals['lipsum']
   return environment
 
 
 def _tojson(
-  value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+  value: Any,
+  ensure_ascii: bool = False,
+  indent: int | None = None,
+  separators: tuple[str, str] | None = None,
+  sort_keys: bool = False,
 ) -> str:
   """As transformers has it: Jinja's own escapes HTML."""
   return json.dumps(
@@ -235,37 +488,8 @@ def _tojson(
   )
 
 
-def _raise(message: str):
+def _raise(message: str) -> NoReturn:
   raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-  return datetime.datetime.now().strftime(form)
-
-
-def _marked(message: Message) -> Message:
-  """The same with marks around its content, inside the white space.
-
-  So that a template can strip it and still has both.
-  """
-  content = message['content']
-  core = content.strip()
-  if not core:
-    return message
-  before, after = content.split(core, 1)
-  return {**message, 'content': f'{before}{_START}{core}{_STOP}{after}'}
-
-
-def _unmarked(text: str) -> str:
-  return text.replace(_START, '').replace(_STOP, '')
-
-
-def _split(text: str) -> list[Piece]:
-  """Marked text in pieces: what is between marks is scored."""
-  return [
-    (part, i % 2 == 1)
-    for i, part in enumerate(re.split(f'[{_START}{_STOP}]', text))
-  ]
 
 
 def _joined(pieces: Iterable[Piece]) -> list[Piece]:

@@ -1,20 +1,23 @@
-"""Random access to what text files hold, by an index of byte offsets.
+"""Random access to the documents of files, by an index of byte offsets.
 
-Documents of plain text, or lines of JSON that a caller parses.
+A document is a part of a plain text file, or a record (`train.data.records`)
+that a caller parses.
 
 d documents of a file.
 """
 
 import dataclasses
 import glob
-import json
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from train.data import records
+from train.data.records import Record, RecordError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,32 +28,43 @@ class File:
   starts_d: np.ndarray  # [d] int64, offset of the first byte
   stops_d: np.ndarray  # [d] int64, offset past the last byte
   crcs_d: np.ndarray  # [d] int64, CRC-32 of the bytes
+  numbers_d: np.ndarray  # [d] int64, from 1, by which an error names it
   parse: Callable[[bytes], Any]
   """What makes a document of these bytes."""
+  unit: str = 'line'
+  """The unit that the numbers count."""
+  is_copied: bool = False
+  """Whether the offsets are those of the spool, which has a copy."""
 
   def read(self, i: int) -> Any:
     """Document i; OSError where the file is gone or is another one."""
+    start, stop = int(self.starts_d[i]), int(self.stops_d[i])
+    if self.is_copied:
+      return self.parse(records.spool().read(start, stop))
     with open(self.path, 'rb') as file:
-      file.seek(self.starts_d[i])
-      content = file.read(self.stops_d[i] - self.starts_d[i])
+      file.seek(start)
+      content = file.read(stop - start)
     if zlib.crc32(content.strip()) != self.crcs_d[i]:
       raise OSError(
         f'{self.path} has changed since it was opened: other bytes at offset '
-        f'{self.starts_d[i]:,}; put the old file back, or start anew with it'
+        f'{start:,}; put the old file back, or start a new run with it'
       )
     return self.parse(content)
 
   def place(self, i: int) -> str:
     """Where document i is, in words."""
-    with open(self.path, 'rb') as file:
-      line = 1 + file.read(self.starts_d[i]).count(b'\n')
-    return f'{self.path}, line {line}'
+    return f'{self.path}, {self.unit} {self.numbers_d[i]}'
 
   def where(self, keep: Callable[[np.ndarray], np.ndarray]) -> 'File':
     """The documents whose CRC satisfies `keep`, from [d] to a mask [d]."""
     kept_d = keep(self.crcs_d)
-    columns = (self.starts_d, self.stops_d, self.crcs_d)
-    return File(self.path, *(x_d[kept_d] for x_d in columns), self.parse)
+    return dataclasses.replace(
+      self,
+      starts_d=self.starts_d[kept_d],
+      stops_d=self.stops_d[kept_d],
+      crcs_d=self.crcs_d[kept_d],
+      numbers_d=self.numbers_d[kept_d],
+    )
 
 
 class Texts:
@@ -85,6 +99,15 @@ class Texts:
     return self._files[f], i - int(self._stops[f])
 
 
+class _Span(NamedTuple):
+  """Where a document is."""
+
+  start: int
+  stop: int
+  crc: int
+  number: int
+
+
 def expand(pattern: str) -> list[str]:
   """Files of a path or glob, sorted; FileNotFoundError if there are none."""
   pattern = os.path.expanduser(pattern)
@@ -100,72 +123,151 @@ def expand(pattern: str) -> list[str]:
 
 
 def index(path: str, separator: str | None) -> File:
-  """Finds the documents of a file and checks that each can be read."""
-  if path.endswith('.jsonl'):
-    rule = 'a line must be a JSON object whose field "text" is a string'
-    return index_lines(path, _text, rule)
-  return _file(path, _parts(path, separator), bytes.decode)
+  """Finds the documents of a file and checks that each can be read.
+
+  Args:
+    path: of a file. Records must have a field "text"; a .csv or .tsv has
+      records if its first line names such a column, and a .json file if it
+      holds a list. Any other file is plain text.
+    separator: of the documents of plain text; None makes the file one.
+
+  Raises:
+    ImportError: Parquet needs the package `datasets`.
+    ValueError: a file or a record cannot be read; the message names it.
+  """
+  if _has_texts(path):
+    rule = 'a record must be a JSON object whose field "text" is a string'
+    return index_records(path, _text, rule)
+  with records.naming(path), records.open_bytes(path) as file:
+    content = file.read()
+  is_copied = records.is_compressed(path)
+  spans = (
+    _copied(span, text) if is_copied else span
+    for span, text in _parts(path, content, separator)
+  )
+  return _file(path, spans, bytes.decode, is_copied=is_copied)
 
 
-def index_lines(path: str, parse: Callable[[bytes], Any], rule: str) -> File:
-  """Finds the lines of a file and checks that each can be parsed.
+def index_records(
+  path: str,
+  parse: Callable[[Record], Any],
+  rule: str,
+  seen: Callable[[Record, Any, str], None] | None = None,
+) -> File:
+  """Finds the records of a file and checks that each can be parsed.
 
   Args:
     path: of the file.
-    parse: from a line to a document; what is false is left out, and so are
-      blank lines.
-    rule: what a line must be, for the error that names file and line.
+    parse: from a record to a document. A false document is left out, and so
+      are blank lines.
+    rule: the form of a record, for the error that names file and line.
+    seen: called with each record, its document and its place.
 
   Raises:
-    ValueError: `parse` raises ValueError, KeyError, TypeError or
-      AttributeError.
+    ImportError: Parquet needs the package `datasets`.
+    ValueError: a record cannot be read, or `parse` raises ValueError, KeyError,
+      TypeError or AttributeError.
   """
+  is_copied = not records.has_lines(path)
+  unit = 'line'
+  if is_copied:
+    unit, numbered = records.read(path)
+    found = _dumped(numbered)
+  else:
+    found = _lines(path)
 
-  def spans():
-    start = 0
-    with open(path, 'rb') as file:
-      for number, line in enumerate(file, 1):
-        stop = start + len(line)
-        if line.strip() and _checked(parse, line, path, number, rule):
-          yield start, stop, zlib.crc32(line.strip())
-        start = stop
+  def spans() -> Iterator[_Span]:
+    for span, content in found:
+      place = f'{path}, {unit} {span.number}'
+      record, item = _checked(parse, content, place, rule)
+      if seen is not None:
+        seen(record, item, place)
+      if item:
+        yield _copied(span, content) if is_copied else span
 
-  return _file(path, spans(), parse)
+  return _file(
+    path,
+    spans(),
+    lambda content: parse(records.parse_object(content)),
+    unit=unit,
+    is_copied=is_copied,
+  )
 
 
 def _file(
   path: str,
-  spans: Iterable[tuple[int, int, int]],
+  spans: Iterable[_Span],
   parse: Callable[[bytes], Any],
+  **options: Any,
 ) -> File:
-  return File(path, *np.array(list(spans), np.int64).reshape(-1, 3).T, parse)
+  table = np.array(list(spans), np.int64).reshape(-1, 4)
+  starts_d, stops_d, crcs_d, numbers_d = table.T
+  return File(path, starts_d, stops_d, crcs_d, numbers_d, parse, **options)
+
+
+def _lines(path: str) -> Iterator[tuple[_Span, bytes]]:
+  """Lines of a file that are not blank, where they are in it."""
+  start = 0
+  with open(path, 'rb') as file:
+    for number, line in enumerate(file, 1):
+      stop = start + len(line)
+      if line.strip():
+        yield _Span(start, stop, zlib.crc32(line.strip()), number), line
+      start = stop
+
+
+def _dumped(
+  numbered: Iterable[tuple[int, Record]],
+) -> Iterator[tuple[_Span, bytes]]:
+  """JSON of records, which has no place in a file yet."""
+  for number, record in numbered:
+    content = records.dump(record)
+    yield _Span(0, 0, zlib.crc32(content), number), content
+
+
+def _copied(span: _Span, content: bytes) -> _Span:
+  """Copies a document into the spool, and returns where it is there."""
+  start = records.spool().append(content)
+  return span._replace(start=start, stop=start + len(content))
 
 
 def _checked(
-  parse: Callable[[bytes], Any], line: bytes, path: str, number: int, rule: str
-) -> Any:
+  parse: Callable[[Record], Any], content: bytes, place: str, rule: str
+) -> tuple[Record, Any]:
   try:
-    return parse(line)
+    record = records.parse_object(content)
+    return record, parse(record)
+  except RecordError as error:
+    raise ValueError(f'{place}: {error}') from error
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    shown = line[:60].decode('utf-8', 'replace').strip()
+    shown = content[:60].decode('utf-8', 'replace').strip()
     raise ValueError(
-      f'{path}, line {number}: {rule}, got {shown!r} '
+      f'{place}: {rule}, got {shown!r} '
       f'({type(error).__name__}: {error}): correct or remove the line'
     ) from error
 
 
-def _text(line: bytes) -> str:
-  """The document of a line; '' if it is blank."""
-  text = json.loads(line)['text']
-  # JSON can spell half a surrogate pair, which is no Unicode text.
-  text.encode()
+def _has_texts(path: str) -> bool:
+  kind = records.kind_of(path)
+  if kind in ('.csv', '.tsv'):
+    return 'text' in records.header(path)
+  if kind in ('.jsonl', '.ndjson', '.parquet', '.arrow'):
+    return True
+  return records.is_list(path)
+
+
+def _text(record: Record) -> str:
+  """The document of a record; '' if it is blank."""
+  text = record['text']
+  if not isinstance(text, str):
+    raise TypeError(f'got {text!r:.40}')
   return text if text.strip() else ''
 
 
-def _parts(path: str, separator: str | None) -> Iterator[tuple[int, int, int]]:
-  """Spans and CRCs between separators, white space around them left out."""
-  with open(path, 'rb') as file:
-    content = file.read()
+def _parts(
+  path: str, content: bytes, separator: str | None
+) -> Iterator[tuple[_Span, bytes]]:
+  """Documents between separators, white space around them left out."""
   try:
     content.decode()
   except UnicodeDecodeError as error:
@@ -173,11 +275,19 @@ def _parts(path: str, separator: str | None) -> Iterator[tuple[int, int, int]]:
       f'{path} must be UTF-8 text, got byte {content[error.start]:#04x} at '
       f'offset {error.start}: convert it, or leave it out of the glob'
     ) from error
-  start = 0
-  for match in _separator(separator).finditer(content):
-    yield from _stripped(content, start, match.start())
-    start = match.end()
-  yield from _stripped(content, start, len(content))
+  start = counted = 0
+  number = 1
+  ends = [match.span() for match in _separator(separator).finditer(content)]
+  for stop, after in [*ends, (len(content), len(content))]:
+    part = content[start:stop]
+    text = part.strip()
+    if text:
+      start += len(part) - len(part.lstrip())
+      number += content.count(b'\n', counted, start)
+      counted = start
+      stop = start + len(text)
+      yield _Span(start, stop, zlib.crc32(text), number), text
+    start = after
 
 
 def _separator(separator: str | None) -> re.Pattern[bytes]:
@@ -187,13 +297,3 @@ def _separator(separator: str | None) -> re.Pattern[bytes]:
   return re.compile(
     rb'\r?\n'.join(map(re.escape, separator.encode().split(b'\n')))
   )
-
-
-def _stripped(
-  content: bytes, start: int, stop: int
-) -> Iterator[tuple[int, int, int]]:
-  part = content[start:stop]
-  text = part.strip()
-  if text:
-    start += len(part) - len(part.lstrip())
-    yield start, start + len(text), zlib.crc32(text)

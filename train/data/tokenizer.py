@@ -10,6 +10,7 @@ n tokens of a text, V ids.
 """
 
 import contextlib
+import datetime
 import functools
 import io
 import json
@@ -36,10 +37,13 @@ _MAX_LINE_CHARS = 1000
 TEMPLATE = 'chat_template.jinja'
 """The file of a chat template alone."""
 
+CLOCK = 'chat_clock.json'
+"""The file of a run with the time that its chat template gives."""
+
 # What a directory says about its tokenizer, beside the tokenizer itself.
 _SETTINGS = (
   *('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'),
-  *(TEMPLATE, 'chat_template.json', 'generation_config.json'),
+  *(TEMPLATE, 'chat_template.json', 'generation_config.json', CLOCK),
 )
 
 
@@ -52,7 +56,7 @@ class Tokenizer:
     vocab_size: number of ids.
     bos_id: id that starts each document.
     eos_id: id that ends each document.
-    stop_ids: ids that end an answer: eos_id, and the template's end of a turn.
+    stop_ids: ids that end an answer: eos_id, and the template's ends of a turn.
     tokens: texts of the tokens that a template can name, such as eos_token.
     specials: ids of special and added tokens, by their texts.
     chat_template: of its directory; None where there is none.
@@ -160,9 +164,16 @@ class Tokenizer:
     """UTF-8 bytes of text that each id stands for, [vocab_size] int32."""
     return np.array([self._num_bytes(i) for i in range(self.vocab_size)], 'i4')
 
-  def with_template(self, source: str) -> 'Tokenizer':
-    """Returns the same tokenizer with another chat template, a Jinja text."""
-    return Tokenizer(self.model, self.files | _template_file(source))
+  def with_template(
+    self, source: str | None, clock: datetime.datetime | None = None
+  ) -> 'Tokenizer':
+    """Returns the same tokenizer with another chat template.
+
+    Args:
+      source: a Jinja text; None keeps the template.
+      clock: the time of a run, which a template can name.
+    """
+    return Tokenizer(self.model, self.files | _template_files(source, clock))
 
   @functools.cached_property
   def _special(self) -> re.Pattern[str]:
@@ -197,7 +208,7 @@ class JsonTokenizer:
     bos_id: id that the tokenizer puts in front of a text; None where none.
     eos_id: id that ends each document.
     stop_ids: ids that end an answer: eos_id, those of generation_config.json,
-      and the template's end of a turn.
+      and the template's ends of a turn.
     tokens: texts of the tokens that a template can name, such as eos_token.
     specials: ids of special and added tokens, by their texts.
     chat_template: of its directory; None where there is none.
@@ -311,9 +322,17 @@ class JsonTokenizer:
         found_V[i] = len(token.encode())
     return found_V
 
-  def with_template(self, source: str) -> 'JsonTokenizer':
-    """Returns the same tokenizer with another chat template, a Jinja text."""
-    return JsonTokenizer(self.model, self.files | _template_file(source))
+  def with_template(
+    self, source: str | None, clock: datetime.datetime | None = None
+  ) -> 'JsonTokenizer':
+    """Returns the same tokenizer with another chat template.
+
+    Args:
+      source: a Jinja text; None keeps the template.
+      clock: the time of a run, which a template can name.
+    """
+    files = self.files | _template_files(source, clock)
+    return JsonTokenizer(self.model, files)
 
   @functools.cached_property
   def _plain(self) -> tokenizers.Tokenizer:
@@ -435,7 +454,10 @@ class _Settings:
       source = named.get('default')
     if source is None:
       return None
-    return ChatTemplate(source, tokens, specials)
+    clock = self._json(CLOCK).get('clock')
+    if clock is not None:
+      clock = datetime.datetime.fromisoformat(clock)
+    return ChatTemplate(source, tokens, specials, clock=clock)
 
 
 @contextlib.contextmanager
@@ -510,8 +532,8 @@ def _stop_ids(
   template: ChatTemplate | None,
   specials: Mapping[str, int],
 ) -> tuple[int, ...]:
-  end = None if template is None else specials.get(template.end_of_turn)
-  ids = [eos_id, *settings.stop_ids(), *([] if end is None else [end])]
+  ends = () if template is None else template.ends
+  ids = [eos_id, *settings.stop_ids(), *(specials[end] for end in ends)]
   return tuple(dict.fromkeys(ids))
 
 
@@ -525,9 +547,16 @@ def _spaces_moved(pieces: Iterable[Piece]) -> Iterator[Piece]:
   yield space, scored
 
 
-def _template_file(source: str) -> dict[str, bytes]:
-  """Comes before what other files say."""
-  return {TEMPLATE: source.encode()}
+def _template_files(
+  source: str | None, clock: datetime.datetime | None
+) -> dict[str, bytes]:
+  """Returns files that take precedence over others, by name."""
+  found = {}
+  if source is not None:
+    found[TEMPLATE] = source.encode()
+  if clock is not None:
+    found[CLOCK] = json.dumps({'clock': clock.isoformat()}).encode()
+  return found
 
 
 def _write(directory: str | os.PathLike, files: Mapping[str, bytes]) -> None:

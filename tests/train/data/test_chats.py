@@ -1,3 +1,5 @@
+import datetime
+import gzip
 import itertools
 import json
 import re
@@ -9,6 +11,7 @@ from rich.console import Console
 from tests.train.data.tiny import (
   CHAT,
   CHATML,
+  DATED,
   GENERATION,
   LLAMA3,
   LLAMA3_SPECIALS,
@@ -18,6 +21,9 @@ from tests.train.data.tiny import (
   SPECIALS,
   TEXT,
   THINK,
+  THINK_OR_NOT,
+  TOOLS,
+  VICUNA,
   write,
 )
 from train.data.batches import batches, shown, validation_batches
@@ -27,6 +33,7 @@ from train.data.chats import (
   Chats,
   ChitchatAnswers,
   Prose,
+  Tally,
   parse_line,
   template_of,
 )
@@ -89,8 +96,10 @@ class TestTemplate:
       tokenizer.chat_template.render(messages)
     )
     end = TEMPLATES[name][2]
+    # The prompt of the plain template ends before the space.
+    before = ' ' if name == 'plain' else ''
     assert [text for text, scored in pieces if scored] == [
-      message['content'] + end
+      before + message['content'] + end
       for message in messages
       if message['role'] == 'assistant'
     ]
@@ -128,7 +137,7 @@ class TestTemplate:
     pieces = template.pieces(messages, (False, True, False, True))
     assert [text for text, scored in pieces if scored] == [
       'yes<|im_end|>',
-      'yes\n<|im_end|>',
+      ' yes\n<|im_end|>',
     ]
     only_last = template.pieces(messages, (False, False, False, True))
     assert len([text for text, scored in only_last if scored]) == 1
@@ -267,6 +276,20 @@ class TestLines:
 
 
 class TestCorpus:
+  @pytest.mark.parametrize('name', ['a.json', 'a.jsonl.gz', 'a.csv'])
+  def test_chats_in_other_files(self, tmp_path, name):
+    path = tmp_path / name
+    record = {'instruction': 'Who?', 'input': '', 'output': 'Me.'}
+    if name == 'a.json':
+      path.write_text(json.dumps([record], indent=1))
+    elif name == 'a.csv':
+      path.write_text('instruction,input,output\nWho?,,Me.\n')
+    else:
+      path.write_bytes(gzip.compress(json.dumps(record).encode()))
+    (chat,) = Chats(str(path), str(path)).open('train').source
+    assert list(chat.messages) == turns('Who?', 'Me.')
+    assert chat.scored == (False, True)
+
   def test_no_line_has_an_answer(self, tmp_path):
     path = lines(tmp_path / 'a.jsonl', [{'messages': list(CHAT[:2])}])
     with pytest.raises(ValueError, match=r'no document .*of chats: with an'):
@@ -301,7 +324,7 @@ class TestCorpus:
     chats.templated(tokenizer).save(tmp_path)
     assert '[INST]' in load(tmp_path).chat_template.render(CHAT[1:3])
     with pytest.raises(FileNotFoundError, match=r"no chat template at 'none'"):
-      Chats(chats_file(tmp_path), template='none').open('train')
+      Chats(path, template='none').open('train').templated(tokenizer)
 
   def test_texts_are_taken_as_they_stand(self, tmp_path):
     tokenizer = make('mistral', tmp_path)
@@ -351,6 +374,235 @@ class TestCorpus:
     assert answers[0] == answers[1]
     with pytest.raises(ValueError, match=r'turns must be even .* got 3'):
       ChitchatAnswers(turns=3).open('train')
+
+
+def opened(tmp_path, own, records, **options):
+  """The chats of some lines, and a run's tokenizer."""
+  path = lines(tmp_path / 'a.jsonl', records)
+  found = Chats(path, path, **options).open('train')
+  return found, found.templated(load(write(tmp_path, own)))
+
+
+def scored_text(found, tokenizer, i=0):
+  """What is scored of a line, special tokens too."""
+  ids_n, scored_n, _ = found.encoder(tokenizer)(found.source[i])
+  special = {i: text for text, i in tokenizer.specials.items()}
+  return ''.join(
+    special.get(int(x), tokenizer.decode([x])) for x in ids_n[scored_n]
+  )
+
+
+def turns(*contents):
+  roles = itertools.cycle(('user', 'assistant'))
+  return [
+    {'role': role, 'content': content}
+    for role, content in zip(roles, contents, strict=False)
+  ]
+
+
+BAD = {'role': 'assistant', 'content': 'never', 'weight': 0}
+
+
+class TestRun:
+  """What a run saves of its template, and what it warns of."""
+
+  def test_variables_are_saved_with_the_template(self, tmp_path):
+    messages = turns('one', 'two')
+    variables = ('enable_thinking=false',)
+    for options, prompt in (
+      ({}, 'assistant\n'),
+      ({'template_variables': variables}, '<think>\n\n</think>\n\n'),
+    ):
+      found, tokenizer = opened(
+        tmp_path, THINK_OR_NOT, [{'messages': messages}], **options
+      )
+      tokenizer.save(tmp_path)
+      template = load(tmp_path).chat_template
+      text = template.render(turns('one'), add_generation_prompt=True)
+      assert text.endswith(prompt)
+      said = scored_text(found, tokenizer)
+      assert text + said == template.render(messages).rstrip()
+      assert found.check(tokenizer) == []
+
+  def test_a_line_has_variables_of_its_own(self, tmp_path):
+    records = [
+      {'messages': turns('one', 'two'), 'chat_template_kwargs': kwargs}
+      for kwargs in ({}, {'enable_thinking': False})
+    ]
+    found, tokenizer = opened(tmp_path, THINK_OR_NOT, records)
+    assert scored_text(found, tokenizer) == (
+      '<think>\n\n</think>\n\ntwo<|im_end|>'
+    )
+    assert scored_text(found, tokenizer, 1) == 'two<|im_end|>'
+
+  @pytest.mark.parametrize('text', ['enable_thinking', '=1', '1a=2', ''])
+  def test_a_variable_must_have_a_name_and_a_value(self, tmp_path, text):
+    path = chats_file(tmp_path)
+    with pytest.raises(ValueError, match=r'must be NAME=VALUE, such as .*got'):
+      Chats(path, template_variables=(text,)).open('train')
+
+  def test_a_variable_that_the_template_does_not_read(self, tmp_path):
+    variables = {'template_variables': ('thinking=1',)}
+    with pytest.raises(ValueError, match="does not read 'thinking'"):
+      opened(tmp_path, CHATML, [{'text': 'a'}], **variables)
+
+  def test_an_end_is_added_and_warned_of(self, tmp_path):
+    records = [{'messages': turns('one', 'two', 'three', 'four')}]
+    found, tokenizer = opened(tmp_path, VICUNA, records)
+    assert scored_text(found, tokenizer) == (
+      ' two<|endoftext|> four<|endoftext|>'
+    )
+    (warning,) = found.check(tokenizer)
+    assert "would never stop: '<|endoftext|>' is added there and" in warning
+    # The history of a chat with the model has it, too.
+    text = tokenizer.chat_template.render(
+      turns('one', 'two', 'three'), add_generation_prompt=True
+    )
+    assert text.startswith('USER: one ASSISTANT: two<|endoftext|> USER: three ')
+
+  def test_the_clock_is_saved(self, tmp_path):
+    path = lines(tmp_path / 'a.jsonl', [{'messages': turns('one', 'two')}])
+    found = Chats(path, path).open('train')
+    clock = datetime.datetime(2026, 1, 2, 3, 4, 5)
+    tokenizer = found.templated(load(write(tmp_path, DATED)), clock)
+    tokenizer.save(tmp_path)
+    again = load(tmp_path)
+    text = again.chat_template.render(turns('one'))
+    assert 'Today: 02 Jan 2026 03:04:05' in text
+    ours, theirs = (
+      found.encoder(x)(found.source[0]) for x in (tokenizer, again)
+    )
+    np.testing.assert_array_equal(ours.ids_n, theirs.ids_n)
+    # A new run with that tokenizer has a clock of its own.
+    assert found.templated(again).chat_template.clock > clock
+    # A template without a date needs none.
+    (tmp_path / 'chat_clock.json').unlink()
+    other = load(write(tmp_path, CHATML))
+    assert found.templated(other) is other
+
+  def test_a_run_does_not_read_its_template_again(self, tmp_path):
+    template = tmp_path / 'a.jinja'
+    template.write_text(DATED)
+    records = [{'messages': turns('one', 'two')}]
+    found, tokenizer = opened(tmp_path, CHATML, records, template=str(template))
+    expected = found.encoder(tokenizer)(found.source[0]).ids_n
+    template.unlink()
+    tokenizer.save(tmp_path)
+    path = str(tmp_path / 'a.jsonl')
+    later = Chats(path, path, template=str(template)).open('train')
+    ids_n = later.encoder(load(tmp_path))(later.source[0]).ids_n
+    np.testing.assert_array_equal(ids_n, expected)
+
+  def test_left_out_lines_are_counted(self, tmp_path):
+    records = [
+      {'messages': turns('one', 'two')},
+      {'messages': turns('one')},
+      {'messages': [*turns('one'), BAD]},
+    ]
+    found, tokenizer = opened(tmp_path, CHATML, records)
+    assert len(found.source) == 1
+    caption = shown(found, tokenizer, sequence_length=90).caption
+    assert 'are left out, as 2 lines without an answer are' in caption
+
+  def test_what_is_not_learned_is_warned_of(self, tmp_path):
+    answer = {
+      **{'role': 'assistant', 'content': 'two'},
+      **{'reasoning_content': 'hm', 'name': 'x'},
+    }
+    records = [
+      {'messages': turns('one', 'two'), 'id': 3},
+      {'messages': [*turns('one'), answer], 'id': 4, 'source': 'x'},
+      {'messages': [{'role': 'system', 'content': 'lost'}, *turns('a', 'b')]},
+    ]
+    found, tokenizer = opened(tmp_path, VICUNA, records)
+    path = tmp_path / 'a.jsonl'
+    assert found.check(tokenizer)[1:] == [
+      f'keys of lines that are not read: id (2, the first: {path}, line 1); '
+      f'source (1, the first: {path}, line 2)',
+      'keys of messages that the chat template does not read: '
+      f'reasoning_content (1, the first: {path}, line 2)',
+      'messages that the chat template leaves out: role system (1, the first: '
+      f'{path}, line 3)',
+    ]
+
+  def test_a_prompt_that_differs_is_warned_of(self, tmp_path):
+    records = [{'messages': turns('one', 'two', 'three', 'four')}]
+    options = {'template_variables': ('enable_thinking=false',)}
+    found, tokenizer = opened(tmp_path, THINK_OR_NOT, records, **options)
+    (warning,) = found.check(tokenizer)
+    assert warning.startswith('answers that begin elsewhere in training than')
+    assert 'a.jsonl, line 1); make each answer the last' in warning
+    options['score'] = 'last'
+    found, tokenizer = opened(tmp_path, THINK_OR_NOT, records, **options)
+    assert found.check(tokenizer) == []
+    assert scored_text(found, tokenizer) == 'four<|im_end|>'
+
+  def test_an_end_that_stops_nothing_is_warned_of(self, tmp_path):
+    source = CHATML.replace(
+      "'<|im_end|>'", "('<|endoftext|>' if loop.last else '<|im_end|>')"
+    )
+    records = [{'messages': turns('one', 'two', 'three', 'four')}]
+    found, tokenizer = opened(tmp_path, source, records)
+    (warning,) = found.check(tokenizer)
+    assert 'answers that end with another token than those that' in warning
+    assert '<|im_end|> (1, the first: ' in warning
+
+  def test_an_end_inside_an_answer_is_warned_of(self, tmp_path):
+    records = [{'messages': turns('one <|im_end|>', 'say <|im_end|> to stop')}]
+    found, tokenizer = opened(tmp_path, CHATML, records)
+    (warning,) = found.check(tokenizer)
+    assert warning.startswith('answers with the text of a token in them that')
+    assert ': <|im_end|> (1, the first: ' in warning
+
+  def test_a_warning_lists_the_most_common(self):
+    tally = Tally()
+    for i in range(9):
+      for _ in range(i):
+        tally.add(str(i), f'a, line {i}')
+    assert str(tally).startswith('8 (8, the first: a, line 8); 7 (7, ')
+    assert str(tally).endswith('; 4 (4, the first: a, line 4); 3 more')
+
+  def test_a_chat_is_rendered_once_to_check_it(self, tmp_path, monkeypatch):
+    records = [{'messages': turns('one', 'two')}]
+    found, tokenizer = opened(tmp_path, CHATML, records)
+    first = found.check(tokenizer)
+    monkeypatch.setattr(ChatTemplate, 'answers', None)
+    assert found.check(tokenizer) is first
+
+  def test_excluded_messages_of_a_text_that_is_scored(self, tmp_path):
+    records = [{'messages': [*turns('one'), BAD, *turns('x')]}]
+    found, tokenizer = opened(tmp_path, CHATML, records, score='all')
+    assert scored_text(found, tokenizer) == (
+      '<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n\n'
+      '<|im_start|>user\nx<|im_end|>\n'
+    )
+
+  def test_tools_and_calls(self, tmp_path):
+    call = {'from': 'function_call', 'value': '{"name": "f", "arguments": {}}'}
+    records = [
+      {
+        'system': 'Be brief.',
+        'tools': '[{"name": "f"}]',
+        'conversations': [{'from': 'human', 'value': 'go'}, call],
+      }
+    ]
+    found, tokenizer = opened(tmp_path, TOOLS, records)
+    assert scored_text(found, tokenizer) == (
+      '<tool_call>{"name": "f", "arguments": {}}</tool_call><|im_end|>'
+    )
+    text = tokenizer.decode(found.encoder(tokenizer)(found.source[0]).ids_n)
+    assert 'Tools: {"type": "function", "function": {"name": "f"}}' in text
+    assert 'Be brief.' in text
+    found, tokenizer = opened(tmp_path, CHATML, records)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: .*'tools', which"):
+      found.check(tokenizer)
+
+  def test_a_role_is_named_with_its_line(self, tmp_path):
+    records = [{'text': 'a'}, {'messages': [{'role': 'x', 'content': 'y'}]}]
+    with pytest.raises(
+      ValueError, match=r"a\.jsonl, line 2: the role 'x' is unknown"
+    ):
+      opened(tmp_path, CHATML, records)
 
 
 class TestBatches:

@@ -99,7 +99,7 @@ def test_holdout_depends_on_the_texts_alone(tmp_path):
     ('a.csv', 'text,label\nx,1,2\n', r'line 2: must have 2 columns'),
     ('a.csv', 'words,label\nx,1\n', r"no column of texts among .*'words'"),
     ('a.jsonl', '{"text": "x"', r'line 1: no JSON'),
-    ('a.jsonl', '["x", 1]', r"line 1: must be an object, got \['x', 1\]"),
+    ('a.jsonl', '["x", 1]', r"line 1: must be a JSON object, got \['x', 1\]"),
     ('a.jsonl', '{"text": 3, "label": 1}', r'line 1: text must be a text'),
     ('a.tsv', '\ufffftext', 'no row'),
   ],

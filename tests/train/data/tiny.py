@@ -96,6 +96,36 @@ THINK = """{%- for message in messages %}
 {%- endif %}
 """
 
+# As Qwen3's generation prompt, which can have an empty thought.
+THINK_OR_NOT = THINK.replace(
+  "{{- '<|im_start|>assistant\\n' }}\n{%- endif %}",
+  "{{- '<|im_start|>assistant\\n' }}\n"
+  '{%- if enable_thinking is defined and enable_thinking is false %}'
+  "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}\n{%- endif %}",
+)
+
+# No special token is behind an answer.
+VICUNA = (
+  "{%- for m in messages %}{%- if m.role == 'user' %}USER: {{ m.content }} "
+  "{% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }} {% endif %}"
+  '{%- endfor %}{%- if add_generation_prompt %}ASSISTANT:{% endif %}'
+)
+
+TOOLS = """{%- if tools %}<|im_start|>system
+Tools: {% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>
+{% endif %}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% if m.tool_calls %}{% for c in m.tool_calls %}<tool_call>
+{{- c.function | tojson }}</tool_call>{% endfor %}{% endif %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+DATED = (
+  "<|im_start|>system\nToday: {{ strftime_now('%d %b %Y %H:%M:%S.%f') }}"
+  '<|im_end|>\n' + CHATML
+)
+
 CHAT = (
   {'role': 'system', 'content': 'Be brief.'},
   {'role': 'user', 'content': 'Who jumps over the dog?'},

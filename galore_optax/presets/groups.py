@@ -1,0 +1,410 @@
+"""Learning rates and weight decay by group of parameters.
+
+A group is a regex on the paths of parameters, a multiplier of the learning rate
+and one of the weight decay, as in PyTorch's `param_groups`. `grouped` builds a
+preset once for each group, with the group's rate and decay. Both multipliers
+therefore act where the preset applies rate and decay: in the inner optimizer,
+in the residual rule, and in a decay of updated weights.
+"""
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_optax import checks, paths
+from galore_optax.clipping import ClippedTransformation, clipped
+from galore_optax.galore import Galore, from_stages
+from galore_optax.plan import Plan
+from galore_optax.presets import badam
+from galore_optax.projection import Whole, show_multipliers, watched
+from galore_optax.residual import Sgd
+from galore_optax.sharding import placed
+
+Preset: TypeAlias = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Parameters that share a learning rate and a weight decay.
+
+  Example:
+    >>> Group('embed/.*', rate=10.0, decay=0.0)
+    Group(pattern='embed/.*', rate=10.0, decay=0.0)
+  """
+
+  pattern: str
+  """Regex that matches whole paths, such as 'embed/.*'."""
+  rate: float = 1.0
+  """Multiplier of the learning rate; 0 freezes the parameters."""
+  decay: float = 1.0
+  """Multiplier of the weight decay."""
+
+  def __post_init__(self) -> None:
+    """Raises ValueError for a multiplier that is negative or not finite."""
+    checks.check_not_negative(rate=self.rate, decay=self.decay)
+
+  @property
+  def frozen(self) -> bool:
+    """Whether its parameters do not move."""
+    return checks.is_zero(self.rate)
+
+
+class GroupedState(NamedTuple):
+  """The state of a grouped transformation."""
+
+  parts: tuple[Any, ...]
+  """State of each group, then that of all other parameters; EmptyState where a
+  group is frozen or has no parameter in this tree."""
+
+
+def assigned(
+  groups: Sequence[Group], tree: Any, *, strict: bool = True
+) -> list[int]:
+  """Returns the index of each leaf's group; `len(groups)` for no group.
+
+  Args:
+    groups: their patterns are matched.
+    tree: parameters; only paths are read.
+    strict: whether a pattern must match a leaf of a whole tree.
+
+  Raises:
+    ValueError: a pattern is malformed or matches no path, or a leaf belongs to
+      two groups.
+
+  >>> assigned([Group('.*/bias')], {'up': {'bias': 0, 'kernel': 1}})
+  [0, 1]
+  """
+  names = paths.paths(tree)
+  for group in groups if strict else ():
+    paths.matched([group.pattern], tree, option='groups')
+  rows = [
+    [i for i, group in enumerate(groups) if re.fullmatch(group.pattern, name)]
+    for name in names
+  ]
+  twice = [at for at, row in enumerate(rows) if len(row) > 1]
+  if twice:
+    several = ' and '.join(repr(groups[i].pattern) for i in rows[twice[0]])
+    raise ValueError(
+      f'groups {several} have parameters in common, which belong to one group'
+      f' only: {", ".join(names[at] for at in twice)}. Narrow a pattern'
+    )
+  return [row[0] if row else len(groups) for row in rows]
+
+
+def grouped(preset: Preset, groups: Sequence[Group]) -> Preset:
+  """Returns a preset whose parameters have rates and decays by group.
+
+  The result takes the arguments of `preset`. `optax.inject_hyperparams` accepts
+  it as it accepts `preset`. The preset is called once for each group and once
+  for all other parameters. In the call for a group, `learning_rate` and every
+  option whose name ends in `_learning_rate` are multiplied by `rate`, and so is
+  the learning rate of a residual rule; `weight_decay` is multiplied by `decay`.
+  A schedule stays a schedule. `scale` multiplies as well.
+
+  With both multipliers at 1 an update is that of `preset` up to rounding.
+  Clipping by the global norm inside `lomo` and `adalomo` still reads the whole
+  gradient. Put it around a preset of your own:
+  `optax.chain(optax.clip_by_global_norm(1.0), grouped(...)(...))`.
+
+  The parameters of a frozen group (`rate` 0) have no state: neither moments nor
+  bases. Everything else has the state that `preset` gives it, in a
+  `GroupedState`.
+
+  Args:
+    preset: a function `(learning_rate, ...) -> transformation`.
+    groups: at most one of them may match a parameter. Without groups the result
+      is `preset`.
+
+  Raises:
+    ValueError: a multiplier is negative or not finite, `preset` has no argument
+      that a multiplier changes; at `init`, a pattern matches no parameter, or a
+      parameter matches two patterns.
+
+  Example:
+    >>> from galore_optax import galore_adamw
+    >>> groups = [Group('embed', rate=10.0, decay=0.0), Group('norm', rate=0.0)]
+    >>> tx = grouped(galore_adamw, groups)(1e-3, rank=2, weight_decay=0.1)
+    >>> ones = jnp.ones
+    >>> params = {'embed': ones((9, 4)), 'norm': ones(4), 'up': ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> updates['norm'], state.parts[1]
+    (Array([0., 0., 0., 0.], dtype=float32), EmptyState())
+
+  References:
+    `torch.optim, per-parameter options
+    <https://pytorch.org/docs/stable/optim.html#per-parameter-options>`_.
+  """
+  groups = tuple(groups)
+  if not groups:
+    return preset
+  signature = inspect.signature(preset)
+  _check_arguments(signature, groups)
+
+  @functools.wraps(preset)
+  def make(*args: Any, **options: Any) -> Any:
+    rest = preset(*args, **options)
+    given = signature.bind(*args, **options)
+    parts = []
+    for group in groups:
+      mine = _multiplied(given, signature, group)
+      parts.append(None if group.frozen else preset(*mine.args, **mine.kwargs))
+    return _joined(groups, (*parts, rest))
+
+  vars(make)['__signature__'] = signature
+  return make
+
+
+def _check_arguments(signature: inspect.Signature, groups: Any) -> None:
+  """Raises ValueError if a multiplier would change no argument."""
+  names = signature.parameters
+  needs = {'learning_rate': 'rate', 'weight_decay': 'decay'}
+  for name, field in needs.items():
+    values = [getattr(g, field) for g in groups]
+    acts = any(not (checks.is_number(x) and x == 1) for x in values)
+    if acts and name not in names:
+      raise ValueError(
+        f'groups multiply {name} by {field}, but the preset takes'
+        f' {", ".join(names)}: leave {field} at 1, or pass a function of {name}'
+      )
+
+
+def _multiplied(
+  given: inspect.BoundArguments, signature: inspect.Signature, group: Group
+) -> inspect.BoundArguments:
+  """Returns the arguments of a preset for one group."""
+  given = signature.bind(*given.args, **given.kwargs)
+  defaults = {
+    name: parameter.default
+    for name, parameter in signature.parameters.items()
+    if name == 'weight_decay' and parameter.default is not parameter.empty
+  }
+  for name, value in (defaults | given.arguments).items():
+    if name == 'learning_rate' or name.endswith('_learning_rate'):
+      given.arguments[name] = times(value, group.rate)
+    elif name == 'weight_decay':
+      given.arguments[name] = times(value, group.decay)
+    elif isinstance(value, Sgd):
+      rate = times(value.learning_rate, group.rate)
+      given.arguments[name] = dataclasses.replace(value, learning_rate=rate)
+  return given
+
+
+def times(value: Any, factor: Any) -> Any:
+  """Returns a number or a schedule times a factor; None stays None.
+
+  >>> times(0.5, 3), times(lambda count: 2 * count, 3)(4)
+  (1.5, 24)
+  """
+  if value is None or (checks.is_number(factor) and factor == 1):
+    return value
+  if callable(value):
+    return lambda count: factor * value(count)
+  return factor * value
+
+
+def _joined(
+  groups: Sequence[Group], parts: Sequence[Any], *, strict: bool = True
+) -> Any:
+  """Returns one transformation of the parts, of the kind that they are.
+
+  Args:
+    groups: of all parts but the last.
+    parts: a transformation for each group, None where it is frozen, and that of
+      all other parameters.
+    strict: whether a pattern must match a parameter of the tree.
+  """
+  together, rest = _Together(tuple(groups), tuple(parts), strict), parts[-1]
+
+  def of_each(name: str) -> list[Any]:
+    return [part if part is None else getattr(part, name) for part in parts]
+
+  if isinstance(rest, Galore):
+    return from_stages(together)
+  if isinstance(rest, ClippedTransformation):
+    # The norm of all groups together.
+    return clipped(_joined(groups, of_each('rule')), rest.clip_norm)
+  if isinstance(rest, badam.OneBlock):
+    join = functools.partial(_joined, groups, strict=False)
+    others = None if rest.rest is None else join(of_each('rest'))
+    return badam.one_block(
+      join(of_each('rule')), others, rest.active, rest.blocks, together.check
+    )
+  return optax.GradientTransformationExtraArgs(together.init, together.update)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Together:
+  """The parts of a grouped transformation, each on the leaves of its group.
+
+  A part receives the tree with `paths.Elsewhere` in place of other groups'
+  leaves, so that it treats its leaves as it would in the whole tree.
+  """
+
+  groups: tuple[Group, ...]
+  parts: tuple[Any, ...]
+  strict: bool
+
+  @property
+  def linear(self) -> bool:
+    """Whether no part reads more of a gradient than its projection."""
+    return all(part.linear for part in self._moving())
+
+  def with_keeper(self, f: Callable[[Any], Any]) -> Galore:
+    """Returns the same with f(keeper) in each part."""
+    parts = [part and part.with_keeper(f) for part in self.parts]
+    return from_stages(dataclasses.replace(self, parts=tuple(parts)))
+
+  def check(self, params: Any) -> None:
+    """Raises ValueError for a group or an option that does not fit a tree."""
+    assigned(self.groups, params)
+    if not paths.is_part(params):
+      # The parts see a share of the tree each, and check less. Plans are not
+      # recorded: a frozen group has none.
+      with watched():
+        jax.eval_shape(self.parts[-1].init, params)
+
+  @placed
+  def init(self, params: Any) -> GroupedState:
+    """Returns the state of each group."""
+    if self.strict:
+      self.check(params)
+    mine = self._indices(params)
+    factors = [(g.rate, g.decay) for g in self.groups] + [(1.0, 1.0)]
+    names = paths.paths(params)
+    show_multipliers({n: factors[i] for n, i in zip(names, mine, strict=True)})
+    return GroupedState(
+      tuple(
+        part.init(_share(params, mine, i))
+        if part is not None and i in mine
+        else optax.EmptyState()
+        for i, part in enumerate(self.parts)
+      )
+    )
+
+  def update(
+    self, updates: Any, state: Any, params: Any = None, **extra: Any
+  ) -> tuple[Any, GroupedState]:
+    """Returns the updates of all groups, zero where frozen, and the state."""
+
+    def of_part(i: int, part: Any, share: Callable) -> tuple[Any, Any]:
+      weights = None if params is None else share(params)
+      return part.update(share(updates), state.parts[i], weights, **extra)
+
+    return self._run(of_part, updates, state, frozen=jnp.zeros_like)
+
+  def plan(self, tree: Any) -> list[Plan]:
+    """Returns how each leaf is projected; a frozen one is whole."""
+    mine = self._indices(tree)
+    names, leaves = paths.paths(tree), jax.tree.leaves(tree)
+    plans: list[Plan] = [
+      Whole(name, tuple(x.shape)) for name, x in zip(names, leaves, strict=True)
+    ]
+    for i, part in enumerate(self.parts):
+      if part is not None and i in mine:
+        places = [at for at, index in enumerate(mine) if index == i]
+        found = part.plan(_share(tree, mine, i))
+        for at, plan in zip(places, found, strict=True):
+          plans[at] = plan
+    return plans
+
+  def due(self, state: GroupedState, *, layer: Any = 0) -> jax.Array:
+    """Returns whether a refresh finds any basis: a scalar."""
+    found = [
+      part.due(one, layer=layer)
+      for part, one in zip(self.parts, state.parts, strict=True)
+      if not isinstance(one, optax.EmptyState)
+    ]
+    return functools.reduce(jnp.logical_or, found, jnp.array(False))
+
+  def refresh(self, grads: Any, state: GroupedState, *, layer: Any = 0) -> Any:
+    """Returns the state with new bases in each group, where due."""
+    mine = self._indices(grads)
+    new = list(state.parts)
+    for i, part in enumerate(self.parts):
+      if part is not None and i in mine:
+        new[i] = part.refresh(_share(grads, mine, i), new[i], layer=layer)
+    return GroupedState(tuple(new))
+
+  def project(self, grads: Any, state: GroupedState) -> Any:
+    """Returns the projected gradients; of a frozen leaf, a zero."""
+
+    def of_part(i: int, part: Any, share: Callable) -> tuple[Any, Any]:
+      return part.project(share(grads), state.parts[i]), state.parts[i]
+
+    def nothing(g: jax.Array) -> jax.Array:
+      return jnp.zeros([], jnp.float32)
+
+    return self._run(of_part, grads, state, frozen=nothing)[0]
+
+  def apply(
+    self,
+    low: Any,
+    state: GroupedState,
+    params: Any = None,
+    grads: Any = None,
+    **extra: Any,
+  ) -> tuple[Any, GroupedState]:
+    """Returns the updates and the next state; `state` has the step's bases."""
+
+    def of_part(i: int, part: Any, share: Callable) -> tuple[Any, Any]:
+      weights, whole = (x if x is None else share(x) for x in (params, grads))
+      return part.apply(share(low), state.parts[i], weights, whole, **extra)
+
+    like = params if grads is None else grads
+    return self._run(of_part, like, state, frozen=jnp.zeros_like)
+
+  def _moving(self) -> list[Any]:
+    return [part for part in self.parts if part is not None]
+
+  def _indices(self, tree: Any) -> list[int]:
+    """Returns the group of each leaf of a tree, or of a part of one."""
+    return assigned(self.groups, tree, strict=False)
+
+  def _run(
+    self,
+    of_part: Callable[..., tuple[Any, Any]],
+    like: Any,
+    state: GroupedState,
+    *,
+    frozen: Callable[[jax.Array], jax.Array],
+  ) -> tuple[Any, GroupedState]:
+    """Runs each part on its leaves; returns one tree, and the next state.
+
+    Args:
+      of_part: `(index, part, share) -> (tree, state)`; `share(tree)` is the
+        part's share of a tree.
+      like: a tree that has the leaves of all groups.
+      state: of all parts.
+      frozen: what stands for the leaf of a frozen group.
+    """
+    mine = self._indices(like)
+    leaves, treedef = jax.tree.flatten(like)
+    new = list(state.parts)
+    found = {i: iter(()) for i in range(len(self.parts))}
+    for i, part in enumerate(self.parts):
+      if part is not None and i in mine:
+        share = functools.partial(_share, mine=mine, index=i)
+        tree, new[i] = of_part(i, part, share)
+        found[i] = iter(jax.tree.leaves(tree))
+    answers = [
+      frozen(x) if self.parts[i] is None else next(found[i])
+      for i, x in zip(mine, leaves, strict=True)
+    ]
+    return treedef.unflatten(answers), GroupedState(tuple(new))
+
+
+def _share(tree: Any, mine: Sequence[int], index: int) -> Any:
+  """Returns a tree with `Elsewhere` for the leaves of other groups."""
+  leaves, treedef = jax.tree.flatten(tree)
+  parts = [
+    x if i == index else paths.Elsewhere()
+    for x, i in zip(leaves, mine, strict=True)
+  ]
+  return treedef.unflatten(parts)

@@ -1,0 +1,391 @@
+"""A group has the update that its own rate and decay would give all leaves."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import galore_optax as go
+from galore_optax import Group, grouped
+from galore_optax.presets.groups import assigned
+from tests.galore_optax.layerwise.program import (
+  Residual,
+  make_batch,
+  make_params,
+  run,
+  run_whole_tree,
+)
+from tests.galore_optax.program import each, normal32
+from train.method import adam_8bit, adamw
+
+RATE, DECAY = 0.1, 0.2
+RANK = dict(rank=3, gap=2)
+DECAYED = dict(weight_decay=DECAY)
+
+
+def verbatim(learning_rate, *, weight_decay=1e-4):
+  stage = go.galore(rank=3, gap=2)
+  return go.chain(stage, optax.adamw(learning_rate, weight_decay=weight_decay))
+
+
+def with_residual(learning_rate, *, residual=None):
+  return go.galore(optax.adam(learning_rate), residual=residual, **RANK)
+
+
+PRESETS = {
+  'galore_adamw': (go.galore_adamw, RANK | DECAYED),
+  'galore_adamw_8bit': (go.galore_adamw_8bit, dict(min_size=30) | RANK),
+  'galore_adafactor': (
+    go.galore_adafactor,
+    dict(b1=0.9, scale_parameter=True) | RANK | DECAYED,
+  ),
+  'galore_muon': (go.galore_muon, RANK | DECAYED),
+  'galore_muon, two rates': (
+    go.galore_muon,
+    dict(adam_learning_rate=0.3) | RANK | DECAYED,
+  ),
+  'frugal': (go.frugal, dict(density=0.5, gap=2) | DECAYED),
+  'frugal, density 0': (go.frugal, dict(density=0.0) | DECAYED),
+  'fira': (go.fira, RANK | DECAYED),
+  'apollo': (go.apollo, RANK | DECAYED),
+  'apollo_mini': (go.apollo_mini, dict(gap=2) | DECAYED),
+  'badam': (go.badam, dict(switch_every=2, train_rest=True) | DECAYED),
+  'badam, master weights': (
+    go.badam,
+    dict(switch_every=2, master_weights=True) | DECAYED,
+  ),
+  'lomo': (go.lomo, dict(clip_norm=None) | DECAYED),
+  'lomo, clipped': (go.lomo, dict(clip_norm=0.5) | DECAYED),
+  'adalomo': (go.adalomo, DECAYED),
+  'scale_sgd': (go.scale_sgd, dict(vector_learning_rate=0.3) | DECAYED),
+  'adamw': (adamw, DECAYED),
+  'adam_8bit': (adam_8bit, {}),
+  'optax': (optax.lion, {}),
+  'verbatim': (verbatim, DECAYED),
+  'residual': (with_residual, dict(residual=go.Sign(RATE))),
+}
+
+
+def params():
+  return {
+    'blocks': {
+      'up': normal32((2, 6, 11)),
+      'down': normal32((2, 11, 6), 1),
+      'norm': normal32((2, 6), 2),
+    },
+    'embed': normal32((13, 6), 3),
+    'bias': normal32((5,), 4),
+  }
+
+
+def gradients(like, i=0):
+  return jax.tree.map(lambda x: jnp.sin(x * (i + 2)), like)
+
+
+def updates_of(tx, steps=3):
+  """Yields updates; the gradients depend on the number of the step only."""
+  tx, w = optax.with_extra_args_support(tx), params()
+  state, update = tx.init(w), jax.jit(tx.update)
+  for i in range(steps):
+    updates, state = update(gradients(w, i), state, w)
+    yield updates
+    w = jax.tree.map(lambda x: 0.9 * x, w)
+
+
+def assert_close(ours, want, name=''):
+  """Compares the same arithmetic in two programs.
+
+  A few roundings of float32 are divided by small second moments. An 8-bit code
+  that is rounded to its neighbour changes a moment by up to a sixteenth.
+  """
+  rtol = 0.15 if '8bit' in name else 1e-3
+  chex.assert_trees_all_close(ours, want, rtol=rtol, atol=1e-5)
+
+
+def scaled(preset, options, rate, decay):
+  """Returns a preset with another rate and decay for all leaves."""
+  options = dict(options)
+  for name in options:
+    if name.endswith('_learning_rate'):
+      options[name] = options[name] * rate
+  if 'weight_decay' in options:
+    options['weight_decay'] *= decay
+  if 'residual' in options:
+    options['residual'] = go.Sign(RATE * rate)
+  return preset(RATE * rate, **options)
+
+
+@each('name', PRESETS, quick=['galore_adamw', 'badam'])
+def test_a_group_moves_as_its_own_rate_and_decay_would_move_it(name):
+  """The gradients are those of the same weights, step by step."""
+  preset, options = PRESETS[name]
+  decayed = 'weight_decay' in options
+  decays = (0.5, 0.0) if decayed else (1.0, 1.0)
+  groups = [
+    Group('blocks/up', rate=2.0, decay=decays[0]),
+    Group('embed|bias', rate=0.25, decay=decays[1]),
+  ]
+  factors = [(2.0, decays[0]), (0.25, decays[1]), (1.0, 1.0)]
+  wants = [updates_of(scaled(preset, options, *x)) for x in factors]
+  mine = assigned(groups, params())
+  ours = updates_of(grouped(preset, groups)(RATE, **options))
+  for updates, *alone in zip(ours, *wants, strict=True):
+    leaves = [jax.tree.leaves(one) for one in alone]
+    want = [leaves[index][at] for at, index in enumerate(mine)]
+    assert_close(jax.tree.leaves(updates), want, name)
+
+
+@each('name', PRESETS, quick=['adalomo'])
+def test_multipliers_of_one_change_nothing(name):
+  preset, options = PRESETS[name]
+  groups = [Group('blocks/.*'), Group('bias')]
+  ours = updates_of(grouped(preset, groups)(RATE, **options))
+  for pair in zip(ours, updates_of(preset(RATE, **options)), strict=True):
+    assert_close(*pair, name)
+
+
+@each('name', PRESETS, quick=['galore_adamw', 'badam'])
+def test_a_frozen_group_keeps_nothing_and_does_not_move(name):
+  preset, options = PRESETS[name]
+  frozen = Group('blocks/(up|norm)|embed', rate=0.0)
+  tx = grouped(preset, [frozen])(RATE, **options)
+  [updates] = updates_of(tx, steps=1)
+  moved = jax.tree.map(lambda u: bool(u.any()), updates)
+  assert not (moved['blocks']['up'] or moved['blocks']['norm'])
+  assert moved['blocks']['down'] and not moved['embed']
+  state = jax.eval_shape(tx.init, params())
+  kept = {x.shape for x in jax.tree.leaves(state)}
+  assert not kept & {x.shape for x in jax.tree.leaves(params()['embed'])}
+  rows = {row.path: row.bytes for row in go.describe(tx, params())}
+  assert {rows[path] for path in ('blocks/up', 'blocks/norm', 'embed')} == {0}
+
+
+def test_the_rate_multiplies_scale_and_stays_a_schedule():
+  schedule = lambda count: 0.1 * (count + 1)
+  make = grouped(go.galore_adamw, [Group('.*', rate=4.0)])
+  ours = make(schedule, scale=0.125, **RANK | DECAYED)
+  want = go.galore_adamw(
+    lambda count: 4.0 * schedule(count), scale=0.125, **RANK | DECAYED
+  )
+  for pair in zip(updates_of(ours), updates_of(want), strict=True):
+    assert_close(*pair)
+
+
+def test_the_default_decay_of_a_preset_is_multiplied():
+  ours = grouped(optax.adamw, [Group('.*', decay=0.0)])(RATE)
+  want = optax.adamw(RATE, weight_decay=0.0)
+  for pair in zip(updates_of(ours), updates_of(want), strict=True):
+    assert_close(*pair)
+
+
+def test_clipping_reads_the_whole_gradient():
+  w = params()
+  tx = grouped(go.lomo, [Group('embed', rate=2.0)])(1.0, clip_norm=0.5)
+  updates, _ = tx.update(gradients(w), tx.init(w), w)
+  updates['embed'] = updates['embed'] / 2
+  # A float32 sum of some 300 squares.
+  np.testing.assert_allclose(optax.tree.norm(updates), 0.5, rtol=1e-5)
+
+
+def test_a_master_copy_has_the_steps_of_its_group():
+  """A multiplier of finished updates would be lost in the copy."""
+  make = grouped(go.badam, [Group('blocks/up', rate=0.5)])
+  tx = make(1.0, master_weights=True, order='fixed', inner='sgdm')
+  w = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+  g = jax.tree.map(lambda x: jnp.full_like(x, 2.0**-12), w)
+  state, start = tx.init(w), w['blocks']['up'][0].astype(jnp.float32)
+  for _ in range(3):
+    updates, state = tx.update(g, state, w)
+    w = optax.apply_updates(w, updates)
+  master = state.block.parts[0].master
+  steps = start - jax.tree.leaves(master)[0]
+  # Momentum 0.9 of a constant: 1 + 1.9 + 2.71 gradients, at half the rate.
+  np.testing.assert_allclose(steps, 0.5 * 5.61 * 2.0**-12, rtol=1e-2)
+
+
+@each('name', PRESETS, quick=['galore_adamw', 'badam'])
+def test_layerwise_is_the_whole_tree(name):
+  preset, options = PRESETS[name]
+  groups = [Group('blocks/w', rate=0.5), Group('embed/.*', rate=2.0)]
+  tx = grouped(preset, groups)(RATE, **options)
+  start = make_params()
+  ours, _, _ = run(go.layerwise(Residual(), tx), steps=3, params=start)
+  want, _ = run_whole_tree(Residual(), tx, steps=3, params=start)
+  # Gradients and decompositions are of one matrix here, of a stack there, and
+  # Adam divides small entries by themselves.
+  chex.assert_trees_all_close(ours, want, rtol=1e-3, atol=1e-3)
+
+
+def test_layerwise_clips_by_the_norm_of_all_groups():
+  tx = grouped(go.lomo, [Group('head/.*', rate=2.0)])(RATE, clip_norm=0.01)
+  start = make_params()
+  ours, _, _ = run(go.layerwise(Residual(), tx), steps=2, params=start)
+  want, _ = run_whole_tree(Residual(), tx, steps=2, params=start)
+  chex.assert_trees_all_close(ours, want, rtol=1e-5, atol=1e-6)
+
+
+def test_projected_gradients_are_summed():
+  groups = [Group('blocks/w'), Group('head/.*', rate=0.0)]
+  options = dict(rank=3, gap=2)
+  tx = grouped(go.galore_adamw, groups)(RATE, **options)
+  assert isinstance(tx, go.Galore) and tx.linear
+  ours, _, _ = run(go.layerwise(Residual(), tx, accumulate=2), steps=1)
+  tx = go.galore_adamw(RATE, **options)
+  want, _, _ = run(go.layerwise(Residual(), tx, accumulate=2), steps=1)
+  chex.assert_trees_all_equal(ours['head'], make_params()['head'])
+  assert_close(ours['blocks'], want['blocks'])
+
+
+def test_the_stages_make_the_update():
+  groups = [Group('blocks/up', rate=0.5), Group('bias', rate=0.0)]
+  tx = grouped(go.galore_adamw, groups)(RATE, **RANK | DECAYED)
+  w = params()
+  state, g = tx.init(w), gradients(params())
+  assert bool(tx.due(state)) and not bool(tx.due(tx.update(g, state, w)[1]))
+  ready = tx.refresh(g, state)
+  low = tx.project(g, ready)
+  assert low['blocks']['up'].shape == (2, 3, 11) and low['bias'].shape == ()
+  ours = tx.apply(low, ready, w, g)
+  chex.assert_trees_all_equal(ours, tx.update(g, state, w))
+  # Linear in the gradient: a sum of projections does for that of gradients.
+  half = tx.project(jax.tree.map(lambda x: x / 2, g), ready)
+  twice = jax.tree.map(jnp.add, half, half)
+  chex.assert_trees_all_equal(twice, low)
+  kinds = [type(p).__name__ for p in tx.plan(w)]
+  assert kinds == ['Whole', 'Projection', 'Whole', 'Projection', 'Whole']
+
+
+def test_bases_are_quantized_in_each_group():
+  groups = [Group('blocks/up', rate=0.5)]
+  tx = go.quantize_bases(grouped(go.galore_adamw, groups)(RATE, **RANK))
+  state = tx.init(params())
+  stored = jax.tree.leaves(
+    state, is_leaf=lambda x: type(x).__name__ == 'Quantized'
+  )
+  assert sum(type(x).__name__ == 'Quantized' for x in stored) == 2
+
+
+def test_injected_hyperparameters_reach_each_group():
+  groups = [Group('blocks/up', rate=0.5, decay=0.0)]
+  make = grouped(go.galore_adamw, groups)
+  injected = optax.inject_hyperparams(make, static_args=('rank', 'gap'))
+  schedule = lambda count: 0.1 / (count + 1)
+  ours = injected(schedule, weight_decay=DECAY, **RANK)
+  want = make(schedule, weight_decay=DECAY, **RANK)
+  state = ours.init(params())
+  assert set(state.hyperparams) >= {'learning_rate', 'weight_decay', 'scale'}
+  for pair in zip(updates_of(ours), updates_of(want), strict=True):
+    assert_close(*pair)
+
+
+def test_multipliers_may_be_traced():
+  @functools.partial(jax.jit, static_argnums=0)
+  def updates(preset, rate):
+    tx = grouped(preset, [Group('embed', rate=rate)])(RATE)
+    return tx.update(gradients(params()), tx.init(params()), params())[0]
+
+  ours = updates(optax.lion, 3.0)
+  [want] = updates_of(optax.lion(RATE), steps=1)
+  np.testing.assert_allclose(ours['embed'], 3 * want['embed'], rtol=1e-6)
+  np.testing.assert_allclose(ours['bias'], want['bias'], rtol=1e-6)
+
+
+def test_the_state_is_cut_over_devices_and_restored(tmp_path):
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+  w = {'up': normal32((16, 24)), 'down': normal32((24, 16))}
+  places = jax.tree.map(
+    lambda _: NamedSharding(mesh, PartitionSpec(None, 'x')), w
+  )
+  w = jax.device_put(w, places)
+  tx = grouped(go.galore_adamw, [Group('up', rate=0.5)])(RATE, **RANK)
+  state = tx.init(w)
+  found = go.state_shardings(tx, w, places)
+  chex.assert_trees_all_equal_structs(found, state)
+  for part, name in zip(state.parts, ('up', 'down'), strict=True):
+    basis = jax.tree.leaves(part[0].basis)[0]
+    [moment, _] = [x for x in jax.tree.leaves(part[0].inner) if x.ndim]
+    for x in (basis, moment):
+      assert x.addressable_shards[0].data.size == x.size // 8, name
+  _, state = tx.update(gradients(w), state, w)
+  with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'state', state)
+    checkpointer.wait_until_finished()
+    back = checkpointer.restore(
+      tmp_path / 'state', jax.eval_shape(lambda: state)
+    )
+  chex.assert_trees_all_equal(back, state)
+
+
+def test_describe_shows_the_multipliers_and_no_state_of_frozen_leaves():
+  groups = [Group('blocks/up', rate=0.5, decay=0.0), Group('embed', rate=0)]
+  tx = grouped(go.galore_adamw, groups)(RATE, **RANK)
+  table = go.describe(tx, params())
+  rows = {row.path: row for row in table}
+  assert rows['embed'].bytes == 0 and rows['embed'].projected_shape is None
+  assert rows['blocks/up'].projected_shape == (2, 3, 11)
+  lines = {line.split()[0]: line.split() for line in str(table).split('\n')}
+  assert lines['path'][-2:] == ['rate', 'decay']
+  assert lines['blocks/up'][-2:] == ['0.5', '0.0']
+  assert lines['bias'][-2:] == ['1.0', '1.0']
+
+
+@pytest.mark.parametrize(
+  'groups, message',
+  [
+    (
+      [('blocks/gate', 2.0)],
+      r"\['blocks/gate'\] match no parameter.*blocks/up",
+    ),
+    ([('blocks/.*', 2.0), ('.*/up', 1.0)], 'in common.*: blocks/up. Narrow'),
+    ([('(', 1.0)], 'no regular expression'),
+  ],
+)
+def test_patterns_that_do_not_fit(groups, message):
+  groups = [Group(*x) for x in groups]
+  for preset, options in (PRESETS['galore_adamw'], PRESETS['badam']):
+    tx = grouped(preset, groups)(RATE, **options)
+    with pytest.raises(ValueError, match=message):
+      tx.init(params())
+
+
+def test_options_are_checked_on_the_whole_tree():
+  make = grouped(go.galore_adamw, [Group('blocks/.*', rate=0.5)])
+  with pytest.raises(ValueError, match='match no parameter'):
+    make(RATE, rank=3, targets=['blocks/gate']).init(params())
+  with pytest.raises(ValueError, match='projects no parameter'):
+    make(RATE, rank=99).init(params())
+  with pytest.raises(ValueError, match='more than decoupled'):
+    grouped(
+      lambda learning_rate: go.galore(optax.lamb(learning_rate), rank=3),
+      [Group('blocks/.*', rate=0.5)],
+    )(RATE).init(params())
+
+
+def test_multipliers_that_nothing_reads_are_refused():
+  with pytest.raises(ValueError, match='multiply weight_decay by decay'):
+    grouped(adam_8bit, [Group('.*', decay=0.5)])
+  with pytest.raises(ValueError, match='multiply learning_rate by rate'):
+    grouped(go.galore, [Group('.*', rate=0.5)])
+  for bad in (-1.0, float('nan'), 'fast'):
+    with pytest.raises(ValueError, match='rate must be a finite number >= 0'):
+      Group('.*', rate=bad)
+
+
+def test_wrong_options_are_those_of_the_preset():
+  with pytest.raises(TypeError, match='update_proj_gap is called gap'):
+    grouped(go.galore_adamw, [Group('.*')])(RATE, update_proj_gap=2)
+
+
+def test_train_batches_of_a_frozen_head_move_nothing_there():
+  tx = grouped(go.galore_adamw, [Group('head/.*', rate=0)])(RATE, rank=3)
+  start = make_params()
+  step = go.layerwise(Residual(), tx)
+  after, _, metrics = jax.jit(step)(start, step.init(start), make_batch())
+  chex.assert_trees_all_equal(after['head'], start['head'])
+  assert np.isfinite(metrics['loss'])

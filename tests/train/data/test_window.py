@@ -1,0 +1,168 @@
+"""Rows are shuffled after packing, and a resume is exact wherever it begins."""
+
+import itertools
+import re
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train.data.test_chats import chats_file, make
+from train import checkpoint
+from train.data import batches as batches_lib
+from train.data import window as window_lib
+from train.data.batches import batches
+from train.data.chats import Chats
+from train.data.corpus import Indexed
+
+LENGTH = 8
+
+
+class Letters:
+  """A tokenizer whose ids are code points; BOS is 1 and EOS is 2."""
+
+  bos_id, eos_id = 1, 2
+  bytes_V = np.r_[np.zeros(3, np.int32), np.ones(125, np.int32)]
+
+  def encode(self, text):
+    return [ord(letter) for letter in text]
+
+
+# Each document is one letter, and one that many times: BOS is no target, so
+# that the targets of 15 letters and EOS fill two rows of eight exactly.
+EXACT = Indexed([chr(ord('A') + i) * 15 for i in range(24)])
+MIXED = Indexed([chr(ord('A') + i) * (3 + 9 * i % 40) for i in range(24)])
+
+
+def training(documents, window, log=lambda line: None, batch_size=2):
+  return batches(
+    documents,
+    Letters(),
+    batch_size=batch_size,
+    sequence_length=LENGTH,
+    seed=7,
+    window=window,
+    log=log,
+  )
+
+
+handler = checkpoint.PositionHandler()  # writes the position as JSON
+
+
+def assert_next_are_equal(ours, theirs, count):
+  for a, b in itertools.islice(zip(ours, theirs, strict=False), count):
+    for name in a:
+      np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.mark.parametrize('documents', [EXACT, MIXED], ids=['exact', 'mixed'])
+@pytest.mark.parametrize('window', [0, 6 * LENGTH])
+def test_a_stop_at_any_step_resumes_bit_equal(documents, window, tmp_path):
+  # Three batches are one window of six rows: stops in three windows.
+  iterator, found = training(documents, window), []
+  for taken in range(8 + 6):
+    if taken < 8:
+      through = tmp_path / str(taken)
+      through.mkdir()
+      handler.save(through, checkpoint.PositionSave(iterator))
+    found.append(next(iterator))
+  for taken in range(8):
+    fresh = checkpoint.PositionRestore(training(documents, window))
+    resumed = handler.restore(tmp_path / str(taken), fresh)
+    assert_next_are_equal(resumed, found[taken:], 6)
+
+
+@pytest.mark.parametrize('taken', [1, 5])
+def test_chats_resume_bit_equal_within_the_window(taken, tmp_path):
+  tokenizer, path = make('chatml', tmp_path), chats_file(tmp_path)
+  dialogues = Chats(path, path).open('train')
+
+  def fresh():
+    shape = {'batch_size': 4, 'sequence_length': 90, 'seed': 3}
+    quiet = lambda line: None
+    return batches(dialogues, tokenizer, **shape, window=12 * 90, log=quiet)
+
+  iterator = fresh()
+  for _ in range(taken):
+    next(iterator)
+  handler.save(tmp_path, checkpoint.PositionSave(iterator))
+  resumed = handler.restore(tmp_path, checkpoint.PositionRestore(fresh()))
+  assert_next_are_equal(resumed, iterator, 10)
+
+
+def test_chats_are_shuffled_whole(tmp_path):
+  """The rows of a window are those of first-fit packing, in another order."""
+  tokenizer, path = make('chatml', tmp_path), chats_file(tmp_path)
+  dialogues = Chats(path, path).open('train')
+  shape = {'batch_size': 1, 'sequence_length': 90, 'seed': 3}
+
+  def rows(window):
+    found = batches(dialogues, tokenizer, **shape, window=window)
+    return [
+      b['inputs'].tobytes() + b['segments'].tobytes() + b['weights'].tobytes()
+      for b in map(jax.device_get, itertools.islice(found, 12))
+    ]
+
+  packed, shuffled = rows(0), rows(12 * 90)
+  assert packed != shuffled and sorted(packed) == sorted(shuffled)
+
+
+def test_a_batch_holds_rows_of_many_documents():
+  # Ten rows a document: without the window a batch of eight has two at most.
+  long = Indexed([chr(ord('A') + i) * 79 for i in range(24)])
+
+  def distinct(window):
+    found = itertools.islice(training(long, window, batch_size=8), 12)
+    return [len(set(np.unique(b['inputs'])) - {0, 1, 2}) for b in found]
+
+  assert max(distinct(0)) <= 2
+  # Eight rows drawn from 240 of 24 documents: 6.9 distinct ones are expected.
+  assert np.mean(distinct(240 * LENGTH)) > 5
+
+
+def test_each_row_of_an_epoch_is_read_once():
+  shuffled = itertools.islice(training(EXACT, 10**6), 24)
+  letters = np.concatenate([b['targets'].ravel() for b in shuffled])
+  found, counts = np.unique(letters, return_counts=True)
+  assert found[1:].tolist() == [ord('A') + i for i in range(24)]
+  assert set(counts[1:]) == {15}
+
+
+def test_a_window_is_at_most_an_epoch():
+  tokens = 24 * 16
+  for window, expected in ((10**9, tokens), (80, 80), (0, LENGTH), (9, LENGTH)):
+    made = batches_lib.examples(EXACT, Letters(), seed=0, repeat=False)
+    rows = window_lib.num_rows(made, len(EXACT), window, LENGTH)
+    assert rows == expected // LENGTH
+
+
+def test_a_large_corpus_is_measured_by_a_sample():
+  read = []
+
+  def examples():
+    for i in range(10**6):
+      read.append(i)
+      yield types.SimpleNamespace(ids_n=range(5))
+
+  assert window_lib.num_rows(examples(), 10**6, 10**9, 100) == 4 * 10**4
+  assert len(read) == window_lib.SAMPLED
+
+
+def test_the_stated_memory_is_that_of_the_rows():
+  rows = batches_lib._packed(EXACT, Letters(), LENGTH, seed=0, repeat=True)
+  num_bytes = sum(x.nbytes for x in next(iter(rows)).values())
+  assert num_bytes == window_lib.BYTES_PER_TOKEN * LENGTH
+
+
+def test_filling_the_window_again_is_logged_once():
+  lines = []
+  stopped = training(EXACT, 12 * LENGTH)
+  next(stopped)
+  resumed = training(EXACT, 12 * LENGTH, log=lines.append)
+  resumed.set_state(stopped.get_state())
+  next(resumed)
+  [line] = lines
+  assert re.fullmatch(
+    r'the shuffle window of 12 rows \(0\.0 MB\) was filled again in .* s', line
+  )

@@ -1,0 +1,166 @@
+"""Shuffling of packed rows within a window, and states that survive JSON.
+
+Packing writes the pieces of a document into consecutive rows, so that without
+this shuffle a batch holds a few documents only. `batches` applies it.
+
+T tokens of a row.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sized
+from typing import Any, Protocol
+
+import grain
+
+BYTES_PER_TOKEN = 24
+"""Host memory of a token in the window: input, target, bytes, score, segment
+and position, int32 each."""
+
+SAMPLED = 256
+"""Examples whose mean length estimates the number of tokens of an epoch."""
+
+
+class Encoded(Protocol):
+  """An example: `ids_n` holds its n tokens."""
+
+  @property
+  def ids_n(self) -> Sized: ...  # noqa: D102
+
+
+def num_rows(
+  examples: Iterable[Encoded], num_examples: int, window: int, length: int
+) -> int:
+  """Returns the rows of a window: `window` tokens, at most about an epoch.
+
+  A longer window would repeat the examples of a small corpus.
+
+  Args:
+    examples: one pass over the corpus; at most `SAMPLED` of them are read.
+    num_examples: examples of an epoch.
+    window: tokens, 0 for no shuffle.
+    length: T.
+
+  >>> from types import SimpleNamespace
+  >>> examples = [SimpleNamespace(ids_n=range(11))] * 8
+  >>> num_rows(examples, 8, 1000, 5), num_rows(examples, 8, 40, 5)
+  (16, 8)
+  """
+  seen = tokens = 0
+  for example in itertools.islice(examples, SAMPLED if window else 0):
+    seen += 1
+    tokens += len(example.ids_n) - 1
+    if tokens >= window:
+      break
+  epoch = tokens * num_examples // max(seen, 1)
+  return max(1, min(window, epoch) // length)
+
+
+class ShuffledRows(grain.IterDataset):
+  """Rows in random order within a window of them.
+
+  A window is filled, emptied in an order that depends on the seed and the
+  number of the window, and filled again. The state of the iterator is that of
+  the rows at the start of the window and a position in it: `set_state` makes
+  the rows of the window a second time.
+  """
+
+  def __init__(
+    self,
+    rows: grain.IterDataset,
+    *,
+    num_rows: int,
+    length: int,
+    seed: int,
+    log: Callable[[str], None],
+  ):
+    """Describes the shuffle.
+
+    Args:
+      rows: packed rows.
+      num_rows: rows of a window.
+      length: T.
+      seed: of the shuffle.
+      log: receives one line with time and memory after `set_state`.
+    """
+    shuffled = grain.experimental.WindowShuffleIterDataset(
+      rows, window_size=num_rows, seed=seed
+    )
+    super().__init__(shuffled)
+    self._shuffled, self._log = shuffled, log
+    self._num_rows, self._length = num_rows, length
+
+  def __iter__(self) -> grain.DatasetIterator:  # noqa: D105
+    return _Refilled(
+      iter(self._shuffled), self._num_rows, self._length, self._log
+    )
+
+
+class _Refilled(grain.DatasetIterator):
+  """Logs the time in which `set_state` fills the window again."""
+
+  def __init__(
+    self,
+    shuffled: grain.DatasetIterator,
+    num_rows: int,
+    length: int,
+    log: Callable[[str], None],
+  ):
+    super().__init__(shuffled)
+    self._shuffled, self._log = shuffled, log
+    self._num_rows, self._length = num_rows, length
+
+  def __next__(self) -> Any:
+    return next(self._shuffled)
+
+  def get_state(self) -> dict[str, Any]:
+    return self._shuffled.get_state()
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    start = time.perf_counter()
+    self._shuffled.set_state(state)
+    seconds = time.perf_counter() - start
+    size = self._num_rows * self._length * BYTES_PER_TOKEN
+    self._log(
+      f'the shuffle window of {self._num_rows:,} rows ({size / 1e6:,.1f} MB) '
+      f'was filled again in {seconds:.1f} s'
+    )
+
+
+class ConcatThenSplit(grain.IterDataset):
+  """Rows of T tokens, cut from the concatenation of all examples.
+
+  It is grain's dataset with a state that survives JSON. Grain compares the
+  slices in its state with the tuple (-1, -1), and JSON turns tuples into lists.
+  A restored "no remainder" would then be read as a remainder, and a document
+  would be dropped.
+  """
+
+  def __init__(self, examples: grain.IterDataset, length: dict[str, int]):
+    """Packs the arrays of `examples`; `length` is T, by the array's name."""
+    rows = grain.experimental.ConcatThenSplitIterDataset(
+      examples, length_struct=length
+    )
+    super().__init__(rows)
+    self._rows = rows
+
+  def __iter__(self) -> grain.DatasetIterator:  # noqa: D105
+    return _WithTuples(iter(self._rows))
+
+
+class _WithTuples(grain.DatasetIterator):
+  """Restores the tuples in the state of grain's ConcatThenSplit."""
+
+  def __init__(self, rows: grain.DatasetIterator):
+    super().__init__(rows)
+    self._rows = rows
+
+  def __next__(self) -> Any:
+    return next(self._rows)
+
+  def get_state(self) -> dict[str, Any]:
+    return self._rows.get_state()
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    slices = {k: tuple(x) for k, x in state['remainder_slices'].items()}
+    self._rows.set_state({**state, 'remainder_slices': slices})
