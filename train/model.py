@@ -3,7 +3,6 @@
 `train.sample` and `train.evaluate` open what they are given here.
 """
 
-import json
 import pathlib
 from argparse import ArgumentParser
 from typing import Any, NamedTuple
@@ -69,13 +68,13 @@ def is_directory(path: pathlib.Path) -> bool:
   """
   file = path / 'config.json'
   try:
-    fields = json.loads(file.read_text())
+    fields = huggingface.read_json(file)
   except (OSError, ValueError):
     fields = None
     if (path / 'checkpoints').is_dir():
       return False
   for name, found in (('model_type', True), ('kind', False)):
-    if isinstance(fields, dict) and name in fields:
+    if fields is not None and name in fields:
       return found
   raise FileNotFoundError(
     f'{path} is not a run (config.json and checkpoints/, as train.pretrain '
@@ -107,7 +106,7 @@ def of_directory(path: pathlib.Path) -> Model:
       'another model'
     )
   config, params = huggingface.load(path)
-  fields = json.loads((path / 'config.json').read_text())
+  fields = huggingface.read_json(path / 'config.json')
   window = fields.get('max_position_embeddings') or 2048
   return Model(Layers(config), params, tokenizer, window)
 
