@@ -46,6 +46,8 @@ _DTYPES = {
 }
 """Types of weights that are read, by the names of safetensors."""
 
+_REMEDY = 'check num_hidden_layers and tie_word_embeddings in config.json'
+
 _PIECE = 2**26
 """Numbers that are read at a time."""
 
@@ -175,6 +177,8 @@ def params_of(
   config: AnyConfig,
   shardings: PyTree = None,
   key: jax.Array | None = None,
+  *,
+  remedy: str = _REMEDY,
 ) -> PyTree:
   """Parameters of a model from a checkpoint's tensors.
 
@@ -185,6 +189,7 @@ def params_of(
     config: The `LlamaConfig` or `EncoderConfig` that the tensors must fit.
     shardings: as in `load`.
     key: as in `load`.
+    remedy: for missing and surplus tensors, in the error's message.
 
   Returns:
     Nested dict of `jax.Array`s of type `config.param_dtype`.
@@ -202,7 +207,8 @@ def params_of(
   tensors = _named(tensors, row, expected)
   fresh = _fresh(tensors, names, row)
   names = {path: some for path, some in names.items() if path not in fresh}
-  _check_names(tensors, {name for some in names.values() for name in some})
+  needed = {name for some in names.values() for name in some}
+  _check_names(tensors, needed, remedy)
   for path, some in names.items():
     for name in some:
       expected = _theirs(path, shapes[path].shape)
@@ -488,15 +494,14 @@ def _names(row, path, num_layers):
   return [row.names[path].format(layer) for layer in range(num_layers)]
 
 
-def _check_names(tensors, expected):
+def _check_names(tensors, expected, remedy):
   missing = sorted(expected - set(tensors))
   surplus = sorted(set(tensors) - expected)
   if missing or surplus:
     raise ValueError(
       'the tensors must be those of the configured model, got missing '
       f'{missing[:4]} and surplus {surplus[:4]} ({len(missing)} and '
-      f'{len(surplus)} in all); check num_hidden_layers and '
-      'tie_word_embeddings in config.json'
+      f'{len(surplus)} in all); {remedy}'
     )
 
 
