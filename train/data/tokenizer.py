@@ -36,6 +36,12 @@ _MAX_LINE_CHARS = 1000
 TEMPLATE = 'chat_template.jinja'
 """The file of a chat template alone."""
 
+_CONVERTIBLE = (
+  *('vocab.txt', 'vocab.json', 'spiece.model', 'sentencepiece.bpe.model'),
+  *('tekken.json', '*.tiktoken'),
+)
+"""Files of tokenizers that transformers converts to a tokenizer.json."""
+
 # What a directory says about its tokenizer, beside the tokenizer itself.
 _SETTINGS = (
   *('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'),
@@ -379,7 +385,24 @@ def load(path: str | os.PathLike) -> AnyTokenizer:
       return kind.load(path / name)
   raise FileNotFoundError(
     f'no tokenizer in {str(path)!r}: it has neither tokenizer.json nor '
-    'tokenizer.model; copy one of them there, or name a directory that has one'
+    f'tokenizer.model; {_conversion(path)}'
+  )
+
+
+def _conversion(directory: pathlib.Path) -> str:
+  """What to do with a directory that has neither kind of tokenizer."""
+  found = (
+    file.name
+    for pattern in _CONVERTIBLE
+    for file in sorted(directory.glob(pattern))
+  )
+  name = next(found, None)
+  if name is None:
+    return 'copy one of them there, or name a directory that has one'
+  return (
+    f'to make tokenizer.json of {name}: python -c "from transformers import '
+    f"AutoTokenizer as T; T.from_pretrained('{directory}')"
+    f".save_pretrained('{directory}')\""
   )
 
 
