@@ -12,6 +12,7 @@ import numpy as np
 from models import huggingface
 from models.llama import Layers, LlamaConfig
 from train import checkpoint
+from train.command import add_flag
 from train.data import tokenizer as tokenizers
 from train.data.tokenizer import AnyTokenizer
 from train.run import Run
@@ -37,9 +38,9 @@ def options_of(program: str, description: str | None) -> ArgumentParser:
     type=pathlib.Path,
     help='directory of a run, or of a model of transformers',
   )
-  options.add_argument(
-    '--best',
-    action='store_true',
+  add_flag(
+    options,
+    'best',
     help='the checkpoint of the best validation of a run (default: newest)',
   )
   return options
