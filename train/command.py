@@ -21,6 +21,7 @@ import tyro
 
 from train import run as run_lib
 from train.config import Config, flatten, variants
+from train.method import CLASSES, projects
 from train.run import Run
 
 USAGE = """usage: python -m {program} CONFIG [--KEY VALUE ...]
@@ -213,7 +214,10 @@ def choose(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
 
   Another method comes with its own defaults; what has none must follow, as in
   `--corpus TextFiles --corpus.train 'text/*.txt'`. `--adapter None` is none.
+  An adapter comes with AdamW: the config's method may have a rank for whole
+  weights, which its factors do not reach.
   """
+  begun = config.adapter
   kinds_by_name = choices()
   rest = spelled_apart(args, kinds_by_name)
   for name, kinds in kinds_by_name.items():
@@ -228,6 +232,19 @@ def choose(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
         fresh = blank(kinds[kind])
         config = dataclasses.replace(config, **{name: fresh})
       del rest[at : at + 2]
+  named = any(word.startswith('--optimizer') for word in args)
+  if (
+    begun is None
+    and config.adapter is not None
+    and projects(config.optimizer)
+    and not named
+  ):
+    print(
+      f'--adapter {shown(type(config.adapter))} is trained by AdamW instead of '
+      f'{shown(type(config.optimizer))}; --optimizer names another',
+      file=sys.stderr,
+    )
+    config = dataclasses.replace(config, optimizer=CLASSES['AdamW']())
   return config, rest
 
 
@@ -283,6 +300,7 @@ def describe(kind: type) -> str:
     f'--{name} {{{",".join(kinds)}}}: another one, with its own defaults.'
     for name, kinds in choices().items()
   ]
+  lines.append('An --adapter is trained by AdamW unless --optimizer is given.')
   return '\n\n'.join([kind.__doc__ or '', *lines])
 
 

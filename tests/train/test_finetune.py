@@ -178,6 +178,30 @@ def test_factors_are_exported_alone_or_merged(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('kind', MODELS)
+def test_the_documented_command_with_an_adapter_works(tmp_path, capsys, kind):
+  directory, chats = make(tmp_path, kind)
+  run = tmp_path / 'run'
+  code = finetune.main(
+    [
+      *('configs/chat.py', '--checkpoint', str(directory)),
+      *('--corpus.train', str(chats), '--adapter', 'Lora'),
+      # The rest makes it short.
+      *(*FEW[:6], '--steps', '12', '--eval-every', '6', '--run', str(run)),
+      *('--learning-rate', '0.05'),
+    ]
+  )
+  assert code == 0
+  assert '--adapter Lora is trained by AdamW' in capsys.readouterr().err
+  found = [
+    line['validation_loss']
+    for line in metrics.read(Run(run).metrics_path)
+    if 'validation_loss' in line
+  ]
+  assert found[-1] < found[0]
+
+
+@pytest.mark.slow
 def test_the_template_of_the_chats_is_exported(tmp_path, capsys):
   directory, chats = make(tmp_path)
   still = ['--steps', '1', '--learning-rate', '0']
