@@ -13,6 +13,7 @@ from models import huggingface
 from models.llama import Layers, LlamaConfig
 from train import checkpoint
 from train.command import add_flag
+from train.config import Config
 from train.data import tokenizer as tokenizers
 from train.data.tokenizer import AnyTokenizer
 from train.run import Run
@@ -92,7 +93,17 @@ def of_run(run: Run, best: bool) -> Model:
     run.checkpoints_path, language_model(config), best=best
   )
   layers, window = stored_layers(config), config.sequence_length
-  return Model(layers, params, run.tokenizer(), window)
+  return Model(layers, params, of_config(run, config), window)
+
+
+def of_config(run: Run, config: Config) -> AnyTokenizer:
+  """Returns the tokenizer of a run, for the rows that its model has."""
+  return tokenizers.fitted(
+    run.tokenizer(),
+    config.model.vocab_size,
+    origin=str(run.directory),
+    remedy='restore the tokenizer that the run was saved with',
+  )
 
 
 def of_directory(path: pathlib.Path) -> Model:
@@ -100,12 +111,12 @@ def of_directory(path: pathlib.Path) -> Model:
   tokenizer = tokenizers.load(path)
   config = huggingface.read_config(path)
   check_writes(path, config)
-  if tokenizer.vocab_size > config.vocab_size:
-    raise ValueError(
-      f'the tokenizer of {path} must have at most vocab_size='
-      f'{config.vocab_size} ids, got {tokenizer.vocab_size}: it is that of '
-      'another model'
-    )
+  tokenizer = tokenizers.fitted(
+    tokenizer,
+    config.vocab_size,
+    origin=str(path),
+    remedy='copy the tokenizer of this model into it',
+  )
   config, params = huggingface.load(path)
   fields = huggingface.read_json(path / 'config.json')
   window = fields.get('max_position_embeddings') or 2048
