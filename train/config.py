@@ -344,12 +344,21 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type, data: dict[str, Any]) -> Any:
-  """Returns the dataclass that `to_json` took apart."""
+  """Returns the dataclass that `to_json` took apart.
+
+  Raises:
+    KeyError, TypeError: a class or a field is of another version.
+    ValueError: a value is refused.
+  """
   hints = typing.get_type_hints(cls)
   values = {}
   for name, value in data.items():
     if isinstance(value, dict):
       kinds = {kind.__name__: kind for kind in variants(hints[name])}
+      if value['kind'] not in kinds:
+        raise TypeError(
+          f'{name} must be of {", ".join(kinds)}, got {value["kind"]!r}'
+        )
       values[name] = from_json(kinds[value['kind']], value)
     elif name != 'kind':
       values[name] = tuple(value) if isinstance(value, list) else value
