@@ -73,6 +73,11 @@ def read_config(directory: str | pathlib.Path) -> AnyConfig:
     return huggingface_config.parse(fields)
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from error
+  except (AttributeError, KeyError, TypeError) as error:
+    raise ValueError(
+      f'{file}: a field has another form than transformers writes '
+      f'({type(error).__name__}: {error}): fetch it again'
+    ) from error
 
 
 def load(

@@ -44,7 +44,7 @@ What differs from there, for the same arguments:
 import difflib
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from models import huggingface_config
@@ -102,7 +102,7 @@ _LAYERWISE = '_layerwise'
 def from_hf_args(
   optim: str,
   optim_args: str | Mapping[str, Any] | None = None,
-  targets: str | Sequence[str] | None = None,
+  targets: str | Iterable[str] | None = None,
   *,
   model_type: str = 'llama',
   num_layers: int | None = None,
@@ -155,7 +155,8 @@ def from_hf_args(
       'them out'
     )
   if keys:
-    options['targets'] = _paths(targets, model_type, num_layers)
+    given = targets if isinstance(targets, str) else list(targets)
+    options['targets'] = _paths(given, model_type, num_layers)
   in_backward = optim.endswith(_LAYERWISE) or 'lomo' in optim
   return {
     'optimizer': CLASSES[name](**options),

@@ -86,7 +86,7 @@ def starter(config: Config, task: Task) -> Callable[[PyTree], 'State']:
       raise ValueError(
         f'{error}. With adapter {type(config.adapter).__name__} the optimizer '
         f'trains factors of rank {config.adapter.rank}: take --optimizer '
-        'AdamW, or a rank below that'
+        'AdamW, or a rank and targets that fit them'
       ) from error
 
   return start

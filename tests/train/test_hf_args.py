@@ -139,6 +139,12 @@ def test_a_pattern_of_numbers_holds_for_a_model_of_known_depth():
   assert found['optimizer'].targets == _MLP[1:2]
 
 
+@pytest.mark.parametrize('kind', [list, tuple, set, iter])
+def test_targets_may_be_any_collection(kind):
+  found = from_hf_args('galore_adamw', None, kind(['q_proj', 'v_proj']))
+  assert found['optimizer'].targets == (_ATTENTION[0], _ATTENTION[2])
+
+
 def test_an_encoder_has_modules_of_other_names():
   found = from_hf_args(
     'galore_adamw', None, ['query', 'intermediate'], model_type='roberta'

@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import re
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -110,6 +111,7 @@ class _Splitter:
     self._pattern = re.compile('|'.join(patterns))
 
   def __call__(self, text: str) -> Iterator[_Part]:
+    """Goes through the parts of a text."""
     stop = 0
     for match in self._pattern.finditer(text):
       if match.start() > stop:
@@ -122,10 +124,13 @@ class _Splitter:
       yield _Part(text[stop:], stop, None)
 
 
+_Spaces: TypeAlias = Literal['never', 'first', 'each', 'always']
+
+
 class _Rule(NamedTuple):
   """How the parts of a text between added tokens are encoded."""
 
-  spaces: Literal['never', 'first', 'each', 'always']
+  spaces: _Spaces
   """Parts that get a space in front: none; the first, or each one, unless it
   begins with a space; or each one, as sentencepiece by itself does."""
   normalizes: bool = True
@@ -226,9 +231,10 @@ class Tokenizer:
           model_type=_model_config(path.parent).get('model_type'),
         )
     except RuntimeError as error:
+      remedy = 'give a .model file, or none to train one on the corpus'
       raise ValueError(
-        f'{str(path)!r} is not a sentencepiece model: give a .model file, or '
-        'none to train one on the corpus'
+        f'{str(path)!r} is not a sentencepiece model: '
+        f'{_pointer(path.read_bytes()) or remedy}'
       ) from error
     bos, eos = (
       -1 if i is None else i for i in (tokenizer.bos_id, tokenizer.eos_id)
@@ -508,7 +514,7 @@ class JsonTokenizer:
     self.vocab_size = max(vocabulary.values()) + 1
     settings = _Settings(self.files)
     self.tokens = settings.tokens(self._tokenizer.id_to_token)
-    self.eos_id = self._eos_id()
+    self.eos_id = self._eos_id(settings.end())
     self.bos_id = self._bos_id(settings.adds_bos)
     added = self._tokenizer.get_added_tokens_decoder()
     self.specials = {token.content: i for i, token in added.items()}
@@ -613,10 +619,15 @@ class JsonTokenizer:
     plain.encode_special_tokens = True
     return plain
 
-  def _eos_id(self) -> int:
+  def _eos_id(self, end: int | None) -> int:
+    """What ends a document, by its name or else by an id."""
     # BERT's documents end with SEP.
-    name = self.tokens.get('eos_token') or self.tokens.get('sep_token')
-    if name is None:
+    name = (
+      self.tokens.get('eos_token')
+      or (end is not None and self._tokenizer.id_to_token(end))
+      or self.tokens.get('sep_token')
+    )
+    if not name:
       raise ValueError(
         'nothing says what ends a document: give eos_token in '
         'tokenizer_config.json, or eos_token_id in config.json'
@@ -775,6 +786,10 @@ class _Settings:
     # The first LLaMAs have '' for tokens that are the model's own.
     return {k: x for k, x in texts.items() if isinstance(x, str) and x}
 
+  def end(self) -> int | None:
+    """The id of EOS in generation_config.json, if there is one."""
+    return next(iter(self.stop_ids()), None)
+
   def named(self) -> set[str]:
     """Texts of all tokens that are called special."""
     named = self._json('special_tokens_map.json') | self._config
@@ -787,22 +802,20 @@ class _Settings:
       others = named.get(name) or []
       others = others.values() if isinstance(others, dict) else others
       texts |= {x['content'] if isinstance(x, dict) else x for x in others}
-    return texts
+    return texts - {''}
 
   def added(self) -> list[_Added]:
     """Tokens that were added to the model's, or replace the text of one."""
     listed = self._config.get('added_tokens_decoder', {})
     flags = ('special', 'lstrip', 'rstrip', 'single_word')
-    return [
+    found = [
       _Added(text, i) for text, i in self._json('added_tokens.json').items()
-    ] + [
-      _Added(
-        token['content'],
-        int(i),
-        **{name: token[name] for name in flags if name in token},
-      )
-      for i, token in listed.items()
     ]
+    for i, token in listed.items():
+      given = {name: token[name] for name in flags if name in token}
+      found.append(_Added(token['content'], int(i), **given))
+    # A token without text would be found everywhere.
+    return [token for token in found if token.text]
 
   def rule(self, adds_space: bool, model_type: str | None) -> _Rule:
     """How a sentencepiece model is used, as transformers 5 decides it.
@@ -812,7 +825,13 @@ class _Settings:
       model_type: of the checkpoint's config.json, if known.
     """
     if SPACES in self._files:
-      return _Rule(**self._json(SPACES))
+      rule = _Rule(**self._json(SPACES))
+      if rule.spaces not in typing.get_args(_Spaces):
+        raise ValueError(
+          f'spaces in {SPACES} must be one of {typing.get_args(_Spaces)}, got '
+          f'{rule.spaces!r}: copy the directory again'
+        )
+      return rule
     name = self._config.get('tokenizer_class') or ''
     # Other models' tokenizers are made from the sentencepiece model alone.
     own_class = name.removesuffix('Fast') == 'LlamaTokenizer'
@@ -841,7 +860,7 @@ class _Settings:
     if isinstance(source, list):
       named = {entry['name']: entry['template'] for entry in source}
       source = named.get('default')
-    if source is None:
+    if not source:
       return None
     return ChatTemplate(source, tokens, specials)
 
@@ -972,15 +991,22 @@ def _write(directory: str | os.PathLike, files: Mapping[str, bytes]) -> None:
     (pathlib.Path(directory) / name).write_bytes(content)
 
 
+def _pointer(content: bytes) -> str | None:
+  """What to do with a file that Git LFS has not fetched; None for others."""
+  if content.startswith(b'version https://git-lfs'):
+    return 'it is a pointer: git lfs pull'
+  return None
+
+
 def parsed(model: bytes) -> tokenizers.Tokenizer:
   """Returns the library's tokenizer of a tokenizer.json, which cuts nothing."""
   try:
     found = tokenizers.Tokenizer.from_str(model.decode())
   # `tokenizers` raises nothing more special.
   except Exception as error:
+    remedy = 'copy it again, or save it with the library tokenizers'
     raise ValueError(
-      f'tokenizer.json cannot be read ({error}): copy it again, or save it '
-      'with the library tokenizers'
+      f'tokenizer.json cannot be read ({error}): {_pointer(model) or remedy}'
     ) from error
   # Saved with a tokenizer that was last used on batches of one length.
   found.no_truncation()

@@ -390,6 +390,23 @@ class TestAddedTokens:
     assert {'\u2581dog', 'fo'} <= set(tokenizer.specials)
     assert tokenizer.decode(tokenizer.encode('fox', special=True)) == 'x'
 
+  def test_a_token_without_text_is_not_found_everywhere(self, tmp_path):
+    tokenizer = self.load(
+      tmp_path,
+      additional_special_tokens=[''],
+      **added({'': {}, '<|im_end|>': {}}),
+    )
+    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    expected = model.encode('a dog')
+    assert tokenizer.encode('a dog', special=True).tolist() == expected
+    assert '' not in tokenizer.specials
+
+  def test_a_rule_that_is_none_is_named(self, tmp_path):
+    rule = '{"spaces": "some", "normalizes": true}'
+    (tmp_path / 'tokenizer_spaces.json').write_text(rule)
+    with pytest.raises(ValueError, match=r"one of \('never', .*got 'some': c"):
+      self.load(tmp_path)
+
   def test_a_special_token_that_is_nowhere_is_named(self, tmp_path):
     with pytest.raises(ValueError, match=r"'<none>' is not in .*\.model: corr"):
       self.load(tmp_path, eos_token='<none>')
@@ -666,6 +683,30 @@ class TestJson:
     write(tmp_path)
     (tmp_path / name).write_text(content, 'latin-1')
     with pytest.raises(ValueError, match=rf'in .*{tmp_path.name}.*{message}'):
+      load(tmp_path)
+
+  @pytest.mark.parametrize('eos_token', [{}, {'eos_token': None}])
+  def test_the_id_of_config_ends_a_document_without_a_name(
+    self, tmp_path, eos_token
+  ):
+    write(tmp_path)
+    write_settings(tmp_path, eos_token)
+    ends = {'eos_token_id': [2, 0]}
+    (tmp_path / 'config.json').write_text(json.dumps(ends))
+    tokenizer = load(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.stop_ids) == (2, (2, 0))
+    # A template has what transformers has: no token that is null.
+    assert ('eos_token' in tokenizer.tokens) == (not eos_token)
+
+  def test_a_blank_template_is_none(self, tmp_path):
+    assert load(write(tmp_path, '')).chat_template is None
+
+  @pytest.mark.parametrize('name', ['tokenizer.json', 'tokenizer.model'])
+  def test_a_pointer_of_git_lfs_is_named(self, tmp_path, name):
+    (tmp_path / name).write_text(
+      'version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 3\n'
+    )
+    with pytest.raises(ValueError, match=r'it is a pointer: git lfs pull$'):
       load(tmp_path)
 
   def test_utf_16_is_named(self, tmp_path):
