@@ -97,9 +97,9 @@ class EncoderConfig:
       )
 
   causal: ClassVar[bool] = False
-  """A token sees those after it, too."""
+  """Attention reaches later tokens, too."""
   window: ClassVar[None] = None
-  """A token sees all tokens of its text."""
+  """Attention reaches all tokens of a text."""
 
   @property
   def head_width(self) -> int:

@@ -129,7 +129,7 @@ class LlamaConfig:
       )
 
   causal: ClassVar[bool] = True
-  """A token sees no later one."""
+  """Attention does not reach later tokens."""
 
   @property
   def head_width(self) -> int:

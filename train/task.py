@@ -81,7 +81,7 @@ class Task:
   score: Callable[[Metrics], float] = lambda found: found['loss']
   """A number of a validation; the lowest is the best."""
   inputs: Callable[[], Batch] | None = None
-  """Shapes of the largest batch that `batches` makes; None if unknown."""
+  """Shapes of the largest batch that `batches` makes; a plan needs them."""
   read: Callable[[jax.Array], PyTree] | None = None
   """As `init`, from the config's checkpoint; what that lacks is drawn."""
   large: tuple[str, ...] = ()

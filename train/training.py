@@ -54,7 +54,7 @@ class Setup:
   text: Text
   batches: grain.DatasetIterator
   validate: Callable[[PyTree], Metrics]
-  """Parameters to the metrics of what is held out."""
+  """Parameters to the metrics of the validation split."""
   memory: Table
   launch: Launch
 

@@ -56,7 +56,7 @@ _SETTINGS = (
 )
 
 _SPACE = '\u2581'
-"""What sentencepiece has for a space."""
+"""The character that stands for a space in sentencepiece models."""
 
 # Fields of sentencepiece's NormalizerSpec, field 3 of its ModelProto. Behind a
 # serialized model they replace its own, as protocol buffers are merged.
@@ -94,7 +94,7 @@ class _Added(NamedTuple):
 
 
 class _Part(NamedTuple):
-  """A part of a text: an added token, or what is between two of them."""
+  """A part of a text: an added token, or the text between two of them."""
 
   text: str
   start: int
@@ -131,8 +131,8 @@ class _Rule(NamedTuple):
   """How the parts of a text between added tokens are encoded."""
 
   spaces: _Spaces
-  """Parts that get a space in front: none; the first, or each one, unless it
-  begins with a space; or each one, as sentencepiece by itself does."""
+  """Which parts get a space in front. 'first' and 'each' leave out parts that
+  begin with a space; 'always' does not, as sentencepiece by default."""
   normalizes: bool = True
   """Whether the model's own normalization is used."""
 
@@ -149,7 +149,7 @@ class Tokenizer:
     files: other files of its directory, by name.
     vocab_size: number of ids.
     num_rows: as in `fitted`; None without a limit.
-    bos_id: id that starts each document; None where none does.
+    bos_id: id that starts each document; None if none does.
     eos_id: id that ends each document.
     stop_ids: ids that end an answer: eos_id, and the template's end of a turn.
     tokens: texts of the tokens that a template can name, such as eos_token.
@@ -330,7 +330,7 @@ class Tokenizer:
     return self._processor_of(part).encode(part.text)
 
   def _processor_of(self, part: _Part) -> Any:
-    """What encodes a part: with a space in front of it, or without."""
+    """The processor that encodes a part, with a space in front or without."""
     spaces = self._rule.spaces
     if spaces == 'always':
       return self._spaced
@@ -364,7 +364,7 @@ class Tokenizer:
     return list(found.values())
 
   def _text_of(self, i: int) -> str | None:
-    """The text of an id; None where there is no such id."""
+    """The text of an id; None if there is no such id."""
     by_id = {id_: text for text, id_ in self.specials.items()}
     if i in by_id:
       return by_id[i]
@@ -372,7 +372,7 @@ class Tokenizer:
     return self._processor.id_to_piece(i) if known else None
 
   def _id(self, name: str) -> int | None:
-    """The id of a special token by its name; None where there is none."""
+    """The id of a special token by its name; None if it is not set."""
     text = self.tokens.get(name)
     if text is None or text in self.specials:
       return self.specials.get(text)
@@ -620,7 +620,7 @@ class JsonTokenizer:
     return plain
 
   def _eos_id(self, end: int | None) -> int:
-    """What ends a document, by its name or else by an id."""
+    """The id of EOS: by its name, or else the given one."""
     # BERT's documents end with SEP.
     name = (
       self.tokens.get('eos_token')
@@ -686,7 +686,7 @@ def load(path: str | os.PathLike) -> AnyTokenizer:
 
 
 def _conversion(directory: pathlib.Path) -> str:
-  """What to do with a directory that has neither kind of tokenizer."""
+  """The remedy for a directory that has neither kind of tokenizer."""
   found = (
     file.name
     for pattern in _CONVERTIBLE
@@ -787,7 +787,7 @@ class _Settings:
     return {k: x for k, x in texts.items() if isinstance(x, str) and x}
 
   def end(self) -> int | None:
-    """The id of EOS in generation_config.json, if there is one."""
+    """The first id of EOS in generation_config.json; None if it has none."""
     return next(iter(self.stop_ids()), None)
 
   def named(self) -> set[str]:
@@ -818,7 +818,7 @@ class _Settings:
     return [token for token in found if token.text]
 
   def rule(self, adds_space: bool, model_type: str | None) -> _Rule:
-    """How a sentencepiece model is used, as transformers 5 decides it.
+    """How to use a sentencepiece model, as transformers 5 does.
 
     Args:
       adds_space: whether the model by itself puts a space in front of a text.
@@ -833,7 +833,7 @@ class _Settings:
         )
       return rule
     name = self._config.get('tokenizer_class') or ''
-    # Other models' tokenizers are made from the sentencepiece model alone.
+    # For other models transformers reads the sentencepiece model only.
     own_class = name.removesuffix('Fast') == 'LlamaTokenizer'
     if own_class and model_type in (None, 'llama'):
       if self._config.get('add_prefix_space') is False:
@@ -992,7 +992,7 @@ def _write(directory: str | os.PathLike, files: Mapping[str, bytes]) -> None:
 
 
 def _pointer(content: bytes) -> str | None:
-  """What to do with a file that Git LFS has not fetched; None for others."""
+  """The remedy for a file that Git LFS has not fetched; None for others."""
   if content.startswith(b'version https://git-lfs'):
     return 'it is a pointer: git lfs pull'
   return None
