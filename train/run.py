@@ -131,8 +131,9 @@ class Run:
     if SPACES in found.files and not (self.directory / SPACES).is_file():
       print(
         f'{self.directory} is of an older version, which put a space behind '
-        'every special token and did not find user-defined pieces: ids of its '
-        'sentencepiece model are now those of transformers, and may differ',
+        'every special token and ignored user-defined pieces and eos_token: '
+        'ids of its sentencepiece model are now those of transformers, and may '
+        'differ',
         file=sys.stderr,
       )
     return found

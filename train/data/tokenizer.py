@@ -178,7 +178,8 @@ class Tokenizer:
     settings = _Settings(self.files)
     self._rule = settings.rule(_adds_space(self._processor), model_type)
     user_defined = _user_defined(model)
-    if self._rule.spaces != 'never' or user_defined:
+    has_settings = 'tokenizer_config.json' in self.files
+    if self._rule.spaces != 'never' or user_defined or has_settings:
       rule = json.dumps(self._rule._asdict(), indent=2)
       self.files[SPACES] = rule.encode()
     plain = b'' if self._rule.normalizes else _NO_NORMALIZATION

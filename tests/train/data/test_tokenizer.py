@@ -294,6 +294,22 @@ class TestSpaces:
     found = tokenizer.decode(scored).strip()
     assert re.fullmatch(r' ?(qu)?ick ?fox ?caf\u00e9 \U0001f600', found), found
 
+  @pytest.mark.parametrize('text', ['dog', 'd\u00e9g'])
+  def test_a_token_in_two_pieces_is_scored_if_one_of_them_is(
+    self, tmp_path, text
+  ):
+    tokenizer = load(write_sentencepiece(tmp_path, _LLAMA))
+    whole = tokenizer.encode(f'a {text}')
+    for scored in ((True, False), (False, True)):
+      parts = zip((f'a {text[0]}', text[1:]), scored, strict=True)
+      ids_n, scored_n = tokenizer.encode_pieces(parts)
+      np.testing.assert_array_equal(ids_n, whole)
+      if text == 'dog':
+        assert scored_n[-1] and scored_n.sum() == (3 if scored[0] else 1)
+      else:
+        # Both bytes of a character belong to its piece.
+        assert scored_n[-3:].tolist() == [scored[1]] * 3
+
 
 class TestUserDefinedPieces:
   """A sentencepiece model whose trainer was given the ends of turns."""
