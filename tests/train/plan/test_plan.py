@@ -117,7 +117,9 @@ def roberta(tmp_path_factory):
   return ['--checkpoint', str(directory)]
 
 
-@pytest.mark.parametrize('task', ['cola', 'stsb'])
+@pytest.mark.parametrize(
+  'task', ['cola', pytest.param('stsb', marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
   'update', ['WholeTree', pytest.param('Layerwise', marks=pytest.mark.slow)]
 )
