@@ -6,6 +6,7 @@ answers are scored.
 
 Command: python -m train.finetune configs/chat.py --checkpoint DIR
 --corpus.train chats.jsonl
+With LoRA: add --adapter Lora --learning-rate 2e-4; AdamW trains its factors.
 Expected memory: make plan ARGS='configs/chat.py --checkpoint DIR' tells.
 Expected time, expected number: of the checkpoint and the chats.
 """

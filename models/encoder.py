@@ -11,7 +11,7 @@ vocabulary, P positions, K kinds of tokens, C labels, L layers.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -95,6 +95,21 @@ class EncoderConfig:
       raise ValueError(
         f'dropout is a share of the entries in [0, 1), got {self.dropout}'
       )
+
+  causal: ClassVar[bool] = False
+  """Attention reaches later tokens, too."""
+  window: ClassVar[None] = None
+  """Attention reaches all tokens of a text."""
+
+  @property
+  def head_width(self) -> int:
+    """Size of a head."""
+    return self.width // self.num_heads
+
+  @property
+  def kv_heads(self) -> int:
+    """Heads of keys and values."""
+    return self.num_heads
 
   @property
   def first_position(self) -> int:
@@ -365,7 +380,9 @@ class Layers:
   def init(self, key):
     """Fresh parameters; their shapes under `jax.eval_shape`."""
     keys = ('inputs', 'types', 'segments')
-    batch = dict.fromkeys(keys, jnp.zeros((1, 1), jnp.int32))
+    # Of two tokens, if there are as many positions: cuDNN takes no odd number.
+    shape = (1, min(2, self.config.max_length))
+    batch = dict.fromkeys(keys, jnp.zeros(shape, jnp.int32))
     batch['targets'] = jnp.zeros(1, jnp.int32)
     batch['weights'] = jnp.zeros(1, jnp.float32)  # under x64 too
     return Encoder(self.config).init(key, batch)['params']

@@ -69,6 +69,14 @@ _TOKEN_IDS = {
 _CONTROL, _USER_DEFINED = 3, 4
 """Types of tokens that no merge makes: those without text, and others."""
 
+_TOKENS, _MERGES = 'tokenizer.ggml.tokens', 'tokenizer.ggml.merges'
+
+_TAKE = (
+  'take the tokenizer from the directory of transformers that the file was '
+  'made from'
+)
+"""The remedy for a file whose tokenizer cannot be read."""
+
 
 def load(
   file: str | pathlib.Path, *, shardings: PyTree = None, **overrides
@@ -115,6 +123,8 @@ def convert(
   huggingface.check_new(directory)
   reader, fields = _open(file)
   try:
+    # The architecture is checked first: others have other tokenizers.
+    _config(reader, fields)
     tokenizer, words = tokenizer_of(fields)
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from error
@@ -151,10 +161,28 @@ def tokenizer_of(fields: Fields) -> tuple[Any, Fields]:
     raise _no_library('tokenizers') from error
 
   before = _before(fields, tokenizers.pre_tokenizers)
-  tokens = fields['tokenizer.ggml.tokens']
+  for key in (_TOKENS, _MERGES):
+    if key not in fields:
+      raise ValueError(f'{key} is missing: {_TAKE}')
+    if not isinstance(fields[key], list):
+      raise ValueError(f'{key} must be a list, got {fields[key]!r}: {_TAKE}')
+  tokens = fields[_TOKENS]
   vocab = {token: i for i, token in enumerate(tokens)}
-  merges = [tuple(x.split(' ', 1)) for x in fields['tokenizer.ggml.merges']]
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+  merges = [tuple(x.split(' ', 1)) for x in fields[_MERGES]]
+  try:
+    model = tokenizers.models.BPE(vocab, merges)
+  # The library has no exception of its own.
+  except Exception as error:
+    raise ValueError(
+      f'{_MERGES} must join tokens ({error}): {_TAKE}'
+    ) from error
+  for name, i in _token_ids(fields).items():
+    if not 0 <= i < len(tokens):
+      raise ValueError(
+        f'{_TOKEN_IDS[name]} must be below {len(tokens)}, the number of '
+        f'{_TOKENS}, got {i}: {_TAKE}'
+      )
+  tokenizer = tokenizers.Tokenizer(model)
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(before)
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
   kinds = fields.get('tokenizer.ggml.token_type', ())
@@ -192,8 +220,7 @@ def _before(fields, pre_tokenizers):
     if fields.get(key) not in values:
       raise ValueError(
         f'{key} must be {" or ".join(map(repr, values))}, got '
-        f'{fields.get(key)!r}: take the tokenizer from the directory of '
-        'transformers that the file was made from'
+        f'{fields.get(key)!r}: {_TAKE}'
       )
   last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
   return [*known[fields['tokenizer.ggml.pre']], last]
@@ -236,6 +263,12 @@ def _open(file):
     raise ValueError(
       f'{file} must be a whole GGUF file ({error}); fetch it again'
     ) from error
+  if fields.get('split.count', 1) > 1:
+    raise ValueError(
+      f'{file}: split.count must be 1, got {fields["split.count"]}: it is one '
+      'part of a model. Fetch all parts and join them with '
+      '`llama-gguf-split --merge FIRST_PART WHOLE` of llama.cpp'
+    )
   return reader, fields
 
 
@@ -244,7 +277,9 @@ def _load(file, reader, fields, shardings, overrides):
   try:
     config = dataclasses.replace(_config(reader, fields), **overrides)
     tensors = _tensors(reader, config)
-    return config, huggingface.params_of(tensors, config, shardings)
+    return config, huggingface.params_of(
+      tensors, config, shardings, remedy='check llama.block_count in the file'
+    )
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from error
 

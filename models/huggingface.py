@@ -5,13 +5,13 @@ A checkpoint holds one (out, in) matrix for each layer; the models here hold
 (in, out) matrices stacked over layers.
 """
 
+import codecs
 import dataclasses
 import functools
 import json
 import math
 import pathlib
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -46,6 +46,8 @@ _DTYPES = {
 }
 """Types of weights that are read, by the names of safetensors."""
 
+_REMEDY = 'check num_hidden_layers and tie_word_embeddings in config.json'
+
 _PIECE = 2**26
 """Numbers that are read at a time."""
 
@@ -66,11 +68,16 @@ def read_config(directory: str | pathlib.Path) -> AnyConfig:
       f'{file} is missing: a checkpoint is a directory with config.json and '
       f'*.safetensors{_other_kind(file.parent)}'
     )
-  fields = _read_json(file)
+  fields = read_json(file)
   try:
     return huggingface_config.parse(fields)
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from error
+  except (AttributeError, KeyError, TypeError) as error:
+    raise ValueError(
+      f'{file}: a field has another form than transformers writes '
+      f'({type(error).__name__}: {error}): fetch it again'
+    ) from error
 
 
 def load(
@@ -155,12 +162,19 @@ def check_new(directory: str | pathlib.Path) -> None:
 
 
 def copy(source: str | pathlib.Path, directory: str | pathlib.Path) -> None:
-  """Copies config.json and a tokenizer's files, those that are there."""
+  """Copies config.json and the tokenizer's files, as far as they exist.
+
+  Text is written without its byte-order mark, which transformers refuses.
+  """
   pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
   for name in ('config.json', *_OTHERS):
     file = pathlib.Path(source) / name
-    if file.is_file():
-      shutil.copyfile(file, pathlib.Path(directory) / name)
+    if not file.is_file():
+      continue
+    content = file.read_bytes()
+    if file.suffix != '.model':
+      content = content.removeprefix(codecs.BOM_UTF8)
+    (pathlib.Path(directory) / name).write_bytes(content)
 
 
 def params_of(
@@ -168,6 +182,8 @@ def params_of(
   config: AnyConfig,
   shardings: PyTree = None,
   key: jax.Array | None = None,
+  *,
+  remedy: str = _REMEDY,
 ) -> PyTree:
   """Parameters of a model from a checkpoint's tensors.
 
@@ -178,6 +194,7 @@ def params_of(
     config: The `LlamaConfig` or `EncoderConfig` that the tensors must fit.
     shardings: as in `load`.
     key: as in `load`.
+    remedy: for missing and surplus tensors, in the error's message.
 
   Returns:
     Nested dict of `jax.Array`s of type `config.param_dtype`.
@@ -194,7 +211,8 @@ def params_of(
   tensors = _named(tensors, row, expected)
   fresh = _fresh(tensors, names, row)
   names = {path: some for path, some in names.items() if path not in fresh}
-  _check_names(tensors, {name for some in names.values() for name in some})
+  needed = {name for some in names.values() for name in some}
+  _check_names(tensors, needed, remedy)
   for path, some in names.items():
     for name in some:
       expected = _theirs(path, shapes[path].shape)
@@ -358,17 +376,17 @@ def _files(directory):
     raise FileNotFoundError(
       f'{directory} must have {whole.name} or {_INDEX}{_other_kind(directory)}'
     )
-  placed = _read_json(index).get('weight_map')
+  placed = read_json(index).get('weight_map')
   if not isinstance(placed, dict) or not placed:
     raise ValueError(
       f'{index} must have a weight_map, from tensors to files: fetch it again'
     )
-  files = {}
+  found = {}
   for tensor, name in placed.items():
     # The name alone: an index has no say in other directories.
     file = directory / pathlib.PurePath(name).name
-    files.setdefault(file, set()).add(tensor)
-  return dict(sorted(files.items()))
+    found.setdefault(file, set()).add(tensor)
+  return dict(sorted(found.items()))
 
 
 def _other_kind(directory):
@@ -502,15 +520,14 @@ def _names(row, path, num_layers):
   return [row.names[path].format(layer) for layer in range(num_layers)]
 
 
-def _check_names(tensors, expected):
+def _check_names(tensors, expected, remedy):
   missing = sorted(expected - set(tensors))
   surplus = sorted(set(tensors) - expected)
   if missing or surplus:
     raise ValueError(
       'the tensors must be those of the configured model, got missing '
       f'{missing[:4]} and surplus {surplus[:4]} ({len(missing)} and '
-      f'{len(surplus)} in all); check num_hidden_layers and '
-      'tie_word_embeddings in config.json'
+      f'{len(surplus)} in all); {remedy}'
     )
 
 
@@ -564,14 +581,18 @@ def _sourced(source, kind):
   file = source and pathlib.Path(source) / 'config.json'
   if not file or not file.is_file():
     return {}
-  return huggingface_config.for_others(_read_json(file), kind)
+  return huggingface_config.for_others(read_json(file), kind)
 
 
-def _read_json(file):
-  """The object in a file."""
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+  """Returns the JSON object in a file, which may begin with a byte-order mark.
+
+  Raises:
+    ValueError: the file does not contain a JSON object.
+  """
   try:
-    data = json.loads(file.read_text())
-  except ValueError as error:
+    data = json.loads(file.read_bytes().decode('utf-8-sig'))
+  except (ValueError, RecursionError) as error:
     raise ValueError(
       f'{file} must be JSON ({error}): fetch it again'
     ) from error

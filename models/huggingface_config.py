@@ -117,22 +117,64 @@ _DECODES = {
   'is_encoder_decoder': False,
   'add_cross_attention': False,
   'chunk_size_feed_forward': 0,
+  'cross_attention_hidden_size': None,
+  'tie_encoder_decoder': False,
+  'pruned_heads': {},
+  'per_layer_config': {},
+  'use_bfloat16': False,
 }
 
-HARMLESS = {
-  *('bos_token_id', 'eos_token_id', 'pad_token_id', 'unk_token_id'),
-  *('max_position_embeddings', 'max_sequence_length', 'use_cache'),
-  *('transformers_version', 'transformers.js_config', 'is_llama_config'),
-  *('_name_or_path', 'name_or_path', '_attn_implementation', 'pretraining_tp'),
-  *('output_attentions', 'output_hidden_states', 'return_dict', 'id2label'),
-  *('label2id', 'problem_type', 'unsloth_fixed', 'unsloth_version'),
+_GENERATION = {
+  *('assistant_confidence_threshold', 'assistant_lookbehind', 'bad_words_ids'),
+  *('begin_suppress_tokens', 'decoder_start_token_id', 'diversity_penalty'),
+  *('do_sample', 'early_stopping', 'encoder_no_repeat_ngram_size'),
+  *('encoder_repetition_penalty', 'epsilon_cutoff', 'eta_cutoff'),
+  *('exponential_decay_length_penalty', 'forced_bos_token_id'),
+  *('forced_eos_token_id', 'length_penalty', 'max_length', 'max_new_tokens'),
+  *('min_length', 'no_repeat_ngram_size', 'num_assistant_tokens'),
+  *('num_assistant_tokens_schedule', 'num_beam_groups', 'num_beams'),
+  *('num_return_sequences', 'output_scores', 'prefix', 'remove_invalid_values'),
+  *('repetition_penalty', 'return_dict_in_generate', 'suppress_tokens'),
+  *('target_lookbehind', 'task_specific_params', 'temperature', 'top_k'),
+  *('top_p', 'typical_p', 'use_cache'),
 }
+"""Fields that transformers passes on to its generation config."""
+
+_OF_THE_SOURCE = {
+  *('_attn_implementation', '_attn_implementation_autoset'),
+  *('_attn_implementation_internal',),
+  *('_commit_hash', '_experts_implementation', '_flash_attn_2_enabled'),
+  *('_experts_implementation_internal', '_output_attentions', 'auto_map'),
+  *('attn_implementation', 'custom_pipelines', 'experts_implementation'),
+  *('output_past', 'tf_legacy_loss', 'torchscript', 'use_return_dict'),
+  *('xla_device',),
+}
+"""Fields about the program or repository that wrote a config.json.
+
+A copy of the model does not inherit them: `auto_map` names Python files that
+are not copied.
+"""
+
+HARMLESS = (
+  _GENERATION
+  | _OF_THE_SOURCE
+  | {
+    *('bos_token_id', 'eos_token_id', 'pad_token_id', 'unk_token_id'),
+    *('sep_token_id', 'tokenizer_class', 'finetuning_task', 'is_decoder'),
+    *('max_position_embeddings', 'max_sequence_length', 'pretraining_tp'),
+    *('transformers_version', 'transformers.js_config', 'is_llama_config'),
+    *('_name_or_path', 'name_or_path', 'gradient_checkpointing', 'id2label'),
+    *('output_attentions', 'output_hidden_states', 'return_dict', 'label2id'),
+    *('num_labels', 'problem_type', 'tie_last_hidden_states'),
+    *('unsloth_fixed', 'unsloth_version'),
+  }
+)
 """Fields for other programs: no number of the model depends on them."""
 
 _HARMLESS_IN_ENCODERS = {
   # How it is trained, and the shapes that BERT's first poolers could have had.
   *('attention_probs_dropout_prob', 'classifier_dropout'),
-  *('gradient_checkpointing', 'tie_word_embeddings', 'finetuning_task'),
+  *('tie_word_embeddings',),
   *('directionality', 'pooler_fc_size', 'pooler_num_attention_heads'),
   *('pooler_num_fc_layers', 'pooler_size_per_head', 'pooler_type'),
 }
@@ -219,12 +261,12 @@ def model_type(config: AnyConfig) -> str:
 
 
 def for_others(fields: Fields, kind: str) -> Fields:
-  """Returns what of a config.json only other programs read."""
-  return {
-    name: value
-    for name, value in fields.items()
-    if name in HARMLESS and name not in _known(ARCHITECTURES[kind])
-  }
+  """Returns the fields of a config.json that a copy of its model inherits.
+
+  Only other programs read them.
+  """
+  inherited = HARMLESS - _OF_THE_SOURCE - _known(ARCHITECTURES[kind])
+  return {name: x for name, x in fields.items() if name in inherited}
 
 
 def _known(row):

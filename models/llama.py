@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -127,6 +127,9 @@ class LlamaConfig:
         f'num_heads={self.num_heads}, num_kv_heads={self.kv_heads}; choose '
         'a divisor of num_heads'
       )
+
+  causal: ClassVar[bool] = True
+  """Attention does not reach later tokens."""
 
   @property
   def head_width(self) -> int:

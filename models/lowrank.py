@@ -437,7 +437,7 @@ def load_adapter(
   for file in (config, weights):
     if not file.is_file():
       raise FileNotFoundError(f'{file} is missing; it is part of an adapter')
-  fields = json.loads(config.read_text())
+  fields = huggingface.read_json(config)
   _check_peft(config, fields)
   tensors = safetensors.load_file(weights)
   flat, targets = _flatten(params), []

@@ -9,19 +9,19 @@ import contextlib
 import dataclasses
 import io
 import pathlib
-import re
 import runpy
 import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import tyro
 
 from train import run as run_lib
 from train.config import Config, flatten, variants
+from train.method import CLASSES, projects
 from train.run import Run
 
 USAGE = """usage: python -m {program} CONFIG [--KEY VALUE ...]
@@ -80,6 +80,17 @@ def check_least(least: int, **values: int | None) -> None:
       )
 
 
+def add_flag(
+  options: argparse.ArgumentParser, name: str, *, help: str | None = None
+) -> None:
+  """Adds `--NAME` and `--no-NAME`, the latter being the default."""
+  flag = options.add_argument(
+    f'--{name}', action=argparse.BooleanOptionalAction, help=help
+  )
+  # Set afterwards, so that the help does not repeat it.
+  options.set_defaults(**{flag.dest: False})
+
+
 def parse(
   argv: Sequence[str],
   kind: type[Request] = Launch,
@@ -112,7 +123,7 @@ def parse(
         args=rest,
         prog=f'python -m {kind.program} {path}',
         description=describe(kind),
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.AvoidSubcommands,),
       )
   except SystemExit as stop:
     if refused := refusal(stop):
@@ -146,8 +157,8 @@ def source(argv: Sequence[str]) -> Run | None:
   """
   options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   options.add_argument('--run', type=pathlib.Path)
-  options.add_argument('--resume', action='store_true')
-  options.add_argument('--branch', action='store_true')
+  for name in ('resume', 'branch'):
+    add_flag(options, name)
   found, _ = options.parse_known_args(argv)
   if not (found.resume or found.branch) or not argv or argv[0].startswith('-'):
     return None
@@ -203,9 +214,13 @@ def choose(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
 
   Another method comes with its own defaults; what has none must follow, as in
   `--corpus TextFiles --corpus.train 'text/*.txt'`. `--adapter None` is none.
+  An adapter comes with AdamW: the config's method may have a rank for whole
+  weights, which its factors do not reach.
   """
-  rest = list(args)
-  for name, kinds in choices().items():
+  begun = config.adapter
+  kinds_by_name = choices()
+  rest = spelled_apart(args, kinds_by_name)
+  for name, kinds in kinds_by_name.items():
     while f'--{name}' in rest:
       at = rest.index(f'--{name}')
       kind = rest[at + 1] if at + 1 < len(rest) else ''
@@ -217,7 +232,34 @@ def choose(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
         fresh = blank(kinds[kind])
         config = dataclasses.replace(config, **{name: fresh})
       del rest[at : at + 2]
+  named = any(word.startswith('--optimizer') for word in args)
+  if (
+    begun is None
+    and config.adapter is not None
+    and projects(config.optimizer)
+    and not named
+  ):
+    print(
+      f'--adapter {shown(type(config.adapter))} is trained by AdamW instead of '
+      f'{shown(type(config.optimizer))}; --optimizer names another',
+      file=sys.stderr,
+    )
+    config = dataclasses.replace(config, optimizer=CLASSES['AdamW']())
   return config, rest
+
+
+def spelled_apart(args: Sequence[str], names: Iterable[str]) -> list[str]:
+  """Returns arguments with `--NAME=VALUE` as two of them, for these names.
+
+  >>> spelled_apart(['--seed=7', '--steps=9'], ['seed'])
+  ['--seed', '7', '--steps=9']
+  """
+  prefixes = tuple(f'--{name}=' for name in names)
+  return [
+    part
+    for word in args
+    for part in (word.split('=', 1) if word.startswith(prefixes) else [word])
+  ]
 
 
 def choices() -> dict[str, dict[str, type]]:
@@ -258,16 +300,14 @@ def describe(kind: type) -> str:
     f'--{name} {{{",".join(kinds)}}}: another one, with its own defaults.'
     for name, kinds in choices().items()
   ]
+  lines.append('An --adapter is trained by AdamW unless --optimizer is given.')
   return '\n\n'.join([kind.__doc__ or '', *lines])
 
 
 def keys(config: Config, kind: type = Launch) -> list[str]:
   """Returns every key that the command line takes with this config."""
   options = [field.name for field in dataclasses.fields(kind)][1:]
-  values = dict.fromkeys(options) | flatten(config)
-  # What is on can only be switched off.
-  off = lambda name: re.sub(r'(\w+)$', r'no-\1', name)
-  named = [off(x) if value is True else x for x, value in values.items()]
+  named = dict.fromkeys(options) | flatten(config)
   nested = {
     name for name in named if any(x.startswith(f'{name}.') for x in named)
   }

@@ -431,22 +431,30 @@ def from_json(cls: type, data: dict[str, Any]) -> Any:
 
   A field that an older run did not write takes the value of `cls.OLDER_RUNS`,
   or else its default.
+
+  Raises:
+    KeyError, TypeError: a class or a field is of another version.
+    ValueError: a value is refused.
   """
   hints = typing.get_type_hints(cls)
   values = dict(getattr(cls, 'OLDER_RUNS', {}))
 
-  def value_of(value: Any, hint: Any) -> Any:
+  def value_of(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, dict):
       kinds = {kind.__name__: kind for kind in variants(hint)}
+      if value['kind'] not in kinds:
+        raise TypeError(
+          f'{name} must be of {", ".join(kinds)}, got {value["kind"]!r}'
+        )
       return from_json(kinds[value['kind']], value)
     if isinstance(value, list):
       items = next(iter(typing.get_args(hint)), None)
-      return tuple(value_of(x, items) for x in value)
+      return tuple(value_of(name, x, items) for x in value)
     return value
 
   for name, value in data.items():
     if name != 'kind':
-      values[name] = value_of(value, hints[name])
+      values[name] = value_of(name, value, hints.get(name))
   return cls(**values)
 
 

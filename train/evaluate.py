@@ -29,9 +29,16 @@ from train.data import records
 from train.data.batches import bucket, validation_batches
 from train.data.corpus import Indexed
 from train.data.text_files import Texts, expand, index
-from train.data.tokenizer import AnyTokenizer
+from train.data.tokenizer import AnyTokenizer, check_texts
 from train.mesh import Mesh
-from train.model import Model, is_directory, opened, options_of, shared
+from train.model import (
+  Model,
+  is_directory,
+  of_config,
+  opened,
+  options_of,
+  shared,
+)
 from train.run import Run
 from train.task import Batch, Metrics, Text, perplexity, task_of
 
@@ -64,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if window is None:
       window = 512 if is_directory(args.path) else model.window
     texts = {name: documents(name) for name in args.text}
+    for some in texts.values():
+      stream = some.stream(seed=0, repeat=False)
+      check_texts(model.tokenizer, stream, special=False)
     pairs = {
       path: encoded(model.tokenizer, path, some, window)
       for path, some in questions.items()
@@ -128,7 +138,7 @@ def validation(args: argparse.Namespace) -> Metrics:
   )
   task = task_of(config)
   held_out = config.corpus.open('validation')
-  evaluate = task.evaluate(Text(None, held_out, run.tokenizer()))
+  evaluate = task.evaluate(Text(None, held_out, of_config(run, config)))
   params = checkpoint.restore_params(run.checkpoints_path, task, best=args.best)
   return evaluate(params)
 

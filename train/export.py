@@ -18,7 +18,7 @@ from galore_optax.layerwise.weights import is_stored
 from models import huggingface, lowrank
 from models.llama import LlamaConfig
 from train import checkpoint
-from train.command import user_errors
+from train.command import add_flag, user_errors
 from train.data.chats import has_answers
 from train.data.tokenizer import CLOCK, TEMPLATE, AnyTokenizer
 from train.run import Run
@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument('run', type=pathlib.Path, help='directory of the run')
   parser.add_argument('directory', type=pathlib.Path, help='to be made')
-  parser.add_argument(
-    '--newest',
-    action='store_true',
+  add_flag(
+    parser,
+    'newest',
     help='the newest checkpoint (default: the best, if any was validated)',
   )
   parser.add_argument(
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     choices=('float32', 'bfloat16'),
     help="type of the weights (default: the run's)",
   )
-  parser.add_argument(
-    '--adapter',
-    action='store_true',
+  add_flag(
+    parser,
+    'adapter',
     help="the factors of a LoRA alone, in PEFT's format (default: merged)",
   )
   args = parser.parse_args(argv)

@@ -25,7 +25,14 @@ from rich.console import Console
 
 from train import mesh, metrics, training
 from train.classify import spread
-from train.command import Launch, check_least, load, user_errors
+from train.command import (
+  Launch,
+  add_flag,
+  check_least,
+  load,
+  spelled_apart,
+  user_errors,
+)
 from train.step import State
 from train.task import Metrics
 from train.training import Setup
@@ -72,8 +79,8 @@ def of_seeds(argv: Sequence[str]) -> list[Sequence[str]]:
   options.add_argument('--seeds', type=int, default=1)
   options.add_argument('--seed', type=int)
   options.add_argument('--run')
-  options.add_argument('--resume', action='store_true')
-  options.add_argument('--branch', action='store_true')
+  for name in ('resume', 'branch'):
+    add_flag(options, name)
   asked, _ = options.parse_known_args(argv)
   check_least(1, seeds=asked.seeds)
   if asked.seeds == 1:
@@ -86,8 +93,8 @@ def of_seeds(argv: Sequence[str]) -> list[Sequence[str]]:
   first = asked.seed
   if first is None:
     first = load(argv[0]).seed
-  rest = list(argv)
-  if '--seed' in rest:
+  rest = spelled_apart(argv, ['seed'])
+  while '--seed' in rest:
     at = rest.index('--seed')
     del rest[at : at + 2]
   return [

@@ -34,7 +34,9 @@ What differs from there, for the same arguments:
   1e-8 (APOLLO takes betas and epsilon, 1e-8 too). Here a preset's are its
   arguments: `dataclasses.replace(found['optimizer'], weight_decay=0.01)`.
 * Their targets may pick some layers; here a stack of layers is one target, and
-  a pattern that picks some of them is an error.
+  a pattern that picks some of them is an error. Full names of modules must
+  cover every layer up to the highest one, or `num_layers`.
+* A target that matches no linear module is an error here, and ignored there.
 * A rank that does not fit is an error here, and cut there.
 * APOLLO's sketch is made from a seed at each step; `proj=svd` is not here.
 """
@@ -42,7 +44,7 @@ What differs from there, for the same arguments:
 import difflib
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from models import huggingface_config
@@ -50,7 +52,7 @@ from train.config import Layerwise, WholeTree
 from train.method import CLASSES
 
 _LAYERS = 128
-"""Layers whose names are tried: a pattern must pick all or none."""
+"""Layers whose names are tried if no target has the full name of a module."""
 
 
 class _Key(NamedTuple):
@@ -100,9 +102,10 @@ _LAYERWISE = '_layerwise'
 def from_hf_args(
   optim: str,
   optim_args: str | Mapping[str, Any] | None = None,
-  targets: str | Sequence[str] | None = None,
+  targets: str | Iterable[str] | None = None,
   *,
   model_type: str = 'llama',
+  num_layers: int | None = None,
 ) -> dict[str, Any]:
   """Returns fields of `Config` for what `TrainingArguments` say.
 
@@ -115,6 +118,8 @@ def from_hf_args(
       ('model.layers.0.self_attn.q_proj'), 'all-linear', or several strings,
       each a part of a name or such a regex.
     model_type: as in config.json; it names the modules.
+    num_layers: of the model. None counts the layers in full names of modules,
+      and requires other targets to match in every layer of any model.
 
   Returns:
     The fields optimizer and update.
@@ -150,7 +155,8 @@ def from_hf_args(
       'them out'
     )
   if keys:
-    options['targets'] = _paths(targets, model_type)
+    given = targets if isinstance(targets, str) else list(targets)
+    options['targets'] = _paths(given, model_type, num_layers)
   in_backward = optim.endswith(_LAYERWISE) or 'lomo' in optim
   return {
     'optimizer': CLASSES[name](**options),
@@ -201,54 +207,119 @@ def _value(key, text, values):
   raise ValueError(f'optim_args: {key} must be {rule}, got {text!r}')
 
 
-def _paths(targets, model_type):
+def _paths(
+  targets: str | Sequence[str], model_type: str, num_layers: int | None
+) -> tuple[str, ...]:
   """Paths of our kernels whose modules transformers would pick."""
   kinds = huggingface_config.ARCHITECTURES
   if model_type not in kinds:
     raise ValueError(f'model_type must be of {[*kinds]}, got {model_type!r}')
+  if num_layers is not None and num_layers < 1:
+    raise ValueError(f'num_layers must be at least 1, got {num_layers}')
   modules = functools.partial(huggingface_config.linear_modules, model_type)
-  layers = list(map(modules, range(_LAYERS)))
+  count = num_layers or _counted(targets, modules()) or _LAYERS
+  layers = list(map(modules, range(count)))
+  names = {name for layer in layers for name in layer.values()}
+  chosen = _chosen(targets, names, model_type)
   found = [
     path
     for path in modules()
-    if _picked([layer[path] for layer in layers], targets)
+    if _picked([layer[path] for layer in layers], chosen, targets)
   ]
-  if not found:
-    raise ValueError(
-      f'targets {targets!r} match no linear module; a model has '
-      f'{_modules(model_type)}'
-    )
   if len(found) > 1 and found[-1] == 'lm_head/kernel':
     # Where the model is tied there is none, and nothing else to be named.
     found[-2:] = ['|'.join(found[-2:])]
   return tuple(found)
 
 
-def _picked(names, targets):
+def _counted(
+  targets: str | Sequence[str], first: Mapping[str, str]
+) -> int | None:
+  """Number of layers that full names of modules have; None without them.
+
+  Names of layer 0 only are not a count: no model has a single layer.
+
+  >>> modules = huggingface_config.linear_modules('llama')
+  >>> _counted(['model.layers.23.mlp.up_proj', 'q_proj'], modules)
+  24
+  >>> _counted(['mlp', 'layers.3'], modules)
+  """
+  ends = [name.partition('.0.')[2] for name in first.values() if '.0.' in name]
+  full = re.compile(rf'[\w.]*\.(\d+)\.(?:{"|".join(map(re.escape, ends))})')
+  given = [targets] if isinstance(targets, str) else targets
+  # A name may be spelled as a regular expression.
+  matches = [full.fullmatch(target.replace(r'\.', '.')) for target in given]
+  last = max((int(match[1]) for match in matches if match), default=0)
+  return last + 1 if last else None
+
+
+def _chosen(
+  targets: str | Sequence[str], names: set[str], model_type: str
+) -> set[str]:
+  """Names of the modules that transformers picks, by its trainer's rules.
+
+  Raises:
+    ValueError: a target matches no name.
+  """
+  whole = isinstance(targets, str)
+  if whole and targets.replace('_', '-') == 'all-linear':
+    return names
+  found = {
+    target: _matched(target, names, part=not whole)
+    for target in ([targets] if whole else targets)
+  }
+  unmatched = [target for target, some in found.items() if not some]
+  if unmatched or not found:
+    shown = targets if whole or not found else unmatched
+    raise ValueError(
+      f'targets {_shown(shown)} match no linear module; a model has '
+      f'{_modules(model_type)}'
+    )
+  return set().union(*found.values())
+
+
+def _matched(target: str, names: set[str], *, part: bool) -> set[str]:
+  """Names that a target matches; `part` of a name is enough in a list."""
+  # A full name matches itself only, as a regular expression too.
+  if target.replace(r'\.', '.') in names:
+    return {target.replace(r'\.', '.')}
+  try:
+    pattern = re.compile(target)
+  except re.error as error:
+    raise ValueError(
+      f'targets: {target!r} is no regular expression: {error}'
+    ) from error
+  return {
+    name
+    for name in names
+    if (part and target in name) or pattern.fullmatch(name)
+  }
+
+
+def _picked(
+  names: Sequence[str], chosen: set[str], targets: str | Sequence[str]
+) -> bool:
   """Whether a module is picked in every layer, or in none."""
-  picked = [_matches(name, targets) for name in names]
+  picked = [name in chosen for name in names]
   if any(picked) and not all(picked):
     raise ValueError(
-      f'targets must pick a module of all layers or of none, got {targets!r}, '
-      f'which picks {names[picked.index(True)]} but not '
-      f'{names[picked.index(False)]}; a stack of layers is one target here'
+      'targets must pick a module of all layers or of none, got '
+      f'{_shown(targets)}, which picks {names[picked.index(True)]} but not '
+      f'{names[picked.index(False)]}; a stack of layers is one target here. '
+      'Give num_layers if the model has fewer layers'
     )
   return picked[0]
 
 
-def _matches(name, targets):
-  """Whether transformers takes a linear module, by its trainer's rules."""
-  try:
-    if isinstance(targets, str):
-      is_all = targets.replace('_', '-') == 'all-linear'
-      return is_all or re.fullmatch(targets, name) is not None
-    return any(
-      target in name or re.fullmatch(target, name) for target in targets
-    )
-  except re.error as error:
-    raise ValueError(
-      f'targets: {error.pattern!r} is no regular expression: {error}'
-    ) from error
+def _shown(targets: str | Sequence[str]) -> str:
+  """Targets in words, the first four of many.
+
+  >>> _shown(['a', 'b', 'c', 'd', 'e', 'f'])
+  "['a', 'b', 'c', 'd'] and 2 more"
+  """
+  if isinstance(targets, str) or len(targets) <= 4:
+    return repr(targets)
+  return f'{list(targets[:4])!r} and {len(targets) - 4} more'
 
 
 def _modules(model_type):

@@ -367,6 +367,16 @@ Optimizer = functools.reduce(operator.or_, CLASSES.values())
 """What `Config.optimizer` may be."""
 
 
+def projects(optimizer: Any) -> bool:
+  """Returns whether a method has a rank or a density to project with.
+
+  >>> projects(CLASSES['Galore']()), projects(CLASSES['AdamW']())
+  (True, False)
+  """
+  names = {field.name for field in dataclasses.fields(optimizer)}
+  return not names.isdisjoint({'rank', 'density'})
+
+
 def limit_growth(limit: float) -> optax.GradientTransformation:
   """Scales gradients so that no norm grows by more than `limit` in a step.
 

@@ -3,7 +3,6 @@
 `train.sample` and `train.evaluate` open what they are given here.
 """
 
-import json
 import pathlib
 from argparse import ArgumentParser
 from typing import Any, NamedTuple
@@ -13,6 +12,8 @@ import numpy as np
 from models import huggingface
 from models.llama import Layers, LlamaConfig
 from train import checkpoint
+from train.command import add_flag
+from train.config import Config
 from train.data import tokenizer as tokenizers
 from train.data.tokenizer import AnyTokenizer
 from train.run import Run
@@ -38,9 +39,9 @@ def options_of(program: str, description: str | None) -> ArgumentParser:
     type=pathlib.Path,
     help='directory of a run, or of a model of transformers',
   )
-  options.add_argument(
-    '--best',
-    action='store_true',
+  add_flag(
+    options,
+    'best',
     help='the checkpoint of the best validation of a run (default: newest)',
   )
   return options
@@ -69,13 +70,13 @@ def is_directory(path: pathlib.Path) -> bool:
   """
   file = path / 'config.json'
   try:
-    fields = json.loads(file.read_text())
+    fields = huggingface.read_json(file)
   except (OSError, ValueError):
     fields = None
     if (path / 'checkpoints').is_dir():
       return False
   for name, found in (('model_type', True), ('kind', False)):
-    if isinstance(fields, dict) and name in fields:
+    if fields is not None and name in fields:
       return found
   raise FileNotFoundError(
     f'{path} is not a run (config.json and checkpoints/, as train.pretrain '
@@ -92,7 +93,17 @@ def of_run(run: Run, best: bool) -> Model:
     run.checkpoints_path, language_model(config), best=best
   )
   layers, window = stored_layers(config), config.sequence_length
-  return Model(layers, params, run.tokenizer(), window)
+  return Model(layers, params, of_config(run, config), window)
+
+
+def of_config(run: Run, config: Config) -> AnyTokenizer:
+  """Returns the tokenizer of a run, for the rows that its model has."""
+  return tokenizers.fitted(
+    run.tokenizer(),
+    config.model.vocab_size,
+    origin=str(run.directory),
+    remedy='restore the tokenizer that the run was saved with',
+  )
 
 
 def of_directory(path: pathlib.Path) -> Model:
@@ -100,14 +111,14 @@ def of_directory(path: pathlib.Path) -> Model:
   tokenizer = tokenizers.load(path)
   config = huggingface.read_config(path)
   check_writes(path, config)
-  if tokenizer.vocab_size > config.vocab_size:
-    raise ValueError(
-      f'the tokenizer of {path} must have at most vocab_size='
-      f'{config.vocab_size} ids, got {tokenizer.vocab_size}: it is that of '
-      'another model'
-    )
+  tokenizer = tokenizers.fitted(
+    tokenizer,
+    config.vocab_size,
+    origin=str(path),
+    remedy='copy the tokenizer of this model into it',
+  )
   config, params = huggingface.load(path)
-  fields = json.loads((path / 'config.json').read_text())
+  fields = huggingface.read_json(path / 'config.json')
   window = fields.get('max_position_embeddings') or 2048
   return Model(Layers(config), params, tokenizer, window)
 

@@ -12,7 +12,7 @@ from typing import Any
 from models import huggingface
 from train import checkpoint
 from train.config import Config, differences, from_json, to_json
-from train.data.tokenizer import AnyTokenizer, load
+from train.data.tokenizer import SPACES, AnyTokenizer, load
 
 FREE = (
   *('save_every', 'save_minutes', 'eval_every', 'eval_batches'),
@@ -122,8 +122,20 @@ class Run:
       ) from error
 
   def tokenizer(self) -> AnyTokenizer:
-    """Reads the tokenizer, whose chat template is that of the run."""
+    """Reads the tokenizer, whose chat template is that of the run.
+
+    A line on standard error names what has changed since an older version wrote
+    the run.
+    """
     found = load(self.directory)
+    if SPACES in found.files and not (self.directory / SPACES).is_file():
+      print(
+        f'{self.directory} is of an older version, which put a space behind '
+        'every special token and ignored user-defined pieces and eos_token: '
+        'ids of its sentencepiece model are now those of transformers, and may '
+        'differ',
+        file=sys.stderr,
+      )
     if found.chat_template is not None:
       # The file that the config names may be another one by now.
       found.chat_template.is_settled = True

@@ -21,7 +21,7 @@ import numpy as np
 
 from models.llama import Layers
 from train import machine
-from train.command import check_least, user_errors
+from train.command import add_flag, check_least, user_errors
 from train.data.batches import bucket
 from train.data.chats import variables_of
 from train.data.tokenizer import AnyTokenizer
@@ -432,9 +432,9 @@ def parser() -> argparse.ArgumentParser:
     default=[],
     help='text to continue; several times, to continue several at once',
   )
-  options.add_argument(
-    '--chat',
-    action='store_true',
+  add_flag(
+    options,
+    'chat',
     help='answer the lines of standard input, with the template of the model; '
     'Ctrl-D ends it',
   )

@@ -28,6 +28,7 @@ from train import adapter as adapter_lib
 from train import mesh as mesh_lib
 from train import subspace
 from train.config import Config, WholeTree
+from train.method import projects
 from train.task import Batch, Loss, Mask, PyTree, Task, everything
 
 Init: TypeAlias = Callable[[jax.Array], 'State']
@@ -68,13 +69,27 @@ def build(config: Config, task: Task) -> tuple[Init, Step]:
   if config.learning_rate == 0:
     step = motionless(step)
   step = with_health(with_adapter(with_rates(step, config), config))
-  return lambda key: init(task.init(key), tx, trained), step
+  start = starter(config, task)
+  return lambda key: start(task.init(key)), step
 
 
 def starter(config: Config, task: Task) -> Callable[[PyTree], 'State']:
   """Returns `parameters -> state` before the first update."""
   tx = optimizer_of(config, task)
-  return lambda params: init(params, tx, task.trained)
+
+  def start(params: PyTree) -> 'State':
+    try:
+      return init(params, tx, task.trained)
+    except ValueError as error:
+      if config.adapter is None or not projects(config.optimizer):
+        raise
+      raise ValueError(
+        f'{error}. With adapter {type(config.adapter).__name__} the optimizer '
+        f'trains factors of rank {config.adapter.rank}: take --optimizer '
+        'AdamW, or a rank and targets that fit them'
+      ) from error
+
+  return start
 
 
 def optimizer_of(config: Config, task: Task) -> Any:

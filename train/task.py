@@ -82,6 +82,8 @@ class Task:
   """What a weight of 1 counts."""
   score: Callable[[Metrics], float] = lambda found: found['loss']
   """A number of a validation; the lowest is the best."""
+  inputs: Callable[[], Batch] | None = None
+  """Shapes of the largest batch that `batches` makes; a plan needs them."""
   read: Callable[[jax.Array], PyTree] | None = None
   """As `init`, from the config's checkpoint; what that lacks is drawn."""
   large: tuple[str, ...] = ()
@@ -187,6 +189,7 @@ def language_model(config: Config) -> Task:
       seed=config.seed,
     ),
     unit='tokens',
+    inputs=lambda: text_shapes(config),
     # A tied model has one of them.
     large=('embed/embedding', 'lm_head/kernel'),
     trained=functools.partial(trained, config),
@@ -241,10 +244,37 @@ def classification(config: Config) -> Task:
       seed=config.seed,
     ),
     unit='examples',
+    inputs=lambda: labelled_shapes(config),
     score=lambda found: -found[metric],
     large=('embed/tokens/embedding',),
     trained=functools.partial(trained, config),
   )
+
+
+def text_shapes(config: Config) -> Batch:
+  """Returns the shapes of a language model's batch."""
+  shape = config.batch_size, config.sequence_length
+  tokens = dict.fromkeys(INPUTS, jax.ShapeDtypeStruct(shape, np.int32))
+  return tokens | {'weights': jax.ShapeDtypeStruct(shape, np.float32)}
+
+
+def labelled_shapes(config: Config) -> Batch:
+  """Returns the shapes of a classifier's batch of the longest rows.
+
+  A row has no more tokens than the model has positions.
+  """
+  model, rows = config.model, config.batch_size
+  length = min(config.sequence_length, model.max_length)
+  tokens = jax.ShapeDtypeStruct((rows, length), np.int32)
+  label = np.float32 if model.num_labels == 1 else np.int32
+  shapes = {
+    **dict.fromkeys(('inputs', 'types', 'segments'), tokens),
+    'targets': jax.ShapeDtypeStruct((rows,), label),
+    'weights': jax.ShapeDtypeStruct((rows,), np.float32),
+  }
+  if model.dropout > 0:
+    shapes['noise'] = jax.ShapeDtypeStruct((rows, 2), np.uint32)
+  return shapes
 
 
 def check_metric(metric: str, num_labels: int) -> None:

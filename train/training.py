@@ -26,10 +26,16 @@ from train.command import Launch, parse, source, user_errors
 from train.config import Config, differences
 from train.data.chats import Dialogues
 from train.data.corpus import Documents
-from train.data.tokenizer import AnyTokenizer, load, train_tokenizer
+from train.data.tokenizer import (
+  AnyTokenizer,
+  fitted,
+  load,
+  train_tokenizer,
+)
+from train.model import of_config
 from train.run import Run
 from train.step import State
-from train.task import Task, Text, task_of
+from train.task import Metrics, PyTree, Task, Text, task_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Setup:
   """Where each array of the state lives."""
   text: Text
   batches: grain.DatasetIterator
+  validate: Callable[[PyTree], Metrics]
+  """Parameters to the metrics of the validation split."""
   memory: Table
   warnings: tuple[str, ...]
   """Warnings about data that the model would not learn as they mean it."""
@@ -145,7 +153,7 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
   documents = config.corpus.open('train')
   held_out = config.corpus.open('validation')
   tokenizer = (
-    found.tokenizer() if found else prepare_tokenizer(config, documents)
+    of_config(found, config) if found else prepare_tokenizer(config, documents)
   )
   text = Text(documents, held_out, tokenizer)
   # Both splits, so that no chat is refused first in the midst of a run.
@@ -161,6 +169,7 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
     places=places,
     text=text,
     batches=task.batches(text),
+    validate=task.evaluate(text),
     memory=memory,
     warnings=tuple(warnings),
     launch=launch,
@@ -198,12 +207,12 @@ def prepare_tokenizer(config: Config, documents: Documents) -> AnyTokenizer:
     sample = documents.stream(seed=0, repeat=False)
     tokenizer = train_tokenizer(sample, vocab_size=vocab_size)
   else:
-    tokenizer = load(path)
-  if tokenizer.vocab_size > vocab_size:
-    raise ValueError(
-      f'model.vocab_size must be at least {tokenizer.vocab_size}, the number '
-      f'of ids in {path}, got {vocab_size}'
-    )
+    remedy = 'raise model.vocab_size, or name another with --tokenizer'
+    if config.checkpoint is not None:
+      remedy = (
+        'name a directory with the tokenizer of this model by --tokenizer'
+      )
+    tokenizer = fitted(load(path), vocab_size, origin=path, remedy=remedy)
   if isinstance(documents, Dialogues):
     return documents.templated(tokenizer, mesh_lib.clock())
   return tokenizer
@@ -288,7 +297,7 @@ def train(
       config,
       step=setup.step,
       batches=setup.batches,
-      validate=task.evaluate(setup.text),
+      validate=setup.validate,
       save=lambda state, score: checkpoint.save(
         manager, state, setup.batches, config, score
       ),

@@ -171,6 +171,26 @@ _BROKEN = {
     _write('config.json', b'\xff\xfe{}'),
     r'DIR/config\.json must be JSON .*utf-8.*: fetch it',
   ),
+  'config.json is UTF-16': (
+    _write('config.json', '{}'.encode('utf-16')),
+    r"DIR/config\.json must be JSON \('utf-8' codec .*: fetch it again",
+  ),
+  'config.json is nested deep': (
+    _write('config.json', b'{"a":' * 100_000),
+    r'DIR/config\.json must be JSON \(.*recursion.*: fetch it again',
+  ),
+  'the rope is text': (
+    _set(rope_scaling='linear'),
+    r"DIR/config\.json: a field has another form .*'str' .*: fetch it again",
+  ),
+  'the dtype is an object': (
+    _set(torch_dtype={'': 'float16'}),
+    r'DIR/config\.json: a field has another form .*dict.*: fetch it again',
+  ),
+  'the model_type is a list': (
+    _set(model_type=['llama']),
+    r'DIR/config\.json: a field has another form .*list.*: fetch it again',
+  ),
   'another model_type': (
     _set(model_type='gpt2'),
     r"config\.json: model_type must be one of .*, got 'gpt2'",

@@ -188,6 +188,26 @@ def _field(key, value):
   return change
 
 
+def _without(*keys):
+  """A change of a file that takes fields out."""
+
+  def change(writer):
+    for part in writer.kv_data:
+      for key in keys:
+        part.pop(key, None)
+
+  return change
+
+
+def _one_part(writer):
+  """A change of a file to the second part of three: it has no other fields."""
+  for part in writer.kv_data:
+    for key in [key for key in part if key.startswith(('llama', 'tokenizer'))]:
+      del part[key]
+  writer.add_uint16('split.no', 1)
+  writer.add_uint16('split.count', 3)
+
+
 def _rows(name, shape):
   """A change of a file that adds a tensor, or replaces it."""
 
@@ -217,7 +237,10 @@ def _rows(name, shape):
     ),
     (_field('llama.odd', 4), 'llama.odd is not known, got 4'),
     (_field('llama.feed_forward_length', [1, 2]), r'one number.*got \[1, 2\]'),
-    (_field('llama.block_count', 3), r"missing \['model.layers.2"),
+    (
+      _field('llama.block_count', 3),
+      r"missing \['model.layers.2.*check llama.block_count in the file$",
+    ),
     (_rows('rope_freqs.weight', 4), 'tensor rope_freqs.weight belongs to no'),
     (_rows('blk.0.attn_q.bias', 32), 'tensor blk.0.attn_q.bias belongs to no'),
     (
@@ -229,6 +252,19 @@ def _rows(name, shape):
     (_field('tokenizer.ggml.model', 'llama'), "must be 'gpt2', got 'llama'"),
     (_field('tokenizer.ggml.pre', 'x'), "'gpt-2' or 'smollm', got 'x': take"),
     (_field('tokenizer.ggml.add_bos_token', True), 'False or None, got True'),
+    (_without('tokenizer.ggml.merges'), 'ggml.merges is missing: take the tok'),
+    (_without('tokenizer.ggml.tokens'), 'ggml.tokens is missing: take the tok'),
+    (_without('tokenizer.ggml.model'), "ggml.model must be 'gpt2', got None"),
+    (_without('general.architecture'), 'architecture must be llama, got None'),
+    (_without('llama.block_count'), r'llama\.block_count is missing'),
+    (_field('tokenizer.ggml.tokens', 'a'), "tokens must be a list, got 'a'"),
+    (_field('tokenizer.ggml.merges', ['i q q']), 'merges must join tokens'),
+    (
+      _field('tokenizer.ggml.eos_token_id', 267),
+      'eos_token_id must be below 267, the .* got 267: take',
+    ),
+    (_one_part, r'split\.count must be 1, got 3.*llama-gguf-split --merge'),
+    (_field('split.count', 2), 'split.count must be 1, got 2: it is one part'),
   ],
 )
 def test_what_is_not_implemented_is_named(tmp_path, change, message):
@@ -236,6 +272,22 @@ def test_what_is_not_implemented_is_named(tmp_path, change, message):
   with pytest.raises(ValueError, match=rf'a\.gguf: .*{message}'):
     gguf.convert(tmp_path / 'a.gguf', tmp_path / 'b')
   assert not (tmp_path / 'b').exists()
+
+
+def test_another_architecture_is_named_before_its_tokenizer(tmp_path):
+  def change(writer):
+    _field('general.architecture', 'gemma')(writer)
+    _field('tokenizer.ggml.model', 'llama')(writer)
+
+  _write(tmp_path / 'a.gguf', change=change)
+  with pytest.raises(ValueError, match="must be llama, got 'gemma'"):
+    gguf.convert(tmp_path / 'a.gguf', tmp_path / 'b')
+
+
+def test_one_part_of_a_model_is_named_when_it_is_loaded(tmp_path):
+  _write(tmp_path / 'a.gguf', change=_one_part)
+  with pytest.raises(ValueError, match=r'split\.count must be 1, got 3'):
+    gguf.load(tmp_path / 'a.gguf')
 
 
 def test_a_quantization_that_the_library_lacks_is_named(tmp_path, monkeypatch):

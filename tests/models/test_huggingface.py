@@ -1,5 +1,6 @@
 """The names, layouts and files of checkpoints, without the other framework."""
 
+import codecs
 import dataclasses
 import json
 import operator
@@ -7,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -271,6 +273,30 @@ def test_the_tokenizer_and_what_is_for_others_come_from_the_source(
   assert fields['eos_token_id'] == 7
   assert fields['max_position_embeddings'] == 99
   assert fields['rope_theta'] == config.rope_theta
+
+
+def test_a_byte_order_mark_is_read_and_not_copied(tmp_path):
+  config, params = _config(), _params(_config())
+  source = tmp_path / 'a'
+  huggingface.save(source, config, params, max_shard_bytes=999)
+  names = ('config.json', 'model.safetensors.index.json')
+  words = '{"eos_token": "\u00e9"}'
+  (source / 'tokenizer_config.json').write_text(words, 'utf-8')
+  for name in (*names, 'tokenizer_config.json'):
+    text = (source / name).read_text('utf-8')
+    (source / name).write_text(text, 'utf-8-sig')
+  # The content of other files is not text.
+  (source / 'tokenizer.model').write_bytes(codecs.BOM_UTF8)
+  found, loaded = huggingface.load(source)
+  assert found == config
+  chex.assert_trees_all_equal(loaded, params)
+  huggingface.save(tmp_path / 'b', config, params, source=source)
+  text = (tmp_path / 'b/tokenizer_config.json').read_bytes()
+  assert text == words.encode()
+  assert (tmp_path / 'b/tokenizer.model').read_bytes() == codecs.BOM_UTF8
+  huggingface.copy(source, tmp_path / 'c')
+  for name in ('config.json', 'tokenizer_config.json'):
+    json.loads((tmp_path / 'c' / name).read_text())
 
 
 def test_a_checkpoint_is_not_written_over_another(saved):

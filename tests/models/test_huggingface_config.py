@@ -175,9 +175,79 @@ def test_windows(fields, window):
   assert huggingface_config.parse(fields).window == window
 
 
+# What transformers 4 wrote of itself, of a repository and of generation.
+_OF_OTHERS = {
+  '_attn_implementation_autoset': True,
+  '_commit_hash': 'c1899de289a04d12100db370d81485cdf75e47ca',
+  '_flash_attn_2_enabled': True,
+  '_name_or_path': 'somebody/model',
+  'attn_implementation': 'sdpa',
+  'auto_map': {'AutoConfig': 'configuration_mine.MyConfig'},
+  'bad_words_ids': [[1]],
+  'begin_suppress_tokens': [1],
+  'custom_pipelines': {'mine': {}},
+  'decoder_start_token_id': 0,
+  'do_sample': True,
+  'finetuning_task': 'mnli',
+  'gradient_checkpointing': True,
+  'is_decoder': True,
+  'max_length': 4096,
+  'num_beams': 4,
+  'num_labels': 3,
+  'output_past': True,
+  'prefix': 'a',
+  'repetition_penalty': 1.1,
+  'sep_token_id': 3,
+  'task_specific_params': {'text-generation': {'max_length': 50}},
+  'temperature': 0.6,
+  'tf_legacy_loss': True,
+  'tokenizer_class': 'LlamaTokenizer',
+  'top_k': 20,
+  'torchscript': True,
+}
+# The values that it wrote of what changes the model, which change nothing.
+_UNSET = {
+  'cross_attention_hidden_size': None,
+  'pruned_heads': {},
+  'tie_encoder_decoder': False,
+  'use_bfloat16': False,
+  'per_layer_config': {},
+}
+
+
+@pytest.mark.parametrize('name', _OF_OTHERS | _UNSET)
+def test_a_field_of_other_programs_is_ignored(name):
+  fields = {**_LLAMA, name: (_OF_OTHERS | _UNSET)[name]}
+  assert huggingface_config.parse(fields) == huggingface_config.parse(_LLAMA)
+  if name != 'is_decoder':
+    fields = {**_BERT, name: (_OF_OTHERS | _UNSET)[name]}
+    expected = 3 if name == 'num_labels' else 2
+    assert huggingface_config.parse(fields) == dataclasses.replace(
+      huggingface_config.parse(_BERT), num_labels=expected
+    )
+
+
+def test_a_copy_does_not_inherit_what_holds_for_the_source():
+  found = huggingface_config.for_others(_LLAMA | _OF_OTHERS, 'llama')
+  assert {'eos_token_id', 'temperature', 'tokenizer_class'} <= set(found)
+  assert found.keys().isdisjoint(
+    {'auto_map', '_commit_hash', '_flash_attn_2_enabled', 'hidden_size'}
+    | {'_attn_implementation_autoset', 'custom_pipelines'}
+  )
+
+
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
+    (
+      {'pruned_heads': {'0': [1]}},
+      r"pruned_heads must be {}, got {'0': \[1\]}",
+    ),
+    ({'tie_encoder_decoder': True}, 'tie_encoder_decoder must be False, got T'),
+    ({'use_bfloat16': True}, 'use_bfloat16 must be False, got True'),
+    ({'cross_attention_hidden_size': 8}, 'hidden_size must be None, got 8'),
+    ({'per_layer_config': {'1': {}}}, "per_layer_config must be {}, got {'1'"),
+    ({'_sliding_window_pattern': 6}, '_sliding_window_pattern is not impl'),
     ({'model_type': 'gemma'}, "one of llama, mistral, .* got 'gemma'"),
     ({'architectures': ['LlamaForX']}, r"architectures .*got \['LlamaForX'\]"),
     ({'hidden_act': 'gelu'}, "hidden_act must be 'silu', got 'gelu'"),

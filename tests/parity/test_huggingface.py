@@ -1,6 +1,7 @@
 """Checkpoints from and to transformers, for every architecture."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
-from models import huggingface  # noqa: E402
+from models import huggingface, huggingface_config  # noqa: E402
 from models.llama import Layers  # noqa: E402
 from tests.parity.reference import perturb  # noqa: E402
 
@@ -137,3 +138,14 @@ def test_transformers_reads_what_is_written(kind, dtype, tmp_path):
   for name, weight in ours.state_dict().items():
     assert torch.equal(weight, weights[name])
   assert torch.equal(_logits(ours, _batch()), _logits(theirs, _batch()))
+
+
+@pytest.mark.parametrize('kind', [*_CASES, 'Bert', 'Roberta'])
+def test_all_that_a_config_can_say_of_other_programs_is_read(kind):
+  theirs = getattr(transformers, f'{kind}Config')()
+  # What it has beside is what a config could hold before version 5.
+  others = transformers.GenerationConfig._get_default_generation_params()
+  fields = json.loads(theirs.to_json_string(use_diff=False))
+  expected = huggingface_config.parse(fields)
+  assert huggingface_config.parse(others | fields) == expected
+  assert 'temperature' in others and 'use_cache' in others

@@ -1,6 +1,7 @@
 """Tokenizers and chat templates against transformers', on the same files."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -24,8 +25,10 @@ from tests.train.data.tiny import (  # noqa: E402
   THINK_OR_NOT,
   TOOLS,
   VICUNA,
+  added,
   write,
   write_other,
+  write_sentencepiece,
 )
 from train.data.chats import Chats  # noqa: E402
 from train.data.template import ChatTemplate  # noqa: E402
@@ -131,6 +134,116 @@ def test_other_kinds(tmp_path, kind):
   for text in DOCUMENTS:
     expected = theirs(text, add_special_tokens=False).input_ids
     assert ours.encode(text).tolist() == expected
+
+
+_LLAMA = {
+  **{'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>'},
+  'tokenizer_class': 'LlamaTokenizer',
+}
+_ANY = {name: x for name, x in _LLAMA.items() if name != 'tokenizer_class'}
+_TURNS = {'user_defined_symbols': ['<|im_start|>', '<|im_end|>']}
+_TURN = '<|im_end|>'
+
+# tokenizer_config.json, options of the trainer, model_type.
+_PIECES = {
+  'legacy': (_LLAMA | {'legacy': True}, {}, 'llama'),
+  'not legacy': (_LLAMA | {'legacy': False}, {}, 'llama'),
+  'legacy unsaid': (_LLAMA, {}, 'llama'),
+  'fast': (
+    _LLAMA | {'tokenizer_class': 'LlamaTokenizerFast', 'legacy': False},
+    *({}, 'llama'),
+  ),
+  'no space': (_LLAMA | {'add_prefix_space': False}, {}, 'llama'),
+  'no space in the model': (_LLAMA, {'add_dummy_prefix': False}, 'llama'),
+  'user-defined': (_LLAMA | {'legacy': False}, _TURNS, 'llama'),
+  'user-defined, legacy': (_LLAMA | {'legacy': True}, _TURNS, 'llama'),
+  'user-defined and named': (
+    _LLAMA | {'extra_special_tokens': _TURNS['user_defined_symbols']},
+    *(_TURNS, 'llama'),
+  ),
+  'another class, legacy': (_LLAMA | {'legacy': True}, _TURNS, 'mistral'),
+  'another class': (_LLAMA | {'legacy': False}, _TURNS, 'mistral'),
+  'no class': (_ANY, _TURNS, 'llama'),
+  'no class, not legacy': (_ANY | {'legacy': False}, {}, 'llama'),
+  'no class, no space': (_ANY, {'add_dummy_prefix': False}, 'llama'),
+  'no settings': (None, {}, 'llama'),
+  'added': (
+    _LLAMA | added({'<|im_start|>': {}, _TURN: {}}) | {'legacy': False},
+    *({}, 'llama'),
+  ),
+  'added, legacy': (
+    _LLAMA | added({'<|im_start|>': {}, _TURN: {}}) | {'legacy': True},
+    *({}, 'llama'),
+  ),
+  'takes space after': (_LLAMA | added({_TURN: {'rstrip': True}}), {}, 'llama'),
+  'takes space before': (
+    _LLAMA | added({_TURN: {'lstrip': True}}),
+    *({}, 'llama'),
+  ),
+  'a word': (
+    _LLAMA | added({'tool': {'single_word': True, 'special': False}}),
+    *({}, 'llama'),
+  ),
+  'not special': (_LLAMA | added({'<tool>': {'special': False}}), {}, 'llama'),
+  'the end is added': (
+    _LLAMA | added({_TURN: {}}) | {'eos_token': _TURN},
+    *({}, 'llama'),
+  ),
+  'normalized': (
+    _ANY,
+    {
+      'normalization_rule_name': 'nmt_nfkc',
+      'remove_extra_whitespaces': True,
+    },
+    'llama',
+  ),
+  'unigram': (None, {'model_type': 'unigram'}, 'llama'),
+  'unigram, not legacy': (
+    _ANY | {'legacy': False},
+    *({'model_type': 'unigram'}, 'llama'),
+  ),
+}
+_PIECE_TEXTS = (
+  *('', ' ', 'The dog', ' The dog', '  two', '\n a', 'a\u2581b', '\u2581a'),
+  *('<s>The dog</s>The fox', 'a</s> b', 'a</s>  b', '</s>  b', 'dog</s>\nfox'),
+  *('<unk>a', 'a<|im_end|>b', 'a <|im_end|>  b', ' <|im_end|> <|im_end|> '),
+  *('x <tool> y', 'x<tool>y', 'toolx tool y', 'ta\ufb01'),
+  '<|im_start|>user\nfox<|im_end|>\n<|im_start|>assistant\nHi \u00e9'
+  '\U0001f600\u4e2d<|im_end|>',
+)
+
+
+@pytest.mark.parametrize('name', _PIECES)
+def test_ids_of_sentencepiece_are_equal(tmp_path, name):
+  settings, trainer, model_type = _PIECES[name]
+  write_sentencepiece(tmp_path, settings, **trainer)
+  config = {'model_type': model_type}
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  ours = load(tmp_path)
+  for text in _PIECE_TEXTS:
+    expected = theirs(text, add_special_tokens=False).input_ids
+    assert ours.encode(text, special=True).tolist() == expected, text
+    assert ours.decode(expected) == theirs.decode(
+      expected, skip_special_tokens=True
+    )
+  assert (ours.vocab_size, ours.eos_id) == (len(theirs), theirs.eos_token_id)
+
+
+def test_the_command_for_a_vocabulary_makes_a_tokenizer(tmp_path):
+  words = '[PAD] [UNK] [CLS] [SEP] [MASK] the lazy dog ##s'.split()
+  (tmp_path / 'vocab.txt').write_text('\n'.join(words))
+  (tmp_path / 'config.json').write_text('{"model_type": "bert"}')
+  with pytest.raises(FileNotFoundError) as error:
+    load(tmp_path)
+  *_, python, option, code = shlex.split(str(error.value))
+  assert (python, option) == ('python', '-c')
+  exec(code, {})
+  ours = load(tmp_path)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  text = 'The lazy dogs'
+  expected = theirs(text, add_special_tokens=False).input_ids
+  assert ours.encode(text).tolist() == expected == [5, 6, 7, 8]
 
 
 def test_named_templates_and_files(tmp_path):

@@ -344,6 +344,57 @@ def test_the_command_line_names_an_adapter(tmp_path):
     said('--adapter', 'Dora')
 
 
+def test_an_adapter_comes_with_adamw_unless_an_optimizer_is_named(
+  tmp_path, capsys
+):
+  path = program.write_config(tmp_path)
+  said = lambda *options: parse([path, *options]).config.optimizer
+  for adapter in ('Lora', 'Relora', 'Factored'):
+    assert said('--adapter', adapter) == AdamW()
+    assert f'--adapter {adapter} is trained by AdamW' in capsys.readouterr().err
+  own = said()
+  for options in (
+    ['--optimizer', 'Galore'],
+    ['--optimizer=Galore'],
+    ['--optimizer.rank', '4'],
+  ):
+    assert said('--adapter', 'Lora', *options) == own
+  # An optimizer without a rank trains factors as it trains anything.
+  assert said('--optimizer', 'Adam8bit', '--adapter', 'Lora') == Adam8bit()
+  # The config of a resumed run has the adapter already.
+  tuned = changed(adapter=Lora(), optimizer=Galore(rank=2))
+  again = parse([path, '--adapter', 'Lora'], default=lambda _: tuned)
+  assert again.config == tuned
+  assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize('update', UPDATES)
+@pytest.mark.parametrize(
+  'optimizer, match',
+  [
+    (Galore(rank=16), 'rank 16 projects no parameter'),
+    (Galore(rank=3, targets=('.*/q/kernel',)), 'match no parameter'),
+    (Galore(rank=4, targets=('.*/q/lora_a',)), r'rank must be in 1\.\.3 for'),
+  ],
+)
+def test_an_optimizer_that_cannot_project_factors_names_adamw(
+  optimizer, match, update
+):
+  config = changed(optimizer=optimizer, update=update)
+  init, _ = step_lib.build(config, language_model(config))
+  with pytest.raises(ValueError, match=match) as error:
+    jax.eval_shape(init, jax.random.key(0))
+  assert 'factors of rank 3: take --optimizer AdamW' in str(error.value)
+
+
+def test_without_factors_no_other_optimizer_is_named():
+  config = changed(optimizer=Galore(rank=16), adapter=None)
+  init, _ = step_lib.build(config, language_model(config))
+  with pytest.raises(ValueError, match='rank 16 projects no') as error:
+    jax.eval_shape(init, jax.random.key(0))
+  assert 'AdamW' not in str(error.value)
+
+
 @pytest.mark.parametrize(
   'options, match',
   [

@@ -83,6 +83,39 @@ def test_what_can_be_learned_is(config):
   assert task.score(after) == -after['accuracy']
 
 
+@pytest.mark.parametrize('dropout', [0.0, 0.2])
+@pytest.mark.parametrize('num_labels', [1, 2])
+def test_a_task_has_the_shapes_of_its_largest_batch(
+  config, tmp_path, num_labels, dropout
+):
+  # Texts that fill all of the model's 64 positions, of which the config has
+  # more.
+  path = tmp_path / 'long.jsonl'
+  path.write_text(
+    ''.join(
+      json.dumps({'text': 'fine dull ' * 99, 'label': i % 2}) + '\n'
+      for i in range(64)
+    )
+  )
+  config = dataclasses.replace(
+    config,
+    model=Classifier(num_labels=num_labels, dropout=dropout),
+    corpus=LabelledFiles(
+      str(path), metric='pearson' if num_labels == 1 else 'accuracy'
+    ),
+    sequence_length=64,
+  ).resolved()
+  task = task_of(config)
+  corpus, tokenizer = config.corpus, tokenizer_lib.load(config.checkpoint)
+  batch = next(task.batches(Text(corpus.open('train'), None, tokenizer)))
+  shapes = jax.tree.map(lambda x: (x.shape, x.dtype.name), batch)
+  assert shapes == jax.tree.map(
+    lambda x: (x.shape, x.dtype.name), task.inputs()
+  )
+  longer = dataclasses.replace(config, sequence_length=512)
+  assert task_of(longer).inputs() == task.inputs()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('dropout', [0.0, 0.2])
 def test_layer_wise_and_microbatches_change_nothing(config, dropout):

@@ -4,9 +4,12 @@ import pytest
 
 from models.llama import Llama3Scaling
 from tests.train.program import write_config
-from train import command
+from train import command, evaluate, export, sample
+from train.config import flatten
 from train.data.corpus import Tfds
+from train.finetune import Finetune, of_seeds
 from train.method import AdamW, Galore
+from train.plan.__main__ import Request
 
 
 @pytest.fixture
@@ -60,6 +63,82 @@ def test_help_documents_every_key(path, capsys, monkeypatch, name, text):
   for key in command.keys(command.parse(args).config):
     assert key in out
   assert text in out and '(default: 8)' in out
+
+
+def flags(kind, config):
+  """Every switch of a program with a config, by its dotted name."""
+  options = {
+    field.name: getattr(kind(config), field.name)
+    for field in dataclasses.fields(kind)[1:]
+  }
+  values = options | flatten(config)
+  return [name for name, value in values.items() if isinstance(value, bool)]
+
+
+def spelled(name, value):
+  """A switch on the command line, in one of its spellings."""
+  *parents, last = name.replace('_', '-').split('.')
+  return '--' + '.'.join([*parents, last if value else f'no-{last}'])
+
+
+@pytest.mark.parametrize('value', [True, False])
+@pytest.mark.parametrize('method', ['Apollo', 'Badam'])
+@pytest.mark.parametrize('kind', [command.Launch, Finetune, Request])
+def test_both_spellings_of_every_flag(path, kind, method, value):
+  args = [path, '--optimizer', method]
+  names = flags(kind, command.parse(args, kind).config)
+  assert {'save_best', 'model.remat'} < set(names)
+  assert any(name.startswith('optimizer.') for name in names)
+  launch = command.parse([*args, *(spelled(x, value) for x in names)], kind)
+  values = dataclasses.asdict(launch) | flatten(launch.config)
+  assert {values[name] for name in names} == {value}
+
+
+@pytest.mark.parametrize('kind', [command.Launch, Finetune, Request])
+def test_help_has_both_spellings_of_every_flag(path, kind, capsys, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '200')
+  args = [path, '--optimizer', 'Apollo']
+  with pytest.raises(SystemExit):
+    command.parse([*args, '--help'], kind)
+  out = capsys.readouterr().out
+  for name in flags(kind, command.parse(args, kind).config):
+    assert f'{spelled(name, True)}, {spelled(name, False)}' in out
+
+
+@pytest.mark.parametrize(
+  'program, names',
+  [(evaluate, ['best']), (sample, ['best', 'chat'])],
+)
+def test_other_programs_have_both_spellings_too(program, names, capsys):
+  options = program.parser()
+  for name in names:
+    for value in (True, False):
+      found = options.parse_args(['runs/a', spelled(name, value)])
+      assert getattr(found, name) is value
+    assert getattr(options.parse_args(['runs/a']), name) is False
+    assert f'--{name}, --no-{name}' in options.format_help()
+  with pytest.raises(SystemExit):
+    export.main(['--help'])
+  out = capsys.readouterr().out
+  assert '--newest, --no-newest' in out and '--adapter, --no-adapter' in out
+
+
+@pytest.mark.parametrize('flag', ['--save-best', '--no-save-best'])
+def test_the_same_command_again_resumes(path, flag):
+  begun = command.parse([path, flag]).config
+  again = command.parse([path, flag, '--resume'], default=lambda _: begun)
+  assert again.resume and again.config == begun
+  assert command.source([path, '--no-resume', flag]) is None
+
+
+def test_a_choice_may_be_spelled_with_an_equals_sign(path):
+  launch = command.parse([path, '--optimizer=AdamW', '--optimizer.b1=0.8'])
+  assert launch.config.optimizer == AdamW(b1=0.8)
+  with pytest.raises(ValueError, match=r"--optimizer must be .* got 'Sgd'"):
+    command.parse([path, '--optimizer=Sgd'])
+  lines = of_seeds([path, '--seeds=2', '--seed=7'])
+  assert [line[-2:] for line in lines] == [['--seed', '7'], ['--seed', '8']]
+  assert not any('--seed=7' in line for line in lines)
 
 
 def test_the_scaling_of_waves_has_keys_where_a_file_has_one(path):

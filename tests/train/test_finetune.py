@@ -8,6 +8,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
 from models import huggingface, lowrank
@@ -21,9 +22,19 @@ from tests.train.data.tiny import (
   write,
 )
 from tests.train.program import saved
-from train import checkpoint, evaluate, export, finetune, mesh, metrics, sample
+from train import (
+  checkpoint,
+  evaluate,
+  export,
+  finetune,
+  mesh,
+  metrics,
+  sample,
+  training,
+)
 from train.data.chats import PLAIN
 from train.data.tokenizer import load
+from train.model import opened
 from train.run import Run
 
 SMALL = dict(width=16, mlp_width=24, num_heads=2, num_layers=2)
@@ -190,6 +201,30 @@ def test_factors_are_exported_alone_or_merged(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('kind', MODELS)
+def test_the_documented_command_with_an_adapter_works(tmp_path, capsys, kind):
+  directory, chats = make(tmp_path, kind)
+  run = tmp_path / 'run'
+  code = finetune.main(
+    [
+      *('configs/chat.py', '--checkpoint', str(directory)),
+      *('--corpus.train', str(chats), '--adapter', 'Lora'),
+      # The rest makes it short.
+      *(*FEW[:6], '--steps', '12', '--eval-every', '6', '--run', str(run)),
+      *('--learning-rate', '0.05'),
+    ]
+  )
+  assert code == 0
+  assert '--adapter Lora is trained by AdamW' in capsys.readouterr().err
+  found = [
+    line['validation_loss']
+    for line in metrics.read(Run(run).metrics_path)
+    if 'validation_loss' in line
+  ]
+  assert found[-1] < found[0]
+
+
+@pytest.mark.slow
 def test_the_template_of_the_chats_is_exported(tmp_path, capsys):
   directory, chats = make(tmp_path)
   still = ['--steps', '1', '--learning-rate', '0']
@@ -343,6 +378,81 @@ def test_every_update_learns_the_answers(tmp_path, args):
   # The answers alone: a fraction of 4 x 48 tokens.
   assert max(scored) < 0.7 * 4 * 48
   assert np.isfinite(found).all()
+
+
+def with_pad(directory, **flags):
+  """Adds a token behind the model's last row to a checkpoint's tokenizer."""
+  path = str(directory / 'tokenizer.json')
+  library = tokenizers.Tokenizer.from_file(path)
+  token = tokenizers.AddedToken('[PAD]', normalized=False, **flags)
+  assert library.get_vocab_size() == MODELS['llama'].vocab_size
+  library.add_tokens([token])
+  library.save(path)
+  words = json.loads((directory / 'tokenizer_config.json').read_text())
+  words['pad_token'] = '[PAD]'
+  (directory / 'tokenizer_config.json').write_text(json.dumps(words))
+
+
+def prepared(directory, chats, *args):
+  """What a run would train on."""
+  lora = ['--adapter', 'Lora', '--optimizer', 'AdamW', *FEW[:6]]
+  return training.prepare(
+    [
+      *('configs/chat.py', '--checkpoint', str(directory), *lora),
+      *('--corpus.train', str(chats), *args),
+    ],
+    finetune.Finetune,
+  )
+
+
+def test_a_token_without_a_row_that_no_text_uses_is_harmless(tmp_path):
+  directory, chats = make(tmp_path)
+  with_pad(directory, special=True)
+  rows = MODELS['llama'].vocab_size
+  setup = prepared(directory, chats)
+  assert setup.text.tokenizer.vocab_size == rows + 1
+  assert int(next(setup.batches)['inputs'].max()) < rows
+  setup.task.example(setup.text)
+  # Evaluation, sampling and exports of the directory read it, too.
+  tokenizer = opened(directory).tokenizer
+  assert (tokenizer.vocab_size, tokenizer.num_rows) == (rows + 1, rows)
+
+
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_a_token_without_a_row_that_a_text_uses_is_named(
+  tmp_path, capsys, split
+):
+  directory, chats = make(tmp_path)
+  with_pad(directory, special=True)
+  padded = tmp_path / 'padded.jsonl'
+  record = json.loads(chats.read_text().splitlines()[0])
+  record['messages'][0]['content'] = 'Why [PAD]?'
+  padded.write_text(chats.read_text() + json.dumps(record) + '\n')
+  files = {'train': chats, 'validation': chats} | {split: padded}
+  run = tmp_path / 'run'
+  with pytest.raises(SystemExit) as stop:
+    finetune.main(
+      [
+        *('configs/chat.py', '--checkpoint', str(directory)),
+        *('--corpus.train', str(files['train']), *FEW[:6]),
+        *('--corpus.validation', str(files['validation'])),
+        *('--optimizer', 'AdamW', '--run', str(run)),
+      ]
+    )
+  assert stop.value.code == 2 and not run.exists()
+  err = capsys.readouterr().err
+  assert "has the token '[PAD]' of id 400" in err and err.count('\n') == 1
+
+
+def test_a_document_with_a_token_without_a_row_is_named(tmp_path, capsys):
+  directory, _ = make(tmp_path)
+  with_pad(directory, special=False)
+  text = tmp_path / 'a.txt'
+  text.write_text('What is [PAD]?')
+  with pytest.raises(SystemExit):
+    evaluate.main([str(directory), '--text', str(text)])
+  err = capsys.readouterr().err
+  assert "has the token '[PAD]' of id 400" in err and err.count('\n') == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """transformers' names of an optimizer become ours."""
 
+import re
+
 import jax
 import pytest
 
@@ -92,12 +94,68 @@ def test_targets_are_those_of_the_same_modules(targets, paths):
   assert optimizer.targets == paths
 
 
+_MODULES = (
+  *(f'self_attn.{name}_proj' for name in 'qkvo'),
+  *(f'mlp.{name}_proj' for name in ('gate', 'up', 'down')),
+)
+
+
+@pytest.mark.parametrize('spell', [str, re.escape], ids=['name', 'regex'])
+@pytest.mark.parametrize('num_layers', [2, 24, 200])
+def test_layers_are_counted_from_full_names(num_layers, spell):
+  names = [
+    spell(f'model.layers.{i}.{module}')
+    for i in range(num_layers)
+    for module in _MODULES
+  ]
+  found = from_hf_args('galore_adamw', None, names)['optimizer']
+  assert found.targets == _ATTENTION + _MLP
+  found = from_hf_args('galore_adamw', None, [*names, 'lm_head'])['optimizer']
+  assert found.targets == (
+    *(_ATTENTION + _MLP)[:-1],
+    f'{_MLP[2]}|lm_head/kernel',
+  )
+
+
+def test_full_names_that_leave_out_a_layer_are_an_error():
+  names = [f'model.layers.{i}.mlp.up_proj' for i in range(24)]
+  match = r'but not model\.layers\.{}\.mlp\.up_proj'.format
+  with pytest.raises(ValueError, match=match(7)):
+    from_hf_args('galore_adamw', None, names[:7] + names[8:])
+  # The model has more layers than the names.
+  with pytest.raises(ValueError, match=match(12)):
+    from_hf_args('galore_adamw', None, names[:12], num_layers=24)
+  with pytest.raises(ValueError, match=match(1)):
+    from_hf_args('galore_adamw', None, names[:1])
+  found = from_hf_args('galore_adamw', None, names[:1], num_layers=1)
+  assert found['optimizer'].targets == _MLP[1:2]
+
+
+def test_a_pattern_of_numbers_holds_for_a_model_of_known_depth():
+  pattern = r'model\.layers\.(0|1|2)\.mlp\.up_proj'
+  with pytest.raises(ValueError, match='Give num_layers'):
+    from_hf_args('galore_adamw', None, pattern)
+  found = from_hf_args('galore_adamw', None, pattern, num_layers=3)
+  assert found['optimizer'].targets == _MLP[1:2]
+
+
+@pytest.mark.parametrize('kind', [list, tuple, set, iter])
+def test_targets_may_be_any_collection(kind):
+  found = from_hf_args('galore_adamw', None, kind(['q_proj', 'v_proj']))
+  assert found['optimizer'].targets == (_ATTENTION[0], _ATTENTION[2])
+
+
 def test_an_encoder_has_modules_of_other_names():
   found = from_hf_args(
     'galore_adamw', None, ['query', 'intermediate'], model_type='roberta'
   )
   paths = ('blocks/attention/q/kernel', 'blocks/mlp/up/kernel')
   assert found['optimizer'].targets == paths
+  name = 'bert.encoder.layer.{}.attention.self.query'.format
+  found = from_hf_args(
+    'galore_adamw', None, [name(i) for i in range(12)], model_type='bert'
+  )
+  assert found['optimizer'].targets == paths[:1]
   with pytest.raises(ValueError, match=r'a model has bert.encoder.layer.0'):
     from_hf_args('galore_adamw', None, ['mlp'], model_type='bert')
   with pytest.raises(ValueError, match=r"model_type must be .* got 'gpt2'"):
@@ -145,6 +203,14 @@ def test_all_linear_has_the_head_where_there_is_one(tied, targets):
     (('lomo', None, _ALL), 'leave them out'),
     (('galore_adamw', None, ['c_attn']), r"\['c_attn'\] match no .*lm_head"),
     (('galore_adamw', None, 'mlp'), "'mlp' match no linear module"),
+    # Matched by no module, beside one that is.
+    (('galore_adamw', None, ['c_attn', 'mlp']), r"targets \['c_attn'\] match"),
+    (
+      ('galore_adamw', None, ['mlp', 'embed_tokens', 'norm']),
+      r"targets \['embed_tokens', 'norm'\] match no",
+    ),
+    (('galore_adamw', None, ['all-linear']), r"\['all-linear'\] match no"),
+    (('galore_adamw', None, []), r'targets \[\] match no'),
     (('galore_adamw', None, '('), r"'\(' is no regular expression"),
     (('galore_adamw', None, ['layers.0.mlp']), 'but not model.layers.1.mlp.g'),
   ],

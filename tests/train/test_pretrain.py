@@ -111,8 +111,8 @@ def test_resume_is_bit_equal_to_no_stop(
   with monkeypatch.context() as patch:
     patch.setattr(loop.Meter, 'add', interrupt)
     assert pretrain.main(args) == 128 + stop
-  assert int(saved(run)[0].step) == 4
   out, err = capfd.readouterr()
+  assert int(saved(run)[0].step) == 4
   assert f'{stop.name}: will save after this step' in err
   # The advice, word for word.
   assert 'stopped and saved at step 4; to go on:' in out

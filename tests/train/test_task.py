@@ -52,6 +52,16 @@ def test_encoder():
   assert count(model, EncoderLayers) == 6 * pairs
 
 
+def test_a_task_has_the_shapes_of_its_batches():
+  config = dataclasses.replace(CONFIG, model=MODEL)
+  task = task_of(config)
+  shapes = task.inputs()
+  assert {x.shape for x in shapes.values()} == {(4, 16)}
+  params = jax.eval_shape(task.init, jax.random.key(0))
+  loss, _ = jax.eval_shape(task.loss, params, shapes)
+  assert loss.shape == ()
+
+
 def test_frozen_weights_have_no_gradient():
   nothing = lambda params: jax.tree.map(lambda _: False, params)
   attention = 2 * B * T * 2 * 2 * T * 24

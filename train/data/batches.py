@@ -15,7 +15,7 @@ from rich.text import Text
 
 from train.data.chats import Dialogues, Example
 from train.data.corpus import Documents
-from train.data.tokenizer import AnyTokenizer
+from train.data.tokenizer import AnyTokenizer, check_texts
 from train.data.window import ConcatThenSplit, ShuffledRows, num_rows
 
 Batch = dict[str, np.ndarray]
@@ -169,6 +169,8 @@ def _packed(
       f'sequence_length must be at least 1, got {sequence_length}: 256 is a '
       'usual choice for a small model'
     )
+  texts = documents.stream(seed=0, repeat=False)
+  check_texts(tokenizer, texts, special=isinstance(documents, Dialogues))
   length = {'pairs': sequence_length}
   found = examples(documents, tokenizer, **order).map(_pairs)
   if not isinstance(documents, Dialogues):

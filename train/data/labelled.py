@@ -23,7 +23,13 @@ from train.data import corpus, records
 from train.data.batches import Batch, ahead, bucket
 from train.data.corpus import Indexed, Sharded, Split
 from train.data.text_files import expand
-from train.data.tokenizer import AnyTokenizer, JsonTokenizer, parsed
+from train.data.tokenizer import (
+  AnyTokenizer,
+  JsonTokenizer,
+  check_texts,
+  checked,
+  parsed,
+)
 
 Examples: TypeAlias = Indexed | Sharded
 Metric: TypeAlias = Literal['accuracy', 'f1', 'matthews', 'pearson', 'spearman']
@@ -320,7 +326,8 @@ def encoder(
 
   def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     found = fast.encode(*texts)
-    return np.array(found.ids, np.int32), np.array(found.type_ids, np.int32)
+    ids_n = checked(tokenizer, np.array(found.ids, np.int32), texts[0])
+    return ids_n, np.array(found.type_ids, np.int32)
 
   return encode
 
@@ -329,6 +336,12 @@ def pad_id(tokenizer: AnyTokenizer) -> int:
   """Returns the token that fills rows, 0 where none is named."""
   name = tokenizer.tokens.get('pad_token')
   found = None if name is None else _fast(tokenizer).token_to_id(name)
+  rows = tokenizer.num_rows
+  if rows is not None and found is not None and found >= rows:
+    raise ValueError(
+      f'the pad_token {name!r} has the id {found}, for which a model of '
+      f'vocab_size={rows} has no row: name another in tokenizer_config.json'
+    )
   return found or 0
 
 
@@ -355,6 +368,9 @@ def _rows(examples, tokenizer, labels, length, seed, repeat):
     for row in examples.source:
       labels.target(row)
   encode = encoder(tokenizer, length)
+  rows = examples.stream(seed=seed, repeat=False)
+  texts = (text for row in rows for text in row.texts)
+  check_texts(tokenizer, texts, special=True)
 
   def encoded(row: Row) -> dict[str, np.ndarray]:
     ids_n, types_n = encode(row.texts)

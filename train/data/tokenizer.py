@@ -9,16 +9,20 @@ bytes. So are those of a byte-level tokenizer.json.
 n tokens of a text, V ids.
 """
 
+import codecs
 import contextlib
+import copy
 import datetime
 import functools
 import io
+import itertools
 import json
 import os
 import pathlib
 import re
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import sentencepiece
@@ -40,48 +44,172 @@ TEMPLATE = 'chat_template.jinja'
 CLOCK = 'chat_clock.json'
 """The file of a run with the time that its chat template gives."""
 
+_CONVERTIBLE = (
+  *('vocab.txt', 'vocab.json', 'spiece.model', 'sentencepiece.bpe.model'),
+  *('tekken.json', '*.tiktoken'),
+)
+"""Files of tokenizers that transformers converts to a tokenizer.json."""
+
+SPACES = 'tokenizer_spaces.json'
+"""How a run's sentencepiece model is used; see `_Rule`."""
+
 # What a directory says about its tokenizer, beside the tokenizer itself.
 _SETTINGS = (
   *('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'),
-  *(TEMPLATE, 'chat_template.json', 'generation_config.json', CLOCK),
+  *(TEMPLATE, 'chat_template.json', 'generation_config.json'),
+  *(CLOCK, SPACES),
 )
+
+_SPACE = '\u2581'
+"""The character that stands for a space in sentencepiece models."""
+
+# Fields of sentencepiece's NormalizerSpec, field 3 of its ModelProto. Behind a
+# serialized model they replace its own, as protocol buffers are merged.
+_WITH_SPACE = b'\x1a\x02\x18\x01'  # add_dummy_prefix: true
+_WITHOUT_SPACE = b'\x1a\x02\x18\x00'
+# No precompiled_charsmap; remove_extra_whitespaces: false.
+_NO_NORMALIZATION = b'\x1a\x04\x12\x00\x20\x00'
+
+_USER_DEFINED = b'\x18\x04'
+"""The type of a piece, USER_DEFINED, as it is serialized."""
+
+
+class _Added(NamedTuple):
+  """A token that is found in a text before it is encoded."""
+
+  text: str
+  id: int
+  special: bool = False
+  """Whether it stands for no text, and is only found where that is wanted."""
+  lstrip: bool = False
+  """Whether it takes the white space before it."""
+  rstrip: bool = False
+  """Whether it takes the white space after it."""
+  single_word: bool = False
+  """Whether it is found only between characters that are not of words."""
+
+  @property
+  def pattern(self) -> str:
+    """A regular expression with one group, the token's own text."""
+    found = f'({re.escape(self.text)})'
+    if self.single_word:
+      found = rf'(?<!\w){found}(?!\w)'
+    before, after = (r'\s*' if x else '' for x in (self.lstrip, self.rstrip))
+    return before + found + after
+
+
+class _Part(NamedTuple):
+  """A part of a text: an added token, or the text between two of them."""
+
+  text: str
+  start: int
+  """Characters before it."""
+  token: _Added | None
+
+
+class _Splitter:
+  """Splits a text at added tokens, the longest one first."""
+
+  def __init__(self, tokens: Iterable[_Added]):
+    self._tokens = sorted(tokens, key=lambda token: -len(token.text))
+    patterns = [token.pattern for token in self._tokens] or ['(?!)']
+    self._pattern = re.compile('|'.join(patterns))
+
+  def __call__(self, text: str) -> Iterator[_Part]:
+    """Goes through the parts of a text."""
+    stop = 0
+    for match in self._pattern.finditer(text):
+      if match.start() > stop:
+        yield _Part(text[stop : match.start()], stop, None)
+      group = match.lastindex
+      token = self._tokens[group - 1]
+      yield _Part(token.text, match.start(group), token)
+      stop = match.end()
+    if stop < len(text):
+      yield _Part(text[stop:], stop, None)
+
+
+_Spaces: TypeAlias = Literal['never', 'first', 'each', 'always']
+
+
+class _Rule(NamedTuple):
+  """How the parts of a text between added tokens are encoded."""
+
+  spaces: _Spaces
+  """Which parts get a space in front. 'first' and 'each' leave out parts that
+  begin with a space; 'always' does not, as sentencepiece by default."""
+  normalizes: bool = True
+  """Whether the model's own normalization is used."""
 
 
 class Tokenizer:
   """Text to ids and back, by one sentencepiece model.
 
+  Added tokens split a text, and sentencepiece encodes the parts between them.
+  `legacy` and `tokenizer_class` of tokenizer_config.json decide which parts get
+  a space in front, as in transformers 5.
+
   Attributes:
     model: the serialized model, the content of a .model file.
     files: other files of its directory, by name.
     vocab_size: number of ids.
-    bos_id: id that starts each document.
+    num_rows: as in `fitted`; None without a limit.
+    bos_id: id that starts each document; None if none does.
     eos_id: id that ends each document.
     stop_ids: ids that end an answer: eos_id, and the template's ends of a turn.
     tokens: texts of the tokens that a template can name, such as eos_token.
-    specials: ids of special and added tokens, by their texts.
+    specials: ids of special, added and user-defined tokens, by their texts.
     chat_template: of its directory; None where there is none.
   """
 
-  def __init__(self, model: bytes, files: Mapping[str, bytes] | None = None):
-    """Loads a serialized model, of any sentencepiece trainer."""
+  def __init__(
+    self,
+    model: bytes,
+    files: Mapping[str, bytes] | None = None,
+    *,
+    model_type: str | None = None,
+  ):
+    """Loads a serialized model, of any sentencepiece trainer.
+
+    Args:
+      model: the content of a .model file.
+      files: others of its directory, by name.
+      model_type: of the checkpoint's config.json, if known.
+    """
     self.model, self.files = model, dict(files or {})
-    self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    self.num_rows: int | None = None
+    self._processor = _processor(model)
     self._num_pieces = self._processor.vocab_size()
-    self.bos_id = self._processor.bos_id()
-    self.eos_id = self._processor.eos_id()
     settings = _Settings(self.files)
-    self.specials = settings.added() | {
-      self._processor.id_to_piece(i): i
-      for i in range(self._num_pieces)
-      if self._processor.is_control(i)
-    }
+    self._rule = settings.rule(_adds_space(self._processor), model_type)
+    user_defined = _user_defined(model)
+    has_settings = 'tokenizer_config.json' in self.files
+    if self._rule.spaces != 'never' or user_defined or has_settings:
+      rule = json.dumps(self._rule._asdict(), indent=2)
+      self.files[SPACES] = rule.encode()
+    plain = b'' if self._rule.normalizes else _NO_NORMALIZATION
+    self._spaced = _processor(model + plain + _WITH_SPACE)
+    self._bare = _processor(model + plain + _WITHOUT_SPACE)
+    added = self._added_tokens(settings, user_defined)
+    self._split_all = _Splitter(added)
+    self._split = _Splitter(token for token in added if not token.special)
+    self._texts = {x.id: x.text for x in added if not x.special}
+    self._silent = {x.id for x in added if x.special}
+    self.specials = {
+      self._processor.id_to_piece(i): i for i in user_defined
+    } | {token.text: token.id for token in added}
     self.vocab_size = max(
       self._num_pieces, 1 + max(self.specials.values(), default=0)
     )
-    names = (('bos_token', self.bos_id), ('eos_token', self.eos_id))
-    self.tokens = {
-      name: self._processor.id_to_piece(i) for name, i in names if i >= 0
-    }
+    names = (
+      ('bos_token', self._processor.bos_id()),
+      ('eos_token', self._processor.eos_id()),
+    )
+    own = {name: self._processor.id_to_piece(i) for name, i in names if i >= 0}
+    self.tokens = own | settings.tokens(self._text_of)
+    self.eos_id = self._id('eos_token')
+    self._adds_bos = settings.adds_bos is not False
+    self.bos_id = self._id('bos_token') if self._adds_bos else None
     self.chat_template = settings.chat_template(self.tokens, self.specials)
     self.stop_ids = _stop_ids(
       self.eos_id, settings, self.chat_template, self.specials
@@ -103,16 +231,24 @@ class Tokenizer:
       )
     try:
       with _broken(path.parent):
-        tokenizer = cls(path.read_bytes(), _settings_of(path.parent))
+        tokenizer = cls(
+          path.read_bytes(),
+          _settings_of(path.parent),
+          model_type=_model_config(path.parent).get('model_type'),
+        )
     except RuntimeError as error:
+      remedy = 'give a .model file, or none to train one on the corpus'
       raise ValueError(
-        f'{str(path)!r} is not a sentencepiece model: give a .model file, or '
-        'none to train one on the corpus'
+        f'{str(path)!r} is not a sentencepiece model: '
+        f'{_pointer(path.read_bytes()) or remedy}'
       ) from error
-    if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
+    bos, eos = (
+      -1 if i is None else i for i in (tokenizer.bos_id, tokenizer.eos_id)
+    )
+    if eos < 0 or (bos < 0 and tokenizer._adds_bos):
       raise ValueError(
-        f'the tokenizer {str(path)!r} has BOS {tokenizer.bos_id} and EOS '
-        f'{tokenizer.eos_id}, where documents need both (-1 is none): train it '
+        f'the tokenizer {str(path)!r} has BOS {bos} and EOS '
+        f'{eos}, where documents need both (-1 is none): train it '
         'with bos_id and eos_id, or give none to train one on the corpus'
       )
     return tokenizer
@@ -127,37 +263,56 @@ class Tokenizer:
     Args:
       text: any.
       special: whether the texts of special tokens in it become their ids.
+
+    Raises:
+      ValueError: a token is beyond `num_rows`.
     """
-    if special:
-      return self.encode_pieces([(text, False)])[0]
-    return np.asarray(self._processor.encode(text), np.int32)
+    split = self._split_all if special else self._split
+    ids: list[int] = []
+    for part in split(text):
+      ids += self._encoded(part)
+    return checked(self, np.array(ids, np.int32), text)
 
   def encode_pieces(
     self, pieces: Iterable[Piece]
   ) -> tuple[np.ndarray, np.ndarray]:
     """Ids [n] of texts in a row, special tokens too; which are scored [n].
 
-    Each piece is encoded by itself, so that no token is in two of them; a
-    space goes with what follows it.
+    The ids are those of the whole text; a token in two pieces is scored if one
+    of them is. A space goes with what follows it.
+
+    Raises:
+      ValueError: a token is beyond `num_rows`.
     """
-    ids, scored_n = [], []
-    for text, scored in _spaces_moved(pieces):
-      for part in self._special.split(text):
-        if part in self.specials:
-          found = [self.specials[part]]
-        else:
-          # Where a text follows another, its own space is the one added.
-          own = self._adds_space and ids
-          found = self._processor.encode(part.removeprefix(' ' if own else ''))
-        ids += found
-        scored_n += len(found) * [scored]
-    return np.array(ids, np.int32), np.array(scored_n, bool)
+    text, before = _joined(_spaces_moved(pieces))
+    ids, starts, stops = [], [], []
+    for part in self._split_all(text):
+      ids += self._encoded(part)
+      if part.token is None:
+        starts_k, stops_k = _spans(self._processor_of(part), part.text)
+      else:
+        starts_k, stops_k = [0], [len(part.text)]
+      starts += [part.start + i for i in starts_k]
+      stops += [part.start + i for i in stops_k]
+    ids_n = checked(self, np.array(ids, np.int32), text)
+    starts_n, stops_n = np.array([starts, stops], np.int64)
+    return ids_n, before[stops_n] > before[starts_n]
 
   def decode(self, ids: Sequence[int]) -> str:
     """Text of ids; BOS, EOS and padding stand for nothing."""
-    return self._processor.decode(
-      [int(i) for i in ids if int(i) < self._num_pieces]
-    )
+    known = [
+      i
+      for i in map(int, ids)
+      if i not in self._silent and (i < self._num_pieces or i in self._texts)
+    ]
+    texts = []
+    processor = self._bare if self._rule.spaces == 'never' else self._spaced
+    for text, run in itertools.groupby(known, self._texts.get):
+      run = list(run)
+      texts.append(processor.decode(run) if text is None else len(run) * text)
+      # Only the space in front of the whole text is taken away.
+      processor = self._bare
+    return ''.join(texts)
 
   @functools.cached_property
   def bytes_V(self) -> np.ndarray:
@@ -173,29 +328,164 @@ class Tokenizer:
       source: a Jinja text; None keeps the template.
       clock: the time of a run, which a template can name.
     """
-    return Tokenizer(self.model, self.files | _template_files(source, clock))
+    files = self.files | _template_files(source, clock)
+    found = Tokenizer(self.model, files)
+    found.num_rows = self.num_rows
+    return found
 
-  @functools.cached_property
-  def _special(self) -> re.Pattern[str]:
-    texts = sorted(self.specials, key=len, reverse=True)
-    return re.compile(f'({"|".join(map(re.escape, texts)) or "(?!)"})')
+  def ordinary(self) -> dict[str, int]:
+    """Returns tokens that any text may have, and their ids."""
+    pieces = map(self._processor.id_to_piece, range(self._num_pieces))
+    return {piece: i for i, piece in enumerate(pieces) if i not in self._silent}
 
-  @functools.cached_property
-  def _adds_space(self) -> bool:
-    """Whether the model puts a space in front of a text."""
-    first, *_ = self._processor.encode('a')
-    return self._processor.id_to_piece(first).startswith('\u2581')
+  def _encoded(self, part: _Part) -> list[int]:
+    if part.token is not None:
+      return [part.token.id]
+    return self._processor_of(part).encode(part.text)
+
+  def _processor_of(self, part: _Part) -> Any:
+    """The processor that encodes a part, with a space in front or without."""
+    spaces = self._rule.spaces
+    if spaces == 'always':
+      return self._spaced
+    begun = part.text.startswith((' ', _SPACE))
+    missing = spaces == 'each' or (spaces == 'first' and part.start == 0)
+    return self._spaced if missing and not begun else self._bare
+
+  def _added_tokens(
+    self, settings: '_Settings', user_defined: Sequence[int]
+  ) -> list[_Added]:
+    """Tokens that split a text, by the model and by the directory's files."""
+    pieces = [
+      _Added(self._processor.id_to_piece(i), i, special=True)
+      for i in range(self._num_pieces)
+      if self._processor.is_control(i) or self._processor.is_unknown(i)
+    ]
+    if not self._rule.normalizes:
+      # Otherwise sentencepiece finds them, after the space in front.
+      pieces += [
+        _Added(self._processor.id_to_piece(i), i) for i in user_defined
+      ]
+    named = settings.named()
+    for text in named:
+      i = self._processor.piece_to_id(text)
+      if self._processor.id_to_piece(i) == text:
+        pieces.append(_Added(text, i, special=True))
+    found = {token.text: token for token in pieces}
+    for token in settings.added():
+      special = token.special or token.text in named
+      found[token.text] = token._replace(special=special)
+    return list(found.values())
+
+  def _text_of(self, i: int) -> str | None:
+    """The text of an id; None if there is no such id."""
+    by_id = {id_: text for text, id_ in self.specials.items()}
+    if i in by_id:
+      return by_id[i]
+    known = 0 <= i < self._num_pieces
+    return self._processor.id_to_piece(i) if known else None
+
+  def _id(self, name: str) -> int | None:
+    """The id of a special token by its name; None if it is not set."""
+    text = self.tokens.get(name)
+    if text is None or text in self.specials:
+      return self.specials.get(text)
+    i = self._processor.piece_to_id(text)
+    if self._processor.id_to_piece(i) != text:
+      raise ValueError(
+        f'the special token {text!r} is not in the vocabulary of '
+        'tokenizer.model: correct tokenizer_config.json'
+      )
+    return i
 
   def _num_bytes(self, i: int) -> int:
-    if (
-      i >= self._num_pieces
-      or self._processor.is_control(i)
-      or self._processor.is_unknown(i)
-    ):
+    if i in self._silent:
+      return 0
+    if i in self._texts:
+      return len(self._texts[i].encode())
+    if i >= self._num_pieces:
       return 0
     if self._processor.is_byte(i):
       return 1
-    return len(self._processor.id_to_piece(i).replace('\u2581', ' ').encode())
+    return len(self._processor.id_to_piece(i).replace(_SPACE, ' ').encode())
+
+
+def _processor(model: bytes) -> Any:
+  """The library's processor of a serialized model."""
+  return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+def _adds_space(processor: Any) -> bool:
+  """Whether a model puts a space in front of a text."""
+  first, *_ = processor.encode('a')
+  return processor.id_to_piece(first).startswith(_SPACE)
+
+
+def _user_defined(model: bytes) -> list[int]:
+  """Ids of the pieces that a serialized model's trainer was given as whole.
+
+  The library does not return the type of a piece, which is field 3 of it.
+  """
+  pieces = (value for number, value in _fields(model) if number == 1)
+  return [
+    i
+    for i, piece in enumerate(pieces)
+    if _USER_DEFINED in piece and (3, 4) in _fields(piece)
+  ]
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+  """Numbers and values of a message of protocol buffers."""
+  at = 0
+  while at < len(message):
+    key, at = _varint(message, at)
+    if key & 7 == 0:
+      value, at = _varint(message, at)
+    else:
+      sizes = {1: (8, at), 5: (4, at)}
+      size, at = sizes.get(key & 7) or _varint(message, at)
+      value, at = message[at : at + size], at + size
+    yield key >> 3, value
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+  """An integer that begins at an offset, and the offset after it.
+
+  >>> _varint(bytes([0b10010110, 0b00000001]), 0)
+  (150, 2)
+  """
+  value = shift = 0
+  while True:
+    byte = message[at]
+    value |= (byte & 0x7F) << shift
+    at, shift = at + 1, shift + 7
+    if byte < 0x80:
+      return value, at
+
+
+def _spans(processor: Any, text: str) -> tuple[list[int], list[int]]:
+  """Characters of a text where each of its tokens begins and ends.
+
+  A space that is put in front belongs to the first character.
+  """
+  normalized, offsets = processor.normalize(text, with_offsets=True)
+  # A token stands for bytes of the normalized text.
+  sizes = [
+    1 if processor.is_byte(i) else len(piece.encode())
+    for i, piece in zip(
+      processor.encode(text), processor.encode(text, out_type=str), strict=True
+    )
+  ]
+  char_of_byte = [
+    c for c, char in enumerate(normalized) for _ in range(len(char.encode()))
+  ]
+  starts, stops, at = [], [], 0
+  for size in sizes:
+    first, last = char_of_byte[at], char_of_byte[at + size - 1]
+    starts.append(offsets[first])
+    stops.append(max(offsets[last + 1], offsets[first] + 1))
+    at += size
+  return starts, stops
 
 
 class JsonTokenizer:
@@ -205,6 +495,7 @@ class JsonTokenizer:
     model: the content of tokenizer.json.
     files: other files of its directory, by name.
     vocab_size: one more than the highest id, added tokens included.
+    num_rows: as in `fitted`; None without a limit.
     bos_id: id that the tokenizer puts in front of a text; None where none.
     eos_id: id that ends each document.
     stop_ids: ids that end an answer: eos_id, those of generation_config.json,
@@ -226,6 +517,7 @@ class JsonTokenizer:
       ValueError: one of them is broken, or nothing says what EOS is.
     """
     self.model, self.files = model, dict(files or {})
+    self.num_rows: int | None = None
     self._tokenizer = parsed(model)
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
     if not vocabulary:
@@ -236,7 +528,7 @@ class JsonTokenizer:
     self.vocab_size = max(vocabulary.values()) + 1
     settings = _Settings(self.files)
     self.tokens = settings.tokens(self._tokenizer.id_to_token)
-    self.eos_id = self._eos_id()
+    self.eos_id = self._eos_id(settings.end())
     self.bos_id = self._bos_id(settings.adds_bos)
     added = self._tokenizer.get_added_tokens_decoder()
     self.specials = {token.content: i for i, token in added.items()}
@@ -264,7 +556,8 @@ class JsonTokenizer:
         f'no tokenizer at {str(path)!r}: give the path of a tokenizer.json'
       )
     with _broken(path.parent):
-      return cls(path.read_bytes(), _settings_of(path.parent))
+      model = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+      return cls(model, _settings_of(path.parent))
 
   def save(self, directory: str | os.PathLike) -> None:
     """Writes tokenizer.json, and the other files, into a directory."""
@@ -276,10 +569,13 @@ class JsonTokenizer:
     Args:
       text: any.
       special: whether the texts of special tokens in it become their ids.
+
+    Raises:
+      ValueError: a token is beyond `num_rows`.
     """
     tokenizer = self._tokenizer if special else self._plain
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    return np.array(ids, np.int32)
+    return checked(self, np.array(ids, np.int32), text)
 
   def encode_pieces(
     self, pieces: Iterable[Piece]
@@ -288,19 +584,15 @@ class JsonTokenizer:
 
     The ids are those of the whole text; a token in two pieces is scored if one
     of them is.
+
+    Raises:
+      ValueError: a token is beyond `num_rows`.
     """
-    pieces = list(pieces)
-    stops_p = np.cumsum([len(text) for text, _ in pieces])
-    # Number of scored characters in front of each.
-    before = np.zeros(1 + (stops_p[-1] if len(pieces) else 0), np.int64)
-    for (text, scored), stop in zip(pieces, stops_p, strict=True):
-      before[stop - len(text) + 1 : stop + 1] = scored
-    before = before.cumsum()
-    encoding = self._tokenizer.encode(
-      ''.join(text for text, _ in pieces), add_special_tokens=False
-    )
+    text, before = _joined(pieces)
+    encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    ids_n = checked(self, np.array(encoding.ids, np.int32), text)
     starts_n, stops_n = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-    return np.array(encoding.ids, np.int32), before[stops_n] > before[starts_n]
+    return ids_n, before[stops_n] > before[starts_n]
 
   def decode(self, ids: Sequence[int]) -> str:
     """Text of ids; BOS, EOS and padding stand for nothing."""
@@ -332,7 +624,15 @@ class JsonTokenizer:
       clock: the time of a run, which a template can name.
     """
     files = self.files | _template_files(source, clock)
-    return JsonTokenizer(self.model, files)
+    found = JsonTokenizer(self.model, files)
+    found.num_rows = self.num_rows
+    return found
+
+  def ordinary(self) -> dict[str, int]:
+    """Returns tokens that any text may have, and their ids."""
+    added = self._tokenizer.get_added_tokens_decoder()
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+    return {text: i for text, i in vocabulary.items() if i not in added}
 
   @functools.cached_property
   def _plain(self) -> tokenizers.Tokenizer:
@@ -341,10 +641,15 @@ class JsonTokenizer:
     plain.encode_special_tokens = True
     return plain
 
-  def _eos_id(self) -> int:
+  def _eos_id(self, end: int | None) -> int:
+    """The id of EOS: by its name, or else the given one."""
     # BERT's documents end with SEP.
-    name = self.tokens.get('eos_token') or self.tokens.get('sep_token')
-    if name is None:
+    name = (
+      self.tokens.get('eos_token')
+      or (end is not None and self._tokenizer.id_to_token(end))
+      or self.tokens.get('sep_token')
+    )
+    if not name:
       raise ValueError(
         'nothing says what ends a document: give eos_token in '
         'tokenizer_config.json, or eos_token_id in config.json'
@@ -398,8 +703,81 @@ def load(path: str | os.PathLike) -> AnyTokenizer:
       return kind.load(path / name)
   raise FileNotFoundError(
     f'no tokenizer in {str(path)!r}: it has neither tokenizer.json nor '
-    'tokenizer.model; copy one of them there, or name a directory that has one'
+    f'tokenizer.model; {_conversion(path)}'
   )
+
+
+def _conversion(directory: pathlib.Path) -> str:
+  """The remedy for a directory that has neither kind of tokenizer."""
+  found = (
+    file.name
+    for pattern in _CONVERTIBLE
+    for file in sorted(directory.glob(pattern))
+  )
+  name = next(found, None)
+  if name is None:
+    return 'copy one of them there, or name a directory that has one'
+  return (
+    f'to make tokenizer.json of {name}: python -c "from transformers import '
+    f"AutoTokenizer as T; T.from_pretrained('{directory}')"
+    f".save_pretrained('{directory}')\""
+  )
+
+
+AnyOf = TypeVar('AnyOf', bound=AnyTokenizer)
+
+
+def fitted(
+  tokenizer: AnyOf, num_rows: int, *, origin: str, remedy: str
+) -> AnyOf:
+  """Returns a tokenizer for a model with so many rows.
+
+  Tokens beyond the last row are harmless if no text has them, as a '[PAD]' that
+  was added for another program. A text that does raises ValueError where it is
+  encoded.
+
+  Args:
+    tokenizer: of any number of ids.
+    num_rows: of the model's embedding.
+    origin: where the tokenizer is from, for the error.
+    remedy: for the error.
+
+  Raises:
+    ValueError: BOS, EOS or a token that any text may have is beyond the rows.
+  """
+  ends = {
+    text: tokenizer.specials.get(text)
+    for name, text in tokenizer.tokens.items()
+    if name == 'eos_token' or (name == 'bos_token' and tokenizer.bos_id)
+  }
+  for text, i in (tokenizer.ordinary() | ends).items():
+    if i is not None and i >= num_rows:
+      raise ValueError(
+        f'the tokenizer of {origin} must have at most vocab_size={num_rows} '
+        f'ids that texts use, got {text!r} of id {i}: {remedy}'
+      )
+  found = copy.copy(tokenizer)
+  found.num_rows = num_rows
+  return found
+
+
+def check_texts(
+  tokenizer: AnyTokenizer, texts: Iterable[str], *, special: bool
+) -> None:
+  """Raises ValueError for the first text with a token that has no row.
+
+  Args:
+    tokenizer: as `fitted` returns it.
+    texts: any number; they are not encoded if every token has a row.
+    special: as in `Tokenizer.encode`.
+  """
+  rows = tokenizer.num_rows
+  if rows is None or tokenizer.vocab_size <= rows:
+    return
+  beyond = [text for text, i in tokenizer.specials.items() if i >= rows]
+  for text in texts:
+    if any(name in text for name in beyond):
+      tokenizer.encode(text, special=special)
 
 
 class _Settings:
@@ -427,14 +805,66 @@ class _Settings:
       for name, token in (ids | named).items()
       if name.endswith('_token')
     }
-    return {k: text for k, text in texts.items() if isinstance(text, str)}
+    # The first LLaMAs have '' for tokens that are the model's own.
+    return {k: x for k, x in texts.items() if isinstance(x, str) and x}
 
-  def added(self) -> dict[str, int]:
-    """Ids of the tokens that were added to the model's."""
-    listed = self._config.get('added_tokens_decoder', {})
-    return self._json('added_tokens.json') | {
-      token['content']: int(i) for i, token in listed.items()
+  def end(self) -> int | None:
+    """The first id of EOS in generation_config.json; None if it has none."""
+    return next(iter(self.stop_ids()), None)
+
+  def named(self) -> set[str]:
+    """Texts of all tokens that are called special."""
+    named = self._json('special_tokens_map.json') | self._config
+    texts = {
+      text
+      for name, text in self.tokens(lambda i: None).items()
+      if name in named
     }
+    for name in ('additional_special_tokens', 'extra_special_tokens'):
+      others = named.get(name) or []
+      others = others.values() if isinstance(others, dict) else others
+      texts |= {x['content'] if isinstance(x, dict) else x for x in others}
+    return texts - {''}
+
+  def added(self) -> list[_Added]:
+    """Tokens that were added to the model's, or replace the text of one."""
+    listed = self._config.get('added_tokens_decoder', {})
+    flags = ('special', 'lstrip', 'rstrip', 'single_word')
+    found = [
+      _Added(text, i) for text, i in self._json('added_tokens.json').items()
+    ]
+    for i, token in listed.items():
+      given = {name: token[name] for name in flags if name in token}
+      found.append(_Added(token['content'], int(i), **given))
+    # A token without text would be found everywhere.
+    return [token for token in found if token.text]
+
+  def rule(self, adds_space: bool, model_type: str | None) -> _Rule:
+    """How to use a sentencepiece model, as transformers 5 does.
+
+    Args:
+      adds_space: whether the model by itself puts a space in front of a text.
+      model_type: of the checkpoint's config.json, if known.
+    """
+    if SPACES in self._files:
+      rule = _Rule(**self._json(SPACES))
+      if rule.spaces not in typing.get_args(_Spaces):
+        raise ValueError(
+          f'spaces in {SPACES} must be one of {typing.get_args(_Spaces)}, got '
+          f'{rule.spaces!r}: copy the directory again'
+        )
+      return rule
+    name = self._config.get('tokenizer_class') or ''
+    # For other models transformers reads the sentencepiece model only.
+    own_class = name.removesuffix('Fast') == 'LlamaTokenizer'
+    if own_class and model_type in (None, 'llama'):
+      if self._config.get('add_prefix_space') is False:
+        return _Rule('never', normalizes=False)
+      legacy = self._config.get('legacy', False)
+      return _Rule('each' if legacy else 'first', normalizes=False)
+    if not adds_space:
+      return _Rule('never')
+    return _Rule('always' if self._config.get('legacy', True) else 'first')
 
   def stop_ids(self) -> list[int]:
     """Ids that end an answer, of generation_config.json."""
@@ -452,7 +882,7 @@ class _Settings:
     if isinstance(source, list):
       named = {entry['name']: entry['template'] for entry in source}
       source = named.get('default')
-    if source is None:
+    if not source:
       return None
     clock = self._json(CLOCK).get('clock')
     if clock is not None:
@@ -481,29 +911,34 @@ def _settings_of(directory: pathlib.Path) -> dict[str, bytes]:
   A run has a config.json of its own, so a checkpoint's cannot be kept there.
   """
   files = {
-    name: (directory / name).read_bytes()
+    name: (directory / name).read_bytes().removeprefix(codecs.BOM_UTF8)
     for name in _SETTINGS
     if (directory / name).is_file()
   }
-  config, name = directory / 'config.json', 'generation_config.json'
-  # That of a run, which may be garbage, says nothing of a tokenizer.
-  if config.is_file() and not (directory / 'checkpoints').is_dir():
-    model = _object(config.read_bytes(), 'config.json')
-    ends = {
-      key: model[key]
-      for key in ('bos_token_id', 'eos_token_id')
-      if model.get(key) is not None
-    }
-    generation = _object(files.get(name, b'{}'), name)
-    if ends.keys() - generation.keys():
-      files[name] = json.dumps(ends | generation, indent=2).encode()
+  model, name = _model_config(directory), 'generation_config.json'
+  ends = {
+    key: model[key]
+    for key in ('bos_token_id', 'eos_token_id')
+    if model.get(key) is not None
+  }
+  generation = _object(files.get(name, b'{}'), name)
+  if ends.keys() - generation.keys():
+    files[name] = json.dumps(ends | generation, indent=2).encode()
   return files
+
+
+def _model_config(directory: pathlib.Path) -> dict[str, Any]:
+  """The config.json of a checkpoint; that of a run describes no tokenizer."""
+  file = directory / 'config.json'
+  if not file.is_file() or (directory / 'checkpoints').is_dir():
+    return {}
+  return _object(file.read_bytes(), 'config.json')
 
 
 def _object(content: bytes, name: str) -> dict[str, Any]:
   try:
-    found = json.loads(content)
-  except ValueError as error:
+    found = json.loads(content.decode('utf-8-sig'))
+  except (ValueError, RecursionError) as error:
     raise ValueError(
       f'{name} is no JSON ({error}): copy the directory again'
     ) from error
@@ -559,9 +994,40 @@ def _template_files(
   return found
 
 
+def _joined(pieces: Iterable[Piece]) -> tuple[str, np.ndarray]:
+  """The text of pieces, and how many scored characters come before each."""
+  pieces = list(pieces)
+  scored = [np.full(len(text), is_scored) for text, is_scored in pieces]
+  counts = np.cumsum(np.concatenate([np.zeros(1, np.int64), *scored]))
+  return ''.join(text for text, _ in pieces), counts
+
+
+def checked(
+  tokenizer: AnyTokenizer, ids_n: np.ndarray, text: str
+) -> np.ndarray:
+  """Returns ids of a text; ValueError if the model has no row for one."""
+  rows = tokenizer.num_rows
+  if rows is not None and len(ids_n) and ids_n.max() >= rows:
+    i = int(ids_n.max())
+    name = next(x for x, id_ in tokenizer.specials.items() if id_ == i)
+    raise ValueError(
+      f'the text {text[:60]!r} has the token {name!r} of id {i}, for which a '
+      f'model of vocab_size={rows} has no row: take {name} out of the text, or '
+      'add rows to the model'
+    )
+  return ids_n
+
+
 def _write(directory: str | os.PathLike, files: Mapping[str, bytes]) -> None:
   for name, content in files.items():
     (pathlib.Path(directory) / name).write_bytes(content)
+
+
+def _pointer(content: bytes) -> str | None:
+  """The remedy for a file that Git LFS has not fetched; None for others."""
+  if content.startswith(b'version https://git-lfs'):
+    return 'it is a pointer: git lfs pull'
+  return None
 
 
 def parsed(model: bytes) -> tokenizers.Tokenizer:
@@ -570,9 +1036,9 @@ def parsed(model: bytes) -> tokenizers.Tokenizer:
     found = tokenizers.Tokenizer.from_str(model.decode())
   # `tokenizers` raises nothing more special.
   except Exception as error:
+    remedy = 'copy it again, or save it with the library tokenizers'
     raise ValueError(
-      f'tokenizer.json cannot be read ({error}): copy it again, or save it '
-      'with the library tokenizers'
+      f'tokenizer.json cannot be read ({error}): {_pointer(model) or remedy}'
     ) from error
   # Saved with a tokenizer that was last used on batches of one length.
   found.no_truncation()

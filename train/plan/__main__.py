@@ -110,6 +110,8 @@ def fitting_microbatches(path: str, options: Sequence[str]) -> list[str]:
   planned as divide it.
   """
   options = [part for option in options for part in option.split('=', 1)]
+  # An option may be spelled with either mark between its words.
+  options = [x.replace('_', '-') if x[:2] == '--' else x for x in options]
   sizes = [b for a, b in itertools.pairwise(options) if a == '--batch-size']
   if not sizes or not sizes[-1].isdigit() or '--microbatches' in options:
     return []

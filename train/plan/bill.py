@@ -13,7 +13,7 @@ from train.plan import cards as cards_lib
 from train.plan.cards import GPUS
 from train.plan.cost import Cost, cost_of
 from train.plan.footprint import Cards, mesh_of, on_card, placed_step, shared
-from train.task import language_model
+from train.task import task_of
 
 PyTree = Any
 
@@ -68,7 +68,7 @@ def make_bill(
   """Returns the bill of a config; the arguments are `make_plan`'s."""
   config = on_card(shared(config, cards))
   mesh = mesh_of(config, cards)
-  of_step = placed_step(config, language_model(config), mesh)
+  of_step = placed_step(config, task_of(config), mesh)
   update, *of_update = whole_update(config, mesh)
   return Bill(
     config=path,
@@ -96,7 +96,7 @@ def whole_update(
   """
   config = dataclasses.replace(config, update=WholeTree())
   tx = config.transformation()
-  task = language_model(config)
+  task = task_of(config)
   _, state, _ = placed_step(config, task, mesh)
   params, _ = step_lib.split(state.params, task.trained)
 

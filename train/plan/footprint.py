@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from models import attention
-from models.llama import LlamaConfig
 from train import mesh as mesh_lib
 from train import step as step_lib
 from train.command import check_least
@@ -21,7 +20,7 @@ from train.plan import cards as cards_lib
 from train.plan.account import account
 from train.plan.cards import GPUS
 from train.step import State
-from train.task import Task, array_shapes, language_model
+from train.task import Batch, Task, array_shapes, task_of
 
 PyTree = Any
 
@@ -138,7 +137,7 @@ def make_plan(
     method: name of the optimizer; default, that of its class.
   """
   config = on_card(shared(config, cards))
-  task = language_model(config)
+  task = task_of(config)
   mesh = mesh_lib.absent(config.mesh)
   if not cards.estimate:
     mesh = mesh_of(config, cards)
@@ -147,8 +146,9 @@ def make_plan(
   if not cards.estimate:
     compiled = cards_lib.compile_step(step, state, inputs)
   sums = account(part(state.params), part(state.optimizer))
+  rows, length = inputs['inputs'].shape
   gradients = gradient_bytes(config, task, state, mesh)
-  activations = activation_bytes(config)
+  activations = activation_bytes(config, length)
   workspace = workspace_bytes(config)
   total = sums.total + gradients + activations
   if compiled:
@@ -160,8 +160,8 @@ def make_plan(
     method=method or type(config.optimizer).__name__,
     device=cards.device,
     devices=config.mesh.size,
-    batch_size=config.batch_size,
-    sequence_length=config.sequence_length,
+    batch_size=rows,
+    sequence_length=length,
     attention=config.model.attention,
     parameter_bytes=sums.parameters,
     vocabulary_bytes=sums.vocabulary,
@@ -206,13 +206,13 @@ def on_card(config: Config) -> Config:
   model = config.model
   if model.attention != 'auto':
     return config
+  _, length = batch(config)['inputs'].shape
   q, k = (
-    jax.ShapeDtypeStruct(
-      (1, config.sequence_length, heads, model.head_width), model.dtype
-    )
+    jax.ShapeDtypeStruct((1, length, heads, model.head_width), model.dtype)
     for heads in (model.num_heads, model.kv_heads)
   )
-  kind = 'blockwise' if attention.refusal(q, k, model.window) else 'cudnn'
+  refused = attention.refusal(q, k, model.window, model.causal)
+  kind = 'blockwise' if refused else 'cudnn'
   model = dataclasses.replace(model, attention=kind)
   return dataclasses.replace(config, model=model)
 
@@ -250,12 +250,19 @@ def part(tree: PyTree) -> PyTree:
   )
 
 
-def batch(config: Config) -> PyTree:
-  """Returns the shapes of a batch, as the data side makes it."""
-  shape = (config.batch_size, config.sequence_length)
-  names = ('inputs', 'targets', 'positions', 'segments')
-  tokens = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32))
-  return tokens | {'weights': jax.ShapeDtypeStruct(shape, jnp.float32)}
+def batch(config: Config) -> Batch:
+  """Returns the shapes of a config's largest batch.
+
+  Raises:
+    ValueError: its task does not have them.
+  """
+  inputs = task_of(config).inputs
+  if inputs is None:
+    raise ValueError(
+      f'a plan needs the shapes of a batch, which the task of a '
+      f'{type(config.model).__name__} does not have: set Task.inputs'
+    )
+  return inputs()
 
 
 def gradient_bytes(config: Config, task: Task, state: State, mesh: Any) -> int:
@@ -277,13 +284,13 @@ def gradient_bytes(config: Config, task: Task, state: State, mesh: Any) -> int:
   )
 
 
-def activation_bytes(config: Config) -> int:
-  """Returns the bytes of the inputs of the blocks."""
-  tokens = config.batch_size * config.sequence_length
+def activation_bytes(config: Config, length: int) -> int:
+  """Returns the bytes of the inputs of the blocks, for rows of a length."""
+  tokens = config.batch_size * length
   if isinstance(config.update, WholeTree):
     tokens //= config.microbatches
   tokens //= config.update.accumulate * config.mesh.data * config.mesh.fsdp
-  model: LlamaConfig = config.model
+  model = config.model
   element = jnp.dtype(model.dtype).itemsize
   return model.num_layers * tokens * model.width * element
 

@@ -181,6 +181,39 @@ def test_types_are_those_of_the_template(tmp_path):
   assert types.tolist() == [0] * second + [1] * (len(ids) - second)
 
 
+@pytest.mark.parametrize('fills', [True, False])
+def test_a_token_without_a_row_is_named_if_rows_need_it(tmp_path, fills):
+  import tokenizers
+
+  directory = tmp_path / 'roberta'
+  rows = glue.roberta(directory).vocab_size
+  file = directory / 'tokenizer.json'
+  fast = tokenizers.Tokenizer.from_file(str(file))
+  fast.add_special_tokens(['[NEW]'])
+  fast.save(str(file))
+  words = {'eos_token': '</s>', 'pad_token': '[NEW]' if fills else '<pad>'}
+  (directory / 'tokenizer_config.json').write_text(json.dumps(words))
+  tokenizer = tokenizer_lib.fitted(
+    tokenizer_lib.load(directory), rows, origin='here', remedy=''
+  )
+  made = lambda texts: batches(
+    LabelledFiles(*2 * [write(tmp_path / 'a.jsonl', rows=texts)]).open('train'),
+    tokenizer,
+    THREE,
+    batch_size=1,
+    sequence_length=64,
+    seed=0,
+  )
+  used = [('a [NEW]', 'film', 0)]
+  if fills:
+    with pytest.raises(ValueError, match=rf"'\[NEW\]' has the id {rows}, for"):
+      made(PAIRS)
+    return
+  assert int(next(made(PAIRS))['inputs'].max()) < rows
+  with pytest.raises(ValueError, match=rf"token '\[NEW\]' of id {rows}, for"):
+    made(used)
+
+
 def test_the_longer_text_is_cut(tokenizer):
   encode = encoder(tokenizer, 14)
   short, long = 'a film', 'the plot of the song ' * 9

@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -15,13 +16,21 @@ from tests.train.data.tiny import (
   MISTRAL,
   SPECIALS,
   TEXT,
+  added,
   vocabulary,
   write,
   write_other,
+  write_sentencepiece,
   write_settings,
 )
 from tests.train.test_config import CONFIG
-from train.data.tokenizer import Tokenizer, load, train_tokenizer
+from train.data.tokenizer import (
+  Tokenizer,
+  check_texts,
+  fitted,
+  load,
+  train_tokenizer,
+)
 from train.run import Run
 
 SMILE = '\U0001f600\u2581'
@@ -177,6 +186,346 @@ def test_pieces_of_a_model_that_adds_a_space(tmp_path):
   whole = 'The quick brown fox jumps over'
   np.testing.assert_array_equal(ids_n, tokenizer.encode(whole))
   assert tokenizer.decode(ids_n[scored_n]) == 'brown fox over'
+
+
+_LLAMA = {'tokenizer_class': 'LlamaTokenizer'}
+_TURNS = ['<|im_start|>', '<|im_end|>']
+
+
+def pieces_of(tokenizer, text):
+  """Tokens of a text that a template rendered, as texts."""
+  names = {i: x for x, i in tokenizer.specials.items()}
+  ids = tokenizer.encode(text, special=True).tolist()
+  model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+  return [names.get(i) or model.id_to_piece(i) for i in ids]
+
+
+class TestSpaces:
+  """Which parts of a text between special tokens get a space in front.
+
+  tests/parity compares all cases with transformers.
+  """
+
+  @pytest.mark.parametrize(
+    ('settings', 'expected'),
+    [
+      # In front of the text alone.
+      (_LLAMA | {'legacy': False}, '\u2581dog </s> dog </s> \u2581dog'),
+      (_LLAMA, '\u2581dog </s> dog </s> \u2581dog'),
+      # In front of each part without a space of its own.
+      (
+        _LLAMA | {'legacy': True},
+        '\u2581dog </s> \u2581dog </s> \u2581dog',
+      ),
+      # In front of each part, as the model does.
+      (None, '\u2581dog </s> \u2581dog </s> \u2581 \u2581dog'),
+      (
+        _LLAMA | {'legacy': False, 'add_prefix_space': False},
+        'dog </s> dog </s> \u2581dog',
+      ),
+    ],
+  )
+  def test_between_special_tokens(self, tmp_path, settings, expected):
+    tokenizer = load(write_sentencepiece(tmp_path, settings))
+    assert pieces_of(tokenizer, 'dog</s>dog</s> dog') == expected.split(' ')
+    # A document has no special tokens, and the space in front of it.
+    begins = pieces_of(tokenizer, 'dog')[0].startswith('\u2581')
+    assert begins == expected.startswith('\u2581')
+
+  @pytest.mark.parametrize('legacy', [True, False])
+  def test_a_run_keeps_the_rule_of_its_checkpoint(self, tmp_path, legacy):
+    # For another model_type transformers takes another class.
+    settings = _LLAMA | {'legacy': legacy}
+    source = write_sentencepiece(make(tmp_path / 'source'), settings)
+    text = 'dog</s> dog'
+    (source / 'config.json').write_text('{"model_type": "mistral"}')
+    tokenizer = load(source)
+    run = Run(tmp_path / 'run')
+    run.create(CONFIG, tokenizer)
+    assert pieces_of(run.tokenizer(), text) == pieces_of(tokenizer, text)
+    again = tokenizer.with_template(MISTRAL)
+    assert pieces_of(again, text) == pieces_of(tokenizer, text)
+    (source / 'config.json').unlink()
+    differs = pieces_of(load(source), text) != pieces_of(tokenizer, text)
+    assert differs == legacy
+
+  def test_a_run_of_an_older_version_is_read_with_one_line(
+    self, tmp_path, capsys
+  ):
+    source = write_sentencepiece(make(tmp_path / 'source'), _LLAMA)
+    run = Run(tmp_path / 'run')
+    run.create(CONFIG, load(source))
+    run.tokenizer()
+    assert capsys.readouterr().err == ''
+    # Older versions did not store the rule.
+    (run.directory / 'tokenizer_spaces.json').unlink()
+    assert run.tokenizer().encode('dog').tolist()
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1
+    assert f'{run.directory} is of an older version' in err
+
+  def test_what_is_trained_here_has_no_rule_to_keep(
+    self, tokenizer, tmp_path, capsys
+  ):
+    tokenizer.save(tmp_path)
+    assert [x.name for x in tmp_path.iterdir()] == ['tokenizer.model']
+    Run(tmp_path).tokenizer()
+    assert capsys.readouterr().err == ''
+
+  @pytest.mark.parametrize(
+    'settings',
+    [_LLAMA | {'legacy': False}, _LLAMA | {'legacy': True}, None],
+    ids=['first', 'each', 'always'],
+  )
+  def test_ids_of_pieces_are_those_of_the_whole_text(self, tmp_path, settings):
+    tokenizer = load(write_sentencepiece(tmp_path, settings))
+    pieces = [
+      *(('<s>The qu', False), ('ick', True), (' brown ', False)),
+      *(('fox</s>', True), ('\n', False), ('caf\u00e9 \U0001f600', True)),
+      *((' over', False), ('', True), ('</s>', False)),
+    ]
+    text = ''.join(text for text, _ in pieces)
+    ids_n, scored_n = tokenizer.encode_pieces(pieces)
+    np.testing.assert_array_equal(ids_n, tokenizer.encode(text, special=True))
+    assert [len(x) for x in tokenizer.encode_pieces([])] == [0, 0]
+    # A space belongs to what follows it; the one in front of 'The' is no text.
+    scored = ids_n[scored_n].tolist()
+    assert scored.count(tokenizer.eos_id) == 1
+    found = tokenizer.decode(scored).strip()
+    assert re.fullmatch(r' ?(qu)?ick ?fox ?caf\u00e9 \U0001f600', found), found
+
+  @pytest.mark.parametrize('text', ['dog', 'd\u00e9g'])
+  def test_a_token_in_two_pieces_is_scored_if_one_of_them_is(
+    self, tmp_path, text
+  ):
+    tokenizer = load(write_sentencepiece(tmp_path, _LLAMA))
+    whole = tokenizer.encode(f'a {text}')
+    for scored in ((True, False), (False, True)):
+      parts = zip((f'a {text[0]}', text[1:]), scored, strict=True)
+      ids_n, scored_n = tokenizer.encode_pieces(parts)
+      np.testing.assert_array_equal(ids_n, whole)
+      if text == 'dog':
+        assert scored_n[-1] and scored_n.sum() == (3 if scored[0] else 1)
+      else:
+        # Both bytes of a character belong to its piece.
+        assert scored_n[-3:].tolist() == [scored[1]] * 3
+
+
+class TestUserDefinedPieces:
+  """A sentencepiece model whose trainer was given the ends of turns."""
+
+  @pytest.fixture(params=[_LLAMA | {'legacy': False}, _LLAMA, None])
+  def turns(self, request, tmp_path):
+    settings = {'chat_template': CHATML} | (request.param or {})
+    return load(
+      write_sentencepiece(tmp_path, settings, user_defined_symbols=_TURNS)
+    )
+
+  def test_they_are_special_tokens(self, turns):
+    ids = [turns.specials[text] for text in _TURNS]
+    assert ids == [3, 4] and turns.vocab_size == 330
+    assert turns.stop_ids == (turns.eos_id, ids[1])
+    assert turns.chat_template.end_of_turn == '<|im_end|>'
+
+  def test_the_end_of_an_answer_is_scored(self, turns):
+    scored = [message['role'] == 'assistant' for message in CHAT]
+    pieces = turns.chat_template.pieces(CHAT, scored)
+    ids_n, scored_n = turns.encode_pieces(pieces)
+    text = turns.chat_template.render(CHAT)
+    np.testing.assert_array_equal(ids_n, turns.encode(text, special=True))
+    ends = ids_n == turns.specials['<|im_end|>']
+    assert (ends.sum(), (ends & scored_n).sum()) == (len(CHAT), sum(scored))
+    assert not scored_n[ids_n == turns.specials['<|im_start|>']].any()
+    said = turns.decode(ids_n[scored_n & ~ends])
+    assert said == ''.join(
+      message['content'] for message in CHAT if message['role'] == 'assistant'
+    )
+
+
+class TestAddedTokens:
+  """tokenizer_config.json beside a sentencepiece model."""
+
+  def load(self, directory, **settings):
+    return load(write_sentencepiece(directory, _LLAMA | settings))
+
+  def test_the_end_may_be_added(self, tmp_path):
+    tokenizer = self.load(
+      tmp_path, eos_token='<|im_end|>', **added({'<|im_end|>': {}})
+    )
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 330)
+    assert tokenizer.stop_ids == (330,)
+    assert tokenizer.tokens['eos_token'] == '<|im_end|>'
+    assert tokenizer.decode([330, *tokenizer.encode('dog'), 330]) == 'dog'
+
+  @pytest.mark.parametrize(
+    ('settings', 'bos'),
+    [
+      ({}, 1),
+      ({'add_bos_token': True}, 1),
+      ({'add_bos_token': False}, None),
+      ({'bos_token': ''}, 1),  # as the first LLaMAs
+      ({'bos_token': {'content': '<s>', '__type': 'AddedToken'}}, 1),
+      ({'bos_token': '\u2581dog'}, 'piece'),
+    ],
+  )
+  def test_the_beginning(self, tmp_path, settings, bos):
+    tokenizer = self.load(tmp_path, **settings)
+    if bos == 'piece':
+      model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+      bos = model.piece_to_id('\u2581dog')
+    assert tokenizer.bos_id == bos
+
+  def test_the_ids_of_generation_config_name_tokens(self, tmp_path):
+    write_sentencepiece(tmp_path, _LLAMA | added({'<|im_end|>': {}}))
+    ends = {'eos_token_id': [330, 2]}
+    (tmp_path / 'generation_config.json').write_text(json.dumps(ends))
+    tokenizer = load(tmp_path)
+    assert tokenizer.eos_id == 330 and tokenizer.stop_ids == (330, 2)
+
+  def test_a_token_that_is_not_special_is_text(self, tmp_path):
+    tokenizer = self.load(tmp_path, **added({'<tool>': {'special': False}}))
+    ids_n = tokenizer.encode('a <tool> dog')
+    assert 330 in ids_n and 330 == tokenizer.specials['<tool>']
+    assert tokenizer.decode(ids_n) == 'a <tool> dog'
+    assert tokenizer.bytes_V[330] == len('<tool>')
+
+  def test_ids_are_those_of_the_file_where_they_have_gaps(self, tmp_path):
+    tokenizer = self.load(tmp_path, **added({'<|im_end|>': {}}, first=335))
+    assert tokenizer.encode('<|im_end|>', special=True).tolist() == [335]
+    assert tokenizer.vocab_size == len(tokenizer.bytes_V) == 336
+    assert tokenizer.decode([331, 335]) == ''
+
+  def test_objects_in_special_tokens_map(self, tmp_path):
+    write_sentencepiece(tmp_path, _LLAMA)
+    words = {
+      'eos_token': {'content': '</s>', 'lstrip': False},
+      'additional_special_tokens': [{'content': '\u2581dog'}, 'fo'],
+    }
+    (tmp_path / 'special_tokens_map.json').write_text(json.dumps(words))
+    tokenizer = load(tmp_path)
+    assert {'\u2581dog', 'fo'} <= set(tokenizer.specials)
+    assert tokenizer.decode(tokenizer.encode('fox', special=True)) == 'x'
+
+  def test_a_token_without_text_is_not_found_everywhere(self, tmp_path):
+    tokenizer = self.load(
+      tmp_path,
+      additional_special_tokens=[''],
+      **added({'': {}, '<|im_end|>': {}}),
+    )
+    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    expected = model.encode('a dog')
+    assert tokenizer.encode('a dog', special=True).tolist() == expected
+    assert '' not in tokenizer.specials
+
+  def test_a_rule_that_is_none_is_named(self, tmp_path):
+    rule = '{"spaces": "some", "normalizes": true}'
+    (tmp_path / 'tokenizer_spaces.json').write_text(rule)
+    with pytest.raises(ValueError, match=r"one of \('never', .*got 'some': c"):
+      self.load(tmp_path)
+
+  def test_a_special_token_that_is_nowhere_is_named(self, tmp_path):
+    with pytest.raises(ValueError, match=r"'<none>' is not in .*\.model: corr"):
+      self.load(tmp_path, eos_token='<none>')
+
+
+@pytest.mark.parametrize('kind', ['sentencepiece', 'json'])
+def test_a_byte_order_mark_is_read(tmp_path, kind):
+  if kind == 'json':
+    write(tmp_path, CHATML)
+  else:
+    write_sentencepiece(tmp_path, _LLAMA | {'chat_template': CHATML})
+  expected = load(tmp_path)
+  (tmp_path / 'chat_template.jinja').write_text(CHATML)
+  (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+  for file in tmp_path.glob('*.j*'):
+    file.write_text(file.read_text('utf-8'), 'utf-8-sig')
+  found = load(tmp_path)
+  assert found.chat_template.source == CHATML
+  assert found.specials == expected.specials
+  assert found.encode(TEXT).tolist() == expected.encode(TEXT).tolist()
+  # Other programs do not read the mark.
+  found.save(make(tmp_path / 'copy'))
+  for file in (tmp_path / 'copy').glob('*.j*'):
+    assert not file.read_bytes().startswith(b'\xef\xbb\xbf')
+
+
+class TestRows:
+  """A model with fewer rows than the tokenizer has ids."""
+
+  def padded(self, directory, kind, flags):
+    """A tokenizer with [PAD] behind all others."""
+    directory = make(directory)
+    token = {'[PAD]': {'special': True} | flags}
+    if kind == 'sentencepiece':
+      return load(write_sentencepiece(directory, _LLAMA | added(token)))
+    write(directory, CHATML)
+    path = str(directory / 'tokenizer.json')
+    library = tokenizers.Tokenizer.from_file(path)
+    flags = {'normalized': False} | token['[PAD]']
+    library.add_tokens([tokenizers.AddedToken('[PAD]', **flags)])
+    library.save(path)
+    return load(directory)
+
+  @pytest.fixture(params=['sentencepiece', 'json'])
+  def kind(self, request):
+    return request.param
+
+  def fit(self, tokenizer, rows):
+    return fitted(tokenizer, rows, origin='here', remedy='do this')
+
+  def test_a_token_that_no_text_uses_is_harmless(self, tmp_path, kind):
+    tokenizer = self.padded(tmp_path / 'a', kind, {})
+    last = tokenizer.specials['[PAD]']
+    assert tokenizer.vocab_size == last + 1
+    found = self.fit(tokenizer, last)
+    for text in (TEXT, ODD, CHATML_TEXT):
+      expected = tokenizer.encode(text, special=True)
+      assert found.encode(text, special=True).tolist() == expected.tolist()
+    # In a document it is text as any other.
+    assert found.decode(found.encode('a [PAD]')) == 'a [PAD]'
+    assert found.with_template(MISTRAL).num_rows == last
+    check_texts(found, [TEXT, 'a [PAD]'], special=False)
+
+  @pytest.mark.parametrize('special', [True, False])
+  def test_a_token_that_a_text_uses_is_named(self, tmp_path, kind, special):
+    tokenizer = self.padded(tmp_path / 'a', kind, {'special': special})
+    last = tokenizer.specials['[PAD]']
+    found = self.fit(tokenizer, last)
+    match = rf"'a \[PAD\]' has the token '\[PAD\]' of id {last}, .*={last} has"
+    with pytest.raises(ValueError, match=match):
+      found.encode('a [PAD]', special=True)
+    with pytest.raises(ValueError, match=match):
+      found.encode_pieces([('a ', False), ('[PAD]', True)])
+    with pytest.raises(ValueError, match=match):
+      check_texts(found, [TEXT, 'a [PAD]'], special=True)
+    with pytest.raises(ValueError, match=match):
+      found.with_template(CHATML).encode('a [PAD]', special=True)
+    if not special:
+      with pytest.raises(ValueError, match=match):
+        check_texts(found, [TEXT, 'a [PAD]'], special=False)
+    # With a row for it, it is a token as any other.
+    whole = self.fit(tokenizer, last + 1)
+    assert whole.encode('a [PAD]', special=True)[-1] == last
+
+  def test_texts_are_not_read_where_every_token_has_a_row(self, tmp_path, kind):
+    tokenizer = self.padded(tmp_path / 'a', kind, {})
+
+    def unread():
+      raise AssertionError
+      yield
+
+    check_texts(tokenizer, unread(), special=True)
+    rows = tokenizer.vocab_size
+    check_texts(self.fit(tokenizer, rows), unread(), special=True)
+
+  def test_tokens_that_all_texts_have_are_named(self, tmp_path, kind):
+    tokenizer = self.padded(tmp_path / 'a', kind, {})
+    last = tokenizer.specials['[PAD]']
+    with pytest.raises(ValueError, match=rf'={last - 1} ids .* {last - 1}: do'):
+      self.fit(tokenizer, last - 1)
+    tokenizer.tokens['eos_token'] = '[PAD]'
+    with pytest.raises(ValueError, match=rf"got '\[PAD\]' of id {last}: do"):
+      self.fit(tokenizer, last)
 
 
 @pytest.mark.parametrize('kind', ['sentencepiece', 'json'])
@@ -351,6 +700,52 @@ class TestJson:
     (tmp_path / name).write_text(content, 'latin-1')
     with pytest.raises(ValueError, match=rf'in .*{tmp_path.name}.*{message}'):
       load(tmp_path)
+
+  @pytest.mark.parametrize('eos_token', [{}, {'eos_token': None}])
+  def test_the_id_of_config_ends_a_document_without_a_name(
+    self, tmp_path, eos_token
+  ):
+    write(tmp_path)
+    write_settings(tmp_path, eos_token)
+    ends = {'eos_token_id': [2, 0]}
+    (tmp_path / 'config.json').write_text(json.dumps(ends))
+    tokenizer = load(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.stop_ids) == (2, (2, 0))
+    # A template has what transformers has: no token that is null.
+    assert ('eos_token' in tokenizer.tokens) == (not eos_token)
+
+  def test_a_blank_template_is_none(self, tmp_path):
+    assert load(write(tmp_path, '')).chat_template is None
+
+  @pytest.mark.parametrize('name', ['tokenizer.json', 'tokenizer.model'])
+  def test_a_pointer_of_git_lfs_is_named(self, tmp_path, name):
+    (tmp_path / name).write_text(
+      'version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 3\n'
+    )
+    with pytest.raises(ValueError, match=r'it is a pointer: git lfs pull$'):
+      load(tmp_path)
+
+  def test_utf_16_is_named(self, tmp_path):
+    write(tmp_path)
+    (tmp_path / 'tokenizer_config.json').write_text('{}', 'utf-16')
+    with pytest.raises(ValueError, match=r"is no JSON \('utf-8' codec.*: copy"):
+      load(tmp_path)
+
+  @pytest.mark.parametrize(
+    'name', ['vocab.txt', 'vocab.json', 'spiece.model', 'qwen.tiktoken']
+  )
+  def test_a_tokenizer_of_another_kind_names_what_converts_it(
+    self, tmp_path, name
+  ):
+    (tmp_path / name).write_text('a')
+    with pytest.raises(FileNotFoundError) as error:
+      load(tmp_path)
+    assert f'to make tokenizer.json of {name}: python -c' in str(error.value)
+    *_, code = shlex.split(str(error.value))
+    assert code == (
+      'from transformers import AutoTokenizer as T; '
+      f"T.from_pretrained('{tmp_path}').save_pretrained('{tmp_path}')"
+    )
 
   def test_no_tokenizer(self, tmp_path):
     with pytest.raises(FileNotFoundError, match=r'neither tokenizer\.json nor'):

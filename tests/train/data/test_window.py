@@ -23,6 +23,7 @@ class Letters:
   """A tokenizer whose ids are code points; BOS is 1 and EOS is 2."""
 
   bos_id, eos_id = 1, 2
+  num_rows = None
   bytes_V = np.r_[np.zeros(3, np.int32), np.ones(125, np.int32)]
 
   def encode(self, text):

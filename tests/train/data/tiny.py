@@ -3,8 +3,10 @@
 Also what the tests of chats and the parity tests read.
 """
 
+import io
 import json
 
+import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -176,6 +178,41 @@ def write_other(directory, kind):
   tokenizer.save(str(directory / 'tokenizer.json'))
   write_settings(directory, {'eos_token': '</s>'})
   return directory
+
+
+def write_sentencepiece(directory, settings=None, **trainer):
+  """Writes a sentencepiece model as LLaMA's, of 330 pieces."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(DOCUMENTS),
+    model_writer=model,
+    **{
+      'model_type': 'bpe',
+      'vocab_size': 330,
+      'byte_fallback': True,
+      'normalization_rule_name': 'identity',
+      'remove_extra_whitespaces': False,
+      'minloglevel': 2,
+    }
+    | trainer,
+  )
+  (directory / 'tokenizer.model').write_bytes(model.getvalue())
+  if settings is not None:
+    write_settings(directory, settings)
+  return directory
+
+
+def added(tokens, first=330):
+  """An added_tokens_decoder of flags by text, numbered from `first`."""
+  usual = dict.fromkeys(
+    ('lstrip', 'rstrip', 'single_word', 'normalized'), False
+  )
+  return {
+    'added_tokens_decoder': {
+      str(i): usual | {'content': text, 'special': True} | flags
+      for i, (text, flags) in enumerate(tokens.items(), first)
+    }
+  }
 
 
 def write_settings(directory, settings):

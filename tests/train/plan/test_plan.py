@@ -7,8 +7,11 @@ import math
 import pathlib
 import re
 
+import jax
 import pytest
 
+from models import huggingface_config
+from models.encoder import EncoderConfig, Layers
 from train import machine
 from train.command import load
 from train.plan import __main__ as plan
@@ -65,11 +68,14 @@ def test_a_batch_that_its_microbatches_do_not_divide(tmp_path, capsys):
   path.write_text(text.replace('batch_size=4', 'batch_size=8, microbatches=4'))
   found = [
     report(capsys, str(path), '--estimate', *options)
-    for options in (['--batch-size', '6'], ['--batch-size=8'])
+    for options in (
+      *(['--batch-size', '6'], ['--batch-size=8'], ['--batch_size', '6']),
+    )
   ]
   # Two parts of three rows; four of two.
   row = 3 * 32 * 64 * 4
-  assert [x['activation_bytes'] for x in found] == [3 * row, 2 * row]
+  expected = [3 * row, 2 * row, 3 * row]
+  assert [x['activation_bytes'] for x in found] == expected
   assert found[0]['temp_bytes'] is None
 
 
@@ -88,6 +94,103 @@ def test_estimate_is_exact_for_weights_and_state(config, capsys):
   assert found['capacity_bytes'] == int(share)
   assert found['workspace_bytes'] == 0
   assert found['fits'] is None
+
+
+@pytest.fixture(scope='module')
+def roberta(tmp_path_factory):
+  """A small RoBERTa: a plan reads config.json alone."""
+  directory = tmp_path_factory.mktemp('roberta')
+  config = EncoderConfig(
+    vocab_size=320,
+    width=16,
+    mlp_width=32,
+    num_heads=2,
+    num_layers=2,
+    num_positions=66,
+    family='roberta',
+    num_types=1,
+    pad_id=1,
+    dropout=0.1,
+  )
+  fields = huggingface_config.fields_of(config)
+  (directory / 'config.json').write_text(json.dumps(fields))
+  return ['--checkpoint', str(directory)]
+
+
+@pytest.mark.parametrize(
+  'task', ['cola', pytest.param('stsb', marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+  'update', ['WholeTree', pytest.param('Layerwise', marks=pytest.mark.slow)]
+)
+def test_an_estimate_of_an_encoder_is_exact(roberta, capsys, task, update):
+  path = str(ROOT / f'configs/glue_{task}.py')
+  found = report(
+    capsys, path, *roberta, '--estimate', '--update', update, '--batch-size=8'
+  )
+  config = load(path)
+  config = dataclasses.replace(config, checkpoint=roberta[1]).resolved()
+  shapes = jax.eval_shape(Layers(config.model).init, jax.random.key(0))
+  weights = sum(4 * x.size for x in jax.tree.leaves(shapes))
+  assert found['parameter_bytes'] + found['vocabulary_bytes'] == weights
+  # Six kernels of two layers, of rank 4; what is noted are three numbers.
+  assert found['basis_bytes'] == 4 * 2 * 6 * (4 * 16 + 3)
+  # 512 tokens by the config; the model has 64 positions.
+  assert (found['batch_size'], found['sequence_length']) == (8, 64)
+  assert found['activation_bytes'] == 4 * 2 * 8 * 64 * 16
+  assert found['attention'] == 'blockwise'
+
+
+@pytest.mark.slow
+def test_every_method_and_bar_is_planned_for_an_encoder(
+  roberta, tmp_path, capsys
+):
+  path = str(ROOT / 'configs/glue_cola.py')
+  found = report(capsys, path, *roberta, '--estimate', '--compare')
+  methods = [plan['method'] for plan in found]
+  assert methods == [*compare.methods(load(path))]
+  assert plan.main([path, *roberta, '--estimate', '--compare']) == 0
+  assert 'APOLLO-Mini' in capsys.readouterr().out
+  bars = tmp_path / 'bars.png'
+  report(capsys, path, *roberta, '--estimate', '--plot', str(bars))
+  assert bars.read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_plan_of_an_encoder_needs_its_checkpoint(capsys):
+  with pytest.raises(SystemExit) as stop:
+    plan.main([str(ROOT / 'configs/glue_cola.py'), '--estimate'])
+  assert stop.value.code == 2
+  assert 'name a directory of transformers with' in capsys.readouterr().err
+
+
+@needs_compiler
+@pytest.mark.card
+@pytest.mark.parametrize('update', ['WholeTree', 'Layerwise'])
+def test_an_encoder_is_compiled_for_a_card(roberta, capsys, update):
+  path = str(ROOT / 'configs/glue_cola.py')
+  args = (path, *roberta, '--update', update)
+  found = report(capsys, *args)
+  peak = found['argument_bytes'] + found['output_bytes']
+  peak += found['temp_bytes'] - found['alias_bytes']
+  assert found['total_bytes'] == peak + found['workspace_bytes']
+  assert found['fits'] and 0 < len(found['buffers']) <= 10
+  assert plan.main(args) == 0
+  assert 'attention: block by block' in capsys.readouterr().out
+  bill = report(capsys, *args, '--cost')
+  assert bill['step']['flops'] > bill['update']['flops'] > 0
+
+
+def test_an_encoder_has_the_kernel_of_cudnn_where_it_may(roberta, capsys):
+  # Heads of 64 numbers, in 16 bits.
+  directory = pathlib.Path(roberta[1])
+  fields = json.loads((directory / 'config.json').read_text())
+  fields |= {'hidden_size': 128, 'intermediate_size': 256, 'dtype': 'bfloat16'}
+  wide = directory / 'wide'
+  wide.mkdir()
+  (wide / 'config.json').write_text(json.dumps(fields))
+  path = str(ROOT / 'configs/glue_cola.py')
+  found = report(capsys, path, '--checkpoint', str(wide), '--estimate')
+  assert found['attention'] == 'cudnn'
 
 
 @needs_compiler
