@@ -116,8 +116,8 @@ def test_resume_is_bit_equal_to_no_stop(
   assert f'{stop.name}: will save after this step' in err
   # The advice, word for word.
   assert 'stopped and saved at step 4; to go on:' in out
-  advice = shlex.split(out[out.index('python -m train.pretrain') :])
-  assert pretrain.main(advice[3:]) == 0
+  line = out[out.index('python -m train.pretrain') :].splitlines()[0]
+  assert pretrain.main(shlex.split(line)[3:]) == 0
   (ours, position), (theirs, its_position) = saved(run), saved(whole)
   chex.assert_trees_all_equal(ours, theirs)
   assert position == its_position
