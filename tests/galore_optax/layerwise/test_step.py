@@ -28,8 +28,10 @@ from tests.galore_optax.layerwise.program import (
 from tests.galore_optax.program import each
 from tests.rounding import assert_close, units
 
-# Two programs, of three steps of sums over 28 tokens through three layers.
-ROUNDINGS = 3 * 28 * 3
+# Two programs. Losses and gradients are sums over 28 tokens through 3 layers.
+SUMS = 28 * 3
+# Three steps, whose updates are a tenth of the weights at most.
+STEPS = 3 * (SUMS / 10 + 1)
 
 
 def test_equals_the_whole_tree_step():
@@ -37,10 +39,10 @@ def test_equals_the_whole_tree_step():
   model, tx = Residual(), optax.sgd(0.1, momentum=0.9)
   params, state, metrics = run(layerwise(model, tx))
   whole, expected = run_whole_tree(model, tx)
-  assert_close(params, whole, ROUNDINGS)
-  assert_close(metrics['loss'], expected['loss'], ROUNDINGS)
+  assert_close(params, whole, STEPS)
+  assert_close(metrics['loss'], expected['loss'], SUMS)
   norm = jax.jit(optax.tree.norm)(expected['grads'])
-  assert_close(metrics['grad_norm'], norm, ROUNDINGS)
+  assert_close(metrics['grad_norm'], norm, SUMS)
   assert state.norm == metrics['grad_norm']
 
 
@@ -70,8 +72,9 @@ def test_clips_by_the_norm_of_the_whole_gradient():
     step = layerwise(model, optax.sgd(0.1), clip_norm=bound, clip=clip)
     params, _, metrics = run(step, steps=1)
     assert metrics['grad_norm'] > bound
-    # The norm's squares are added leaf by leaf and layer by layer.
-    assert_close(params, whole, ROUNDINGS)
+    # The norm's squares are added leaf by leaf and layer by layer. The update
+    # is a hundredth of the weights.
+    assert_close(params, whole, operations=SUMS / 100 + 1)
 
 
 @pytest.mark.slow
@@ -104,14 +107,14 @@ def test_microbatches_are_one_large_batch_over_three_refreshes():
   # Sums over examples in another order, through three decompositions.
   chex.assert_trees_all_close(three[0], whole[0], rtol=1e-5, atol=1e-6)
   for name in ('loss', 'nll'):
-    assert_close(three[2][name], whole[2][name], 3 * ROUNDINGS)
+    assert_close(three[2][name], whole[2][name], 3 * SUMS)
 
 
 def test_slices_change_nothing_but_the_scratch():
   model, tx = Residual(), optax.sgd(0.1, momentum=0.9)
   plain = run(layerwise(model, tx))
   cut = run(layerwise(model, tx, slices={'head/w': 3}))
-  assert_close(cut[0], plain[0], ROUNDINGS)
+  assert_close(cut[0], plain[0], STEPS)
   assert cut[1].inner['head/w'][0].trace['head']['w'].shape == (3, D // 3, V)
   with pytest.raises(ValueError, match='must divide'):
     layerwise(model, tx, slices={'head/w': 4}).init(make_params())
@@ -184,7 +187,7 @@ def test_badam_has_the_norm_of_what_it_trains():
   grads = run_whole_tree(model, tx, steps=1)[1]['grads']['blocks']
   mine = jax.tree.map(lambda g: g[1], grads)
   norm = jax.jit(optax.tree.norm)(mine)
-  assert_close(metrics['grad_norm'], norm, ROUNDINGS)
+  assert_close(metrics['grad_norm'], norm, SUMS)
   factor = clip_coefficient(metrics['grad_norm'], bound)
   moved = jax.tree.map(lambda a, b: a - b, params['blocks'], start['blocks'])
   assert not any(jnp.any(x[jnp.array([0, 2])]) for x in moved.values())
@@ -245,8 +248,8 @@ def test_a_bare_stack_and_any_aux():
   whole, expected = run_whole_tree(Bare(()), tx, steps=2, params=params)
   for aux in ((), None, 3.0, {'loss': 7.0}):
     ours, _, metrics = run(layerwise(Bare(aux), tx), steps=2, params=params)
-    assert_close(ours, whole, ROUNDINGS)
-    assert_close(metrics['loss'], expected['loss'], ROUNDINGS)
+    assert_close(ours, whole, STEPS)
+    assert_close(metrics['loss'], expected['loss'], SUMS)
     assert metrics.get('aux') == (aux if not isinstance(aux, dict) else None)
 
 

@@ -230,8 +230,8 @@ def test_layerwise_clips_by_the_norm_of_all_groups():
   start = make_params()
   ours, _, _ = run(go.layerwise(Residual(), tx), steps=2, params=start)
   want, _ = run_whole_tree(Residual(), tx, steps=2, params=start)
-  # Two steps of sums over 28 tokens through three layers, in two programs.
-  assert_rounded(ours, want, operations=2 * 28 * 3)
+  # Two programs, whose two updates are a thousandth of the weights at most.
+  assert_rounded(ours, want, operations=4)
 
 
 def test_projected_gradients_are_summed():
