@@ -218,8 +218,10 @@ def _leaf_by_leaf(run, outer: Outer, updates, state, params) -> tuple[Any, Any]:
   for i in coded:
     m = [m[i] for m in moments]
     if last is not None:
-      # Without it the compiler may dequantize every leaf at the start.
-      m, _ = jax.lax.optimization_barrier((m, last))
+      # Without it the compiler may dequantize every leaf at the start. The
+      # barrier would give the moments tangents of zero if `last` had any, and
+      # the derivative of a root of zero times zero is not a number.
+      m, _ = jax.lax.optimization_barrier((m, jax.lax.stop_gradient(last)))
     u, m, after = last = _leaf(step, grads[i], m, weights[i])
     new[i] = u, *m
   columns = zip(*(new[i] for i in every), strict=True)
