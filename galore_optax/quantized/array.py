@@ -170,8 +170,8 @@ def quantize(
 
   Args:
     x: floating array [..., n].
-    code: 'signed' or 'unsigned', see `dynamic.dynamic_map`. A positive value
-      never becomes an unsigned 0.
+    code: 'signed' or 'unsigned', a name of `quantized.codes.dynamic_map`. A
+      positive value never becomes an unsigned 0.
     block_size: elements that share a scale.
 
   Returns:
