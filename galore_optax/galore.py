@@ -55,7 +55,22 @@ from galore_optax.subspace import finders, kept, refresh
 
 Preset = TypeVar('Preset', bound=Callable)
 
-_optax_chain = getattr(optax.chain, '__wrapped__', optax.chain)
+
+def _below_ours(found: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns the `optax.chain` that our `chain` calls.
+
+  A wrapper of another library is kept. A `chain` of this module as it was
+  before a reload is replaced by the function that it called.
+
+  Args:
+    found: the `optax.chain` of this moment.
+  """
+  # functools.wraps copies attributes, so a wrapper of ours has this mark too.
+  ours, below = getattr(found, '_galore_optax', (None, None))
+  return below if ours is found else found
+
+
+_optax_chain = _below_ours(optax.chain)
 
 
 class Apart(NamedTuple):
@@ -281,6 +296,20 @@ def chain(
     rest = _optax_chain(*args[1:]) if args[1:] else optax.identity()
     return _followed(args[0], optax.with_extra_args_support(rest))
   return _optax_chain(*args)
+
+
+vars(chain)['_galore_optax'] = chain, _optax_chain
+
+
+def install_chain() -> None:
+  """Makes our `chain` `optax.chain`, unless something wraps it already.
+
+  >>> install_chain()
+  >>> optax.chain is chain
+  True
+  """
+  if _below_ours(optax.chain) is _optax_chain:
+    optax.chain = chain
 
 
 def quantize_bases(

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import optax
 
 from galore_optax.decay import decay_updated_weights
-from galore_optax.galore import galore, names_options, quantize_bases
+from galore_optax.galore import chain, galore, names_options, quantize_bases
 from galore_optax.presets import inner
 from galore_optax.quantized.state import quantize_state
 
@@ -106,4 +106,4 @@ def _galore_adamw(learning_rate, b1, b2, eps, weight_decay, options, sizes):
   # It reads no weights: shown none, its slope of decay is known to be zero.
   blind = adam._replace(update=lambda g, s, *_, **__: adam.update(g, s))
   decay = decay_updated_weights(learning_rate, weight_decay=weight_decay)
-  return optax.chain(galore(blind, **inner.rotated_by(options, b1, b2)), decay)
+  return chain(galore(blind, **inner.rotated_by(options, b1, b2)), decay)

@@ -6,7 +6,7 @@ import optax
 
 from galore_optax import checks
 from galore_optax.decay import decay_updated_weights
-from galore_optax.galore import galore, names_options
+from galore_optax.galore import chain, galore, names_options
 from galore_optax.presets import inner as inner_lib
 from galore_optax.presets.inner import Inner
 from galore_optax.quantized.state import quantize_state
@@ -49,7 +49,7 @@ def _scaled(
     inner = quantize_state(inner) if bits else inner
   options = inner_lib.rotated_by(options, b1, b2) | dict(gap=gap)
   inner, residual = inner_lib.without_rate(inner), Scaled(limit=limit, **rule)
-  return optax.chain(
+  return chain(
     galore(inner, residual=residual, **options),
     optax.scale_by_learning_rate(learning_rate),
     decay_updated_weights(learning_rate, weight_decay=weight_decay),
