@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def is_number(number: Any) -> bool:
@@ -44,7 +45,17 @@ def check_count(**counts: Any) -> None:
 
   >>> check_count(microbatches=4)
   """
+  check_static(**counts)
   require('an integer >= 1', lambda x: is_integer(x) and x >= 1, **counts)
+
+
+def check_size(**sizes: Any) -> None:
+  """Raises ValueError unless each value is an integer >= 0.
+
+  >>> check_size(min_size=0)
+  """
+  check_static(**sizes)
+  require('an integer >= 0', lambda x: is_integer(x) and x >= 0, **sizes)
 
 
 def check_integer(**values: Any) -> None:
@@ -66,6 +77,47 @@ def check_static(**values: object) -> None:
     f' optax.inject_hyperparams it belongs in static_args={tuple(values)}'
   )
   require(rule, lambda x: not isinstance(x, jax.Array), **values)
+
+
+def check_flag(**values: object) -> None:
+  """Raises ValueError unless each value is a boolean.
+
+  >>> check_flag(scale_parameter=True)
+  """
+  holds = lambda x: isinstance(x, bool | np.bool_)
+  require('True or False', holds, **values)
+
+
+def check_pair(**values: Any) -> None:
+  """Raises ValueError unless each value is a pair of finite numbers >= 0.
+
+  >>> check_pair(eps=(1e-30, 1e-3))
+  """
+  rule = 'a pair of finite numbers >= 0, such as (1e-30, 1e-3)'
+  pair = lambda x: isinstance(x, tuple | list) and len(x) == 2
+  holds = lambda x: pair(x) and all(map(_is_array_or_not_negative, x))
+  require(rule, holds, **values)
+
+
+def _is_array_or_not_negative(x: Any) -> bool:
+  if isinstance(x, jax.Array):
+    return True
+  return is_number(x) and math.isfinite(x) and x >= 0
+
+
+def check_limit(least: float, rule: str, **values: Any) -> None:
+  """Raises ValueError unless each value is above a bound; infinity may be.
+
+  Args:
+    least: the smallest value, which is itself excluded if it is zero.
+    rule: the text of the rule.
+    **values: numbers by name. The value of an array is not checked.
+
+  >>> check_limit(1, 'a number >= 1', limit=math.inf)
+  """
+  above = lambda x: x >= least if least else x > 0
+  known = lambda x: is_number(x) and above(x)
+  require(rule, lambda x: isinstance(x, jax.Array) or known(x), **values)
 
 
 def check_one_of(known: tuple[str, ...], **values: object) -> None:

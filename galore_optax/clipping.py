@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax.checks import require
+from galore_optax.checks import check_limit
 from galore_optax.precision import full
 
 
@@ -61,8 +61,8 @@ def clipped(rule: optax.GradientTransformation, clip_norm: float | None) -> Any:
 
 def check_norm(clip_norm: Any) -> None:
   """Raises ValueError for a bound that would turn or stop the gradient."""
-  holds = lambda x: not isinstance(x, int | float) or x > 0
-  require('positive, or None', holds, clip_norm=clip_norm)
+  if clip_norm is not None:
+    check_limit(0, 'positive, or None for no clipping', clip_norm=clip_norm)
 
 
 def clip_coefficient(norm: jax.Array, clip_norm: float) -> jax.Array:

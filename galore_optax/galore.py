@@ -35,9 +35,8 @@ What works, each proved by a test:
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +44,8 @@ import optax
 
 from galore_optax import checks, decay, projection
 from galore_optax import moments as moments_lib
+from galore_optax.options import THEIRS as THEIRS
+from galore_optax.options import names_options
 from galore_optax.paths import Targets, is_part
 from galore_optax.plan import Plan, Planner
 from galore_optax.precision import full
@@ -52,8 +53,6 @@ from galore_optax.projection import Axes, Projection, Side, Whole, each, show
 from galore_optax.residual import Residual, Split
 from galore_optax.sharding import low_sharding, on_any_mesh, placed
 from galore_optax.subspace import finders, kept, refresh
-
-Preset = TypeVar('Preset', bound=Callable)
 
 
 def _below_ours(found: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,7 +65,8 @@ def _below_ours(found: Callable[..., Any]) -> Callable[..., Any]:
     found: the `optax.chain` of this moment.
   """
   # functools.wraps copies attributes, so a wrapper of ours has this mark too.
-  ours, below = getattr(found, '_galore_optax', (None, None))
+  mark: Any = getattr(found, '_galore_optax', (None, None))
+  ours, below = mark
   return below if ours is found else found
 
 
@@ -138,24 +138,11 @@ class Stage(optax.GradientTransformationExtraArgs):
   around: Callable[[optax.GradientTransformation], Galore]
 
 
-# Options of galore-torch and transformers, and what they are called here.
-THEIRS = {'update_proj_gap': 'gap', 'optim_target_modules': 'targets'}
-THEIRS |= {'proj_type': "side (its 'left' 'right')", 'betas': 'b1 and b2'}
+# Options that belong to the inner of a `galore`.
+OF_INNER = ('learning_rate', 'b1', 'b2', 'eps', 'momentum', 'weight_decay')
 
 
-def _knows_theirs(function):
-  """Tells those who give an option of the reference what it is called here."""
-
-  @functools.wraps(function)
-  def called(*args, **options):
-    for name in THEIRS.keys() & options:
-      raise TypeError(f'{name} is called {THEIRS[name]} here; README has all')
-    return function(*args, **options)
-
-  return called
-
-
-@_knows_theirs
+@names_options(of_inner=OF_INNER)
 def galore(
   inner: optax.GradientTransformation | Apart | None = None,
   *,
@@ -234,7 +221,7 @@ def galore(
   gap, keeper = refresh.checked_gap(gap), kept.keeping(subspace)
   planner = Planner(rank, side, targets, axes, kept.by_coordinates(keeper))
   rule = 'None or a rule of galore_optax.residual, such as Sign(1e-3)'
-  checks.require(rule, lambda x: x is None or callable(x), residual=residual)
+  checks.require(rule, _is_rule_or_none, residual=residual)
   moments = moments_lib.checked(moments, in_turns=not isinstance(gap, int))
   options = planner, keeper, gap, scale, residual, moments
   of = lambda inner: _staged(_Core(_checked_inner(inner, moments), *options))
@@ -243,41 +230,6 @@ def galore(
   stage = Stage(_no_inner, _no_inner)
   stage.around = of
   return stage
-
-
-def names_options(*fixed: str, of: Any = galore) -> Callable[[Preset], Preset]:
-  """Names the options of `galore` where a preset hands on `**options`.
-
-  `help` lists them, and `optax.inject_hyperparams` can pass them: it goes by
-  the signature, and would pass `options={}`.
-
-  Args:
-    *fixed: options that the preset sets itself, beside those it takes.
-    of: what the preset hands them on to.
-
-  Returns:
-    A decorator of functions whose last parameter is `**options`.
-
-  Example:
-    >>> @names_options('side')
-    ... def preset(learning_rate, **options):
-    ...   return galore(optax.sgd(learning_rate), side='left', **options)
-    >>> names = inspect.signature(preset).parameters
-    >>> names['rank'], 'side' in names
-    (<Parameter "rank: int | float = 128">, False)
-  """
-
-  def named(preset: Preset) -> Preset:
-    signature = inspect.signature(preset)
-    *own, _ = signature.parameters.values()
-    taken = {parameter.name for parameter in own} | {*fixed}
-    for option in inspect.signature(of).parameters.values():
-      if option.kind is option.KEYWORD_ONLY and option.name not in taken:
-        own.append(option)
-    vars(preset)['__signature__'] = signature.replace(parameters=own)
-    return preset
-
-  return named
 
 
 @functools.wraps(_optax_chain)
@@ -558,6 +510,14 @@ def _checked_inner(inner: Any, moments: Any) -> Any:
   # Adam's counter serves all its leaves: were it one state, a restart of the
   # projected leaves would correct the bias of the others anew.
   return Apart(inner, inner) if moments == 'reset' else inner
+
+
+def _is_rule_or_none(residual: Any) -> bool:
+  """Whether a value has the two methods of a `Residual`; its class has not."""
+  if residual is None:
+    return True
+  methods = residual, getattr(residual, 'init', None)
+  return all(map(callable, methods)) and not isinstance(residual, type)
 
 
 def _no_inner(*_: Any, **__: Any) -> Any:

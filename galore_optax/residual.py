@@ -126,8 +126,8 @@ class Scaled:
   def __post_init__(self) -> None:
     """Raises ValueError for a limit that lets nothing grow."""
     checks.check_not_negative(scale=self.scale, inside=self.inside)
-    holds = lambda x: isinstance(x, jax.Array) or x >= 1
-    checks.require('>= 1, the growth of a norm', holds, limit=self.limit)
+    rule = 'a number >= 1, the growth of a norm'
+    checks.check_limit(1, rule, limit=self.limit)
 
   def init(self, plan: Projection) -> Any:
     """Returns the norm [...] of the last update: none yet, so no limit."""

@@ -77,8 +77,8 @@ def test_no_other_top_level_names():
 
 
 # Inside the library: a package, or a file of the core, to what it may import.
-# Checks, paths, precision, projection and sharding are what all may use.
-FLOOR = {'checks', 'paths', 'precision', 'projection', 'sharding'}
+# Every part may import the modules of FLOOR.
+FLOOR = {'checks', 'options', 'paths', 'precision', 'projection', 'sharding'}
 CORE = {
   *('galore', 'plan', 'decay', 'moments', 'residual', 'memory', 'clipping'),
 }

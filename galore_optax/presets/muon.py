@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import checks
-from galore_optax.galore import Apart, galore, names_options
+from galore_optax.galore import Apart, galore
+from galore_optax.options import names_options
 from galore_optax.presets.inner import descend, rotated_by
 
 # Of a low-rank gradient [..., r, n]: by default optax's axes are 0 and 1, and
@@ -20,7 +21,7 @@ from galore_optax.presets.inner import descend, rotated_by
 MATRIX = optax.contrib.MuonDimensionNumbers(-2, -1)
 
 
-@names_options()
+@names_options(of=galore)
 def galore_muon(
   learning_rate: optax.ScalarOrSchedule,
   *,

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from galore_optax.checks import check_count, check_static
+from galore_optax.checks import check_count, check_size, check_static
 from galore_optax.precision import close, single, wide
 from galore_optax.quantized import array
 from galore_optax.quantized.array import is_coded, quantize, unpacked
@@ -93,6 +93,7 @@ def quantize_state(
   """
   check_static(block_size=block_size, min_size=min_size)
   check_count(block_size=block_size)
+  check_size(min_size=min_size)
   inner = optax.with_extra_args_support(inner)
 
   @placed
