@@ -42,10 +42,8 @@ def scale_by_muon(beta: float = 0.95) -> optax.GradientTransformation:
   """
 
   def update_fn(
-    updates: optax.Updates,
-    state: optax.contrib.MuonState,
-    params: optax.Params | None = None,
-  ) -> tuple[optax.Updates, optax.contrib.MuonState]:
+    updates: optax.Updates, state: Any, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, Any]:
     mu = optax.tree.update_moment(updates, state.mu, beta, 1)
     count = optax.safe_increment(state.count)
     # Nesterov: the momentum as it will be after the next step.
