@@ -47,9 +47,9 @@ def orthogonalise(x: jax.Array) -> jax.Array:
 
   Example:
     >>> x = jnp.array([[3.0, 0.0, 0.0], [0.0, -4.0, 0.0]])
-    >>> print(jnp.round(orthogonalise(x), 1))
-    [[ 0.7  0.   0. ]
-     [ 0.  -1.1  0. ]]
+    >>> y = orthogonalise(x)
+    >>> print(f'{y[0, 0]:.1f} {y[1, 1]:.1f} {y[0, 1]:.1f}')
+    0.7 -1.1 0.0
 
   References:
     Jordan, `Muon <https://github.com/KellerJordan/Muon>`_, 2024.
