@@ -20,12 +20,14 @@ What works, each proved by a test:
 
 | as | works | raises |
 | --- | --- | --- |
-| inner | sgd, momentum, nesterov, sign_sgd, lion | lbfgs (needs `value`) |
+| inner | sgd, momentum, nesterov, sign_sgd, lion | lbfgs, line searches |
 | | adam, adamw, amsgrad, radam, nadam, adabelief | lamb, lars (trust ratio) |
 | | rmsprop, adagrad, adan, factored rms | adafactor scaled by parameters |
 | | adafactor without parameter scale | decay that enters a momentum |
-| inside the inner | masks, partition, schedules, clipping | |
-| | inject_hyperparams, MultiSteps, apply_if_finite | |
+| | polyak_sgd (with `value`) | momo, prodigy, dog, sophia |
+| inside it | masks, partition, schedules, clipping | adaptive_grad_clip |
+| | inject_hyperparams, MultiSteps, apply_if_finite | keep_params_nonnegative |
+| | snapshot, monitor (of low-rank updates) | |
 | around | masked, partition, MultiSteps, named_chain | flatten (no matrix) |
 | | inject_hyperparams, apply_if_finite | |
 | | lookahead, contrib.schedule_free | |

@@ -17,6 +17,7 @@ from galore_optax.precision import close, single, wide
 from galore_optax.quantized import array
 from galore_optax.quantized.array import is_coded, quantize, unpacked
 from galore_optax.sharding import on_any_mesh, placed
+from galore_optax.trial import NeedsFunctionError, try_update
 
 # States of what goes around `quantize_state`, as it looks at a whole tree.
 GUARDS = (
@@ -162,7 +163,7 @@ def _tried(inner, params) -> list[tuple[bool, bool]]:
     state = ones
     try:
       for g in (-1.0, -2.0):
-        _, state = inner.update(filled(g), state, filled(1.0))
+        _, state = try_update(inner, filled(g), state, filled(1.0))
     except TypeError:  # It needs extra args, which only `update` is given.
       state = jax.tree.map(lambda x: jnp.full_like(x, -1), ones)
     # A random key has no sign.
@@ -329,7 +330,7 @@ def _check_elementwise(inner, params) -> None:
       jax.tree.structure(params).flatten_up_to(tree)
     nodes = jax.tree.leaves(state, is_leaf=is_guard)
     known = not any(map(is_guard, nodes)) and _acts_alone(inner)
-  except (ValueError, TypeError, KeyError, AttributeError):
+  except (ValueError, TypeError, LookupError, AttributeError):
     known = False
   if not known:
     raise ValueError(
@@ -345,12 +346,14 @@ def _acts_alone(inner) -> bool:
   g, w = jnp.array([[1e-2, -1.0], [1e3, 2.0]]), jnp.array([[1.0, -2], [3, 0.5]])
 
   def update(at: Any = ...):
-    u, state = inner.update(g[at], inner.init(w[at]), w[at])
+    u, state = try_update(inner, g[at], inner.init(w[at]), w[at])
     return [jnp.asarray(x) for x in jax.tree.leaves((u, state))]
 
   with jax.ensure_compile_time_eval():
     try:
       whole = update()
+    except NeedsFunctionError:
+      return False  # A line search, or a Hessian.
     except TypeError:
       return True  # It needs extra args, which only `update` is given.
     if any(isinstance(x, Tracer) for x in whole):
