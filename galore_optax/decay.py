@@ -6,7 +6,7 @@ alone, its update is `u(gradient) + slope * params`: the low-rank part runs with
 zeros for weights, and one forward derivative of that very run is the slope.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -111,7 +111,8 @@ def check(inner: Any, plans: Sequence[Projection | Whole], params: Any) -> None:
     for count in COUNTS:
       try:
         # With a learning rate of zero nothing can be seen: try the next.
-        if any([_compare(inner, plans, w, *both(g, w, count)) for g in grads]):
+        runs = [_with_note(both, g, w, count) for g in grads]
+        if any([_compare(inner, plans, w, *run) for run in runs]):
           return
       except NeedsFunctionError as error:
         raise ValueError(
@@ -123,6 +124,17 @@ def check(inner: Any, plans: Sequence[Projection | Whole], params: Any) -> None:
         # It needs extra args, which only `update` is given, or a hyperparameter
         # is traced, and nothing can be compared.
         return
+
+
+def _with_note(run: Callable[..., Any], *args: Any) -> Any:
+  """Returns run(*args); an error of the inner gets a note of its origin."""
+  try:
+    return run(*args)
+  except TypeError:
+    raise  # It means that the inner cannot be tried.
+  except Exception as error:
+    error.add_note(f'galore tried its inner on weights of 2 x 2. {OUTSIDE}')
+    raise
 
 
 def _run_both(inner, plans, g, weights, count):

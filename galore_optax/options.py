@@ -19,6 +19,7 @@ THEIRS = {
   'beta1': 'b1',
   'beta2': 'b2',
   'betas': 'b1 and b2',
+  'momentum': 'beta',
   'update_proj_gap': 'gap',
   'update_gap': 'gap',
   'proj_type': "side (its 'left' 'right')",

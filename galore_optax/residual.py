@@ -127,6 +127,7 @@ class Scaled:
   def __post_init__(self) -> None:
     """Raises ValueError for a limit that lets nothing grow."""
     checks.check_not_negative(scale=self.scale, inside=self.inside)
+    checks.check_flag(channels=self.channels)
     rule = 'a number >= 1, the growth of a norm'
     checks.check_limit(1, rule, limit=self.limit)
 

@@ -51,17 +51,20 @@ def try_update(
   tx = optax.with_extra_args_support(inner)
   extra = {name: _refused(name) for name in FUNCTIONS}
   extra |= {'value': jnp.ones([]), 'grad': grads}
+  update = lambda *names: tx.update(
+    grads, state, params, **{name: extra[name] for name in names}
+  )
   # A line search refuses arguments that `value_fn` does not take, and some
-  # transformations of users take exactly the ones that they name.
-  for names in ((*extra,), ('value', 'grad', 'value_fn'), (), ('value',)):
-    some = {name: extra[name] for name in names}
+  # transformations take exactly the ones that they name.
+  line_search, alone = ('value', 'grad', 'value_fn'), zip(FUNCTIONS)
+  for names in ((*extra,), line_search, *alone, ()):
     try:
-      return tx.update(grads, state, params, **some)
+      return update(*names)
     except NeedsFunctionError:
       raise
-    except TypeError as error:
-      last = error
-  raise last
+    except TypeError:
+      continue
+  return update('value')
 
 
 def _refused(name: str) -> Callable[..., Any]:

@@ -12,7 +12,12 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from galore_optax.checks import check_count, check_size, check_static
+from galore_optax.checks import (
+  check_count,
+  check_flag,
+  check_size,
+  check_static,
+)
 from galore_optax.precision import close, single, wide
 from galore_optax.quantized import array
 from galore_optax.quantized.array import is_coded, quantize, unpacked
@@ -95,6 +100,7 @@ def quantize_state(
   check_static(block_size=block_size, min_size=min_size)
   check_count(block_size=block_size)
   check_size(min_size=min_size)
+  check_flag(elementwise=elementwise)
   inner = optax.with_extra_args_support(inner)
 
   @placed
@@ -336,8 +342,8 @@ def _check_elementwise(inner, params) -> None:
     raise ValueError(
       'quantize_state runs its inner piece by piece, and this one looks at'
       ' more than an element at a time. Masks, partitions, apply_if_finite,'
-      ' MultiSteps and clipping by a norm go around quantize_state; for'
-      ' Adafactor, Muon or a trust ratio pass elementwise=False'
+      ' MultiSteps, snapshots and clipping by a norm go around quantize_state;'
+      ' for Adafactor, Muon or a trust ratio pass elementwise=False'
     )
 
 

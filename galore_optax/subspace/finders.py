@@ -16,7 +16,13 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
-from galore_optax.checks import check_count, check_integer, is_integer, require
+from galore_optax.checks import (
+  check_count,
+  check_flag,
+  check_integer,
+  is_integer,
+  require,
+)
 from galore_optax.precision import norm
 from galore_optax.subspace.polar import orthonormalise, random_rows
 
@@ -213,8 +219,9 @@ class Coordinates:
   by_coordinates: ClassVar[bool] = True
 
   def __post_init__(self) -> None:
-    """Raises ValueError for a seed that is no integer."""
+    """Raises ValueError for a seed that is not an integer, or no flag."""
     check_integer(seed=self.seed)
+    check_flag(largest=self.largest)
 
   def __call__(self, g_mn, basis_r, key):
     """Returns the indices [r] of the coordinates, ascending."""

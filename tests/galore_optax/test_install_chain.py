@@ -36,14 +36,24 @@ def is_ours(name):
   return name.split('.')[0] == 'galore_optax'
 
 
-def wrapped(chain, calls, wraps=True):
+class Recorder:
+  """A wrapper that is an object without a name."""
+
+  def __init__(self, chain, calls):
+    self.chain, self.calls = chain, calls
+
+  def __call__(self, *args):
+    self.calls.append(len(args))
+    return self.chain(*args)
+
+
+def wrapped(chain, calls, kind='wraps'):
   """Returns another library's wrapper, which records its calls."""
-
-  def other(*args):
-    calls.append(len(args))
-    return chain(*args)
-
-  return functools.wraps(chain)(other) if wraps else other
+  record = Recorder(chain, calls)
+  if kind == 'object':
+    return record
+  other = lambda *args: record(*args)
+  return functools.wraps(chain)(other) if kind == 'wraps' else other
 
 
 def load():
@@ -73,10 +83,10 @@ def check_chains(library, chain):
   np.testing.assert_array_equal(updates['b'], -0.5 * jnp.sin(params()['b']))
 
 
-@each('wraps', [True, False], quick=[True])
-def test_a_wrapper_from_before_the_import_is_called(unloaded, wraps):
+@each('kind', ['wraps', 'plain', 'object'], quick=['wraps'])
+def test_a_wrapper_from_before_the_import_is_called(unloaded, kind):
   calls = []
-  optax.chain = wrapped(RAW, calls, wraps)
+  optax.chain = wrapped(RAW, calls, kind)
   library = load()
   assert optax.chain is library.chain
   optax.chain(optax.sgd(0.1), optax.scale(1.0), optax.scale(1.0))
@@ -92,10 +102,10 @@ def test_a_wrapper_from_before_the_import_is_called(unloaded, wraps):
   check_chains(library, optax.chain)
 
 
-@each('wraps', [True, False], quick=[True])
-def test_a_wrapper_from_after_the_import_stays(unloaded, wraps):
+@each('kind', ['wraps', 'plain', 'object'], quick=['wraps'])
+def test_a_wrapper_from_after_the_import_stays(unloaded, kind):
   library, calls = load(), []
-  optax.chain = other = wrapped(optax.chain, calls, wraps)
+  optax.chain = other = wrapped(optax.chain, calls, kind)
   assert load() is library and optax.chain is other
   check_chains(library, optax.chain)
   assert calls == [4, 2, 2]

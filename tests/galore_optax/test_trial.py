@@ -142,17 +142,30 @@ NEED_FUNCTIONS = {
   ),
   'zoom': (lambda: optax.scale_by_zoom_linesearch(3), 'value_fn'),
   'sophia': (lambda: optax.contrib.sophia(0.1), 'obj_fn'),
+  'opaque sam': (
+    lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True),
+    'grad_fn',
+  ),
 }
 
 
 @each('name', NEED_FUNCTIONS, quick=['backtracking', 'sophia'])
 def test_an_inner_that_calls_the_loss_is_refused(name):
   make, function = NEED_FUNCTIONS[name]
-  tx = galore(optax.chain(optax.sgd(0.1), make()), **OPTIONS)
+  # Sam takes no arguments but its own, and a chain would pass them all.
+  alone = name == 'opaque sam'
+  inner = make() if alone else optax.chain(optax.sgd(0.1), make())
+  tx = galore(inner, **OPTIONS)
   with pytest.raises(ValueError, match=f'calls {function}, a function of the'):
     tx.init(tree())
   with pytest.raises(ValueError, match='elementwise=False'):
     quantize_state(make()).init(tree())
+
+
+def test_an_error_of_an_inner_has_a_note():
+  with pytest.raises(AttributeError, match='fast') as caught:
+    galore(optax.lookahead(optax.adam(0.1), 5, 0.5), **OPTIONS).init(tree())
+  assert 'goes outside' in ' '.join(caught.value.__notes__)
 
 
 @pytest.mark.parametrize('name', ['momo', 'momo_adam'])

@@ -192,3 +192,34 @@ def test_numbers_may_be_traced():
   got = update(jnp.array([1e-20, 1e-2, 0.5]), g)
   # One division more or less than by a constant.
   assert jnp.allclose(got['w'], want['w'], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'make, name',
+  [
+    (lambda x: go.Coordinates(largest=x), 'largest'),
+    (lambda x: go.Coordinates(seed=x), 'seed'),
+    (lambda x: go.Gaussian(seed=x), 'seed'),
+    (lambda x: go.Randomized(oversample=x), 'oversample'),
+    (lambda x: go.PowerIteration(steps=x), 'steps'),
+    (lambda x: go.Lazy(threshold=x), 'threshold'),
+    (lambda x: go.Lazy(memory=x), 'memory'),
+    (lambda x: go.Packed('svd', bits=x), 'bits'),
+    (lambda x: go.Packed(go.Svd), 'subspace'),
+    (lambda x: go.Scaled(limit=x), 'limit'),
+    (lambda x: go.Scaled(channels=x), 'channels'),
+    (lambda x: go.Sign(x), 'learning_rate'),
+    (lambda x: go.Rotate(b1=x), 'b1'),
+    (lambda x: go.quantize_state(optax.sgd(1), elementwise=x), 'elementwise'),
+    (lambda x: go.quantize_state(optax.adam(0.1), min_size=x), 'min_size'),
+    (lambda x: go.quantize_bases(go.galore(optax.sgd(1)), bits=x), 'bits'),
+    (lambda x: go.quantize_bases(go.galore(optax.sgd(1)), group=x), 'group'),
+    (lambda x: go.layerwise(None, optax.sgd(1.0), clip_norm=x), 'clip_norm'),
+    (lambda x: go.scale_by_galore_adam(eps=x), 'eps'),
+    (lambda x: go.scale_by_galore_factored_rms(clip_threshold=x), 'clip_thres'),
+  ],
+)  # fmt: skip
+def test_values_of_what_a_preset_takes_are_checked_too(make, name):
+  for value in ('text', object(), (0.5,)):
+    with pytest.raises(ValueError, match=f'^{name}\\w* must be .* got '):
+      make(value)
