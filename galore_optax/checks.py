@@ -55,7 +55,9 @@ def check_size(**sizes: Any) -> None:
   >>> check_size(min_size=0)
   """
   check_static(**sizes)
-  require('an integer >= 0', lambda x: is_integer(x) and x >= 0, **sizes)
+  for name, x in sizes.items():
+    if not is_integer(x) or x < 0:
+      raise ValueError(f'{name} must be an integer >= 0, got {x!r}')
 
 
 def check_integer(**values: Any) -> None:
@@ -84,8 +86,9 @@ def check_flag(**values: object) -> None:
 
   >>> check_flag(scale_parameter=True)
   """
-  holds = lambda x: isinstance(x, bool | np.bool_)
-  require('True or False', holds, **values)
+  for name, x in values.items():
+    if not isinstance(x, bool | np.bool_):
+      raise ValueError(f'{name} must be True or False, got {x!r}')
 
 
 def check_pair(**values: Any) -> None:
@@ -93,31 +96,56 @@ def check_pair(**values: Any) -> None:
 
   >>> check_pair(eps=(1e-30, 1e-3))
   """
-  rule = 'a pair of finite numbers >= 0, such as (1e-30, 1e-3)'
-  pair = lambda x: isinstance(x, tuple | list) and len(x) == 2
-  holds = lambda x: pair(x) and all(map(_is_array_or_not_negative, x))
-  require(rule, holds, **values)
+  for name, x in values.items():
+    if not _is_pair(x):
+      rule = 'a pair of finite numbers >= 0, such as (1e-30, 1e-3)'
+      raise ValueError(f'{name} must be {rule}, got {x!r}')
 
 
-def _is_array_or_not_negative(x: Any) -> bool:
-  if isinstance(x, jax.Array):
-    return True
-  return is_number(x) and math.isfinite(x) and x >= 0
+def _is_pair(x: Any) -> bool:
+  """Whether a value is a pair of numbers >= 0, or of arrays."""
+  if not isinstance(x, tuple | list) or len(x) != 2:
+    return False
+  return all(
+    isinstance(one, jax.Array)
+    or (is_number(one) and math.isfinite(one) and one >= 0)
+    for one in x
+  )
 
 
-def check_limit(least: float, rule: str, **values: Any) -> None:
-  """Raises ValueError unless each value is above a bound; infinity may be.
+def check_above_zero(rule: str, **values: Any) -> None:
+  """Raises ValueError unless each value is a number above zero.
+
+  Infinity is a number. The value of an array is not checked.
 
   Args:
-    least: the smallest value, which is itself excluded if it is zero.
     rule: the text of the rule.
-    **values: numbers by name. The value of an array is not checked.
+    **values: numbers by name.
 
-  >>> check_limit(1, 'a number >= 1', limit=math.inf)
+  >>> check_above_zero('positive, or infinity', clip_threshold=math.inf)
   """
-  above = lambda x: x >= least if least else x > 0
-  known = lambda x: is_number(x) and above(x)
-  require(rule, lambda x: isinstance(x, jax.Array) or known(x), **values)
+  for name, x in values.items():
+    known = isinstance(x, jax.Array) or (is_number(x) and x > 0)
+    if not known:
+      raise ValueError(f'{name} must be {rule}, got {x!r}')
+
+
+def check_least(least: float, rule: str, **values: Any) -> None:
+  """Raises ValueError unless each value is a number of at least `least`.
+
+  Infinity is a number. The value of an array is not checked.
+
+  Args:
+    least: the smallest value.
+    rule: the text of the rule.
+    **values: numbers by name.
+
+  >>> check_least(1, 'a number >= 1', limit=math.inf)
+  """
+  for name, x in values.items():
+    known = isinstance(x, jax.Array) or (is_number(x) and x >= least)
+    if not known:
+      raise ValueError(f'{name} must be {rule}, got {x!r}')
 
 
 def check_one_of(known: tuple[str, ...], **values: object) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax.checks import check_limit
+from galore_optax.checks import check_above_zero
 from galore_optax.precision import full
 
 
@@ -79,9 +79,12 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
   def clip(updates: optax.Updates, params: optax.Params | None) -> Any:
     norm = global_norm(updates)
-    scaled = lambda x: ((full(x) / norm) * max_norm).astype(x.dtype)
-    one = lambda x: jnp.where(norm < max_norm, x, scaled(x))
-    return jax.tree.map(one, updates)
+
+    def clip_leaf(x: jax.Array) -> jax.Array:
+      scaled = (full(x) / norm) * max_norm
+      return jnp.where(norm < max_norm, x, scaled.astype(x.dtype))
+
+    return jax.tree.map(clip_leaf, updates)
 
   return optax.stateless(clip)
 
@@ -89,7 +92,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def check_norm(clip_norm: Any) -> None:
   """Raises ValueError for a bound that would turn or stop the gradient."""
   if clip_norm is not None:
-    check_limit(0, 'positive, or None', clip_norm=clip_norm)
+    check_above_zero('positive, or None', clip_norm=clip_norm)
 
 
 def clip_coefficient(norm: jax.Array, clip_norm: float) -> jax.Array:

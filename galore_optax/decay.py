@@ -6,6 +6,7 @@ alone, its update is `u(gradient) + slope * params`: the low-rank part runs with
 zeros for weights, and one forward derivative of that very run is the slope.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -146,7 +147,7 @@ def _run_both(inner, plans, g, weights, count):
   along = _along(plans, weights)
   state, other = (at_count(count, inner.init(x)) for x in (weights, blind))
   seen, after = try_update(inner, g, state, weights)
-  update = lambda w: try_update(inner, g, other, w)
+  update = functools.partial(try_update, inner, g, other)
   try:
     unseen, slopes, then = jax.jvp(update, (blind,), (along,), has_aux=True)
   except (TypeError, NotImplementedError) as error:
@@ -172,7 +173,13 @@ def _compare(inner, plans, weights, ours, theirs):
   return any(jax.tree.leaves(moved))
 
 
-def _what_depends(inner, plans, weights, ours, theirs) -> str | None:
+def _what_depends(
+  inner: optax.GradientTransformation,
+  plans: Sequence[Projection | Whole],
+  weights: Any,
+  ours: tuple[Any, Any, Any],
+  theirs: tuple[Any, Any, Any],
+) -> str | None:
   """Returns the first difference of two runs that matters; None for none."""
   (seen, *states), (expected, *others) = ours, theirs
   pairs = zip(plans, *map(jax.tree.leaves, (seen, expected)), strict=True)
@@ -182,8 +189,8 @@ def _what_depends(inner, plans, weights, ours, theirs) -> str | None:
   differ = [
     path
     for state, other in zip(states, others, strict=True)
-    for (path, x), y in zip(*map(_by_path, (state, other)), strict=True)
-    if not close(x, y[1])
+    for (path, x), (_, y) in zip(_by_path(state), _by_path(other), strict=True)
+    if not close(x, y)
   ]
   if not differ or not _is_read(inner, seen, states[-1], weights, {*differ}):
     return None
@@ -196,15 +203,20 @@ def _by_path(tree: Any) -> list[tuple[str, Any]]:
   return [(jax.tree_util.keystr(path), x) for path, x in leaves]
 
 
-def _is_read(inner, grads, state, weights, some: set[str]) -> bool:
+def _is_read(
+  inner: optax.GradientTransformation,
+  grads: Any,
+  state: Any,
+  weights: Any,
+  some: set[str],
+) -> bool:
   """Whether updates, or the rest of the state, depend on some of the state."""
-  update = lambda g, s, w: try_update(inner, g, s, w)
-  closed, (_, new) = jax.make_jaxpr(update, return_shape=True)(
-    grads, state, weights
+  trace = jax.make_jaxpr(
+    functools.partial(try_update, inner), return_shape=True
   )
-  chosen, after = (
-    [path in some for path, _ in _by_path(x)] for x in (state, new)
-  )
+  closed, (_, new) = trace(grads, state, weights)
+  chosen = [path in some for path, _ in _by_path(state)]
+  after = [path in some for path, _ in _by_path(new)]
   others = [[False] * len(jax.tree.leaves(x)) for x in (grads, weights)]
   found = reaches(closed.jaxpr, others[0] + chosen + others[1])
   outputs = [False] * len(others[0]) + after

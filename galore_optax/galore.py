@@ -515,7 +515,7 @@ def _checked_inner(inner: Any, moments: Any) -> Any:
 
 
 def _is_rule_or_none(residual: Any) -> bool:
-  """Whether a value has the two methods of a `Residual`; its class has not."""
+  """Whether a value is None, or an object with the methods of `Residual`."""
   if residual is None:
     return True
   methods = residual, getattr(residual, 'init', None)

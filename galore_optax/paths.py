@@ -177,10 +177,9 @@ def check_targets(targets: Any) -> None:
 def _is_targets(targets: Any) -> bool:
   if targets is None or isinstance(targets, str) or callable(targets):
     return True
-  is_text = lambda x: isinstance(x, str)
   if isinstance(targets, Mapping) or not isinstance(targets, Collection):
     return False
-  return all(map(is_text, targets))
+  return all(isinstance(regex, str) for regex in targets)
 
 
 def heads(tree: PyTree) -> list[bool]:

@@ -129,7 +129,7 @@ class Scaled:
     checks.check_not_negative(scale=self.scale, inside=self.inside)
     checks.check_flag(channels=self.channels)
     rule = 'a number >= 1, the growth of a norm'
-    checks.check_limit(1, rule, limit=self.limit)
+    checks.check_least(1, rule, limit=self.limit)
 
   def init(self, plan: Projection) -> Any:
     """Returns the norm [...] of the last update: none yet, so no limit."""

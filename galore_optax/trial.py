@@ -51,20 +51,18 @@ def try_update(
   tx = optax.with_extra_args_support(inner)
   extra = {name: _refused(name) for name in FUNCTIONS}
   extra |= {'value': jnp.ones([]), 'grad': grads}
-  update = lambda *names: tx.update(
-    grads, state, params, **{name: extra[name] for name in names}
-  )
   # A line search refuses arguments that `value_fn` does not take, and some
   # transformations take exactly the ones that they name.
   line_search, alone = ('value', 'grad', 'value_fn'), zip(FUNCTIONS)
   for names in ((*extra,), line_search, *alone, ()):
+    some = {name: extra[name] for name in names}
     try:
-      return update(*names)
+      return tx.update(grads, state, params, **some)
     except NeedsFunctionError:
       raise
     except TypeError:
       continue
-  return update('value')
+  return tx.update(grads, state, params, value=extra['value'])
 
 
 def _refused(name: str) -> Callable[..., Any]:
@@ -91,11 +89,15 @@ def reaches(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
     [True, False]
   """
   marked = {v for v, yes in zip(jaxpr.invars, inputs, strict=True) if yes}
-  is_marked = lambda atom: isinstance(atom, jex.Var) and atom in marked
   for eqn in jaxpr.eqns:
-    found = _through(eqn, list(map(is_marked, eqn.invars)))
+    found = _through(eqn, _are_marked(eqn.invars, marked))
     marked |= {v for v, yes in zip(eqn.outvars, found, strict=True) if yes}
-  return list(map(is_marked, jaxpr.outvars))
+  return _are_marked(jaxpr.outvars, marked)
+
+
+def _are_marked(atoms: Sequence[Any], marked: set[Any]) -> list[bool]:
+  # A literal is not hashable.
+  return [isinstance(x, jex.Var) and x in marked for x in atoms]
 
 
 def _through(eqn: Any, inputs: list[bool]) -> list[bool]:

@@ -1,4 +1,4 @@
-"""Names that docstrings and README send a reader to exist under that name."""
+"""Every dotted name in a docstring, a message or README exists."""
 
 import ast
 import importlib
@@ -19,7 +19,7 @@ SUFFIXES = {'py', 'md', 'txt', 'json', 'jsonl'}
 
 
 def imported(name):
-  """Returns what a dotted name stands for: a module, or something in one."""
+  """Returns the module, or the attribute of one, of a dotted name."""
   parts = name.split('.')
   for end in range(len(parts), 0, -1):
     try:

@@ -58,7 +58,7 @@ def scale_by_galore_factored_rms(
   checks.check_positive(decay_rate=decay_rate)
   checks.check_not_negative(eps=eps)
   rule = 'a number > 0, infinity for no limit'
-  checks.check_limit(0, rule, clip_threshold=clip_threshold)
+  checks.check_above_zero(rule, clip_threshold=clip_threshold)
 
   @placed
   def init_fn(params):

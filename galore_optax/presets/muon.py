@@ -21,10 +21,9 @@ from galore_optax.presets.inner import descend, rotated_by
 def scale_by_muon(beta: float = 0.95) -> optax.GradientTransformation:
   """Replaces a gradient by its Nesterov momentum, made orthogonal.
 
-  The update is that of `optax.contrib.scale_by_muon` within rounding, and the
-  state is the same. The last two axes of every leaf are a matrix. optax 0.2.8
-  unrolls the five steps with ten products of the size of the matrix; here there
-  are four (`galore_optax.orthogonal.orthogonalise`).
+  Equal to `optax.contrib.scale_by_muon` within rounding, with the same state.
+  The last two axes of every leaf are a matrix. optax 0.2.8 unrolls ten products
+  of the size of the matrix. `galore_optax.orthogonal.orthogonalise` needs four.
 
   Args:
     beta: decay of the momentum.

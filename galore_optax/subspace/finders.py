@@ -219,7 +219,7 @@ class Coordinates:
   by_coordinates: ClassVar[bool] = True
 
   def __post_init__(self) -> None:
-    """Raises ValueError for a seed that is not an integer, or no flag."""
+    """Raises ValueError unless seed is an integer and largest a flag."""
     check_integer(seed=self.seed)
     check_flag(largest=self.largest)
 

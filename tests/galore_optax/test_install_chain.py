@@ -52,7 +52,10 @@ def wrapped(chain, calls, kind='wraps'):
   record = Recorder(chain, calls)
   if kind == 'object':
     return record
-  other = lambda *args: record(*args)
+
+  def other(*args):
+    return record(*args)
+
   return functools.wraps(chain)(other) if kind == 'wraps' else other
 
 
@@ -170,7 +173,10 @@ def test_presets_do_not_need_optax_chain(unloaded, monkeypatch):
   """Some programs replace it by one that returns plain transformations."""
   library = load()
   chain = optax.chain
-  plain = lambda *args: optax.GradientTransformation(*chain(*args))
+
+  def plain(*args):
+    return optax.GradientTransformation(*chain(*args))
+
   monkeypatch.setattr(optax, 'chain', plain)
   for make in (library.galore_adamw, library.fira, library.apollo):
     assert isinstance(make(0.1, rank=2), library.Galore)

@@ -111,7 +111,7 @@ def test_the_dtype_comes_back_and_float32_is_used(dtype):
 def test_in_float64_it_is_exact():
   with jax.enable_x64(True):
     x = MATRICES['condition number 1e6']
-    # 1e-16 in place of 6e-8.
+    # Rounding is 1e-16 instead of 6e-8.
     assert distance(orthogonalise(jnp.asarray(x)), oracle(x)) < 1e-12
 
 
