@@ -185,5 +185,7 @@ def test_extra_args_reach_what_follows_a_stage():
   spy = optax.GradientTransformationExtraArgs(lambda p: (), update)
   tx = optax.chain(galore(rank=4), spy)
   state = tx.init(params())
+  # The inner is tried with another value.
+  seen.clear()
   tx.update(gradients(), state, params(), value=7)
   assert seen and all(value == 7 for value, _ in seen)
