@@ -10,10 +10,9 @@ algebra,
   update = unproject(inner(project(G))) * scale + residual(rest of G) + decay
 """
 
-import optax
-
 from galore_optax.galore import Apart as Apart, Galore as Galore, chain as chain
 from galore_optax.galore import GaloreState as GaloreState, galore as galore
+from galore_optax.galore import install_chain
 from galore_optax.galore import quantize_bases as quantize_bases
 from galore_optax.layerwise.step import layerwise as layerwise
 from galore_optax.memory import describe as describe
@@ -51,4 +50,4 @@ from galore_optax.subspace.kept import Lazy as Lazy, Packed as Packed
 from galore_optax.subspace.refresh import Staggered as Staggered
 
 
-optax.chain = chain
+install_chain()

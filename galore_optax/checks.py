@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def is_number(number: Any) -> bool:
@@ -44,7 +45,19 @@ def check_count(**counts: Any) -> None:
 
   >>> check_count(microbatches=4)
   """
+  check_static(**counts)
   require('an integer >= 1', lambda x: is_integer(x) and x >= 1, **counts)
+
+
+def check_size(**sizes: Any) -> None:
+  """Raises ValueError unless each value is an integer >= 0.
+
+  >>> check_size(min_size=0)
+  """
+  check_static(**sizes)
+  for name, x in sizes.items():
+    if not is_integer(x) or x < 0:
+      raise ValueError(f'{name} must be an integer >= 0, got {x!r}')
 
 
 def check_integer(**values: Any) -> None:
@@ -66,6 +79,73 @@ def check_static(**values: object) -> None:
     f' optax.inject_hyperparams it belongs in static_args={tuple(values)}'
   )
   require(rule, lambda x: not isinstance(x, jax.Array), **values)
+
+
+def check_flag(**values: object) -> None:
+  """Raises ValueError unless each value is a boolean.
+
+  >>> check_flag(scale_parameter=True)
+  """
+  for name, x in values.items():
+    if not isinstance(x, bool | np.bool_):
+      raise ValueError(f'{name} must be True or False, got {x!r}')
+
+
+def check_pair(**values: Any) -> None:
+  """Raises ValueError unless each value is a pair of finite numbers >= 0.
+
+  >>> check_pair(eps=(1e-30, 1e-3))
+  """
+  for name, x in values.items():
+    if not _is_pair(x):
+      rule = 'a pair of finite numbers >= 0, such as (1e-30, 1e-3)'
+      raise ValueError(f'{name} must be {rule}, got {x!r}')
+
+
+def _is_pair(x: Any) -> bool:
+  """Whether a value is a pair of numbers >= 0, or of arrays."""
+  if not isinstance(x, tuple | list) or len(x) != 2:
+    return False
+  return all(
+    isinstance(one, jax.Array)
+    or (is_number(one) and math.isfinite(one) and one >= 0)
+    for one in x
+  )
+
+
+def check_above_zero(rule: str, **values: Any) -> None:
+  """Raises ValueError unless each value is a number above zero.
+
+  Infinity is a number. The value of an array is not checked.
+
+  Args:
+    rule: the text of the rule.
+    **values: numbers by name.
+
+  >>> check_above_zero('positive, or infinity', clip_threshold=math.inf)
+  """
+  for name, x in values.items():
+    known = isinstance(x, jax.Array) or (is_number(x) and x > 0)
+    if not known:
+      raise ValueError(f'{name} must be {rule}, got {x!r}')
+
+
+def check_least(least: float, rule: str, **values: Any) -> None:
+  """Raises ValueError unless each value is a number of at least `least`.
+
+  Infinity is a number. The value of an array is not checked.
+
+  Args:
+    least: the smallest value.
+    rule: the text of the rule.
+    **values: numbers by name.
+
+  >>> check_least(1, 'a number >= 1', limit=math.inf)
+  """
+  for name, x in values.items():
+    known = isinstance(x, jax.Array) or (is_number(x) and x >= least)
+    if not known:
+      raise ValueError(f'{name} must be {rule}, got {x!r}')
 
 
 def check_one_of(known: tuple[str, ...], **values: object) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax.checks import require
+from galore_optax.checks import check_above_zero
 from galore_optax.precision import full
 
 
@@ -49,7 +49,7 @@ def clipped(rule: optax.GradientTransformation, clip_norm: float | None) -> Any:
     return rule
 
   def update_fn(updates, state, params=None, **extra_args):
-    by = clip_coefficient(jnp.sqrt(sum_of_squares(updates)), clip_norm)
+    by = clip_coefficient(global_norm(updates), clip_norm)
     # Each leaf is rounded once, to its dtype.
     updates = jax.tree.map(lambda a: (full(a) * by).astype(a.dtype), updates)
     return rule.update(updates, state, params, **extra_args)
@@ -59,10 +59,40 @@ def clipped(rule: optax.GradientTransformation, clip_norm: float | None) -> Any:
   return tx
 
 
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+  """Returns optax's transformation of this name with a float32 norm.
+
+  `optax.clip_by_global_norm` sums in the dtype of the gradient. In bfloat16 a
+  sum stops to grow at 256 times its terms, so that a tree of many leaves has
+  too small a norm. For float32 gradients the results are the same.
+
+  Args:
+    max_norm: largest global norm.
+
+  Example:
+    >>> tx = clip_by_global_norm(1.0)
+    >>> g = {'w': jnp.array([6.0, 8.0])}
+    >>> updates, _ = tx.update(g, tx.init(g))
+    >>> print(f'{global_norm(updates):.4f}')
+    1.0000
+  """
+
+  def clip(updates: optax.Updates, params: optax.Params | None) -> Any:
+    norm = global_norm(updates)
+
+    def clip_leaf(x: jax.Array) -> jax.Array:
+      scaled = (full(x) / norm) * max_norm
+      return jnp.where(norm < max_norm, x, scaled.astype(x.dtype))
+
+    return jax.tree.map(clip_leaf, updates)
+
+  return optax.stateless(clip)
+
+
 def check_norm(clip_norm: Any) -> None:
   """Raises ValueError for a bound that would turn or stop the gradient."""
-  holds = lambda x: not isinstance(x, int | float) or x > 0
-  require('positive, or None', holds, clip_norm=clip_norm)
+  if clip_norm is not None:
+    check_above_zero('positive, or None', clip_norm=clip_norm)
 
 
 def clip_coefficient(norm: jax.Array, clip_norm: float) -> jax.Array:
@@ -75,6 +105,15 @@ def clip_coefficient(norm: jax.Array, clip_norm: float) -> jax.Array:
   Array([1.  , 0.25], dtype=float32)
   """
   return jnp.minimum(1.0, clip_norm / (norm + 1e-6))
+
+
+def global_norm(tree: Any) -> jax.Array:
+  """Returns the norm of all leaves together, float32.
+
+  >>> print(global_norm({'a': jnp.array([3.0]), 'b': jnp.array([4.0])}))
+  5.0
+  """
+  return jnp.sqrt(sum_of_squares(tree))
 
 
 def sum_of_squares(tree: Any) -> jax.Array:

@@ -6,7 +6,8 @@ alone, its update is `u(gradient) + slope * params`: the low-rank part runs with
 zeros for weights, and one forward derivative of that very run is the slope.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import optax
 from galore_optax.checks import check_params, is_zero
 from galore_optax.precision import close
 from galore_optax.projection import Projection, Whole, each
+from galore_optax.trial import NeedsFunctionError, reaches, try_update
 
 # Steps at which an inner is tried: at some, a schedule may be zero.
 COUNTS = (0, 1, 10, 100, 1_000)
@@ -23,6 +25,12 @@ COUNTS = (0, 1, 10, 100, 1_000)
 GRADIENTS = ((0.25, -1.0, 0.0, 0.5), (2.0, 1.0, 0.25, 3.0), (0.0,) * 4)
 # Entries of the 2 x 2 gradients and weights that an inner is tried on.
 WEIGHTS = (0.5, -2.0, 1.5, -0.75)
+
+# The remedy for a part of an inner that needs whole weights.
+OUTSIDE = (
+  'A part that needs whole weights goes outside, after a galore with its own'
+  ' inner: optax.chain(galore(optax.adamw(lr), rank=512), part)'
+)
 
 
 def through(inner, plans, low, state, params, extra) -> tuple[Any, Any, Any]:
@@ -74,7 +82,8 @@ def check(inner: Any, plans: Sequence[Projection | Whole], params: Any) -> None:
 
   It is tried on 2 x 2 weights of both signs against zeros: its states must be
   equal, and its updates differ by one slope times the weight, whatever the
-  gradient.
+  gradient. State that no update reads may differ: `optax.snapshot` and
+  `optax.monitor` measure the low-rank updates that they see.
 
   Args:
     inner: the transformation.
@@ -83,8 +92,8 @@ def check(inner: Any, plans: Sequence[Projection | Whole], params: Any) -> None:
 
   Raises:
     ValueError: the update of a projected leaf is not affine in the weight
-      with one slope, something else depends on it, or the inner has no forward
-      derivative.
+      with one slope, something else depends on it, the inner has no forward
+      derivative, or it calls a function of the weights.
   """
 
   def filled(values):
@@ -103,12 +112,30 @@ def check(inner: Any, plans: Sequence[Projection | Whole], params: Any) -> None:
     for count in COUNTS:
       try:
         # With a learning rate of zero nothing can be seen: try the next.
-        if any([_compare(plans, *both(g, w, count)) for g in grads]):
+        runs = [_with_note(both, g, w, count) for g in grads]
+        if any([_compare(inner, plans, w, *run) for run in runs]):
           return
+      except NeedsFunctionError as error:
+        raise ValueError(
+          f'the inner calls {error}, a function of the whole weights (a line'
+          ' search, or a Hessian), and of projected leaves it has only low-rank'
+          f' gradients. {OUTSIDE}'
+        ) from error
       except TypeError:
         # It needs extra args, which only `update` is given, or a hyperparameter
         # is traced, and nothing can be compared.
         return
+
+
+def _with_note(run: Callable[..., Any], *args: Any) -> Any:
+  """Returns run(*args); an error of the inner gets a note of its origin."""
+  try:
+    return run(*args)
+  except TypeError:
+    raise  # It means that the inner cannot be tried.
+  except Exception as error:
+    error.add_note(f'galore tried its inner on weights of 2 x 2. {OUTSIDE}')
+    raise
 
 
 def _run_both(inner, plans, g, weights, count):
@@ -119,8 +146,8 @@ def _run_both(inner, plans, g, weights, count):
   blind = each(lambda p, x: 0 * x if _is_low(p) else x, plans, weights)
   along = _along(plans, weights)
   state, other = (at_count(count, inner.init(x)) for x in (weights, blind))
-  seen, after = inner.update(g, state, weights)
-  update = lambda w: inner.update(g, other, w)
+  seen, after = try_update(inner, g, state, weights)
+  update = functools.partial(try_update, inner, g, other)
   try:
     unseen, slopes, then = jax.jvp(update, (blind,), (along,), has_aux=True)
   except (TypeError, NotImplementedError) as error:
@@ -132,16 +159,68 @@ def _run_both(inner, plans, g, weights, count):
   return (seen, state, after), (expected, other, then)
 
 
-def _compare(plans, ours, theirs):
+def _compare(inner, plans, weights, ours, theirs):
   """Compares two runs of an inner; returns whether they tell enough."""
-  if not all(jax.tree.leaves(jax.tree.map(close, ours, theirs))):
+  depends = _what_depends(inner, plans, weights, ours, theirs)
+  if depends is not None:
     raise ValueError(
       'the inner reads params for more than decoupled weight decay (a trust'
       ' ratio, a parameter scale, or decay that enters a momentum, perhaps),'
-      ' which has no low-rank form. Use one without it, such as optax.adamw'
+      f' which has no low-rank form: {depends} depends on them. Use one without'
+      f' it, such as optax.adamw. {OUTSIDE}'
     )
   moved = each(lambda p, x: _is_low(p) and bool(jnp.any(x)), plans, ours[0])
   return any(jax.tree.leaves(moved))
+
+
+def _what_depends(
+  inner: optax.GradientTransformation,
+  plans: Sequence[Projection | Whole],
+  weights: Any,
+  ours: tuple[Any, Any, Any],
+  theirs: tuple[Any, Any, Any],
+) -> str | None:
+  """Returns the first difference of two runs that matters; None for none."""
+  (seen, *states), (expected, *others) = ours, theirs
+  pairs = zip(plans, *map(jax.tree.leaves, (seen, expected)), strict=True)
+  for p, x, y in pairs:
+    if not close(x, y):
+      return f'its update of {p.path}'
+  differ = [
+    path
+    for state, other in zip(states, others, strict=True)
+    for (path, x), (_, y) in zip(_by_path(state), _by_path(other), strict=True)
+    if not close(x, y)
+  ]
+  if not differ or not _is_read(inner, seen, states[-1], weights, {*differ}):
+    return None
+  return f'its state{differ[0]}'
+
+
+def _by_path(tree: Any) -> list[tuple[str, Any]]:
+  """Returns the leaves of a tree with their paths."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [(jax.tree_util.keystr(path), x) for path, x in leaves]
+
+
+def _is_read(
+  inner: optax.GradientTransformation,
+  grads: Any,
+  state: Any,
+  weights: Any,
+  some: set[str],
+) -> bool:
+  """Whether updates, or the rest of the state, depend on some of the state."""
+  trace = jax.make_jaxpr(
+    functools.partial(try_update, inner), return_shape=True
+  )
+  closed, (_, new) = trace(grads, state, weights)
+  chosen = [path in some for path, _ in _by_path(state)]
+  after = [path in some for path, _ in _by_path(new)]
+  others = [[False] * len(jax.tree.leaves(x)) for x in (grads, weights)]
+  found = reaches(closed.jaxpr, others[0] + chosen + others[1])
+  outputs = [False] * len(others[0]) + after
+  return any(x and not one for x, one in zip(found, outputs, strict=True))
 
 
 def at_count(count: int, state: Any) -> Any:

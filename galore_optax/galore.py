@@ -20,12 +20,14 @@ What works, each proved by a test:
 
 | as | works | raises |
 | --- | --- | --- |
-| inner | sgd, momentum, nesterov, sign_sgd, lion | lbfgs (needs `value`) |
+| inner | sgd, momentum, nesterov, sign_sgd, lion | lbfgs, line searches |
 | | adam, adamw, amsgrad, radam, nadam, adabelief | lamb, lars (trust ratio) |
 | | rmsprop, adagrad, adan, factored rms | adafactor scaled by parameters |
 | | adafactor without parameter scale | decay that enters a momentum |
-| inside the inner | masks, partition, schedules, clipping | |
-| | inject_hyperparams, MultiSteps, apply_if_finite | |
+| | polyak_sgd (with `value`) | momo, prodigy, dog, sophia |
+| inside it | masks, partition, schedules, clipping | adaptive_grad_clip |
+| | inject_hyperparams, MultiSteps, apply_if_finite | keep_params_nonnegative |
+| | snapshot, monitor (of low-rank updates) | |
 | around | masked, partition, MultiSteps, named_chain | flatten (no matrix) |
 | | inject_hyperparams, apply_if_finite | |
 | | lookahead, contrib.schedule_free | |
@@ -35,9 +37,8 @@ What works, each proved by a test:
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,8 @@ import optax
 
 from galore_optax import checks, decay, projection
 from galore_optax import moments as moments_lib
+from galore_optax.options import THEIRS as THEIRS
+from galore_optax.options import names_options
 from galore_optax.paths import Targets, is_part
 from galore_optax.plan import Plan, Planner
 from galore_optax.precision import full
@@ -53,9 +56,23 @@ from galore_optax.residual import Residual, Split
 from galore_optax.sharding import low_sharding, on_any_mesh, placed
 from galore_optax.subspace import finders, kept, refresh
 
-Preset = TypeVar('Preset', bound=Callable)
 
-_optax_chain = getattr(optax.chain, '__wrapped__', optax.chain)
+def _below_ours(found: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns the `optax.chain` that our `chain` calls.
+
+  A wrapper of another library is kept. A `chain` of this module as it was
+  before a reload is replaced by the function that it called.
+
+  Args:
+    found: the `optax.chain` of this moment.
+  """
+  # functools.wraps copies attributes, so a wrapper of ours has this mark too.
+  mark: Any = getattr(found, '_galore_optax', (None, None))
+  ours, below = mark
+  return below if ours is found else found
+
+
+_optax_chain = _below_ours(optax.chain)
 
 
 class Apart(NamedTuple):
@@ -123,24 +140,11 @@ class Stage(optax.GradientTransformationExtraArgs):
   around: Callable[[optax.GradientTransformation], Galore]
 
 
-# Options of galore-torch and transformers, and what they are called here.
-THEIRS = {'update_proj_gap': 'gap', 'optim_target_modules': 'targets'}
-THEIRS |= {'proj_type': "side (its 'left' 'right')", 'betas': 'b1 and b2'}
+# Options that belong to the inner of a `galore`.
+OF_INNER = ('learning_rate', 'b1', 'b2', 'eps', 'momentum', 'weight_decay')
 
 
-def _knows_theirs(function):
-  """Tells those who give an option of the reference what it is called here."""
-
-  @functools.wraps(function)
-  def called(*args, **options):
-    for name in THEIRS.keys() & options:
-      raise TypeError(f'{name} is called {THEIRS[name]} here; README has all')
-    return function(*args, **options)
-
-  return called
-
-
-@_knows_theirs
+@names_options(of_inner=OF_INNER)
 def galore(
   inner: optax.GradientTransformation | Apart | None = None,
   *,
@@ -219,7 +223,7 @@ def galore(
   gap, keeper = refresh.checked_gap(gap), kept.keeping(subspace)
   planner = Planner(rank, side, targets, axes, kept.by_coordinates(keeper))
   rule = 'None or a rule of galore_optax.residual, such as Sign(1e-3)'
-  checks.require(rule, lambda x: x is None or callable(x), residual=residual)
+  checks.require(rule, _is_rule_or_none, residual=residual)
   moments = moments_lib.checked(moments, in_turns=not isinstance(gap, int))
   options = planner, keeper, gap, scale, residual, moments
   of = lambda inner: _staged(_Core(_checked_inner(inner, moments), *options))
@@ -228,41 +232,6 @@ def galore(
   stage = Stage(_no_inner, _no_inner)
   stage.around = of
   return stage
-
-
-def names_options(*fixed: str, of: Any = galore) -> Callable[[Preset], Preset]:
-  """Names the options of `galore` where a preset hands on `**options`.
-
-  `help` lists them, and `optax.inject_hyperparams` can pass them: it goes by
-  the signature, and would pass `options={}`.
-
-  Args:
-    *fixed: options that the preset sets itself, beside those it takes.
-    of: what the preset hands them on to.
-
-  Returns:
-    A decorator of functions whose last parameter is `**options`.
-
-  Example:
-    >>> @names_options('side')
-    ... def preset(learning_rate, **options):
-    ...   return galore(optax.sgd(learning_rate), side='left', **options)
-    >>> names = inspect.signature(preset).parameters
-    >>> names['rank'], 'side' in names
-    (<Parameter "rank: int | float = 128">, False)
-  """
-
-  def named(preset: Preset) -> Preset:
-    signature = inspect.signature(preset)
-    *own, _ = signature.parameters.values()
-    taken = {parameter.name for parameter in own} | {*fixed}
-    for option in inspect.signature(of).parameters.values():
-      if option.kind is option.KEYWORD_ONLY and option.name not in taken:
-        own.append(option)
-    vars(preset)['__signature__'] = signature.replace(parameters=own)
-    return preset
-
-  return named
 
 
 @functools.wraps(_optax_chain)
@@ -281,6 +250,20 @@ def chain(
     rest = _optax_chain(*args[1:]) if args[1:] else optax.identity()
     return _followed(args[0], optax.with_extra_args_support(rest))
   return _optax_chain(*args)
+
+
+vars(chain)['_galore_optax'] = chain, _optax_chain
+
+
+def install_chain() -> None:
+  """Makes our `chain` `optax.chain`, unless something wraps it already.
+
+  >>> install_chain()
+  >>> optax.chain is chain
+  True
+  """
+  if _below_ours(optax.chain) is _optax_chain:
+    optax.chain = chain
 
 
 def quantize_bases(
@@ -538,6 +521,14 @@ def _checked_inner(inner: Any, moments: Any) -> Any:
   # Adam's counter serves all its leaves: were it one state, a restart of the
   # projected leaves would correct the bias of the others anew.
   return Apart(inner, inner) if moments == 'reset' else inner
+
+
+def _is_rule_or_none(residual: Any) -> bool:
+  """Whether a value is None, or an object with the methods of `Residual`."""
+  if residual is None:
+    return True
+  methods = residual, getattr(residual, 'init', None)
+  return all(map(callable, methods)) and not isinstance(residual, type)
 
 
 def _no_inner(*_: Any, **__: Any) -> Any:

@@ -6,11 +6,13 @@ and a regex or a predicate on paths picks leaves.
 
 import collections
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
+
+from galore_optax.checks import require
 
 PyTree: TypeAlias = Any
 
@@ -161,6 +163,23 @@ def chosen(targets: Targets, tree: PyTree) -> list[bool]:
     return list(map(bool, map(targets, paths(tree), jax.tree.leaves(tree))))
   patterns = [targets] if isinstance(targets, str) else list(targets or ())
   return matched(patterns, tree)
+
+
+def check_targets(targets: Any) -> None:
+  """Raises ValueError unless `targets` is of the type `Targets`.
+
+  >>> check_targets(['.*/kernel'])
+  """
+  rule = 'None, a regex, regexes, or a predicate (path, leaf) -> bool'
+  require(rule, _is_targets, targets=targets)
+
+
+def _is_targets(targets: Any) -> bool:
+  if targets is None or isinstance(targets, str) or callable(targets):
+    return True
+  if isinstance(targets, Mapping) or not isinstance(targets, Collection):
+    return False
+  return all(isinstance(regex, str) for regex in targets)
 
 
 def heads(tree: PyTree) -> list[bool]:

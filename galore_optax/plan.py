@@ -39,6 +39,12 @@ class Planner:
     """Raises ValueError for an option that fits no weight."""
     object.__setattr__(self, 'rank', _checked_rank(self.rank))
     checks.check_one_of(get_args(projection.Side), side=self.side)
+    paths.check_targets(self.targets)
+    rule = (
+      'a mapping from regexes to input and output axes, such as'
+      " {'.*/proj/kernel': (0, (1, 2))}"
+    )
+    checks.require(rule, _is_axes_or_none, axes=self.axes)
 
   def __call__(self, tree: Any) -> list[Plan]:
     """Returns how each leaf of `tree` is projected.
@@ -155,5 +161,27 @@ def _checked_rank(rank) -> int | float:
   return kind(rank)
 
 
+def _is_axes_or_none(axes: Any) -> bool:
+  """Whether a value maps strings to pairs of axes."""
+  if axes is None:
+    return True
+  if not isinstance(axes, Mapping):
+    return False
+  return all(
+    isinstance(regex, str)
+    and isinstance(pair, tuple | list)
+    and len(pair) == 2
+    and _are_axes(pair[0])
+    and (pair[1] is ... or _are_axes(pair[1]))
+    for regex, pair in axes.items()
+  )
+
+
+def _are_axes(axes: Any) -> bool:
+  if isinstance(axes, tuple | list):
+    return all(map(checks.is_integer, axes))
+  return checks.is_integer(axes)
+
+
 def _as_tuple(axes: Any) -> tuple[int, ...]:
-  return (axes,) if isinstance(axes, int) else tuple(axes)
+  return (axes,) if checks.is_integer(axes) else tuple(axes)

@@ -60,6 +60,19 @@ def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   return jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True))
 
 
+def norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """Returns the root of the sum of squares over `axes`, which are kept.
+
+  Library norms are not used for arrays with the shape of a weight: some
+  versions of JAX over-count `jnp.linalg.norm` of a sharded matrix on GPUs.
+
+  >>> norm(jnp.array([[3.0, 4.0], [0.0, -2.0]]), (-1,))
+  Array([[5.],
+         [2.]], dtype=float32)
+  """
+  return jnp.sqrt(jnp.sum(jnp.square(full(x)), axis=axes, keepdims=True))
+
+
 def close(x: Any, y: Any) -> bool:
   """Whether two arrays agree, to 1e-4 of the largest number in them.
 

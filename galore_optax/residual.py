@@ -17,6 +17,7 @@ import optax
 
 from galore_optax import checks
 from galore_optax.decay import rate_at
+from galore_optax.precision import norm
 from galore_optax.projection import Basis, Projection, to_matrix
 
 
@@ -126,8 +127,9 @@ class Scaled:
   def __post_init__(self) -> None:
     """Raises ValueError for a limit that lets nothing grow."""
     checks.check_not_negative(scale=self.scale, inside=self.inside)
-    holds = lambda x: isinstance(x, jax.Array) or x >= 1
-    checks.require('>= 1, the growth of a norm', holds, limit=self.limit)
+    checks.check_flag(channels=self.channels)
+    rule = 'a number >= 1, the growth of a norm'
+    checks.check_least(1, rule, limit=self.limit)
 
   def init(self, plan: Projection) -> Any:
     """Returns the norm [...] of the last update: none yet, so no limit."""
@@ -140,23 +142,19 @@ class Scaled:
     by_channel = self.channels and len(plan.sides) == 1
     axes = (-2,) if by_channel else (-2, -1)
     gain = 1.0 if self.correction is None else self.correction(split.count)
-    factor = _norm(split.inner_update, axes) / gain
-    factor = factor / (_norm(split.low, axes) + TINY)
+    factor = norm(split.inner_update, axes) / gain
+    factor = factor / (norm(split.low, axes) + TINY)
     if by_channel and plan.sides == (-1,):
       factor = jnp.swapaxes(factor, -2, -1)
     all_of_it = checks.is_zero(self.inside)
     what_io = split.g_io if all_of_it else outside(plan, split, self.inside)
     scaled_io = factor * what_io
-    norm = _norm(scaled_io, (-2, -1))
+    size = norm(scaled_io, (-2, -1))
     # After a zero gradient a bound of zero would hold for ever.
     last = jnp.where(state > 0, state, jnp.inf)[..., None, None]
     # 0 / 0 of a zero update is no bound.
-    shrink = jnp.minimum(self.limit * last / jnp.where(norm > 0, norm, 1), 1)
-    return self.scale * gain * shrink * scaled_io, (shrink * norm)[..., 0, 0]
+    shrink = jnp.minimum(self.limit * last / jnp.where(size > 0, size, 1), 1)
+    return self.scale * gain * shrink * scaled_io, (shrink * size)[..., 0, 0]
 
 
 TINY = 1e-8  # added to norms that are divided by
-
-
-def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  return jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))

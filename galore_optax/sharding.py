@@ -36,9 +36,9 @@ def state_shardings(tx: Any, params: Any, shardings: Any) -> Any:
   devices. Nothing is cut along r. What no axis divides, and counters, are whole
   on every device.
 
-  NNX variables count as the arrays in them, and `nnx.Optimizer` keeps plain
-  arrays: axes that a variable names are those of its weight alone. For the same
-  reason take linen's boxes off first, by `flax.linen.unbox`.
+  NNX variables count as the arrays in them, and `flax.nnx.Optimizer` keeps
+  plain arrays: axes that a variable names are those of its weight alone. For
+  the same reason take linen's boxes off first, by `flax.linen.unbox`.
 
   Args:
     tx: any transformation, or what else has an `init`, as `layerwise` does.

@@ -15,7 +15,7 @@ import optax
 import tyro
 
 from galore_optax import Group, grouped
-from galore_optax.clipping import check_norm
+from galore_optax.clipping import check_norm, clip_by_global_norm
 from galore_optax.layerwise.weights import ARRAYS, ROUNDED, Weights, quantized
 from models import huggingface
 from models.encoder import EncoderConfig
@@ -405,7 +405,7 @@ class Config:
     optimizer = self.rule()
     if self.clip_norm is None:
       return optimizer
-    return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)
+    return optax.chain(clip_by_global_norm(self.clip_norm), optimizer)
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from galore_optax.clipping import global_norm
 from galore_optax.galore import Galore
 from galore_optax.layerwise import stack
 from galore_optax.layerwise.step import Layerwise, layerwise
@@ -367,7 +368,7 @@ def make_step(
     else:
       value, sums, grads = gradient(moving, still, batch)
       update, name, found = tx.update, 'grad_norm', state.optimizer
-    norm = optax.tree.norm(grads)
+    norm = global_norm(grads)
     sound = jnp.isfinite(value) & jnp.isfinite(norm)
 
     def updated(kept: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:

@@ -14,7 +14,8 @@ import optax
 
 from galore_optax import checks, paths
 from galore_optax.decay import rate_at
-from galore_optax.galore import galore, names_options, with_apply
+from galore_optax.galore import galore, with_apply
+from galore_optax.options import names_options
 from galore_optax.precision import full, rms
 from galore_optax.presets.inner import check_numbers
 from galore_optax.projection import Projection, from_matrix, to_matrix
@@ -56,8 +57,8 @@ def scale_by_galore_factored_rms(
   """
   checks.check_positive(decay_rate=decay_rate)
   checks.check_not_negative(eps=eps)
-  holds = lambda x: not checks.is_number(x) or x > 0
-  checks.require('> 0', holds, clip_threshold=clip_threshold)
+  rule = 'a number > 0, infinity for no limit'
+  checks.check_above_zero(rule, clip_threshold=clip_threshold)
 
   @placed
   def init_fn(params):
@@ -110,7 +111,7 @@ def _columns(treedef, rows, num):
   return (treedef.unflatten([row[i] for row in rows]) for i in range(num))
 
 
-@names_options()
+@names_options(of=galore)
 def galore_adafactor(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -162,6 +163,8 @@ def galore_adafactor(
   check_numbers(learning_rate, weight_decay)
   if b1 is not None:
     checks.check_decay(b1=b1)
+  checks.check_pair(eps=eps)
+  checks.check_flag(scale_parameter=scale_parameter)
   rule = dict(decay_rate=decay_rate, eps=eps[0], clip_threshold=clip_threshold)
   factored = scale_by_galore_factored_rms(**rule)
   momentum = optax.identity() if b1 is None else optax.ema(b1, debias=False)

@@ -4,13 +4,15 @@ from typing import Any, Literal
 
 import optax
 
+from galore_optax import checks
 from galore_optax.decay import decay_updated_weights
-from galore_optax.galore import galore, names_options, quantize_bases
+from galore_optax.galore import chain, galore, quantize_bases
+from galore_optax.options import names_options
 from galore_optax.presets import inner
 from galore_optax.quantized.state import quantize_state
 
 
-@names_options()
+@names_options(of=galore)
 def galore_adamw(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -51,7 +53,7 @@ def galore_adamw(
   return _galore_adamw(learning_rate, b1, b2, eps, weight_decay, options, None)
 
 
-@names_options()
+@names_options(of=galore)
 def galore_adamw_8bit(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -90,6 +92,9 @@ def galore_adamw_8bit(
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization
     <https://arxiv.org/abs/2110.02861>`_, 2021.
   """
+  checks.check_static(basis_bits=basis_bits)
+  bits = '4, 8, or None for the dtype of the weight'
+  checks.require(bits, lambda x: x in (4, 8, None), basis_bits=basis_bits)
   sizes = dict(block_size=block_size, min_size=min_size)
   tx = _galore_adamw(learning_rate, b1, b2, eps, weight_decay, options, sizes)
   return tx if basis_bits is None else quantize_bases(tx, bits=basis_bits)
@@ -106,4 +111,4 @@ def _galore_adamw(learning_rate, b1, b2, eps, weight_decay, options, sizes):
   # It reads no weights: shown none, its slope of decay is known to be zero.
   blind = adam._replace(update=lambda g, s, *_, **__: adam.update(g, s))
   decay = decay_updated_weights(learning_rate, weight_decay=weight_decay)
-  return optax.chain(galore(blind, **inner.rotated_by(options, b1, b2)), decay)
+  return chain(galore(blind, **inner.rotated_by(options, b1, b2)), decay)

@@ -20,6 +20,7 @@ from jax import lax
 
 from galore_optax import checks, paths
 from galore_optax.decay import rate_at
+from galore_optax.options import names_options
 from galore_optax.precision import in_float32
 from galore_optax.presets.inner import Inner, check_numbers, without_rate
 from galore_optax.sharding import on_any_mesh, placed
@@ -55,6 +56,7 @@ class OneBlock(optax.GradientTransformationExtraArgs):
   blocks: str  # regex on the paths of the stacked leaves
 
 
+@names_options()
 def badam(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -113,6 +115,11 @@ def badam(
   checks.check_one_of(get_args(Order), order=order)
   check_numbers(learning_rate, weight_decay)
   checks.check_integer(seed=seed)
+  checks.check_flag(train_rest=train_rest, master_weights=master_weights)
+  regex = 'a regex on paths, such as blocks/.*'
+  checks.require(regex, lambda x: isinstance(x, str), blocks=blocks)
+  if start is not None:
+    checks.check_size(start=start)
   if order == 'random' and start is not None:
     raise ValueError(f"order 'random' has no start, got {start}")
   options = learning_rate, weight_decay, master_weights

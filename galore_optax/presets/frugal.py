@@ -9,6 +9,7 @@ import optax
 from galore_optax import checks, paths
 from galore_optax.decay import rate_at
 from galore_optax.galore import galore
+from galore_optax.options import names_options
 from galore_optax.plan import Planner
 from galore_optax.precision import in_float32
 from galore_optax.presets.inner import Inner, descend, without_rate
@@ -29,6 +30,7 @@ COORDINATES: dict[str, dict[str, Any]] = {
 RESIDUALS = {'sign': Sign, 'sgd': Sgd}  # what moves the rest
 
 
+@names_options('rank', 'scale', 'side', 'moments', 'axes')
 def frugal(
   learning_rate: optax.ScalarOrSchedule,
   *,

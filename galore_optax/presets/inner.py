@@ -14,6 +14,7 @@ import optax
 from galore_optax import checks, decay, paths
 from galore_optax.moments import Rotate
 from galore_optax.precision import in_float32, single
+from galore_optax.trial import try_update
 
 # A short name, or a transformation without a learning rate.
 Inner = Literal['adam', 'lion', 'sgdm'] | optax.GradientTransformation
@@ -102,7 +103,7 @@ def _check_no_rate(inner, params):
     for count in decay.COUNTS:
       state = decay.at_count(count, inner.init(filled(0.0)))
       try:
-        answers, _ = inner.update(filled(1.0), state, filled(0.0))
+        answers, _ = try_update(inner, filled(1.0), state, filled(0.0))
         answers = [x.item() for x in jax.tree.leaves(answers)]
       except TypeError:
         # It needs extra args, which only `update` is given, or a hyperparameter

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import paths
-from galore_optax.checks import check_params
+from galore_optax.checks import check_pair, check_params
 from galore_optax.clipping import clipped
+from galore_optax.options import names_options
 from galore_optax.precision import full, rms
 from galore_optax.presets.adafactor import scale_by_galore_factored_rms
-from galore_optax.presets.inner import descend
+from galore_optax.presets.inner import check_numbers, descend
 
 
+@names_options()
 def lomo(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -46,6 +48,7 @@ def lomo(
   return clipped(descend(learning_rate, weight_decay), clip_norm)
 
 
+@names_options()
 def adalomo(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -84,6 +87,8 @@ def adalomo(
     Lv et al., `AdaLomo: Low-memory Optimization with Adaptive Learning Rate
     <https://arxiv.org/abs/2310.10195>`_, 2023.
   """
+  check_numbers(learning_rate, weight_decay)
+  check_pair(eps=eps)
   limits = dict(decay_rate=decay_rate, clip_threshold=clip_threshold)
   rule = optax.chain(
     scale_by_galore_factored_rms(eps=eps[0], **limits),

@@ -1,7 +1,7 @@
-"""Muon inside the subspace: a momentum of low rank, orthogonalised.
+"""Muon inside the subspace: a low-rank momentum, made orthogonal.
 
-Muon itself is `optax.contrib.scale_by_muon`; here is what makes it an inner of
-`galore`: which leaves are its own, which axes are a matrix, and its size.
+`scale_by_muon` is Muon's rule on stacks of matrices, and `galore_muon` makes it
+the inner of a `galore`.
 """
 
 import math
@@ -12,15 +12,51 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import checks
-from galore_optax.galore import Apart, galore, names_options
+from galore_optax.galore import Apart, galore
+from galore_optax.options import names_options
+from galore_optax.orthogonal import orthogonalise
 from galore_optax.presets.inner import descend, rotated_by
 
-# Of a low-rank gradient [..., r, n]: by default optax's axes are 0 and 1, and
-# what has three goes to Adam.
-MATRIX = optax.contrib.MuonDimensionNumbers(-2, -1)
+
+def scale_by_muon(beta: float = 0.95) -> optax.GradientTransformation:
+  """Replaces a gradient by its Nesterov momentum, made orthogonal.
+
+  Equal to `optax.contrib.scale_by_muon` within rounding, with the same state.
+  The last two axes of every leaf are a matrix. optax 0.2.8 unrolls ten products
+  of the size of the matrix. `galore_optax.orthogonal.orthogonalise` needs four.
+
+  Args:
+    beta: decay of the momentum.
+
+  Example:
+    >>> tx = scale_by_muon()
+    >>> g = {'w': jnp.array([[3.0, 0.0], [0.0, 4.0]])}
+    >>> updates, state = tx.update(g, tx.init(g))
+    >>> print(f'{updates["w"][0, 0]:.1f} {updates["w"][1, 1]:.1f}')
+    0.7 1.1
+
+  References:
+    Jordan, `Muon <https://github.com/KellerJordan/Muon>`_, 2024.
+  """
+
+  def update_fn(
+    updates: optax.Updates, state: Any, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, Any]:
+    mu = optax.tree.update_moment(updates, state.mu, beta, 1)
+    count = optax.safe_increment(state.count)
+    # Nesterov: the momentum as it will be after the next step.
+    ahead = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
+    now = optax.tree.bias_correction(updates, beta, count)
+    mixed = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, now)
+    return jax.tree.map(orthogonalise, mixed), state._replace(
+      count=count, mu=mu
+    )
+
+  init_fn = optax.contrib.scale_by_muon(beta=beta).init
+  return optax.GradientTransformation(init_fn, update_fn)
 
 
-@names_options()
+@names_options(of=galore)
 def galore_muon(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -68,11 +104,10 @@ def galore_muon(
   """
   checks.check_decay(beta=beta)
   checks.check_not_negative(consistent_rms=consistent_rms)
-  matrices = lambda tree: jax.tree.map(lambda _: MATRIX, tree)
   size = lambda u: consistent_rms * math.sqrt(max(jnp.shape(u)[-2:]))
   low = descend(
     *(learning_rate, weight_decay),
-    optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=matrices),
+    scale_by_muon(beta),
     optax.stateless_with_tree_map(lambda u, _: size(u) * u),
   )
   rate = learning_rate if adam_learning_rate is None else adam_learning_rate

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import checks, paths
+from galore_optax.options import names_options
 from galore_optax.precision import in_float32, rms
 from galore_optax.presets.inner import descend
 
 
+@names_options()
 def scale_sgd(
   learning_rate: optax.ScalarOrSchedule,
   *,

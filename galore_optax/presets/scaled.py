@@ -6,7 +6,8 @@ import optax
 
 from galore_optax import checks
 from galore_optax.decay import decay_updated_weights
-from galore_optax.galore import galore, names_options
+from galore_optax.galore import chain, galore
+from galore_optax.options import names_options
 from galore_optax.presets import inner as inner_lib
 from galore_optax.presets.inner import Inner
 from galore_optax.quantized.state import quantize_state
@@ -15,7 +16,7 @@ from galore_optax.subspace.finders import Gaussian
 from galore_optax.subspace.refresh import Staggered
 
 
-@names_options('residual')
+@names_options('residual', of=galore)
 def _scaled(
   learning_rate: optax.ScalarOrSchedule,
   rule: Any,
@@ -32,6 +33,7 @@ def _scaled(
 ):
   """Returns `galore` around an inner, with the rule that `Scaled` makes."""
   inner_lib.check_numbers(learning_rate, weight_decay)
+  checks.check_static(bits=bits)
   checks.require('8, or None for float32', lambda x: x in (8, None), bits=bits)
   alone = 'None beside an inner: give inner=quantize_state(...) alone'
   checks.require(alone, lambda x: not (x and inner is not None), bits=bits)
@@ -49,7 +51,7 @@ def _scaled(
     inner = quantize_state(inner) if bits else inner
   options = inner_lib.rotated_by(options, b1, b2) | dict(gap=gap)
   inner, residual = inner_lib.without_rate(inner), Scaled(limit=limit, **rule)
-  return optax.chain(
+  return chain(
     galore(inner, residual=residual, **options),
     optax.scale_by_learning_rate(learning_rate),
     decay_updated_weights(learning_rate, weight_decay=weight_decay),
@@ -142,6 +144,7 @@ def apollo(
   References:
     Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024.
   """
+  checks.check_flag(channels=channels)
   # Before its root is taken; a traced one is its maker's business.
   checks.check_not_negative(scale=scale)
   rule = dict(inside=0, channels=channels, scale=scale**0.5)

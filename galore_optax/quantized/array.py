@@ -3,9 +3,9 @@
 Legend: L leading (batch) axes, m rows, n columns, b blocks, k block size.
 """
 
-import dataclasses
 import functools
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,24 @@ _MAX_WASTE = 1.28
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Quantized:
+class _Fields(NamedTuple):
+  """The fields of `Quantized`; its docstring describes the class."""
+
+  # uint8 [..., m, n], or [..., m, ceil(n / 2)] where two share a byte.
+  codes: Any
+  # float32 [..., m, b], or [..., b] where rows are joined: the largest
+  # magnitude of a block (dynamic codes) or its step (linear codes).
+  scale: Any
+  # float32, as `scale`: value of code 0; None for symmetric codes.
+  offset: Any
+  # The fields from here on are static: a pytree keeps them in its structure.
+  code: Code
+  block_size: int
+  # n: the packed codes of an odd row hold one value more.
+  num_columns: int
+
+
+class Quantized(_Fields):
   """An array as block-wise codes; `dequantize` gives the array back.
 
   A block is `block_size` consecutive elements of a row (the last one of a row
@@ -32,19 +47,27 @@ class Quantized:
   to one row a matrix, so that a block never straddles two matrices of a
   stack. Leading axes are batch in every field: a stack can be sliced,
   scanned, mapped over and sharded like the array itself.
+
+  To JAX this class is a pytree of `codes`, `scale` and `offset`. To
+  `flax.serialization`, which recognizes any named tuple, it is a dict of all
+  six fields. The bytes therefore contain the static fields too, and this
+  library does not import flax. Orbax stores the three arrays.
   """
 
-  # uint8 [..., m, n], or [..., m, ceil(n / 2)] where two share a byte.
-  codes: jax.Array
-  # float32 [..., m, b], or [..., b] where rows are joined: the largest
-  # magnitude of a block (dynamic codes) or its step (linear codes).
-  scale: jax.Array
-  # float32, as `scale`: value of code 0; None for symmetric codes.
-  offset: jax.Array | None
-  code: Code = dataclasses.field(metadata={'static': True})
-  block_size: int = dataclasses.field(metadata={'static': True})
-  # n: the packed codes of an odd row hold one value more.
-  num_columns: int = dataclasses.field(metadata={'static': True})
+  __slots__ = ()
+
+  def __new__(
+    cls,
+    codes: Any,
+    scale: Any,
+    offset: Any,
+    code: Code,
+    block_size: int,
+    num_columns: int,
+  ) -> 'Quantized':
+    """Makes static fields hashable: a state dict may hold them as arrays."""
+    static: Any = str(code), int(block_size), int(num_columns)
+    return super().__new__(cls, codes, scale, offset, *static)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -60,6 +83,25 @@ class Quantized:
   def nbytes(self) -> int:
     """Bytes of the codes, the scales and the offsets."""
     return sum(x.nbytes for x in jax.tree.leaves(self))
+
+
+def _flatten(q: Quantized) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+  return q[:3], q[3:]
+
+
+def _flatten_with_keys(q: Quantized) -> tuple[Any, Any]:
+  keys = map(jax.tree_util.GetAttrKey, Quantized._fields[:3])
+  return tuple(zip(keys, q[:3], strict=True)), q[3:]
+
+
+def _unflatten(static: tuple[Any, ...], arrays: Iterable[Any]) -> Quantized:
+  return Quantized(*arrays, *static)
+
+
+# JAX prefers a registration to its own handling of named tuples.
+jax.tree_util.register_pytree_with_keys(
+  Quantized, _flatten_with_keys, _unflatten, _flatten
+)
 
 
 def check_layout(*, bits: int, group: int) -> None:
@@ -128,8 +170,8 @@ def quantize(
 
   Args:
     x: floating array [..., n].
-    code: 'signed' or 'unsigned', see `dynamic.dynamic_map`. A positive value
-      never becomes an unsigned 0.
+    code: 'signed' or 'unsigned', a name of `quantized.codes.dynamic_map`. A
+      positive value never becomes an unsigned 0.
     block_size: elements that share a scale.
 
   Returns:
@@ -149,7 +191,7 @@ def quantize(
   x = jnp.asarray(x)
   q = quantize_rows(_rows(x, block_size), code=code, block_size=block_size)
   codes, num_columns = q.codes.reshape(x.shape), x.shape[-1]
-  return dataclasses.replace(q, codes=codes, num_columns=num_columns)
+  return q._replace(codes=codes, num_columns=num_columns)
 
 
 @functools.partial(jax.jit, static_argnames=('code', 'block_size'))
@@ -178,14 +220,14 @@ def as_rows(q: Quantized) -> Quantized:
   """
   m, n = rows_shape(q)
   codes, scale = q.codes.reshape(m, n), q.scale.reshape(m, -1)
-  return dataclasses.replace(q, codes=codes, scale=scale, num_columns=n)
+  return q._replace(codes=codes, scale=scale, num_columns=n)
 
 
 def full(shape, value, *, code: Code, block_size: int) -> Quantized:
   """Returns `quantize(jnp.full(shape, value))` without the float array."""
   make = functools.partial(quantize, code=code, block_size=block_size)
   like = jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.float32))
-  one = dataclasses.replace(make(jnp.full(1, value)), num_columns=shape[-1])
+  one = make(jnp.full(1, value))._replace(num_columns=shape[-1])
   fill = lambda x, to: jnp.full(to.shape, x.reshape(()), to.dtype)
   return jax.tree.map(fill, one, like)
 

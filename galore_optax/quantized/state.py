@@ -12,11 +12,17 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from galore_optax.checks import check_count, check_static
+from galore_optax.checks import (
+  check_count,
+  check_flag,
+  check_size,
+  check_static,
+)
 from galore_optax.precision import close, single, wide
 from galore_optax.quantized import array
 from galore_optax.quantized.array import is_coded, quantize, unpacked
 from galore_optax.sharding import on_any_mesh, placed
+from galore_optax.trial import NeedsFunctionError, try_update
 
 # States of what goes around `quantize_state`, as it looks at a whole tree.
 GUARDS = (
@@ -93,6 +99,8 @@ def quantize_state(
   """
   check_static(block_size=block_size, min_size=min_size)
   check_count(block_size=block_size)
+  check_size(min_size=min_size)
+  check_flag(elementwise=elementwise)
   inner = optax.with_extra_args_support(inner)
 
   @placed
@@ -161,7 +169,7 @@ def _tried(inner, params) -> list[tuple[bool, bool]]:
     state = ones
     try:
       for g in (-1.0, -2.0):
-        _, state = inner.update(filled(g), state, filled(1.0))
+        _, state = try_update(inner, filled(g), state, filled(1.0))
     except TypeError:  # It needs extra args, which only `update` is given.
       state = jax.tree.map(lambda x: jnp.full_like(x, -1), ones)
     # A random key has no sign.
@@ -218,8 +226,10 @@ def _leaf_by_leaf(run, outer: Outer, updates, state, params) -> tuple[Any, Any]:
   for i in coded:
     m = [m[i] for m in moments]
     if last is not None:
-      # Without it the compiler may dequantize every leaf at the start.
-      m, _ = jax.lax.optimization_barrier((m, last))
+      # Without it the compiler may dequantize every leaf at the start. The
+      # barrier would give the moments tangents of zero if `last` had any, and
+      # the derivative of a root of zero times zero is not a number.
+      m, _ = jax.lax.optimization_barrier((m, jax.lax.stop_gradient(last)))
     u, m, after = last = _leaf(step, grads[i], m, weights[i])
     new[i] = u, *m
   columns = zip(*(new[i] for i in every), strict=True)
@@ -326,14 +336,14 @@ def _check_elementwise(inner, params) -> None:
       jax.tree.structure(params).flatten_up_to(tree)
     nodes = jax.tree.leaves(state, is_leaf=is_guard)
     known = not any(map(is_guard, nodes)) and _acts_alone(inner)
-  except (ValueError, TypeError, KeyError, AttributeError):
+  except (ValueError, TypeError, LookupError, AttributeError):
     known = False
   if not known:
     raise ValueError(
       'quantize_state runs its inner piece by piece, and this one looks at'
       ' more than an element at a time. Masks, partitions, apply_if_finite,'
-      ' MultiSteps and clipping by a norm go around quantize_state; for'
-      ' Adafactor, Muon or a trust ratio pass elementwise=False'
+      ' MultiSteps, snapshots and clipping by a norm go around quantize_state;'
+      ' for Adafactor, Muon or a trust ratio pass elementwise=False'
     )
 
 
@@ -342,12 +352,14 @@ def _acts_alone(inner) -> bool:
   g, w = jnp.array([[1e-2, -1.0], [1e3, 2.0]]), jnp.array([[1.0, -2], [3, 0.5]])
 
   def update(at: Any = ...):
-    u, state = inner.update(g[at], inner.init(w[at]), w[at])
+    u, state = try_update(inner, g[at], inner.init(w[at]), w[at])
     return [jnp.asarray(x) for x in jax.tree.leaves((u, state))]
 
   with jax.ensure_compile_time_eval():
     try:
       whole = update()
+    except NeedsFunctionError:
+      return False  # A line search, or a Hessian.
     except TypeError:
       return True  # It needs extra args, which only `update` is given.
     if any(isinstance(x, Tracer) for x in whole):

@@ -16,7 +16,14 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
-from galore_optax.checks import check_count, check_integer, is_integer, require
+from galore_optax.checks import (
+  check_count,
+  check_flag,
+  check_integer,
+  is_integer,
+  require,
+)
+from galore_optax.precision import norm
 from galore_optax.subspace.polar import orthonormalise, random_rows
 
 # A finder.
@@ -156,7 +163,7 @@ class PowerIteration:
       powered_rm = (basis_rm @ g_mn) @ g_mn.T + shift * basis_rm
       # The norm of g g^T is no more than the sum of squares; half is for a
       # basis that was stored in few digits.
-      size = jnp.linalg.norm(powered_rm)
+      size = norm(powered_rm, (-2, -1))
       return orthonormalise(powered_rm / size, low=SHIFT / 2)
 
     count = jnp.where(cold, self.first_steps, self.steps)
@@ -212,8 +219,9 @@ class Coordinates:
   by_coordinates: ClassVar[bool] = True
 
   def __post_init__(self) -> None:
-    """Raises ValueError for a seed that is no integer."""
+    """Raises ValueError unless seed is an integer and largest a flag."""
     check_integer(seed=self.seed)
+    check_flag(largest=self.largest)
 
   def __call__(self, g_mn, basis_r, key):
     """Returns the indices [r] of the coordinates, ascending."""

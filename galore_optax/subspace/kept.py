@@ -244,6 +244,8 @@ def keeping(finder: Any) -> Any:
   >>> keeping(finders.Gaussian(seed=3))
   Seeds(finder=Gaussian(seed=3))
   """
+  rule = 'an instance, such as Svd() instead of Svd'
+  checks.require(rule, lambda x: not isinstance(x, type), subspace=finder)
   if hasattr(finder, 'rows'):
     return finder
   if not callable(finder):

@@ -12,19 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from galore_optax.orthogonal import apply_polynomials
+
 # Singular values below this share of the largest are rounding in float32.
 SMALLEST = 1e-6
-# Polynomials between two products with the rows. `x x^T` has half of x's
-# digits, and a longer chain would grow their rounding.
-STEPS = 3
 # It keeps roundings from 1, where each polynomial would grow them by 12.
 SLACK = 1.001
 # From here the Taylor polynomial is within 3e-7 of 1.
 CLOSE = 0.99
 # It is 1 at 1 with two derivatives zero: an error e becomes 2.5 e^3.
 TAYLOR = np.array([15, -10, 3]) / 8
-
-matmul = functools.partial(jnp.matmul, precision='highest')
 
 
 def orthonormalise(x_rm: jax.Array, *, low: float) -> jax.Array:
@@ -33,8 +30,9 @@ def orthonormalise(x_rm: jax.Array, *, low: float) -> jax.Array:
   The rows of an orthonormal x come back as they are, which is why moments
   that are kept fit the new basis best under this rule.
 
-  Odd polynomials of degree five raise the singular values to one. A few at a
-  time are composed as [r, r] matrices, of `x x^T`, before they meet the rows.
+  Odd polynomials of degree five raise the singular values to one, a few at a
+  time (`apply_polynomials`). Muon's five steps are another, rougher map:
+  `galore_optax.orthogonal.orthogonalise`.
 
   Guarantee: orthonormal to 1e-5 in float32. Cost: p polynomials, 4 for `low`
   0.1 and 10 for 1e-5, in q = ceil(p / 3) groups: 4 q m r^2 + (8 p - 6 q) r^3
@@ -56,10 +54,7 @@ def orthonormalise(x_rm: jax.Array, *, low: float) -> jax.Array:
     2025, of the polynomials.
   """
   polynomials = _polynomials(low) + [TAYLOR] * (x_rm.dtype == jnp.float64)
-  groups = -(-len(polynomials) // STEPS)
-  for group in np.array_split(np.array(polynomials), groups):
-    x_rm = matmul(_composed(group, matmul(x_rm, x_rm.mT)), x_rm)
-  return x_rm
+  return apply_polynomials(x_rm, polynomials)
 
 
 def random_rows(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
@@ -86,20 +81,6 @@ def gaussian_range(r: int, m: int) -> tuple[float, float]:
   rare = 1e-6 ** (1 / (m - r + 1))
   low = 0.5 * rare * (np.sqrt(m) - np.sqrt(r - 1))
   return float(low), float(np.sqrt(m) + np.sqrt(r) + 6)
-
-
-def _composed(polynomials: np.ndarray, gram_rr: jax.Array) -> jax.Array:
-  """Returns the matrix whose product with the rows applies each polynomial.
-
-  All matrices here are polynomials of one, and commute.
-  """
-  eye_rr = jnp.eye(gram_rr.shape[-1], dtype=gram_rr.dtype)
-  eye_rr, steps = jnp.broadcast_to(eye_rr, gram_rr.shape), []
-  for a, b, c in polynomials.tolist():
-    step_rr = a * eye_rr + b * gram_rr + c * matmul(gram_rr, gram_rr)
-    steps.append(step_rr)
-    gram_rr = matmul(matmul(step_rr, gram_rr), step_rr)
-  return functools.reduce(matmul, steps)
 
 
 @functools.lru_cache

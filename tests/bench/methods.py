@@ -51,7 +51,6 @@ from scipy.special import stdtrit
 
 import galore_optax as go
 from galore_optax.paths import is_matrix, paths
-from galore_optax.presets.muon import MATRIX
 from models.llama import LlamaConfig
 from models.lowrank import Adapter, Factored, Lora, Relora
 from tests.bench.runs import Runs, save, until
@@ -152,8 +151,9 @@ def galore(preset: Callable, **options: Any) -> Callable:
 def muon(around: Around, rate: Any) -> optax.GradientTransformation:
   """Muon on the layers' matrices, their updates as large as Adam's."""
   del around
+  matrix = optax.contrib.MuonDimensionNumbers(-2, -1)
   sides = lambda tree: jax.tree.map(
-    lambda yes: MATRIX if yes else None, matrices(tree)
+    lambda yes: matrix if yes else None, matrices(tree)
   )
   return optax.contrib.muon(
     rate, consistent_rms=0.2, muon_weight_dimension_numbers=sides

@@ -173,5 +173,7 @@ def test_extra_args_reach_what_follows_a_stage():
   spy = optax.GradientTransformationExtraArgs(lambda p: (), update)
   tx = optax.chain(galore(rank=4), spy)
   state, w = jax.eval_shape(tx.init, params()), params()
+  # The inner is tried with another value.
+  seen.clear()
   jax.eval_shape(lambda state: tx.update(w, state, w, value=7), state)
   assert seen and all(value == 7 for value, _ in seen)

@@ -92,10 +92,12 @@ def test_microbatches_change_nothing(microbatches):
 
 def test_microbatches_keep_types():
   tx = optax.adam(0.01)
-  whole, _ = run(tx, dtype=jnp.bfloat16)
+  whole, metrics = run(tx, dtype=jnp.bfloat16)
   parts, _ = run(tx, dtype=jnp.bfloat16, num_steps=2, microbatches=2)
   assert parts.params['up'].dtype == jnp.bfloat16
   chex.assert_trees_all_equal_shapes_and_dtypes(whole, parts)
+  # A norm of bfloat16 gradients is summed in float32.
+  assert metrics['grad_norm'].dtype == jnp.float32
 
 
 def test_state_is_donated_and_the_step_compiles_once():

@@ -355,3 +355,14 @@ def test_map_params_tells_moments_from_counters(params):
   )
   assert marked[0].count == 0
   assert set(jax.tree.leaves(marked[0].mu)) == {1}
+
+
+def test_the_slope_of_decay_is_finite_at_a_zero_gradient():
+  """A root of zero has no derivative, but no moment depends on the weights."""
+  tx = galore(
+    quantize_state(optax.adamw(0.5, weight_decay=0.5), min_size=1), rank=2
+  )
+  w = {'a': jnp.full((3, 5), 2.0), 'b': jnp.full((3, 5), 4.0)}
+  updates, _ = tx.update(optax.tree.zeros_like(w), tx.init(w), w)
+  for name, weight in w.items():
+    np.testing.assert_array_equal(updates[name], -0.25 * weight)

@@ -1,0 +1,113 @@
+"""Trials of a transformation before training, on a few numbers.
+
+`decay`, `quantized.state` and `presets.inner` try an inner at `init`, to refuse
+one that they would run wrongly.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.extend.core as jex
+import jax.numpy as jnp
+import optax
+
+# Primitives that run their body as it is, by name.
+CALLS = {
+  *('jit', 'pjit', 'closed_call', 'core_call', 'checkpoint', 'remat2'),
+  *('custom_jvp_call', 'custom_vjp_call', 'custom_vjp_call_jaxpr'),
+}
+
+# Extra arguments of optax's transformations that are functions of the weights.
+FUNCTIONS = ('value_fn', 'obj_fn', 'grad_fn')
+
+
+class NeedsFunctionError(TypeError):
+  """A transformation calls a function of the weights, such as the loss."""
+
+
+def try_update(
+  inner: optax.GradientTransformation, grads: Any, state: Any, params: Any
+) -> tuple[Any, Any]:
+  """Calls an update with the extra arguments that optax's own ones read.
+
+  Args:
+    inner: the transformation.
+    grads: gradients of the trial.
+    state: of the transformation.
+    params: weights of the trial.
+
+  Returns:
+    Updates and the next state.
+
+  Raises:
+    NeedsFunctionError: the update calls `value_fn` or another function.
+    TypeError: the update requires an extra argument that optax does not have.
+
+  Example:
+    >>> tx, g = optax.polyak_sgd(), jnp.array([2.0])
+    >>> print(try_update(tx, g, tx.init(g), g)[0])
+    [-0.5]
+  """
+  tx = optax.with_extra_args_support(inner)
+  extra = {name: _refused(name) for name in FUNCTIONS}
+  extra |= {'value': jnp.ones([]), 'grad': grads}
+  # A line search refuses arguments that `value_fn` does not take, and some
+  # transformations take exactly the ones that they name.
+  line_search, alone = ('value', 'grad', 'value_fn'), zip(FUNCTIONS)
+  for names in ((*extra,), line_search, *alone, ()):
+    some = {name: extra[name] for name in names}
+    try:
+      return tx.update(grads, state, params, **some)
+    except NeedsFunctionError:
+      raise
+    except TypeError:
+      continue
+  return tx.update(grads, state, params, value=extra['value'])
+
+
+def _refused(name: str) -> Callable[..., Any]:
+  def function(*args: Any, **kwargs: Any) -> Any:
+    raise NeedsFunctionError(name)
+
+  return function
+
+
+def reaches(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
+  """Returns which outputs of a program may depend on some of its inputs.
+
+  A loop counts as one operation: each of its outputs depends on all inputs.
+
+  Args:
+    jaxpr: the program, a `jax.extend.core.Jaxpr`.
+    inputs: for each input whether it is one of them.
+
+  Example:
+    >>> import jax
+    >>> f = lambda x, y, z: (x + y, jnp.where(z > 0, z, 0.0))
+    >>> jaxpr = jax.make_jaxpr(f)(1.0, 2.0, 3.0).jaxpr
+    >>> reaches(jaxpr, [True, False, False])
+    [True, False]
+  """
+  marked = {v for v, yes in zip(jaxpr.invars, inputs, strict=True) if yes}
+  for eqn in jaxpr.eqns:
+    found = _through(eqn, _are_marked(eqn.invars, marked))
+    marked |= {v for v, yes in zip(eqn.outvars, found, strict=True) if yes}
+  return _are_marked(jaxpr.outvars, marked)
+
+
+def _are_marked(atoms: Sequence[Any], marked: set[Any]) -> list[bool]:
+  # A literal is not hashable.
+  return [isinstance(x, jex.Var) and x in marked for x in atoms]
+
+
+def _through(eqn: Any, inputs: list[bool]) -> list[bool]:
+  """Returns which outputs of one operation may depend on some inputs."""
+  name, params = eqn.primitive.name, eqn.params
+  if name == 'cond':
+    index, *operands = inputs
+    branches = [reaches(x.jaxpr, operands) for x in params['branches']]
+    return [index or any(outs) for outs in zip(*branches, strict=True)]
+  body = params.get('jaxpr', params.get('call_jaxpr'))
+  if name in CALLS and body is not None:
+    return reaches(getattr(body, 'jaxpr', body), inputs)
+  return [any(inputs)] * len(eqn.outvars)

@@ -1,0 +1,119 @@
+"""Norms of weight-shaped arrays are roots of sums of squares in float32.
+
+`jnp.linalg.norm` of a sharded matrix is too large under the partitioner of some
+versions of JAX on GPUs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_optax as go
+from galore_optax.clipping import clip_by_global_norm, global_norm
+from galore_optax.precision import norm
+from galore_optax.subspace.finders import NAMES
+from tests.galore_optax.layerwise.program import Residual, make_params, run
+from tests.galore_optax.presets.test_contract import PRESETS, params
+from tests.galore_optax.program import normal, normal32
+
+
+@pytest.fixture
+def without_library_norms(monkeypatch):
+  """Makes every norm of a library an error."""
+
+  def refuse(*args, **kwargs):
+    raise AssertionError('a norm of a library')
+
+  for module in (jnp.linalg, jax.scipy.linalg):
+    for name in ('norm', 'vector_norm', 'matrix_norm'):
+      if hasattr(module, name):
+        monkeypatch.setattr(module, name, refuse)
+  for module in (optax.tree, optax.tree_utils, optax):
+    for name in ('norm', 'tree_norm', 'tree_l2_norm', 'global_norm'):
+      if name in vars(module):
+        monkeypatch.setattr(module, name, refuse)
+
+
+TRANSFORMATIONS = PRESETS | {
+  **{
+    f'subspace {name}': functools.partial(
+      go.galore_adamw, 0.1, rank=3, subspace=name
+    )
+    for name in NAMES
+  },
+  'lazy': lambda: go.galore_adamw(0.1, rank=3, subspace=go.Lazy()),
+  'both sides': lambda: go.galore_muon(0.1, rank=3, side='full'),
+  'clipping': lambda: optax.chain(
+    clip_by_global_norm(1.0), go.galore(rank=3), optax.adamw(0.1)
+  ),
+}
+
+
+@pytest.mark.parametrize('name', TRANSFORMATIONS)
+def test_no_update_takes_a_norm_of_a_library(name, without_library_norms):
+  tx, w = TRANSFORMATIONS[name](), params()
+  state = jax.eval_shape(tx.init, w)
+  jax.eval_shape(tx.update, w, state, w)
+
+
+def test_the_fixture_refuses(without_library_norms):
+  with pytest.raises(AssertionError, match='of a library'):
+    update = optax.contrib.muon(0.1).update
+    g = {'w': jnp.ones((3, 5))}
+    jax.eval_shape(update, g, optax.contrib.muon(0.1).init(g), g)
+
+
+@pytest.mark.parametrize('clip', ['exact', 'previous'])
+def test_a_layerwise_step_takes_none_either(clip, without_library_norms):
+  tx = go.galore_muon(0.1, rank=2)
+  step = go.layerwise(Residual(), tx, clip_norm=1.0, clip=clip)
+  jax.eval_shape(lambda: run(step, steps=1, params=make_params())[0])
+
+
+def test_a_norm_is_the_root_of_a_sum_of_squares():
+  x = normal((3, 5, 7))
+  want = np.linalg.norm(x, axis=(1, 2), keepdims=True)
+  # 35 terms, each rounded to 6e-8 of itself.
+  np.testing.assert_allclose(norm(jnp.float32(x), (-2, -1)), want, rtol=4e-6)
+  low = norm(jnp.asarray(x, jnp.bfloat16), (-2, -1))
+  assert low.dtype == jnp.float32
+  # 8 bits of each entry.
+  np.testing.assert_allclose(low, want, rtol=2**-8)
+
+
+def test_a_norm_of_many_bfloat16_leaves_is_summed_in_float32():
+  tree = {str(i): jnp.ones(1, jnp.bfloat16) for i in range(600)}
+  found = global_norm(tree)
+  assert found.dtype == jnp.float32
+  # optax's sum stops at 256.
+  assert optax.tree.norm(tree) == 16
+  np.testing.assert_allclose(found, np.sqrt(600), rtol=1e-6)
+  tx = clip_by_global_norm(1.0)
+  updates, _ = tx.update(tree, tx.init(tree))
+  total = np.sqrt(sum(float(x[0]) ** 2 for x in updates.values()))
+  np.testing.assert_allclose(total, 1.0, rtol=2**-8)
+  assert updates['0'].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize('max_norm', [0.5, 100.0])
+def test_clipping_float32_gradients_is_optaxs(max_norm):
+  g = {'a': normal32((5, 7)), 'b': {'c': normal32((3,), 1)}}
+  ours, want = (
+    clip_by_global_norm(max_norm),
+    optax.clip_by_global_norm(max_norm),
+  )
+  updates, state = ours.update(g, ours.init(g))
+  want_updates, want_state = want.update(g, want.init(g))
+  jax.tree.map(np.testing.assert_array_equal, updates, want_updates)
+  assert jax.tree.structure(state) == jax.tree.structure(want_state)
+
+
+def test_clipping_passes_on_what_is_not_finite():
+  g = {'a': jnp.array([1.0, jnp.nan]), 'b': jnp.ones(2)}
+  tx = clip_by_global_norm(1.0)
+  updates, _ = tx.update(g, tx.init(g))
+  assert np.all(np.isnan(updates['a'])) and np.all(np.isnan(updates['b']))
