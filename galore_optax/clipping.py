@@ -110,8 +110,9 @@ def clip_coefficient(norm: jax.Array, clip_norm: float) -> jax.Array:
 def global_norm(tree: Any) -> jax.Array:
   """Returns the norm of all leaves together, float32.
 
-  >>> print(global_norm({'a': jnp.array([3.0]), 'b': jnp.array([4.0])}))
-  5.0
+  >>> g = {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}
+  >>> print(f'{global_norm(g):.4f}')
+  5.0000
   """
   return jnp.sqrt(sum_of_squares(tree))
 

@@ -48,7 +48,7 @@ def orthogonalise(x: jax.Array) -> jax.Array:
   Example:
     >>> x = jnp.array([[3.0, 0.0, 0.0], [0.0, -4.0, 0.0]])
     >>> y = orthogonalise(x)
-    >>> print(f'{y[0, 0]:.1f} {y[1, 1]:.1f} {y[0, 1]:.1f}')
+    >>> print(f'{y[0, 0]:.1f} {y[1, 1]:.1f} {abs(y[0, 1]):.1f}')
     0.7 -1.1 0.0
 
   References:

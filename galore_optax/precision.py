@@ -66,7 +66,7 @@ def norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   Library norms are not used for arrays with the shape of a weight: some
   versions of JAX over-count `jnp.linalg.norm` of a sharded matrix on GPUs.
 
-  >>> norm(jnp.array([[3.0, 4.0], [0.0, -2.0]]), (-1,))
+  >>> norm(jnp.array([[3.0, 4.0], [0.0, -2.0]]), (-1,)).round(4)
   Array([[5.],
          [2.]], dtype=float32)
   """

@@ -4,7 +4,6 @@ import functools
 import importlib
 import sys
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 
 import galore_optax
 from tests.galore_optax.program import each, normal32
+from tests.rounding import assert_close
 
 RAW = optax.chain.__wrapped__
 
@@ -69,7 +69,8 @@ def params():
 
 def first_update(tx):
   w = params()
-  return tx.update(jax.tree.map(jnp.sin, w), tx.init(w), w)[0]
+  state = tx.init(w)
+  return jax.jit(tx.update)(jax.tree.map(jnp.sin, w), state, w)[0]
 
 
 def check_chains(library, chain):
@@ -79,11 +80,14 @@ def check_chains(library, chain):
   want = RAW(
     optax.scale(2.0), stage(RAW(optax.sgd(0.5), optax.scale(0.5)))
   )  # fmt: skip
-  chex.assert_trees_all_equal(first_update(line), first_update(want))
+  # Sums of up to seven terms, in two programs.
+  assert_close(first_update(line), first_update(want), operations=20)
   line = chain(stage(optax.sgd(0.5)), optax.scale(0.5))
   assert type(line).__name__ == 'Galore'
   updates = first_update(chain(optax.sgd(1.0), optax.scale(0.5)))
-  np.testing.assert_array_equal(updates['b'], -0.5 * jnp.sin(params()['b']))
+  # A sine, which XLA computes to a few units.
+  want = -0.5 * np.sin(np.float64(params()['b']))
+  assert_close(updates['b'], want, operations=10)
 
 
 @each('kind', ['wraps', 'plain', 'object'], quick=['wraps'])

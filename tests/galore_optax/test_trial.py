@@ -12,6 +12,7 @@ from galore_optax import galore
 from galore_optax.quantized.state import quantize_state
 from galore_optax.trial import NeedsFunctionError, reaches, try_update
 from tests.galore_optax.program import each, normal32
+from tests.rounding import distance, units
 
 OPTIONS = {'rank': 3, 'gap': 2}
 
@@ -73,9 +74,8 @@ def test_a_measurement_changes_nothing(name):
   measured = galore(MEASURES[name](), **OPTIONS)
   updates, _ = first_update(measured)
   want, _ = first_update(galore(adamw(), **OPTIONS))
-  for one in want:
-    # Jitted, a decay is fused with the update that it is added to.
-    np.testing.assert_allclose(updates[one], want[one], rtol=1e-5)
+  # Two programs: projections of up to nine terms, and Adam's first step.
+  assert distance({name: updates[name] for name in want}, want) < units(100)
 
 
 def test_a_snapshot_measures_the_low_rank_gradient():
@@ -83,8 +83,9 @@ def test_a_snapshot_measures_the_low_rank_gradient():
   _, state = first_update(tx)
   low = tx.project(tree(5), state)
   assert low['w'].shape == (3, 9)
+  # A norm of some forty squares, each of a sum of up to nine terms.
   np.testing.assert_allclose(
-    optax.tree.get(state, 'n'), optax.tree.norm(low), rtol=1e-6
+    optax.tree.get(state, 'n'), optax.tree.norm(low), rtol=units(50)
   )
 
 
@@ -183,7 +184,8 @@ def test_a_loss_that_no_weight_enters_is_fine():
   updates, state = first_update(tx, value=jnp.float32(2.0))
   low = tx.project(tree(5), state)
   step = min(1.0, 2.0 / float(optax.tree.norm(low, squared=True)))
-  np.testing.assert_allclose(updates['b'], -step * low['b'], rtol=1e-5)
+  # A norm of some forty squares, each of a sum of up to nine terms.
+  np.testing.assert_allclose(updates['b'], -step * low['b'], rtol=units(50))
 
 
 def test_the_remedy_of_the_message_works():
