@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import flax.traverse_util
@@ -274,7 +274,7 @@ def _layers(config):
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(config):
+def _shapes(config: AnyConfig) -> PyTree:
   """Shapes of the parameters; callers must not change the dict."""
   return jax.eval_shape(_layers(config).init, jax.random.key(0))
 
@@ -429,18 +429,24 @@ def _parameter(path, leaf, tensors, sharding):
 
 # Parameters of equal shapes and places share their programs.
 @functools.cache
-def _zeros(shape, dtype, sharding):
+def _zeros(
+  shape: tuple[int, ...], dtype: Any, sharding: Any
+) -> Callable[[], jax.Array]:
   """A program that makes a parameter of zeros on its devices."""
   return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.cache
-def _put(is_table, is_stack, sharding):
+def _put(
+  is_table: bool, is_stack: bool, sharding: Any
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """A program that writes rows of a tensor into a parameter."""
   outputs = sharding, None
 
   @functools.partial(jax.jit, out_shardings=outputs, donate_argnums=0)
-  def put(whole, rows, layer, start):
+  def put(
+    whole: jax.Array, rows: jax.Array, layer: jax.Array, start: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     piece = (rows if is_table else rows.T).astype(whole.dtype)
     at = [0] * piece.ndim
     at[0 if is_table else -1] = start

@@ -39,7 +39,7 @@ def pytest_configure(config):
     )
 
 
-def pytest_collection_finish():
+def pytest_collection_finish() -> None:
   # The modules that collection imported stay. A full collection of garbage
   # would visit their million objects each time.
   gc.collect()

@@ -76,7 +76,9 @@ def distance(found: Any, expected: Any) -> float:
   return float(norm(off) / norm(expected))
 
 
-def assert_same_program(*calls: tuple[Callable[..., Any], *tuple[Any, ...]]):
+def assert_same_program(
+  *calls: tuple[Callable[..., Any], *tuple[Any, ...]],
+) -> None:
   """Asserts that calls are the same operations on the same leaves.
 
   No input can then tell their results apart, on any machine. The trees of
@@ -86,7 +88,9 @@ def assert_same_program(*calls: tuple[Callable[..., Any], *tuple[Any, ...]]):
     calls: a function and its arguments each.
   """
 
-  def program(function, *args):
+  def program(
+    function: Callable[..., Any], *args: Any
+  ) -> tuple[str, list[np.ndarray]]:
     leaves, treedef = jax.tree.flatten(args)
     flat = lambda *x: jax.tree.leaves(function(*treedef.unflatten(x)))
     closed = jax.make_jaxpr(flat)(*leaves)

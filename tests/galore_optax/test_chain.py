@@ -1,6 +1,7 @@
 """The verbatim line, and every other place where a stage may stand."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -28,7 +29,7 @@ def params():
   }
 
 
-def assert_same(*txs, **extra):
+def assert_same(*txs: optax.GradientTransformation, **extra: Any) -> None:
   """Asserts that transformations run the same operations, at every step."""
   w = params()
   assert_same_program(*((tx.init, w) for tx in txs))
