@@ -137,5 +137,5 @@ def test_decay_of_an_inner_is_that_of_the_whole_weight(name):
 def test_lbfgs_needs_more_than_a_gradient():
   params = tree()
   tx = galore(optax.lbfgs(), rank=3)
-  with pytest.raises(TypeError, match='value'):
+  with pytest.raises(ValueError, match='value_fn, a function of the whole'):
     tx.update(params, tx.init(params), params)

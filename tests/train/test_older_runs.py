@@ -166,7 +166,8 @@ def test_a_field_of_another_version_is_one_line(
 def test_programs_read_a_run_of_an_older_version(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   path = program.write_config(tmp_path)
-  assert pretrain.main([path, '--run', 'new', '--steps', '8']) == 0
+  options = '--run', 'new', '--steps', '8', '--window', '0'
+  assert pretrain.main([path, *options]) == 0
   shutil.copytree('new', 'old')
   text = PRETRAINED.replace('corpus.txt', load(path).corpus.train)
   (tmp_path / 'old/config.json').write_text(text)

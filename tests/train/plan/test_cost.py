@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 import warnings
+from collections.abc import Iterator
 
 import jax
 import jaxlib
@@ -91,6 +92,19 @@ def differences(old, new, keys=KEYS):
     for key in keys
     if abs(new[key] - old[key]) > max(2, 0.1 * old[key])
   ]
+
+
+@pytest.fixture(autouse=True)
+def full_locations() -> Iterator[None]:
+  """The programs of users: XLA fuses programs with shorter locations further.
+
+  The other tests shorten locations to lower programs faster.
+  """
+  name = 'jax_include_full_tracebacks_in_locations'
+  before = getattr(jax.config, name)
+  jax.config.update(name, True)
+  yield
+  jax.config.update(name, before)
 
 
 @pytest.mark.parametrize('name', PROGRAMS)
