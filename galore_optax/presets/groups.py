@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -24,7 +24,6 @@ from galore_optax.galore import Galore, from_stages
 from galore_optax.plan import Plan
 from galore_optax.presets import badam
 from galore_optax.projection import Whole, show_multipliers, watched
-from galore_optax.residual import Sgd
 from galore_optax.sharding import placed
 
 Preset: TypeAlias = Callable[..., Any]
@@ -47,7 +46,10 @@ class Group:
   """Multiplier of the weight decay."""
 
   def __post_init__(self) -> None:
-    """Raises ValueError for a multiplier that is negative or not finite."""
+    """Raises ValueError for a pattern or a multiplier that cannot be one."""
+    if not isinstance(self.pattern, str):
+      rule = "a regex on whole paths, such as 'embed/.*'"
+      raise ValueError(f'pattern must be {rule}, got {self.pattern!r}')
     checks.check_not_negative(rate=self.rate, decay=self.decay)
 
   @property
@@ -105,8 +107,9 @@ def grouped(preset: Preset, groups: Sequence[Group]) -> Preset:
   it as it accepts `preset`. The preset is called once for each group and once
   for all other parameters. In the call for a group, `learning_rate` and every
   option whose name ends in `_learning_rate` are multiplied by `rate`, and so is
-  the learning rate of a residual rule; `weight_decay` is multiplied by `decay`.
-  A schedule stays a schedule. `scale` multiplies as well.
+  the learning rate of a residual rule; `weight_decay` and every option whose
+  name ends in `_weight_decay` are multiplied by `decay`. Defaults of `preset`
+  are multiplied as well. A schedule stays a schedule. `scale` multiplies too.
 
   With both multipliers at 1 an update is that of `preset` up to rounding.
   Clipping by the global norm inside `lomo` and `adalomo` still reads the whole
@@ -123,9 +126,9 @@ def grouped(preset: Preset, groups: Sequence[Group]) -> Preset:
       is `preset`.
 
   Raises:
-    ValueError: a multiplier is negative or not finite, `preset` has no argument
-      that a multiplier changes; at `init`, a pattern matches no parameter, or a
-      parameter matches two patterns.
+    ValueError: `groups` are not groups, a multiplier is negative or not finite,
+      `preset` has no argument that a multiplier changes; at `init`, a pattern
+      matches no parameter, or a parameter matches two patterns.
 
   Example:
     >>> from galore_optax import galore_adamw
@@ -141,19 +144,22 @@ def grouped(preset: Preset, groups: Sequence[Group]) -> Preset:
     `torch.optim, per-parameter options
     <https://pytorch.org/docs/stable/optim.html#per-parameter-options>`_.
   """
-  groups = tuple(groups)
+  groups = _checked(groups)
   if not groups:
     return preset
   signature = inspect.signature(preset)
-  _check_arguments(signature, groups)
+  kinds = {parameter.kind for parameter in signature.parameters.values()}
+  if inspect.Parameter.VAR_KEYWORD not in kinds:
+    # Otherwise the names of all options are known at the call.
+    _check_arguments(signature.parameters, groups)
 
   @functools.wraps(preset)
   def make(*args: Any, **options: Any) -> Any:
     rest = preset(*args, **options)
-    given = signature.bind(*args, **options)
+    _check_arguments([*signature.parameters, *options], groups)
     parts = []
     for group in groups:
-      mine = _multiplied(given, signature, group)
+      mine = _multiplied(signature.bind(*args, **options), group)
       parts.append(None if group.frozen else preset(*mine.args, **mine.kwargs))
     return _joined(groups, (*parts, rest))
 
@@ -161,13 +167,22 @@ def grouped(preset: Preset, groups: Sequence[Group]) -> Preset:
   return make
 
 
-def _check_arguments(signature: inspect.Signature, groups: Any) -> None:
+def _checked(groups: Any) -> tuple[Group, ...]:
+  """Returns the groups; raises ValueError for a value of another type."""
+  is_sequence = isinstance(groups, Sequence) and not isinstance(groups, str)
+  if not is_sequence or not all(isinstance(x, Group) for x in groups):
+    raise ValueError(
+      f"groups must be a list of Group, such as [Group('embed/.*', rate=10.0)],"
+      f' got {groups!r}'
+    )
+  return tuple(groups)
+
+
+def _check_arguments(names: Collection[str], groups: Sequence[Group]) -> None:
   """Raises ValueError if a multiplier would change no argument."""
-  names = signature.parameters
   needs = {'learning_rate': 'rate', 'weight_decay': 'decay'}
   for name, field in needs.items():
-    values = [getattr(g, field) for g in groups]
-    acts = any(not (checks.is_number(x) and x == 1) for x in values)
+    acts = any(not _is_one(getattr(group, field)) for group in groups)
     if acts and name not in names:
       raise ValueError(
         f'groups multiply {name} by {field}, but the preset takes'
@@ -175,25 +190,51 @@ def _check_arguments(signature: inspect.Signature, groups: Any) -> None:
       )
 
 
+def _is_one(factor: Any) -> bool:
+  return checks.is_number(factor) and factor == 1
+
+
 def _multiplied(
-  given: inspect.BoundArguments, signature: inspect.Signature, group: Group
+  given: inspect.BoundArguments, group: Group
 ) -> inspect.BoundArguments:
-  """Returns the arguments of a preset for one group."""
-  given = signature.bind(*given.args, **given.kwargs)
-  defaults = {
-    name: parameter.default
-    for name, parameter in signature.parameters.items()
-    if name == 'weight_decay' and parameter.default is not parameter.empty
-  }
-  for name, value in (defaults | given.arguments).items():
-    if name == 'learning_rate' or name.endswith('_learning_rate'):
-      given.arguments[name] = times(value, group.rate)
-    elif name == 'weight_decay':
-      given.arguments[name] = times(value, group.decay)
-    elif isinstance(value, Sgd):
-      rate = times(value.learning_rate, group.rate)
-      given.arguments[name] = dataclasses.replace(value, learning_rate=rate)
+  """Returns the arguments of a preset, defaults included, for one group."""
+  given.apply_defaults()
+  parameters = given.signature.parameters
+  for name, value in given.arguments.items():
+    kind = parameters[name].kind
+    if kind is inspect.Parameter.VAR_KEYWORD:
+      new = {x: _argument(x, one, group) for x, one in value.items()}
+    elif kind is inspect.Parameter.VAR_POSITIONAL:
+      new = value
+    else:
+      new = _argument(name, value, group)
+    given.arguments[name] = new
   return given
+
+
+def _argument(name: str, value: Any, group: Group) -> Any:
+  """Returns the value of one argument of a preset for a group."""
+  if name == 'learning_rate' or name.endswith('_learning_rate'):
+    if value is None and name == 'learning_rate' and not _is_one(group.rate):
+      raise ValueError(
+        f'groups multiply learning_rate by rate, got learning_rate=None: pass a'
+        f' number or a schedule, or leave the rate of {group.pattern!r} at 1'
+      )
+    return times(value, group.rate)
+  if name == 'weight_decay' or name.endswith('_weight_decay'):
+    return times(value, group.decay)
+  if _is_rule_with_rate(value):
+    rate = times(value.learning_rate, group.rate)
+    return dataclasses.replace(value, learning_rate=rate)
+  return value
+
+
+def _is_rule_with_rate(value: Any) -> bool:
+  """Whether a value is a residual rule, such as `Sgd`, with a rate."""
+  if not dataclasses.is_dataclass(value) or isinstance(value, type):
+    return False
+  names = [field.name for field in dataclasses.fields(value)]
+  return 'learning_rate' in names
 
 
 def times(value: Any, factor: Any) -> Any:
@@ -202,7 +243,7 @@ def times(value: Any, factor: Any) -> Any:
   >>> times(0.5, 3), times(lambda count: 2 * count, 3)(4)
   (1.5, 24)
   """
-  if value is None or (checks.is_number(factor) and factor == 1):
+  if value is None or _is_one(factor):
     return value
   if callable(value):
     return lambda count: factor * value(count)

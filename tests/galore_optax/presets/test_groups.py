@@ -1,5 +1,6 @@
 """A group has the update that its own rate and decay would give all leaves."""
 
+import dataclasses
 import functools
 
 import chex
@@ -183,6 +184,73 @@ def test_the_default_decay_of_a_preset_is_multiplied():
   want = optax.adamw(RATE, weight_decay=0.0)
   for pair in zip(updates_of(ours), updates_of(want), strict=True):
     assert_close(*pair)
+
+
+@dataclasses.dataclass(frozen=True)
+class Half:
+  """A residual rule of a user, with a learning rate."""
+
+  learning_rate: float
+
+  def init(self, plan):
+    return ()
+
+  def __call__(self, plan, split, state):
+    return -0.5 * self.learning_rate * split.g_io, state
+
+
+def decayed_sgd(learning_rate=RATE, *, bias_weight_decay=DECAY):
+  decay = optax.add_decayed_weights(bias_weight_decay)
+  return optax.chain(decay, optax.sgd(learning_rate))
+
+
+def passes_on(learning_rate, **options):
+  options.pop('weight_decay', None)
+  return decayed_sgd(learning_rate, **options)
+
+
+def with_rule(learning_rate, *, residual):
+  return go.galore(optax.sgd(learning_rate), residual=residual, **RANK)
+
+
+def test_every_rate_and_decay_of_a_call_is_multiplied():
+  """By its name, wherever the value comes from."""
+  by = dict(rate=0.5, decay=0.25)
+  decay = dict(bias_weight_decay=DECAY / 4)
+  want = decayed_sgd(RATE / 2, **decay)
+  calls = [
+    (decayed_sgd, {}, dict(rate=0.5), decayed_sgd(RATE / 2)),
+    (
+      functools.partial(decayed_sgd, learning_rate=3.0),
+      {},
+      dict(rate=0.5),
+      decayed_sgd(1.5),
+    ),
+    (
+      lambda weight_decay=0.0, **rest: decayed_sgd(**rest),
+      dict(learning_rate=RATE, bias_weight_decay=DECAY),
+      by,
+      want,
+    ),
+    (
+      passes_on,
+      dict(learning_rate=RATE, weight_decay=0.0, bias_weight_decay=DECAY),
+      by,
+      want,
+    ),
+    (
+      with_rule,
+      dict(learning_rate=RATE, residual=Half(RATE)),
+      dict(rate=0.5),
+      with_rule(RATE / 2, residual=Half(RATE / 2)),
+    ),
+  ]
+  for preset, options, factors, same in calls:
+    make = grouped(preset, [Group('.*', **factors)])
+    [ours], [theirs] = (
+      updates_of(tx, steps=1) for tx in (make(**options), same)
+    )
+    assert_close(ours, theirs)
 
 
 def test_clipping_reads_the_whole_gradient():
@@ -389,6 +457,24 @@ def test_multipliers_that_nothing_reads_are_refused():
   for bad in (-1.0, float('nan'), 'fast'):
     with pytest.raises(ValueError, match='rate must be a finite number >= 0'):
       Group('.*', rate=bad)
+  by_options = grouped(passes_on, [Group('.*', decay=0.5)])
+  with pytest.raises(ValueError, match='multiply weight_decay by decay'):
+    by_options(RATE, bias_weight_decay=0.0)
+  relative = grouped(optax.adafactor, [Group('.*', rate=0.5)])
+  with pytest.raises(ValueError, match='learning_rate=None: pass a number'):
+    relative()
+
+
+@pytest.mark.parametrize('groups', [Group('.*'), '.*', [('.*', 2.0)], {'a': 1}])
+def test_values_that_are_not_groups_are_refused(groups):
+  with pytest.raises(ValueError, match='groups must be a list of Group'):
+    grouped(go.galore_adamw, groups)
+
+
+def test_patterns_are_strings():
+  for bad in (3, None, ['.*']):
+    with pytest.raises(ValueError, match='pattern must be a regex'):
+      Group(bad)
 
 
 def test_wrong_options_are_those_of_the_preset():
