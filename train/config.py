@@ -11,10 +11,12 @@ import types
 import typing
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
+import numpy as np
 import optax
 import tyro
 
 from galore_optax import Group, grouped
+from galore_optax.checks import is_integer
 from galore_optax.clipping import check_norm, clip_by_global_norm
 from galore_optax.layerwise.weights import ARRAYS, ROUNDED, Weights, quantized
 from models import huggingface
@@ -153,7 +155,26 @@ def spelled(group: Group) -> str:
   >>> spelled(Group('embed/.*', 10))
   'embed/.*=10,1'
   """
-  return f'{group.pattern}={group.rate:g},{group.decay:g}'
+  # The shortest digits that read as the same number.
+  rate, decay = (
+    np.format_float_positional(x, trim='-') for x in (group.rate, group.decay)
+  )
+  return f'{group.pattern}={rate},{decay}'
+
+
+def check_groups(groups: Any) -> None:
+  """Raises ValueError for values that are not groups, or that JSON has not."""
+  is_groups = isinstance(groups, tuple) and all(
+    isinstance(group, Group)
+    and isinstance(group.rate, int | float)
+    and isinstance(group.decay, int | float)
+    for group in groups
+  )
+  if not is_groups:
+    raise ValueError(
+      'groups must be a tuple of Group with Python numbers, such as '
+      f"(Group('embed/.*', rate=10.0),), got {groups!r}"
+    )
 
 
 Groups: TypeAlias = Annotated[
@@ -266,10 +287,10 @@ class Config:
         f'{self.checkpoint}: leave out checkpoint, or take Lora'
       )
     for name in ('max_skipped', 'window'):
-      if getattr(self, name) < 0:
-        raise ValueError(
-          f'{name} must not be negative, got {getattr(self, name)}'
-        )
+      value = getattr(self, name)
+      if not is_integer(value) or value < 0:
+        raise ValueError(f'{name} must be an integer >= 0, got {value!r}')
+    check_groups(self.groups)
     self._check_growth()
     if self.batch_size % self.parts:
       raise ValueError(
@@ -372,28 +393,13 @@ class Config:
     """Returns the optimizer of the trained weights, its subspaces watched."""
     # The frozen ones are not among the trained weights.
     groups = [group for group in self.groups if not group.frozen]
-    if hasattr(self.optimizer, 'weight_decay'):
-      decay = self.optimizer.weight_decay
-      return grouped(self._rule, groups)(self.schedule(), decay)
-    return grouped(self._rule_without_decay, groups)(self.schedule())
+    return grouped(self._rule, groups)(self.schedule(), **vars(self.optimizer))
 
   def _rule(
-    self, learning_rate: optax.Schedule, weight_decay: float
+    self, learning_rate: optax.Schedule, **options: Any
   ) -> optax.GradientTransformation:
-    """Returns the optimizer at another rate and decay."""
-    optimizer = dataclasses.replace(self.optimizer, weight_decay=weight_decay)
-    return self._around(optimizer, learning_rate)
-
-  def _rule_without_decay(
-    self, learning_rate: optax.Schedule
-  ) -> optax.GradientTransformation:
-    """Returns an optimizer that has no weight decay, at another rate."""
-    return self._around(self.optimizer, learning_rate)
-
-  def _around(
-    self, optimizer: Optimizer, learning_rate: optax.Schedule
-  ) -> optax.GradientTransformation:
-    """Returns an optimizer with the rules of adapter and gradient growth."""
+    """Returns the optimizer with a learning rate and options."""
+    optimizer = dataclasses.replace(self.optimizer, **options)
     rule = subspace.watched(optimizer.build(learning_rate))
     rule = adapter_lib.with_lomo(rule, self.adapter, learning_rate)
     if self.norm_growth is None:

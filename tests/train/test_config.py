@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from galore_optax import Group
 from models.llama import Llama3Scaling, LlamaConfig
 from models.lowrank import Factored
 from train.config import Config, differences, flatten, from_json, to_json
@@ -116,6 +117,13 @@ def test_cycles_of_the_schedule_are_alike():
     ({'final': -3.0}, r'share of learning_rate in \[0, 1\], got -3.0'),
     ({'clip_norm': 0.0}, 'clip_norm must be positive, or None, got 0.0'),
     ({'eval_batches': 0}, 'eval_batches must be at least 1, got 0'),
+    ({'window': -1}, 'window must be an integer >= 0, got -1'),
+    ({'window': None}, 'window must be an integer >= 0, got None'),
+    ({'window': 0.5}, 'window must be an integer >= 0, got 0.5'),
+    ({'groups': Group('embed/.*')}, 'groups must be a tuple of Group'),
+    ({'groups': [Group('embed/.*')]}, 'groups must be a tuple of Group'),
+    ({'groups': (('embed/.*', 2),)}, 'groups must be a tuple of Group'),
+    ({'groups': (Group('embed', np.float32(2)),)}, 'with Python numbers'),
     (
       {'checkpoint': 'here', 'adapter': Factored()},
       'draws its factors in place of the weights of here',

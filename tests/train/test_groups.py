@@ -17,8 +17,16 @@ from tests.train.test_config import CONFIG
 from train import loop, metrics, pretrain, report
 from train import step as step_lib
 from train.command import load, parse
-from train.config import Config, Layerwise, differences, from_json, to_json
-from train.method import Adam8bit, AdamW, Badam, Galore
+from train.config import (
+  Config,
+  Layerwise,
+  differences,
+  from_json,
+  group_of,
+  spelled,
+  to_json,
+)
+from train.method import Adam8bit, AdamW, Badam, Galore, ScaleSgd
 from train.plan.footprint import Cards, make_plan
 from train.run import Run
 from train.task import language_model
@@ -55,10 +63,16 @@ def test_json_and_the_command_line_round_trip(tmp_path):
   assert from_json(Config, json.loads(json.dumps(to_json(GROUPED)))) == GROUPED
   assert 'groups' in differences(CONFIG, GROUPED)
   path = write_config(tmp_path)
-  spelled = ['--groups', 'embed/.*=2,0', '.*norm/scale=0']
-  assert parse([path, *spelled]).config.groups == GROUPS
+  words = ['--groups', 'embed/.*=2,0', '.*norm/scale=0']
+  assert parse([path, *words]).config.groups == GROUPS
   assert parse([path, '--groups']).config.groups == ()
   assert parse([path]).config.groups == load(path).groups == ()
+
+
+@pytest.mark.parametrize('rate', [10, 0.5, 1 / 3, 1e-30, 2.5e20])
+def test_a_spelled_group_is_the_group(rate):
+  group = Group('a=b/.*', rate, 0.1)
+  assert group_of(spelled(group)) == group
 
 
 @pytest.mark.parametrize('text', ['embed', 'embed=fast', '=2', 'embed=1,2,3'])
@@ -149,6 +163,19 @@ def test_groups_that_do_not_fit(groups, optimizer, message):
   with pytest.raises(ValueError, match=message):
     init, _ = step_lib.build(config, language_model(config))
     jax.eval_shape(init, jax.random.key(0))
+
+
+def test_every_rate_of_an_optimizer_is_multiplied():
+  optimizer = ScaleSgd(vector_learning_rate=0.25)
+  config = dataclasses.replace(
+    CONFIG, optimizer=optimizer, groups=(Group('norm', 0.5),)
+  )
+  params = {'norm': jnp.ones(4), 'bias': jnp.ones(4)}
+  tx = config.rule()
+  updates, _ = tx.update(params, tx.init(params), params)
+  # A power of two, so that no product rounds.
+  np.testing.assert_array_equal(2 * updates['norm'], updates['bias'])
+  assert updates['bias'].all()
 
 
 def test_the_table_of_memory_has_the_multipliers():
