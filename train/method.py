@@ -110,12 +110,44 @@ def optax_galore(
     optax.add_decayed_weights(weight_decay),
     optax.scale_by_learning_rate(learning_rate),
   )
-  return optax.partition(
-    {'projected': projected, 'plain': plain},
-    lambda params: jax.tree.map(
-      lambda x: 'projected' if x.ndim == 2 else 'plain', params
-    ),
+  return masking_none(
+    optax.partition(
+      {'projected': projected, 'plain': plain},
+      lambda params: jax.tree.map(
+        lambda x: 'projected' if x.ndim == 2 else 'plain', params
+      ),
+    )
   )
+
+
+def masking_none(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Returns a transformation that receives `MaskedNode` instead of None.
+
+  None stands for a weight that is not trained. optax.contrib.galore would read
+  it as an array.
+  """
+
+  def masked(tree: Any) -> Any:
+    return jax.tree.map(
+      lambda x: optax.MaskedNode() if x is None else x,
+      tree,
+      is_leaf=lambda x: x is None,
+    )
+
+  def init(params: Any) -> optax.OptState:
+    return tx.init(masked(params))
+
+  def update(
+    updates: Any, state: optax.OptState, params: Any = None
+  ) -> tuple[Any, optax.OptState]:
+    structure = jax.tree.structure(updates)
+    weights = None if params is None else masked(params)
+    updates, state = tx.update(masked(updates), state, weights)
+    return structure.unflatten(jax.tree.leaves(updates)), state
+
+  return optax.GradientTransformation(init, update)
 
 
 def read(name: str, preset: Preset) -> type:

@@ -100,6 +100,18 @@ def test_a_new_preset_needs_no_more_than_its_signature():
   chex.assert_trees_all_equal(ours, theirs)
 
 
+def test_optax_galore_keeps_nothing_of_what_is_not_trained():
+  """None stands for a frozen weight, of any number of axes."""
+  tx = OptaxGalore(rank=2).build(0.1)
+  params = {'up': jnp.ones((4, 6)), 'norm': jnp.ones(4), 'head': None}
+  change, state = tx.update(params, tx.init(params), params)
+  assert change['head'] is None and change['up'].any() and change['norm'].any()
+  alone = {'up': params['up'], 'norm': params['norm']}
+  chex.assert_trees_all_equal_shapes(
+    jax.tree.leaves(state), jax.tree.leaves(tx.init(alone))
+  )
+
+
 def test_optax_galore_is_optax_galore_with_a_state_that_can_be_saved():
   schedule = optax.linear_schedule(0.0, 0.1, 5)
   options = {'rank': 3, 'update_proj_gap': 2, 'weight_decay': 0.1}
