@@ -6,6 +6,7 @@ B sequences of a batch, T tokens of a sequence, n tokens of an example.
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -80,16 +81,18 @@ def batches(
   """
   _check_batch_size(batch_size)
   rows = _packed(documents, tokenizer, sequence_length, seed=seed, repeat=True)
+  one_pass = _pieces(
+    documents, tokenizer, sequence_length, seed=0, repeat=False
+  )
   in_window = num_rows(
-    examples(documents, tokenizer, seed=0, repeat=False),
+    (len(piece['pairs']) for piece in one_pass),
     len(documents),
     window,
     sequence_length,
   )
-  if in_window > 1:
-    rows = ShuffledRows(
-      rows, num_rows=in_window, length=sequence_length, seed=seed, log=log
-    )
+  rows = ShuffledRows(
+    rows, num_rows=in_window, length=sequence_length, seed=seed, log=log
+  )
   found = rows.batch(batch_size, drop_remainder=True).map(_training_batch)
   return iter(ahead(found.map(put)))
 
@@ -172,14 +175,13 @@ def _packed(
   texts = documents.stream(seed=0, repeat=False)
   check_texts(tokenizer, texts, special=isinstance(documents, Dialogues))
   length = {'pairs': sequence_length}
-  found = examples(documents, tokenizer, **order).map(_pairs)
+  found = _pieces(documents, tokenizer, sequence_length, **order)
   if not isinstance(documents, Dialogues):
     return ConcatThenSplit(found, length)
   documents.check(tokenizer)
   _check_scored(documents, tokenizer, sequence_length)
-  kept = found.map(functools.partial(_cut, sequence_length)).filter(_is_scored)
   return grain.experimental.FirstFitPackIterDataset(
-    kept,
+    found.filter(_has_pairs),
     length_struct=length,
     num_packing_bins=_OPEN_ROWS,
     seed=order['seed'],
@@ -224,12 +226,29 @@ def _pairs(example: Example) -> dict[str, np.ndarray]:
   return {'pairs': np.stack(columns, axis=-1, dtype=np.int32)}
 
 
+def _pieces(
+  documents: Documents | Dialogues,
+  tokenizer: AnyTokenizer,
+  length: int,
+  **order: Any,
+) -> grain.IterDataset[dict[str, np.ndarray]]:
+  """Returns the pairs of each example that its rows hold.
+
+  A chat is cut after `length` pairs; if none of these is scored, it has none.
+  """
+  found = examples(documents, tokenizer, **order).map(_pairs)
+  if not isinstance(documents, Dialogues):
+    return found
+  return found.map(functools.partial(_cut, length))
+
+
 def _cut(length: int, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  return {'pairs': row['pairs'][:length]}
+  pairs = row['pairs'][:length]
+  return {'pairs': pairs if pairs[:, 3].any() else pairs[:0]}
 
 
-def _is_scored(row: dict[str, np.ndarray]) -> bool:
-  return bool(row['pairs'][:, 3].any())
+def _has_pairs(row: dict[str, np.ndarray]) -> bool:
+  return len(row['pairs']) > 0
 
 
 def _check_scored(

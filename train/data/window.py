@@ -8,8 +8,8 @@ T tokens of a row.
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sized
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import grain
 
@@ -21,35 +21,27 @@ SAMPLED = 256
 """Examples whose mean length estimates the number of tokens of an epoch."""
 
 
-class Encoded(Protocol):
-  """An example: `ids_n` holds its n tokens."""
-
-  @property
-  def ids_n(self) -> Sized: ...  # noqa: D102
-
-
 def num_rows(
-  examples: Iterable[Encoded], num_examples: int, window: int, length: int
+  sizes: Iterable[int], num_examples: int, window: int, length: int
 ) -> int:
   """Returns the rows of a window: `window` tokens, at most about an epoch.
 
   A longer window would repeat the examples of a small corpus.
 
   Args:
-    examples: one pass over the corpus; at most `SAMPLED` of them are read.
+    sizes: tokens that each example of an epoch adds to the rows; at most
+      `SAMPLED` of them are read.
     num_examples: examples of an epoch.
     window: tokens, 0 for no shuffle.
     length: T.
 
-  >>> from types import SimpleNamespace
-  >>> examples = [SimpleNamespace(ids_n=range(11))] * 8
-  >>> num_rows(examples, 8, 1000, 5), num_rows(examples, 8, 40, 5)
+  >>> num_rows([10] * 8, 8, 1000, 5), num_rows([10] * 8, 8, 40, 5)
   (16, 8)
   """
   seen = tokens = 0
-  for example in itertools.islice(examples, SAMPLED if window else 0):
+  for size in itertools.islice(sizes, SAMPLED if window else 0):
     seen += 1
-    tokens += len(example.ids_n) - 1
+    tokens += size
     if tokens >= window:
       break
   epoch = tokens * num_examples // max(seen, 1)
@@ -62,7 +54,8 @@ class ShuffledRows(grain.IterDataset):
   A window is filled, emptied in an order that depends on the seed and the
   number of the window, and filled again. The state of the iterator is that of
   the rows at the start of the window and a position in it: `set_state` makes
-  the rows of the window a second time.
+  the rows of the window a second time. A window of one row keeps the order of
+  packing, and the state is that of the rows.
   """
 
   def __init__(
@@ -83,17 +76,50 @@ class ShuffledRows(grain.IterDataset):
       seed: of the shuffle.
       log: receives one line with time and memory after `set_state`.
     """
-    shuffled = grain.experimental.WindowShuffleIterDataset(
-      rows, window_size=num_rows, seed=seed
-    )
+    shuffled = rows
+    if num_rows > 1:
+      shuffled = grain.experimental.WindowShuffleIterDataset(
+        rows, window_size=num_rows, seed=seed
+      )
     super().__init__(shuffled)
     self._shuffled, self._log = shuffled, log
     self._num_rows, self._length = num_rows, length
 
   def __iter__(self) -> grain.DatasetIterator:  # noqa: D105
-    return _Refilled(
-      iter(self._shuffled), self._num_rows, self._length, self._log
-    )
+    shuffled = iter(self._shuffled)
+    if self._num_rows == 1:
+      return _InOrder(shuffled)
+    return _Refilled(shuffled, self._num_rows, self._length, self._log)
+
+
+# The key of grain's state that holds the position of the rows.
+_START = 'parent_window_start_state'
+
+
+class _InOrder(grain.DatasetIterator):
+  """Rows in the order of packing, from where a shuffled run stopped too.
+
+  A branch may have another window than its source. As many rows are skipped as
+  the source took from its window, since which ones these were is not recorded.
+  """
+
+  def __init__(self, rows: grain.DatasetIterator):
+    super().__init__(rows)
+    self._rows = rows
+
+  def __next__(self) -> Any:
+    return next(self._rows)
+
+  def get_state(self) -> dict[str, Any]:
+    return self._rows.get_state()
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    if _START not in state:
+      self._rows.set_state(state)
+      return
+    self._rows.set_state(state[_START])
+    for _ in range(state['pos_in_window']):
+      next(self._rows)
 
 
 class _Refilled(grain.DatasetIterator):
@@ -117,6 +143,9 @@ class _Refilled(grain.DatasetIterator):
     return self._shuffled.get_state()
 
   def set_state(self, state: dict[str, Any]) -> None:
+    if _START not in state:
+      # Of rows in the order of packing: the first window starts there.
+      state = {_START: state, 'window_index': 0, 'pos_in_window': 0}
     start = time.perf_counter()
     self._shuffled.set_state(state)
     seconds = time.perf_counter() - start

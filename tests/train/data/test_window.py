@@ -1,8 +1,8 @@
 """Rows are shuffled after packing, and a resume is exact wherever it begins."""
 
 import itertools
+import json
 import re
-import types
 
 import jax
 import numpy as np
@@ -133,20 +133,37 @@ def test_each_row_of_an_epoch_is_read_once():
 def test_a_window_is_at_most_an_epoch():
   tokens = 24 * 16
   for window, expected in ((10**9, tokens), (80, 80), (0, LENGTH), (9, LENGTH)):
-    made = batches_lib.examples(EXACT, Letters(), seed=0, repeat=False)
-    rows = window_lib.num_rows(made, len(EXACT), window, LENGTH)
+    found = batches_lib.examples(EXACT, Letters(), seed=0, repeat=False)
+    sizes = (len(example.ids_n) - 1 for example in found)
+    rows = window_lib.num_rows(sizes, len(EXACT), window, LENGTH)
     assert rows == expected // LENGTH
+
+
+def test_the_window_of_chats_counts_the_tokens_of_their_rows(tmp_path):
+  """A chat is cut where its row ends, or left out if no answer begins there."""
+  tokenizer, path = make('chatml', tmp_path), chats_file(tmp_path)
+  dialogues = Chats(path, path).open('train')
+  length = 40
+  pieces = batches_lib._pieces(
+    dialogues, tokenizer, length, seed=0, repeat=False
+  )
+  sizes = [len(piece['pairs']) for piece in pieces]
+  rows = batches_lib._packed(dialogues, tokenizer, length, seed=0, repeat=False)
+  held = sum(np.count_nonzero(row['pairs_segment_ids']) for row in rows)
+  assert sum(sizes) == held and len(sizes) == len(dialogues) and 0 in sizes
+  whole = batches_lib.examples(dialogues, tokenizer, seed=0, repeat=False)
+  assert sum(len(chat.ids_n) - 1 for chat in whole) > 2 * held
 
 
 def test_a_large_corpus_is_measured_by_a_sample():
   read = []
 
-  def examples():
+  def sizes():
     for i in range(10**6):
       read.append(i)
-      yield types.SimpleNamespace(ids_n=range(5))
+      yield 4
 
-  assert window_lib.num_rows(examples(), 10**6, 10**9, 100) == 4 * 10**4
+  assert window_lib.num_rows(sizes(), 10**6, 10**9, 100) == 4 * 10**4
   assert len(read) == window_lib.SAMPLED
 
 
@@ -167,3 +184,27 @@ def test_filling_the_window_again_is_logged_once():
   assert re.fullmatch(
     r'the shuffle window of 12 rows \(0\.0 MB\) was filled again in .* s', line
   )
+
+
+def test_a_branch_may_have_another_window():
+  """With one row in a window, the state is that of rows without a window."""
+
+  def rows(batches, count):
+    found = map(jax.device_get, itertools.islice(batches, count))
+    return [row.tobytes() for b in found for row in b['targets']]
+
+  def after(source, window):
+    state = json.loads(json.dumps(source.get_state()))
+    branch = training(MIXED, window)
+    branch.set_state(state)
+    return branch
+
+  packed, shuffled = training(MIXED, 0), training(MIXED, 6 * LENGTH)
+  order = rows(training(MIXED, 0), 6)
+  for source in (packed, shuffled):
+    rows(source, 2)
+  assert rows(after(shuffled, 0), 4) == order[4:]
+  assert rows(after(shuffled, LENGTH), 4) == order[4:]
+  ours = rows(after(packed, 4 * LENGTH), 4)
+  assert sorted(ours[:4]) == sorted(order[4:8])
+  assert sorted(ours[4:]) == sorted(order[8:]) and ours != order[4:]
