@@ -44,7 +44,9 @@ class Table(tuple[Row, ...]):
       low = str(row.projected_shape or '-')
       rows.append((row.path, str(row.shape), low, f'{row.bytes:,}'))
     if self.multipliers:
-      factors = [self.multipliers[row.path] for row in self]
+      # Another transformation may update the rest of the tree.
+      none = ('-', '-')
+      factors = [self.multipliers.get(row.path, none) for row in self]
       columns = [('rate', 'decay'), *((str(a), str(b)) for a, b in factors)]
       rows = [(*row, *more) for row, more in zip(rows, columns, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

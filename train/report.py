@@ -304,6 +304,7 @@ def memory_of(config: Config, task: Task) -> Table:
     config.transformation(),
     type(config.optimizer).__name__,
     task.trained,
+    has_groups=bool(config.groups),
   )
 
 
@@ -313,6 +314,8 @@ def memory_table(
   tx: optax.GradientTransformation,
   name: str,
   trained: Mask = everything,
+  *,
+  has_groups: bool = False,
 ) -> Table:
   """Returns each parameter's bytes under `tx`, next to plain AdamW's on all.
 
@@ -322,6 +325,8 @@ def memory_table(
     tx: the optimizer.
     name: of the optimizer.
     trained: as in `Task`; of what is not, `tx` keeps nothing.
+    has_groups: whether the table has multipliers even if `tx` has none, since
+      all groups are frozen.
   """
   described = galore_optax.describe(tx, split(params, trained)[0])
   ours = with_still(described, params)
@@ -346,7 +351,9 @@ def memory_table(
     padding=(0, 1, 0, 0),
   )
   table.add_column('parameter', overflow='fold')
-  factors = described.multipliers
+  factors = dict(described.multipliers)
+  if has_groups and not factors:
+    factors = dict.fromkeys([row.path for row in described], (1.0, 1.0))
   heads = ['shape', 'projected', 'weight', 'basis', 'moments', 'AdamW']
   for head in heads + ['rate', 'decay'] * bool(factors):
     table.add_column(head, justify='right')

@@ -23,7 +23,7 @@ from galore_optax.clipping import ClippedTransformation, clipped
 from galore_optax.galore import Galore, from_stages
 from galore_optax.plan import Plan
 from galore_optax.presets import badam
-from galore_optax.projection import Whole, show_multipliers, watched
+from galore_optax.projection import Whole, show, show_multipliers, watched
 from galore_optax.sharding import placed
 
 Preset: TypeAlias = Callable[..., Any]
@@ -317,17 +317,25 @@ class _Together:
     if self.strict:
       self.check(params)
     mine = self._indices(params)
-    factors = [(g.rate, g.decay) for g in self.groups] + [(1.0, 1.0)]
-    names = paths.paths(params)
-    show_multipliers({n: factors[i] for n, i in zip(names, mine, strict=True)})
-    return GroupedState(
-      tuple(
-        part.init(_share(params, mine, i))
-        if part is not None and i in mine
-        else optax.EmptyState()
-        for i, part in enumerate(self.parts)
+    with watched() as seen:
+      state = GroupedState(
+        tuple(
+          part.init(_share(params, mine, i))
+          if part is not None and i in mine
+          else optax.EmptyState()
+          for i, part in enumerate(self.parts)
+        )
       )
-    )
+    show([*seen.plans.values()])
+    factors = [(g.rate, g.decay) for g in self.groups] + [(1.0, 1.0)]
+    multipliers = {}
+    for name, index in zip(paths.paths(params), mine, strict=True):
+      # A part may itself be grouped.
+      rate, decay = seen.multipliers.get(name, (1.0, 1.0))
+      by_rate, by_decay = factors[index]
+      multipliers[name] = times(rate, by_rate), times(decay, by_decay)
+    show_multipliers(multipliers)
+    return state
 
   def update(
     self, updates: Any, state: Any, params: Any = None, **extra: Any

@@ -186,6 +186,14 @@ def test_the_table_of_memory_has_the_multipliers():
   assert columns['decay'][columns['parameter'].index('embed/embedding')] == '0'
 
 
+def test_the_table_of_memory_has_frozen_groups():
+  config = dataclasses.replace(GROUPED, groups=GROUPS[1:])
+  table = report.memory_of(config, language_model(config))
+  columns = {str(c.header): [*c.cells] for c in table.columns}
+  rates = dict(zip(columns['parameter'], columns['rate'], strict=True))
+  assert rates['norm/scale'] == '0' and rates['embed/embedding'] == '1'
+
+
 def test_a_plan_counts_no_state_of_frozen_weights():
   frozen = dataclasses.replace(GROUPED, groups=(Group('embed/.*', 0.0),))
   plans = [

@@ -417,6 +417,20 @@ def test_describe_shows_the_multipliers_and_no_state_of_frozen_leaves():
   assert lines['bias'][-2:] == ['1.0', '1.0']
 
 
+def test_describe_shows_groups_within_groups_and_beside_others():
+  inside = grouped(optax.lion, [Group('blocks/.*', rate=0.5, decay=0.5)])
+  outside = grouped(inside, [Group('blocks/up|bias', rate=0.5, decay=0.0)])
+  labels = jax.tree.map(lambda _: 'grouped', params()) | {'embed': 'other'}
+  rules = {'grouped': outside(RATE), 'other': optax.sgd(RATE)}
+  table = go.describe(optax.partition(rules, labels), params())
+  shown = {
+    line.split()[0]: line.split()[-2:] for line in str(table).split('\n')
+  }
+  assert shown['blocks/up'] == ['0.25', '0.0']
+  assert shown['blocks/down'] == ['0.5', '0.5']
+  assert shown['bias'] == ['0.5', '0.0'] and shown['embed'] == ['-', '-']
+
+
 @pytest.mark.parametrize(
   'groups, message',
   [
