@@ -26,7 +26,7 @@ from models.llama import Layers
 from train import adapter as adapter_lib
 from train import classify
 from train import mesh as mesh_lib
-from train.config import Config
+from train.config import Config, Layerwise
 from train.data import labelled
 from train.data.batches import batches, shown, validation_batches
 from train.data.corpus import Documents
@@ -292,7 +292,8 @@ def trained(config: Config, params: PyTree) -> PyTree:
 
   Raises:
     ValueError: a group matches no parameter that the adapter leaves trained,
-      two groups match the same one, or all are frozen.
+      two groups match the same one, or all are frozen; or, if updates are
+      layer-wise, all layers.
   """
   chosen = by_adapter(config, params)
   if not config.groups:
@@ -307,7 +308,15 @@ def trained(config: Config, params: PyTree) -> PyTree:
     raise ValueError(
       'groups freeze every trained parameter: give one of them a rate above 0'
     )
-  return treedef.unflatten(left)
+  found = treedef.unflatten(left)
+  if isinstance(config.update, Layerwise) and not any(
+    jax.tree.leaves(found['blocks'])
+  ):
+    raise ValueError(
+      'groups freeze every layer, and update Layerwise visits one layer after '
+      'another: take --update WholeTree'
+    )
+  return found
 
 
 def by_adapter(config: Config, params: PyTree) -> PyTree:

@@ -165,6 +165,18 @@ def test_groups_that_do_not_fit(groups, optimizer, message):
     jax.eval_shape(init, jax.random.key(0))
 
 
+def test_layers_that_are_all_frozen_need_an_update_of_the_whole_tree():
+  config = dataclasses.replace(
+    CONFIG, optimizer=AdamW(), groups=(Group('blocks/.*', 0.0),)
+  )
+  init, _ = step_lib.build(config, language_model(config))
+  jax.eval_shape(init, jax.random.key(0))
+  config = dataclasses.replace(config, update=Layerwise())
+  with pytest.raises(ValueError, match=r'every layer.*--update WholeTree'):
+    init, _ = step_lib.build(config, language_model(config))
+    jax.eval_shape(init, jax.random.key(0))
+
+
 def test_every_rate_of_an_optimizer_is_multiplied():
   optimizer = ScaleSgd(vector_learning_rate=0.25)
   config = dataclasses.replace(
