@@ -68,7 +68,10 @@ def distance(found: Any, expected: Any) -> float:
   >>> distance({'w': np.array([3.0, 5.0])}, {'w': np.array([3.0, 4.0])})
   0.2
   """
-  norm = lambda tree: np.sqrt(sum(np.sum(x * x) for x in jax.tree.leaves(tree)))
+
+  def norm(tree: Any) -> float:
+    return np.sqrt(sum(np.sum(x * x) for x in jax.tree.leaves(tree)))
+
   found, expected = (
     jax.tree.map(np.float64, jax.device_get(x)) for x in (found, expected)
   )
@@ -92,7 +95,10 @@ def assert_same_program(
     function: Callable[..., Any], *args: Any
   ) -> tuple[str, list[np.ndarray]]:
     leaves, treedef = jax.tree.flatten(args)
-    flat = lambda *x: jax.tree.leaves(function(*treedef.unflatten(x)))
+
+    def flat(*x: Any) -> list[Any]:
+      return jax.tree.leaves(function(*treedef.unflatten(x)))
+
     closed = jax.make_jaxpr(flat)(*leaves)
     return str(closed.jaxpr), [np.asarray(x) for x in closed.consts]
 
