@@ -33,7 +33,10 @@ test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 slow: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow and optimized' \
+	  tests $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow and not optimized' \
+	  tests $(ARGS)
 
 # The library's tests as another x86 CPU rounds: `CORE` selects the kernels of
 # OpenBLAS, which NumPy's products and XLA's decompositions use, and `ISA` bounds

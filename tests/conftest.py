@@ -19,7 +19,7 @@ jax.config.update('jax_include_full_tracebacks_in_locations', False)
 if not importlib.util.find_spec('galore_torch'):
   collect_ignore = ['bench/card/theirs.py', 'bench/speed/theirs.py']
 
-# With them compiling takes half the time, and little else is done here.
+# With them compiling takes half the time or less, and tests do little else.
 QUICK_FLAGS = {
   'xla_cpu_use_fusion_emitters': 'false',
   'xla_cpu_parallel_codegen_split_count': '1',
@@ -27,9 +27,10 @@ QUICK_FLAGS = {
 
 
 def pytest_configure(config):
-  # The default tests compile far more than they compute. Slow and parity
+  # Most tests compile far more than they compute. Optimized, parity and card
   # tests are about speed, memory and numbers as users get them.
-  quick = 'not slow' in config.option.markexpr
+  selected = config.option.markexpr
+  quick = 'not slow' in selected or 'not optimized' in selected
   jax.config.update('jax_disable_most_optimizations', quick)
   if quick:
     # XLA reads them when it first compiles.

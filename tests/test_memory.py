@@ -8,6 +8,7 @@ from tests.bench import memory
 
 # Slow: shapes of five models, each with its optimizers.
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_the_page_is_what_the_program_prints():
   assert memory.PAGE.read_text() == memory.page()
 

@@ -8,6 +8,7 @@ from tests.bench.speed.worker import Worker
 
 # Slow: starts processes that compile.
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize('function', ['update', 'step'])
 def test_a_worker_times_runs_in_a_row(function):
   worker = Worker('tests.bench.speed.ours', function, 'Galore()', '20m')
@@ -17,6 +18,7 @@ def test_a_worker_times_runs_in_a_row(function):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_what_a_worker_cannot_do_is_raised_with_its_reason():
   with pytest.raises(RuntimeError, match='no attribute'):
     Worker('tests.bench.speed.ours', 'nothing')

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 
 from galore_optax.layerwise.step import layerwise
 from models.encoder import EncoderConfig, Layers, drop
-from tests.rounding import assert_close
+from tests.rounding import assert_close, distance, units
 
 B, T = 4, 11
 # Sums in another order: four of up to 20 terms in each of three layers.
@@ -149,15 +150,16 @@ def test_recomputing_changes_no_gradient():
   config = _config(dropout=0.2)
   params, batch = _params(config), _batch(config)
   batch['noise'] = np.arange(2 * B, dtype=np.uint32).reshape(B, 2)
-  gradient = lambda config: jax.jit(jax.grad(Layers(config), has_aux=True))(
-    params, batch
-  )
-  plain, again = (
-    gradient(config),
-    gradient(dataclasses.replace(config, remat=True)),
-  )
-  # Forward and backward.
-  assert_close(plain, again, 2 * _ROUNDINGS)
+
+  def gradient(config: EncoderConfig) -> Any:
+    return jax.jit(jax.grad(Layers(config), has_aux=True))(params, batch)
+
+  plain, metrics = gradient(config)
+  again, expected = gradient(dataclasses.replace(config, remat=True))
+  assert_close(metrics, expected, _ROUNDINGS)
+  # Forward and backward. The gradient of the biases of keys is zero, and
+  # rounding leaves only noise in it: the whole gradient is compared.
+  assert distance(again, plain) < units(2 * _ROUNDINGS)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from tests.bench.card import __main__ as card
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_measures_small_rows(capsys):
   card.main(['--small', '--steps', '3'])
   lines = capsys.readouterr().out.splitlines()

@@ -6,7 +6,7 @@ from tests.bench import faults
 from tests.train.program import write_config
 from train.run import Run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 
 @pytest.fixture(scope='module')

@@ -215,6 +215,7 @@ def start(argv, *, port, process, processes=2):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_two_processes_train_what_one_does(config, tmp_path):
   options = ('--batch-size', '16', '--steps', '30', '--eval-every', '30')
   options += SVD

@@ -296,6 +296,7 @@ def test_a_process_that_is_stopped(finished, tmp_path, stop):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_resume_after_sigkill_is_bit_equal_to_no_stop(finished, tmp_path):
   config, _ = finished
   whole, killed = Run(tmp_path / 'whole'), Run(tmp_path / 'killed')

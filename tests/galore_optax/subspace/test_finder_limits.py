@@ -77,6 +77,7 @@ def power_law(m, n, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize(
   # The 60M model's mlp and its longer side, and all of its attention's side.
   'm, n, r, kind',

@@ -25,7 +25,7 @@ from train.plan.cost import cost_of
 from train.plan.footprint import batch
 from train.task import language_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 RECORD = pathlib.Path(__file__).with_name('cost.json')
 WRITE = 'JAX_PLATFORMS=cpu python -m tests.train.plan.test_cost'
