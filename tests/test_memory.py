@@ -28,7 +28,10 @@ def test_elements_are_those_of_two_matrices_and_a_vector():
 @pytest.mark.parametrize(
   ('section', 'off'),
   # LOMO's exactly, but for two digits of 0.24; GLUE's to a byte in two hundred.
-  [(memory.lomo_table, 0.02), (memory.glue, 0.005)],
+  [
+    (memory.lomo_table, 0.02),
+    pytest.param(memory.glue, 0.005, marks=pytest.mark.slow),
+  ],
 )
 def test_these_figures_follow_from_the_shapes(section, off):
   for row in section().rows:

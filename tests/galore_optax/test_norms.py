@@ -18,7 +18,7 @@ from galore_optax.precision import norm
 from galore_optax.subspace.finders import NAMES
 from tests.galore_optax.layerwise.program import Residual, make_params, run
 from tests.galore_optax.presets.test_contract import PRESETS, params
-from tests.galore_optax.program import normal, normal32
+from tests.galore_optax.program import each, normal, normal32
 from tests.rounding import assert_close
 
 
@@ -54,7 +54,11 @@ TRANSFORMATIONS = PRESETS | {
 }
 
 
-@pytest.mark.parametrize('name', TRANSFORMATIONS)
+@each(
+  'name',
+  TRANSFORMATIONS,
+  quick=['galore_adamw', 'fira', 'galore_muon', 'lazy', 'clipping'],
+)
 def test_no_update_takes_a_norm_of_a_library(name, without_library_norms):
   tx, w = TRANSFORMATIONS[name](), params()
   state = jax.eval_shape(tx.init, w)

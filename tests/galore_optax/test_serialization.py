@@ -111,7 +111,7 @@ def check_round_trips(tree):
   check_same(pickle.loads(pickle.dumps(jax.device_get(tree))), tree)
 
 
-@each('name', STATES, quick=['lazy bases', 'badam'])
+@each('name', STATES, quick=['badam'])
 def test_a_state_round_trips(name):
   state = filled(jax.eval_shape(STATES[name]().init, params()))
   check_round_trips(state)

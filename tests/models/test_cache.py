@@ -11,6 +11,7 @@ import pytest
 from galore_optax.layerwise.weights import is_stored, quantized
 from models import cross_entropy, lowrank
 from models.llama import Layers, Llama3Scaling, LlamaConfig
+from tests.galore_optax.program import each
 from tests.models.program import drawn
 from tests.rounding import units
 
@@ -87,7 +88,7 @@ def _check(model, params, prompts_B, pieces, cache, tolerance):
   return cache
 
 
-@pytest.mark.parametrize('variant', _VARIANTS)
+@each('variant', _VARIANTS, quick=['plain', 'biases', 'norms of heads'])
 def test_pieces_give_the_logits_of_the_whole(variant):
   model, params = _model(**_VARIANTS[variant])
   cache = model.cache(3, 16)
@@ -169,7 +170,11 @@ def test_stored_weights_are_read_layer_by_layer():
 
 
 @pytest.mark.parametrize(
-  'adapter', [lowrank.Lora(rank=2, alpha=8.0), lowrank.Factored(rank=3)]
+  'adapter',
+  [
+    lowrank.Lora(rank=2, alpha=8.0),
+    pytest.param(lowrank.Factored(rank=3), marks=pytest.mark.slow),
+  ],
 )
 def test_factors_take_part(adapter):
   plain, params = _model(num_kv_heads=2)

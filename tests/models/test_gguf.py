@@ -168,6 +168,7 @@ def test_the_directory_has_the_model_and_its_tokenizer(tmp_path, capsys):
   assert tokenizer.encode('a<tool>').ids[-1] == 266
 
 
+@pytest.mark.slow
 def test_weights_are_written_in_the_type_that_is_asked_for(tmp_path):
   params = _write(tmp_path / 'a.gguf')
   file, directory = str(tmp_path / 'a.gguf'), str(tmp_path / 'b')

@@ -96,7 +96,10 @@ def test_a_kernel_goes_to_its_layer_transposed():
   assert all(tensor.flags.c_contiguous for tensor in tensors.values())
 
 
-@pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'param_dtype',
+  [pytest.param('float32', marks=pytest.mark.slow), 'bfloat16'],
+)
 @pytest.mark.parametrize('kind', _ARCHITECTURES)
 def test_a_round_trip_changes_no_byte(tmp_path, kind, param_dtype):
   formats = {'dtype': param_dtype, 'param_dtype': param_dtype}

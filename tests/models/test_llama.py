@@ -459,6 +459,7 @@ def test_grouped_heads_equal_repeated_heads(num_kv_heads):
   assert_close(found, _jit(full.logits)(repeated, batch), _ROUNDINGS)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_finite_and_close():
   exact, params = _model()
   rough, _ = _model(dtype='bfloat16', param_dtype='bfloat16')

@@ -89,7 +89,12 @@ def test_at_start_the_function_is_the_same():
 
 
 @pytest.mark.parametrize(
-  'adapter', [Lora(rank=3, alpha=7.0), Relora(rank=2), Factored(rank=4)]
+  'adapter',
+  [
+    Lora(rank=3, alpha=7.0),
+    pytest.param(Relora(rank=2), marks=pytest.mark.slow),
+    pytest.param(Factored(rank=4), marks=pytest.mark.slow),
+  ],
 )
 def test_merged_weights_are_the_same_function(adapter):
   params = weights(adapter, moved=True)
@@ -186,6 +191,7 @@ def test_dropout_is_the_same_layer_by_layer(remat):
   assert abs(without - value) > 1e-3
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_the_example_alone():
   adapter = Lora(rank=3, dropout=0.4)
   params, batch = weights(adapter, moved=True), example(noise=True)

@@ -75,6 +75,7 @@ def fit(config, steps):
   return task, state, losses, validate(state.params)
 
 
+@pytest.mark.slow
 def test_what_can_be_learned_is(config):
   task, _, (before, *losses), after = fit(config, 60)
   assert before['accuracy'] < 0.75 and after['accuracy'] > 0.95

@@ -99,7 +99,9 @@ def start(tx, **options):
   return step_lib.State(jnp.int32(3), made, tx.init(made))
 
 
-@pytest.mark.parametrize('of', ['loss', 'gradient'])
+@pytest.mark.parametrize(
+  'of', [pytest.param('loss', marks=pytest.mark.slow), 'gradient']
+)
 @pytest.mark.parametrize('kind', STEPS)
 def test_everything_but_the_step_stays(monkeypatch, kind, of):
   # with_mean_weight would divide a weight that is no number by itself.

@@ -218,7 +218,11 @@ def test_a_branch_takes_other_values(copied, capsys):
       "optimizer is 'Galore' in the run and 'AdamW' now",
       marks=pytest.mark.slow,
     ),
-    (['--learning-rate', '0.1'], 'steps must be more than 8, which .* got 8'),
+    pytest.param(
+      ['--learning-rate', '0.1'],
+      'steps must be more than 8, which .* got 8',
+      marks=pytest.mark.slow,
+    ),
     (['--tokenizer', 'other.model'], "tokenizer is None .* 'other.model' now"),
   ],
 )

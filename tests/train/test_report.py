@@ -64,7 +64,7 @@ def test_adamw_projects_nothing():
   assert 'of projected weights' not in found and '(100.0%)' in found
 
 
-@pytest.mark.parametrize('rank', [4, 5])
+@pytest.mark.parametrize('rank', [pytest.param(4, marks=pytest.mark.slow), 5])
 def test_nothing_is_allocated(rank):
   def stacks():
     gc.collect()  # Arrays of earlier tests may be part of cycles.

@@ -110,7 +110,9 @@ def best(layers, params, row, length=192):
   return int(jnp.argmax(whole(layers)(params, batch)[0, len(row) - 1]))
 
 
-@pytest.mark.parametrize('window', [7, 64])
+@pytest.mark.parametrize(
+  'window', [pytest.param(7, marks=pytest.mark.slow), 64]
+)
 def test_the_window_slides_by_half(model, window):
   prompts = [[5, 9, 300], [7], list(range(20, 30))]
   steps = sample.stream(

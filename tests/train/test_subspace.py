@@ -106,7 +106,9 @@ def test_a_gradient_of_zeros_has_no_energy():
   assert (subspace.health(states(tx, 1, zeros)[-1])['w'][0] == 0).all()
 
 
-@pytest.mark.parametrize('moments', ['keep', 'rotate'])
+@pytest.mark.parametrize(
+  'moments', [pytest.param('keep', marks=pytest.mark.slow), 'rotate']
+)
 def test_watching_changes_no_update(moments):
   tx = galore_adamw(0.1, rank=3, gap=2, moments=moments)
   params = jax.tree.map(jnp.zeros_like, gradients(0))

@@ -120,6 +120,7 @@ def test_slices_change_nothing_but_the_scratch():
     layerwise(model, tx, slices={'head/w': 4}).init(make_params())
 
 
+@pytest.mark.slow
 def test_state_comes_back_from_a_checkpoint_bit_by_bit(tmp_path):
   step = layerwise(Residual(), quantize_state(optax.adam(0.01), min_size=32))
   start = make_params()
@@ -138,6 +139,7 @@ def test_state_comes_back_from_a_checkpoint_bit_by_bit(tmp_path):
   chex.assert_trees_all_equal(on, again)
 
 
+@pytest.mark.slow
 def test_weights_in_eight_bits_are_read_and_written():
   weights = quantized(bits=8, group=32, dtype=jnp.float32)
   params = make_params()

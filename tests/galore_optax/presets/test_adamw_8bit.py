@@ -46,6 +46,7 @@ def trail(tx, steps=4, pick=lambda tree: tree):
   return updates, state
 
 
+@pytest.mark.slow
 def test_with_no_leaf_large_enough_it_is_galore_adamw():
   ours, state = trail(galore_adamw_8bit(0.1, min_size=10**9, **OPTIONS))
   want, want_state = trail(galore_adamw(0.1, **OPTIONS))

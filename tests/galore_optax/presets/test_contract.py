@@ -114,11 +114,7 @@ def test_types(name):
       assert x.dtype != jnp.bfloat16, jax.tree_util.keystr(path)
 
 
-@each(
-  'name',
-  PRESETS,
-  quick=['frugal-columns', 'badam'],
-)
+@each('name', PRESETS, quick=['badam'])
 def test_one_trace_and_a_checkpoint_serve_all_steps(name, tmp_path):
   tx, w = PRESETS[name](), params()
   chex.clear_trace_counter()

@@ -281,7 +281,7 @@ def test_a_master_copy_has_the_steps_of_its_group():
   np.testing.assert_allclose(steps, 0.5 * 5.61 * 2.0**-12, rtol=1e-2)
 
 
-@each('name', PRESETS, quick=['galore_adamw', 'badam'])
+@each('name', PRESETS, quick=['badam'])
 def test_layerwise_is_the_whole_tree(name):
   preset, options = PRESETS[name]
   groups = [Group('blocks/w', rate=0.5), Group('embed/.*', rate=2.0)]
@@ -303,6 +303,7 @@ def test_layerwise_clips_by_the_norm_of_all_groups():
   assert_rounded(ours, want, operations=4)
 
 
+@pytest.mark.slow
 def test_projected_gradients_are_summed():
   groups = [Group('blocks/w'), Group('head/.*', rate=0.0)]
   options = dict(rank=3, gap=2)

@@ -122,7 +122,9 @@ def test_leaf_by_leaf_equals_the_whole_tree(
     # One leaf: less than a tenth of the two float32 moments.
     ({'w': (8192, 1024)}, 0.1),
     # Five leaves: about one of them at a time.
-    ({f'w{i}': (1024, 1024) for i in range(5)}, 0.4),
+    pytest.param(
+      {f'w{i}': (1024, 1024) for i in range(5)}, 0.4, marks=pytest.mark.slow
+    ),
   ],
 )
 def test_no_float32_copy_of_the_state_is_alive(shapes, share, monkeypatch):

@@ -57,7 +57,11 @@ def assert_next_are_equal(ours, theirs, count):
       np.testing.assert_array_equal(a[name], b[name])
 
 
-@pytest.mark.parametrize('documents', [EXACT, MIXED], ids=['exact', 'mixed'])
+@pytest.mark.parametrize(
+  'documents',
+  [EXACT, pytest.param(MIXED, marks=pytest.mark.slow)],
+  ids=['exact', 'mixed'],
+)
 @pytest.mark.parametrize('window', [0, 6 * LENGTH])
 def test_a_stop_at_any_step_resumes_bit_equal(documents, window, tmp_path):
   # Three batches are one window of six rows: stops in three windows.

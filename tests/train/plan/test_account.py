@@ -35,6 +35,7 @@ def test_share_of_the_state_that_galore_saves_at_7b():
   assert 2 * galore.state / 1e9 == pytest.approx(9.405, abs=5e-4)
 
 
+@pytest.mark.slow
 def test_share_that_one_byte_an_element_saves_at_7b():
   params = shapes('7b', 'bfloat16')
   adam = count(optax.adam(0.1), params)

@@ -26,7 +26,7 @@ SHIPPED = {
 def marked(name):
   # A layer-wise state is traced weight by weight; of a paper one size will do.
   large = '7b' in name or '8b' in name
-  another = name.startswith(('scale', 'frugal')) and '60m' not in name
+  another = name.startswith(('scale', 'frugal'))
   return pytest.param(name, marks=[pytest.mark.slow] * (large or another))
 
 
