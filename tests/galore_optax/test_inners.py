@@ -64,7 +64,7 @@ INNERS = {
 @each(
   'name',
   INNERS,
-  quick=['sgd', 'adam', 'lion', 'adafactor', 'partition inside'],
+  quick=['adam', 'adafactor', 'partition inside'],
 )
 def test_an_inner_sees_the_projected_gradients_and_no_more(name):
   """P^T inner(P g), by hand, over two refreshes."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from models import attention
+from tests.galore_optax.program import each
 from tests.rounding import assert_close
 
 B, H = 2, 8
@@ -65,7 +66,7 @@ def _agree(T, **options):
 
 
 # One step, part of a block, a block, a step more, and pairs of blocks.
-@pytest.mark.parametrize('T', [1, 5, 128, 129, 300])
+@each('T', [1, 5, 128, 129, 300], quick=[5, 300])
 def test_blocks_give_whole_attention_and_its_gradient(T):
   _agree(T)
 
@@ -76,7 +77,7 @@ def test_both_directions_give_whole_attention_and_its_gradient(T):
 
 
 # Alone, inside a block, a block, a step more, and over pairs of blocks.
-@pytest.mark.parametrize('window', [1, 5, 100, 101, 250])
+@each('window', [1, 5, 100, 101, 250], quick=[1, 250])
 def test_a_window_gives_whole_attention_in_it_and_its_gradient(window):
   _agree(300, window=window)  # in blocks of 100
 

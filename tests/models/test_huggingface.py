@@ -392,7 +392,10 @@ def _encoder(kind, **changes):
   return config, jax.tree.map(draw, shapes)
 
 
-@pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'param_dtype',
+  [pytest.param('float32', marks=pytest.mark.slow), 'bfloat16'],
+)
 @pytest.mark.parametrize('kind', _ENCODERS)
 def test_a_round_trip_of_an_encoder_changes_no_byte(
   tmp_path, kind, param_dtype

@@ -70,6 +70,7 @@ def weights(adapter, *, moved=False):
   )
 
 
+@pytest.mark.slow
 def test_at_start_the_function_is_the_same():
   params = weights(Lora(rank=3))
   for name, adapted in params['blocks']['attention'].items():

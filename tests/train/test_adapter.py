@@ -270,7 +270,14 @@ def _counters(optimizer):
   return [x for x in jax.tree.leaves(optimizer) if x.dtype == 'int32']
 
 
-@pytest.mark.parametrize('optimizer', [AdamW(), Adam8bit(), Galore(rank=2)])
+@pytest.mark.parametrize(
+  'optimizer',
+  [
+    pytest.param(AdamW(), marks=pytest.mark.slow),
+    pytest.param(Adam8bit(), marks=pytest.mark.slow),
+    Galore(rank=2),
+  ],
+)
 @pytest.mark.parametrize('update', UPDATES)
 def test_a_reset_reaches_the_moments_of_every_optimizer(optimizer, update):
   config = changed(optimizer=optimizer, update=update)

@@ -156,6 +156,7 @@ def copied(finished, tmp_path, monkeypatch):
   return config, Run(tmp_path / 'runs' / 'tiny')
 
 
+@pytest.mark.slow
 def test_resume_goes_on_with_the_runs_own_values(copied, monkeypatch, tmp_path):
   _, run = copied
   # The file says something else by now; it may even be broken.

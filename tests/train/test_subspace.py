@@ -119,6 +119,7 @@ def test_watching_changes_no_update(moments):
     chex.assert_trees_all_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_packed_bases_have_numbers_too():
   tx = quantize_bases(galore(optax.sgd(0.1), rank=3, gap=1), bits=8, group=8)
   exact = galore(optax.sgd(0.1), rank=3, gap=1)

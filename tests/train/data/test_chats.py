@@ -666,6 +666,7 @@ class TestBatches:
       range(60)
     )
 
+  @pytest.mark.slow
   def test_state_resumes_bit_equal(self, dialogues, tokenizer):
     iterator = self.training(dialogues, tokenizer)
     for taken in range(40):

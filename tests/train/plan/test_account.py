@@ -52,8 +52,8 @@ def test_share_that_one_byte_an_element_saves_at_7b():
   ('size', 'adamw', 'galore', 'quarter', 'sign'),
   [
     ('60m', 0.43, 0.30, 0.29, 0.24),
-    ('130m', 1.00, 0.54, 0.52, 0.37),
-    ('350m', 2.74, 1.10, 1.05, 0.49),
+    pytest.param('130m', 1.00, 0.54, 0.52, 0.37, marks=pytest.mark.slow),
+    pytest.param('350m', 2.74, 1.10, 1.05, 0.49, marks=pytest.mark.slow),
     ('1b', 9.98, 3.41, 3.23, 0.98),
   ],
 )
