@@ -157,9 +157,8 @@ def test_orbax_brings_the_state_back(kind, tmp_path):
     chex.assert_trees_all_equal(updates, want)
 
 
-@pytest.mark.parametrize(
-  'spec', [('x', None), pytest.param((None, 'x'), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('spec', [('x', None), (None, 'x')])
 def test_eight_devices_are_one(spec):
   mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
   w = {'wide': normal32((16, 24)), 'stack': normal32((2, 24, 16), 1)}

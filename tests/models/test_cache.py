@@ -88,7 +88,7 @@ def _check(model, params, prompts_B, pieces, cache, tolerance):
   return cache
 
 
-@each('variant', _VARIANTS, quick=['plain', 'biases', 'norms of heads'])
+@each('variant', _VARIANTS, quick=['biases', 'norms of heads'])
 def test_pieces_give_the_logits_of_the_whole(variant):
   model, params = _model(**_VARIANTS[variant])
   cache = model.cache(3, 16)

@@ -157,7 +157,8 @@ def test_weights_in_eight_bits_are_read_and_written():
   assert gap.max() > 0
 
 
-@each('train_rest', [False, True], quick=[False])
+@pytest.mark.slow
+@pytest.mark.parametrize('train_rest', [False, True])
 def test_badam_equals_the_whole_tree_step(train_rest):
   # SGD, whose rounding does not grow; each turn and one of the next cycle.
   tx = galore_optax.badam(
