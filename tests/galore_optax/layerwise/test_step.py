@@ -25,7 +25,6 @@ from tests.galore_optax.layerwise.program import (
   run,
   run_whole_tree,
 )
-from tests.galore_optax.program import each
 from tests.rounding import assert_close, units
 
 # Two programs. Losses and gradients are sums over 28 tokens through 3 layers.
