@@ -15,10 +15,10 @@ TRAIN := .venv/$(if $(CARD),train-cuda,train)
 # takes a tenth less time.
 train train-layerwise: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # Tests and plans run on the CPU, whatever the machine has.
-test slow cpu plan card parity lowest newest: export JAX_PLATFORMS := cpu
+test slow optimized cpu plan card parity lowest newest: export JAX_PLATFORMS := cpu
 
-.PHONY: train train-layerwise test slow cpu plan card parity lowest newest lint \
-  clean
+.PHONY: train train-layerwise test slow optimized cpu plan card parity lowest \
+  newest lint clean
 
 train: $(TRAIN)
 	$(BIN)/python -m train.pretrain configs/quickstart.py $(ARGS)
@@ -33,10 +33,13 @@ test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 slow: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow and optimized' \
-	  tests $(ARGS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow and not optimized' \
 	  tests $(ARGS)
+
+# Slow tests of the programs that users run: all others are compiled with fewer
+# optimizations, in less time.
+optimized: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m optimized tests $(ARGS)
 
 # The library's tests as another x86 CPU rounds: `CORE` selects the kernels of
 # OpenBLAS, which NumPy's products and XLA's decompositions use, and `ISA` bounds

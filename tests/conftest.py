@@ -19,7 +19,7 @@ jax.config.update('jax_include_full_tracebacks_in_locations', False)
 if not importlib.util.find_spec('galore_torch'):
   collect_ignore = ['bench/card/theirs.py', 'bench/speed/theirs.py']
 
-# With them compiling takes half the time or less, and tests do little else.
+# They halve the time of compilation, which is most of the time of most tests.
 QUICK_FLAGS = {
   'xla_cpu_use_fusion_emitters': 'false',
   'xla_cpu_parallel_codegen_split_count': '1',
@@ -27,9 +27,9 @@ QUICK_FLAGS = {
 
 
 def pytest_configure(config):
-  share_of_cores()
-  # Most tests compile far more than they compute. Optimized, parity and card
-  # tests are about speed, memory and numbers as users get them.
+  pin_worker()
+  # Tests with the markers optimized, parity and card check speed, memory and
+  # numbers of the programs that users run.
   selected = config.option.markexpr
   quick = 'not slow' in selected or 'not optimized' in selected
   jax.config.update('jax_disable_most_optimizations', quick)
@@ -41,11 +41,11 @@ def pytest_configure(config):
     )
 
 
-def share_of_cores() -> None:
+def pin_worker() -> None:
   """Gives each worker of pytest-xdist cores of its own.
 
-  XLA starts as many threads as a process has cores. Threads of several workers
-  on the same cores would take a tenth more time.
+  XLA starts a thread for each core of a process. Workers that share their cores
+  take a tenth more time.
   """
   workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))
   if workers == 1 or not hasattr(os, 'sched_setaffinity'):

@@ -163,7 +163,7 @@ def spelled(group: Group) -> str:
 
 
 def check_groups(groups: Any) -> None:
-  """Raises ValueError for values that are not groups, or that JSON has not."""
+  """Raises ValueError unless these are groups that JSON can represent."""
   is_groups = isinstance(groups, tuple) and all(
     isinstance(group, Group)
     and isinstance(group.rate, int | float)

@@ -125,8 +125,7 @@ def masking_none(
 ) -> optax.GradientTransformation:
   """Returns a transformation that receives `MaskedNode` instead of None.
 
-  None stands for a weight that is not trained. optax.contrib.galore would read
-  it as an array.
+  None marks a frozen weight. optax.contrib.galore would treat it as an array.
   """
 
   def masked(tree: Any) -> Any:

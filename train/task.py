@@ -292,8 +292,8 @@ def trained(config: Config, params: PyTree) -> PyTree:
 
   Raises:
     ValueError: a group matches no parameter that the adapter leaves trained,
-      two groups match the same one, or all are frozen; or, if updates are
-      layer-wise, all layers.
+      two groups match the same one, or all are frozen, or all layers
+      if updates are layer-wise.
   """
   chosen = by_adapter(config, params)
   if not config.groups:

@@ -61,8 +61,8 @@ def quantized(*, bits: Literal[4, 8] = 8, group: int = 256, dtype: Any):
     if not is_stored(stored):
       return apply_updates_stochastic(stored, update, key)
     new = store(dequantize(stored) + update.astype(jnp.float32), key=key)
-    # A value of a block may be read back an ulp from its code. Rounded at
-    # random it would move, now and then, by a whole step.
+    # A dequantized value can be an ulp away from its code. Stochastic rounding
+    # would then occasionally move a frozen weight by a whole step.
     moves = jnp.any(update != 0)
     return jax.tree.map(lambda x, old: jnp.where(moves, x, old), new, stored)
 

@@ -46,7 +46,7 @@ class Group:
   """Multiplier of the weight decay."""
 
   def __post_init__(self) -> None:
-    """Raises ValueError for a pattern or a multiplier that cannot be one."""
+    """Raises ValueError unless the pattern is a string and multipliers fit."""
     if not isinstance(self.pattern, str):
       rule = "a regex on whole paths, such as 'embed/.*'"
       raise ValueError(f'pattern must be {rule}, got {self.pattern!r}')
@@ -149,14 +149,16 @@ def grouped(preset: Preset, groups: Sequence[Group]) -> Preset:
     return preset
   signature = inspect.signature(preset)
   kinds = {parameter.kind for parameter in signature.parameters.values()}
-  if inspect.Parameter.VAR_KEYWORD not in kinds:
-    # Otherwise the names of all options are known at the call.
+  # The call of a preset with **options names them.
+  named_at_call = inspect.Parameter.VAR_KEYWORD in kinds
+  if not named_at_call:
     _check_arguments(signature.parameters, groups)
 
   @functools.wraps(preset)
   def make(*args: Any, **options: Any) -> Any:
     rest = preset(*args, **options)
-    _check_arguments([*signature.parameters, *options], groups)
+    if named_at_call:
+      _check_arguments([*signature.parameters, *options], groups)
     parts = []
     for group in groups:
       mine = _multiplied(signature.bind(*args, **options), group)

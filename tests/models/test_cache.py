@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from galore_optax.layerwise.weights import is_stored, quantized
 from models import cross_entropy, lowrank
@@ -169,12 +168,10 @@ def test_stored_weights_are_read_layer_by_layer():
   np.testing.assert_allclose(found, expected, **_FLOAT32)
 
 
-@pytest.mark.parametrize(
+@each(
   'adapter',
-  [
-    lowrank.Lora(rank=2, alpha=8.0),
-    pytest.param(lowrank.Factored(rank=3), marks=pytest.mark.slow),
-  ],
+  [lowrank.Lora(rank=2, alpha=8.0), lowrank.Factored(rank=3)],
+  quick=[lowrank.Lora(rank=2, alpha=8.0)],
 )
 def test_factors_take_part(adapter):
   plain, params = _model(num_kv_heads=2)

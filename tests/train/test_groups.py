@@ -70,7 +70,7 @@ def test_json_and_the_command_line_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize('rate', [10, 0.5, 1 / 3, 1e-30, 2.5e20])
-def test_a_spelled_group_is_the_group(rate):
+def test_a_spelled_group_is_the_group(rate: float) -> None:
   group = Group('a=b/.*', rate, 0.1)
   assert group_of(spelled(group)) == group
 
@@ -165,7 +165,7 @@ def test_groups_that_do_not_fit(groups, optimizer, message):
     jax.eval_shape(init, jax.random.key(0))
 
 
-def test_layers_that_are_all_frozen_need_an_update_of_the_whole_tree():
+def test_layers_that_are_all_frozen_need_an_update_of_the_whole_tree() -> None:
   config = dataclasses.replace(
     CONFIG, optimizer=AdamW(), groups=(Group('blocks/.*', 0.0),)
   )
@@ -177,7 +177,7 @@ def test_layers_that_are_all_frozen_need_an_update_of_the_whole_tree():
     jax.eval_shape(init, jax.random.key(0))
 
 
-def test_every_rate_of_an_optimizer_is_multiplied():
+def test_every_rate_of_an_optimizer_is_multiplied() -> None:
   optimizer = ScaleSgd(vector_learning_rate=0.25)
   config = dataclasses.replace(
     CONFIG, optimizer=optimizer, groups=(Group('norm', 0.5),)
@@ -198,7 +198,7 @@ def test_the_table_of_memory_has_the_multipliers():
   assert columns['decay'][columns['parameter'].index('embed/embedding')] == '0'
 
 
-def test_the_table_of_memory_has_frozen_groups():
+def test_the_table_of_memory_has_frozen_groups() -> None:
   config = dataclasses.replace(GROUPED, groups=GROUPS[1:])
   table = report.memory_of(config, language_model(config))
   columns = {str(c.header): [*c.cells] for c in table.columns}

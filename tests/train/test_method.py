@@ -100,15 +100,15 @@ def test_a_new_preset_needs_no_more_than_its_signature():
   chex.assert_trees_all_equal(ours, theirs)
 
 
-def test_optax_galore_keeps_nothing_of_what_is_not_trained():
-  """None stands for a frozen weight, of any number of axes."""
+def test_optax_galore_has_no_state_of_frozen_weights() -> None:
+  """None marks a frozen weight."""
   tx = OptaxGalore(rank=2).build(0.1)
   params = {'up': jnp.ones((4, 6)), 'norm': jnp.ones(4), 'head': None}
   change, state = tx.update(params, tx.init(params), params)
   assert change['head'] is None and change['up'].any() and change['norm'].any()
-  alone = {'up': params['up'], 'norm': params['norm']}
+  trained = {'up': params['up'], 'norm': params['norm']}
   chex.assert_trees_all_equal_shapes(
-    jax.tree.leaves(state), jax.tree.leaves(tx.init(alone))
+    jax.tree.leaves(state), jax.tree.leaves(tx.init(trained))
   )
 
 
@@ -143,9 +143,7 @@ def test_galore_takes_every_option(options):
   assert 0 not in sizes and sum(sizes) < 1848
 
 
-@pytest.mark.parametrize(
-  'basis_bits', [None, pytest.param(4, marks=pytest.mark.slow)]
-)
+@each('basis_bits', [None, 4], quick=[None])
 def test_galore_in_8_bits_is_the_preset(basis_bits):
   options = {'rank': 3, 'gap': 2, 'subspace': 'power', 'weight_decay': 0.1}
   optimizer = Galore8bit(basis_bits=basis_bits, **options)

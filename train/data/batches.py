@@ -232,9 +232,9 @@ def _pieces(
   length: int,
   **order: Any,
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
-  """Returns the pairs of each example that its rows hold.
+  """Returns the pairs of each example that are packed into rows.
 
-  A chat is cut after `length` pairs; if none of these is scored, it has none.
+  A chat is truncated to `length` pairs, or to none if none of these is scored.
   """
   found = examples(documents, tokenizer, **order).map(_pairs)
   if not isinstance(documents, Dialogues):

@@ -96,12 +96,8 @@ class ShuffledRows(grain.IterDataset):
 _START = 'parent_window_start_state'
 
 
-class _InOrder(grain.DatasetIterator):
-  """Rows in the order of packing, from where a shuffled run stopped too.
-
-  A branch may have another window than its source. As many rows are skipped as
-  the source took from its window, since which ones these were is not recorded.
-  """
+class _Wrapped(grain.DatasetIterator):
+  """Passes rows and state of another iterator through."""
 
   def __init__(self, rows: grain.DatasetIterator):
     super().__init__(rows)
@@ -114,40 +110,45 @@ class _InOrder(grain.DatasetIterator):
     return self._rows.get_state()
 
   def set_state(self, state: dict[str, Any]) -> None:
+    self._rows.set_state(state)
+
+
+class _InOrder(_Wrapped):
+  """Rows in packing order. `set_state` accepts the state of a shuffled run too.
+
+  A branch may have another window than its source. The state of a shuffled run
+  does not record which rows of the window it returned, so that `set_state`
+  skips as many rows.
+  """
+
+  def set_state(self, state: dict[str, Any]) -> None:
     if _START not in state:
-      self._rows.set_state(state)
+      super().set_state(state)
       return
-    self._rows.set_state(state[_START])
+    super().set_state(state[_START])
     for _ in range(state['pos_in_window']):
       next(self._rows)
 
 
-class _Refilled(grain.DatasetIterator):
+class _Refilled(_Wrapped):
   """Logs the time in which `set_state` fills the window again."""
 
   def __init__(
     self,
-    shuffled: grain.DatasetIterator,
+    rows: grain.DatasetIterator,
     num_rows: int,
     length: int,
     log: Callable[[str], None],
   ):
-    super().__init__(shuffled)
-    self._shuffled, self._log = shuffled, log
-    self._num_rows, self._length = num_rows, length
-
-  def __next__(self) -> Any:
-    return next(self._shuffled)
-
-  def get_state(self) -> dict[str, Any]:
-    return self._shuffled.get_state()
+    super().__init__(rows)
+    self._num_rows, self._length, self._log = num_rows, length, log
 
   def set_state(self, state: dict[str, Any]) -> None:
     if _START not in state:
-      # Of rows in the order of packing: the first window starts there.
+      # The state of an unshuffled run: a window starts at its next row.
       state = {_START: state, 'window_index': 0, 'pos_in_window': 0}
     start = time.perf_counter()
-    self._shuffled.set_state(state)
+    super().set_state(state)
     seconds = time.perf_counter() - start
     size = self._num_rows * self._length * BYTES_PER_TOKEN
     self._log(
@@ -177,19 +178,9 @@ class ConcatThenSplit(grain.IterDataset):
     return _WithTuples(iter(self._rows))
 
 
-class _WithTuples(grain.DatasetIterator):
+class _WithTuples(_Wrapped):
   """Restores the tuples in the state of grain's ConcatThenSplit."""
-
-  def __init__(self, rows: grain.DatasetIterator):
-    super().__init__(rows)
-    self._rows = rows
-
-  def __next__(self) -> Any:
-    return next(self._rows)
-
-  def get_state(self) -> dict[str, Any]:
-    return self._rows.get_state()
 
   def set_state(self, state: dict[str, Any]) -> None:
     slices = {k: tuple(x) for k, x in state['remainder_slices'].items()}
-    self._rows.set_state({**state, 'remainder_slices': slices})
+    super().set_state({**state, 'remainder_slices': slices})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any, Literal
 
 import chex
 import jax
@@ -189,33 +190,37 @@ def test_the_default_decay_of_a_preset_is_multiplied():
 
 @dataclasses.dataclass(frozen=True)
 class Half:
-  """A residual rule of a user, with a learning rate."""
+  """A custom residual rule with a learning rate."""
 
   learning_rate: float
 
-  def init(self, plan):
+  def init(self, plan: Any) -> tuple[()]:
     return ()
 
-  def __call__(self, plan, split, state):
+  def __call__(self, plan: Any, split: Any, state: Any) -> tuple[Any, Any]:
     return -0.5 * self.learning_rate * split.g_io, state
 
 
-def decayed_sgd(learning_rate=RATE, *, bias_weight_decay=DECAY):
+def decayed_sgd(
+  learning_rate: float = RATE, *, bias_weight_decay: float = DECAY
+) -> optax.GradientTransformation:
   decay = optax.add_decayed_weights(bias_weight_decay)
   return optax.chain(decay, optax.sgd(learning_rate))
 
 
-def passes_on(learning_rate, **options):
+def passes_on(
+  learning_rate: float, **options: Any
+) -> optax.GradientTransformation:
   options.pop('weight_decay', None)
   return decayed_sgd(learning_rate, **options)
 
 
-def with_rule(learning_rate, *, residual):
+def with_rule(learning_rate: float, *, residual: Any) -> go.Galore:
   return go.galore(optax.sgd(learning_rate), residual=residual, **RANK)
 
 
-def test_every_rate_and_decay_of_a_call_is_multiplied():
-  """By its name, wherever the value comes from."""
+def test_every_rate_and_decay_of_a_call_is_multiplied() -> None:
+  """Multipliers apply to defaults, options and residual rules alike."""
   by = dict(rate=0.5, decay=0.25)
   decay = dict(bias_weight_decay=DECAY / 4)
   want = decayed_sgd(RATE / 2, **decay)
@@ -419,7 +424,7 @@ def test_describe_shows_the_multipliers_and_no_state_of_frozen_leaves():
   assert lines['bias'][-2:] == ['1.0', '1.0']
 
 
-def test_describe_shows_groups_within_groups_and_beside_others():
+def test_describe_shows_nested_groups_and_other_transformations() -> None:
   inside = grouped(optax.lion, [Group('blocks/.*', rate=0.5, decay=0.5)])
   outside = grouped(inside, [Group('blocks/up|bias', rate=0.5, decay=0.0)])
   labels = jax.tree.map(lambda _: 'grouped', params()) | {'embed': 'other'}
@@ -482,12 +487,12 @@ def test_multipliers_that_nothing_reads_are_refused():
 
 
 @pytest.mark.parametrize('groups', [Group('.*'), '.*', [('.*', 2.0)], {'a': 1}])
-def test_values_that_are_not_groups_are_refused(groups):
+def test_values_that_are_not_groups_are_refused(groups: Any) -> None:
   with pytest.raises(ValueError, match='groups must be a list of Group'):
     grouped(go.galore_adamw, groups)
 
 
-def test_patterns_are_strings():
+def test_patterns_are_strings() -> None:
   for bad in (3, None, ['.*']):
     with pytest.raises(ValueError, match='pattern must be a regex'):
       Group(bad)
@@ -508,10 +513,12 @@ def test_train_batches_of_a_frozen_head_move_nothing_there():
 
 
 @pytest.mark.parametrize('bits', [4, 8])
-def test_a_frozen_weight_in_codes_is_not_rounded_again(bits):
+def test_a_frozen_weight_in_codes_is_not_rounded_again(
+  bits: Literal[4, 8],
+) -> None:
   stored = quantized(bits=bits, dtype=jnp.float32)
   w = normal32((64, 256))
-  # Written without an update 50 times, one code of 8 bits in 10,000 moved.
+  # If zero updates are rounded, 50 of them move one 8-bit code in 10,000.
   write = jax.jit(lambda q, key: stored.write(q, jnp.zeros_like(w), key))
   first = after = stored.store(w)
   for i in range(50):

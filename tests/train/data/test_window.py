@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import pathlib
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -143,8 +146,10 @@ def test_a_window_is_at_most_an_epoch():
     assert rows == expected // LENGTH
 
 
-def test_the_window_of_chats_counts_the_tokens_of_their_rows(tmp_path):
-  """A chat is cut where its row ends, or left out if no answer begins there."""
+def test_the_window_of_chats_counts_the_tokens_of_their_rows(
+  tmp_path: pathlib.Path,
+) -> None:
+  """A chat is truncated to a row, and left out if no answer remains."""
   tokenizer, path = make('chatml', tmp_path), chats_file(tmp_path)
   dialogues = Chats(path, path).open('train')
   length = 40
@@ -162,7 +167,7 @@ def test_the_window_of_chats_counts_the_tokens_of_their_rows(tmp_path):
 def test_a_large_corpus_is_measured_by_a_sample():
   read = []
 
-  def sizes():
+  def sizes() -> Iterator[int]:
     for i in range(10**6):
       read.append(i)
       yield 4
@@ -190,14 +195,14 @@ def test_filling_the_window_again_is_logged_once():
   )
 
 
-def test_a_branch_may_have_another_window():
-  """With one row in a window, the state is that of rows without a window."""
+def test_a_branch_may_have_another_window() -> None:
+  """The state of a window of one row is that of unshuffled rows."""
 
-  def rows(batches, count):
+  def rows(batches: Iterator[Any], count: int) -> list[bytes]:
     found = map(jax.device_get, itertools.islice(batches, count))
     return [row.tobytes() for b in found for row in b['targets']]
 
-  def after(source, window):
+  def after(source: Any, window: int) -> Any:
     state = json.loads(json.dumps(source.get_state()))
     branch = training(MIXED, window)
     branch.set_state(state)

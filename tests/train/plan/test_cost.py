@@ -96,9 +96,9 @@ def differences(old, new, keys=KEYS):
 
 @pytest.fixture(autouse=True)
 def full_locations() -> Iterator[None]:
-  """The programs of users: XLA fuses programs with shorter locations further.
+  """Compiles with full source locations, as users do.
 
-  The other tests shorten locations to lower programs faster.
+  Other tests shorten the locations to save time. XLA then fuses more.
   """
   name = 'jax_include_full_tracebacks_in_locations'
   before = getattr(jax.config, name)
