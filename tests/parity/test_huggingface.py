@@ -1,4 +1,4 @@
-"""Checkpoints from and to transformers, for every architecture."""
+"""Checkpoints are read from and written for transformers, per architecture."""
 
 import dataclasses
 import json
@@ -43,7 +43,9 @@ _WINDOW = {
   'max_window_layers': 0,
 }
 
-# transformers' fields, and without what of ours the model is another one.
+# Per architecture: fields of transformers' config, and overrides of our config.
+# Each override alone must change the logits, so that these fields are known to
+# matter.
 _CASES = {
   'Llama': (
     {'rope_parameters': _LLAMA3, 'tie_word_embeddings': True},
@@ -56,7 +58,7 @@ _CASES = {
 
 
 def _reference(kind, dtype='float32'):
-  """transformers' model, its weights large enough to matter."""
+  """Returns transformers' model, with weights large enough to affect logits."""
   torch.manual_seed(0)
   config = getattr(transformers, f'{kind}Config')
   model = getattr(transformers, f'{kind}ForCausalLM')(
@@ -112,7 +114,7 @@ def test_logits_and_gradients_equal(kind, tmp_path):
   theirs = {name: x.grad.numpy() for name, x in reference.named_parameters()}
   assert sorted(ours) == sorted(theirs)
   for name, gradient in theirs.items():
-    # Float32 sums in another order.
+    # Float32 sums are taken in different orders.
     atol = 2e-5 * np.abs(gradient).max()
     np.testing.assert_allclose(ours[name], gradient, rtol=0, atol=atol)
 
@@ -124,7 +126,8 @@ def test_transformers_reads_what_is_written(kind, dtype, tmp_path):
   config, params = huggingface.load(tmp_path / 'theirs')
   huggingface.save(tmp_path / 'ours', config, params, max_shard_bytes=100_000)
   assert (tmp_path / 'ours' / 'model.safetensors.index.json').exists()
-  # Both are read: the first one's rotary frequencies were cast to bfloat16.
+  # Compare with the saved model after reading it back. Before it was saved,
+  # casting the model had also cast its rotary frequencies to bfloat16.
   theirs, ours = (
     transformers.AutoModelForCausalLM.from_pretrained(
       tmp_path / name, attn_implementation='eager'
@@ -143,7 +146,8 @@ def test_transformers_reads_what_is_written(kind, dtype, tmp_path):
 @pytest.mark.parametrize('kind', [*_CASES, 'Bert', 'Roberta'])
 def test_all_that_a_config_can_say_of_other_programs_is_read(kind):
   theirs = getattr(transformers, f'{kind}Config')()
-  # What it has beside is what a config could hold before version 5.
+  # Before version 5 of transformers, a model's config could also hold
+  # generation parameters.
   others = transformers.GenerationConfig._get_default_generation_params()
   fields = json.loads(theirs.to_json_string(use_diff=False))
   expected = huggingface_config.parse(fields)
