@@ -1,4 +1,4 @@
-"""README's code runs, and what it names is there."""
+"""The README's code runs, and the files and commands that it names exist."""
 
 import importlib.util
 import pathlib
@@ -13,7 +13,7 @@ BLOCK = re.compile(r'^```(\w*)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
 def blocks(language):
-  """Returns where each block begins, and its text."""
+  """Returns the line number and the text of each code block in a language."""
   found = BLOCK.finditer(TEXT)
   return [
     (TEXT[: x.start()].count('\n') + 1, x[2]) for x in found if x[1] == language
@@ -22,7 +22,7 @@ def blocks(language):
 
 def test_code_runs(capsys):
   names, losses = {}, []
-  # One after another, as a reader types them.
+  # Run the blocks in order, in one namespace, as a reader would type them.
   for line, code in blocks('python'):
     exec(compile('\n' * line + code, 'README.md', 'exec'), names)
     printed = re.findall(r'^\d\.\d+$', capsys.readouterr().out, re.MULTILINE)
