@@ -1,4 +1,4 @@
-"""What the tests of methods run: small odd trees, and one compiled loop."""
+"""Helpers of the optimizer tests: small odd-sized trees and a compiled loop."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from galore_optax.subspace.kept import Rows, keeping
 
 SHAPES = {'tall': (13, 7), 'wide': (6, 11), 'square': (8, 8), 'vector': (5,)}
 MATRICES = ('tall', 'wide', 'square')
-# Finders return float32 rows that are orthonormal to this bound.
+# Bases found in float32 have orthonormal rows to this tolerance.
 ORTHONORMAL = 1e-5
 
 
@@ -26,7 +26,10 @@ def normal32(shape, seed=0):
 
 
 def gram(rows_rm):
-  """Returns the products of rows, which a card would round to 11 bits."""
+  """Returns the products of all pairs of rows in float64.
+
+  A GPU may round the factors of float32 products to 11 bits.
+  """
   return np.float64(rows_rm) @ np.float64(rows_rm).T
 
 
@@ -38,7 +41,7 @@ def tree(shapes=SHAPES, seed=0, leading=(), dtype=None):
 
 
 def each(names, cases, *, quick):
-  """Parametrizes over cases; what is not quick waits for the slow tests."""
+  """Parametrizes a test, and marks all cases slow except those in `quick`."""
   cases, quick = [*cases], [*quick]
   assert all(case in cases for case in quick)
   values = lambda case: case if isinstance(case, tuple) else (case,)
@@ -55,9 +58,9 @@ def each(names, cases, *, quick):
 
 @jax.jit(static_argnums=0)
 def trajectory(tx, params, grads):
-  """Returns weights and states after each of the gradients [T, ...].
+  """Returns weights and states after each step, for gradients [T, ...].
 
-  A scan, so the state must keep its types.
+  The loop is a `lax.scan`, so the state must keep its types.
   """
 
   def step(carry, g):
@@ -70,7 +73,7 @@ def trajectory(tx, params, grads):
 
 
 class Adam:
-  """Adam of one weight in NumPy; eps outside, after bias correction."""
+  """Adam for one weight in NumPy. It adds eps after the bias correction."""
 
   def __init__(self, b1=0.9, b2=0.999, eps=1e-8):
     self.b1, self.b2, self.eps = b1, b2, eps
@@ -86,7 +89,10 @@ class Adam:
 
 @dataclasses.dataclass(frozen=True)
 class Gauge:
-  """The span of the singular vectors, in a random orthogonal gauge."""
+  """A finder that rotates the basis of `Svd` randomly within its span.
+
+  Results that depend only on the span must not change.
+  """
 
   def __call__(self, g_mn, basis_rm, key):
     basis_rm = Svd()(g_mn, basis_rm, key)
@@ -96,14 +102,21 @@ class Gauge:
 
 
 def find(finder, g_mn, basis_rm, key):
-  """Returns a basis that a finder makes of a previous one, or of zeros."""
+  """Returns the basis that a finder computes from a gradient.
+
+  A `basis_rm` of zeros stands for a missing previous basis.
+  """
   size = jnp.max(jnp.abs(g_mn))
   g_mn = g_mn / jnp.where(size > 0, size, 1)
   return Rows(finder).find(g_mn, basis_rm, key, ~jnp.any(basis_rm))
 
 
 def rows_of(tx, finder, params, basis):
-  """Returns the bases [T, r, m], or indices, of seeds [T], by weight."""
+  """Returns the basis of each projected weight at each step, for a finder.
+
+  Finders such as 'random' store only seeds; their rows [T, r, m], or indices,
+  are computed from the seeds in `basis`.
+  """
   keeper = keeping(finder)
   return {
     p.path: keeper.rows(

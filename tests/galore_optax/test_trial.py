@@ -1,4 +1,4 @@
-"""Uses of params, state and extra arguments that an inner may make."""
+"""How an inner optimizer may use params, state and extra arguments."""
 
 from typing import NamedTuple
 
@@ -74,7 +74,8 @@ def test_a_measurement_changes_nothing(name):
   measured = galore(MEASURES[name](), **OPTIONS)
   updates, _ = first_update(measured)
   want, _ = first_update(galore(adamw(), **OPTIONS))
-  # Two programs: projections of up to nine terms, and Adam's first step.
+  # The programs differ: projections sum up to nine terms, and Adam takes its
+  # first step.
   assert distance({name: updates[name] for name in want}, want) < units(100)
 
 
@@ -83,7 +84,7 @@ def test_a_snapshot_measures_the_low_rank_gradient():
   _, state = first_update(tx)
   low = tx.project(tree(5), state)
   assert low['w'].shape == (3, 9)
-  # A norm of some forty squares, each of a sum of up to nine terms.
+  # The norm has about forty squares, each of a sum of up to nine terms.
   np.testing.assert_allclose(
     optax.tree.get(state, 'n'), optax.tree.norm(low), rtol=units(50)
   )
@@ -95,7 +96,7 @@ class Kept(NamedTuple):
 
 
 def pulled_back(at):
-  """Adds the first weights to an update, at one step of a run."""
+  """Adds the initial weights to the update at one step of the run."""
 
   def update(updates, state, params=None):
     pull = jax.tree.map(
@@ -108,7 +109,7 @@ def pulled_back(at):
 
 
 def scaled_by_state():
-  """Stores the norm of the weights, and divides by it one step later."""
+  """Stores the norm of the weights, by which the next step may divide."""
 
   def update(updates, state, params=None):
     size = optax.tree.norm(params)
@@ -121,7 +122,8 @@ def scaled_by_state():
 @pytest.mark.parametrize(
   'make, where',
   [
-    # The trial never comes to step 7.
+    # The trial run at `init` does not reach step 7, so the error must follow
+    # from the traced program.
     (lambda: pulled_back(at=7), r"its state.*\.params\['w'\] depends on them"),
     (lambda: jitted(pulled_back(at=7)), r"\.params\['w'\] depends on them"),
     (scaled_by_state, 'its state.* depends on them'),
@@ -155,7 +157,7 @@ NEED_FUNCTIONS = {
 @each('name', NEED_FUNCTIONS, quick=['backtracking', 'sophia'])
 def test_an_inner_that_calls_the_loss_is_refused(name):
   make, function = NEED_FUNCTIONS[name]
-  # Sam takes no arguments but its own, and a chain would pass them all.
+  # Sam accepts only its own arguments, while a chain would pass all of them.
   inner = make()
   if name != 'opaque sam':
     inner = optax.chain(optax.sgd(0.1), inner)
@@ -184,7 +186,7 @@ def test_a_loss_that_no_weight_enters_is_fine():
   updates, state = first_update(tx, value=jnp.float32(2.0))
   low = tx.project(tree(5), state)
   step = min(1.0, 2.0 / float(optax.tree.norm(low, squared=True)))
-  # A norm of some forty squares, each of a sum of up to nine terms.
+  # The norm has about forty squares, each of a sum of up to nine terms.
   np.testing.assert_allclose(updates['b'], -step * low['b'], rtol=units(50))
 
 
@@ -230,5 +232,5 @@ def test_what_an_output_depends_on():
   jaxpr = jax.make_jaxpr(f)(1.0, 2.0, 3.0).jaxpr
   assert reaches(jaxpr, [True, False, False]) == [1, 0, 0, 0, 1]
   assert reaches(jaxpr, [False, True, False]) == [0, 1, 1, 1, 0]
-  # A condition decides on both of its results.
+  # The predicate of a `cond` affects both of its results.
   assert reaches(jaxpr, [False, False, True]) == [1, 1, 1, 0, 0]
