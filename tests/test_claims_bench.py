@@ -36,7 +36,7 @@ def runs(name, rows, *, state=100, corpus='chitchat', steps=4, seeds=1):
     (Kind.NO_WORSE, 0.01, False),
     (Kind.EQUAL, 0.0, True),
     (Kind.EQUAL, -0.01, False),
-    # At 3 bytes per token, 2% in perplexity are 0.0095 bits per byte.
+    # With 3 bytes per token, 2% in perplexity are 0.0095 bits per byte.
     (Kind.NEAR, 0.008, True),
     (Kind.NEAR, 0.0094, None),
     (Kind.NEAR, 0.011, False),

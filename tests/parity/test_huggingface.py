@@ -44,7 +44,7 @@ _WINDOW = {
 }
 
 # Per architecture: fields of transformers' config, and overrides of our config.
-# Each override alone must change the logits, so that these fields are known to
+# Each single override must change the logits, so that these fields are known to
 # matter.
 _CASES = {
   'Llama': (
