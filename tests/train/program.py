@@ -1,4 +1,4 @@
-"""A model, a corpus and a config so small that a run takes seconds."""
+"""A model, a corpus and a config that are so small that a run takes seconds."""
 
 import pathlib
 import random
@@ -41,7 +41,7 @@ WORDS = (
 
 
 def write_config(directory: pathlib.Path) -> str:
-  """Writes a corpus and a config; returns the config's path."""
+  """Writes a corpus and a config, and returns the path of the config."""
   choice = random.Random(0)
   documents = [
     ' '.join(choice.choices(WORDS, k=choice.randint(5, 40))) for _ in range(80)
@@ -54,7 +54,7 @@ def write_config(directory: pathlib.Path) -> str:
 
 
 def saved(run):
-  """All arrays of the newest checkpoint, and the position in the data."""
+  """Returns the newest checkpoint's arrays, and the position in the data."""
   config = run.config()
   task = language_model(config)
   shapes = jax.eval_shape(step.build(config, task)[0], jax.random.key(0))
@@ -66,7 +66,7 @@ def saved(run):
 
 
 def lines(run):
-  """What the run logged, without how long it took."""
+  """Returns the logged metrics of a run, without times and speeds."""
   timed = re.compile('.*_(seconds|per_second)')
   found = [
     {k: v for k, v in line.items() if not timed.fullmatch(k)}

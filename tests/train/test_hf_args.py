@@ -1,4 +1,4 @@
-"""transformers' names of an optimizer become ours."""
+"""`from_hf_args` converts optimizer names of transformers to ours."""
 
 import re
 
@@ -122,7 +122,7 @@ def test_full_names_that_leave_out_a_layer_are_an_error():
   match = r'but not model\.layers\.{}\.mlp\.up_proj'.format
   with pytest.raises(ValueError, match=match(7)):
     from_hf_args('galore_adamw', None, names[:7] + names[8:])
-  # The model has more layers than the names.
+  # The model has more layers than the names list.
   with pytest.raises(ValueError, match=match(12)):
     from_hf_args('galore_adamw', None, names[:12], num_layers=24)
   with pytest.raises(ValueError, match=match(1)):
@@ -203,7 +203,7 @@ def test_all_linear_has_the_head_where_there_is_one(tied, targets):
     (('lomo', None, _ALL), 'leave them out'),
     (('galore_adamw', None, ['c_attn']), r"\['c_attn'\] match no .*lm_head"),
     (('galore_adamw', None, 'mlp'), "'mlp' match no linear module"),
-    # Matched by no module, beside one that is.
+    # One target matches no module, and the other one does.
     (('galore_adamw', None, ['c_attn', 'mlp']), r"targets \['c_attn'\] match"),
     (
       ('galore_adamw', None, ['mlp', 'embed_tokens', 'norm']),

@@ -1,4 +1,4 @@
-"""Weights in 8 bits through the whole program: nothing else reads them."""
+"""Weights in 8 bits work in training, resumption, evaluation and sampling."""
 
 import chex
 import jax
@@ -17,7 +17,7 @@ INT8 = (
   *('--update', 'Layerwise', '--update.weights', 'int8', '--update.slices'),
   *('2', '--optimizer', 'Galore8bit', '--optimizer.rank', '4'),
   *('--optimizer.gap', '3', '--optimizer.basis-bits', '4'),
-  # One pass through the model, which is all that these tests need.
+  # These tests need only one pass through the model per step.
   *('--microbatches', '1', '--clip-norm', 'None'),
 )
 
