@@ -8,6 +8,7 @@ import pathlib
 
 import jax
 import jaxlib
+import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -28,7 +29,7 @@ QUICK_FLAGS = {
 }
 
 
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
   pin_worker()
   # Tests with the markers optimized, parity and card check the speed, memory
   # and numbers of programs as users compile them. They need all optimizations.
@@ -67,7 +68,7 @@ def pytest_collection_finish() -> None:
   gc.set_threshold(50_000, 20, 100)
 
 
-def known(flag):
+def known(flag: str) -> bool:
   """Returns whether this version of XLA has a flag.
 
   XLA ends the process if XLA_FLAGS contains an unknown flag.

@@ -5,7 +5,7 @@ import pytest
 
 
 @pytest.fixture(scope='session', autouse=True)
-def compilation_cache(tmp_path_factory):
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
   # Each worker has a cache directory of its own, because JAX does not lock its
   # cache. A warning about a damaged entry would be an error here.
   directory = tmp_path_factory.mktemp('compiled')

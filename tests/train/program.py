@@ -3,11 +3,13 @@
 import pathlib
 import random
 import re
+from typing import Any
 
 import jax
 import numpy as np
 
 from train import checkpoint, metrics, step
+from train.run import Run
 from train.task import Text, language_model
 
 CONFIG = """
@@ -53,7 +55,7 @@ def write_config(directory: pathlib.Path) -> str:
   return str(config)
 
 
-def saved(run):
+def saved(run: Run) -> tuple[step.State, Any]:
   """Returns the newest checkpoint's arrays, and the position in the data."""
   config = run.config()
   task = language_model(config)
@@ -65,7 +67,7 @@ def saved(run):
   return jax.tree.map(np.asarray, state), data.get_state()
 
 
-def lines(run):
+def lines(run: Run) -> list[dict[str, Any]]:
   """Returns the logged metrics of a run, without times and speeds."""
   timed = re.compile('.*_(seconds|per_second)')
   found = [
