@@ -47,7 +47,7 @@ def test_arrows(package):
     assert set(imports(path)) & OURS <= ARROWS[package], path
 
 
-def test_the_library_needs_jax_and_optax_alone():
+def test_the_library_needs_only_jax_and_optax():
   allowed = {'galore_optax', 'jax', 'optax', 'numpy', *sys.stdlib_module_names}
   for path in modules('galore_optax'):
     assert set(imports(path)) <= allowed, path

@@ -48,7 +48,7 @@ def test_a_difference_beyond_its_error_counts(kind, off, expected):
   assert claims.confirmed(kind, pair, 3.0) is expected
 
 
-def test_what_could_not_be_seen_is_not_confirmed():
+def test_equality_within_a_large_error_is_not_confirmed():
   pair = Pair('', ROWS + 20 * NOISE, ROWS)
   assert pair.error > 0.0095
   assert claims.confirmed(Kind.EQUAL, pair, 3.0) is None
@@ -68,7 +68,7 @@ def test_finals_go_before_the_first_round():
   assert final.difference == pytest.approx(0.2)
 
 
-def test_the_front_is_of_what_is_no_larger_and_better():
+def test_the_front_excludes_methods_that_another_beats_in_size_and_score():
   done = runs('SCALE', ROWS, state=50) | runs('AdamW', ROWS - 1, state=51)
   assert not claims.on_front('SCALE', SIZE, done)
   done |= runs('LOMO', ROWS - 0.1 + NOISE, state=0)

@@ -53,7 +53,7 @@ def test_the_cuda_compiler_stays_out_of_the_environment(tmp_path, target):
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_library_alone(tmp_path):
+def test_the_wheel_holds_only_the_library(tmp_path):
   # Build from a copy, because a `build` folder in the checkout may hold files
   # of an older tree.
   source = tmp_path / 'source'

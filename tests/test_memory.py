@@ -10,7 +10,7 @@ from tests.bench import memory
 # optimizers each.
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_the_page_is_what_the_program_prints():
+def test_the_page_equals_the_output_of_the_program():
   assert memory.PAGE.read_text() == memory.page()
 
 

@@ -137,13 +137,13 @@ def test_an_interval_has_the_truth_in_it_as_often_as_it_says(of_seeds):
     ('--only AdamW --finals GaLore', r'must be among the methods of --only'),
   ],
 )
-def test_what_cannot_be_run_is_told(capsys, line, wrong):
+def test_bad_arguments_are_named(capsys, line, wrong):
   with pytest.raises(SystemExit):
     methods.main(argv=line.split())
   assert re.search(wrong, capsys.readouterr().err)
 
 
-def test_one_rate_moves_on_alone():
+def test_a_tied_rate_moves_on_along_one_axis():
   far = (0.75, 3.0)
   size = Size(first=(Rung(2, 12), Rung(3, 2), Rung(4, 1)))
   done = everything(['GaLore, one rate'], size, lambda _: far)

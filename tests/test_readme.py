@@ -48,7 +48,7 @@ def test_links_lead_to_files(path):
     assert (path.parent / link).exists(), link
 
 
-def test_commands_name_what_is_there():
+def test_commands_name_files_and_targets_that_exist():
   named = re.findall(r'\b((?:configs|tests)/[\w/.*]*\w)', TEXT)
   for path in named:
     assert list(ROOT.glob(path)), path

@@ -19,7 +19,7 @@ def test_a_worker_times_runs_in_a_row(function):
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_what_a_worker_cannot_do_is_raised_with_its_reason():
+def test_an_error_of_a_worker_is_raised_with_its_reason():
   with pytest.raises(RuntimeError, match='no attribute'):
     Worker('tests.bench.speed.ours', 'nothing')
 

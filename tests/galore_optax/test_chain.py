@@ -65,7 +65,7 @@ def test_the_verbatim_line_keeps_low_rank_state_to_the_byte():
   assert size == 4 * (basis + moments + counters)
 
 
-def test_what_stands_before_a_stage_acts_on_the_whole_gradient():
+def test_transformations_before_a_stage_act_on_the_whole_gradient():
   before = optax.clip_by_global_norm(0.5), optax.scale(3.0)
   after = optax.scale_by_adam(), optax.scale_by_learning_rate(0.1)
   stage = {'rank': 4, 'gap': 2}
@@ -165,7 +165,7 @@ def test_a_stage_may_be_used_twice():
   assert_same(one, two)
 
 
-def test_extra_args_reach_what_follows_a_stage():
+def test_extra_args_reach_transformations_after_a_stage():
   seen = []
 
   def update(updates, state, params=None, *, value, **extra):

@@ -128,7 +128,7 @@ def test_donated_state_is_used_up():
     assert all(x.is_deleted() for x in used if x.ndim > 1)
 
 
-def test_tree_map_params_reaches_bases_and_moments_alone():
+def test_tree_map_params_reaches_only_bases_and_moments():
   tx, w = KINDS['keep'](), params()
   state = tx.init(w)
   marked = optax.tree.map_params(

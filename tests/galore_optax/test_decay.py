@@ -59,7 +59,7 @@ def updates_of(tx, params, steps, gradients):
     pytest.param('callable', id='callable', marks=pytest.mark.slow),
   ],
 )
-def test_decay_alone_is_the_whole_trajectory_of_optax(make_mask):
+def test_without_gradients_updates_are_the_decay_of_optax(make_mask):
   # With zero gradients, the update consists only of decay. It must equal
   # optax's own decay for projected leaves as well, for any scale.
   params = model()

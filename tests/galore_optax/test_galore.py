@@ -252,7 +252,7 @@ def test_rank_may_be_the_whole_shorter_side(side, subspace):
   close(updates, jax.tree.map(jnp.negative, grads), 1e-6)
 
 
-def test_scale_multiplies_what_is_projected_back_alone():
+def test_scale_multiplies_only_updates_of_projected_leaves():
   params = tree() | {'bias': jnp.asarray(normal(7))}
   grads = tree(leading=(3,), seed=4) | {'bias': jnp.asarray(normal((3, 7)))}
   run = lambda scale: trajectory(

@@ -40,7 +40,7 @@ def test_keep_leaves_the_inner_state_to_the_inner():
   assert np.any(first.basis['w'] != third.basis['w'])
 
 
-def test_reset_restarts_the_projected_leaves_alone():
+def test_reset_restarts_only_projected_leaves():
   lr = optax.linear_schedule(0.0, 1.0, 10)
   trail = states(optax.adamw(lr), 3, moments='reset')
   low, rest = (

@@ -119,7 +119,7 @@ def test_clipping_float32_gradients_is_optaxs(max_norm):
   assert jax.tree.structure(state) == jax.tree.structure(want_state)
 
 
-def test_clipping_passes_on_what_is_not_finite():
+def test_clipping_passes_on_non_finite_gradients():
   g = {'a': jnp.array([1.0, jnp.nan]), 'b': jnp.ones(2)}
   tx = clip_by_global_norm(1.0)
   updates, _ = tx.update(g, tx.init(g))

@@ -233,7 +233,9 @@ def test_a_layerwise_step_on_a_mesh_is_that_of_one_device(way, layout, kind):
   ],
   quick=[('svd', 'mixed', 'Explicit')],
 )
-def test_a_first_state_lives_where_it_is_told(name, layout, kind):
+def test_the_first_state_is_sharded_as_state_shardings_returns(
+  name, layout, kind
+):
   mesh, tx = mesh_of(layout, AxisType[kind]), PRESETS[name]()
   with jax.set_mesh(mesh):
     params = put(weights(), layout, mesh)
@@ -320,7 +322,7 @@ def test_a_device_holds_an_eighth_of_the_state(name, cut):
 
 
 @each('name', PRESETS, quick=['svd', 'adafactor', 'badam', 'scale'])
-def test_what_is_like_the_parameters_is_known_by_optax(name):
+def test_optax_finds_the_state_that_is_like_parameters(name):
   tx = PRESETS[name]()
   state = jax.eval_shape(tx.init, weights())
   seen = []
@@ -362,7 +364,7 @@ def test_flax_optimizer_has_its_state_in_place(kind):
 
 
 @each('name', ['chain', '8bit', 'adafactor'], quick=['chain'])
-def test_axes_that_flax_names_are_those_of_weights_alone(name):
+def test_axis_names_of_flax_apply_only_to_weights(name):
   # nnx.Optimizer copies the axis names of a variable to its state, whose arrays
   # have other dimensions.
   mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Auto,))

@@ -204,7 +204,7 @@ def test_the_remedy_of_the_message_works():
     first_update(optax.chain(inner, outside))
 
 
-def test_extra_arguments_reach_whoever_takes_them():
+def test_extra_arguments_reach_inners_that_accept_them():
   def strict(*names):
     def update(updates, state, params=None, **given):
       if {*given} != {*names}:
@@ -223,7 +223,7 @@ def test_extra_arguments_reach_whoever_takes_them():
     try_update(tx, w, tx.init(w), w)
 
 
-def test_what_an_output_depends_on():
+def test_dependencies_of_an_output():
   def f(x, y, z):
     a, b = jax.lax.cond(z > 0, lambda: (x, 2 * y), lambda: (3 * x, y))
     c, _ = jax.lax.scan(lambda c, _: (c + y, None), z, None, 3)

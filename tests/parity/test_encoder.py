@@ -111,7 +111,7 @@ def test_logits_and_gradients_equal(kind, num_labels, tmp_path):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('kind', _CASES)
-def test_transformers_reads_what_is_written(kind, dtype, tmp_path):
+def test_transformers_reads_our_checkpoint(kind, dtype, tmp_path):
   names = {'id2label': {0: 'no', 1: 'yes', 2: 'perhaps'}}
   _reference(kind, dtype=dtype, **names).save_pretrained(tmp_path / 'theirs')
   config, params = huggingface.load(tmp_path / 'theirs')

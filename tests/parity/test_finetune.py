@@ -36,7 +36,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_transformers_loads_what_was_fine_tuned(tmp_path, name):
+def test_transformers_loads_a_fine_tuned_model(tmp_path, name):
   small, source = tmp_path / 'small', tmp_path / 'source'
   source.mkdir()
   write(source, CHATML, {'eos_token': '<|im_end|>'})

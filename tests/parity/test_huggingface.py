@@ -121,7 +121,7 @@ def test_logits_and_gradients_equal(kind, tmp_path):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('kind', _CASES)
-def test_transformers_reads_what_is_written(kind, dtype, tmp_path):
+def test_transformers_reads_our_checkpoint(kind, dtype, tmp_path):
   _reference(kind, dtype).save_pretrained(tmp_path / 'theirs')
   config, params = huggingface.load(tmp_path / 'theirs')
   huggingface.save(tmp_path / 'ours', config, params, max_shard_bytes=100_000)

@@ -111,7 +111,7 @@ def test_scored_tokens_are_equal(both):
     np.testing.assert_array_equal(scored_n, expected['assistant_masks'])
 
 
-def test_bos_is_what_transformers_puts_in_front(tmp_path):
+def test_bos_is_the_token_that_transformers_prepends(tmp_path):
   write(tmp_path, LLAMA3, {'bos_token': '<|im_start|>'})
   path = str(tmp_path / 'tokenizer.json')
   library = tokenizers.Tokenizer.from_file(path)
@@ -268,7 +268,9 @@ def test_named_templates_and_files(tmp_path):
 
 @pytest.mark.parametrize('template', [THINK_OR_NOT, VICUNA])
 @pytest.mark.parametrize('prompt', [False, True])
-def test_what_a_run_adds_to_a_template(tmp_path, template, prompt):
+def test_transformers_reads_additions_of_a_run_to_a_template(
+  tmp_path, template, prompt
+):
   """Transformers reads variables and end tokens from the saved template."""
   (tmp_path / 'a.jsonl').write_text('{"text": "a"}')
   path = str(tmp_path / 'a.jsonl')

@@ -105,7 +105,7 @@ UPDATES = [WholeTree(), pytest.param(LAYERWISE, marks=pytest.mark.slow)]
     ),
   ],
 )
-def test_who_moves(update, adapter, frozen):
+def test_which_weights_are_trained(update, adapter, frozen):
   config = changed(adapter=adapter, update=update)
   before = by_role(jax.device_get(start(config)[0].params))
   after = by_role(jax.device_get(run(config)[0].params))
@@ -116,7 +116,7 @@ def test_who_moves(update, adapter, frozen):
 
 
 @pytest.mark.parametrize('update', [WholeTree(), LAYERWISE])
-def test_the_optimizer_keeps_moments_of_what_is_trained_alone(update):
+def test_the_optimizer_keeps_moments_only_of_trained_weights(update):
   state, _ = start(changed(update=update))
   factors = by_role(state.params)['factor']
   assert len(factors) == 2 * KERNELS
@@ -225,7 +225,7 @@ RELORA = Relora(rank=3, every=3, restart_warmup=2)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('update', UPDATES)
-def test_a_merge_keeps_the_function_and_starts_anew(update):
+def test_a_merge_keeps_the_function_and_restarts_the_factors(update):
   config = changed(adapter=RELORA, update=update)
   never = dataclasses.replace(RELORA, every=7, restart_warmup=0)
   before, _ = run(dataclasses.replace(config, adapter=never))
@@ -296,7 +296,7 @@ def test_a_reset_reaches_the_moments_of_every_optimizer(optimizer, update):
     assert leaf.all() or path in zeroed
 
 
-def test_a_merge_into_8_bits_adds_what_the_factors_say():
+def test_a_merge_into_8_bits_adds_the_product_of_the_factors():
   weights = changed(update=Layerwise(weights='int8')).weights()
   kernel = jax.random.normal(jax.random.key(0), (2, 16, 32))
   params = {'blocks': {'up': {'kernel': kernel}}}
@@ -315,7 +315,7 @@ def test_a_merge_into_8_bits_adds_what_the_factors_say():
   np.testing.assert_allclose(got, expected, rtol=0, atol=2 * unit)
 
 
-def test_the_schedule_rises_anew_to_the_cosine():
+def test_the_schedule_rises_to_the_cosine_after_each_merge():
   config = changed(
     adapter=dataclasses.replace(RELORA, every=10, restart_warmup=4),
     steps=40,
@@ -461,7 +461,7 @@ def test_a_resumed_run_is_bit_equal_over_a_merge(update, tmp_path, monkeypatch):
   assert program.lines(parts) == program.lines(whole)
 
 
-def test_the_memory_table_has_what_is_frozen_at_no_state():
+def test_the_memory_table_has_frozen_weights_without_state():
   config = changed(adapter=Lora(rank=3, targets=('.*/q/kernel',)))
   task = language_model(config)
   table = report.memory_table(
@@ -477,7 +477,7 @@ def test_the_memory_table_has_what_is_frozen_at_no_state():
 
 
 @pytest.mark.parametrize('update', [WholeTree(), LAYERWISE])
-def test_a_plan_counts_what_is_trained(update):
+def test_a_plan_counts_state_only_of_trained_weights(update):
   cards = Cards('rtx4090', estimate=True)
   plan = lambda adapter: make_plan(
     changed(adapter=adapter, update=update), cards

@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_is_passed_over(two, capfd, harm, item):
   assert err.endswith('taken is checkpoint 1\n')
 
 
-def test_what_is_sound_says_nothing_and_best_is_best(two, capfd):
+def test_sound_checkpoints_print_nothing_and_best_is_best(two, capfd):
   with checkpoint.reading(two) as manager:
     items = ocp.args.Composite(
       params=ocp.args.StandardRestore(
@@ -148,7 +148,7 @@ def test_without_digests_a_checkpoint_is_taken_unchecked(two, capfd):
   assert 'checkpoint 2 is damaged' in capfd.readouterr().err
 
 
-def test_where_none_is_sound_each_is_named(two):
+def test_if_no_checkpoint_is_sound_each_is_named(two):
   for step in (1, 2):
     flip(largest(two / str(step), 'optimizer'))
   with checkpoint.reading(two) as manager:
@@ -157,7 +157,7 @@ def test_where_none_is_sound_each_is_named(two):
       checkpoint.restore(manager, like, data())
 
 
-def test_a_run_goes_on_beside_what_was_damaged(two):
+def test_a_run_goes_on_after_damaged_checkpoints_are_moved(two):
   flip(largest(two / '2', 'params'))
   flip(largest(two / '1', 'metrics'))
   (two / '3.orbax-checkpoint-tmp').mkdir()

@@ -76,7 +76,7 @@ def fit(config, steps):
 
 
 @pytest.mark.slow
-def test_what_can_be_learned_is(config):
+def test_a_classifier_learns_the_labels(config):
   task, _, (before, *losses), after = fit(config, 60)
   assert before['accuracy'] < 0.75 and after['accuracy'] > 0.95
   assert np.mean(losses[-5:]) < 0.3 < np.mean(losses[:5])
@@ -134,7 +134,7 @@ def test_layer_wise_and_microbatches_change_nothing(config, dropout):
 
 
 @pytest.mark.slow
-def test_dropout_is_at_work_in_training_alone(config):
+def test_dropout_acts_only_in_training(config):
   model = dataclasses.replace(config.model, dropout=0.5)
   config = dataclasses.replace(config, learning_rate=0.0)
   quiet = fit(config, 2)
@@ -144,7 +144,7 @@ def test_dropout_is_at_work_in_training_alone(config):
 
 
 @pytest.mark.slow
-def test_beside_factors_the_head_alone_is_trained(config):
+def test_only_factors_and_the_head_are_trained(config):
   config = dataclasses.replace(config, adapter=Lora(rank=2, dropout=0.1))
   # LoRA's B is zero at first, and so is the learning rate. B changes in the
   # second step, after which A has a gradient.
@@ -203,7 +203,7 @@ def test_metrics_are_those_of_their_definitions():
     ({'checkpoint': None}, 'read from a checkpoint'),
   ],
 )
-def test_what_does_not_go_together_is_refused(config, change, message):
+def test_options_that_do_not_fit_are_refused(config, change, message):
   with pytest.raises(ValueError, match=message):
     task_of(dataclasses.replace(config, **change).resolved())
 

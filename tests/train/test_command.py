@@ -193,9 +193,7 @@ def test_without_a_config_the_usage_is_shown(capsys):
     ),
   ],
 )
-def test_whatever_a_config_file_raises_names_file_and_line(
-  text, message, tmp_path
-):
+def test_an_error_in_a_config_file_names_file_and_line(text, message, tmp_path):
   path = tmp_path / 'wrong.py'
   path.write_text(f'{text}\n')
   with pytest.raises(ValueError, match=message):

@@ -56,7 +56,7 @@ def log_p(model, ids, length=64):
   return log_p_TV[np.arange(len(ids) - 1), ids[1:]]
 
 
-def test_likelihoods_are_those_of_rows_alone(model):
+def test_likelihoods_do_not_depend_on_the_batch(model):
   rng = np.random.default_rng(0)
   pairs = [
     Pair(rng.integers(400, size=length).tolist(), num_scored)
@@ -96,7 +96,7 @@ def test_a_choice_begins_with_its_space(model):
   assert num_scored == len(ids) - 1
 
 
-def test_what_is_too_long_loses_its_beginning(model):
+def test_a_long_question_loses_its_beginning(model):
   questions = [Question('The lazy dog. ' * 30, ('fox', 'dog'), 0)]
   pairs = evaluate.encoded(model.tokenizer, 'q.jsonl', questions, 12)
   assert [len(ids) for ids, _ in pairs] == [13, 13]
@@ -244,7 +244,9 @@ def test_texts_of_a_directory(directory, model, tmp_path, capsys):
     (['--batch-size', '0'], '--batch-size must be at least 1, got 0'),
   ],
 )
-def test_what_cannot_be_measured(directory, args, message, capsys):
+def test_it_refuses_missing_texts_and_bad_options(
+  directory, args, message, capsys
+):
   with pytest.raises(SystemExit):
     evaluate.main([str(directory), *args])
   out, err = capsys.readouterr()

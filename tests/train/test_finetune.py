@@ -96,7 +96,7 @@ def exported(tmp_path, run, *args):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', MODELS)
-def test_a_rate_of_zero_exports_what_was_imported(tmp_path, capsys, kind):
+def test_a_rate_of_zero_exports_the_imported_checkpoint(tmp_path, capsys, kind):
   directory, chats = make(tmp_path, kind)
   code, run = tune(
     tmp_path, directory, chats, '--steps', '3', '--learning-rate', '0'
@@ -175,7 +175,7 @@ def test_a_resumed_fine_tune_needs_no_checkpoint_of_transformers(tmp_path):
 
 
 @pytest.mark.slow
-def test_factors_are_exported_alone_or_merged(tmp_path, capsys):
+def test_factors_are_exported_separately_or_merged(tmp_path, capsys):
   directory, chats = make(tmp_path)
   lora = ['--adapter', 'Lora', '--optimizer', 'AdamW', '--update', 'WholeTree']
   run = tmp_path / 'run'
@@ -465,14 +465,14 @@ def test_a_document_with_a_token_without_a_row_is_named(tmp_path, capsys):
     (['--checkpoint', 'nowhere'], 'nowhere'),
   ],
 )
-def test_without_a_checkpoint_it_says_what_to_name(args, message, capsys):
+def test_without_a_checkpoint_the_error_names_the_option(args, message, capsys):
   with pytest.raises(SystemExit):
     finetune.main(['configs/chat.py', *args])
   error = capsys.readouterr().err
   assert message in error and len(error.strip().splitlines()) == 1
 
 
-def test_export_refuses_what_is_no_run_and_what_is_taken(tmp_path, capsys):
+def test_export_refuses_a_directory_that_is_not_a_run(tmp_path, capsys):
   with pytest.raises(SystemExit):
     export.main([str(tmp_path), str(tmp_path / 'new')])
   assert 'is not a run' in capsys.readouterr().err

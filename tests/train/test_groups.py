@@ -76,7 +76,7 @@ def test_a_spelled_group_is_the_group(rate: float) -> None:
 
 
 @pytest.mark.parametrize('text', ['embed', 'embed=fast', '=2', 'embed=1,2,3'])
-def test_what_is_no_group_is_refused(text, tmp_path, capsys):
+def test_malformed_groups_are_refused(text, tmp_path, capsys):
   with pytest.raises(SystemExit):
     parse([write_config(tmp_path), '--groups', text])
   assert 'PATTERN=RATE' in capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_galore_of_most_recipes():
   ],
 )
 @pytest.mark.parametrize('suffix', ['', '_layerwise'])
-def test_what_projects(optim, optim_args, optimizer, suffix):
+def test_optimizers_that_project(optim, optim_args, optimizer, suffix):
   update = Layerwise() if suffix else WholeTree()
   found = from_hf_args(optim + suffix, optim_args, ['mlp'])
   assert found == {'optimizer': optimizer, 'update': update}
@@ -75,7 +75,7 @@ def test_what_projects(optim, optim_args, optimizer, suffix):
     ('adamw_bnb_8bit', method.Adam8bit(), WholeTree()),
   ],
 )
-def test_what_does_not_project(optim, optimizer, update):
+def test_optimizers_that_do_not_project(optim, optimizer, update):
   assert from_hf_args(optim) == {'optimizer': optimizer, 'update': update}
 
 
@@ -215,6 +215,6 @@ def test_all_linear_has_the_head_where_there_is_one(tied, targets):
     (('galore_adamw', None, ['layers.0.mlp']), 'but not model.layers.1.mlp.g'),
   ],
 )
-def test_what_is_not_here_is_named(arguments, message):
+def test_unsupported_arguments_are_named(arguments, message):
   with pytest.raises(ValueError, match=message):
     from_hf_args(*arguments)

@@ -363,7 +363,7 @@ def test_a_second_task_needs_no_second_loop(tmp_path):
 
 
 @pytest.mark.parametrize('module', [loop, step_lib, metrics, checkpoint])
-def test_what_repeats_a_task_knows_no_model_and_no_text(module):
+def test_modules_of_every_task_import_no_model_and_no_text(module):
   source = inspect.getsource(module)
   assert 'models' not in source and 'train.data' not in source
 

@@ -35,7 +35,7 @@ def test_a_card_is_found_by_its_driver_tool(tmp_path, monkeypatch):
   assert machine.nvidia() and found in (True, False)
 
 
-def test_a_cache_of_ones_own_is_left_alone(monkeypatch):
+def test_a_cache_that_the_user_chose_is_kept(monkeypatch):
   # A session fixture of these tests sets this option.
   before = jax.config.jax_compilation_cache_dir
   machine.cache_compilations()

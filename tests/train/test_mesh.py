@@ -154,7 +154,7 @@ def test_projected_sums_are_a_quarter_of_whole_ones():
     assert found[name][1] <= found['AdamW'][1]
 
 
-def test_the_program_says_what_devices_send():
+def test_the_program_names_the_gradients_that_devices_send():
   projected = 'mesh.data sums projected gradients, whole ones at a refresh'
   whole = 'mesh.data sums whole gradients; .* clip_norm and norm_growth None'
   config = dataclasses.replace(CONFIG, mesh=Mesh(data=2), clip_norm=None)
@@ -217,7 +217,7 @@ def start(argv, *, port, process, processes=2):
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_two_processes_train_what_one_does(config, tmp_path):
+def test_two_processes_train_as_one_does(config, tmp_path):
   options = ('--batch-size', '16', '--steps', '30', '--eval-every', '30')
   options += SVD
   argv = [config, *options, '--run', str(tmp_path / 'two'), '--mesh.fsdp', '4']
@@ -261,7 +261,7 @@ MODEL = LlamaConfig(
 )
 
 
-def test_where_parameters_live():
+def test_shardings_of_parameters():
   grid = mesh.absent(Mesh(data=2, fsdp=8, tensor=4))
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, 'float32')
   params = {
@@ -339,7 +339,7 @@ def asked(monkeypatch):
     ),
   ],
 )
-def test_a_cluster_is_joined_where_there_is_one(
+def test_a_cluster_is_joined_if_there_is_one(
   monkeypatch, asked, variables, message
 ):
   asked = []

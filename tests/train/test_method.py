@@ -53,7 +53,7 @@ def updates(tx, num_steps=5):
 
 
 @pytest.mark.parametrize('name', method.METHODS)
-def test_a_config_says_what_its_preset_says(name):
+def test_a_config_has_the_options_and_defaults_of_its_preset(name):
   kind, preset = method.CLASSES[name], method.METHODS[name].preset
   assert getattr(method, name) is kind
   parameters = inspect.signature(preset).parameters

@@ -127,7 +127,7 @@ def test_resume_is_bit_equal_to_no_stop(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('short')
-def test_resume_drops_what_came_after_the_checkpoint(
+def test_resume_drops_log_lines_after_the_checkpoint(
   finished, tmp_path, monkeypatch
 ):
   config, whole = finished
@@ -228,7 +228,7 @@ def test_a_branch_takes_other_values(copied, capsys):
     (['--tokenizer', 'other.model'], "tokenizer is None .* 'other.model' now"),
   ],
 )
-def test_what_no_branch_can_start_from(copied, capsys, args, message):
+def test_changes_that_a_branch_cannot_make(copied, capsys, args, message):
   config, run = copied
   files = sorted(run.directory.parent.rglob('*'))
   with pytest.raises(SystemExit) as stop:
@@ -404,7 +404,7 @@ def test_a_save_that_fails_leaves_the_one_before(
   chex.assert_trees_all_equal(saved(run)[0], saved(whole)[0])
 
 
-def test_a_disk_that_is_full_elsewhere_tells_how_to_go_on(
+def test_an_error_of_a_full_disk_names_the_command_to_go_on(
   finished, monkeypatch, capsys
 ):
   config, run = finished
@@ -420,7 +420,7 @@ def test_a_disk_that_is_full_elsewhere_tells_how_to_go_on(
   assert advice.endswith(f'--run {run.directory} --resume')
 
 
-def test_evaluate_prints_what_the_run_printed(finished, capsys):
+def test_evaluate_prints_the_same_validation_as_the_run(finished, capsys):
   _, run = finished
   evaluate.main([str(run.directory), '--batches', '2'])
   assert validation(run) in capsys.readouterr().out

@@ -185,7 +185,7 @@ def test_a_run_that_has_just_begun_has_a_page(run):
 
 
 @pytest.mark.parametrize('missing', ['config_path', 'metrics_path'])
-def test_what_is_no_run_has_no_page(missing, run, capsys):
+def test_a_directory_without_a_run_has_no_page(missing, run, capsys):
   getattr(run, missing).unlink()
   with pytest.raises(SystemExit):
     report.main([str(run.directory)])

@@ -143,7 +143,7 @@ def test_prompts_longer_than_a_chunk(model, monkeypatch):
   assert step == [best(*model, row) for row in prompts]
 
 
-def test_a_reader_goes_on_from_what_it_knows(model, monkeypatch):
+def test_a_reader_goes_on_from_the_tokens_in_its_cache(model, monkeypatch):
   reader, sizes = Reader(*model), []
   extend = sample._extend
   monkeypatch.setattr(
@@ -175,7 +175,7 @@ def test_a_row_depends_on_no_other_row(model, directory):
   assert other != together
 
 
-def test_what_is_said_ends_before_a_stop_string(model, directory):
+def test_output_ends_before_a_stop_string(model, directory):
   tokenizer = load(directory)
   options = {'window': 64, 'num_tokens': 30, 'temperature': 0.0}
   prompts = ['The quick', 'dog']
@@ -235,7 +235,9 @@ def talk(monkeypatch, capsys, path, typed, *options):
   return capsys.readouterr().out
 
 
-def test_a_chat_is_the_conversation_read_anew(directory, monkeypatch, capsys):
+def test_a_chat_equals_reading_the_whole_conversation(
+  directory, monkeypatch, capsys
+):
   model = opened(directory)
   lines = ['Who jumps over the dog?', 'And then?', 'caf\u00e9']
   out = talk(
@@ -258,7 +260,7 @@ def test_a_chat_is_the_conversation_read_anew(directory, monkeypatch, capsys):
   assert out == expected and len(expected) > 30
 
 
-def test_a_chat_forgets_what_does_not_fit(directory, monkeypatch):
+def test_a_chat_forgets_messages_that_do_not_fit(directory, monkeypatch):
   model = opened(directory)._replace(window=48)
   seen, stream = [], sample.stream
 

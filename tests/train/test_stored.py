@@ -76,7 +76,7 @@ def test_evaluate_and_sample_read_them(finished, capsys):
 
 
 @pytest.mark.slow
-def test_the_model_reads_what_the_weights_stand_for(tmp_path):
+def test_the_model_reads_dequantized_weights(tmp_path):
   launch = command.parse([write_config(tmp_path), *INT8])
   config = launch.config
   stored = language_model(config).init(jax.random.key(0))

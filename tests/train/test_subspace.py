@@ -148,7 +148,7 @@ def test_packed_bases_have_numbers_too():
     optax.adam(0.1),
   ],
 )
-def test_what_follows_no_gradient_is_not_watched(tx):
+def test_bases_that_ignore_gradients_are_not_watched(tx):
   state = jax.eval_shape(subspace.watched(tx).init, gradients(0))
   assert subspace.health(state) == {}
 
@@ -227,7 +227,7 @@ def test_a_step_hands_them_on_at_refreshes():
     assert (noted[:2] < 1 + 1e-6).all()
 
 
-def test_what_has_no_subspace_says_nothing():
+def test_a_method_without_a_subspace_logs_nothing():
   config = dataclasses.replace(config_of(WholeTree()), optimizer=AdamW())
   init, one = step.build(config, language_model(config))
   shapes = jax.eval_shape(init, jax.random.key(0))

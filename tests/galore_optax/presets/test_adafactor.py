@@ -191,7 +191,7 @@ def test_axes_of_an_attention_kernel():
     np.testing.assert_allclose(flat(a['q'])['q'], b['q'], rtol=1e-6)
 
 
-def test_reset_starts_anew_at_a_refresh():
+def test_reset_restarts_moments_at_a_refresh():
   params = {k: jnp.float32(normal(0, s)) for k, s in SHAPES.items()}
   grads = [
     {k: jnp.float32(normal(t, s)) for k, s in SHAPES.items()} for t in range(4)

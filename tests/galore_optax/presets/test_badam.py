@@ -149,12 +149,12 @@ def test_a_fixed_block_is_adam_on_it_and_never_restarts():
 @pytest.mark.parametrize(
   ('order', 'first'), [('ascending', [1, 2, 0]), ('descending', [1, 0, 2])]
 )
-def test_a_cycle_starts_where_it_is_told(order, first):
+def test_a_cycle_starts_at_a_given_layer(order, first):
   turns = [int(layer_of_turn(t, 3, order, start=1)) for t in range(4)]
   assert turns == [*first, first[0]]
 
 
-def test_master_weights_keep_what_bfloat16_loses():
+def test_master_weights_keep_steps_that_bfloat16_loses():
   one = {'blocks': {'up': jnp.ones((2, 5, 7), jnp.bfloat16)}}
   grads = {'blocks': {'up': jnp.ones((8, 2, 5, 7), jnp.bfloat16)}}
   # The rate is a quarter of the spacing of bfloat16 numbers below one.
@@ -189,7 +189,7 @@ def test_a_state_made_from_shapes_is_as_good(order):
   )
 
 
-def test_it_refuses_what_is_no_stack():
+def test_it_refuses_bad_stacks_and_options():
   stacks = {'blocks': {'a': jnp.ones((2, 3)), 'b': jnp.ones((4, 3))}}
   with pytest.raises(ValueError, match='must match stacks'):
     badam(0.1).init(stacks)

@@ -233,7 +233,7 @@ def test_sgdm_inside_and_sgd_outside_converge_as_proved():
 
 
 @pytest.mark.parametrize('density', [0, 0.5, 1])
-def test_options_are_checked_whatever_the_density(density):
+def test_options_are_checked_for_every_density(density):
   with pytest.raises(ValueError, match='gap must be an integer'):
     frugal(0.1, density=density, gap=-1)
   injected = optax.inject_hyperparams(frugal, static_args=('gap',))
@@ -241,7 +241,7 @@ def test_options_are_checked_whatever_the_density(density):
     injected(0.1, density=density).init({'w': jnp.ones((5, 7))})
 
 
-def test_params_are_asked_for_where_they_decay():
+def test_params_are_required_only_for_decay():
   w = {'w': jnp.ones((5, 7))}
   tx = frugal(0.1)
   update, state = jax.jit(tx.update), tx.init(w)

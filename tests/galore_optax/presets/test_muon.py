@@ -177,7 +177,7 @@ def test_a_stack_is_muons_and_not_adams():
   assert np.all(sizes[:, RANK:] < 1e-9)
 
 
-def test_what_is_projected_is_muons_whatever_its_axes():
+def test_muon_trains_projected_leaves_of_any_axes():
   shapes = {'flat': (7, 11), 'heads': (7, 2, 5), 'lm_head': (7, 13)}
   shapes |= {'norm': (4, 7), 'spare': (9, 10)}
   muons = {'flat', 'heads', 'lm_head'}

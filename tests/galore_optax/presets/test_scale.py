@@ -153,7 +153,7 @@ def test_the_size_of_a_column_does_not_matter():
   chex.assert_trees_all_equal(update(scaled), update(g))
 
 
-def test_what_is_a_head():
+def test_which_leaf_is_the_head():
   assert heads({'unembed': {'kernel': 0}, 'wte': 0}) == [True, False]
   assert heads({'blocks': {'up': 0}, 'wte': 0}) == [False, True]
   # The first tree is a part of an untied model. In the second, another rule

@@ -85,7 +85,7 @@ def test_power_iteration_follows_a_moving_gradient():
     assert _energy(basis_rm, g_mn) > 0.99 * best
 
 
-def test_power_iteration_leaves_an_invariant_subspace_alone():
+def test_power_iteration_does_not_move_an_invariant_subspace():
   g_mn = _power_law()
   exact_rm = FIND(Svd(), g_mn, jnp.zeros((7, 29)), KEY)
   gauge_rr, _ = jnp.linalg.qr(jax.random.normal(KEY, (7, 7)))

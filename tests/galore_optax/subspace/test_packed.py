@@ -89,7 +89,7 @@ def test_a_basis_is_packed_when_it_is_found_and_stays(bits, side):
 
 
 @pytest.mark.slow
-def test_what_is_no_vector_is_not_packed():
+def test_only_basis_vectors_are_packed():
   lazy = Lazy(threshold=0.0, memory=1)
   trail = run(
     quantize_bases(galore(optax.sgd(0.1), rank=5, gap=1, subspace=lazy)), 6
