@@ -108,8 +108,8 @@ def test_jit_changes_nothing():
   for i in range(3):
     updates, state = update(gradients(i), state, w)
     want, want_state = tx.update(gradients(i), want_state, w)
-    # Without jit, operations are not fused and round differently, and Adam
-    # amplifies the difference.
+    # The tolerance allows for rounding, because operations are not fused
+    # without jit. Adam amplifies the difference.
     assert distance(updates, want) < units(1000)
 
 
@@ -122,8 +122,8 @@ def test_donated_state_is_used_up():
     used = jax.tree.leaves(state)
     updates, state = update(gradients(i), state, w)
     want, want_state = plain(gradients(i), want_state, w)
-    # XLA may fuse a donated buffer differently, and Adam amplifies the
-    # rounding.
+    # The tolerance allows for rounding, because XLA may fuse a donated buffer
+    # differently. Adam amplifies the difference.
     assert distance(updates, want) < units(1000)
     assert all(x.is_deleted() for x in used if x.ndim > 1)
 
@@ -179,5 +179,6 @@ def test_eight_devices_are_one(spec):
     g = jax.tree.map(lambda x: jnp.sin(x * (i + 2)), w)  # noqa: B023
     updates, state = update(put(g), state, put(w))
     want, want_state = update(g, want_state, w)
-    # Sums of up to 24 terms across devices have a different order.
+    # The tolerance allows for summing up to 24 terms across devices in a
+    # different order.
     assert distance(updates, want) < units(1000)

@@ -70,8 +70,8 @@ def test_without_gradients_updates_are_the_decay_of_optax(make_mask):
   ours = updates_of(galore(inner, rank=4, gap=2, scale=9.0), params, 7, zeros)
   want = updates_of(inner, params, 7, zeros)
   for (u, w), (u_want, w_want) in zip(ours, want, strict=True):
-    # Each step rounds three times: factor * w here, lr * (decay * w) in optax.
-    # Seven steps accumulate.
+    # The tolerance allows for three roundings in each of seven steps. The decay
+    # is computed as factor * w here, and as lr * (decay * w) in optax.
     assert_close((u, w), (u_want, w_want), operations=3 * 7)
   first, last = ours[0][0], ours[-1][0]
   assert not np.any(jax.tree.leaves(first)[0])  # the warm-up starts at zero
@@ -109,9 +109,9 @@ def test_a_whole_trajectory_with_decay_follows_float64(dtype):
       lr = LR * min(t / 4, 1)
       u = -lr * (0.25 * u + 0.3 * mask[name]['kernel'] * w)
       got = np.asarray(updates[name]['kernel'], np.float64)
-      # In float32, 1 - 0.999^t has an error of 2e-5. Entries that cancel lose
-      # more, so errors are relative to the largest entry. A bfloat16 result is
-      # rounded once more.
+      # The tolerance allows for an error of 2e-5 in 1 - 0.999^t, which is
+      # computed in float32. Entries that cancel lose more, so errors are
+      # relative to the largest entry. A bfloat16 result is rounded once more.
       atol = 2e-5 + (dtype == jnp.bfloat16) * units(0.5, dtype)
       atol *= np.abs(u).max()
       np.testing.assert_allclose(got, u, rtol=0, atol=atol)
@@ -132,7 +132,7 @@ def test_decay_is_not_scaled():
 
   one, other = first_update(1.0), first_update(0.01)
   jax.tree.map(np.testing.assert_array_equal, one, other)
-  # Both multiply three numbers, in a different order.
+  # The tolerance allows for multiplying the three numbers in a different order.
   assert_close(
     one['up']['kernel'], -0.05 * params['up']['kernel'], operations=3
   )
@@ -144,8 +144,9 @@ def test_an_inner_that_reads_no_params_needs_none():
   bad = jax.tree.map(lambda x: jnp.nan * x, params)
   with_params, with_bad = (step(params, state, x)[0] for x in (params, bad))
   jax.tree.map(np.testing.assert_array_equal, with_params, with_bad)
-  # Without params the program is a different one. It has one decomposition and
-  # sums of up to 17 terms. Adam's first update is a sign of any gradient size.
+  # The tolerance allows for a different program without params, with one
+  # decomposition and sums of up to 17 terms. Adam's first update is a sign, for
+  # gradients of any size.
   assert_close(step(params, state)[0], with_params, operations=20)
 
 
@@ -215,7 +216,7 @@ def test_an_unprojected_leaf_may_have_any_inner():
   )
   updates = step(tx, ones_of(params), params)
   want = step(optax.lamb(LR), jnp.ones(9), params['bias'])
-  # Two programs compute norms of nine terms.
+  # The tolerance allows for norms of nine terms in two programs.
   assert_close(updates['bias'], want, operations=9)
 
 
@@ -228,7 +229,8 @@ def test_a_traced_learning_rate_is_no_obstacle():
 
   rates = jnp.array([0.1, 0.2])
   one, two = jax.jit(jax.vmap(first_update))(rates)
-  # A few products are rounded, and sums of two terms may cancel.
+  # The tolerance allows for rounding a few products, and for sums of two terms
+  # that may cancel.
   assert_close(two, 2 * one, operations=10)
 
 

@@ -108,8 +108,9 @@ def test_schedules_are_the_numbers_of_each_step(preset):
     numbers = {name: f(i) for name, f in schedules.items()}
     want, _ = by_hand(numbers, tree(10 + i), state.inner_state)
     updates, state = step(tree(10 + i), state, params)
-    # b2 is a Python number in one and a float32 array in the other, so 1 - b2
-    # and nu differ by 5e-5. An 8-bit code may then round differently.
+    # The tolerance allows for b2 being a Python number in one and a float32
+    # array in the other. Therefore, 1 - b2 and nu differ by 5e-5, and an 8-bit
+    # code may round differently.
     chex.assert_trees_all_close(updates, want, rtol=1e-3, atol=1e-5)
     for name, number in numbers.items():
       np.testing.assert_allclose(state.hyperparams[name], number, rtol=1e-6)

@@ -86,7 +86,8 @@ def test_an_inner_sees_the_projected_gradients_and_no_more(name):
       'tall': 0.5 * u['tall'].T @ q,
       'bias': u['bias'],
     }
-    # Each side has one more float32 product, in a different order.
+    # The tolerance allows for one more float32 product on each side, in a
+    # different order.
     chex.assert_trees_all_close(ours, want, rtol=1e-4, atol=1e-5)
   assert not isinstance(state.basis['wide'], optax.MaskedNode)
   chex.assert_trees_all_close(state.inner, low_state, rtol=1e-4, atol=1e-5)
@@ -129,7 +130,8 @@ def test_decay_of_an_inner_is_that_of_the_whole_weight(name):
     jnp.subtract, by_hand(g, whole, params)[0], by_hand(g, whole, zeros)[0]
   )
   assert np.any(want['wide'])
-  # Both are differences of float32 updates of order one.
+  # The tolerance allows for rounding in differences of float32 updates of order
+  # one.
   chex.assert_trees_all_close(ours, want, atol=1e-6)
 
 

@@ -80,12 +80,12 @@ def check_chains(library, chain):
   want = RAW(
     optax.scale(2.0), stage(RAW(optax.sgd(0.5), optax.scale(0.5)))
   )  # fmt: skip
-  # Two programs sum up to seven terms.
+  # The tolerance allows for sums of up to seven terms in two programs.
   assert_close(first_update(line), first_update(want), operations=20)
   line = chain(stage(optax.sgd(0.5)), optax.scale(0.5))
   assert type(line).__name__ == 'Galore'
   updates = first_update(chain(optax.sgd(1.0), optax.scale(0.5)))
-  # XLA computes a sine to a few ulps.
+  # The tolerance allows for a sine, which XLA computes to a few ulps.
   want = -0.5 * np.sin(np.float64(params()['b']))
   assert_close(updates['b'], want, operations=10)
 

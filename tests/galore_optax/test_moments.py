@@ -35,7 +35,7 @@ def test_keep_leaves_the_inner_state_to_the_inner():
   # mu only decays and adds the gradient in the new basis.
   g = tree(12)['w']
   want = 0.9 * second.inner[0].mu['w'] + 0.1 * third.basis['w'] @ g
-  # The product sums seven terms.
+  # The tolerance allows for rounding in sums of seven terms.
   assert_close(adam.mu['w'], want, operations=10)
   assert np.any(first.basis['w'] != third.basis['w'])
 
@@ -55,7 +55,7 @@ def test_reset_restarts_only_projected_leaves():
     assert [int(s[2].count) for s in group] == [1, 2, 3]
   g = tree(12)
   mu = low[2][0].mu
-  # The product sums seven terms.
+  # The tolerance allows for rounding in sums of seven terms.
   want = 0.1 * trail[2].basis['w'] @ g['w']
   assert_close(mu['w'], want, operations=10)
   want = 0.9 * rest[1][0].mu['b'] + 0.1 * g['b']
@@ -73,7 +73,7 @@ def test_reset_leaves_other_leaves_on_their_own_trajectory():
     g = tree(10 + i)
     ours, state = step(g, state, params)
     want, alone = step_alone(g['b'], alone)
-    # Two programs run five steps of Adam.
+    # The tolerance allows for five steps of Adam in two programs.
     assert_close(ours['b'], want, operations=50)
 
 
@@ -109,8 +109,8 @@ def test_after_a_reset_the_projected_updates_are_those_of_a_first_step(name):
   first = fresh.init(params)._replace(count=state.count, basis=state.basis)
   want, _ = jax.jit(fresh.update)(g, first, params)
   for name in ('w', 'stack'):
-    # The programs differ, and inner optimizers amplify the rounding of entries
-    # that nearly cancel.
+    # The tolerance allows for different programs. Inner optimizers amplify the
+    # rounding of entries that nearly cancel.
     assert distance(after_reset[name], want[name]) < units(1000)
 
 

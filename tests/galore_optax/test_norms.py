@@ -82,11 +82,12 @@ def test_a_layerwise_step_takes_none_either(clip, without_library_norms):
 def test_a_norm_is_the_root_of_a_sum_of_squares():
   x = normal((3, 5, 7))
   want = np.linalg.norm(x, axis=(1, 2), keepdims=True)
-  # The norm has 35 terms, each rounded to 6e-8 of itself.
+  # The tolerance allows for 35 terms, each rounded to 6e-8 of itself.
   np.testing.assert_allclose(norm(jnp.float32(x), (-2, -1)), want, rtol=4e-6)
   low = norm(jnp.asarray(x, jnp.bfloat16), (-2, -1))
   assert low.dtype == jnp.float32
-  # bfloat16 has 8 significant bits.
+  # The tolerance allows for rounding entries to the 8 significant bits of
+  # bfloat16.
   np.testing.assert_allclose(low, want, rtol=2**-8)
 
 
@@ -114,7 +115,7 @@ def test_clipping_float32_gradients_is_optaxs(max_norm):
   )
   updates, state = jax.jit(ours.update)(g, ours.init(g))
   want_updates, want_state = jax.jit(want.update)(g, want.init(g))
-  # Two programs compute a norm of 38 squares.
+  # The tolerance allows for a norm of 38 squares in two programs.
   assert_close(updates, want_updates, operations=38)
   assert jax.tree.structure(state) == jax.tree.structure(want_state)
 

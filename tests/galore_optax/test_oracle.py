@@ -58,10 +58,10 @@ def test_the_longer_side_is_that_of_optax(monkeypatch):
     updates, state = step(g, state)
     want, want_state = want_step(g, want_state)
     for name, update in updates.items():
-      # The two float32 decompositions differ, because optax decomposes the
-      # transpose. The error of a singular vector is eps divided by its distance
-      # from the next singular value, and Adam amplifies entries that nearly
-      # cancel.
+      # The tolerance allows for different float32 decompositions, because optax
+      # decomposes the transpose. The error of a singular vector is eps divided
+      # by its distance from the next singular value, and Adam amplifies entries
+      # that nearly cancel.
       assert distance(update, want[name]) < 1e-3
   for name in ('tall', 'wide'):
     basis, projector = state.basis[name], want_state.projector[name]

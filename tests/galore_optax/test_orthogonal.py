@@ -88,7 +88,7 @@ def test_a_stack_is_a_loop_over_its_matrices(shape):
   x = normal32(shape)
   flat = x.reshape(-1, *shape[-2:])
   want = jnp.stack([orthogonalise(one) for one in flat]).reshape(shape)
-  # A product of one matrix and a batched product may sum in a different order.
+  # The tolerance allows for a batched product that sums in a different order.
   np.testing.assert_allclose(orthogonalise(x), want, atol=ROUNDING)
 
 
@@ -103,7 +103,8 @@ def test_the_dtype_comes_back_and_float32_is_used(dtype):
   x = normal32((5, 7)).astype(dtype)
   found = orthogonalise(x)
   assert found.dtype == dtype
-  # The result is rounded once, by at most half a unit in the last of 8 bits.
+  # The tolerance allows for rounding the result once, by at most half a unit in
+  # the last of 8 bits.
   tolerance = 2**-8 if dtype == jnp.bfloat16 else ROUNDING
   np.testing.assert_allclose(
     np.float64(found), oracle(x), rtol=tolerance, atol=ROUNDING
@@ -113,7 +114,7 @@ def test_the_dtype_comes_back_and_float32_is_used(dtype):
 def test_in_float64_it_is_exact():
   with jax.enable_x64(True):
     x = MATRICES['condition number 1e6']
-    # Rounding errors are 1e-16 instead of 6e-8.
+    # In float64, rounding errors are 1e-16 instead of 6e-8.
     assert distance(orthogonalise(jnp.asarray(x)), oracle(x)) < 1e-12
 
 
@@ -139,7 +140,7 @@ def test_polynomials_act_on_singular_values_in_order():
   for a, b, c in rules:
     want = a * want + b * want**3 + c * want**5
   found = apply_polynomials(x, rules)
-  # Four polynomials round about ten times each.
+  # The tolerance allows for four polynomials of about ten roundings.
   np.testing.assert_allclose(np.diagonal(found), want, rtol=units(40))
 
 
@@ -195,7 +196,8 @@ def test_a_trajectory_is_optaxs(shape):
     want_updates, want_state = want_step(g, want_state)
     chex.assert_trees_all_close(updates, want_updates, atol=2 * ROUNDING)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, want_state)
-    # The momentum is rounded once; compilers contract its sum differently.
+    # The tolerance allows for rounding the momentum once; compilers contract
+    # its sum differently.
     chex.assert_trees_all_close(state, want_state, rtol=1e-6, atol=1e-7)
 
 

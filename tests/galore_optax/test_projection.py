@@ -80,7 +80,8 @@ def test_project_and_unproject(sides, batch):
   want = left @ g @ right.T
   # With one side, the low-rank matrix is [..., r, n] for either side.
   want = want.swapaxes(-2, -1) if sides == (lib.COLUMNS,) else want
-  # One or two products, and later their transposes, sum up to 11 terms each.
+  # The tolerance allows for sums of up to 11 terms in one or two products, and
+  # later in their transposes.
   assert_close(low, want, operations=22)
   whole = p.unproject(low, basis)
   assert_close(whole, left.T @ (left @ g @ right.T) @ right, operations=44)

@@ -42,8 +42,8 @@ def test_the_sign_has_the_learning_rate_of_the_step(name):
   for t in range(steps):
     moved = (w[t + 1] - w[t])[out]
     want = -t / 16 * np.sign(grads['w'][t])[out]
-    # Adam's update for a sign is that sign, except for eps and the rounding of
-    # 1 - b2.
+    # Adam's update for a sign is that sign. The tolerance allows for eps and
+    # the rounding of 1 - b2.
     np.testing.assert_allclose(moved, want, rtol=2e-5, atol=1e-7)
   alone, _ = trajectory(INNERS[name](), W, grads)
   np.testing.assert_allclose(weights['b'], alone['b'], rtol=1e-6, atol=1e-7)
@@ -67,7 +67,7 @@ def test_density_one_is_the_inner_and_zero_the_rule(residual):
   none, states = trajectory(frugal(LR, density=0.0, **options), W, grads)
   for name in W:
     np.testing.assert_array_equal(one[name], want[name])
-  # XLA fuses the program differently, which costs an ulp.
+  # The tolerance allows for one ulp, because XLA fuses the program differently.
   np.testing.assert_allclose(none['b'], want['b'], rtol=1e-6)
   rule = np.sign if residual == 'sign' else np.asarray
   w = np.zeros((6, 9), np.float32)

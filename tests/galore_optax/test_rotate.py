@@ -36,8 +36,8 @@ def test_momentum_does_not_depend_on_the_gauge(side, gap):
   inner = optax.sgd(0.1, momentum=0.9)
   run = lambda **options: _run(inner, gap=gap, side=side, **options)[0]
   rotated = run(moments='rotate')
-  # Each of eight steps has two sums of up to 19 terms; there are three
-  # rotations.
+  # The tolerance allows for rounding in eight steps with two sums of up to 19
+  # terms each, and in three rotations.
   found = run(moments='rotate', subspace=Gauge())
   assert_close(found, rotated, operations=8 * 2 * 19)
   kept = run(moments='keep', subspace=Gauge())
@@ -59,7 +59,7 @@ def test_the_second_moment_follows_its_variance():
   low = np.float64(after.basis['t']) @ np.float64(GRADS[gap]['t']).T
   expected_m = b1 * (c @ m) + (1 - b1) * low
   expected_v = b2 * v + (1 - b2) * low**2
-  # Float32 sums have eight terms.
+  # The tolerance allows for float32 sums of eight terms.
   np.testing.assert_allclose(after.inner.mu['t'], expected_m, atol=1e-6)
   np.testing.assert_allclose(after.inner.nu['t'], expected_v, atol=1e-6)
 
@@ -86,7 +86,8 @@ def test_nothing_moves_when_the_basis_stays():
   largest = max(np.linalg.norm(g, axis=-1).max() for g in grads[0].values())
   for moments in ('keep', 'rotate'):
     updates, _ = _run(inner, grads, gap=2, moments=moments)
-    # Two refreshes have sums of up to 17 terms each.
+    # The tolerance allows for two refreshes with sums of up to 17 terms each,
+    # and for the division by eps.
     assert_close(updates, expected, operations=2 * 17 * largest / eps)
 
 

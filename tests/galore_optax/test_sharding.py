@@ -149,12 +149,12 @@ def check_one_device(name, layout, kind, shapes, *, jit=True):
       grads = [put(g, layout, mesh) for g in grads]
       ours = run(tx, put(start, layout, mesh), grads, jit=jit)
   if name in CODES:
-    # Scales are float32, and a value half-way between two codes may round to
-    # either. About one entry in a thousand may be off by a hundredth of its
-    # update.
+    # The tolerance allows for float32 scales, and for values half-way between
+    # two codes, which may round to either. About one entry in a thousand may be
+    # off by a hundredth of its update.
     assert distance(ours, want) < 1e-4
   else:
-    # Sums across devices have a different order.
+    # The tolerance allows for summing across devices in a different order.
     chex.assert_trees_all_close(ours, want, rtol=0, atol=1e-12)
 
 
@@ -215,13 +215,15 @@ def test_a_layerwise_step_on_a_mesh_is_that_of_one_device(way, layout, kind):
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(ours[1]))
     specs = lambda tree: [x.sharding.spec for x in jax.tree.leaves(tree)]
     assert specs(ours[0]) == specs(put(params, layout, mesh))
-  # Sums across devices have a different order. If gradients are clipped, norms
-  # are float32, and a value half-way between two codes may round to either.
+  # The tolerance allows for summing across devices in a different order. If
+  # gradients are clipped, norms are float32, and a value half-way between two
+  # codes may round to either.
   if way == 'clipped':
     assert distance(ours[0], want[0]) < 1e-4
   else:
     chex.assert_trees_all_close(ours[0], want[0], rtol=0, atol=1e-11)
-  # Norms are float32 sums of three thousand squares, whose errors average out.
+  # The tolerance allows for norms that are float32 sums of three thousand
+  # squares, whose errors average out.
   chex.assert_trees_all_close(ours[1], want[1], rtol=units(100))
 
 

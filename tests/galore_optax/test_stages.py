@@ -61,9 +61,9 @@ def test_an_update_is_its_stages(name):
   whole = jax.jit(update)
   for i in range(3):
     want, after = whole(gradients(i), state)
-    # Projection is linear, so a sum of projections replaces the gradient. It is
-    # rounded once more, and Adam amplifies the rounding of entries that nearly
-    # cancel.
+    # Projection is linear, so a sum of projections replaces the gradient. The
+    # tolerance allows for one more rounding, which Adam amplifies for entries
+    # that nearly cancel.
     got, _ = of_projections(gradients(i), state)
     assert distance(got, want) < units(1000)
     state = after

@@ -19,8 +19,9 @@ from tests.galore_optax.program import each, normal32
 from tests.rounding import assert_close, assert_same_program, distance, units
 
 OPTIONS = {'rank': 3, 'gap': 2}
-# A program with other leaves sums up to 13 terms in a different order in each
-# of four steps. Adam amplifies the rounding of entries that nearly cancel.
+# Tolerance for a program with other leaves, which sums up to 13 terms in a
+# different order in each of four steps. Adam amplifies the rounding of entries
+# that nearly cancel.
 ANOTHER_PROGRAM = units(4 * 13 * 10)
 
 
@@ -63,7 +64,8 @@ def test_partition():
   part, _ = run(direct(), params={k: tree()[k] for k in 'wb'})
   for ours, want in zip(trail, part, strict=True):
     assert distance({k: ours[k] for k in 'wb'}, want) < ANOTHER_PROGRAM
-  # The update has two products, and a sine that XLA computes to a few ulps.
+  # The tolerance allows for two products, and for a sine that XLA computes to a
+  # few ulps.
   want = -0.5 * np.sin(3 * np.float64(tree()['v']))
   assert_close(trail[0]['v'], want, operations=10)
 
@@ -99,7 +101,8 @@ def test_MultiSteps():
     mean = jax.tree.map(lambda x, y: (x + y) / 2, one, two)
     want, want_state = want_step(mean, want_state, params)
     assert not np.any(nothing['w'])
-    # A running mean rounds differently from the mean of both gradients.
+    # The tolerance allows for a running mean, which rounds differently from the
+    # mean of both gradients.
     assert distance(ours, want) < ANOTHER_PROGRAM
   assert int(state.inner_opt_state.count) == 3
 

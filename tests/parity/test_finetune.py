@@ -79,7 +79,7 @@ def test_transformers_loads_a_fine_tuned_model(tmp_path, name):
     'positions': np.arange(tokens_BT.shape[1], dtype=np.int32)[None],
     'segments': np.ones_like(tokens_BT),
   }
-  # Float32 sums are taken in different orders.
+  # The tolerance allows for float32 sums in a different order.
   np.testing.assert_allclose(
     ours.layers.logits(ours.params, batch), expected, atol=1e-4
   )

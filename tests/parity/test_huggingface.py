@@ -114,7 +114,7 @@ def test_logits_and_gradients_equal(kind, tmp_path):
   theirs = {name: x.grad.numpy() for name, x in reference.named_parameters()}
   assert sorted(ours) == sorted(theirs)
   for name, gradient in theirs.items():
-    # Float32 sums are taken in different orders.
+    # The tolerance allows for float32 sums in a different order.
     atol = 2e-5 * np.abs(gradient).max()
     np.testing.assert_allclose(ours[name], gradient, rtol=0, atol=atol)
 

@@ -78,8 +78,8 @@ def _batch(config):
 
 
 def _assert_close(actual, expected):
-  # Float32 sums are taken in different orders. The measured difference is 5e-6
-  # of the largest entry.
+  # The tolerance allows for float32 sums in a different order. The measured
+  # difference is 5e-6 of the largest entry.
   scale = np.abs(expected).max()
   np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * scale)
 

@@ -76,7 +76,8 @@ def test_peft_reads_our_adapter(targets, tmp_path):
   expected = _logits(theirs.eval())
   assert np.abs(expected - plain).max() > 0.1
   found = _logits_of_ours(config, params, adapter)
-  # Float32 sums are taken in different orders; logits are about 1.
+  # The tolerance allows for float32 sums in a different order; logits are about
+  # 1.
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
   # The merged weights equal those of PEFT, also after transformers has read

@@ -23,7 +23,8 @@ def reference_map(code):
 @pytest.mark.parametrize('code', ['signed', 'unsigned'])
 def test_maps_are_equal(code):
   ours = dynamic_map(code)
-  # The reference scales fractions in float32; we round once from float64.
+  # The tolerance allows for the reference, which scales fractions in float32.
+  # We round once from float64.
   np.testing.assert_allclose(ours, reference_map(code).numpy(), rtol=3e-7)
 
 

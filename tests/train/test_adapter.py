@@ -143,8 +143,9 @@ def test_layer_by_layer_is_the_whole_tree(adapter):
   config = changed(adapter=adapter, microbatches=2)
   whole, expected = run(config)
   layers, found = run(dataclasses.replace(config, update=LAYERWISE))
-  # Adam divides by the root of the second moment, which amplifies rounding
-  # where gradients are smallest. There are three steps of 0.05 each.
+  # The tolerance allows for Adam's division by the root of the second moment,
+  # which amplifies rounding where gradients are smallest. There are three steps
+  # of 0.05 each.
   chex.assert_trees_all_close(layers.params, whole.params, rtol=0, atol=2e-4)
   for name in ('loss', 'grad_norm'):
     np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
@@ -197,7 +198,8 @@ def test_lomo_and_lora_add_up():
   sgd = jax.tree.map(lambda w, g: w - rate * g, start_at, grads)
   got, want = by_role(both.params), by_role(sgd)
   for role in ('beneath', 'rest'):
-    # The updates are about 0.1 and computed in a different order.
+    # The tolerance allows for updates of about 0.1 that are computed in a
+    # different order.
     chex.assert_trees_all_close(got[role], want[role], rtol=1e-5, atol=1e-6)
 
   # The factors must be updated as by LoRA without LOMO, from the same weights
@@ -235,8 +237,8 @@ def test_a_merge_keeps_the_function_and_restarts_the_factors(update):
     by_role(before.params)['rest'], by_role(after.params)['rest']
   )
   expected = layers.logits(before.params, example(9))
-  # Compares x W + (x A) B with x (W + A B) in float32. Each sums tens of
-  # products up to 10.
+  # The tolerance allows for float32 rounding in x W + (x A) B and x (W + A B).
+  # Each sums tens of products up to 10.
   np.testing.assert_allclose(
     layers.logits(after.params, example(9)), expected, rtol=0, atol=1e-4
   )

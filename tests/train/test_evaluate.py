@@ -64,7 +64,8 @@ def test_likelihoods_do_not_depend_on_the_batch(model):
   ]
   found_n = evaluate.log_likelihoods(model, pairs, 64, batch_size=2)
   expected_n = [np.sum(log_p(model, ids)[-n:]) for ids, n in pairs]
-  # Float32 sums of up to 64 terms have a different order.
+  # The tolerance allows for float32 sums of up to 64 terms in a different
+  # order.
   np.testing.assert_allclose(found_n, expected_n, rtol=1e-5)
 
 

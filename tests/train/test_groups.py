@@ -123,8 +123,8 @@ def test_every_method_has_groups(optimizer):
     trained(dataclasses.replace(config, update=update))[1].params
     for update in (config.update, Layerwise())
   )
-  # Gradients are summed in a different order, and Adam divides by their
-  # magnitude.
+  # The tolerance allows for summing gradients in a different order, before Adam
+  # divides by their magnitude.
   chex.assert_trees_all_close(whole, layerwise, rtol=1e-3, atol=1e-3)
 
 
@@ -142,8 +142,8 @@ def test_factors_have_groups_of_their_own():
     np.abs(state.params['blocks']['attention']['q']['lora_b']).max()
     for state in (plain, fast)
   ]
-  # B is zero at first, and the warm-up starts at a rate of zero. B thus equals
-  # its update of the second step.
+  # B is zero at first, and the warm-up starts at a rate of zero. After two
+  # steps, B therefore equals the second update.
   np.testing.assert_allclose(steps[1], 16 * steps[0], rtol=1e-4)
   chex.assert_trees_all_equal(first['embed'], fast.params['embed'])
   beneath = dataclasses.replace(config, groups=(Group('embed/.*', 2.0),))

@@ -99,7 +99,8 @@ def test_other_steps_are_the_same_on_a_mesh(config, tmp_path, options):
   rank = ('--optimizer.rank', '4')
   one = prepared(config, tmp_path / 'one', *options, *rank)
   many = prepared(config, tmp_path / 'many', *options, *rank, *GRIDS['mixed'])
-  # The run has two refreshes by a finder that amplifies rounding errors.
+  # The run has two refreshes by a finder that amplifies rounding errors, which
+  # the tolerance allows for.
   expected, _ = trained(one, 8)
   np.testing.assert_allclose(trained(many, 8)[0], expected, rtol=1e-3)
 
@@ -128,7 +129,7 @@ def test_projected_sums_train_as_whole_ones(config, tmp_path, options):
     many = prepared(config, tmp_path / name, *options, *grid)
     assert 'sums projected gradients' in step.traffic(many.config)
     found, state = trained(many, 12)
-    # Sums across devices have a different order.
+    # The tolerance allows for summing across devices in a different order.
     np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=name)
     places = jax.tree.map(lambda x: x.sharding, state)
     jax.tree.map(assert_equivalent, state, places, many.places)

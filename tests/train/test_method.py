@@ -118,8 +118,8 @@ def test_optax_galore_is_optax_galore_with_a_state_that_can_be_saved():
   options = {'rank': 3, 'update_proj_gap': 2, 'weight_decay': 0.1}
   ours, state = updates(OptaxGalore(**options).build(schedule))
   theirs, other = updates(optax.contrib.galore(schedule, **options))
-  # Two compiled programs may contract multiplications and additions
-  # differently.
+  # The tolerance allows for two compiled programs that contract multiplications
+  # and additions differently.
   chex.assert_trees_all_close(ours, theirs, rtol=0, atol=1e-6)
   assert all(leaf.size for leaf in jax.tree.leaves(state))
   assert not all(leaf.size for leaf in jax.tree.leaves(other))

@@ -70,7 +70,7 @@ def test_loss_is_the_mean_over_scored_tokens():
   mean = lambda params: loss(params, batch)[1]['nll'] / tokens
   expected, gradient = jax.value_and_grad(mean)(params)
   _, metrics = run(optax.sgd(0.1))
-  # Two sums of 54 float32 numbers have different orders.
+  # The tolerance allows for sums of 54 float32 numbers in different orders.
   np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-6)
   np.testing.assert_allclose(
     metrics['grad_norm'], optax.tree.norm(gradient), rtol=1e-6
@@ -86,7 +86,8 @@ def test_loss_is_the_mean_over_scored_tokens():
 def test_microbatches_change_nothing(microbatches):
   whole, expected = run(optax.sgd(1.0))
   parts, metrics = run(optax.sgd(1.0), microbatches=microbatches)
-  # The gradient's float32 sum has a different order; its entries are up to 3.
+  # The tolerance allows for a gradient whose float32 sum has a different order.
+  # Its entries are up to 3.
   chex.assert_trees_all_close(parts.params, whole.params, rtol=0, atol=1e-6)
   chex.assert_trees_all_close(metrics, expected, rtol=1e-6)
 
@@ -161,7 +162,8 @@ def test_clipping_acts_before_the_optimizer():
   clipped = optax.chain(optax.clip_by_global_norm(1e-2), optax.sgd(1.0))
   after, metrics = run(clipped)
   change = jax.tree.map(jnp.subtract, after.params, weights())
-  # The parameters are near 1, so changes of about 1e-3 have an error of 1e-7.
+  # The parameters are near 1, so changes of about 1e-3 have a rounding error of
+  # 1e-7.
   np.testing.assert_allclose(optax.tree.norm(change), 1e-2, rtol=1e-4)
   assert metrics['grad_norm'] > 0.1
 

@@ -60,7 +60,7 @@ def check(noted, others, new, old, g):
     g: gradients [k, m, n].
   """
   for i, g_mn in enumerate(g):
-    # The recorded numbers are float32 sums.
+    # The tolerance allows for float32 sums.
     numbers = expected(g_mn, new[i], old[i])
     np.testing.assert_allclose(noted[:2, i], numbers, rtol=1e-5)
   assert (noted[2] == others).all()
@@ -135,7 +135,7 @@ def test_packed_bases_have_numbers_too():
     subspace.health(states(subspace.watched(x), 2)[-1])['w']
     for x in (tx, exact)
   )
-  # Each element of the basis has 8 bits.
+  # The tolerance allows for 8 bits per element of the basis.
   np.testing.assert_allclose(found, like, atol=0.03)
 
 

@@ -37,10 +37,12 @@ def test_parts_are_one_large_batch_over_three_refreshes(microbatches):
   step = layerwise(model, tx, accumulate=3, microbatches=microbatches)
   parts, state, metrics = run(step, **options)
   whole, _, expected = run(layerwise(model, tx), **options)
-  # Gradients are summed over examples in a different order.
+  # The tolerance allows for summing gradients over examples in a different
+  # order.
   chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-6)
   for name in ('loss', 'nll'):
-    # The losses are sums over 84 tokens, after six steps through three layers.
+    # The tolerance allows for rounding in sums over 84 tokens, after six steps
+    # through three layers.
     np.testing.assert_allclose(metrics[name], expected[name], rtol=units(84))
   # The norm excludes gradient components outside the subspaces.
   norm = metrics['projected_grad_norm']
@@ -105,8 +107,9 @@ def test_a_refresh_sees_the_first_part():
   for name in ('blocks/u', 'blocks/w'):
     basis = state.inner[name].basis['blocks'][name[-1]]
     want = expected.inner[name].basis['blocks'][name[-1]]
-    # Two programs decompose the same matrix. The error of a singular vector is
-    # eps divided by its distance from the next singular value.
+    # The tolerance allows for two programs that decompose the same matrix. The
+    # error of a singular vector is eps divided by its distance from the next
+    # singular value.
     np.testing.assert_allclose(basis, want, atol=units(1000))
 
 
@@ -122,7 +125,8 @@ def test_clips_by_the_norm_of_what_is_summed():
   free, _, _ = run(layerwise(model, seed_rule(), accumulate=3), **options)
   start = make_params()
   expected = jax.tree.map(lambda p, q: p + factor * (q - p), start, free)
-  # The first step of SGD is linear in the gradient, so clipping scales it.
+  # The first step of SGD is linear in the gradient, so clipping the gradient
+  # scales the update.
   chex.assert_trees_all_close(clipped, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -146,14 +150,14 @@ def test_quantized_bases_and_slices_and_bfloat16_sums():
   grads = jax.grad(model, has_aux=True)(params, batch)[0]
   updates, _ = tx.apply(tx.project(grads, state), state, params)
   expected = optax.apply_updates(params, updates)
-  # Gradients are summed over examples in a different order, and multiplied by
-  # 8-bit bases.
+  # The tolerance allows for summing gradients over examples in a different
+  # order, and for products with 8-bit bases.
   chex.assert_trees_all_close(whole, expected, rtol=1e-4, atol=1e-5)
   rounded, _, _ = run(
     layerwise(model, tx, accumulate=3, sums_dtype=jnp.bfloat16), **options
   )
-  # Sums in bfloat16 round three times, by 2^-8 each. The gradient is below 1
-  # and the learning rate is 0.1.
+  # The tolerance allows for three bfloat16 roundings of 2^-8 each. The gradient
+  # is below 1 and the learning rate is 0.1.
   chex.assert_trees_all_close(rounded, expected, atol=3 * 2**-8 * 0.1)
   with pytest.raises(AssertionError):
     chex.assert_trees_all_close(rounded, expected, atol=1e-6)

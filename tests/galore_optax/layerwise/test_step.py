@@ -36,7 +36,8 @@ STEPS = 3 * (SUMS / 10 + 1)
 
 
 def test_equals_the_whole_tree_step():
-  # Momentum is linear in the gradient, so rounding errors do not grow.
+  # The inner optimizer has momentum, which is linear in the gradient, so
+  # rounding errors do not grow.
   model, tx = Residual(), optax.sgd(0.1, momentum=0.9)
   params, state, metrics = run(layerwise(model, tx))
   whole, expected = run_whole_tree(model, tx)
@@ -53,8 +54,8 @@ def test_galore_equals_the_whole_tree_step():
   basis = state.inner['blocks/w'].basis['blocks']['w']
   assert basis.shape == (L, 3, D)
   whole, _ = run_whole_tree(model, tx, steps=5)
-  # The layer-wise step decomposes single matrices and the whole-tree step a
-  # stack, which rounds differently.
+  # The tolerance allows for decompositions that round differently: the
+  # layer-wise step decomposes single matrices, the whole-tree step a stack.
   chex.assert_trees_all_close(params, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -62,8 +63,9 @@ def test_adamw_equals_the_whole_tree_step():
   model, tx = Residual(tied=True), optax.adamw(0.01)
   params, _, _ = run(layerwise(model, tx))
   whole, _ = run_whole_tree(model, tx)
-  # XLA fuses multiplications and additions differently in the two programs. The
-  # two gradients of the tied embedding are also added in a different order.
+  # The tolerance allows for different fusion of multiplications and additions
+  # in the two programs. The two gradients of the tied embedding are also added
+  # in a different order.
   chex.assert_trees_all_close(params, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -74,8 +76,8 @@ def test_clips_by_the_norm_of_the_whole_gradient():
     step = layerwise(model, optax.sgd(0.1), clip_norm=bound, clip=clip)
     params, _, metrics = run(step, steps=1)
     assert metrics['grad_norm'] > bound
-    # The squared norm is summed leaf by leaf and layer by layer. The update is
-    # a hundredth of the weights.
+    # The tolerance allows for rounding in the squared norm, which is summed
+    # leaf by leaf and layer by layer. The update is a hundredth of the weights.
     assert_close(params, whole, operations=SUMS / 100 + 1)
 
 
@@ -90,8 +92,8 @@ def test_previous_norm_is_that_of_the_step_before():
   grads = jax.grad(model, has_aux=True)(start, batch)[0]
   factor = clip_coefficient(metrics['grad_norm'], bound)
   expected = jax.tree.map(lambda p, g: p - 0.1 * factor * g, start, grads)
-  # The expected value is computed outside of the step's program, which XLA
-  # fuses differently.
+  # The tolerance allows for rounding: the expected value is not computed within
+  # the program of the step, so XLA fuses it differently.
   chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -107,8 +109,8 @@ def test_microbatches_are_one_large_batch_over_three_refreshes():
   model, tx = Residual(), galore_rule()
   three = run(layerwise(model, tx, microbatches=3), steps=6, examples=12)
   whole = run(layerwise(model, tx), steps=6, examples=12)
-  # Gradients are summed over examples in a different order, before each of
-  # three decompositions.
+  # The tolerance allows for summing gradients over examples in a different
+  # order, before each of three decompositions.
   chex.assert_trees_all_close(three[0], whole[0], rtol=1e-5, atol=1e-6)
   for name in ('loss', 'nll'):
     assert_close(three[2][name], whole[2][name], 3 * SUMS)
@@ -178,7 +180,7 @@ def test_badam_equals_the_whole_tree_step(train_rest):
   step = layerwise(model, tx, microbatches=2)
   params, state, _ = run(step, steps=2 * L + 1)
   whole, _ = run_whole_tree(model, tx, steps=2 * L + 1)
-  # Gradients are summed in a different order.
+  # The tolerance allows for summing gradients in a different order.
   chex.assert_trees_all_close(params, whole, rtol=1e-5, atol=1e-6)
   start = make_params()
   moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), params, start)
@@ -236,8 +238,8 @@ def test_matrices_take_turns_as_in_the_whole_tree():
   model, tx = Residual(), galore_rule(gap=galore_optax.Staggered(3))
   params, state, _ = run(layerwise(model, tx), steps=5)
   whole, _ = run_whole_tree(model, tx, steps=5)
-  # The layer-wise step decomposes single matrices and the whole-tree step a
-  # stack, which rounds differently.
+  # The tolerance allows for decompositions that round differently: the
+  # layer-wise step decomposes single matrices, the whole-tree step a stack.
   chex.assert_trees_all_close(params, whole, rtol=1e-4, atol=1e-5)
   w, u = (state.inner[f'blocks/{x}'] for x in 'wu')
   assert np.array_equal(w.count, u.count)

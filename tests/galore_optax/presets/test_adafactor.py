@@ -127,7 +127,8 @@ def test_equals_float64_oracle(b1, scale_parameter, weight_decay):
         **options,
       )
       for step, want in enumerate(expected):
-        # Both run in float64. Their SVDs differ by rounding.
+        # Preset and oracle run in float64. The tolerance allows for rounding in
+        # their SVDs.
         np.testing.assert_allclose(
           history[step][name], want, rtol=1e-10, atol=1e-12, err_msg=name
         )
@@ -166,7 +167,8 @@ def test_stack_equals_loop(scale_parameter, moments):
   for layer in range(layers):
     one = lambda tree, at=layer: jax.tree.map(lambda x: x[at], tree)
     alone, _ = trajectory(tx, one(stacked(0)), [one(g) for g in grads])
-    # A batched product sums in a different order, so float32 rounding differs.
+    # The tolerance allows for float32 rounding, because a batched product sums
+    # in a different order.
     chex.assert_trees_all_close(
       [one(h) for h in history], alone, rtol=1e-5, atol=1e-8
     )
@@ -187,7 +189,8 @@ def test_axes_of_an_attention_kernel():
     tx, {'q': jnp.asarray(w)}, [{'q': jnp.asarray(g)}, {'q': jnp.asarray(-g)}]
   )
   for a, b in zip(have, want, strict=True):
-    # The RMS is summed over the axes in a different order.
+    # The tolerance allows for computing the RMS over the axes in a different
+    # order.
     np.testing.assert_allclose(flat(a['q'])['q'], b['q'], rtol=1e-6)
 
 
@@ -229,8 +232,8 @@ def test_unprojected_equals_optax(b1, scale_parameter):
   )
   have, want = (trajectory(tx, params, grads)[0] for tx in (ours, theirs))
   drop = lambda h: {k: x for k, x in h.items() if k != 'low'}
-  # The same formula is evaluated in a different order, so float32 rounding
-  # differs.
+  # The tolerance allows for float32 rounding, because optax evaluates the
+  # formula in a different order.
   chex.assert_trees_all_close(
     [drop(h) for h in have], [drop(h) for h in want], rtol=1e-5, atol=1e-7
   )
@@ -240,8 +243,8 @@ def test_clip_threshold_bounds_the_rms_of_each_matrix():
   tx = adafactor.scale_by_galore_factored_rms(clip_threshold=0.5)
   g = {'kernel': jnp.float32(normal(0, (2, 3, 5)))}
   u, _ = jax.jit(tx.update)(g, tx.init(g))
-  # Before clipping, the RMS at the first step is near 1. It is a mean of 15
-  # squares.
+  # Before clipping, the RMS at the first step is near 1. The tolerance allows
+  # for rounding in its mean of 15 squares.
   rms = np.sqrt(np.mean(np.square(u['kernel']), axis=(1, 2)))
   np.testing.assert_allclose(rms, 0.5, rtol=units(15))
 
@@ -282,8 +285,8 @@ def test_bfloat16_gradients_are_rescaled_in_float32():
   g = {'kernel': jnp.asarray(normal(0, (5, 9)), jnp.bfloat16)}
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), g)
   step = jax.jit(lambda g: tx.update(g, tx.init(g))[0])
-  # The result is rounded once to bfloat16, by at most half a unit of each
-  # entry.
+  # The tolerance allows for one rounding to bfloat16, by at most half a unit of
+  # each entry.
   got, exact = np.float64(step(g)['kernel']), np.float64(step(wide)['kernel'])
   assert step(g)['kernel'].dtype == jnp.bfloat16
   np.testing.assert_allclose(
@@ -346,8 +349,8 @@ def test_a_part_of_the_tree_equals_its_leaves_in_the_whole(moments):
     part = elsewhere | {name: params[name]}
     alone, _ = trajectory(tx, part, [part] * 3)
     for one, all_ in zip(alone, whole, strict=True):
-      # XLA may fuse the program of a part differently, and so round
-      # differently.
+      # The tolerance allows for rounding, because XLA may fuse the program of a
+      # part differently.
       chex.assert_trees_all_close(one[name], all_[name], rtol=1e-6)
 
 

@@ -72,7 +72,8 @@ def test_it_is_the_papers_algorithm(order):
     seen = turns_of(ours['blocks']['up'])
     turns = seen[:1] + seen
     want = oracle(weights, grads, turns, rest)
-  # Both run in float64, through roots of squares.
+  # BAdam and the oracle run in float64. The tolerance allows for rounding in
+  # roots of squares.
   chex.assert_trees_all_close(ours, want, rtol=1e-9, atol=1e-10)
   blocks = turns[::EVERY]
   assert turns == np.repeat(blocks, EVERY).tolist()[:STEPS]
@@ -98,7 +99,8 @@ def test_a_stack_of_one_layer_is_adam():
   grads = {'blocks': {'up': jnp.asarray(normal((4, 1, 5, 7), 1), jnp.float32)}}
   ours, _ = trajectory(badam(0.1, switch_every=9), one, grads)
   want, _ = trajectory(optax.adam(0.1), one, grads)
-  # Two products are multiplied in a different order, which costs an ulp.
+  # The tolerance allows for one ulp, because two factors are multiplied in a
+  # different order.
   chex.assert_trees_all_close(ours, want, rtol=1e-6)
 
 
@@ -139,7 +141,8 @@ def test_a_fixed_block_is_adam_on_it_and_never_restarts():
     lambda x: jnp.take(x, 1, axis), tree['blocks']
   )
   want, _ = trajectory(optax.adam(0.1), pick(weights, 0), pick(grads, 1))
-  # Two products are multiplied in a different order, which costs an ulp.
+  # The tolerance allows for one ulp, because two factors are multiplied in a
+  # different order.
   chex.assert_trees_all_close(pick(ours, 1), want, rtol=1e-6)
   for layer in (0, 2):
     still = ours['blocks']['up'][-1, layer]

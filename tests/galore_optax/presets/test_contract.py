@@ -155,7 +155,8 @@ def test_a_stack_is_a_loop_over_its_layers(name):
     updates, state = whole(g, state, w)
     for i in range(L):
       want, states[i] = alone(one(g, i), states[i], one(w, i), i)
-      # A product of one matrix and a batched product sum in a different order.
+      # The tolerance allows for rounding, because a batched product sums in a
+      # different order.
       assert distance(one(jax.device_get(updates), i), want) < 1e-3
 
 
@@ -189,8 +190,9 @@ def test_eight_devices_are_one(name):
   for i in range(4):
     updates, state = step(sharded, state, examples, i)
     want, want_state = step(w, want_state, inputs, i)
-    # Sums across devices have a different order. Power iteration and Adam
-    # amplify rounding errors of weak directions and small entries.
+    # The tolerance allows for summing across devices in a different order.
+    # Power iteration and Adam amplify rounding errors of weak directions and
+    # small entries.
     assert distance(updates, want) < 1e-3
 
 
@@ -200,7 +202,7 @@ def test_layerwise_is_the_whole_tree(name):
   start = make_params()
   ours, _, _ = run(go.layerwise(model, tx), steps=4, params=start)
   want, _ = run_whole_tree(model, tx, steps=4, params=start)
-  # The layer-wise step differentiates and decomposes single matrices, the
-  # whole-tree step stacks. Adam divides small entries by their own magnitude,
-  # which amplifies the difference.
+  # The tolerance allows for rounding: the layer-wise step differentiates and
+  # decomposes single matrices, the whole-tree step stacks. Adam divides small
+  # entries by their own magnitude, which amplifies the difference.
   chex.assert_trees_all_close(ours, want, rtol=1e-3, atol=1e-4)

@@ -60,7 +60,8 @@ def test_it_is_the_papers_algorithm(moments, complement):
       restart_every=GAP if moments == 'reset' else None,
     )
   for name in SHAPES:
-    # Both run in float64, through roots of sums of squares.
+    # Preset and oracle run in float64. The tolerance allows for rounding in
+    # roots of sums of squares.
     np.testing.assert_allclose(ours[name], want[name], rtol=1e-9, atol=1e-10)
   for name in MATRICES:
     bases = np.asarray(basis[name])

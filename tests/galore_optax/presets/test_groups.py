@@ -269,7 +269,7 @@ def test_clipping_reads_the_whole_gradient():
   tx = grouped(go.lomo, [Group('embed', rate=2.0)])(1.0, clip_norm=0.5)
   updates, _ = jax.jit(tx.update)(gradients(w), tx.init(w), w)
   updates['embed'] = updates['embed'] / 2
-  # The norm is a float32 sum of about 300 squares.
+  # The tolerance allows for rounding in a float32 sum of about 300 squares.
   norm = jax.jit(optax.tree.norm)(updates)
   np.testing.assert_allclose(norm, 0.5, rtol=units(300))
 
@@ -304,9 +304,9 @@ def test_layerwise_is_the_whole_tree(name):
   start = make_params()
   ours, _, _ = run(go.layerwise(Residual(), tx), steps=3, params=start)
   want, _ = run_whole_tree(Residual(), tx, steps=3, params=start)
-  # The layer-wise step differentiates and decomposes single matrices, the
-  # whole-tree step stacks. Adam divides small entries by their own magnitude,
-  # which amplifies the difference.
+  # The tolerance allows for rounding: the layer-wise step differentiates and
+  # decomposes single matrices, the whole-tree step stacks. Adam divides small
+  # entries by their own magnitude, which amplifies the difference.
   chex.assert_trees_all_close(ours, want, rtol=1e-3, atol=1e-3)
 
 
@@ -315,8 +315,8 @@ def test_layerwise_clips_by_the_norm_of_all_groups():
   start = make_params()
   ours, _, _ = run(go.layerwise(Residual(), tx), steps=2, params=start)
   want, _ = run_whole_tree(Residual(), tx, steps=2, params=start)
-  # The programs differ, but the two updates are at most a thousandth of the
-  # weights.
+  # The tolerance allows for two different programs, whose two updates are at
+  # most a thousandth of the weights.
   assert_rounded(ours, want, operations=4)
 
 
@@ -393,8 +393,8 @@ def test_multipliers_may_be_traced():
 
   ours = updates(optax.lion, 3.0)
   [want] = updates_of(optax.lion(RATE), steps=1)
-  # The update is made of five products and sums. The terms of each sum have the
-  # same sign.
+  # The tolerance allows for rounding five products and sums. The terms of each
+  # sum have the same sign.
   want['embed'] = 3 * want['embed']
   assert_rounded(ours, want, operations=10)
 

@@ -192,7 +192,8 @@ def test_numbers_may_be_traced():
   tx = go.adalomo(0.1, eps=(1e-20, 1e-2), clip_norm=0.5)
   want, _ = tx.update(g, tx.init(g), g)
   got = update(jnp.array([1e-20, 1e-2, 0.5]), g)
-  # Dividing by an array instead of a constant may round once more.
+  # The tolerance allows for one more rounding if a division is by an array
+  # instead of a constant.
   assert jnp.allclose(got['w'], want['w'], rtol=1e-5)
 
 

@@ -116,7 +116,7 @@ def test_it_is_the_papers_rule(shapes, head, vector_rate):
       vector_learning_rate=vector_rate and vector_rate(0),
     )
     ours, _ = trajectory(tx, nested(weights), nested(grads))
-    # Both run a few steps in float64.
+    # The tolerance allows for rounding in a few float64 steps.
     chex.assert_trees_all_close(ours, nested(want), rtol=1e-12, atol=1e-12)
 
 
@@ -187,8 +187,8 @@ def test_layer_by_layer_it_is_the_whole_tree(tied):
   model, tx = Residual(tied), scale_sgd(0.1, weight_decay=0.1)
   ours, state, _ = run(layerwise(model, tx), params=params)
   want, _ = run_whole_tree(model, tx, params=params)
-  # XLA fuses the two programs differently, and dividing a column of small
-  # entries by its RMS amplifies the difference.
+  # The tolerance allows for different fusion in the two programs. Dividing a
+  # column of small entries by its RMS amplifies the difference.
   chex.assert_trees_all_close(ours, want, rtol=1e-4, atol=1e-5)
   sizes = {
     name: sum(x.size for x in jax.tree.leaves(inner) if x.ndim > in_stack(name))
@@ -207,8 +207,9 @@ def test_numbers_may_be_injected_and_scheduled():
   tx = optax.inject_hyperparams(scale_sgd)(rate, **options)
   ours, state = trajectory(tx, weights, grads)
   want, _ = trajectory(scale_sgd(rate, **options), weights, grads)
-  # Hyperparameters are arrays in one program and constants in the other. Each
-  # of five steps rounds about ten times and sums up to 13 squares.
+  # The tolerance allows for rounding, because hyperparameters are arrays in one
+  # program and constants in the other. Each of five steps rounds about ten
+  # times and sums up to 13 squares.
   assert_close(ours, want, operations=STEPS * (10 + 13))
   assert {*state.hyperparams} == {'learning_rate', *options}
 

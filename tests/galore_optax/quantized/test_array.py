@@ -44,8 +44,8 @@ def test_every_value_of_a_code_survives(code):
   assert len(values) == 256 and np.all(np.diff(values) > 0)
   q = blockwise.quantize(values, code=code)
   np.testing.assert_array_equal(q.codes, np.arange(256))
-  # Decoding computes in float32, while the map is computed in float64 and
-  # rounded once.
+  # The tolerance allows for decoding in float32; the map is computed in float64
+  # and rounded once.
   np.testing.assert_allclose(blockwise.dequantize(q), values, rtol=units(3))
 
 
@@ -193,8 +193,9 @@ def test_a_stack_is_its_slices(shape, store):
   for made in (stacked, jax.jit(jax.vmap(store))(x), jax.jit(scan)(x)):
     for ours, other in zip(*map(jax.tree.leaves, (whole, made)), strict=True):
       if ours.dtype != jnp.uint8:
-        # Scales and offsets are extremes of a block, or the difference of two
-        # extremes divided by the number of steps.
+        # The tolerance allows for rounding in scales and offsets. They are
+        # extremes of a block, or the difference of two extremes divided by the
+        # number of steps.
         assert_close(ours, other, operations=2)
         continue
       # In a different program, a value half-way between two codes may round to
@@ -202,7 +203,7 @@ def test_a_stack_is_its_slices(shape, store):
       off = np.asarray(ours) != np.asarray(other)
       assert off.mean() < 0.002
   layer = jax.tree.map(lambda y: y[1], jax.device_get(whole))
-  # Dequantizing multiplies a code by a scale and adds an offset.
+  # The tolerance allows for multiplying a code by a scale and adding an offset.
   assert_close(
     blockwise.dequantize(layer),
     np.asarray(blockwise.dequantize(whole))[1],

@@ -280,8 +280,8 @@ def test_state_donates_shards_and_runs_in_control_flow(params):
   want = jax.jit(tx.update)(grads, state)
 
   def same(found, expected):
-    # A value half-way between two codes, which are 1% apart, may round to
-    # either.
+    # The tolerance allows for a value half-way between two codes, which are 1%
+    # apart. It may round to either.
     read = jax.jit(decoded)
     return distance(read(found), read(expected)) < 1e-3
 

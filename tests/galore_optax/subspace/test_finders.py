@@ -91,8 +91,8 @@ def test_power_iteration_does_not_move_an_invariant_subspace():
   gauge_rr, _ = jnp.linalg.qr(jax.random.normal(KEY, (7, 7)))
   basis_rm = gauge_rr @ exact_rm
   again_rm = FIND(PowerIteration(), g_mn, basis_rm, KEY)
-  # The shift does not move an invariant subspace. Only rounding is left,
-  # divided by the spread of the singular values.
+  # The shift does not move an invariant subspace. The tolerance allows for
+  # rounding errors divided by the spread of the singular values.
   chex.assert_trees_all_close(again_rm, basis_rm, atol=1e-4)
 
 
@@ -108,8 +108,8 @@ def test_no_solver_is_called(finder):
 def test_power_iteration_without_a_gradient_returns_the_basis():
   basis_rm = FIND(RandomOrthogonal(), _power_law(), jnp.zeros((7, 29)), KEY)
   same_rm = FIND(PowerIteration(), jnp.zeros((29, 53)), basis_rm, KEY)
-  # The refresh evaluates ten polynomials with sums of up to 29 terms. The
-  # polynomials shrink earlier errors.
+  # The tolerance allows for rounding in ten polynomials with sums of up to 29
+  # terms. The polynomials shrink earlier errors.
   assert_close(same_rm, basis_rm, operations=29)
 
 
@@ -138,8 +138,8 @@ def test_power_iteration_of_a_stack_is_a_loop():
       for pair in zip(g_kmn, old_krm, strict=True)
     ]
   )
-  # A direction with a share s of the spectrum has an error of eps / s. The
-  # smallest share is 1e-3.
+  # The tolerance allows for an error of eps / s in a direction with a share s
+  # of the spectrum. The smallest share is 1e-3.
   batched = jax.jit(jax.vmap(power))(g_kmn, old_krm)
   chex.assert_trees_all_close(batched, loop, atol=1e-4)
   by_pair = lambda *pairs: jax.lax.map(lambda pair: power(*pair), pairs)

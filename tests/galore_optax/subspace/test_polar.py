@@ -43,7 +43,8 @@ def test_rows_are_orthonormal_and_nearest(r, m, spread):
   low = 0.9 / spread
   q_rm = jax.jit(functools.partial(orthonormalise, low=low))(0.99 * x_rm)
   chex.assert_trees_all_close(gram(q_rm), jnp.eye(r), atol=ORTHONORMAL)
-  # A singular direction of size s has an error of eps / s.
+  # The tolerance allows for an error of eps / s in a singular direction of size
+  # s.
   tolerance = 1e-6 + 1e-7 * spread if r > 1 else 1e-6
   chex.assert_trees_all_close(q_rm, jnp.float32(polar_rm), atol=tolerance)
 
@@ -52,7 +53,8 @@ def test_a_low_bound_that_is_too_low_costs_no_digits():
   _, polar_rm = _with_spread(11, 29, 1.0)
   polar_rm = jnp.float32(polar_rm)
   for low in (0.9, 0.1, SMALLEST):
-    # Sums have up to 29 terms; the polynomials shrink their rounding errors.
+    # The tolerance allows for sums of up to 29 terms. The polynomials shrink
+    # earlier rounding errors.
     f = jax.jit(functools.partial(orthonormalise, low=low))
     assert_close(f(polar_rm), polar_rm, operations=29)
 
@@ -63,7 +65,8 @@ def test_the_leading_direction_keeps_its_digits():
   x_1m = jnp.array([[0.3, 0.1, -0.5, 0.7, 0.2]])
   expected_1m = x_1m / jnp.linalg.norm(x_1m)
   q_1m = orthonormalise(x_1m, low=SMALLEST)
-  # The last polynomial rounds a few times; earlier errors shrink.
+  # The tolerance allows for the roundings of the last polynomial, since earlier
+  # errors shrink.
   assert_close(q_1m, expected_1m, operations=10)
 
 
@@ -72,7 +75,8 @@ def test_double_precision():
     x_rm = jnp.asarray(np.random.default_rng(0).normal(size=(7, 17))) / 10
     q_rm = orthonormalise(x_rm, low=0.05)
     assert q_rm.dtype == jnp.float64
-    # Each of a few polynomials sums up to 17 terms.
+    # The tolerance allows for sums of up to 17 terms in each of a few
+    # polynomials.
     atol = units(20 * 17, np.float64)
     np.testing.assert_allclose(gram(q_rm), np.eye(7), atol=atol)
 
@@ -86,7 +90,8 @@ def test_a_stack_is_a_loop():
   f = jax.jit(functools.partial(orthonormalise, low=1e-3))
   x_krm = jnp.stack([_with_spread(7, 17, 10.0)[0], _with_spread(7, 17, 1e3)[0]])
   loop = jnp.stack([f(x) for x in x_krm])
-  # A singular direction of size s has an error of eps / s.
+  # The tolerance allows for an error of eps / s in a singular direction of size
+  # s.
   chex.assert_trees_all_close(f(x_krm), loop, atol=units(1e3))
 
 

@@ -58,8 +58,8 @@ def test_a_basis_spans_the_gradient_of_its_own_step():
     basis = np.asarray(states.basis['tall'][step])
     np.testing.assert_allclose(gram(basis), np.eye(4), atol=ORTHONORMAL)
     want = vh[:4].T @ vh[:4]
-    # The error of a subspace is eps divided by the distance between the
-    # singular values inside and outside of it.
+    # The tolerance allows for the error of a subspace, which is eps divided by
+    # the distance between the singular values inside and outside of it.
     np.testing.assert_allclose(basis.T @ basis, want, atol=units(100))
 
 
@@ -206,6 +206,7 @@ def test_bases_do_not_depend_on_the_size_of_a_gradient(size):
   )
   want = run(grads)
   ours = run(jax.tree.map(lambda g: g * np.float32(size), grads))
-  # Two programs decompose the same matrix. The error of a singular vector is
-  # eps divided by its distance from the next singular value.
+  # The tolerance allows for two programs that decompose the same matrix. The
+  # error of a singular vector is eps divided by its distance from the next
+  # singular value.
   chex.assert_trees_all_close(ours, want, atol=units(100))

@@ -70,8 +70,9 @@ def test_one_layer_at_a_time_is_the_stack(subspace):
     updates, state = step(pick(t), state)
     for i in range(4):
       u, layers[i] = one(layer(pick(t), i), layers[i], i)
-      # A product of a stack and one of a single matrix may sum their 11 terms
-      # in a different order. Momentum accumulates the errors of seven steps.
+      # The tolerance allows for rounding: a product of a stack and one of a
+      # single matrix may sum their 11 terms in a different order. Momentum
+      # accumulates the errors of seven steps.
       assert_close(u, layer(jax.device_get(updates), i), operations=7 * 11)
 
 
