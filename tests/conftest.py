@@ -12,8 +12,9 @@ import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Each operation then records one source location instead of a whole traceback.
-# Recording tracebacks takes a tenth of the lowering time.
+# With this setting, each operation of a program records one source location
+# instead of a whole traceback. Tracebacks would take a tenth of the lowering
+# time.
 jax.config.update('jax_include_full_tracebacks_in_locations', False)
 
 # These benchmark modules import the PyTorch reference, galore_torch. Skip
@@ -31,14 +32,15 @@ QUICK_FLAGS = {
 
 def pytest_configure(config: pytest.Config) -> None:
   pin_worker()
-  # Tests with the markers optimized, parity and card check the speed, memory
-  # and numbers of programs as users compile them. They need all optimizations.
+  # Quick tests disable XLA's optimizations. Tests with the markers optimized,
+  # parity and card need them, because they check the speed, memory and numbers
+  # of programs as users compile them.
   selected = config.option.markexpr
   quick = 'not slow' in selected or 'not optimized' in selected
   jax.config.update('jax_disable_most_optimizations', quick)
   if quick:
-    # XLA reads this variable when it compiles for the first time, so setting it
-    # here is early enough.
+    # XLA reads XLA_FLAGS when it first compiles a program, so setting it here
+    # is early enough.
     flags = [f'--{k}={v}' for k, v in QUICK_FLAGS.items() if known(k)]
     os.environ['XLA_FLAGS'] = ' '.join(
       [os.environ.get('XLA_FLAGS', ''), *flags]

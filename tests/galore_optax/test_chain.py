@@ -1,4 +1,4 @@
-"""The two-line usage `optax.chain(galore(...), inner)`, and nested chains."""
+"""The usage `optax.chain(galore(...), optax.adamw(...))`, and nested chains."""
 
 import functools
 from typing import Any

@@ -36,7 +36,8 @@ def signed_svd(x, full_matrices):
 
 
 def test_the_longer_side_is_that_of_optax(monkeypatch):
-  # Both sides use one sign rule. optax keeps the signs that LAPACK returns.
+  # Make optax use our sign rule, because it keeps the signs that LAPACK
+  # returns. Our own rule must ignore the previous basis, as optax does.
   linalg = types.SimpleNamespace(svd=signed_svd)
   monkeypatch.setattr(
     theirs, 'jnp', types.SimpleNamespace(**vars(jnp) | {'linalg': linalg})

@@ -145,7 +145,10 @@ def test_polynomials_act_on_singular_values_in_order():
 
 
 def large_products(f, *args):
-  """Returns the number of products that read or write 91 columns."""
+  """Returns the number of products with a factor or result of 91 columns.
+
+  The input of the test has 91 columns, so these are the large products.
+  """
 
   def count(jaxpr):
     total = 0

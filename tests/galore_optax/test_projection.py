@@ -35,8 +35,8 @@ def test_sides(i, o, std, reverse):
 
 
 LAYOUTS = {
-  # Shape, input axes, output axes, and the einsum that returns a stack of
-  # matrices.
+  # Values are: the shape, the input axes, the output axes, and the einsum that
+  # returns a stack of matrices.
   'matrix': ((7, 11), (0,), (1,), 'io->io'),
   'transposed': ((11, 7), (1,), (0,), 'oi->io'),
   'stack': ((3, 7, 11), (1,), (2,), 'lio->lio'),
@@ -85,7 +85,7 @@ def test_project_and_unproject(sides, batch):
   assert_close(low, want, operations=22)
   whole = p.unproject(low, basis)
   assert_close(whole, left.T @ (left @ g @ right.T) @ right, operations=44)
-  # Projecting an unprojected matrix returns it unchanged.
+  # Projecting the result of `unproject` again returns the same low-rank matrix.
   assert_close(p.project(whole, basis), low, operations=66)
 
 

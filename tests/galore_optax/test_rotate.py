@@ -65,7 +65,8 @@ def test_the_second_moment_follows_its_variance():
 
 
 def test_moments_turn_by_products_of_the_highest_precision():
-  # GPUs use a lower precision for float32 products by default.
+  # Rotations must request the highest precision, because GPUs use a lower
+  # precision for float32 products by default.
   def products(moments):
     tx = galore(optax.adam(0.1), rank=4, moments=moments)
     state = jax.eval_shape(tx.init, PARAMS)

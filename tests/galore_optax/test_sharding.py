@@ -91,9 +91,9 @@ def run(tx, params, grads, *, jit=True):
     return optax.apply_updates(params, updates), state
 
   init, step = map(jax.jit, (tx.init, update)) if jit else (tx.init, update)
-  # Without jit, XLA may queue more than 32 programs on the CPU. It ends the
-  # process if the program that the others wait for is not among them.
-  # debug_nans waits for each operation, which avoids this.
+  # On the CPU without jit, more than 32 programs may be queued that wait for a
+  # device. If the program that they wait for is not among the first 32, XLA
+  # ends the process. debug_nans waits for each operation, which avoids this.
   with jax.debug_nans(not jit):
     state = init(params)
     for g in grads:

@@ -87,7 +87,7 @@ def test_matrices_that_take_turns_are_due_one_by_one():
     after = jax.device_get(state.basis)
     same = jax.tree.map(np.array_equal, before, after)
     changed = not all(jax.tree.leaves(same))
-    # A step is due exactly if it changes the basis of some matrix.
+    # A step must be due exactly if it changes the basis of some matrix.
     assert due == changed
     found.append(due)
   # All four matrices refresh at step 0. Afterwards each refreshes every eight

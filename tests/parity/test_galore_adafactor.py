@@ -65,9 +65,9 @@ def reference(params, grads, *, side, **options):
     yield {k: w.detach().numpy().T for k, w in weights.items()}
 
 
-# The reference's `reverse_std` takes the wrong branch if the low-rank gradient
-# of a wide weight is taller than it is wide. These shapes avoid that case,
-# since 13 > 5.
+# The reference's `reverse_std` takes the wrong branch unless the low-rank
+# gradient of a wide weight is wider than it is tall. These shapes avoid the
+# wrong branch, since 13 > 5.
 @pytest.mark.parametrize(
   ('b1', 'scale_parameter', 'weight_decay', 'side'),
   [

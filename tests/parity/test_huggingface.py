@@ -126,8 +126,8 @@ def test_transformers_reads_our_checkpoint(kind, dtype, tmp_path):
   config, params = huggingface.load(tmp_path / 'theirs')
   huggingface.save(tmp_path / 'ours', config, params, max_shard_bytes=100_000)
   assert (tmp_path / 'ours' / 'model.safetensors.index.json').exists()
-  # Compare with the saved model after reading it back. Before it was saved,
-  # casting the model had also cast its rotary frequencies to bfloat16.
+  # Reload both models. Casting the first model to bfloat16 had also cast its
+  # rotary frequencies, which reloading computes in float32.
   theirs, ours = (
     transformers.AutoModelForCausalLM.from_pretrained(
       tmp_path / name, attn_implementation='eager'

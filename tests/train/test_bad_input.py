@@ -182,8 +182,8 @@ def test_runs_are_numbered(config, tmp_path, monkeypatch):
     start(config, monkeypatch)
   runs = tmp_path / 'runs'
   assert {x.name for x in runs.iterdir()} == {'tiny', 'tiny-2'}
-  # A directory without a config is left over from a start that failed. It is
-  # not the newest run.
+  # A directory without a config is left over from a start that failed, so
+  # --resume must skip it.
   (runs / 'tiny-3').mkdir()
   assert sorted(numbered('tiny')) == [1, 2, 3]
   found = []

@@ -171,7 +171,8 @@ def test_a_validation_does_not_depend_on_the_batches(config):
 
 def test_metrics_are_those_of_their_definitions():
   found, targets = np.array([0, 1, 1, 0, 1]), np.array([0, 1, 0, 0, 1])
-  # Label 1 has 2 hits, 1 false alarm and no miss; label 0 is found twice.
+  # Label 1 has 2 true positives, 1 false positive and no false negatives; there
+  # are 2 true negatives.
   expected = {'accuracy': 0.8, 'f1': 0.8, 'matthews': 4 / 6}
   assert classify.agreement(found, targets) == pytest.approx(expected)
   constant = classify.agreement(np.zeros(3, int), np.array([0, 1, 0]))

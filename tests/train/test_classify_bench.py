@@ -120,7 +120,7 @@ def test_every_method_runs_and_none_runs_twice(tmp_path, monkeypatch):
     results=tmp_path / 'results',
     size=Size(64, 16, 16, tokens=32),
     methods=methods,
-    # The second entry of WIDER has a rank above the width of this model.
+    # Leave out the other entries, whose ranks exceed the width of this model.
     wider=bench.WIDER[:1],
     show=lines.append,
   )

@@ -32,7 +32,7 @@ def text():
 
 
 def distances(tree, other, start):
-  """Returns  tree - other  /  other - start  for each large matrix."""
+  """Returns |tree - other| / |other - start| for each large matrix."""
   far = lambda x, y, z: float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y - z))
   leaves = zip(*map(jax.tree.leaves, (tree, other, start)), strict=True)
   return [far(*arrays) for arrays in leaves if arrays[0].size >= 4096]

@@ -173,7 +173,7 @@ def test_a_signal_saves_before_the_next_long_thing(when):
 
 
 class Waited(float):
-  """A loss whose computation takes two seconds."""
+  """A loss that makes the loop wait for two seconds."""
 
   def __new__(cls, clock):
     found = super().__new__(cls, 1.0)
@@ -214,8 +214,8 @@ def test_where_the_time_went():
   assert found.spent('save') == {'save_seconds': 7}
   names = ('data_seconds', 'step_seconds')
   split = [[x.get(name) for name in names] for _, x in logged]
-  # Metrics are read one step late. No batch is loaded before the last ones are
-  # read.
+  # Metrics are read one step late, so no batch is loaded between the last two
+  # reads.
   assert split == [[None, None], [1, 2], [0, 2]]
   assert found.waiting == pytest.approx(1 / 5)
 

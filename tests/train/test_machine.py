@@ -36,7 +36,7 @@ def test_a_card_is_found_by_its_driver_tool(tmp_path, monkeypatch):
 
 
 def test_a_cache_that_the_user_chose_is_kept(monkeypatch):
-  # A session fixture of these tests sets this option.
+  # The conftest of these tests already set a cache directory.
   before = jax.config.jax_compilation_cache_dir
   machine.cache_compilations()
   assert jax.config.jax_compilation_cache_dir == before is not None

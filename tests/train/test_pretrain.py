@@ -36,7 +36,7 @@ def printed(tmp_path_factory):
 
 @pytest.fixture
 def finished(printed):
-  """Returns the config and the run of the completed run."""
+  """Returns the config and the run of `printed`, without its output."""
   return printed[:2]
 
 

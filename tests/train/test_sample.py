@@ -67,8 +67,8 @@ P = np.array([0.1, 0.5, 0.15, 0.25])
     # Top-p applies after top-k, which leaves probabilities of 2/3 and 1/3.
     (Choice(1.0, 2, 0.66), [0, 1, 0, 0]),
     (Choice(1.0, 2, 0.67), P * [0, 1, 0, 1]),
-    # Top-p applies after the temperature, which raises the first probability to
-    # 0.74.
+    # Top-p applies after the temperature, which raises the largest probability
+    # to 0.72.
     (Choice(0.5, 4, 0.7), [0, 1, 0, 0]),
     (Choice(1e-30, 4, 1.0), [0, 1, 0, 0]),
   ],

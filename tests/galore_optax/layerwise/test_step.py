@@ -203,8 +203,8 @@ def test_badam_has_the_norm_of_what_it_trains():
   moved = jax.tree.map(lambda a, b: a - b, params['blocks'], start['blocks'])
   assert not any(jnp.any(x[jnp.array([0, 2])]) for x in moved.values())
   expected = jax.tree.map(lambda g: -0.1 * factor * g, mine)
-  # `moved` is the difference of two weights of magnitude one, each rounded
-  # once.
+  # The tolerance allows for rounding: `moved` is the difference of two weights
+  # of magnitude one, each rounded once.
   chex.assert_trees_all_close(
     jax.tree.map(lambda x: x[1], moved), expected, atol=units(2)
   )
@@ -221,15 +221,15 @@ def test_badam_computes_the_weight_gradient_of_one_layer():
   one, rest = (
     galore_optax.badam(0.1, train_rest=rest) for rest in (False, True)
   )
-  # The program text contains each loop body once. A layer has two matrix
-  # products in the forward loop. In the backward pass, a layer that is not
-  # trained recomputes them and needs two more for its input gradient. The
-  # active layer needs another two for its weight gradients. The head has one
-  # product forward and one backward.
+  # Number of matrix products in the program text, which contains each loop body
+  # once. A layer has two products in the forward loop. In the backward pass, a
+  # layer that is not trained recomputes them and needs two more for its input
+  # gradient. The active layer needs another two for its weight gradients. The
+  # head has one product forward and one backward.
   assert products(one) == 2 + 4 + (4 + 2) + 2
-  # Training the rest adds one product for the head's weight gradient. The
-  # backward pass must also go through the layers below the active one to reach
-  # the embedding.
+  # With train_rest, BAdam also trains the head and the embedding. This adds one
+  # product for the head's weight gradient. The backward pass must also go
+  # through the layers below the active one to reach the embedding.
   assert products(rest) == products(one) + 1 + 4
 
 

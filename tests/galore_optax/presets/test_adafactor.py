@@ -43,8 +43,8 @@ def schedule(count):
 def basis_of(g_mn, old_rm):
   """Returns the leading left singular vectors as rows, with fixed signs.
 
-  The first basis has positive entries of largest magnitude. Each later row has
-  a positive product with the previous row.
+  In each row of the first basis, the entry of largest magnitude is positive.
+  Each later row has a positive product with the previous row.
   """
   rows = np.linalg.svd(g_mn)[0][:, :RANK].T
   if old_rm is None:
@@ -60,7 +60,7 @@ def rms(x):
 
 
 def oracle(w, grads, *, b1, scale_parameter, weight_decay, is_projected=True):
-  """Yields one leaf under Adafactor in float64, step by step.
+  """Yields the weight after each step of Adafactor in float64.
 
   The order of operations is that of the PyTorch reference.
   """
@@ -202,8 +202,8 @@ def test_reset_restarts_moments_at_a_refresh():
   tx = galore_adafactor(0.1, b1=0.9, moments='reset', **OPTIONS)
   history, _ = trajectory(tx, params, grads)
   again, _ = trajectory(tx, history[1], grads[2:])
-  # The signs of a new basis follow the previous basis, but no update depends on
-  # them.
+  # The second run has no previous basis to take signs from, but updates do not
+  # depend on the signs of a basis.
   chex.assert_trees_all_close(history[2:], again, rtol=1e-5, atol=1e-6)
 
 
@@ -301,7 +301,8 @@ def test_traces_once(moments):
     schedule, b1=0.9, scale_parameter=True, moments=moments, **OPTIONS
   )
 
-  # The counter is keyed by function name, so both parametrizations share it.
+  # The trace counter is keyed by function name, so both parametrizations of the
+  # test share it.
   chex.clear_trace_counter()
 
   @jax.jit

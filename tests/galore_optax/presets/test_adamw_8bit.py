@@ -86,7 +86,8 @@ def test_a_stack_is_its_layers():
     for stacked, one in zip(ours, want, strict=True):
       assert distance(stacked['w'][i], one['w']) < units(1000)
     for stacked, one in zip(codes(state), codes(alone), strict=True):
-      # A value half-way between two codes may round to either.
+      # The tolerance allows for values half-way between two codes, which may
+      # round to either.
       off = np.abs(np.int32(stacked.codes[i]) - np.int32(one.codes))
       assert off.max() <= 1 and off.mean() < 0.002
 
@@ -119,8 +120,8 @@ def test_the_projected_side_does_not_matter(shape):
   want = last(galore_adamw(0.01, **options))
   ours = last(galore_adamw_8bit(0.01, min_size=1, **options))
   off = distance(ours, want)
-  # The measured distance is 0.0240 for both. With blocks along the rank axis,
-  # it would be 0.056 for moments [n, r].
+  # The measured distance is 0.0240 for both shapes. With blocks along the rank
+  # axis, it would be 0.056 for moments [n, r].
   assert off < 0.04
 
 

@@ -28,7 +28,7 @@ def model(seed=0, leading=()):
 
 
 def oracle(weights, grads, turns, train_rest):
-  """Returns the weights after each step, which trains layer `turns[t]`."""
+  """Returns the weights after each step. Step t trains layer `turns[t]`."""
   w = jax.tree.map(np.array, weights)
   adams, trail, rest = {}, [], Adam()
   for t in range(STEPS):
@@ -83,7 +83,7 @@ def test_it_is_the_papers_algorithm(order):
     up = order == 'ascending'
     assert cycles == ([0, 1, 2],) * 2 if up else cycles == ([2, 1, 0],) * 2
   if not rest:
-    # The head must not change at all.
+    # The head is not trained without train_rest, so it must not change at all.
     np.testing.assert_array_equal(ours['head'][-1], weights['head'])
 
 

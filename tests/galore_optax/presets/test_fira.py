@@ -75,11 +75,11 @@ def test_it_is_the_papers_algorithm(moments, complement):
 
 
 def test_no_odd_gradient_stops_a_matrix_for_ever():
-  # The limiter multiplies the last norm by a factor, so a last norm of zero
-  # must not limit all later ones to zero.
+  # The limiter bounds an update norm by a multiple of the last one. After a
+  # zero gradient, it must not limit all later updates to zero.
   tx, w = fira(0.1, rank=2, gap=100), {'w': jnp.zeros((3, 5, 7))}
   g = jnp.asarray(normal((3, 5, 7)), jnp.float32)
-  # Each of the three layers has a different factor.
+  # Each of the three layers has a bad gradient: zero, NaN or infinity.
   odd = g * jnp.array([0.0, jnp.nan, jnp.inf])[:, None, None]
 
   def step(state, g):

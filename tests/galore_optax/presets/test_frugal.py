@@ -191,7 +191,7 @@ SMOOTHNESS, BETA = 1.0, 0.9
 
 @jax.jit
 def squared_gradients(rate, noise, w, goal, curvature):
-  """Returns  grad f ^2 at each step of FRUGAL on a quadratic function f."""
+  """Returns |grad f|^2 at each step of FRUGAL on a quadratic function f."""
   tx = frugal(
     rate,
     density=0.4,

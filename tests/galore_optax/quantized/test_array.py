@@ -27,7 +27,7 @@ def normal(shape, seed=0):
 
 
 def block_of(q):
-  """Returns the index of each element's block, one element at a time."""
+  """Returns the index of each element's block, computed element by element."""
   block = np.zeros(q.shape, int)
   joined = q.scale.ndim < q.codes.ndim
   for index in np.ndindex(*q.shape):
@@ -62,7 +62,8 @@ def test_the_code_is_the_nearest(code):
   if code == 'unsigned':  # a positive value never rounds to 0
     best = np.abs(values[1:, None] - x).min(axis=0)
     assert np.all(np.asarray(q.codes) > 0)
-  # x * per_unit is rounded, so a tie may go to the other side.
+  # The tolerance allows for rounding in x * per_unit, which may move a tie to
+  # the other side.
   assert np.all(error <= best + 2e-7 * np.abs(x) + 1e-13)
 
 
@@ -92,7 +93,8 @@ def test_linear_error_is_half_a_step(shape, bits, symmetric):
   q = quantize_linear(x, bits=bits, symmetric=symmetric)
   step = np.asarray(q.scale).ravel()[block_of(q)]
   error = np.abs(blockwise.dequantize(q) - x)
-  # Apart from half a step, x / step and code * step are rounded to float32.
+  # Beyond half a step, the tolerance allows for rounding x / step and code *
+  # step to float32.
   assert np.all(error <= 0.5 * step + 1e-6 * np.abs(x).max())
 
 
@@ -198,8 +200,9 @@ def test_a_stack_is_its_slices(shape, store):
         # number of steps.
         assert_close(ours, other, operations=2)
         continue
-      # In a different program, a value half-way between two codes may round to
-      # the other one. A byte with two packed codes may differ in either half.
+      # The tolerance allows for a different program, in which a value half-way
+      # between two codes may round to the other one. A byte with two packed
+      # codes may differ in either half.
       off = np.asarray(ours) != np.asarray(other)
       assert off.mean() < 0.002
   layer = jax.tree.map(lambda y: y[1], jax.device_get(whole))

@@ -99,9 +99,9 @@ def test_leaf_by_leaf_equals_the_whole_tree(
     want = whole(grads, state, params)
     chex.clear_trace_counter()
     updates, new = update(grads, state, params)
-    # Compilers contract a * b + c differently, so a value half-way between two
-    # codes may round to the other one. Updates read the old codes and differ
-    # only by rounding.
+    # The tolerance allows for compilers that contract a * b + c differently, so
+    # that a value half-way between two codes may round to the other one.
+    # Updates read the old codes and differ only by rounding.
     chex.assert_trees_all_close(updates, want[0], rtol=2e-4, atol=1e-6)
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
     pairs = zip(

@@ -160,19 +160,22 @@ def relative_update(store_nu):
 
 
 def test_linear_codes_of_the_second_moment_are_seven_times_too_large():
-  # This is why second moments use a dynamic code: 1e-4 rounds to 0 if a code
-  # has 127 equal steps.
+  # This is why second moments use a dynamic code: a code with 127 equal steps
+  # rounds 1e-4 to 0.
   linear = relative_update(
     lambda x: dequantize(blockwise.quantize_linear(x, bits=8))
   )
-  # The second moment then contains only the last squared gradient. The update
-  # is sqrt((1 - b2^50) / (1 - b2)) times too large.
+  # With equal steps, the second moment contains only the last squared gradient.
+  # The update is sqrt((1 - b2^50) / (1 - b2)) times too large.
   assert linear == pytest.approx(6.985, abs=0.01)
 
 
 @each('ratio', [1e-2, 1e-3, 1e-4, 1e-6], quick=[1e-2, 1e-4])
 def test_small_entries_of_a_block_get_no_larger_update(ratio):
-  """`ratio` relates gradients; the second moments have the ratio squared."""
+  """Compares gradients of 1 and of `ratio` in the same block.
+
+  Their second moments have the ratio squared.
+  """
   params = {'w': jnp.zeros(4096)}
   grads = {'w': jnp.full(4096, ratio).at[::256].set(1.0)}
   tx = quantize_state(optax.scale_by_adam(eps=1e-15))
@@ -320,7 +323,7 @@ def test_state_survives_a_checkpoint(params, tmp_path):
 
 
 def test_a_state_that_is_a_constant():
-  # This state of optax contains a Python bool.
+  # optax.optimistic_gradient_descent has a Python bool in its state.
   tx = quantize_state(optax.optimistic_gradient_descent(0.1))
   params = {'w': jnp.ones((64, 128))}
   _, state = tx.update(params, tx.init(params), params)

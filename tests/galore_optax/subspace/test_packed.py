@@ -68,7 +68,7 @@ def test_a_basis_is_packed_when_it_is_found_and_stays(bits, side):
     np.any(a.codes != b.codes) for a, b in zip(two, three, strict=True)
   )
   # Both runs have the same gradients, because the weights are fixed. Their
-  # bases differ by at most half a quantization step, which is 1 / 127 or 1 / 7
+  # bases differ by at most half a quantization step. A step is 1 / 127 or 1 / 7
   # of the largest entry.
   plain = run(tx, 4)
   for packed, (_, state) in zip((one, three), plain[::2], strict=True):

@@ -131,7 +131,7 @@ def test_a_trajectory_does_not_depend_on_the_signs_of_a_decomposition(side):
     galore(optax.adam(0.1), rank=4, gap=2, side=side, subspace=finder), grads
   )
   (states, updates), (other_states, other) = run(Flipped(1)), run(Flipped(2))
-  # The two finders do return different signs.
+  # Make sure that the two finders do return different signs.
   g, none, key = jnp.eye(7, 9), jnp.zeros((4, 7)), jax.random.key(0)
   assert np.any(Flipped(1)(g, none, key) != Flipped(2)(g, none, key))
   chex.assert_trees_all_equal(updates, other)
