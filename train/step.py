@@ -1,12 +1,12 @@
 """The training step: microbatches, gradient, update.
 
-An update is applied where loss and gradient are finite; `skipped_steps` of the
-metrics is 1 where it was not, and everything but the step is as it was.
+A step whose loss or gradient is non-finite changes nothing but the step number,
+and its metric `skipped_steps` is 1.
 
-`build` makes what `train.loop` repeats of a `train.task.Task`, for all weights
-at once or, with `galore_optax.layerwise`, one after another. What a task does
-not train is held fixed: it has no gradient, and the optimizer keeps nothing of
-it.
+`build` makes the step of a `train.task.Task`, which `train.loop` repeats. It
+updates all weights at once or, with `galore_optax.layerwise`, one layer after
+another. Weights that the task does not train stay fixed: they have neither
+gradients nor optimizer state.
 """
 
 import dataclasses
@@ -36,19 +36,31 @@ Init: TypeAlias = Callable[[jax.Array], 'State']
 Step: TypeAlias = Callable[['State', Batch], tuple['State', PyTree]]
 
 NO_SUMS = ('loss', 'grad_norm', 'projected_grad_norm')
-"""Metrics of a layer-wise update that are no sums over the batch."""
+"""Metrics of a layer-wise update that are not sums over the batch."""
 
 
 class State(NamedTuple):
-  """All that an update reads and writes."""
+  """The training state, which every step reads and replaces."""
 
-  step: jax.Array  # [], int32: updates done so far
-  params: PyTree  # the model's parameters
-  optimizer: optax.OptState  # the optimizer's state, made from params
+  step: jax.Array
+  """Number of steps so far, skipped ones included; [], int32."""
+  params: PyTree
+  """The model's parameters, as they are stored between steps."""
+  optimizer: optax.OptState
+  """The optimizer's state for the trained parameters."""
 
 
 def build(config: Config, task: Task) -> tuple[Init, Step]:
-  """Returns what starts and what continues the training of a task."""
+  """Builds the functions that initialize a task's state and train it.
+
+  Args:
+    config: the experiment.
+    task: the task of `config`.
+
+  Returns:
+    `key -> state`, and the jitted `(state, batch) -> (state, metrics)`, which
+    donates its state.
+  """
   schedule, trained = config.schedule(), task.trained
   tx = optimizer_of(config, task)
   if isinstance(config.update, WholeTree):
@@ -75,7 +87,11 @@ def build(config: Config, task: Task) -> tuple[Init, Step]:
 
 
 def starter(config: Config, task: Task) -> Callable[[PyTree], 'State']:
-  """Returns `parameters -> state` before the first update."""
+  """Returns `parameters -> state`, the state before the first update.
+
+  The returned function raises ValueError if the optimizer cannot project the
+  parameters.
+  """
   tx = optimizer_of(config, task)
 
   def start(params: PyTree) -> 'State':
@@ -94,7 +110,10 @@ def starter(config: Config, task: Task) -> Callable[[PyTree], 'State']:
 
 
 def optimizer_of(config: Config, task: Task) -> Any:
-  """Returns what makes the optimizer's state of a config."""
+  """Returns the transformation, or layer-wise update, that a config describes.
+
+  Both have an `init` that makes the optimizer's state.
+  """
   if isinstance(config.update, WholeTree):
     return config.transformation()
   return make_layerwise(config, task)
@@ -103,7 +122,14 @@ def optimizer_of(config: Config, task: Task) -> Any:
 def shardings(
   first: Init, config: Config, task: Task, mesh: jax.sharding.Mesh
 ) -> 'State':
-  """Returns where each array of a state lives; `first` is that of `build`."""
+  """Returns the sharding of each array of the training state.
+
+  Args:
+    first: the first function that `build` returns.
+    config: the experiment.
+    task: the task of `config`.
+    mesh: the devices.
+  """
   whole = mesh_lib.everywhere(mesh)
   key = jax.random.key(0)
   if mesh.size == 1:
@@ -117,9 +143,9 @@ def shardings(
 
 
 def placed(step: Step, mesh: jax.sharding.Mesh, places: 'State') -> Step:
-  """Returns a step on a mesh; the state stays where it was.
+  """Jits a step for a mesh; each array of the state keeps its sharding.
 
-  Each device, and so each process, has the metrics whole.
+  The metrics are replicated, so that every process can read them.
   """
   out = places, mesh_lib.everywhere(mesh)
   step = mesh_lib.under(mesh, step)
@@ -127,7 +153,10 @@ def placed(step: Step, mesh: jax.sharding.Mesh, places: 'State') -> Step:
 
 
 def motionless(step: Step) -> Step:
-  """Returns a step that moves no weight: a sum with 0 would lose a -0."""
+  """Returns a step that changes no weight, for a learning rate of 0.
+
+  Adding an update of 0 would turn a weight of -0 into +0.
+  """
 
   @functools.partial(jax.jit, donate_argnums=0)
   def same(state: State, batch: Batch) -> tuple[State, PyTree]:
@@ -138,17 +167,17 @@ def motionless(step: Step) -> Step:
 
 
 def init(params: PyTree, tx: Any, trained: Mask = everything) -> State:
-  """Returns the state before the first update."""
+  """Returns the training state before the first update."""
   moving, _ = split(params, trained)
   return State(jnp.zeros([], jnp.int32), params, tx.init(moving))
 
 
 def with_health(step: Step) -> Step:
-  """Returns a step whose metrics tell what a refresh noted of subspaces.
+  """Adds the statistics of `train.subspace` to a step's metrics.
 
-  `subspace` is what `train.subspace.health` finds; `refreshed` is 1 where this
-  step was the last one that all matrices needed for a new subspace. Where none
-  follows the gradient there is neither.
+  `subspace` is the result of `health`. `refreshed` is 1 if this step raised the
+  number of refreshes that every matrix has had. Both are absent if no basis
+  depends on the gradient.
   """
 
   @functools.partial(jax.jit, donate_argnums=0)
@@ -166,7 +195,7 @@ def with_health(step: Step) -> Step:
 
 
 def with_rates(step: Step, config: Config) -> Step:
-  """Returns a step whose metrics have the learning rate of each group."""
+  """Adds the learning rate of each group to a step's metrics."""
   if not config.groups:
     return step
 
@@ -183,9 +212,10 @@ def with_rates(step: Step, config: Config) -> Step:
 
 
 def with_adapter(step: Step, config: Config) -> Step:
-  """Returns a step that draws a config's dropout, and restarts its ReLoRA.
+  """Adds an adapter's dropout and ReLoRA's restarts to a step.
 
-  Both depend on the seed and the number of the step alone.
+  Both depend only on the seed and the step number, so that a resumed run
+  repeats them.
   """
   adapter, seed = config.adapter, config.seed
   noisy = getattr(adapter, 'dropout', 0) > 0
@@ -212,7 +242,7 @@ def with_adapter(step: Step, config: Config) -> Step:
 
 
 def split(params: PyTree, trained: Mask) -> tuple[PyTree, PyTree]:
-  """Returns what is trained and what is not; None stands for the other.
+  """Splits parameters into trained and fixed ones; None fills the gaps.
 
   >>> split({'a': 1, 'b': 2}, lambda params: {'a': True, 'b': False})
   ({'a': 1, 'b': None}, {'a': None, 'b': 2})
@@ -225,7 +255,7 @@ def split(params: PyTree, trained: Mask) -> tuple[PyTree, PyTree]:
 
 
 def join(moving: PyTree, still: PyTree) -> PyTree:
-  """Inverts `split`; what neither has stays None.
+  """Inverts `split`: takes each leaf from the tree in which it is not None.
 
   >>> join({'a': 1, 'b': None}, {'a': None, 'b': 2})
   {'a': 1, 'b': 2}
@@ -238,23 +268,26 @@ def join(moving: PyTree, still: PyTree) -> PyTree:
 
 
 class Beneath(NamedTuple):
-  """A model, layer by layer, some of whose weights are held fixed.
+  """A model as `galore_optax.layerwise` reads it, with fixed weights added.
 
-  A block finds its own by the number of the layer, which goes from block to
-  block with what they pass on.
+  The layer-wise update passes only the trained weights. The layer's index
+  travels with the activations, so that each layer finds its fixed weights.
   """
 
-  layers: Any  # of the task
-  still: PyTree  # what is not trained, as it is stored
-  read: Callable[[Any], jax.Array]  # makes an array of a stored weight
+  layers: Any
+  """The task's `layers`."""
+  still: PyTree
+  """Parameters that are not trained, as they are stored; None elsewhere."""
+  read: Callable[[Any], jax.Array]
+  """Converts a stored weight to an array."""
 
   def embed(self, params: PyTree, batch: Batch) -> PyTree:
-    """Returns what the first block reads."""
+    """Returns the input of the first layer."""
     x = self.layers.embed(join(params, self.still), batch)
     return {'x': x, 'layer': jnp.int32(0)}
 
   def block(self, layer_params: PyTree, x: PyTree) -> PyTree:
-    """Returns what the next block reads."""
+    """Returns the output of one layer, the input of the next."""
     mine = jax.tree.map(
       lambda w: self.read(stack.take(w, x['layer'])),
       self.still['blocks'],
@@ -264,12 +297,12 @@ class Beneath(NamedTuple):
     return {'x': y, 'layer': x['layer'] + 1}
 
   def loss(self, params: PyTree, x: PyTree, batch: Batch) -> Any:
-    """Returns the loss, and sums."""
+    """Returns the loss and the sums of `Task.loss`."""
     return self.layers.loss(join(params, self.still), x['x'], batch)
 
 
 def make_layerwise(config: Config, task: Task) -> Layerwise:
-  """Returns the layer-wise update of a config that has one."""
+  """Returns the layer-wise update of a config whose `update` is Layerwise."""
   update = config.update
   assert not isinstance(update, WholeTree)
   return layerwise(
@@ -294,16 +327,18 @@ def make_layerwise_step(
   trained: Mask = everything,
   in_part: bool = False,
 ) -> Step:
-  """Returns the same as `make_step` for a layer-wise update.
+  """Returns a step like that of `make_step`, with a layer-wise update.
 
-  With `accumulate`, `projected_grad_norm` stands for `grad_norm`.
+  If `update.accumulate` is more than 1, the metrics have `projected_grad_norm`
+  instead of `grad_norm`.
 
   Args:
-    update: of each weight as its gradient appears.
-    schedule: as in `make_step`.
+    update: the layer-wise update.
+    schedule: the learning rate by step, only for the metrics.
     trained: as in `Task`.
-    in_part: whether weights above a gradient that is not finite are updated,
-      as no pass before told; `partial_steps` of the metrics is 1 then.
+    in_part: whether a non-finite gradient can appear after some weights have
+      changed, because no earlier pass checks all gradients. The layers above
+      it are then updated, and the metric `partial_steps` is 1.
   """
 
   @functools.partial(jax.jit, donate_argnums=0)
@@ -340,17 +375,17 @@ def make_step(
 ) -> Step:
   """Returns the jitted `(state, batch) -> (state, metrics)`; donates state.
 
-  The loss is the mean over what the whole batch scores, however that falls
-  into microbatches. Metrics are `loss`, `grad_norm`, `learning_rate`,
-  `skipped_steps`, the batch's `weight` and the sums that stand beside the
-  loss, by name; `projected_grad_norm` stands for `grad_norm` where devices sum
-  projected gradients.
+  The loss is the weighted mean over the whole batch; the number of microbatches
+  does not change it. Metrics are `loss`, `grad_norm`, `learning_rate`,
+  `skipped_steps`, `weight` (the sum of the batch's weights) and the sums that
+  the loss returns, by name. If devices sum projected gradients,
+  `projected_grad_norm` replaces `grad_norm`.
 
   Args:
     loss: as in `Task.loss`.
     tx: the optimizer.
-    schedule: the learning rate by step, for the metrics alone.
-    microbatches: number of equal parts of the batch, one in memory at a time.
+    schedule: the learning rate by step, only for the metrics.
+    microbatches: number of equal parts of the batch, computed one at a time.
     trained: as in `Task`.
   """
 
@@ -360,7 +395,7 @@ def make_step(
     moving, still = split(state.params, trained)
     gradient = functools.partial(mean_gradient, loss, microbatches)
     if sums_projected(tx):
-      # Between refreshes the devices along 'data' send what galore projects.
+      # Between refreshes, devices along 'data' sum only projected gradients.
       value, sums, grads, found = projected(
         gradient, tx, moving, still, state.optimizer, batch
       )
@@ -375,7 +410,7 @@ def make_step(
       updates, optimizer = update(grads, found, moving)
       return optax.apply_updates(moving, updates), optimizer
 
-    # By this name `train.plan` knows which branch a step takes.
+    # `train.plan` finds this conditional in the compiled step by its name.
     with jax.named_scope('if_finite'):
       moving, optimizer = jax.lax.cond(
         sound, updated, lambda kept: kept, (moving, state.optimizer)
@@ -393,7 +428,7 @@ def make_step(
 
 
 def with_mean_weight(batch: Batch) -> tuple[Batch, jax.Array]:
-  """Returns the batch with weights of mean 1, and their sum before."""
+  """Scales a batch's weights to mean 1; returns their original sum, too."""
   weight = jnp.sum(batch['weights'])
   weights = batch['weights'] * (batch['weights'].size / weight)
   return {**batch, 'weights': weights}, weight
@@ -402,7 +437,7 @@ def with_mean_weight(batch: Batch) -> tuple[Batch, jax.Array]:
 def with_own_weight(
   sums: dict[str, jax.Array], batch: Batch, weight: jax.Array
 ) -> dict[str, jax.Array]:
-  """Undoes `with_mean_weight` for sums, which are linear in the weights."""
+  """Undoes `with_mean_weight` in sums, which are linear in the weights."""
   share = weight / batch['weights'].size
   return {name: share * total for name, total in sums.items()} | {
     'weight': weight
@@ -410,21 +445,21 @@ def with_own_weight(
 
 
 def sums_projected(tx: Any) -> bool:
-  """Whether devices along 'data' send projected gradients for whole ones.
+  """Whether devices along 'data' can sum projected gradients instead of whole.
 
-  It is exact where nothing reads more of a gradient than its projection: no
-  residual rule, no clipping by its norm. Asked where a step is traced, under
-  its mesh.
+  The result is the same if the optimizer reads nothing but the projection of a
+  gradient: it has no residual rule, and does not clip by the whole gradient's
+  norm. Call it while a step is traced under its mesh, whose sizes it reads.
   """
   sides = jax.sharding.get_abstract_mesh().shape
   if sides.get('data', 1) == 1 or not isinstance(tx, Galore):
     return False
-  # With all three sides XLA's partitioner fails at the embedding's gather.
+  # With three axes above 1, XLA's partitioner fails on the embedding's gather.
   return tx.linear and min(sides['fsdp'], sides['tensor']) == 1
 
 
 def traffic(config: Config) -> str:
-  """Returns what devices along 'data' send each other, in words."""
+  """Describes which gradients the devices along 'data' sum."""
   with jax.sharding.use_abstract_mesh(mesh_lib.absent(config.mesh)):
     whole_tree = isinstance(config.update, WholeTree)
     if whole_tree and sums_projected(config.transformation()):
@@ -444,32 +479,34 @@ def projected(
   optimizer: PyTree,
   batch: Batch,
 ) -> tuple[jax.Array, PyTree, PyTree, PyTree]:
-  """Returns loss, sums, the projected gradient, and the state refreshed.
+  """Returns loss, sums, projected gradient and refreshed optimizer state.
 
-  Each device along 'data' projects the gradient of its own rows, and what they
-  sum has the size of the moments. The whole gradient is summed where a refresh
-  is due, inside its branch.
+  Each device along 'data' projects the gradient of its own rows, and the
+  devices sum the projections, which have the size of the moments. Whole
+  gradients are summed only if a refresh is due, inside the branch of
+  `lax.cond`.
 
   Args:
     gradient: `(moving, still, batch) -> loss, sums, gradient`.
-    tx: a `galore` for which `sums_projected` holds.
-    moving: what is trained.
-    still: what is not.
-    optimizer: the state of tx.
-    batch: of all devices.
+    tx: a `galore` for which `sums_projected` is true.
+    moving: the trained parameters.
+    still: the parameters that are not trained.
+    optimizer: the state of `tx`.
+    batch: the batch of all devices.
   """
   whole, own = PartitionSpec(), PartitionSpec('data')
   mean = functools.partial(jax.lax.pmean, axis_name='data')
   on_each = functools.partial(
     jax.shard_map,
     axis_names={'data'},
-    # It would sum the gradients of what all devices have, which are whole.
+    # With the check, JAX would sum the gradients of replicated parameters over
+    # 'data', and the devices would exchange whole gradients.
     check_vma=False,
   )
 
   def of_rows(moving, still, batch):
     value, sums, grads = gradient(moving, still, batch)
-    # With an axis in front, along which each device has its own.
+    # The new leading axis keeps each device's gradient apart from the others'.
     grads = jax.tree.map(lambda g: g[None], grads)
     return mean(value), jax.lax.psum(sums, 'data'), grads
 
@@ -493,7 +530,10 @@ def projected(
 def mean_gradient(
   loss: Loss, microbatches: int, moving: PyTree, still: PyTree, batch: Batch
 ) -> tuple[jax.Array, PyTree, PyTree]:
-  """Returns loss, sums and gradient, of what is trained, over microbatches."""
+  """Returns loss, sums and the trained parameters' gradient of a batch.
+
+  The loss and the gradient are means over the microbatches; sums are totals.
+  """
   of_moving = lambda moving, batch: loss(join(moving, still), batch)
   whole = jax.value_and_grad(of_moving, has_aux=True)
 
@@ -511,7 +551,7 @@ def mean_gradient(
     return jax.tree.map(jnp.add, total, gradient(moving, micro)), None
 
   first = jax.tree.map(lambda x: x[0], parts)
-  # In float32: a sum of many bfloat16 gradients would drop the small ones.
+  # Accumulate in float32: bfloat16 would lose the small gradients.
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.float32),
     (jax.eval_shape(of_moving, moving, first), moving),
