@@ -1,8 +1,8 @@
-"""From a command line to the last step: what the training programs share.
+"""Runs a training program from its command line to the last step.
 
-`prepare` checks everything that a user can get wrong and writes nothing;
-`begin` finds the state to start from, in the run or in a checkpoint of
-transformers; `train` hands both to the loop (`train.loop`).
+`prepare` checks everything that a user can get wrong and writes no file.
+`begin` returns the first state, from a checkpoint or from random weights.
+`train` passes both to the loop in `train.loop`.
 """
 
 import contextlib
@@ -40,25 +40,31 @@ from train.task import Metrics, PyTree, Task, Text, task_of
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """All that training needs, checked; nothing is written yet."""
+  """Everything that training needs, checked before any file is written."""
 
   config: Config
   run: Run
+  """The run's directory, which this program writes."""
   source: Run | None
-  """The run whose checkpoint this one starts from; itself, if resumed."""
+  """The run whose checkpoint is continued: `run` itself if it is resumed."""
   task: Task
   init: step_lib.Init
+  """`key -> state`, as `train.step.build` returns it."""
   step: step_lib.Step
+  """The step, jitted for the mesh."""
   places: State
-  """Where each array of the state lives."""
+  """Sharding of each array of the state."""
   text: Text
   batches: grain.DatasetIterator
+  """The training batches, without end."""
   validate: Callable[[PyTree], Metrics]
-  """Parameters to the metrics of the validation split."""
+  """Computes the metrics of the validation split from parameters."""
   memory: Table
+  """Bytes of each parameter and its optimizer state, to print."""
   warnings: tuple[str, ...]
-  """Warnings about data that the model would not learn as they mean it."""
+  """Warnings about chats that the model would not learn as intended."""
   launch: Launch
+  """The parsed command line."""
 
 
 Before: TypeAlias = Callable[[Setup, Console], None]
@@ -71,10 +77,11 @@ def main(
   """Runs a training program; returns the exit code.
 
   Args:
-    argv: its command line.
-    kind: its options.
-    before: shows what is to be trained; may raise as `prepare` does.
-    after: shows what was trained, if no signal stopped it.
+    argv: the arguments of the command line, starting with the config file.
+    kind: the dataclass of the program's options.
+    before: called before training, to print an example of the data or to check
+      the setup; it may raise the errors that `prepare` raises.
+    after: called with the last state, unless a signal stopped the training.
   """
   machine.prepare()
   with user_errors():
@@ -108,7 +115,8 @@ def main(
       )
   except OSError as error:
     print(f'error: {error}', file=sys.stderr)
-    # One of the system, from elsewhere than a save, which says so itself.
+    # The system sets errno. `checkpoint.save` raises an OSError without errno,
+    # whose message already contains this advice.
     if error.errno is not None and checkpoint.exists(
       setup.run.checkpoints_path
     ):
@@ -121,13 +129,22 @@ def main(
 
 
 def command(setup: Setup, path: str, *options: str) -> str:
-  """Returns a command line that goes on from a run, for the user to copy."""
+  """Returns a command line that continues a run, for the user to copy."""
   words = ['python', '-m', setup.launch.program, path]
   return shlex.join([*words, '--run', str(setup.run.directory), *options])
 
 
 def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
-  """Checks everything that a user can get wrong."""
+  """Checks everything that a user can get wrong, and writes no file.
+
+  Args:
+    argv: the arguments of the command line, starting with the config file.
+    kind: the dataclass of the program's options.
+
+  Raises:
+    ValueError, OSError, ImportError: the user must change a value or a file, or
+      install a package.
+  """
   found = source(argv)
   launch = parse(
     argv, kind, None if found is None else lambda path: found.config()
@@ -156,7 +173,7 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
     of_config(found, config) if found else prepare_tokenizer(config, documents)
   )
   text = Text(documents, held_out, tokenizer)
-  # Both splits, so that no chat is refused first in the midst of a run.
+  # Check both splits now, so that no chat is rejected in the middle of a run.
   chats = [x for x in (documents, held_out) if isinstance(x, Dialogues)]
   warnings = dict.fromkeys(line for x in chats for line in x.check(tokenizer))
   return Setup(
@@ -177,7 +194,12 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
 
 
 def check_branch(source: Run, config: Config) -> None:
-  """Raises ValueError where a config cannot start from a run's checkpoint."""
+  """Checks that a config can start from a run's checkpoint.
+
+  Raises:
+    FileNotFoundError: the run has no checkpoint.
+    ValueError: the tokenizer or the shapes of the state differ.
+  """
   if not checkpoint.exists(source.checkpoints_path):
     raise FileNotFoundError(
       f'no checkpoint in {source.checkpoints_path} to start from: leave out '
@@ -194,13 +216,13 @@ def check_branch(source: Run, config: Config) -> None:
 
 
 def shapes(config: Config) -> State:
-  """Returns the shapes of a config's state."""
+  """Returns the shapes of the training state of a config."""
   init, _ = step_lib.build(config, task_of(config))
   return jax.eval_shape(init, jax.random.key(0))
 
 
 def prepare_tokenizer(config: Config, documents: Documents) -> AnyTokenizer:
-  """Returns the tokenizer that is named, or one trained on the documents."""
+  """Loads the tokenizer that the config names, or trains one on documents."""
   vocab_size = config.model.vocab_size
   path = config.tokenizer or config.checkpoint
   if path is None:
@@ -219,7 +241,12 @@ def prepare_tokenizer(config: Config, documents: Documents) -> AnyTokenizer:
 
 
 def begin(setup: Setup) -> State:
-  """Returns the state to start from, and writes the run's first files."""
+  """Returns the state to start from, and writes the run's first files.
+
+  Raises:
+    ValueError: the processes have different setups, or the checkpoint to branch
+      from has already done `config.steps` steps.
+  """
   config, source, where = setup.config, setup.source, setup.run
   key, places = jax.random.key(config.seed), setup.places
   agree(setup)
@@ -250,9 +277,13 @@ def begin(setup: Setup) -> State:
 
 
 def agree(setup: Setup) -> None:
-  """Raises ValueError where processes would train something else each.
+  """Checks that all processes would train the same.
 
-  None of them writes before all have looked for what is there.
+  This also keeps every process from writing files until all processes have read
+  the existing ones.
+
+  Raises:
+    ValueError: configs, runs or tokenizers differ.
   """
   tokenizer = setup.text.tokenizer
   files = sorted(tokenizer.files.items())
@@ -263,7 +294,7 @@ def agree(setup: Setup) -> None:
 
 
 def write(setup: Setup) -> None:
-  """Writes a run's first files, or a resumed one's config."""
+  """Writes a new run's first files, or the changed config of a resumed run."""
   config, source, where = setup.config, setup.source, setup.run
   if source == where:
     where.write(config)
@@ -277,7 +308,7 @@ def write(setup: Setup) -> None:
 def train(
   setup: Setup, state: State, console: Console, after: After, *, path: str
 ) -> int:
-  """Trains to the last step, or until a signal; returns the exit code."""
+  """Trains until the last step or a signal; returns the exit code."""
   config, where, task = setup.config, setup.run, setup.task
   leads = mesh_lib.leads()
   console.print(f'run: {where.directory}', highlight=False)
