@@ -1,7 +1,7 @@
-"""What is trained: a `Task`, and the language model, which is the first one.
+"""Tasks: a `Task` is a model together with the data that it learns from.
 
-`train.step` makes an update of a task and `train.loop` repeats it. Neither
-knows what is inside; a second task is a second function that returns a `Task`.
+There are two, `language_model` and `classification`. `train.step` makes the
+step of a task and `train.loop` repeats it; neither depends on the kind of task.
 
 Axes: B sequences of a batch, T tokens of a sequence.
 """
@@ -40,19 +40,22 @@ Loss: TypeAlias = Callable[[PyTree, Batch], tuple[jax.Array, PyTree]]
 Mask: TypeAlias = Callable[[PyTree], PyTree]
 
 INPUTS = ('inputs', 'targets', 'weights', 'positions', 'segments')
-"""What a language model reads of a batch."""
+"""The arrays of a batch that a language model reads."""
 
 
 class Text(NamedTuple):
-  """A corpus, opened, and the tokenizer of the run."""
+  """The data and the tokenizer of a run."""
 
-  train: Documents | Examples | None  # None where nothing is trained
+  train: Documents | Examples | None
+  """The training split; None if nothing is trained."""
   validation: Documents | Examples
+  """The validation split."""
   tokenizer: Tokenizer
+  """The run's tokenizer."""
 
 
 def everything(params: PyTree) -> PyTree:
-  """Returns the mask of a task that trains all its weights.
+  """Returns a mask of True for every weight: the default of `Task.trained`.
 
   >>> everything({'w': 1})
   {'w': True}
@@ -62,44 +65,46 @@ def everything(params: PyTree) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A model and what it learns from; nothing of it exists yet."""
+  """A model, its loss and its data; no weight is allocated and no file read."""
 
   init: Callable[[jax.Array], PyTree]
   """`key -> parameters`, as they are stored between steps."""
   layers: Any
-  """The model one layer at a time, on arrays, as `layerwise` wants it."""
+  """The model as three functions on arrays, as `layerwise` reads it."""
   loss: Loss
-  """`(parameters, batch) -> (loss, sums)`, on stored parameters: a mean over
-  the positions of a batch, each times its entry of batch['weights']; and sums
-  that are linear in these weights, by the name that the log gives them."""
+  """`(parameters, batch) -> (loss, sums)`, on stored parameters. The loss is
+  the mean over positions, each multiplied by its entry of batch['weights']. The
+  sums are linear in these weights; the log uses their names."""
   batches: Callable[[Text], grain.DatasetIterator]
-  """Data to batches without end, whose position can be saved."""
+  """Returns the training batches, without end; their position can be saved."""
   evaluate: Callable[[Text], Callable[[PyTree], Metrics]]
-  """Data to `parameters -> metrics` of what is held out."""
+  """Returns a function that computes the validation metrics of parameters."""
   example: Callable[[Text], Any]
-  """Data to what shows an example of it, for a rich console."""
+  """Returns an example of the data that a rich console can print."""
   unit: str
-  """What a weight of 1 counts."""
+  """What the weights of a batch count: 'tokens' or 'examples'."""
   score: Callable[[Metrics], float] = lambda found: found['loss']
-  """A number of a validation; the lowest is the best."""
+  """Returns a number from the validation metrics; the lowest is the best."""
   inputs: Callable[[], Batch] | None = None
-  """Shapes of the largest batch that `batches` makes; a plan needs them."""
+  """Returns the shapes of the largest possible batch, which a plan needs."""
   read: Callable[[jax.Array], PyTree] | None = None
-  """As `init`, from the config's checkpoint; what that lacks is drawn."""
+  """`key -> parameters`, read from the config's checkpoint. The key initializes
+  weights that the checkpoint lacks."""
   large: tuple[str, ...] = ()
-  """Paths of the weights that `Layerwise.slices` cuts."""
+  """Paths of the weights that `Layerwise.slices` divides."""
   trained: Mask = everything
-  """Parameters to the same tree of whether each is trained; the others stay as
-  they are, without gradient or optimizer state."""
+  """Returns a tree of bools: whether each parameter is trained. All others stay
+  fixed, without gradient or optimizer state."""
   flops: Callable[[Batch], float] | None = None
-  """A batch to what its update costs, as `model_flops` counts."""
+  """Returns the flops of an update with a batch, as `model_flops` counts
+  them."""
 
 
 def task_of(config: Config) -> Task:
-  """Returns what a config trains: its model says which task it is.
+  """Builds the task of a config, whose model decides which task it is.
 
   Raises:
-    ValueError: its corpus is for the other one, or has another metric.
+    ValueError: the corpus, or its metric, does not fit the model.
   """
   encodes = isinstance(config.model, EncoderConfig)
   if encodes != isinstance(config.corpus, LabelledFiles | LabelledTfds):
@@ -113,8 +118,8 @@ def task_of(config: Config) -> Task:
 
 
 def counted(config: Config, task: Task) -> Callable[[Batch], float]:
-  """Returns what counts the flops of a batch of a config's task."""
-  # At the first batch: a plan or an evaluation asks for none.
+  """Returns a function that counts the flops of an update with a batch."""
+  # Compute shapes at the first batch: plans and evaluations never count flops.
   shapes = functools.cache(lambda: array_shapes(config, task))
   return lambda batch: model_flops(
     config.model, shapes(), task.trained(shapes()), *batch['inputs'].shape
@@ -124,21 +129,23 @@ def counted(config: Config, task: Task) -> Callable[[Batch], float]:
 def model_flops(
   model: Any, params: PyTree, trained: PyTree, rows: int, length: int
 ) -> float:
-  """Returns the flops of an update that the model needs, two a multiplication.
+  """Returns the flops that a model needs for an update.
 
-  A token is multiplied with N weights on its way forward (2 N flops), its
-  gradient with them on its way back (2 N), and both with each other for the
-  N_t weights that are trained (2 N_t): 6 N where all are. A row of T tokens has
-  12 L T D more of attention for each, D the width of all heads: T^2 products
-  forward and twice as many back, those that are masked included. What a program
-  computes again to save memory does not count, nor does the optimizer.
+  A multiply-add counts as two flops. A token is multiplied with N weights in
+  the forward pass (2 N flops). In the backward pass its gradient is multiplied
+  with these weights (2 N), and with its activations for the N_t trained weights
+  (2 N_t). If all weights are trained, these are 6 N flops. Attention over a row
+  of T tokens adds 12 L T D for each token, where D is the width of all heads:
+  T^2 products in the forward pass and twice as many in the backward pass,
+  masked ones included. Recomputation that saves memory does not count, nor does
+  the optimizer.
 
   Args:
     model: the config of the model.
-    params: its parameters or their shapes, factors of low rank included.
-    trained: the same tree, of whether each is trained.
-    rows: in the batch.
-    length: T, tokens in a row.
+    params: its parameters or their shapes, with low-rank factors.
+    trained: a tree of bools: whether each parameter is trained.
+    rows: number of rows in the batch.
+    length: T, the number of tokens in a row.
 
   References:
     Chowdhery et al., `PaLM <https://arxiv.org/abs/2204.02311>`_, 2022.
@@ -148,7 +155,8 @@ def model_flops(
   for path, (w, moves) in zip(paths(params), flat, strict=True):
     head = path == 'lm_head/kernel'
     tied = path == 'embed/embedding' and getattr(model, 'tied', False)
-    # The layers' matrices are stacked; what is looked up is not multiplied.
+    # Layers are stacked, so their matrices have three axes. Embeddings are
+    # looked up, not multiplied, unless they are also the output head.
     if head or tied or w.ndim > 2:
       rate += (6 if moves else 4) * w.size
   width = model.num_heads * getattr(
@@ -160,7 +168,7 @@ def model_flops(
 
 
 def language_model(config: Config) -> Task:
-  """Returns the pre-training of a LLaMA on a corpus."""
+  """Returns the task of pre-training or fine-tuning a language model."""
   layers, loss = layers_of(config), stored_layers(config)
   return Task(
     init=lambda key: as_stored(config, Layers(config.model).init(key), key),
@@ -190,14 +198,14 @@ def language_model(config: Config) -> Task:
     ),
     unit='tokens',
     inputs=lambda: text_shapes(config),
-    # A tied model has one of them.
+    # A tied model has only the first of them.
     large=('embed/embedding', 'lm_head/kernel'),
     trained=functools.partial(trained, config),
   )
 
 
 def classification(config: Config) -> Task:
-  """Returns the fine-tuning of an encoder on labelled texts."""
+  """Returns the task of fine-tuning an encoder on labelled texts."""
   model, metric = config.model, config.corpus.metric
   check_metric(metric, model.num_labels)
   if config.checkpoint is None and config.tokenizer is None:
@@ -259,9 +267,9 @@ def text_shapes(config: Config) -> Batch:
 
 
 def labelled_shapes(config: Config) -> Batch:
-  """Returns the shapes of a classifier's batch of the longest rows.
+  """Returns the shapes of a classifier's largest batch.
 
-  A row has no more tokens than the model has positions.
+  A row has at most as many tokens as the model has positions.
   """
   model, rows = config.model, config.batch_size
   length = min(config.sequence_length, model.max_length)
@@ -278,7 +286,10 @@ def labelled_shapes(config: Config) -> Batch:
 
 
 def check_metric(metric: str, num_labels: int) -> None:
-  """Raises ValueError where a metric is not one of such labels."""
+  """Raises ValueError unless a metric fits the number of labels.
+
+  'pearson' and 'spearman' need a number to predict, all others need labels.
+  """
   numbers = metric in ('pearson', 'spearman')
   if numbers != (num_labels == 1):
     raise ValueError(
@@ -288,18 +299,18 @@ def check_metric(metric: str, num_labels: int) -> None:
 
 
 def trained(config: Config, params: PyTree) -> PyTree:
-  """Returns which parameters of a config are trained.
+  """Returns a tree of bools: which parameters of a config are trained.
 
   Raises:
     ValueError: a group matches no parameter that the adapter leaves trained,
-      two groups match the same one, or all are frozen, or all layers
-      if updates are layer-wise.
+      two groups match the same parameter, or the groups freeze all parameters.
+      With layer-wise updates, also if the groups freeze all layers.
   """
   chosen = by_adapter(config, params)
   if not config.groups:
     return chosen
   marks, treedef = jax.tree.flatten(chosen)
-  # Without the leaves that are not trained.
+  # A pattern must match a trained leaf, so hide the others from `assigned`.
   moving = treedef.unflatten([mark or None for mark in marks])
   groups = (*config.groups, Group('', 1.0))
   indices = iter(assigned(config.groups, moving))
@@ -320,19 +331,19 @@ def trained(config: Config, params: PyTree) -> PyTree:
 
 
 def by_adapter(config: Config, params: PyTree) -> PyTree:
-  """Returns which parameters the adapter of a config leaves trained."""
+  """Returns a tree of bools: which parameters an adapter leaves trained."""
   adapter = config.adapter
   if adapter is None or getattr(adapter, 'lomo', 0):
     return everything(params)
   chosen = lowrank.optimized(params, adapter)
   if 'head' in chosen:
-    # Drawn at random for these labels: nothing is learned beside a frozen one.
+    # The head starts from random weights; frozen, it would stay random.
     chosen |= {'head': everything(params['head'])}
   return chosen
 
 
 def layers_of(config: Config) -> Layers | encoder.Layers:
-  """Returns the model of a config, with its adapter, on arrays."""
+  """Returns a config's model, with its adapter; it reads weights as arrays."""
   adapter = config.adapter
   hook = None if adapter is None else lowrank.hook(adapter)
   if config.mesh.size > 1:
@@ -343,16 +354,17 @@ def layers_of(config: Config) -> Layers | encoder.Layers:
 
 
 def array_shapes(config: Config, task: Task) -> PyTree:
-  """Returns the shapes of a task's parameters as arrays, as gradients are."""
+  """Returns the shapes of a task's parameters as arrays, not quantized."""
   read = config.weights().read
   arrays = lambda key: jax.tree.map(read, task.init(key), is_leaf=is_stored)
   return jax.eval_shape(arrays, jax.random.key(0))
 
 
 def stored_layers(config: Config) -> Layers | encoder.Layers:
-  """Returns the model that reads its weights as a config stores them.
+  """Returns a config's model; it reads weights as they are stored.
 
-  Layer by layer: no more than one layer of them exists as arrays.
+  It converts the weights of one layer at a time, so that no more than one
+  layer's weights exist as arrays.
   """
   layers, weights = layers_of(config), config.weights()
   if weights is ARRAYS:
@@ -362,7 +374,7 @@ def stored_layers(config: Config) -> Layers | encoder.Layers:
 
 
 def as_stored(config: Config, params: PyTree, key: jax.Array) -> PyTree:
-  """Returns a model's weights as a config stores them, with its adapter."""
+  """Converts initial weights to the stored form, and adds the adapter."""
   store, adapter = config.weights().store, config.adapter
   if adapter is not None:
     params = lowrank.adapt(params, adapter, adapter_lib.first_key(key))
@@ -375,9 +387,9 @@ def as_stored(config: Config, params: PyTree, key: jax.Array) -> PyTree:
 
 
 def read_params(config: Config, key: jax.Array) -> PyTree:
-  """Returns the weights of a config's checkpoint, of the config's type.
+  """Reads the weights of a config's checkpoint, in the config's data type.
 
-  A head that it has not is drawn.
+  If the checkpoint lacks a head, the key initializes one.
   """
   fields = ('param_dtype', 'num_labels', 'labels')
   given = {
@@ -393,9 +405,9 @@ def read_params(config: Config, key: jax.Array) -> PyTree:
 
 
 def held_out(config: Config, text: Text) -> grain.IterDataset[Batch]:
-  """Returns the validation batches of a config, in parts as in training.
+  """Returns validation batches, each the size of one part of a training batch.
 
-  The rows are the same, however many parts there are.
+  The number of parts does not change the rows.
   """
   num_batches = config.eval_batches
   if num_batches is not None:
@@ -412,11 +424,11 @@ def held_out(config: Config, text: Text) -> grain.IterDataset[Batch]:
 def perplexity(
   loss: Loss, params: PyTree, *, batches: Iterable[Batch]
 ) -> Metrics:
-  """Returns the loss, the perplexity per token and the bits per byte.
+  """Computes the loss, the perplexity per token and the bits per byte.
 
-  Every scored token counts the same, whichever batch it falls into, and the
-  sum is divided by their number and nothing else. Nothing waits for the device
-  before all batches are in its queue.
+  Every scored token has the same weight: the sum over all batches is divided
+  once, by the number of scored tokens. All batches are queued on the device
+  before the first result is read.
   """
   found, num_bytes = [], 0.0
   for batch in batches:
