@@ -1,8 +1,7 @@
-"""Training with factors of low rank: their optimizer, noise and restarts.
+"""Training with low-rank factors: their optimizer, dropout keys and restarts.
 
-`models.lowrank` has the mathematics; here is what an update does beside it.
-`train.step` and `train.config` call these functions where a config has an
-adapter.
+`models.lowrank` defines the model with factors. `train.step` and `train.config`
+call the functions here if the config has an adapter.
 
 Axes: B examples of a batch.
 """
@@ -22,7 +21,7 @@ from models.lowrank import Adapter, Lora, Relora
 
 PyTree: TypeAlias = Any
 
-# What a run's seed and step are folded with, for keys of different use.
+# Tags folded into the run's keys, so that keys for different uses differ.
 FIRST, NOISE, MERGE = range(1, 4)
 
 
@@ -31,7 +30,13 @@ def with_lomo(
   adapter: Adapter | None,
   schedule: optax.Schedule,
 ) -> optax.GradientTransformation:
-  """Returns an optimizer, and LOMO for what it does not train, if wanted."""
+  """Adds LOMO for the frozen weights, if the adapter has a `lomo` rate.
+
+  Args:
+    optimizer: the optimizer of the factors.
+    adapter: the adapter of the config.
+    schedule: the learning-rate schedule; LOMO's is `adapter.lomo` times it.
+  """
   if not isinstance(adapter, Lora) or not adapter.lomo:
     return optimizer
   beneath = galore_optax.lomo(
@@ -49,12 +54,12 @@ def with_lomo(
 
 
 def restarts(adapter: Adapter | None) -> bool:
-  """Whether training merges factors now and then, and starts them anew."""
+  """Whether training merges the factors regularly and restarts them."""
   return isinstance(adapter, Relora)
 
 
 def jagged(envelope: optax.Schedule, adapter: Relora) -> optax.Schedule:
-  """Returns a schedule that rises from 0 after each merge, to the envelope.
+  """Returns a schedule that rises from 0 to `envelope` after each merge.
 
   >>> schedule = jagged(lambda step: 1.0, Relora(every=8, restart_warmup=2))
   >>> [float(schedule(step)) for step in (0, 7, 8, 9, 10)]
@@ -72,7 +77,7 @@ def jagged(envelope: optax.Schedule, adapter: Relora) -> optax.Schedule:
 
 
 def with_noise(batch: PyTree, seed: int, step: jax.Array) -> PyTree:
-  """Returns a batch with the keys of its dropout, by seed and step."""
+  """Adds the keys of dropout to a batch; they depend on seed and step."""
   key = _key(seed, NOISE, step)
   keys_B = jax.random.split(key, batch['inputs'].shape[0])
   return batch | {'noise': jax.random.key_data(keys_B)}
@@ -87,19 +92,22 @@ def restart(
   weights: Weights,
   seed: int,
 ) -> tuple[PyTree, PyTree]:
-  """Returns parameters and optimizer state after ReLoRA's merge.
+  """Performs ReLoRA's merge if this step is due for one.
 
-  The factors' product goes into the weights, A is drawn anew, B is 0, and most
-  of the moments of both are 0. The optimizer's counters go on. Between merges
-  nothing happens.
+  A merge adds the product of the factors A and B to the weights, draws A again,
+  sets B to 0, and sets a share of the factors' moments to 0. The optimizer's
+  counters continue. All other steps change nothing.
 
   Args:
-    params: as they are stored.
-    optimizer: its state.
-    step: updates done.
-    adapter: when to merge.
+    params: parameters, as they are stored.
+    optimizer: the optimizer's state.
+    step: number of updates done.
+    adapter: sets when to merge.
     weights: how weights are stored.
-    seed: of the run.
+    seed: the seed of the run.
+
+  Returns:
+    The parameters and the optimizer's state.
   """
   merge_key, moment_key = jax.random.split(_key(seed, MERGE, step))
 
@@ -115,7 +123,7 @@ def restart(
 def merge_into(
   params: PyTree, adapter: Relora, weights: Weights, key: jax.Array
 ) -> PyTree:
-  """Returns stored parameters with their factors merged and drawn anew."""
+  """Merges the factors into the stored weights, and draws new factors."""
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   roles = lowrank.roles(params)
   names = sorted(path for path in roles if roles[path] == 'beneath')
@@ -130,17 +138,17 @@ def merge_into(
 
     flat[path] = stack.each(add, flat[path], flat[of_b])
     shape = (*a.shape[:-1], flat[of_b].shape[-1])
-    # Another key than that of the rounding.
+    # Use another key than for the rounding above.
     fresh = jax.random.fold_in(key, number + len(names))
     flat[of_a], flat[of_b] = lowrank.fresh_factors(shape, adapter.rank, fresh)
   return flax.traverse_util.unflatten_dict(flat, sep='/')
 
 
 def reset_moments(optimizer: PyTree, share: float, key: jax.Array) -> PyTree:
-  """Returns a state with a share of the factors' moments set to 0.
+  """Sets a random share of the factors' moments to 0.
 
-  Moments are the entries of a field `mu` or `nu`; where they are stored in
-  blocks that share a scale, a block goes as a whole.
+  Moments are the leaves below a field `mu` or `nu`. If blocks of a quantized
+  moment share a scale, setting the scale to 0 resets the whole block.
   """
   leaves, treedef = jax.tree_util.tree_flatten_with_path(optimizer)
 
@@ -156,15 +164,15 @@ def reset_moments(optimizer: PyTree, share: float, key: jax.Array) -> PyTree:
 
 
 def _of_factor(path) -> bool:
-  """Whether a leaf of an optimizer's state is in a moment of a factor."""
+  """Whether a leaf of an optimizer's state belongs to a factor's moment."""
   keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-  # A layer-wise state's keys are whole paths of weights.
+  # In a layer-wise state, a key is the whole path of a weight.
   of_factor = any(key.split('/')[-1] in lowrank.FACTORS for key in keys)
   return of_factor and not {'mu', 'nu'}.isdisjoint(keys)
 
 
 def first_key(key: jax.Array) -> jax.Array:
-  """Returns the key of the first factors, from that of the first weights."""
+  """Returns the key of the first factors, made from the weights' key."""
   return jax.random.fold_in(key, FIRST)
 
 
