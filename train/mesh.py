@@ -1,9 +1,9 @@
-"""Where each array lives: which devices hold which part of it.
+"""Shardings: which device holds which part of each array.
 
-Steps, validations, checkpoints and plans all ask here. Nothing is parallel by
-hand: what runs on a mesh is what runs on one device, of arrays that are cut,
-and the compiler moves between devices what it must. `join` and `agree` are for
-several processes, each with devices of its own.
+Steps, validations, checkpoints and plans take their shardings from here. The
+programs contain almost no explicit communication: the same code runs on one
+device and on a mesh, and the compiler inserts the communication. `join` and
+`agree` are for several processes, each with its own devices.
 
 Axes: B rows of a batch, L layers, D width, V vocabulary.
 """
@@ -27,29 +27,31 @@ from models.lowrank import FACTORS
 PyTree: TypeAlias = Any
 
 ROWS = ('data', 'fsdp')
-"""The axes that the rows of a batch are dealt out over."""
+"""Mesh axes over which the rows of a batch are sharded."""
 
-# Matrices whose last side the tensor axis cuts, and those whose first: heads,
-# the mlp's hidden layer and the vocabulary are cut, the width is not.
+# Matrices whose last side the tensor axis shards, and those whose first side it
+# shards. It shards heads, the MLP's hidden units and the vocabulary, but not
+# the width.
 _LAST = frozenset(('q', 'k', 'v', 'gate', 'up', 'lm_head'))
 _FIRST = frozenset(('o', 'down', 'embedding'))
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Devices in a grid; what is trained does not depend on it."""
+  """A grid of devices; its sizes do not change what is trained."""
 
   data: int = 1
-  """Devices that have the same weights and other rows of a batch."""
+  """Number of groups of devices that have the same weights and other rows of a
+  batch."""
   fsdp: int = 1
-  """Devices that have other rows too, and a part of each weight and of its
-  optimizer state each."""
+  """Number of devices that have other rows of a batch, and each a part of every
+  weight and of its optimizer state."""
   tensor: int = 1
-  """Devices that have the same rows, and other heads, hidden units and tokens
-  of the vocabulary."""
+  """Number of devices that have the same rows, and other heads, hidden units
+  and tokens of the vocabulary."""
 
   def __post_init__(self):
-    """Checks the sizes."""
+    """Raises ValueError unless each size is at least 1."""
     for name, value in dataclasses.asdict(self).items():
       if value < 1:
         raise ValueError(f'mesh.{name} must be at least 1, got {value}')
@@ -60,12 +62,13 @@ class Mesh:
     return self.data * self.fsdp * self.tensor
 
   def check(self, model: Any, batch_size: int, parts: int) -> None:
-    """Raises ValueError for a batch, or heads, that it does not divide.
+    """Raises ValueError unless the mesh divides the batch and the model.
 
     Args:
-      model: configuration of the model, as far as that is known.
+      model: configuration of the model; sizes that it lacks are not checked.
       batch_size: rows in an update.
-      parts: equal parts of them that are computed one after another.
+      parts: number of equal parts of a batch that are computed one after
+        another.
     """
     rows = self.data * self.fsdp
     if batch_size % (parts * rows):
@@ -86,10 +89,10 @@ class Mesh:
 
 @functools.cache
 def devices(sizes: Mesh) -> jax.sharding.Mesh:
-  """Returns the grid of this machine's devices, or of all processes'.
+  """Returns the mesh of this machine's devices, or of those of all processes.
 
   Raises:
-    ValueError: there are too few, or a process would have none.
+    ValueError: there are too few devices, or some process would have none.
   """
   there = jax.devices()
   if sizes.size > len(there):
@@ -107,26 +110,26 @@ def devices(sizes: Mesh) -> jax.sharding.Mesh:
 
 
 def grid(sizes: Mesh, there: Any) -> jax.sharding.Mesh:
-  """Returns devices as a mesh on which the compiler lays arrays out."""
+  """Arranges devices as a mesh on which the compiler shards arrays."""
   shape, names, kinds = _axes(sizes)
   return jax.make_mesh(shape, names, axis_types=kinds, devices=there)
 
 
 def absent(sizes: Mesh) -> jax.sharding.AbstractMesh:
-  """Returns a mesh of no devices, for shapes alone."""
+  """Returns a mesh without devices, to trace shapes."""
   shape, names, kinds = _axes(sizes)
   return jax.sharding.AbstractMesh(shape, names, axis_types=kinds)
 
 
 def _axes(sizes: Mesh):
-  """Lengths, names and types of the axes."""
+  """Returns lengths, names and types of the mesh axes."""
   sides = dataclasses.asdict(sizes)
   kinds = (AxisType.Auto,) * len(sides)
   return tuple(sides.values()), tuple(sides), kinds
 
 
 def described(sizes: Mesh) -> str:
-  """Returns the sides of a mesh in words.
+  """Returns the sizes of a mesh as text.
 
   >>> described(Mesh(fsdp=4, tensor=2))
   'data 1 x fsdp 4 x tensor 2'
@@ -136,7 +139,7 @@ def described(sizes: Mesh) -> str:
 
 
 def used(sizes: Mesh) -> str:
-  """Returns which of the devices there are do something, in words."""
+  """Returns a line about the mesh and about devices that it leaves idle."""
   idle = jax.device_count() - sizes.size
   line = f'mesh: {described(sizes)}'
   if idle:
@@ -145,17 +148,17 @@ def used(sizes: Mesh) -> str:
 
 
 def everywhere(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Returns the place of what each device has whole."""
+  """Returns the sharding of arrays that are replicated on all devices."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def of_params(params: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns where each parameter lives, by its name and its shape.
+  """Returns the sharding of each parameter, by its name and shape.
 
-  A matrix is cut along its width by the axis 'fsdp', where that divides it,
-  and along its other side by 'tensor'; vectors are everywhere. Layers are never
-  dealt out: a device has a part of each. Factors of low rank are cut along
-  their long side.
+  A matrix is sharded along its width by the axis 'fsdp', if that divides it,
+  and along its other side by 'tensor'. Vectors are replicated. The axis of
+  layers is never sharded: each device has a part of every layer. Low-rank
+  factors are sharded along their long side.
   """
 
   def place(path, x):
@@ -185,7 +188,7 @@ def _spec(names, shape, sizes) -> PartitionSpec:
 
 
 def at(shapes: PyTree, places: PyTree) -> PyTree:
-  """Returns shapes that say where the arrays live."""
+  """Adds shardings to shapes."""
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     *(shapes, places),
@@ -193,15 +196,15 @@ def at(shapes: PyTree, places: PyTree) -> PyTree:
 
 
 def of_batch(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Returns where arrays [B, ...] of a batch live."""
+  """Returns the sharding of the arrays [B, ...] of a batch."""
   return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def deal(sizes: Mesh) -> Callable[[PyTree], PyTree]:
-  """Returns what deals the rows of a batch on the host out to the devices.
+  """Returns a function that moves a batch from host memory to the devices.
 
-  Every process makes the whole batch and takes the rows of its own devices, so
-  that a batch is the same however many processes and devices there are.
+  Every process builds the whole batch and takes the rows of its own devices, so
+  the number of processes and devices does not change a batch.
   """
   place = of_batch(devices(sizes))
 
@@ -212,7 +215,7 @@ def deal(sizes: Mesh) -> Callable[[PyTree], PyTree]:
 
 
 def under(mesh: jax.sharding.Mesh, f: Callable) -> Callable:
-  """Returns a function that is traced with a mesh for `along_rows`."""
+  """Returns `f`, traced with a mesh that `along_rows` reads."""
 
   def traced(*args):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -222,9 +225,9 @@ def under(mesh: jax.sharding.Mesh, f: Callable) -> Callable:
 
 
 def measure(f: Callable, sizes: Mesh) -> Callable[[PyTree, PyTree], PyTree]:
-  """Returns `(parameters, batch) -> result`, jitted, of a batch on the host.
+  """Jits `(parameters, batch) -> result` for batches in host memory.
 
-  The result is whole on every device, so that each process can read it.
+  The result is replicated, so that every process can read it.
   """
   mesh, put = devices(sizes), deal(sizes)
   jitted = jax.jit(under(mesh, f), out_shardings=everywhere(mesh))
@@ -232,21 +235,27 @@ def measure(f: Callable, sizes: Mesh) -> Callable[[PyTree, PyTree], PyTree]:
 
 
 def along_rows(x: jax.Array, axis: int = 0) -> jax.Array:
-  """Keeps rows where the batch has them, if this is traced under a mesh."""
+  """Constrains rows to the sharding of a batch, if traced under a mesh.
+
+  Args:
+    x: an array whose axis `axis` is the rows.
+    axis: position of the rows.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  # Inside of `jax.shard_map` over 'data' a device has its own rows alone.
+  # Inside `jax.shard_map` over 'data', a device sees only its own rows.
   rows = tuple(name for name in ROWS if name not in mesh.manual_axes)
   spec = PartitionSpec(*(None,) * axis, rows)
   return jax.lax.with_sharding_constraint(x, spec)
 
 
 def along_params(grads: PyTree) -> PyTree:
-  """Keeps gradients where their parameters live, if traced under a mesh.
+  """Constrains gradients to their parameters' shardings, if under a mesh.
 
-  What reads them wants them elsewhere: a refresh whole layers, for one. Asked
-  for both, the compiler might have every device sum all of a gradient.
+  Code that reads a gradient may need another sharding; for example, a refresh
+  needs whole layers. Without this constraint the compiler might sum the whole
+  gradient on every device.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
@@ -256,13 +265,13 @@ def along_params(grads: PyTree) -> PyTree:
 
 
 def keeping_rows(hook: Callable | None) -> Callable:
-  """Returns a linen interceptor that keeps rows from block to block of a model.
+  """Returns a linen interceptor that keeps rows sharded from layer to layer.
 
-  The compiler is free to cut activations along the width that weights are cut
-  along, and might then have every device compute all rows.
+  Weights are sharded along the width. The compiler might shard activations
+  along it too, and make every device compute all rows.
 
   Args:
-    hook: another interceptor, to call inside.
+    hook: another interceptor, called inside; None for none.
   """
 
   def intercept(next_fun, args, kwargs, context):
@@ -278,22 +287,22 @@ def keeping_rows(hook: Callable | None) -> Callable:
 
 
 def leads() -> bool:
-  """Whether this is the process that prints and writes for all of them."""
+  """Whether this process prints and writes files for all of them."""
   return jax.process_index() == 0
 
 
 def announce(line: str) -> None:
-  """Prints a line, once for all processes."""
+  """Prints a line in the first process only."""
   if leads():
     print(line, flush=True)
 
 
 def join() -> None:
-  """Joins the other processes of a cluster, before JAX looks for devices.
+  """Connects to the other processes of a cluster; call it before using devices.
 
-  Where JAX detects one: SLURM, Open MPI, an indexed job of Kubernetes, a TPU
-  pod; or where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
-  name it.
+  JAX detects SLURM, Open MPI, an indexed job of Kubernetes and a TPU pod. For
+  other clusters, set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID. Without a cluster, this does nothing.
 
   Raises:
     ValueError: one of the three variables is missing.
@@ -311,10 +320,10 @@ def join() -> None:
           f'JAX_{name.upper()} must be a number beside JAX_COORDINATOR_ADDRESS,'
           f' got {value!r}: set it in each process, or unset both'
         )
-  # Its own handler of SIGTERM would take the place of the program's.
+  # JAX's own handler of SIGTERM would replace this program's handler.
   jax.config.update('jax_enable_preemption_service', False)
-  # Processes on CPUs wait for each other for ever where each begins with
-  # another one of several programs that are queued.
+  # On CPUs, processes can deadlock if they start several queued programs in
+  # different orders.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
   jax.distributed.initialize(**given)
 
@@ -324,10 +333,10 @@ def _in_cluster() -> bool:
 
 
 def _detected() -> bool:
-  # With a task of its own, JAX would have each process take a single card.
+  # JAX would restrict a process to one GPU in a SLURM job with a single task.
   if os.environ.get('SLURM_NTASKS') == '1':
     return False
-  # Any pod is in Kubernetes; only those of an indexed job have a number.
+  # Every pod runs in Kubernetes, but only pods of an indexed job have an index.
   known = lambda kind: (
     kind.name != 'k8s' or 'JOB_COMPLETION_INDEX' in os.environ
   )
@@ -339,16 +348,20 @@ def _detected() -> bool:
 
 
 def together(moment: str) -> None:
-  """Waits until all processes have come to a moment, which has a name."""
+  """Waits until all processes have reached a point, identified by its name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(moment)
 
 
 def agree(what: str, content: bytes) -> None:
-  """Waits for the other processes, and compares what they have.
+  """Waits for the other processes and compares their data.
+
+  Args:
+    what: what is compared, for the message.
+    content: the data of this process.
 
   Raises:
-    ValueError: it is not the same in all of them.
+    ValueError: the data differ between processes.
   """
   if jax.process_count() == 1:
     return
@@ -362,20 +375,21 @@ def agree(what: str, content: bytes) -> None:
 
 
 def clock() -> datetime.datetime:
-  """Returns the time of the first process, the same in all of them."""
+  """Returns the local time of the first process, the same in all processes."""
   now = datetime.datetime.now().replace(microsecond=0)
   if jax.process_count() == 1:
     return now
-  # Processes may have other time zones.
+  # Other processes may be in other time zones.
   parts = np.array(now.timetuple()[:6], np.int32)
   found = multihost_utils.broadcast_one_to_all(parts)
   return datetime.datetime(*map(int, found))
 
 
 def of_any(number: int | None) -> int | None:
-  """Returns the signal that any of the processes has got, None for none.
+  """Returns the number of a signal that any process received, None for none.
 
-  All of them must leave the loop after the same step.
+  All processes need the same answer: they must leave the training loop after
+  the same step.
   """
   if jax.process_count() == 1:
     return number
