@@ -1,6 +1,6 @@
-"""What a classifier is measured by, and several seeds of it in one line.
+"""Metrics of a classifier, and their mean over several seeds.
 
-B rows of a batch, C labels, n rows of a split.
+Axes: B rows of a batch, C labels, n rows of a split.
 """
 
 import warnings
@@ -21,13 +21,13 @@ Logits: TypeAlias = Callable[[PyTree, Batch], jax.Array]
 def measure(
   logits: Logits, params: PyTree, *, batches: Iterable[Batch], num_labels: int
 ) -> Metrics:
-  """Returns the loss and the metrics of a split, over all rows at once.
+  """Computes the loss and the metrics of a split, over all rows at once.
 
   Args:
     logits: `(parameters, batch) -> [B, C]`.
     params: the model's parameters.
-    batches: of the split; rows of weight 0 do not count.
-    num_labels: C; 1 is a number to predict.
+    batches: the batches of the split; rows of weight 0 are padding.
+    num_labels: C; 1 means that the model predicts a number.
   """
   found = [(logits(params, batch), batch) for batch in batches]
   rows = [
@@ -44,9 +44,9 @@ def measure(
 
 
 def agreement(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
-  """Returns accuracy, F1 and Matthews' correlation of labels.
+  """Returns accuracy, F1 and Matthews' correlation coefficient.
 
-  F1 is that of label 1 where there are two labels, else the mean over labels.
+  F1 is that of label 1 if the labels are 0 and 1, else the mean over labels.
 
   >>> found = agreement(np.array([0, 1, 1, 1]), np.array([0, 1, 1, 0]))
   >>> {name: round(x, 3) for name, x in found.items()}
@@ -62,7 +62,7 @@ def agreement(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
   labels = {*found_n.tolist(), *targets_n.tolist()}
   average = 'binary' if labels <= {0, 1} else 'macro'
   with warnings.catch_warnings():
-    # Of a split, or answers, of one label; Matthews' is 0 then.
+    # scikit-learn warns if all rows have one label; Matthews' coefficient is 0.
     warnings.simplefilter('ignore')
     return {
       'accuracy': float(metrics.accuracy_score(targets_n, found_n)),
@@ -74,9 +74,9 @@ def agreement(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
 
 
 def correlations(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
-  """Returns the correlations of numbers, and of their ranks.
+  """Returns Pearson's and Spearman's correlations.
 
-  Where one side is constant they are 0.
+  They are 0 if all predictions, or all targets, are equal.
 
   >>> found = correlations(np.array([1.0, 2.0, 9.0]), np.array([0.0, 1.0, 2.0]))
   >>> {name: round(x, 3) for name, x in found.items()}
@@ -94,7 +94,7 @@ def correlations(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
 
 
 def spread(values: Sequence[float]) -> str:
-  """Returns the mean of several seeds and the deviation of one of them.
+  """Formats the mean over seeds and the standard deviation of one seed.
 
   >>> spread([0.9, 0.92, 0.91])
   '0.9100 +- 0.0100 (3 seeds)'

@@ -1,12 +1,13 @@
-"""Ctrl-C and SIGTERM: an end that loses nothing, with the usual exit codes.
+"""Handles Ctrl-C and SIGTERM: saves before it ends, with the usual exit codes.
 
-Before training there is nothing to save, and the program ends
-(`end_quietly`), while the first step compiles too. While it trains it is told
-to stop after the step (`asked`), and answers at once, even where the
-interpreter waits for a device. The grace period that it needs is what is left
-of a step, or of a validation that runs, and one save. A second signal, and
-SIGKILL, lose what came after the last checkpoint that was finished, and no
-checkpoint.
+Before the first step is done there is nothing to save, and a signal ends the
+program (`end_quietly`). During training, the first signal asks the loop to stop
+after the current step (`asked`). The answer is printed at once, even if the
+interpreter waits for a device. Stopping takes as long as the rest of a step or
+of a running validation, and one save.
+
+A second signal, or SIGKILL, ends the program at once. It loses the steps since
+the last finished checkpoint, but no checkpoint.
 """
 
 import contextlib
@@ -21,21 +22,21 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-  """Whether a signal asked the program to stop, and which."""
+  """The signal that asked the program to stop, if any."""
 
   def __init__(self):
-    """Nobody has asked, and nothing is done that is worth a save."""
+    """Starts without a signal, and without a step worth saving."""
     self.signal: int | None = None
     self.begun = False
 
   @property
   def code(self) -> int:
-    """The exit code: 0, or 128 and the signal's number, as of a shell."""
+    """The exit code: 0, or 128 plus the signal's number, as in a shell."""
     return 0 if self.signal is None else 128 + self.signal
 
 
 def end_quietly() -> None:
-  """Lets a signal end the program in one line, with the signal's exit code."""
+  """Makes signals end the program with one line and the signal's exit code."""
 
   def end(number, frame):
     del frame
@@ -48,13 +49,14 @@ def end_quietly() -> None:
 
 @contextlib.contextmanager
 def asked() -> Iterator[Stop]:
-  """Yields what the first signal sets; the second one ends the program.
+  """Handles signals in its body; yields the `Stop` that the first signal sets.
 
-  So does the first, as long as nothing is `begun`.
+  The second signal ends the program. The first one ends it too, if `begun` is
+  still False.
 
-  Python runs a handler once the interpreter has its turn, which may be after
-  the step, or after its compilation. The number itself comes through a socket
-  at once, and a thread waits there.
+  Python calls a signal handler only between bytecodes, which may be after the
+  step or its compilation. `set_wakeup_fd` writes the signal's number to a
+  socket at once, and a thread waits for it there.
   """
   stop = Stop()
 
@@ -93,7 +95,7 @@ def asked() -> Iterator[Stop]:
 
 
 def say(line: str) -> None:
-  """Writes a line past all buffers, whose locks others may hold."""
+  """Writes a line without Python's buffers, whose locks may be held."""
   os.write(2, f'\n{line}\n'.encode())
 
 

@@ -1,13 +1,15 @@
-"""Whether rank and gap fit: two numbers of each basis, noted when it is found.
+"""Statistics of a basis that help to choose rank and gap.
 
-`watched` has a `galore` note them beside its bases: that costs two products a
-refresh and nothing between refreshes, whole-tree and layer-wise. `health` reads
-them off an optimizer's state; `train.step` hands them to the log.
+`watched` makes a `galore` record two numbers whenever it finds a basis. This
+costs two matrix products for each refresh and nothing in other steps,
+whole-tree and layer-wise. `health` reads the numbers from an optimizer's state,
+and `train.step` adds them to the metrics.
 
-* Captured energy, |P G|^2 / |G|^2: the share of the gradient that a basis P
-  held when it was found from it. Low: a higher rank would learn more.
-* Overlap, |P_new P_old^T|^2 / r: 1 for the same subspace, r / m for random
-  ones. Near 1: a longer gap would do; low: the old one had gone stale.
+* Captured energy, |P G|^2 / |G|^2: the share of the gradient G that the basis P
+  captured when it was found. If it is low, a higher rank would learn more.
+* Overlap, |P_new P_old^T|^2 / r: 1 for the same subspace, about r / m for
+  random ones. If it is near 1, a longer gap would suffice. If it is low, the
+  old basis was out of date.
 
 Axes: m projected side, n other side, r rank, k matrices of a stack.
 """
@@ -24,30 +26,33 @@ from galore_optax.subspace.kept import Seeds
 BASIS = jax.tree_util.GetAttrKey('basis')
 
 NUMBERS = ('captured_energy', 'subspace_overlap')
-"""What the log calls the two."""
+"""Names of the two numbers in the log."""
 
 
 class Noted(NamedTuple):
-  """What `Noting` keeps of one matrix."""
+  """The state that `Noting` keeps for one matrix."""
 
-  basis: Any  # What the keeper inside keeps.
-  # [3], float32: `NUMBERS`, -1 where there was none yet, and refreshes so far.
+  basis: Any
+  """The state of the wrapped keeper."""
   noted: jax.Array
+  """The two `NUMBERS`, -1 if not known yet, and the number of refreshes; [3],
+  float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Noting:
-  """A keeper that notes how good each new basis is."""
+  """Wraps a keeper and records the statistics of each new basis."""
 
-  finder: Any  # The keeper inside.
+  finder: Any
+  """The wrapped keeper."""
 
   def first(self, r, m, dtype):
-    """Returns the first basis, of which nothing is known."""
+    """Returns the first state; its numbers are not known yet."""
     noted = jnp.array([-1, -1, 0], jnp.float32)
     return Noted(self.finder.first(r, m, dtype), noted)
 
   def find(self, g_mn, kept, key, first):
-    """Returns a new basis and its numbers."""
+    """Finds a new basis, and computes its numbers."""
     new = self.finder.find(g_mn, kept.basis, key, first)
     r, m = jax.tree.leaves(new)[0].shape[0], g_mn.shape[0]
     rows = lambda kept: self.finder.rows(kept, r, m, g_mn.dtype)
@@ -57,12 +62,12 @@ class Noting:
     return Noted(new, jnp.stack(noted).astype(jnp.float32))
 
   def rows(self, kept, r, m, dtype):
-    """Returns the rows of the basis inside."""
+    """Returns the basis of the wrapped keeper as rows [r, m]."""
     return self.finder.rows(kept.basis, r, m, dtype)
 
 
 def captured(rows_rm: jax.Array, g_mn: jax.Array) -> jax.Array:
-  """Returns the share of a gradient in a subspace; 0 where there is none.
+  """Returns the share of a gradient in a subspace; 0 for a zero gradient.
 
   >>> f'{captured(jnp.eye(1, 2), jnp.array([[3.], [4.]])):.4f}'
   '0.3600'
@@ -78,7 +83,9 @@ def square(x: jax.Array) -> jax.Array:
 
 
 def as_rows(basis: jax.Array, m: int) -> jax.Array:
-  """Returns a basis as rows [r, m] in float32 at least, coordinates too.
+  """Converts a basis, or indices of coordinates, to rows [r, m].
+
+  The result is at least float32.
 
   >>> as_rows(jnp.array([1]), 3)
   Array([[0., 1., 0.]], dtype=float32)
@@ -89,12 +96,12 @@ def as_rows(basis: jax.Array, m: int) -> jax.Array:
 
 
 def watched(tx: Any) -> Any:
-  """Returns a `galore` that notes the numbers; anything else as it is."""
+  """Makes a `galore` record the numbers; returns other objects unchanged."""
   return tx.with_keeper(noting) if isinstance(tx, Galore) else tx
 
 
 def noting(keeper: Any) -> Any:
-  """Returns a keeper that notes; as it is if no basis follows the gradient."""
+  """Wraps a keeper in `Noting`, unless its bases ignore the gradient."""
   inside = keeper
   while not isinstance(inside, Seeds) and hasattr(inside, 'finder'):
     inside = inside.finder
@@ -102,7 +109,7 @@ def noting(keeper: Any) -> Any:
 
 
 def health(optimizer: Any) -> dict[str, jax.Array]:
-  """Returns what is noted in an optimizer's state, [3, k] by weight."""
+  """Returns the recorded numbers [3, k] in an optimizer's state, by weight."""
   is_noted = lambda x: isinstance(x, Noted)
   nodes = jax.tree_util.tree_leaves_with_path(optimizer, is_leaf=is_noted)
   return {
@@ -115,12 +122,16 @@ def health(optimizer: Any) -> dict[str, jax.Array]:
 
 
 def refreshes(found: dict[str, jax.Array]) -> jax.Array:
-  """Returns how often all matrices had a new basis, of what `health` says."""
+  """Returns how many refreshes each matrix has had at least.
+
+  Args:
+    found: the result of `health`.
+  """
   return jnp.min(jnp.stack([jnp.min(x[2]) for x in found.values()]))
 
 
 def by_number(found: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-  """Returns what the log says of a refresh: by number, by weight, [k].
+  """Arranges the result of `health` for the log: by number, by weight, [k].
 
   >>> by_number({'w': [[0.5], [-1], [1]]})
   {'captured_energy': {'w': [0.5]}}
