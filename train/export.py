@@ -1,4 +1,4 @@
-"""Writes a run for transformers: `python -m train.export RUN DIR`."""
+"""Exports a run for transformers: `python -m train.export RUN DIR`."""
 
 from train import signals
 
@@ -72,23 +72,24 @@ def export(
   dtype: str | None = None,
   factors: bool = False,
 ) -> None:
-  """Writes config.json, safetensors and the tokenizer's files.
+  """Writes config.json, the weights as safetensors, and the tokenizer's files.
 
-  Factors of low rank are merged into the weights. generation_config.json has
-  all tokens that end a text; the tokenizer's EOS is the one that ends an
-  answer, if the run was trained on chats.
+  Low-rank factors are merged into the weights. generation_config.json lists all
+  tokens that end a text. If the run was trained on chats, the tokenizer's EOS
+  is the token that ends an answer.
 
   Args:
-    run: what was trained.
-    directory: must hold no checkpoint.
-    best: whether the best validation is taken, and not the newest weights.
-    dtype: of the weights; None is the run's.
-    factors: whether they are written alone, for PEFT.
+    run: the run.
+    directory: where to write; it must not contain a checkpoint.
+    best: whether to export the checkpoint with the best validation instead of
+      the newest one.
+    dtype: data type of the weights; None keeps the run's.
+    factors: whether to write only the factors, in PEFT's format.
 
   Raises:
-    FileNotFoundError: there is no such run, or no checkpoint in it.
-    FileExistsError: the directory has a checkpoint.
-    ValueError: the run has no factors to write alone.
+    FileNotFoundError: the run does not exist, or has no checkpoint.
+    FileExistsError: the directory contains a checkpoint.
+    ValueError: the run has no factors that could be written by themselves.
   """
   config = run.config()
   adapter = config.adapter
@@ -117,10 +118,10 @@ def export(
   tokenizer = run.tokenizer()
   if run.source() is None:
     tokenizer.save(directory)
-    # Other programs have a clock of their own.
+    # Remove the run's fixed date: other programs render chats with today's.
     (directory / CLOCK).unlink(missing_ok=True)
   elif alone:
-    # What the chats were rendered by need not be the checkpoint's own.
+    # The run's template may differ from the template of the checkpoint.
     template = tokenizer.files.get(TEMPLATE)
     if template is not None:
       (directory / TEMPLATE).write_bytes(template)
@@ -131,12 +132,12 @@ def export(
 def write_ends(
   directory: pathlib.Path, tokenizer: AnyTokenizer, *, is_chat: bool
 ) -> None:
-  """Writes the tokens that end a text to the files that have them.
+  """Writes the tokens that end a text to the files that list them.
 
   Args:
     directory: an exported checkpoint.
-    tokenizer: of the run.
-    is_chat: whether the run learned answers.
+    tokenizer: the run's tokenizer.
+    is_chat: whether the run was trained on answers of chats.
   """
   ids = list(tokenizer.stop_ids)
   template = tokenizer.chat_template
@@ -156,13 +157,13 @@ def write_ends(
 
 
 def eos_of(tokenizer: AnyTokenizer) -> str | None:
-  """Returns the text of the tokenizer's EOS."""
+  """Returns the text of the tokenizer's EOS token."""
   texts = {i: text for text, i in tokenizer.specials.items()}
   return texts.get(tokenizer.eos_id)
 
 
 def ids_of(path: pathlib.Path) -> set[int]:
-  """Returns the ids that end a text by a JSON file of a checkpoint."""
+  """Returns the token ids that end a text, according to a JSON file."""
   found = fields_of(path).get('eos_token_id')
   if found is None:
     return set()
@@ -170,19 +171,20 @@ def ids_of(path: pathlib.Path) -> set[int]:
 
 
 def fields_of(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the fields of a JSON file; none if it is not there."""
+  """Returns the fields of a JSON file; none if the file does not exist."""
   return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
 def change(
   path: pathlib.Path, fields: Mapping[str, Any], *, make: bool = False
 ) -> None:
-  """Changes fields of a JSON file, which stays as it is if they are equal.
+  """Changes fields of a JSON file; does not write the file if nothing changes.
 
   Args:
-    path: of the file.
-    fields: new values. A token that is an object keeps its other properties.
-    make: whether fields are added, and the file made, if they are not there.
+    path: the file.
+    fields: new values. If the old value is an object that describes a token,
+      only its text changes.
+    make: whether to add missing fields, and to create a missing file.
   """
   found = fields_of(path)
   new = {}
