@@ -1,7 +1,7 @@
-"""A run as one HTML page: `python -m train.report RUN`.
+"""Reports a run as one HTML page: `python -m train.report RUN`.
 
-The page needs nothing beside itself: pictures are inside. `memory_table`, which
-is on it, is also what is printed before the first step.
+The page contains its pictures, so it needs no other file. `memory_table` is
+also printed before the first step of a training.
 """
 
 from train import signals
@@ -57,11 +57,11 @@ _PARTS = {
   'evaluation_seconds': 'validation',
   'save_seconds': 'saving',
 }
-"""Where the time of a run goes, by what the log calls it."""
+"""Kinds of work that take a run's time, by their names in the log."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Writes what a run has done so far as one HTML page."""
+  """Writes an HTML page about a run, finished or not."""
   parser = argparse.ArgumentParser(
     'python -m train.report', description=main.__doc__
   )
@@ -78,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def page(run: Run) -> str:
-  """Returns the page of a run.
+  """Returns the HTML page of a run.
 
   Raises:
-    FileNotFoundError: it is no run, or has no metrics yet.
+    FileNotFoundError: the run does not exist, or has no metrics yet.
   """
   config = run.config()
   lines = metrics.read(run.metrics_path)
@@ -113,7 +113,7 @@ def page(run: Run) -> str:
 
 
 def summary(config: Config, lines: Lines) -> str:
-  """Returns where a run stands."""
+  """Returns a table of progress: steps, last metrics and median speed."""
   rows: dict[str, Any] = {
     'steps': f'{lines[-1]["step"]:,} of {config.steps:,}',
     'optimizer': type(config.optimizer).__name__,
@@ -128,7 +128,7 @@ def summary(config: Config, lines: Lines) -> str:
   ):
     found = values(lines, name)
     if found:
-      # A speed is the median: the last step may have waited for anything.
+      # Take the median speed: one step can be slow for many reasons.
       is_speed = name.endswith('_per_second') or name.startswith('share')
       rows[title] = form.format(np.median(found) if is_speed else found[-1])
   last = next((x for x in reversed(lines) if is_validation(x)), {})
@@ -139,12 +139,12 @@ def summary(config: Config, lines: Lines) -> str:
 
 
 def is_validation(line: Mapping[str, Any]) -> bool:
-  """Whether a line of the log is of a validation."""
+  """Whether a line of the log belongs to a validation."""
   return any(name.startswith('validation_') for name in line)
 
 
 def curves(lines: Lines) -> str:
-  """Returns pictures of loss, learning rate, norm of the gradient and speed."""
+  """Returns pictures of loss, learning rate, gradient norm and speed."""
   speeds = {x for line in lines for x in line if x.endswith('s_per_second')}
   (unit, *_) = sorted(speeds - {'flops_per_second'}) or ['tokens_per_second']
   shown = [
@@ -160,7 +160,7 @@ def curves(lines: Lines) -> str:
 
 
 def subspaces(lines: Lines) -> str:
-  """Returns energy and overlap of the subspaces, over time and at last."""
+  """Returns the energy and overlap of subspaces: pictures and a table."""
   flat = [{'step': x['step'], **metrics.scalars(x)} for x in lines]
   shown, newest = [], {}
   for name in subspace.NUMBERS:
@@ -193,7 +193,7 @@ def subspaces(lines: Lines) -> str:
 
 
 def times(lines: Lines) -> str:
-  """Returns where the time went: steps, data, validation, saves."""
+  """Returns a table of the seconds that each kind of work took."""
   seconds = {title: sum(values(lines, name)) for name, title in _PARTS.items()}
   total = sum(seconds.values()) or 1.0
   rows = {
@@ -208,7 +208,7 @@ def times(lines: Lines) -> str:
 
 
 def skipped(lines: Lines) -> str:
-  """Returns how many steps were skipped, and which, where the log tells."""
+  """Returns a table of skipped steps, whole or in part."""
   rows = {}
   for name in ('skipped_steps', 'partial_steps'):
     where = [line['step'] for line in lines if line.get(name)]
@@ -221,7 +221,7 @@ def skipped(lines: Lines) -> str:
 
 
 def samples(path: pathlib.Path) -> str:
-  """Returns how the model goes on with some prompts."""
+  """Returns the prompts and continuations that pre-training wrote, if any."""
   if not path.is_file():
     return '<p>None: they are written at the end of a pre-training.</p>'
   pairs = json.loads(path.read_text())
@@ -233,14 +233,14 @@ def samples(path: pathlib.Path) -> str:
 
 
 def memory_text(config: Config) -> str:
-  """Returns the table of bytes of a config as text."""
+  """Returns the memory table of a config as text."""
   console = Console(file=io.StringIO(), width=100)
   console.print(memory_of(config, task_of(config)))
   return console.file.getvalue()
 
 
 def values(lines: Lines, name: str) -> list[float]:
-  """Returns a metric of all lines that have it.
+  """Returns the values of a metric from all lines that have it.
 
   >>> values([{'loss': 2.0}, {'step': 1}], 'loss')
   [2.0]
@@ -249,14 +249,14 @@ def values(lines: Lines, name: str) -> list[float]:
 
 
 def picture(title: str, lines: Lines, names: Mapping[str, str]) -> str:
-  """Returns an SVG of metrics by step inside an img; '' where there are none.
+  """Returns an HTML image of metrics by step, '' if no line has any of them.
 
   Args:
-    title: of the axis.
-    lines: of the log.
-    names: metrics, and what each is called.
+    title: title of the vertical axis.
+    lines: lines of the log.
+    names: names of the metrics, and their labels.
   """
-  # Imported here: it takes a third of a second, which a training saves.
+  # Import matplotlib only here: it takes a third of a second.
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(8, 3), layout='constrained')
@@ -281,7 +281,9 @@ def picture(title: str, lines: Lines, names: Mapping[str, str]) -> str:
 
 
 def table(rows: Mapping[str, Any], head: Sequence[str] = ()) -> str:
-  """Returns rows by their first cell as HTML; cells of lists are numbers.
+  """Formats rows as an HTML table; the key of a row is its first cell.
+
+  A row's value is the text of its second cell, or a list of numbers.
 
   >>> table({'a<b': 1})
   '<table><tr><td>a&lt;b</td><td>1</td></tr></table>'
@@ -297,7 +299,7 @@ def table(rows: Mapping[str, Any], head: Sequence[str] = ()) -> str:
 
 
 def memory_of(config: Config, task: Task) -> Table:
-  """Returns the table of a config's bytes."""
+  """Returns the memory table of a config."""
   return memory_table(
     array_shapes(config, task),
     jax.eval_shape(task.init, jax.random.key(0)),
@@ -317,16 +319,16 @@ def memory_table(
   *,
   has_groups: bool = False,
 ) -> Table:
-  """Returns each parameter's bytes under `tx`, next to plain AdamW's on all.
+  """Returns a table of each parameter's bytes, with AdamW's for comparison.
 
   Args:
     params: parameters or their shapes; nothing is allocated.
-    stored: the same as they are stored.
+    stored: the same parameters as they are stored.
     tx: the optimizer.
-    name: of the optimizer.
-    trained: as in `Task`; of what is not, `tx` keeps nothing.
-    has_groups: whether the table has multipliers even if `tx` has none, since
-      all groups are frozen.
+    name: name of the optimizer.
+    trained: as in `Task`; `tx` keeps no state for other parameters.
+    has_groups: whether to show multipliers even if `tx` has none because all
+      groups are frozen.
   """
   described = galore_optax.describe(tx, split(params, trained)[0])
   ours = with_still(described, params)
@@ -359,7 +361,7 @@ def memory_table(
     table.add_column(head, justify='right')
   for row, numbers in rows:
     low = by(row.projected_shape) if row.projected_shape else '-'
-    # A parameter that is not described is frozen.
+    # Parameters without a described state are frozen.
     own = map('{:g}'.format, factors.get(row.path, (0.0, 0.0)))
     table.add_row(
       *(row.path, by(row.shape), low, *decimals(numbers / size)),
@@ -378,7 +380,7 @@ def memory_table(
 
 
 def with_still(rows: Iterable[Row], params: PyTree) -> list[Row]:
-  """Returns a row for each parameter: of those without one, of no bytes."""
+  """Returns a row for each parameter; frozen ones have a state of 0 bytes."""
   known = {row.path: row for row in rows}
   return [
     known.get(path, Row(path, tuple(leaf.shape), None, 0, 0))
@@ -387,7 +389,7 @@ def with_still(rows: Iterable[Row], params: PyTree) -> list[Row]:
 
 
 def compare(what: str, numbers: np.ndarray) -> str:
-  """Returns the state's bytes in words."""
+  """Compares the bytes of two optimizer states, as text."""
   _, basis, moments, plain = numbers.tolist()
   return (
     f'{what}: {basis + moments:,} bytes; AdamW: {plain:,} '
@@ -396,7 +398,7 @@ def compare(what: str, numbers: np.ndarray) -> str:
 
 
 def decimals(numbers: np.ndarray) -> list[str]:
-  """Returns numbers with two decimals.
+  """Formats numbers with two decimals.
 
   >>> decimals(np.array([1234.567, 0.0]))
   ['1,234.57', '0.00']
@@ -405,7 +407,7 @@ def decimals(numbers: np.ndarray) -> list[str]:
 
 
 def by(shape: tuple[int, ...]) -> str:
-  """Returns a shape as text.
+  """Formats a shape.
 
   >>> by((8, 64, 256))
   '8x64x256'
