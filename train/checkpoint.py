@@ -192,8 +192,8 @@ def fault(path: pathlib.Path, item: str = '') -> str | None:
   """Describes the damage of a checkpoint, or of one of its items.
 
   Returns:
-    A description; None if no file has changed, or if there are no digests to
-    compare with.
+    A description; None if all files match their digests, or if the checkpoint
+    has none.
   """
   if not checked(path):
     return None

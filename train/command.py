@@ -186,7 +186,7 @@ def load(path: str) -> Config:
 
 
 def check_exists(path: str) -> None:
-  """Raises FileNotFoundError if there is no config file."""
+  """Raises FileNotFoundError if the config file does not exist."""
   if not pathlib.Path(path).is_file():
     found = sorted(str(file) for file in pathlib.Path('configs').glob('*.py'))
     raise FileNotFoundError(

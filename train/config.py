@@ -355,7 +355,7 @@ class Config:
     Raises:
       FileNotFoundError: the checkpoint does not exist.
       ValueError: the config needs a checkpoint and has none, or the
-        checkpoint's model is of another type or not implemented.
+        checkpoint's model has another type or is not implemented.
     """
     if self.checkpoint is None:
       if isinstance(self.model, Imported | Classifier):

@@ -172,7 +172,7 @@ def read_questions(path: str) -> list[Question]:
   """Reads a JSONL of questions.
 
   Raises:
-    FileNotFoundError: there is no such file.
+    FileNotFoundError: the file does not exist.
     ValueError: a line is not a question; the message names the line.
   """
   if not pathlib.Path(path).is_file():

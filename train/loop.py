@@ -212,7 +212,7 @@ class Meter:
     Args:
       show: displays the metrics of a step.
       log: writes the metrics of a step.
-      unit: what a batch's weight counts, 'tokens' or 'examples'.
+      unit: the unit of a batch's weight, 'tokens' or 'examples'.
       peak: peak flops per second of all devices, if known.
       clock: returns seconds.
       max_skipped: number of successive steps that may be skipped.

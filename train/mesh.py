@@ -38,7 +38,7 @@ _FIRST = frozenset(('o', 'down', 'embedding'))
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """A grid of devices; its sizes do not change what is trained."""
+  """A grid of devices; its sizes do not change the result."""
 
   data: int = 1
   """Number of groups of devices that have the same weights and other rows of a
@@ -357,7 +357,7 @@ def agree(what: str, content: bytes) -> None:
   """Waits for the other processes and compares their data.
 
   Args:
-    what: what is compared, for the message.
+    what: name of the data, for the message.
     content: the data of this process.
 
   Raises:

@@ -1,6 +1,6 @@
 """Pre-trains a model: `python -m train.pretrain configs/quickstart.py`.
 
-`train.training` does the work. At the end, the model continues three texts.
+`train.training` does the work. Finally, the model continues three texts.
 """
 
 from train import signals

@@ -1,4 +1,4 @@
-"""A run's directory: its files, finding it, and what a resume may change."""
+"""A run's directory: its files, finding it, and limits of a resume."""
 
 import dataclasses
 import functools
@@ -112,7 +112,7 @@ class Run:
 
     Raises:
       FileNotFoundError: the directory is not a run.
-      ValueError: the file is of another version, or damaged.
+      ValueError: another version wrote the file, or it is damaged.
     """
     if not self.config_path.is_file():
       raise FileNotFoundError(
@@ -170,7 +170,7 @@ def salvaged(run: Run, reason: str) -> Config:
 
   Args:
     run: the run.
-    reason: what is wrong with its config.json.
+    reason: the error from reading its config.json.
 
   Raises:
     ValueError: no checkpoint has a configuration, either.
@@ -228,7 +228,7 @@ def old(directory: pathlib.Path | None, name: str) -> Run:
   """Returns a run to resume: in `directory`, or the newest of runs/name-N.
 
   Raises:
-    FileNotFoundError: there is no such run in runs/.
+    FileNotFoundError: runs/ contains no such run.
   """
   if directory is not None:
     return Run(directory)

@@ -1,8 +1,8 @@
 """Handles Ctrl-C and SIGTERM: saves before it ends, with the usual exit codes.
 
 Before the first step is done there is nothing to save, and a signal ends the
-program (`end_quietly`). During training, the first signal asks the loop to stop
-after the current step (`asked`). The answer is printed at once, even if the
+program (`end_quietly`). During training, the first signal stops the loop after
+the current step (`asked`). The answer is printed at once, even if the
 interpreter waits for a device. Stopping takes as long as the rest of a step or
 of a running validation, and one save.
 
@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-  """The signal that asked the program to stop, if any."""
+  """The signal that stops the program, if one has arrived."""
 
   def __init__(self):
     """Starts without a signal, and without a step worth saving."""
