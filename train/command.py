@@ -253,7 +253,7 @@ def choose(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
   ):
     print(
       f'--adapter {shown(type(config.adapter))} is trained by AdamW instead of '
-      f'{shown(type(config.optimizer))}; --optimizer names another',
+      f'{shown(type(config.optimizer))}; select another with --optimizer',
       file=sys.stderr,
     )
     config = dataclasses.replace(config, optimizer=CLASSES['AdamW']())
@@ -309,10 +309,10 @@ def blank(kind: Any) -> Any:
 def describe(kind: type) -> str:
   """Returns the first lines of a program's help text."""
   lines = [
-    f'--{name} {{{",".join(kinds)}}}: another one, with its own defaults.'
+    f'--{name} {{{",".join(kinds)}}} selects a class, with its own defaults.'
     for name, kinds in choices().items()
   ]
-  lines.append('An --adapter is trained by AdamW unless --optimizer is given.')
+  lines.append('AdamW trains an --adapter unless --optimizer is given.')
   return '\n\n'.join([kind.__doc__ or '', *lines])
 
 

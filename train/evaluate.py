@@ -95,35 +95,36 @@ def parser() -> argparse.ArgumentParser:
   options.add_argument(
     '--batches',
     type=int,
-    help='number of batches of the validation split (default: all of it)',
+    help='number of batches of the validation split (default: the whole split)',
   )
   options.add_argument(
     '--text',
     nargs='+',
     default=[],
     metavar='FILE',
-    help='text files, each a document, or JSONL with a field text: perplexity '
-    'and bits per byte',
+    help='text files with one document each, or JSONL files with a field '
+    '"text"; prints the perplexity and the bits per byte',
   )
   options.add_argument(
     '--choices',
     nargs='+',
     default=[],
     metavar='FILE.jsonl',
-    help='lines {"question": TEXT, "choices": [TEXT, ...], "answer": number '
-    'from 0, letter or text}: accuracy of the most likely choice',
+    help='JSONL files with lines {"question": TEXT, "choices": [TEXT, ...], '
+    '"answer": index from 0, letter or text}; prints the accuracy of the most '
+    'likely choice',
   )
   options.add_argument(
     '--window',
     type=int,
-    help='tokens that the model looks back at (default: of a run its '
-    'sequence_length, else 512)',
+    help='number of tokens that the model reads at once (default: the '
+    'sequence_length of a run, else 512)',
   )
   options.add_argument(
     '--batch-size',
     type=int,
     default=8,
-    help='rows of a batch of texts or choices (default: 8)',
+    help='number of rows in a batch of texts or choices (default: 8)',
   )
   return options
 

@@ -31,21 +31,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     'python -m train.export', description=main.__doc__
   )
   parser.add_argument('run', type=pathlib.Path, help='directory of the run')
-  parser.add_argument('directory', type=pathlib.Path, help='to be made')
+  parser.add_argument('directory', type=pathlib.Path, help='directory to write')
   add_flag(
     parser,
     'newest',
-    help='the newest checkpoint (default: the best, if any was validated)',
+    help='export the newest checkpoint (default: the best one, if any was '
+    'validated)',
   )
   parser.add_argument(
     '--dtype',
     choices=('float32', 'bfloat16'),
-    help="type of the weights (default: the run's)",
+    help="data type of the weights (default: the run's)",
   )
   add_flag(
     parser,
     'adapter',
-    help="the factors of a LoRA alone, in PEFT's format (default: merged)",
+    help="write only the factors of a LoRA, in PEFT's format (default: merge "
+    'them into the weights)',
   )
   args = parser.parse_args(argv)
   with user_errors():

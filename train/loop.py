@@ -124,7 +124,7 @@ def train(
         console.print(f'step {done}: validation: {metrics.describe(values)}')
         if meter.waiting > WAITING:
           console.print(
-            f'{meter.waiting:.0%} of the time went by waiting for data: '
+            f'{meter.waiting:.0%} of the time was spent waiting for data: '
             f'{config.corpus} is too slow for this model',
             highlight=False,
           )
@@ -166,7 +166,7 @@ def trace(directory: pathlib.Path, console: Console) -> Iterator[None]:
     yield
   console.print(
     f'trace: {directory}; open its perfetto_trace.json.gz at '
-    'https://ui.perfetto.dev, or all of it with `tensorboard --logdir '
+    'https://ui.perfetto.dev, or the directory with `tensorboard --logdir '
     f"{directory}` and TensorBoard's plugin xprof",
     highlight=False,
     soft_wrap=True,
@@ -342,7 +342,7 @@ def progress(
     def show(step: int, values: Metrics, seconds: float | None) -> None:
       text = f'loss {values["loss"]:.3f}  lr {values["learning_rate"]:.2e}'
       if values.get('skipped_steps') or values.get('partial_steps'):
-        text += '  not applied: not finite'
+        text += '  not applied: non-finite'
       speed = values.get(f'{unit}_per_second')
       if speed:
         text += f'  {speed:,.0f} {unit}/s'

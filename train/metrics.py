@@ -41,7 +41,7 @@ def opened(
   if bad:
     numbers = ', '.join(map(str, bad))
     print(
-      f'{path}: left out are lines that are no metrics: {numbers}',
+      f'{path}: left out are lines that are not metrics: {numbers}',
       file=sys.stderr,
     )
   kept = [line for line in found if line['step'] <= step]

@@ -39,12 +39,13 @@ def options_of(program: str, description: str | None) -> ArgumentParser:
   options.add_argument(
     'path',
     type=pathlib.Path,
-    help='directory of a run, or of a model of transformers',
+    help='directory of a run, or of a model in the format of transformers',
   )
   add_flag(
     options,
     'best',
-    help='the checkpoint of the best validation of a run (default: newest)',
+    help='read the checkpoint of a run with the best validation (default: the '
+    'newest one)',
   )
   return options
 

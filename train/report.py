@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument('run', type=pathlib.Path, help='directory of the run')
   parser.add_argument(
-    '--output', type=pathlib.Path, help='the page (default: RUN/report.html)'
+    '--output',
+    type=pathlib.Path,
+    help='file to write (default: RUN/report.html)',
   )
   args = parser.parse_args(argv)
   run = Run(args.run)
@@ -170,7 +172,7 @@ def subspaces(lines: Lines) -> str:
       shown.append(picture(name.replace('_', ' '), flat, labels))
       newest[name] = here[-1]
   if not newest:
-    return '<p>No subspace that follows the gradient was found.</p>'
+    return '<p>No subspace was found from gradients.</p>'
   rows = {
     path: [
       f'{pick(found[path]):.3f}'
@@ -183,11 +185,11 @@ def subspaces(lines: Lines) -> str:
   for name in newest:
     head += [f'{name.replace("_", " ")}, lowest', 'mean']
   note = (
-    '<p class="note">Captured energy is the share of the gradient that a '
-    'subspace held when it was found: where it is low, a higher rank would '
-    'learn more. Overlap is what a new subspace shares with the one before, 1 '
-    'if they are the same: where it is near 1 a longer gap would do, where it '
-    'is low the old subspace had gone stale. Lines are means over layers.</p>'
+    '<p class="note">Captured energy is the share of the gradient in a '
+    'subspace when the subspace was found. If it is low, a higher rank would '
+    'learn more. Overlap is the share of a subspace in the subspace before, 1 '
+    'if they are equal. If it is near 1, a longer gap would suffice. If it is '
+    'low, the old subspace was out of date. Lines are means over layers.</p>'
   )
   return '\n'.join([note, *shown, table(rows, head)])
 
@@ -201,8 +203,8 @@ def times(lines: Lines) -> str:
     for title, spent in seconds.items()
   }
   note = (
-    '<p class="note">Without compilation: the first step after a start is not '
-    'timed.</p>'
+    '<p class="note">Compilation is not included: the first step after a '
+    'start is not timed.</p>'
   )
   return note + table(rows, ['', 'seconds', 'share'])
 
@@ -223,7 +225,7 @@ def skipped(lines: Lines) -> str:
 def samples(path: pathlib.Path) -> str:
   """Returns the prompts and continuations that pre-training wrote, if any."""
   if not path.is_file():
-    return '<p>None: they are written at the end of a pre-training.</p>'
+    return '<p>None. Pre-training writes them at its end.</p>'
   pairs = json.loads(path.read_text())
   return '\n'.join(
     f'<pre style="white-space: pre-wrap"><b>{html.escape(prompt)}</b>'

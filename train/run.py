@@ -179,10 +179,10 @@ def salvaged(run: Run, reason: str) -> Config:
   if found is None:
     raise ValueError(
       f'{run.config_path} is no configuration ({reason}), and no checkpoint of '
-      'the run has one: write it anew, or start a new run'
+      'the run has one: write it again, or start a new run'
     )
   print(
-    f'{run.config_path} is no configuration ({reason}): taken are the values '
+    f'{run.config_path} is no configuration ({reason}): using the values '
     'that the newest checkpoint was saved with',
     file=sys.stderr,
   )

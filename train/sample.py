@@ -437,26 +437,27 @@ def parser() -> argparse.ArgumentParser:
     '--prompt',
     action='append',
     default=[],
-    help='text to continue; several times, to continue several at once',
+    help='text to continue; repeat the option for several texts',
   )
   add_flag(
     options,
     'chat',
-    help='answer the lines of standard input, with the template of the model; '
-    'Ctrl-D ends it',
+    help="answer the lines of standard input, with the model's chat template; "
+    'end with Ctrl-D',
   )
   options.add_argument(
     '--template-variables',
     nargs='+',
     default=[],
     metavar='NAME=VALUE',
-    help='variables of the template of --chat, such as enable_thinking=false '
+    help='variables of the chat template, such as enable_thinking=false '
     '(default: those of the run)',
   )
   options.add_argument(
     '--num-tokens',
     type=int,
-    help='tokens to choose at most (default: 80, of an answer 512)',
+    help='largest number of tokens of a text (default: 80) or an answer '
+    '(default: 512)',
   )
   options.add_argument(
     '--temperature', type=float, default=0.8, help='default: 0.8; 0 is greedy'
@@ -466,14 +467,14 @@ def parser() -> argparse.ArgumentParser:
     '--top-p',
     type=float,
     default=1.0,
-    help='choose from the fewest tokens that have this probability together '
+    help='choose from the fewest tokens that together have this probability '
     '(default: 1)',
   )
   options.add_argument(
     '--stop',
     action='append',
     default=[],
-    help='text that ends what is said; several times for several',
+    help='text that ends a continuation; repeat the option for several',
   )
   options.add_argument('--seed', type=int, default=0, help='default: 0')
   return options

@@ -109,7 +109,7 @@ def main(
       rate = f'{setup.config.learning_rate / 2:g}'
       again = command(setup, argv[0], '--branch', '--learning-rate', rate)
       print(
-        f'the last sound checkpoint is {newest}; to go on from it with half '
+        f'the last sound checkpoint is {newest}; to continue from it with half '
         f'the learning rate:\n{again}',
         file=sys.stderr,
       )
@@ -121,8 +121,8 @@ def main(
       setup.run.checkpoints_path
     ):
       print(
-        'the checkpoints are as they were: make room, or mend what it says, '
-        f'and go on with\n{command(setup, argv[0], "--resume")}',
+        'the checkpoints are as they were: make room, or fix the reported '
+        f'problem, and continue with\n{command(setup, argv[0], "--resume")}',
         file=sys.stderr,
       )
   return 1
@@ -203,15 +203,15 @@ def check_branch(source: Run, config: Config) -> None:
   if not checkpoint.exists(source.checkpoints_path):
     raise FileNotFoundError(
       f'no checkpoint in {source.checkpoints_path} to start from: leave out '
-      '--branch to begin anew'
+      '--branch to start a new run'
     )
   theirs = source.config()
   differ = differences(theirs, config)
   if 'tokenizer' in differ or shapes(theirs) != shapes(config):
     raise ValueError(
-      f'--branch cannot start from {source.directory}, whose state or text is '
-      f'another one: {run_lib.listed(differ)}. Leave out what changes the model'
-      ' or what the optimizer keeps, or begin anew without --branch'
+      f'--branch cannot start from {source.directory}, whose state or text '
+      f'differs: {run_lib.listed(differ)}. Leave out options that change the '
+      'model or the optimizer state, or start a new run without --branch'
     )
 
 
@@ -344,7 +344,7 @@ def train(
       metrics.plot(where.metrics_path, where.curves_path, str(where.directory))
     after(setup, state, console)
     console.print(
-      f'curves: {where.curves_path}; all of the run as a page: '
+      f'curves: {where.curves_path}; a page about the run: '
       f'python -m train.report {where.directory}',
       highlight=False,
       soft_wrap=True,
