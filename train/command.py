@@ -21,7 +21,8 @@ import tyro
 
 from train import run as run_lib
 from train.config import Config, flatten, variants
-from train.method import CLASSES, projects
+from train.method import AdamW
+from train.registry import projects
 from train.run import Run
 
 USAGE = """usage: python -m {program} CONFIG [--KEY VALUE ...]
@@ -256,7 +257,7 @@ def choose(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
       f'{shown(type(config.optimizer))}; select another with --optimizer',
       file=sys.stderr,
     )
-    config = dataclasses.replace(config, optimizer=CLASSES['AdamW']())
+    config = dataclasses.replace(config, optimizer=AdamW())
   return config, rest
 
 

@@ -28,8 +28,9 @@ from train import subspace
 from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, TextFiles, Tfds
 from train.data.labelled import LabelledFiles, LabelledTfds
+from train.growth import limit_growth
 from train.mesh import Mesh
-from train.method import CLASSES, Optimizer, limit_growth
+from train.method import Badam, Optimizer
 
 AnyText: TypeAlias = Chitchat | TextFiles | Tfds | Chats | ChitchatAnswers
 AnyCorpus: TypeAlias = AnyText | LabelledFiles | LabelledTfds
@@ -334,7 +335,7 @@ class Config:
     if limit is not None and not limit >= 1:
       raise ValueError(f'norm_growth must be at least 1, or None, got {limit}')
     layerwise = isinstance(self.update, Layerwise)
-    one_layer = layerwise and isinstance(self.optimizer, CLASSES['Badam'])
+    one_layer = layerwise and isinstance(self.optimizer, Badam)
     if limit is not None and (self.update.accumulate > 1 or one_layer):
       raise ValueError(
         f'norm_growth={limit} needs the gradient of each weight at each step: '

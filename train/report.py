@@ -30,9 +30,9 @@ import galore_optax
 from galore_optax.memory import Row
 from galore_optax.paths import paths
 from train import metrics, subspace
+from train.baselines import adamw
 from train.command import user_errors
 from train.config import Config, flatten
-from train.method import adamw
 from train.run import Run
 from train.step import split
 from train.task import Mask, PyTree, Task, array_shapes, everything, task_of

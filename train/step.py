@@ -29,7 +29,7 @@ from train import adapter as adapter_lib
 from train import mesh as mesh_lib
 from train import subspace
 from train.config import Config, WholeTree
-from train.method import projects
+from train.registry import projects
 from train.task import Batch, Loss, Mask, PyTree, Task, everything
 
 Init: TypeAlias = Callable[[jax.Array], 'State']
