@@ -43,19 +43,16 @@ def with_lomo(
     lambda count: adapter.lomo * schedule(count), clip_norm=None
   )
 
-  def labels(params):
-    name = lambda chosen: 'optimizer' if chosen else 'lomo'
-    return jax.tree.map(
-      lambda chosen, w: jax.tree.map(lambda _: name(chosen), w),
-      *(lowrank.optimized(params, adapter), params),
-    )
+  def labels(params: PyTree) -> PyTree:
+    chosen = lowrank.optimized(params, adapter)
+    return jax.tree.map(label, chosen, params)
+
+  def label(is_chosen: bool, weight: PyTree) -> PyTree:
+    # A stored weight may have several leaves.
+    name = 'optimizer' if is_chosen else 'lomo'
+    return jax.tree.map(lambda _: name, weight)
 
   return optax.partition({'optimizer': optimizer, 'lomo': beneath}, labels)
-
-
-def restarts(adapter: Adapter | None) -> bool:
-  """Whether training merges the factors regularly and restarts them."""
-  return isinstance(adapter, Relora)
 
 
 def jagged(envelope: optax.Schedule, adapter: Relora) -> optax.Schedule:
@@ -67,7 +64,7 @@ def jagged(envelope: optax.Schedule, adapter: Relora) -> optax.Schedule:
   """
   every, warmup = adapter.every, adapter.restart_warmup
 
-  def schedule(step):
+  def schedule(step: Any) -> Any:
     since = step % every
     rising = (step >= every) & (since < warmup)
     peak = envelope(jnp.where(rising, step - since + warmup, step))
@@ -111,7 +108,7 @@ def restart(
   """
   merge_key, moment_key = jax.random.split(_key(seed, MERGE, step))
 
-  def merged(found):
+  def merged(found: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
     params, optimizer = found
     new = merge_into(params, adapter, weights, merge_key)
     return new, reset_moments(optimizer, adapter.reset, moment_key)
@@ -124,7 +121,7 @@ def merge_into(
   params: PyTree, adapter: Relora, weights: Weights, key: jax.Array
 ) -> PyTree:
   """Merges the factors into the stored weights, and draws new factors."""
-  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  flat: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep='/')
   roles = lowrank.roles(params)
   names = sorted(path for path in roles if roles[path] == 'beneath')
   for number, path in enumerate(names):
@@ -132,7 +129,13 @@ def merge_into(
     of_a, of_b = (f'{beside}/{name}' for name in lowrank.FACTORS)
     a, rounding = flat[of_a], jax.random.fold_in(key, number)
 
-    def add(stored, b, layer, a=a, rounding=rounding):
+    def add(
+      stored: Any,
+      b: jax.Array,
+      layer: Any,
+      a: jax.Array = a,
+      rounding: jax.Array = rounding,
+    ) -> Any:
       total = lowrank.product(stack.take(a, layer), b, adapter.scale)
       return weights.write(stored, total, jax.random.fold_in(rounding, layer))
 
@@ -152,7 +155,7 @@ def reset_moments(optimizer: PyTree, share: float, key: jax.Array) -> PyTree:
   """
   leaves, treedef = jax.tree_util.tree_flatten_with_path(optimizer)
 
-  def kept(number, path, leaf):
+  def kept(number: int, path: Any, leaf: jax.Array) -> jax.Array:
     if not (_of_factor(path) and jnp.issubdtype(leaf.dtype, jnp.floating)):
       return leaf
     draw = jax.random.uniform(jax.random.fold_in(key, number), leaf.shape)
@@ -163,7 +166,7 @@ def reset_moments(optimizer: PyTree, share: float, key: jax.Array) -> PyTree:
   )
 
 
-def _of_factor(path) -> bool:
+def _of_factor(path: tuple[Any, ...]) -> bool:
   """Whether a leaf of an optimizer's state belongs to a factor's moment."""
   keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
   # In a layer-wise state, a key is the whole path of a weight.
@@ -177,5 +180,6 @@ def first_key(key: jax.Array) -> jax.Array:
 
 
 def _key(seed: int, use: int, step: jax.Array) -> jax.Array:
+  """Returns the key of a step of a run for one use."""
   key = jax.random.key(seed, impl='threefry2x32')
   return jax.random.fold_in(jax.random.fold_in(key, use), step)

@@ -24,7 +24,7 @@ from models.encoder import EncoderConfig
 from models.llama import Dtype, LlamaConfig
 from models.lowrank import Factored, Lora, Relora
 from train import adapter as adapter_lib
-from train import subspace
+from train import subspace_metrics
 from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, TextFiles, Tfds
 from train.data.labelled import LabelledFiles, LabelledTfds
@@ -115,7 +115,7 @@ class Layerwise:
   sums: Literal['float32', 'bfloat16'] = 'float32'
   """Data type of the accumulated gradients; bfloat16 rounds stochastically."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     """Raises ValueError unless `slices` and `accumulate` are at least 1."""
     for name in ('slices', 'accumulate'):
       if getattr(self, name) < 1:
@@ -275,11 +275,17 @@ class Config:
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   """The grid of devices that share the work; it does not change the result."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     """Raises ValueError for values that are wrong whatever the data are."""
     for name in (
-      *('steps', 'batch_size', 'sequence_length', 'microbatches'),
-      *('eval_every', 'eval_batches', 'save_every', 'cycles'),
+      'steps',
+      'batch_size',
+      'sequence_length',
+      'microbatches',
+      'eval_every',
+      'eval_batches',
+      'save_every',
+      'cycles',
     ):
       value = getattr(self, name)
       if value is not None and value < 1:
@@ -348,6 +354,12 @@ class Config:
     """Number of parts that a batch is computed in, one after another."""
     return self.microbatches * self.update.accumulate
 
+  @property
+  def resolved_model(self) -> LlamaConfig | EncoderConfig:
+    """The model, whose sizes are known once the config is `resolved`."""
+    assert isinstance(self.model, LlamaConfig | EncoderConfig)
+    return self.model
+
   def resolved(self) -> 'Config':
     """Returns a copy whose model has the sizes of its checkpoint's model.
 
@@ -409,12 +421,12 @@ class Config:
 
   def weights(self) -> Weights:
     """Returns how weights are stored between steps."""
-    return self.update.stored(self.model.param_dtype)
+    return self.update.stored(self.resolved_model.param_dtype)
 
   def rule(self) -> optax.GradientTransformation:
     """Returns the optimizer of the trained weights, without clipping.
 
-    GaLore's state also records the statistics of `train.subspace`.
+    GaLore's state also records the statistics of `train.subspace_metrics`.
     """
     # `train.task` leaves frozen weights out of the trained weights.
     groups = [group for group in self.groups if not group.frozen]
@@ -429,7 +441,7 @@ class Config:
     decay it may have changed for a group.
     """
     optimizer = dataclasses.replace(self.optimizer, **options)
-    rule = subspace.watched(optimizer.build(learning_rate))
+    rule = subspace_metrics.watched(optimizer.build(learning_rate))
     rule = adapter_lib.with_lomo(rule, self.adapter, learning_rate)
     if self.norm_growth is None:
       return rule

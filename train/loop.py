@@ -20,7 +20,7 @@ from rich.progress import (
   TextColumn,
 )
 
-from train import machine, metrics, subspace
+from train import machine, metrics, subspace_metrics
 from train import mesh as mesh_lib
 from train.config import Config
 from train.metrics import Log
@@ -84,7 +84,7 @@ def train(
       show,
       log,
       task.unit,
-      machine.peak_flops(config.model.dtype),
+      machine.peak_flops(config.resolved_model.dtype),
       max_skipped=config.max_skipped,
     )
     for done in range(start + 1, config.steps + 1):
@@ -206,7 +206,7 @@ class Meter:
     clock: Callable[[], float] = time.perf_counter,
     *,
     max_skipped: int = 0,
-  ):
+  ) -> None:
     """Creates a meter.
 
     Args:
@@ -286,7 +286,7 @@ class Meter:
       k: x for k, x in values.items() if math.isfinite(x)
     }
     if refreshed:
-      noted |= subspace.by_number(jax.device_get(found['subspace']))
+      noted |= subspace_metrics.by_number(jax.device_get(found['subspace']))
     self._log(step, noted)
     mean = self._seconds / self._steps if self._steps else None
     self._show(step, values, mean)

@@ -2,8 +2,8 @@
 
 Steps, validations, checkpoints and plans take their shardings from here. The
 programs contain almost no explicit communication: the same code runs on one
-device and on a mesh, and the compiler inserts the communication. `join` and
-`agree` are for several processes, each with its own devices.
+device and on a mesh, and the compiler inserts the communication.
+`join_cluster` and `agree` are for several processes, each with its own devices.
 
 Axes: B rows of a batch, L layers, D width, V vocabulary.
 """
@@ -13,7 +13,7 @@ import datetime
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -50,7 +50,7 @@ class Mesh:
   """Number of devices that have the same rows, and other heads, hidden units
   and tokens of the vocabulary."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     """Raises ValueError unless each size is at least 1."""
     for name, value in dataclasses.asdict(self).items():
       if value < 1:
@@ -121,7 +121,9 @@ def absent(sizes: Mesh) -> jax.sharding.AbstractMesh:
   return jax.sharding.AbstractMesh(shape, names, axis_types=kinds)
 
 
-def _axes(sizes: Mesh):
+def _axes(
+  sizes: Mesh,
+) -> tuple[tuple[int, ...], tuple[str, ...], tuple[AxisType, ...]]:
   """Returns lengths, names and types of the mesh axes."""
   sides = dataclasses.asdict(sizes)
   kinds = (AxisType.Auto,) * len(sides)
@@ -152,7 +154,9 @@ def everywhere(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def of_params(params: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+def of_params(
+  params: PyTree, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> PyTree:
   """Returns the sharding of each parameter, by its name and shape.
 
   A matrix is sharded along its width by the axis 'fsdp', if that divides it,
@@ -161,19 +165,28 @@ def of_params(params: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
   factors are sharded along their long side.
   """
 
-  def place(path, x):
+  def place(path: tuple[Any, ...], x: Any) -> NamedSharding:
     names = {getattr(key, 'key', getattr(key, 'name', None)) for key in path}
     return NamedSharding(mesh, _spec(names, x.shape, mesh.shape))
 
   return jax.tree_util.tree_map_with_path(place, params)
 
 
-def _spec(names, shape, sizes) -> PartitionSpec:
+def _spec(
+  names: set[str | None], shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> PartitionSpec:
+  """Returns how the mesh axes shard a parameter.
+
+  Args:
+    names: the keys in its path.
+    shape: its shape.
+    sizes: sizes of the mesh axes.
+  """
   if len(shape) - ('blocks' in names) < 2:
     return PartitionSpec()
-  cuts = {-2: (), -1: ()}
+  cuts: dict[int, tuple[str, ...]] = {-2: (), -1: ()}
   order = sorted(cuts, key=lambda side: -shape[side])
-  if not names & {*FACTORS}:
+  if names.isdisjoint(FACTORS):
     other = -1 if names & _LAST else -2 if names & _FIRST else None
     if other is not None:
       order = [-3 - other, other]
@@ -184,14 +197,16 @@ def _spec(names, shape, sizes) -> PartitionSpec:
     if shape[side] % np.prod([sizes[axis] for axis in axes]) == 0:
       cuts[side] = axes
       break
-  return PartitionSpec(*(None,) * (len(shape) - 2), cuts[-2], cuts[-1])
+  unsharded = [None] * (len(shape) - 2)
+  return PartitionSpec(*unsharded, cuts[-2], cuts[-1])
 
 
 def at(shapes: PyTree, places: PyTree) -> PyTree:
   """Adds shardings to shapes."""
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    *(shapes, places),
+    shapes,
+    places,
   )
 
 
@@ -214,17 +229,19 @@ def deal(sizes: Mesh) -> Callable[[PyTree], PyTree]:
   return functools.partial(jax.tree.map, put)
 
 
-def under(mesh: jax.sharding.Mesh, f: Callable) -> Callable:
+def under(mesh: jax.sharding.Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
   """Returns `f`, traced with a mesh that `along_rows` reads."""
 
-  def traced(*args):
+  def traced(*args: Any) -> Any:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return f(*args)
 
   return traced
 
 
-def measure(f: Callable, sizes: Mesh) -> Callable[[PyTree, PyTree], PyTree]:
+def measure(
+  f: Callable[..., Any], sizes: Mesh
+) -> Callable[[PyTree, PyTree], PyTree]:
   """Jits `(parameters, batch) -> result` for batches in host memory.
 
   The result is replicated, so that every process can read it.
@@ -246,8 +263,8 @@ def along_rows(x: jax.Array, axis: int = 0) -> jax.Array:
     return x
   # Inside `jax.shard_map` over 'data', a device sees only its own rows.
   rows = tuple(name for name in ROWS if name not in mesh.manual_axes)
-  spec = PartitionSpec(*(None,) * axis, rows)
-  return jax.lax.with_sharding_constraint(x, spec)
+  before = [None] * axis
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*before, rows))
 
 
 def along_params(grads: PyTree) -> PyTree:
@@ -260,11 +277,14 @@ def along_params(grads: PyTree) -> PyTree:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return grads
-  keep = lambda g, place: jax.lax.with_sharding_constraint(g, place.spec)
-  return jax.tree.map(keep, grads, of_params(grads, mesh))
+  return jax.tree.map(
+    lambda g, place: jax.lax.with_sharding_constraint(g, place.spec),
+    grads,
+    of_params(grads, mesh),
+  )
 
 
-def keeping_rows(hook: Callable | None) -> Callable:
+def keeping_rows(hook: Callable[..., Any] | None) -> Callable[..., Any]:
   """Returns a linen interceptor that keeps rows sharded from layer to layer.
 
   Weights are sharded along the width. The compiler might shard activations
@@ -274,7 +294,12 @@ def keeping_rows(hook: Callable | None) -> Callable:
     hook: another interceptor, called inside; None for none.
   """
 
-  def intercept(next_fun, args, kwargs, context):
+  def intercept(
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: Any,
+  ) -> Any:
     if hook is None:
       y = next_fun(*args, **kwargs)
     else:
@@ -297,7 +322,7 @@ def announce(line: str) -> None:
     print(line, flush=True)
 
 
-def join() -> None:
+def join_cluster() -> None:
   """Connects to the other processes of a cluster; call it before using devices.
 
   JAX detects SLURM, Open MPI, an indexed job of Kubernetes and a TPU pod. For
@@ -328,22 +353,26 @@ def join() -> None:
   jax.distributed.initialize(**given)
 
 
+# Callers outside this file still use the shorter name.
+join = join_cluster
+
+
 def _in_cluster() -> bool:
+  """Whether the environment describes a cluster."""
   return 'JAX_COORDINATOR_ADDRESS' in os.environ or _detected()
 
 
 def _detected() -> bool:
+  """Whether JAX detects a cluster by itself."""
   # JAX would restrict a process to one GPU in a SLURM job with a single task.
   if os.environ.get('SLURM_NTASKS') == '1':
     return False
   # Every pod runs in Kubernetes, but only pods of an indexed job have an index.
-  known = lambda kind: (
-    kind.name != 'k8s' or 'JOB_COMPLETION_INDEX' in os.environ
-  )
+  indexed = 'JOB_COMPLETION_INDEX' in os.environ
   return any(
     kind.is_env_present()
     for kind in ClusterEnv._cluster_types
-    if known(kind) and not kind.opt_in_only_method
+    if (kind.name != 'k8s' or indexed) and not kind.opt_in_only_method
   )
 
 
@@ -382,7 +411,8 @@ def clock() -> datetime.datetime:
   # Other processes may be in other time zones.
   parts = np.array(now.timetuple()[:6], np.int32)
   found = multihost_utils.broadcast_one_to_all(parts)
-  return datetime.datetime(*map(int, found))
+  year, month, day, hour, minute, second = map(int, found)
+  return datetime.datetime(year, month, day, hour, minute, second)
 
 
 def of_any(number: int | None) -> int | None:

@@ -29,12 +29,12 @@ from rich.table import Table
 import galore_optax
 from galore_optax.memory import Row
 from galore_optax.paths import paths
-from train import metrics, subspace
+from train import metrics, subspace_metrics
 from train.baselines import adamw
 from train.command import user_errors
 from train.config import Config, flatten
 from train.run import Run
-from train.step import split
+from train.step import split_trained
 from train.task import Mask, PyTree, Task, array_shapes, everything, task_of
 
 Lines: TypeAlias = Sequence[Mapping[str, Any]]
@@ -165,7 +165,7 @@ def subspaces(lines: Lines) -> str:
   """Returns the energy and overlap of subspaces: pictures and a table."""
   flat = [{'step': x['step'], **metrics.scalars(x)} for x in lines]
   shown, newest = [], {}
-  for name in subspace.NUMBERS:
+  for name in subspace_metrics.NUMBERS:
     here = [line[name] for line in lines if name in line]
     if here:
       labels = {f'{name}/{path}': path for path in here[-1]}
@@ -179,7 +179,7 @@ def subspaces(lines: Lines) -> str:
       for found in newest.values()
       for pick in (np.min, np.mean)
     ]
-    for path in newest[subspace.NUMBERS[0]]
+    for path in newest[subspace_metrics.NUMBERS[0]]
   }
   head = ['weight']
   for name in newest:
@@ -236,9 +236,9 @@ def samples(path: pathlib.Path) -> str:
 
 def memory_text(config: Config) -> str:
   """Returns the memory table of a config as text."""
-  console = Console(file=io.StringIO(), width=100)
-  console.print(memory_of(config, task_of(config)))
-  return console.file.getvalue()
+  text = io.StringIO()
+  Console(file=text, width=100).print(memory_of(config, task_of(config)))
+  return text.getvalue()
 
 
 def values(lines: Lines, name: str) -> list[float]:
@@ -332,7 +332,7 @@ def memory_table(
     has_groups: whether to show multipliers even if `tx` has none because all
       groups are frozen.
   """
-  described = galore_optax.describe(tx, split(params, trained)[0])
+  described = galore_optax.describe(tx, split_trained(params, trained)[0])
   ours = with_still(described, params)
   baseline = galore_optax.describe(adamw(0.0), params)
   sizes = [
@@ -343,7 +343,7 @@ def memory_table(
     (row, np.array([size, row.basis_bytes, row.moment_bytes, plain.bytes]))
     for row, plain, size in zip(ours, baseline, sizes, strict=True)
   ]
-  total = sum(numbers for _, numbers in rows)
+  total = np.sum([numbers for _, numbers in rows], axis=0)
   unit, size = ('GB', 1e9) if total[0] >= 1e10 else ('MB', 1e6)
   table = Table(
     title=f'Memory with {name}, in {unit}',
@@ -359,16 +359,16 @@ def memory_table(
   if has_groups and not factors:
     factors = dict.fromkeys([row.path for row in described], (1.0, 1.0))
   heads = ['shape', 'projected', 'weight', 'basis', 'moments', 'AdamW']
-  for head in heads + ['rate', 'decay'] * bool(factors):
+  if factors:
+    heads += ['rate', 'decay']
+  for head in heads:
     table.add_column(head, justify='right')
   for row, numbers in rows:
     low = by(row.projected_shape) if row.projected_shape else '-'
     # Parameters without a described state are frozen.
-    own = map('{:g}'.format, factors.get(row.path, (0.0, 0.0)))
-    table.add_row(
-      *(row.path, by(row.shape), low, *decimals(numbers / size)),
-      *(own if factors else ()),
-    )
+    own = [f'{x:g}' for x in factors.get(row.path, (0.0, 0.0))]
+    cells = [row.path, by(row.shape), low, *decimals(numbers / size)]
+    table.add_row(*cells, *(own if factors else []))
   table.add_section()
   table.add_row('all', '', '', *decimals(total / size), style='bold')
   count = sum(math.prod(row.shape) for row in ours)
@@ -377,7 +377,8 @@ def memory_table(
   )
   projected = [numbers for row, numbers in rows if row.projected_shape]
   if projected:
-    table.caption += '\n' + compare('of projected weights', sum(projected))
+    part = np.sum(projected, axis=0)
+    table.caption += '\n' + compare('of projected weights', part)
   return table
 
 

@@ -12,7 +12,7 @@ gradients nor optimizer state.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from galore_optax.layerwise.weights import is_stored
 from galore_optax.sharding import state_shardings
 from train import adapter as adapter_lib
 from train import mesh as mesh_lib
-from train import subspace
+from train import subspace_metrics
 from train.config import Config, WholeTree
 from train.registry import projects
 from train.task import Batch, Loss, Mask, PyTree, Task, everything
@@ -61,7 +61,8 @@ def build(config: Config, task: Task) -> tuple[Init, Step]:
     `key -> state`, and the jitted `(state, batch) -> (state, metrics)`, which
     donates its state.
   """
-  schedule, trained = config.schedule(), task.trained
+  schedule = config.schedule()
+  trained = task.trained
   tx = optimizer_of(config, task)
   if isinstance(config.update, WholeTree):
     step = make_step(
@@ -72,12 +73,12 @@ def build(config: Config, task: Task) -> tuple[Init, Step]:
       trained=trained,
     )
   else:
+    checks_first = config.clip_norm is not None and tx.clip == 'exact'
     step = make_layerwise_step(
       tx,
       schedule=schedule,
       trained=trained,
-      in_part=not (config.clip_norm and tx.clip == 'exact')
-      and tx.accumulate == 1,
+      in_part=not checks_first and tx.accumulate == 1,
     )
   if config.learning_rate == 0:
     step = motionless(step)
@@ -132,14 +133,15 @@ def shardings(
   """
   whole = mesh_lib.everywhere(mesh)
   key = jax.random.key(0)
+  shapes = jax.eval_shape(first, key)
   if mesh.size == 1:
-    return jax.tree.map(lambda _: whole, jax.eval_shape(first, key))
+    return jax.tree.map(lambda _: whole, shapes)
   params = jax.eval_shape(task.init, key)
   places = mesh_lib.of_params(params, mesh)
-  moving, _ = split(params, task.trained)
-  of_moving, _ = split(places, lambda _: task.trained(params))
+  moving, _ = split_trained(params, task.trained)
+  of_moving, _ = split_trained(places, lambda _: task.trained(params))
   optimizer = state_shardings(optimizer_of(config, task), moving, of_moving)
-  return State(whole, places, optimizer)
+  return shapes._replace(step=whole, params=places, optimizer=optimizer)
 
 
 def placed(step: Step, mesh: jax.sharding.Mesh, places: 'State') -> Step:
@@ -168,12 +170,12 @@ def motionless(step: Step) -> Step:
 
 def init(params: PyTree, tx: Any, trained: Mask = everything) -> State:
   """Returns the training state before the first update."""
-  moving, _ = split(params, trained)
+  moving, _ = split_trained(params, trained)
   return State(jnp.zeros([], jnp.int32), params, tx.init(moving))
 
 
 def with_health(step: Step) -> Step:
-  """Adds the statistics of `train.subspace` to a step's metrics.
+  """Adds the statistics of `train.subspace_metrics` to a step's metrics.
 
   `subspace` is the result of `health`. `refreshed` is 1 if this step raised the
   number of refreshes that every matrix has had. Both are absent if no basis
@@ -182,12 +184,13 @@ def with_health(step: Step) -> Step:
 
   @functools.partial(jax.jit, donate_argnums=0)
   def around(state: State, batch: Batch) -> tuple[State, PyTree]:
-    before = subspace.health(state.optimizer)
+    before = subspace_metrics.health(state.optimizer)
     state, metrics = step(state, batch)
-    found = subspace.health(state.optimizer)
+    found = subspace_metrics.health(state.optimizer)
     if found:
-      counts = map(subspace.refreshes, (before, found))
-      refreshed = jnp.not_equal(*counts)
+      refreshed = jnp.not_equal(
+        subspace_metrics.refreshes(before), subspace_metrics.refreshes(found)
+      )
       metrics = metrics | {'subspace': found, 'refreshed': refreshed}
     return state, metrics
 
@@ -218,9 +221,9 @@ def with_adapter(step: Step, config: Config) -> Step:
   repeats them.
   """
   adapter, seed = config.adapter, config.seed
-  noisy = getattr(adapter, 'dropout', 0) > 0
-  restarts = adapter_lib.restarts(adapter)
-  if not noisy and not restarts:
+  noisy = isinstance(adapter, adapter_lib.Lora) and adapter.dropout > 0
+  relora = adapter if isinstance(adapter, adapter_lib.Relora) else None
+  if not noisy and relora is None:
     return step
 
   @functools.partial(jax.jit, donate_argnums=0)
@@ -228,10 +231,12 @@ def with_adapter(step: Step, config: Config) -> Step:
     if noisy:
       batch = adapter_lib.with_noise(batch, seed, state.step)
     state, metrics = step(state, batch)
-    if restarts:
+    if relora is not None:
       params, optimizer = adapter_lib.restart(
-        *(state.params, state.optimizer, state.step),
-        adapter=adapter,
+        state.params,
+        state.optimizer,
+        state.step,
+        adapter=relora,
         weights=config.weights(),
         seed=seed,
       )
@@ -241,28 +246,36 @@ def with_adapter(step: Step, config: Config) -> Step:
   return around
 
 
-def split(params: PyTree, trained: Mask) -> tuple[PyTree, PyTree]:
+def split_trained(params: PyTree, trained: Mask) -> tuple[PyTree, PyTree]:
   """Splits parameters into trained and fixed ones; None fills the gaps.
 
-  >>> split({'a': 1, 'b': 2}, lambda params: {'a': True, 'b': False})
+  >>> split_trained({'a': 1, 'b': 2}, lambda params: {'a': True, 'b': False})
   ({'a': 1, 'b': None}, {'a': None, 'b': 2})
   """
   chosen = trained(params)
-  pick = lambda wanted: jax.tree.map(
-    lambda is_trained, w: w if is_trained == wanted else None, chosen, params
-  )
+
+  def pick(wanted: bool) -> PyTree:
+    return jax.tree.map(
+      lambda is_trained, w: w if is_trained == wanted else None, chosen, params
+    )
+
   return pick(True), pick(False)
 
 
-def join(moving: PyTree, still: PyTree) -> PyTree:
-  """Inverts `split`: takes each leaf from the tree in which it is not None.
+# Callers outside this file still use the shorter name.
+split = split_trained
 
-  >>> join({'a': 1, 'b': None}, {'a': None, 'b': 2})
+
+def join_trained(moving: PyTree, still: PyTree) -> PyTree:
+  """Inverts `split_trained`: takes each leaf from the tree that has it.
+
+  >>> join_trained({'a': 1, 'b': None}, {'a': None, 'b': 2})
   {'a': 1, 'b': 2}
   """
   return jax.tree.map(
     lambda w, other: other if w is None else w,
-    *(moving, still),
+    moving,
+    still,
     is_leaf=lambda x: x is None or is_stored(x),
   )
 
@@ -283,7 +296,7 @@ class Beneath(NamedTuple):
 
   def embed(self, params: PyTree, batch: Batch) -> PyTree:
     """Returns the input of the first layer."""
-    x = self.layers.embed(join(params, self.still), batch)
+    x = self.layers.embed(join_trained(params, self.still), batch)
     return {'x': x, 'layer': jnp.int32(0)}
 
   def block(self, layer_params: PyTree, x: PyTree) -> PyTree:
@@ -293,18 +306,21 @@ class Beneath(NamedTuple):
       self.still['blocks'],
       is_leaf=is_stored,
     )
-    y = self.layers.block(join(layer_params, mine), x['x'])
+    y = self.layers.block(join_trained(layer_params, mine), x['x'])
     return {'x': y, 'layer': x['layer'] + 1}
 
   def loss(self, params: PyTree, x: PyTree, batch: Batch) -> Any:
     """Returns the loss and the sums of `Task.loss`."""
-    return self.layers.loss(join(params, self.still), x['x'], batch)
+    return self.layers.loss(join_trained(params, self.still), x['x'], batch)
 
 
 def make_layerwise(config: Config, task: Task) -> Layerwise:
   """Returns the layer-wise update of a config whose `update` is Layerwise."""
   update = config.update
   assert not isinstance(update, WholeTree)
+  slices = {}
+  if update.slices > 1:
+    slices = dict.fromkeys(task.large, update.slices)
   return layerwise(
     task.layers,
     config.rule(),
@@ -313,9 +329,7 @@ def make_layerwise(config: Config, task: Task) -> Layerwise:
     microbatches=config.microbatches,
     accumulate=update.accumulate,
     sums_dtype=update.sums,
-    slices=dict.fromkeys(task.large, update.slices)
-    if update.slices > 1
-    else {},
+    slices=slices,
     weights=config.weights(),
   )
 
@@ -344,17 +358,18 @@ def make_layerwise_step(
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: State, batch: Batch) -> tuple[State, PyTree]:
     batch, weight = with_mean_weight(batch)
-    moving, still = split(state.params, trained)
+    moving, still = split_trained(state.params, trained)
     run = update
     if jax.tree.leaves(still):
       model = Beneath(update.model, still, update.weights.read)
       run = dataclasses.replace(update, model=model)
     moving, optimizer, found = run(moving, state.optimizer, batch)
-    params = join(moving, still)
+    params = join_trained(moving, still)
     metrics = {name: found[name] for name in NO_SUMS if name in found}
     metrics['learning_rate'] = jnp.asarray(schedule(state.step))
     norm = found.get('projected_grad_norm', found.get('grad_norm'))
-    bad, lost = ~jnp.isfinite(norm), ~jnp.isfinite(found['loss'])
+    bad = ~jnp.isfinite(norm)
+    lost = ~jnp.isfinite(found['loss'])
     metrics['skipped_steps'] = jnp.int32(lost if in_part else bad)
     if in_part:
       metrics['partial_steps'] = jnp.int32(bad & ~lost)
@@ -392,21 +407,25 @@ def make_step(
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: State, batch: Batch) -> tuple[State, PyTree]:
     batch, weight = with_mean_weight(batch)
-    moving, still = split(state.params, trained)
+    moving, still = split_trained(state.params, trained)
     gradient = functools.partial(mean_gradient, loss, microbatches)
     if sums_projected(tx):
       # Between refreshes, devices along 'data' sum only projected gradients.
       value, sums, grads, found = projected(
         gradient, tx, moving, still, state.optimizer, batch
       )
-      update, name = tx.apply, 'projected_grad_norm'
+      update = tx.apply
+      name = 'projected_grad_norm'
     else:
       value, sums, grads = gradient(moving, still, batch)
-      update, name, found = tx.update, 'grad_norm', state.optimizer
+      found = state.optimizer
+      update = tx.update
+      name = 'grad_norm'
     norm = global_norm(grads)
     sound = jnp.isfinite(value) & jnp.isfinite(norm)
 
     def updated(kept: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+      del kept
       updates, optimizer = update(grads, found, moving)
       return optax.apply_updates(moving, updates), optimizer
 
@@ -422,7 +441,8 @@ def make_step(
       'skipped_steps': jnp.int32(~sound),
     }
     metrics |= with_own_weight(sums, batch, weight)
-    return State(state.step + 1, join(moving, still), optimizer), metrics
+    params = join_trained(moving, still)
+    return State(state.step + 1, params, optimizer), metrics
 
   return step
 
@@ -444,7 +464,7 @@ def with_own_weight(
   }
 
 
-def sums_projected(tx: Any) -> bool:
+def sums_projected(tx: Any) -> TypeGuard[Galore]:
   """Whether devices along 'data' can sum projected gradients instead of whole.
 
   The result is the same if the optimizer reads nothing but the projection of a
@@ -472,7 +492,7 @@ def traffic(config: Config) -> str:
 
 
 def projected(
-  gradient: Callable,
+  gradient: Callable[..., tuple[jax.Array, PyTree, PyTree]],
   tx: Galore,
   moving: PyTree,
   still: PyTree,
@@ -494,7 +514,8 @@ def projected(
     optimizer: the state of `tx`.
     batch: the batch of all devices.
   """
-  whole, own = PartitionSpec(), PartitionSpec('data')
+  whole = PartitionSpec()
+  own = PartitionSpec('data')
   mean = functools.partial(jax.lax.pmean, axis_name='data')
   on_each = functools.partial(
     jax.shard_map,
@@ -504,16 +525,18 @@ def projected(
     check_vma=False,
   )
 
-  def of_rows(moving, still, batch):
+  def of_rows(
+    moving: PyTree, still: PyTree, batch: Batch
+  ) -> tuple[jax.Array, PyTree, PyTree]:
     value, sums, grads = gradient(moving, still, batch)
     # The new leading axis keeps each device's gradient apart from the others'.
     grads = jax.tree.map(lambda g: g[None], grads)
     return mean(value), jax.lax.psum(sums, 'data'), grads
 
-  def project(grads, optimizer):
+  def project(grads: PyTree, optimizer: PyTree) -> PyTree:
     return mean(tx.project(jax.tree.map(lambda g: g[0], grads), optimizer))
 
-  def refreshed():
+  def refreshed() -> PyTree:
     total = jax.tree.map(lambda g: jnp.mean(g, 0), grads)
     return tx.refresh(mesh_lib.along_params(total), optimizer)
 
@@ -534,7 +557,10 @@ def mean_gradient(
 
   The loss and the gradient are means over the microbatches; sums are totals.
   """
-  of_moving = lambda moving, batch: loss(join(moving, still), batch)
+
+  def of_moving(moving: PyTree, batch: Batch) -> tuple[jax.Array, PyTree]:
+    return loss(join_trained(moving, still), batch)
+
   whole = jax.value_and_grad(of_moving, has_aux=True)
 
   def gradient(moving: PyTree, batch: Batch) -> tuple[Any, PyTree]:
@@ -544,8 +570,12 @@ def mean_gradient(
   if microbatches == 1:
     (value, sums), grads = gradient(moving, batch)
     return value, sums, grads
-  cut = lambda x: x.reshape(microbatches, -1, *x.shape[1:])
-  parts = jax.tree.map(lambda x: mesh_lib.along_rows(cut(x), 1), batch)
+
+  def cut(x: jax.Array) -> jax.Array:
+    parts = x.reshape(microbatches, -1, *x.shape[1:])
+    return mesh_lib.along_rows(parts, axis=1)
+
+  parts = jax.tree.map(cut, batch)
 
   def add(total: PyTree, micro: Batch) -> tuple[PyTree, None]:
     return jax.tree.map(jnp.add, total, gradient(moving, micro)), None
@@ -557,5 +587,8 @@ def mean_gradient(
     (jax.eval_shape(of_moving, moving, first), moving),
   )
   ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
-  mean = lambda total, like: (total / microbatches).astype(like.dtype)
+
+  def mean(total: jax.Array, like: jax.Array) -> jax.Array:
+    return (total / microbatches).astype(like.dtype)
+
   return value / microbatches, sums, jax.tree.map(mean, grads, moving)

@@ -2,7 +2,7 @@
 
 `prepare` checks everything that a user can get wrong and writes no file.
 `begin` returns the first state, from a checkpoint or from random weights.
-`train` passes both to the loop in `train.loop`.
+`train_and_report` passes both to the loop in `train.loop`.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def main(
   """
   machine.prepare()
   with user_errors():
-    mesh_lib.join()
+    mesh_lib.join_cluster()
     console = Console(quiet=not mesh_lib.leads())
     setup = prepare(argv, kind)
     before(setup, console)
@@ -101,7 +101,7 @@ def main(
       console.print(step_lib.traffic(setup.config), highlight=False)
     state = begin(setup)
   try:
-    return train(setup, state, console, after, path=argv[0])
+    return train_and_report(setup, state, console, after, path=argv[0])
   except FloatingPointError as error:
     print(f'error: {error}', file=sys.stderr)
     newest = checkpoint.newest_sound(setup.run.checkpoints_path)
@@ -146,10 +146,10 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
       install a package.
   """
   found = source(argv)
-  launch = parse(
-    argv, kind, None if found is None else lambda path: found.config()
-  )
-  config, name = launch.config, pathlib.Path(argv[0]).stem
+  default = None if found is None else lambda path: found.config()
+  launch = parse(argv, kind, default)
+  config = launch.config
+  name = pathlib.Path(argv[0]).stem
   if found is None:
     config = config.resolved()
   if launch.tensorboard:
@@ -223,7 +223,7 @@ def shapes(config: Config) -> State:
 
 def prepare_tokenizer(config: Config, documents: Documents) -> AnyTokenizer:
   """Loads the tokenizer that the config names, or trains one on documents."""
-  vocab_size = config.model.vocab_size
+  vocab_size = config.resolved_model.vocab_size
   path = config.tokenizer or config.checkpoint
   if path is None:
     sample = documents.stream(seed=0, repeat=False)
@@ -257,6 +257,7 @@ def begin(setup: Setup) -> State:
       state = checkpoint.restore(manager, like, setup.batches)
   setup.batches.start_prefetch()  # while the step compiles
   if state is None and config.checkpoint is not None:
+    assert setup.task.read is not None
     params = jax.device_put(setup.task.read(key), places.params)
     start = step_lib.starter(config, setup.task)
     state = jax.jit(start, donate_argnums=0, out_shardings=places)(params)
@@ -299,16 +300,21 @@ def write(setup: Setup) -> None:
   if source == where:
     where.write(config)
   elif source is None:
-    begun = config.checkpoint and pathlib.Path(config.checkpoint)
-    where.create(config, setup.text.tokenizer, begun)
+    checkpoint_path = None
+    if config.checkpoint is not None:
+      checkpoint_path = pathlib.Path(config.checkpoint)
+    where.create(config, setup.text.tokenizer, checkpoint_path)
   else:
     where.branch(source, config)
 
 
-def train(
+def train_and_report(
   setup: Setup, state: State, console: Console, after: After, *, path: str
 ) -> int:
-  """Trains until the last step or a signal; returns the exit code."""
+  """Trains until the last step or a signal; returns the exit code.
+
+  After the last step it also plots the losses and calls `after`.
+  """
   config, where, task = setup.config, setup.run, setup.task
   leads = mesh_lib.leads()
   console.print(f'run: {where.directory}', highlight=False)

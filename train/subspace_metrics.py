@@ -46,22 +46,23 @@ class Noting:
   finder: Any
   """The wrapped keeper."""
 
-  def first(self, r, m, dtype):
+  def first(self, r: int, m: int, dtype: Any) -> Noted:
     """Returns the first state; its numbers are not known yet."""
     noted = jnp.array([-1, -1, 0], jnp.float32)
     return Noted(self.finder.first(r, m, dtype), noted)
 
-  def find(self, g_mn, kept, key, first):
+  def find(self, g_mn: jax.Array, kept: Noted, key: Any, first: Any) -> Noted:
     """Finds a new basis, and computes its numbers."""
     new = self.finder.find(g_mn, kept.basis, key, first)
-    r, m = jax.tree.leaves(new)[0].shape[0], g_mn.shape[0]
-    rows = lambda kept: self.finder.rows(kept, r, m, g_mn.dtype)
-    new_rm, old_rm = (as_rows(rows(x), m) for x in (new, kept.basis))
-    overlap = jnp.where(first, -1, square(new_rm @ old_rm.T) / r)
+    m = g_mn.shape[0]
+    r = jax.tree.leaves(new)[0].shape[0]
+    new_rm = as_rows(self.finder.rows(new, r, m, g_mn.dtype), m)
+    old_rm = as_rows(self.finder.rows(kept.basis, r, m, g_mn.dtype), m)
+    overlap = jnp.where(first, -1, square_norm(new_rm @ old_rm.T) / r)
     noted = [captured(new_rm, g_mn), overlap, kept.noted[2] + 1]
     return Noted(new, jnp.stack(noted).astype(jnp.float32))
 
-  def rows(self, kept, r, m, dtype):
+  def rows(self, kept: Noted, r: int, m: int, dtype: Any) -> jax.Array:
     """Returns the basis of the wrapped keeper as rows [r, m]."""
     return self.finder.rows(kept.basis, r, m, dtype)
 
@@ -72,12 +73,12 @@ def captured(rows_rm: jax.Array, g_mn: jax.Array) -> jax.Array:
   >>> f'{captured(jnp.eye(1, 2), jnp.array([[3.], [4.]])):.4f}'
   '0.3600'
   """
-  total = square(g_mn)
-  share = square(rows_rm @ g_mn) / jnp.where(total > 0, total, 1)
+  total = square_norm(g_mn)
+  share = square_norm(rows_rm @ g_mn) / jnp.where(total > 0, total, 1)
   return jnp.where(total > 0, share, 0)
 
 
-def square(x: jax.Array) -> jax.Array:
+def square_norm(x: jax.Array) -> jax.Array:
   """Returns the squared norm."""
   return jnp.sum(jnp.square(x))
 
@@ -110,15 +111,16 @@ def noting(keeper: Any) -> Any:
 
 def health(optimizer: Any) -> dict[str, jax.Array]:
   """Returns the recorded numbers [3, k] in an optimizer's state, by weight."""
-  is_noted = lambda x: isinstance(x, Noted)
-  nodes = jax.tree_util.tree_leaves_with_path(optimizer, is_leaf=is_noted)
-  return {
-    jax.tree_util.keystr(
-      path[path.index(BASIS) + 1 :], simple=True, separator='/'
-    ): node.noted.reshape(-1, 3).T
-    for path, node in nodes
-    if is_noted(node)
-  }
+  nodes = jax.tree_util.tree_leaves_with_path(
+    optimizer, is_leaf=lambda node: isinstance(node, Noted)
+  )
+  found = {}
+  for path, node in nodes:
+    if isinstance(node, Noted):
+      keys = path[path.index(BASIS) + 1 :]
+      name = jax.tree_util.keystr(keys, simple=True, separator='/')
+      found[name] = node.noted.reshape(-1, 3).T
+  return found
 
 
 def refreshes(found: dict[str, jax.Array]) -> jax.Array:
