@@ -408,10 +408,11 @@ def tell(path: pathlib.Path, passed: list[str]) -> None:
 def on_device(shapes: PyTree) -> PyTree:
   """Adds shardings to shapes without one: the first device."""
   first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  place = lambda x: getattr(x, 'sharding', None) or first
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), shapes
-  )
+
+  def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first)
+
+  return jax.tree.map(placed, shapes)
 
 
 class PositionHandler(ocp.CheckpointHandler):

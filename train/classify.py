@@ -62,13 +62,12 @@ def agreement(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
   labels = {*found_n.tolist(), *targets_n.tolist()}
   average = 'binary' if labels <= {0, 1} else 'macro'
   with warnings.catch_warnings():
-    # scikit-learn warns if all rows have one label; Matthews' coefficient is 0.
+    # scikit-learn warns if all rows have one label, and returns 0 for metrics
+    # that are not defined.
     warnings.simplefilter('ignore')
     return {
       'accuracy': float(metrics.accuracy_score(targets_n, found_n)),
-      'f1': float(
-        metrics.f1_score(targets_n, found_n, average=average, zero_division=0)
-      ),
+      'f1': float(metrics.f1_score(targets_n, found_n, average=average)),
       'matthews': float(metrics.matthews_corrcoef(targets_n, found_n)),
     }
 
@@ -86,9 +85,9 @@ def correlations(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
 
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')
-    found = {
-      'pearson': stats.pearsonr(found_n, targets_n).statistic,
-      'spearman': stats.spearmanr(found_n, targets_n).statistic,
+    found: dict[str, Any] = {
+      'pearson': stats.pearsonr(found_n, targets_n)[0],
+      'spearman': stats.spearmanr(found_n, targets_n)[0],
     }
   return {name: float(np.nan_to_num(x)) for name, x in found.items()}
 

@@ -15,7 +15,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import tyro
 
@@ -33,7 +33,22 @@ key with the value that CONFIG gives it.
 """
 
 
-Request = TypeVar('Request')
+class Program(Protocol):
+  """The options of a program, a dataclass whose other fields have defaults."""
+
+  program: ClassVar[str]
+  """Name of the module that runs the program."""
+
+  def __init__(self, config: Config) -> None:
+    """Sets the experiment."""
+
+  @property
+  def config(self) -> Config:
+    """The experiment."""
+    ...
+
+
+Request = TypeVar('Request', bound=Program)
 
 
 @dataclasses.dataclass(frozen=True)

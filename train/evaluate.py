@@ -40,7 +40,7 @@ from train.model import (
   shared,
 )
 from train.run import Run
-from train.task import Batch, Metrics, Text, perplexity, task_of
+from train.task import Batch, Metrics, PyTree, Text, perplexity, task_of
 
 CONTEXTS = ('question', 'prompt', 'context')
 """The names that a question's text may have in a JSONL file."""
@@ -278,10 +278,14 @@ def joined(tokenizer: AnyTokenizer, context: str, choice: str) -> Pair:
   known = tokenizer.encode(before).tolist()
   ids = tokenizer.encode(before + between + choice).tolist()
   same = min(shared(known, ids), len(ids) - 1)
-  begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  # The first scored token needs a token before it.
-  begin = begin if begin or same else [tokenizer.eos_id]
-  return Pair([*begin, *ids], len(ids) - same)
+  num_scored = len(ids) - same
+  if tokenizer.bos_id is not None:
+    ids = [tokenizer.bos_id, *ids]
+  elif same == 0:
+    # The first scored token needs a token before it.
+    assert tokenizer.eos_id is not None
+    ids = [tokenizer.eos_id, *ids]
+  return Pair(ids, num_scored)
 
 
 def log_likelihoods(
@@ -295,7 +299,7 @@ def log_likelihoods(
   layers = model.layers
 
   @jax.jit
-  def score(params, batch):
+  def score(params: PyTree, batch: Batch) -> jax.Array:
     nll_BT = layers.nll(params, batch)
     return -jnp.sum(jnp.where(batch['scored'], nll_BT, 0), axis=1)
 

@@ -95,8 +95,9 @@ def export(
   """
   config = run.config()
   adapter = config.adapter
-  alone = isinstance(config.model, LlamaConfig)
-  if factors and not (alone and isinstance(adapter, lowrank.Lora)):
+  writes_text = isinstance(config.model, LlamaConfig)
+  lora = adapter if writes_text and isinstance(adapter, lowrank.Lora) else None
+  if factors and lora is None:
     raise ValueError(
       f'{run.directory} has no factors beside the weights of a language model; '
       'leave out --adapter'
@@ -106,10 +107,10 @@ def export(
   params = checkpoint.restore_params(
     run.checkpoints_path, task_of(config), best=best
   )
-  read, model = config.weights().read, config.model
-  params = jax.tree.map(read, params, is_leaf=is_stored)
-  if factors:
-    lowrank.save_adapter(directory, params, adapter, base=config.checkpoint)
+  model = config.resolved_model
+  params = jax.tree.map(config.weights().read, params, is_leaf=is_stored)
+  if factors and lora is not None:
+    lowrank.save_adapter(directory, params, lora, base=config.checkpoint)
     return
   if adapter is not None:
     params = lowrank.merge(params, adapter)
@@ -122,12 +123,12 @@ def export(
     tokenizer.save(directory)
     # Remove the run's fixed date: other programs render chats with today's.
     (directory / CLOCK).unlink(missing_ok=True)
-  elif alone:
+  elif writes_text:
     # The run's template may differ from the template of the checkpoint.
     template = tokenizer.files.get(TEMPLATE)
     if template is not None:
       (directory / TEMPLATE).write_bytes(template)
-  if alone:
+  if writes_text:
     write_ends(directory, tokenizer, is_chat=has_answers(config.corpus))
 
 
@@ -160,8 +161,10 @@ def write_ends(
 
 def eos_of(tokenizer: AnyTokenizer) -> str | None:
   """Returns the text of the tokenizer's EOS token."""
-  texts = {i: text for text, i in tokenizer.specials.items()}
-  return texts.get(tokenizer.eos_id)
+  for text, token in tokenizer.specials.items():
+    if token == tokenizer.eos_id:
+      return text
+  return None
 
 
 def ids_of(path: pathlib.Path) -> set[int]:

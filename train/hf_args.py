@@ -72,8 +72,11 @@ class _Key(NamedTuple):
 
 # PyTorch's weights are [out, in], so left and right are exchanged.
 _SIDES = {
-  **{'std': 'std', 'reverse_std': 'reverse_std', 'full': 'full'},
-  **{'left': 'right', 'right': 'left'},
+  'std': 'std',
+  'reverse_std': 'reverse_std',
+  'full': 'full',
+  'left': 'right',
+  'right': 'left',
 }
 _GALORE = {
   'rank': _Key('rank', '128', int),
@@ -150,19 +153,20 @@ def from_hf_args(
     raise ValueError(f'optim must be one of {names}, got {optim!r}')
   name, keys = _OPTIMIZERS[optim.removesuffix(_LAYERWISE)]
   options = _options(optim, keys, _parsed(optim_args))
-  if keys and targets is None:
-    raise ValueError(
-      f'{optim} needs targets, as it needs optim_target_modules there; '
-      f"give 'all-linear', or parts of {_modules(model_type)}"
-    )
-  if targets is not None and not keys:
-    raise ValueError(
-      f'targets are of what projects, got {targets!r} for {optim}; leave '
-      'them out'
-    )
-  if keys:
+  if targets is None:
+    if keys:
+      raise ValueError(
+        f'{optim} needs targets, as it needs optim_target_modules there; '
+        f"give 'all-linear', or parts of {_modules(model_type)}"
+      )
+  elif keys:
     given = targets if isinstance(targets, str) else list(targets)
     options['targets'] = _paths(given, model_type, num_layers)
+  else:
+    raise ValueError(
+      f'targets are for optimizers that project, got {targets!r} for {optim}; '
+      'leave them out'
+    )
   in_backward = optim.endswith(_LAYERWISE) or 'lomo' in optim
   return {
     'optimizer': CLASSES[name](**options),
@@ -170,7 +174,7 @@ def from_hf_args(
   }
 
 
-def _parsed(optim_args):
+def _parsed(optim_args: str | Mapping[str, Any] | None) -> dict[str, str]:
   """Parses optim_args to values by key, as transformers does."""
   if optim_args is None or isinstance(optim_args, Mapping):
     return {key: str(value) for key, value in (optim_args or {}).items()}
@@ -183,7 +187,9 @@ def _parsed(optim_args):
   return dict(part.split('=') for part in pairs)
 
 
-def _options(optim, keys, given):
+def _options(
+  optim: str, keys: Mapping[str, _Key], given: Mapping[str, str]
+) -> dict[str, Any]:
   """Returns the preset's options; missing keys get transformers' defaults."""
   for key in given:
     if key not in keys:
@@ -192,14 +198,17 @@ def _options(optim, keys, given):
       raise ValueError(
         f'optim_args of {optim} must be of {[*keys]}, got {key!r}{meant}'
       )
-  values = {
-    row.option: _value(key, given.get(key, row.default), row.values)
-    for key, row in keys.items()
-  }
-  return {name: value for name, value in values.items() if name is not None}
+  found = {}
+  for key, row in keys.items():
+    value = _value(key, given.get(key, row.default), row.values)
+    if row.option is not None:
+      found[row.option] = value
+  return found
 
 
-def _value(key, text, values):
+def _value(
+  key: str, text: str, values: Callable[[str], Any] | Mapping[str, Any]
+) -> Any:
   """Converts the text of a value, or raises ValueError."""
   if isinstance(values, Mapping):
     if text in values:
@@ -209,7 +218,7 @@ def _value(key, text, values):
     try:
       return values(text)
     except ValueError:
-      rule = {int: 'an integer', float: 'a number'}[values]
+      rule = 'an integer' if values is int else 'a number'
   raise ValueError(f'optim_args: {key} must be {rule}, got {text!r}')
 
 
@@ -339,6 +348,6 @@ def _shown(targets: str | Sequence[str]) -> str:
   return f'{list(targets[:4])!r} and {len(targets) - 4} more'
 
 
-def _modules(model_type):
+def _modules(model_type: str) -> str:
   """Returns the names of a layer's linear modules and of the head, as text."""
   return ', '.join(huggingface_config.linear_modules(model_type).values())

@@ -28,10 +28,10 @@ def describe() -> str:
   line = f'device: {jax.device_count()} x {first.device_kind}'
   if first.platform != 'cpu' or not nvidia():
     return line
-  if jax.config.jax_platforms:
+  platforms = jax.config.values['jax_platforms']
+  if platforms:
     return (
-      f'{line}, though an NVIDIA card is here: JAX_PLATFORMS is '
-      f'{jax.config.jax_platforms!r}'
+      f'{line}, though an NVIDIA card is here: JAX_PLATFORMS is {platforms!r}'
     )
   return (
     f'{line}, though an NVIDIA card is here, as this JAX has no CUDA; run '
@@ -66,13 +66,15 @@ def peak_flops(dtype: str) -> float | None:
 def peak_bytes() -> int | None:
   """Returns the peak memory of any local device; None if it is not reported."""
   found = [device.memory_stats() or {} for device in jax.local_devices()]
-  peaks = [stats.get('peak_bytes_in_use') for stats in found]
-  return None if None in peaks else max(peaks)
+  name = 'peak_bytes_in_use'
+  if not all(name in stats for stats in found):
+    return None
+  return max(stats[name] for stats in found)
 
 
 def cache_compilations() -> None:
   """Turns on JAX's compilation cache, unless the user has set its directory."""
-  if jax.config.jax_compilation_cache_dir is None:
+  if jax.config.values['jax_compilation_cache_dir'] is None:
     home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     cache = pathlib.Path(home).expanduser() / 'galore_optax' / 'jax'
     jax.config.update('jax_compilation_cache_dir', str(cache))

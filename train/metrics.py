@@ -5,7 +5,7 @@ import importlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,7 +41,7 @@ def opened(
   if bad:
     numbers = ', '.join(map(str, bad))
     print(
-      f'{path}: left out are lines that are not metrics: {numbers}',
+      f'{path}: left out are lines that are no metrics: {numbers}',
       file=sys.stderr,
     )
   kept = [line for line in found if line['step'] <= step]
@@ -62,7 +62,7 @@ def opened(
     yield log
 
 
-def scalars(values: dict[str, Any]) -> dict[str, float]:
+def scalars(values: Mapping[str, Any]) -> dict[str, float]:
   """Flattens metrics to numbers by name and path; a list becomes its mean.
 
   >>> scalars({'loss': 2.0, 'captured_energy': {'q/kernel': [0.5, 0.75]}})
@@ -118,12 +118,18 @@ def parsed(path: pathlib.Path) -> tuple[list[dict[str, float]], list[int]]:
   for number, text in enumerate(path.read_bytes().split(b'\n')[:-1], 1):
     try:
       line = json.loads(text)
-      line['step'] + 0
+      check_step(line['step'])
     except (ValueError, TypeError, KeyError):
       bad.append(number)
     else:
       found.append(line)
   return found, bad
+
+
+def check_step(step: Any) -> None:
+  """Raises TypeError unless a step is a number."""
+  if not isinstance(step, int | float):
+    raise TypeError(f'step must be a number, got {step!r}')
 
 
 def plot(metrics: pathlib.Path, picture: pathlib.Path, title: str) -> None:

@@ -97,15 +97,16 @@ def of_run(run: Run, best: bool) -> Model:
   params = checkpoint.restore_params(
     run.checkpoints_path, language_model(config), best=best
   )
-  layers, window = stored_layers(config), config.sequence_length
-  return Model(layers, params, of_config(run, config), window)
+  layers = stored_layers(config)
+  assert isinstance(layers, Layers)
+  return Model(layers, params, of_config(run, config), config.sequence_length)
 
 
 def of_config(run: Run, config: Config) -> AnyTokenizer:
   """Returns a run's tokenizer, checked against the model's vocabulary size."""
   return tokenizers.fitted(
     run.tokenizer(),
-    config.model.vocab_size,
+    config.resolved_model.vocab_size,
     origin=str(run.directory),
     remedy='restore the tokenizer that the run was saved with',
   )
@@ -123,6 +124,7 @@ def of_directory(path: pathlib.Path) -> Model:
     remedy='copy the tokenizer of this model into it',
   )
   config, params = huggingface.load(path)
+  assert isinstance(config, LlamaConfig)
   fields = huggingface.read_json(path / 'config.json')
   window = fields.get('max_position_embeddings') or 2048
   return Model(Layers(config), params, tokenizer, window)

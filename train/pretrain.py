@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax
 from rich.console import Console
 
-from models.llama import LlamaConfig
+from models.llama import Layers, LlamaConfig
 from train import training
 from train.command import Launch
 from train.sample import continuations
@@ -52,8 +52,10 @@ def show_samples(setup: Setup, state: State, console: Console) -> None:
     return
   documents = text.validation.stream(seed=config.seed, repeat=False)
   prompts = [document[:60] for document in itertools.islice(documents, 3)]
+  layers = stored_layers(config)
+  assert isinstance(layers, Layers)
   texts = continuations(
-    stored_layers(config),
+    layers,
     state.params,
     text.tokenizer,
     prompts,

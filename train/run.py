@@ -15,8 +15,13 @@ from train.config import Config, differences, from_json, to_json
 from train.data.tokenizer import SPACES, AnyTokenizer, load
 
 FREE = (
-  *('save_every', 'save_minutes', 'eval_every', 'eval_batches'),
-  *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
+  'save_every',
+  'save_minutes',
+  'eval_every',
+  'eval_batches',
+  'mesh.data',
+  'mesh.fsdp',
+  'mesh.tensor',
   'max_skipped',
 )
 """Fields that a resumed run may change, since they do not change the result."""

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.llama import Layers
+from models.llama import Cache, Layers
 from train import machine
 from train.command import add_flag, check_least, user_errors
 from train.data.batches import bucket
@@ -67,7 +67,9 @@ def candidates(
 
 
 @functools.partial(jax.jit, static_argnames='choice')
-def choose(logits_BV: jax.Array, key: jax.Array, *, choice: Choice):
+def choose(
+  logits_BV: jax.Array, key: jax.Array, *, choice: Choice
+) -> jax.Array:
   """Samples a token for each row [B]; it depends on the key and the row."""
   if choice.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1)
@@ -79,17 +81,26 @@ def choose(logits_BV: jax.Array, key: jax.Array, *, choice: Choice):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _extend(layers, params, cache, tokens_BT, lengths_B):
+def _extend(
+  layers: Layers,
+  params: PyTree,
+  cache: Cache,
+  tokens_BT: jax.Array,
+  lengths_B: jax.Array,
+) -> tuple[jax.Array, Cache]:
+  """Reads tokens; returns the logits [B, V] after them, and the cache."""
   return layers.extend(params, cache, tokens_BT, lengths_B)
 
 
 class Reader:
   """Computes logits of growing rows of tokens, and caches earlier tokens."""
 
-  def __init__(self, layers: Layers, params: PyTree):
+  def __init__(self, layers: Layers, params: PyTree) -> None:
     """Starts with an empty cache."""
-    self._layers, self._params = layers, params
-    self._cache, self._rows = None, []
+    self._layers = layers
+    self._params = params
+    self._cache: Cache | None = None
+    self._rows: list[list[int]] = []
 
   def read(self, rows: Sequence[list[int]], room: int) -> jax.Array:
     """Returns the logits [B, V] after the last token of each row.
@@ -116,22 +127,25 @@ class Reader:
     # `bucket` limits the number of lengths to compile. After the prompt, rows
     # grow by one token.
     size = 1 if longest == 1 else min(CHUNK, bucket(longest))
-    logits_BV = None
+    logits_BV: jax.Array | None = None
     for start in range(0, longest, size):
       tokens_BT, lengths_B = padded(
         [x[start : start + size] for x in new], size
       )
       found_BV, self._cache = _extend(
-        *(self._layers, self._params, self._cache, tokens_BT, lengths_B)
+        self._layers, self._params, self._cache, tokens_BT, lengths_B
       )
-      if start == 0:
-        logits_BV = found_BV
-      else:
-        logits_BV = jnp.where(lengths_B[:, None] > 0, found_BV, logits_BV)
+      if logits_BV is not None:
+        found_BV = jnp.where(lengths_B[:, None] > 0, found_BV, logits_BV)
+      logits_BV = found_BV
+    # At least the last token of each row is read.
+    assert logits_BV is not None
     return logits_BV
 
 
-def padded(rows: Sequence[list[int]], size: int):
+def padded(
+  rows: Sequence[list[int]], size: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Pads rows with zeros to [B, size]; returns them and their lengths [B]."""
   tokens_BT = np.zeros((len(rows), size), np.int32)
   for row, tokens_T in zip(rows, tokens_BT, strict=True):
@@ -166,7 +180,8 @@ def stream(
   """
   rows = [list(prompt[-window:]) for prompt in prompts]
   room = min(window, bucket(max(map(len, rows)) + num_tokens, least=256))
-  key, ended = jax.random.key(seed), [False] * len(rows)
+  key = jax.random.key(seed)
+  ended = [False] * len(rows)
   for step in range(num_tokens):
     logits_BV = reader.read(rows, room)
     new = choose(logits_BV, jax.random.fold_in(key, step), choice=choice)
@@ -278,7 +293,10 @@ def beginning(tokenizer: AnyTokenizer, prompt: str) -> list[int]:
   ids = tokenizer.encode(prompt).tolist()
   if tokenizer.bos_id is not None:
     return [tokenizer.bos_id, *ids]
-  return ids or [tokenizer.eos_id]
+  if ids:
+    return ids
+  assert tokenizer.eos_id is not None
+  return [tokenizer.eos_id]
 
 
 def chat(
@@ -348,7 +366,9 @@ def answers(
     while len(messages) > 1 and len(prompt) + room > model.window:
       messages = messages[2:]
       prompt = rendered(tokenizer, messages, variables)
-    ids, text, shown = [], '', ''
+    ids = []
+    text = ''
+    shown = ''
     for (token,) in stream(
       reader,
       [prompt],
@@ -375,7 +395,9 @@ def rendered(
   variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
   """Renders a conversation as tokens, up to the start of the next answer."""
-  text = tokenizer.chat_template.render(
+  template = tokenizer.chat_template
+  assert template is not None
+  text = template.render(
     messages, add_generation_prompt=True, context=variables
   )
   return tokenizer.encode(text, special=True).tolist()

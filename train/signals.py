@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -24,7 +25,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stop:
   """The signal that stops the program, if one has arrived."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     """Starts without a signal, and without a step worth saving."""
     self.signal: int | None = None
     self.begun = False
@@ -38,7 +39,7 @@ class Stop:
 def end_quietly() -> None:
   """Makes signals end the program with one line and the signal's exit code."""
 
-  def end(number, frame):
+  def end(number: int, frame: Any) -> None:
     del frame
     print(f'{name(number)}: stopped, with nothing to save', file=sys.stderr)
     raise SystemExit(128 + number)
@@ -60,14 +61,14 @@ def asked() -> Iterator[Stop]:
   """
   stop = Stop()
 
-  def ask(number, frame):
+  def ask(number: int, frame: Any) -> None:
     del frame
     stop.signal = number
 
   reader, writer = socket.socketpair()
   writer.setblocking(False)
 
-  def listen():
+  def listen() -> None:
     first = True
     while number := int.from_bytes(reader.recv(1)):
       if number not in SIGNALS:
@@ -76,7 +77,8 @@ def asked() -> Iterator[Stop]:
         say(f'{name(number)}: stopped, with nothing new to save')
       if not (first and stop.begun):
         os._exit(128 + number)
-      first, stop.signal = False, number
+      first = False
+      stop.signal = number
       say(f'{name(number)}: will save after this step; again ends at once')
 
   thread = threading.Thread(target=listen, daemon=True)

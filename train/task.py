@@ -29,9 +29,8 @@ from train import mesh as mesh_lib
 from train.config import Config, Layerwise
 from train.data import labelled
 from train.data.batches import batches, shown, validation_batches
-from train.data.corpus import Documents
-from train.data.labelled import Examples, LabelledFiles, LabelledTfds
-from train.data.tokenizer import Tokenizer
+from train.data.labelled import LabelledFiles, LabelledTfds
+from train.data.tokenizer import AnyTokenizer
 
 PyTree: TypeAlias = Any
 Batch: TypeAlias = dict[str, Any]
@@ -46,11 +45,12 @@ INPUTS = ('inputs', 'targets', 'weights', 'positions', 'segments')
 class Text(NamedTuple):
   """The data and the tokenizer of a run."""
 
-  train: Documents | Examples | None
-  """The training split; None if nothing is trained."""
-  validation: Documents | Examples
-  """The validation split."""
-  tokenizer: Tokenizer
+  train: Any
+  """The training split; `Documents` of a language model, `Examples` of a
+  classifier, or None if nothing is trained."""
+  validation: Any
+  """The validation split, of the same type."""
+  tokenizer: AnyTokenizer
   """The run's tokenizer."""
 
 
@@ -169,9 +169,10 @@ def model_flops(
 
 def language_model(config: Config) -> Task:
   """Returns the task of pre-training or fine-tuning a language model."""
-  layers, loss = layers_of(config), stored_layers(config)
+  layers = layers_of(config)
+  loss = stored_layers(config)
   return Task(
-    init=lambda key: as_stored(config, Layers(config.model).init(key), key),
+    init=lambda key: as_stored(config, layers.init(key), key),
     read=lambda key: as_stored(config, read_params(config, key), key),
     layers=layers,
     loss=loss,
@@ -206,23 +207,34 @@ def language_model(config: Config) -> Task:
 
 def classification(config: Config) -> Task:
   """Returns the task of fine-tuning an encoder on labelled texts."""
-  model, metric = config.model, config.corpus.metric
+  model = encoder_config(config)
+  assert isinstance(config.corpus, LabelledFiles | LabelledTfds)
+  metric = config.corpus.metric
   check_metric(metric, model.num_labels)
   if config.checkpoint is None and config.tokenizer is None:
     raise ValueError(
       'a classifier needs a tokenizer.json: name a directory that has one with '
       '--checkpoint, or with --tokenizer to start from random weights'
     )
-  layers, loss = layers_of(config), stored_layers(config)
+  layers = layers_of(config)
+  loss = stored_layers(config)
   labels = labelled.Labels(model.num_labels, model.labels)
-  held_out = lambda text: labelled.validation_batches(
-    text.validation,
-    text.tokenizer,
-    labels,
-    batch_size=config.batch_size,
-    sequence_length=config.sequence_length,
-    num_batches=config.eval_batches,
-  )
+
+  def evaluate(text: Text) -> Callable[[PyTree], Metrics]:
+    return functools.partial(
+      classify.measure,
+      mesh_lib.measure(loss.logits, config.mesh),
+      batches=labelled.validation_batches(
+        text.validation,
+        text.tokenizer,
+        labels,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        num_batches=config.eval_batches,
+      ),
+      num_labels=model.num_labels,
+    )
+
   return Task(
     init=lambda key: as_stored(config, layers.init(key), key),
     read=lambda key: as_stored(config, read_params(config, key), key),
@@ -238,12 +250,7 @@ def classification(config: Config) -> Task:
       noise=model.dropout > 0,
       put=mesh_lib.deal(config.mesh),
     ),
-    evaluate=lambda text: functools.partial(
-      classify.measure,
-      mesh_lib.measure(loss.logits, config.mesh),
-      batches=held_out(text),
-      num_labels=model.num_labels,
-    ),
+    evaluate=evaluate,
     example=lambda text: labelled.shown(
       text.train,
       text.tokenizer,
@@ -271,7 +278,8 @@ def labelled_shapes(config: Config) -> Batch:
 
   A row has at most as many tokens as the model has positions.
   """
-  model, rows = config.model, config.batch_size
+  model = encoder_config(config)
+  rows = config.batch_size
   length = min(config.sequence_length, model.max_length)
   tokens = jax.ShapeDtypeStruct((rows, length), np.int32)
   label = np.float32 if model.num_labels == 1 else np.int32
@@ -348,15 +356,25 @@ def layers_of(config: Config) -> Layers | encoder.Layers:
   hook = None if adapter is None else lowrank.hook(adapter)
   if config.mesh.size > 1:
     hook = mesh_lib.keeping_rows(hook)
-  encodes = isinstance(config.model, EncoderConfig)
-  kind = encoder.Layers if encodes else Layers
-  return kind(config.model, intercept=hook)
+  model = config.resolved_model
+  if isinstance(model, EncoderConfig):
+    return encoder.Layers(model, intercept=hook)
+  return Layers(model, intercept=hook)
+
+
+def encoder_config(config: Config) -> EncoderConfig:
+  """Returns the model of a classifier's config."""
+  assert isinstance(config.model, EncoderConfig)
+  return config.model
 
 
 def array_shapes(config: Config, task: Task) -> PyTree:
   """Returns the shapes of a task's parameters as arrays, not quantized."""
   read = config.weights().read
-  arrays = lambda key: jax.tree.map(read, task.init(key), is_leaf=is_stored)
+
+  def arrays(key: jax.Array) -> PyTree:
+    return jax.tree.map(read, task.init(key), is_leaf=is_stored)
+
   return jax.eval_shape(arrays, jax.random.key(0))
 
 
@@ -366,23 +384,29 @@ def stored_layers(config: Config) -> Layers | encoder.Layers:
   It converts the weights of one layer at a time, so that no more than one
   layer's weights exist as arrays.
   """
-  layers, weights = layers_of(config), config.weights()
+  layers = layers_of(config)
+  weights = config.weights()
   if weights is ARRAYS:
     return layers
-  read = lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_stored)
+
+  def read(layer_params: PyTree) -> PyTree:
+    return jax.tree.map(weights.read, layer_params, is_leaf=is_stored)
+
   return dataclasses.replace(layers, read=read)
 
 
 def as_stored(config: Config, params: PyTree, key: jax.Array) -> PyTree:
   """Converts initial weights to the stored form, and adds the adapter."""
-  store, adapter = config.weights().store, config.adapter
+  adapter = config.adapter
   if adapter is not None:
     params = lowrank.adapt(params, adapter, adapter_lib.first_key(key))
-  is_factor = lambda path: path[-1].key in lowrank.FACTORS
-  blocks = jax.tree_util.tree_map_with_path(
-    lambda path, w: store(w) if w.ndim > 2 and not is_factor(path) else w,
-    params['blocks'],
-  )
+  store = config.weights().store
+
+  def stored(path: tuple[Any, ...], w: jax.Array) -> PyTree:
+    is_factor = path[-1].key in lowrank.FACTORS
+    return store(w) if w.ndim > 2 and not is_factor else w
+
+  blocks = jax.tree_util.tree_map_with_path(stored, params['blocks'])
   return params | {'blocks': blocks}
 
 
@@ -391,17 +415,19 @@ def read_params(config: Config, key: jax.Array) -> PyTree:
 
   If the checkpoint lacks a head, the key initializes one.
   """
-  fields = ('param_dtype', 'num_labels', 'labels')
-  given = {
-    x: getattr(config.model, x) for x in fields if hasattr(config.model, x)
-  }
+  model = config.resolved_model
+  given: dict[str, Any] = {'param_dtype': model.param_dtype}
+  if isinstance(model, EncoderConfig):
+    given |= {'num_labels': model.num_labels, 'labels': model.labels}
+  assert config.checkpoint is not None
   plain = layers_of(dataclasses.replace(config, adapter=None))
   places = mesh_lib.of_params(
     jax.eval_shape(plain.init, key), mesh_lib.devices(config.mesh)
   )
-  return huggingface.load(
+  _, params = huggingface.load(
     config.checkpoint, key=key, shardings=places, **given
-  )[1]
+  )
+  return params
 
 
 def held_out(config: Config, text: Text) -> grain.IterDataset[Batch]:
@@ -430,15 +456,17 @@ def perplexity(
   once, by the number of scored tokens. All batches are queued on the device
   before the first result is read.
   """
-  found, num_bytes = [], 0.0
+  found = []
+  num_bytes = 0.0
   for batch in batches:
     _, sums = loss(params, {name: batch[name] for name in INPUTS})
     found.append((sums['nll'], sums['weight']))
     num_bytes += float(np.sum(batch['weights'] * batch['bytes']))
-  nll, weight = np.sum(jax.device_get(found), axis=0, dtype=np.float64)
-  mean = float(nll / weight)
+  totals = np.array(jax.device_get(found), np.float64).sum(axis=0)
+  nll, weight = totals.tolist()
+  mean = nll / weight
   return {
     'loss': mean,
     'perplexity': math.exp(mean) if mean < 700 else math.inf,
-    'bits_per_byte': float(nll) / math.log(2) / num_bytes,
+    'bits_per_byte': nll / math.log(2) / num_bytes,
   }
