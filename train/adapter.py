@@ -62,7 +62,8 @@ def jagged(envelope: optax.Schedule, adapter: Relora) -> optax.Schedule:
   >>> [float(schedule(step)) for step in (0, 7, 8, 9, 10)]
   [1.0, 1.0, 0.0, 0.5, 1.0]
   """
-  every, warmup = adapter.every, adapter.restart_warmup
+  every = adapter.every
+  warmup = adapter.restart_warmup
 
   def schedule(step: Any) -> Any:
     since = step % every
@@ -127,7 +128,8 @@ def merge_into(
   for number, path in enumerate(names):
     beside = path.rpartition('/')[0]
     of_a, of_b = (f'{beside}/{name}' for name in lowrank.FACTORS)
-    a, rounding = flat[of_a], jax.random.fold_in(key, number)
+    a = flat[of_a]
+    rounding = jax.random.fold_in(key, number)
 
     def add(
       stored: Any,

@@ -361,7 +361,8 @@ def read(
       intact.
     FileNotFoundError: the directory has no checkpoint.
   """
-  directory, passed = pathlib.Path(manager.directory), []
+  directory = pathlib.Path(manager.directory)
+  skipped = []
   found = scores(manager) if best else {}
   order = sorted(found, key=lambda step: found[step])
   order += [step for step in steps(directory) if step not in found]
@@ -378,11 +379,11 @@ def read(
         if checked(path):
           raise other_layout(path, wrong) from error
       else:
-        tell(path, passed)
+        print_skipped(path, skipped)
         return taken
-    passed.append(f'checkpoint {step} is damaged ({wrong})')
-  if passed:
-    raise other_layout(directory / str(order[0]), '; '.join(passed))
+    skipped.append(f'checkpoint {step} is damaged ({wrong})')
+  if skipped:
+    raise other_layout(directory / str(order[0]), '; '.join(skipped))
   raise FileNotFoundError(f'no checkpoint in {directory} yet')
 
 
@@ -395,9 +396,9 @@ def other_layout(path: pathlib.Path, reason: str) -> ValueError:
   )
 
 
-def tell(path: pathlib.Path, passed: list[str]) -> None:
+def print_skipped(path: pathlib.Path, skipped: list[str]) -> None:
   """Prints which checkpoints were skipped, or that one has no digests."""
-  lines = list(passed)
+  lines = list(skipped)
   if not checked(path):
     lines.append(f'checkpoint {path.name} has no {DIGESTS} to check it by')
   if lines:

@@ -534,7 +534,8 @@ def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
 
 def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
   """Returns the values of both configs for each field in which they differ."""
-  a, b = flatten(ours), flatten(theirs)
+  a = flatten(ours)
+  b = flatten(theirs)
   missing = 'absent'
   return {
     name: (a.get(name, missing), b.get(name, missing))

@@ -306,15 +306,16 @@ def log_likelihoods(
   lengths = defaultdict(list)
   for i, pair in enumerate(pairs):
     lengths[min(window, bucket(len(pair.ids) - 1))].append(i)
-  found, at = [], []
+  found = []
+  order = []
   for length, members in sorted(lengths.items()):
     for start in range(0, len(members), batch_size):
       some = members[start : start + batch_size]
       batch = stacked([pairs[i] for i in some], batch_size, length)
       found.append(score(model.params, batch)[: len(some)])
-      at += some
+      order += some
   found_n = np.empty(len(pairs))
-  found_n[at] = np.concatenate(jax.device_get(found))
+  found_n[order] = np.concatenate(jax.device_get(found))
   return found_n
 
 
@@ -324,7 +325,8 @@ def stacked(pairs: Sequence[Pair], batch_size: int, length: int) -> Batch:
   scored_BT = np.zeros((batch_size, length), bool)
   for b, (ids, num_scored) in enumerate(pairs):
     last = len(ids) - 1
-    inputs_BT[b, :last], targets_BT[b, :last] = ids[:-1], ids[1:]
+    inputs_BT[b, :last] = ids[:-1]
+    targets_BT[b, :last] = ids[1:]
     scored_BT[b, last - num_scored : last] = True
   times_1T = np.arange(length, dtype=np.int32)[None]
   return {

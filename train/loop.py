@@ -74,7 +74,9 @@ def train(
     FloatingPointError: more than `max_skipped` successive steps were skipped,
       or updated only in part. No checkpoint was saved since the first of them.
   """
-  start, saved, late = int(state.step), clock(), False
+  start = int(state.step)
+  saved = clock()
+  late = False
   limit = math.inf if config.save_minutes is None else 60 * config.save_minutes
   with (
     progress(console, config.steps, start, task.unit) as show,
@@ -101,10 +103,11 @@ def train(
       stop.begun = True
       meter.add(done, found, task.flops(batch) if task.flops else None)
       last = done == config.steps
-      asked, score = of_any(stop), None
+      asked = stopped_anywhere(stop)
+      score = None
       # Use one process's clock for all: a save needs all processes.
       passed = math.isfinite(limit) and bool(
-        mesh_lib.of_any(int(clock() - saved >= limit))
+        mesh_lib.signal_of_any(int(clock() - saved >= limit))
       )
       due = {
         'eval': last or done % config.eval_every == 0,
@@ -130,10 +133,11 @@ def train(
           )
         score = task.score(values) if config.save_best else None
         if score is not None and score < best:
-          best, due['save'] = score, True
+          best = score
+          due['save'] = True
       if asked:
         break
-      asked = due['eval'] and of_any(stop)
+      asked = due['eval'] and stopped_anywhere(stop)
       due['save'] |= asked
       # After a skipped step, the state itself may be the cause. Postpone the
       # save: it would replace an older, sound checkpoint.
@@ -150,9 +154,9 @@ def train(
   return state
 
 
-def of_any(stop: Stop) -> bool:
+def stopped_anywhere(stop: Stop) -> bool:
   """Whether any process received a signal to stop; informs all processes."""
-  number = mesh_lib.of_any(stop.signal)
+  number = mesh_lib.signal_of_any(stop.signal)
   if number is not None:
     # Never set it to None: a signal may have arrived since the exchange.
     stop.signal = number
@@ -220,11 +224,17 @@ class Meter:
     # Number of latest successive steps that were skipped, whole or in part.
     self.skipped = 0
     self._max_skipped = max_skipped
-    self._show, self._log, self._unit, self._clock = show, log, unit, clock
+    self._show = show
+    self._log = log
+    self._unit = unit
+    self._clock = clock
     self._pending: tuple[int, PyTree, float | None] | None = None
     self._since: float | None = None
-    self._seconds, self._waited, self._steps = 0.0, 0.0, 0
-    self._peak, self._spent = peak, {}
+    self._seconds = 0.0
+    self._waited = 0.0
+    self._steps = 0
+    self._peak = peak
+    self._spent: dict[str, float] = {}
 
   def add(self, step: int, values: PyTree, flops: float | None = None) -> None:
     """Queues the metrics of a step, and shows those of the step before."""
@@ -347,16 +357,16 @@ def progress(
       if speed:
         text += f'  {speed:,.0f} {unit}/s'
       if seconds:
-        text += f'  {left(seconds * (steps - step))} left'
+        text += f'  {clock_time(seconds * (steps - step))} left'
       display.update(task, completed=step, text=text)
 
     yield show
 
 
-def left(seconds: float) -> str:
-  """Formats the remaining seconds as hours, minutes and seconds.
+def clock_time(seconds: float) -> str:
+  """Formats seconds as hours, minutes and seconds.
 
-  >>> left(3725.4)
+  >>> clock_time(3725.4)
   '1:02:05'
   """
   minutes, rest = divmod(round(seconds), 60)

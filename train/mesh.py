@@ -166,14 +166,14 @@ def of_params(
   """
 
   def place(path: tuple[Any, ...], x: Any) -> NamedSharding:
-    names = {getattr(key, 'key', getattr(key, 'name', None)) for key in path}
+    names = {jax.tree_util.keystr((key,), simple=True) for key in path}
     return NamedSharding(mesh, _spec(names, x.shape, mesh.shape))
 
   return jax.tree_util.tree_map_with_path(place, params)
 
 
 def _spec(
-  names: set[str | None], shape: tuple[int, ...], sizes: Mapping[str, int]
+  names: set[str], shape: tuple[int, ...], sizes: Mapping[str, int]
 ) -> PartitionSpec:
   """Returns how the mesh axes shard a parameter.
 
@@ -246,7 +246,8 @@ def measure(
 
   The result is replicated, so that every process can read it.
   """
-  mesh, put = devices(sizes), deal(sizes)
+  mesh = devices(sizes)
+  put = deal(sizes)
   jitted = jax.jit(under(mesh, f), out_shardings=everywhere(mesh))
   return lambda params, batch: jitted(params, put(batch))
 
@@ -415,7 +416,7 @@ def clock() -> datetime.datetime:
   return datetime.datetime(year, month, day, hour, minute, second)
 
 
-def of_any(number: int | None) -> int | None:
+def signal_of_any(number: int | None) -> int | None:
   """Returns the number of a signal that any process received, None for none.
 
   All processes need the same answer: they must leave the training loop after

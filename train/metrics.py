@@ -112,7 +112,8 @@ def parsed(path: pathlib.Path) -> tuple[list[dict[str, float]], list[int]]:
   """Returns the lines of a metrics file, and the numbers of malformed lines."""
   if not path.exists():
     return [], []
-  found, bad = [], []
+  found = []
+  bad = []
   # Skip the end of the file after the last newline: a process that was killed
   # may have left half a line there.
   for number, text in enumerate(path.read_bytes().split(b'\n')[:-1], 1):

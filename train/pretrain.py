@@ -47,7 +47,8 @@ def check(setup: Setup, console: Console) -> None:
 
 def show_samples(setup: Setup, state: State, console: Console) -> None:
   """Prints how the model continues the beginnings of three held-out texts."""
-  config, text = setup.config, setup.text
+  config = setup.config
+  text = setup.text
   if jax.process_count() > 1:  # each process has only a part of the weights
     return
   documents = text.validation.stream(seed=config.seed, repeat=False)

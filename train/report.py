@@ -164,7 +164,8 @@ def curves(lines: Lines) -> str:
 def subspaces(lines: Lines) -> str:
   """Returns the energy and overlap of subspaces: pictures and a table."""
   flat = [{'step': x['step'], **metrics.scalars(x)} for x in lines]
-  shown, newest = [], {}
+  shown = []
+  newest = {}
   for name in subspace_metrics.NUMBERS:
     here = [line[name] for line in lines if name in line]
     if here:
@@ -333,7 +334,7 @@ def memory_table(
       groups are frozen.
   """
   described = galore_optax.describe(tx, split_trained(params, trained)[0])
-  ours = with_still(described, params)
+  ours = with_frozen(described, params)
   baseline = galore_optax.describe(adamw(0.0), params)
   sizes = [
     sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(node))
@@ -368,7 +369,9 @@ def memory_table(
     # Parameters without a described state are frozen.
     own = [f'{x:g}' for x in factors.get(row.path, (0.0, 0.0))]
     cells = [row.path, by(row.shape), low, *decimals(numbers / size)]
-    table.add_row(*cells, *(own if factors else []))
+    if factors:
+      cells += own
+    table.add_row(*cells)
   table.add_section()
   table.add_row('all', '', '', *decimals(total / size), style='bold')
   count = sum(math.prod(row.shape) for row in ours)
@@ -382,7 +385,7 @@ def memory_table(
   return table
 
 
-def with_still(rows: Iterable[Row], params: PyTree) -> list[Row]:
+def with_frozen(rows: Iterable[Row], params: PyTree) -> list[Row]:
   """Returns a row for each parameter; frozen ones have a state of 0 bytes."""
   known = {row.path: row for row in rows}
   return [

@@ -358,7 +358,8 @@ def answers(
 ) -> Iterator[str]:
   """Yields the pieces that `chat` returns."""
   tokenizer = model.tokenizer
-  reader, messages = Reader(model.layers, model.params), []
+  reader = Reader(model.layers, model.params)
+  messages = []
   room = min(num_tokens, model.window // 2)
   for turn, line in enumerate(lines):
     messages.append({'role': 'user', 'content': line})

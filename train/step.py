@@ -81,7 +81,7 @@ def build(config: Config, task: Task) -> tuple[Init, Step]:
       in_part=not checks_first and tx.accumulate == 1,
     )
   if config.learning_rate == 0:
-    step = motionless(step)
+    step = without_updates(step)
   step = with_health(with_adapter(with_rates(step, config), config))
   start = starter(config, task)
   return lambda key: start(task.init(key)), step
@@ -154,7 +154,7 @@ def placed(step: Step, mesh: jax.sharding.Mesh, places: 'State') -> Step:
   return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
-def motionless(step: Step) -> Step:
+def without_updates(step: Step) -> Step:
   """Returns a step that changes no weight, for a learning rate of 0.
 
   Adding an update of 0 would turn a weight of -0 into +0.
@@ -220,7 +220,8 @@ def with_adapter(step: Step, config: Config) -> Step:
   Both depend only on the seed and the step number, so that a resumed run
   repeats them.
   """
-  adapter, seed = config.adapter, config.seed
+  adapter = config.adapter
+  seed = config.seed
   noisy = isinstance(adapter, adapter_lib.Lora) and adapter.dropout > 0
   relora = adapter if isinstance(adapter, adapter_lib.Relora) else None
   if not noisy and relora is None:
@@ -280,7 +281,7 @@ def join_trained(moving: PyTree, still: PyTree) -> PyTree:
   )
 
 
-class Beneath(NamedTuple):
+class WithFixedWeights(NamedTuple):
   """A model as `galore_optax.layerwise` reads it, with fixed weights added.
 
   The layer-wise update passes only the trained weights. The layer's index
@@ -361,7 +362,7 @@ def make_layerwise_step(
     moving, still = split_trained(state.params, trained)
     run = update
     if jax.tree.leaves(still):
-      model = Beneath(update.model, still, update.weights.read)
+      model = WithFixedWeights(update.model, still, update.weights.read)
       run = dataclasses.replace(update, model=model)
     moving, optimizer, found = run(moving, state.optimizer, batch)
     params = join_trained(moving, still)

@@ -15,7 +15,7 @@ Axes: m projected side, n other side, r rank, k matrices of a stack.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,14 @@ BASIS = jax.tree_util.GetAttrKey('basis')
 
 NUMBERS = ('captured_energy', 'subspace_overlap')
 """Names of the two numbers in the log."""
+
+
+@runtime_checkable
+class Wrapper(Protocol):
+  """A keeper that wraps another keeper, or a function that finds bases."""
+
+  finder: Any
+  """The wrapped object."""
 
 
 class Noted(NamedTuple):
@@ -104,7 +112,7 @@ def watched(tx: Any) -> Any:
 def noting(keeper: Any) -> Any:
   """Wraps a keeper in `Noting`, unless its bases ignore the gradient."""
   inside = keeper
-  while not isinstance(inside, Seeds) and hasattr(inside, 'finder'):
+  while isinstance(inside, Wrapper) and not isinstance(inside, Seeds):
     inside = inside.finder
   return keeper if isinstance(inside, Seeds) else Noting(keeper)
 

@@ -22,7 +22,7 @@ from galore_optax.paths import paths
 from galore_optax.presets.groups import assigned
 from models import encoder, huggingface, lowrank
 from models.encoder import EncoderConfig
-from models.llama import Layers
+from models.llama import Layers, LlamaConfig
 from train import adapter as adapter_lib
 from train import classify
 from train import mesh as mesh_lib
@@ -122,12 +122,19 @@ def counted(config: Config, task: Task) -> Callable[[Batch], float]:
   # Compute shapes at the first batch: plans and evaluations never count flops.
   shapes = functools.cache(lambda: array_shapes(config, task))
   return lambda batch: model_flops(
-    config.model, shapes(), task.trained(shapes()), *batch['inputs'].shape
+    config.resolved_model,
+    shapes(),
+    task.trained(shapes()),
+    *batch['inputs'].shape,
   )
 
 
 def model_flops(
-  model: Any, params: PyTree, trained: PyTree, rows: int, length: int
+  model: LlamaConfig | EncoderConfig,
+  params: PyTree,
+  trained: PyTree,
+  rows: int,
+  length: int,
 ) -> float:
   """Returns the flops that a model needs for an update.
 
@@ -151,18 +158,20 @@ def model_flops(
     Chowdhery et al., `PaLM <https://arxiv.org/abs/2204.02311>`_, 2022.
   """
   flat = zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True)
+  is_llama = isinstance(model, LlamaConfig)
   rate = 0
   for path, (w, moves) in zip(paths(params), flat, strict=True):
     head = path == 'lm_head/kernel'
-    tied = path == 'embed/embedding' and getattr(model, 'tied', False)
+    tied = path == 'embed/embedding' and is_llama and model.tied
     # Layers are stacked, so their matrices have three axes. Embeddings are
     # looked up, not multiplied, unless they are also the output head.
     if head or tied or w.ndim > 2:
       rate += (6 if moves else 4) * w.size
-  width = model.num_heads * getattr(
-    model, 'head_width', model.width // model.num_heads
-  )
-  seen = min(length, getattr(model, 'window', None) or length)
+  width = model.width
+  seen = length
+  if is_llama:
+    width = model.num_heads * model.head_width
+    seen = min(length, model.window or length)
   rate += 12 * model.num_layers * seen * width
   return float(rows * length * rate)
 
@@ -341,7 +350,7 @@ def trained(config: Config, params: PyTree) -> PyTree:
 def by_adapter(config: Config, params: PyTree) -> PyTree:
   """Returns a tree of bools: which parameters an adapter leaves trained."""
   adapter = config.adapter
-  if adapter is None or getattr(adapter, 'lomo', 0):
+  if adapter is None or (isinstance(adapter, lowrank.Lora) and adapter.lomo):
     return everything(params)
   chosen = lowrank.optimized(params, adapter)
   if 'head' in chosen:

@@ -247,8 +247,11 @@ def begin(setup: Setup) -> State:
     ValueError: the processes have different setups, or the checkpoint to branch
       from has already done `config.steps` steps.
   """
-  config, source, where = setup.config, setup.source, setup.run
-  key, places = jax.random.key(config.seed), setup.places
+  config = setup.config
+  source = setup.source
+  where = setup.run
+  key = jax.random.key(config.seed)
+  places = setup.places
   agree(setup)
   state = None
   if source and checkpoint.exists(source.checkpoints_path):
@@ -296,7 +299,9 @@ def agree(setup: Setup) -> None:
 
 def write(setup: Setup) -> None:
   """Writes a new run's first files, or the changed config of a resumed run."""
-  config, source, where = setup.config, setup.source, setup.run
+  config = setup.config
+  source = setup.source
+  where = setup.run
   if source == where:
     where.write(config)
   elif source is None:
@@ -315,7 +320,8 @@ def train_and_report(
 
   After the last step it also plots the losses and calls `after`.
   """
-  config, where, task = setup.config, setup.run, setup.task
+  config = setup.config
+  where = setup.run
   leads = mesh_lib.leads()
   console.print(f'run: {where.directory}', highlight=False)
   with (
@@ -342,7 +348,7 @@ def train_and_report(
       log=log,
       console=console,
       stop=stop,
-      task=task,
+      task=setup.task,
       profile=where.profile_path if setup.launch.profile else None,
     )
   if stop.signal is None:
