@@ -50,7 +50,8 @@ KEPT = preservation_policy.AnyPreservationPolicy(
 DIGESTS = 'digests.json'
 """Name of the file that holds the digests of a checkpoint."""
 
-# Files without a digest: Orbax writes them during the rename. None is restored.
+# Files without a digest: the digests themselves, and those that Orbax writes
+# during the rename. None of them is restored.
 UNREAD = {DIGESTS, '_CHECKPOINT_METADATA', 'commit_success.txt'}
 
 # Path of the configuration inside a checkpoint.

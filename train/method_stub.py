@@ -1,7 +1,8 @@
 """Writes the stub of `train.method`: `python -m train.method_stub`.
 
 The stub declares the classes that `train.method` makes from presets, so that
-type checkers and editors know their options. Nothing in it is written by hand:
+type checkers and editors know their options. After a change of `train.registry`
+or of a preset's options, write it again:
 
   python -m train.method_stub > train/method.pyi
 """

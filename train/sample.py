@@ -309,7 +309,7 @@ def chat(
   seed: int = 0,
   variables: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
-  """Yields the answers to lines, in pieces; each answer ends with a newline.
+  """Returns an iterator over pieces of the answers; a newline ends each answer.
 
   The model's chat template renders the whole conversation as a prompt. Its
   cached beginning is not read again. If it is too long for the window, the

@@ -1,11 +1,12 @@
 """The training step: microbatches, gradient, update.
 
 A step whose loss or gradient is non-finite changes nothing but the step number,
-and its metric `skipped_steps` is 1.
+and its metric `skipped_steps` is 1. A layer-wise step may update some weights
+before it detects this; see `make_layerwise_step`.
 
-`build` makes the step of a `train.task.Task`, which `train.loop` repeats. It
-updates all weights at once or, with `galore_optax.layerwise`, one layer after
-another. Weights that the task does not train stay fixed: they have neither
+`build` makes the step of a `train.task.Task`, which `train.loop` repeats. The
+step updates all weights at once or, with `galore_optax.layerwise`, one layer
+after another. Weights that the task does not train stay fixed: they have neither
 gradients nor optimizer state.
 """
 

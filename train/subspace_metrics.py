@@ -132,7 +132,7 @@ def health(optimizer: Any) -> dict[str, jax.Array]:
 
 
 def refreshes(found: dict[str, jax.Array]) -> jax.Array:
-  """Returns how many refreshes each matrix has had at least.
+  """Returns the smallest number of refreshes that any matrix has had.
 
   Args:
     found: the result of `health`.
