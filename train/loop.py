@@ -107,7 +107,7 @@ def train(
       score = None
       # Use one process's clock for all: a save needs all processes.
       passed = math.isfinite(limit) and bool(
-        mesh_lib.signal_of_any(int(clock() - saved >= limit))
+        mesh_lib.largest_of_all(int(clock() - saved >= limit))
       )
       due = {
         'eval': last or done % config.eval_every == 0,
@@ -156,7 +156,7 @@ def train(
 
 def stopped_anywhere(stop: Stop) -> bool:
   """Whether any process received a signal to stop; informs all processes."""
-  number = mesh_lib.signal_of_any(stop.signal)
+  number = mesh_lib.largest_of_all(stop.signal)
   if number is not None:
     # Never set it to None: a signal may have arrived since the exchange.
     stop.signal = number

@@ -416,11 +416,11 @@ def clock() -> datetime.datetime:
   return datetime.datetime(year, month, day, hour, minute, second)
 
 
-def signal_of_any(number: int | None) -> int | None:
-  """Returns the number of a signal that any process received, None for none.
+def largest_of_all(number: int | None) -> int | None:
+  """Returns the largest number in any process; None if all are 0 or None.
 
-  All processes need the same answer: they must leave the training loop after
-  the same step.
+  The training loop exchanges the numbers of signals by it, since all processes
+  must leave the loop after the same step.
   """
   if jax.process_count() == 1:
     return number

@@ -6,8 +6,8 @@ before it detects this; see `make_layerwise_step`.
 
 `build` makes the step of a `train.task.Task`, which `train.loop` repeats. The
 step updates all weights at once or, with `galore_optax.layerwise`, one layer
-after another. Weights that the task does not train stay fixed: they have neither
-gradients nor optimizer state.
+after another. Weights that the task does not train stay fixed: they have
+neither gradients nor optimizer state.
 """
 
 import dataclasses
