@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from models import encoder
@@ -36,7 +37,9 @@ def measure(
   ]
   logits_nC = np.concatenate([x[kept] for x, _, kept in rows])
   targets_n = np.concatenate([x[kept] for _, x, kept in rows])
-  cost_n = np.asarray(encoder.cost(logits_nC, targets_n, num_labels))
+  cost_n = np.asarray(
+    encoder.cost(jnp.asarray(logits_nC), jnp.asarray(targets_n), num_labels)
+  )
   metrics = {'loss': float(np.mean(cost_n, dtype=np.float64))}
   if num_labels == 1:
     return metrics | correlations(logits_nC[:, 0], targets_n)

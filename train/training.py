@@ -11,7 +11,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grain
 import jax
@@ -25,7 +25,6 @@ from train import step as step_lib
 from train.command import Launch, parse, source, user_errors
 from train.config import Config, differences
 from train.data.chats import Dialogues
-from train.data.corpus import Documents
 from train.data.tokenizer import (
   AnyTokenizer,
   fitted,
@@ -221,8 +220,13 @@ def shapes(config: Config) -> State:
   return jax.eval_shape(init, jax.random.key(0))
 
 
-def prepare_tokenizer(config: Config, documents: Documents) -> AnyTokenizer:
-  """Loads the tokenizer that the config names, or trains one on documents."""
+def prepare_tokenizer(config: Config, documents: Any) -> AnyTokenizer:
+  """Loads the tokenizer that the config names, or trains one on documents.
+
+  Args:
+    config: the experiment.
+    documents: the training split of its corpus.
+  """
   vocab_size = config.resolved_model.vocab_size
   path = config.tokenizer or config.checkpoint
   if path is None:
