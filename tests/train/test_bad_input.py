@@ -12,7 +12,7 @@ from train.run import Run, numbered
 def start(config, monkeypatch):
   """Writes the first files of a run without training."""
   with monkeypatch.context() as patch:
-    patch.setattr(training, 'train', lambda *args, **options: 0)
+    patch.setattr(training, 'train_and_report', lambda *args, **options: 0)
     assert pretrain.main([config]) == 0
 
 
@@ -188,7 +188,9 @@ def test_runs_are_numbered(config, tmp_path, monkeypatch):
   assert sorted(numbered('tiny')) == [1, 2, 3]
   found = []
   monkeypatch.setattr(
-    training, 'train', lambda setup, *args, **options: found.append(setup.run)
+    training,
+    'train_and_report',
+    lambda setup, *args, **options: found.append(setup.run),
   )
   pretrain.main([config, '--resume'])
   assert found[0].directory.name == Run(runs / 'tiny-2').directory.name
