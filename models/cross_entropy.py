@@ -1,4 +1,4 @@
-"""Cross entropy over a large vocabulary, a chunk of tokens at a time.
+"""Cross entropy over a large vocabulary, computed in chunks of tokens.
 
 Shapes: B batch, T time, D width, V vocabulary, J chunks of C time steps each.
 """
@@ -10,28 +10,42 @@ import jax.numpy as jnp
 
 
 def multiply(x, kernel):
-  """x @ kernel in x's type, with the leading axes of x as one.
+  """Returns x @ kernel in the type of x.
 
-  XLA's CPU backend takes 1.6 times as long for the products of the backward
-  pass where there are more; elsewhere it is the same.
+  The leading axes of x are flattened to one for the product. With several
+  leading axes, XLA's CPU backend takes 1.6 times as long for the products of
+  the backward pass. Other backends are equally fast either way.
+
+  Args:
+    x: Activations [..., in].
+    kernel: Matrix [in, out] of any floating-point type.
+
+  Returns:
+    An array [..., out].
   """
   flat = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
   return flat.reshape(*x.shape[:-1], -1)
 
 
 def project_logits(h_BTD, kernel_DV):
-  """Logits in float32 from a matmul in the activations' type."""
+  """Returns float32 logits [B, T, V]; the matmul has the activations' type."""
   return multiply(h_BTD, kernel_DV).astype(jnp.float32)
 
 
 def negative_log_likelihood(h_BCD, kernel_DV, targets_BC):
-  """-log p(target) in float32; the logits are this function's own."""
-  # The kernel is cast here, inside the loop over chunks, so that its gradient
-  # is summed over chunks in the parameters' type.
+  """Returns -log p(target) [B, C] in float32, for one chunk.
+
+  Args:
+    h_BCD: Activations after the last norm.
+    kernel_DV: Matrix from activations to logits.
+    targets_BC: Target tokens.
+  """
+  # `project_logits` casts the kernel here, inside the loop over chunks, so that
+  # the kernel's gradient is summed over chunks in the parameters' type.
   logits_BCV = project_logits(h_BCD, kernel_DV)
   tokens_V = jnp.arange(kernel_DV.shape[-1], dtype=targets_BC.dtype)
-  # A comparison, not a gather: the gather's gradient is a scatter into one
-  # more array of the logits' size.
+  # The target's logit is selected by a comparison instead of a gather, whose
+  # gradient would be a scatter into another array of the size of the logits.
   chosen_BCV = targets_BC[..., None] == tokens_V[None, None, :]
   chosen_BC = jnp.sum(jnp.where(chosen_BCV, logits_BCV, 0.0), axis=-1)
   return jax.nn.logsumexp(logits_BCV, axis=-1) - chosen_BC
@@ -39,12 +53,23 @@ def negative_log_likelihood(h_BCD, kernel_DV, targets_BC):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def sum_in_chunks(h_BTD, kernel_DV, targets_BT, weights_BT, chunk):
-  """sum(weights * nll) with the logits of about `chunk` tokens at a time.
+  """Returns sum(weights * nll), with the logits of `chunk` tokens at a time.
 
-  Chunks cut the time axis and keep the batch whole, so that a batch sharded
-  over devices stays where it is. Where a gradient is wanted, each chunk's is
-  found while its logits exist: the backward pass computes none of them again,
-  which would be a quarter of the head's work.
+  Chunks split the time axis and not the batch axis, so that a batch that is
+  sharded over devices is not moved. If a gradient is required, the forward pass
+  computes the gradient of each chunk while its logits exist. The backward pass
+  therefore does not compute logits again, which saves a quarter of the head's
+  work.
+
+  Args:
+    h_BTD: Activations after the last norm.
+    kernel_DV: Matrix from activations to logits.
+    targets_BT: Target tokens.
+    weights_BT: Weights of the targets, float32.
+    chunk: Approximate number of tokens per chunk, over the whole batch.
+
+  Returns:
+    A float32 scalar.
   """
 
   def add(total, chunk_BC):
@@ -57,7 +82,14 @@ def sum_in_chunks(h_BTD, kernel_DV, targets_BT, weights_BT, chunk):
 
 
 def in_chunks(h_BTD, kernel_DV, targets_BT, chunk):
-  """nll [B, T] with the logits of about `chunk` tokens at a time."""
+  """Returns -log p(target) [B, T], with the logits of `chunk` tokens at a time.
+
+  Args:
+    h_BTD: Activations after the last norm.
+    kernel_DV: Matrix from activations to logits.
+    targets_BT: Target tokens.
+    chunk: Approximate number of tokens per chunk, over the whole batch.
+  """
 
   def find(chunk_BC):
     h_BCD, targets_BC = chunk_BC
@@ -68,7 +100,7 @@ def in_chunks(h_BTD, kernel_DV, targets_BT, chunk):
 
 
 def _sum_with_gradient(h_BTD, kernel_DV, targets_BT, weights_BT, chunk):
-  """The sum, and its gradient with respect to h, kernel and weights."""
+  """Returns the sum and its gradients with respect to h, kernel and weights."""
 
   def add(sums, chunk_BC):
     h_BCD, targets_BC, weights_BC = chunk_BC
@@ -89,7 +121,7 @@ def _sum_with_gradient(h_BTD, kernel_DV, targets_BT, weights_BT, chunk):
 
 
 def _scale_gradient(chunk, gradient, dnll):
-  """Multiplies the gradient by that of what became of the sum."""
+  """Returns the cotangents: the stored gradients times that of the sum."""
   del chunk
   dh_BTD, dkernel_DV, dweights_BT = jax.tree.map(
     lambda x: (dnll * x).astype(x.dtype), gradient
@@ -101,7 +133,10 @@ sum_in_chunks.defvjp(_sum_with_gradient, _scale_gradient)
 
 
 def _split(x_BT, chunk):
-  """[B, T, ...] in chunks [J, B, C, ...] of about `chunk` tokens."""
+  """Splits a tree of arrays [B, T, ...] into chunks [J, B, C, ...].
+
+  A chunk has about `chunk` tokens. The last chunk is padded with zeros.
+  """
   num_rows, num_steps = jax.tree.leaves(x_BT)[-1].shape
   num_chunks = -(-num_steps // max(1, chunk // num_rows))
   size = -(-num_steps // num_chunks)
@@ -117,7 +152,7 @@ def _split(x_BT, chunk):
 
 
 def _join(x_JBC, num_steps):
-  """Undoes `_split`."""
+  """Joins chunks [J, B, C, ...] to arrays [B, T, ...], without the padding."""
 
   def join(x_JBC):
     x_BJC = jnp.moveaxis(x_JBC, 0, 1)
