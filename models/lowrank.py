@@ -1,11 +1,12 @@
-"""Low-rank factors beside weights, or in their place: LoRA, ReLoRA, W = A B.
+"""Low-rank factors of weights: LoRA, ReLoRA, and kernels W = A B.
 
-`adapt` adds factors to parameters, `merge` takes them out again. A model reads
-them through `hook`, which `models.llama.Layers` takes: no module knows of them.
-`save_adapter` and `load_adapter` are in PEFT's format.
+`adapt` adds factors to a model's parameters, and `merge` multiplies them into
+the kernels. `hook` makes a model compute with its factors; pass it to
+`models.llama.Layers` as `intercept`. The linen modules themselves have no code
+for factors. `save_adapter` and `load_adapter` use PEFT's file format.
 
-Shapes: L layers, in and out the sides of a kernel [L, in, out], r the rank of
-its factors lora_a [L, in, r] and lora_b [L, r, out]; B batch, T time.
+Shapes: L layers; in and out are the sides of a kernel [L, in, out]; r is the
+rank of its factors lora_a [L, in, r] and lora_b [L, r, out]; B batch.
 
 Sources: Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021; Lialin et
 al., `ReLoRA <https://arxiv.org/abs/2307.05695>`_, 2023.
@@ -32,13 +33,14 @@ PyTree: TypeAlias = Any
 Role: TypeAlias = Literal['factor', 'beneath', 'rest']
 
 FACTORS = ('lora_a', 'lora_b')
-"""Names of the two factors, beside the name of a kernel."""
+"""Names of the factors A and B in the dict that holds the kernel."""
 
 _PREFIX = 'base_model.model.'
 
 _FILES = ('adapter_config.json', 'adapter_model.safetensors')
 
-# Fields of PEFT's config that change what is computed, where they are set.
+# Fields of PEFT's config that select variants of LoRA, which `Lora` does not
+# implement.
 _FOREIGN = (
   *('use_dora', 'use_rslora', 'use_qalora', 'use_bdlora', 'lora_bias'),
   *('fan_in_fan_out', 'rank_pattern', 'alpha_pattern', 'modules_to_save'),
@@ -47,31 +49,31 @@ _FOREIGN = (
   *('velora_config', 'monteclora_config'),
 )
 
-# First factors that come with a change of the weights beneath.
+# Initializations of PEFT that also change the kernels which have factors.
 _MOVED = ('pissa', 'olora', 'corda', 'loftq', 'lora_ga')
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-  """Two factors beside each kernel: x W + alpha / rank * dropout(x) A B."""
+  """LoRA: two factors per kernel, x W + alpha / rank * dropout(x) A B."""
 
   rank: int = 8
-  """Columns of A and rows of B."""
+  """Number of columns of A and of rows of B."""
   alpha: float = 16.0
-  """Over the rank, what their product counts."""
+  """Scale of the factors' product, which is multiplied by alpha / rank."""
   dropout: float = 0.0
-  """Share of A's input that is left out in training."""
+  """Dropout rate on the input of A in training."""
   targets: tuple[str, ...] | None = None
-  """Regexes on the paths of the kernels that have factors; None is all that a
-  layer has."""
+  """Regexes on the paths of the kernels that get factors; None selects all
+  kernels of the transformer layers."""
   rest: Literal['frozen', 'trained'] = 'frozen'
   """Whether weights without factors (embedding, norms, head) are trained."""
   lomo: float = 0.0
-  """Times the learning rate, that of plain SGD on what would be frozen: LOMO
-  together with LoRA. 0 freezes it."""
+  """Trains the weights that LoRA freezes with plain SGD (LOMO), at this
+  multiple of the learning rate. 0 keeps them frozen."""
 
   def __post_init__(self):
-    """Checks what can be checked without a model."""
+    """Checks the fields as far as this is possible without a model."""
     _check_rank(self)
     if not 0 < self.alpha < math.inf:
       raise ValueError(
@@ -88,28 +90,30 @@ class Lora:
 
   @property
   def scale(self) -> float:
-    """What the product of the factors counts."""
+    """Multiplier of the factors' product."""
     return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Relora(Lora):
-  """LoRA that adds its factors to the weights now and then, and starts anew.
+  """ReLoRA: merges the factors into the kernels periodically and restarts them.
 
-  Many updates of low rank add up to one that is not: for pre-training.
+  The sum of many low-rank updates is not low-rank. ReLoRA is therefore suitable
+  for pre-training.
   """
 
   rest: Literal['frozen', 'trained'] = 'trained'
   """Whether weights without factors (embedding, norms, head) are trained."""
   every: int = 1000
-  """Steps from one merge to the next."""
+  """Number of steps between merges."""
   reset: float = 0.999
-  """Share of the factors' moments that a merge sets to 0, at random."""
+  """Share of the entries of the factors' moments that a merge sets to 0, chosen
+  at random."""
   restart_warmup: int = 50
-  """Steps in which the learning rate rises from 0 after a merge."""
+  """Number of steps after a merge in which the learning rate rises from 0."""
 
   def __post_init__(self):
-    """Checks what can be checked without a model."""
+    """Checks the fields as far as this is possible without a model."""
     super().__post_init__()
     if self.every < 1:
       raise ValueError(f'adapter.every must be at least 1, got {self.every}')
@@ -124,21 +128,21 @@ class Relora(Lora):
 
 @dataclasses.dataclass(frozen=True)
 class Factored:
-  """Two factors in place of each kernel: x A B. For pre-training."""
+  """Replaces each kernel by two factors, x A B, for pre-training."""
 
   rank: int = 8
-  """Columns of A and rows of B."""
+  """Number of columns of A and of rows of B."""
   targets: tuple[str, ...] | None = None
-  """Regexes on the paths of the kernels that are replaced; None is all that a
-  layer has."""
+  """Regexes on the paths of the kernels that are replaced; None selects all
+  kernels of the transformer layers."""
 
   def __post_init__(self):
-    """Checks what can be checked without a model."""
+    """Checks the fields as far as this is possible without a model."""
     _check_rank(self)
 
   @property
   def scale(self) -> float:
-    """What the product of the factors counts."""
+    """Multiplier of the factors' product."""
     return 1.0
 
 
@@ -153,18 +157,24 @@ def _check_rank(adapter):
 def adapt(params: PyTree, adapter: Adapter, key: jax.Array) -> PyTree:
   """Returns parameters with factors.
 
-  Beside a kernel A is uniform in +-1 / sqrt(in), as torch draws a layer's
-  weight, and B is 0, so that the function is the same; both are float32. In a
-  kernel's place both are normal, of its type, and their product has its
+  `Lora` and `Relora` add float32 factors to each kernel. A is uniform in
+  +-1 / sqrt(in), the distribution of a weight of torch's `Linear`. B is 0, so
+  that the model's function does not change. `Factored` replaces each kernel by
+  two normal factors of the kernel's type, whose product has the kernel's
   standard deviation.
 
   Args:
-    params: of a model whose layers are stacked in params['blocks'].
-    adapter: rank and targets.
-    key: of the factors.
+    params: Parameters of a model whose layers are stacked in params['blocks'].
+    adapter: The kind of factors, with their rank and targets.
+    key: Random key for the factors.
+
+  Returns:
+    Parameters with the factors 'lora_a' and 'lora_b' next to, or instead of,
+    'kernel'.
 
   Raises:
-    ValueError: a target is no kernel of a layer, or too small for the rank.
+    ValueError: A target matches no kernel of a layer, or a matched kernel is
+      smaller than the rank.
 
   Example:
     >>> params = {'blocks': {'up': {'kernel': jnp.ones((2, 5, 7))}}}
@@ -184,7 +194,13 @@ def adapt(params: PyTree, adapter: Adapter, key: jax.Array) -> PyTree:
 
 
 def fresh_factors(shape, rank: int, key: jax.Array):
-  """Returns A and B of a kernel [..., in, out]; B is 0."""
+  """Returns new LoRA factors A [..., in, r] and B [..., r, out]; B is 0.
+
+  Args:
+    shape: Shape [..., in, out] of the kernel.
+    rank: Rank of the factors, r.
+    key: Random key for A.
+  """
   *layers, rows, columns = shape
   bound = rows**-0.5
   a = jax.random.uniform(
@@ -194,7 +210,10 @@ def fresh_factors(shape, rank: int, key: jax.Array):
 
 
 def _factors(kernel, rank, key):
-  """Normal A and B whose product has the kernel's standard deviation."""
+  """Returns normal A and B whose product has the standard deviation of kernel.
+
+  A and B have the same standard deviation.
+  """
   *layers, rows, columns = kernel.shape
   std = jnp.sqrt(jnp.std(kernel.astype(jnp.float32)) / rank**0.5)
   shapes = (*layers, rows, rank), (*layers, rank, columns)
@@ -205,9 +224,17 @@ def _factors(kernel, rank, key):
 
 
 def merge(params: PyTree, adapter: Adapter) -> PyTree:
-  """Returns parameters without factors, of the same function.
+  """Returns parameters of the same model function, without factors.
 
-  Products and sums are float32 and rounded once, to the type of the kernel.
+  The scaled product of the factors is added to the kernel. Products and sums
+  are computed in float32 and rounded once, to the type of the kernel.
+
+  Args:
+    params: Parameters with factors.
+    adapter: The adapter that they were made with.
+
+  Returns:
+    Parameters with a kernel instead of each pair of factors.
 
   Example:
     >>> params = {'up': {'kernel': jnp.ones((2, 2)),
@@ -229,17 +256,21 @@ def merge(params: PyTree, adapter: Adapter) -> PyTree:
 
 
 def product(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-  """Returns scale A B [..., in, out] in float32."""
+  """Returns the float32 product scale * A B [..., in, out]."""
   a, b = (x.astype(jnp.float32) for x in (a, b))
   return scale * jnp.matmul(a, b, precision='highest')
 
 
 def roles(params: PyTree) -> dict[str, Role]:
-  """Returns what each weight is, by path: a factor, one beneath, the rest.
+  """Returns the role of each weight, by its path.
 
-  >>> roles({'up': {'kernel': 0, 'lora_a': 0, 'lora_b': 0}, 'norm': 0})
-  {'up/kernel': 'beneath', 'up/lora_a': 'factor', 'up/lora_b': 'factor',
-   'norm': 'rest'}
+  The roles are 'factor', 'beneath' for a kernel that has factors, and 'rest'
+  for all other weights.
+
+  Example:
+    >>> roles({'up': {'kernel': 0, 'lora_a': 0, 'lora_b': 0}, 'norm': 0})
+    {'up/kernel': 'beneath', 'up/lora_a': 'factor', 'up/lora_b': 'factor',
+     'norm': 'rest'}
   """
   flat = _flatten(params)
 
@@ -254,11 +285,15 @@ def roles(params: PyTree) -> dict[str, Role]:
 
 
 def optimized(params: PyTree, adapter: Adapter) -> PyTree:
-  """Returns the tree of whether the optimizer trains each weight.
+  """Returns a tree of bools: whether the optimizer trains each weight.
 
-  >>> params = {'up': {'kernel': 0, 'lora_a': 0, 'lora_b': 0}, 'norm': 0}
-  >>> optimized(params, Lora())['norm'], optimized(params, Relora())['norm']
-  (False, True)
+  Kernels that have factors are not trained. The rest is trained unless a `Lora`
+  has rest='frozen'.
+
+  Example:
+    >>> params = {'up': {'kernel': 0, 'lora_a': 0, 'lora_b': 0}, 'norm': 0}
+    >>> optimized(params, Lora())['norm'], optimized(params, Relora())['norm']
+    (False, True)
   """
   frozen = {'beneath'}
   if isinstance(adapter, Lora) and adapter.rest == 'frozen':
@@ -269,14 +304,21 @@ def optimized(params: PyTree, adapter: Adapter) -> PyTree:
 
 
 def hook(adapter: Adapter) -> Callable[..., Any]:
-  """Returns the interceptor by which a model computes with its factors.
+  """Returns a linen interceptor that makes a model compute with its factors.
 
-  Any module that has them, and maps an array by its kernel, takes part. Dropout
-  is where a batch has 'noise', a key [B, 2] uint32 of each example: it goes
-  from layer to layer with the other entries of a block's input, and another
-  one comes out of each.
+  It changes each module that has factors; such a module must be a linear map
+  with a 'kernel' or, for `Factored`, without one. Dropout is applied only if a
+  batch has 'noise' [B, 2] uint32, one random key per example. The noise is an
+  entry of the layers' input x, and each layer returns new noise for the next.
+
+  Args:
+    adapter: The adapter that the parameters were made with.
+
+  Returns:
+    A function for `nn.intercept_methods`, or for `Layers.intercept`.
   """
-  noises = []  # of the blocks that are being computed, the innermost last
+  # Noise of the layers that are being computed, innermost last.
+  noises = []
 
   def intercept(next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
@@ -292,7 +334,9 @@ def hook(adapter: Adapter) -> Callable[..., Any]:
         noises.pop()
       if method == 'enter':
         return {**y, 'noise': x['noise']}
-      # A block that is made anew in the backward pass is called inside itself.
+      # With remat, the call of a layer is nested in a second call of the same
+      # layer. Both compute the new noise from the noise of the input, so that
+      # it is folded only once.
       is_block = method == '__call__' and isinstance(y, dict)
       return {**y, 'noise': noise.folded(x['noise'], 0)} if is_block else y
     if method != '__call__' or not _has(module, FACTORS[0]):
@@ -315,18 +359,18 @@ def _has(module, name):
 
 
 def _set_up(module):
-  """Sets up a linear map that has no kernel."""
+  """Replaces `Linear.setup` for a linear map that has factors but no kernel."""
   module.kernel = None
   module.bias = module.get_variable('params', 'bias')
 
 
 def _row(bias, y):
-  """A bias as it is added to an array."""
+  """Returns a bias in the type of y, with leading axes of size 1."""
   return jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
 
 
 def _targets(flat, adapter):
-  """Paths of the kernels that get factors, in order."""
+  """Returns the sorted paths of the kernels that get factors."""
   kernels = sorted(
     path
     for path, leaf in flat.items()
@@ -347,7 +391,7 @@ def _targets(flat, adapter):
 
 
 def _matched(targets, kernels):
-  """Kernels whose whole path some regex matches."""
+  """Returns the kernels whose whole path matches one of the regexes."""
   try:
     regexes = [re.compile(target) for target in targets]
   except re.error as error:
@@ -370,17 +414,19 @@ def save_adapter(
   *,
   base: str | None = None,
 ) -> None:
-  """Writes the factors alone, as PEFT reads them beside their model.
+  """Writes only the factors, as an adapter that PEFT can load.
 
   Args:
-    directory: made if it is not there; must have no adapter in it.
-    params: of `models.llama`, with factors.
-    adapter: theirs.
-    base: name or path of the checkpoint beneath, for the reader.
+    directory: Directory of the adapter. It is created if necessary, and must
+      not contain an adapter.
+    params: Parameters of `models.llama` with factors.
+    adapter: The adapter that they were made with.
+    base: Name or path of the base model's checkpoint, which is written to
+      adapter_config.json.
 
   Raises:
-    FileExistsError: the directory has an adapter.
-    ValueError: the factors alone are not all that was trained.
+    FileExistsError: The directory contains an adapter.
+    ValueError: Other weights than the factors were trained as well.
   """
   from safetensors import numpy as safetensors
 
@@ -420,16 +466,19 @@ def save_adapter(
 def load_adapter(
   directory: str | pathlib.Path, params: PyTree
 ) -> tuple[PyTree, Lora]:
-  """Returns parameters with the factors that PEFT saved, and their adapter.
+  """Adds the factors of an adapter in PEFT's format to parameters.
 
   Args:
-    directory: adapter_config.json and adapter_model.safetensors.
-    params: of `models.llama`, without factors.
+    directory: Directory with adapter_config.json and adapter_model.safetensors.
+    params: Parameters of `models.llama` without factors.
+
+  Returns:
+    The parameters with factors, and the `Lora` that describes them.
 
   Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: the adapter is of a kind that `Lora` is not, or its tensors are
-      not those of the model; the message names the field or the tensor.
+    FileNotFoundError: A file is missing.
+    ValueError: The adapter uses a variant that `Lora` does not implement, or
+      its tensors do not fit the model. The message names the field or tensor.
   """
   from safetensors import numpy as safetensors
 
@@ -475,7 +524,7 @@ def load_adapter(
 
 
 def _check_peft(file, fields):
-  """Raises ValueError where PEFT's config says what `Lora` does not do."""
+  """Raises ValueError if PEFT's config requires more than `Lora` implements."""
   for name, value in {'peft_type': 'LORA', 'bias': 'none'}.items():
     if fields.get(name) != value:
       raise ValueError(
@@ -497,13 +546,13 @@ def _check_peft(file, fields):
 
 
 def _is_alone(adapter):
-  """Whether an adapter is all that is trained."""
+  """Returns whether only the factors are trained, and never merged."""
   merges = isinstance(adapter, Relora)
   return adapter.rest == 'frozen' and not adapter.lomo and not merges
 
 
 def _in_place(params, factor):
-  """The tree of one factor of each kernel, under the kernel's name."""
+  """Returns the tree of all A (or all B) factors, with the key 'kernel'."""
   flat = _flatten(params)
   return _unflatten(
     {
@@ -515,12 +564,15 @@ def _in_place(params, factor):
 
 
 def _peft_name(name, letter):
-  """PEFT's name of a factor, from the checkpoint's of the weight."""
+  """Returns PEFT's name of a factor, from the checkpoint's name of a weight."""
   return f'{_PREFIX}{name.removesuffix(".weight")}.lora_{letter}.weight'
 
 
 def _peft_tensor(tensors, name, shape):
-  """A factor of one layer, taken out of PEFT's tensors, as ours."""
+  """Removes one layer's factor from PEFT's tensors and returns it transposed.
+
+  The result has our layout: A [in, r] or B [r, out], in float32.
+  """
   if name not in tensors:
     raise ValueError(
       f'{name} is missing: an adapter must have a kernel of all layers, or of '
