@@ -1,8 +1,8 @@
-"""A checkpoint's config.json, to and from a `LlamaConfig` or `EncoderConfig`.
+"""Converts a checkpoint's config.json to and from our configurations.
 
-Every field is one that the model implements, one that changes nothing that it
-computes, or refused by name. A row of `ARCHITECTURES` is all that there is to
-say about an architecture: its fields, and its names of tensors.
+A field of config.json is used, ignored because it does not change the model's
+output, or rejected by name. `ARCHITECTURES` has one description per supported
+architecture, with its fields and its names of tensors.
 """
 
 from collections.abc import Callable
@@ -16,36 +16,39 @@ AnyConfig: TypeAlias = LlamaConfig | EncoderConfig
 
 
 class Architecture(NamedTuple):
-  """What a model_type means."""
+  """Description of one model_type of transformers."""
 
   classes: tuple[str, ...]
-  """transformers' classes that can be read; the first is the one written."""
+  """Classes of transformers that can be read. The first one is written."""
   config: type
-  """The model's configuration."""
+  """Class of our configuration."""
   fixed: Fields
-  """Fields of ours that the model_type decides."""
+  """Our fields whose value follows from the model_type."""
   needed: dict[str, str]
-  """Fields of ours, and of config.json with the same values."""
+  """Our fields that are copied from a field of config.json, to its name."""
   optional: dict[str, str]
-  """The same, of those that may be missing."""
+  """As `needed`, for fields that may be missing from config.json."""
   read: Callable[[Fields, str], Fields]
-  """`(config.json, model_type) -> our fields` that are more than a copy."""
+  """`(config.json, model_type) -> our fields` that are not mere copies."""
   write: Callable[[Any, str], Fields]
-  """`(configuration, model_type) -> config.json`, all that is no copy."""
+  """`(our configuration, model_type) -> fields of config.json` that are not
+  mere copies."""
   others: frozenset[str]
-  """Fields that `read` looks at."""
+  """Fields of config.json that `read` uses."""
   neutral: Fields
-  """The only values under which these fields change nothing."""
+  """Fields of config.json that must have this value, or be absent or null."""
   names: dict[str, str]
-  """Our paths, and the names of tensors; {} is the layer."""
+  """Paths of our parameters to names of tensors; {} is the layer's number."""
   required: tuple[str, ...] = ()
-  """Fields that have a default of their own there, none of ours."""
+  """Fields that config.json must have although our field has a default, because
+  transformers' default is another."""
   prefix: str = ''
-  """What the names of a model without a head may lack."""
+  """Prefix of tensor names that is absent from a checkpoint without a head."""
   head: str = ''
-  """Beginning of the paths that are drawn anew where a checkpoint has none."""
+  """Prefix of the paths of the head, which is initialized if a checkpoint does
+  not have it."""
   ignored: str = ''
-  """Names of tensors that the model does not need: a regular expression."""
+  """Regular expression for names of tensors that the model does not use."""
 
 
 _LLAMA_NAMES = {
@@ -84,7 +87,15 @@ _ENCODER_NAMES = {
 
 
 def _encoder_names(prefix, dense, out):
-  """Names of an encoder and its head; each module has a weight and a bias."""
+  """Returns the names of the tensors of an encoder and its head, by our paths.
+
+  Each module but the embedding tables has a weight and a bias.
+
+  Args:
+    prefix: Prefix of the encoder's names.
+    dense: Name of the head's first linear map.
+    out: Name of the head's last linear map.
+  """
   modules = {path: prefix + name for path, name in _ENCODER_NAMES.items()} | {
     'head/dense': dense,
     'head/out': out,
@@ -138,7 +149,7 @@ _GENERATION = {
   *('target_lookbehind', 'task_specific_params', 'temperature', 'top_k'),
   *('top_p', 'typical_p', 'use_cache'),
 }
-"""Fields that transformers passes on to its generation config."""
+"""Fields that transformers moves to its generation config."""
 
 _OF_THE_SOURCE = {
   *('_attn_implementation', '_attn_implementation_autoset'),
@@ -151,8 +162,8 @@ _OF_THE_SOURCE = {
 }
 """Fields about the program or repository that wrote a config.json.
 
-A copy of the model does not inherit them: `auto_map` names Python files that
-are not copied.
+They are not copied to a new checkpoint. For example, `auto_map` names Python
+files that the new checkpoint does not have.
 """
 
 HARMLESS = (
@@ -169,17 +180,19 @@ HARMLESS = (
     *('unsloth_fixed', 'unsloth_version'),
   }
 )
-"""Fields for other programs: no number of the model depends on them."""
+"""Fields for other programs, which do not change the model's output."""
 
 _HARMLESS_IN_ENCODERS = {
-  # How it is trained, and the shapes that BERT's first poolers could have had.
+  # Options of the training, and options of the first BERT's pooler that
+  # transformers does not use.
   *('attention_probs_dropout_prob', 'classifier_dropout'),
   *('tie_word_embeddings',),
   *('directionality', 'pooler_fc_size', 'pooler_num_attention_heads'),
   *('pooler_num_fc_layers', 'pooler_size_per_head', 'pooler_type'),
 }
 
-# float16 has a range of its own: float32 holds all of it.
+# Our type for each type of a checkpoint. The models do not support float16;
+# float32 can represent all of its values.
 _DTYPES = {
   **{None: 'float32', 'float32': 'float32'},
   **{'float16': 'float32', 'bfloat16': 'bfloat16'},
@@ -187,11 +200,14 @@ _DTYPES = {
 
 
 def parse(fields: Fields) -> AnyConfig:
-  """Returns the model that a config.json describes.
+  """Converts the fields of a config.json to our configuration.
+
+  Args:
+    fields: The fields of config.json.
 
   Raises:
-    ValueError: it describes another one, or not all of it; the message names
-      the field.
+    ValueError: A field is missing, invalid or not implemented. The message
+      names it.
   """
   kind = _model_type(fields)
   row = ARCHITECTURES[kind]
@@ -213,10 +229,17 @@ def parse(fields: Fields) -> AnyConfig:
 
 
 def fields_of(config: AnyConfig) -> Fields:
-  """Returns the config.json that `parse` reads as this model.
+  """Converts our configuration to the fields of a config.json.
+
+  Args:
+    config: Configuration of the model.
+
+  Returns:
+    Fields that `parse` converts to the same configuration, apart from options
+    that config.json does not have, such as `remat`.
 
   Raises:
-    ValueError: no architecture has such a model.
+    ValueError: transformers has no architecture for the model.
   """
   kind = model_type(config)
   row = ARCHITECTURES[kind]
@@ -231,10 +254,15 @@ def fields_of(config: AnyConfig) -> Fields:
 
 
 def linear_modules(kind: str, layer: int = 0) -> dict[str, str]:
-  """Returns a model_type's linear modules, by the paths of our kernels.
+  """Returns transformers' names of linear modules, by the paths of our kernels.
 
-  >>> linear_modules('llama', 3)['blocks/attention/q/kernel']
-  'model.layers.3.self_attn.q_proj'
+  Args:
+    kind: The model_type.
+    layer: The layer's number, for kernels of the transformer layers.
+
+  Example:
+    >>> linear_modules('llama', 3)['blocks/attention/q/kernel']
+    'model.layers.3.self_attn.q_proj'
   """
   return {
     path: name.format(layer).removesuffix('.weight')
@@ -244,10 +272,13 @@ def linear_modules(kind: str, layer: int = 0) -> dict[str, str]:
 
 
 def model_type(config: AnyConfig) -> str:
-  """Returns the first model_type that has what a config has.
+  """Returns the first model_type of `ARCHITECTURES` that can express a config.
+
+  Args:
+    config: Configuration of the model.
 
   Raises:
-    ValueError: there is none.
+    ValueError: No model_type can express it.
   """
   for kind, row in ARCHITECTURES.items():
     if isinstance(config, row.config) and all(
@@ -261,16 +292,20 @@ def model_type(config: AnyConfig) -> str:
 
 
 def for_others(fields: Fields, kind: str) -> Fields:
-  """Returns the fields of a config.json that a copy of its model inherits.
+  """Returns the fields of a config.json that a new checkpoint copies.
 
-  Only other programs read them.
+  These are fields that only other programs use, such as ids of special tokens.
+
+  Args:
+    fields: Fields of the source's config.json.
+    kind: The model_type of the new checkpoint.
   """
   inherited = HARMLESS - _OF_THE_SOURCE - _known(ARCHITECTURES[kind])
   return {name: x for name, x in fields.items() if name in inherited}
 
 
 def _known(row):
-  """Fields that decide what the model is."""
+  """Returns the fields of config.json from which our configuration is made."""
   copied = {*row.needed.values(), *row.optional.values()}
   return copied | row.others | {'model_type', 'architectures'}
 
@@ -290,7 +325,7 @@ def _model_type(fields):
 
 
 def _check(fields, kind):
-  """Raises ValueError for a field that is missing, or not implemented."""
+  """Raises ValueError if a field is missing or not implemented."""
   row = ARCHITECTURES[kind]
   required = {*row.needed.values(), *row.required}
   if missing := sorted(required - set(fields)):
@@ -312,7 +347,7 @@ def _check(fields, kind):
 
 
 def _check_types(values, row):
-  """Raises ValueError for what is no number where ours is one."""
+  """Raises ValueError if a copied value does not have the type of our field."""
   hints = get_type_hints(row.config)
   for ours, theirs in (row.needed | row.optional).items():
     kind = hints[ours]
@@ -358,7 +393,10 @@ def _write_llama(config, kind):
 
 
 def _read_encoder(fields, kind):
-  """The labels: numbers where they have no other names, then transformers'."""
+  """Returns `num_labels` and the labels' names.
+
+  `labels` is None if config.json has only transformers' default names, or none.
+  """
   del kind
   named = fields.get('id2label') or {}
   num_labels = fields.get('num_labels') or len(named) or 2
@@ -398,10 +436,11 @@ def _unnamed(num_labels):
 
 
 def _rope(fields):
-  """The base of the rotary embedding's wavelengths, and their scaling."""
+  """Returns the rotary embedding's `rope_theta` and `rope_scaling`."""
   rope = fields.get('rope_parameters') or fields.get('rope_scaling') or {}
   rope = {name: value for name, value in rope.items() if value is not None}
-  # transformers has called it both, and put the base in either place.
+  # Depending on its version, transformers writes 'rope_type' or 'type', and
+  # puts 'rope_theta' inside this dict or outside of it.
   kind = rope.pop('rope_type', rope.pop('type', 'default'))
   theta = rope.pop('rope_theta', fields.get('rope_theta') or 10_000.0)
   expected = {'default': [], 'llama3': [*_SCALING.values()]}
@@ -420,7 +459,7 @@ def _rope(fields):
 
 
 def _window(fields, kind):
-  """Time steps that a query sees, the same in every layer; None is all."""
+  """Returns the attention window, which all layers must share, or None."""
   size = fields.get('sliding_window')
   if kind == 'llama' and size is not None:
     raise ValueError(
@@ -536,4 +575,5 @@ ARCHITECTURES = {
     ignored=r'(roberta\.)?(embeddings\.position_ids|pooler\..*)|lm_head\..*',
   ),
 }
-"""By model_type; of rows that both have a model, the first writes it."""
+"""Supported architectures by model_type. If several can express a model, it is
+written as the first of them."""
