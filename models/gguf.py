@@ -1,10 +1,10 @@
-"""A GGUF file of llama.cpp: read, and turned into a directory of transformers.
+"""Converts a GGUF file of llama.cpp to a checkpoint directory of transformers.
 
   python -m models.gguf FILE DIR
 
-writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json,
-so that every program that takes such a directory takes the file's model. Of a
-quantized file the weights are what its codes stand for, in float32.
+writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
+Programs that load a checkpoint directory of transformers can then load the
+file's model. Quantized weights are dequantized, to float32 by default.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from models.llama import LlamaConfig
 PyTree: TypeAlias = Any
 Fields: TypeAlias = dict[str, Any]
 
-# Of a layer, in a file of llama.cpp and in one of transformers.
+# Names of a layer's modules in GGUF files and in transformers.
 _LAYER = {
   'attn_norm': 'input_layernorm',
   'attn_q': 'self_attn.q_proj',
@@ -42,7 +42,7 @@ _WHOLE = {
   'output.weight': 'lm_head.weight',
 }
 
-# Fields of a LlamaConfig to those of a file, behind 'llama.'.
+# Fields of `LlamaConfig` to keys of a file, without the prefix 'llama.'.
 _REQUIRED = {
   'width': 'embedding_length',
   'mlp_width': 'feed_forward_length',
@@ -57,7 +57,7 @@ _OPTIONAL = {
 }
 _HARMLESS = {'context_length', 'vocab_size'}
 
-# The only values under which these fields change nothing.
+# Keys that must have this value if they are present.
 _NEUTRAL = {'rope.scaling.type': 'none', 'expert_count': 0}
 
 _TOKEN_IDS = {
@@ -67,7 +67,8 @@ _TOKEN_IDS = {
   'pad': 'tokenizer.ggml.padding_token_id',
 }
 _CONTROL, _USER_DEFINED = 3, 4
-"""Types of tokens that no merge makes: those without text, and others."""
+"""GGUF's types of tokens that are found in a text as a whole, before any merge:
+control tokens, and tokens defined by the user."""
 
 _TOKENS, _MERGES = 'tokenizer.ggml.tokens', 'tokenizer.ggml.merges'
 
@@ -75,29 +76,32 @@ _TAKE = (
   'take the tokenizer from the directory of transformers that the file was '
   'made from'
 )
-"""The remedy for a file whose tokenizer cannot be read."""
+"""Advice for a file whose tokenizer cannot be read."""
 
 
 def load(
   file: str | pathlib.Path, *, shardings: PyTree = None, **overrides
 ) -> tuple[LlamaConfig, PyTree]:
-  """Reads a file's model piece by piece, with little of it in host memory.
+  """Reads the model of a GGUF file.
+
+  Tensors are dequantized and copied to their devices in pieces, so that host
+  memory never holds a large part of the model.
 
   Args:
-    file: of general.architecture llama: LLaMA, SmolLM, TinyLlama, and Mistral,
-      whose window such a file does not say.
-    shardings: as in `models.huggingface.load`.
-    **overrides: fields of `LlamaConfig` to set to something else, such as
-      param_dtype.
+    file: A file whose general.architecture is llama: LLaMA, SmolLM, TinyLlama
+      or Mistral. A GGUF file does not contain the attention window of Mistral;
+      pass it as `window`.
+    shardings: As in `models.huggingface.load`.
+    **overrides: Fields of `LlamaConfig` to replace, such as param_dtype.
 
   Returns:
     The configuration, and the parameters of `models.llama` as `jax.Array`s.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ImportError: the library gguf is not installed.
-    ValueError: the file is none of GGUF, or has what is not implemented; the
-      message names it.
+    FileNotFoundError: The file does not exist.
+    ImportError: The library gguf is not installed.
+    ValueError: The file is not a GGUF file, or requires a feature that is not
+      implemented. The message names the feature.
   """
   reader, fields = _open(file)
   return _load(file, reader, fields, shardings, overrides)
@@ -106,24 +110,26 @@ def load(
 def convert(
   file: str | pathlib.Path, directory: str | pathlib.Path, **overrides
 ) -> LlamaConfig:
-  """Writes a directory of transformers from a file: weights and tokenizer.
+  """Converts a GGUF file to a checkpoint directory of transformers.
 
   Args:
-    file: as in `load`, with a byte-level BPE in it.
-    directory: made if it is not there; must have no checkpoint in it.
-    **overrides: as in `load`.
+    file: As in `load`. Its tokenizer must be a byte-level BPE.
+    directory: Directory for weights, config and tokenizer. It is created if
+      necessary, and must not contain a checkpoint.
+    **overrides: As in `load`.
 
   Returns:
     The configuration.
 
   Raises:
-    FileExistsError: the directory has a checkpoint.
-    FileNotFoundError, ImportError, ValueError: as in `load`.
+    FileExistsError: The directory contains a checkpoint.
+    FileNotFoundError, ImportError, ValueError: As in `load`.
   """
   huggingface.check_new(directory)
   reader, fields = _open(file)
   try:
-    # The architecture is checked first: others have other tokenizers.
+    # The architecture is checked first: the tokenizer of an unsupported one
+    # would raise a less helpful error.
     _config(reader, fields)
     tokenizer, words = tokenizer_of(fields)
   except ValueError as error:
@@ -142,18 +148,18 @@ def convert(
 
 
 def tokenizer_of(fields: Fields) -> tuple[Any, Fields]:
-  """Returns the tokenizer of a file's fields, by the library tokenizers.
+  """Builds the tokenizer that a file's fields describe.
 
   Args:
-    fields: The values by key, of which those of tokenizer.* are used.
+    fields: Values of the file by key. Only keys with 'tokenizer.' are used.
 
   Returns:
-    The `tokenizers.Tokenizer`, and what tokenizer_config.json says beside it:
-    the special tokens by their names, and the chat template where there is one.
+    The `tokenizers.Tokenizer`, and the fields of tokenizer_config.json: the
+    special tokens and, if the file has one, the chat template.
 
   Raises:
-    ImportError: the library tokenizers is not installed.
-    ValueError: the file has another kind of tokenizer; the message names it.
+    ImportError: The library tokenizers is not installed.
+    ValueError: The file has another kind of tokenizer. The message names it.
   """
   try:
     import tokenizers
@@ -171,7 +177,7 @@ def tokenizer_of(fields: Fields) -> tuple[Any, Fields]:
   merges = [tuple(x.split(' ', 1)) for x in fields[_MERGES]]
   try:
     model = tokenizers.models.BPE(vocab, merges)
-  # The library has no exception of its own.
+  # The library raises plain `Exception`s.
   except Exception as error:
     raise ValueError(
       f'{_MERGES} must join tokens ({error}): {_TAKE}'
@@ -205,7 +211,10 @@ def tokenizer_of(fields: Fields) -> tuple[Any, Fields]:
 
 
 def _before(fields, pre_tokenizers):
-  """What splits the text before the merges, by the names of llama.cpp."""
+  """Returns the pre-tokenizers, which split a text before the BPE's merges.
+
+  Raises ValueError if llama.cpp's name of the pre-tokenizer is not known.
+  """
   known = {
     'gpt-2': (),
     'smollm': (pre_tokenizers.Digits(individual_digits=True),),
@@ -228,12 +237,15 @@ def _before(fields, pre_tokenizers):
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-  """A tensor in a file; rows of it are decoded when they are asked for."""
+  """A tensor in a GGUF file, whose rows are dequantized on demand."""
 
   tensor: Any
+  """The library's `gguf.ReaderTensor`."""
   order: np.ndarray | None
-  """The file's row for each row of ours (None: the same)."""
+  """Index in the file of each row in transformers' order (None: the same
+  order)."""
   dtype: str = 'float32'
+  """Type of the dequantized rows."""
 
   @property
   def shape(self):
@@ -247,7 +259,7 @@ class _Stored:
 
 
 def _open(file):
-  """The library's reader of a file, and the file's values by key."""
+  """Returns the library's reader of a file, and the file's values by key."""
   try:
     import gguf
   except ImportError as error:
@@ -259,7 +271,7 @@ def _open(file):
     reader = gguf.GGUFReader(file)
     fields = {key: field.contents() for key, field in reader.fields.items()}
   except (ValueError, IndexError, KeyError) as error:
-    # What the library says of a file that ends early is of its own arrays.
+    # If a file ends early, the library's error is about its own arrays.
     raise ValueError(
       f'{file} must be a whole GGUF file ({error}); fetch it again'
     ) from error
@@ -273,7 +285,7 @@ def _open(file):
 
 
 def _load(file, reader, fields, shardings, overrides):
-  """`load`, of an open file."""
+  """Implements `load` for an open file."""
   try:
     config = dataclasses.replace(_config(reader, fields), **overrides)
     tensors = _tensors(reader, config)
@@ -285,7 +297,7 @@ def _load(file, reader, fields, shardings, overrides):
 
 
 def _config(reader, fields):
-  """The model that a file's fields and tensors describe."""
+  """Returns the model that a file's fields and tensors describe."""
   kind = fields.get('general.architecture')
   if kind != 'llama':
     raise ValueError(
@@ -313,7 +325,8 @@ def _config(reader, fields):
         f'{prefix}{key} must be one number, the same for every layer, got '
         f'{value!r}'
       )
-  # The nearest decimal: 32 bits do not hold 1e-5.
+  # The file stores a float32, which cannot represent 1e-5 exactly. Its shortest
+  # decimal is the intended number.
   values['norm_eps'] = float(str(np.float32(values['norm_eps'])))
   shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
   if 'token_embd.weight' not in shapes:
@@ -328,7 +341,7 @@ def _config(reader, fields):
 
 
 def _check(given, head_dim):
-  """Raises ValueError for a field that is not implemented."""
+  """Raises ValueError if a field is not implemented."""
   neutral = _NEUTRAL | dict.fromkeys(
     ('rope.dimension_count', 'attention.value_length'), head_dim
   )
@@ -341,7 +354,7 @@ def _check(given, head_dim):
 
 
 def _tensors(reader, config):
-  """A file's tensors by the names and in the order of transformers."""
+  """Returns a file's tensors by transformers' names, with rows in its order."""
   import gguf
 
   heads = {'attn_q': config.num_heads, 'attn_k': config.kv_heads}
@@ -362,7 +375,10 @@ def _tensors(reader, config):
 
 
 def _name(theirs):
-  """The name of a tensor in transformers, and its part of a layer."""
+  """Returns transformers' name of a tensor, and the module of the layer.
+
+  The module is a key of `_LAYER`, or None for a tensor outside of the layers.
+  """
   if theirs in _WHOLE:
     return _WHOLE[theirs], None
   block, _, rest = theirs.partition('.')
@@ -377,13 +393,21 @@ def _name(theirs):
 
 
 def _unpaired(rows, heads):
-  """The file's row for each row of transformers, of queries or keys.
+  """Returns the order of the rows of a query or key matrix for transformers.
 
-  A rotation mixes two numbers: neighbours in llama.cpp, in transformers those
-  that are half a head apart.
+  The rotary embedding rotates pairs of dimensions. The two dimensions of a pair
+  are neighbours in llama.cpp, and half a head apart in transformers.
 
-  >>> _unpaired(8, 2).tolist()
-  [0, 2, 1, 3, 4, 6, 5, 7]
+  Args:
+    rows: Number of rows of the matrix.
+    heads: Number of heads that the rows are divided into.
+
+  Returns:
+    The index in the file of each row of transformers [rows].
+
+  Example:
+    >>> _unpaired(8, 2).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
   """
   if rows % (2 * heads):
     raise ValueError(
@@ -406,7 +430,11 @@ _text = functools.partial(json.dumps, indent=2)
 
 
 def main(arguments: list[str] | None = None) -> None:
-  """Converts the file that the command line names."""
+  """Converts the file that the command line names.
+
+  Args:
+    arguments: The command line's arguments; None reads `sys.argv`.
+  """
   parser = argparse.ArgumentParser(
     'python -m models.gguf', description=__doc__.split('\n\n')[0]
   )
