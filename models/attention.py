@@ -13,7 +13,6 @@ those of a cache, or of a block.
 Source: Dao et al., `FlashAttention <https://arxiv.org/abs/2205.14135>`_, 2022.
 """
 
-import functools
 from typing import Literal, TypeAlias
 
 import jax
@@ -21,6 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 Kind: TypeAlias = Literal['auto', 'cudnn', 'blockwise']
+
+Abstract: TypeAlias = jax.Array | jax.ShapeDtypeStruct
+"""An array, or only its shape and type."""
+
+_Residuals: TypeAlias = tuple[jax.Array, ...]
+"""Arrays that the forward pass stores for the backward pass."""
 
 BLOCK = 128
 """Maximum number of time steps in a block."""
@@ -31,15 +36,15 @@ scores would be NaN."""
 
 
 def attend(
-  q_BTNH,
-  k_BTKH,
-  v_BTKH,
-  segments_BT,
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  segments_BT: jax.Array,
   *,
   window: int | None = None,
   kind: Kind = 'auto',
   causal: bool = True,
-):
+) -> jax.Array:
   """Returns softmax(q k / sqrt(H)) v over the keys of a query's segment.
 
   Args:
@@ -70,22 +75,22 @@ def attend(
     )
   if kind == 'auto':
     on_gpu = jax.default_backend() == 'gpu'
-    here = on_gpu and not refusal(q_BTNH, k_BTKH, window, causal)
-    kind = 'cudnn' if here else 'blockwise'
-  of_kind = {'cudnn': cudnn, 'blockwise': blockwise}[kind]
-  return of_kind(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, causal)
+    supported = on_gpu and not refusal(q_BTNH, k_BTKH, window, causal)
+    kind = 'cudnn' if supported else 'blockwise'
+  implementation = {'cudnn': cudnn, 'blockwise': blockwise}[kind]
+  return implementation(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, causal)
 
 
 def attend_cached(
-  q_BTNH,
-  k_BTKH,
-  v_BTKH,
-  keys_BSKH,
-  values_BSKH,
-  positions_BT,
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  keys_BSKH: jax.Array,
+  values_BSKH: jax.Array,
+  positions_BT: jax.Array,
   *,
   window: int | None = None,
-):
+) -> jax.Array:
   """Returns causal attention over cached keys and the keys of new time steps.
 
   Each row is one segment. All scores [B, N, T, S + T] exist at once, in
@@ -125,7 +130,10 @@ def attend_cached(
 
 
 def refusal(
-  q_BTNH, k_BTKH, window: int | None = None, causal: bool = True
+  q_BTNH: Abstract,
+  k_BTKH: Abstract,
+  window: int | None = None,
+  causal: bool = True,
 ) -> str | None:
   """Returns why JAX cannot train with cuDNN's kernel here; None if it can.
 
@@ -143,7 +151,16 @@ def refusal(
     The first line of JAX's error message, or None.
   """
   segments_BT = jax.ShapeDtypeStruct(q_BTNH.shape[:2], jnp.int32)
-  total = lambda *x: jnp.sum(cudnn(*x, window, causal).astype(jnp.float32))
+
+  def total(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
+  ) -> jax.Array:
+    y_BTNH = cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, causal)
+    return jnp.sum(y_BTNH.astype(jnp.float32))
+
   try:
     jax.eval_shape(jax.grad(total), q_BTNH, k_BTKH, k_BTKH, segments_BT)
   except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -152,14 +169,23 @@ def refusal(
   return None
 
 
-def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None, causal=True):
+def cudnn(
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  segments_BT: jax.Array,
+  window: int | None = None,
+  causal: bool = True,
+) -> jax.Array:
   """Returns the result of `attend` by cuDNN's kernel.
 
   The mask of the segments [B, 1, T, T] is an array shared by all heads.
   """
   same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
   return jax.nn.dot_product_attention(
-    *(q_BTNH, k_BTKH, v_BTKH),
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
     mask=same_BTS[:, None],
     is_causal=causal,
     local_window_size=None if window is None else (window - 1, 0),
@@ -167,7 +193,14 @@ def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None, causal=True):
   )
 
 
-def blockwise(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None, causal=True):
+def blockwise(
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  segments_BT: jax.Array,
+  window: int | None = None,
+  causal: bool = True,
+) -> jax.Array:
   """Returns the result of `attend` in plain JAX, on any device.
 
   Scores, softmax and sums are float32. The operands of matrix products have the
@@ -182,8 +215,10 @@ def blockwise(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None, causal=True):
   I = -(-T // BLOCK)
   C = -(-T // I)
 
-  def blocks(x_BT, fill=0):
-    padding = ((0, 0), (0, I * C - T), *((0, 0),) * (x_BT.ndim - 2))
+  def blocks(x_BT: jax.Array, fill: int = 0) -> jax.Array:
+    """Splits [B, T, ...] into blocks [I, B, C, ...]; `fill` pads the last."""
+    padding = [(0, 0)] * x_BT.ndim
+    padding[1] = (0, I * C - T)
     padded = jnp.pad(x_BT, padding, constant_values=fill)
     x_BIC = padded.reshape(B, I, C, *x_BT.shape[2:])
     return jnp.moveaxis(x_BIC, 1, 0)
@@ -200,16 +235,34 @@ def blockwise(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None, causal=True):
   return y_IBKGCH.transpose(1, 0, 4, 2, 3, 5).reshape(B, I * C, N, H)[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window, causal):
+def _attend_blocks(
+  q_IBKGCH: jax.Array,
+  k_IBKSH: jax.Array,
+  v_IBKSH: jax.Array,
+  segments_IBC: jax.Array,
+  window: int | None,
+  causal: bool,
+) -> jax.Array:
   return _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window, causal)[0]
 
 
-def _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window, causal):
+def _forward(
+  q_IBKGCH: jax.Array,
+  k_IBKSH: jax.Array,
+  v_IBKSH: jax.Array,
+  segments_IBC: jax.Array,
+  window: int | None,
+  causal: bool,
+) -> tuple[jax.Array, _Residuals]:
   """Returns the result and the residuals for the backward pass."""
+  I, _, C = segments_IBC.shape
 
-  def meet(found, pair):
-    top, total, y = found
+  def add_pair(
+    carry: tuple[jax.Array, jax.Array, jax.Array],
+    pair: tuple[jax.Array, jax.Array],
+  ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+    """Adds key block j to the running softmax of query block i."""
+    top, total, y = carry
     i, j = pair
     scores = _scores(q_IBKGCH, k_IBKSH, segments_IBC, i, j, window, causal)
     new = jnp.maximum(top[i], jnp.max(scores, axis=-1))
@@ -222,48 +275,62 @@ def _forward(q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, window, causal):
     ), None
 
   y = jnp.zeros(q_IBKGCH.shape, jnp.float32)
-  none = y[..., 0]
-  pairs = _pairs(*segments_IBC.shape[::2], window, causal)
-  (top, total, y), _ = jax.lax.scan(meet, (none + MASKED, none, y), pairs)
+  zeros = y[..., 0]
+  pairs = _pairs(I, C, window, causal)
+  (top, total, y), _ = jax.lax.scan(add_pair, (zeros + MASKED, zeros, y), pairs)
   y = (y / total[..., None]).astype(q_IBKGCH.dtype)
   return y, (q_IBKGCH, k_IBKSH, v_IBKSH, segments_IBC, y, top + jnp.log(total))
 
 
-def _backward(window, causal, kept, dy):
+def _backward(
+  window: int | None, causal: bool, residuals: _Residuals, dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
   """Returns the cotangents of q, k and v, and None for the segments.
 
   The softmax of each pair of blocks is computed again from its scores.
   """
-  q, k, v, segments, y, log_total = kept
-  # sum(p * dp) over the keys, which the gradient of a softmax subtracts. It is
-  # equal to sum(y * dy) over the head dimension, which needs no scores.
-  taken = jnp.sum(y.astype(jnp.float32) * dy.astype(jnp.float32), axis=-1)
+  q, k, v, segments, y, log_total = residuals
+  I, _, C = segments.shape
+  # The gradient of a softmax subtracts the mean of dp, sum(p * dp) over the
+  # keys. It is equal to sum(y * dy) over the head dimension.
+  mean_dp = jnp.sum(y.astype(jnp.float32) * dy.astype(jnp.float32), axis=-1)
 
-  def meet(found, pair):
-    dq, dk, dv = found
+  def add_pair(
+    carry: tuple[jax.Array, jax.Array, jax.Array],
+    pair: tuple[jax.Array, jax.Array],
+  ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+    """Adds the gradients of query block i and key block j."""
+    dq, dk, dv = carry
     i, j = pair
     scores = _scores(q, k, segments, i, j, window, causal)
     p = jnp.exp(scores - log_total[i][..., None])
     dp = _product('bkgch,bksh->bkgcs', dy[i], v[j])
-    ds = p * (dp - taken[i][..., None]) * _scale(q)
+    ds = p * (dp - mean_dp[i][..., None]) * _scale(q)
     return (
       dq.at[i].add(_product('bkgcs,bksh->bkgch', ds, k[j])),
       dk.at[j].add(_product('bkgcs,bkgch->bksh', ds, q[i])),
       dv.at[j].add(_product('bkgcs,bkgch->bksh', p, dy[i])),
     ), None
 
-  zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-  pairs = _pairs(*segments.shape[::2], window, causal)
-  found, _ = jax.lax.scan(meet, zeros, pairs)
-  return *(
-    dx.astype(x.dtype) for dx, x in zip(found, kept[:3], strict=True)
-  ), None
+  zeros = (
+    jnp.zeros(q.shape, jnp.float32),
+    jnp.zeros(k.shape, jnp.float32),
+    jnp.zeros(v.shape, jnp.float32),
+  )
+  pairs = _pairs(I, C, window, causal)
+  (dq, dk, dv), _ = jax.lax.scan(add_pair, zeros, pairs)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
+# `_forward` and `_backward` replace the gradient of the scan, which would store
+# the softmax of every pair of blocks.
+_attend = jax.custom_vjp(_attend_blocks, nondiff_argnums=(4, 5))
 _attend.defvjp(_forward, _backward)
 
 
-def _pairs(num_blocks, size, window, causal):
+def _pairs(
+  num_blocks: int, size: int, window: int | None, causal: bool
+) -> tuple[jax.Array, jax.Array]:
   """Returns the pairs (i, j) of query and key blocks that are not all masked.
 
   Args:
@@ -281,10 +348,18 @@ def _pairs(num_blocks, size, window, causal):
     # pair: their distance is (i - j - 1) * size + 1.
     near = (i - j - 1) * size + 1 < window
     i, j = i[near], j[near]
-  return np.int32(i), np.int32(j)
+  return jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)
 
 
-def _scores(q_IBKGCH, k_IBKSH, segments_IBC, i, j, window, causal):
+def _scores(
+  q_IBKGCH: jax.Array,
+  k_IBKSH: jax.Array,
+  segments_IBC: jax.Array,
+  i: jax.Array,
+  j: jax.Array,
+  window: int | None,
+  causal: bool,
+) -> jax.Array:
   """Returns the masked scores [B, K, G, C, S] of query block i, key block j."""
   scores = _product('bkgch,bksh->bkgcs', q_IBKGCH[i], k_IBKSH[j])
   C = segments_IBC.shape[-1]
@@ -298,11 +373,11 @@ def _scores(q_IBKGCH, k_IBKSH, segments_IBC, i, j, window, causal):
   return jnp.where(seen, scores * _scale(q_IBKGCH), MASKED)
 
 
-def _scale(q):
+def _scale(q: jax.Array) -> float:
   return q.shape[-1] ** -0.5
 
 
-def _product(subscripts, x, y):
+def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
   """Returns an einsum of operands of y's type, accumulated in float32."""
   return jnp.einsum(
     subscripts, x.astype(y.dtype), y, preferred_element_type=jnp.float32

@@ -18,7 +18,15 @@ import jax
 import jax.numpy as jnp
 
 from models import attention, noise
-from models.llama import Dtype, Linear, apply
+from models.llama import (
+  Activations,
+  Batch,
+  Dtype,
+  Linear,
+  Params,
+  Sums,
+  apply,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +74,11 @@ class EncoderConfig:
   attention: Literal['auto', 'cudnn', 'blockwise'] = 'auto'
   """Implementation of attention; see `models.llama.LlamaConfig.attention`."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     """Checks that sizes are in range and that the heads divide the width."""
-    for name in (
-      *('vocab_size', 'width', 'mlp_width', 'num_heads', 'num_layers'),
-      *('num_types', 'num_labels', 'max_length'),
-    ):
+    sizes = ('vocab_size', 'width', 'mlp_width', 'num_heads', 'num_layers')
+    others = ('num_types', 'num_labels', 'max_length')
+    for name in sizes + others:
       if getattr(self, name) < 1:
         raise ValueError(
           f'{name} must be at least 1, got {getattr(self, name)}'
@@ -124,7 +131,9 @@ class EncoderConfig:
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
-def normalize(h, scale_D, bias_D, eps):
+def normalize(
+  h: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float
+) -> jax.Array:
   """Returns (h - mean) / sqrt(variance + eps) * scale + bias.
 
   Computes in float32. Under `jax.checkpoint`, only the inputs are stored for
@@ -141,7 +150,7 @@ def normalize(h, scale_D, bias_D, eps):
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def gelu(x):
+def gelu(x: jax.Array) -> jax.Array:
   """Returns x times the standard normal distribution function at x.
 
   This is the exact GELU with erf, not the approximation with tanh. Under
@@ -150,7 +159,9 @@ def gelu(x):
   return jax.nn.gelu(x, approximate=False)
 
 
-def drop(x, noise_B2, site, rate):
+def drop(
+  x: jax.Array, noise_B2: jax.Array | None, site: int, rate: float
+) -> jax.Array:
   """Applies dropout: zeroes some entries and scales up the others.
 
   Args:
@@ -175,7 +186,7 @@ class LayerNorm(nn.Module):
   """Provides `norm_eps` and `param_dtype`."""
 
   @nn.compact
-  def __call__(self, h):
+  def __call__(self, h: jax.Array) -> jax.Array:
     """Normalizes the last axis."""
     config, init = self.config, nn.initializers
     shape, dtype = h.shape[-1:], config.param_dtype
@@ -193,7 +204,7 @@ class Table(nn.Module):
   """Number of rows."""
 
   @nn.compact
-  def __call__(self, rows):
+  def __call__(self, rows: jax.Array) -> jax.Array:
     """Returns the given rows; a row outside the table returns NaN."""
     config = self.config
     init = nn.initializers.normal(config.init_std)
@@ -209,7 +220,7 @@ class Embedding(nn.Module):
   """Configuration of the model."""
 
   @nn.compact
-  def __call__(self, batch):
+  def __call__(self, batch: Batch) -> jax.Array:
     """Returns the embedded inputs [B, T, D], after dropout."""
     config, tokens_BT = self.config, batch['inputs']
     length = tokens_BT.shape[1]
@@ -236,11 +247,11 @@ class Attention(nn.Module):
   """Provides the sizes of the heads and the implementation of attention."""
 
   @nn.compact
-  def __call__(self, h_BTD, segments_BT):
+  def __call__(self, h_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Returns the mix [B, T, D] of the time steps of each segment."""
     config, D, N = self.config, self.config.width, self.config.num_heads
 
-    def heads(name):
+    def heads(name: str) -> jax.Array:
       y_BTD = Linear(config, (D, D), True, name=name)(h_BTD)
       return y_BTD.reshape(*h_BTD.shape[:2], N, D // N)
 
@@ -251,7 +262,10 @@ class Attention(nn.Module):
       y_BTNH = q_BTNH
     else:
       y_BTNH = attention.attend(
-        *(q_BTNH, k_BTNH, v_BTNH, segments_BT),
+        q_BTNH,
+        k_BTNH,
+        v_BTNH,
+        segments_BT,
         kind=config.attention,
         causal=False,
       )
@@ -265,14 +279,14 @@ class Mlp(nn.Module):
   """Provides `width` and `mlp_width`."""
 
   @nn.compact
-  def __call__(self, h_BTD):
+  def __call__(self, h_BTD: jax.Array) -> jax.Array:
     """Returns [B, T, D], each time step computed from itself only."""
     D, F = self.config.width, self.config.mlp_width
     up_BTF = Linear(self.config, (D, F), True, name='up')(h_BTD)
     return Linear(self.config, (F, D), True, name='down')(gelu(up_BTF))
 
 
-class Block(nn.Module):
+class TransformerLayer(nn.Module):
   """One transformer layer: attention and mlp, each with a residual and a norm.
 
   The norms come after the residual sums.
@@ -282,7 +296,7 @@ class Block(nn.Module):
   """Configuration of the model."""
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Activations) -> Activations:
     """Returns x = {'h', 'segments'} with an updated 'h'.
 
     If x has 'noise', the returned dict has the next layer's noise.
@@ -307,7 +321,7 @@ class Head(nn.Module):
   """Configuration of the model."""
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Activations) -> jax.Array:
     """Returns the logits [B, C] in float32."""
     config, noise_B2 = self.config, x.get('noise')
     D, C = config.width, config.num_labels
@@ -328,44 +342,46 @@ class Encoder(nn.Module):
   read: Callable[[Any], Any] | None = None
   """Converts the stored parameters of one layer to arrays; see `Layers`."""
 
-  def setup(self):
+  def setup(self) -> None:
     """Declares the submodules; attribute names are keys of the parameters."""
     config = self.config
     # `prevent_cse` is needed only outside of a scan: XLA does not merge
     # computations across iterations of a loop.
-    block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+    layer = TransformerLayer
+    if config.remat:
+      layer = nn.remat(layer, prevent_cse=False)
     if self.read is not None:
-      block = nn.map_variables(block, 'params', self.read)
+      layer = nn.map_variables(layer, 'params', self.read)
     self.embed = Embedding(config)
-    self.blocks = block(config)
+    self.blocks = layer(config)
     self.head = Head(config)
 
-  def __call__(self, batch):
+  def __call__(self, batch: Batch) -> tuple[jax.Array, Sums]:
     """Returns the loss of a batch and its sums; see `score`."""
-    return self.score(self.run_blocks(self.enter(batch)), batch)
+    return self.score(self.run_layers(self.enter(batch)), batch)
 
-  def logits(self, batch):
+  def logits(self, batch: Batch) -> jax.Array:
     """Returns the logits [B, C] in float32."""
-    return self.head(self.run_blocks(self.enter(batch)))
+    return self.head(self.run_layers(self.enter(batch)))
 
-  def enter(self, batch):
+  def enter(self, batch: Batch) -> Activations:
     """Returns x, the first layer's input, with noise if the batch has noise."""
     x = {'h': self.embed(batch), 'segments': batch['segments']}
     if 'noise' in batch:
       x['noise'] = noise.following(batch['noise'])
     return x
 
-  def run_blocks(self, x):
+  def run_layers(self, x: Activations) -> Activations:
     """Applies all layers by a scan over their stacked parameters."""
     scan = nn.scan(
-      lambda block, x: (block(x), None),
+      lambda layer, x: (layer(x), None),
       variable_axes={'params': 0},
       split_rngs={'params': True},
       length=self.config.num_layers,
     )
     return scan(self.blocks, x)[0]
 
-  def score(self, x, batch):
+  def score(self, x: Activations, batch: Batch) -> tuple[jax.Array, Sums]:
     """Returns the loss and its sums from the output x of the last layer.
 
     The loss is sum(weights * cost) / weights.size. The sums are {'cost': the
@@ -379,7 +395,9 @@ class Encoder(nn.Module):
     return total / weights_B.size, sums
 
 
-def cost(logits_BC, targets_B, num_labels):
+def cost(
+  logits_BC: jax.Array, targets_B: jax.Array, num_labels: int
+) -> jax.Array:
   """Returns the cost [B] of each row.
 
   The cost is -log p(target), or the squared error if `num_labels` is 1.
@@ -417,38 +435,36 @@ class Layers:
   """A linen interceptor under which everything is computed, such as
   `lowrank.hook`, or None."""
 
-  def init(self, key):
+  def init(self, key: jax.Array) -> Params:
     """Returns random initial parameters.
 
     `jax.eval_shape` of this method returns their shapes and types.
     """
-    keys = ('inputs', 'types', 'segments')
-    # Two tokens if there are two positions: cuDNN rejects odd lengths.
-    shape = (1, min(2, self.config.max_length))
-    batch = dict.fromkeys(keys, jnp.zeros(shape, jnp.int32))
+    names: list[str] = ['inputs', 'types', 'segments']
+    batch = dict.fromkeys(names, jnp.zeros((1, 1), jnp.int32))
     batch['targets'] = jnp.zeros(1, jnp.int32)
-    batch['weights'] = jnp.zeros(1, jnp.float32)  # under x64 too
+    batch['weights'] = jnp.zeros(1, jnp.float32)
     return Encoder(self.config).init(key, batch)['params']
 
-  def __call__(self, params, batch):
+  def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
     """Returns (loss, {'cost', 'weight'}) of a batch; see `loss`."""
     return self._apply(params, batch)
 
-  def logits(self, params, batch):
+  def logits(self, params: Params, batch: Batch) -> jax.Array:
     """Returns the float32 logits [B, C] of a batch.
 
     Reads the batch's inputs, types, segments and, if present, noise.
     """
     return self._apply(params, batch, method=Encoder.logits)
 
-  def embed(self, params, batch):
+  def embed(self, params: Params, batch: Batch) -> Activations:
     """Returns x = {'h': [B, T, D], 'segments'}, the input of the first layer.
 
     x has 'noise' if the batch has it. Reads only params['embed'].
     """
     return self._apply(params, batch, method=Encoder.enter)
 
-  def block(self, layer_params, x):
+  def block(self, layer_params: Params, x: Activations) -> Activations:
     """Applies one transformer layer.
 
     Args:
@@ -459,10 +475,12 @@ class Layers:
     Returns:
       x with an updated 'h'.
     """
-    params = {'params': layer_params}
-    return apply(Block(self.config), self.intercept, params, x)
+    layer = TransformerLayer(self.config)
+    return apply(layer, self.intercept, {'params': layer_params}, x)
 
-  def loss(self, params, x, batch):
+  def loss(
+    self, params: Params, x: Activations, batch: Batch
+  ) -> tuple[jax.Array, Sums]:
     """Returns the loss from the output of the last layer.
 
     If the weights have mean 1 over a whole batch, the mean of this loss over
@@ -479,7 +497,12 @@ class Layers:
     """
     return self._apply(params, x, batch, method=Encoder.score)
 
-  def _apply(self, params, *inputs, method=None):
+  def _apply(
+    self,
+    params: Params,
+    *inputs: Any,
+    method: Callable[..., Any] | None = None,
+  ) -> Any:
     model = Encoder(self.config, self.read)
-    params = {'params': params}
-    return apply(model, self.intercept, params, *inputs, method=method)
+    variables = {'params': params}
+    return apply(model, self.intercept, variables, *inputs, method=method)

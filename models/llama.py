@@ -12,9 +12,9 @@ L layers.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,19 @@ import jax.numpy as jnp
 from models import attention, cross_entropy
 
 Dtype: TypeAlias = Literal['float32', 'bfloat16']
+
+Params: TypeAlias = Mapping[str, Any]
+"""Nested dict of parameters."""
+
+Batch: TypeAlias = Mapping[str, jax.Array]
+"""Arrays of a batch by name; `Layers` lists them."""
+
+Activations: TypeAlias = dict[str, jax.Array]
+"""Input or output of a layer: the activations 'h', and arrays of the batch that
+each layer reads."""
+
+Sums: TypeAlias = dict[str, jax.Array]
+"""Scalars by name, which are summed over batches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +58,7 @@ class Llama3Scaling:
   original_length: int
   """Sequence length of the pre-training, in time steps."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     """Checks that the scaled frequencies are finite and not reordered."""
     for name in ('factor', 'original_length'):
       if getattr(self, name) < 1:
@@ -111,11 +124,11 @@ class LlamaConfig:
   plain JAX in blocks of time steps. 'auto' is 'cudnn' on a GPU if cuDNN has a
   kernel for the arrays, else 'blockwise'."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     """Checks that sizes are positive and that the heads divide the width."""
     sizes = ('vocab_size', 'width', 'mlp_width', 'num_heads', 'num_layers')
     others = ('num_kv_heads', 'head_dim', 'window', 'loss_chunk')
-    for name in (*sizes, *others):
+    for name in sizes + others:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f'{name} must be at least 1, got {value}')
@@ -171,7 +184,7 @@ _SIZES = {
 }
 
 
-def llama(size: str, **overrides) -> LlamaConfig:
+def llama(size: str, **overrides: Any) -> LlamaConfig:
   """Returns a model of the GaLore paper, with 32,000 tokens and an untied head.
 
   Args:
@@ -204,7 +217,7 @@ def llama(size: str, **overrides) -> LlamaConfig:
   return dataclasses.replace(config, **overrides)
 
 
-def frequencies(config: LlamaConfig):
+def frequencies(config: LlamaConfig) -> jax.Array:
   """Returns the angle [H/2] per time step of each pair of dimensions."""
   half = config.head_width // 2
   turns = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -218,7 +231,9 @@ def frequencies(config: LlamaConfig):
   return turns * (1 / scaling.factor + (1 - 1 / scaling.factor) * kept)
 
 
-def rotate(x_BTNH, positions_BT, turns):
+def rotate(
+  x_BTNH: jax.Array, positions_BT: jax.Array, turns: jax.Array
+) -> jax.Array:
   """Applies the rotary embedding to queries or keys.
 
   Dimensions i and i + H/2 of a head form a pair, which is rotated by the
@@ -240,7 +255,7 @@ def rotate(x_BTNH, positions_BT, turns):
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def normalize(h_BTD, scale_D, eps):
+def normalize(h_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
   """Returns h / sqrt(mean(h^2) + eps) * scale, computed in float32.
 
   Under `jax.checkpoint`, only the inputs are stored for the backward pass.
@@ -255,7 +270,7 @@ def normalize(h_BTD, scale_D, eps):
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def gated(gate, up):
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
   """Returns silu(gate) * up.
 
   Under `jax.checkpoint`, only the inputs are stored for the backward pass.
@@ -270,7 +285,7 @@ class RMSNorm(nn.Module):
   """Provides `norm_eps` and `param_dtype`."""
 
   @nn.compact
-  def __call__(self, h_BTD):
+  def __call__(self, h_BTD: jax.Array) -> jax.Array:
     """Normalizes the last axis."""
     config = self.config
     scale_D = self.param(
@@ -279,17 +294,31 @@ class RMSNorm(nn.Module):
     return normalize(h_BTD, scale_D, config.norm_eps)
 
 
+class WeightConfig(Protocol):
+  """The fields of a configuration that describe a weight."""
+
+  @property
+  def init_std(self) -> float:
+    """Standard deviation of the normal initial weights."""
+    ...
+
+  @property
+  def param_dtype(self) -> Dtype:
+    """Type of the parameters."""
+    ...
+
+
 class Linear(nn.Module):
   """Linear map with an optional bias, computed in the input's type."""
 
-  config: LlamaConfig
+  config: WeightConfig
   """Provides `init_std` and `param_dtype`."""
   shape: tuple[int, int]
   """Shape [in, out] of the kernel."""
   biased: bool = False
   """Whether a bias [out] is added."""
 
-  def setup(self):
+  def setup(self) -> None:
     """Declares the kernel and, if `biased`, the bias."""
     init, dtype = nn.initializers.normal, self.config.param_dtype
     self.kernel = self.param(
@@ -299,7 +328,7 @@ class Linear(nn.Module):
       zeros = nn.initializers.zeros
       self.bias = self.param('bias', zeros, self.shape[-1:], dtype)
 
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     """Maps the last axis from `in` to `out`."""
     y = cross_entropy.multiply(x, self.kernel)
     if not self.biased:
@@ -313,14 +342,14 @@ class Embedding(nn.Module):
   config: LlamaConfig
   """Provides the table's size, its initialization and the types."""
 
-  def setup(self):
+  def setup(self) -> None:
     """Declares the table [V, D]."""
     config = self.config
     init = nn.initializers.normal(config.init_std)
     shape = (config.vocab_size, config.width)
     self.embedding = self.param('embedding', init, shape, config.param_dtype)
 
-  def __call__(self, tokens_BT):
+  def __call__(self, tokens_BT: jax.Array) -> jax.Array:
     """Returns rows [B, T, D]; a token outside the vocabulary returns NaN."""
     # Casting after the lookup avoids a copy of the whole table. It also sums
     # the gradients of repeated tokens in the parameters' type.
@@ -353,44 +382,60 @@ class Attention(nn.Module):
   """Provides the sizes of the heads and the implementation of attention."""
 
   @nn.compact
-  def __call__(self, h_BTD, positions_BT, segments_BT):
+  def __call__(
+    self, h_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+  ) -> jax.Array:
     """Returns the mix [B, T, D] of the time steps of each segment."""
     config = self.config
     D, H, N = config.width, config.head_width, config.num_heads
     turns = frequencies(config)
 
-    def heads(name, num_heads):
+    def heads(name: str, num_heads: int) -> jax.Array:
       shape = (D, num_heads * H)
       y = Linear(config, shape, config.qkv_bias, name=name)(h_BTD)
       return y.reshape(*h_BTD.shape[:2], num_heads, H)
 
-    def turned(name, num_heads):
+    def rotated_heads(name: str, num_heads: int) -> jax.Array:
       x_BTNH = heads(name, num_heads)
       if config.qk_norm:
         x_BTNH = RMSNorm(config, name=f'{name}_norm')(x_BTNH)
       return rotate(x_BTNH, positions_BT, turns)
 
-    q_BTNH, k_BTKH = turned('q', N), turned('k', config.kv_heads)
+    q_BTNH = rotated_heads('q', N)
+    k_BTKH = rotated_heads('k', config.kv_heads)
     v_BTKH = heads('v', config.kv_heads)
     if self.has_variable('cache', 'keys'):
-      cached = (self.get_variable('cache', x) for x in ('keys', 'values'))
       y_BTNH = attention.attend_cached(
-        *(q_BTNH, k_BTKH, v_BTKH, *cached, positions_BT), window=config.window
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        self.get_variable('cache', 'keys'),
+        self.get_variable('cache', 'values'),
+        positions_BT,
+        window=config.window,
       )
-      for name, x_BTKH in (('keys', k_BTKH), ('values', v_BTKH)):
-        self.sow('read', name, x_BTKH, reduce_fn=lambda _, new: new)
+      self.sow('read', 'keys', k_BTKH, reduce_fn=_newest)
+      self.sow('read', 'values', v_BTKH, reduce_fn=_newest)
     elif self.is_initializing():
       # Initial parameters do not depend on the output of attention, and
       # tracing attention would take most of the time of `init`.
       y_BTNH = q_BTNH
     else:
       y_BTNH = attention.attend(
-        *(q_BTNH, k_BTKH, v_BTKH, segments_BT),
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        segments_BT,
         window=config.window,
         kind=config.attention,
       )
     y_BTD = y_BTNH.reshape(*h_BTD.shape[:2], N * H)
     return Linear(config, (N * H, D), name='o')(y_BTD)
+
+
+def _newest(old: object, new: object) -> object:
+  del old
+  return new
 
 
 class Mlp(nn.Module):
@@ -400,7 +445,7 @@ class Mlp(nn.Module):
   """Provides `width` and `mlp_width`."""
 
   @nn.compact
-  def __call__(self, h_BTD):
+  def __call__(self, h_BTD: jax.Array) -> jax.Array:
     """Returns [B, T, D], each time step computed from itself only."""
     D, F = self.config.width, self.config.mlp_width
     gate_BTF = Linear(self.config, (D, F), name='gate')(h_BTD)
@@ -408,7 +453,7 @@ class Mlp(nn.Module):
     return Linear(self.config, (F, D), name='down')(gated(gate_BTF, up_BTF))
 
 
-class Block(nn.Module):
+class TransformerLayer(nn.Module):
   """One transformer layer: attention and mlp, each with a norm and a residual.
 
   The norms come before attention and mlp.
@@ -418,7 +463,7 @@ class Block(nn.Module):
   """Configuration of the model."""
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Activations) -> Activations:
     """Returns x = {'h', 'positions', 'segments'} with an updated 'h'."""
     config = self.config
     h_BTD = x['h']
@@ -442,49 +487,51 @@ class Llama(nn.Module):
   read: Callable[[Any], Any] | None = None
   """Converts the stored parameters of one layer to arrays; see `Layers`."""
 
-  def setup(self):
+  def setup(self) -> None:
     """Declares the submodules; attribute names are keys of the parameters."""
     config = self.config
     # `prevent_cse` is needed only outside of a scan: XLA does not merge
     # computations across iterations of a loop.
-    block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+    layer = TransformerLayer
+    if config.remat:
+      layer = nn.remat(layer, prevent_cse=False)
     if self.read is not None:
-      block = nn.map_variables(block, 'params', self.read)
+      layer = nn.map_variables(layer, 'params', self.read)
     self.embed = Embedding(config)
-    self.blocks = block(config)
+    self.blocks = layer(config)
     self.norm = RMSNorm(config)
     if not config.tied:
       self.lm_head = Linear(config, (config.width, config.vocab_size))
 
-  def __call__(self, batch):
+  def __call__(self, batch: Batch) -> tuple[jax.Array, Sums]:
     """Returns the loss of a batch and its sums; see `score`."""
-    return self.score(self.run_blocks(self.enter(batch)), batch)
+    return self.score(self.run_layers(self.enter(batch)), batch)
 
-  def logits(self, batch):
+  def logits(self, batch: Batch) -> jax.Array:
     """Returns the logits [B, T, V] in float32, all at once."""
-    x = self.run_blocks(self.enter(batch))
+    x = self.run_layers(self.enter(batch))
     return cross_entropy.project_logits(self.norm(x['h']), self.head_kernel())
 
-  def logits_at(self, batch, times_B):
+  def logits_at(self, batch: Batch, times_B: jax.Array) -> jax.Array:
     """Returns the float32 logits [B, V] of the time step `times_B[b]` of row b.
 
     Only these logits are computed, not those of the other time steps.
     """
-    x = self.run_blocks(self.enter(batch))
+    x = self.run_layers(self.enter(batch))
     h_BTD = jnp.take_along_axis(x['h'], times_B[:, None, None], axis=1)
     kernel_DV = self.head_kernel()
     return cross_entropy.project_logits(self.norm(h_BTD), kernel_DV)[:, 0]
 
-  def nll(self, batch):
+  def nll(self, batch: Batch) -> jax.Array:
     """Returns -log p(target) [B, T], computed in chunks of `loss_chunk`."""
     return cross_entropy.in_chunks(
-      self.norm(self.run_blocks(self.enter(batch))['h']),
+      self.norm(self.run_layers(self.enter(batch))['h']),
       self.head_kernel(),
       batch['targets'],
       chunk=self.config.loss_chunk,
     )
 
-  def enter(self, batch):
+  def enter(self, batch: Batch) -> Activations:
     """Returns x = {'h', 'positions', 'segments'}, the first layer's input."""
     return {
       'h': self.embed(batch['inputs']),
@@ -492,17 +539,17 @@ class Llama(nn.Module):
       'segments': batch['segments'],
     }
 
-  def run_blocks(self, x):
+  def run_layers(self, x: Activations) -> Activations:
     """Applies all layers by a scan over their stacked parameters."""
     scan = nn.scan(
-      lambda block, x: (block(x), None),
+      lambda layer, x: (layer(x), None),
       variable_axes={'params': 0, 'cache': 0, 'read': 0},
       split_rngs={'params': True},
       length=self.config.num_layers,
     )
     return scan(self.blocks, x)[0]
 
-  def score(self, x, batch):
+  def score(self, x: Activations, batch: Batch) -> tuple[jax.Array, Sums]:
     """Returns the loss and its sums from the output x of the last layer.
 
     The loss is sum(weights * nll) / weights.size. The sums are {'nll': the
@@ -518,14 +565,20 @@ class Llama(nn.Module):
     )
     return nll / weights_BT.size, {'nll': nll, 'weight': jnp.sum(weights_BT)}
 
-  def head_kernel(self):
+  def head_kernel(self) -> jax.Array:
     """Returns the matrix [D, V] that maps activations to logits."""
     if self.config.tied:
       return self.embed.embedding.T
     return self.lm_head.kernel
 
 
-def apply(module, intercept, variables, *inputs, **options):
+def apply(
+  module: nn.Module,
+  intercept: Callable[..., Any] | None,
+  variables: Mapping[str, Any],
+  *inputs: Any,
+  **options: Any,
+) -> Any:
   """Calls `module.apply`, under a linen interceptor unless that is None.
 
   Args:
@@ -565,32 +618,34 @@ class Layers:
   """A linen interceptor under which everything is computed, such as
   `lowrank.hook`, or None."""
 
-  def init(self, key):
+  def init(self, key: jax.Array) -> Params:
     """Returns random initial parameters.
 
     `jax.eval_shape` of this method returns their shapes and types.
     """
-    keys = ('inputs', 'targets', 'positions', 'segments')
-    batch = dict.fromkeys(keys, jnp.zeros((1, 1), jnp.int32))
-    batch['weights'] = jnp.zeros((1, 1), jnp.float32)  # under x64 too
+    names: list[str] = ['inputs', 'targets', 'positions', 'segments']
+    batch = dict.fromkeys(names, jnp.zeros((1, 1), jnp.int32))
+    batch['weights'] = jnp.zeros((1, 1), jnp.float32)
     return Llama(self.config).init(key, batch)['params']
 
-  def __call__(self, params, batch):
+  def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
     """Returns (loss, {'nll', 'weight'}) of a batch; see `loss`."""
     return self._apply(params, batch)
 
-  def logits(self, params, batch):
+  def logits(self, params: Params, batch: Batch) -> jax.Array:
     """Returns the float32 logits [B, T, V] of a batch.
 
     Reads only the batch's inputs, positions and segments.
     """
     return self._apply(params, batch, method=Llama.logits)
 
-  def nll(self, params, batch):
+  def nll(self, params: Params, batch: Batch) -> jax.Array:
     """Returns -log p(target) [B, T] in float32; ignores the weights."""
     return self._apply(params, batch, method=Llama.nll)
 
-  def cache(self, num_rows, length, dtype=None):
+  def cache(
+    self, num_rows: int, length: int, dtype: jax.typing.DTypeLike | None = None
+  ) -> Cache:
     """Returns an empty `Cache` with room for `length` tokens per row.
 
     Args:
@@ -606,7 +661,13 @@ class Layers:
     keys, values = (jnp.zeros(shape, dtype or config.dtype) for _ in range(2))
     return Cache(keys, values, jnp.zeros(num_rows, jnp.int32))
 
-  def extend(self, params, cache, tokens_BT, lengths_B):
+  def extend(
+    self,
+    params: Params,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+  ) -> tuple[jax.Array, Cache]:
     """Reads more tokens of each row, such as a prompt or the last sample.
 
     Tokens for which the cache has no room are dropped without an error.
@@ -631,14 +692,16 @@ class Layers:
       'segments': jnp.zeros_like(tokens_BT),
     }
     old = {'keys': cache.keys, 'values': cache.values}
-    logits_BV, found = apply(
-      *(Llama(self.config, self.read), self.intercept),
+    logits_BV, variables = apply(
+      Llama(self.config, self.read),
+      self.intercept,
       {'params': params, 'cache': {'blocks': {'attention': old}}},
-      *(batch, jnp.maximum(lengths_B - 1, 0)),
+      batch,
+      jnp.maximum(lengths_B - 1, 0),
       method=Llama.logits_at,
       mutable=['read'],
     )
-    new = found['read']['blocks']['attention']
+    new = variables['read']['blocks']['attention']
     rows_B1 = jnp.arange(len(tokens_BT))[:, None]
     # Padding written past the end of a row is overwritten by the row's next
     # token before anything reads it.
@@ -650,14 +713,14 @@ class Layers:
     )
     return logits_BV, Cache(keys, values, cache.lengths + lengths_B)
 
-  def embed(self, params, batch):
+  def embed(self, params: Params, batch: Batch) -> Activations:
     """Returns x = {'h': [B, T, D], 'positions', 'segments'}.
 
     x is the input of the first layer. Reads only params['embed'].
     """
     return self._apply(params, batch, method=Llama.enter)
 
-  def block(self, layer_params, x):
+  def block(self, layer_params: Params, x: Activations) -> Activations:
     """Applies one transformer layer.
 
     Args:
@@ -668,10 +731,12 @@ class Layers:
     Returns:
       x with an updated 'h'.
     """
-    params = {'params': layer_params}
-    return apply(Block(self.config), self.intercept, params, x)
+    layer = TransformerLayer(self.config)
+    return apply(layer, self.intercept, {'params': layer_params}, x)
 
-  def loss(self, params, x, batch):
+  def loss(
+    self, params: Params, x: Activations, batch: Batch
+  ) -> tuple[jax.Array, Sums]:
     """Returns the loss from the output of the last layer.
 
     If the weights have mean 1 over a whole batch, the mean of this loss over
@@ -688,7 +753,12 @@ class Layers:
     """
     return self._apply(params, x, batch, method=Llama.score)
 
-  def _apply(self, params, *inputs, method=None):
+  def _apply(
+    self,
+    params: Params,
+    *inputs: Any,
+    method: Callable[..., Any] | None = None,
+  ) -> Any:
     model = Llama(self.config, self.read)
-    params = {'params': params}
-    return apply(model, self.intercept, params, *inputs, method=method)
+    variables = {'params': params}
+    return apply(model, self.intercept, variables, *inputs, method=method)
