@@ -333,7 +333,7 @@ _LOAD = """
 import json, pathlib, sys, jax
 from models import huggingface
 jax.block_until_ready(huggingface.load(sys.argv[1])[1])
-# Of this program alone: getrusage also counts that which started it.
+# getrusage would also count the memory of the process that starts this one.
 print(pathlib.Path('/proc/self/status').read_text())
 """
 
