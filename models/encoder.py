@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models import attention, noise
 from models.llama import (
@@ -396,8 +397,10 @@ class Encoder(nn.Module):
 
 
 def cost(
-  logits_BC: jax.Array, targets_B: jax.Array, num_labels: int
-) -> jax.Array:
+  logits_BC: jax.Array | np.ndarray,
+  targets_B: jax.Array | np.ndarray,
+  num_labels: int,
+) -> jax.Array | np.ndarray:
   """Returns the cost [B] of each row.
 
   The cost is -log p(target), or the squared error if `num_labels` is 1.

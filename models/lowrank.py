@@ -18,18 +18,23 @@ import math
 import pathlib
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.module import InterceptorContext
 
 from models import cross_entropy, huggingface, noise
 from models.huggingface_config import linear_modules
 
 PyTree: TypeAlias = Any
+
+Flat: TypeAlias = dict[str, Any]
+"""Leaves of a nested dict by their paths, such as 'blocks/mlp/up/kernel'."""
 Role: TypeAlias = Literal['factor', 'beneath', 'rest']
 
 FACTORS = ('lora_a', 'lora_b')
@@ -42,11 +47,23 @@ _FILES = ('adapter_config.json', 'adapter_model.safetensors')
 # Fields of PEFT's config that select variants of LoRA, which `Lora` does not
 # implement.
 _FOREIGN = (
-  *('use_dora', 'use_rslora', 'use_qalora', 'use_bdlora', 'lora_bias'),
-  *('fan_in_fan_out', 'rank_pattern', 'alpha_pattern', 'modules_to_save'),
-  *('trainable_token_indices', 'target_parameters', 'layer_replication'),
-  *('alora_invocation_tokens', 'arrow_config', 'kasa_config'),
-  *('velora_config', 'monteclora_config'),
+  'use_dora',
+  'use_rslora',
+  'use_qalora',
+  'use_bdlora',
+  'lora_bias',
+  'fan_in_fan_out',
+  'rank_pattern',
+  'alpha_pattern',
+  'modules_to_save',
+  'trainable_token_indices',
+  'target_parameters',
+  'layer_replication',
+  'alora_invocation_tokens',
+  'arrow_config',
+  'kasa_config',
+  'velora_config',
+  'monteclora_config',
 )
 
 # Initializations of PEFT that also change the kernels which have factors.
@@ -72,7 +89,7 @@ class Lora:
   """Trains the weights that LoRA freezes with plain SGD (LOMO), at this
   multiple of the learning rate. 0 keeps them frozen."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     """Checks the fields as far as this is possible without a model."""
     _check_rank(self)
     if not 0 < self.alpha < math.inf:
@@ -112,7 +129,7 @@ class Relora(Lora):
   restart_warmup: int = 50
   """Number of steps after a merge in which the learning rate rises from 0."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     """Checks the fields as far as this is possible without a model."""
     super().__post_init__()
     if self.every < 1:
@@ -136,7 +153,7 @@ class Factored:
   """Regexes on the paths of the kernels that are replaced; None selects all
   kernels of the transformer layers."""
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     """Checks the fields as far as this is possible without a model."""
     _check_rank(self)
 
@@ -149,7 +166,7 @@ class Factored:
 Adapter: TypeAlias = Lora | Relora | Factored
 
 
-def _check_rank(adapter):
+def _check_rank(adapter: Adapter) -> None:
   if adapter.rank < 1:
     raise ValueError(f'adapter.rank must be at least 1, got {adapter.rank}')
 
@@ -185,15 +202,18 @@ def adapt(params: PyTree, adapter: Adapter, key: jax.Array) -> PyTree:
   flat = _flatten(params)
   for number, path in enumerate(_targets(flat, adapter)):
     a, b = (f'{path.rpartition("/")[0]}/{name}' for name in FACTORS)
-    one = jax.random.fold_in(key, number)
+    kernel_key = jax.random.fold_in(key, number)
     if isinstance(adapter, Factored):
-      flat[a], flat[b] = _factors(flat.pop(path), adapter.rank, one)
+      factors = _factors(flat.pop(path), adapter.rank, kernel_key)
     else:
-      flat[a], flat[b] = fresh_factors(flat[path].shape, adapter.rank, one)
+      factors = fresh_factors(flat[path].shape, adapter.rank, kernel_key)
+    flat[a], flat[b] = factors
   return _unflatten(flat)
 
 
-def fresh_factors(shape, rank: int, key: jax.Array):
+def fresh_factors(
+  shape: Sequence[int], rank: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Returns new LoRA factors A [..., in, r] and B [..., r, out]; B is 0.
 
   Args:
@@ -209,18 +229,19 @@ def fresh_factors(shape, rank: int, key: jax.Array):
   return a, jnp.zeros((*layers, rank, columns), jnp.float32)
 
 
-def _factors(kernel, rank, key):
+def _factors(
+  kernel: jax.Array, rank: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Returns normal A and B whose product has the standard deviation of kernel.
 
   A and B have the same standard deviation.
   """
   *layers, rows, columns = kernel.shape
   std = jnp.sqrt(jnp.std(kernel.astype(jnp.float32)) / rank**0.5)
-  shapes = (*layers, rows, rank), (*layers, rank, columns)
-  return tuple(
-    (std * jax.random.normal(one, shape)).astype(kernel.dtype)
-    for one, shape in zip(jax.random.split(key), shapes, strict=True)
-  )
+  key_a, key_b = jax.random.split(key)
+  a = std * jax.random.normal(key_a, (*layers, rows, rank))
+  b = std * jax.random.normal(key_b, (*layers, rank, columns))
+  return a.astype(kernel.dtype), b.astype(kernel.dtype)
 
 
 def merge(params: PyTree, adapter: Adapter) -> PyTree:
@@ -274,12 +295,12 @@ def roles(params: PyTree) -> dict[str, Role]:
   """
   flat = _flatten(params)
 
-  def role(path) -> Role:
+  def role(path: str) -> Role:
     parent, _, name = path.rpartition('/')
     if name in FACTORS:
       return 'factor'
-    beside = name == 'kernel' and f'{parent}/{FACTORS[0]}' in flat
-    return 'beneath' if beside else 'rest'
+    has_factors = name == 'kernel' and f'{parent}/{FACTORS[0]}' in flat
+    return 'beneath' if has_factors else 'rest'
 
   return {path: role(path) for path in flat}
 
@@ -317,14 +338,20 @@ def hook(adapter: Adapter) -> Callable[..., Any]:
   Returns:
     A function for `nn.intercept_methods`, or for `Layers.intercept`.
   """
+  dropout = adapter.dropout if isinstance(adapter, Lora) else 0.0
   # Noise of the layers that are being computed, innermost last.
-  noises = []
+  noises: list[jax.Array] = []
 
-  def intercept(next_fun, args, kwargs, context):
+  def intercept(
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: InterceptorContext,
+  ) -> Any:
     module, method = context.module, context.method_name
-    if method == 'setup':
-      bare = _has(module, FACTORS[0]) and not _has(module, 'kernel')
-      return _set_up(module) if bare else next_fun(*args, **kwargs)
+    if method == 'setup' and _is_factored(module):
+      # Skip `Linear.setup`, which would require a kernel.
+      return None
     x = args[0] if args else None
     if isinstance(x, dict) and 'noise' in x:
       noises.append(x['noise'])
@@ -337,39 +364,40 @@ def hook(adapter: Adapter) -> Callable[..., Any]:
       # With remat, the call of a layer is nested in a second call of the same
       # layer. Both compute the new noise from the noise of the input, so that
       # it is folded only once.
-      is_block = method == '__call__' and isinstance(y, dict)
-      return {**y, 'noise': noise.folded(x['noise'], 0)} if is_block else y
-    if method != '__call__' or not _has(module, FACTORS[0]):
+      is_layer = method == '__call__' and isinstance(y, dict)
+      return {**y, 'noise': noise.folded(x['noise'], 0)} if is_layer else y
+    if method != '__call__' or not _has_param(module, FACTORS[0]):
       return next_fun(*args, **kwargs)
     a, b = (module.get_variable('params', name) for name in FACTORS)
-    dropped = x
-    if noises and getattr(adapter, 'dropout', 0):
-      keys = noise.folded(noises[-1], zlib.crc32(module.name.encode()))
-      dropped = noise.drop(x, keys, adapter.dropout)
+    dropped: jax.Array = args[0]
+    if noises and dropout:
+      keys = noise.folded(noises[-1], zlib.crc32(str(module.name).encode()))
+      dropped = noise.drop(dropped, keys, dropout)
     low = cross_entropy.multiply(cross_entropy.multiply(dropped, a), b)
     if isinstance(adapter, Factored):
-      return low if module.bias is None else low + _row(module.bias, low)
+      bias = module.get_variable('params', 'bias')
+      return low if bias is None else low + _row(bias, low)
     return next_fun(*args, **kwargs) + adapter.scale * low
 
   return intercept
 
 
-def _has(module, name):
+def _has_param(module: nn.Module, name: str) -> bool:
   return module.has_variable('params', name)
 
 
-def _set_up(module):
-  """Replaces `Linear.setup` for a linear map that has factors but no kernel."""
-  module.kernel = None
-  module.bias = module.get_variable('params', 'bias')
+def _is_factored(module: nn.Module) -> bool:
+  """Returns whether a linear map has factors instead of a kernel."""
+  has_factors = _has_param(module, FACTORS[0])
+  return has_factors and not _has_param(module, 'kernel')
 
 
-def _row(bias, y):
+def _row(bias: jax.Array, y: jax.Array) -> jax.Array:
   """Returns a bias in the type of y, with leading axes of size 1."""
   return jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
 
 
-def _targets(flat, adapter):
+def _targets(flat: Flat, adapter: Adapter) -> list[str]:
   """Returns the sorted paths of the kernels that get factors."""
   kernels = sorted(
     path
@@ -390,7 +418,7 @@ def _targets(flat, adapter):
   return chosen
 
 
-def _matched(targets, kernels):
+def _matched(targets: Sequence[str], kernels: Sequence[str]) -> list[str]:
   """Returns the kernels whose whole path matches one of the regexes."""
   try:
     regexes = [re.compile(target) for target in targets]
@@ -430,7 +458,7 @@ def save_adapter(
   """
   from safetensors import numpy as safetensors
 
-  if not isinstance(adapter, Lora) or not _is_alone(adapter):
+  if not isinstance(adapter, Lora) or not _trains_only_factors(adapter):
     raise ValueError(
       'an adapter is saved alone where nothing else is trained: a Lora with '
       f"rest='frozen' and lomo=0, got {adapter}; merge it, and save the model"
@@ -443,7 +471,7 @@ def save_adapter(
       )
   tensors = {}
   for factor, letter in zip(FACTORS, 'AB', strict=True):
-    kernels = _in_place(params, factor)
+    kernels = _factor_tree(params, factor)
     for name, tensor in huggingface.llama_tensors(kernels).items():
       tensors[_peft_name(name, letter)] = tensor
   modules = {name.split('.lora_')[0].split('.')[-1] for name in tensors}
@@ -523,7 +551,7 @@ def load_adapter(
   return _unflatten(flat), adapter
 
 
-def _check_peft(file, fields):
+def _check_peft(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
   """Raises ValueError if PEFT's config requires more than `Lora` implements."""
   for name, value in {'peft_type': 'LORA', 'bias': 'none'}.items():
     if fields.get(name) != value:
@@ -545,13 +573,13 @@ def _check_peft(file, fields):
     raise ValueError(f'{file} must have {sorted(absent)}')
 
 
-def _is_alone(adapter):
+def _trains_only_factors(adapter: Lora) -> bool:
   """Returns whether only the factors are trained, and never merged."""
   merges = isinstance(adapter, Relora)
   return adapter.rest == 'frozen' and not adapter.lomo and not merges
 
 
-def _in_place(params, factor):
+def _factor_tree(params: PyTree, factor: str) -> PyTree:
   """Returns the tree of all A (or all B) factors, with the key 'kernel'."""
   flat = _flatten(params)
   return _unflatten(
@@ -563,12 +591,14 @@ def _in_place(params, factor):
   )
 
 
-def _peft_name(name, letter):
+def _peft_name(name: str, letter: str) -> str:
   """Returns PEFT's name of a factor, from the checkpoint's name of a weight."""
   return f'{_PREFIX}{name.removesuffix(".weight")}.lora_{letter}.weight'
 
 
-def _peft_tensor(tensors, name, shape):
+def _peft_tensor(
+  tensors: dict[str, np.ndarray], name: str, shape: tuple[int, int]
+) -> jax.Array:
   """Removes one layer's factor from PEFT's tensors and returns it transposed.
 
   The result has our layout: A [in, r] or B [r, out], in float32.
@@ -584,9 +614,9 @@ def _peft_tensor(tensors, name, shape):
   return jnp.asarray(tensor.T, jnp.float32)
 
 
-def _flatten(tree):
-  return flax.traverse_util.flatten_dict(tree, sep='/')
+def _flatten(tree: PyTree) -> Flat:
+  return dict(flax.traverse_util.flatten_dict(tree, sep='/'))
 
 
-def _unflatten(flat):
+def _unflatten(flat: Flat) -> PyTree:
   return flax.traverse_util.unflatten_dict(flat, sep='/')
