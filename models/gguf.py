@@ -9,20 +9,26 @@ file's model. Quantized weights are dequantized, to float32 by default.
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
 import sys
 import tempfile
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from models import huggingface
 from models.llama import LlamaConfig
 
+if TYPE_CHECKING:
+  from gguf import GGUFReader, ReaderTensor
+
 PyTree: TypeAlias = Any
+
 Fields: TypeAlias = dict[str, Any]
+"""Values of a GGUF file by key, or of a JSON file by name."""
 
 # Names of a layer's modules in GGUF files and in transformers.
 _LAYER = {
@@ -80,7 +86,7 @@ _TAKE = (
 
 
 def load(
-  file: str | pathlib.Path, *, shardings: PyTree = None, **overrides
+  file: str | pathlib.Path, *, shardings: PyTree = None, **overrides: Any
 ) -> tuple[LlamaConfig, PyTree]:
   """Reads the model of a GGUF file.
 
@@ -108,7 +114,7 @@ def load(
 
 
 def convert(
-  file: str | pathlib.Path, directory: str | pathlib.Path, **overrides
+  file: str | pathlib.Path, directory: str | pathlib.Path, **overrides: Any
 ) -> LlamaConfig:
   """Converts a GGUF file to a checkpoint directory of transformers.
 
@@ -166,7 +172,7 @@ def tokenizer_of(fields: Fields) -> tuple[Any, Fields]:
   except ImportError as error:
     raise _no_library('tokenizers') from error
 
-  before = _before(fields, tokenizers.pre_tokenizers)
+  before = _pre_tokenizers(fields, tokenizers.pre_tokenizers)
   for key in (_TOKENS, _MERGES):
     if key not in fields:
       raise ValueError(f'{key} is missing: {_TAKE}')
@@ -210,10 +216,10 @@ def tokenizer_of(fields: Fields) -> tuple[Any, Fields]:
   return tokenizer, words
 
 
-def _before(fields, pre_tokenizers):
+def _pre_tokenizers(fields: Fields, pre_tokenizers: ModuleType) -> list[Any]:
   """Returns the pre-tokenizers, which split a text before the BPE's merges.
 
-  Raises ValueError if llama.cpp's name of the pre-tokenizer is not known.
+  Raises ValueError if the file's tokenizer is not one of the supported kinds.
   """
   known = {
     'gpt-2': (),
@@ -239,8 +245,8 @@ def _before(fields, pre_tokenizers):
 class _Stored:
   """A tensor in a GGUF file, whose rows are dequantized on demand."""
 
-  tensor: Any
-  """The library's `gguf.ReaderTensor`."""
+  tensor: 'ReaderTensor'
+  """The library's description of the tensor, with the file's bytes."""
   order: np.ndarray | None
   """Index in the file of each row in transformers' order (None: the same
   order)."""
@@ -248,17 +254,18 @@ class _Stored:
   """Type of the dequantized rows."""
 
   @property
-  def shape(self):
+  def shape(self) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(self.tensor.shape))
 
   def __getitem__(self, rows: slice) -> np.ndarray:
     import gguf
 
-    rows = rows if self.order is None else self.order[rows]
-    return gguf.dequantize(self.tensor.data[rows], self.tensor.tensor_type)
+    data = self.tensor.data
+    stored = data[rows] if self.order is None else data[self.order[rows]]
+    return gguf.dequantize(stored, self.tensor.tensor_type)
 
 
-def _open(file):
+def _open(file: str | pathlib.Path) -> tuple['GGUFReader', Fields]:
   """Returns the library's reader of a file, and the file's values by key."""
   try:
     import gguf
@@ -284,7 +291,13 @@ def _open(file):
   return reader, fields
 
 
-def _load(file, reader, fields, shardings, overrides):
+def _load(
+  file: str | pathlib.Path,
+  reader: 'GGUFReader',
+  fields: Fields,
+  shardings: PyTree,
+  overrides: Mapping[str, Any],
+) -> tuple[LlamaConfig, PyTree]:
   """Implements `load` for an open file."""
   try:
     config = dataclasses.replace(_config(reader, fields), **overrides)
@@ -296,7 +309,7 @@ def _load(file, reader, fields, shardings, overrides):
     raise ValueError(f'{file}: {error}') from error
 
 
-def _config(reader, fields):
+def _config(reader: 'GGUFReader', fields: Fields) -> LlamaConfig:
   """Returns the model that a file's fields and tensors describe."""
   kind = fields.get('general.architecture')
   if kind != 'llama':
@@ -340,7 +353,7 @@ def _config(reader, fields):
   return config
 
 
-def _check(given, head_dim):
+def _check(given: Fields, head_dim: int) -> None:
   """Raises ValueError if a field is not implemented."""
   neutral = _NEUTRAL | dict.fromkeys(
     ('rope.dimension_count', 'attention.value_length'), head_dim
@@ -353,7 +366,7 @@ def _check(given, head_dim):
       )
 
 
-def _tensors(reader, config):
+def _tensors(reader: 'GGUFReader', config: LlamaConfig) -> dict[str, _Stored]:
   """Returns a file's tensors by transformers' names, with rows in its order."""
   import gguf
 
@@ -374,17 +387,17 @@ def _tensors(reader, config):
   return tensors
 
 
-def _name(theirs):
+def _name(theirs: str) -> tuple[str, str | None]:
   """Returns transformers' name of a tensor, and the module of the layer.
 
   The module is a key of `_LAYER`, or None for a tensor outside of the layers.
   """
   if theirs in _WHOLE:
     return _WHOLE[theirs], None
-  block, _, rest = theirs.partition('.')
+  prefix, _, rest = theirs.partition('.')
   layer, _, rest = rest.partition('.')
   part, _, kind = rest.partition('.')
-  if block != 'blk' or kind != 'weight' or part not in _LAYER:
+  if prefix != 'blk' or kind != 'weight' or part not in _LAYER:
     raise ValueError(
       f'the tensor {theirs} belongs to no model that is implemented (a LLaMA '
       'without biases, experts and scaled waves)'
@@ -392,7 +405,7 @@ def _name(theirs):
   return f'model.layers.{layer}.{_LAYER[part]}.weight', part
 
 
-def _unpaired(rows, heads):
+def _unpaired(rows: int, heads: int) -> np.ndarray:
   """Returns the order of the rows of a query or key matrix for transformers.
 
   The rotary embedding rotates pairs of dimensions. The two dimensions of a pair
@@ -416,17 +429,18 @@ def _unpaired(rows, heads):
   return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
 
 
-def _token_ids(fields):
+def _token_ids(fields: Fields) -> dict[str, int]:
   return {name: fields[k] for name, k in _TOKEN_IDS.items() if k in fields}
 
 
-def _no_library(name):
+def _no_library(name: str) -> ImportError:
   return ImportError(
     f'a GGUF file needs the library {name}: pip install "galore-optax[gguf]"'
   )
 
 
-_text = functools.partial(json.dumps, indent=2)
+def _text(fields: Fields) -> str:
+  return json.dumps(fields, indent=2)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -436,12 +450,13 @@ def main(arguments: list[str] | None = None) -> None:
     arguments: The command line's arguments; None reads `sys.argv`.
   """
   parser = argparse.ArgumentParser(
-    'python -m models.gguf', description=__doc__.split('\n\n')[0]
+    'python -m models.gguf', description=(__doc__ or '').split('\n\n')[0]
   )
   parser.add_argument('file', help='a GGUF file of a LLaMA')
   parser.add_argument('directory', help='where to write; made if not there')
   parser.add_argument(
-    *('--dtype', '-d'),
+    '--dtype',
+    '-d',
     choices=('float32', 'bfloat16'),
     default='float32',
     help='type of the weights that are written',

@@ -12,8 +12,8 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeAlias
 
 import flax.traverse_util
 import jax
@@ -21,9 +21,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import encoder, huggingface_config, llama
-from models.huggingface_config import AnyConfig
+from models.huggingface_config import AnyConfig, Architecture, Fields
 
 PyTree: TypeAlias = Any
+
+Flat: TypeAlias = dict[str, Any]
+"""Leaves of a nested dict by their paths, such as 'blocks/mlp/up/kernel'."""
+
+Part: TypeAlias = tuple[str, int | None]
+"""Path of a parameter, and a layer's index if it is stacked over layers."""
+
+
+class Tensor(Protocol):
+  """A tensor of a checkpoint, such as a NumPy array, whose rows can be read."""
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the tensor."""
+    ...
+
+  @property
+  def dtype(self) -> Any:
+    """Type of the tensor; `str` of it is NumPy's name."""
+    ...
+
+  def __getitem__(self, rows: slice, /) -> np.ndarray:
+    """Returns some rows."""
+    ...
+
 
 # Suffixes of tensor names in the oldest BERT checkpoints, and today's.
 _RENAMED = {
@@ -32,9 +57,16 @@ _RENAMED = {
 }
 
 _OTHERS = (
-  *('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'),
-  *('special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt'),
-  *('chat_template.jinja', 'chat_template.json', 'generation_config.json'),
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'chat_template.jinja',
+  'chat_template.json',
+  'generation_config.json',
 )
 """Files that are copied with a checkpoint: those of the tokenizer, and the
 generation config."""
@@ -42,8 +74,10 @@ generation config."""
 _INDEX = 'model.safetensors.index.json'
 
 _DTYPES = {
-  **{'F64': 'float64', 'F32': 'float32'},
-  **{'F16': 'float16', 'BF16': 'bfloat16'},
+  'F64': 'float64',
+  'F32': 'float32',
+  'F16': 'float16',
+  'BF16': 'bfloat16',
 }
 """Types of weights that can be read: safetensors' name to NumPy's name."""
 
@@ -91,7 +125,7 @@ def load(
   *,
   shardings: PyTree = None,
   key: jax.Array | None = None,
-  **overrides,
+  **overrides: Any,
 ) -> tuple[AnyConfig, PyTree]:
   """Reads a model from a checkpoint.
 
@@ -159,7 +193,7 @@ def save(
   fields |= _sourced(source, fields['model_type'])
   check_new(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  parts = _parts(flat, _row(config))
+  parts = _parts(flat, _architecture(config))
   _write_shards(directory, parts, flat, max_shard_bytes)
   if source is not None:
     copy(source, directory)
@@ -195,7 +229,7 @@ def copy(source: str | pathlib.Path, directory: str | pathlib.Path) -> None:
 
 
 def params_of(
-  tensors: Mapping[str, Any],
+  tensors: Mapping[str, Tensor],
   config: AnyConfig,
   shardings: PyTree = None,
   key: jax.Array | None = None,
@@ -205,10 +239,9 @@ def params_of(
   """Converts a checkpoint's tensors to parameters of a model.
 
   Args:
-    tensors: Tensors by their names in the checkpoint: NumPy arrays, or objects
-      with a shape and a dtype that return NumPy rows for a slice. Names that
-      match the architecture's `ignored` are skipped. Any other name that is not
-      part of the model raises an error.
+    tensors: Tensors by their names in the checkpoint. Names that match the
+      architecture's `ignored` are skipped. Any other name that is not part of
+      the model raises an error.
     config: Configuration that the tensors must fit.
     shardings: As in `load`.
     key: As in `load`.
@@ -220,33 +253,38 @@ def params_of(
   Raises:
     ValueError: The tensors do not fit the config. The message names a tensor.
   """
-  row = _row(config)
+  architecture = _architecture(config)
   init, shapes = _layers(config).init, _shapes(config)
-  places = dict.fromkeys(_flatten(shapes))
+  places: Flat = dict.fromkeys(_flatten(shapes))
   if shardings is not None:
     places = _flatten(jax.tree.broadcast(shardings, shapes))
   shapes = _flatten(shapes)
-  names = {path: _names(row, path, config.num_layers) for path in shapes}
+  num_layers = config.num_layers
+  names = {path: _names(architecture, path, num_layers) for path in shapes}
   expected = {name for some in names.values() for name in some}
-  _check_head(tensors, row, shapes)
-  tensors = _named(tensors, row, expected)
-  fresh = _fresh(tensors, names, row)
+  _check_head(tensors, architecture, shapes)
+  tensors = _named(tensors, architecture, expected)
+  fresh = _fresh(tensors, names, architecture)
   names = {path: some for path, some in names.items() if path not in fresh}
   needed = {name for some in names.values() for name in some}
   _check_names(tensors, needed, remedy)
   for path, some in names.items():
     for name in some:
-      expected = _theirs(path, shapes[path].shape)
-      _check_tensor(name, tensors[name], expected)
+      shape = _checkpoint_shape(path, shapes[path].shape)
+      _check_tensor(name, tensors[name], shape)
   if fresh and key is None:
     raise ValueError(
       f'the checkpoint has no {", ".join(sorted(fresh))}: give a key to draw '
       'them, or a checkpoint with a head'
     )
+
+  def initial(key: jax.Array, path: str) -> jax.Array:
+    return _flatten(init(key))[path]
+
   params = {}
   for path, leaf in shapes.items():
     if path in fresh:
-      draw = lambda key, path=path: _flatten(init(key))[path]
+      draw = functools.partial(initial, path=path)
       params[path] = jax.jit(draw, out_shardings=places[path])(key)
     else:
       stored = {name: tensors[name] for name in names[path]}
@@ -265,7 +303,7 @@ def tensors_of(params: PyTree, config: AnyConfig) -> dict[str, np.ndarray]:
     Dict from checkpoint name to NumPy array, without `lm_head.weight` if the
     model is tied.
   """
-  return _tensors_of(params, _row(config))
+  return _tensors_of(params, _architecture(config))
 
 
 def llama_tensors(params: PyTree) -> dict[str, np.ndarray]:
@@ -283,25 +321,25 @@ def llama_tensors(params: PyTree) -> dict[str, np.ndarray]:
   return _tensors_of(params, huggingface_config.ARCHITECTURES['llama'])
 
 
-def _tensors_of(params, row):
+def _tensors_of(
+  params: PyTree, architecture: Architecture
+) -> dict[str, np.ndarray]:
   flat = _flatten(params)
-  parts = _parts(flat, row)
+  parts = _parts(flat, architecture)
   return {name: _tensor(flat, part) for name, part in parts.items()}
 
 
-def _row(config):
+def _architecture(config: AnyConfig) -> Architecture:
   """Returns the description of a model's architecture."""
   kind = huggingface_config.model_type(config)
   return huggingface_config.ARCHITECTURES[kind]
 
 
-def _layers(config):
+def _layers(config: AnyConfig) -> llama.Layers | encoder.Layers:
   """Returns the model of a configuration, as pure functions."""
-  kinds = {
-    llama.LlamaConfig: llama.Layers,
-    encoder.EncoderConfig: encoder.Layers,
-  }
-  return kinds[type(config)](config)
+  if isinstance(config, llama.LlamaConfig):
+    return llama.Layers(config)
+  return encoder.Layers(config)
 
 
 @functools.lru_cache(maxsize=8)
@@ -310,7 +348,9 @@ def _shapes(config: AnyConfig) -> PyTree:
   return jax.eval_shape(_layers(config).init, jax.random.key(0))
 
 
-def _named(tensors, row, expected):
+def _named(
+  tensors: Mapping[str, Tensor], architecture: Architecture, expected: set[str]
+) -> dict[str, Tensor]:
   """Returns tensors by the names of a model with a head, without ignored ones.
 
   Old names of LayerNorm's parameters are replaced. The architecture's prefix is
@@ -321,22 +361,26 @@ def _named(tensors, row, expected):
     for before, now in _RENAMED.items():
       if name.endswith(before):
         name = name.removesuffix(before) + now
-    if row.prefix + name in expected:
-      name = row.prefix + name
-    if name in expected or not re.fullmatch(row.ignored, name):
+    if architecture.prefix + name in expected:
+      name = architecture.prefix + name
+    if name in expected or not re.fullmatch(architecture.ignored, name):
       named[name] = tensor
   return named
 
 
-def _fresh(tensors, names, row):
+def _fresh(
+  tensors: Mapping[str, Tensor],
+  names: Mapping[str, list[str]],
+  architecture: Architecture,
+) -> set[str]:
   """Returns the paths of the head's parameters that must be initialized.
 
   These are the parameters of modules of which the checkpoint has no tensor. If
   it has only some tensors of a module, a later check raises an error.
   """
-  modules = {}
+  head, modules = architecture.head, {}
   for path in names:
-    if row.head and path.startswith(row.head):
+    if head and path.startswith(head):
       modules.setdefault(path.rpartition('/')[0], []).append(path)
   return {
     path
@@ -369,7 +413,7 @@ class _Stored:
       return file.get_slice(self.name)[start:stop]
 
 
-def _tensors(directory):
+def _tensors(directory: str | pathlib.Path) -> dict[str, Tensor]:
   """Returns all tensors of a checkpoint by name, without reading their data."""
   tensors = {}
   for path, expected in _files(pathlib.Path(directory)).items():
@@ -387,7 +431,7 @@ def _tensors(directory):
   return tensors
 
 
-def _stored(path):
+def _stored(path: pathlib.Path) -> dict[str, Tensor]:
   """Returns the tensors of one file by name, without reading their data."""
   from safetensors import SafetensorError, safe_open
 
@@ -396,7 +440,7 @@ def _stored(path):
     with safe_open(path, 'np') as file:
       for name in file.keys():
         rows = file.get_slice(name)
-        shape, dtype = tuple(rows.get_shape()), rows.get_dtype()
+        shape, dtype = tuple(rows.get_shape()), str(rows.get_dtype())
         found[name] = _Stored(path, name, shape, _DTYPES.get(dtype, dtype))
   except SafetensorError as error:
     with open(path, 'rb') as file:
@@ -408,7 +452,7 @@ def _stored(path):
   return found
 
 
-def _files(directory):
+def _files(directory: pathlib.Path) -> dict[pathlib.Path, set[str]]:
   """Returns a checkpoint's files, each with the tensors that its index lists.
 
   Without an index, the set of tensors is empty. Other files, such as
@@ -435,7 +479,7 @@ def _files(directory):
   return dict(sorted(found.items()))
 
 
-def _other_kind(directory):
+def _other_kind(directory: pathlib.Path) -> str:
   """Returns advice for a directory with weights in another format, or ''."""
   if any(directory.glob('adapter_*')):
     return '; an adapter is no model: merge it into its own first'
@@ -451,7 +495,12 @@ def _other_kind(directory):
   )
 
 
-def _parameter(path, leaf, tensors, sharding):
+def _parameter(
+  path: str,
+  leaf: jax.ShapeDtypeStruct,
+  tensors: Mapping[str, Tensor],
+  sharding: Any,
+) -> jax.Array:
   """Copies a parameter to its devices, one piece of a tensor at a time."""
   put = _put(_is_table(path), path.startswith('blocks/'), sharding)
   whole = _zeros(leaf.shape, leaf.dtype, sharding)()
@@ -506,26 +555,34 @@ def _put(
     whole: jax.Array, rows: jax.Array, layer: jax.Array, start: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     piece = (rows if is_table else rows.T).astype(whole.dtype)
-    at = [0] * piece.ndim
+    at: list[int | jax.Array] = [0] * piece.ndim
     at[0 if is_table else -1] = start
     if is_stack:
-      piece, at = piece[None], [layer, *at]
+      piece = piece[None]
+      at = [layer, *at]
     whole = jax.lax.dynamic_update_slice(whole, piece, at)
     return whole, jnp.all(jnp.isfinite(rows))
 
   return put
 
 
-def _write_shards(directory, parts, flat, max_bytes):
+def _write_shards(
+  directory: pathlib.Path,
+  parts: Mapping[str, Part],
+  flat: Flat,
+  max_bytes: int,
+) -> None:
   """Writes tensors to one or more files of at most `max_bytes`.
 
   Several files get an index.
   """
   from safetensors import numpy as safetensors
 
-  shards, sizes = [{}], [0]
+  shards: list[dict[str, Part]] = [{}]
+  sizes = [0]
   for name, part in parts.items():
-    leaf, layer = flat[part[0]], part[1]
+    path, layer = part
+    leaf = flat[path]
     size = leaf.nbytes if layer is None else leaf.nbytes // len(leaf)
     if shards[-1] and sizes[-1] + size > max_bytes:
       shards.append({})
@@ -545,7 +602,7 @@ def _write_shards(directory, parts, flat, max_bytes):
     _write_json(directory / _INDEX, index)
 
 
-def _parts(flat, row):
+def _parts(flat: Flat, architecture: Architecture) -> dict[str, Part]:
   """Returns the source of each tensor of the checkpoint, by the tensor's name.
 
   A source is the path of a parameter and a layer's index, or None if the
@@ -555,42 +612,40 @@ def _parts(flat, row):
   for path, leaf in flat.items():
     stacked = path.startswith('blocks/')
     layers = range(len(leaf)) if stacked else [None]
-    names = _names(row, path, len(leaf))
+    names = _names(architecture, path, len(leaf))
     parts |= {name: (path, i) for name, i in zip(names, layers, strict=True)}
   return parts
 
 
-def _tensor(flat, part):
+def _tensor(flat: Flat, part: Part) -> np.ndarray:
   """Returns one tensor of the checkpoint as a NumPy array."""
   path, layer = part
   leaf = flat[path] if layer is None else flat[path][layer]
-  return np.ascontiguousarray(_turned(path, leaf))
+  return np.ascontiguousarray(leaf if _is_table(path) else leaf.T)
 
 
-def _turned(path, matrix):
-  """Converts a matrix to the checkpoint's layout, or from it."""
-  return matrix if _is_table(path) else matrix.T
-
-
-def _theirs(path, shape):
+def _checkpoint_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Returns the shape of a checkpoint's tensor, from our parameter's shape."""
   shape = shape[1:] if path.startswith('blocks/') else shape
   return shape if _is_table(path) else shape[::-1]
 
 
-def _is_table(path):
+def _is_table(path: str) -> bool:
   """Returns whether a parameter is an embedding, which is not transposed."""
   return path.endswith('/embedding')
 
 
-def _names(row, path, num_layers):
+def _names(architecture: Architecture, path: str, num_layers: int) -> list[str]:
   """Returns the checkpoint's names of a parameter: one per layer if stacked."""
+  name = architecture.names[path]
   if not path.startswith('blocks/'):
-    return [row.names[path]]
-  return [row.names[path].format(layer) for layer in range(num_layers)]
+    return [name]
+  return [name.format(layer) for layer in range(num_layers)]
 
 
-def _check_names(tensors, expected, remedy):
+def _check_names(
+  tensors: Iterable[str], expected: set[str], remedy: str
+) -> None:
   missing = sorted(expected - set(tensors))
   surplus = sorted(set(tensors) - expected)
   if missing or surplus:
@@ -601,7 +656,7 @@ def _check_names(tensors, expected, remedy):
     )
 
 
-def _check_tensor(name, tensor, expected):
+def _check_tensor(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
   if tensor.shape != expected:
     raise ValueError(
       f'{name} must have the shape {expected} of the configured model, got '
@@ -614,12 +669,18 @@ def _check_tensor(name, tensor, expected):
     )
 
 
-def _check_head(tensors, row, shapes):
-  """Raises ValueError if a tied model's checkpoint has another head."""
-  table, head = (
-    row.names.get(x) for x in ('embed/embedding', 'lm_head/kernel')
-  )
-  if 'lm_head/kernel' in shapes or head not in tensors or table not in tensors:
+def _check_head(
+  tensors: Mapping[str, Tensor], architecture: Architecture, shapes: Flat
+) -> None:
+  """Raises ValueError if a tied model's checkpoint has a different head.
+
+  Such a checkpoint may have a head only if it is equal to the embedding.
+  """
+  table = architecture.names.get('embed/embedding')
+  head = architecture.names.get('lm_head/kernel')
+  if 'lm_head/kernel' in shapes or head is None or table is None:
+    return
+  if head not in tensors or table not in tensors:
     return
   one, other = tensors[head], tensors[table]
   same = one.shape == other.shape
@@ -634,7 +695,7 @@ def _check_head(tensors, row, shapes):
     )
 
 
-def _check_params(flat, config):
+def _check_params(flat: Flat, config: AnyConfig) -> None:
   shapes = _flatten(_shapes(config))
   if odd := sorted(shapes.keys() ^ flat.keys()):
     raise ValueError(f'params must be those of the config; check {odd[:4]}')
@@ -646,10 +707,12 @@ def _check_params(flat, config):
       raise ValueError(f'{path} must be {expected} by the config, got {got}')
 
 
-def _sourced(source, kind):
+def _sourced(source: str | pathlib.Path | None, kind: str) -> Fields:
   """Returns the fields of a source's config.json for other programs."""
-  file = source and pathlib.Path(source) / 'config.json'
-  if not file or not file.is_file():
+  if source is None:
+    return {}
+  file = pathlib.Path(source) / 'config.json'
+  if not file.is_file():
     return {}
   return huggingface_config.for_others(read_json(file), kind)
 
@@ -671,9 +734,9 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
   return data
 
 
-def _write_json(file, data):
+def _write_json(file: pathlib.Path, data: Mapping[str, Any]) -> None:
   file.write_text(json.dumps(data, indent=2) + '\n')
 
 
-def _flatten(tree):
-  return flax.traverse_util.flatten_dict(tree, sep='/')
+def _flatten(tree: PyTree) -> Flat:
+  return dict(flax.traverse_util.flatten_dict(tree, sep='/'))

@@ -5,7 +5,7 @@ output, or rejected by name. `ARCHITECTURES` has one description per supported
 architecture, with its fields and its names of tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias, get_type_hints
 
 from models.encoder import EncoderConfig
@@ -86,7 +86,7 @@ _ENCODER_NAMES = {
 }
 
 
-def _encoder_names(prefix, dense, out):
+def _encoder_names(prefix: str, dense: str, out: str) -> dict[str, str]:
   """Returns the names of the tensors of an encoder and its head, by our paths.
 
   Each module but the embedding tables has a weight and a bias.
@@ -136,29 +136,65 @@ _DECODES = {
 }
 
 _GENERATION = {
-  *('assistant_confidence_threshold', 'assistant_lookbehind', 'bad_words_ids'),
-  *('begin_suppress_tokens', 'decoder_start_token_id', 'diversity_penalty'),
-  *('do_sample', 'early_stopping', 'encoder_no_repeat_ngram_size'),
-  *('encoder_repetition_penalty', 'epsilon_cutoff', 'eta_cutoff'),
-  *('exponential_decay_length_penalty', 'forced_bos_token_id'),
-  *('forced_eos_token_id', 'length_penalty', 'max_length', 'max_new_tokens'),
-  *('min_length', 'no_repeat_ngram_size', 'num_assistant_tokens'),
-  *('num_assistant_tokens_schedule', 'num_beam_groups', 'num_beams'),
-  *('num_return_sequences', 'output_scores', 'prefix', 'remove_invalid_values'),
-  *('repetition_penalty', 'return_dict_in_generate', 'suppress_tokens'),
-  *('target_lookbehind', 'task_specific_params', 'temperature', 'top_k'),
-  *('top_p', 'typical_p', 'use_cache'),
+  'assistant_confidence_threshold',
+  'assistant_lookbehind',
+  'bad_words_ids',
+  'begin_suppress_tokens',
+  'decoder_start_token_id',
+  'diversity_penalty',
+  'do_sample',
+  'early_stopping',
+  'encoder_no_repeat_ngram_size',
+  'encoder_repetition_penalty',
+  'epsilon_cutoff',
+  'eta_cutoff',
+  'exponential_decay_length_penalty',
+  'forced_bos_token_id',
+  'forced_eos_token_id',
+  'length_penalty',
+  'max_length',
+  'max_new_tokens',
+  'min_length',
+  'no_repeat_ngram_size',
+  'num_assistant_tokens',
+  'num_assistant_tokens_schedule',
+  'num_beam_groups',
+  'num_beams',
+  'num_return_sequences',
+  'output_scores',
+  'prefix',
+  'remove_invalid_values',
+  'repetition_penalty',
+  'return_dict_in_generate',
+  'suppress_tokens',
+  'target_lookbehind',
+  'task_specific_params',
+  'temperature',
+  'top_k',
+  'top_p',
+  'typical_p',
+  'use_cache',
 }
 """Fields that transformers moves to its generation config."""
 
 _OF_THE_SOURCE = {
-  *('_attn_implementation', '_attn_implementation_autoset'),
-  *('_attn_implementation_internal',),
-  *('_commit_hash', '_experts_implementation', '_flash_attn_2_enabled'),
-  *('_experts_implementation_internal', '_output_attentions', 'auto_map'),
-  *('attn_implementation', 'custom_pipelines', 'experts_implementation'),
-  *('output_past', 'tf_legacy_loss', 'torchscript', 'use_return_dict'),
-  *('xla_device',),
+  '_attn_implementation',
+  '_attn_implementation_autoset',
+  '_attn_implementation_internal',
+  '_commit_hash',
+  '_experts_implementation',
+  '_flash_attn_2_enabled',
+  '_experts_implementation_internal',
+  '_output_attentions',
+  'auto_map',
+  'attn_implementation',
+  'custom_pipelines',
+  'experts_implementation',
+  'output_past',
+  'tf_legacy_loss',
+  'torchscript',
+  'use_return_dict',
+  'xla_device',
 }
 """Fields about the program or repository that wrote a config.json.
 
@@ -170,14 +206,33 @@ HARMLESS = (
   _GENERATION
   | _OF_THE_SOURCE
   | {
-    *('bos_token_id', 'eos_token_id', 'pad_token_id', 'unk_token_id'),
-    *('sep_token_id', 'tokenizer_class', 'finetuning_task', 'is_decoder'),
-    *('max_position_embeddings', 'max_sequence_length', 'pretraining_tp'),
-    *('transformers_version', 'transformers.js_config', 'is_llama_config'),
-    *('_name_or_path', 'name_or_path', 'gradient_checkpointing', 'id2label'),
-    *('output_attentions', 'output_hidden_states', 'return_dict', 'label2id'),
-    *('num_labels', 'problem_type', 'tie_last_hidden_states'),
-    *('unsloth_fixed', 'unsloth_version'),
+    'bos_token_id',
+    'eos_token_id',
+    'pad_token_id',
+    'unk_token_id',
+    'sep_token_id',
+    'tokenizer_class',
+    'finetuning_task',
+    'is_decoder',
+    'max_position_embeddings',
+    'max_sequence_length',
+    'pretraining_tp',
+    'transformers_version',
+    'transformers.js_config',
+    'is_llama_config',
+    '_name_or_path',
+    'name_or_path',
+    'gradient_checkpointing',
+    'id2label',
+    'output_attentions',
+    'output_hidden_states',
+    'return_dict',
+    'label2id',
+    'num_labels',
+    'problem_type',
+    'tie_last_hidden_states',
+    'unsloth_fixed',
+    'unsloth_version',
   }
 )
 """Fields for other programs, which do not change the model's output."""
@@ -185,17 +240,24 @@ HARMLESS = (
 _HARMLESS_IN_ENCODERS = {
   # Options of the training, and options of the first BERT's pooler that
   # transformers does not use.
-  *('attention_probs_dropout_prob', 'classifier_dropout'),
-  *('tie_word_embeddings',),
-  *('directionality', 'pooler_fc_size', 'pooler_num_attention_heads'),
-  *('pooler_num_fc_layers', 'pooler_size_per_head', 'pooler_type'),
+  'attention_probs_dropout_prob',
+  'classifier_dropout',
+  'tie_word_embeddings',
+  'directionality',
+  'pooler_fc_size',
+  'pooler_num_attention_heads',
+  'pooler_num_fc_layers',
+  'pooler_size_per_head',
+  'pooler_type',
 }
 
 # Our type for each type of a checkpoint. The models do not support float16;
 # float32 can represent all of its values.
 _DTYPES = {
-  **{None: 'float32', 'float32': 'float32'},
-  **{'float16': 'float32', 'bfloat16': 'bfloat16'},
+  None: 'float32',
+  'float32': 'float32',
+  'float16': 'float32',
+  'bfloat16': 'bfloat16',
 }
 
 
@@ -210,22 +272,23 @@ def parse(fields: Fields) -> AnyConfig:
       names it.
   """
   kind = _model_type(fields)
-  row = ARCHITECTURES[kind]
+  architecture = ARCHITECTURES[kind]
   _check(fields, kind)
-  values = row.fixed | {
-    ours: fields[theirs] for ours, theirs in row.needed.items()
+  values = architecture.fixed | {
+    ours: fields[theirs] for ours, theirs in architecture.needed.items()
   }
   values |= {
     ours: fields[theirs]
-    for ours, theirs in row.optional.items()
+    for ours, theirs in architecture.optional.items()
     if fields.get(theirs) is not None
   }
-  _check_types(values, row)
+  _check_types(values, architecture)
   name = fields.get('dtype') or fields.get('torch_dtype')
   if name not in _DTYPES:
     raise ValueError(f'dtype must be one of {[*_DTYPES][1:]}, got {name!r}')
   values |= {'dtype': _DTYPES[name], 'param_dtype': _DTYPES[name]}
-  return row.config(**values | row.read(fields, kind))
+  values |= architecture.read(fields, kind)
+  return architecture.config(**values)
 
 
 def fields_of(config: AnyConfig) -> Fields:
@@ -242,15 +305,15 @@ def fields_of(config: AnyConfig) -> Fields:
     ValueError: transformers has no architecture for the model.
   """
   kind = model_type(config)
-  row = ARCHITECTURES[kind]
+  architecture = ARCHITECTURES[kind]
   fields = {
     'model_type': kind,
-    'architectures': [row.classes[0]],
+    'architectures': [architecture.classes[0]],
     'torch_dtype': config.param_dtype,
   }
-  names = row.needed | row.optional
+  names = architecture.needed | architecture.optional
   fields |= {theirs: getattr(config, ours) for ours, theirs in names.items()}
-  return fields | row.write(config, kind)
+  return fields | architecture.write(config, kind)
 
 
 def linear_modules(kind: str, layer: int = 0) -> dict[str, str]:
@@ -280,9 +343,10 @@ def model_type(config: AnyConfig) -> str:
   Raises:
     ValueError: No model_type can express it.
   """
-  for kind, row in ARCHITECTURES.items():
-    if isinstance(config, row.config) and all(
-      getattr(config, name) == value for name, value in row.fixed.items()
+  for kind, architecture in ARCHITECTURES.items():
+    if isinstance(config, architecture.config) and all(
+      getattr(config, name) == value
+      for name, value in architecture.fixed.items()
     ):
       return kind
   raise ValueError(
@@ -304,15 +368,16 @@ def for_others(fields: Fields, kind: str) -> Fields:
   return {name: x for name, x in fields.items() if name in inherited}
 
 
-def _known(row):
+def _known(architecture: Architecture) -> set[str]:
   """Returns the fields of config.json from which our configuration is made."""
-  copied = {*row.needed.values(), *row.optional.values()}
-  return copied | row.others | {'model_type', 'architectures'}
+  needed, optional = architecture.needed, architecture.optional
+  copied = {*needed.values(), *optional.values()}
+  return copied | architecture.others | {'model_type', 'architectures'}
 
 
-def _model_type(fields):
+def _model_type(fields: Fields) -> str:
   kind = fields.get('model_type')
-  if kind not in ARCHITECTURES:
+  if kind is None or kind not in ARCHITECTURES:
     raise ValueError(
       f'model_type must be one of {", ".join(ARCHITECTURES)}, got {kind!r}'
     )
@@ -324,44 +389,46 @@ def _model_type(fields):
   return kind
 
 
-def _check(fields, kind):
+def _check(fields: Fields, kind: str) -> None:
   """Raises ValueError if a field is missing or not implemented."""
-  row = ARCHITECTURES[kind]
-  required = {*row.needed.values(), *row.required}
+  architecture = ARCHITECTURES[kind]
+  required = {*architecture.needed.values(), *architecture.required}
   if missing := sorted(required - set(fields)):
     raise ValueError(f'{missing[0]} is missing from a model_type {kind!r}')
-  read = _known(row) | {'dtype', 'torch_dtype'} | row.neutral.keys() | HARMLESS
-  if row.config is EncoderConfig:
-    read |= _HARMLESS_IN_ENCODERS
+  neutral = architecture.neutral
+  accepted = _known(architecture) | neutral.keys() | HARMLESS
+  accepted |= {'dtype', 'torch_dtype'}
+  if architecture.config is EncoderConfig:
+    accepted |= _HARMLESS_IN_ENCODERS
   for name, value in fields.items():
-    if name in row.neutral and value not in (None, row.neutral[name]):
+    if name in neutral and value not in (None, neutral[name]):
       raise ValueError(
-        f'{name} must be {row.neutral[name]!r}, got {value!r}: nothing else '
+        f'{name} must be {neutral[name]!r}, got {value!r}: nothing else '
         'is implemented'
       )
-    if value is not None and name not in read:
+    if value is not None and name not in accepted:
       raise ValueError(
         f'{name} is not implemented, got {value!r}; take it out of '
         'config.json if the model does not depend on it'
       )
 
 
-def _check_types(values, row):
+def _check_types(values: Fields, architecture: Architecture) -> None:
   """Raises ValueError if a copied value does not have the type of our field."""
-  hints = get_type_hints(row.config)
-  for ours, theirs in (row.needed | row.optional).items():
+  hints = get_type_hints(architecture.config)
+  names = architecture.needed | architecture.optional
+  rules = {bool: 'true or false', float: 'a number'}
+  for ours, theirs in names.items():
     kind = hints[ours]
-    rule = {bool: 'true or false', float: 'a number'}.get(
-      kind, 'a whole number'
-    )
+    rule = rules.get(kind, 'a whole number')
     kind = kind | int if kind is float else kind
     if ours in values and not isinstance(values[ours], kind):
       raise ValueError(f'{theirs} must be {rule}, got {values[ours]!r}')
 
 
-def _read_llama(fields, kind):
+def _read_llama(fields: Fields, kind: str) -> Fields:
   theta, scaling = _rope(fields)
-  values = {'rope_theta': theta, 'rope_scaling': scaling}
+  values: Fields = {'rope_theta': theta, 'rope_scaling': scaling}
   values['window'] = _window(fields, kind)
   if fields.get('head_dim') == (
     fields['hidden_size'] / fields['num_attention_heads']
@@ -370,8 +437,8 @@ def _read_llama(fields, kind):
   return values
 
 
-def _write_llama(config, kind):
-  fields = {
+def _write_llama(config: LlamaConfig, kind: str) -> Fields:
+  fields: Fields = {
     'hidden_act': 'silu',
     'rope_theta': config.rope_theta,
     'num_key_value_heads': config.kv_heads,
@@ -392,7 +459,7 @@ def _write_llama(config, kind):
   return fields
 
 
-def _read_encoder(fields, kind):
+def _read_encoder(fields: Fields, kind: str) -> Fields:
   """Returns `num_labels` and the labels' names.
 
   `labels` is None if config.json has only transformers' default names, or none.
@@ -418,24 +485,26 @@ def _read_encoder(fields, kind):
   }
 
 
-def _write_encoder(config, kind):
+def _write_encoder(config: EncoderConfig, kind: str) -> Fields:
   del kind
-  one = config.num_labels == 1
+  is_regression = config.num_labels == 1
   labels = config.labels or _unnamed(config.num_labels)
   return {
     'hidden_act': 'gelu',
     'attention_probs_dropout_prob': 0.0,
     'id2label': {str(i): label for i, label in enumerate(labels)},
     'label2id': {label: i for i, label in enumerate(labels)},
-    'problem_type': 'regression' if one else 'single_label_classification',
+    'problem_type': (
+      'regression' if is_regression else 'single_label_classification'
+    ),
   }
 
 
-def _unnamed(num_labels):
+def _unnamed(num_labels: int) -> tuple[str, ...]:
   return tuple(f'LABEL_{i}' for i in range(num_labels))
 
 
-def _rope(fields):
+def _rope(fields: Fields) -> tuple[float, Llama3Scaling | None]:
   """Returns the rotary embedding's `rope_theta` and `rope_scaling`."""
   rope = fields.get('rope_parameters') or fields.get('rope_scaling') or {}
   rope = {name: value for name, value in rope.items() if value is not None}
@@ -458,7 +527,7 @@ def _rope(fields):
   return float(theta), Llama3Scaling(**values)
 
 
-def _window(fields, kind):
+def _window(fields: Fields, kind: str) -> int | None:
   """Returns the attention window, which all layers must share, or None."""
   size = fields.get('sliding_window')
   if kind == 'llama' and size is not None:
@@ -471,8 +540,8 @@ def _window(fields, kind):
     return None
   num_layers = fields['num_hidden_layers']
   first = fields.get('max_window_layers', 28)  # transformers' default
-  split = ['full_attention'] * first + ['sliding_attention'] * num_layers
-  layers = fields.get('layer_types') or split[:num_layers]
+  kinds = ['full_attention'] * first + ['sliding_attention'] * num_layers
+  layers = fields.get('layer_types') or kinds[:num_layers]
   if len(set(layers)) > 1:
     raise ValueError(
       'sliding_window must be of all layers or of none, got '
@@ -497,8 +566,13 @@ _LLAMA = Architecture(
   write=_write_llama,
   others=frozenset(
     {
-      *('rope_theta', 'rope_scaling', 'rope_parameters', 'sliding_window'),
-      *('use_sliding_window', 'max_window_layers', 'layer_types'),
+      'rope_theta',
+      'rope_scaling',
+      'rope_parameters',
+      'sliding_window',
+      'use_sliding_window',
+      'max_window_layers',
+      'layer_types',
     }
   ),
   neutral=_DECODES
@@ -516,8 +590,10 @@ _LLAMA = Architecture(
 )
 _BERT = Architecture(
   classes=(
-    *('BertForSequenceClassification', 'BertModel', 'BertForMaskedLM'),
-    *('BertForPreTraining',),
+    'BertForSequenceClassification',
+    'BertModel',
+    'BertForMaskedLM',
+    'BertForPreTraining',
   ),
   config=EncoderConfig,
   fixed={'family': 'bert'},
@@ -549,7 +625,7 @@ _QWEN2 = _LLAMA._replace(
   required=('num_key_value_heads',),
 )
 
-ARCHITECTURES = {
+ARCHITECTURES: Mapping[str, Architecture] = {
   'llama': _LLAMA,
   'mistral': _LLAMA._replace(
     classes=('MistralForCausalLM',),
@@ -565,8 +641,9 @@ ARCHITECTURES = {
   'bert': _BERT,
   'roberta': _BERT._replace(
     classes=(
-      *('RobertaForSequenceClassification', 'RobertaModel'),
-      *('RobertaForMaskedLM',),
+      'RobertaForSequenceClassification',
+      'RobertaModel',
+      'RobertaForMaskedLM',
     ),
     fixed={'family': 'roberta'},
     required=('pad_token_id',),
