@@ -1,14 +1,14 @@
-"""Fine-tunes any checkpoint on chats: the one to start from.
+"""Fine-tunes any checkpoint on chats. Start from this config for your own data.
 
-Source: the recipe of mistral_7b_guanaco at the rank of a small model. The
-model, its tokenizer and its template come from the checkpoint; only the
-answers are scored.
-
+Source: the recipe of configs/mistral_7b_guanaco.py, with a rank for a small
+model. The model, its tokenizer and its chat template are read from the
+checkpoint. Only the assistant's answers count in the loss.
 Command: python -m train.finetune configs/chat.py --checkpoint DIR
 --corpus.train chats.jsonl
-With LoRA: add --adapter Lora --learning-rate 2e-4; AdamW trains its factors.
-Expected memory: make plan ARGS='configs/chat.py --checkpoint DIR' tells.
-Expected time, expected number: of the checkpoint and the chats.
+To train with LoRA, add --adapter Lora --learning-rate 2e-4. AdamW then trains
+the factors.
+Expected memory: run make plan ARGS='configs/chat.py --checkpoint DIR'.
+Expected time and result: these depend on the checkpoint and the chats.
 """
 
 from train.config import Config, Imported, Layerwise

@@ -1,20 +1,20 @@
-"""LLaMA 1B on C4 with FRUGAL, in the setting of its paper.
+"""Pre-trains LLaMA 1B on C4 with FRUGAL, as in the FRUGAL paper.
 
 Source: Zmushko et al. (arXiv 2411.07837), Table 2, and the authors' script for
-1B: density 0.25, gap 200, learning rate 0.001 of Adam and of the signs, 500,000
-steps of 512 x 256 tokens in cycles of 100,000, a tenth of each warm-up, no
-clipping, float32 weights.
+1B. Density 0.25, gap 200, learning rate 0.001 for both Adam and signSGD;
+500,000 steps of 512 x 256 tokens, in learning-rate cycles of 100,000 steps, the
+first tenth of each warm-up; no clipping; float32 weights.
 Command: python -m train.pretrain configs/frugal_1b.py
-(c4/en prepared by TFDS; --corpus.data-dir says where).
-Differences: those of configs/frugal_60m.py.
-Expected memory: 26.64 GiB on an H100, 3.23 of them optimizer state, by the
-compiler (make plan ARGS='configs/frugal_1b.py --device h100', 26 November 2026,
-jax 0.10.2).
-Expected time: not measured. 6 x parameters x tokens is 5.3e+20 operations, 975
-hours at 150 TFLOP/s.
-Expected number: validation perplexity 12.32 (with density 0 12.63; AdamW 12.02,
-GaLore 13.64, BAdam 13.75).
-Our number: not yet run.
+This needs c4/en as prepared by TFDS; --corpus.data-dir is its directory.
+Differences: as in configs/frugal_60m.py.
+Expected memory: 26.64 GiB on an H100, of which 3.23 GiB is optimizer state, by
+the compiler's memory analysis (make plan ARGS='configs/frugal_1b.py --device
+h100', 26 November 2026, jax 0.10.2).
+Expected time: not measured. 6 x parameters x tokens is 5.3e+20 floating-point
+operations, 975 hours at 150 TFLOP/s.
+Expected result: validation perplexity 12.32 in the paper (12.63 with density 0;
+AdamW 12.02, GaLore 13.64, BAdam 13.75).
+Status: not run yet.
 """
 
 import dataclasses

@@ -1,19 +1,20 @@
-"""LLaMA 7B on C4 with FRUGAL, in the setting of its paper.
+"""Pre-trains LLaMA 7B on C4 with FRUGAL of density 0, as in the FRUGAL paper.
 
-Source: Zmushko et al. (arXiv 2411.07837), the authors' script for 7B: signs
-alone on the matrices (density 0), Adam on the rest, learning rate 0.0005, 0.3
-of it on the matrices, 150,000 steps of 512 x 256 tokens, a tenth of them
-warm-up, gradients clipped at 1, bfloat16.
+Source: Zmushko et al. (arXiv 2411.07837), the authors' script for 7B. SignSGD
+on the matrices (density 0), Adam on all other weights; learning rate 0.0005,
+multiplied by 0.3 for the matrices; 150,000 steps of 512 x 256 tokens, the first
+tenth of them warm-up; gradients clipped at norm 1; bfloat16.
 Command: python -m train.pretrain configs/frugal_7b.py
-(c4/en prepared by TFDS; --corpus.data-dir says where).
-Differences: documents are packed here, and there each is cut or padded to 256
-tokens; the tokenizer is trained on C4 here, and is T5's there.
-Expected memory: 53.56 GiB on an H100, 1.96 of them optimizer state, by the
-compiler (make plan ARGS='configs/frugal_7b.py --device h100', 26 November 2026,
-jax 0.10.2).
-Expected time: not measured. 6 x parameters x tokens is 7.9e+20 operations, 1472
-hours at 150 TFLOP/s.
-Expected number: unknown. Our number: not yet run.
+This needs c4/en as prepared by TFDS; --corpus.data-dir is its directory.
+Differences: documents are packed here; the script cuts or pads each to 256
+tokens. The tokenizer is trained on C4 here; the script uses that of T5.
+Expected memory: 53.56 GiB on an H100, of which 1.96 GiB is optimizer state, by
+the compiler's memory analysis (make plan ARGS='configs/frugal_7b.py --device
+h100', 26 November 2026, jax 0.10.2).
+Expected time: not measured. 6 x parameters x tokens is 7.9e+20 floating-point
+operations, 1472 hours at 150 TFLOP/s.
+Expected result: unknown.
+Status: not run yet.
 """
 
 import dataclasses

@@ -1,13 +1,16 @@
-"""CoLA: is a sentence acceptable? And what GLUE's other seven tasks share.
+"""Fine-tunes RoBERTa-base on CoLA: is a sentence grammatically acceptable?
+
+This module also has the function `glue`, with the settings that all eight GLUE
+tasks share.
 
 Source: Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, Table 4
-and Appendix D: RoBERTa-base, rank 4, 30 epochs, batch 16, 512 tokens.
+and Appendix D. RoBERTa-base, rank 4, 30 epochs, batches of 16, 512 tokens.
 Command: python -m train.finetune configs/glue_cola.py --checkpoint DIR
-  with DIR a directory of roberta-base, and glue/cola as TFDS prepares it.
-Expected memory: 747 MB of weights and AdamW's states, 253 MB with GaLore of
-rank 4 (the paper's figures).
-Expected number: Matthews' correlation 60.35 (the paper's).
-Our number: not yet run, for want of the weights and of the data.
+DIR is a directory with roberta-base. This needs glue/cola as prepared by TFDS.
+Expected memory: weights and optimizer state are 253 MB with GaLore of rank 4
+and 747 MB with AdamW, according to the paper.
+Expected result: Matthews correlation 60.35 in the paper.
+Status: not run yet, because the weights and the data were not available.
 """
 
 from train.config import Classifier, Config
@@ -20,7 +23,8 @@ TARGETS = (
   *(rf'blocks/attention/{name}/kernel' for name in 'qkvo'),
   *(rf'blocks/mlp/{name}/kernel' for name in ('up', 'down')),
 )
-"""Query, key, value, intermediate dense and both output dense kernels."""
+"""Regexes for the projected kernels: query, key, value, intermediate dense and
+both output dense."""
 
 
 def glue(
@@ -33,16 +37,16 @@ def glue(
   batch_size: int = 16,
   learning_rate: float = 1e-5,
 ) -> Config:
-  """Returns the fine-tuning of a task as in Table 4.
+  """Returns the configuration of one GLUE task, as in Table 4 of the paper.
 
   Args:
-    task: as TFDS names it.
-    examples: that it is trained on; steps are counted by them.
-    labels: their names in order; None is a number to predict.
-    metric: of the task, by which the best epoch is found.
-    validation: the split to measure.
-    batch_size: 16, and 32 for CoLA.
-    learning_rate: 1e-5, and 3e-5 for MRPC and CoLA.
+    task: Name of the task in TFDS.
+    examples: Number of training examples, which determines the number of steps.
+    labels: Names of the labels, in order; None for a regression task.
+    metric: Metric of the task, which selects the best epoch.
+    validation: Name of the validation split.
+    batch_size: Batch size; 32 for CoLA and 16 for the other tasks.
+    learning_rate: Learning rate; 3e-5 for MRPC and CoLA, 1e-5 for the others.
   """
   epoch = -(-examples // batch_size)
   return Config(

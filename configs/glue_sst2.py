@@ -1,6 +1,8 @@
-"""SST-2: is a review good? Accuracy; the paper has 94.04.
+"""Fine-tunes RoBERTa-base on SST-2: is a movie review positive?
 
-Settings, command and memory: configs/glue_cola.py. Our number: not yet run.
+Source, settings, command and memory are as in configs/glue_cola.py.
+Expected result: accuracy 94.04 in the GaLore paper (Table 4).
+Status: not run yet.
 """
 
 from configs.glue_cola import glue

@@ -1,6 +1,8 @@
-"""STS-B: how alike are two sentences, 0 to 5? Pearson; the paper has 90.73.
+"""Fine-tunes RoBERTa-base on STS-B: how similar are two sentences, 0 to 5?
 
-Settings, command and memory: configs/glue_cola.py. Our number: not yet run.
+Source, settings, command and memory are as in configs/glue_cola.py.
+Expected result: Pearson correlation 90.73 in the GaLore paper (Table 4).
+Status: not run yet.
 """
 
 from configs.glue_cola import glue

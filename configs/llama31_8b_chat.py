@@ -1,15 +1,16 @@
-"""Llama-3.1-8B fine-tuned on chats, on one card of 24 GB.
+"""Fine-tunes Llama-3.1-8B on chats, on one GPU with 24 GB.
 
-Source: the recipe of mistral_7b_guanaco. Embedding and head have 128,256 rows,
-which leaves too little room for weights in bfloat16 (24.29 GiB in all with
---update.weights rounded): the layers' matrices are stored in blocks of 256
-8-bit integers, their sums rounded stochastically.
-
+Source: the recipe of configs/mistral_7b_guanaco.py.
 Command: python -m train.finetune configs/llama31_8b_chat.py --checkpoint DIR
 --corpus.train chats.jsonl
-Expected memory: 18.04 GiB on an RTX 4090, by the compiler (make plan
-ARGS=configs/llama31_8b_chat.py, 26 November 2026, jax 0.10.2).
-Expected time, expected number: unknown. Our number: not yet run.
+Differences: the embedding and the head have 128,256 rows, so that bfloat16
+weights do not fit (24.29 GiB in total with --update.weights rounded). The
+matrices of the transformer layers are therefore stored as 8-bit integers in
+blocks of 256, and are rounded stochastically after each update.
+Expected memory: 18.04 GiB on an RTX 4090, by the compiler's memory analysis
+(make plan ARGS=configs/llama31_8b_chat.py, 26 November 2026, jax 0.10.2).
+Expected time and result: unknown.
+Status: not run yet.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from train.data.chats import Chats
 recipe = mistral_7b_guanaco.config
 config = dataclasses.replace(
   recipe,
-  # As in meta-llama/Llama-3.1-8B, for a plan without the checkpoint.
+  # These are the sizes of meta-llama/Llama-3.1-8B. With them, `make plan`
+  # works without the checkpoint.
   model=LlamaConfig(
     vocab_size=128_256,
     width=4096,

@@ -1,21 +1,22 @@
-"""LLaMA 130M on C4 with GaLore, as in the paper.
+"""Pre-trains LLaMA 130M on C4 with GaLore, as in the GaLore paper.
 
-Source: GaLore (arXiv 2403.03507), Table 2, and the authors' script for 130M:
-rank 256, learning rate 0.01, scale 0.25, gap 200, 20,000 steps of 512 x 256
-tokens, a tenth of them warm-up, no clipping.
+Source: GaLore (arXiv 2403.03507), Table 2, and the authors' script for 130M.
+Rank 256, learning rate 0.01, scale 0.25, gap 200; 20,000 steps of 512 x 256
+tokens, the first tenth of them warm-up; no clipping.
 Command: python -m train.pretrain configs/llama_130m.py
-(c4/en prepared by TFDS; --corpus.data-dir says where).
-Differences: the moments are float32 here, and bfloat16 there; documents are
-packed here, and there each is cut or padded to 256 tokens; the tokenizer is
-trained on C4 here, and is T5's there, so compare bits per byte, or train AdamW
-(--optimizer AdamW --learning-rate 0.001) by the side.
-Expected memory: 0.27 GB of weights and 0.65 GB of optimizer state
-(exact, from shapes); 4.18 GiB in all on an RTX 4090, by the compiler
+This needs c4/en as prepared by TFDS; --corpus.data-dir is its directory.
+Differences: moments are float32 here and bfloat16 in the script. Documents are
+packed here; the script cuts or pads each to 256 tokens. The tokenizer is
+trained on C4 here; the script uses that of T5. Perplexities per token are
+therefore not comparable. Compare bits per byte, or also train AdamW
+(--optimizer AdamW --learning-rate 0.001).
+Expected memory: 0.27 GB of weights and 0.65 GB of optimizer state, computed
+from shapes. 4.18 GiB in total on an RTX 4090, by the compiler's memory analysis
 (make plan ARGS=configs/llama_130m.py, 25 November 2026, jax 0.10.2).
-Expected time: not measured. 6 x parameters x tokens is 2.1e+18 operations,
-3.9 hours at 150 TFLOP/s.
-Expected number: validation perplexity 25.36 (the paper; full-rank 25.08).
-Our number: not yet run.
+Expected time: not measured. 6 x parameters x tokens is 2.1e+18 floating-point
+operations, 3.9 hours at 150 TFLOP/s.
+Expected result: validation perplexity 25.36 in the paper (full-rank 25.08).
+Status: not run yet.
 """
 
 from models.llama import llama

@@ -1,22 +1,23 @@
-"""LLaMA 1B on C4 with GaLore, as in the paper.
+"""Pre-trains LLaMA 1B on C4 with GaLore, as in the GaLore paper.
 
-Source: GaLore (arXiv 2403.03507), Table 2, and the authors' script for 1B:
-rank 512, learning rate 0.01, scale 0.25, gap 200, 100,000 steps of 512 x 256
-tokens, a tenth of them warm-up, no clipping.
-The script has rank 1024, the paper 512; this is the paper.
+Source: GaLore (arXiv 2403.03507), Table 2, and the authors' script for 1B. Rank
+512, learning rate 0.01, scale 0.25, gap 200; 100,000 steps of 512 x 256 tokens,
+the first tenth of them warm-up; no clipping. The rank is the paper's; the
+script has 1024.
 Command: python -m train.pretrain configs/llama_1b.py
-(c4/en prepared by TFDS; --corpus.data-dir says where).
-Differences: the moments are float32 here, and bfloat16 there; documents are
-packed here, and there each is cut or padded to 256 tokens; the tokenizer is
-trained on C4 here, and is T5's there, so compare bits per byte, or train AdamW
-(--optimizer AdamW --learning-rate 0.001) by the side.
-Expected memory: 2.68 GB of weights and 3.82 GB of optimizer state
-(exact, from shapes); 14.24 GiB in all on an RTX 4090, by the compiler
-(make plan ARGS=configs/llama_1b.py, 25 November 2026, jax 0.10.2).
-Expected time: not measured. 6 x parameters x tokens is 1.1e+20 operations,
-195 hours at 150 TFLOP/s.
-Expected number: validation perplexity 15.64 (the paper; full-rank 15.56).
-Our number: not yet run.
+This needs c4/en as prepared by TFDS; --corpus.data-dir is its directory.
+Differences: moments are float32 here and bfloat16 in the script. Documents are
+packed here; the script cuts or pads each to 256 tokens. The tokenizer is
+trained on C4 here; the script uses that of T5. Perplexities per token are
+therefore not comparable. Compare bits per byte, or also train AdamW
+(--optimizer AdamW --learning-rate 0.001).
+Expected memory: 2.68 GB of weights and 3.82 GB of optimizer state, computed
+from shapes. 14.24 GiB in total on an RTX 4090, by the compiler's memory
+analysis (make plan ARGS=configs/llama_1b.py, 25 November 2026, jax 0.10.2).
+Expected time: not measured. 6 x parameters x tokens is 1.1e+20 floating-point
+operations, 195 hours at 150 TFLOP/s.
+Expected result: validation perplexity 15.64 in the paper (full-rank 15.56).
+Status: not run yet.
 """
 
 from models.llama import llama

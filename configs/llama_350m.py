@@ -1,21 +1,22 @@
-"""LLaMA 350M on C4 with GaLore, as in the paper.
+"""Pre-trains LLaMA 350M on C4 with GaLore, as in the GaLore paper.
 
-Source: GaLore (arXiv 2403.03507), Table 2, and the authors' script for 350M:
-rank 256, learning rate 0.01, scale 0.25, gap 200, 60,000 steps of 512 x 256
-tokens, a tenth of them warm-up, no clipping.
+Source: GaLore (arXiv 2403.03507), Table 2, and the authors' script for 350M.
+Rank 256, learning rate 0.01, scale 0.25, gap 200; 60,000 steps of 512 x 256
+tokens, the first tenth of them warm-up; no clipping.
 Command: python -m train.pretrain configs/llama_350m.py
-(c4/en prepared by TFDS; --corpus.data-dir says where).
-Differences: the moments are float32 here, and bfloat16 there; documents are
-packed here, and there each is cut or padded to 256 tokens; the tokenizer is
-trained on C4 here, and is T5's there, so compare bits per byte, or train AdamW
-(--optimizer AdamW --learning-rate 0.001) by the side.
-Expected memory: 0.74 GB of weights and 1.22 GB of optimizer state
-(exact, from shapes); 7.22 GiB in all on an RTX 4090, by the compiler
+This needs c4/en as prepared by TFDS; --corpus.data-dir is its directory.
+Differences: moments are float32 here and bfloat16 in the script. Documents are
+packed here; the script cuts or pads each to 256 tokens. The tokenizer is
+trained on C4 here; the script uses that of T5. Perplexities per token are
+therefore not comparable. Compare bits per byte, or also train AdamW
+(--optimizer AdamW --learning-rate 0.001).
+Expected memory: 0.74 GB of weights and 1.22 GB of optimizer state, computed
+from shapes. 7.22 GiB in total on an RTX 4090, by the compiler's memory analysis
 (make plan ARGS=configs/llama_350m.py, 25 November 2026, jax 0.10.2).
-Expected time: not measured. 6 x parameters x tokens is 1.7e+19 operations,
-32 hours at 150 TFLOP/s.
-Expected number: validation perplexity 18.95 (the paper; full-rank 18.80).
-Our number: not yet run.
+Expected time: not measured. 6 x parameters x tokens is 1.7e+19 floating-point
+operations, 32 hours at 150 TFLOP/s.
+Expected result: validation perplexity 18.95 in the paper (full-rank 18.80).
+Status: not run yet.
 """
 
 from models.llama import llama

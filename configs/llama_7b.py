@@ -1,22 +1,23 @@
-"""LLaMA-7B with layer-wise 8-bit GaLore, for one card of 24 GB.
+"""Pre-trains LLaMA-7B with layer-wise 8-bit GaLore on one GPU with 24 GB.
 
-Source: Zhao et al., GaLore, 2024: rank 1024, gap 500, scale 0.25, learning
-rate 0.005, batch 512, 256 tokens, 150,000 steps, bfloat16. Here the weights'
-sums are rounded stochastically, bases are stored in blocks of 8 bits, clipping
-is by the global norm of the step before, and a batch is 16 sequences. The
-paper's batch goes in parts, whose projected gradients are summed: add
---batch-size 512 --update.accumulate 32 --update.sums bfloat16.
-
+Source: Zhao et al., GaLore, 2024 (arXiv 2403.03507). Rank 1024, gap 500, scale
+0.25, learning rate 0.005, batches of 512 sequences of 256 tokens, 150,000
+steps, bfloat16.
 Command: python -m train.pretrain configs/llama_7b.py
-(c4/en prepared by TFDS; --corpus.data-dir says where)
-Expected memory: 18.83 GiB on an RTX 4090, with --batch-size 2 17.73 GiB, by the
-compiler (make plan ARGS=configs/llama_7b.py, 26 November 2026, jax
-0.10.2); on 25 November 12.96 GiB with --optimizer Lomo --batch-size 1
---sequence-length 512.
+This needs c4/en as prepared by TFDS; --corpus.data-dir is its directory.
+Differences: updated weights are rounded stochastically, bases are stored with 8
+bits per number, gradients are clipped by the global norm of the step before,
+and a batch has 16 sequences. To train with the paper's batch, add --batch-size
+512 --update.accumulate 32 --update.sums bfloat16, which splits it into parts
+and sums their projected gradients.
+Expected memory: 18.83 GiB on an RTX 4090, or 17.73 GiB with --batch-size 2, by
+the compiler's memory analysis (make plan ARGS=configs/llama_7b.py, 26 November
+2026, jax 0.10.2). 12.96 GiB with --optimizer Lomo --batch-size 1
+--sequence-length 512 (25 November 2026).
 Expected time: not measured.
-Expected number: perplexity 14.65 after 19.7 B tokens of C4, in batches of 512
-sequences (the paper).
-Our number: not yet run.
+Expected result: perplexity 14.65 in the paper, after 19.7 billion tokens of C4
+in batches of 512 sequences.
+Status: not run yet.
 """
 
 from models.llama import llama

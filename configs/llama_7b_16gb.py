@@ -1,15 +1,17 @@
-"""LLaMA-7B for a card of 16 GB: as llama_7b, weights in 8 bits, bases in 4.
+"""Pre-trains LLaMA-7B on one GPU with 16 GB: 8-bit weights and 4-bit bases.
 
-Source: Zhang et al., Q-GaLore, 2024: rank 1024, gap 500, scale 0.25, learning
-rate 0.004. The layers' matrices are stored in blocks of 256 8-bit integers,
-their sums rounded stochastically; embedding and head stay bfloat16.
-
+Source: Zhang et al., Q-GaLore, 2024 (arXiv 2407.08296). Rank 1024, gap 500,
+scale 0.25, learning rate 0.004. The matrices of the transformer layers are
+stored as 8-bit integers in blocks of 256, and are rounded stochastically after
+each update. The embedding and the head remain bfloat16. Batches have 2
+sequences. Other settings are as in configs/llama_7b.py.
 Command: python -m train.pretrain configs/llama_7b_16gb.py
-(c4/en prepared by TFDS; --corpus.data-dir says where)
-Expected memory: 11.32 GiB on an RTX 4090, by the compiler (make plan
-ARGS=configs/llama_7b_16gb.py, 26 November 2026, jax 0.10.2); Q-GaLore reports
-15.1 GB.
-Expected time, expected number: unknown. Our number: not yet run.
+This needs c4/en as prepared by TFDS; --corpus.data-dir is its directory.
+Expected memory: 11.32 GiB on an RTX 4090, by the compiler's memory analysis
+(make plan ARGS=configs/llama_7b_16gb.py, 26 November 2026, jax 0.10.2).
+Q-GaLore reports 15.1 GB.
+Expected time and result: unknown.
+Status: not run yet.
 """
 
 from models.llama import llama

@@ -1,17 +1,18 @@
-"""Mistral-7B fine-tuned on openassistant-guanaco, on one card of 24 GB.
+"""Fine-tunes Mistral-7B on openassistant-guanaco, on one GPU with 24 GB.
 
-Source: a published recipe for transformers' `galore_adamw_8bit`: rank 512, gap
-200, scale 1.8, matrices of attention and mlp, weight decay 0.05, warm-up 0.2.
-It left the layer-wise optimizer, which there learns nothing and refuses to
-accumulate; here the update is layer by layer, a batch is 8 sequences, one at a
-time, whose projected gradients are summed, and the weights' sums are rounded
-stochastically.
-
+Source: a published recipe for transformers' `galore_adamw_8bit`. Rank 512, gap
+200, scale 1.8, on the matrices of attention and mlp; weight decay 0.05; warm-up
+in the first 0.2 of the steps.
 Command: python -m train.finetune configs/mistral_7b_guanaco.py --checkpoint DIR
 --corpus.train openassistant_best_replies_train.jsonl
-Expected memory: 19.19 GiB on an RTX 4090, by the compiler (make plan
-ARGS=configs/mistral_7b_guanaco.py, 26 November 2026, jax 0.10.2).
-Expected time, expected number: unknown. Our number: not yet run.
+Differences: the recipe does not use transformers' layer-wise optimizer, which
+does not learn and does not support gradient accumulation. Here, updates are
+layer-wise. A batch of 8 sequences is processed one sequence at a time, and the
+projected gradients are summed. Updated weights are rounded stochastically.
+Expected memory: 19.19 GiB on an RTX 4090, by the compiler's memory analysis
+(make plan ARGS=configs/mistral_7b_guanaco.py, 26 November 2026, jax 0.10.2).
+Expected time and result: unknown.
+Status: not run yet.
 """
 
 from models.llama import LlamaConfig
@@ -20,7 +21,8 @@ from train.data.chats import Chats
 from train.method import Galore8bit
 
 config = Config(
-  # As in mistralai/Mistral-7B-v0.1, for a plan without the checkpoint.
+  # These are the sizes of mistralai/Mistral-7B-v0.1. With them, `make plan`
+  # works without the checkpoint.
   model=LlamaConfig(
     vocab_size=32_000,
     width=4096,

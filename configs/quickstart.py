@@ -1,14 +1,14 @@
-"""A LLaMA of 5.3 million parameters on real dialogue: the first run.
+"""Pre-trains a LLaMA with 5.3 million parameters on dialogue: the first run.
 
-Source: the text is chitchat-dataset (PyPI, MIT licence), 12.7 MB; the model has
-the proportions of the smallest ones that GaLore's authors pre-train.
+Source: the text is chitchat-dataset (PyPI, MIT licence), 12.7 MB. The model has
+the proportions of the smallest models that GaLore's authors pre-train.
 Command: python -m train.pretrain configs/quickstart.py
-Expected memory: 21 MB of weights and 25 MB of optimizer state (AdamW: 42);
-of the projected weights' state, 32.3% of AdamW's.
-Expected time: 1.2 minutes of steps on two idle cores (sum of step_seconds in
-metrics.jsonl of `make train`, 30 November 2026).
-Our number: 1.853 bits per byte, perplexity 112.3 per token, on 16,384 positions
-of the validation split (29 November 2026).
+Expected memory: 21 MB of weights and 25 MB of optimizer state (42 MB with
+AdamW). The state of the projected weights is 32.3% of AdamW's.
+Expected time: 1.2 minutes of training steps on two idle CPU cores (sum of
+step_seconds in metrics.jsonl of `make train`, 30 November 2026).
+Result: 1.853 bits per byte, perplexity 112.3 per token, on 16,384 positions of
+the validation split (29 November 2026).
 """
 
 from models.llama import LlamaConfig
@@ -21,9 +21,9 @@ config = Config(
     vocab_size=4096, width=256, mlp_width=688, num_heads=4, num_layers=4
   ),
   corpus=Chitchat(),
-  # Gram finds the subspace of the SVD in a fraction of its time. The scale and
-  # the learning rate are the best pair of tests.bench.quickstart: 0.003 for the
-  # projected matrices, 0.1 for embedding, head and norms.
+  # 'gram' computes the subspace of the SVD in a fraction of the SVD's time. The
+  # benchmark tests.bench.quickstart found this pair of scale and learning rate
+  # to be the best: 0.003 for projected matrices, 0.1 for all other weights.
   optimizer=Galore(rank=64, gap=50, subspace='gram', scale=0.03),
   steps=300,
   learning_rate=0.1,

@@ -1,18 +1,20 @@
-"""LLaMA 130M on C4 with SCALE, in the setting of its paper.
+"""Pre-trains LLaMA 130M on C4 with SCALE, as in the SCALE paper.
 
 Source: Glentis et al. (arXiv 2506.16659), the table of the authors' README, and
-their script for 130M: learning rate 0.001, momentum 0.9 of the head, 20,000
-steps of 512 x 256 tokens, a tenth of them warm-up, no clipping, bfloat16.
+their script for 130M. Learning rate 0.001, momentum 0.9 for the head only;
+20,000 steps of 512 x 256 tokens, the first tenth of them warm-up; no clipping;
+bfloat16.
 Command: python -m train.pretrain configs/scale_130m.py
-(c4/en prepared by TFDS; --corpus.data-dir says where).
-Differences: those of configs/scale_60m.py.
-Expected memory: 3.65 GiB on an RTX 4090, 0.09 of them optimizer state, by the
-compiler (make plan ARGS=configs/scale_130m.py, 26 November 2026, jax 0.10.2).
-Expected time: not measured. 6 x parameters x tokens is 2.1e+18 operations, 3.9
-hours at 150 TFLOP/s.
-Expected number: validation perplexity 22.57 (Adam 23.13, Muon 22.20, GaLore
-25.31, Fira 22.96, APOLLO 22.93).
-Our number: not yet run.
+This needs c4/en as prepared by TFDS; --corpus.data-dir is its directory.
+Differences: as in configs/scale_60m.py.
+Expected memory: 3.65 GiB on an RTX 4090, of which 0.09 GiB is optimizer state,
+by the compiler's memory analysis (make plan ARGS=configs/scale_130m.py, 26
+November 2026, jax 0.10.2).
+Expected time: not measured. 6 x parameters x tokens is 2.1e+18 floating-point
+operations, 3.9 hours at 150 TFLOP/s.
+Expected result: validation perplexity 22.57 in the paper (Adam 23.13, Muon
+22.20, GaLore 25.31, Fira 22.96, APOLLO 22.93).
+Status: not run yet.
 """
 
 import dataclasses

@@ -1,21 +1,24 @@
-"""LLaMA 60M on C4 with SCALE, in the setting of its paper.
+"""Pre-trains LLaMA 60M on C4 with SCALE, as in the SCALE paper.
 
 Source: Glentis et al. (arXiv 2506.16659), the table of the authors' README, and
-their script for 60M: learning rate 0.001, momentum 0.9 of the head, 11,000
-steps of 512 x 256 tokens, a tenth of them warm-up, no clipping, bfloat16.
+their script for 60M. Learning rate 0.001, momentum 0.9 for the head only;
+11,000 steps of 512 x 256 tokens, the first tenth of them warm-up; no clipping;
+bfloat16.
 Command: python -m train.pretrain configs/scale_60m.py
-(c4/en prepared by TFDS; --corpus.data-dir says where).
-Differences: documents are packed here, and there each is cut or padded to 256
-tokens; the tokenizer is trained on C4 here, and is T5's there; their evaluation
-divides by one batch too many, so that its perplexities are too low. Compare
-with AdamW (--optimizer AdamW --learning-rate 0.001) by the side.
-Expected memory: 2.88 GiB on an RTX 4090, 0.06 of them optimizer state, by the
-compiler (make plan ARGS=configs/scale_60m.py, 26 November 2026, jax 0.10.2).
-Expected time: not measured. 6 x parameters x tokens is 5.0e+17 operations, 0.9
-hours at 150 TFLOP/s.
-Expected number: validation perplexity 30.81 (Adam 30.05, Muon 28.86, GaLore
-34.58, Fira 30.34, APOLLO 30.94).
-Our number: not yet run.
+This needs c4/en as prepared by TFDS; --corpus.data-dir is its directory.
+Differences: documents are packed here; the script cuts or pads each to 256
+tokens. The tokenizer is trained on C4 here; the script uses that of T5. The
+script's evaluation divides the loss by one batch too many, so that its
+perplexities are too low. To compare, also train AdamW (--optimizer AdamW
+--learning-rate 0.001).
+Expected memory: 2.88 GiB on an RTX 4090, of which 0.06 GiB is optimizer state,
+by the compiler's memory analysis (make plan ARGS=configs/scale_60m.py, 26
+November 2026, jax 0.10.2).
+Expected time: not measured. 6 x parameters x tokens is 5.0e+17 floating-point
+operations, 0.9 hours at 150 TFLOP/s.
+Expected result: validation perplexity 30.81 in the paper (Adam 30.05, Muon
+28.86, GaLore 34.58, Fira 30.34, APOLLO 30.94).
+Status: not run yet.
 """
 
 from models.llama import llama

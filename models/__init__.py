@@ -1,1 +1,1 @@
-"""Flax models that know no optimizer."""
+"""Flax models and their checkpoints. Nothing here depends on an optimizer."""

@@ -1,11 +1,11 @@
-"""BERT and RoBERTa in Flax with a head that scores a whole text.
+"""BERT and RoBERTa in Flax, with a head that classifies or scores a text.
 
-Blocks are stacked on a leading axis, as those of `models.llama`. The linen
-modules below are the one definition of the mathematics; `Layers` offers the
-same model as pure functions, whole or one layer at a time.
+The parameters of all layers are stacked on a leading axis, as in
+`models.llama`. The linen modules define the mathematics. `Layers` offers the
+same model as pure functions: the whole model, or one layer at a time.
 
-Shapes: B batch, T time, D width, F mlp width, N heads, H head dimension, V
-vocabulary, P positions, K kinds of tokens, C labels, L layers.
+Shapes: B batch, T time, D width, F mlp width, N heads, H head dimension,
+C labels, L layers.
 """
 
 import dataclasses
@@ -16,9 +16,18 @@ from typing import Any, ClassVar, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models import attention, noise
-from models.llama import Dtype, Linear, apply
+from models.llama import (
+  Activations,
+  Batch,
+  Dtype,
+  Linear,
+  Params,
+  Sums,
+  apply,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,51 +35,51 @@ class EncoderConfig:
   """Dimensions and number formats of a BERT or a RoBERTa."""
 
   vocab_size: int
-  """Number of tokens that the embedding knows."""
+  """Number of tokens: rows of the token embedding."""
   width: int
   """Size of the residual stream."""
   mlp_width: int
-  """Size of the hidden layer."""
+  """Size of the mlp's hidden layer."""
   num_heads: int
-  """Heads of attention."""
+  """Number of attention heads."""
   num_layers: int
-  """Number of blocks."""
+  """Number of transformer layers."""
   num_positions: int
-  """Rows of the table of positions; see `max_length`."""
+  """Number of rows of the position embedding; see `max_length`."""
   family: Literal['bert', 'roberta'] = 'bert'
-  """Which of the two: RoBERTa's first token has the position after that of
-  `pad_id`, and its head drops out of its input too."""
+  """BERT or RoBERTa. In RoBERTa, positions count from `pad_id` + 1, and the
+  head also has dropout on its input."""
   num_types: int = 2
-  """Kinds of tokens, such as first and second sentence; 1 tells none apart."""
+  """Number of token types, such as first and second sentence. If it is 1, a
+  batch's types are ignored."""
   num_labels: int = 2
-  """Labels to choose from; 1 is a number to predict."""
+  """Number of labels to choose from; 1 means regression to a number."""
   labels: tuple[str, ...] | None = None
-  """Their names, for those who read a checkpoint (None: numbers)."""
+  """Names of the labels, which are written to checkpoints (None: unnamed)."""
   pad_id: int = 0
   """Token that fills short rows."""
   dropout: float = 0.0
-  """Share of the entries that are zeroed after the embedding, after each
-  attention, after each mlp and in the head, where a batch brings noise."""
+  """Dropout rate after the embedding, each attention and each mlp, and in the
+  head. Dropout is applied only if a batch has 'noise'."""
   norm_eps: float = 1e-12
-  """Added to the variance in LayerNorm."""
+  """Number added to the variance in LayerNorm."""
   init_std: float = 0.02
   """Standard deviation of the normal initial weights."""
   dtype: Dtype = 'float32'
-  """Type of the activations and of the matmuls; norms, softmax and loss are
-  float32 inside."""
+  """Type of the activations and of the matmuls. Norms, softmax and loss are
+  computed in float32."""
   param_dtype: Dtype = 'float32'
-  """Type of the parameters, hence of their gradients."""
+  """Type of the parameters and of their gradients."""
   remat: bool = False
-  """Whether the backward pass recomputes each block from its input."""
+  """Whether the backward pass recomputes each layer from its input."""
   attention: Literal['auto', 'cudnn', 'blockwise'] = 'auto'
-  """As in `models.llama`."""
+  """Implementation of attention; see `models.llama.LlamaConfig.attention`."""
 
-  def __post_init__(self):
-    """Checks the sizes, and that the heads fit."""
-    for name in (
-      *('vocab_size', 'width', 'mlp_width', 'num_heads', 'num_layers'),
-      *('num_types', 'num_labels', 'max_length'),
-    ):
+  def __post_init__(self) -> None:
+    """Checks that sizes are in range and that the heads divide the width."""
+    sizes = ('vocab_size', 'width', 'mlp_width', 'num_heads', 'num_layers')
+    others = ('num_types', 'num_labels', 'max_length')
+    for name in sizes + others:
       if getattr(self, name) < 1:
         raise ValueError(
           f'{name} must be at least 1, got {getattr(self, name)}'
@@ -97,34 +106,40 @@ class EncoderConfig:
       )
 
   causal: ClassVar[bool] = False
-  """Attention reaches later tokens, too."""
+  """Whether a query attends only to its own and earlier tokens."""
   window: ClassVar[None] = None
-  """Attention reaches all tokens of a text."""
+  """Number of time steps that a query attends to; None is all."""
 
   @property
   def head_width(self) -> int:
-    """Size of a head."""
+    """Size of one attention head."""
     return self.width // self.num_heads
 
   @property
   def kv_heads(self) -> int:
-    """Heads of keys and values."""
+    """Number of key and value heads: as many as query heads."""
     return self.num_heads
 
   @property
   def first_position(self) -> int:
-    """Position of a row's first token."""
+    """Position of the first token of each row."""
     return self.pad_id + 1 if self.family == 'roberta' else 0
 
   @property
   def max_length(self) -> int:
-    """Tokens in the longest row."""
+    """Maximum number of tokens in a row: those that have a position."""
     return self.num_positions - self.first_position
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
-def normalize(h, scale_D, bias_D, eps):
-  """(h - mean) / sqrt(variance + eps) * scale + bias; h alone is kept."""
+def normalize(
+  h: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float
+) -> jax.Array:
+  """Returns (h - mean) / sqrt(variance + eps) * scale + bias.
+
+  Computes in float32. Under `jax.checkpoint`, only the inputs are stored for
+  the backward pass.
+  """
   x = h.astype(jnp.float32)
   x -= jnp.mean(x, axis=-1, keepdims=True)
   x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
@@ -136,20 +151,29 @@ def normalize(h, scale_D, bias_D, eps):
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def gelu(x):
-  """x times the normal distribution's share below x, by erf."""
+def gelu(x: jax.Array) -> jax.Array:
+  """Returns x times the standard normal distribution function at x.
+
+  This is the exact GELU with erf, not the approximation with tanh. Under
+  `jax.checkpoint`, only x is stored for the backward pass.
+  """
   return jax.nn.gelu(x, approximate=False)
 
 
-def drop(x, noise_B2, site, rate):
-  """Zeroes a share of the entries and scales the others up.
+def drop(
+  x: jax.Array, noise_B2: jax.Array | None, site: int, rate: float
+) -> jax.Array:
+  """Applies dropout: zeroes some entries and scales up the others.
 
   Args:
-    x: [B, ...].
-    noise_B2: a key for each row, so that it draws the same zeros in whichever
-      part of a batch it is; None drops nothing.
-    site: number of the place in the model.
-    rate: the share.
+    x: Activations [B, ...].
+    noise_B2: One random key per row, so that the zeros of a row do not depend
+      on the rest of the batch. None disables dropout.
+    site: Number of this dropout within its layer; it is folded into the keys.
+    rate: Probability with which an entry is zeroed.
+
+  Returns:
+    An array like x.
   """
   if noise_B2 is None or not rate:
     return x
@@ -157,12 +181,13 @@ def drop(x, noise_B2, site, rate):
 
 
 class LayerNorm(nn.Module):
-  """Standardizes, then scales and shifts; float32 inside."""
+  """Layer normalization with scale and bias. Computes in float32."""
 
   config: EncoderConfig
+  """Provides `norm_eps` and `param_dtype`."""
 
   @nn.compact
-  def __call__(self, h):
+  def __call__(self, h: jax.Array) -> jax.Array:
     """Normalizes the last axis."""
     config, init = self.config, nn.initializers
     shape, dtype = h.shape[-1:], config.param_dtype
@@ -172,14 +197,16 @@ class LayerNorm(nn.Module):
 
 
 class Table(nn.Module):
-  """A row for each token, position or kind."""
+  """Embedding table with one row per token, position or token type."""
 
   config: EncoderConfig
+  """Provides the width, the initialization and the types."""
   size: int
+  """Number of rows."""
 
   @nn.compact
-  def __call__(self, rows):
-    """Looks rows up; a number outside the table gives NaN."""
+  def __call__(self, rows: jax.Array) -> jax.Array:
+    """Returns the given rows; a row outside the table returns NaN."""
     config = self.config
     init = nn.initializers.normal(config.init_std)
     shape = (self.size, config.width)
@@ -188,13 +215,14 @@ class Table(nn.Module):
 
 
 class Embedding(nn.Module):
-  """Token plus position plus kind, normalized."""
+  """Sum of token, type and position embeddings, normalized."""
 
   config: EncoderConfig
+  """Configuration of the model."""
 
   @nn.compact
-  def __call__(self, batch):
-    """Embeds the inputs."""
+  def __call__(self, batch: Batch) -> jax.Array:
+    """Returns the embedded inputs [B, T, D], after dropout."""
     config, tokens_BT = self.config, batch['inputs']
     length = tokens_BT.shape[1]
     if length > config.max_length:
@@ -214,26 +242,31 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-  """Attention in both directions, inside segments."""
+  """Bidirectional attention within segments."""
 
   config: EncoderConfig
+  """Provides the sizes of the heads and the implementation of attention."""
 
   @nn.compact
-  def __call__(self, h_BTD, segments_BT):
-    """Mixes time steps of one segment."""
+  def __call__(self, h_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """Returns the mix [B, T, D] of the time steps of each segment."""
     config, D, N = self.config, self.config.width, self.config.num_heads
 
-    def heads(name):
+    def heads(name: str) -> jax.Array:
       y_BTD = Linear(config, (D, D), True, name=name)(h_BTD)
       return y_BTD.reshape(*h_BTD.shape[:2], N, D // N)
 
     q_BTNH, k_BTNH, v_BTNH = heads('q'), heads('k'), heads('v')
     if self.is_initializing():
-      # As in `llama.Attention`.
+      # Initial parameters do not depend on the output of attention, and
+      # tracing attention would take most of the time of `init`.
       y_BTNH = q_BTNH
     else:
       y_BTNH = attention.attend(
-        *(q_BTNH, k_BTNH, v_BTNH, segments_BT),
+        q_BTNH,
+        k_BTNH,
+        v_BTNH,
+        segments_BT,
         kind=config.attention,
         causal=False,
       )
@@ -241,26 +274,34 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """down(gelu(up))."""
+  """Two linear maps with a GELU between them: down(gelu(up))."""
 
   config: EncoderConfig
+  """Provides `width` and `mlp_width`."""
 
   @nn.compact
-  def __call__(self, h_BTD):
-    """Transforms each time step by itself."""
+  def __call__(self, h_BTD: jax.Array) -> jax.Array:
+    """Returns [B, T, D], each time step computed from itself only."""
     D, F = self.config.width, self.config.mlp_width
     up_BTF = Linear(self.config, (D, F), True, name='up')(h_BTD)
     return Linear(self.config, (F, D), True, name='down')(gelu(up_BTF))
 
 
-class Block(nn.Module):
-  """One layer: attention and mlp, each added, then normalized."""
+class TransformerLayer(nn.Module):
+  """One transformer layer: attention and mlp, each with a residual and a norm.
+
+  The norms come after the residual sums.
+  """
 
   config: EncoderConfig
+  """Configuration of the model."""
 
   @nn.compact
-  def __call__(self, x):
-    """Maps {'h', 'segments'} to the same with a new 'h'."""
+  def __call__(self, x: Activations) -> Activations:
+    """Returns x = {'h', 'segments'} with an updated 'h'.
+
+    If x has 'noise', the returned dict has the next layer's noise.
+    """
     config, noise_B2 = self.config, x.get('noise')
     mix = nn.remat(Attention) if config.remat else Attention
     mixed = mix(config, name='attention')(x['h'], x['segments'])
@@ -275,13 +316,14 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-  """Scores of a text, read off its first token."""
+  """Classification head on the first token of each row."""
 
   config: EncoderConfig
+  """Configuration of the model."""
 
   @nn.compact
-  def __call__(self, x):
-    """Logits [B, C] in float32."""
+  def __call__(self, x: Activations) -> jax.Array:
+    """Returns the logits [B, C] in float32."""
     config, noise_B2 = self.config, x.get('noise')
     D, C = config.width, config.num_labels
     h_BD = x['h'][:, 0]
@@ -294,49 +336,58 @@ class Head(nn.Module):
 
 
 class Encoder(nn.Module):
-  """The whole model; `batch` and `read` are those that `Layers` describes."""
+  """The whole model. `Layers` describes `batch`."""
 
   config: EncoderConfig
+  """Configuration of the model."""
   read: Callable[[Any], Any] | None = None
+  """Converts the stored parameters of one layer to arrays; see `Layers`."""
 
-  def setup(self):
-    """Declares the parts under the names that their parameters carry."""
+  def setup(self) -> None:
+    """Declares the submodules; attribute names are keys of the parameters."""
     config = self.config
-    # A scan merges nothing across iterations: recomputation needs no barrier.
-    block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+    # `prevent_cse` is needed only outside of a scan: XLA does not merge
+    # computations across iterations of a loop.
+    layer = TransformerLayer
+    if config.remat:
+      layer = nn.remat(layer, prevent_cse=False)
     if self.read is not None:
-      block = nn.map_variables(block, 'params', self.read)
+      layer = nn.map_variables(layer, 'params', self.read)
     self.embed = Embedding(config)
-    self.blocks = block(config)
+    self.blocks = layer(config)
     self.head = Head(config)
 
-  def __call__(self, batch):
-    """The loss of a batch and what it is made of."""
-    return self.score(self.run_blocks(self.enter(batch)), batch)
+  def __call__(self, batch: Batch) -> tuple[jax.Array, Sums]:
+    """Returns the loss of a batch and its sums; see `score`."""
+    return self.score(self.run_layers(self.enter(batch)), batch)
 
-  def logits(self, batch):
-    """Logits [B, C] in float32."""
-    return self.head(self.run_blocks(self.enter(batch)))
+  def logits(self, batch: Batch) -> jax.Array:
+    """Returns the logits [B, C] in float32."""
+    return self.head(self.run_layers(self.enter(batch)))
 
-  def enter(self, batch):
-    """Embeds the inputs; segments and noise ride along."""
+  def enter(self, batch: Batch) -> Activations:
+    """Returns x, the first layer's input, with noise if the batch has noise."""
     x = {'h': self.embed(batch), 'segments': batch['segments']}
     if 'noise' in batch:
       x['noise'] = noise.following(batch['noise'])
     return x
 
-  def run_blocks(self, x):
-    """All blocks, by a scan over their stacked parameters."""
+  def run_layers(self, x: Activations) -> Activations:
+    """Applies all layers by a scan over their stacked parameters."""
     scan = nn.scan(
-      lambda block, x: (block(x), None),
+      lambda layer, x: (layer(x), None),
       variable_axes={'params': 0},
       split_rngs={'params': True},
       length=self.config.num_layers,
     )
     return scan(self.blocks, x)[0]
 
-  def score(self, x, batch):
-    """sum(weights * cost) / weights.size, and the sums of both."""
+  def score(self, x: Activations, batch: Batch) -> tuple[jax.Array, Sums]:
+    """Returns the loss and its sums from the output x of the last layer.
+
+    The loss is sum(weights * cost) / weights.size. The sums are {'cost': the
+    weighted sum, 'weight': the sum of the weights}.
+    """
     logits_BC = self.head(x)
     cost_B = cost(logits_BC, batch['targets'], self.config.num_labels)
     weights_B = batch['weights']
@@ -345,8 +396,15 @@ class Encoder(nn.Module):
     return total / weights_B.size, sums
 
 
-def cost(logits_BC, targets_B, num_labels):
-  """-log p(target), or the squared error where there is one label."""
+def cost(
+  logits_BC: jax.Array | np.ndarray,
+  targets_B: jax.Array | np.ndarray,
+  num_labels: int,
+) -> jax.Array | np.ndarray:
+  """Returns the cost [B] of each row.
+
+  The cost is -log p(target), or the squared error if `num_labels` is 1.
+  """
   if num_labels == 1:
     return (logits_BC[:, 0] - targets_B.astype(jnp.float32)) ** 2
   chosen_BC = (
@@ -360,67 +418,94 @@ def cost(logits_BC, targets_B, num_labels):
 class Layers:
   """The model as pure functions of a plain dict of parameters.
 
-  `batch` holds 'inputs', 'types', 'segments' [B, T] int32, 'targets' [B] (int32
-  labels, or float32 numbers where num_labels is 1) and 'weights' [B] float32: a
-  row of weight 0 is not scored. Attention never crosses a segment: tokens are
-  of one, what fills a row of another. With 'noise' [B, 2] uint32, any bits,
-  `config.dropout` is at work.
+  A `batch` is a dict of 'inputs', 'types' and 'segments' [B, T] int32,
+  'targets' [B] and 'weights' [B] float32. Targets are int32 labels, or float32
+  numbers if `num_labels` is 1. Rows of weight 0 do not count in the loss.
+  Attention never crosses a segment; padding has another segment than tokens. An
+  optional 'noise' [B, 2] uint32 (random bits) turns on `config.dropout`.
 
-  `embed`, `block` and `loss` are the model one layer at a time; calling the
-  object is their composition with a scan over params['blocks'].
+  `embed`, `block` and `loss` compute the model one layer at a time. Calling the
+  object composes them, with a scan over the layers in params['blocks'].
   """
 
   config: EncoderConfig
+  """Configuration of the model."""
   read: Callable[[Any], Any] | None = None
-  """Makes arrays of one layer of params['blocks'] where they are stored as
-  something else; the whole model calls it layer by layer, `block` does not."""
+  """Converts one layer of params['blocks'] to arrays, if it is stored in
+  another form, such as 8-bit integers. Methods that run the whole model call
+  it once per layer; `block` does not call it."""
   intercept: Callable[..., Any] | None = None
-  """A linen interceptor of all that is computed, such as `lowrank.hook`."""
+  """A linen interceptor under which everything is computed, such as
+  `lowrank.hook`, or None."""
 
-  def init(self, key):
-    """Fresh parameters; their shapes under `jax.eval_shape`."""
-    keys = ('inputs', 'types', 'segments')
-    # Of two tokens, if there are as many positions: cuDNN takes no odd number.
-    shape = (1, min(2, self.config.max_length))
-    batch = dict.fromkeys(keys, jnp.zeros(shape, jnp.int32))
+  def init(self, key: jax.Array) -> Params:
+    """Returns random initial parameters.
+
+    `jax.eval_shape` of this method returns their shapes and types.
+    """
+    names: list[str] = ['inputs', 'types', 'segments']
+    batch = dict.fromkeys(names, jnp.zeros((1, 1), jnp.int32))
     batch['targets'] = jnp.zeros(1, jnp.int32)
-    batch['weights'] = jnp.zeros(1, jnp.float32)  # under x64 too
+    batch['weights'] = jnp.zeros(1, jnp.float32)
     return Encoder(self.config).init(key, batch)['params']
 
-  def __call__(self, params, batch):
-    """(loss, {'cost', 'weight'}) of a batch; see `loss`."""
+  def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
+    """Returns (loss, {'cost', 'weight'}) of a batch; see `loss`."""
     return self._apply(params, batch)
 
-  def logits(self, params, batch):
-    """Logits [B, C] float32 from inputs, types and segments."""
+  def logits(self, params: Params, batch: Batch) -> jax.Array:
+    """Returns the float32 logits [B, C] of a batch.
+
+    Reads the batch's inputs, types, segments and, if present, noise.
+    """
     return self._apply(params, batch, method=Encoder.logits)
 
-  def embed(self, params, batch):
-    """x = {'h': [B, T, D], 'segments'}; reads params['embed']."""
+  def embed(self, params: Params, batch: Batch) -> Activations:
+    """Returns x = {'h': [B, T, D], 'segments'}, the input of the first layer.
+
+    x has 'noise' if the batch has it. Reads only params['embed'].
+    """
     return self._apply(params, batch, method=Encoder.enter)
 
-  def block(self, layer_params, x):
-    """One block: params['blocks'] without the leading axis."""
-    params = {'params': layer_params}
-    return apply(Block(self.config), self.intercept, params, x)
-
-  def loss(self, params, x, batch):
-    """Loss from the last block's x; reads params['head'].
-
-    With weights scaled to mean 1 over a whole batch, the mean of this loss
-    over microbatches of equal size is the weighted mean of the batch.
+  def block(self, layer_params: Params, x: Activations) -> Activations:
+    """Applies one transformer layer.
 
     Args:
-      params: The parameters.
-      x: What the last block returned.
-      batch: The batch that x was embedded from.
+      layer_params: Parameters of one layer: an entry of params['blocks'] along
+        the leading axis, as arrays.
+      x: Input of the layer, as `embed` or the layer before returns it.
+
+    Returns:
+      x with an updated 'h'.
+    """
+    layer = TransformerLayer(self.config)
+    return apply(layer, self.intercept, {'params': layer_params}, x)
+
+  def loss(
+    self, params: Params, x: Activations, batch: Batch
+  ) -> tuple[jax.Array, Sums]:
+    """Returns the loss from the output of the last layer.
+
+    If the weights have mean 1 over a whole batch, the mean of this loss over
+    microbatches of equal size is the weighted mean of the batch.
+
+    Args:
+      params: The parameters; only params['head'] is read.
+      x: Output of the last layer.
+      batch: The batch from which x was computed; only its targets and weights
+        are read.
 
     Returns:
       sum(weights * cost) / weights.size, and the sums {'cost', 'weight'}.
     """
     return self._apply(params, x, batch, method=Encoder.score)
 
-  def _apply(self, params, *inputs, method=None):
+  def _apply(
+    self,
+    params: Params,
+    *inputs: Any,
+    method: Callable[..., Any] | None = None,
+  ) -> Any:
     model = Encoder(self.config, self.read)
-    params = {'params': params}
-    return apply(model, self.intercept, params, *inputs, method=method)
+    variables = {'params': params}
+    return apply(model, self.intercept, variables, *inputs, method=method)

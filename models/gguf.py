@@ -1,30 +1,36 @@
-"""A GGUF file of llama.cpp: read, and turned into a directory of transformers.
+"""Converts a GGUF file of llama.cpp to a checkpoint directory of transformers.
 
   python -m models.gguf FILE DIR
 
-writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json,
-so that every program that takes such a directory takes the file's model. Of a
-quantized file the weights are what its codes stand for, in float32.
+writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
+Programs that load a checkpoint directory of transformers can then load the
+file's model. Quantized weights are dequantized, to float32 by default.
 """
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
 import sys
 import tempfile
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from models import huggingface
 from models.llama import LlamaConfig
 
-PyTree: TypeAlias = Any
-Fields: TypeAlias = dict[str, Any]
+if TYPE_CHECKING:
+  from gguf import GGUFReader, ReaderTensor
 
-# Of a layer, in a file of llama.cpp and in one of transformers.
+PyTree: TypeAlias = Any
+
+Fields: TypeAlias = dict[str, Any]
+"""Values of a GGUF file by key, or of a JSON file by name."""
+
+# Names of a layer's modules in GGUF files and in transformers.
 _LAYER = {
   'attn_norm': 'input_layernorm',
   'attn_q': 'self_attn.q_proj',
@@ -42,7 +48,7 @@ _WHOLE = {
   'output.weight': 'lm_head.weight',
 }
 
-# Fields of a LlamaConfig to those of a file, behind 'llama.'.
+# Fields of `LlamaConfig` to keys of a file, without the prefix 'llama.'.
 _REQUIRED = {
   'width': 'embedding_length',
   'mlp_width': 'feed_forward_length',
@@ -57,7 +63,7 @@ _OPTIONAL = {
 }
 _HARMLESS = {'context_length', 'vocab_size'}
 
-# The only values under which these fields change nothing.
+# Keys that must have this value if they are present.
 _NEUTRAL = {'rope.scaling.type': 'none', 'expert_count': 0}
 
 _TOKEN_IDS = {
@@ -67,7 +73,8 @@ _TOKEN_IDS = {
   'pad': 'tokenizer.ggml.padding_token_id',
 }
 _CONTROL, _USER_DEFINED = 3, 4
-"""Types of tokens that no merge makes: those without text, and others."""
+"""GGUF's types of tokens that are found in a text as a whole, before any merge:
+control tokens, and tokens defined by the user."""
 
 _TOKENS, _MERGES = 'tokenizer.ggml.tokens', 'tokenizer.ggml.merges'
 
@@ -75,55 +82,60 @@ _TAKE = (
   'take the tokenizer from the directory of transformers that the file was '
   'made from'
 )
-"""The remedy for a file whose tokenizer cannot be read."""
+"""Advice for a file whose tokenizer cannot be read."""
 
 
 def load(
-  file: str | pathlib.Path, *, shardings: PyTree = None, **overrides
+  file: str | pathlib.Path, *, shardings: PyTree = None, **overrides: Any
 ) -> tuple[LlamaConfig, PyTree]:
-  """Reads a file's model piece by piece, with little of it in host memory.
+  """Reads the model of a GGUF file.
+
+  Tensors are dequantized and copied to their devices in pieces, so that host
+  memory never holds a large part of the model.
 
   Args:
-    file: of general.architecture llama: LLaMA, SmolLM, TinyLlama, and Mistral,
-      whose window such a file does not say.
-    shardings: as in `models.huggingface.load`.
-    **overrides: fields of `LlamaConfig` to set to something else, such as
-      param_dtype.
+    file: A file whose general.architecture is llama: LLaMA, SmolLM, TinyLlama
+      or Mistral. A GGUF file does not contain the attention window of Mistral;
+      pass it as `window`.
+    shardings: As in `models.huggingface.load`.
+    **overrides: Fields of `LlamaConfig` to replace, such as param_dtype.
 
   Returns:
     The configuration, and the parameters of `models.llama` as `jax.Array`s.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ImportError: the library gguf is not installed.
-    ValueError: the file is none of GGUF, or has what is not implemented; the
-      message names it.
+    FileNotFoundError: The file does not exist.
+    ImportError: The library gguf is not installed.
+    ValueError: The file is not a GGUF file, or requires a feature that is not
+      implemented. The message names the feature.
   """
   reader, fields = _open(file)
   return _load(file, reader, fields, shardings, overrides)
 
 
 def convert(
-  file: str | pathlib.Path, directory: str | pathlib.Path, **overrides
+  file: str | pathlib.Path, directory: str | pathlib.Path, **overrides: Any
 ) -> LlamaConfig:
-  """Writes a directory of transformers from a file: weights and tokenizer.
+  """Converts a GGUF file to a checkpoint directory of transformers.
 
   Args:
-    file: as in `load`, with a byte-level BPE in it.
-    directory: made if it is not there; must have no checkpoint in it.
-    **overrides: as in `load`.
+    file: As in `load`. Its tokenizer must be a byte-level BPE.
+    directory: Directory for weights, config and tokenizer. It is created if
+      necessary, and must not contain a checkpoint.
+    **overrides: As in `load`.
 
   Returns:
     The configuration.
 
   Raises:
-    FileExistsError: the directory has a checkpoint.
-    FileNotFoundError, ImportError, ValueError: as in `load`.
+    FileExistsError: The directory contains a checkpoint.
+    FileNotFoundError, ImportError, ValueError: As in `load`.
   """
   huggingface.check_new(directory)
   reader, fields = _open(file)
   try:
-    # The architecture is checked first: others have other tokenizers.
+    # The architecture is checked first: the tokenizer of an unsupported one
+    # would raise a less helpful error.
     _config(reader, fields)
     tokenizer, words = tokenizer_of(fields)
   except ValueError as error:
@@ -142,25 +154,25 @@ def convert(
 
 
 def tokenizer_of(fields: Fields) -> tuple[Any, Fields]:
-  """Returns the tokenizer of a file's fields, by the library tokenizers.
+  """Builds the tokenizer that a file's fields describe.
 
   Args:
-    fields: The values by key, of which those of tokenizer.* are used.
+    fields: Values of the file by key. Only keys with 'tokenizer.' are used.
 
   Returns:
-    The `tokenizers.Tokenizer`, and what tokenizer_config.json says beside it:
-    the special tokens by their names, and the chat template where there is one.
+    The `tokenizers.Tokenizer`, and the fields of tokenizer_config.json: the
+    special tokens and, if the file has one, the chat template.
 
   Raises:
-    ImportError: the library tokenizers is not installed.
-    ValueError: the file has another kind of tokenizer; the message names it.
+    ImportError: The library tokenizers is not installed.
+    ValueError: The file has another kind of tokenizer. The message names it.
   """
   try:
     import tokenizers
   except ImportError as error:
     raise _no_library('tokenizers') from error
 
-  before = _before(fields, tokenizers.pre_tokenizers)
+  before = _pre_tokenizers(fields, tokenizers.pre_tokenizers)
   for key in (_TOKENS, _MERGES):
     if key not in fields:
       raise ValueError(f'{key} is missing: {_TAKE}')
@@ -171,7 +183,7 @@ def tokenizer_of(fields: Fields) -> tuple[Any, Fields]:
   merges = [tuple(x.split(' ', 1)) for x in fields[_MERGES]]
   try:
     model = tokenizers.models.BPE(vocab, merges)
-  # The library has no exception of its own.
+  # The library raises plain `Exception`s.
   except Exception as error:
     raise ValueError(
       f'{_MERGES} must join tokens ({error}): {_TAKE}'
@@ -204,8 +216,11 @@ def tokenizer_of(fields: Fields) -> tuple[Any, Fields]:
   return tokenizer, words
 
 
-def _before(fields, pre_tokenizers):
-  """What splits the text before the merges, by the names of llama.cpp."""
+def _pre_tokenizers(fields: Fields, pre_tokenizers: ModuleType) -> list[Any]:
+  """Returns the pre-tokenizers, which split a text before the BPE's merges.
+
+  Raises ValueError if the file's tokenizer is not one of the supported kinds.
+  """
   known = {
     'gpt-2': (),
     'smollm': (pre_tokenizers.Digits(individual_digits=True),),
@@ -228,26 +243,30 @@ def _before(fields, pre_tokenizers):
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-  """A tensor in a file; rows of it are decoded when they are asked for."""
+  """A tensor in a GGUF file, whose rows are dequantized on demand."""
 
-  tensor: Any
+  tensor: 'ReaderTensor'
+  """The library's description of the tensor, with the file's bytes."""
   order: np.ndarray | None
-  """The file's row for each row of ours (None: the same)."""
+  """Index in the file of each row in transformers' order (None: the same
+  order)."""
   dtype: str = 'float32'
+  """Type of the dequantized rows."""
 
   @property
-  def shape(self):
+  def shape(self) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(self.tensor.shape))
 
   def __getitem__(self, rows: slice) -> np.ndarray:
     import gguf
 
-    rows = rows if self.order is None else self.order[rows]
-    return gguf.dequantize(self.tensor.data[rows], self.tensor.tensor_type)
+    data = self.tensor.data
+    stored = data[rows] if self.order is None else data[self.order[rows]]
+    return gguf.dequantize(stored, self.tensor.tensor_type)
 
 
-def _open(file):
-  """The library's reader of a file, and the file's values by key."""
+def _open(file: str | pathlib.Path) -> tuple['GGUFReader', Fields]:
+  """Returns the library's reader of a file, and the file's values by key."""
   try:
     import gguf
   except ImportError as error:
@@ -259,7 +278,7 @@ def _open(file):
     reader = gguf.GGUFReader(file)
     fields = {key: field.contents() for key, field in reader.fields.items()}
   except (ValueError, IndexError, KeyError) as error:
-    # What the library says of a file that ends early is of its own arrays.
+    # If a file ends early, the library's error is about its own arrays.
     raise ValueError(
       f'{file} must be a whole GGUF file ({error}); fetch it again'
     ) from error
@@ -272,8 +291,14 @@ def _open(file):
   return reader, fields
 
 
-def _load(file, reader, fields, shardings, overrides):
-  """`load`, of an open file."""
+def _load(
+  file: str | pathlib.Path,
+  reader: 'GGUFReader',
+  fields: Fields,
+  shardings: PyTree,
+  overrides: Mapping[str, Any],
+) -> tuple[LlamaConfig, PyTree]:
+  """Implements `load` for an open file."""
   try:
     config = dataclasses.replace(_config(reader, fields), **overrides)
     tensors = _tensors(reader, config)
@@ -284,8 +309,8 @@ def _load(file, reader, fields, shardings, overrides):
     raise ValueError(f'{file}: {error}') from error
 
 
-def _config(reader, fields):
-  """The model that a file's fields and tensors describe."""
+def _config(reader: 'GGUFReader', fields: Fields) -> LlamaConfig:
+  """Returns the model that a file's fields and tensors describe."""
   kind = fields.get('general.architecture')
   if kind != 'llama':
     raise ValueError(
@@ -313,7 +338,8 @@ def _config(reader, fields):
         f'{prefix}{key} must be one number, the same for every layer, got '
         f'{value!r}'
       )
-  # The nearest decimal: 32 bits do not hold 1e-5.
+  # The file stores a float32, which cannot represent 1e-5 exactly. Its shortest
+  # decimal is the intended number.
   values['norm_eps'] = float(str(np.float32(values['norm_eps'])))
   shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
   if 'token_embd.weight' not in shapes:
@@ -327,8 +353,8 @@ def _config(reader, fields):
   return config
 
 
-def _check(given, head_dim):
-  """Raises ValueError for a field that is not implemented."""
+def _check(given: Fields, head_dim: int) -> None:
+  """Raises ValueError if a field is not implemented."""
   neutral = _NEUTRAL | dict.fromkeys(
     ('rope.dimension_count', 'attention.value_length'), head_dim
   )
@@ -340,8 +366,8 @@ def _check(given, head_dim):
       )
 
 
-def _tensors(reader, config):
-  """A file's tensors by the names and in the order of transformers."""
+def _tensors(reader: 'GGUFReader', config: LlamaConfig) -> dict[str, _Stored]:
+  """Returns a file's tensors by transformers' names, with rows in its order."""
   import gguf
 
   heads = {'attn_q': config.num_heads, 'attn_k': config.kv_heads}
@@ -361,14 +387,17 @@ def _tensors(reader, config):
   return tensors
 
 
-def _name(theirs):
-  """The name of a tensor in transformers, and its part of a layer."""
+def _name(theirs: str) -> tuple[str, str | None]:
+  """Returns transformers' name of a tensor, and the module of the layer.
+
+  The module is a key of `_LAYER`, or None for a tensor outside of the layers.
+  """
   if theirs in _WHOLE:
     return _WHOLE[theirs], None
-  block, _, rest = theirs.partition('.')
+  prefix, _, rest = theirs.partition('.')
   layer, _, rest = rest.partition('.')
   part, _, kind = rest.partition('.')
-  if block != 'blk' or kind != 'weight' or part not in _LAYER:
+  if prefix != 'blk' or kind != 'weight' or part not in _LAYER:
     raise ValueError(
       f'the tensor {theirs} belongs to no model that is implemented (a LLaMA '
       'without biases, experts and scaled waves)'
@@ -376,14 +405,22 @@ def _name(theirs):
   return f'model.layers.{layer}.{_LAYER[part]}.weight', part
 
 
-def _unpaired(rows, heads):
-  """The file's row for each row of transformers, of queries or keys.
+def _unpaired(rows: int, heads: int) -> np.ndarray:
+  """Returns the order of the rows of a query or key matrix for transformers.
 
-  A rotation mixes two numbers: neighbours in llama.cpp, in transformers those
-  that are half a head apart.
+  The rotary embedding rotates pairs of dimensions. The two dimensions of a pair
+  are neighbours in llama.cpp, and half a head apart in transformers.
 
-  >>> _unpaired(8, 2).tolist()
-  [0, 2, 1, 3, 4, 6, 5, 7]
+  Args:
+    rows: Number of rows of the matrix.
+    heads: Number of heads that the rows are divided into.
+
+  Returns:
+    The index in the file of each row of transformers [rows].
+
+  Example:
+    >>> _unpaired(8, 2).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
   """
   if rows % (2 * heads):
     raise ValueError(
@@ -392,28 +429,34 @@ def _unpaired(rows, heads):
   return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
 
 
-def _token_ids(fields):
+def _token_ids(fields: Fields) -> dict[str, int]:
   return {name: fields[k] for name, k in _TOKEN_IDS.items() if k in fields}
 
 
-def _no_library(name):
+def _no_library(name: str) -> ImportError:
   return ImportError(
     f'a GGUF file needs the library {name}: pip install "galore-optax[gguf]"'
   )
 
 
-_text = functools.partial(json.dumps, indent=2)
+def _text(fields: Fields) -> str:
+  return json.dumps(fields, indent=2)
 
 
 def main(arguments: list[str] | None = None) -> None:
-  """Converts the file that the command line names."""
+  """Converts the file that the command line names.
+
+  Args:
+    arguments: The command line's arguments; None reads `sys.argv`.
+  """
   parser = argparse.ArgumentParser(
-    'python -m models.gguf', description=__doc__.split('\n\n')[0]
+    'python -m models.gguf', description=(__doc__ or '').split('\n\n')[0]
   )
   parser.add_argument('file', help='a GGUF file of a LLaMA')
   parser.add_argument('directory', help='where to write; made if not there')
   parser.add_argument(
-    *('--dtype', '-d'),
+    '--dtype',
+    '-d',
     choices=('float32', 'bfloat16'),
     default='float32',
     help='type of the weights that are written',

@@ -1,8 +1,8 @@
-"""Checkpoints of transformers, in and out: directories with config.json,
-safetensors and a tokenizer's files.
+"""Reads and writes checkpoint directories of Hugging Face's transformers.
 
-A checkpoint holds one (out, in) matrix for each layer; the models here hold
-(in, out) matrices stacked over layers.
+Such a directory has config.json, weights in safetensors files, and the files of
+a tokenizer. It stores one [out, in] matrix per layer, while the models of this
+package have [in, out] matrices stacked over layers.
 """
 
 import codecs
@@ -12,8 +12,8 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeAlias
 
 import flax.traverse_util
 import jax
@@ -21,46 +21,86 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import encoder, huggingface_config, llama
-from models.huggingface_config import AnyConfig
+from models.huggingface_config import AnyConfig, Architecture, Fields
 
 PyTree: TypeAlias = Any
 
-# As the first BERTs say it.
+Flat: TypeAlias = dict[str, Any]
+"""Leaves of a nested dict by their paths, such as 'blocks/mlp/up/kernel'."""
+
+Part: TypeAlias = tuple[str, int | None]
+"""Path of a parameter, and a layer's index if it is stacked over layers."""
+
+
+class Tensor(Protocol):
+  """A tensor of a checkpoint, such as a NumPy array, whose rows can be read."""
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the tensor."""
+    ...
+
+  @property
+  def dtype(self) -> Any:
+    """Type of the tensor; `str` of it is NumPy's name."""
+    ...
+
+  def __getitem__(self, rows: slice, /) -> np.ndarray:
+    """Returns some rows."""
+    ...
+
+
+# Suffixes of tensor names in the oldest BERT checkpoints, and today's.
 _RENAMED = {
   'LayerNorm.gamma': 'LayerNorm.weight',
   'LayerNorm.beta': 'LayerNorm.bias',
 }
 
 _OTHERS = (
-  *('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json'),
-  *('special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt'),
-  *('chat_template.jinja', 'chat_template.json', 'generation_config.json'),
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'chat_template.jinja',
+  'chat_template.json',
+  'generation_config.json',
 )
-"""What a checkpoint has beside config.json and its weights: the tokenizer."""
+"""Files that are copied with a checkpoint: those of the tokenizer, and the
+generation config."""
 
 _INDEX = 'model.safetensors.index.json'
 
 _DTYPES = {
-  **{'F64': 'float64', 'F32': 'float32'},
-  **{'F16': 'float16', 'BF16': 'bfloat16'},
+  'F64': 'float64',
+  'F32': 'float32',
+  'F16': 'float16',
+  'BF16': 'bfloat16',
 }
-"""Types of weights that are read, by the names of safetensors."""
+"""Types of weights that can be read: safetensors' name to NumPy's name."""
 
 _REMEDY = 'check num_hidden_layers and tie_word_embeddings in config.json'
 
 _PIECE = 2**26
-"""Numbers that are read at a time."""
+"""Maximum number of array entries that are read at once, except that at least
+one row is read."""
 
 
 def read_config(directory: str | pathlib.Path) -> AnyConfig:
   """Returns the model that a checkpoint's config.json describes.
 
-  Its numbers are of the checkpoint's type; of float16, which the model does
-  not have, they are float32.
+  Activations and parameters have the type that the config names. float16 is
+  replaced by float32, because the models do not support float16.
+
+  Args:
+    directory: Directory of the checkpoint.
 
   Raises:
-    FileNotFoundError: there is no config.json.
-    ValueError: it asks for what is not implemented; the message names it.
+    FileNotFoundError: config.json is missing.
+    ValueError: The config requires a feature that is not implemented, or a
+      field is invalid. The message names the field.
   """
   file = pathlib.Path(directory) / 'config.json'
   if not file.is_file():
@@ -85,27 +125,31 @@ def load(
   *,
   shardings: PyTree = None,
   key: jax.Array | None = None,
-  **overrides,
+  **overrides: Any,
 ) -> tuple[AnyConfig, PyTree]:
-  """Reads a checkpoint piece by piece, with little of it in host memory.
+  """Reads a model from a checkpoint.
+
+  Tensors are read and copied to their devices in pieces, so that host memory
+  never holds a large part of the checkpoint.
 
   Args:
-    directory: config.json, and model.safetensors or an index of such files.
-    shardings: where parameters go, one for all or a tree of them as
-      `jax.jit(out_shardings=)` takes it, on a mesh whose axes are Auto; None is
-      the default device.
-    key: draws the head of an encoder whose checkpoint has none.
-    **overrides: fields of the configuration to set to something else, such as
-      param_dtype.
+    directory: Directory with config.json, and with model.safetensors or an
+      index of several such files.
+    shardings: Shardings of the parameters: one for all of them or a tree, as
+      for `jax.jit(out_shardings=)`, on a mesh whose axes are Auto. None is the
+      default device.
+    key: Random key that initializes the head of an encoder if the checkpoint
+      has no head.
+    **overrides: Fields of the configuration to replace, such as param_dtype.
 
   Returns:
     The configuration, and the parameters of `models.llama` or `models.encoder`
     as `jax.Array`s.
 
   Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: the config asks for what is not implemented, or the tensors are
-      not those of the config; the message names the field or the tensor.
+    FileNotFoundError: A file is missing.
+    ValueError: The config requires a feature that is not implemented, or the
+      tensors do not fit the config. The message names the field or the tensor.
   """
   config = dataclasses.replace(read_config(directory), **overrides)
   tensors = _tensors(directory)
@@ -123,22 +167,24 @@ def save(
   source: str | pathlib.Path | None = None,
   max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-  """Writes a checkpoint that transformers reads.
+  """Writes a checkpoint that transformers can load.
 
   Args:
-    directory: made if it is not there; must have no checkpoint in it.
-    config: the model.
-    params: its parameters, on any devices.
-    source: a directory whose tokenizer's files are copied, and from whose
-      config.json comes what the model does not depend on, such as the ids of
-      special tokens.
-    max_shard_bytes: tensors in a file, all of which are in host memory while it
-      is written; a larger tensor has a file of its own.
+    directory: Directory to write. It is created if necessary, and must not
+      contain a checkpoint.
+    config: Configuration of the model.
+    params: Parameters of the model, on any devices.
+    source: Directory of another checkpoint, or None. Its tokenizer's files are
+      copied. Fields of its config.json that do not change the model, such as
+      the ids of special tokens, are copied too.
+    max_shard_bytes: Maximum size of the tensors in one file, all of which are
+      in host memory while the file is written. A larger tensor gets its own
+      file.
 
   Raises:
-    FileExistsError: the directory has a checkpoint.
-    ValueError: the parameters are not the config's, or no architecture has
-      such a model.
+    FileExistsError: The directory contains a checkpoint.
+    ValueError: The parameters do not fit the config, or transformers has no
+      architecture for the model.
   """
   directory = pathlib.Path(directory)
   flat = _flatten(params)
@@ -147,7 +193,7 @@ def save(
   fields |= _sourced(source, fields['model_type'])
   check_new(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  parts = _parts(flat, _row(config))
+  parts = _parts(flat, _architecture(config))
   _write_shards(directory, parts, flat, max_shard_bytes)
   if source is not None:
     copy(source, directory)
@@ -155,16 +201,21 @@ def save(
 
 
 def check_new(directory: str | pathlib.Path) -> None:
-  """Raises FileExistsError for a directory that has a checkpoint."""
+  """Raises FileExistsError if a directory contains a checkpoint."""
   for pattern in ('config.json', '*.safetensors', '*.safetensors.index.json'):
     for file in pathlib.Path(directory).glob(pattern):
       raise FileExistsError(f'{file} exists; name another directory')
 
 
 def copy(source: str | pathlib.Path, directory: str | pathlib.Path) -> None:
-  """Copies config.json and the tokenizer's files, as far as they exist.
+  """Copies config.json and the tokenizer's files, if they exist.
 
-  Text is written without its byte-order mark, which transformers refuses.
+  A byte-order mark at the start of a text file is removed, because transformers
+  rejects it.
+
+  Args:
+    source: Directory to copy from.
+    directory: Directory to copy to, which is created if necessary.
   """
   pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
   for name in ('config.json', *_OTHERS):
@@ -178,54 +229,62 @@ def copy(source: str | pathlib.Path, directory: str | pathlib.Path) -> None:
 
 
 def params_of(
-  tensors: Mapping[str, Any],
+  tensors: Mapping[str, Tensor],
   config: AnyConfig,
   shardings: PyTree = None,
   key: jax.Array | None = None,
   *,
   remedy: str = _REMEDY,
 ) -> PyTree:
-  """Parameters of a model from a checkpoint's tensors.
+  """Converts a checkpoint's tensors to parameters of a model.
 
   Args:
-    tensors: NumPy arrays by the checkpoint's names, or what has a shape and
-      gives such rows as are asked for. What an architecture's row calls ignored
-      is; any other name that the model lacks is an error.
-    config: The `LlamaConfig` or `EncoderConfig` that the tensors must fit.
-    shardings: as in `load`.
-    key: as in `load`.
-    remedy: for missing and surplus tensors, in the error's message.
+    tensors: Tensors by their names in the checkpoint. Names that match the
+      architecture's `ignored` are skipped. Any other name that is not part of
+      the model raises an error.
+    config: Configuration that the tensors must fit.
+    shardings: As in `load`.
+    key: As in `load`.
+    remedy: Advice for the error message about missing or unexpected tensors.
 
   Returns:
     Nested dict of `jax.Array`s of type `config.param_dtype`.
+
+  Raises:
+    ValueError: The tensors do not fit the config. The message names a tensor.
   """
-  row = _row(config)
+  architecture = _architecture(config)
   init, shapes = _layers(config).init, _shapes(config)
-  places = dict.fromkeys(_flatten(shapes))
+  places: Flat = dict.fromkeys(_flatten(shapes))
   if shardings is not None:
     places = _flatten(jax.tree.broadcast(shardings, shapes))
   shapes = _flatten(shapes)
-  names = {path: _names(row, path, config.num_layers) for path in shapes}
+  num_layers = config.num_layers
+  names = {path: _names(architecture, path, num_layers) for path in shapes}
   expected = {name for some in names.values() for name in some}
-  _check_head(tensors, row, shapes)
-  tensors = _named(tensors, row, expected)
-  fresh = _fresh(tensors, names, row)
+  _check_head(tensors, architecture, shapes)
+  tensors = _named(tensors, architecture, expected)
+  fresh = _fresh(tensors, names, architecture)
   names = {path: some for path, some in names.items() if path not in fresh}
   needed = {name for some in names.values() for name in some}
   _check_names(tensors, needed, remedy)
   for path, some in names.items():
     for name in some:
-      expected = _theirs(path, shapes[path].shape)
-      _check_tensor(name, tensors[name], expected)
+      shape = _checkpoint_shape(path, shapes[path].shape)
+      _check_tensor(name, tensors[name], shape)
   if fresh and key is None:
     raise ValueError(
       f'the checkpoint has no {", ".join(sorted(fresh))}: give a key to draw '
       'them, or a checkpoint with a head'
     )
+
+  def initial(key: jax.Array, path: str) -> jax.Array:
+    return _flatten(init(key))[path]
+
   params = {}
   for path, leaf in shapes.items():
     if path in fresh:
-      draw = lambda key, path=path: _flatten(init(key))[path]
+      draw = functools.partial(initial, path=path)
       params[path] = jax.jit(draw, out_shardings=places[path])(key)
     else:
       stored = {name: tensors[name] for name in names[path]}
@@ -234,70 +293,94 @@ def params_of(
 
 
 def tensors_of(params: PyTree, config: AnyConfig) -> dict[str, np.ndarray]:
-  """A checkpoint's tensors from parameters: `params_of` undone.
+  """Converts parameters to a checkpoint's tensors, the inverse of `params_of`.
 
   Args:
     params: Parameters of the model, on any device.
-    config: The model.
+    config: Configuration of the model.
 
   Returns:
     Dict from checkpoint name to NumPy array, without `lm_head.weight` if the
     model is tied.
   """
-  return _tensors_of(params, _row(config))
+  return _tensors_of(params, _architecture(config))
 
 
 def llama_tensors(params: PyTree) -> dict[str, np.ndarray]:
-  """The same of any model of `models.llama`, or of a part of its parameters."""
+  """Converts parameters of `models.llama`, or some of them, to tensors.
+
+  The names are those of the architecture 'llama', which has every parameter of
+  `models.llama`.
+
+  Args:
+    params: Parameters, or a part of their tree, on any device.
+
+  Returns:
+    Dict from checkpoint name to NumPy array.
+  """
   return _tensors_of(params, huggingface_config.ARCHITECTURES['llama'])
 
 
-def _tensors_of(params, row):
+def _tensors_of(
+  params: PyTree, architecture: Architecture
+) -> dict[str, np.ndarray]:
   flat = _flatten(params)
-  parts = _parts(flat, row)
+  parts = _parts(flat, architecture)
   return {name: _tensor(flat, part) for name, part in parts.items()}
 
 
-def _row(config):
-  """What there is to say about a model's architecture."""
+def _architecture(config: AnyConfig) -> Architecture:
+  """Returns the description of a model's architecture."""
   kind = huggingface_config.model_type(config)
   return huggingface_config.ARCHITECTURES[kind]
 
 
-def _layers(config):
-  """The model of a configuration."""
-  kinds = {
-    llama.LlamaConfig: llama.Layers,
-    encoder.EncoderConfig: encoder.Layers,
-  }
-  return kinds[type(config)](config)
+def _layers(config: AnyConfig) -> llama.Layers | encoder.Layers:
+  """Returns the model of a configuration, as pure functions."""
+  if isinstance(config, llama.LlamaConfig):
+    return llama.Layers(config)
+  return encoder.Layers(config)
 
 
 @functools.lru_cache(maxsize=8)
 def _shapes(config: AnyConfig) -> PyTree:
-  """Shapes of the parameters; callers must not change the dict."""
+  """Returns the cached shapes of the parameters; do not change the dict."""
   return jax.eval_shape(_layers(config).init, jax.random.key(0))
 
 
-def _named(tensors, row, expected):
-  """Tensors by the names of a whole model, without those to be ignored."""
+def _named(
+  tensors: Mapping[str, Tensor], architecture: Architecture, expected: set[str]
+) -> dict[str, Tensor]:
+  """Returns tensors by the names of a model with a head, without ignored ones.
+
+  Old names of LayerNorm's parameters are replaced. The architecture's prefix is
+  added to the names of a checkpoint that was saved without a head.
+  """
   named = {}
   for name, tensor in tensors.items():
     for before, now in _RENAMED.items():
       if name.endswith(before):
         name = name.removesuffix(before) + now
-    if row.prefix + name in expected:
-      name = row.prefix + name
-    if name in expected or not re.fullmatch(row.ignored, name):
+    if architecture.prefix + name in expected:
+      name = architecture.prefix + name
+    if name in expected or not re.fullmatch(architecture.ignored, name):
       named[name] = tensor
   return named
 
 
-def _fresh(tensors, names, row):
-  """Paths of the head's modules of which a checkpoint has no tensor."""
-  modules = {}
+def _fresh(
+  tensors: Mapping[str, Tensor],
+  names: Mapping[str, list[str]],
+  architecture: Architecture,
+) -> set[str]:
+  """Returns the paths of the head's parameters that must be initialized.
+
+  These are the parameters of modules of which the checkpoint has no tensor. If
+  it has only some tensors of a module, a later check raises an error.
+  """
+  head, modules = architecture.head, {}
   for path in names:
-    if row.head and path.startswith(row.head):
+    if head and path.startswith(head):
       modules.setdefault(path.rpartition('/')[0], []).append(path)
   return {
     path
@@ -309,24 +392,29 @@ def _fresh(tensors, names, row):
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-  """A tensor in a file; rows of it are read when they are asked for."""
+  """A tensor in a safetensors file, whose rows are read on demand."""
 
   file: pathlib.Path
+  """The file."""
   name: str
+  """Name of the tensor in the file."""
   shape: tuple[int, ...]
+  """Shape of the tensor."""
   dtype: str
+  """NumPy's name of the type, or safetensors' name if it is not supported."""
 
   def __getitem__(self, rows: slice) -> np.ndarray:
     from safetensors import safe_open
 
-    # Opened each time: pages of a file that stays mapped would add up.
+    # The file is opened for each piece. A file that stays mapped would keep all
+    # pages that were read in memory.
     with safe_open(self.file, 'np') as file:
       start, stop, _ = rows.indices(self.shape[0])
       return file.get_slice(self.name)[start:stop]
 
 
-def _tensors(directory):
-  """All tensors of a checkpoint, by name."""
+def _tensors(directory: str | pathlib.Path) -> dict[str, Tensor]:
+  """Returns all tensors of a checkpoint by name, without reading their data."""
   tensors = {}
   for path, expected in _files(pathlib.Path(directory)).items():
     if not path.is_file():
@@ -343,8 +431,8 @@ def _tensors(directory):
   return tensors
 
 
-def _stored(path):
-  """The tensors of one file, by name."""
+def _stored(path: pathlib.Path) -> dict[str, Tensor]:
+  """Returns the tensors of one file by name, without reading their data."""
   from safetensors import SafetensorError, safe_open
 
   found = {}
@@ -352,7 +440,7 @@ def _stored(path):
     with safe_open(path, 'np') as file:
       for name in file.keys():
         rows = file.get_slice(name)
-        shape, dtype = tuple(rows.get_shape()), rows.get_dtype()
+        shape, dtype = tuple(rows.get_shape()), str(rows.get_dtype())
         found[name] = _Stored(path, name, shape, _DTYPES.get(dtype, dtype))
   except SafetensorError as error:
     with open(path, 'rb') as file:
@@ -364,10 +452,11 @@ def _stored(path):
   return found
 
 
-def _files(directory):
-  """The files of a checkpoint, and the tensors that an index says of each.
+def _files(directory: pathlib.Path) -> dict[pathlib.Path, set[str]]:
+  """Returns a checkpoint's files, each with the tensors that its index lists.
 
-  Others, as consolidated*, are ignored.
+  Without an index, the set of tensors is empty. Other files, such as
+  consolidated*, are ignored.
   """
   whole, index = directory / 'model.safetensors', directory / _INDEX
   if whole.is_file():
@@ -383,21 +472,22 @@ def _files(directory):
     )
   found = {}
   for tensor, name in placed.items():
-    # The name alone: an index has no say in other directories.
+    # Only the last component of the path is used, so that an index cannot refer
+    # to files in other directories.
     file = directory / pathlib.PurePath(name).name
     found.setdefault(file, set()).add(tensor)
   return dict(sorted(found.items()))
 
 
-def _other_kind(directory):
-  """What to do with a directory that has weights of another kind."""
+def _other_kind(directory: pathlib.Path) -> str:
+  """Returns advice for a directory with weights in another format, or ''."""
   if any(directory.glob('adapter_*')):
     return '; an adapter is no model: merge it into its own first'
   if file := next(directory.glob('*.gguf'), None):
     return f'; to convert a GGUF file: python -m models.gguf {file} NEW'
   if not any(directory.glob('*.bin')):
     return ''
-  # A pickle runs what it likes.
+  # These files are not read, because a pickle can execute any code.
   return (
     '; *.bin is not read. To convert it, if you trust it: python -c "from '
     'transformers import AutoModelForCausalLM as M; M.from_pretrained('
@@ -405,8 +495,13 @@ def _other_kind(directory):
   )
 
 
-def _parameter(path, leaf, tensors, sharding):
-  """A parameter, on its devices; of its tensors a piece at a time is here."""
+def _parameter(
+  path: str,
+  leaf: jax.ShapeDtypeStruct,
+  tensors: Mapping[str, Tensor],
+  sharding: Any,
+) -> jax.Array:
+  """Copies a parameter to its devices, one piece of a tensor at a time."""
   put = _put(_is_table(path), path.startswith('blocks/'), sharding)
   whole = _zeros(leaf.shape, leaf.dtype, sharding)()
   for layer, (name, tensor) in enumerate(tensors.items()):
@@ -414,10 +509,11 @@ def _parameter(path, leaf, tensors, sharding):
     for start in range(0, tensor.shape[0], rows):
       piece = tensor[start : start + rows]
       if piece.dtype == np.float16:
-        # XLA cannot convert it on a CPU without F16C instructions.
+        # XLA cannot convert float16 on a CPU without F16C instructions.
         piece = piece.astype(np.float32)
       whole, finite = put(whole, piece, layer, start)
-      # Else the next pieces would be read before this one has left the host.
+      # Without this, the next pieces would be read while this piece is still
+      # in host memory.
       jax.block_until_ready(whole)
       if not finite:
         raise ValueError(
@@ -427,12 +523,13 @@ def _parameter(path, leaf, tensors, sharding):
   return whole
 
 
-# Parameters of equal shapes and places share their programs.
+# The programs are cached, so that parameters of equal shapes and shardings are
+# compiled once.
 @functools.cache
 def _zeros(
   shape: tuple[int, ...], dtype: Any, sharding: Any
 ) -> Callable[[], jax.Array]:
-  """A program that makes a parameter of zeros on its devices."""
+  """Returns a compiled function that creates a parameter of zeros."""
   return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
@@ -440,7 +537,17 @@ def _zeros(
 def _put(
   is_table: bool, is_stack: bool, sharding: Any
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """A program that writes rows of a tensor into a parameter."""
+  """Returns a compiled function that writes rows of a tensor to a parameter.
+
+  The function returns the parameter and whether all written numbers are finite.
+  It donates the old parameter.
+
+  Args:
+    is_table: Whether the parameter has the tensor's layout. Otherwise, the rows
+      are transposed.
+    is_stack: Whether the parameter is stacked over layers.
+    sharding: Sharding of the parameter, or None.
+  """
   outputs = sharding, None
 
   @functools.partial(jax.jit, out_shardings=outputs, donate_argnums=0)
@@ -448,23 +555,34 @@ def _put(
     whole: jax.Array, rows: jax.Array, layer: jax.Array, start: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     piece = (rows if is_table else rows.T).astype(whole.dtype)
-    at = [0] * piece.ndim
+    at: list[int | jax.Array] = [0] * piece.ndim
     at[0 if is_table else -1] = start
     if is_stack:
-      piece, at = piece[None], [layer, *at]
+      piece = piece[None]
+      at = [layer, *at]
     whole = jax.lax.dynamic_update_slice(whole, piece, at)
     return whole, jnp.all(jnp.isfinite(rows))
 
   return put
 
 
-def _write_shards(directory, parts, flat, max_bytes):
-  """Writes tensors in files of at most so many bytes, and their index."""
+def _write_shards(
+  directory: pathlib.Path,
+  parts: Mapping[str, Part],
+  flat: Flat,
+  max_bytes: int,
+) -> None:
+  """Writes tensors to one or more files of at most `max_bytes`.
+
+  Several files get an index.
+  """
   from safetensors import numpy as safetensors
 
-  shards, sizes = [{}], [0]
+  shards: list[dict[str, Part]] = [{}]
+  sizes = [0]
   for name, part in parts.items():
-    leaf, layer = flat[part[0]], part[1]
+    path, layer = part
+    leaf = flat[path]
     size = leaf.nbytes if layer is None else leaf.nbytes // len(leaf)
     if shards[-1] and sizes[-1] + size > max_bytes:
       shards.append({})
@@ -476,8 +594,7 @@ def _write_shards(directory, parts, flat, max_bytes):
     file = f'model-{number:05}-of-{count:05}.safetensors'
     file = file if count > 1 else 'model.safetensors'
     tensors = {name: _tensor(flat, part) for name, part in shard.items()}
-    # transformers refuses a file that does not say which framework's layouts
-    # it holds.
+    # transformers rejects a file whose metadata do not name a framework.
     safetensors.save_file(tensors, directory / file, {'format': 'pt'})
     weight_map |= dict.fromkeys(shard, file)
   if count > 1:
@@ -485,48 +602,50 @@ def _write_shards(directory, parts, flat, max_bytes):
     _write_json(directory / _INDEX, index)
 
 
-def _parts(flat, row):
-  """By the checkpoint's names: a parameter's path, and the layer or None."""
+def _parts(flat: Flat, architecture: Architecture) -> dict[str, Part]:
+  """Returns the source of each tensor of the checkpoint, by the tensor's name.
+
+  A source is the path of a parameter and a layer's index, or None if the
+  parameter is not stacked over layers.
+  """
   parts = {}
   for path, leaf in flat.items():
     stacked = path.startswith('blocks/')
     layers = range(len(leaf)) if stacked else [None]
-    names = _names(row, path, len(leaf))
+    names = _names(architecture, path, len(leaf))
     parts |= {name: (path, i) for name, i in zip(names, layers, strict=True)}
   return parts
 
 
-def _tensor(flat, part):
-  """One tensor of the checkpoint, in host memory."""
+def _tensor(flat: Flat, part: Part) -> np.ndarray:
+  """Returns one tensor of the checkpoint as a NumPy array."""
   path, layer = part
   leaf = flat[path] if layer is None else flat[path][layer]
-  return np.ascontiguousarray(_turned(path, leaf))
+  return np.ascontiguousarray(leaf if _is_table(path) else leaf.T)
 
 
-def _turned(path, matrix):
-  """Our layout from theirs, or theirs from ours."""
-  return matrix if _is_table(path) else matrix.T
-
-
-def _theirs(path, shape):
-  """The shape of a checkpoint's tensor, from that of our parameter."""
+def _checkpoint_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the shape of a checkpoint's tensor, from our parameter's shape."""
   shape = shape[1:] if path.startswith('blocks/') else shape
   return shape if _is_table(path) else shape[::-1]
 
 
-def _is_table(path):
-  """Whether rows are looked up: such a matrix is stored as we have it."""
+def _is_table(path: str) -> bool:
+  """Returns whether a parameter is an embedding, which is not transposed."""
   return path.endswith('/embedding')
 
 
-def _names(row, path, num_layers):
-  """The checkpoint's names for a parameter, layer by layer."""
+def _names(architecture: Architecture, path: str, num_layers: int) -> list[str]:
+  """Returns the checkpoint's names of a parameter: one per layer if stacked."""
+  name = architecture.names[path]
   if not path.startswith('blocks/'):
-    return [row.names[path]]
-  return [row.names[path].format(layer) for layer in range(num_layers)]
+    return [name]
+  return [name.format(layer) for layer in range(num_layers)]
 
 
-def _check_names(tensors, expected, remedy):
+def _check_names(
+  tensors: Iterable[str], expected: set[str], remedy: str
+) -> None:
   missing = sorted(expected - set(tensors))
   surplus = sorted(set(tensors) - expected)
   if missing or surplus:
@@ -537,7 +656,7 @@ def _check_names(tensors, expected, remedy):
     )
 
 
-def _check_tensor(name, tensor, expected):
+def _check_tensor(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
   if tensor.shape != expected:
     raise ValueError(
       f'{name} must have the shape {expected} of the configured model, got '
@@ -550,12 +669,18 @@ def _check_tensor(name, tensor, expected):
     )
 
 
-def _check_head(tensors, row, shapes):
-  """Raises ValueError where a tied model comes with a head of its own."""
-  table, head = (
-    row.names.get(x) for x in ('embed/embedding', 'lm_head/kernel')
-  )
-  if 'lm_head/kernel' in shapes or head not in tensors or table not in tensors:
+def _check_head(
+  tensors: Mapping[str, Tensor], architecture: Architecture, shapes: Flat
+) -> None:
+  """Raises ValueError if a tied model's checkpoint has a different head.
+
+  Such a checkpoint may have a head only if it is equal to the embedding.
+  """
+  table = architecture.names.get('embed/embedding')
+  head = architecture.names.get('lm_head/kernel')
+  if 'lm_head/kernel' in shapes or head is None or table is None:
+    return
+  if head not in tensors or table not in tensors:
     return
   one, other = tensors[head], tensors[table]
   same = one.shape == other.shape
@@ -570,7 +695,7 @@ def _check_head(tensors, row, shapes):
     )
 
 
-def _check_params(flat, config):
+def _check_params(flat: Flat, config: AnyConfig) -> None:
   shapes = _flatten(_shapes(config))
   if odd := sorted(shapes.keys() ^ flat.keys()):
     raise ValueError(f'params must be those of the config; check {odd[:4]}')
@@ -582,10 +707,12 @@ def _check_params(flat, config):
       raise ValueError(f'{path} must be {expected} by the config, got {got}')
 
 
-def _sourced(source, kind):
-  """What a source's config.json has for other programs."""
-  file = source and pathlib.Path(source) / 'config.json'
-  if not file or not file.is_file():
+def _sourced(source: str | pathlib.Path | None, kind: str) -> Fields:
+  """Returns the fields of a source's config.json for other programs."""
+  if source is None:
+    return {}
+  file = pathlib.Path(source) / 'config.json'
+  if not file.is_file():
     return {}
   return huggingface_config.for_others(read_json(file), kind)
 
@@ -607,9 +734,9 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
   return data
 
 
-def _write_json(file, data):
+def _write_json(file: pathlib.Path, data: Mapping[str, Any]) -> None:
   file.write_text(json.dumps(data, indent=2) + '\n')
 
 
-def _flatten(tree):
-  return flax.traverse_util.flatten_dict(tree, sep='/')
+def _flatten(tree: PyTree) -> Flat:
+  return dict(flax.traverse_util.flatten_dict(tree, sep='/'))

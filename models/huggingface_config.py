@@ -1,11 +1,11 @@
-"""A checkpoint's config.json, to and from a `LlamaConfig` or `EncoderConfig`.
+"""Converts a checkpoint's config.json to and from our configurations.
 
-Every field is one that the model implements, one that changes nothing that it
-computes, or refused by name. A row of `ARCHITECTURES` is all that there is to
-say about an architecture: its fields, and its names of tensors.
+A field of config.json is used, ignored because it does not change the model's
+output, or rejected by name. `ARCHITECTURES` has one description per supported
+architecture, with its fields and its names of tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias, get_type_hints
 
 from models.encoder import EncoderConfig
@@ -16,36 +16,39 @@ AnyConfig: TypeAlias = LlamaConfig | EncoderConfig
 
 
 class Architecture(NamedTuple):
-  """What a model_type means."""
+  """Description of one model_type of transformers."""
 
   classes: tuple[str, ...]
-  """transformers' classes that can be read; the first is the one written."""
+  """Classes of transformers that can be read. The first one is written."""
   config: type
-  """The model's configuration."""
+  """Class of our configuration."""
   fixed: Fields
-  """Fields of ours that the model_type decides."""
+  """Our fields whose value follows from the model_type."""
   needed: dict[str, str]
-  """Fields of ours, and of config.json with the same values."""
+  """Our fields that are copied from a field of config.json, to its name."""
   optional: dict[str, str]
-  """The same, of those that may be missing."""
+  """As `needed`, for fields that may be missing from config.json."""
   read: Callable[[Fields, str], Fields]
-  """`(config.json, model_type) -> our fields` that are more than a copy."""
+  """`(config.json, model_type) -> our fields` that are not mere copies."""
   write: Callable[[Any, str], Fields]
-  """`(configuration, model_type) -> config.json`, all that is no copy."""
+  """`(our configuration, model_type) -> fields of config.json` that are not
+  mere copies."""
   others: frozenset[str]
-  """Fields that `read` looks at."""
+  """Fields of config.json that `read` uses."""
   neutral: Fields
-  """The only values under which these fields change nothing."""
+  """Fields of config.json that must have this value, or be absent or null."""
   names: dict[str, str]
-  """Our paths, and the names of tensors; {} is the layer."""
+  """Paths of our parameters to names of tensors; {} is the layer's number."""
   required: tuple[str, ...] = ()
-  """Fields that have a default of their own there, none of ours."""
+  """Fields that config.json must have although our field has a default, because
+  transformers' default is another."""
   prefix: str = ''
-  """What the names of a model without a head may lack."""
+  """Prefix of tensor names that is absent from a checkpoint without a head."""
   head: str = ''
-  """Beginning of the paths that are drawn anew where a checkpoint has none."""
+  """Prefix of the paths of the head, which is initialized if a checkpoint does
+  not have it."""
   ignored: str = ''
-  """Names of tensors that the model does not need: a regular expression."""
+  """Regular expression for names of tensors that the model does not use."""
 
 
 _LLAMA_NAMES = {
@@ -83,8 +86,16 @@ _ENCODER_NAMES = {
 }
 
 
-def _encoder_names(prefix, dense, out):
-  """Names of an encoder and its head; each module has a weight and a bias."""
+def _encoder_names(prefix: str, dense: str, out: str) -> dict[str, str]:
+  """Returns the names of the tensors of an encoder and its head, by our paths.
+
+  Each module but the embedding tables has a weight and a bias.
+
+  Args:
+    prefix: Prefix of the encoder's names.
+    dense: Name of the head's first linear map.
+    out: Name of the head's last linear map.
+  """
   modules = {path: prefix + name for path, name in _ENCODER_NAMES.items()} | {
     'head/dense': dense,
     'head/out': out,
@@ -125,116 +136,196 @@ _DECODES = {
 }
 
 _GENERATION = {
-  *('assistant_confidence_threshold', 'assistant_lookbehind', 'bad_words_ids'),
-  *('begin_suppress_tokens', 'decoder_start_token_id', 'diversity_penalty'),
-  *('do_sample', 'early_stopping', 'encoder_no_repeat_ngram_size'),
-  *('encoder_repetition_penalty', 'epsilon_cutoff', 'eta_cutoff'),
-  *('exponential_decay_length_penalty', 'forced_bos_token_id'),
-  *('forced_eos_token_id', 'length_penalty', 'max_length', 'max_new_tokens'),
-  *('min_length', 'no_repeat_ngram_size', 'num_assistant_tokens'),
-  *('num_assistant_tokens_schedule', 'num_beam_groups', 'num_beams'),
-  *('num_return_sequences', 'output_scores', 'prefix', 'remove_invalid_values'),
-  *('repetition_penalty', 'return_dict_in_generate', 'suppress_tokens'),
-  *('target_lookbehind', 'task_specific_params', 'temperature', 'top_k'),
-  *('top_p', 'typical_p', 'use_cache'),
+  'assistant_confidence_threshold',
+  'assistant_lookbehind',
+  'bad_words_ids',
+  'begin_suppress_tokens',
+  'decoder_start_token_id',
+  'diversity_penalty',
+  'do_sample',
+  'early_stopping',
+  'encoder_no_repeat_ngram_size',
+  'encoder_repetition_penalty',
+  'epsilon_cutoff',
+  'eta_cutoff',
+  'exponential_decay_length_penalty',
+  'forced_bos_token_id',
+  'forced_eos_token_id',
+  'length_penalty',
+  'max_length',
+  'max_new_tokens',
+  'min_length',
+  'no_repeat_ngram_size',
+  'num_assistant_tokens',
+  'num_assistant_tokens_schedule',
+  'num_beam_groups',
+  'num_beams',
+  'num_return_sequences',
+  'output_scores',
+  'prefix',
+  'remove_invalid_values',
+  'repetition_penalty',
+  'return_dict_in_generate',
+  'suppress_tokens',
+  'target_lookbehind',
+  'task_specific_params',
+  'temperature',
+  'top_k',
+  'top_p',
+  'typical_p',
+  'use_cache',
 }
-"""Fields that transformers passes on to its generation config."""
+"""Fields that transformers moves to its generation config."""
 
 _OF_THE_SOURCE = {
-  *('_attn_implementation', '_attn_implementation_autoset'),
-  *('_attn_implementation_internal',),
-  *('_commit_hash', '_experts_implementation', '_flash_attn_2_enabled'),
-  *('_experts_implementation_internal', '_output_attentions', 'auto_map'),
-  *('attn_implementation', 'custom_pipelines', 'experts_implementation'),
-  *('output_past', 'tf_legacy_loss', 'torchscript', 'use_return_dict'),
-  *('xla_device',),
+  '_attn_implementation',
+  '_attn_implementation_autoset',
+  '_attn_implementation_internal',
+  '_commit_hash',
+  '_experts_implementation',
+  '_flash_attn_2_enabled',
+  '_experts_implementation_internal',
+  '_output_attentions',
+  'auto_map',
+  'attn_implementation',
+  'custom_pipelines',
+  'experts_implementation',
+  'output_past',
+  'tf_legacy_loss',
+  'torchscript',
+  'use_return_dict',
+  'xla_device',
 }
 """Fields about the program or repository that wrote a config.json.
 
-A copy of the model does not inherit them: `auto_map` names Python files that
-are not copied.
+They are not copied to a new checkpoint. For example, `auto_map` names Python
+files that the new checkpoint does not have.
 """
 
 HARMLESS = (
   _GENERATION
   | _OF_THE_SOURCE
   | {
-    *('bos_token_id', 'eos_token_id', 'pad_token_id', 'unk_token_id'),
-    *('sep_token_id', 'tokenizer_class', 'finetuning_task', 'is_decoder'),
-    *('max_position_embeddings', 'max_sequence_length', 'pretraining_tp'),
-    *('transformers_version', 'transformers.js_config', 'is_llama_config'),
-    *('_name_or_path', 'name_or_path', 'gradient_checkpointing', 'id2label'),
-    *('output_attentions', 'output_hidden_states', 'return_dict', 'label2id'),
-    *('num_labels', 'problem_type', 'tie_last_hidden_states'),
-    *('unsloth_fixed', 'unsloth_version'),
+    'bos_token_id',
+    'eos_token_id',
+    'pad_token_id',
+    'unk_token_id',
+    'sep_token_id',
+    'tokenizer_class',
+    'finetuning_task',
+    'is_decoder',
+    'max_position_embeddings',
+    'max_sequence_length',
+    'pretraining_tp',
+    'transformers_version',
+    'transformers.js_config',
+    'is_llama_config',
+    '_name_or_path',
+    'name_or_path',
+    'gradient_checkpointing',
+    'id2label',
+    'output_attentions',
+    'output_hidden_states',
+    'return_dict',
+    'label2id',
+    'num_labels',
+    'problem_type',
+    'tie_last_hidden_states',
+    'unsloth_fixed',
+    'unsloth_version',
   }
 )
-"""Fields for other programs: no number of the model depends on them."""
+"""Fields for other programs, which do not change the model's output."""
 
 _HARMLESS_IN_ENCODERS = {
-  # How it is trained, and the shapes that BERT's first poolers could have had.
-  *('attention_probs_dropout_prob', 'classifier_dropout'),
-  *('tie_word_embeddings',),
-  *('directionality', 'pooler_fc_size', 'pooler_num_attention_heads'),
-  *('pooler_num_fc_layers', 'pooler_size_per_head', 'pooler_type'),
+  # Options of the training, and options of the first BERT's pooler that
+  # transformers does not use.
+  'attention_probs_dropout_prob',
+  'classifier_dropout',
+  'tie_word_embeddings',
+  'directionality',
+  'pooler_fc_size',
+  'pooler_num_attention_heads',
+  'pooler_num_fc_layers',
+  'pooler_size_per_head',
+  'pooler_type',
 }
 
-# float16 has a range of its own: float32 holds all of it.
+# Our type for each type of a checkpoint. The models do not support float16;
+# float32 can represent all of its values.
 _DTYPES = {
-  **{None: 'float32', 'float32': 'float32'},
-  **{'float16': 'float32', 'bfloat16': 'bfloat16'},
+  None: 'float32',
+  'float32': 'float32',
+  'float16': 'float32',
+  'bfloat16': 'bfloat16',
 }
 
 
 def parse(fields: Fields) -> AnyConfig:
-  """Returns the model that a config.json describes.
+  """Converts the fields of a config.json to our configuration.
+
+  Args:
+    fields: The fields of config.json.
 
   Raises:
-    ValueError: it describes another one, or not all of it; the message names
-      the field.
+    ValueError: A field is missing, invalid or not implemented. The message
+      names it.
   """
   kind = _model_type(fields)
-  row = ARCHITECTURES[kind]
+  architecture = ARCHITECTURES[kind]
   _check(fields, kind)
-  values = row.fixed | {
-    ours: fields[theirs] for ours, theirs in row.needed.items()
+  values = architecture.fixed | {
+    ours: fields[theirs] for ours, theirs in architecture.needed.items()
   }
   values |= {
     ours: fields[theirs]
-    for ours, theirs in row.optional.items()
+    for ours, theirs in architecture.optional.items()
     if fields.get(theirs) is not None
   }
-  _check_types(values, row)
+  _check_types(values, architecture)
   name = fields.get('dtype') or fields.get('torch_dtype')
   if name not in _DTYPES:
     raise ValueError(f'dtype must be one of {[*_DTYPES][1:]}, got {name!r}')
   values |= {'dtype': _DTYPES[name], 'param_dtype': _DTYPES[name]}
-  return row.config(**values | row.read(fields, kind))
+  values |= architecture.read(fields, kind)
+  return architecture.config(**values)
 
 
 def fields_of(config: AnyConfig) -> Fields:
-  """Returns the config.json that `parse` reads as this model.
+  """Converts our configuration to the fields of a config.json.
+
+  Args:
+    config: Configuration of the model.
+
+  Returns:
+    Fields that `parse` converts to the same configuration, apart from options
+    that config.json does not have, such as `remat`.
 
   Raises:
-    ValueError: no architecture has such a model.
+    ValueError: transformers has no architecture for the model.
   """
   kind = model_type(config)
-  row = ARCHITECTURES[kind]
+  architecture = ARCHITECTURES[kind]
   fields = {
     'model_type': kind,
-    'architectures': [row.classes[0]],
+    'architectures': [architecture.classes[0]],
     'torch_dtype': config.param_dtype,
   }
-  names = row.needed | row.optional
+  names = architecture.needed | architecture.optional
   fields |= {theirs: getattr(config, ours) for ours, theirs in names.items()}
-  return fields | row.write(config, kind)
+  return fields | architecture.write(config, kind)
 
 
 def linear_modules(kind: str, layer: int = 0) -> dict[str, str]:
-  """Returns a model_type's linear modules, by the paths of our kernels.
+  """Returns transformers' names of linear modules, by the paths of our kernels.
 
-  >>> linear_modules('llama', 3)['blocks/attention/q/kernel']
-  'model.layers.3.self_attn.q_proj'
+  Args:
+    kind: The model_type.
+    layer: The layer's number, for kernels of the transformer layers.
+
+  Example:
+    >>> linear_modules('llama', 3)['blocks/attention/q/kernel']
+    'model.layers.3.self_attn.q_proj'
   """
   return {
     path: name.format(layer).removesuffix('.weight')
@@ -244,14 +335,18 @@ def linear_modules(kind: str, layer: int = 0) -> dict[str, str]:
 
 
 def model_type(config: AnyConfig) -> str:
-  """Returns the first model_type that has what a config has.
+  """Returns the first model_type of `ARCHITECTURES` that can express a config.
+
+  Args:
+    config: Configuration of the model.
 
   Raises:
-    ValueError: there is none.
+    ValueError: No model_type can express it.
   """
-  for kind, row in ARCHITECTURES.items():
-    if isinstance(config, row.config) and all(
-      getattr(config, name) == value for name, value in row.fixed.items()
+  for kind, architecture in ARCHITECTURES.items():
+    if isinstance(config, architecture.config) and all(
+      getattr(config, name) == value
+      for name, value in architecture.fixed.items()
     ):
       return kind
   raise ValueError(
@@ -261,23 +356,28 @@ def model_type(config: AnyConfig) -> str:
 
 
 def for_others(fields: Fields, kind: str) -> Fields:
-  """Returns the fields of a config.json that a copy of its model inherits.
+  """Returns the fields of a config.json that a new checkpoint copies.
 
-  Only other programs read them.
+  These are fields that only other programs use, such as ids of special tokens.
+
+  Args:
+    fields: Fields of the source's config.json.
+    kind: The model_type of the new checkpoint.
   """
   inherited = HARMLESS - _OF_THE_SOURCE - _known(ARCHITECTURES[kind])
   return {name: x for name, x in fields.items() if name in inherited}
 
 
-def _known(row):
-  """Fields that decide what the model is."""
-  copied = {*row.needed.values(), *row.optional.values()}
-  return copied | row.others | {'model_type', 'architectures'}
+def _known(architecture: Architecture) -> set[str]:
+  """Returns the fields of config.json from which our configuration is made."""
+  needed, optional = architecture.needed, architecture.optional
+  copied = {*needed.values(), *optional.values()}
+  return copied | architecture.others | {'model_type', 'architectures'}
 
 
-def _model_type(fields):
+def _model_type(fields: Fields) -> str:
   kind = fields.get('model_type')
-  if kind not in ARCHITECTURES:
+  if kind is None or kind not in ARCHITECTURES:
     raise ValueError(
       f'model_type must be one of {", ".join(ARCHITECTURES)}, got {kind!r}'
     )
@@ -289,44 +389,46 @@ def _model_type(fields):
   return kind
 
 
-def _check(fields, kind):
-  """Raises ValueError for a field that is missing, or not implemented."""
-  row = ARCHITECTURES[kind]
-  required = {*row.needed.values(), *row.required}
+def _check(fields: Fields, kind: str) -> None:
+  """Raises ValueError if a field is missing or not implemented."""
+  architecture = ARCHITECTURES[kind]
+  required = {*architecture.needed.values(), *architecture.required}
   if missing := sorted(required - set(fields)):
     raise ValueError(f'{missing[0]} is missing from a model_type {kind!r}')
-  read = _known(row) | {'dtype', 'torch_dtype'} | row.neutral.keys() | HARMLESS
-  if row.config is EncoderConfig:
-    read |= _HARMLESS_IN_ENCODERS
+  neutral = architecture.neutral
+  accepted = _known(architecture) | neutral.keys() | HARMLESS
+  accepted |= {'dtype', 'torch_dtype'}
+  if architecture.config is EncoderConfig:
+    accepted |= _HARMLESS_IN_ENCODERS
   for name, value in fields.items():
-    if name in row.neutral and value not in (None, row.neutral[name]):
+    if name in neutral and value not in (None, neutral[name]):
       raise ValueError(
-        f'{name} must be {row.neutral[name]!r}, got {value!r}: nothing else '
+        f'{name} must be {neutral[name]!r}, got {value!r}: nothing else '
         'is implemented'
       )
-    if value is not None and name not in read:
+    if value is not None and name not in accepted:
       raise ValueError(
         f'{name} is not implemented, got {value!r}; take it out of '
         'config.json if the model does not depend on it'
       )
 
 
-def _check_types(values, row):
-  """Raises ValueError for what is no number where ours is one."""
-  hints = get_type_hints(row.config)
-  for ours, theirs in (row.needed | row.optional).items():
+def _check_types(values: Fields, architecture: Architecture) -> None:
+  """Raises ValueError if a copied value does not have the type of our field."""
+  hints = get_type_hints(architecture.config)
+  names = architecture.needed | architecture.optional
+  rules = {bool: 'true or false', float: 'a number'}
+  for ours, theirs in names.items():
     kind = hints[ours]
-    rule = {bool: 'true or false', float: 'a number'}.get(
-      kind, 'a whole number'
-    )
+    rule = rules.get(kind, 'a whole number')
     kind = kind | int if kind is float else kind
     if ours in values and not isinstance(values[ours], kind):
       raise ValueError(f'{theirs} must be {rule}, got {values[ours]!r}')
 
 
-def _read_llama(fields, kind):
+def _read_llama(fields: Fields, kind: str) -> Fields:
   theta, scaling = _rope(fields)
-  values = {'rope_theta': theta, 'rope_scaling': scaling}
+  values: Fields = {'rope_theta': theta, 'rope_scaling': scaling}
   values['window'] = _window(fields, kind)
   if fields.get('head_dim') == (
     fields['hidden_size'] / fields['num_attention_heads']
@@ -335,8 +437,8 @@ def _read_llama(fields, kind):
   return values
 
 
-def _write_llama(config, kind):
-  fields = {
+def _write_llama(config: LlamaConfig, kind: str) -> Fields:
+  fields: Fields = {
     'hidden_act': 'silu',
     'rope_theta': config.rope_theta,
     'num_key_value_heads': config.kv_heads,
@@ -357,8 +459,11 @@ def _write_llama(config, kind):
   return fields
 
 
-def _read_encoder(fields, kind):
-  """The labels: numbers where they have no other names, then transformers'."""
+def _read_encoder(fields: Fields, kind: str) -> Fields:
+  """Returns `num_labels` and the labels' names.
+
+  `labels` is None if config.json has only transformers' default names, or none.
+  """
   del kind
   named = fields.get('id2label') or {}
   num_labels = fields.get('num_labels') or len(named) or 2
@@ -380,28 +485,31 @@ def _read_encoder(fields, kind):
   }
 
 
-def _write_encoder(config, kind):
+def _write_encoder(config: EncoderConfig, kind: str) -> Fields:
   del kind
-  one = config.num_labels == 1
+  is_regression = config.num_labels == 1
   labels = config.labels or _unnamed(config.num_labels)
   return {
     'hidden_act': 'gelu',
     'attention_probs_dropout_prob': 0.0,
     'id2label': {str(i): label for i, label in enumerate(labels)},
     'label2id': {label: i for i, label in enumerate(labels)},
-    'problem_type': 'regression' if one else 'single_label_classification',
+    'problem_type': (
+      'regression' if is_regression else 'single_label_classification'
+    ),
   }
 
 
-def _unnamed(num_labels):
+def _unnamed(num_labels: int) -> tuple[str, ...]:
   return tuple(f'LABEL_{i}' for i in range(num_labels))
 
 
-def _rope(fields):
-  """The base of the rotary embedding's wavelengths, and their scaling."""
+def _rope(fields: Fields) -> tuple[float, Llama3Scaling | None]:
+  """Returns the rotary embedding's `rope_theta` and `rope_scaling`."""
   rope = fields.get('rope_parameters') or fields.get('rope_scaling') or {}
   rope = {name: value for name, value in rope.items() if value is not None}
-  # transformers has called it both, and put the base in either place.
+  # Depending on its version, transformers writes 'rope_type' or 'type', and
+  # puts 'rope_theta' inside this dict or outside of it.
   kind = rope.pop('rope_type', rope.pop('type', 'default'))
   theta = rope.pop('rope_theta', fields.get('rope_theta') or 10_000.0)
   expected = {'default': [], 'llama3': [*_SCALING.values()]}
@@ -419,8 +527,8 @@ def _rope(fields):
   return float(theta), Llama3Scaling(**values)
 
 
-def _window(fields, kind):
-  """Time steps that a query sees, the same in every layer; None is all."""
+def _window(fields: Fields, kind: str) -> int | None:
+  """Returns the attention window, which all layers must share, or None."""
   size = fields.get('sliding_window')
   if kind == 'llama' and size is not None:
     raise ValueError(
@@ -432,8 +540,8 @@ def _window(fields, kind):
     return None
   num_layers = fields['num_hidden_layers']
   first = fields.get('max_window_layers', 28)  # transformers' default
-  split = ['full_attention'] * first + ['sliding_attention'] * num_layers
-  layers = fields.get('layer_types') or split[:num_layers]
+  kinds = ['full_attention'] * first + ['sliding_attention'] * num_layers
+  layers = fields.get('layer_types') or kinds[:num_layers]
   if len(set(layers)) > 1:
     raise ValueError(
       'sliding_window must be of all layers or of none, got '
@@ -458,8 +566,13 @@ _LLAMA = Architecture(
   write=_write_llama,
   others=frozenset(
     {
-      *('rope_theta', 'rope_scaling', 'rope_parameters', 'sliding_window'),
-      *('use_sliding_window', 'max_window_layers', 'layer_types'),
+      'rope_theta',
+      'rope_scaling',
+      'rope_parameters',
+      'sliding_window',
+      'use_sliding_window',
+      'max_window_layers',
+      'layer_types',
     }
   ),
   neutral=_DECODES
@@ -477,8 +590,10 @@ _LLAMA = Architecture(
 )
 _BERT = Architecture(
   classes=(
-    *('BertForSequenceClassification', 'BertModel', 'BertForMaskedLM'),
-    *('BertForPreTraining',),
+    'BertForSequenceClassification',
+    'BertModel',
+    'BertForMaskedLM',
+    'BertForPreTraining',
   ),
   config=EncoderConfig,
   fixed={'family': 'bert'},
@@ -510,7 +625,7 @@ _QWEN2 = _LLAMA._replace(
   required=('num_key_value_heads',),
 )
 
-ARCHITECTURES = {
+ARCHITECTURES: Mapping[str, Architecture] = {
   'llama': _LLAMA,
   'mistral': _LLAMA._replace(
     classes=('MistralForCausalLM',),
@@ -526,8 +641,9 @@ ARCHITECTURES = {
   'bert': _BERT,
   'roberta': _BERT._replace(
     classes=(
-      *('RobertaForSequenceClassification', 'RobertaModel'),
-      *('RobertaForMaskedLM',),
+      'RobertaForSequenceClassification',
+      'RobertaModel',
+      'RobertaForMaskedLM',
     ),
     fixed={'family': 'roberta'},
     required=('pad_token_id',),
@@ -536,4 +652,5 @@ ARCHITECTURES = {
     ignored=r'(roberta\.)?(embeddings\.position_ids|pooler\..*)|lm_head\..*',
   ),
 }
-"""By model_type; of rows that both have a model, the first writes it."""
+"""Supported architectures by model_type. If several can express a model, it is
+written as the first of them."""

@@ -1,19 +1,20 @@
-"""LLaMA in Flax: blocks stacked on a leading axis, loss in chunks of tokens.
+"""LLaMA in Flax, with the parameters of all layers stacked on a leading axis.
 
-The linen modules below are the one definition of the mathematics; `Layers`
-offers the same model as pure functions, whole or one layer at a time.
+The linen modules define the mathematics. `Layers` offers the same model as
+pure functions: the whole model, or one layer at a time. The loss is computed in
+chunks of tokens, so that the logits of all tokens never exist at once.
 
-Shapes: B batch, T time (S where time is attended to, or has room in a cache),
-D width, F mlp width, N query heads, K key-value heads, H head dimension,
-V vocabulary, L layers.
+Shapes: B batch, T time, S time steps that a cache has room for, D width, F mlp
+width, N query heads, K key-value heads, H head dimension, V vocabulary,
+L layers.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -23,27 +24,42 @@ from models import attention, cross_entropy
 
 Dtype: TypeAlias = Literal['float32', 'bfloat16']
 
+Params: TypeAlias = Mapping[str, Any]
+"""Nested dict of parameters."""
+
+Batch: TypeAlias = Mapping[str, jax.Array]
+"""Arrays of a batch by name; `Layers` lists them."""
+
+Activations: TypeAlias = dict[str, jax.Array]
+"""Input or output of a layer: the activations 'h', and arrays of the batch that
+each layer reads."""
+
+Sums: TypeAlias = dict[str, jax.Array]
+"""Scalars by name, which are summed over batches."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-  """Slower rotation of the long waves, for more time steps than at first.
+  """Llama 3's scaling of rotary frequencies, which extends the context.
 
-  A wave that fits at least `high_freq_factor` times into `original_length` time
-  steps keeps its frequency, one that fits at most `low_freq_factor` times has
-  it divided by `factor`, and between them the share goes linearly.
+  A frequency that makes at least `high_freq_factor` turns in `original_length`
+  time steps is kept. A frequency that makes at most `low_freq_factor` turns is
+  divided by `factor`. Between these two, the multiplier is interpolated
+  linearly in the number of turns.
   """
 
   factor: float
-  """What the lowest frequencies are divided by."""
+  """Divisor of the lowest frequencies."""
   low_freq_factor: float
-  """Turns in `original_length` up to which a frequency is divided."""
+  """Number of turns in `original_length` up to which a frequency is divided by
+  `factor`."""
   high_freq_factor: float
-  """Turns in `original_length` from which a frequency stays."""
+  """Number of turns in `original_length` from which a frequency is kept."""
   original_length: int
-  """Time steps that the model was first trained on."""
+  """Sequence length of the pre-training, in time steps."""
 
-  def __post_init__(self):
-    """Checks that the frequencies come out finite, and in order."""
+  def __post_init__(self) -> None:
+    """Checks that the scaled frequencies are finite and not reordered."""
     for name in ('factor', 'original_length'):
       if getattr(self, name) < 1:
         raise ValueError(
@@ -61,55 +77,58 @@ class LlamaConfig:
   """Dimensions and number formats of a LLaMA."""
 
   vocab_size: int
-  """Number of tokens that the embedding and the head know."""
+  """Number of tokens: rows of the embedding and columns of the head."""
   width: int
   """Size of the residual stream."""
   mlp_width: int
-  """Size of the gated hidden layer."""
+  """Size of the mlp's gated hidden layer."""
   num_heads: int
-  """Query heads."""
+  """Number of query heads."""
   num_layers: int
-  """Number of blocks."""
+  """Number of transformer layers."""
   num_kv_heads: int | None = None
-  """Key and value heads, each shared by a group of query heads (None: as many
-  as query heads)."""
+  """Number of key and value heads, each shared by a group of query heads (None:
+  as many as query heads)."""
   head_dim: int | None = None
   """Size of one attention head (None: width / num_heads)."""
   qkv_bias: bool = False
-  """Whether queries, keys and values have a bias."""
+  """Whether the projections to queries, keys and values have a bias."""
   qk_norm: bool = False
-  """Whether each head's queries and keys pass an RMSNorm before they turn."""
+  """Whether each head's queries and keys are normalized by an RMSNorm before
+  the rotary embedding."""
   window: int | None = None
-  """Time steps that a query sees, its own and those before (None: all)."""
+  """Number of time steps that a query attends to: its own and those before it
+  (None: all)."""
   rope_theta: float = 10_000.0
   """Base of the rotary embedding's wavelengths."""
   rope_scaling: Llama3Scaling | None = None
-  """What is done to these wavelengths (None: nothing)."""
+  """Scaling of the rotary embedding's frequencies (None: no scaling)."""
   norm_eps: float = 1e-6
-  """Added to the mean square in RMSNorm."""
+  """Number added to the mean square in RMSNorm."""
   tied: bool = False
   """Whether the head is the transposed embedding."""
   init_std: float = 0.02
   """Standard deviation of the normal initial weights."""
   dtype: Dtype = 'float32'
-  """Type of the activations and of the matmuls; norms, rotations, softmax and
-  loss are float32 inside."""
+  """Type of the activations and of the matmuls. Norms, rotations, softmax and
+  loss are computed in float32."""
   param_dtype: Dtype = 'float32'
-  """Type of the parameters, hence of their gradients."""
+  """Type of the parameters and of their gradients."""
   remat: bool = False
-  """Whether the backward pass recomputes each block from its input."""
+  """Whether the backward pass recomputes each layer from its input."""
   loss_chunk: int = 512
-  """Tokens whose logits exist at the same time; never fewer than one time step
-  of the whole batch."""
+  """Number of tokens whose logits exist at the same time, at least one time
+  step of the whole batch."""
   attention: Literal['auto', 'cudnn', 'blockwise'] = 'auto'
-  """cuDNN's kernel, JAX's own products block by block, or (auto) the first on
-  an NVIDIA card that has it for such heads in bfloat16, else the second."""
+  """Implementation of attention: 'cudnn' is cuDNN's kernel, 'blockwise' is
+  plain JAX in blocks of time steps. 'auto' is 'cudnn' on a GPU if cuDNN has a
+  kernel for the arrays, else 'blockwise'."""
 
-  def __post_init__(self):
-    """Checks the sizes, and that the heads fit."""
+  def __post_init__(self) -> None:
+    """Checks that sizes are positive and that the heads divide the width."""
     sizes = ('vocab_size', 'width', 'mlp_width', 'num_heads', 'num_layers')
     others = ('num_kv_heads', 'head_dim', 'window', 'loss_chunk')
-    for name in (*sizes, *others):
+    for name in sizes + others:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise ValueError(f'{name} must be at least 1, got {value}')
@@ -129,24 +148,25 @@ class LlamaConfig:
       )
 
   causal: ClassVar[bool] = True
-  """Attention does not reach later tokens."""
+  """Whether a query attends only to its own and earlier tokens."""
 
   @property
   def head_width(self) -> int:
-    """Size of one attention head with the default filled in."""
+    """Size of one attention head, also if `head_dim` is None."""
     if self.head_dim is None:
       return self.width // self.num_heads
     return self.head_dim
 
   @property
   def kv_heads(self) -> int:
-    """Number of key-value heads with the default filled in."""
+    """Number of key-value heads, also if `num_kv_heads` is None."""
     if self.num_kv_heads is None:
       return self.num_heads
     return self.num_kv_heads
 
 
-# Width, mlp width, heads, layers of the models in the paper's repository.
+# Width, mlp width, heads and layers of the models that the GaLore paper's
+# repository configures.
 _SIZES = {
   '9m': (128, 352, 4, 4),
   '20m': (256, 688, 4, 4),
@@ -164,15 +184,18 @@ _SIZES = {
 }
 
 
-def llama(size: str, **overrides) -> LlamaConfig:
-  """A published size, '9m' to '7b', with 32,000 tokens and an untied head.
+def llama(size: str, **overrides: Any) -> LlamaConfig:
+  """Returns a model of the GaLore paper, with 32,000 tokens and an untied head.
 
   Args:
-    size: The size's name.
-    **overrides: Fields of `LlamaConfig` to set to something else.
+    size: Name of the size, from '9m' to '7b'.
+    **overrides: Fields of `LlamaConfig` that replace those of this size.
 
   Returns:
     The configuration.
+
+  Raises:
+    ValueError: The size is unknown.
 
   Example:
     >>> llama('60m', dtype='bfloat16').width
@@ -194,8 +217,8 @@ def llama(size: str, **overrides) -> LlamaConfig:
   return dataclasses.replace(config, **overrides)
 
 
-def frequencies(config: LlamaConfig):
-  """Radians [H/2] by which a time step turns each pair of dimensions."""
+def frequencies(config: LlamaConfig) -> jax.Array:
+  """Returns the angle [H/2] per time step of each pair of dimensions."""
   half = config.head_width // 2
   turns = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   scaling = config.rope_scaling
@@ -204,12 +227,26 @@ def frequencies(config: LlamaConfig):
   fits = scaling.original_length * turns / (2 * math.pi)
   low, high = scaling.low_freq_factor, scaling.high_freq_factor
   kept = jnp.clip((fits - low) / (high - low), 0, 1)
-  # In this order a factor of 1 changes no bit.
+  # Written this way, a factor of 1 returns `turns` bit for bit.
   return turns * (1 / scaling.factor + (1 - 1 / scaling.factor) * kept)
 
 
-def rotate(x_BTNH, positions_BT, turns):
-  """Rotary embedding; dimension i turns with dimension i + H/2."""
+def rotate(
+  x_BTNH: jax.Array, positions_BT: jax.Array, turns: jax.Array
+) -> jax.Array:
+  """Applies the rotary embedding to queries or keys.
+
+  Dimensions i and i + H/2 of a head form a pair, which is rotated by the
+  position times the pair's frequency.
+
+  Args:
+    x_BTNH: Queries or keys.
+    positions_BT: Position of each time step in its document.
+    turns: Angle per time step of each pair [H/2], from `frequencies`.
+
+  Returns:
+    The rotated array [B, T, N, H], of the type of `x_BTNH`.
+  """
   angles = positions_BT[:, :, None, None] * turns[None, None, None, :]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
@@ -218,8 +255,11 @@ def rotate(x_BTNH, positions_BT, turns):
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def normalize(h_BTD, scale_D, eps):
-  """h / sqrt(mean(h^2) + eps) * scale; the backward pass keeps h alone."""
+def normalize(h_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+  """Returns h / sqrt(mean(h^2) + eps) * scale, computed in float32.
+
+  Under `jax.checkpoint`, only the inputs are stored for the backward pass.
+  """
   x_BTD = h_BTD.astype(jnp.float32)
   square = jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True)
   x_BTD *= jax.lax.rsqrt(square + eps)
@@ -230,18 +270,22 @@ def normalize(h_BTD, scale_D, eps):
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def gated(gate, up):
-  """silu(gate) * up; the backward pass keeps the two alone."""
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """Returns silu(gate) * up.
+
+  Under `jax.checkpoint`, only the inputs are stored for the backward pass.
+  """
   return jax.nn.silu(gate) * up
 
 
 class RMSNorm(nn.Module):
-  """Divides by the root mean square, then scales; float32 inside."""
+  """Divides by the root mean square, then scales. Computes in float32."""
 
   config: LlamaConfig
+  """Provides `norm_eps` and `param_dtype`."""
 
   @nn.compact
-  def __call__(self, h_BTD):
+  def __call__(self, h_BTD: jax.Array) -> jax.Array:
     """Normalizes the last axis."""
     config = self.config
     scale_D = self.param(
@@ -250,15 +294,32 @@ class RMSNorm(nn.Module):
     return normalize(h_BTD, scale_D, config.norm_eps)
 
 
+class WeightConfig(Protocol):
+  """The fields of a configuration that describe a weight."""
+
+  @property
+  def init_std(self) -> float:
+    """Standard deviation of the normal initial weights."""
+    ...
+
+  @property
+  def param_dtype(self) -> Dtype:
+    """Type of the parameters."""
+    ...
+
+
 class Linear(nn.Module):
-  """A matrix [in, out], multiplied in the input's type; a bias if asked for."""
+  """Linear map with an optional bias, computed in the input's type."""
 
-  config: LlamaConfig
+  config: WeightConfig
+  """Provides `init_std` and `param_dtype`."""
   shape: tuple[int, int]
+  """Shape [in, out] of the kernel."""
   biased: bool = False
+  """Whether a bias [out] is added."""
 
-  def setup(self):
-    """Declares the kernel, and the bias."""
+  def setup(self) -> None:
+    """Declares the kernel and, if `biased`, the bias."""
     init, dtype = nn.initializers.normal, self.config.param_dtype
     self.kernel = self.param(
       'kernel', init(self.config.init_std), self.shape, dtype
@@ -267,8 +328,8 @@ class Linear(nn.Module):
       zeros = nn.initializers.zeros
       self.bias = self.param('bias', zeros, self.shape[-1:], dtype)
 
-  def __call__(self, x):
-    """Multiplies the last axis."""
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps the last axis from `in` to `out`."""
     y = cross_entropy.multiply(x, self.kernel)
     if not self.biased:
       return y
@@ -276,77 +337,95 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-  """A row for each token."""
+  """Token embedding: a table with one row per token."""
 
   config: LlamaConfig
+  """Provides the table's size, its initialization and the types."""
 
-  def setup(self):
-    """Declares the table."""
+  def setup(self) -> None:
+    """Declares the table [V, D]."""
     config = self.config
     init = nn.initializers.normal(config.init_std)
     shape = (config.vocab_size, config.width)
     self.embedding = self.param('embedding', init, shape, config.param_dtype)
 
-  def __call__(self, tokens_BT):
-    """Looks rows up; a token outside the vocabulary gives NaN."""
-    # Rows first, cast second: no copy of the table, and repeated tokens sum
-    # their gradients in the parameters' type.
+  def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    """Returns rows [B, T, D]; a token outside the vocabulary returns NaN."""
+    # Casting after the lookup avoids a copy of the whole table. It also sums
+    # the gradients of repeated tokens in the parameters' type.
     rows_BTD = jnp.take(self.embedding, tokens_BT, axis=0, mode='fill')
     return rows_BTD.astype(self.config.dtype)
 
 
 class Cache(NamedTuple):
-  """Keys and values of the tokens that a model has read, row by row."""
+  """Keys and values of the tokens that the model has read so far."""
 
-  keys: jax.Array  # [L, B, S, K, H], turned
-  values: jax.Array  # [L, B, S, K, H]
-  lengths: jax.Array  # [B] int32, tokens of each row; the rest is room
+  keys: jax.Array
+  """Keys [L, B, S, K, H] after the rotary embedding."""
+  values: jax.Array
+  """Values [L, B, S, K, H]."""
+  lengths: jax.Array
+  """Number of tokens read in each row [B], int32. The other time steps, up to
+  S, are free."""
 
 
 class Attention(nn.Module):
-  """Causal attention with grouped heads, inside segments.
+  """Causal grouped-query attention within segments.
 
-  Where there are variables 'cache/keys' and 'cache/values' [B, S, K, H], every
-  row goes on from the first of its positions, and is one segment; its keys and
-  values of these time steps are left in 'read/keys' and 'read/values'.
+  If the variables 'cache/keys' and 'cache/values' [B, S, K, H] exist, each row
+  is one segment that continues the cached tokens: the cached keys before the
+  row's first position count. The keys and values of the new time steps are
+  then sown as 'read/keys' and 'read/values'.
   """
 
   config: LlamaConfig
+  """Provides the sizes of the heads and the implementation of attention."""
 
   @nn.compact
-  def __call__(self, h_BTD, positions_BT, segments_BT):
-    """Mixes time steps of one segment."""
+  def __call__(
+    self, h_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+  ) -> jax.Array:
+    """Returns the mix [B, T, D] of the time steps of each segment."""
     config = self.config
     D, H, N = config.width, config.head_width, config.num_heads
     turns = frequencies(config)
 
-    def heads(name, num_heads):
+    def heads(name: str, num_heads: int) -> jax.Array:
       shape = (D, num_heads * H)
       y = Linear(config, shape, config.qkv_bias, name=name)(h_BTD)
       return y.reshape(*h_BTD.shape[:2], num_heads, H)
 
-    def turned(name, num_heads):
+    def rotated_heads(name: str, num_heads: int) -> jax.Array:
       x_BTNH = heads(name, num_heads)
       if config.qk_norm:
         x_BTNH = RMSNorm(config, name=f'{name}_norm')(x_BTNH)
       return rotate(x_BTNH, positions_BT, turns)
 
-    q_BTNH, k_BTKH = turned('q', N), turned('k', config.kv_heads)
+    q_BTNH = rotated_heads('q', N)
+    k_BTKH = rotated_heads('k', config.kv_heads)
     v_BTKH = heads('v', config.kv_heads)
     if self.has_variable('cache', 'keys'):
-      cached = (self.get_variable('cache', x) for x in ('keys', 'values'))
       y_BTNH = attention.attend_cached(
-        *(q_BTNH, k_BTKH, v_BTKH, *cached, positions_BT), window=config.window
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        self.get_variable('cache', 'keys'),
+        self.get_variable('cache', 'values'),
+        positions_BT,
+        window=config.window,
       )
-      for name, x_BTKH in (('keys', k_BTKH), ('values', v_BTKH)):
-        self.sow('read', name, x_BTKH, reduce_fn=lambda _, new: new)
+      self.sow('read', 'keys', k_BTKH, reduce_fn=_newest)
+      self.sow('read', 'values', v_BTKH, reduce_fn=_newest)
     elif self.is_initializing():
-      # Parameters do not depend on the mixed values. Tracing attention would
-      # take most of the time of `init`.
+      # Initial parameters do not depend on the output of attention, and
+      # tracing attention would take most of the time of `init`.
       y_BTNH = q_BTNH
     else:
       y_BTNH = attention.attend(
-        *(q_BTNH, k_BTKH, v_BTKH, segments_BT),
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        segments_BT,
         window=config.window,
         kind=config.attention,
       )
@@ -354,31 +433,42 @@ class Attention(nn.Module):
     return Linear(config, (N * H, D), name='o')(y_BTD)
 
 
+def _newest(old: object, new: object) -> object:
+  del old
+  return new
+
+
 class Mlp(nn.Module):
   """SwiGLU: down(silu(gate) * up)."""
 
   config: LlamaConfig
+  """Provides `width` and `mlp_width`."""
 
   @nn.compact
-  def __call__(self, h_BTD):
-    """Transforms each time step by itself."""
+  def __call__(self, h_BTD: jax.Array) -> jax.Array:
+    """Returns [B, T, D], each time step computed from itself only."""
     D, F = self.config.width, self.config.mlp_width
     gate_BTF = Linear(self.config, (D, F), name='gate')(h_BTD)
     up_BTF = Linear(self.config, (D, F), name='up')(h_BTD)
     return Linear(self.config, (F, D), name='down')(gated(gate_BTF, up_BTF))
 
 
-class Block(nn.Module):
-  """One layer: attention and mlp, each behind a norm, each added."""
+class TransformerLayer(nn.Module):
+  """One transformer layer: attention and mlp, each with a norm and a residual.
+
+  The norms come before attention and mlp.
+  """
 
   config: LlamaConfig
+  """Configuration of the model."""
 
   @nn.compact
-  def __call__(self, x):
-    """Maps {'h', 'positions', 'segments'} to the same with a new 'h'."""
+  def __call__(self, x: Activations) -> Activations:
+    """Returns x = {'h', 'positions', 'segments'} with an updated 'h'."""
     config = self.config
     h_BTD = x['h']
-    # Under remat the mlp's backward pass runs without attention's residuals.
+    # A remat of attention inside the remat of the layer frees attention's
+    # residuals while the mlp's backward pass runs.
     mix = nn.remat(Attention) if config.remat else Attention
     h_BTD += mix(config, name='attention')(
       RMSNorm(config, name='attention_norm')(h_BTD),
@@ -390,69 +480,81 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-  """The whole model; `batch` and `read` are those that `Layers` describes."""
+  """The whole model. `Layers` describes `batch`."""
 
   config: LlamaConfig
+  """Configuration of the model."""
   read: Callable[[Any], Any] | None = None
+  """Converts the stored parameters of one layer to arrays; see `Layers`."""
 
-  def setup(self):
-    """Declares the parts under the names that their parameters carry."""
+  def setup(self) -> None:
+    """Declares the submodules; attribute names are keys of the parameters."""
     config = self.config
-    # A scan merges nothing across iterations: recomputation needs no barrier.
-    block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+    # `prevent_cse` is needed only outside of a scan: XLA does not merge
+    # computations across iterations of a loop.
+    layer = TransformerLayer
+    if config.remat:
+      layer = nn.remat(layer, prevent_cse=False)
     if self.read is not None:
-      block = nn.map_variables(block, 'params', self.read)
+      layer = nn.map_variables(layer, 'params', self.read)
     self.embed = Embedding(config)
-    self.blocks = block(config)
+    self.blocks = layer(config)
     self.norm = RMSNorm(config)
     if not config.tied:
       self.lm_head = Linear(config, (config.width, config.vocab_size))
 
-  def __call__(self, batch):
-    """The loss of a batch and what it is made of."""
-    return self.score(self.run_blocks(self.enter(batch)), batch)
+  def __call__(self, batch: Batch) -> tuple[jax.Array, Sums]:
+    """Returns the loss of a batch and its sums; see `score`."""
+    return self.score(self.run_layers(self.enter(batch)), batch)
 
-  def logits(self, batch):
-    """Logits [B, T, V] in float32, all at once."""
-    x = self.run_blocks(self.enter(batch))
+  def logits(self, batch: Batch) -> jax.Array:
+    """Returns the logits [B, T, V] in float32, all at once."""
+    x = self.run_layers(self.enter(batch))
     return cross_entropy.project_logits(self.norm(x['h']), self.head_kernel())
 
-  def logits_at(self, batch, times_B):
-    """Logits [B, V] in float32 of one time step of each row."""
-    x = self.run_blocks(self.enter(batch))
+  def logits_at(self, batch: Batch, times_B: jax.Array) -> jax.Array:
+    """Returns the float32 logits [B, V] of the time step `times_B[b]` of row b.
+
+    Only these logits are computed, not those of the other time steps.
+    """
+    x = self.run_layers(self.enter(batch))
     h_BTD = jnp.take_along_axis(x['h'], times_B[:, None, None], axis=1)
     kernel_DV = self.head_kernel()
     return cross_entropy.project_logits(self.norm(h_BTD), kernel_DV)[:, 0]
 
-  def nll(self, batch):
-    """-log p(target) [B, T], with few logits at a time."""
+  def nll(self, batch: Batch) -> jax.Array:
+    """Returns -log p(target) [B, T], computed in chunks of `loss_chunk`."""
     return cross_entropy.in_chunks(
-      self.norm(self.run_blocks(self.enter(batch))['h']),
+      self.norm(self.run_layers(self.enter(batch))['h']),
       self.head_kernel(),
       batch['targets'],
       chunk=self.config.loss_chunk,
     )
 
-  def enter(self, batch):
-    """Embeds the inputs; positions and segments ride along."""
+  def enter(self, batch: Batch) -> Activations:
+    """Returns x = {'h', 'positions', 'segments'}, the first layer's input."""
     return {
       'h': self.embed(batch['inputs']),
       'positions': batch['positions'],
       'segments': batch['segments'],
     }
 
-  def run_blocks(self, x):
-    """All blocks, by a scan over their stacked parameters."""
+  def run_layers(self, x: Activations) -> Activations:
+    """Applies all layers by a scan over their stacked parameters."""
     scan = nn.scan(
-      lambda block, x: (block(x), None),
+      lambda layer, x: (layer(x), None),
       variable_axes={'params': 0, 'cache': 0, 'read': 0},
       split_rngs={'params': True},
       length=self.config.num_layers,
     )
     return scan(self.blocks, x)[0]
 
-  def score(self, x, batch):
-    """sum(weights * nll) / weights.size, and the two sums."""
+  def score(self, x: Activations, batch: Batch) -> tuple[jax.Array, Sums]:
+    """Returns the loss and its sums from the output x of the last layer.
+
+    The loss is sum(weights * nll) / weights.size. The sums are {'nll': the
+    weighted sum, 'weight': the sum of the weights}.
+    """
     weights_BT = batch['weights']
     nll = cross_entropy.sum_in_chunks(
       self.norm(x['h']),
@@ -463,15 +565,32 @@ class Llama(nn.Module):
     )
     return nll / weights_BT.size, {'nll': nll, 'weight': jnp.sum(weights_BT)}
 
-  def head_kernel(self):
-    """The matrix [D, V] that makes logits."""
+  def head_kernel(self) -> jax.Array:
+    """Returns the matrix [D, V] that maps activations to logits."""
     if self.config.tied:
       return self.embed.embedding.T
     return self.lm_head.kernel
 
 
-def apply(module, intercept, variables, *inputs, **options):
-  """Returns `module.apply`, under a linen interceptor unless it is None."""
+def apply(
+  module: nn.Module,
+  intercept: Callable[..., Any] | None,
+  variables: Mapping[str, Any],
+  *inputs: Any,
+  **options: Any,
+) -> Any:
+  """Calls `module.apply`, under a linen interceptor unless that is None.
+
+  Args:
+    module: The linen module.
+    intercept: The interceptor, as `nn.intercept_methods` takes it, or None.
+    variables: Collections of variables, such as {'params': ...}.
+    *inputs: Positional arguments of the called method.
+    **options: Keyword arguments of `module.apply`, such as `method`.
+
+  Returns:
+    The result of `module.apply`.
+  """
   hook = nn.intercept_methods(intercept) if intercept else nullcontext()
   with hook:
     return module.apply(variables, *inputs, **options)
@@ -481,69 +600,89 @@ def apply(module, intercept, variables, *inputs, **options):
 class Layers:
   """The model as pure functions of a plain dict of parameters.
 
-  `batch` holds 'inputs', 'targets', 'positions', 'segments' [B, T] int32 and
-  'weights' [B, T] float32: a target of weight 0 is not scored, positions
-  restart at each document, and attention never crosses a segment.
+  A `batch` is a dict of 'inputs', 'targets', 'positions' and 'segments' [B, T]
+  int32, and 'weights' [B, T] float32. Targets of weight 0 do not count in the
+  loss. Positions restart at each document. Attention never crosses a segment.
 
-  `embed`, `block` and `loss` are the model one layer at a time; calling the
-  object is their composition with a scan over params['blocks'].
+  `embed`, `block` and `loss` compute the model one layer at a time. Calling the
+  object composes them, with a scan over the layers in params['blocks'].
   """
 
   config: LlamaConfig
+  """Configuration of the model."""
   read: Callable[[Any], Any] | None = None
-  """Makes arrays of one layer of params['blocks'] where they are stored as
-  something else; the whole model calls it layer by layer, `block` does not."""
+  """Converts one layer of params['blocks'] to arrays, if it is stored in
+  another form, such as 8-bit integers. Methods that run the whole model call
+  it once per layer; `block` does not call it."""
   intercept: Callable[..., Any] | None = None
-  """A linen interceptor of all that is computed, such as `lowrank.hook`."""
+  """A linen interceptor under which everything is computed, such as
+  `lowrank.hook`, or None."""
 
-  def init(self, key):
-    """Fresh parameters; their shapes under `jax.eval_shape`."""
-    keys = ('inputs', 'targets', 'positions', 'segments')
-    batch = dict.fromkeys(keys, jnp.zeros((1, 1), jnp.int32))
-    batch['weights'] = jnp.zeros((1, 1), jnp.float32)  # under x64 too
+  def init(self, key: jax.Array) -> Params:
+    """Returns random initial parameters.
+
+    `jax.eval_shape` of this method returns their shapes and types.
+    """
+    names: list[str] = ['inputs', 'targets', 'positions', 'segments']
+    batch = dict.fromkeys(names, jnp.zeros((1, 1), jnp.int32))
+    batch['weights'] = jnp.zeros((1, 1), jnp.float32)
     return Llama(self.config).init(key, batch)['params']
 
-  def __call__(self, params, batch):
-    """(loss, {'nll', 'weight'}) of a batch; see `loss`."""
+  def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
+    """Returns (loss, {'nll', 'weight'}) of a batch; see `loss`."""
     return self._apply(params, batch)
 
-  def logits(self, params, batch):
-    """Logits [B, T, V] float32 from inputs, positions and segments."""
+  def logits(self, params: Params, batch: Batch) -> jax.Array:
+    """Returns the float32 logits [B, T, V] of a batch.
+
+    Reads only the batch's inputs, positions and segments.
+    """
     return self._apply(params, batch, method=Llama.logits)
 
-  def nll(self, params, batch):
-    """-log p(target) [B, T] float32, whatever the weights are."""
+  def nll(self, params: Params, batch: Batch) -> jax.Array:
+    """Returns -log p(target) [B, T] in float32; ignores the weights."""
     return self._apply(params, batch, method=Llama.nll)
 
-  def cache(self, num_rows, length, dtype=None):
-    """A `Cache` of nothing, with room for `length` tokens a row.
+  def cache(
+    self, num_rows: int, length: int, dtype: jax.typing.DTypeLike | None = None
+  ) -> Cache:
+    """Returns an empty `Cache` with room for `length` tokens per row.
 
     Args:
-      num_rows: rows that are read at the same time.
-      length: tokens of a row, at most; `config.window` takes none away.
-      dtype: of keys and values; None is that of the activations.
+      num_rows: Number of rows, B.
+      length: Maximum number of tokens of a row, S. A model with a
+        `config.window` needs room for all tokens too.
+      dtype: Type of keys and values; None is the type of the activations.
     """
     config = self.config
     heads = (config.kv_heads, config.head_width)
     shape = (config.num_layers, num_rows, length, *heads)
-    # Each its own: two of the same array cannot both be donated.
+    # Keys and values must be two arrays: one buffer cannot be donated twice.
     keys, values = (jnp.zeros(shape, dtype or config.dtype) for _ in range(2))
     return Cache(keys, values, jnp.zeros(num_rows, jnp.int32))
 
-  def extend(self, params, cache, tokens_BT, lengths_B):
-    """Reads more tokens of each row: a prompt, or the token chosen last.
+  def extend(
+    self,
+    params: Params,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+  ) -> tuple[jax.Array, Cache]:
+    """Reads more tokens of each row, such as a prompt or the last sample.
 
-    What the cache has no room for is lost without a word.
+    Tokens for which the cache has no room are dropped without an error.
 
     Args:
       params: The parameters.
-      cache: What was read before; donate it, for it to be changed in place.
-      tokens_BT: The tokens that come next, followed by any others.
-      lengths_B: How many of each row come next; 0 leaves a row as it was.
+      cache: Keys and values of the tokens before. If it is donated, it is
+        updated in place.
+      tokens_BT: The next tokens of each row, followed by any padding.
+      lengths_B: Number of the next tokens in each row, without the padding; 0
+        leaves a row unchanged.
 
     Returns:
-      Logits [B, V] float32 after the last token of each row (of a row that is
-      left as it was they mean nothing), and the new cache.
+      The float32 logits [B, V] after the last token of each row, and the new
+      cache. The logits of unchanged rows are meaningless.
     """
     times_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
     positions_BT = cache.lengths[:, None] + times_T[None, :]
@@ -553,17 +692,19 @@ class Layers:
       'segments': jnp.zeros_like(tokens_BT),
     }
     old = {'keys': cache.keys, 'values': cache.values}
-    logits_BV, found = apply(
-      *(Llama(self.config, self.read), self.intercept),
+    logits_BV, variables = apply(
+      Llama(self.config, self.read),
+      self.intercept,
       {'params': params, 'cache': {'blocks': {'attention': old}}},
-      *(batch, jnp.maximum(lengths_B - 1, 0)),
+      batch,
+      jnp.maximum(lengths_B - 1, 0),
       method=Llama.logits_at,
       mutable=['read'],
     )
-    new = found['read']['blocks']['attention']
+    new = variables['read']['blocks']['attention']
     rows_B1 = jnp.arange(len(tokens_BT))[:, None]
-    # What is written beyond a row's tokens is not seen before its next token
-    # replaces it.
+    # Padding written past the end of a row is overwritten by the row's next
+    # token before anything reads it.
     keys, values = (
       old[name]
       .at[:, rows_B1, positions_BT]
@@ -572,32 +713,52 @@ class Layers:
     )
     return logits_BV, Cache(keys, values, cache.lengths + lengths_B)
 
-  def embed(self, params, batch):
-    """x = {'h': [B, T, D], 'positions', 'segments'}; reads params['embed']."""
+  def embed(self, params: Params, batch: Batch) -> Activations:
+    """Returns x = {'h': [B, T, D], 'positions', 'segments'}.
+
+    x is the input of the first layer. Reads only params['embed'].
+    """
     return self._apply(params, batch, method=Llama.enter)
 
-  def block(self, layer_params, x):
-    """One block: params['blocks'] without the leading axis."""
-    params = {'params': layer_params}
-    return apply(Block(self.config), self.intercept, params, x)
-
-  def loss(self, params, x, batch):
-    """Loss from the last block's x; reads every entry but params['blocks'].
-
-    With weights scaled to mean 1 over a whole batch, the mean of this loss
-    over microbatches of equal size is the token-weighted mean of the batch.
+  def block(self, layer_params: Params, x: Activations) -> Activations:
+    """Applies one transformer layer.
 
     Args:
-      params: The parameters.
-      x: What the last block returned.
-      batch: The batch that x was embedded from.
+      layer_params: Parameters of one layer: an entry of params['blocks'] along
+        the leading axis, as arrays.
+      x: Input of the layer: {'h', 'positions', 'segments'}.
+
+    Returns:
+      x with an updated 'h'.
+    """
+    layer = TransformerLayer(self.config)
+    return apply(layer, self.intercept, {'params': layer_params}, x)
+
+  def loss(
+    self, params: Params, x: Activations, batch: Batch
+  ) -> tuple[jax.Array, Sums]:
+    """Returns the loss from the output of the last layer.
+
+    If the weights have mean 1 over a whole batch, the mean of this loss over
+    microbatches of equal size is the token-weighted mean of the batch.
+
+    Args:
+      params: The parameters; params['blocks'] is not read.
+      x: Output of the last layer.
+      batch: The batch from which x was computed; only its targets and weights
+        are read.
 
     Returns:
       sum(weights * nll) / weights.size, and the sums {'nll', 'weight'}.
     """
     return self._apply(params, x, batch, method=Llama.score)
 
-  def _apply(self, params, *inputs, method=None):
+  def _apply(
+    self,
+    params: Params,
+    *inputs: Any,
+    method: Callable[..., Any] | None = None,
+  ) -> Any:
     model = Llama(self.config, self.read)
-    params = {'params': params}
-    return apply(model, self.intercept, params, *inputs, method=method)
+    variables = {'params': params}
+    return apply(model, self.intercept, variables, *inputs, method=method)

@@ -1,11 +1,12 @@
-"""Low-rank factors beside weights, or in their place: LoRA, ReLoRA, W = A B.
+"""Low-rank factors of weights: LoRA, ReLoRA, and kernels W = A B.
 
-`adapt` adds factors to parameters, `merge` takes them out again. A model reads
-them through `hook`, which `models.llama.Layers` takes: no module knows of them.
-`save_adapter` and `load_adapter` are in PEFT's format.
+`adapt` adds factors to a model's parameters, and `merge` multiplies them into
+the kernels. `hook` makes a model compute with its factors; pass it to
+`models.llama.Layers` as `intercept`. The linen modules themselves have no code
+for factors. `save_adapter` and `load_adapter` use PEFT's file format.
 
-Shapes: L layers, in and out the sides of a kernel [L, in, out], r the rank of
-its factors lora_a [L, in, r] and lora_b [L, r, out]; B batch, T time.
+Shapes: L layers; in and out are the sides of a kernel [L, in, out]; r is the
+rank of its factors lora_a [L, in, r] and lora_b [L, r, out]; B batch.
 
 Sources: Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021; Lialin et
 al., `ReLoRA <https://arxiv.org/abs/2307.05695>`_, 2023.
@@ -17,61 +18,79 @@ import math
 import pathlib
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.module import InterceptorContext
 
 from models import cross_entropy, huggingface, noise
 from models.huggingface_config import linear_modules
 
 PyTree: TypeAlias = Any
+
+Flat: TypeAlias = dict[str, Any]
+"""Leaves of a nested dict by their paths, such as 'blocks/mlp/up/kernel'."""
 Role: TypeAlias = Literal['factor', 'beneath', 'rest']
 
 FACTORS = ('lora_a', 'lora_b')
-"""Names of the two factors, beside the name of a kernel."""
+"""Names of the factors A and B in the dict that holds the kernel."""
 
 _PREFIX = 'base_model.model.'
 
 _FILES = ('adapter_config.json', 'adapter_model.safetensors')
 
-# Fields of PEFT's config that change what is computed, where they are set.
+# Fields of PEFT's config that select variants of LoRA, which `Lora` does not
+# implement.
 _FOREIGN = (
-  *('use_dora', 'use_rslora', 'use_qalora', 'use_bdlora', 'lora_bias'),
-  *('fan_in_fan_out', 'rank_pattern', 'alpha_pattern', 'modules_to_save'),
-  *('trainable_token_indices', 'target_parameters', 'layer_replication'),
-  *('alora_invocation_tokens', 'arrow_config', 'kasa_config'),
-  *('velora_config', 'monteclora_config'),
+  'use_dora',
+  'use_rslora',
+  'use_qalora',
+  'use_bdlora',
+  'lora_bias',
+  'fan_in_fan_out',
+  'rank_pattern',
+  'alpha_pattern',
+  'modules_to_save',
+  'trainable_token_indices',
+  'target_parameters',
+  'layer_replication',
+  'alora_invocation_tokens',
+  'arrow_config',
+  'kasa_config',
+  'velora_config',
+  'monteclora_config',
 )
 
-# First factors that come with a change of the weights beneath.
+# Initializations of PEFT that also change the kernels which have factors.
 _MOVED = ('pissa', 'olora', 'corda', 'loftq', 'lora_ga')
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-  """Two factors beside each kernel: x W + alpha / rank * dropout(x) A B."""
+  """LoRA: two factors per kernel, x W + alpha / rank * dropout(x) A B."""
 
   rank: int = 8
-  """Columns of A and rows of B."""
+  """Number of columns of A and of rows of B."""
   alpha: float = 16.0
-  """Over the rank, what their product counts."""
+  """Scale of the factors' product, which is multiplied by alpha / rank."""
   dropout: float = 0.0
-  """Share of A's input that is left out in training."""
+  """Dropout rate on the input of A in training."""
   targets: tuple[str, ...] | None = None
-  """Regexes on the paths of the kernels that have factors; None is all that a
-  layer has."""
+  """Regexes on the paths of the kernels that get factors; None selects all
+  kernels of the transformer layers."""
   rest: Literal['frozen', 'trained'] = 'frozen'
   """Whether weights without factors (embedding, norms, head) are trained."""
   lomo: float = 0.0
-  """Times the learning rate, that of plain SGD on what would be frozen: LOMO
-  together with LoRA. 0 freezes it."""
+  """Trains the weights that LoRA freezes with plain SGD (LOMO), at this
+  multiple of the learning rate. 0 keeps them frozen."""
 
-  def __post_init__(self):
-    """Checks what can be checked without a model."""
+  def __post_init__(self) -> None:
+    """Checks the fields as far as this is possible without a model."""
     _check_rank(self)
     if not 0 < self.alpha < math.inf:
       raise ValueError(
@@ -88,28 +107,30 @@ class Lora:
 
   @property
   def scale(self) -> float:
-    """What the product of the factors counts."""
+    """Multiplier of the factors' product."""
     return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Relora(Lora):
-  """LoRA that adds its factors to the weights now and then, and starts anew.
+  """ReLoRA: merges the factors into the kernels periodically and restarts them.
 
-  Many updates of low rank add up to one that is not: for pre-training.
+  The sum of many low-rank updates is not low-rank. ReLoRA is therefore suitable
+  for pre-training.
   """
 
   rest: Literal['frozen', 'trained'] = 'trained'
   """Whether weights without factors (embedding, norms, head) are trained."""
   every: int = 1000
-  """Steps from one merge to the next."""
+  """Number of steps between merges."""
   reset: float = 0.999
-  """Share of the factors' moments that a merge sets to 0, at random."""
+  """Share of the entries of the factors' moments that a merge sets to 0, chosen
+  at random."""
   restart_warmup: int = 50
-  """Steps in which the learning rate rises from 0 after a merge."""
+  """Number of steps after a merge in which the learning rate rises from 0."""
 
-  def __post_init__(self):
-    """Checks what can be checked without a model."""
+  def __post_init__(self) -> None:
+    """Checks the fields as far as this is possible without a model."""
     super().__post_init__()
     if self.every < 1:
       raise ValueError(f'adapter.every must be at least 1, got {self.every}')
@@ -124,28 +145,28 @@ class Relora(Lora):
 
 @dataclasses.dataclass(frozen=True)
 class Factored:
-  """Two factors in place of each kernel: x A B. For pre-training."""
+  """Replaces each kernel by two factors, x A B, for pre-training."""
 
   rank: int = 8
-  """Columns of A and rows of B."""
+  """Number of columns of A and of rows of B."""
   targets: tuple[str, ...] | None = None
-  """Regexes on the paths of the kernels that are replaced; None is all that a
-  layer has."""
+  """Regexes on the paths of the kernels that are replaced; None selects all
+  kernels of the transformer layers."""
 
-  def __post_init__(self):
-    """Checks what can be checked without a model."""
+  def __post_init__(self) -> None:
+    """Checks the fields as far as this is possible without a model."""
     _check_rank(self)
 
   @property
   def scale(self) -> float:
-    """What the product of the factors counts."""
+    """Multiplier of the factors' product."""
     return 1.0
 
 
 Adapter: TypeAlias = Lora | Relora | Factored
 
 
-def _check_rank(adapter):
+def _check_rank(adapter: Adapter) -> None:
   if adapter.rank < 1:
     raise ValueError(f'adapter.rank must be at least 1, got {adapter.rank}')
 
@@ -153,18 +174,24 @@ def _check_rank(adapter):
 def adapt(params: PyTree, adapter: Adapter, key: jax.Array) -> PyTree:
   """Returns parameters with factors.
 
-  Beside a kernel A is uniform in +-1 / sqrt(in), as torch draws a layer's
-  weight, and B is 0, so that the function is the same; both are float32. In a
-  kernel's place both are normal, of its type, and their product has its
+  `Lora` and `Relora` add float32 factors to each kernel. A is uniform in
+  +-1 / sqrt(in), the distribution of a weight of torch's `Linear`. B is 0, so
+  that the model's function does not change. `Factored` replaces each kernel by
+  two normal factors of the kernel's type, whose product has the kernel's
   standard deviation.
 
   Args:
-    params: of a model whose layers are stacked in params['blocks'].
-    adapter: rank and targets.
-    key: of the factors.
+    params: Parameters of a model whose layers are stacked in params['blocks'].
+    adapter: The kind of factors, with their rank and targets.
+    key: Random key for the factors.
+
+  Returns:
+    Parameters with the factors 'lora_a' and 'lora_b' next to, or instead of,
+    'kernel'.
 
   Raises:
-    ValueError: a target is no kernel of a layer, or too small for the rank.
+    ValueError: A target matches no kernel of a layer, or a matched kernel is
+      smaller than the rank.
 
   Example:
     >>> params = {'blocks': {'up': {'kernel': jnp.ones((2, 5, 7))}}}
@@ -175,16 +202,25 @@ def adapt(params: PyTree, adapter: Adapter, key: jax.Array) -> PyTree:
   flat = _flatten(params)
   for number, path in enumerate(_targets(flat, adapter)):
     a, b = (f'{path.rpartition("/")[0]}/{name}' for name in FACTORS)
-    one = jax.random.fold_in(key, number)
+    kernel_key = jax.random.fold_in(key, number)
     if isinstance(adapter, Factored):
-      flat[a], flat[b] = _factors(flat.pop(path), adapter.rank, one)
+      factors = _factors(flat.pop(path), adapter.rank, kernel_key)
     else:
-      flat[a], flat[b] = fresh_factors(flat[path].shape, adapter.rank, one)
+      factors = fresh_factors(flat[path].shape, adapter.rank, kernel_key)
+    flat[a], flat[b] = factors
   return _unflatten(flat)
 
 
-def fresh_factors(shape, rank: int, key: jax.Array):
-  """Returns A and B of a kernel [..., in, out]; B is 0."""
+def fresh_factors(
+  shape: Sequence[int], rank: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns new LoRA factors A [..., in, r] and B [..., r, out]; B is 0.
+
+  Args:
+    shape: Shape [..., in, out] of the kernel.
+    rank: Rank of the factors, r.
+    key: Random key for A.
+  """
   *layers, rows, columns = shape
   bound = rows**-0.5
   a = jax.random.uniform(
@@ -193,21 +229,33 @@ def fresh_factors(shape, rank: int, key: jax.Array):
   return a, jnp.zeros((*layers, rank, columns), jnp.float32)
 
 
-def _factors(kernel, rank, key):
-  """Normal A and B whose product has the kernel's standard deviation."""
+def _factors(
+  kernel: jax.Array, rank: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns normal A and B whose product has the standard deviation of kernel.
+
+  A and B have the same standard deviation.
+  """
   *layers, rows, columns = kernel.shape
   std = jnp.sqrt(jnp.std(kernel.astype(jnp.float32)) / rank**0.5)
-  shapes = (*layers, rows, rank), (*layers, rank, columns)
-  return tuple(
-    (std * jax.random.normal(one, shape)).astype(kernel.dtype)
-    for one, shape in zip(jax.random.split(key), shapes, strict=True)
-  )
+  key_a, key_b = jax.random.split(key)
+  a = std * jax.random.normal(key_a, (*layers, rows, rank))
+  b = std * jax.random.normal(key_b, (*layers, rank, columns))
+  return a.astype(kernel.dtype), b.astype(kernel.dtype)
 
 
 def merge(params: PyTree, adapter: Adapter) -> PyTree:
-  """Returns parameters without factors, of the same function.
+  """Returns parameters of the same model function, without factors.
 
-  Products and sums are float32 and rounded once, to the type of the kernel.
+  The scaled product of the factors is added to the kernel. Products and sums
+  are computed in float32 and rounded once, to the type of the kernel.
+
+  Args:
+    params: Parameters with factors.
+    adapter: The adapter that they were made with.
+
+  Returns:
+    Parameters with a kernel instead of each pair of factors.
 
   Example:
     >>> params = {'up': {'kernel': jnp.ones((2, 2)),
@@ -229,36 +277,44 @@ def merge(params: PyTree, adapter: Adapter) -> PyTree:
 
 
 def product(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-  """Returns scale A B [..., in, out] in float32."""
+  """Returns the float32 product scale * A B [..., in, out]."""
   a, b = (x.astype(jnp.float32) for x in (a, b))
   return scale * jnp.matmul(a, b, precision='highest')
 
 
 def roles(params: PyTree) -> dict[str, Role]:
-  """Returns what each weight is, by path: a factor, one beneath, the rest.
+  """Returns the role of each weight, by its path.
 
-  >>> roles({'up': {'kernel': 0, 'lora_a': 0, 'lora_b': 0}, 'norm': 0})
-  {'up/kernel': 'beneath', 'up/lora_a': 'factor', 'up/lora_b': 'factor',
-   'norm': 'rest'}
+  The roles are 'factor', 'beneath' for a kernel that has factors, and 'rest'
+  for all other weights.
+
+  Example:
+    >>> roles({'up': {'kernel': 0, 'lora_a': 0, 'lora_b': 0}, 'norm': 0})
+    {'up/kernel': 'beneath', 'up/lora_a': 'factor', 'up/lora_b': 'factor',
+     'norm': 'rest'}
   """
   flat = _flatten(params)
 
-  def role(path) -> Role:
+  def role(path: str) -> Role:
     parent, _, name = path.rpartition('/')
     if name in FACTORS:
       return 'factor'
-    beside = name == 'kernel' and f'{parent}/{FACTORS[0]}' in flat
-    return 'beneath' if beside else 'rest'
+    has_factors = name == 'kernel' and f'{parent}/{FACTORS[0]}' in flat
+    return 'beneath' if has_factors else 'rest'
 
   return {path: role(path) for path in flat}
 
 
 def optimized(params: PyTree, adapter: Adapter) -> PyTree:
-  """Returns the tree of whether the optimizer trains each weight.
+  """Returns a tree of bools: whether the optimizer trains each weight.
 
-  >>> params = {'up': {'kernel': 0, 'lora_a': 0, 'lora_b': 0}, 'norm': 0}
-  >>> optimized(params, Lora())['norm'], optimized(params, Relora())['norm']
-  (False, True)
+  Kernels that have factors are not trained. The rest is trained unless a `Lora`
+  has rest='frozen'.
+
+  Example:
+    >>> params = {'up': {'kernel': 0, 'lora_a': 0, 'lora_b': 0}, 'norm': 0}
+    >>> optimized(params, Lora())['norm'], optimized(params, Relora())['norm']
+    (False, True)
   """
   frozen = {'beneath'}
   if isinstance(adapter, Lora) and adapter.rest == 'frozen':
@@ -269,20 +325,33 @@ def optimized(params: PyTree, adapter: Adapter) -> PyTree:
 
 
 def hook(adapter: Adapter) -> Callable[..., Any]:
-  """Returns the interceptor by which a model computes with its factors.
+  """Returns a linen interceptor that makes a model compute with its factors.
 
-  Any module that has them, and maps an array by its kernel, takes part. Dropout
-  is where a batch has 'noise', a key [B, 2] uint32 of each example: it goes
-  from layer to layer with the other entries of a block's input, and another
-  one comes out of each.
+  It changes each module that has factors; such a module must be a linear map
+  with a 'kernel' or, for `Factored`, without one. Dropout is applied only if a
+  batch has 'noise' [B, 2] uint32, one random key per example. The noise is an
+  entry of the layers' input x, and each layer returns new noise for the next.
+
+  Args:
+    adapter: The adapter that the parameters were made with.
+
+  Returns:
+    A function for `nn.intercept_methods`, or for `Layers.intercept`.
   """
-  noises = []  # of the blocks that are being computed, the innermost last
+  dropout = adapter.dropout if isinstance(adapter, Lora) else 0.0
+  # Noise of the layers that are being computed, innermost last.
+  noises: list[jax.Array] = []
 
-  def intercept(next_fun, args, kwargs, context):
+  def intercept(
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: InterceptorContext,
+  ) -> Any:
     module, method = context.module, context.method_name
-    if method == 'setup':
-      bare = _has(module, FACTORS[0]) and not _has(module, 'kernel')
-      return _set_up(module) if bare else next_fun(*args, **kwargs)
+    if method == 'setup' and _is_factored(module):
+      # Skip `Linear.setup`, which would require a kernel.
+      return None
     x = args[0] if args else None
     if isinstance(x, dict) and 'noise' in x:
       noises.append(x['noise'])
@@ -292,41 +361,44 @@ def hook(adapter: Adapter) -> Callable[..., Any]:
         noises.pop()
       if method == 'enter':
         return {**y, 'noise': x['noise']}
-      # A block that is made anew in the backward pass is called inside itself.
-      is_block = method == '__call__' and isinstance(y, dict)
-      return {**y, 'noise': noise.folded(x['noise'], 0)} if is_block else y
-    if method != '__call__' or not _has(module, FACTORS[0]):
+      # With remat, the call of a layer is nested in a second call of the same
+      # layer. Both compute the new noise from the noise of the input, so that
+      # it is folded only once.
+      is_layer = method == '__call__' and isinstance(y, dict)
+      return {**y, 'noise': noise.folded(x['noise'], 0)} if is_layer else y
+    if method != '__call__' or not _has_param(module, FACTORS[0]):
       return next_fun(*args, **kwargs)
     a, b = (module.get_variable('params', name) for name in FACTORS)
-    dropped = x
-    if noises and getattr(adapter, 'dropout', 0):
-      keys = noise.folded(noises[-1], zlib.crc32(module.name.encode()))
-      dropped = noise.drop(x, keys, adapter.dropout)
+    dropped: jax.Array = args[0]
+    if noises and dropout:
+      keys = noise.folded(noises[-1], zlib.crc32(str(module.name).encode()))
+      dropped = noise.drop(dropped, keys, dropout)
     low = cross_entropy.multiply(cross_entropy.multiply(dropped, a), b)
     if isinstance(adapter, Factored):
-      return low if module.bias is None else low + _row(module.bias, low)
+      bias = module.get_variable('params', 'bias')
+      return low if bias is None else low + _row(bias, low)
     return next_fun(*args, **kwargs) + adapter.scale * low
 
   return intercept
 
 
-def _has(module, name):
+def _has_param(module: nn.Module, name: str) -> bool:
   return module.has_variable('params', name)
 
 
-def _set_up(module):
-  """Sets up a linear map that has no kernel."""
-  module.kernel = None
-  module.bias = module.get_variable('params', 'bias')
+def _is_factored(module: nn.Module) -> bool:
+  """Returns whether a linear map has factors instead of a kernel."""
+  has_factors = _has_param(module, FACTORS[0])
+  return has_factors and not _has_param(module, 'kernel')
 
 
-def _row(bias, y):
-  """A bias as it is added to an array."""
+def _row(bias: jax.Array, y: jax.Array) -> jax.Array:
+  """Returns a bias in the type of y, with leading axes of size 1."""
   return jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
 
 
-def _targets(flat, adapter):
-  """Paths of the kernels that get factors, in order."""
+def _targets(flat: Flat, adapter: Adapter) -> list[str]:
+  """Returns the sorted paths of the kernels that get factors."""
   kernels = sorted(
     path
     for path, leaf in flat.items()
@@ -346,8 +418,8 @@ def _targets(flat, adapter):
   return chosen
 
 
-def _matched(targets, kernels):
-  """Kernels whose whole path some regex matches."""
+def _matched(targets: Sequence[str], kernels: Sequence[str]) -> list[str]:
+  """Returns the kernels whose whole path matches one of the regexes."""
   try:
     regexes = [re.compile(target) for target in targets]
   except re.error as error:
@@ -370,21 +442,23 @@ def save_adapter(
   *,
   base: str | None = None,
 ) -> None:
-  """Writes the factors alone, as PEFT reads them beside their model.
+  """Writes only the factors, as an adapter that PEFT can load.
 
   Args:
-    directory: made if it is not there; must have no adapter in it.
-    params: of `models.llama`, with factors.
-    adapter: theirs.
-    base: name or path of the checkpoint beneath, for the reader.
+    directory: Directory of the adapter. It is created if necessary, and must
+      not contain an adapter.
+    params: Parameters of `models.llama` with factors.
+    adapter: The adapter that they were made with.
+    base: Name or path of the base model's checkpoint, which is written to
+      adapter_config.json.
 
   Raises:
-    FileExistsError: the directory has an adapter.
-    ValueError: the factors alone are not all that was trained.
+    FileExistsError: The directory contains an adapter.
+    ValueError: Other weights than the factors were trained as well.
   """
   from safetensors import numpy as safetensors
 
-  if not isinstance(adapter, Lora) or not _is_alone(adapter):
+  if not isinstance(adapter, Lora) or not _trains_only_factors(adapter):
     raise ValueError(
       'an adapter is saved alone where nothing else is trained: a Lora with '
       f"rest='frozen' and lomo=0, got {adapter}; merge it, and save the model"
@@ -397,7 +471,7 @@ def save_adapter(
       )
   tensors = {}
   for factor, letter in zip(FACTORS, 'AB', strict=True):
-    kernels = _in_place(params, factor)
+    kernels = _factor_tree(params, factor)
     for name, tensor in huggingface.llama_tensors(kernels).items():
       tensors[_peft_name(name, letter)] = tensor
   modules = {name.split('.lora_')[0].split('.')[-1] for name in tensors}
@@ -420,16 +494,19 @@ def save_adapter(
 def load_adapter(
   directory: str | pathlib.Path, params: PyTree
 ) -> tuple[PyTree, Lora]:
-  """Returns parameters with the factors that PEFT saved, and their adapter.
+  """Adds the factors of an adapter in PEFT's format to parameters.
 
   Args:
-    directory: adapter_config.json and adapter_model.safetensors.
-    params: of `models.llama`, without factors.
+    directory: Directory with adapter_config.json and adapter_model.safetensors.
+    params: Parameters of `models.llama` without factors.
+
+  Returns:
+    The parameters with factors, and the `Lora` that describes them.
 
   Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: the adapter is of a kind that `Lora` is not, or its tensors are
-      not those of the model; the message names the field or the tensor.
+    FileNotFoundError: A file is missing.
+    ValueError: The adapter uses a variant that `Lora` does not implement, or
+      its tensors do not fit the model. The message names the field or tensor.
   """
   from safetensors import numpy as safetensors
 
@@ -474,8 +551,8 @@ def load_adapter(
   return _unflatten(flat), adapter
 
 
-def _check_peft(file, fields):
-  """Raises ValueError where PEFT's config says what `Lora` does not do."""
+def _check_peft(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
+  """Raises ValueError if PEFT's config requires more than `Lora` implements."""
   for name, value in {'peft_type': 'LORA', 'bias': 'none'}.items():
     if fields.get(name) != value:
       raise ValueError(
@@ -496,14 +573,14 @@ def _check_peft(file, fields):
     raise ValueError(f'{file} must have {sorted(absent)}')
 
 
-def _is_alone(adapter):
-  """Whether an adapter is all that is trained."""
+def _trains_only_factors(adapter: Lora) -> bool:
+  """Returns whether only the factors are trained, and never merged."""
   merges = isinstance(adapter, Relora)
   return adapter.rest == 'frozen' and not adapter.lomo and not merges
 
 
-def _in_place(params, factor):
-  """The tree of one factor of each kernel, under the kernel's name."""
+def _factor_tree(params: PyTree, factor: str) -> PyTree:
+  """Returns the tree of all A (or all B) factors, with the key 'kernel'."""
   flat = _flatten(params)
   return _unflatten(
     {
@@ -514,13 +591,18 @@ def _in_place(params, factor):
   )
 
 
-def _peft_name(name, letter):
-  """PEFT's name of a factor, from the checkpoint's of the weight."""
+def _peft_name(name: str, letter: str) -> str:
+  """Returns PEFT's name of a factor, from the checkpoint's name of a weight."""
   return f'{_PREFIX}{name.removesuffix(".weight")}.lora_{letter}.weight'
 
 
-def _peft_tensor(tensors, name, shape):
-  """A factor of one layer, taken out of PEFT's tensors, as ours."""
+def _peft_tensor(
+  tensors: dict[str, np.ndarray], name: str, shape: tuple[int, int]
+) -> jax.Array:
+  """Removes one layer's factor from PEFT's tensors and returns it transposed.
+
+  The result has our layout: A [in, r] or B [r, out], in float32.
+  """
   if name not in tensors:
     raise ValueError(
       f'{name} is missing: an adapter must have a kernel of all layers, or of '
@@ -532,9 +614,9 @@ def _peft_tensor(tensors, name, shape):
   return jnp.asarray(tensor.T, jnp.float32)
 
 
-def _flatten(tree):
-  return flax.traverse_util.flatten_dict(tree, sep='/')
+def _flatten(tree: PyTree) -> Flat:
+  return dict(flax.traverse_util.flatten_dict(tree, sep='/'))
 
 
-def _unflatten(flat):
+def _unflatten(flat: Flat) -> PyTree:
   return flax.traverse_util.unflatten_dict(flat, sep='/')

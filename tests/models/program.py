@@ -1,4 +1,4 @@
-"""What the tests of models run: parameters that are no special case."""
+"""Random parameters for the tests of models, without special values."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,12 @@ import numpy as np
 
 
 def drawn(model, std):
-  """Random parameters of a model, norm scales and biases included."""
+  """Returns random parameters of a model, also norm scales and biases.
+
+  Args:
+    model: The model, as pure functions.
+    std: Standard deviation; the mean is 1 for norm scales and 0 otherwise.
+  """
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   rng = np.random.default_rng(2)
 

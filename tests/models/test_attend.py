@@ -1,4 +1,4 @@
-"""Attention: which of two forms is taken, and that they mean the same."""
+"""Tests which implementation `attend` selects, and that both agree."""
 
 import functools
 
@@ -29,7 +29,7 @@ def with_cudnn(monkeypatch):
 @pytest.mark.parametrize('window', [None, 1, 3])
 def test_the_two_mean_the_same(monkeypatch, window):
   inputs = arrays(jnp.float32)
-  # JAX's own products in the place of the kernel, which needs a card.
+  # JAX's implementation in XLA replaces cuDNN's kernel, which requires a GPU.
   xla = jax.nn.dot_product_attention
   monkeypatch.setattr(
     jax.nn,

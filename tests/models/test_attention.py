@@ -1,4 +1,4 @@
-"""Attention block by block against attention in one piece, in float64."""
+"""Compares block-wise attention with attention over all scores, in float64."""
 
 import functools
 
@@ -17,7 +17,7 @@ B, H = 2, 8
 
 
 def _inputs(T, *, heads=4, kv_heads=2, dtype=jnp.float32):
-  """q, k, v, and segments that end within blocks and at their borders."""
+  """Returns q, k, v, and segments that end inside blocks and at their ends."""
   rng = np.random.default_rng(T)
   draw = lambda n: rng.standard_normal((B, T, n, H)).astype(dtype)
   ends = sorted({T // 3, min(T, attention.BLOCK), T})
@@ -27,7 +27,7 @@ def _inputs(T, *, heads=4, kv_heads=2, dtype=jnp.float32):
 
 
 def _whole(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None, causal=True):
-  """The definition: every score of every head at once."""
+  """Computes attention by its definition, with all scores at once."""
   T, N, K = *q_BTNH.shape[1:3], k_BTKH.shape[2]
   k_BTNH, v_BTNH = (jnp.repeat(x, N // K, axis=2) for x in (k_BTKH, v_BTKH))
   scores = jnp.einsum('btnh,bsnh->bnts', q_BTNH, k_BTNH) / np.sqrt(H)
@@ -41,7 +41,7 @@ def _whole(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=None, causal=True):
 
 
 def _value_and_gradient(function, q, k, v, segments):
-  """The result, and the gradient of a function of it that is not linear."""
+  """Returns the result, and the gradient of a nonlinear function of it."""
 
   def score(q, k, v):
     y = function(q, k, v, segments)
@@ -52,20 +52,21 @@ def _value_and_gradient(function, q, k, v, segments):
 
 
 def _agree(T, **options):
-  """Asserts that blocks give whole attention, and its gradient."""
+  """Asserts that block-wise attention and its gradient match the definition."""
   q, k, v, segments = _inputs(T)
   of = lambda f: functools.partial(f, **options)
   with jax.enable_x64(True):
     wide = (np.float64(x) for x in (q, k, v))
     expected = _value_and_gradient(of(_whole), *wide, segments)
   found = _value_and_gradient(of(attention.blockwise), q, k, v, segments)
-  # Sums of up to 300 terms of order 1 in float32.
+  # The tolerance allows for float32 sums of up to 300 terms of order 1.
   chex.assert_trees_all_close(
     jax.tree.map(np.float64, found), expected, rtol=1e-5, atol=1e-5
   )
 
 
-# One step, part of a block, a block, a step more, and pairs of blocks.
+# Lengths are one time step, part of a block, one block, one step more, and
+# three blocks.
 @each('T', [1, 5, 128, 129, 300], quick=[5, 300])
 def test_blocks_give_whole_attention_and_its_gradient(T):
   _agree(T)
@@ -76,10 +77,11 @@ def test_both_directions_give_whole_attention_and_its_gradient(T):
   _agree(T, causal=False)
 
 
-# Alone, inside a block, a block, a step more, and over pairs of blocks.
+# Windows are one time step, part of a block, one block, one step more, and more
+# than two blocks.
 @each('window', [1, 5, 100, 101, 250], quick=[1, 250])
 def test_a_window_gives_whole_attention_in_it_and_its_gradient(window):
-  _agree(300, window=window)  # in blocks of 100
+  _agree(300, window=window)  # The blocks have 100 time steps.
 
 
 @pytest.mark.parametrize('window', [300, 1000])
@@ -90,13 +92,14 @@ def test_a_window_of_all_time_is_none(window):
       jax.jit(functools.partial(attend, window=length))(q, k, v, segments)
       for length in (window, None)
     )
-    # Two programs, of sums of 300 terms.
+    # The two programs may sum 300 terms in different orders.
     assert_close(found, expected, operations=300)
 
 
 def test_blocks_outside_a_window_are_not_visited():
   q, k, v, segments = _inputs(512)
-  v[:, :128] = np.nan  # Masked weights are 0, and 0 times NaN is seen.
+  # Reading these values would give NaN, even with weight 0.
+  v[:, :128] = np.nan
   blockwise = jax.jit(functools.partial(attention.blockwise, window=129))
   y = blockwise(q, k, v, segments)
   assert np.all(np.isfinite(y[:, 256:]))
@@ -110,7 +113,7 @@ def test_any_grouping_of_heads(heads, kv_heads):
     _value_and_gradient(attention.blockwise, q, k, v, segments),
     _value_and_gradient(_whole, q, k, v, segments),
     rtol=1e-4,
-    atol=2e-5,  # both are float32 here
+    atol=2e-5,  # Here, both sides are computed in float32.
   )
 
 
@@ -120,7 +123,7 @@ def test_large_scores_do_not_overflow():
     attention.blockwise, 1e4 * q, 1e4 * k, v, segments
   )
   chex.assert_tree_all_finite((y, grads))
-  # A softmax of such scores is a choice of one step.
+  # With scores this large, the softmax selects a single time step.
   whole = jax.jit(_whole)(1e4 * q, 1e4 * k, v, segments)
   chex.assert_trees_all_close(y, whole, atol=1e-5)
 
@@ -131,7 +134,8 @@ def test_products_of_bfloat16_are_summed_in_float32():
   assert found.dtype == jnp.bfloat16
   wide = (np.float32(x) for x in (q, k, v))
   expected = jax.jit(_whole)(*wide, segments)
-  # p and the result are rounded to 8 bits each: 2 x 2^-9 of values up to 3.
+  # The softmax and the result are each rounded to 8 bits, which is an error of
+  # 2 * 2^-9 of values up to 3.
   chex.assert_trees_all_close(np.float32(found), expected, atol=0.02)
 
 
@@ -149,6 +153,6 @@ def test_no_array_has_every_score():
 
   found = max(sizes(jax.make_jaxpr(backward)(q, k, v).jaxpr))
   assert found < scores / 32
-  # The measure itself: attention in one piece has them.
+  # Check the measurement: attention by the definition has such an array.
   whole = jax.grad(lambda *x: jnp.sum(_whole(*x, segments)))
   assert max(sizes(jax.make_jaxpr(whole)(q, k, v).jaxpr)) >= scores

@@ -1,7 +1,8 @@
-"""Checkpoints that are broken or of another kind: each has one clear line.
+"""Tests the error messages for broken and unsupported checkpoints.
 
-The list is the record of what was tried: how the directory is broken, and what
-is said, which names the file, tensor or field, the rule and the remedy.
+`_BROKEN` lists ways to break a checkpoint directory, each with the expected
+message. A message is one line that names the file, tensor or field, the rule
+that it violates, and the remedy.
 """
 
 import json
@@ -45,7 +46,7 @@ def _save(directory):
 
 
 def _whole(change):
-  """Breaks the tensors of a checkpoint, which are then in one file."""
+  """Returns a function that moves all tensors to one file and changes them."""
 
   def broken(directory):
     tensors = {}
@@ -60,12 +61,12 @@ def _whole(change):
 
 
 def _cast(name, dtype):
-  """Stores a tensor in another type."""
+  """Returns a function that stores a tensor in another type."""
   return _whole(lambda x: x.update({name: x[name].astype(dtype)}))
 
 
 def _set(**fields):
-  """Sets fields of config.json; those that are ... are taken out."""
+  """Returns a function that sets fields of config.json; `...` removes one."""
 
   def broken(directory):
     file = directory / 'config.json'
@@ -77,12 +78,15 @@ def _set(**fields):
 
 
 def _write(name, content):
-  """Writes another content into a file."""
+  """Returns a function that overwrites a file."""
   return lambda directory: (directory / name).write_bytes(content)
 
 
 def _only(*names):
-  """Leaves nothing but config.json, and empty files of these names."""
+  """Returns a function that replaces the weights by empty files.
+
+  config.json is kept.
+  """
 
   def broken(directory):
     for file in directory.glob('*.safetensors*'):
@@ -118,7 +122,7 @@ def _is_a_pointer(directory):
 
 
 def _index_names(**tensors):
-  """Changes the index's files by tensor."""
+  """Returns a function that changes which files the index names for tensors."""
 
   def broken(directory):
     file = directory / _INDEX
@@ -141,7 +145,8 @@ def _extra(tensors):
   tensors['model.layers.2.mlp.up_proj.weight'] = tensors[_UP]
 
 
-# Of a directory DIR: how it is broken, and what is said.
+# Functions that break a directory, and regexes for the error message. DIR is a
+# placeholder for the directory.
 _BROKEN = {
   'no directory': (
     shutil.rmtree,
@@ -320,7 +325,7 @@ _BROKEN = {
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-  """A checkpoint that is whole."""
+  """Saves an intact checkpoint, and returns its directory."""
   directory = tmp_path_factory.mktemp('saved') / 'whole'
   _save(directory)
   huggingface.load(directory)

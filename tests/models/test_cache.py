@@ -1,4 +1,4 @@
-"""A model that reads piece by piece against the same model on it all."""
+"""Compares `Layers.extend`, piece by piece, with `logits` of whole rows."""
 
 import dataclasses
 import functools
@@ -31,12 +31,12 @@ _VARIANTS = {
   'scaled waves': {'rope_scaling': Llama3Scaling(8.0, 1.0, 4.0, 64)},
   'remat': {'remat': True},
 }
-# Sums of float32 in another order, through three layers.
+# The tolerances allow for float32 sums in another order, in three layers.
 _FLOAT32 = {'rtol': 1e-4, 'atol': 2e-5}
 
 
 def _model(**changes):
-  """A model and random parameters, norm scales and biases included."""
+  """Returns a model and its random parameters, also norm scales and biases."""
   model = Layers(dataclasses.replace(_SMALL, **changes))
   return model, drawn(model, 0.3)
 
@@ -52,7 +52,7 @@ def _logits(model):
 
 
 def _whole(model, params, tokens_BT):
-  """Logits [B, T, V] of whole rows."""
+  """Returns the logits [B, T, V] of whole rows, without a cache."""
   times_BT = np.tile(np.arange(tokens_BT.shape[1]), (len(tokens_BT), 1))
   batch = {
     'inputs': tokens_BT,
@@ -63,7 +63,19 @@ def _whole(model, params, tokens_BT):
 
 
 def _check(model, params, prompts_B, pieces, cache, tolerance):
-  """Reads ragged prompts, then pieces, and asks for the logits after each."""
+  """Reads prompts and further pieces, and compares the logits after each.
+
+  Args:
+    model: The model, as pure functions.
+    params: Its parameters.
+    prompts_B: Number of tokens of each row's prompt.
+    pieces: Numbers of tokens that are read in each row after the prompts.
+    cache: An empty cache with enough room.
+    tolerance: Arguments `rtol` and `atol` of the comparison.
+
+  Returns:
+    The cache after the last piece.
+  """
   rng = np.random.default_rng(3)
   num_rows, longest = len(prompts_B), max(prompts_B)
   vocab = model.config.vocab_size
@@ -72,10 +84,10 @@ def _check(model, params, prompts_B, pieces, cache, tolerance):
   expected_BTV = _whole(model, params, tokens_BT)
   read_B = np.zeros(num_rows, np.int32)
   for step, size in enumerate([longest, *pieces]):
-    # Pieces of one size share a program.
+    # Pieces of equal size share a compiled program.
     lengths_B = np.full(num_rows, size, np.int32) if step else prompts_B
     lengths_B = np.int32(lengths_B)
-    # What follows a row's own tokens must not matter.
+    # The padding after a row's tokens is random, because it must not matter.
     piece_BT = rng.integers(vocab, size=(num_rows, size), dtype=np.int32)
     for row, (start, length) in enumerate(zip(read_B, lengths_B, strict=True)):
       piece_BT[row, :length] = tokens_BT[row, start : start + length]
@@ -91,7 +103,7 @@ def _check(model, params, prompts_B, pieces, cache, tolerance):
 def test_pieces_give_the_logits_of_the_whole(variant):
   model, params = _model(**_VARIANTS[variant])
   cache = model.cache(3, 16)
-  # Rows of 6, 1 and 4 tokens; then one token twice, and six at once.
+  # Read prompts of 6, 1 and 4 tokens, then 1, 1 and 6 tokens in each row.
   _check(model, params, (6, 1, 4), (1, 1, 6), cache, _FLOAT32)
 
 
@@ -104,7 +116,8 @@ def test_bfloat16_is_close_and_keeps_its_type():
   model, params = _model(dtype='bfloat16')
   cache = model.cache(2, 12)
   assert cache.keys.dtype == jnp.bfloat16
-  # Logits of a standard deviation of 2; both sides round some fifty times.
+  # Logits have a standard deviation of 2, and both sides round them to bfloat16
+  # about fifty times.
   rough = {'rtol': 0, 'atol': 0.3}
   cache = _check(model, params, (4, 2), (4,), cache, rough)
   assert cache.values.dtype == jnp.bfloat16
@@ -146,7 +159,8 @@ def test_the_cache_is_changed_in_place():
   lowered = _extend(model).lower(params, cache, tokens_BT, lengths_B)
   memory = lowered.compile().memory_analysis()
   size = 4 * cache.keys.size
-  # Both are aliased, and what is made beside them is less than one of them.
+  # Keys and values are aliased, and temporary buffers are smaller than one of
+  # the two.
   assert memory.alias_size_in_bytes >= 2 * size
   assert memory.temp_size_in_bytes < size
 
@@ -199,7 +213,7 @@ def test_losses_of_tokens_sum_to_the_loss():
   }
   nll_BT = jax.jit(model.nll)(params, batch)
   _, sums = jax.jit(model)(params, batch)
-  # Sums of up to 40 terms, four in each of three layers.
+  # The tolerance allows for sums of up to 40 terms, four per layer.
   total = np.sum(batch['weights'] * nll_BT)
   np.testing.assert_allclose(total, sums['nll'], rtol=units(3 * 4 * 40))
   logits_BTV = _whole(model, params, batch['inputs'])
@@ -209,5 +223,5 @@ def test_losses_of_tokens_sum_to_the_loss():
   h_BTD, kernel_DV = rng.random((2, 7, 3)), rng.random((3, 61))
   inputs = np.float32(h_BTD), np.float32(kernel_DV), batch['targets']
   one = lambda n: jax.jit(cross_entropy.in_chunks, static_argnums=3)(*inputs, n)
-  # Each token's is a sum of 61 terms, in the same order or another.
+  # Each token's result has a sum of 61 terms, whose order may differ.
   np.testing.assert_allclose(one(2), one(100), rtol=units(61))

@@ -1,4 +1,4 @@
-"""The loss in chunks against the loss in one piece."""
+"""Compares the loss in chunks with the loss of all tokens at once."""
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ def _inputs():
   )
 
 
-# Fewer tokens than rows, chunks that divide 13 steps of 2 rows and chunks
-# that do not, more tokens than there are.
+# The batch has 2 rows of 13 time steps. The chunks have fewer tokens than there
+# are rows, divide the batch, do not divide it, or are larger than it.
 @pytest.mark.parametrize('chunk', [1, 2, 6, 8, 13, 26, 1000])
 def test_chunks_of_any_size_give_the_whole_loss(chunk):
   h_BTD, kernel_DV, targets_BT, weights_BT = _inputs()
@@ -36,11 +36,11 @@ def test_chunks_of_any_size_give_the_whole_loss(chunk):
     )
 
   grad = lambda f: jax.jit(jax.value_and_grad(f, (0, 1)))(h_BTD, kernel_DV)
-  # Sums in another order, of up to 31 terms and 26 tokens.
+  # The order of sums over up to 31 terms and 26 tokens may differ.
   assert_close(grad(chunked), grad(whole), operations=31 + 26)
 
 
-# Slow: it measures what the compiler holds as users run it.
+# Slow tests compile with all optimizations, on which the memory depends.
 @pytest.mark.slow
 @pytest.mark.parametrize('rows', [1, 4])
 def test_whole_logits_never_exist(rows):
@@ -63,7 +63,7 @@ def test_whole_logits_never_exist(rows):
 
   logits = num_tokens * V * 4
   assert temp_bytes(chunk=128) < logits / 4
-  # The measure itself: one chunk of everything does hold them.
+  # Check the measurement: with a single chunk, the logits do exist.
   assert temp_bytes(chunk=num_tokens) >= logits
 
 
@@ -85,6 +85,6 @@ def test_a_batch_on_two_devices_stays_there():
   text = step.lower(*arguments).compile().as_text()
   assert 'all-reduce' in text
   assert 'all-gather' not in text and 'all-to-all' not in text
-  # Sums in another order, of up to 31 terms and 26 tokens.
+  # The order of sums over up to 31 terms and 26 tokens may differ.
   expected = jax.jit(jax.value_and_grad(loss))(*arguments)
   assert_close(step(*arguments), expected, operations=31 + 26)

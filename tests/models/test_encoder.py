@@ -1,4 +1,4 @@
-"""The encoder: its exact statements, and the same model layer by layer."""
+"""Tests properties of the encoder, and that its layers compose to the model."""
 
 import dataclasses
 import functools
@@ -16,7 +16,8 @@ from models.encoder import EncoderConfig, Layers, drop
 from tests.rounding import assert_close, distance, units
 
 B, T = 4, 11
-# Sums in another order: four of up to 20 terms in each of three layers.
+# Number of roundings if sums have another order: four sums of up to 20 terms in
+# each of three layers.
 _ROUNDINGS = 3 * 4 * 20
 
 
@@ -34,7 +35,10 @@ def _config(**changes):
 
 
 def _batch(config, seed=0):
-  """Rows of 11, 8, 5 and 2 tokens; the second half is the other sentence."""
+  """Returns rows of 11, 8, 5 and 2 tokens.
+
+  The second half of each row has type 1, as a second sentence.
+  """
   rng = np.random.default_rng(seed)
   lengths_B1 = np.array([11, 8, 5, 2])[:, None]
   segments_BT = np.int32(np.arange(T)[None] < lengths_B1)
@@ -50,7 +54,7 @@ def _batch(config, seed=0):
 
 
 def _params(config):
-  """Weights of which no norm and no bias is neutral."""
+  """Returns random parameters, also random norm scales and biases."""
   shapes = jax.eval_shape(Layers(config).init, jax.random.key(0))
   rng = np.random.default_rng(1)
   draw = lambda path, x: np.float32(
@@ -90,7 +94,7 @@ def test_padding_changes_nothing(changes):
     for name in ('inputs', 'types', 'segments'):
       alone[name] = alone[name][:, :length]
     found = _logits(config)(params, alone)
-    # Sums of fewer terms in another order.
+    # Without padding, sums have fewer terms, in another order.
     assert_close(found[0], whole[row], _ROUNDINGS)
 
 
@@ -101,7 +105,7 @@ def test_both_directions_are_seen():
   batch['inputs'] = batch['inputs'].copy()
   batch['inputs'][0, -1] = 3 + (batch['inputs'][0, -1] + 1) % 28
   after = _logits(config)(params, batch)
-  # The head reads the first token alone.
+  # The head reads only the first token, which must attend to the changed one.
   assert np.abs(after[0] - before[0]).max() > 1e-3
   np.testing.assert_array_equal(after[1:], before[1:])
 
@@ -157,8 +161,9 @@ def test_recomputing_changes_no_gradient():
   plain, metrics = gradient(config)
   again, expected = gradient(dataclasses.replace(config, remat=True))
   assert_close(metrics, expected, _ROUNDINGS)
-  # Forward and backward. The gradient of key biases is zero up to rounding, so
-  # that only the whole gradient has a size to compare with.
+  # The roundings count twice, forward and backward. The gradient of the key
+  # biases is zero up to rounding, so that errors are compared with the norm of
+  # the whole gradient.
   assert distance(again, plain) < units(2 * _ROUNDINGS)
 
 
@@ -176,7 +181,7 @@ def test_layer_wise_is_whole_tree(dropout):
   (loss, _), grads = value_and_grad(params, batch)
   expected = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
   assert_close(metrics['loss'], loss, _ROUNDINGS)
-  # Forward and backward.
+  # The roundings count twice, forward and backward.
   assert_close(found, expected, 2 * _ROUNDINGS)
 
 
@@ -185,9 +190,10 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
   x = jnp.ones((3, 2000))
   kept = drop(x, noise, 0, 0.25)
   assert {*np.unique(kept).tolist()} == {0.0, float(np.float32(1 / 0.75))}
-  # Of 2,000 draws the share is known to 0.01.
+  # With 2,000 draws, the standard error of the share is 0.01.
   np.testing.assert_allclose(np.mean(kept, axis=1), 1, atol=0.05)
-  np.testing.assert_array_equal(kept[0], kept[1])  # a row's own noise
+  # Rows 0 and 1 have the same noise, row 2 has another.
+  np.testing.assert_array_equal(kept[0], kept[1])
   assert np.mean(kept[0] != kept[2]) > 0.3
   assert np.mean(kept != drop(x, noise, 1, 0.25)) > 0.3
   np.testing.assert_array_equal(drop(x, noise, 0, 0.0), x)
@@ -195,7 +201,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
 
 
 def test_layers_draw_differently():
-  """With equal noise in all layers, equal blocks would drop the same."""
+  """Each layer must return new noise, or all layers would drop the same."""
   config = _config(dropout=0.5)
   x = {
     'h': np.ones((1, T, 12), np.float32),

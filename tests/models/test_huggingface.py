@@ -1,4 +1,4 @@
-"""The names, layouts and files of checkpoints, without the other framework."""
+"""Tests names, layouts and files of checkpoints, without transformers."""
 
 import codecs
 import dataclasses
@@ -19,7 +19,8 @@ from models.llama import Layers, Llama3Scaling, LlamaConfig
 
 safetensors = pytest.importorskip('safetensors.numpy')
 
-# What each architecture has; a Mistral's window is its own.
+# Options that the model of each architecture can have. A Mistral always has a
+# window.
 _ARCHITECTURES = {
   'llama': {'tied': True, 'rope_scaling': Llama3Scaling(8.0, 1.0, 4.0, 64)},
   'mistral': {'window': 5, 'head_dim': 4},
@@ -50,7 +51,7 @@ def _params(config):
 
 @pytest.fixture
 def saved(tmp_path):
-  """A small checkpoint, its config and its parameters."""
+  """Saves a small checkpoint; returns its directory, config and parameters."""
   config = _config()
   params = _params(config)
   huggingface.save(tmp_path / 'saved', config, params)
@@ -65,14 +66,14 @@ def _assert_same(actual, expected):
 
 
 def _change(directory, change):
-  """Rewrites model.safetensors as `change` leaves its tensors."""
+  """Rewrites model.safetensors after `change` has modified its tensors."""
   tensors = safetensors.load_file(directory / 'model.safetensors')
   change(tensors)
   safetensors.save_file(tensors, directory / 'model.safetensors')
 
 
 def _set(directory, **fields):
-  """Writes fields into config.json."""
+  """Sets fields of config.json."""
   file = directory / 'config.json'
   file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
@@ -121,7 +122,7 @@ def test_a_round_trip_changes_no_byte(tmp_path, kind, param_dtype):
 def test_files_have_an_index_and_at_most_so_many_bytes(tmp_path):
   config = _config()
   params = _params(config)
-  limit = 31 * 12 * 4  # the embedding's bytes
+  limit = 31 * 12 * 4  # This is the size of the embedding in bytes.
   huggingface.save(tmp_path, config, params, max_shard_bytes=limit)
   index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
   files = sorted(tmp_path.glob('*.safetensors'))
@@ -138,7 +139,7 @@ def test_files_have_an_index_and_at_most_so_many_bytes(tmp_path):
     assert size <= limit
     total += size
   assert index == {'metadata': {'total_size': total}, 'weight_map': placed}
-  # No two neighbours would have fitted into one.
+  # Two consecutive files together exceed the limit.
   assert count <= 2 * -(-total // limit)
   _assert_same(huggingface.load(tmp_path)[1], params)
 
@@ -150,7 +151,8 @@ def test_a_tensor_above_the_limit_has_a_file_of_its_own(tmp_path):
 
 def test_tensors_are_read_in_pieces(saved, monkeypatch):
   directory, _, params = saved
-  monkeypatch.setattr(huggingface, '_PIECE', 50)  # 4 rows of the embedding
+  # A piece has 4 rows of the embedding.
+  monkeypatch.setattr(huggingface, '_PIECE', 50)
   _assert_same(huggingface.load(directory)[1], params)
 
 
@@ -288,7 +290,7 @@ def test_a_byte_order_mark_is_read_and_not_copied(tmp_path):
   for name in (*names, 'tokenizer_config.json'):
     text = (source / name).read_text('utf-8')
     (source / name).write_text(text, 'utf-8-sig')
-  # The content of other files is not text.
+  # Other files are not text, so that their first bytes are not a mark.
   (source / 'tokenizer.model').write_bytes(codecs.BOM_UTF8)
   found, loaded = huggingface.load(source)
   assert found == config
@@ -331,7 +333,7 @@ _LOAD = """
 import json, pathlib, sys, jax
 from models import huggingface
 jax.block_until_ready(huggingface.load(sys.argv[1])[1])
-# Of this program alone: getrusage also counts that which started it.
+# getrusage would also count the memory of the process that starts this one.
 print(pathlib.Path('/proc/self/status').read_text())
 """
 
@@ -339,7 +341,8 @@ print(pathlib.Path('/proc/self/status').read_text())
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_loading_takes_the_checkpoint_and_little_more(tmp_path):
-  # One layer of LLaMA-3 8B's size: 2.5 GB, of which two tensors are 1.05 each.
+  # A model with one layer of LLaMA-3 8B has 2.5 GB. Its embedding and its head
+  # have 1.05 GB each.
   config = LlamaConfig(
     vocab_size=128_256,
     width=4096,
@@ -375,7 +378,7 @@ _ENCODERS = {
 
 
 def _encoder(kind, **changes):
-  """A small encoder and its parameters."""
+  """Returns the configuration of a small encoder, and random parameters."""
   config = encoder.EncoderConfig(
     vocab_size=31,
     width=12,
@@ -406,7 +409,7 @@ def test_a_round_trip_of_an_encoder_changes_no_byte(
   found, loaded = huggingface.load(tmp_path / 'a')
   assert found == config
   _assert_same(loaded, params)
-  # Another's labels do not take the place of the model's.
+  # The labels of the source's config.json must not replace those of the model.
   _set(tmp_path / 'a', label2id={'x': 0}, bos_token_id=5)
   huggingface.save(tmp_path / 'b', found, loaded, source=tmp_path / 'a')
   a, b = (tmp_path / x / 'model.safetensors' for x in 'ab')
@@ -427,7 +430,7 @@ def test_an_encoder_without_a_head(tmp_path, kind):
     for name in list(tensors):
       tensor = tensors.pop(name)
       if not name.startswith('classifier'):
-        # As BertModel and the first BERTs name them.
+        # Use the names of `BertModel`, and the old names of LayerNorm's scales.
         name = name.removeprefix(f'{kind}.')
         tensors[name.replace('Norm.weight', 'Norm.gamma')] = tensor
     tensors['embeddings.position_ids'] = np.arange(9)
@@ -438,7 +441,8 @@ def test_an_encoder_without_a_head(tmp_path, kind):
   key = jax.random.key(3)
   found = huggingface.load(tmp_path, key=key)[1]
   fresh = jax.jit(encoder.Layers(config).init)(key)
-  # The pooler of a BERT is of the body, a dense layer of RoBERTa's is not.
+  # BERT's dense layer is the pooler of the body, and is therefore kept. In
+  # RoBERTa, it is part of the removed head.
   drawn = {'bert': ('out',), 'roberta': ('dense', 'out')}[kind]
   head = params['head'] | {name: fresh['head'][name] for name in drawn}
   _assert_same(found, params | {'head': head})

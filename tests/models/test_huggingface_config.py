@@ -1,4 +1,4 @@
-"""config.json of published checkpoints, and what is refused of others."""
+"""Tests config.json of published checkpoints, and messages for other ones."""
 
 import dataclasses
 import math
@@ -175,7 +175,7 @@ def test_windows(fields, window):
   assert huggingface_config.parse(fields).window == window
 
 
-# What transformers 4 wrote of itself, of a repository and of generation.
+# Fields that transformers 4 writes about itself, a repository or generation.
 _OF_OTHERS = {
   '_attn_implementation_autoset': True,
   '_commit_hash': 'c1899de289a04d12100db370d81485cdf75e47ca',
@@ -205,7 +205,7 @@ _OF_OTHERS = {
   'top_k': 20,
   'torchscript': True,
 }
-# The values that it wrote of what changes the model, which change nothing.
+# Fields of transformers 4 that can change the model, with their neutral values.
 _UNSET = {
   'cross_attention_hidden_size': None,
   'pruned_heads': {},

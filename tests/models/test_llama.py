@@ -1,4 +1,4 @@
-"""LLaMA against plain statements of what it must compute."""
+"""Tests properties of the LLaMA model."""
 
 import dataclasses
 import functools
@@ -32,14 +32,15 @@ _SMALL = LlamaConfig(
   num_layers=3,
   loss_chunk=10,
 )
-# Sums in another order: four of up to 40 terms in each of three layers.
+# Number of roundings if sums have another order: four sums of up to 40 terms in
+# each of three layers.
 _ROUNDINGS = 3 * 4 * 40
 
 
-# Tests of one model share it, and so its programs.
+# The model is cached, so that tests of one model share its compiled programs.
 @functools.cache
 def _model(**changes):
-  """A model and random parameters, norm scales included."""
+  """Returns a model and its random parameters, also norm scales."""
   model = Layers(dataclasses.replace(_SMALL, **changes))
   return model, drawn(model, 0.2)
 
@@ -50,7 +51,7 @@ def _jit(function):
 
 
 def _batch(lengths=(4, 7), *, num_rows=2):
-  """Random tokens; each row packs documents of these lengths."""
+  """Returns random tokens; each row packs documents of the given lengths."""
   rng = np.random.default_rng(3)
   shape = (num_rows, sum(lengths))
   segments = np.repeat(np.arange(len(lengths)), lengths)
@@ -64,7 +65,7 @@ def _batch(lengths=(4, 7), *, num_rows=2):
   }
 
 
-# Compiling is what these tests spend their time on.
+# The compiled function is cached: compiling takes most of these tests' time.
 @functools.cache
 def _value_and_grad(model):
   return jax.jit(jax.value_and_grad(model, has_aux=True))
@@ -166,7 +167,7 @@ def test_parameters_are_a_plain_dict_of_stacks(tied):
 
 
 def _published(**changes):
-  """A model with what newer checkpoints have, and its parameters."""
+  """Returns a model with the options of newer checkpoints, and parameters."""
   return _model(head_dim=8, qkv_bias=True, qk_norm=True, **changes)
 
 
@@ -192,7 +193,7 @@ def test_initial_weights_are_normal_and_differ_between_layers():
   model = Layers(llama('9m', num_layers=2, vocab_size=61))
   params = jax.jit(model.init)(jax.random.key(0))
   kernel = params['blocks']['mlp']['up']['kernel']
-  # 45,056 draws: the standard error of their deviation is 0.02 / 300.
+  # With 45,056 draws, the standard error of the deviation is 0.02 / 300.
   np.testing.assert_allclose(kernel.std(axis=(1, 2)), 0.02, rtol=0.02)
   assert not np.allclose(kernel[0], kernel[1], atol=1e-3)
   np.testing.assert_array_equal(params['norm']['scale'], 1.0)
@@ -230,7 +231,10 @@ def test_a_block_looks_back_a_window():
 
 @functools.partial(jax.jit, static_argnums=0)
 def _mixed(config, params):
-  """Attention of rows of the unit matrix: q and k are rows of kernels."""
+  """Applies attention to rows of the unit matrix.
+
+  Queries and keys are therefore rows of their kernels.
+  """
   h_BTD = jnp.eye(config.width)[None, :11]
   times_BT = jnp.arange(11)[None]
   none_BT = jnp.zeros_like(times_BT)
@@ -238,7 +242,7 @@ def _mixed(config, params):
 
 
 def _signs(params):
-  """Parameters whose queries and keys have a mean square of exactly 1."""
+  """Returns parameters whose queries and keys have a mean square of 1."""
   sign = lambda name: {'kernel': jnp.sign(params[name]['kernel'])}
   return {**params, 'q': sign('q'), 'k': sign('k')}
 
@@ -256,9 +260,10 @@ def test_the_norm_of_heads_leaves_unit_vectors_and_takes_any_length():
       'q_norm': ones,
       'k_norm': ones,
     }
-    # The norm rounds a few times, and each of up to 11 scores of order 1 does.
+    # The norm has a few roundings, as has each of up to 11 scores of order 1.
     assert_close(_mixed(normed, scaled), expected, operations=30)
-  # The scale comes after the norm: of queries, it multiplies the scores.
+  # A scale of queries multiplies the scores, because it is applied after the
+  # norm.
   doubled = {**plain, 'q_norm': {'scale': 2 * ones['scale']}, 'k_norm': ones}
   longer = {**plain, 'q': {'kernel': 2 * plain['q']['kernel']}}
   assert_close(
@@ -276,7 +281,8 @@ def test_a_bias_of_values_is_added_to_what_is_mixed():
   full = plain | {
     name: {**plain[name], 'bias': jnp.float32(given[name])} for name in given
   }
-  # Weights of a softmax sum to 1, and two heads share values.
+  # The weights of a softmax sum to 1, so that the bias is added unchanged. Two
+  # query heads share a value head.
   moved_D = np.repeat(bias_KH, 2, axis=0).reshape(-1) @ plain['o']['kernel']
   found = _mixed(biased, full)
   expected = _mixed(model.config, plain) + moved_D[None, None]
@@ -299,7 +305,7 @@ def test_llama3_scaling_divides_the_low_frequencies(factor):
     expected.append(
       turn / factor if fits < 1 else turn if fits > 4 else between
     )
-  # A power and five products.
+  # A frequency has the roundings of a power and five products.
   np.testing.assert_allclose(frequencies(scaled), expected, rtol=units(10))
   assert expected[0] == turns[0] and expected[-1] == turns[-1] / factor
 
@@ -331,7 +337,8 @@ def test_rotation_depends_on_distance_alone():
   model, params = _model()
   batch = _batch()
   moved = {**batch, 'positions': batch['positions'] + 5}
-  # Angles of the order of 14 lose 2^-24 of their size, and so does the rest.
+  # Angles of up to about 14, and all other numbers, are rounded to 2^-24 of
+  # their size.
   np.testing.assert_allclose(
     _jit(model.logits)(params, moved),
     _jit(model.logits)(params, batch),
@@ -467,8 +474,8 @@ def test_bfloat16_is_finite_and_close():
   cast = jax.tree.map(lambda leaf: leaf.astype('bfloat16'), params)
   (loss, _), grads = _value_and_grad(rough)(cast, batch)
   (expected, _), exact_grads = _value_and_grad(exact)(params, batch)
-  # About fifty roundings of at most 2^-9 each lie between a weight, the loss
-  # and the weight's gradient.
+  # There are about fifty roundings of at most 2^-9 each, from a weight to the
+  # loss and back to the weight's gradient.
   np.testing.assert_allclose(loss, expected, rtol=1e-2)
   for grad, exact_grad in zip(
     jax.tree.leaves(grads), jax.tree.leaves(exact_grads), strict=True
@@ -484,7 +491,7 @@ def test_norm_rounds_once():
   variables = {'params': {'scale': rng.normal(size=24).astype(np.float32)}}
   apply = jax.jit(lambda h_BTD: norm.apply(variables, h_BTD))
   found, exact = apply(h_BTD), apply(h_BTD.astype(jnp.float32))
-  # Half a unit of bfloat16, beside a mean of 24 squares.
+  # One rounding to bfloat16, and those of a float32 mean of 24 squares.
   rtol = units(0.5, jnp.bfloat16) + units(24)
   np.testing.assert_allclose(np.float32(found), exact, rtol=rtol)
 
@@ -512,7 +519,7 @@ def test_repeated_tokens_sum_their_gradient_in_float32():
   def total(params):
     return jnp.sum(model.embed(params, batch)['h'].astype(jnp.float32))
 
-  # A bfloat16 sum of ones stops at 256.
+  # A bfloat16 sum of ones would stop at 256.
   grad = jax.jit(jax.grad(total))(params)['embed']['embedding']
   np.testing.assert_array_equal(grad[5], 700.0)
 

@@ -1,4 +1,4 @@
-"""Factors of low rank: what they compute, and that the model is the same."""
+"""Tests models with low-rank factors, merging, and adapter files of PEFT."""
 
 import dataclasses
 import functools
@@ -50,7 +50,7 @@ def model(adapter, **overrides):
 
 @functools.cache
 def logits(adapter=None):
-  """The compiled logits of a model, with an adapter or without one."""
+  """Returns the compiled logits function of a model, which may have factors."""
   return jax.jit((model(adapter) if adapter else Layers(CONFIG)).logits)
 
 
@@ -60,7 +60,12 @@ def base():
 
 
 def weights(adapter, *, moved=False):
-  """Parameters with factors; `moved`, as if they had been trained."""
+  """Returns parameters with factors.
+
+  Args:
+    adapter: The adapter.
+    moved: Whether to add noise to all parameters, as if they had been trained.
+  """
   params = lowrank.adapt(base(), adapter, jax.random.key(1))
   if not moved:
     return params
@@ -79,12 +84,13 @@ def test_at_start_the_function_is_the_same():
       adapted['kernel'], base()['blocks']['attention'][name]['kernel']
     )
   found = logits(Lora(rank=3))(params, example())
-  # Nothing is added, bit for bit, whatever the factor before the zeros is.
+  # B is 0, so that any change of A leaves the logits bitwise unchanged.
   grown = jax.tree_util.tree_map_with_path(
     lambda path, w: 5 * w if path[-1].key == 'lora_a' else w, params
   )
   np.testing.assert_array_equal(found, logits(Lora(rank=3))(grown, example()))
-  # Two programs: two layers of four sums of up to 20 terms.
+  # The two programs may order sums differently: four sums of up to 20 terms in
+  # each of two layers.
   expected = logits()(base(), example())
   assert_close(found, expected, operations=2 * 4 * 20)
 
@@ -105,8 +111,8 @@ def test_merged_weights_are_the_same_function(adapter):
   chex.assert_trees_all_equal_shapes_and_dtypes(merged, shapes)
   expected = logits()(merged, example())
   assert expected.std() > 0.5
-  # x (W + A B) against x W + (x A) B: sums of tens of float32 numbers, through
-  # two layers.
+  # x (W + A B) and x W + (x A) B differ by roundings of sums of tens of float32
+  # numbers, in two layers.
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
   unscaled = lowrank.merge(
     params, dataclasses.replace(adapter, rank=adapter.rank + 1)
@@ -119,7 +125,7 @@ def test_merged_weights_are_the_same_function(adapter):
 def test_a_sum_in_bfloat16_is_rounded_once():
   kernel = jnp.ones((1, 1), jnp.bfloat16)
   one = lambda x: jnp.full((1, 1), x, jnp.float32)
-  # In bfloat16 2**-9 is lost at each of two additions; together they are not.
+  # In bfloat16, 1 + 2**-9 rounds to 1, but 1 + 3 * 2**-9 rounds to 1 + 2**-7.
   params = {'kernel': kernel, 'lora_a': one(2**-9), 'lora_b': one(3.0)}
   merged = lowrank.merge({'up': params}, Lora(rank=1, alpha=1.0))
   assert merged['up']['kernel'].dtype == jnp.bfloat16
@@ -127,7 +133,7 @@ def test_a_sum_in_bfloat16_is_rounded_once():
 
 
 def test_gradients_of_the_factors_follow_from_that_of_the_weight():
-  # Factors as large as the kernel: any change of it is within their reach.
+  # The rank is the width: the factors can express any change of a kernel.
   names = {'attention': 'qo', 'mlp': ('gate', 'up', 'down')}
   targets = ('.*/[qo]/kernel', '.*/mlp/.*')
   adapter = Lora(rank=12, alpha=6.0, targets=targets)
@@ -146,7 +152,7 @@ def test_gradients_of_the_factors_follow_from_that_of_the_weight():
         'lora_b': 0.5 * a.swapaxes(1, 2) @ g,
       }
       for x, value in expected.items():
-        # As for the function: float32 sums in another order.
+        # As above, the sums of float32 numbers have another order.
         scale = np.abs(value).max()
         np.testing.assert_allclose(got[x], value, rtol=0, atol=1e-4 * scale)
 
@@ -161,7 +167,7 @@ def test_factored_has_no_kernel_and_starts_as_wide():
   params = lowrank.adapt(params, adapter, jax.random.key(4))
   assert params['blocks']['up']['lora_a'].dtype == jnp.bfloat16
   merged = lowrank.merge(params, adapter)['blocks']['up']['kernel']
-  # The spread of a sample of 20,000, of sums of 40 products.
+  # The sample has about 20,000 entries, each a sum of 40 products.
   assert float(jnp.std(merged.astype(jnp.float32))) == pytest.approx(
     0.02, rel=0.05
   )
@@ -181,12 +187,13 @@ def test_dropout_is_the_same_layer_by_layer(remat):
     for i in range(CONFIG.num_layers):
       layer = jax.tree.map(lambda w, i=i: w[i], params['blocks'])
       noise, x = x['noise'], layers.block(layer, x)
-      assert x['noise'] is not noise  # each layer leaves out others
+      assert x['noise'] is not noise  # Each layer has its own dropout.
     return layers.loss(params, x, batch)[0]
 
   expected, gradient = grad(by_layer)
   np.testing.assert_allclose(value, expected, rtol=1e-6)
-  # The same operations, compiled in a scan and without one; entries up to 1.
+  # The operations are the same, but compiled with and without a scan. Gradients
+  # have entries up to 1.
   chex.assert_trees_all_close(grads, gradient, rtol=0, atol=1e-5)
   without = layers(params, example())[0]
   assert abs(without - value) > 1e-3
@@ -198,7 +205,7 @@ def test_dropout_depends_on_the_example_alone():
   params, batch = weights(adapter, moved=True), example(noise=True)
   whole = logits(adapter)(params, batch)
   last = logits(adapter)(params, {k: x[2:] for k, x in batch.items()})
-  # Products over other shapes sum in another order.
+  # Matrix products of other shapes sum in another order.
   np.testing.assert_allclose(whole[2:], last, rtol=0, atol=1e-5)
 
 
@@ -207,7 +214,7 @@ def test_dropout_keeps_the_mean_and_differs_from_layer_to_layer():
   x = jnp.ones((4, 50, 60))
   found = noise_lib.drop(x, noise, 0.25)
   chex.assert_trees_all_equal(jnp.unique(found), jnp.array([0.0, 1 / 0.75]))
-  # 12,000 coins: a standard deviation of the mean of 0.005.
+  # With 12,000 draws, the standard deviation of the mean is 0.005.
   assert float(found.mean()) == pytest.approx(1, abs=0.03)
   again = noise_lib.drop(x, noise_lib.folded(noise, 0), 0.25)
   assert float((found != again).mean()) > 0.3
