@@ -1,7 +1,7 @@
-"""Bytes of parameters and optimizer state before anything exists.
+"""Counts the bytes of parameters and optimizer state from their shapes.
 
-Everything is read off shapes (`jax.eval_shape`), so that it is exact and
-allocates nothing. What is kept for each weight is in `galore_optax.describe`.
+All sizes are read from shapes (`jax.eval_shape`), so they are exact and nothing
+is allocated. `galore_optax.describe` lists the state of each weight.
 """
 
 import collections
@@ -14,17 +14,22 @@ from galore_optax import GaloreState, paths
 
 
 class Account(NamedTuple):
-  """Bytes, or elements, of parameters and optimizer state."""
+  """Bytes, or numbers of elements, of parameters and optimizer state."""
 
-  parameters: int  # weights that do not grow with the vocabulary
-  vocabulary: int  # embeddings and head
-  bases: int  # of the projections
-  moments: int  # what the optimizer keeps of gradients, scales included
-  counters: int  # integers: steps done
+  parameters: int
+  """Weights whose size does not depend on the vocabulary."""
+  vocabulary: int
+  """Embeddings and output head."""
+  bases: int
+  """Bases of the projections."""
+  moments: int
+  """Statistics of gradients, including the scales of quantized moments."""
+  counters: int
+  """Integer counters, such as the number of steps."""
 
   @property
   def weights(self) -> int:
-    """All weights."""
+    """All weights, embeddings and head included."""
     return self.parameters + self.vocabulary
 
   @property
@@ -39,11 +44,11 @@ class Account(NamedTuple):
 
 
 def account(params: Any, state: Any) -> Account:
-  """Returns the bytes of parameters and of a state for them.
+  """Returns the bytes of parameters and of an optimizer state for them.
 
   Args:
-    params: arrays or their shapes.
-    state: of any optimizer, layer-wise or not; `jax.eval_shape(tx.init,
+    params: arrays, or their shapes.
+    state: of any optimizer, layer-wise or not. `jax.eval_shape(tx.init,
       params)` makes one without allocating it.
 
   Example:
@@ -56,7 +61,7 @@ def account(params: Any, state: Any) -> Account:
 
 
 def elements(params: Any, state: Any) -> Account:
-  """Returns the same as `account` in elements, whatever their types.
+  """Returns the numbers of elements that `account` returns the bytes of.
 
   >>> import optax
   >>> params = {'w': jnp.zeros((3, 5), jnp.bfloat16)}
@@ -78,7 +83,7 @@ def _account(params, state, size) -> Account:
       sums['bases'] += sum(map(size, jax.tree.leaves(node.basis)))
       node = node._replace(basis=())
     for x in jax.tree.leaves(node):
-      # Codes of quantized moments are integers too, but of 8 bits.
+      # Codes of quantized moments are also integers, but they have 8 bits.
       is_integer = jnp.issubdtype(x.dtype, jnp.integer)
       is_counter = is_integer and x.dtype.itemsize > 1
       sums['counters' if is_counter else 'moments'] += size(x)
