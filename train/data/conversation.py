@@ -1,8 +1,8 @@
-"""Records of chat data sets, in their many forms, to conversations.
+"""Parses records of chat data sets, in their many forms, into conversations.
 
-`parse_record` reads one record. It gives roles and keys the names that chat
-templates use, and refuses a key whose loss would train on something else than
-the data set means.
+`parse_record` parses one record. It renames roles and keys to those that chat
+templates use. It refuses keys that require another loss, such as preference
+data, because training without that loss would not do as the data set intends.
 """
 
 import re
@@ -20,7 +20,8 @@ RULE = (
   '"content"), "conversations" (of "from" and "value"), "prompt" and '
   '"completion", "instruction" and "output", or "text"'
 )
-"""The forms of a record, for an error about one that has none of them."""
+"""The accepted forms of a record, for errors about a record that has none of
+them."""
 
 _ROLES = {
   **dict.fromkeys(('user', 'human', 'prompter'), 'user'),
@@ -39,11 +40,12 @@ _ROLES = {
     ),
     'tool',
   ),
-  # Their content is a call.
+  # The content of a message with such a role is a tool call.
   **dict.fromkeys(('function_call', 'tool_call'), 'call'),
 }
 
-# Keys that exclude a record, or a message, from the loss by 0 or false.
+# A value of 0 or false at one of these keys excludes the record, or the
+# message, from the loss.
 _WEIGHTS = ('weight', 'train')
 _MESSAGE_WEIGHTS = (*_WEIGHTS, 'training', 'trainable', 'loss')
 
@@ -65,33 +67,37 @@ _GUANACO = re.compile(r'### (Human|Assistant):')
 
 
 class Chat(NamedTuple):
-  """A conversation, of which a template makes text."""
+  """A conversation, to be rendered by a chat template."""
 
   messages: tuple[Message, ...]
+  """The messages, in the form of transformers' chat templates."""
   scored: tuple[bool, ...]
-  """Which messages are scored."""
+  """Whether each message is scored."""
   context: Mapping[str, Any] = {}
   """Further variables of the template, such as 'tools'."""
 
 
 class Prose(NamedTuple):
-  """Text as it stands, between BOS and EOS."""
+  """A text without a chat template, which is put between BOS and EOS."""
 
   pieces: tuple[Piece, ...]
+  """Parts of the text, and whether each part is scored."""
 
 
 def parse_record(
   record: Record, score: Score = 'answers'
 ) -> Chat | Prose | None:
-  """Returns the conversation or text of a record; None if none is scored.
+  """Returns the conversation or text of a record; None if nothing is scored.
 
   Args:
-    record: in one of the forms of `RULE`. A field that is null is absent.
+    record: a record in one of the forms of `RULE`. A field that is null counts
+      as absent.
     score: as in `Chats`.
 
   Raises:
-    RecordError: a role or a key must not be ignored, and has no meaning here.
-    ValueError, KeyError, TypeError: it has none of the forms.
+    RecordError: a role or a key is not supported, and ignoring it would change
+      the meaning of the data.
+    ValueError, KeyError, TypeError: the record has none of the forms.
 
   >>> parse_record({'prompt': '1 + 1 =', 'completion': ' 2'})
   Prose(pieces=(('1 + 1 =', False), (' 2', True)))
@@ -112,7 +118,7 @@ def parse_record(
 
 
 def unread_keys(record: Record) -> list[str]:
-  """Returns the keys of a record that `parse_record` does not read.
+  """Returns the keys of a record that `parse_record` does not use.
 
   >>> unread_keys({'id': 3, 'text': 'a', 'source': None})
   ['id']
@@ -130,7 +136,8 @@ _FORMS = (
   *(('messages',), ('conversations',), ('conversation',)),
   *(('instruction', 'output'), ('text',), ('prompt', 'completion')),
 )
-"""Keys of the forms of a record; the first form that it has is read."""
+"""Keys of each form of a record. The first form whose keys are all present is
+used."""
 
 
 def _present(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +146,7 @@ def _present(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_keys(record: Mapping[str, Any]) -> None:
-  """Raises RecordError for a key that asks for another loss."""
+  """Raises RecordError for a key that requires another loss."""
   for name in record:
     if _PREFERENCE.fullmatch(name):
       raise RecordError(
@@ -154,7 +161,7 @@ def _check_keys(record: Mapping[str, Any]) -> None:
 
 
 def _weight(record: Mapping[str, Any], names: Sequence[str]) -> bool:
-  """Whether a record or a message may be scored, by its own keys."""
+  """Returns whether a record or a message may be scored, by its weight keys."""
   for name in names:
     value = record.get(name, 1)
     if value not in (0, 1):
@@ -167,14 +174,17 @@ def _weight(record: Mapping[str, Any], names: Sequence[str]) -> bool:
 
 
 def _is_learned(message: Message, scored: bool) -> bool:
-  """Whether a message has something to score."""
+  """Returns whether a message is scored and has text or a tool call."""
   return scored and bool(
     message['content'].strip() or message.get('tool_calls')
   )
 
 
 def _turns(record: Record) -> tuple[list[Any], list[Any]] | None:
-  """Returns messages that are context, and those that may be scored."""
+  """Returns unscored context messages, and messages that may be scored.
+
+  Returns None if the record is a text without messages.
+  """
   for name in ('messages', 'conversations', 'conversation'):
     if name in record:
       return [], _list(record[name], name)
@@ -189,7 +199,10 @@ def _turns(record: Record) -> tuple[list[Any], list[Any]] | None:
 
 
 def _guanaco(text: Any) -> tuple[list[Any], list[Any]] | None:
-  """Returns the messages of a text in the form of openassistant-guanaco."""
+  """Returns the messages of a text in openassistant-guanaco's form.
+
+  Returns None if the text does not have this form.
+  """
   if not _GUANACO.match(_string(text, 'text')):
     return None
   # The text before the first mark is empty.
@@ -238,7 +251,7 @@ def _chat(
   record: Record,
   score: Score,
 ) -> Chat:
-  """Returns a chat of which the messages of `context` are not scored."""
+  """Returns a chat in which the messages of `context` are not scored."""
   pairs = [_message(message) for message in (*context, *messages)]
   pairs = [*_system(record, pairs[:1]), *pairs]
   first, is_learned = len(pairs) - len(messages), _weight(record, _WEIGHTS)
@@ -260,7 +273,11 @@ def _chat(
 def _system(
   record: Record, first: Sequence[tuple[Message, bool]]
 ) -> list[tuple[Message, bool]]:
-  """Returns the system message that a key of the record holds, if any."""
+  """Returns the system message of the record's own key, if there is such a key.
+
+  The result is empty if the first message is the same system message. The other
+  value of each pair is whether the message may be scored.
+  """
   found = {name: record[name] for name in _SYSTEM if record.get(name)}
   for name, text in found.items():
     message = {'role': 'system', 'content': _string(text, name)}
@@ -275,7 +292,7 @@ def _system(
 
 
 def _variables(record: Record) -> dict[str, Any]:
-  """Returns the further variables that a record has for a template."""
+  """Returns a record's further variables for the template, such as tools."""
   found = dict(_decoded(record.get('chat_template_kwargs', {})))
   if record.get('documents'):
     found['documents'] = _list(record['documents'], 'documents')
@@ -288,7 +305,7 @@ def _variables(record: Record) -> dict[str, Any]:
 
 
 def _tool(tool: Any, name: str) -> dict[str, Any]:
-  """Returns a tool as transformers' templates expect it."""
+  """Returns a tool's description in the form of transformers' templates."""
   if not isinstance(tool, dict):
     raise RecordError(f'"{name}" must hold objects, got {tool!r:.40}')
   if 'function' in tool or 'name' not in tool:
@@ -326,20 +343,20 @@ def _message(message: Any) -> tuple[Message, bool]:
 
 
 def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """Returns the calls of a message in the form of transformers' templates."""
+  """Returns a message's tool calls in the form of transformers' templates."""
   found = message.get('tool_calls') or message.get('function_call') or []
   return _called(found) if found else []
 
 
 def _called(value: Any) -> list[dict[str, Any]]:
-  """Returns calls, given as objects or as JSON."""
+  """Returns tool calls that are given as objects or as JSON, as a list."""
   found = _decoded(value)
   found = found if isinstance(found, list) else [found]
   return [_call(_decoded(call)) for call in found]
 
 
 def _call(call: Any) -> dict[str, Any]:
-  """Returns a call with its arguments as an object."""
+  """Returns a tool call whose arguments are an object, not JSON."""
   function = call.get('function', call) if isinstance(call, dict) else call
   if not isinstance(function, dict) or 'name' not in function:
     raise RecordError(
@@ -358,7 +375,7 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def _content(content: Any) -> str:
-  """Returns the text of a message, which may be given in parts."""
+  """Returns the text of a message. It may be given as a list of parts."""
   if not isinstance(content, list):
     return _string(content, 'content')
   texts = []
@@ -375,7 +392,7 @@ def _content(content: Any) -> str:
 
 
 def _decoded(value: Any) -> Any:
-  """Returns the value of a text that is a JSON list or object, else `value`."""
+  """Parses a string that is a JSON list or object; returns others unchanged."""
   if isinstance(value, str) and value.lstrip()[:1] in ('[', '{'):
     try:
       return parse_json(value)
@@ -403,6 +420,6 @@ def _string(value: Any, name: str) -> str:
 
 
 def keys_of_messages(chat: Chat) -> Iterable[str]:
-  """Yields further keys of messages, which only a template may read."""
+  """Yields the keys of messages that have an effect only in a template."""
   for message in chat.messages:
     yield from message.keys() - {'role', 'content', 'tool_calls'}
