@@ -524,7 +524,7 @@ def template_of(
     template: as in `Chats`.
 
   Raises:
-    FileNotFoundError: there is no such file.
+    FileNotFoundError: the file `template` does not exist.
     ValueError: it is not a Jinja template.
   """
   source = _source(template)

@@ -1,9 +1,9 @@
-"""Where documents come from, and in which order they are read.
+"""Corpora: where documents come from, and the order in which they are read.
 
-A corpus is a small dataclass that a config names. It has one method,
-`open(split)` with split 'train' or 'validation', which checks that the data is
-there and returns `Documents`: what can be streamed, shuffled by a seed.
-`train.data.text_files` indexes plain files; `train.data.batches` makes batches.
+A corpus is a small dataclass that a config names. Its method `open(split)`
+checks that the data exist and returns `Documents`, which stream texts in an
+order fixed by a seed. `train.data.text_files` indexes plain files, and
+`train.data.batches` makes batches.
 """
 
 import contextlib
@@ -23,8 +23,9 @@ from train.data.text_files import File, Texts, expand, index
 
 Split = Literal['train', 'validation']
 
-# tfrecord: shards read at once, and records shuffled at once. Together they
-# stand in for the global shuffle that needs random access.
+# Number of tfrecord shards that are read at the same time, and of records that
+# are shuffled together. tfrecord has no random access, so that this replaces a
+# global shuffle.
 _INTERLEAVED_SHARDS = 16
 _SHUFFLED_RECORDS = 4096
 
@@ -37,31 +38,32 @@ class Documents(Protocol):
     ...
 
   def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
-    """Documents in an order fixed by `seed`.
+    """Streams the documents in an order fixed by `seed`.
 
     Args:
-      seed: of the shuffle.
-      repeat: forever, every epoch in another order; else one pass.
+      seed: seed of the shuffle.
+      repeat: whether to repeat forever, with another order in each epoch.
+        Otherwise the stream is one pass.
     """
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Indexed:
-  """Documents by random access, shuffled globally."""
+  """Documents with random access, shuffled globally."""
 
   source: grain.sources.RandomAccessDataSource
-  """What has a length and items."""
+  """A sequence of items."""
 
   text: Callable[[Any], str] = str
-  """What turns an item into a document."""
+  """Converts an item into a document."""
 
   def __len__(self) -> int:
     """Number of documents."""
     return len(self.source)
 
   def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
-    """As in `Documents`."""
+    """Streams the documents as `Documents.stream` does."""
     shuffled = _shuffled(self.source, seed)
     ordered = shuffled.repeat() if repeat else shuffled
     return ordered.map(self.text).to_iter_dataset(
@@ -71,34 +73,36 @@ class Indexed:
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-  """Documents in tfrecord shards: shards shuffled, interleaved, windowed.
+  """Documents in tfrecord shards, which have no random access.
 
-  Where an epoch is longer than a window its end mixes with the beginning of the
-  next.
+  The shards are read in random order and interleaved, and their records are
+  shuffled within a window. If an epoch is longer than the window, the end of an
+  epoch mixes with the beginning of the next one.
   """
 
   paths: Sequence[str]
-  """The shards."""
+  """Paths of the shards."""
 
   num_records: int
-  """In all shards."""
+  """Number of records in all shards."""
 
   text: Callable[[bytes], str]
-  """What turns a record into a document."""
+  """Converts a record into a document."""
 
   def __len__(self) -> int:
     """Number of documents."""
     return self.num_records
 
   def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
-    """As in `Documents`."""
+    """Streams the documents as `Documents.stream` does."""
     shuffled = _shuffled(self.paths, seed)
     ordered = shuffled.repeat() if repeat else shuffled
     records = grain.experimental.InterleaveIterDataset(
       ordered.map(lambda path: _Shard(path, self.text)),
       cycle_length=min(len(shuffled), _INTERLEAVED_SHARDS),
     )
-    # No longer than an epoch, which a small data set would see twice in one.
+    # A window longer than an epoch would return some records twice before it
+    # has returned all of them once.
     window = max(1, min(self.num_records, _SHUFFLED_RECORDS))
     return grain.experimental.WindowShuffleIterDataset(
       records, window_size=window, seed=seed
@@ -106,7 +110,7 @@ class Sharded:
 
 
 class _Shard(grain.IterDataset):
-  """What is in a tfrecord file."""
+  """The documents of a tfrecord file."""
 
   def __init__(self, path: str, text: Callable[[bytes], Any]):
     super().__init__()
@@ -119,7 +123,7 @@ class _Shard(grain.IterDataset):
 
 
 class _ShardIterator(grain.DatasetIterator):
-  """Its position is that in the file."""
+  """Iterates over the documents of a file; its state is a file position."""
 
   def __init__(
     self,
@@ -148,7 +152,7 @@ class _ShardIterator(grain.DatasetIterator):
 
 
 class _Records:
-  """Records by random access, in files that an error names."""
+  """Records by random access. Errors name the file of the record."""
 
   def __init__(self, source: Any, files: Sequence[Any]):
     self._source, self._files = source, files
@@ -162,7 +166,8 @@ class _Records:
     path = self._files[number].filename
     with _reading(path):
       record = self._source[i]
-      # What stood behind the end of a file comes as a record of nothing.
+      # The library returns None for fields that lie past the end of a truncated
+      # file.
       missing = [name for name, value in record.items() if value is None]
       if missing:
         raise ValueError(f'record {i:,} has no {missing[0]!r}')
@@ -171,7 +176,7 @@ class _Records:
 
 @contextlib.contextmanager
 def _reading(path: Any) -> Iterator[None]:
-  """Names the file in an error, whatever a library raises."""
+  """Names the file in every error that a library raises while it reads it."""
   try:
     yield
   except (StopIteration, FileNotFoundError):
@@ -190,7 +195,7 @@ def _unreadable(path: Any, error: Exception) -> OSError:
 def _shuffled(
   source: grain.sources.RandomAccessDataSource, seed: int
 ) -> grain.MapDataset:
-  """In an order by seed and epoch."""
+  """Shuffles items in an order that depends on the seed and the epoch."""
   if not 0 <= seed < 2**31:
     raise ValueError(
       f'seed must be in 0..{2**31 - 1}, got {seed}: any small number will do'
@@ -199,10 +204,14 @@ def _shuffled(
 
 
 class Corpus(Protocol):
-  """What a config names."""
+  """A source of documents that a config names."""
 
   def open(self, split: Split) -> Documents:
-    """Documents of a split; ValueError or FileNotFoundError if not there."""
+    """Returns the documents of a split.
+
+    Raises:
+      FileNotFoundError, ValueError: the data do not exist or cannot be read.
+    """
     ...
 
 
@@ -210,15 +219,19 @@ class Corpus(Protocol):
 class Chitchat:
   """7,168 dialogues, 12.7 MB (package chitchat-dataset, MIT licence).
 
-  One document per dialogue, one turn a line. A dialogue is in the validation
-  split by a hash of its id.
+  A document is a dialogue with one turn per line. A hash of its id decides
+  whether it is in the validation split.
   """
 
   holdout: float = 0.05
-  """Share of the dialogues that is kept for validation."""
+  """Share of the dialogues that is held out for validation."""
 
   def open(self, split: Split) -> Documents:
-    """Documents of a split; ValueError if the package is not installed."""
+    """Returns the documents of a split.
+
+    Raises:
+      ValueError: the package chitchat-dataset is not installed.
+    """
     check_holdout(self.holdout)
     return Indexed(
       [
@@ -231,16 +244,17 @@ class Chitchat:
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles:
-  """Text files of one's own: records with a field 'text', or plain text.
+  """Your own text files: records with a field 'text', or plain text.
 
-  A .jsonl file holds one JSON object a line, a .parquet or .arrow file rows,
-  and a .json file may hold a list of objects; their field 'text' is a document.
-  So is the column 'text' of a .csv or .tsv file that has one. Any other file is
-  plain UTF-8 text. Files may be compressed (.gz, .bz2, .xz).
+  The ending of a file's name decides its format. A .jsonl file has one JSON
+  object per line, a .parquet or .arrow file has rows, and a .json file may hold
+  a list of objects. The field 'text' of each object or row is a document. A
+  .csv or .tsv file with a column 'text' has a document in each row. Any other
+  file is plain UTF-8 text. Files may be compressed (.gz, .bz2, .xz).
 
-  Files are read once when opened, to check and to index them. Plain text and
-  JSON lines stay in their files; of others there is a copy in the directory for
-  temporary files ($TMPDIR) while the program runs.
+  Files are read once when the corpus is opened, to check and index them. Plain
+  text and JSON lines are later read from their files. Other files are copied to
+  the directory for temporary files ($TMPDIR) while the program runs.
   """
 
   train: str
@@ -250,21 +264,21 @@ class TextFiles:
   """Path or glob of the validation files; None holds out `holdout`."""
 
   separator: str | None = '\n\n'
-  """What separates the documents of a plain text file: blank lines, or say
-  another text, such as '<|endoftext|>'; None or '' makes each file one."""
+  """Text between the documents of a plain text file: blank lines, or for
+  example '<|endoftext|>'. With None or '' each file is one document."""
 
   holdout: float = 0.05
-  """Share of the training documents kept for validation, chosen by a hash of
-  their content, where `validation` is None."""
+  """Share of the training documents that is held out for validation if
+  `validation` is None. A hash of a document's content decides."""
 
   def open(self, split: Split) -> Documents:
-    """Documents of a split.
+    """Returns the documents of a split.
 
     Raises:
       FileNotFoundError: no file matches.
       ImportError: Parquet needs the package `datasets`.
-      ValueError: a line is no JSON object with a text (the message names file
-        and line), a file is not UTF-8, or there are no documents.
+      ValueError: a line is not a JSON object with a text (the message names
+        file and line), a file is not UTF-8, or the split is empty.
     """
     return Indexed(
       in_files(
@@ -281,28 +295,30 @@ class TextFiles:
 class Tfds:
   """A data set that TFDS has prepared, read without TensorFlow.
 
-  array_record is read by random access and shuffled globally; tfrecord is
-  streamed: shards in random order, interleaved, shuffled within a window.
+  Data in the format array_record are read by random access and shuffled
+  globally. Data in the format tfrecord are streamed: the shards are read in
+  random order and interleaved, and their records are shuffled within a window.
   """
 
   name: str = 'c4/en'
-  """As in tfds.load: name/config, with :version where it matters."""
+  """Name as in tfds.load: name/config, with :version if a version is needed."""
 
   data_dir: str | None = None
-  """Where it is prepared; None is TFDS' own default, ~/tensorflow_datasets."""
+  """Directory of the prepared data; None is TFDS' default,
+  ~/tensorflow_datasets."""
 
   train: str = 'train'
   """The split to train on."""
 
   validation: str = 'validation'
-  """The split to validate on; array_record takes slices ('train[99%:]')."""
+  """The split to validate on; array_record also has slices ('train[99%:]')."""
 
   def open(self, split: Split) -> Documents:
-    """Documents of a split: the feature 'text' of each example.
+    """Returns the documents of a split: the feature 'text' of each example.
 
     Raises:
       FileNotFoundError: the data set is not prepared in `data_dir`.
-      ValueError: it has no such split, or no feature 'text'.
+      ValueError: it does not have this split, or no feature 'text'.
     """
     found, features = self.records(split), self._builder().info.features
     if 'text' not in features:
@@ -315,7 +331,12 @@ class Tfds:
     )
 
   def records(self, split: Split) -> Indexed | Sharded:
-    """Examples of a split: all features of each, as `open` raises."""
+    """Returns the examples of a split with all their features.
+
+    Raises:
+      FileNotFoundError: the data set is not prepared in `data_dir`.
+      ValueError: it does not have this split.
+    """
     name = self.train if split == 'train' else self.validation
     builder = self._builder()
     splits, features = builder.info.splits, builder.info.features
@@ -351,18 +372,19 @@ def in_files(
   holdout: float,
   read: Callable[[str], File],
 ) -> Texts:
-  """Returns what the files of a split hold.
+  """Returns the documents in the files of a split.
 
   Args:
-    split: which one.
+    split: the split.
     train: path or glob of the training files.
-    validation: of the validation files; None holds out a share.
-    holdout: that share, by a hash of the content.
-    read: what indexes a file.
+    validation: path or glob of the validation files; None holds out a share of
+      the training documents.
+    holdout: that share, chosen by a hash of the content.
+    read: indexes a file.
 
   Raises:
     FileNotFoundError: no file matches.
-    ValueError: nothing is in them, or in the split.
+    ValueError: the files, or the split, have no documents.
   """
   check_holdout(holdout)
   pattern = train if split == 'train' or validation is None else validation
@@ -385,7 +407,7 @@ def in_files(
 
 
 def check_holdout(holdout: float) -> None:
-  """Raises ValueError where it is no share."""
+  """Raises ValueError unless `holdout` is between 0 and 1."""
   if not 0 < holdout < 1:
     raise ValueError(
       f'holdout must be between 0 and 1, got {holdout}: it is the share of '
@@ -396,13 +418,16 @@ def check_holdout(holdout: float) -> None:
 def in_split(
   split: Split, crc: int | np.ndarray, holdout: float
 ) -> bool | np.ndarray:
-  """Whether a hash puts it there; what is equal is never in both."""
+  """Returns whether a hash belongs to a split.
+
+  Equal contents have equal hashes, so they are never in both splits.
+  """
   return (crc < holdout * 2**32) == (split == 'validation')
 
 
 @functools.cache
 def dialogues() -> list[tuple[str, str]]:
-  """Id and text of each dialogue; a turn is a list of messages."""
+  """Returns the id and the text of each dialogue of chitchat-dataset."""
   try:
     package = importlib.resources.files('chitchat_dataset')
   except ModuleNotFoundError as error:
@@ -418,13 +443,19 @@ def dialogues() -> list[tuple[str, str]]:
 
 
 def _turn(messages: list[dict[str, str]]) -> str:
-  """One line, so that the next line is the other speaker's."""
+  """Joins the messages of a turn into one line.
+
+  Each line is then a turn, and the next line is the other speaker's.
+  """
   return ' '.join(' '.join(m['text'] for m in messages).split())
 
 
 def _prepared(name: str, data_dir: str | None):
-  """TFDS' builder of a prepared data set, whether or not TFDS knows it."""
-  # Imported here: it takes a third of a second, which other corpora save.
+  """Returns TFDS' builder of a prepared data set.
+
+  The data set need not be among those that TFDS defines.
+  """
+  # This import takes a third of a second, which other corpora need not spend.
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import read_only_builder
 

@@ -94,13 +94,13 @@ _BRANCHES = re.compile(
 def kernels(text: str, *, choose: Choose = min) -> tuple[Kernel, ...]:
   """Returns the kernels that a program runs.
 
-  Of each conditional, only the branch that moves the fewest bytes is counted.
+  In each conditional, only the branch that moves the fewest bytes is counted.
   In an optimizer's update that is the branch without a refresh. The conditional
   that skips a step with non-finite gradients is an exception: its update is
   counted. A loop of unknown length counts as one iteration.
 
   Args:
-    text: of the optimized program: `jax.stages.Compiled.as_text()`.
+    text: text of the optimized program: `jax.stages.Compiled.as_text()`.
     choose: chooses the branch. `max` counts the branch that moves the most
       bytes.
   """
