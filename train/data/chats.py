@@ -312,8 +312,8 @@ _WARNINGS = {
   ),
   'ends': (
     'answers that end with another token than those that stop the model '
-    '(None is no token): {}; set --corpus.score last, or name another '
-    '--corpus.template'
+    '(None: with no special token): {}; set --corpus.score last, or name '
+    'another --corpus.template'
   ),
 }
 

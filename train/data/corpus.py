@@ -411,7 +411,7 @@ def check_holdout(holdout: float) -> None:
   if not 0 < holdout < 1:
     raise ValueError(
       f'holdout must be between 0 and 1, got {holdout}: it is the share of '
-      'what there is to train on that is kept for validation'
+      'the training data that is held out for validation'
     )
 
 

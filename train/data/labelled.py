@@ -366,8 +366,8 @@ def _fast(tokenizer):
   if not isinstance(tokenizer, JsonTokenizer):
     raise ValueError(
       "a classifier needs a tokenizer.json, whose template has the model's "
-      'special tokens; this tokenizer is of sentencepiece: name a directory '
-      'that has one with --tokenizer'
+      'special tokens; this tokenizer is a sentencepiece model: name a '
+      'directory that has a tokenizer.json with --tokenizer'
     )
   fast = parsed(tokenizer.model)
   if not fast.num_special_tokens_to_add(True):

@@ -259,8 +259,8 @@ class Tokenizer:
     if eos < 0 or (bos < 0 and tokenizer._adds_bos):
       raise ValueError(
         f'the tokenizer {str(path)!r} has BOS {bos} and EOS '
-        f'{eos}, where documents need both (-1 is none): train it '
-        'with bos_id and eos_id, or give none to train one on the corpus'
+        f'{eos}, but documents need both (-1: the tokenizer has none): train '
+        'it with bos_id and eos_id, or give none to train one on the corpus'
       )
     return tokenizer
 

@@ -86,8 +86,8 @@ def check(request: Request) -> None:
   """Raises ValueError for options that exclude each other."""
   if request.cost and (request.estimate or request.plot):
     raise ValueError(
-      '--cost asks the compiler for times, and --estimate and --plot are of '
-      'memory; leave one of them out'
+      '--cost needs compiled programs, which --estimate excludes, and --plot '
+      'draws memory, not cost: leave one of them out'
     )
 
 
@@ -157,7 +157,7 @@ def show(plan: Plan, console: Console) -> None:
     title_justify='left',
     box=box.SIMPLE_HEAD,
   )
-  table.add_column('on each card' if plan.devices > 1 else 'what')
+  table.add_column('on each GPU' if plan.devices > 1 else 'part')
   table.add_column('GiB', justify='right')
   for name, size in plan.parts.items():
     table.add_row(name, gib(size))
@@ -168,11 +168,9 @@ def show(plan: Plan, console: Console) -> None:
   console.print(table)
   if plan.compiled is None:
     console.print(
-      'estimate: exact for weights and state, no temporaries; so it'
+      'estimate: exact for weights and state, but without temporaries:'
     )
-    console.print(
-      'can say what does not fit, and only a compiled plan what does'
-    )
+    console.print('it can show that a step does not fit, but not that it fits')
     return
   console.print(ATTENTION[plan.attention])
   console.print('the largest temporaries:')
@@ -186,7 +184,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 ATTENTION = {
-  'cudnn': "attention: cuDNN's kernel; what it allocates itself is not known",
+  'cudnn': "attention: cuDNN's kernel; its own workspace is not included",
   'blockwise': 'attention: block by block',
 }
 
@@ -216,12 +214,12 @@ def show_bills(bills: Sequence[Bill], console: Console) -> None:
   console.print(table)
   console.print(ATTENTION[bills[0].attention])
   console.print(
-    '* an estimate, of no less than it takes: for each kernel its flops or '
-    "its bytes, whichever take longer at the card's public figures"
+    '* an estimate, and a lower bound: for each kernel the time of its flops '
+    "or of its bytes, whichever is longer, at the GPU's public figures"
   )
   if len(bills) == 1:
     for part, cost in bills[0].parts.items():
-      console.print(f'what moves most bytes in the {part}:')
+      console.print(f'kernels of the {part} that move the most bytes:')
       for kernel in cost.largest():
         console.print(
           f'{kernel.bytes * kernel.times / 1e9:9.2f} GB  {kernel.times} x '
