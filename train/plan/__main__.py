@@ -13,7 +13,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import jax
 import tyro
@@ -25,7 +25,7 @@ from train.command import load, parse, user_errors
 from train.config import Config
 from train.plan import compare
 from train.plan.bill import ESTIMATED, Bill, make_bill
-from train.plan.cards import GPUS
+from train.plan.cards import GPUS, GpuName
 from train.plan.footprint import Cards, Plan, make_plan
 
 GIB = 2**30
@@ -38,7 +38,7 @@ class Request:
   program: ClassVar[str] = 'train.plan'
   config: Annotated[Config, tyro.conf.arg(name='')]
   """Config to plan."""
-  device: Literal[*GPUS] = 'rtx4090'
+  device: GpuName = 'rtx4090'
   """GPU to plan for."""
   devices: int | None = None
   """Number of GPUs, a short form of --mesh.fsdp; None uses the config's own."""
@@ -235,8 +235,9 @@ def table(plans: Sequence[Plan]) -> Table:
   for head in (*heads, 'total', 'fits'):
     table.add_column(head, justify='right', no_wrap=True)
   for i, plan in enumerate(plans):
-    layers, vocabulary, *sizes = plan.parts.values()
-    sizes = [layers + vocabulary, *sizes, plan.total_bytes]
+    parts = list(plan.parts.values())
+    # The first two parts are weights: of the layers, and of the vocabulary.
+    sizes = [sum(parts[:2]), *parts[2:], plan.total_bytes]
     decimals = [f'{size / GIB:.2f}' for size in sizes]
     table.add_row(*(v[i] for v in names.values()), *decimals, verdict(plan))
   return table

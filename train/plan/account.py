@@ -5,12 +5,15 @@ is allocated. `galore_optax.describe` lists the state of each weight.
 """
 
 import collections
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from galore_optax import GaloreState, paths
+
+PyTree = Any
 
 
 class Account(NamedTuple):
@@ -43,7 +46,7 @@ class Account(NamedTuple):
     return self.weights + self.state
 
 
-def account(params: Any, state: Any) -> Account:
+def account(params: PyTree, state: PyTree) -> Account:
   """Returns the bytes of parameters and of an optimizer state for them.
 
   Args:
@@ -60,7 +63,7 @@ def account(params: Any, state: Any) -> Account:
   return _account(params, state, lambda x: x.size * x.dtype.itemsize)
 
 
-def elements(params: Any, state: Any) -> Account:
+def elements(params: PyTree, state: PyTree) -> Account:
   """Returns the numbers of elements that `account` returns the bytes of.
 
   >>> import optax
@@ -71,15 +74,17 @@ def elements(params: Any, state: Any) -> Account:
   return _account(params, state, lambda x: x.size)
 
 
-def _account(params, state, size) -> Account:
-  sums = collections.Counter()
+def _account(
+  params: PyTree, state: PyTree, size: Callable[[Any], int]
+) -> Account:
+  """Sums the `size` of each array of parameters and state by its kind."""
+  sums: collections.Counter[str] = collections.Counter()
   weights = jax.tree.leaves(params)
   for path, w in zip(paths.paths(params), weights, strict=True):
     kind = 'vocabulary' if paths.in_vocabulary(path) else 'parameters'
     sums[kind] += size(w)
-  is_galore = lambda x: isinstance(x, GaloreState)
-  for node in jax.tree.leaves(state, is_leaf=is_galore):
-    if is_galore(node):
+  for node in jax.tree.leaves(state, is_leaf=_is_galore):
+    if _is_galore(node):
       sums['bases'] += sum(map(size, jax.tree.leaves(node.basis)))
       node = node._replace(basis=())
     for x in jax.tree.leaves(node):
@@ -88,3 +93,7 @@ def _account(params, state, size) -> Account:
       is_counter = is_integer and x.dtype.itemsize > 1
       sums['counters' if is_counter else 'moments'] += size(x)
   return Account(**{field: sums[field] for field in Account._fields})
+
+
+def _is_galore(node: Any) -> bool:
+  return isinstance(node, GaloreState)

@@ -62,11 +62,12 @@ class Bill:
       for field in dataclasses.fields(self)
       if field.name not in self.parts
     }
-    return bill | {
-      name: cost.to_json()
-      | {f'estimate_{key}': cost.seconds(GPUS[key]) for key in ESTIMATED}
-      for name, cost in self.parts.items()
-    }
+    for name, cost in self.parts.items():
+      estimates = {
+        f'estimate_{key}': cost.seconds(GPUS[key]) for key in ESTIMATED
+      }
+      bill[name] = cost.to_json() | estimates
+    return bill
 
 
 @cards_lib.cudnn()
@@ -77,15 +78,15 @@ def make_bill(
   config = on_card(shared(config, cards))
   mesh = mesh_of(config, cards)
   of_step = placed_step(config, task_of(config), mesh)
-  update, *of_update = whole_update(config, mesh)
+  update, params, optimizer, grads = whole_update(config, mesh)
   return Bill(
     config=path,
     method=method or type(config.optimizer).__name__,
     device=cards.device,
     devices=config.mesh.size,
     attention=config.model.attention,
-    elements=sum(x.size for x in jax.tree.leaves(of_update[0])),
-    update=cost_of(cards_lib.optimized(update, *of_update)),
+    elements=sum(x.size for x in jax.tree.leaves(params)),
+    update=cost_of(cards_lib.optimized(update, params, optimizer, grads)),
     step=cost_of(cards_lib.optimized(*of_step)),
   )
 
@@ -110,7 +111,9 @@ def whole_update(
   _, state, _ = placed_step(config, task, mesh)
   params, _ = step_lib.split(state.params, task.trained)
 
-  def update(params: PyTree, optimizer: PyTree, grads: PyTree):
+  def update(
+    params: PyTree, optimizer: PyTree, grads: PyTree
+  ) -> tuple[PyTree, PyTree]:
     updates, optimizer = tx.update(grads, optimizer, params)
     return optax.apply_updates(params, updates), optimizer
 

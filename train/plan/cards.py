@@ -11,7 +11,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 from jax._src.cudnn import fused_attention_stablehlo
@@ -97,6 +97,9 @@ class Gpu:
       device_description_str: "{self.name}"
     """
 
+
+GpuName: TypeAlias = Literal['rtx4090', 'rtx3090', 'a100-40', 'a100-80', 'h100']
+"""The keys of `GPUS`, for the command line."""
 
 GPUS = {
   'rtx4090': Gpu(
@@ -245,7 +248,7 @@ def cudnn() -> Iterator[None]:
 
 def optimized(step: Any, *arguments: PyTree) -> str:
   """Compiles a step and returns the text of XLA's optimized program."""
-  return _lowered(step, arguments).compile().as_text()
+  return _text(_lowered(step, arguments).compile())
 
 
 def compile_step(step: Any, *arguments: PyTree) -> Compiled:
@@ -266,7 +269,8 @@ def compile_step(step: Any, *arguments: PyTree) -> Compiled:
     compiled = lowered.compile(compiler_options={'xla_dump_to': folder})
     buffers = _largest_buffers(pathlib.Path(folder))
   memory = compiled.memory_analysis()
-  text = compiled.as_text()
+  assert memory is not None  # XLA's GPU compiler always returns an analysis.
+  text = _text(compiled)
   return Compiled(
     argument_bytes=memory.argument_size_in_bytes,
     output_bytes=memory.output_size_in_bytes,
@@ -282,6 +286,12 @@ def _lowered(step: Any, arguments: tuple[PyTree, ...]) -> jax.stages.Lowered:
   return step.trace(*arguments).lower(lowering_platforms=('cuda',))
 
 
+def _text(compiled: jax.stages.Compiled) -> str:
+  text = compiled.as_text()
+  assert text is not None  # XLA's GPU compiler always returns the text.
+  return text
+
+
 def _largest_buffers(
   folder: pathlib.Path, count: int = 10
 ) -> tuple[Buffer, ...]:
@@ -289,7 +299,8 @@ def _largest_buffers(
 
   Arrays at the same offset of the temporary memory share one buffer.
   """
-  (path,) = folder.glob('*gpu_after_optimizations-buffer-assignment.txt')
+  name = '*gpu_after_optimizations-buffer-assignment.txt'
+  (path,) = folder.glob(name)
   pieces: dict[int, dict[str, int]] = {}
   in_temp = False
   for line in path.read_text().splitlines():

@@ -68,17 +68,23 @@ def with_method(config: Config, name: str, update: Update) -> Config:
   has its default options, except that it copies rank, gap and finder from the
   config's optimizer if both have them.
   """
-  kind, ours = CLASSES[name], config.optimizer
-  if type(ours) is not kind:
-    # The default rank fits every model. The config's own rank replaces it.
-    options: dict[str, Any] = {'rank': 0.25} | {
-      key: getattr(ours, key) for key in ('rank', 'gap') if hasattr(ours, key)
-    }
-    if getattr(ours, 'subspace', None) in FINDERS:
-      options['subspace'] = ours.subspace
-    known = {field.name for field in dataclasses.fields(kind)}
-    ours = kind(**{key: options[key] for key in options if key in known})
-  return dataclasses.replace(config, optimizer=ours, update=update)
+  kind = CLASSES[name]
+  if type(config.optimizer) is kind:
+    return dataclasses.replace(config, update=update)
+  own = {
+    field.name: getattr(config.optimizer, field.name)
+    for field in dataclasses.fields(config.optimizer)
+  }
+  # The default rank fits every model. The config's own rank replaces it.
+  options: dict[str, Any] = {'rank': 0.25}
+  for key in ('rank', 'gap'):
+    if key in own:
+      options[key] = own[key]
+  if own.get('subspace') in FINDERS:
+    options['subspace'] = own['subspace']
+  known = {field.name for field in dataclasses.fields(kind)}
+  options = {key: x for key, x in options.items() if key in known}
+  return dataclasses.replace(config, optimizer=kind(**options), update=update)
 
 
 def layerwise(config: Config) -> Layerwise:

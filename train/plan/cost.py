@@ -1,6 +1,7 @@
 """Cost of a compiled program: arithmetic, memory traffic and kernels."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from train.plan import program
 from train.plan.cards import Gpu
@@ -47,7 +48,7 @@ class Cost(NamedTuple):
     moves = {'transpose', 'copy', 'convert', *program.SLICES}
     return self.count(lambda kernel: 'transpose' in kernel.parts <= moves)
 
-  def count(self, kind: Any) -> int:
+  def count(self, kind: Callable[[Kernel], bool]) -> int:
     """Returns the number of launches of kernels that satisfy `kind`."""
     return sum(kernel.times for kernel in self.kernels if kind(kernel))
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from models import attention
+from models.encoder import EncoderConfig
+from models.llama import LlamaConfig
 from train import mesh as mesh_lib
 from train import step as step_lib
 from train.command import check_least
@@ -212,14 +214,31 @@ def on_card(config: Config) -> Config:
   if model.attention != 'auto':
     return config
   _, length = batch(config)['inputs'].shape
-  q, k = (
-    jax.ShapeDtypeStruct((1, length, heads, model.head_width), model.dtype)
-    for heads in (model.num_heads, model.kv_heads)
+  model = resolved_model(config)
+  q = jax.ShapeDtypeStruct(
+    (1, length, model.num_heads, model.head_width), model.dtype
+  )
+  k = jax.ShapeDtypeStruct(
+    (1, length, model.kv_heads, model.head_width), model.dtype
   )
   refused = attention.refusal(q, k, model.window, model.causal)
   kind = 'blockwise' if refused else 'cudnn'
   model = dataclasses.replace(model, attention=kind)
   return dataclasses.replace(config, model=model)
+
+
+def resolved_model(config: Config) -> LlamaConfig | EncoderConfig:
+  """Returns the model of a config.
+
+  Raises:
+    TypeError: its sizes are those of a checkpoint, which must be read first.
+  """
+  if isinstance(config.model, LlamaConfig | EncoderConfig):
+    return config.model
+  raise TypeError(
+    f'a plan needs the sizes of a {type(config.model).__name__}: call '
+    'config.resolved() first'
+  )
 
 
 def mesh_of(config: Config, cards: Cards) -> jax.sharding.Mesh:
@@ -278,18 +297,25 @@ def gradient_bytes(config: Config, task: Task, state: State, mesh: Any) -> int:
   moving, _ = step_lib.split(array_shapes(config, task), task.trained)
   placed = mesh_lib.at(moving, mesh_lib.of_params(moving, mesh))
   leaves = jax.tree.leaves(part(placed))
-  size = lambda x: x.size * x.dtype.itemsize
   if isinstance(config.update, WholeTree):
-    return sum(map(size, leaves))
+    return sum(map(_size, leaves))
   update = step_lib.make_layerwise(config, task)
   params, _ = step_lib.split(state.params, task.trained)
   sums = jax.eval_shape(update.sums, params, state.optimizer)
-  per_layer = lambda x: size(x) // (x.shape[0] if x.ndim == 3 else 1)
+  largest = max(map(_size_of_layer, leaves))
   # The sums are sharded as the moments are, over the axes fsdp and tensor.
-  sizes = config.mesh
-  return max(map(per_layer, leaves)) + sum(map(size, sums)) // (
-    sizes.fsdp * sizes.tensor
-  )
+  shards = config.mesh.fsdp * config.mesh.tensor
+  return largest + sum(map(_size, sums)) // shards
+
+
+def _size(x: Any) -> int:
+  """Returns the bytes of an array, or of a shape."""
+  return x.size * x.dtype.itemsize
+
+
+def _size_of_layer(x: Any) -> int:
+  """Returns the bytes of one layer of a stack, or of a whole weight."""
+  return _size(x) // x.shape[0] if x.ndim == 3 else _size(x)
 
 
 def activation_bytes(config: Config, length: int) -> int:
@@ -303,7 +329,7 @@ def activation_bytes(config: Config, length: int) -> int:
   if isinstance(config.update, WholeTree):
     tokens //= config.microbatches
   tokens //= config.update.accumulate * config.mesh.data * config.mesh.fsdp
-  model = config.model
+  model = resolved_model(config)
   element = jnp.dtype(model.dtype).itemsize
   return model.num_layers * tokens * model.width * element
 
@@ -317,7 +343,11 @@ def workspace_bytes(config: Config) -> int:
   `power` consists of matmuls and needs no workspace.
   """
   finder = getattr(config.optimizer, 'subspace', None)
-  m, n = config.model.width, config.model.mlp_width
+  if finder is None:
+    return 0
+  model = resolved_model(config)
+  m = model.width
+  n = model.mlp_width
   floats = {
     'svd': 2 * m * n + 3 * m * m,
     'gram': 3 * m * m,

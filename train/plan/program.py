@@ -57,18 +57,49 @@ VIEWS = frozenset(('bitcast', 'reshape', 'get-tuple-element'))
 """Operations that return their operand's memory under another shape or name."""
 
 FREE = VIEWS | {
-  *('parameter', 'constant', 'tuple', 'after-all', 'opt-barrier'),
-  *('partition-id', 'replica-id', 'domain', 'add-dependency'),
+  'parameter',
+  'constant',
+  'tuple',
+  'after-all',
+  'opt-barrier',
+  'partition-id',
+  'replica-id',
+  'domain',
+  'add-dependency',
 }
 """Operations that launch no kernel. The operations '*-done', which end an
 asynchronous operation, launch none either."""
 
 ARITHMETIC = {
-  *('add', 'subtract', 'multiply', 'divide', 'negate', 'abs', 'sign', 'power'),
-  *('maximum', 'minimum', 'clamp', 'remainder', 'floor', 'ceil', 'sqrt'),
-  *('rsqrt', 'cbrt', 'exponential', 'exponential-minus-one', 'log', 'tanh'),
-  *('log-plus-one', 'logistic', 'sine', 'cosine', 'erf', 'atan2'),
-  *('round-nearest-even', 'round-nearest-afz'),
+  'abs',
+  'add',
+  'atan2',
+  'cbrt',
+  'ceil',
+  'clamp',
+  'cosine',
+  'divide',
+  'erf',
+  'exponential',
+  'exponential-minus-one',
+  'floor',
+  'log',
+  'log-plus-one',
+  'logistic',
+  'maximum',
+  'minimum',
+  'multiply',
+  'negate',
+  'power',
+  'remainder',
+  'round-nearest-afz',
+  'round-nearest-even',
+  'rsqrt',
+  'sign',
+  'sine',
+  'sqrt',
+  'subtract',
+  'tanh',
 }
 """Operations that cost one flop per element of the result."""
 
@@ -110,7 +141,9 @@ def kernels(text: str, *, choose: Choose = min) -> tuple[Kernel, ...]:
 
 def parse(text: str) -> tuple[Program, str]:
   """Returns the computations of a program by name, and the entry's name."""
-  program, entry, body = {}, '', {}
+  program: Program = {}
+  body: Computation = {}
+  entry = ''
   for line in re.sub(r'/\*.*?\*/', '', text).splitlines():
     header = _HEADER.match(line)
     if header:
@@ -126,7 +159,8 @@ def _instruction(line: str) -> Instruction:
   """Parses a line of the form `%name = shape op(operands), attributes`."""
   head, rest = line.strip().split(' = ', 1)
   end = _closing(rest) + 1 if rest.startswith('(') else rest.index(' ')
-  shape, rest = rest[:end], rest[end:].lstrip()
+  shape = rest[:end]
+  rest = rest[end:].lstrip()
   op, rest = rest.split('(', 1)
   end = _closing('(' + rest) - 1
   operands = re.findall(r'%([\w.\-]+)', rest[:end]) or [rest[:end]]
@@ -231,18 +265,18 @@ def _product_flops(body: Computation, x: Instruction) -> float:
     dims = re.search(r'"intermediate_tensor_shape".*?\[([^\]]*)\]', x.rest)
     assert dims
     scores = math.prod(int(d) for d in re.findall(r'\d+', dims[1]))
-    (_, sizes), *_ = arrays(body[x.operands[0]].shape)
+    _, sizes = arrays(body[x.operands[0]].shape)[0]
     return (5 if 'Backward"' in x.rest else 2) * scores * sizes[-1]
   is_call = x.op == 'custom-call' and re.search(r'"__(cublas|onednn)\$', x.rest)
   if x.op != 'dot' and not is_call:
     return 0
-  (_, sizes), *_ = arrays(body[x.operands[0]].shape)
+  _, sizes = arrays(body[x.operands[0]].shape)[0]
   contracted = re.search(
     r'lhs_contracting_(?:dims=\{|dimensions":\[)([^}\]]*)', x.rest
   )
   # A oneDNN call does not list its contracted axes: it contracts the last axis.
   axes = re.findall(r'\d+', contracted[1]) if contracted else [len(sizes) - 1]
-  (_, result), *_ = arrays(x.shape)
+  _, result = arrays(x.shape)[0]
   return 2 * math.prod(result) * math.prod(sizes[int(i)] for i in axes)
 
 

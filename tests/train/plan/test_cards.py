@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import importlib.util
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from models import attention
 from models.llama import Layers, LlamaConfig
 from train.mesh import Mesh
 from train.plan import cards
-from train.plan.cards import GPUS
+from train.plan.cards import GPUS, GpuName
 
 needs_compiler = pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda12_plugin') is None,
@@ -105,6 +106,10 @@ def test_temporaries_of_a_layer():
   compiled = compile_layers(4)
   # A regression of more than 5% fails.
   assert compiled.temp_bytes < 1.05 * TEMP_BYTES
+
+
+def test_the_command_line_names_every_gpu():
+  assert typing.get_args(GpuName) == tuple(GPUS)
 
 
 @needs_compiler
