@@ -175,8 +175,8 @@ def _packed(
   documents: Documents | Dialogues,
   tokenizer: AnyTokenizer,
   sequence_length: int,
-  **order,
-) -> grain.IterDataset:
+  **order: Any,
+) -> grain.IterDataset[dict[str, np.ndarray]]:
   """Returns rows of T pairs of input and target, with bytes and scores.
 
   Pairs are made before packing. Packing rows of T + 1 tokens and splitting them
@@ -204,7 +204,7 @@ def _packed(
 
 
 def examples(
-  documents: Documents | Dialogues, tokenizer: AnyTokenizer, **order
+  documents: Documents | Dialogues, tokenizer: AnyTokenizer, **order: Any
 ) -> grain.IterDataset[Example]:
   """Returns whole examples in an order fixed by a seed.
 
@@ -382,7 +382,7 @@ def _coloured(
   text, start = Text(), 0
   for (style, name), run in itertools.groupby(keys):
     stop = start + len(list(run))
-    said = tokenizer.decode(ids_n[start:stop])
+    said = tokenizer.decode(ids_n[start:stop].tolist())
     text.append(said if name is None else (stop - start) * name, style)
     start = stop
   return text

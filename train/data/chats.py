@@ -30,7 +30,7 @@ from train.data.conversation import (
   unread_keys,
 )
 from train.data.corpus import (
-  Indexed,
+  RandomAccess,
   Split,
   check_holdout,
   dialogues,
@@ -83,10 +83,10 @@ class Source(Protocol):
 
   def __len__(self) -> int: ...  # noqa: D105
 
-  def __getitem__(self, i: int) -> Chat | Prose: ...  # noqa: D105
+  def __getitem__(self, index: int) -> Chat | Prose: ...  # noqa: D105
 
-  def place(self, i: int) -> str:
-    """Returns the place of item i in words, for example file and line."""
+  def place(self, index: int) -> str:
+    """Returns the place of an item in words, for example file and line."""
     ...
 
 
@@ -177,7 +177,7 @@ class Dialogues:
 
     The arguments are those of `Documents.stream`.
     """
-    return Indexed(self.source, _plain_text).stream(**order)
+    return RandomAccess(self.source, _plain_text).stream(**order)
 
   def examples(
     self, tokenizer: AnyTokenizer, **order: Any
@@ -188,7 +188,8 @@ class Dialogues:
       tokenizer: the tokenizer of the run.
       **order: arguments of `Documents.stream`.
     """
-    return Indexed(self.source, self.encoder(tokenizer)).stream(**order)
+    encode = self.encoder(tokenizer)
+    return RandomAccess(self.source, encode).stream(**order)
 
   def check(self, tokenizer: AnyTokenizer) -> list[str]:
     """Renders every chat once, and collects warnings. Results are cached.
@@ -233,7 +234,9 @@ class Dialogues:
     clock = datetime.datetime.now() if clock is None else clock
     return tokenizer.with_template(None if is_own else template.source, clock)
 
-  def encoder(self, tokenizer: AnyTokenizer) -> Callable[..., Example]:
+  def encoder(
+    self, tokenizer: AnyTokenizer
+  ) -> Callable[[Chat | Prose], Example]:
     """Returns a function from an item of `source` to an example."""
     return functools.partial(
       _encoded,
@@ -258,7 +261,8 @@ class Dialogues:
       template = _replaced(
         template, with_defaults(template.source, variables), tokenizer
       )
-    eos = {i: x for x, i in tokenizer.specials.items()}.get(tokenizer.eos_id)
+    texts = {i: text for text, i in tokenizer.specials.items()}
+    eos = texts.get(tokenizer.eos_id)
     if not template.has_end and eos is not None:
       template = _replaced(template, with_end(template.source, eos), tokenizer)
     return template
@@ -280,10 +284,9 @@ class Dialogues:
         found['message keys'].counts[name] = count
         found['message keys'].first[name] = message_keys.first[name]
     texts = [
-      text.format(tally)
+      text.format(found[kind])
       for kind, text in _WARNINGS.items()
-      for tally in [found[kind]]
-      if tally.counts
+      if found[kind].counts
     ]
     if template.added_end is None:
       return texts
@@ -476,20 +479,24 @@ class ChitchatAnswers:
         'with a question'
       )
     variables_of(self.template_variables)
-    found = [
-      (name, _alternating(turns[start : start + self.turns], self.score))
-      for name, text in dialogues()
-      if in_split(split, zlib.crc32(name.encode()), self.holdout)
-      for turns in [text.split('\n')]
-      for start in range(0, len(turns), self.turns)
-    ]
-    kept = [(name, chat) for name, chat in found if isinstance(chat, Chat)]
+    kept: list[tuple[str, Chat]] = []
+    num_left_out = 0
+    for name, text in dialogues():
+      if not in_split(split, zlib.crc32(name.encode()), self.holdout):
+        continue
+      turns = text.split('\n')
+      for start in range(0, len(turns), self.turns):
+        chat = _alternating(turns[start : start + self.turns], self.score)
+        if isinstance(chat, Chat):
+          kept.append((name, chat))
+        else:
+          num_left_out += 1
     return Dialogues(
       _Named(kept),
       self.template,
       self.score,
       self.template_variables,
-      Reading(num_left_out=len(found) - len(kept)),
+      Reading(num_left_out=num_left_out),
     )
 
 
@@ -501,17 +508,17 @@ def has_answers(corpus: Any) -> bool:
 class _Named:
   """Chats in memory, each with the name of its dialogue."""
 
-  def __init__(self, chats: Sequence[tuple[str, Chat]]):
+  def __init__(self, chats: Sequence[tuple[str, Chat]]) -> None:
     self._chats = chats
 
   def __len__(self) -> int:
     return len(self._chats)
 
-  def __getitem__(self, i: int) -> Chat:
-    return self._chats[i][1]
+  def __getitem__(self, index: int) -> Chat:
+    return self._chats[index][1]
 
-  def place(self, i: int) -> str:
-    return f'dialogue {self._chats[i][0]}'
+  def place(self, index: int) -> str:
+    return f'dialogue {self._chats[index][0]}'
 
 
 def template_of(

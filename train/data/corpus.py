@@ -14,14 +14,27 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import (
+  Any,
+  Generic,
+  Literal,
+  Protocol,
+  TypeAlias,
+  TypeVar,
+  cast,
+  overload,
+)
 
 import grain
 import numpy as np
 
 from train.data.text_files import File, Texts, expand, index
 
-Split = Literal['train', 'validation']
+Split: TypeAlias = Literal['train', 'validation']
+Source: TypeAlias = Sequence[Any] | grain.sources.RandomAccessDataSource[Any]
+
+T = TypeVar('T')
+U = TypeVar('U')
 
 # Number of tfrecord shards that are read at the same time, and of records that
 # are shuffled together. tfrecord has no random access, so that this replaces a
@@ -49,31 +62,42 @@ class Documents(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Indexed:
-  """Documents with random access, shuffled globally."""
+class RandomAccess(Generic[T]):
+  """Examples with random access, shuffled globally."""
 
-  source: grain.sources.RandomAccessDataSource
+  source: Source
   """A sequence of items."""
-
-  text: Callable[[Any], str] = str
-  """Converts an item into a document."""
+  convert: Callable[[Any], T]
+  """Converts an item into an example."""
 
   def __len__(self) -> int:
-    """Number of documents."""
+    """Number of examples."""
     return len(self.source)
 
-  def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
-    """Streams the documents as `Documents.stream` does."""
+  def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[T]:
+    """Streams the examples as `Documents.stream` does."""
     shuffled = _shuffled(self.source, seed)
     ordered = shuffled.repeat() if repeat else shuffled
-    return ordered.map(self.text).to_iter_dataset(
+    return ordered.map(self.convert).to_iter_dataset(
       grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
     )
 
+  def mapped(self, function: Callable[[T], U]) -> 'RandomAccess[U]':
+    """Returns the examples with a function applied to each."""
+    return RandomAccess(self.source, lambda item: function(self.convert(item)))
+
 
 @dataclasses.dataclass(frozen=True)
-class Sharded:
-  """Documents in tfrecord shards, which have no random access.
+class Indexed(RandomAccess[str]):
+  """Documents with random access, shuffled globally."""
+
+  convert: Callable[[Any], str] = str
+  """Converts an item into a document."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharded(Generic[T]):
+  """Examples in tfrecord shards, which have no random access.
 
   The shards are read in random order and interleaved, and their records are
   shuffled within a window. If an epoch is longer than the window, the end of an
@@ -86,19 +110,29 @@ class Sharded:
   num_records: int
   """Number of records in all shards."""
 
-  text: Callable[[bytes], str]
-  """Converts a record into a document."""
+  convert: Callable[[bytes], T]
+  """Converts a record into an example."""
 
   def __len__(self) -> int:
-    """Number of documents."""
+    """Number of examples."""
     return self.num_records
 
-  def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
-    """Streams the documents as `Documents.stream` does."""
+  def mapped(self, function: Callable[[T], U]) -> 'Sharded[U]':
+    """Returns the examples with a function applied to each."""
+    return Sharded(
+      self.paths,
+      self.num_records,
+      lambda record: function(self.convert(record)),
+    )
+
+  def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[T]:
+    """Streams the examples as `Documents.stream` does."""
     shuffled = _shuffled(self.paths, seed)
     ordered = shuffled.repeat() if repeat else shuffled
+    shards = ordered.map(lambda path: _Shard(path, self.convert))
     records = grain.experimental.InterleaveIterDataset(
-      ordered.map(lambda path: _Shard(path, self.text)),
+      # Grain accepts a MapDataset of datasets, but its annotation does not.
+      cast(Sequence[grain.IterDataset[T]], shards),
       cycle_length=min(len(shuffled), _INTERLEAVED_SHARDS),
     )
     # A window longer than an epoch would return some records twice before it
@@ -109,36 +143,39 @@ class Sharded:
     )
 
 
-class _Shard(grain.IterDataset):
-  """The documents of a tfrecord file."""
+class _Shard(grain.IterDataset[T]):
+  """The examples of a tfrecord file."""
 
-  def __init__(self, path: str, text: Callable[[bytes], Any]):
+  def __init__(self, path: str, convert: Callable[[bytes], T]) -> None:
     super().__init__()
-    self._path, self._text = path, text
+    self._path = path
+    self._convert = convert
 
-  def __iter__(self) -> grain.DatasetIterator:
+  def __iter__(self) -> grain.DatasetIterator[T]:
     with _reading(self._path):
       records = iter(grain.experimental.TFRecordIterDataset(self._path))
-    return _ShardIterator(self._path, self._text, records)
+    return _ShardIterator(self._path, self._convert, records)
 
 
-class _ShardIterator(grain.DatasetIterator):
-  """Iterates over the documents of a file; its state is a file position."""
+class _ShardIterator(grain.DatasetIterator[T]):
+  """Iterates over the examples of a file; its state is a file position."""
 
   def __init__(
     self,
     path: str,
-    text: Callable[[bytes], Any],
-    records: grain.DatasetIterator,
-  ):
+    convert: Callable[[bytes], T],
+    records: grain.DatasetIterator[bytes],
+  ) -> None:
     super().__init__()
-    self._path, self._text, self._records = path, text, records
+    self._path = path
+    self._convert = convert
+    self._records = records
 
-  def __next__(self) -> Any:
+  def __next__(self) -> T:
     with _reading(self._path):
       record = next(self._records)
     try:
-      return self._text(record)
+      return self._convert(record)
     except ValueError as error:
       raise ValueError(f'{self._path}: {error}') from error
     except Exception as error:
@@ -154,23 +191,24 @@ class _ShardIterator(grain.DatasetIterator):
 class _Records:
   """Records by random access. Errors name the file of the record."""
 
-  def __init__(self, source: Any, files: Sequence[Any]):
-    self._source, self._files = source, files
+  def __init__(self, source: Source, files: Sequence[Any]) -> None:
+    self._source = source
+    self._files = files
     self._stops = np.cumsum([file.take for file in files])
 
   def __len__(self) -> int:
     return len(self._source)
 
-  def __getitem__(self, i: int) -> Any:
-    number = int(np.searchsorted(self._stops, i, side='right'))
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    number = int(np.searchsorted(self._stops, index, side='right'))
     path = self._files[number].filename
     with _reading(path):
-      record = self._source[i]
+      record = self._source[index]
       # The library returns None for fields that lie past the end of a truncated
       # file.
       missing = [name for name, value in record.items() if value is None]
       if missing:
-        raise ValueError(f'record {i:,} has no {missing[0]!r}')
+        raise ValueError(f'record {index:,} has no {missing[0]!r}')
       return record
 
 
@@ -192,9 +230,7 @@ def _unreadable(path: Any, error: Exception) -> OSError:
   )
 
 
-def _shuffled(
-  source: grain.sources.RandomAccessDataSource, seed: int
-) -> grain.MapDataset:
+def _shuffled(source: Source, seed: int) -> grain.MapDataset[Any]:
   """Shuffles items in an order that depends on the seed and the epoch."""
   if not 0 <= seed < 2**31:
     raise ValueError(
@@ -320,17 +356,18 @@ class Tfds:
       FileNotFoundError: the data set is not prepared in `data_dir`.
       ValueError: it does not have this split, or no feature 'text'.
     """
-    found, features = self.records(split), self._builder().info.features
+    found = self.records(split)
+    features = self._builder().info.features
     if 'text' not in features:
       raise ValueError(
         f"{self.name} has no feature 'text', but {sorted(features)}: name a "
         'data set of texts'
       )
-    return dataclasses.replace(
-      found, text=lambda x: _text_of_example(found.text(x))
-    )
+    return found.mapped(_text_of_example)
 
-  def records(self, split: Split) -> Indexed | Sharded:
+  def records(
+    self, split: Split
+  ) -> RandomAccess[dict[str, Any]] | Sharded[dict[str, Any]]:
     """Returns the examples of a split with all their features.
 
     Raises:
@@ -339,7 +376,7 @@ class Tfds:
     """
     name = self.train if split == 'train' else self.validation
     builder = self._builder()
-    splits, features = builder.info.splits, builder.info.features
+    splits = builder.info.splits
     try:
       info = splits[name]
     except ValueError as error:
@@ -349,7 +386,7 @@ class Tfds:
       ) from error
     if builder.info.file_format.value != 'tfrecord':
       records = builder.as_data_source(name)
-      return Indexed(_Records(records, info.file_instructions), dict)
+      return RandomAccess(_Records(records, info.file_instructions), dict)
     if name not in splits:
       raise ValueError(
         f'{split}={name!r} is a slice, which tfrecord does not have: name one '
@@ -358,10 +395,10 @@ class Tfds:
     return Sharded(
       tuple(str(path) for path in info.filepaths),
       info.num_examples,
-      features.deserialize_example_np,
+      builder.info.features.deserialize_example_np,
     )
 
-  def _builder(self):
+  def _builder(self) -> Any:
     return _prepared(self.name, self.data_dir)
 
 
@@ -415,6 +452,10 @@ def check_holdout(holdout: float) -> None:
     )
 
 
+@overload
+def in_split(split: Split, crc: int, holdout: float) -> bool: ...
+@overload
+def in_split(split: Split, crc: np.ndarray, holdout: float) -> np.ndarray: ...
 def in_split(
   split: Split, crc: int | np.ndarray, holdout: float
 ) -> bool | np.ndarray:
@@ -435,10 +476,10 @@ def dialogues() -> list[tuple[str, str]]:
       'the corpus Chitchat needs the package chitchat-dataset, which is not '
       "installed: pip install 'galore-optax[train]'"
     ) from error
-  dialogues = json.loads((package / 'dataset.json').read_bytes())
+  found = json.loads((package / 'dataset.json').read_bytes())
   return [
     (name, '\n'.join(map(_turn, dialogue['messages'])))
-    for name, dialogue in dialogues.items()
+    for name, dialogue in found.items()
   ]
 
 
@@ -450,20 +491,20 @@ def _turn(messages: list[dict[str, str]]) -> str:
   return ' '.join(' '.join(m['text'] for m in messages).split())
 
 
-def _prepared(name: str, data_dir: str | None):
+def _prepared(name: str, data_dir: str | None) -> Any:
   """Returns TFDS' builder of a prepared data set.
 
-  The data set need not be among those that TFDS defines.
+  The data set need not be among those that TFDS defines. The result is Any
+  because the annotations of TFDS contradict the behaviour of its builders.
   """
   # This import takes a third of a second, which other corpora need not spend.
-  import tensorflow_datasets as tfds
-  from tensorflow_datasets.core import read_only_builder
+  from tensorflow_datasets.core import read_only_builder, registered
 
   if data_dir is not None:
     data_dir = os.path.expanduser(data_dir)
   try:
     return read_only_builder.builder_from_files(name, data_dir=data_dir)
-  except tfds.core.registered.DatasetNotFoundError as error:
+  except registered.DatasetNotFoundError as error:
     raise FileNotFoundError(
       f'no prepared data set {name!r} in {data_dir or "~/tensorflow_datasets"}:'
       f' expected {name}/VERSION/dataset_info.json there; set data_dir, or '
@@ -471,5 +512,5 @@ def _prepared(name: str, data_dir: str | None):
     ) from error
 
 
-def _text_of_example(example: dict[str, bytes]) -> str:
+def _text_of_example(example: dict[str, Any]) -> str:
   return example['text'].decode('utf-8', 'replace')

@@ -10,18 +10,19 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import grain
 import jax
 import numpy as np
+import tokenizers
 from rich.table import Table
 from rich.text import Text
 
 from train.data import corpus, records
 from train.data.batches import Batch, ahead, bucket
-from train.data.corpus import Indexed, Sharded, Split
+from train.data.corpus import RandomAccess, Sharded, Split
 from train.data.text_files import expand
 from train.data.tokenizer import (
   AnyTokenizer,
@@ -31,8 +32,11 @@ from train.data.tokenizer import (
   parsed,
 )
 
-Examples: TypeAlias = Indexed | Sharded
+Examples: TypeAlias = RandomAccess['Row'] | Sharded['Row']
 Metric: TypeAlias = Literal['accuracy', 'f1', 'matthews', 'pearson', 'spearman']
+
+EncodedRow: TypeAlias = dict[str, Any]
+"""The arrays 'ids', 'types' and 'targets' of a row, and 'noise' if wanted."""
 
 COLUMNS = (
   ('sentence1', 'sentence2'),
@@ -70,13 +74,14 @@ class Labels(NamedTuple):
   names: tuple[str, ...] | None = None
   """Names of the classes, in order."""
 
-  def target(self, row: Row) -> np.ndarray:
+  def target(self, row: Row) -> np.int32 | np.float32:
     """Returns the index of the row's class, int32, or its number, float32.
 
     Raises:
       ValueError: the label is not a class or a finite number.
     """
-    label, dtype = row.label, np.float32 if self.count == 1 else np.int32
+    label = row.label
+    dtype = np.float32 if self.count == 1 else np.int32
     if self.names and label in self.names:
       return dtype(self.names.index(label))
     try:
@@ -136,7 +141,8 @@ class LabelledFiles:
     """
     check_columns(self.texts)
     if self.validation is not None:
-      return Indexed(self._rows(getattr(self, split)), _itself)
+      pattern = self.train if split == 'train' else self.validation
+      return RandomAccess(self._rows(pattern), _itself)
     corpus.check_holdout(self.holdout)
     rows = self._rows(self.train)
     kept = [
@@ -148,7 +154,7 @@ class LabelledFiles:
         f'of {len(rows)} rows; give a validation file, another holdout, or '
         'more rows'
       )
-    return Indexed(kept, _itself)
+    return RandomAccess(kept, _itself)
 
   def _rows(self, pattern: str) -> list[Row]:
     rows = [
@@ -205,7 +211,7 @@ class LabelledTfds:
     found = source.records(split)
     first = next(iter(found.stream(seed=0, repeat=False)))
     read(first)  # Raises ValueError now if a feature is missing.
-    return dataclasses.replace(found, text=lambda x: read(found.text(x)))
+    return found.mapped(read)
 
 
 def check_columns(texts: Sequence[str] | None) -> None:
@@ -252,7 +258,9 @@ def batches(
     ValueError: the tokenizer is not suitable for a classifier, or a label is
       unknown.
   """
-  rows = _rows(examples, tokenizer, labels, sequence_length, seed, True)
+  rows = _rows(
+    examples, tokenizer, labels, sequence_length, seed=seed, repeat=True
+  )
   if noise:
     rows = rows.random_map(_noisy, seed=seed)
   fill = pad_id(tokenizer)
@@ -275,7 +283,9 @@ def validation_batches(
   The batches are those of `batches`, but in a fixed order and in host memory.
   The last batch is padded with rows of weight 0.
   """
-  rows = _rows(examples, tokenizer, labels, sequence_length, 0, False)
+  rows = _rows(
+    examples, tokenizer, labels, sequence_length, seed=0, repeat=False
+  )
   fill = pad_id(tokenizer)
   stack = functools.partial(_stack, batch_size, sequence_length, fill)
   found = rows.batch(batch_size, drop_remainder=False, batch_fn=stack)
@@ -303,7 +313,8 @@ def shown(
     seed: seed of the order; the first example is shown.
     counted: number of examples among which truncated ones are counted.
   """
-  encode, fast = encoder(tokenizer, sequence_length), _fast(tokenizer)
+  encode = encoder(tokenizer, sequence_length)
+  fast = _fast(tokenizer)
   stream = examples.stream(seed=seed, repeat=False)
   rows = list(itertools.islice(stream, counted))
   full = sum(len(encode(row.texts)[0]) == sequence_length for row in rows)
@@ -316,8 +327,8 @@ def shown(
   table.add_column('tokens')
   table.add_column('label')
   text = fast.decode(encode(rows[0].texts)[0].tolist(), False)
-  target = labels.target(rows[0]).item()
-  name = f' ({labels.names[target]})' if labels.names else ''
+  target = labels.target(rows[0])
+  name = f' ({labels.names[int(target)]})' if labels.names else ''
   table.add_row(Text(text), f'{target:g}{name}')
   return table
 
@@ -341,7 +352,8 @@ def encoder(
   fast.enable_truncation(length, strategy='longest_first')
 
   def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    found = fast.encode(*texts)
+    second = texts[1] if len(texts) > 1 else None
+    found = fast.encode(texts[0], second)
     ids_n = checked(tokenizer, np.array(found.ids, np.int32), texts[0])
     return ids_n, np.array(found.type_ids, np.int32)
 
@@ -361,7 +373,7 @@ def pad_id(tokenizer: AnyTokenizer) -> int:
   return found or 0
 
 
-def _fast(tokenizer):
+def _fast(tokenizer: AnyTokenizer) -> tokenizers.Tokenizer:
   """Returns the `tokenizers` object of tokenizer.json, template included."""
   if not isinstance(tokenizer, JsonTokenizer):
     raise ValueError(
@@ -378,9 +390,17 @@ def _fast(tokenizer):
   return fast
 
 
-def _rows(examples, tokenizer, labels, length, seed, repeat):
+def _rows(
+  examples: Examples,
+  tokenizer: AnyTokenizer,
+  labels: Labels,
+  length: int,
+  *,
+  seed: int,
+  repeat: bool,
+) -> grain.IterDataset[EncodedRow]:
   """Returns encoded rows in an order fixed by a seed."""
-  if isinstance(examples, Indexed) and isinstance(examples.source, list):
+  if isinstance(examples, RandomAccess) and isinstance(examples.source, list):
     for row in examples.source:
       labels.target(row)
   encode = encoder(tokenizer, length)
@@ -388,19 +408,19 @@ def _rows(examples, tokenizer, labels, length, seed, repeat):
   texts = (text for row in rows for text in row.texts)
   check_texts(tokenizer, texts, special=True)
 
-  def encoded(row: Row) -> dict[str, np.ndarray]:
+  def encoded(row: Row) -> EncodedRow:
     ids_n, types_n = encode(row.texts)
     return {'ids': ids_n, 'types': types_n, 'targets': labels.target(row)}
 
   return examples.stream(seed=seed, repeat=repeat).map(encoded)
 
 
-def _noisy(row, rng):
+def _noisy(row: EncodedRow, rng: np.random.Generator) -> EncodedRow:
   return row | {'noise': rng.integers(2**32, size=2, dtype=np.uint32)}
 
 
 def _stack(
-  batch_size: int, most: int, fill: int, rows: Sequence[dict]
+  batch_size: int, most: int, fill: int, rows: Sequence[EncodedRow]
 ) -> Batch:
   """Stacks rows, padded to one length, and adds empty rows up to `batch_size`.
 
@@ -419,10 +439,8 @@ def _stack(
     batch['noise'] = np.zeros((batch_size, 2), np.uint32)
   for i, row in enumerate(rows):
     stop = len(row['ids'])
-    batch['inputs'][i, :stop], batch['types'][i, :stop] = (
-      row['ids'],
-      row['types'],
-    )
+    batch['inputs'][i, :stop] = row['ids']
+    batch['types'][i, :stop] = row['types']
     batch['segments'][i, :stop] = 1
     batch['weights'][i] = 1
     for name in {'targets', 'noise'} & row.keys():
@@ -438,7 +456,12 @@ def _crc(row: Row) -> int:
   return zlib.crc32('\0'.join(row.texts).encode())
 
 
-def _row(record, texts, label, place: str) -> Row:
+def _row(
+  record: Mapping[str, Any],
+  texts: Sequence[str] | None,
+  label: str,
+  place: str,
+) -> Row:
   """Returns the row in a record with named columns."""
   if texts is None:
     found = (names for names in COLUMNS if set(names) <= set(record))
@@ -454,7 +477,7 @@ def _row(record, texts, label, place: str) -> Row:
   return Row(found, _scalar(record[label]), place)
 
 
-def _text(value, name, place) -> str:
+def _text(value: Any, name: str, place: str) -> str:
   if isinstance(value, bytes):
     return value.decode('utf-8', 'replace')
   if not isinstance(value, str):
@@ -462,7 +485,7 @@ def _text(value, name, place) -> str:
   return value
 
 
-def _scalar(label):
+def _scalar(label: Any) -> Any:
   """Returns a label as a Python str, int or float."""
   if isinstance(label, bytes):
     return label.decode('utf-8', 'replace')

@@ -79,7 +79,7 @@ class File:
 class Texts:
   """Documents of several files, as a random-access source for grain."""
 
-  def __init__(self, files: Iterable[File]):
+  def __init__(self, files: Iterable[File]) -> None:
     """Concatenates the documents of files."""
     self._files = tuple(files)
     self._stops = np.cumsum([len(file.starts_d) for file in self._files])
@@ -88,25 +88,26 @@ class Texts:
     """Number of documents."""
     return int(self._stops[-1])
 
-  def __getitem__(self, i: int) -> Any:
-    """Reads document i from its file."""
-    file, j = self._at(i)
-    return file.read(j)
+  def __getitem__(self, index: int) -> Any:
+    """Reads a document from its file."""
+    file, i = self._at(index)
+    return file.read(i)
 
-  def place(self, i: int) -> str:
-    """Returns the place of document i in words, for example file and line."""
-    file, j = self._at(i)
-    return file.place(j)
+  def place(self, index: int) -> str:
+    """Returns the place of a document in words, for example file and line."""
+    file, i = self._at(index)
+    return file.place(i)
 
   def where(self, keep: Callable[[np.ndarray], np.ndarray]) -> 'Texts':
     """Returns the documents for which the mask `keep(crcs_d)` is true."""
     return Texts(file.where(keep) for file in self._files)
 
-  def _at(self, i: int) -> tuple[File, int]:
-    f = int(np.searchsorted(self._stops, i, side='right'))
+  def _at(self, index: int) -> tuple[File, int]:
+    """Returns the file of a document, and the document's index in it."""
+    f = int(np.searchsorted(self._stops, index, side='right'))
     # The second value is a negative index: document stops[f] - 1 is the last
     # one of file f, at index -1.
-    return self._files[f], i - int(self._stops[f])
+    return self._files[f], index - int(self._stops[f])
 
 
 class _Span(NamedTuple):
@@ -156,7 +157,7 @@ def index(path: str, separator: str | None) -> File:
   """
   if _has_texts(path):
     rule = 'a record must be a JSON object whose field "text" is a string'
-    return index_records(path, _text, rule)
+    return index_records(path, _text_of_record, rule)
   with records.naming(path), records.open_bytes(path) as file:
     content = file.read()
   is_copied = records.is_compressed(path)
@@ -275,7 +276,7 @@ def _has_texts(path: str) -> bool:
   return records.is_list(path)
 
 
-def _text(record: Record) -> str:
+def _text_of_record(record: Record) -> str:
   """Returns the document in a record, '' if it is blank."""
   text = record['text']
   if not isinstance(text, str):

@@ -118,7 +118,7 @@ class _Part(NamedTuple):
 class _Splitter:
   """Splits a text at added tokens. Longer tokens take precedence."""
 
-  def __init__(self, tokens: Iterable[_Added]):
+  def __init__(self, tokens: Iterable[_Added]) -> None:
     self._tokens = sorted(tokens, key=lambda token: -len(token.text))
     patterns = [token.pattern for token in self._tokens] or ['(?!)']
     self._pattern = re.compile('|'.join(patterns))
@@ -130,6 +130,7 @@ class _Splitter:
       if match.start() > stop:
         yield _Part(text[stop : match.start()], stop, None)
       group = match.lastindex
+      assert group is not None  # The pattern of each token has one group.
       token = self._tokens[group - 1]
       yield _Part(token.text, match.start(group), token)
       stop = match.end()
@@ -165,7 +166,7 @@ class Tokenizer:
     num_rows: number of rows of the model's embedding, as in `fitted`; None
       without a limit.
     bos_id: id that starts each document; None without BOS.
-    eos_id: id that ends each document.
+    eos_id: id that ends each document; -1 without EOS, which `load` refuses.
     stop_ids: ids that end an answer: eos_id, and the ends of a turn in the chat
       template.
     tokens: texts of the tokens that a template can name, such as eos_token.
@@ -179,7 +180,7 @@ class Tokenizer:
     files: Mapping[str, bytes] | None = None,
     *,
     model_type: str | None = None,
-  ):
+  ) -> None:
     """Loads a serialized model, from any trainer of sentencepiece.
 
     Args:
@@ -187,7 +188,8 @@ class Tokenizer:
       files: contents of other files of its directory, by name.
       model_type: field of the checkpoint's config.json, if known.
     """
-    self.model, self.files = model, dict(files or {})
+    self.model = model
+    self.files = dict(files or {})
     self.num_rows: int | None = None
     self._processor = _processor(model)
     self._num_pieces = self._processor.vocab_size()
@@ -218,7 +220,8 @@ class Tokenizer:
     )
     own = {name: self._processor.id_to_piece(i) for name, i in names if i >= 0}
     self.tokens = own | settings.tokens(self._text_of)
-    self.eos_id = self._id('eos_token')
+    eos_id = self._id('eos_token')
+    self.eos_id = -1 if eos_id is None else eos_id
     self._adds_bos = settings.adds_bos is not False
     self.bos_id = self._id('bos_token') if self._adds_bos else None
     self.chat_template = settings.chat_template(self.tokens, self.specials)
@@ -253,9 +256,8 @@ class Tokenizer:
         f'{str(path)!r} is not a sentencepiece model: '
         f'{_pointer(path.read_bytes()) or remedy}'
       ) from error
-    bos, eos = (
-      -1 if i is None else i for i in (tokenizer.bos_id, tokenizer.eos_id)
-    )
+    bos = -1 if tokenizer.bos_id is None else tokenizer.bos_id
+    eos = tokenizer.eos_id
     if eos < 0 or (bos < 0 and tokenizer._adds_bos):
       raise ValueError(
         f'the tokenizer {str(path)!r} has BOS {bos} and EOS '
@@ -401,8 +403,10 @@ class Tokenizer:
   def _id(self, name: str) -> int | None:
     """Returns the id of a special token by its name; None if it is not set."""
     text = self.tokens.get(name)
-    if text is None or text in self.specials:
-      return self.specials.get(text)
+    if text is None:
+      return None
+    if text in self.specials:
+      return self.specials[text]
     i = self._processor.piece_to_id(text)
     if self._processor.id_to_piece(i) != text:
       raise ValueError(
@@ -430,7 +434,7 @@ def _processor(model: bytes) -> Any:
 
 def _adds_space(processor: Any) -> bool:
   """Returns whether a model puts a space in front of a text."""
-  first, *_ = processor.encode('a')
+  first = processor.encode('a')[0]
   return processor.id_to_piece(first).startswith(_SPACE)
 
 
@@ -520,7 +524,9 @@ class JsonTokenizer:
     chat_template: the directory's chat template; None without one.
   """
 
-  def __init__(self, model: bytes, files: Mapping[str, bytes] | None = None):
+  def __init__(
+    self, model: bytes, files: Mapping[str, bytes] | None = None
+  ) -> None:
     """Loads the content of a tokenizer.json.
 
     Args:
@@ -531,7 +537,8 @@ class JsonTokenizer:
     Raises:
       ValueError: a file is damaged, or no file defines EOS.
     """
-    self.model, self.files = model, dict(files or {})
+    self.model = model
+    self.files = dict(files or {})
     self.num_rows: int | None = None
     self._tokenizer = parsed(model)
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -798,7 +805,7 @@ def check_texts(
 class _Settings:
   """The settings of a tokenizer in the files of its directory."""
 
-  def __init__(self, files: Mapping[str, bytes]):
+  def __init__(self, files: Mapping[str, bytes]) -> None:
     self._files = files
     self._config = self._json('tokenizer_config.json')
     self._generation = self._json('generation_config.json')

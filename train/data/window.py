@@ -68,7 +68,7 @@ class ShuffledRows(grain.IterDataset):
     length: int,
     seed: int,
     log: Callable[[str], None],
-  ):
+  ) -> None:
     """Initializes the shuffle.
 
     Args:
@@ -84,8 +84,10 @@ class ShuffledRows(grain.IterDataset):
         rows, window_size=num_rows, seed=seed
       )
     super().__init__(shuffled)
-    self._shuffled, self._log = shuffled, log
-    self._num_rows, self._length = num_rows, length
+    self._shuffled = shuffled
+    self._log = log
+    self._num_rows = num_rows
+    self._length = length
 
   def __iter__(self) -> grain.DatasetIterator:  # noqa: D105
     shuffled = iter(self._shuffled)
@@ -101,7 +103,7 @@ _START = 'parent_window_start_state'
 class _Wrapped(grain.DatasetIterator):
   """Forwards the rows and the state of another iterator."""
 
-  def __init__(self, rows: grain.DatasetIterator):
+  def __init__(self, rows: grain.DatasetIterator) -> None:
     super().__init__(rows)
     self._rows = rows
 
@@ -141,9 +143,11 @@ class _Refilled(_Wrapped):
     num_rows: int,
     length: int,
     log: Callable[[str], None],
-  ):
+  ) -> None:
     super().__init__(rows)
-    self._num_rows, self._length, self._log = num_rows, length, log
+    self._num_rows = num_rows
+    self._length = length
+    self._log = log
 
   def set_state(self, state: dict[str, Any]) -> None:
     if _START not in state:
@@ -168,7 +172,9 @@ class ConcatThenSplit(grain.IterDataset):
   remainder" for a remainder and drop a document.
   """
 
-  def __init__(self, examples: grain.IterDataset, length: dict[str, int]):
+  def __init__(
+    self, examples: grain.IterDataset, length: dict[str, int]
+  ) -> None:
     """Packs the arrays of `examples`; `length` is T, by the array's name."""
     rows = grain.experimental.ConcatThenSplitIterDataset(
       examples, length_struct=length
