@@ -53,7 +53,8 @@ class Finder:
         expects.
       context: further variables of the template.
     """
-    self._template, self._messages = template, messages
+    self._template = template
+    self._messages = messages
     self._context = context
     self._whole = template.rendered(messages, context)
     self.text = self._whole.text
@@ -113,14 +114,18 @@ class Finder:
         # the prompt up to the end of the block.
         inside, other = self._start(mark.stop, i)
         if other is None and inside > mark.start:
-          start, prompt = inside, None
-      stop, end = self._end_of_block(start, mark.stop, i)
+          start = inside
+          prompt = None
+      stop, end = self._end_of_generation(start, mark.stop, i)
       yield Answer(i, start, stop, end, prompt)
 
-  def _end_of_block(
+  def _end_of_generation(
     self, start: int, stop: int, i: int
   ) -> tuple[int, str | None]:
-    """Does the same as `_end` for a block that may hold the special token."""
+    """Does the same as `_end` for a {% generation %} block.
+
+    Such a block may contain the special token at its end.
+    """
     added = self._template.added_end
     at = -1 if added is None else self.text.rfind(added, start, stop)
     if added is not None and at >= 0:
@@ -153,8 +158,10 @@ class Finder:
     for mark in marks:
       spans.setdefault(marker.fields[mark.number].message, []).append(mark)
     for i, some in spans.items():
-      first, last = min(x.start for x in some), max(x.stop for x in some)
-      start, prompt = first, None
+      first = min(x.start for x in some)
+      last = max(x.stop for x in some)
+      start = first
+      prompt = None
       if self._messages[i]['role'] == 'assistant':
         start, prompt = self._start(first, i)
       stop, end = self._end(start, last, i)
@@ -170,7 +177,9 @@ class Finder:
     for i, answer in enumerate(scored):
       if not answer:
         continue
-      before, prompt, turn = self._turn(i - 1), self._prompt(i), self._turn(i)
+      before = self._turn(i - 1)
+      prompt = self._prompt(i)
+      turn = self._turn(i)
       if (
         before is None
         or prompt is None

@@ -338,7 +338,8 @@ def shown(
   targets = [example.scored_n[1:] for example in found]
   long = sum(len(scored_n) > sequence_length for scored_n in targets)
   empty = sum(not scored_n[:sequence_length].any() for scored_n in targets)
-  scored, total = sum(x.sum() for x in targets), sum(map(len, targets))
+  scored = sum(x.sum() for x in targets)
+  total = sum(map(len, targets))
   caption = (
     f'{scored / total:.0%} of the tokens of {len(found):,} examples are scored;'
     f' {long:,} are longer than {sequence_length:,} tokens'
@@ -379,7 +380,8 @@ def _coloured(
     (style, special.get(int(id_)))
     for style, id_ in zip(styles, ids_n, strict=True)
   ]
-  text, start = Text(), 0
+  text = Text()
+  start = 0
   for (style, name), run in itertools.groupby(keys):
     stop = start + len(list(run))
     said = tokenizer.decode(ids_n[start:stop].tolist())

@@ -651,9 +651,12 @@ def _ended(
   ids_n: np.ndarray, scored_n: np.ndarray, tokenizer: AnyTokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
   """Adds BOS and EOS, unless the text already has them."""
-  bos, eos = tokenizer.bos_id, tokenizer.eos_id
+  bos = tokenizer.bos_id
+  eos = tokenizer.eos_id
   if bos is not None and bos not in ids_n[:1]:
-    ids_n, scored_n = np.r_[bos, ids_n], np.r_[False, scored_n]
+    ids_n = np.r_[bos, ids_n]
+    scored_n = np.r_[False, scored_n]
   if not np.isin(ids_n[-1:], tokenizer.stop_ids).any():
-    ids_n, scored_n = np.r_[ids_n, eos], np.r_[scored_n, True]
+    ids_n = np.r_[ids_n, eos]
+    scored_n = np.r_[scored_n, True]
   return ids_n.astype(np.int32), scored_n.astype(bool)

@@ -24,24 +24,32 @@ RULE = (
 them."""
 
 _ROLES = {
-  **dict.fromkeys(('user', 'human', 'prompter'), 'user'),
-  **dict.fromkeys(
-    (
-      *('assistant', 'gpt', 'chatgpt', 'gpt4', 'gpt-4', 'bard', 'bing'),
-      *('model', 'bot', 'chatbot', 'ai'),
-    ),
-    'assistant',
-  ),
-  **dict.fromkeys(('system', 'developer'), 'system'),
-  **dict.fromkeys(
-    (
-      *('tool', 'function', 'observation', 'ipython'),
-      *('tool_response', 'tool_result', 'function_response'),
-    ),
-    'tool',
-  ),
+  'user': 'user',
+  'human': 'user',
+  'prompter': 'user',
+  'assistant': 'assistant',
+  'gpt': 'assistant',
+  'chatgpt': 'assistant',
+  'gpt4': 'assistant',
+  'gpt-4': 'assistant',
+  'bard': 'assistant',
+  'bing': 'assistant',
+  'model': 'assistant',
+  'bot': 'assistant',
+  'chatbot': 'assistant',
+  'ai': 'assistant',
+  'system': 'system',
+  'developer': 'system',
+  'tool': 'tool',
+  'function': 'tool',
+  'observation': 'tool',
+  'ipython': 'tool',
+  'tool_response': 'tool',
+  'tool_result': 'tool',
+  'function_response': 'tool',
   # The content of a message with such a role is a tool call.
-  **dict.fromkeys(('function_call', 'tool_call'), 'call'),
+  'function_call': 'call',
+  'tool_call': 'call',
 }
 
 # A value of 0 or false at one of these keys excludes the record, or the
@@ -54,7 +62,11 @@ _PREFERENCE = re.compile(
 )
 
 _OTHER_LOSS = (
-  *('training_detail', 'train_detail', 'mask', 'loss_mask', 'loss_scale'),
+  'training_detail',
+  'train_detail',
+  'mask',
+  'loss_mask',
+  'loss_scale',
 )
 
 _MEDIA = ('image', 'images', 'video', 'videos', 'audio', 'audios')
@@ -127,14 +139,20 @@ def unread_keys(record: Record) -> list[str]:
   known = {*_WEIGHTS, *_SYSTEM, *_TOOLS, *_CONTEXT, *_MEDIA}
   for names in _FORMS:
     if set(names) <= set(record):
-      known |= {*names, 'input', 'history'} if 'output' in names else {*names}
+      known.update(names)
+      if 'output' in names:
+        known.update(('input', 'history'))
       break
   return [name for name in record if name not in known]
 
 
 _FORMS = (
-  *(('messages',), ('conversations',), ('conversation',)),
-  *(('instruction', 'output'), ('text',), ('prompt', 'completion')),
+  ('messages',),
+  ('conversations',),
+  ('conversation',),
+  ('instruction', 'output'),
+  ('text',),
+  ('prompt', 'completion'),
 )
 """Keys of each form of a record. The first form whose keys are all present is
 used."""
@@ -192,7 +210,8 @@ def _turns(record: Record) -> tuple[list[Any], list[Any]] | None:
     return [], _instruction(record)
   if 'text' in record:
     return _guanaco(record['text'])
-  prompt, completion = record['prompt'], record['completion']
+  prompt = record['prompt']
+  completion = record['completion']
   if isinstance(prompt, list) and isinstance(completion, list):
     return prompt, completion
   return None
@@ -206,7 +225,7 @@ def _guanaco(text: Any) -> tuple[list[Any], list[Any]] | None:
   if not _GUANACO.match(_string(text, 'text')):
     return None
   # The text before the first mark is empty.
-  _, *parts = _GUANACO.split(text)
+  parts = _GUANACO.split(text)[1:]
   pairs = zip(parts[::2], parts[1::2], strict=True)
   return [], [
     {'role': name, 'content': content.strip()} for name, content in pairs
@@ -254,7 +273,8 @@ def _chat(
   """Returns a chat in which the messages of `context` are not scored."""
   pairs = [_message(message) for message in (*context, *messages)]
   pairs = [*_system(record, pairs[:1]), *pairs]
-  first, is_learned = len(pairs) - len(messages), _weight(record, _WEIGHTS)
+  first = len(pairs) - len(messages)
+  is_learned = _weight(record, _WEIGHTS)
   scored = [
     is_learned
     and may_be
@@ -333,7 +353,9 @@ def _message(message: Any) -> tuple[Message, bool]:
   calls = _calls(message)
   content = message.get('content', message.get('value'))
   if role == 'call':
-    role, calls, content = 'assistant', _called(content), ''
+    role = 'assistant'
+    calls = _called(content)
+    content = ''
   if content is None and not calls:
     raise KeyError('content')
   rest = {'from', 'value', 'function_call', 'tool_calls', *_MESSAGE_WEIGHTS}

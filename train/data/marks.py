@@ -14,12 +14,15 @@ tools."""
 
 # A marked text is _START, a number, the text, and _STOP. The digits of the
 # number are noncharacters too.
-_START, _STOP = '\ufdd0', '\ufdd1'
+_START = '\ufdd0'
+_STOP = '\ufdd1'
 _ZERO = 0xFDD2
 
-BEGIN, END = '\ufde0', '\ufde1'
-"""Marks around the content of a {% generation %} block. They enclose the marks
-of texts in the content."""
+BEGIN = '\ufde0'
+"""Mark at the start of a {% generation %} block, around those of its texts."""
+
+END = '\ufde1'
+"""Mark at the end of a {% generation %} block."""
 
 RESERVED = re.compile(f'[{_START}-{END}]')
 """A pattern of the characters that marks consist of."""
@@ -147,7 +150,8 @@ def read_marks(text: str) -> Rendered:
   is_sound = True
   for match in _MARK.finditer(text):
     parts.append(text[done : match.start()])
-    size, done = size + len(parts[-1]), match.end()
+    size += len(parts[-1])
+    done = match.end()
     if match['begin']:
       begin = size
     elif match['end']:

@@ -263,7 +263,8 @@ def _item(text: str, start: int) -> tuple[Record, int]:
   with _readable():
     found, stop = json.JSONDecoder().raw_decode(text, start)
     json.dumps(found, ensure_ascii=False).encode()
-  record, stop = _object(found), _skip_space(text, stop)
+  record = _object(found)
+  stop = _skip_space(text, stop)
   mark = text[stop : stop + 1]
   if mark not in (',', ']'):
     raise ValueError(f'a comma or "]" must follow the item, got {mark!r}')
@@ -385,7 +386,8 @@ class Spool:
     view = memoryview(content)
     while view:
       written = os.pwrite(self._file.fileno(), view, self._size)
-      view, self._size = view[written:], self._size + written
+      view = view[written:]
+      self._size += written
     return start
 
   def read(self, start: int, stop: int) -> bytes:

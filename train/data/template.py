@@ -49,7 +49,10 @@ _TOOLS = [
 # Variables that the program sets in every rendering, so that they need no
 # default.
 _ARGUMENTS = (
-  *('messages', 'add_generation_prompt', 'tools', 'documents'),
+  'messages',
+  'add_generation_prompt',
+  'tools',
+  'documents',
   'strftime_now',
 )
 
@@ -99,7 +102,8 @@ class ChatTemplate:
     Raises:
       ValueError: the text is not a Jinja template.
     """
-    self.source, self.origin = source, origin
+    self.source = source
+    self.origin = origin
     self.is_settled = clock is not None
     self.clock = datetime.datetime.now() if clock is None else clock
     self._tokens = dict(tokens)
@@ -179,7 +183,7 @@ class ChatTemplate:
       start = max(done, answer.start)
       found += [(text[done:start], False), (text[start : answer.stop], True)]
       done = answer.stop
-    return _joined([*found, (text[done:], False)])
+    return _merged([*found, (text[done:], False)])
 
   def answers(
     self,
@@ -361,9 +365,8 @@ class ChatTemplate:
     """Returns whether the template renders a call of this form."""
     marked = Marker(()).message(message, 1)
     try:
-      plain, found = (
-        self.rendered([_QUESTION, form(x)], context) for x in (message, marked)
-      )
+      plain = self.rendered([_QUESTION, form(message)], context)
+      found = self.rendered([_QUESTION, form(marked)], context)
     except ValueError:
       return False
     # A template that prints the Python repr of an object would escape the marks
@@ -393,12 +396,16 @@ def _of_form(
     found |= content
   if dump:
     found['tool_calls'] = [
-      {**call, 'function': {**function, 'arguments': arguments}}
-      for call in message['tool_calls']
-      for function in [call['function']]
-      for arguments in [json.dumps(function['arguments'], ensure_ascii=False)]
+      _with_json_arguments(call) for call in message['tool_calls']
     ]
   return found
+
+
+def _with_json_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a tool call whose arguments are JSON instead of an object."""
+  function = call['function']
+  arguments = json.dumps(function['arguments'], ensure_ascii=False)
+  return {**call, 'function': {**function, 'arguments': arguments}}
 
 
 def with_defaults(source: str, variables: Mapping[str, Any]) -> str:
@@ -506,7 +513,7 @@ def _raise(message: str) -> NoReturn:
   raise jinja2.TemplateError(message)
 
 
-def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+def _merged(pieces: Iterable[Piece]) -> list[Piece]:
   """Merges neighbours with the same score, and drops empty pieces."""
   found: list[Piece] = []
   for text, scored in pieces:

@@ -47,7 +47,8 @@ class File:
     Raises:
       OSError: the file has changed or does not exist.
     """
-    start, stop = int(self.starts_d[i]), int(self.stops_d[i])
+    start = int(self.starts_d[i])
+    stop = int(self.stops_d[i])
     if self.is_copied:
       return self.parse(records.spool().read(start, stop))
     with open(self.path, 'rb') as file:

@@ -47,8 +47,12 @@ CLOCK = 'chat_clock.json'
 """Name of a run's file with the time that its chat template formats."""
 
 _CONVERTIBLE = (
-  *('vocab.txt', 'vocab.json', 'spiece.model', 'sentencepiece.bpe.model'),
-  *('tekken.json', '*.tiktoken'),
+  'vocab.txt',
+  'vocab.json',
+  'spiece.model',
+  'sentencepiece.bpe.model',
+  'tekken.json',
+  '*.tiktoken',
 )
 """Names of tokenizer files that transformers converts to a tokenizer.json."""
 
@@ -57,9 +61,14 @@ SPACES = 'tokenizer_spaces.json'
 
 # Further files of a tokenizer's directory that affect the tokenizer.
 _SETTINGS = (
-  *('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'),
-  *(TEMPLATE, 'chat_template.json', 'generation_config.json'),
-  *(CLOCK, SPACES),
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  TEMPLATE,
+  'chat_template.json',
+  'generation_config.json',
+  CLOCK,
+  SPACES,
 )
 
 _SPACE = '\u2581'
@@ -115,7 +124,7 @@ class _Part(NamedTuple):
   """The added token, or None for text between tokens."""
 
 
-class _Splitter:
+class _AddedTokenSplitter:
   """Splits a text at added tokens. Longer tokens take precedence."""
 
   def __init__(self, tokens: Iterable[_Added]) -> None:
@@ -204,8 +213,10 @@ class Tokenizer:
     self._spaced = _processor(model + plain + _WITH_SPACE)
     self._bare = _processor(model + plain + _WITHOUT_SPACE)
     added = self._added_tokens(settings, user_defined)
-    self._split_all = _Splitter(added)
-    self._split = _Splitter(token for token in added if not token.special)
+    self._split_at_all_tokens = _AddedTokenSplitter(added)
+    self._split_at_text_tokens = _AddedTokenSplitter(
+      token for token in added if not token.special
+    )
     self._texts = {x.id: x.text for x in added if not x.special}
     self._silent = {x.id for x in added if x.special}
     self.specials = {
@@ -280,9 +291,12 @@ class Tokenizer:
     Raises:
       ValueError: an id has no row, by `num_rows`.
     """
-    split = self._split_all if special else self._split
+    if special:
+      parts = self._split_at_all_tokens(text)
+    else:
+      parts = self._split_at_text_tokens(text)
     ids: list[int] = []
-    for part in split(text):
+    for part in parts:
       ids += self._encoded(part)
     return checked(self, np.array(ids, np.int32), text)
 
@@ -298,14 +312,17 @@ class Tokenizer:
     Raises:
       ValueError: an id has no row, by `num_rows`.
     """
-    text, before = _joined(_spaces_moved(pieces))
-    ids, starts, stops = [], [], []
-    for part in self._split_all(text):
+    text, before = _concatenated(_spaces_moved(pieces))
+    ids = []
+    starts = []
+    stops = []
+    for part in self._split_at_all_tokens(text):
       ids += self._encoded(part)
       if part.token is None:
         starts_k, stops_k = _spans(self._processor_of(part), part.text)
       else:
-        starts_k, stops_k = [0], [len(part.text)]
+        starts_k = [0]
+        stops_k = [len(part.text)]
       starts += [part.start + i for i in starts_k]
       stops += [part.start + i for i in stops_k]
     ids_n = checked(self, np.array(ids, np.int32), text)
@@ -462,7 +479,8 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     else:
       sizes = {1: (8, at), 5: (4, at)}
       size, at = sizes.get(key & 7) or _varint(message, at)
-      value, at = message[at : at + size], at + size
+      value = message[at : at + size]
+      at += size
     yield key >> 3, value
 
 
@@ -476,7 +494,8 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
   while True:
     byte = message[at]
     value |= (byte & 0x7F) << shift
-    at, shift = at + 1, shift + 7
+    at += 1
+    shift += 7
     if byte < 0x80:
       return value, at
 
@@ -497,9 +516,12 @@ def _spans(processor: Any, text: str) -> tuple[list[int], list[int]]:
   char_of_byte = [
     c for c, char in enumerate(normalized) for _ in range(len(char.encode()))
   ]
-  starts, stops, at = [], [], 0
+  starts = []
+  stops = []
+  at = 0
   for size in sizes:
-    first, last = char_of_byte[at], char_of_byte[at + size - 1]
+    first = char_of_byte[at]
+    last = char_of_byte[at + size - 1]
     starts.append(offsets[first])
     stops.append(max(offsets[last + 1], offsets[first] + 1))
     at += size
@@ -610,7 +632,7 @@ class JsonTokenizer:
     Raises:
       ValueError: an id has no row, by `num_rows`.
     """
-    text, before = _joined(pieces)
+    text, before = _concatenated(pieces)
     encoding = self._tokenizer.encode(text, add_special_tokens=False)
     ids_n = checked(self, np.array(encoding.ids, np.int32), text)
     starts_n, stops_n = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
@@ -940,7 +962,8 @@ def _settings_of(directory: pathlib.Path) -> dict[str, bytes]:
     for name in _SETTINGS
     if (directory / name).is_file()
   }
-  model, name = _model_config(directory), 'generation_config.json'
+  model = _model_config(directory)
+  name = 'generation_config.json'
   ends = {
     key: model[key]
     for key in ('bos_token_id', 'eos_token_id')
@@ -1003,7 +1026,8 @@ def _stop_ids(
 
 def _spaces_moved(pieces: Iterable[Piece]) -> Iterator[Piece]:
   """Moves a space at the end of each piece to the start of the next piece."""
-  space, scored = '', False
+  space = ''
+  scored = False
   for text, scored in pieces:
     text = space + text
     space = ' ' if text.endswith(' ') else ''
@@ -1026,7 +1050,7 @@ def _template_files(
   return found
 
 
-def _joined(pieces: Iterable[Piece]) -> tuple[str, np.ndarray]:
+def _concatenated(pieces: Iterable[Piece]) -> tuple[str, np.ndarray]:
   """Returns the text of pieces, and for each offset [n + 1] a count.
 
   The count is the number of scored characters before the offset.
