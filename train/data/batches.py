@@ -370,7 +370,9 @@ def _coloured(
 ) -> Text:
   """Returns the text of an example, decoded in runs of tokens of one style."""
   special = {i: text for text, i in tokenizer.specials.items()}
-  ids_n, scored_n, _ = (x_n[: sequence_length + _BEYOND] for x_n in example)
+  shown_tokens = slice(sequence_length + _BEYOND)
+  ids_n = example.ids_n[shown_tokens]
+  scored_n = example.scored_n[shown_tokens]
   styles = [
     ('bold green' if scored and i else 'dim')
     + (' strike' if is_cut and i > sequence_length else '')

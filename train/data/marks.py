@@ -146,7 +146,9 @@ def read_marks(text: str) -> Rendered:
   marks: list[Mark] = []
   generated: list[Mark] = []
   begun: list[Mark] = []
-  size = done = begin = 0
+  size = 0
+  done = 0
+  begin = 0
   is_sound = True
   for match in _MARK.finditer(text):
     parts.append(text[done : match.start()])

@@ -322,10 +322,11 @@ class ChatTemplate:
     """
     for context in self._probes:
       try:
-        _, (found,) = self.answers((_QUESTION, answer), (False, True), context)
+        _, found = self.answers((_QUESTION, answer), (False, True), context)
+        (only,) = found
       except ValueError:
         continue
-      return found.end, found.end is not None
+      return only.end, only.end is not None
     return None, True
 
   def _end_of_call(self) -> str | None:

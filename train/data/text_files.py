@@ -296,7 +296,8 @@ def _parts(
       f'{path} must be UTF-8 text, got byte {content[error.start]:#04x} at '
       f'offset {error.start}: convert it, or leave it out of the glob'
     ) from error
-  start = counted = 0
+  start = 0
+  counted = 0
   number = 1
   ends = [match.span() for match in _separator(separator).finditer(content)]
   for stop, after in [*ends, (len(content), len(content))]:

@@ -33,7 +33,10 @@ import tokenizers
 from train.data.template import ChatTemplate, Piece
 
 # Packing pads rows with zeros, so padding must have the id 0.
-PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(4)
+PAD_ID = 0
+BOS_ID = 1
+EOS_ID = 2
+UNK_ID = 3
 
 _NUM_RESERVED = 4 + 256
 
@@ -109,7 +112,8 @@ class _Added(NamedTuple):
     found = f'({re.escape(self.text)})'
     if self.single_word:
       found = rf'(?<!\w){found}(?!\w)'
-    before, after = (r'\s*' if x else '' for x in (self.lstrip, self.rstrip))
+    before = r'\s*' if self.lstrip else ''
+    after = r'\s*' if self.rstrip else ''
     return before + found + after
 
 
@@ -490,7 +494,8 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
   >>> _varint(bytes([0b10010110, 0b00000001]), 0)
   (150, 2)
   """
-  value = shift = 0
+  value = 0
+  shift = 0
   while True:
     byte = message[at]
     value |= (byte & 0x7F) << shift
@@ -702,7 +707,8 @@ class JsonTokenizer:
 
   def _bos_id(self, adds_bos: bool | None) -> int | None:
     """Returns the id of BOS: by the setting, else by encoding an empty text."""
-    bos, eos = (self.tokens.get(k) for k in ('bos_token', 'eos_token'))
+    bos = self.tokens.get('bos_token')
+    eos = self.tokens.get('eos_token')
     if adds_bos is not None:
       return self._id(bos) if adds_bos and bos else None
     first = self._tokenizer.encode('', add_special_tokens=True).ids[:1]

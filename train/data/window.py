@@ -40,7 +40,8 @@ def num_rows(
   >>> num_rows([10] * 8, 8, 1000, 5), num_rows([10] * 8, 8, 40, 5)
   (16, 8)
   """
-  seen = tokens = 0
+  seen = 0
+  tokens = 0
   for size in itertools.islice(sizes, SAMPLED if window else 0):
     seen += 1
     tokens += size

@@ -147,7 +147,8 @@ def parse(text: str) -> tuple[Program, str]:
   for line in re.sub(r'/\*.*?\*/', '', text).splitlines():
     header = _HEADER.match(line)
     if header:
-      body = program[header[1]] = {}
+      body = {}
+      program[header[1]] = body
       entry = header[1] if line.startswith('ENTRY') else entry
     elif line.startswith('  ') and ' = ' in line:
       instruction = _instruction(line)
