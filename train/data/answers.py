@@ -1,6 +1,7 @@
 """Finds the answers in a conversation that a chat template has rendered.
 
-A template can strip, move and repeat the texts of messages. `Finder` therefore
+An answer is the text that a model learns to write: it counts in the loss. A
+template can strip, move and repeat the texts of messages. `Finder` therefore
 renders the messages with marks around their texts (`train.data.marks`) and
 looks for the marks in the result.
 """
@@ -19,16 +20,16 @@ _SHOWN = 60
 
 
 class Answer(NamedTuple):
-  """The span of a scored message in the text of a conversation."""
+  """The span of a message that counts in the loss, in a conversation's text."""
 
   message: int
   """Index of the message."""
   start: int
-  """Offset of the first scored character."""
+  """Offset of the first character that counts in the loss."""
   stop: int
-  """Offset past the last scored character."""
+  """Offset past the last character that counts in the loss."""
   end: str | None
-  """The special token at the end of the scored characters, if there is one."""
+  """The special token at the end of the span, if there is one."""
   prompt: str | None = None
   """End of the generation prompt, if the text before the answer differs from
   it; else None."""
@@ -60,10 +61,10 @@ class Finder:
     self.text = self._whole.text
 
   def answers(self, scored: Sequence[bool]) -> Iterator[Answer]:
-    """Yields the answer of each scored message.
+    """Yields the answers, in the order of their messages.
 
     Args:
-      scored: whether each message is scored.
+      scored: whether each message counts in the loss.
 
     Raises:
       ValueError: the template leaves out a tool call, or rewrites an answer so
@@ -303,7 +304,7 @@ class Finder:
   def _end(self, start: int, stop: int, i: int) -> tuple[int, str | None]:
     """Returns the offset where answer i ends, and the special token before it.
 
-    The known ends of the template are preferred. Among other special tokens,
+    The tokens in `ChatTemplate.ends` are preferred. Among other special tokens,
     those that also occur inside the answer are skipped: a model that stops at
     such a token would stop too early.
 

@@ -57,8 +57,8 @@ def batches(
   is not a target.)
 
   A chat does not continue in another row: rows are filled with whole chats and
-  padded. A chat that is longer than a row is truncated to one row. A chat
-  without a scored token in its row is left out.
+  padded. A chat that is longer than a row is truncated to one row. A chat is
+  left out if none of its tokens in that row counts in the loss.
 
   The state of the iterator is a small JSON object. Use `get_state` and
   `set_state`, or save it in an Orbax checkpoint by
@@ -81,12 +81,12 @@ def batches(
   Returns:
     An iterator of dicts: `inputs`, `targets`, `positions` (restart at each
       document), `segments` (one number per document of a row, from 1; 0 is
-      padding), all [B, T] int32, and `weights` [B, T] float32 (1 on scored
-      targets, 0 on other targets and on padding). Every row has a scored
-      target.
+      padding), all [B, T] int32, and `weights` [B, T] float32 (1 on targets
+      that count in the loss, 0 on other targets and on padding). Every row has
+      a target of weight 1.
 
   Raises:
-    ValueError: a size is wrong, no chat has a scored token in its row, or the
+    ValueError: a size is wrong, no chat counts in the loss within a row, or the
       template refuses a chat.
   """
   _check_batch_size(batch_size)
@@ -123,7 +123,7 @@ def validation_batches(
   Each batch has one more array, `bytes` [B, T] int32: the number of UTF-8 bytes
   of text that each target stands for (0 for EOS). Over a whole split of
   documents, sum(weights * bytes) is the size of its text. (For chats it is the
-  size of the scored text.) Therefore
+  size of the text that counts in the loss.) Therefore
 
     bits_per_byte = sum(weights * nll) / log(2) / sum(weights * bytes)
 
@@ -177,7 +177,7 @@ def _packed(
   sequence_length: int,
   **order: Any,
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
-  """Returns rows of T pairs of input and target, with bytes and scores.
+  """Returns rows of T pairs of input and target, as described in `_pairs`.
 
   Pairs are made before packing. Packing rows of T + 1 tokens and splitting them
   into inputs and targets afterwards would lose one target per row.
@@ -220,7 +220,7 @@ def examples(
 
 
 def _document(document: str, *, tokenizer: AnyTokenizer) -> Example:
-  """Encodes a document as BOS text EOS, with all tokens scored.
+  """Encodes a document as BOS text EOS; all of its tokens count in the loss.
 
   The bytes of the tokens add up to the size of the document even if the
   tokenizer adds a space in front or normalizes the text: the first token of the
@@ -236,7 +236,11 @@ def _document(document: str, *, tokenizer: AnyTokenizer) -> Example:
 
 
 def _pairs(example: Example) -> dict[str, np.ndarray]:
-  """Returns [n - 1, 4]: input, target, the target's UTF-8 bytes and score."""
+  """Returns the pairs of input and target of an example, [n - 1, 4] int32.
+
+  The columns are the input's id, the target's id, the target's UTF-8 bytes, and
+  whether the target counts in the loss.
+  """
   ids_n, scored_n, bytes_n = example
   columns = (ids_n[:-1], ids_n[1:], bytes_n[1:], scored_n[1:])
   return {'pairs': np.stack(columns, axis=-1, dtype=np.int32)}
@@ -250,7 +254,8 @@ def _pieces(
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
   """Returns the pairs of each example, as they are packed into rows.
 
-  A chat is truncated to `length` pairs, or to none if none of these is scored.
+  A chat is truncated to `length` pairs, or to none if none of these counts in
+  the loss.
   """
   found = examples(documents, tokenizer, **order).map(_pairs)
   if not isinstance(documents, Dialogues):
@@ -322,7 +327,7 @@ def shown(
   seed: int = 0,
   counted: int = 200,
 ) -> Table:
-  """Returns a table with one example, in which scored tokens are green.
+  """Returns a table with an example, in which text in the loss is green.
 
   Args:
     documents: `corpus.open('train')`.
@@ -330,8 +335,7 @@ def shown(
     sequence_length: T. The tokens of a chat beyond it are struck out, and only
       the first of them are shown.
     seed: seed of the order; the first example is shown.
-    counted: number of examples over which lengths and scored tokens are
-      counted.
+    counted: number of examples for the statistics below the example.
   """
   stream = examples(documents, tokenizer, seed=seed, repeat=False)
   found = list(itertools.islice(stream, counted))

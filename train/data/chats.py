@@ -1,4 +1,4 @@
-"""Turns chats into examples: token ids, and which tokens are scored.
+"""Turns chats into examples: token ids, and which tokens count in the loss.
 
 `train.data.conversation` parses the records of chat files, and
 `train.data.template` renders a conversation as text.
@@ -73,7 +73,8 @@ class Example(NamedTuple):
   ids_n: np.ndarray
   """Token ids, int32."""
   scored_n: np.ndarray
-  """Whether each token is scored, bool. The first token is never a target."""
+  """Whether each token counts in the loss, bool. The first token is never a
+  target."""
   bytes_n: np.ndarray
   """Number of UTF-8 bytes of text that each token stands for, int32."""
 
@@ -153,13 +154,13 @@ class Dialogues:
   """The conversations, by random access."""
 
   template: str | None = None
-  """As in `Chats`."""
+  """The chat template, as in `Chats.template`."""
 
   score: Score = 'answers'
-  """As in `Chats`."""
+  """Which tokens count in the loss, as in `Chats.score`."""
 
   template_variables: tuple[str, ...] = ()
-  """As in `Chats`."""
+  """Variables of the template, as in `Chats.template_variables`."""
 
   reading: Reading = dataclasses.field(default_factory=Reading)
   """Counts of the lines and keys that are not used."""
@@ -380,36 +381,36 @@ class Chats:
   program runs, it keeps a copy of files that are not plain JSON lines in the
   directory for temporary files ($TMPDIR).
 
-  Messages are rendered by the checkpoint's chat template. The assistant's
-  messages are scored, from the end of the generation prompt up to and including
-  the special token that the template puts after them, so that a model learns to
-  stop. In lists of prompt and completion, only the completion is scored. In
-  Alpaca's form, instruction and input are a user's message, and output is the
-  answer.
+  Messages are rendered by the checkpoint's chat template. Only the assistant's
+  messages count in the loss, from the end of the generation prompt up to and
+  including the special token that the template puts after them, so that a model
+  learns to stop. Tool calls of the assistant count too. If prompt and
+  completion are lists of messages, only the completion counts. In Alpaca's
+  form, instruction and input are a user's message, and output is the answer.
 
   A prompt and a completion that are strings, and other texts, are not rendered
-  by the template but put between BOS and EOS. All tokens of "text" are scored.
-  A line without an answer is left out.
+  by the template but put between BOS and EOS. All tokens of "text" count in the
+  loss. A line without an answer is left out.
 
   Names of roles are those of ShareGPT, OpenAI and others, in upper or lower
-  case. "system" and "tools" may be keys of the record. Tool calls of the
-  assistant are scored. "weight": 0 or "train": false excludes a message, or a
-  record, from the loss. A key of preference data is an error.
+  case. "system" and "tools" may be keys of the record. "weight": 0 or
+  "train": false excludes a message, or a record, from the loss. A key of
+  preference data is an error.
   """
 
   train: str
   """Path or glob ('chats/*.jsonl') of the training files."""
 
   validation: str | None = None
-  """Path or glob of the validation files; None holds out `holdout`."""
+  """Path or glob of the validation files; None holds out training lines."""
 
   holdout: float = 0.05
   """Share of the training lines that is held out for validation if `validation`
   is None. A hash of a line's content decides."""
 
   score: Score = 'answers'
-  """Which tokens are scored: those of all answers, those of the last answer of
-  each line, or all tokens."""
+  """Which tokens count in the loss: those of all answers, those of the last
+  answer of each line, or all tokens."""
 
   template: str | None = None
   """Chat template: None is the checkpoint's own, or 'plain' if it has none;
@@ -458,13 +459,15 @@ class ChitchatAnswers:
   Most chats of 8 turns fit in 256 tokens."""
 
   score: Score = 'answers'
-  """As in `Chats`."""
+  """Which tokens count in the loss: those of all answers, those of the last
+  answer of each chat, or all tokens."""
 
   template: str | None = None
-  """As in `Chats`."""
+  """Chat template: None is the checkpoint's own, or 'plain' if it has none; any
+  other value is as in `Chats`."""
 
   template_variables: tuple[str, ...] = ()
-  """As in `Chats`."""
+  """Variables of the template as NAME=VALUE, as in `Chats`."""
 
   def open(self, split: Split) -> Dialogues:
     """Returns the chats of a split.
@@ -573,7 +576,7 @@ def variables_of(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_line(line: bytes, score: Score = 'answers') -> Chat | Prose | None:
-  """Returns the conversation or text of a JSON line; None if nothing is scored.
+  """Returns a JSON line's conversation or text; None if it adds no loss.
 
   Raises:
     ValueError, KeyError, TypeError, AttributeError: it has none of the forms in
@@ -626,7 +629,7 @@ def _encoded(
   template: ChatTemplate,
   score: Score,
 ) -> Example:
-  """Returns the token ids of an item, and which of them are scored."""
+  """Returns the token ids of an item, and which of them count in the loss."""
   if isinstance(item, Chat):
     pieces = _pieces(item, template, score)
     ids_n, scored_n = tokenizer.encode_pieces(pieces)
@@ -638,10 +641,11 @@ def _encoded(
 
 
 def _pieces(item: Chat, template: ChatTemplate, score: Score) -> list[Piece]:
-  """Returns the text of a chat in pieces, and whether each piece is scored."""
+  """Returns the text of a chat in pieces, and whether each is in the loss."""
   if score != 'all':
     return template.pieces(item.messages, item.scored, item.context)
-  # All text is scored, except messages that the data exclude by a weight.
+  # All text counts in the loss, except messages that the data exclude by a
+  # weight.
   excluded = [not x for x in item.scored]
   pieces = template.pieces(item.messages, excluded, item.context)
   return [(text, not is_excluded) for text, is_excluded in pieces]
@@ -650,7 +654,7 @@ def _pieces(item: Chat, template: ChatTemplate, score: Score) -> list[Piece]:
 def _ended(
   ids_n: np.ndarray, scored_n: np.ndarray, tokenizer: AnyTokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Adds BOS and EOS, unless the text already has them."""
+  """Adds BOS and EOS to token ids, unless the text already has them."""
   bos = tokenizer.bos_id
   eos = tokenizer.eos_id
   if bos is not None and bos not in ids_n[:1]:

@@ -84,7 +84,7 @@ class Chat(NamedTuple):
   messages: tuple[Message, ...]
   """The messages, in the form of transformers' chat templates."""
   scored: tuple[bool, ...]
-  """Whether each message is scored."""
+  """Whether each message counts in the loss."""
   context: Mapping[str, Any] = {}
   """Further variables of the template, such as 'tools'."""
 
@@ -93,13 +93,13 @@ class Prose(NamedTuple):
   """A text without a chat template, which is put between BOS and EOS."""
 
   pieces: tuple[Piece, ...]
-  """Parts of the text, and whether each part is scored."""
+  """Parts of the text, and whether each part counts in the loss."""
 
 
 def parse_record(
   record: Record, score: Score = 'answers'
 ) -> Chat | Prose | None:
-  """Returns the conversation or text of a record; None if nothing is scored.
+  """Returns a record's conversation or text; None if it adds no loss.
 
   Args:
     record: a record in one of the forms of `RULE`. A field that is null counts
@@ -179,7 +179,7 @@ def _check_keys(record: Mapping[str, Any]) -> None:
 
 
 def _weight(record: Mapping[str, Any], names: Sequence[str]) -> bool:
-  """Returns whether a record or a message may be scored, by its weight keys."""
+  """Returns whether a record or message may count in the loss, by its keys."""
   for name in names:
     value = record.get(name, 1)
     if value not in (0, 1):
@@ -192,14 +192,14 @@ def _weight(record: Mapping[str, Any], names: Sequence[str]) -> bool:
 
 
 def _is_learned(message: Message, scored: bool) -> bool:
-  """Returns whether a message is scored and has text or a tool call."""
+  """Returns whether a message in the loss has text or a tool call."""
   return scored and bool(
     message['content'].strip() or message.get('tool_calls')
   )
 
 
 def _turns(record: Record) -> tuple[list[Any], list[Any]] | None:
-  """Returns unscored context messages, and messages that may be scored.
+  """Returns context messages, and messages that may count in the loss.
 
   Returns None if the record is a text without messages.
   """
@@ -270,7 +270,7 @@ def _chat(
   record: Record,
   score: Score,
 ) -> Chat:
-  """Returns a chat in which the messages of `context` are not scored."""
+  """Returns a chat in which the messages of `context` are not in the loss."""
   pairs = [_message(message) for message in (*context, *messages)]
   pairs = [*_system(record, pairs[:1]), *pairs]
   first = len(pairs) - len(messages)
@@ -295,8 +295,8 @@ def _system(
 ) -> list[tuple[Message, bool]]:
   """Returns the system message of the record's own key, if there is such a key.
 
-  The result is empty if the first message is the same system message. The other
-  value of each pair is whether the message may be scored.
+  It comes with a flag that it may count in the loss. The result is empty if the
+  first message is the same system message.
   """
   found = {name: record[name] for name in _SYSTEM if record.get(name)}
   for name, text in found.items():
@@ -334,9 +334,9 @@ def _tool(tool: Any, name: str) -> dict[str, Any]:
 
 
 def _message(message: Any) -> tuple[Message, bool]:
-  """Returns a message with 'role' and 'content', and whether it may be scored.
+  """Returns a message in transformers' form, and whether it may be in the loss.
 
-  Further keys are kept for the template.
+  The message has 'role' and 'content'. Further keys are kept for the template.
   """
   if not isinstance(message, dict):
     raise TypeError(f'a message must be an object, got {message!r:.40}')

@@ -297,7 +297,7 @@ class TextFiles:
   """Path or glob ('corpus/**/*.jsonl') of the training files."""
 
   validation: str | None = None
-  """Path or glob of the validation files; None holds out `holdout`."""
+  """Path or glob of the validation files; None holds out training documents."""
 
   separator: str | None = '\n\n'
   """Text between the documents of a plain text file: blank lines, or for

@@ -115,7 +115,7 @@ class LabelledFiles:
   """Path or glob of the training files."""
 
   validation: str | None = None
-  """Path or glob of the validation files; None holds out `holdout`."""
+  """Path or glob of the validation files; None holds out training rows."""
 
   texts: tuple[str, ...] | None = None
   """Names of one or two text columns; None looks for common names."""

@@ -52,7 +52,7 @@ _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 
 class RecordError(ValueError):
-  """A record that can be parsed but must not be used."""
+  """An error for a record that can be parsed but must not be used."""
 
 
 class Records(NamedTuple):
@@ -259,7 +259,10 @@ def _items(path: str) -> Iterator[tuple[int, Record]]:
 
 
 def _item(text: str, start: int) -> tuple[Record, int]:
-  """Parses an item of a list, and returns the offset of the mark after it."""
+  """Parses an item of a list; returns it and the offset of the mark after it.
+
+  The mark is a comma, or the bracket that closes the list.
+  """
   with _readable():
     found, stop = json.JSONDecoder().raw_decode(text, start)
     json.dumps(found, ensure_ascii=False).encode()

@@ -22,7 +22,7 @@ from train.data.answers import Answer, Finder
 from train.data.marks import BEGIN, END, Marker, Message, Rendered, read_marks
 
 Piece: TypeAlias = tuple[str, bool]
-"""A text, and whether it is scored."""
+"""A text, and whether it counts in the loss."""
 
 _QUESTION = {'role': 'user', 'content': 'a'}
 _ANSWER = {'role': 'assistant', 'content': 'b'}
@@ -69,7 +69,7 @@ class ChatTemplate:
     reads: names of the variables that the template reads.
     thoughts: keys of messages for thoughts that the template names.
     clock: the time that the template's function strftime_now formats.
-    is_settled: whether template and clock are those of a run, not of this call.
+    is_settled: whether a clock was given, as by a run that saved the template.
     specials: texts of the tokens that can end a turn, longest first.
     special: a pattern that matches one of them.
     end: a pattern that matches one of them after white space.
@@ -166,11 +166,11 @@ class ChatTemplate:
     scored: Sequence[bool],
     context: Mapping[str, Any] | None = None,
   ) -> list[Piece]:
-    """Returns the text of a conversation in scored and unscored pieces.
+    """Returns a conversation's text in pieces that are in the loss or not.
 
     Args:
       messages: as in `render`.
-      scored: whether each message is scored.
+      scored: whether each message counts in the loss.
       context: as in `render`.
 
     Raises:
@@ -193,15 +193,16 @@ class ChatTemplate:
   ) -> tuple[str, list[Answer]]:
     """Returns the text of a conversation, and the places of the answers in it.
 
-    An answer begins where the generation prompt ends, so that a model learns
-    everything that it has to write. The answer consists of the content and the
-    tool calls of a scored message, and of the special token that the template
-    puts after them. If the template marks the text that a model writes by {%
-    generation %}, an answer is this text and the special token after it.
+    An answer is the text of a message that counts in the loss. It begins where
+    the generation prompt ends, so that a model learns everything that it has to
+    write. It consists of the content and the tool calls of the message, and of
+    the special token that the template puts after them. If the template marks
+    the text that a model writes by {% generation %}, an answer is this text and
+    the special token after it.
 
     Args:
       messages: as in `render`.
-      scored: whether each message is scored.
+      scored: whether each message counts in the loss.
       context: as in `render`.
 
     Raises:
@@ -230,7 +231,10 @@ class ChatTemplate:
         )
 
   def check_defaults(self, variables: Iterable[str]) -> None:
-    """Raises ValueError for a variable that cannot have a default."""
+    """Raises ValueError for a variable that the program itself always sets.
+
+    A default in the template would have no effect.
+    """
     self.check_variables(variables)
     for name in variables:
       if name in _ARGUMENTS or name in self._tokens:
@@ -241,7 +245,7 @@ class ChatTemplate:
 
   @functools.cached_property
   def generation_prompt(self) -> str:
-    """The text at the end of a prompt for an answer; '' without one."""
+    """The text after which a model writes an answer; '' without one."""
     try:
       return self.prompt_after([_QUESTION], None)
     except ValueError:
@@ -316,9 +320,10 @@ class ChatTemplate:
     return ({}, {'tools': _TOOLS}) if 'tools' in self.reads else ({},)
 
   def _try(self, answer: Message) -> tuple[str | None, bool]:
-    """Returns the token that ends an answer, and whether the template has one.
+    """Renders a test conversation and returns the token that ends its answer.
 
-    The second value is also true if the template refuses the conversation.
+    The second value is false if no token ends the answer. It is true if a token
+    does, or if the template refuses the conversation.
     """
     for context in self._probes:
       try:
@@ -515,7 +520,7 @@ def _raise(message: str) -> NoReturn:
 
 
 def _merged(pieces: Iterable[Piece]) -> list[Piece]:
-  """Merges neighbours with the same score, and drops empty pieces."""
+  """Merges neighbours with the same flag, and drops empty pieces."""
   found: list[Piece] = []
   for text, scored in pieces:
     if found and found[-1][1] == scored:

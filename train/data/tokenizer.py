@@ -158,9 +158,10 @@ class _Rule(NamedTuple):
   """The way in which the text between added tokens is encoded."""
 
   spaces: _Spaces
-  """The parts that get a space in front. With 'first' and 'each', parts that
-  already begin with a space get none; with 'always', they get another one, as
-  in sentencepiece by default."""
+  """Which parts get a space in front: none ('never'), the one at the start of
+  the text ('first'), or each of them ('each', 'always'). A part that begins
+  with a space gets another one only with 'always', as in sentencepiece by
+  default."""
   normalizes: bool = True
   """Whether the model's own normalization is applied."""
 
@@ -307,11 +308,11 @@ class Tokenizer:
   def encode_pieces(
     self, pieces: Iterable[Piece]
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ids [n] of joined pieces, and whether each is scored [n].
+    """Returns the ids [n] of joined pieces, and which are in the loss [n].
 
     The ids are those of the whole text, with special tokens. A token that spans
-    two pieces is scored if one of them is. A space at the end of a piece counts
-    to the next piece.
+    two pieces counts in the loss if one of them does. A space at the end of a
+    piece counts to the next piece.
 
     Raises:
       ValueError: an id has no row, by `num_rows`.
@@ -351,7 +352,7 @@ class Tokenizer:
 
   @functools.cached_property
   def bytes_V(self) -> np.ndarray:
-    """UTF-8 bytes of text that each id stands for, [vocab_size] int32."""
+    """Number of UTF-8 bytes that each id stands for, [vocab_size] int32."""
     return np.array([self._num_bytes(i) for i in range(self.vocab_size)], 'i4')
 
   def with_template(
@@ -369,7 +370,7 @@ class Tokenizer:
     return found
 
   def ordinary(self) -> dict[str, int]:
-    """Returns the ids of tokens that any text may contain, by their texts."""
+    """Returns the ids of all tokens that are not special, by their texts."""
     pieces = map(self._processor.id_to_piece, range(self._num_pieces))
     return {piece: i for i, piece in enumerate(pieces) if i not in self._silent}
 
@@ -629,10 +630,10 @@ class JsonTokenizer:
   def encode_pieces(
     self, pieces: Iterable[Piece]
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ids [n] of joined pieces, and whether each is scored [n].
+    """Returns the ids [n] of joined pieces, and which are in the loss [n].
 
     The ids are those of the whole text, with special tokens. A token that spans
-    two pieces is scored if one of them is.
+    two pieces counts in the loss if one of them does.
 
     Raises:
       ValueError: an id has no row, by `num_rows`.
@@ -651,7 +652,7 @@ class JsonTokenizer:
 
   @functools.cached_property
   def bytes_V(self) -> np.ndarray:
-    """UTF-8 bytes of text that each id stands for, [vocab_size] int32."""
+    """Number of UTF-8 bytes that each id stands for, [vocab_size] int32."""
     words = json.loads(self.model)
     num_bytes = _num_bytes_of(words.get('decoder'), words['model'])
     added = self._tokenizer.get_added_tokens_decoder()
@@ -678,14 +679,14 @@ class JsonTokenizer:
     return found
 
   def ordinary(self) -> dict[str, int]:
-    """Returns the ids of tokens that any text may contain, by their texts."""
+    """Returns the ids of all tokens that are not special, by their texts."""
     added = self._tokenizer.get_added_tokens_decoder()
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
     return {text: i for text, i in vocabulary.items() if i not in added}
 
   @functools.cached_property
   def _plain(self) -> tokenizers.Tokenizer:
-    """A copy that encodes the texts of special tokens as ordinary text."""
+    """A copy of the tokenizer that encodes special tokens as ordinary text."""
     plain = parsed(self.model)
     plain.encode_special_tokens = True
     return plain
@@ -1057,9 +1058,9 @@ def _template_files(
 
 
 def _concatenated(pieces: Iterable[Piece]) -> tuple[str, np.ndarray]:
-  """Returns the text of pieces, and for each offset [n + 1] a count.
+  """Returns the text of pieces, and a count for each offset in it, [n + 1].
 
-  The count is the number of scored characters before the offset.
+  The count is the number of characters before the offset that are in the loss.
   """
   pieces = list(pieces)
   scored = [np.full(len(text), is_scored) for text, is_scored in pieces]

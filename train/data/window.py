@@ -15,7 +15,7 @@ from typing import Any
 import grain
 
 BYTES_PER_TOKEN = 24
-"""Host memory of a token in the window: input, target, bytes, score, segment
+"""Host memory of a token in the window. Input, target, bytes, weight, segment
 and position are int32 each."""
 
 SAMPLED = 256
