@@ -238,8 +238,12 @@ def cudnn() -> Iterator[None]:
   which may be absent here. This context replaces that check. XLA compiles such
   a call without cuDNN, because the kernel is opaque to it.
   """
+
+  def version() -> int:
+    return 90_800
+
   found = fused_attention_stablehlo.check_cudnn_version
-  fused_attention_stablehlo.check_cudnn_version = lambda: 90_800
+  fused_attention_stablehlo.check_cudnn_version = version
   try:
     yield
   finally:
