@@ -906,8 +906,8 @@ class _Settings:
         )
       return rule
     name = self._config.get('tokenizer_class') or ''
-    # If the checkpoint is of another model, transformers does not use its class
-    # LlamaTokenizer but reads only the sentencepiece model.
+    # If the checkpoint has another model_type, transformers ignores the class
+    # LlamaTokenizer and reads only the sentencepiece model.
     own_class = name.removesuffix('Fast') == 'LlamaTokenizer'
     if own_class and model_type in (None, 'llama'):
       if self._config.get('add_prefix_space') is False:
