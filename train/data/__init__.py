@@ -1,1 +1,4 @@
-"""Text to batches: corpora, tokenizers, packing. Read `corpus` first."""
+"""Data pipeline from text to batches: corpora, tokenizers and packing.
+
+Read `corpus` first.
+"""

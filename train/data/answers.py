@@ -1,7 +1,9 @@
 """Finds the answers in a conversation that a chat template has rendered.
 
-A template can strip, move and repeat the texts of messages. `Finder` renders
-them with marks (`train.data.marks`) and follows the marks.
+An answer is the text that a model learns to write: it counts in the loss. A
+template can strip, move and repeat the texts of messages. `Finder` therefore
+renders the messages with marks around their texts (`train.data.marks`) and
+looks for the marks in the result.
 """
 
 import itertools
@@ -13,25 +15,26 @@ from train.data.marks import Mark, Marker, Message
 if TYPE_CHECKING:
   from train.data.template import ChatTemplate
 
-# Characters of a text that an error or a warning quotes.
+# Number of characters of a text that an error or a warning quotes.
 _SHOWN = 60
 
 
 class Answer(NamedTuple):
-  """The span of a scored message in the text of a conversation."""
+  """The span of a message that counts in the loss, in a conversation's text."""
 
   message: int
-  """Number of the message, from 0."""
+  """Index of the message."""
   start: int
-  """Offset of the first scored character."""
+  """Offset of the first character that counts in the loss."""
   stop: int
-  """Offset past the last scored character."""
+  """Offset past the last character that counts in the loss."""
   end: str | None
-  """The special token that the scored characters end with, if any."""
+  """The special token at the end of the span, if there is one."""
   prompt: str | None = None
-  """End of the generation prompt, if the text before the answer differs."""
+  """End of the generation prompt, if the text before the answer differs from
+  it; else None."""
   is_whole: bool = True
-  """Whether all texts of the message are between `start` and `stop`."""
+  """Whether all texts of the message lie between `start` and `stop`."""
 
 
 class Finder:
@@ -46,21 +49,26 @@ class Finder:
     """Renders the conversation.
 
     Args:
-      template: of the run.
-      messages: of the conversation, in the form that the template expects.
+      template: the chat template of the run.
+      messages: messages of the conversation, in the form that the template
+        expects.
       context: further variables of the template.
     """
-    self._template, self._messages = template, messages
+    self._template = template
+    self._messages = messages
     self._context = context
     self._whole = template.rendered(messages, context)
     self.text = self._whole.text
 
   def answers(self, scored: Sequence[bool]) -> Iterator[Answer]:
-    """Yields the answers, of which `scored` has the messages.
+    """Yields the answers, in the order of their messages.
+
+    Args:
+      scored: whether each message counts in the loss.
 
     Raises:
-      ValueError: the template leaves out a call, or rewrites an answer so that
-        it cannot be found again.
+      ValueError: the template leaves out a tool call, or rewrites an answer so
+        that it cannot be found in the text.
     """
     for i, message in enumerate(self._messages):
       self._check_calls(self.text, message, i)
@@ -83,7 +91,7 @@ class Finder:
         )
 
   def _generated(self, scored: Sequence[bool]) -> Iterator[Answer]:
-    """Finds answers by {% generation %}: the assistant's messages have one."""
+    """Finds answers by {% generation %} blocks: one per assistant message."""
     answers = [
       (i, answer)
       for i, (message, answer) in enumerate(
@@ -103,17 +111,22 @@ class Finder:
         continue
       start, prompt = self._start(mark.start, i)
       if prompt is not None:
-        # The block may begin before the end of the generation prompt.
+        # The block may contain the end of the generation prompt, so search for
+        # the prompt up to the end of the block.
         inside, other = self._start(mark.stop, i)
         if other is None and inside > mark.start:
-          start, prompt = inside, None
-      stop, end = self._end_of_block(start, mark.stop, i)
+          start = inside
+          prompt = None
+      stop, end = self._end_of_generation(start, mark.stop, i)
       yield Answer(i, start, stop, end, prompt)
 
-  def _end_of_block(
+  def _end_of_generation(
     self, start: int, stop: int, i: int
   ) -> tuple[int, str | None]:
-    """As `_end`, for a block that may have the special token in it."""
+    """Does the same as `_end` for a {% generation %} block.
+
+    Such a block may contain the special token at its end.
+    """
     added = self._template.added_end
     at = -1 if added is None else self.text.rfind(added, start, stop)
     if added is not None and at >= 0:
@@ -137,7 +150,7 @@ class Finder:
       found = self._template.rendered(marked, self._context)
       if found.text == self.text:
         marks = found.marks
-    except ValueError:  # The template compares a text with another one.
+    except ValueError:  # A template that compares texts can refuse marked ones.
       pass
     if marks is None or not marker.has_all(marks):
       yield from self._by_turns(scored)
@@ -146,22 +159,28 @@ class Finder:
     for mark in marks:
       spans.setdefault(marker.fields[mark.number].message, []).append(mark)
     for i, some in spans.items():
-      first, last = min(x.start for x in some), max(x.stop for x in some)
-      start, prompt = first, None
+      first = min(x.start for x in some)
+      last = max(x.stop for x in some)
+      start = first
+      prompt = None
       if self._messages[i]['role'] == 'assistant':
         start, prompt = self._start(first, i)
       stop, end = self._end(start, last, i)
       yield Answer(i, start, stop, end, prompt, marker.has_content(i, marks))
 
   def _by_turns(self, scored: Sequence[bool]) -> Iterator[Answer]:
-    """Finds answers as the text that a turn adds to its prompt.
+    """Finds answers by rendering the conversation up to each of them.
 
-    This serves templates that take a content apart.
+    An answer is the text that its message adds to the generation prompt. This
+    method also works for templates that take the content of a message apart,
+    and so lose its marks.
     """
     for i, answer in enumerate(scored):
       if not answer:
         continue
-      before, prompt, turn = self._turn(i - 1), self._prompt(i), self._turn(i)
+      before = self._turn(i - 1)
+      prompt = self._prompt(i)
+      turn = self._turn(i)
       if (
         before is None
         or prompt is None
@@ -194,7 +213,10 @@ class Finder:
       )
 
   def _prompt(self, i: int) -> str | None:
-    """Returns the prompt for message i; None if the template refuses it."""
+    """Returns the text before message i with a generation prompt.
+
+    Returns None if the template refuses these messages.
+    """
     try:
       return self._template.rendered(
         self._messages[:i], self._context, add_generation_prompt=True
@@ -203,7 +225,10 @@ class Finder:
       return None
 
   def _turn(self, i: int) -> str | None:
-    """Returns the text up to message i; None if the template refuses it."""
+    """Returns the text up to and including message i.
+
+    Returns None if the template refuses these messages.
+    """
     try:
       return self._template.rendered(
         self._messages[: i + 1], self._context
@@ -212,11 +237,15 @@ class Finder:
       return None
 
   def _start(self, first: int, i: int) -> tuple[int, str | None]:
-    """Returns where answer i begins, and the prompt if it does not end there.
+    """Returns the offset where answer i begins.
 
     Args:
-      first: offset of the first character that the message has in the text.
-      i: number of the message.
+      first: offset of the first character of the message's own texts.
+      i: index of the message.
+
+    Returns:
+      The offset, and the generation prompt if the text before the offset does
+      not end with it, else None.
     """
     expected = self._template.generation_prompt
     if expected and self.text.endswith(expected, 0, first):
@@ -230,8 +259,8 @@ class Finder:
     if before is None or before == whole or not whole.startswith(before):
       return first, whole[-_SHOWN:]
     expected = whole[len(before) :]
-    # A template that rewrites older messages keeps the end of the prompt, or a
-    # beginning of that end.
+    # A template that rewrites older messages leaves the end of the generation
+    # prompt in the text, or at least the beginning of that end.
     header = self._template.special.search(expected)
     least = len(expected) if header is None else header.end()
     earliest = self._behind(i - 1, first)
@@ -244,13 +273,20 @@ class Finder:
     return first, expected
 
   def _behind(self, i: int, stop: int) -> int:
-    """Returns where the content of message i ends before `stop`, else 0."""
+    """Returns the offset past the content of message i, before `stop`.
+
+    Only the end of the content's last line is searched for. Returns 0 if it is
+    not found.
+    """
     last = _last_line(self._messages[i].get('content')) if i >= 0 else ''
     at = self.text.rfind(last, 0, stop) if last else -1
     return at + len(last) if at >= 0 else 0
 
   def _before(self, i: int, start: int) -> int:
-    """Returns where the content of message i begins behind `start`."""
+    """Returns the offset where the content of message i begins after `start`.
+
+    Returns the length of the text if the content is not found.
+    """
     if i >= len(self._messages):
       return len(self.text)
     content = (self._messages[i].get('content') or '').strip()
@@ -258,7 +294,7 @@ class Finder:
     return at if at >= 0 else len(self.text)
 
   def _aligned(self, start: int) -> int:
-    """Returns `start`, or where the special token begins that it is in."""
+    """Moves `start` to the beginning of a special token that contains it."""
     near = max(0, start - _SHOWN)
     for match in self._template.special.finditer(self.text, near):
       if match.end() >= start or match.start() >= start:
@@ -266,14 +302,16 @@ class Finder:
     return start
 
   def _end(self, start: int, stop: int, i: int) -> tuple[int, str | None]:
-    """Returns where answer i ends, with the special token that is there.
+    """Returns the offset where answer i ends, and the special token before it.
 
-    A token that is in the answer before cannot be where a model stops.
+    The tokens in `ChatTemplate.ends` are preferred. Among other special tokens,
+    those that also occur inside the answer are skipped: a model that stops at
+    such a token would stop too early.
 
     Args:
-      start: of the answer.
-      stop: offset past the last character that the message has in the text.
-      i: number of the message.
+      start: offset of the first character of the answer.
+      stop: offset past the last character of the message's own texts.
+      i: index of the message.
     """
     template = self._template
     behind = template.end.match(self.text, stop)
@@ -299,7 +337,8 @@ class Finder:
       if match[0] not in said
     ]
     if is_call and is_prefix:
-      # Closing marks of a call come before the end of its turn.
+      # The tokens that close a call come before the token that ends the turn,
+      # so the last token ends the answer.
       ends = ends[-1:]
       stop = len(self.text[:until].rstrip())
     if not ends or not (is_call or is_prefix):
@@ -309,12 +348,12 @@ class Finder:
 
 
 def _last_line(text: str | None) -> str:
-  """Returns the end of the last line of a text that is not blank."""
+  """Returns the end of the last line that is not blank, or '' without one."""
   lines = (text or '').split('\n')
   return next((x.strip()[-_SHOWN:] for x in reversed(lines) if x.strip()), '')
 
 
 def _common(a: str, b: str) -> int:
-  """Returns the number of characters that two texts begin with in common."""
+  """Returns the length of the longest common prefix of two texts."""
   pairs = zip(a, b, strict=False)
   return sum(1 for _ in itertools.takewhile(lambda x: x[0] == x[1], pairs))

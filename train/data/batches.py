@@ -1,6 +1,8 @@
-"""Documents and chats to batches: shuffled, tokenized, packed, checkpointable.
+"""Data pipelines that turn documents and chats into batches of tokens.
 
-B sequences of a batch, T tokens of a sequence, n tokens of an example.
+They shuffle, tokenize and pack, and their position can be saved.
+
+Shapes: B sequences of a batch, T tokens of a sequence, n tokens of an example.
 """
 
 import functools
@@ -21,13 +23,13 @@ from train.data.window import ConcatThenSplit, ShuffledRows, num_rows
 
 Batch = dict[str, np.ndarray]
 
-# Batches made while the device works: one is next, one is under way.
+# Number of batches made ahead: one is ready while another one is being made.
 AHEAD = 2
 
-# Rows that examples are packed into at once: the more, the less is padded.
+# Number of rows that are filled at the same time. More rows need less padding.
 _OPEN_ROWS = 64
 
-# Tokens that are shown of what is cut off.
+# Number of tokens beyond a truncated chat's end that `shown` still prints.
 _BEYOND = 50
 
 
@@ -42,41 +44,49 @@ def batches(
   put: Callable[[Batch], Batch] = jax.device_put,
   log: Callable[[str], None] = print,
 ) -> grain.DatasetIterator[Batch]:
-  """Training batches without end, every epoch in another order, on the device.
+  """Returns an endless iterator of training batches on the device.
 
-  A thread makes them and sends them there while the step before is computed.
-  Documents are shuffled, then packed into rows; the rows are shuffled again
-  within a window, so that a batch holds rows of many documents.
+  A thread makes the batches and sends them to the device while the previous
+  step runs. Every epoch has another order. Documents are shuffled and packed
+  into rows. The rows are shuffled again within a window, so that a batch holds
+  rows of many documents.
 
-  A document is BOS text EOS, cut where a row is full; nothing is padded and
-  every token but BOS is a target exactly once. (Where a tokenizer has no BOS,
-  the first token is none.) A chat is never cut, unless it is longer than a row,
-  which then holds its beginning alone: rows are filled with whole chats and
-  padded. One that has no scored token in its row is left out.
+  A document is encoded as BOS text EOS. If a row is full, the document
+  continues in the next row. Nothing is padded, and every token except BOS is a
+  target exactly once. (If the tokenizer has no BOS, the first token of the text
+  is not a target.)
 
-  The state of the iterator is small JSON: `get_state`, `set_state`, or
-  `grain.checkpoint.CheckpointSave(it)` in an Orbax checkpoint. It counts what
-  was taken, not what was made. A restored iterator goes on bit-equal.
+  A chat does not continue in another row: rows are filled with whole chats and
+  padded. A chat that is longer than a row is truncated to one row. A chat is
+  left out if none of its tokens in that row counts in the loss.
+
+  The state of the iterator is a small JSON object. Use `get_state` and
+  `set_state`, or save it in an Orbax checkpoint by
+  `grain.checkpoint.CheckpointSave(it)`. It counts the batches that were
+  returned, not those that were made ahead. A restored iterator returns the same
+  batches, bit for bit.
 
   Args:
     documents: `corpus.open('train')`.
-    tokenizer: of the run.
+    tokenizer: the tokenizer of the run.
     batch_size: B.
     sequence_length: T.
-    seed: of the order of documents and rows.
-    window: tokens of the window in which rows are shuffled, at most about an
-      epoch; 0 keeps the order of packing. Each takes 24 bytes of host memory.
-    put: sends a batch to the device, or to many.
-    log: receives one line when `set_state` has filled the window again.
+    seed: seed of the order of documents and rows.
+    window: number of tokens in the window in which rows are shuffled, at most
+      about an epoch; 0 keeps the order of packing. Each token takes 24 bytes of
+      host memory.
+    put: sends a batch to one or several devices.
+    log: receives a line when `set_state` has filled the window again.
 
   Returns:
     An iterator of dicts: `inputs`, `targets`, `positions` (restart at each
-    document), `segments` (one number per document of a row, from 1; 0 is
-    padding), all [B, T] int32, and `weights` [B, T] float32 (1 on targets that
-    are scored, 0 on others and on padding). No row is without a scored target.
+      document), `segments` (one number per document of a row, from 1; 0 is
+      padding), all [B, T] int32, and `weights` [B, T] float32 (1 on targets
+      that count in the loss, 0 on other targets and on padding). Every row has
+      a target of weight 1.
 
   Raises:
-    ValueError: a size is wrong, no chat has a scored token in its row, or the
+    ValueError: a size is wrong, no chat counts in the loss within a row, or the
       template refuses a chat.
   """
   _check_batch_size(batch_size)
@@ -105,23 +115,25 @@ def validation_batches(
   sequence_length: int,
   num_batches: int | None = None,
 ) -> grain.IterDataset[Batch]:
-  """One pass over a split, the same batches each time it is iterated.
+  """Returns one pass over a split, with the same batches each time.
 
-  As `batches`, but on the host and in an order that is always the same; the
-  last batch is padded with weight 0 rather than dropped.
+  The batches are those of `batches`, but in a fixed order and in host memory.
+  The last batch is padded with rows of weight 0 instead of being dropped.
 
-  Each batch has one more array, `bytes` [B, T] int32: the UTF-8 bytes of text
-  that each target stands for (0 for EOS). Over a whole split of documents,
-  sum(weights * bytes) is the size of its text (of chats, of what is scored), so
+  Each batch has one more array, `bytes` [B, T] int32: the number of UTF-8 bytes
+  of text that each target stands for (0 for EOS). Over a whole split of
+  documents, sum(weights * bytes) is the size of its text. (For chats it is the
+  size of the text that counts in the loss.) Therefore
 
     bits_per_byte = sum(weights * nll) / log(2) / sum(weights * bytes)
 
   Args:
     documents: `corpus.open('validation')`.
-    tokenizer: of the run.
+    tokenizer: the tokenizer of the run.
     batch_size: B.
     sequence_length: T.
-    num_batches: stop after so many; None takes the whole split.
+    num_batches: number of batches after which the pass stops; None takes the
+      whole split.
   """
   _check_batch_size(batch_size)
   rows = _packed(documents, tokenizer, sequence_length, seed=0, repeat=False)
@@ -136,14 +148,17 @@ def validation_batches(
 
 
 def ahead(found: grain.IterDataset) -> grain.IterDataset:
-  """The same, made by a thread before it is asked for."""
+  """Returns the same dataset, whose items a thread makes ahead of time."""
   return grain.experimental.ThreadPrefetchIterDataset(
     found, prefetch_buffer_size=AHEAD
   )
 
 
 def bucket(size: int, least: int = 16) -> int:
-  """Returns the next power of two: what has a few sizes is compiled few times.
+  """Returns the next power of two, at least `least`.
+
+  Arrays that are padded to these sizes have few different shapes, and each
+  shape is a compilation.
 
   >>> bucket(3), bucket(16), bucket(17)
   (16, 16, 32)
@@ -160,12 +175,12 @@ def _packed(
   documents: Documents | Dialogues,
   tokenizer: AnyTokenizer,
   sequence_length: int,
-  **order,
-) -> grain.IterDataset:
-  """Rows of T pairs of input and target, with the target's bytes and score.
+  **order: Any,
+) -> grain.IterDataset[dict[str, np.ndarray]]:
+  """Returns rows of T pairs of input and target, as described in `_pairs`.
 
-  Pairs are made before packing: cutting token rows of T + 1 afterwards would
-  lose the target at every cut.
+  Pairs are made before packing. Packing rows of T + 1 tokens and splitting them
+  into inputs and targets afterwards would lose one target per row.
   """
   if sequence_length < 1:
     raise ValueError(
@@ -189,14 +204,14 @@ def _packed(
 
 
 def examples(
-  documents: Documents | Dialogues, tokenizer: AnyTokenizer, **order
+  documents: Documents | Dialogues, tokenizer: AnyTokenizer, **order: Any
 ) -> grain.IterDataset[Example]:
-  """Returns what a model reads, whole, in an order fixed by a seed.
+  """Returns whole examples in an order fixed by a seed.
 
   Args:
-    documents: of a corpus, opened.
-    tokenizer: of the run.
-    **order: as in `Documents.stream`.
+    documents: documents or chats of an opened corpus.
+    tokenizer: the tokenizer of the run.
+    **order: arguments of `Documents.stream`.
   """
   if isinstance(documents, Dialogues):
     return documents.examples(tokenizer, **order)
@@ -205,10 +220,11 @@ def examples(
 
 
 def _document(document: str, *, tokenizer: AnyTokenizer) -> Example:
-  """BOS text EOS, all of it scored.
+  """Encodes a document as BOS text EOS; all of its tokens count in the loss.
 
-  The bytes of a document add up to its size whatever the tokenizer does to it
-  (a space added in front, normalization): its first token takes the difference.
+  The bytes of the tokens add up to the size of the document even if the
+  tokenizer adds a space in front or normalizes the text: the first token of the
+  text takes the difference.
   """
   begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   ids_n = np.array(
@@ -220,7 +236,11 @@ def _document(document: str, *, tokenizer: AnyTokenizer) -> Example:
 
 
 def _pairs(example: Example) -> dict[str, np.ndarray]:
-  """[n - 1, 4]: input, target, UTF-8 bytes of the target, whether scored."""
+  """Returns the pairs of input and target of an example, [n - 1, 4] int32.
+
+  The columns are the input's id, the target's id, the target's UTF-8 bytes, and
+  whether the target counts in the loss.
+  """
   ids_n, scored_n, bytes_n = example
   columns = (ids_n[:-1], ids_n[1:], bytes_n[1:], scored_n[1:])
   return {'pairs': np.stack(columns, axis=-1, dtype=np.int32)}
@@ -232,9 +252,10 @@ def _pieces(
   length: int,
   **order: Any,
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
-  """Returns the pairs of each example that are packed into rows.
+  """Returns the pairs of each example, as they are packed into rows.
 
-  A chat is truncated to `length` pairs, or to none if none of these is scored.
+  A chat is truncated to `length` pairs, or to none if none of these counts in
+  the loss.
   """
   found = examples(documents, tokenizer, **order).map(_pairs)
   if not isinstance(documents, Dialogues):
@@ -254,7 +275,7 @@ def _has_pairs(row: dict[str, np.ndarray]) -> bool:
 def _check_scored(
   documents: Dialogues, tokenizer: AnyTokenizer, sequence_length: int
 ) -> None:
-  """Raises ValueError where all chats are left out, which would never end."""
+  """Raises ValueError if every chat is left out: packing would never end."""
   encode = documents.encoder(tokenizer)
   for i in range(len(documents.source)):
     example = encode(documents.source[i])
@@ -269,7 +290,7 @@ def _check_scored(
 def _stack_padded(
   batch_size: int, rows: Sequence[dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-  """Stacks rows and adds rows of zeros up to batch_size."""
+  """Stacks rows and appends rows of zeros up to `batch_size`."""
   missing = batch_size - len(rows)
   return {
     key: np.stack([row[key] for row in rows] + missing * [0 * rows[0][key]])
@@ -278,14 +299,14 @@ def _stack_padded(
 
 
 def _batch(packed: dict[str, np.ndarray]) -> Batch:
-  """What the model reads, from packed pairs [B, T, 4]."""
+  """Returns the model's inputs from packed pairs [B, T, 4]."""
   inputs_BT, targets_BT, bytes_BT, scored_BT = np.moveaxis(
     packed['pairs'], -1, 0
   )
   return {
     'inputs': np.ascontiguousarray(inputs_BT),
     'targets': np.ascontiguousarray(targets_BT),
-    'weights': scored_BT.astype(np.float32),  # padding is not
+    'weights': scored_BT.astype(np.float32),  # 0 on padding
     'positions': packed['pairs_positions'],
     'segments': packed['pairs_segment_ids'],
     'bytes': np.ascontiguousarray(bytes_BT),
@@ -306,22 +327,23 @@ def shown(
   seed: int = 0,
   counted: int = 200,
 ) -> Table:
-  """Returns a table with one example, coloured by what is scored.
+  """Returns a table with an example, in which text in the loss is green.
 
   Args:
     documents: `corpus.open('train')`.
-    tokenizer: of the run.
-    sequence_length: T; what a chat has beyond it is struck out, and left out
-      where it is long.
-    seed: of the order; the first example is shown.
-    counted: of how many examples the lengths are counted.
+    tokenizer: the tokenizer of the run.
+    sequence_length: T. The tokens of a chat beyond it are struck out, and only
+      the first of them are shown.
+    seed: seed of the order; the first example is shown.
+    counted: number of examples for the statistics below the example.
   """
   stream = examples(documents, tokenizer, seed=seed, repeat=False)
   found = list(itertools.islice(stream, counted))
   targets = [example.scored_n[1:] for example in found]
   long = sum(len(scored_n) > sequence_length for scored_n in targets)
   empty = sum(not scored_n[:sequence_length].any() for scored_n in targets)
-  scored, total = sum(x.sum() for x in targets), sum(map(len, targets))
+  scored = sum(x.sum() for x in targets)
+  total = sum(map(len, targets))
   caption = (
     f'{scored / total:.0%} of the tokens of {len(found):,} examples are scored;'
     f' {long:,} are longer than {sequence_length:,} tokens'
@@ -350,9 +372,11 @@ def _coloured(
   sequence_length: int,
   is_cut: bool,
 ) -> Text:
-  """The text of an example in runs of tokens of one style."""
+  """Returns the text of an example, decoded in runs of tokens of one style."""
   special = {i: text for text, i in tokenizer.specials.items()}
-  ids_n, scored_n, _ = (x_n[: sequence_length + _BEYOND] for x_n in example)
+  shown_tokens = slice(sequence_length + _BEYOND)
+  ids_n = example.ids_n[shown_tokens]
+  scored_n = example.scored_n[shown_tokens]
   styles = [
     ('bold green' if scored and i else 'dim')
     + (' strike' if is_cut and i > sequence_length else '')
@@ -362,10 +386,11 @@ def _coloured(
     (style, special.get(int(id_)))
     for style, id_ in zip(styles, ids_n, strict=True)
   ]
-  text, start = Text(), 0
+  text = Text()
+  start = 0
   for (style, name), run in itertools.groupby(keys):
     stop = start + len(list(run))
-    said = tokenizer.decode(ids_n[start:stop])
+    said = tokenizer.decode(ids_n[start:stop].tolist())
     text.append(said if name is None else (stop - start) * name, style)
     start = stop
   return text

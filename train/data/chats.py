@@ -1,9 +1,9 @@
-"""Chats to examples: what a model reads, and which tokens of it are scored.
+"""Turns chats into examples: token ids, and which tokens count in the loss.
 
-`train.data.conversation` reads the lines, `train.data.template` makes text of
-them.
+`train.data.conversation` parses the records of chat files, and
+`train.data.template` renders a conversation as text.
 
-n tokens of an example.
+Shapes: n tokens of an example.
 """
 
 import collections
@@ -30,7 +30,7 @@ from train.data.conversation import (
   unread_keys,
 )
 from train.data.corpus import (
-  Indexed,
+  RandomAccess,
   Split,
   check_holdout,
   dialogues,
@@ -51,55 +51,64 @@ PLAIN = (
   "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}"
   '{% endfor %}{% if add_generation_prompt %}### Assistant:{% endif %}'
 )
-"""The template where a tokenizer has none: that of openassistant-guanaco.
+"""The template for tokenizers that have none.
 
-With a line for each message and EOS behind each answer.
+It is the format of openassistant-guanaco, with one line per message and EOS
+after each answer.
 """
 
-# Keys of messages that identify them, and change nothing that is learned.
+# Keys of messages that only identify them. Not reading them loses no training
+# data.
 _IDENTITIES = ('id', 'index', 'name', 'tool_call_id')
 
-# Characters of a text that a warning quotes, and kinds that it lists.
+# Number of characters of a text that a warning quotes, and number of kinds of
+# places that it lists.
 _SHOWN = 40
 _LISTED = 5
 
 
 class Example(NamedTuple):
-  """What a model reads."""
+  """A tokenized document or chat."""
 
-  ids_n: np.ndarray  # int32
-  scored_n: np.ndarray  # bool; the first one is no target
-  bytes_n: np.ndarray  # int32, UTF-8 bytes of text that it stands for
+  ids_n: np.ndarray
+  """Token ids, int32."""
+  scored_n: np.ndarray
+  """Whether each token counts in the loss, bool. The first token is never a
+  target."""
+  bytes_n: np.ndarray
+  """Number of UTF-8 bytes of text that each token stands for, int32."""
 
 
 class Source(Protocol):
-  """A random-access source that has the place of each item."""
+  """A random-access source of chats that can describe where each item is."""
 
   def __len__(self) -> int: ...  # noqa: D105
 
-  def __getitem__(self, i: int) -> Chat | Prose: ...  # noqa: D105
+  def __getitem__(self, index: int) -> Chat | Prose: ...  # noqa: D105
 
-  def place(self, i: int) -> str:
-    """Where item i is, in words."""
+  def place(self, index: int) -> str:
+    """Returns the place of an item in words, for example file and line."""
     ...
 
 
 @dataclasses.dataclass
 class Tally:
-  """Counts of places, with the first of each kind."""
+  """Counts of places in the data by kind, with the first place of each kind."""
 
   counts: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
+  """Number of places of each kind."""
   first: dict[str, str] = dataclasses.field(default_factory=dict)
+  """The first place of each kind."""
 
   def add(self, kind: str, place: str) -> None:
-    """Counts a place."""
+    """Counts a place of a kind."""
     self.counts[kind] += 1
     self.first.setdefault(kind, place)
 
   def __str__(self) -> str:
-    """Lists the kinds.
+    """Lists the most common kinds.
 
     >>> tally = Tally()
     >>> tally.add('id', 'a.jsonl, line 2')
@@ -116,17 +125,19 @@ class Tally:
 
 @dataclasses.dataclass
 class Reading:
-  """Counts of the lines and keys of a corpus that are not read."""
+  """Counts of the lines and keys of a corpus that are not used."""
 
   num_left_out: int = 0
-  """Lines, or dialogues, without an answer."""
+  """Number of lines, or dialogues, that are left out because they have no
+  answer."""
   keys: Tally = dataclasses.field(default_factory=Tally)
-  """Keys of lines that are not read."""
+  """Keys of lines that are not used."""
   message_keys: Tally = dataclasses.field(default_factory=Tally)
-  """Keys of messages that only a template may read."""
+  """Keys of messages that have an effect only if the chat template reads
+  them."""
 
   def see(self, record: Record, item: Chat | Prose | None, place: str) -> None:
-    """Counts the keys of a record that are not read, and a record left out."""
+    """Counts a record's unused keys, and the record if it is left out."""
     self.num_left_out += item is None
     for name in unread_keys(record):
       self.keys.add(name, place)
@@ -140,19 +151,19 @@ class Dialogues:
   """The chats of one split."""
 
   source: Source
-  """The items."""
+  """The conversations, by random access."""
 
   template: str | None = None
-  """As in `Chats`."""
+  """The chat template, as in `Chats.template`."""
 
   score: Score = 'answers'
-  """As in `Chats`."""
+  """Which tokens count in the loss, as in `Chats.score`."""
 
   template_variables: tuple[str, ...] = ()
-  """As in `Chats`."""
+  """Variables of the template, as in `Chats.template_variables`."""
 
   reading: Reading = dataclasses.field(default_factory=Reading)
-  """Counts of the lines and keys that are not read."""
+  """Counts of the lines and keys that are not used."""
 
   _notes: dict[tuple[str, str], list[str]] = dataclasses.field(
     default_factory=dict, repr=False, compare=False
@@ -163,28 +174,32 @@ class Dialogues:
     return len(self.source)
 
   def stream(self, **order: Any) -> grain.IterDataset[str]:
-    """As in `Documents`: text by the plain template, without special tokens."""
-    return Indexed(self.source, _plain_text).stream(**order)
+    """Streams the chats as texts of the plain template, without special tokens.
+
+    The arguments are those of `Documents.stream`.
+    """
+    return RandomAccess(self.source, _plain_text).stream(**order)
 
   def examples(
     self, tokenizer: AnyTokenizer, **order: Any
   ) -> grain.IterDataset[Example]:
-    """Examples in an order fixed by a seed.
+    """Streams the chats as tokenized examples in an order fixed by a seed.
 
     Args:
-      tokenizer: of the run.
-      **order: as in `Documents.stream`.
+      tokenizer: the tokenizer of the run.
+      **order: arguments of `Documents.stream`.
     """
-    return Indexed(self.source, self.encoder(tokenizer)).stream(**order)
+    encode = self.encoder(tokenizer)
+    return RandomAccess(self.source, encode).stream(**order)
 
   def check(self, tokenizer: AnyTokenizer) -> list[str]:
-    """Renders every chat, once for each template.
+    """Renders every chat once, and collects warnings. Results are cached.
 
     Returns:
-      Warnings about data that the model would not learn as they mean it.
+      Warnings about data that the model would not learn as its author intended.
 
     Raises:
-      ValueError: the template refuses a chat, or rewrites an answer of it; the
+      ValueError: the template refuses a chat, or rewrites an answer of it. The
         message names file and line.
     """
     template = self._template_of(tokenizer)
@@ -197,18 +212,19 @@ class Dialogues:
   def templated(
     self, tokenizer: AnyTokenizer, clock: datetime.datetime | None = None
   ) -> AnyTokenizer:
-    """Returns the tokenizer with the template that these chats have.
+    """Returns the tokenizer with the chat template of these chats.
 
-    It is saved with a run, so that training, sampling and an export have the
-    same template, with the same values of its variables. If it puts no special
-    token behind an answer, EOS is added to it.
+    The template is saved with a run, so that training, sampling and an exported
+    checkpoint use the same template with the same values of its variables. If
+    the template puts no special token after an answer, EOS is added there.
 
     Args:
       tokenizer: of a checkpoint, or trained on the chats.
-      clock: the time of the run; None is the time of this call.
+      clock: start time of the run, for templates that print the date. None is
+        the current time.
 
     Raises:
-      FileNotFoundError: `template` is not there.
+      FileNotFoundError: the file `template` does not exist.
       ValueError: it is not a Jinja template, or does not read a variable.
     """
     template = self._build(tokenizer)
@@ -219,8 +235,10 @@ class Dialogues:
     clock = datetime.datetime.now() if clock is None else clock
     return tokenizer.with_template(None if is_own else template.source, clock)
 
-  def encoder(self, tokenizer: AnyTokenizer) -> Callable[..., Example]:
-    """Returns what makes an example of an item of the source."""
+  def encoder(
+    self, tokenizer: AnyTokenizer
+  ) -> Callable[[Chat | Prose], Example]:
+    """Returns a function from an item of `source` to an example."""
     return functools.partial(
       _encoded,
       tokenizer=tokenizer,
@@ -229,14 +247,14 @@ class Dialogues:
     )
 
   def _template_of(self, tokenizer: AnyTokenizer) -> ChatTemplate:
-    """Returns the template of the run, or the one that a run would have."""
+    """Returns the template that a run has saved, or would save."""
     own = tokenizer.chat_template
     if own is not None and own.is_settled:
       return own
     return self._build(tokenizer)
 
   def _build(self, tokenizer: AnyTokenizer) -> ChatTemplate:
-    """Returns the named template, its variables set, with an end of a turn."""
+    """Returns the chosen template, with variables set and an end of turn."""
     template = template_of(tokenizer, self.template)
     variables = variables_of(self.template_variables)
     if variables:
@@ -244,7 +262,8 @@ class Dialogues:
       template = _replaced(
         template, with_defaults(template.source, variables), tokenizer
       )
-    eos = {i: x for x, i in tokenizer.specials.items()}.get(tokenizer.eos_id)
+    texts = {i: text for text, i in tokenizer.specials.items()}
+    eos = texts.get(tokenizer.eos_id)
     if not template.has_end and eos is not None:
       template = _replaced(template, with_end(template.source, eos), tokenizer)
     return template
@@ -266,10 +285,9 @@ class Dialogues:
         found['message keys'].counts[name] = count
         found['message keys'].first[name] = message_keys.first[name]
     texts = [
-      text.format(tally)
+      text.format(found[kind])
       for kind, text in _WARNINGS.items()
-      for tally in [found[kind]]
-      if tally.counts
+      if found[kind].counts
     ]
     if template.added_end is None:
       return texts
@@ -298,8 +316,8 @@ _WARNINGS = {
   ),
   'ends': (
     'answers that end with another token than those that stop the model '
-    '(None is no token): {}; set --corpus.score last, or name another '
-    '--corpus.template'
+    '(None: with no special token): {}; set --corpus.score last, or name '
+    'another --corpus.template'
   ),
 }
 
@@ -311,7 +329,7 @@ def _tally(
   score: Score,
   found: Mapping[str, Tally],
 ) -> None:
-  """Counts the losses of a chat in a template, by the keys of `_WARNINGS`."""
+  """Counts the problems of a chat in a template, by keys of `_WARNINGS`."""
   flags = item.scored
   if score == 'all':
     flags = [x['role'] == 'assistant' for x in item.messages]
@@ -338,7 +356,7 @@ def _tally(
 def _replaced(
   template: ChatTemplate, source: str, tokenizer: AnyTokenizer
 ) -> ChatTemplate:
-  """Returns a template with another source."""
+  """Returns a template with the same clock and another source."""
   return ChatTemplate(
     source, tokenizer.tokens, tokenizer.specials, clock=template.clock
   )
@@ -346,9 +364,9 @@ def _replaced(
 
 @dataclasses.dataclass(frozen=True)
 class Chats:
-  """Chats of one's own, in files of records.
+  """Chats from your own files of records.
 
-  A record is one of
+  A record has one of these forms:
 
     {"messages": [{"role": "user", "content": "..."}, ...]}
     {"conversations": [{"from": "human", "value": "..."}, ...]}  as ShareGPT's
@@ -357,57 +375,61 @@ class Chats:
     {"text": "### Human: ...### Assistant: ..."}  as openassistant-guanaco's
     {"text": "..."}
 
-  Files are JSON lines, a JSON list, CSV, TSV, Parquet or Arrow, by their ending
-  (.json, .csv, .tsv, .parquet, .arrow; others are JSON lines), each with .gz,
-  .bz2 or .xz behind it if it is compressed. Of files that are not plain JSON
-  lines there is a copy in the directory for temporary files ($TMPDIR) while the
-  program runs.
+  The ending of a file's name decides its format: a JSON list (.json), CSV
+  (.csv), TSV (.tsv), Parquet (.parquet) or Arrow (.arrow). Other files are JSON
+  lines. A compressed file has .gz, .bz2 or .xz after that ending. While the
+  program runs, it keeps a copy of files that are not plain JSON lines in the
+  directory for temporary files ($TMPDIR).
 
-  Messages are rendered by the checkpoint's chat template. The assistant's
-  messages are scored, from the end of the generation prompt to the special
-  token that the template puts behind them, so that a model learns to stop; of
-  prompt and completion, only those of the completion. Alpaca's instruction and
-  input are a user's message, and its output is the answer. A prompt and a
-  completion that are texts, and other texts, are taken as they stand, between
-  BOS and EOS; of texts all is scored. A line without an answer is left out.
+  Messages are rendered by the checkpoint's chat template. Only the assistant's
+  messages count in the loss, from the end of the generation prompt up to and
+  including the special token that the template puts after them, so that a model
+  learns to stop. Tool calls of the assistant count too. If prompt and
+  completion are lists of messages, only the completion counts. In Alpaca's
+  form, instruction and input are a user's message, and output is the answer.
 
-  Names of roles are those of ShareGPT, OpenAI and others, in any case. "system"
-  and "tools" may be keys of the record; tool calls of the assistant are scored.
-  "weight": 0 or "train": false excludes a message, or a record, from the loss.
-  A key of preference data is an error.
+  A prompt and a completion that are strings, and other texts, are not rendered
+  by the template but put between BOS and EOS. All tokens of "text" count in the
+  loss. A line without an answer is left out.
+
+  Names of roles are those of ShareGPT, OpenAI and others, in upper or lower
+  case. "system" and "tools" may be keys of the record. "weight": 0 or
+  "train": false excludes a message, or a record, from the loss. A key of
+  preference data is an error.
   """
 
   train: str
   """Path or glob ('chats/*.jsonl') of the training files."""
 
   validation: str | None = None
-  """Path or glob of the validation files; None holds out `holdout`."""
+  """Path or glob of the validation files; None holds out training lines."""
 
   holdout: float = 0.05
-  """Share of the training lines kept for validation, chosen by a hash of their
-  content, where `validation` is None."""
+  """Share of the training lines that is held out for validation if `validation`
+  is None. A hash of a line's content decides."""
 
   score: Score = 'answers'
-  """The scored tokens: of all answers, of the last answer of a line, or all."""
+  """Which tokens count in the loss: those of all answers, those of the last
+  answer of each line, or all tokens."""
 
   template: str | None = None
-  """None is the checkpoint's template, or the plain one ('### Human: ',
-  '### Assistant: ') where it has none; 'plain' is that one; or the path of a
-  Jinja file."""
+  """Chat template: None is the checkpoint's own, or 'plain' if it has none;
+  'plain' has '### Human: ' and '### Assistant: '; any other value is the path
+  of a Jinja file."""
 
   template_variables: tuple[str, ...] = ()
-  """Variables of the template, NAME=VALUE each, such as enable_thinking=false.
-  A value is JSON, or else a text. They are saved with the run, for sampling and
-  an export."""
+  """Variables of the template as NAME=VALUE, such as enable_thinking=false. A
+  value that is not JSON is a string. They are saved with the run, and used in
+  sampling and in an exported checkpoint."""
 
   def open(self, split: Split) -> Dialogues:
-    """Chats of a split.
+    """Returns the chats of a split.
 
     Raises:
       FileNotFoundError: no file matches.
       ImportError: Parquet needs the package `datasets`.
-      ValueError: a line is none of the above (the message names file and line),
-        or no line has an answer.
+      ValueError: a line has none of the forms above (the message names file and
+        line), or no line has an answer.
     """
     variables_of(self.template_variables)
     parse = functools.partial(parse_record, score=self.score)
@@ -429,23 +451,30 @@ class ChitchatAnswers:
   """The dialogues of `Chitchat` as chats: every second turn is an answer."""
 
   holdout: float = 0.05
-  """Share of the dialogues that is kept for validation: the same ones."""
+  """Share of the dialogues that is held out for validation. They are the same
+  dialogues as in `Chitchat`."""
 
   turns: int = 8
-  """Most turns of a chat: a longer dialogue is several. Most of 8 fit 256
-  tokens."""
+  """Largest number of turns in a chat. A longer dialogue becomes several chats.
+  Most chats of 8 turns fit in 256 tokens."""
 
   score: Score = 'answers'
-  """As in `Chats`."""
+  """Which tokens count in the loss: those of all answers, those of the last
+  answer of each chat, or all tokens."""
 
   template: str | None = None
-  """As in `Chats`."""
+  """Chat template: None is the checkpoint's own, or 'plain' if it has none; any
+  other value is as in `Chats`."""
 
   template_variables: tuple[str, ...] = ()
-  """As in `Chats`."""
+  """Variables of the template as NAME=VALUE, as in `Chats`."""
 
   def open(self, split: Split) -> Dialogues:
-    """Chats of a split; ValueError if the package is not installed."""
+    """Returns the chats of a split.
+
+    Raises:
+      ValueError: an option is wrong, or chitchat-dataset is not installed.
+    """
     check_holdout(self.holdout)
     if self.turns < 2 or self.turns % 2:
       raise ValueError(
@@ -453,56 +482,60 @@ class ChitchatAnswers:
         'with a question'
       )
     variables_of(self.template_variables)
-    found = [
-      (name, _alternating(turns[start : start + self.turns], self.score))
-      for name, text in dialogues()
-      if in_split(split, zlib.crc32(name.encode()), self.holdout)
-      for turns in [text.split('\n')]
-      for start in range(0, len(turns), self.turns)
-    ]
-    kept = [(name, chat) for name, chat in found if isinstance(chat, Chat)]
+    kept: list[tuple[str, Chat]] = []
+    num_left_out = 0
+    for name, text in dialogues():
+      if not in_split(split, zlib.crc32(name.encode()), self.holdout):
+        continue
+      turns = text.split('\n')
+      for start in range(0, len(turns), self.turns):
+        chat = _alternating(turns[start : start + self.turns], self.score)
+        if isinstance(chat, Chat):
+          kept.append((name, chat))
+        else:
+          num_left_out += 1
     return Dialogues(
       _Named(kept),
       self.template,
       self.score,
       self.template_variables,
-      Reading(num_left_out=len(found) - len(kept)),
+      Reading(num_left_out=num_left_out),
     )
 
 
 def has_answers(corpus: Any) -> bool:
-  """Whether a corpus of a config has chats."""
+  """Returns whether a corpus of a config consists of chats."""
   return isinstance(corpus, Chats | ChitchatAnswers)
 
 
 class _Named:
-  """Chats in memory, each with a name."""
+  """Chats in memory, each with the name of its dialogue."""
 
-  def __init__(self, chats: Sequence[tuple[str, Chat]]):
+  def __init__(self, chats: Sequence[tuple[str, Chat]]) -> None:
     self._chats = chats
 
   def __len__(self) -> int:
     return len(self._chats)
 
-  def __getitem__(self, i: int) -> Chat:
-    return self._chats[i][1]
+  def __getitem__(self, index: int) -> Chat:
+    return self._chats[index][1]
 
-  def place(self, i: int) -> str:
-    return f'dialogue {self._chats[i][0]}'
+  def place(self, index: int) -> str:
+    return f'dialogue {self._chats[index][0]}'
 
 
 def template_of(
   tokenizer: AnyTokenizer, template: str | None = None
 ) -> ChatTemplate:
-  """Returns the template that is named, as it is in its file.
+  """Returns the chosen template, without variables or an added end of turn.
 
   Args:
-    tokenizer: of the run.
+    tokenizer: the tokenizer of the run.
     template: as in `Chats`.
 
   Raises:
-    FileNotFoundError: it is the path of no file.
-    ValueError: it is no Jinja template.
+    FileNotFoundError: the file `template` does not exist.
+    ValueError: it is not a Jinja template.
   """
   source = _source(template)
   if source is None and tokenizer.chat_template is not None:
@@ -516,10 +549,13 @@ def template_of(
 
 
 def variables_of(assignments: Sequence[str]) -> dict[str, Any]:
-  """Returns the variables of a template by their names.
+  """Parses the variables of a template.
+
+  Returns:
+    The value of each variable, by its name.
 
   Raises:
-    ValueError: one of them is not NAME=VALUE.
+    ValueError: an assignment does not have the form NAME=VALUE.
 
   >>> variables_of(['enable_thinking=false', 'effort=high'])
   {'enable_thinking': False, 'effort': 'high'}
@@ -540,10 +576,11 @@ def variables_of(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_line(line: bytes, score: Score = 'answers') -> Chat | Prose | None:
-  """Returns the conversation or text of a JSON line; None if none is scored.
+  """Returns a JSON line's conversation or text; None if it adds no loss.
 
   Raises:
-    ValueError, KeyError, TypeError, AttributeError: it is not as in `Chats`.
+    ValueError, KeyError, TypeError, AttributeError: it has none of the forms in
+    `Chats`.
 
   >>> parse_line(b'{"prompt": "1 + 1 =", "completion": " 2"}')
   Prose(pieces=(('1 + 1 =', False), (' 2', True)))
@@ -560,7 +597,7 @@ def _alternating(turns: Sequence[str], score: Score) -> Chat | Prose | None:
 
 
 def _source(template: str | None) -> str | None:
-  """The Jinja text that is named; None where that is the tokenizer's."""
+  """Returns the Jinja text of a template; None for the tokenizer's own."""
   if template is None:
     return None
   if template == 'plain':
@@ -592,7 +629,7 @@ def _encoded(
   template: ChatTemplate,
   score: Score,
 ) -> Example:
-  """Ids of an item, and which of them are scored."""
+  """Returns the token ids of an item, and which of them count in the loss."""
   if isinstance(item, Chat):
     pieces = _pieces(item, template, score)
     ids_n, scored_n = tokenizer.encode_pieces(pieces)
@@ -604,10 +641,11 @@ def _encoded(
 
 
 def _pieces(item: Chat, template: ChatTemplate, score: Score) -> list[Piece]:
-  """Returns the text of a chat in pieces, and whether each is scored."""
+  """Returns the text of a chat in pieces, and whether each is in the loss."""
   if score != 'all':
     return template.pieces(item.messages, item.scored, item.context)
-  # Some messages may be excluded by their weight.
+  # All text counts in the loss, except messages that the data exclude by a
+  # weight.
   excluded = [not x for x in item.scored]
   pieces = template.pieces(item.messages, excluded, item.context)
   return [(text, not is_excluded) for text, is_excluded in pieces]
@@ -616,10 +654,13 @@ def _pieces(item: Chat, template: ChatTemplate, score: Score) -> list[Piece]:
 def _ended(
   ids_n: np.ndarray, scored_n: np.ndarray, tokenizer: AnyTokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-  """With BOS and EOS, where the text does not have them already."""
-  bos, eos = tokenizer.bos_id, tokenizer.eos_id
+  """Adds BOS and EOS to token ids, unless the text already has them."""
+  bos = tokenizer.bos_id
+  eos = tokenizer.eos_id
   if bos is not None and bos not in ids_n[:1]:
-    ids_n, scored_n = np.r_[bos, ids_n], np.r_[False, scored_n]
+    ids_n = np.r_[bos, ids_n]
+    scored_n = np.r_[False, scored_n]
   if not np.isin(ids_n[-1:], tokenizer.stop_ids).any():
-    ids_n, scored_n = np.r_[ids_n, eos], np.r_[scored_n, True]
+    ids_n = np.r_[ids_n, eos]
+    scored_n = np.r_[scored_n, True]
   return ids_n.astype(np.int32), scored_n.astype(bool)

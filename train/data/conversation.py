@@ -1,8 +1,8 @@
-"""Records of chat data sets, in their many forms, to conversations.
+"""Parses records of chat data sets, in their many forms, into conversations.
 
-`parse_record` reads one record. It gives roles and keys the names that chat
-templates use, and refuses a key whose loss would train on something else than
-the data set means.
+`parse_record` parses one record. It renames roles and keys to those that chat
+templates use. It refuses keys that require another loss, such as preference
+data, because training without that loss would not do as the data set intends.
 """
 
 import re
@@ -20,30 +20,40 @@ RULE = (
   '"content"), "conversations" (of "from" and "value"), "prompt" and '
   '"completion", "instruction" and "output", or "text"'
 )
-"""The forms of a record, for an error about one that has none of them."""
+"""The accepted forms of a record, for errors about a record that has none of
+them."""
 
 _ROLES = {
-  **dict.fromkeys(('user', 'human', 'prompter'), 'user'),
-  **dict.fromkeys(
-    (
-      *('assistant', 'gpt', 'chatgpt', 'gpt4', 'gpt-4', 'bard', 'bing'),
-      *('model', 'bot', 'chatbot', 'ai'),
-    ),
-    'assistant',
-  ),
-  **dict.fromkeys(('system', 'developer'), 'system'),
-  **dict.fromkeys(
-    (
-      *('tool', 'function', 'observation', 'ipython'),
-      *('tool_response', 'tool_result', 'function_response'),
-    ),
-    'tool',
-  ),
-  # Their content is a call.
-  **dict.fromkeys(('function_call', 'tool_call'), 'call'),
+  'user': 'user',
+  'human': 'user',
+  'prompter': 'user',
+  'assistant': 'assistant',
+  'gpt': 'assistant',
+  'chatgpt': 'assistant',
+  'gpt4': 'assistant',
+  'gpt-4': 'assistant',
+  'bard': 'assistant',
+  'bing': 'assistant',
+  'model': 'assistant',
+  'bot': 'assistant',
+  'chatbot': 'assistant',
+  'ai': 'assistant',
+  'system': 'system',
+  'developer': 'system',
+  'tool': 'tool',
+  'function': 'tool',
+  'observation': 'tool',
+  'ipython': 'tool',
+  'tool_response': 'tool',
+  'tool_result': 'tool',
+  'function_response': 'tool',
+  # The content of a message with such a role is a tool call.
+  'function_call': 'call',
+  'tool_call': 'call',
 }
 
-# Keys that exclude a record, or a message, from the loss by 0 or false.
+# A value of 0 or false at one of these keys excludes the record, or the
+# message, from the loss.
 _WEIGHTS = ('weight', 'train')
 _MESSAGE_WEIGHTS = (*_WEIGHTS, 'training', 'trainable', 'loss')
 
@@ -52,7 +62,11 @@ _PREFERENCE = re.compile(
 )
 
 _OTHER_LOSS = (
-  *('training_detail', 'train_detail', 'mask', 'loss_mask', 'loss_scale'),
+  'training_detail',
+  'train_detail',
+  'mask',
+  'loss_mask',
+  'loss_scale',
 )
 
 _MEDIA = ('image', 'images', 'video', 'videos', 'audio', 'audios')
@@ -65,33 +79,37 @@ _GUANACO = re.compile(r'### (Human|Assistant):')
 
 
 class Chat(NamedTuple):
-  """A conversation, of which a template makes text."""
+  """A conversation, to be rendered by a chat template."""
 
   messages: tuple[Message, ...]
+  """The messages, in the form of transformers' chat templates."""
   scored: tuple[bool, ...]
-  """Which messages are scored."""
+  """Whether each message counts in the loss."""
   context: Mapping[str, Any] = {}
   """Further variables of the template, such as 'tools'."""
 
 
 class Prose(NamedTuple):
-  """Text as it stands, between BOS and EOS."""
+  """A text without a chat template, which is put between BOS and EOS."""
 
   pieces: tuple[Piece, ...]
+  """Parts of the text, and whether each part counts in the loss."""
 
 
 def parse_record(
   record: Record, score: Score = 'answers'
 ) -> Chat | Prose | None:
-  """Returns the conversation or text of a record; None if none is scored.
+  """Returns a record's conversation or text; None if it adds no loss.
 
   Args:
-    record: in one of the forms of `RULE`. A field that is null is absent.
+    record: a record in one of the forms of `RULE`. A field that is null counts
+      as absent.
     score: as in `Chats`.
 
   Raises:
-    RecordError: a role or a key must not be ignored, and has no meaning here.
-    ValueError, KeyError, TypeError: it has none of the forms.
+    RecordError: a role or a key is not supported, and ignoring it would change
+      the meaning of the data.
+    ValueError, KeyError, TypeError: the record has none of the forms.
 
   >>> parse_record({'prompt': '1 + 1 =', 'completion': ' 2'})
   Prose(pieces=(('1 + 1 =', False), (' 2', True)))
@@ -112,7 +130,7 @@ def parse_record(
 
 
 def unread_keys(record: Record) -> list[str]:
-  """Returns the keys of a record that `parse_record` does not read.
+  """Returns the keys of a record that `parse_record` does not use.
 
   >>> unread_keys({'id': 3, 'text': 'a', 'source': None})
   ['id']
@@ -121,16 +139,23 @@ def unread_keys(record: Record) -> list[str]:
   known = {*_WEIGHTS, *_SYSTEM, *_TOOLS, *_CONTEXT, *_MEDIA}
   for names in _FORMS:
     if set(names) <= set(record):
-      known |= {*names, 'input', 'history'} if 'output' in names else {*names}
+      known.update(names)
+      if 'output' in names:
+        known.update(('input', 'history'))
       break
   return [name for name in record if name not in known]
 
 
 _FORMS = (
-  *(('messages',), ('conversations',), ('conversation',)),
-  *(('instruction', 'output'), ('text',), ('prompt', 'completion')),
+  ('messages',),
+  ('conversations',),
+  ('conversation',),
+  ('instruction', 'output'),
+  ('text',),
+  ('prompt', 'completion'),
 )
-"""Keys of the forms of a record; the first form that it has is read."""
+"""Keys of each form of a record. The first form whose keys are all present is
+used."""
 
 
 def _present(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +164,7 @@ def _present(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_keys(record: Mapping[str, Any]) -> None:
-  """Raises RecordError for a key that asks for another loss."""
+  """Raises RecordError for a key that requires another loss."""
   for name in record:
     if _PREFERENCE.fullmatch(name):
       raise RecordError(
@@ -154,7 +179,7 @@ def _check_keys(record: Mapping[str, Any]) -> None:
 
 
 def _weight(record: Mapping[str, Any], names: Sequence[str]) -> bool:
-  """Whether a record or a message may be scored, by its own keys."""
+  """Returns whether a record or message may count in the loss, by its keys."""
   for name in names:
     value = record.get(name, 1)
     if value not in (0, 1):
@@ -167,14 +192,17 @@ def _weight(record: Mapping[str, Any], names: Sequence[str]) -> bool:
 
 
 def _is_learned(message: Message, scored: bool) -> bool:
-  """Whether a message has something to score."""
+  """Returns whether a message in the loss has text or a tool call."""
   return scored and bool(
     message['content'].strip() or message.get('tool_calls')
   )
 
 
 def _turns(record: Record) -> tuple[list[Any], list[Any]] | None:
-  """Returns messages that are context, and those that may be scored."""
+  """Returns context messages, and messages that may count in the loss.
+
+  Returns None if the record is a text without messages.
+  """
   for name in ('messages', 'conversations', 'conversation'):
     if name in record:
       return [], _list(record[name], name)
@@ -182,18 +210,22 @@ def _turns(record: Record) -> tuple[list[Any], list[Any]] | None:
     return [], _instruction(record)
   if 'text' in record:
     return _guanaco(record['text'])
-  prompt, completion = record['prompt'], record['completion']
+  prompt = record['prompt']
+  completion = record['completion']
   if isinstance(prompt, list) and isinstance(completion, list):
     return prompt, completion
   return None
 
 
 def _guanaco(text: Any) -> tuple[list[Any], list[Any]] | None:
-  """Returns the messages of a text in the form of openassistant-guanaco."""
+  """Returns the messages of a text in openassistant-guanaco's form.
+
+  Returns None if the text does not have this form.
+  """
   if not _GUANACO.match(_string(text, 'text')):
     return None
   # The text before the first mark is empty.
-  _, *parts = _GUANACO.split(text)
+  parts = _GUANACO.split(text)[1:]
   pairs = zip(parts[::2], parts[1::2], strict=True)
   return [], [
     {'role': name, 'content': content.strip()} for name, content in pairs
@@ -238,10 +270,11 @@ def _chat(
   record: Record,
   score: Score,
 ) -> Chat:
-  """Returns a chat of which the messages of `context` are not scored."""
+  """Returns a chat in which the messages of `context` are not in the loss."""
   pairs = [_message(message) for message in (*context, *messages)]
   pairs = [*_system(record, pairs[:1]), *pairs]
-  first, is_learned = len(pairs) - len(messages), _weight(record, _WEIGHTS)
+  first = len(pairs) - len(messages)
+  is_learned = _weight(record, _WEIGHTS)
   scored = [
     is_learned
     and may_be
@@ -260,7 +293,11 @@ def _chat(
 def _system(
   record: Record, first: Sequence[tuple[Message, bool]]
 ) -> list[tuple[Message, bool]]:
-  """Returns the system message that a key of the record holds, if any."""
+  """Returns the system message of the record's own key, if there is such a key.
+
+  It comes with a flag that it may count in the loss. The result is empty if the
+  first message is the same system message.
+  """
   found = {name: record[name] for name in _SYSTEM if record.get(name)}
   for name, text in found.items():
     message = {'role': 'system', 'content': _string(text, name)}
@@ -275,7 +312,7 @@ def _system(
 
 
 def _variables(record: Record) -> dict[str, Any]:
-  """Returns the further variables that a record has for a template."""
+  """Returns a record's further variables for the template, such as tools."""
   found = dict(_decoded(record.get('chat_template_kwargs', {})))
   if record.get('documents'):
     found['documents'] = _list(record['documents'], 'documents')
@@ -288,7 +325,7 @@ def _variables(record: Record) -> dict[str, Any]:
 
 
 def _tool(tool: Any, name: str) -> dict[str, Any]:
-  """Returns a tool as transformers' templates expect it."""
+  """Returns a tool's description in the form of transformers' templates."""
   if not isinstance(tool, dict):
     raise RecordError(f'"{name}" must hold objects, got {tool!r:.40}')
   if 'function' in tool or 'name' not in tool:
@@ -297,9 +334,9 @@ def _tool(tool: Any, name: str) -> dict[str, Any]:
 
 
 def _message(message: Any) -> tuple[Message, bool]:
-  """Returns a message with 'role' and 'content', and whether it may be scored.
+  """Returns a message in transformers' form, and whether it may be in the loss.
 
-  Further keys are kept for the template.
+  The message has 'role' and 'content'. Further keys are kept for the template.
   """
   if not isinstance(message, dict):
     raise TypeError(f'a message must be an object, got {message!r:.40}')
@@ -316,7 +353,9 @@ def _message(message: Any) -> tuple[Message, bool]:
   calls = _calls(message)
   content = message.get('content', message.get('value'))
   if role == 'call':
-    role, calls, content = 'assistant', _called(content), ''
+    role = 'assistant'
+    calls = _called(content)
+    content = ''
   if content is None and not calls:
     raise KeyError('content')
   rest = {'from', 'value', 'function_call', 'tool_calls', *_MESSAGE_WEIGHTS}
@@ -326,20 +365,20 @@ def _message(message: Any) -> tuple[Message, bool]:
 
 
 def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """Returns the calls of a message in the form of transformers' templates."""
+  """Returns a message's tool calls in the form of transformers' templates."""
   found = message.get('tool_calls') or message.get('function_call') or []
   return _called(found) if found else []
 
 
 def _called(value: Any) -> list[dict[str, Any]]:
-  """Returns calls, given as objects or as JSON."""
+  """Returns tool calls that are given as objects or as JSON, as a list."""
   found = _decoded(value)
   found = found if isinstance(found, list) else [found]
   return [_call(_decoded(call)) for call in found]
 
 
 def _call(call: Any) -> dict[str, Any]:
-  """Returns a call with its arguments as an object."""
+  """Returns a tool call whose arguments are an object, not JSON."""
   function = call.get('function', call) if isinstance(call, dict) else call
   if not isinstance(function, dict) or 'name' not in function:
     raise RecordError(
@@ -358,7 +397,7 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def _content(content: Any) -> str:
-  """Returns the text of a message, which may be given in parts."""
+  """Returns the text of a message. It may be given as a list of parts."""
   if not isinstance(content, list):
     return _string(content, 'content')
   texts = []
@@ -375,7 +414,7 @@ def _content(content: Any) -> str:
 
 
 def _decoded(value: Any) -> Any:
-  """Returns the value of a text that is a JSON list or object, else `value`."""
+  """Parses a string that is a JSON list or object; returns others unchanged."""
   if isinstance(value, str) and value.lstrip()[:1] in ('[', '{'):
     try:
       return parse_json(value)
@@ -403,6 +442,6 @@ def _string(value: Any, name: str) -> str:
 
 
 def keys_of_messages(chat: Chat) -> Iterable[str]:
-  """Yields further keys of messages, which only a template may read."""
+  """Yields the keys of messages that have an effect only in a template."""
   for message in chat.messages:
     yield from message.keys() - {'role', 'content', 'tool_calls'}

@@ -1,9 +1,9 @@
-"""Where documents come from, and in which order they are read.
+"""Corpora: where documents come from, and the order in which they are read.
 
-A corpus is a small dataclass that a config names. It has one method,
-`open(split)` with split 'train' or 'validation', which checks that the data is
-there and returns `Documents`: what can be streamed, shuffled by a seed.
-`train.data.text_files` indexes plain files; `train.data.batches` makes batches.
+A corpus is a small dataclass that a config names. Its method `open(split)`
+checks that the data exist and returns `Documents`, which stream texts in an
+order fixed by a seed. `train.data.text_files` indexes plain files, and
+`train.data.batches` makes batches.
 """
 
 import contextlib
@@ -14,17 +14,31 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import (
+  Any,
+  Generic,
+  Literal,
+  Protocol,
+  TypeAlias,
+  TypeVar,
+  cast,
+  overload,
+)
 
 import grain
 import numpy as np
 
 from train.data.text_files import File, Texts, expand, index
 
-Split = Literal['train', 'validation']
+Split: TypeAlias = Literal['train', 'validation']
+Source: TypeAlias = Sequence[Any] | grain.sources.RandomAccessDataSource[Any]
 
-# tfrecord: shards read at once, and records shuffled at once. Together they
-# stand in for the global shuffle that needs random access.
+T = TypeVar('T')
+U = TypeVar('U')
+
+# Number of tfrecord shards that are read at the same time, and of records that
+# are shuffled together. tfrecord has no random access, so that this replaces a
+# global shuffle.
 _INTERLEAVED_SHARDS = 16
 _SHUFFLED_RECORDS = 4096
 
@@ -37,104 +51,131 @@ class Documents(Protocol):
     ...
 
   def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
-    """Documents in an order fixed by `seed`.
+    """Streams the documents in an order fixed by `seed`.
 
     Args:
-      seed: of the shuffle.
-      repeat: forever, every epoch in another order; else one pass.
+      seed: seed of the shuffle.
+      repeat: whether to repeat forever, with another order in each epoch.
+        Otherwise the stream is one pass.
     """
     ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Indexed:
-  """Documents by random access, shuffled globally."""
+class RandomAccess(Generic[T]):
+  """Examples with random access, shuffled globally."""
 
-  source: grain.sources.RandomAccessDataSource
-  """What has a length and items."""
-
-  text: Callable[[Any], str] = str
-  """What turns an item into a document."""
+  source: Source
+  """A sequence of items."""
+  convert: Callable[[Any], T]
+  """Converts an item into an example."""
 
   def __len__(self) -> int:
-    """Number of documents."""
+    """Number of examples."""
     return len(self.source)
 
-  def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
-    """As in `Documents`."""
+  def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[T]:
+    """Streams the examples as `Documents.stream` does."""
     shuffled = _shuffled(self.source, seed)
     ordered = shuffled.repeat() if repeat else shuffled
-    return ordered.map(self.text).to_iter_dataset(
+    return ordered.map(self.convert).to_iter_dataset(
       grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
     )
 
+  def mapped(self, function: Callable[[T], U]) -> 'RandomAccess[U]':
+    """Returns the examples with a function applied to each."""
+    return RandomAccess(self.source, lambda item: function(self.convert(item)))
+
 
 @dataclasses.dataclass(frozen=True)
-class Sharded:
-  """Documents in tfrecord shards: shards shuffled, interleaved, windowed.
+class Indexed(RandomAccess[str]):
+  """Documents with random access, shuffled globally."""
 
-  Where an epoch is longer than a window its end mixes with the beginning of the
-  next.
+  convert: Callable[[Any], str] = str
+  """Converts an item into a document."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharded(Generic[T]):
+  """Examples in tfrecord shards, which have no random access.
+
+  The shards are read in random order and interleaved, and their records are
+  shuffled within a window. If an epoch is longer than the window, the end of an
+  epoch mixes with the beginning of the next one.
   """
 
   paths: Sequence[str]
-  """The shards."""
+  """Paths of the shards."""
 
   num_records: int
-  """In all shards."""
+  """Number of records in all shards."""
 
-  text: Callable[[bytes], str]
-  """What turns a record into a document."""
+  convert: Callable[[bytes], T]
+  """Converts a record into an example."""
 
   def __len__(self) -> int:
-    """Number of documents."""
+    """Number of examples."""
     return self.num_records
 
-  def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
-    """As in `Documents`."""
+  def mapped(self, function: Callable[[T], U]) -> 'Sharded[U]':
+    """Returns the examples with a function applied to each."""
+    return Sharded(
+      self.paths,
+      self.num_records,
+      lambda record: function(self.convert(record)),
+    )
+
+  def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[T]:
+    """Streams the examples as `Documents.stream` does."""
     shuffled = _shuffled(self.paths, seed)
     ordered = shuffled.repeat() if repeat else shuffled
+    shards = ordered.map(lambda path: _Shard(path, self.convert))
     records = grain.experimental.InterleaveIterDataset(
-      ordered.map(lambda path: _Shard(path, self.text)),
+      # Grain accepts a MapDataset of datasets, but its annotation does not.
+      cast(Sequence[grain.IterDataset[T]], shards),
       cycle_length=min(len(shuffled), _INTERLEAVED_SHARDS),
     )
-    # No longer than an epoch, which a small data set would see twice in one.
+    # A window longer than an epoch would return some records twice before it
+    # has returned all of them once.
     window = max(1, min(self.num_records, _SHUFFLED_RECORDS))
     return grain.experimental.WindowShuffleIterDataset(
       records, window_size=window, seed=seed
     )
 
 
-class _Shard(grain.IterDataset):
-  """What is in a tfrecord file."""
+class _Shard(grain.IterDataset[T]):
+  """The examples of a tfrecord file."""
 
-  def __init__(self, path: str, text: Callable[[bytes], Any]):
+  def __init__(self, path: str, convert: Callable[[bytes], T]) -> None:
     super().__init__()
-    self._path, self._text = path, text
+    self._path = path
+    self._convert = convert
 
-  def __iter__(self) -> grain.DatasetIterator:
+  def __iter__(self) -> grain.DatasetIterator[T]:
     with _reading(self._path):
       records = iter(grain.experimental.TFRecordIterDataset(self._path))
-    return _ShardIterator(self._path, self._text, records)
+    return _ShardIterator(self._path, self._convert, records)
 
 
-class _ShardIterator(grain.DatasetIterator):
-  """Its position is that in the file."""
+class _ShardIterator(grain.DatasetIterator[T]):
+  """Iterates over the examples of a file; its state is a file position."""
 
   def __init__(
     self,
     path: str,
-    text: Callable[[bytes], Any],
-    records: grain.DatasetIterator,
-  ):
+    convert: Callable[[bytes], T],
+    records: grain.DatasetIterator[bytes],
+  ) -> None:
     super().__init__()
-    self._path, self._text, self._records = path, text, records
+    self._path = path
+    self._convert = convert
+    self._records = records
 
-  def __next__(self) -> Any:
+  def __next__(self) -> T:
     with _reading(self._path):
       record = next(self._records)
     try:
-      return self._text(record)
+      return self._convert(record)
     except ValueError as error:
       raise ValueError(f'{self._path}: {error}') from error
     except Exception as error:
@@ -148,30 +189,32 @@ class _ShardIterator(grain.DatasetIterator):
 
 
 class _Records:
-  """Records by random access, in files that an error names."""
+  """Records by random access. Errors name the file of the record."""
 
-  def __init__(self, source: Any, files: Sequence[Any]):
-    self._source, self._files = source, files
+  def __init__(self, source: Source, files: Sequence[Any]) -> None:
+    self._source = source
+    self._files = files
     self._stops = np.cumsum([file.take for file in files])
 
   def __len__(self) -> int:
     return len(self._source)
 
-  def __getitem__(self, i: int) -> Any:
-    number = int(np.searchsorted(self._stops, i, side='right'))
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    number = int(np.searchsorted(self._stops, index, side='right'))
     path = self._files[number].filename
     with _reading(path):
-      record = self._source[i]
-      # What stood behind the end of a file comes as a record of nothing.
+      record = self._source[index]
+      # The library returns None for fields that lie past the end of a truncated
+      # file.
       missing = [name for name, value in record.items() if value is None]
       if missing:
-        raise ValueError(f'record {i:,} has no {missing[0]!r}')
+        raise ValueError(f'record {index:,} has no {missing[0]!r}')
       return record
 
 
 @contextlib.contextmanager
 def _reading(path: Any) -> Iterator[None]:
-  """Names the file in an error, whatever a library raises."""
+  """Names the file in every error that a library raises while it reads it."""
   try:
     yield
   except (StopIteration, FileNotFoundError):
@@ -187,10 +230,8 @@ def _unreadable(path: Any, error: Exception) -> OSError:
   )
 
 
-def _shuffled(
-  source: grain.sources.RandomAccessDataSource, seed: int
-) -> grain.MapDataset:
-  """In an order by seed and epoch."""
+def _shuffled(source: Source, seed: int) -> grain.MapDataset[Any]:
+  """Shuffles items in an order that depends on the seed and the epoch."""
   if not 0 <= seed < 2**31:
     raise ValueError(
       f'seed must be in 0..{2**31 - 1}, got {seed}: any small number will do'
@@ -199,10 +240,14 @@ def _shuffled(
 
 
 class Corpus(Protocol):
-  """What a config names."""
+  """A source of documents that a config names."""
 
   def open(self, split: Split) -> Documents:
-    """Documents of a split; ValueError or FileNotFoundError if not there."""
+    """Returns the documents of a split.
+
+    Raises:
+      FileNotFoundError, ValueError: the data do not exist or cannot be read.
+    """
     ...
 
 
@@ -210,15 +255,19 @@ class Corpus(Protocol):
 class Chitchat:
   """7,168 dialogues, 12.7 MB (package chitchat-dataset, MIT licence).
 
-  One document per dialogue, one turn a line. A dialogue is in the validation
-  split by a hash of its id.
+  A document is a dialogue with one turn per line. A hash of its id decides
+  whether it is in the validation split.
   """
 
   holdout: float = 0.05
-  """Share of the dialogues that is kept for validation."""
+  """Share of the dialogues that is held out for validation."""
 
   def open(self, split: Split) -> Documents:
-    """Documents of a split; ValueError if the package is not installed."""
+    """Returns the documents of a split.
+
+    Raises:
+      ValueError: the package chitchat-dataset is not installed.
+    """
     check_holdout(self.holdout)
     return Indexed(
       [
@@ -231,40 +280,41 @@ class Chitchat:
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles:
-  """Text files of one's own: records with a field 'text', or plain text.
+  """Your own text files: records with a field 'text', or plain text.
 
-  A .jsonl file holds one JSON object a line, a .parquet or .arrow file rows,
-  and a .json file may hold a list of objects; their field 'text' is a document.
-  So is the column 'text' of a .csv or .tsv file that has one. Any other file is
-  plain UTF-8 text. Files may be compressed (.gz, .bz2, .xz).
+  The ending of a file's name decides its format. A .jsonl file has one JSON
+  object per line, a .parquet or .arrow file has rows, and a .json file may hold
+  a list of objects. The field 'text' of each object or row is a document. A
+  .csv or .tsv file with a column 'text' has a document in each row. Any other
+  file is plain UTF-8 text. Files may be compressed (.gz, .bz2, .xz).
 
-  Files are read once when opened, to check and to index them. Plain text and
-  JSON lines stay in their files; of others there is a copy in the directory for
-  temporary files ($TMPDIR) while the program runs.
+  Files are read once when the corpus is opened, to check and index them. Plain
+  text and JSON lines are later read from their files. Other files are copied to
+  the directory for temporary files ($TMPDIR) while the program runs.
   """
 
   train: str
   """Path or glob ('corpus/**/*.jsonl') of the training files."""
 
   validation: str | None = None
-  """Path or glob of the validation files; None holds out `holdout`."""
+  """Path or glob of the validation files; None holds out training documents."""
 
   separator: str | None = '\n\n'
-  """What separates the documents of a plain text file: blank lines, or say
-  another text, such as '<|endoftext|>'; None or '' makes each file one."""
+  """Text between the documents of a plain text file: blank lines, or for
+  example '<|endoftext|>'. With None or '' each file is one document."""
 
   holdout: float = 0.05
-  """Share of the training documents kept for validation, chosen by a hash of
-  their content, where `validation` is None."""
+  """Share of the training documents that is held out for validation if
+  `validation` is None. A hash of a document's content decides."""
 
   def open(self, split: Split) -> Documents:
-    """Documents of a split.
+    """Returns the documents of a split.
 
     Raises:
       FileNotFoundError: no file matches.
       ImportError: Parquet needs the package `datasets`.
-      ValueError: a line is no JSON object with a text (the message names file
-        and line), a file is not UTF-8, or there are no documents.
+      ValueError: a line is not a JSON object with a text (the message names
+        file and line), a file is not UTF-8, or the split is empty.
     """
     return Indexed(
       in_files(
@@ -281,44 +331,52 @@ class TextFiles:
 class Tfds:
   """A data set that TFDS has prepared, read without TensorFlow.
 
-  array_record is read by random access and shuffled globally; tfrecord is
-  streamed: shards in random order, interleaved, shuffled within a window.
+  Data in the format array_record are read by random access and shuffled
+  globally. Data in the format tfrecord are streamed: the shards are read in
+  random order and interleaved, and their records are shuffled within a window.
   """
 
   name: str = 'c4/en'
-  """As in tfds.load: name/config, with :version where it matters."""
+  """Name as in tfds.load: name/config, with :version if a version is needed."""
 
   data_dir: str | None = None
-  """Where it is prepared; None is TFDS' own default, ~/tensorflow_datasets."""
+  """Directory of the prepared data; None is TFDS' default,
+  ~/tensorflow_datasets."""
 
   train: str = 'train'
   """The split to train on."""
 
   validation: str = 'validation'
-  """The split to validate on; array_record takes slices ('train[99%:]')."""
+  """The split to validate on; array_record also has slices ('train[99%:]')."""
 
   def open(self, split: Split) -> Documents:
-    """Documents of a split: the feature 'text' of each example.
+    """Returns the documents of a split: the feature 'text' of each example.
 
     Raises:
       FileNotFoundError: the data set is not prepared in `data_dir`.
-      ValueError: it has no such split, or no feature 'text'.
+      ValueError: it does not have this split, or no feature 'text'.
     """
-    found, features = self.records(split), self._builder().info.features
+    found = self.records(split)
+    features = self._builder().info.features
     if 'text' not in features:
       raise ValueError(
         f"{self.name} has no feature 'text', but {sorted(features)}: name a "
         'data set of texts'
       )
-    return dataclasses.replace(
-      found, text=lambda x: _text_of_example(found.text(x))
-    )
+    return found.mapped(_text_of_example)
 
-  def records(self, split: Split) -> Indexed | Sharded:
-    """Examples of a split: all features of each, as `open` raises."""
+  def records(
+    self, split: Split
+  ) -> RandomAccess[dict[str, Any]] | Sharded[dict[str, Any]]:
+    """Returns the examples of a split with all their features.
+
+    Raises:
+      FileNotFoundError: the data set is not prepared in `data_dir`.
+      ValueError: it does not have this split.
+    """
     name = self.train if split == 'train' else self.validation
     builder = self._builder()
-    splits, features = builder.info.splits, builder.info.features
+    splits = builder.info.splits
     try:
       info = splits[name]
     except ValueError as error:
@@ -328,7 +386,7 @@ class Tfds:
       ) from error
     if builder.info.file_format.value != 'tfrecord':
       records = builder.as_data_source(name)
-      return Indexed(_Records(records, info.file_instructions), dict)
+      return RandomAccess(_Records(records, info.file_instructions), dict)
     if name not in splits:
       raise ValueError(
         f'{split}={name!r} is a slice, which tfrecord does not have: name one '
@@ -337,10 +395,10 @@ class Tfds:
     return Sharded(
       tuple(str(path) for path in info.filepaths),
       info.num_examples,
-      features.deserialize_example_np,
+      builder.info.features.deserialize_example_np,
     )
 
-  def _builder(self):
+  def _builder(self) -> Any:
     return _prepared(self.name, self.data_dir)
 
 
@@ -351,18 +409,19 @@ def in_files(
   holdout: float,
   read: Callable[[str], File],
 ) -> Texts:
-  """Returns what the files of a split hold.
+  """Returns the documents in the files of a split.
 
   Args:
-    split: which one.
+    split: the split.
     train: path or glob of the training files.
-    validation: of the validation files; None holds out a share.
-    holdout: that share, by a hash of the content.
-    read: what indexes a file.
+    validation: path or glob of the validation files; None holds out a share of
+      the training documents.
+    holdout: that share, chosen by a hash of the content.
+    read: indexes a file.
 
   Raises:
     FileNotFoundError: no file matches.
-    ValueError: nothing is in them, or in the split.
+    ValueError: the files, or the split, have no documents.
   """
   check_holdout(holdout)
   pattern = train if split == 'train' or validation is None else validation
@@ -385,24 +444,31 @@ def in_files(
 
 
 def check_holdout(holdout: float) -> None:
-  """Raises ValueError where it is no share."""
+  """Raises ValueError unless `holdout` is between 0 and 1."""
   if not 0 < holdout < 1:
     raise ValueError(
       f'holdout must be between 0 and 1, got {holdout}: it is the share of '
-      'what there is to train on that is kept for validation'
+      'the training data that is held out for validation'
     )
 
 
+@overload
+def in_split(split: Split, crc: int, holdout: float) -> bool: ...
+@overload
+def in_split(split: Split, crc: np.ndarray, holdout: float) -> np.ndarray: ...
 def in_split(
   split: Split, crc: int | np.ndarray, holdout: float
 ) -> bool | np.ndarray:
-  """Whether a hash puts it there; what is equal is never in both."""
+  """Returns whether a hash belongs to a split.
+
+  Equal contents have equal hashes, so they are never in both splits.
+  """
   return (crc < holdout * 2**32) == (split == 'validation')
 
 
 @functools.cache
 def dialogues() -> list[tuple[str, str]]:
-  """Id and text of each dialogue; a turn is a list of messages."""
+  """Returns the id and the text of each dialogue of chitchat-dataset."""
   try:
     package = importlib.resources.files('chitchat_dataset')
   except ModuleNotFoundError as error:
@@ -410,29 +476,35 @@ def dialogues() -> list[tuple[str, str]]:
       'the corpus Chitchat needs the package chitchat-dataset, which is not '
       "installed: pip install 'galore-optax[train]'"
     ) from error
-  dialogues = json.loads((package / 'dataset.json').read_bytes())
+  found = json.loads((package / 'dataset.json').read_bytes())
   return [
     (name, '\n'.join(map(_turn, dialogue['messages'])))
-    for name, dialogue in dialogues.items()
+    for name, dialogue in found.items()
   ]
 
 
 def _turn(messages: list[dict[str, str]]) -> str:
-  """One line, so that the next line is the other speaker's."""
+  """Joins the messages of a turn into one line.
+
+  Each line is then a turn, and the next line is the other speaker's.
+  """
   return ' '.join(' '.join(m['text'] for m in messages).split())
 
 
-def _prepared(name: str, data_dir: str | None):
-  """TFDS' builder of a prepared data set, whether or not TFDS knows it."""
-  # Imported here: it takes a third of a second, which other corpora save.
-  import tensorflow_datasets as tfds
-  from tensorflow_datasets.core import read_only_builder
+def _prepared(name: str, data_dir: str | None) -> Any:
+  """Returns TFDS' builder of a prepared data set.
+
+  The data set need not be among those that TFDS defines. The result is Any
+  because the annotations of TFDS contradict the behaviour of its builders.
+  """
+  # This import takes a third of a second, which other corpora need not spend.
+  from tensorflow_datasets.core import read_only_builder, registered
 
   if data_dir is not None:
     data_dir = os.path.expanduser(data_dir)
   try:
     return read_only_builder.builder_from_files(name, data_dir=data_dir)
-  except tfds.core.registered.DatasetNotFoundError as error:
+  except registered.DatasetNotFoundError as error:
     raise FileNotFoundError(
       f'no prepared data set {name!r} in {data_dir or "~/tensorflow_datasets"}:'
       f' expected {name}/VERSION/dataset_info.json there; set data_dir, or '
@@ -440,5 +512,5 @@ def _prepared(name: str, data_dir: str | None):
     ) from error
 
 
-def _text_of_example(example: dict[str, bytes]) -> str:
+def _text_of_example(example: dict[str, Any]) -> str:
   return example['text'].decode('utf-8', 'replace')

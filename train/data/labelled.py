@@ -1,27 +1,28 @@
-"""Labelled texts, one or two each, to batches for a classifier.
+"""Turns labelled texts, one or two per row, into batches for a classifier.
 
-A corpus is, as in `train.data.corpus`, a dataclass that a config names; what it
-opens is a stream of `Row`s. `Labels` says what a label means to the model.
+A corpus is a dataclass that a config names, as in `train.data.corpus`, but it
+streams `Row`s. `Labels` maps their labels to targets of the model.
 
-B rows of a batch, T tokens of a row.
+Shapes: B rows of a batch, T tokens of a row.
 """
 
 import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import grain
 import jax
 import numpy as np
+import tokenizers
 from rich.table import Table
 from rich.text import Text
 
 from train.data import corpus, records
 from train.data.batches import Batch, ahead, bucket
-from train.data.corpus import Indexed, Sharded, Split
+from train.data.corpus import RandomAccess, Sharded, Split
 from train.data.text_files import expand
 from train.data.tokenizer import (
   AnyTokenizer,
@@ -31,8 +32,11 @@ from train.data.tokenizer import (
   parsed,
 )
 
-Examples: TypeAlias = Indexed | Sharded
+Examples: TypeAlias = RandomAccess['Row'] | Sharded['Row']
 Metric: TypeAlias = Literal['accuracy', 'f1', 'matthews', 'pearson', 'spearman']
+
+EncodedRow: TypeAlias = dict[str, Any]
+"""The arrays 'ids', 'types' and 'targets' of a row, and 'noise' if wanted."""
 
 COLUMNS = (
   ('sentence1', 'sentence2'),
@@ -43,33 +47,41 @@ COLUMNS = (
   ('sentence',),
   ('text',),
 )
-"""Names of columns of texts, in GLUE's and SuperGLUE's sets; the first of which
-a set has all are read."""
+"""Names of text columns, as in the data sets of GLUE and SuperGLUE. The first
+entry whose names are all columns of a data set is used."""
 
-# Rows are cut to the longest one of a batch, in few different lengths: each is
-# a compilation.
+# Batches are as long as their longest row, rounded up to a power of two that is
+# at least this. Each length is a compilation.
 _SHORTEST = 32
 
 
 class Row(NamedTuple):
-  """An example as it stands in the data."""
+  """An example as it is in the data."""
 
-  texts: tuple[str, ...]  # one, or two
-  label: Any  # int, float or str
-  place: str  # where it is, for errors
+  texts: tuple[str, ...]
+  """One or two texts."""
+  label: Any
+  """The label: an int, a float or a str."""
+  place: str
+  """Where the row is, for errors."""
 
 
 class Labels(NamedTuple):
-  """What a label means to a model."""
+  """The classes of a classifier, or a number to predict."""
 
   count: int
-  """Labels to choose from; 1 is a number to predict."""
+  """Number of classes. 1 means that the label is a number to predict."""
   names: tuple[str, ...] | None = None
-  """What they are called, in order."""
+  """Names of the classes, in order."""
 
-  def target(self, row: Row) -> np.ndarray:
-    """The label's number, int32; or the number that it is, float32."""
-    label, dtype = row.label, np.float32 if self.count == 1 else np.int32
+  def target(self, row: Row) -> np.int32 | np.float32:
+    """Returns the index of the row's class, int32, or its number, float32.
+
+    Raises:
+      ValueError: the label is not a class or a finite number.
+    """
+    label = row.label
+    dtype = np.float32 if self.count == 1 else np.int32
     if self.names and label in self.names:
       return dtype(self.names.index(label))
     try:
@@ -90,43 +102,47 @@ class Labels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LabelledFiles:
-  """Labelled texts of .csv, .tsv, .jsonl, .json or .parquet files.
+  """Labelled texts in .csv, .tsv, .jsonl, .json or .parquet files.
 
-  The first line of a .csv or .tsv names the columns. A line of a .jsonl is an
-  object, a .json file holds a list of them. Each may be compressed (.gz, .bz2,
-  .xz). The texts are in the columns `text`, `sentence`, `sentence1` and
-  `sentence2`, `premise` and `hypothesis`, `question` and `passage` or such.
+  The first line of a .csv or .tsv file names the columns. Each line of a .jsonl
+  file is an object, and a .json file holds a list of objects. Files may be
+  compressed (.gz, .bz2, .xz). The texts are in columns such as `text`,
+  `sentence`, `sentence1` and `sentence2`, `premise` and `hypothesis`,
+  `question` and `passage`.
   """
 
   train: str
   """Path or glob of the training files."""
 
   validation: str | None = None
-  """Path or glob of the validation files; None holds out `holdout`."""
+  """Path or glob of the validation files; None holds out training rows."""
 
   texts: tuple[str, ...] | None = None
-  """Columns of the texts, one or two; None finds them by their names."""
+  """Names of one or two text columns; None looks for common names."""
 
   label: str = 'label'
-  """Column of the label: an integer from 0, a name, or a number to predict."""
+  """Column of the label: a class's index from 0, its name, or a number to
+  predict."""
 
   metric: Metric = 'accuracy'
-  """What the best validation is the best by."""
+  """Metric that decides which validation result is the best."""
 
   holdout: float = 0.1
-  """Share of the training rows kept for validation, chosen by a hash of their
-  texts, where `validation` is None."""
+  """Share of the training rows that is held out for validation if `validation`
+  is None. A hash of a row's texts decides."""
 
   def open(self, split: Split) -> Examples:
-    """Rows of a split.
+    """Returns the rows of a split.
 
     Raises:
       FileNotFoundError: no file matches.
-      ValueError: a column is missing, a line is no row, or there are none.
+      ValueError: a column is missing, a line is not a row, or the split is
+        empty.
     """
     check_columns(self.texts)
     if self.validation is not None:
-      return Indexed(self._rows(getattr(self, split)), _itself)
+      pattern = self.train if split == 'train' else self.validation
+      return RandomAccess(self._rows(pattern), _itself)
     corpus.check_holdout(self.holdout)
     rows = self._rows(self.train)
     kept = [
@@ -138,7 +154,7 @@ class LabelledFiles:
         f'of {len(rows)} rows; give a validation file, another holdout, or '
         'more rows'
       )
-    return Indexed(kept, _itself)
+    return RandomAccess(kept, _itself)
 
   def _rows(self, pattern: str) -> list[Row]:
     rows = [
@@ -159,32 +175,33 @@ class LabelledTfds:
   """A labelled data set that TFDS has prepared, read without TensorFlow."""
 
   name: str = 'glue/cola'
-  """As in tfds.load: name/config, with :version where it matters."""
+  """Name as in tfds.load: name/config, with :version if a version is needed."""
 
   data_dir: str | None = None
-  """Where it is prepared; None is TFDS' own default, ~/tensorflow_datasets."""
+  """Directory of the prepared data; None is TFDS' default,
+  ~/tensorflow_datasets."""
 
   train: str = 'train'
   """The split to train on."""
 
   validation: str = 'validation'
-  """The split to validate on; array_record takes slices ('train[99%:]')."""
+  """The split to validate on; array_record also has slices ('train[99%:]')."""
 
   texts: tuple[str, ...] | None = None
-  """Features of the texts, one or two; None finds them by their names."""
+  """Names of one or two text features; None looks for common names."""
 
   label: str = 'label'
   """Feature of the label."""
 
   metric: Metric = 'accuracy'
-  """What the best validation is the best by."""
+  """Metric that decides which validation result is the best."""
 
   def open(self, split: Split) -> Examples:
-    """Rows of a split.
+    """Returns the rows of a split.
 
     Raises:
       FileNotFoundError: the data set is not prepared in `data_dir`.
-      ValueError: it has no such split, or no such features.
+      ValueError: it does not have this split, or these features.
     """
     check_columns(self.texts)
     source = corpus.Tfds(self.name, self.data_dir, self.train, self.validation)
@@ -193,12 +210,12 @@ class LabelledTfds:
     )
     found = source.records(split)
     first = next(iter(found.stream(seed=0, repeat=False)))
-    read(first)  # that names what is missing
-    return dataclasses.replace(found, text=lambda x: read(found.text(x)))
+    read(first)  # Raises ValueError now if a feature is missing.
+    return found.mapped(read)
 
 
 def check_columns(texts: Sequence[str] | None) -> None:
-  """Raises ValueError where columns are named, and not one or two."""
+  """Raises ValueError unless `texts` is None or has one or two names."""
   if texts is not None and len(texts) not in (1, 2):
     raise ValueError(f'texts must be one or two columns, got {texts}')
 
@@ -214,30 +231,36 @@ def batches(
   noise: bool = False,
   put: Callable[[Batch], Batch] = jax.device_put,
 ) -> grain.DatasetIterator[Batch]:
-  """Training batches without end, every epoch in another order, on the device.
+  """Returns an endless iterator of training batches on the device.
 
-  A thread makes them while the step before is computed. The iterator's state
-  is small JSON; a restored iterator goes on bit-equal.
+  A thread makes the batches while the previous step runs. Every epoch has
+  another order. The state of the iterator is a small JSON object. A restored
+  iterator returns the same batches, bit for bit.
 
   Args:
     examples: `corpus.open('train')`.
-    tokenizer: of the run, one with a tokenizer.json.
-    labels: what the labels mean.
+    tokenizer: the tokenizer of the run, from a tokenizer.json.
+    labels: the classes.
     batch_size: B.
-    sequence_length: tokens in a row at most; longer texts are cut.
-    seed: of the order, and of the noise.
-    noise: whether there are bits for dropout.
-    put: sends a batch to the device, or to many.
+    sequence_length: largest number of tokens in a row. Longer texts are
+      truncated.
+    seed: seed of the order and of the noise.
+    noise: whether batches have random bits for dropout.
+    put: sends a batch to one or several devices.
 
   Returns:
     An iterator of dicts: `inputs`, `types` (0, and 1 in the second text),
-    `segments` (1, and 0 where a row is filled), all [B, T] int32, `targets` [B]
-    (int32 or float32), `weights` [B] float32 ones, and `noise` [B, 2] uint32.
+      `segments` (1, and 0 on padding), all [B, T] int32, `targets` [B] (int32
+      or float32), `weights` [B] float32 ones, and with `noise`, `noise` [B, 2]
+      uint32.
 
   Raises:
-    ValueError: the tokenizer is none for this, or a label is unknown.
+    ValueError: the tokenizer is not suitable for a classifier, or a label is
+      unknown.
   """
-  rows = _rows(examples, tokenizer, labels, sequence_length, seed, True)
+  rows = _rows(
+    examples, tokenizer, labels, sequence_length, seed=seed, repeat=True
+  )
   if noise:
     rows = rows.random_map(_noisy, seed=seed)
   fill = pad_id(tokenizer)
@@ -255,12 +278,14 @@ def validation_batches(
   sequence_length: int,
   num_batches: int | None = None,
 ) -> grain.IterDataset[Batch]:
-  """One pass over a split, the same batches each time it is iterated.
+  """Returns one pass over a split, with the same batches each time.
 
-  As `batches`, but on the host, and in one order; the last batch is filled with
-  rows of weight 0.
+  The batches are those of `batches`, but in a fixed order and in host memory.
+  The last batch is padded with rows of weight 0.
   """
-  rows = _rows(examples, tokenizer, labels, sequence_length, 0, False)
+  rows = _rows(
+    examples, tokenizer, labels, sequence_length, seed=0, repeat=False
+  )
   fill = pad_id(tokenizer)
   stack = functools.partial(_stack, batch_size, sequence_length, fill)
   found = rows.batch(batch_size, drop_remainder=False, batch_fn=stack)
@@ -278,17 +303,18 @@ def shown(
   seed: int = 0,
   counted: int = 1000,
 ) -> Table:
-  """Returns a table with one example: its tokens' text, and its label.
+  """Returns a table with the tokens and the label of one example.
 
   Args:
     examples: `corpus.open('train')`.
-    tokenizer: of the run.
-    labels: what the labels mean.
+    tokenizer: the tokenizer of the run.
+    labels: the classes.
     sequence_length: T.
-    seed: of the order; the first example is shown.
-    counted: of how many examples the lengths are counted.
+    seed: seed of the order; the first example is shown.
+    counted: number of examples among which truncated ones are counted.
   """
-  encode, fast = encoder(tokenizer, sequence_length), _fast(tokenizer)
+  encode = encoder(tokenizer, sequence_length)
+  fast = _fast(tokenizer)
   stream = examples.stream(seed=seed, repeat=False)
   rows = list(itertools.islice(stream, counted))
   full = sum(len(encode(row.texts)[0]) == sequence_length for row in rows)
@@ -301,8 +327,8 @@ def shown(
   table.add_column('tokens')
   table.add_column('label')
   text = fast.decode(encode(rows[0].texts)[0].tolist(), False)
-  target = labels.target(rows[0]).item()
-  name = f' ({labels.names[target]})' if labels.names else ''
+  target = labels.target(rows[0])
+  name = f' ({labels.names[int(target)]})' if labels.names else ''
   table.add_row(Text(text), f'{target:g}{name}')
   return table
 
@@ -310,10 +336,11 @@ def shown(
 def encoder(
   tokenizer: AnyTokenizer, length: int
 ) -> Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]:
-  """Returns `texts -> (ids, types)` [n] with special tokens, cut to length.
+  """Returns `texts -> (ids, types)`, both [n], with special tokens.
 
-  The tokenizer's own template puts the special tokens and tells the texts
-  apart; of two texts the longer one is cut first.
+  The template in tokenizer.json adds the special tokens and numbers the texts
+  (0 or 1). The ids are truncated to `length`; the longer one of two texts is
+  truncated first.
   """
   fast = _fast(tokenizer)
   needed = fast.num_special_tokens_to_add(True)
@@ -325,7 +352,8 @@ def encoder(
   fast.enable_truncation(length, strategy='longest_first')
 
   def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    found = fast.encode(*texts)
+    second = texts[1] if len(texts) > 1 else None
+    found = fast.encode(texts[0], second)
     ids_n = checked(tokenizer, np.array(found.ids, np.int32), texts[0])
     return ids_n, np.array(found.type_ids, np.int32)
 
@@ -333,7 +361,7 @@ def encoder(
 
 
 def pad_id(tokenizer: AnyTokenizer) -> int:
-  """Returns the token that fills rows, 0 where none is named."""
+  """Returns the id of the padding token, 0 if the tokenizer has none."""
   name = tokenizer.tokens.get('pad_token')
   found = None if name is None else _fast(tokenizer).token_to_id(name)
   rows = tokenizer.num_rows
@@ -345,13 +373,13 @@ def pad_id(tokenizer: AnyTokenizer) -> int:
   return found or 0
 
 
-def _fast(tokenizer):
-  """The library's tokenizer as its file has it, special tokens and all."""
+def _fast(tokenizer: AnyTokenizer) -> tokenizers.Tokenizer:
+  """Returns the `tokenizers` object of tokenizer.json, template included."""
   if not isinstance(tokenizer, JsonTokenizer):
     raise ValueError(
       "a classifier needs a tokenizer.json, whose template has the model's "
-      'special tokens; this tokenizer is of sentencepiece: name a directory '
-      'that has one with --tokenizer'
+      'special tokens; this tokenizer is a sentencepiece model: name a '
+      'directory that has a tokenizer.json with --tokenizer'
     )
   fast = parsed(tokenizer.model)
   if not fast.num_special_tokens_to_add(True):
@@ -362,9 +390,17 @@ def _fast(tokenizer):
   return fast
 
 
-def _rows(examples, tokenizer, labels, length, seed, repeat):
-  """Encoded rows in an order fixed by a seed."""
-  if isinstance(examples, Indexed) and isinstance(examples.source, list):
+def _rows(
+  examples: Examples,
+  tokenizer: AnyTokenizer,
+  labels: Labels,
+  length: int,
+  *,
+  seed: int,
+  repeat: bool,
+) -> grain.IterDataset[EncodedRow]:
+  """Returns encoded rows in an order fixed by a seed."""
+  if isinstance(examples, RandomAccess) and isinstance(examples.source, list):
     for row in examples.source:
       labels.target(row)
   encode = encoder(tokenizer, length)
@@ -372,21 +408,24 @@ def _rows(examples, tokenizer, labels, length, seed, repeat):
   texts = (text for row in rows for text in row.texts)
   check_texts(tokenizer, texts, special=True)
 
-  def encoded(row: Row) -> dict[str, np.ndarray]:
+  def encoded(row: Row) -> EncodedRow:
     ids_n, types_n = encode(row.texts)
     return {'ids': ids_n, 'types': types_n, 'targets': labels.target(row)}
 
   return examples.stream(seed=seed, repeat=repeat).map(encoded)
 
 
-def _noisy(row, rng):
+def _noisy(row: EncodedRow, rng: np.random.Generator) -> EncodedRow:
   return row | {'noise': rng.integers(2**32, size=2, dtype=np.uint32)}
 
 
 def _stack(
-  batch_size: int, most: int, fill: int, rows: Sequence[dict]
+  batch_size: int, most: int, fill: int, rows: Sequence[EncodedRow]
 ) -> Batch:
-  """A batch of rows of one length, with rows of weight 0 up to batch_size."""
+  """Stacks rows, padded to one length, and adds empty rows up to `batch_size`.
+
+  The weights of the added rows are 0.
+  """
   longest = max(len(row['ids']) for row in rows)
   length = min(most, bucket(longest, _SHORTEST))
   batch = {
@@ -400,10 +439,8 @@ def _stack(
     batch['noise'] = np.zeros((batch_size, 2), np.uint32)
   for i, row in enumerate(rows):
     stop = len(row['ids'])
-    batch['inputs'][i, :stop], batch['types'][i, :stop] = (
-      row['ids'],
-      row['types'],
-    )
+    batch['inputs'][i, :stop] = row['ids']
+    batch['types'][i, :stop] = row['types']
     batch['segments'][i, :stop] = 1
     batch['weights'][i] = 1
     for name in {'targets', 'noise'} & row.keys():
@@ -419,8 +456,13 @@ def _crc(row: Row) -> int:
   return zlib.crc32('\0'.join(row.texts).encode())
 
 
-def _row(record, texts, label, place: str) -> Row:
-  """A row of named columns."""
+def _row(
+  record: Mapping[str, Any],
+  texts: Sequence[str] | None,
+  label: str,
+  place: str,
+) -> Row:
+  """Returns the row in a record with named columns."""
   if texts is None:
     found = (names for names in COLUMNS if set(names) <= set(record))
     texts = next(found, ())
@@ -435,7 +477,7 @@ def _row(record, texts, label, place: str) -> Row:
   return Row(found, _scalar(record[label]), place)
 
 
-def _text(value, name, place) -> str:
+def _text(value: Any, name: str, place: str) -> str:
   if isinstance(value, bytes):
     return value.decode('utf-8', 'replace')
   if not isinstance(value, str):
@@ -443,15 +485,15 @@ def _text(value, name, place) -> str:
   return value
 
 
-def _scalar(label):
-  """A label of Python's types."""
+def _scalar(label: Any) -> Any:
+  """Returns a label as a Python str, int or float."""
   if isinstance(label, bytes):
     return label.decode('utf-8', 'replace')
   return label.item() if isinstance(label, np.generic | np.ndarray) else label
 
 
 def _records(path: str) -> Iterator[tuple[dict[str, Any], str]]:
-  """Records of a file, and where each is."""
+  """Yields the records of a file, and the place of each."""
   kinds = records.KINDS
   if records.kind_of(path) not in kinds:
     raise ValueError(

@@ -1,6 +1,7 @@
-"""Marks around the texts of messages, which a chat template moves along.
+"""Marks around the texts of messages, to find them in a rendered chat.
 
-They are Unicode noncharacters, which no text has.
+A chat template moves the marks along with the texts. The marks are Unicode
+noncharacters, which do not occur in texts.
 """
 
 import re
@@ -8,17 +9,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 Message: TypeAlias = Mapping[str, Any]
-"""At least 'role' and 'content'; 'tool_calls' where an answer calls tools."""
+"""A dict with at least 'role' and 'content', and 'tool_calls' if it calls
+tools."""
 
-# A mark is _START, a number in digits of its own, the marked text, and _STOP.
-_START, _STOP = '\ufdd0', '\ufdd1'
+# A marked text is _START, a number, the text, and _STOP. The digits of the
+# number are noncharacters too.
+_START = '\ufdd0'
+_STOP = '\ufdd1'
 _ZERO = 0xFDD2
 
-BEGIN, END = '\ufde0', '\ufde1'
-"""The marks of {% generation %}, around those of its content."""
+BEGIN = '\ufde0'
+"""Mark at the start of a {% generation %} block, around those of its texts."""
+
+END = '\ufde1'
+"""Mark at the end of a {% generation %} block."""
 
 RESERVED = re.compile(f'[{_START}-{END}]')
-"""The code points that marks are made of."""
+"""A pattern of the characters that marks consist of."""
 
 _MARK = re.compile(
   f'(?P<start>{_START})(?P<number>[\ufdd2-\ufddb]+)|(?P<begin>{BEGIN})|'
@@ -27,31 +34,38 @@ _MARK = re.compile(
 
 
 class Mark(NamedTuple):
-  """A marked text, by its offsets in the text without marks."""
+  """A marked text, by its offsets in the rendered text without marks."""
 
   number: int
+  """Index of the field in `Marker.fields`."""
   start: int
+  """Offset of the first character."""
   stop: int
+  """Offset past the last character."""
 
 
 class Field(NamedTuple):
-  """A marked text of a message."""
+  """A text of a message that has a mark."""
 
   message: int
+  """Index of the message."""
   is_content: bool
+  """Whether the text is the message's content, not a thought or a tool call."""
   is_optional: bool
+  """Whether a template may leave the text out, as the content next to a tool
+  call."""
 
 
 class Marker:
-  """Puts marks around the texts of messages."""
+  """Puts marks around the texts of messages, and records them in `fields`."""
 
   def __init__(self, thoughts: Sequence[str]) -> None:
-    """Has marked nothing; `thoughts` are further keys of texts."""
+    """Starts without marks; `thoughts` are further text keys of messages."""
     self.fields: list[Field] = []
     self._thoughts = thoughts
 
   def message(self, message: Message, i: int) -> Message:
-    """Returns message i with marks around its texts and calls."""
+    """Returns message i with marks around its texts and tool calls."""
     calls = message.get('tool_calls')
     found = dict(message)
     for name in ('content', *self._thoughts):
@@ -64,7 +78,10 @@ class Marker:
     return found
 
   def has_all(self, marks: Sequence[Mark]) -> bool:
-    """Whether all marks are there, once each and in the order of messages."""
+    """Returns whether all marks occur once and in the order of the messages.
+
+    Marks of optional fields may be absent.
+    """
     numbers = [mark.number for mark in marks]
     needed = {i for i, x in enumerate(self.fields) if not x.is_optional}
     owners = [self.fields[number].message for number in numbers]
@@ -75,7 +92,7 @@ class Marker:
     )
 
   def has_content(self, i: int, marks: Sequence[Mark]) -> bool:
-    """Whether the content of message i is among the marks, if it has one."""
+    """Returns whether the content of message i is marked, if it has any."""
     numbers = {mark.number for mark in marks}
     return all(
       number in numbers
@@ -84,7 +101,10 @@ class Marker:
     )
 
   def _text(self, text: str, field: Field) -> str:
-    """Inside the white space: a template can strip it and keeps the marks."""
+    """Puts marks inside the white space of a text.
+
+    A template that strips the text then keeps the marks.
+    """
     core = text.strip()
     if not core:
       return text
@@ -107,27 +127,33 @@ class Marker:
 
 
 class Rendered(NamedTuple):
-  """A text without marks, and where they were."""
+  """A rendered text without marks, and the places of the marks."""
 
   text: str
+  """The text from which marks have been removed."""
   marks: Sequence[Mark] | None
-  """None if one of a pair is gone."""
+  """The marked texts; None if a mark has lost its counterpart or marks are
+  nested."""
   generated: Sequence[Mark]
+  """The contents of {% generation %} blocks."""
 
 
 def read_marks(text: str) -> Rendered:
-  """Takes the marks out of a text."""
+  """Removes the marks from a rendered text, and returns their places."""
   if _MARK.search(text) is None:
     return Rendered(text, (), ())
   parts: list[str] = []
   marks: list[Mark] = []
   generated: list[Mark] = []
   begun: list[Mark] = []
-  size = done = begin = 0
+  size = 0
+  done = 0
+  begin = 0
   is_sound = True
   for match in _MARK.finditer(text):
     parts.append(text[done : match.start()])
-    size, done = size + len(parts[-1]), match.end()
+    size += len(parts[-1])
+    done = match.end()
     if match['begin']:
       begin = size
     elif match['end']:

@@ -1,7 +1,8 @@
-"""Records of data files: JSON lines and lists, CSV, TSV, Parquet and Arrow.
+"""Reads records from JSON lines, JSON lists, CSV, TSV, Parquet and Arrow files.
 
-A record is a dict. `read` yields those of a file of any kind, `parse_object`
-reads one line of JSON. `train.data.text_files` gives random access to them.
+A record is a dict. `read` yields the records of a file of any kind, and
+`parse_object` parses one line of JSON. `train.data.text_files` gives random
+access to records.
 """
 
 import atexit
@@ -35,13 +36,14 @@ _COMPRESSED: dict[str, Callable[..., IO[Any]]] = {
 
 _TABLES = ('.csv', '.tsv')
 
-# The builders of `datasets` that read them.
+# Names of the builders of `datasets` that read these files.
 _ROWS = {'.parquet': 'parquet', '.arrow': 'arrow'}
 
 KINDS = ('.jsonl', *_TABLES, '.json', '.ndjson', *_ROWS)
-"""Endings of files of records; each may be followed by .gz, .bz2 or .xz."""
+"""Endings of the names of record files. Each may be followed by .gz, .bz2 or
+.xz."""
 
-# An escape of half a surrogate pair. Most of them come in pairs.
+# An escape of half a surrogate pair. The other half usually follows.
 _SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 
 _SPACE = re.compile(r'[ \t\r\n]*')
@@ -50,20 +52,20 @@ _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 
 class RecordError(ValueError):
-  """A record can be read, and must not be used; the message has the reason."""
+  """An error for a record that can be parsed but must not be used."""
 
 
 class Records(NamedTuple):
-  """The records of a file, and the numbers that an error names."""
+  """The records of a file, numbered for errors."""
 
   unit: str
-  """Name of the numbers: 'line', 'item' of a JSON list or 'row'."""
+  """The unit of the numbers: 'line', 'item' (of a JSON list) or 'row'."""
   numbered: Iterator[tuple[int, Record]]
-  """Pairs of a number from 1 and a record."""
+  """Pairs of a number, from 1, and a record."""
 
 
 def kind_of(path: str) -> str:
-  """Returns the ending of a file's name, without that of a compression.
+  """Returns the ending of a file's name without the ending of a compression.
 
   >>> kind_of('a/chats.jsonl.gz'), kind_of('a.b/TEXT')
   ('.jsonl', '')
@@ -73,12 +75,12 @@ def kind_of(path: str) -> str:
 
 
 def is_compressed(path: str) -> bool:
-  """Whether `open_bytes` decompresses a file."""
+  """Returns whether `open_bytes` decompresses the file."""
   return os.path.splitext(path.lower())[1] in _COMPRESSED
 
 
 def open_bytes(path: str) -> IO[bytes]:
-  """Opens a file to read its bytes, decompressed."""
+  """Opens a file for reading its bytes, decompressed."""
   ending = os.path.splitext(path.lower())[1]
   return _COMPRESSED.get(ending, open)(path, 'rb')
 
@@ -91,7 +93,7 @@ def _open_text(path: str) -> Iterator[io.TextIOWrapper]:
 
 
 def is_list(path: str) -> bool:
-  """Whether a .json file holds a list; others hold an object in each line."""
+  """Returns whether a .json file holds a list, not an object per line."""
   if kind_of(path) != '.json':
     return False
   with naming(path), open_bytes(path) as file:
@@ -100,9 +102,9 @@ def is_list(path: str) -> bool:
 
 
 def has_lines(path: str) -> bool:
-  """Whether a file is plain JSON lines, whose bytes can be read in place.
+  """Returns whether a file is JSON lines that can be read in place.
 
-  These are all files that are not of another kind.
+  A file whose ending does not name another kind counts as JSON lines.
   """
   is_table = kind_of(path) in (*_TABLES, *_ROWS)
   return not (is_compressed(path) or is_table or is_list(path))
@@ -118,17 +120,18 @@ def header(path: str) -> list[str]:
 def read(path: str) -> Records:
   """Reads the records of a file.
 
-  Values are exact: in tables they are strings, and Parquet's null values are
-  left out, since a column has them where a record has no such key.
+  Values keep their exact form. In CSV and TSV they are strings. Null values of
+  Parquet and Arrow are left out: a column has a null where a record of JSON
+  would not have the key.
 
   Args:
-    path: of a file. The ending decides how it is read; a file with an ending
-      that is not in `KINDS` is read as JSON lines.
+    path: path of the file. Its ending decides the format; files with an ending
+      that is not in `KINDS` are read as JSON lines.
 
   Raises:
     ImportError: Parquet needs the package `datasets`.
-    ValueError: while iterating, for a record or a file that cannot be read; the
-      message names the file, and the line, item or row.
+    ValueError: while iterating, if a record or the file cannot be read. The
+      message names the file and the line, item or row.
   """
   kind = kind_of(path)
   if kind in _ROWS:
@@ -141,11 +144,11 @@ def read(path: str) -> Records:
 
 
 def parse_object(content: bytes) -> Record:
-  """Returns the JSON object that bytes hold.
+  """Parses the JSON object in UTF-8 bytes.
 
   Raises:
-    ValueError: they are not UTF-8, not JSON, nested too deep or not an object,
-      or a string in them is not Unicode text.
+    ValueError: the bytes are not UTF-8, not JSON, nested too deep or not an
+      object, or contain a string that is not Unicode text.
 
   >>> parse_object(b'{"text": "0012"}')
   {'text': '0012'}
@@ -154,10 +157,11 @@ def parse_object(content: bytes) -> Record:
 
 
 def parse_json(text: str) -> Any:
-  """Returns the value of a JSON text.
+  """Parses a JSON text.
 
   Raises:
-    ValueError: it is not JSON, nested too deep, or not Unicode text.
+    ValueError: the text is not JSON, nested too deep, or has a string that is
+      not Unicode text.
   """
   with _readable():
     found = json.loads(text)
@@ -167,13 +171,13 @@ def parse_json(text: str) -> Any:
 
 
 def dump(record: Record) -> bytes:
-  """Returns the JSON of a record, as `parse_object` reads it."""
+  """Returns a record as JSON that `parse_object` can parse."""
   return json.dumps(record, ensure_ascii=False).encode()
 
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-  """Names a file in an error of a library that reads it."""
+  """Names the file in errors that a library raises for damaged files."""
   try:
     yield
   except (*_DAMAGED, UnicodeDecodeError, csv.Error) as error:
@@ -182,7 +186,7 @@ def naming(path: str) -> Iterator[None]:
       'convert it again'
     ) from error
   except OSError as error:
-    # bz2 raises one without a number for damaged data.
+    # For damaged data bz2 raises an OSError without a number.
     if error.errno is not None:
       raise
     raise ValueError(
@@ -192,7 +196,7 @@ def naming(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-  """Turns every error of reading JSON into a short ValueError."""
+  """Turns every error of the JSON parser into a short ValueError."""
   try:
     yield
   except RecursionError as error:
@@ -227,7 +231,10 @@ def _lines(path: str) -> Iterator[tuple[int, Record]]:
 
 
 def _items(path: str) -> Iterator[tuple[int, Record]]:
-  """Objects of a JSON list, each parsed by itself to name it in an error."""
+  """Yields the objects of a JSON list, with their numbers.
+
+  Each item is parsed by itself, so that an error names the item.
+  """
   with naming(path), open_bytes(path) as file:
     text = file.read().decode('utf-8-sig')
   at = _skip_space(text, text.index('[') + 1)
@@ -252,11 +259,15 @@ def _items(path: str) -> Iterator[tuple[int, Record]]:
 
 
 def _item(text: str, start: int) -> tuple[Record, int]:
-  """Returns an item of a list, and where the mark behind it is."""
+  """Parses an item of a list; returns it and the offset of the mark after it.
+
+  The mark is a comma, or the bracket that closes the list.
+  """
   with _readable():
     found, stop = json.JSONDecoder().raw_decode(text, start)
     json.dumps(found, ensure_ascii=False).encode()
-  record, stop = _object(found), _skip_space(text, stop)
+  record = _object(found)
+  stop = _skip_space(text, stop)
   mark = text[stop : stop + 1]
   if mark not in (',', ']'):
     raise ValueError(f'a comma or "]" must follow the item, got {mark!r}')
@@ -269,7 +280,10 @@ def _skip_space(text: str, start: int) -> int:
 
 
 def _dialect(path: str) -> dict[str, Any]:
-  """Arguments of `csv.reader`: GLUE's .tsv files have quotes in their texts."""
+  """Returns the arguments of `csv.reader` for a file.
+
+  Quotes have no meaning in .tsv files, because texts in GLUE's contain them.
+  """
   if kind_of(path) == '.tsv':
     return {'delimiter': '\t', 'quoting': csv.QUOTE_NONE}
   return {}
@@ -290,9 +304,9 @@ def _table(path: str) -> Iterator[tuple[int, Record]]:
 
 
 def _rows(path: str, builder: str) -> Iterator[Record]:
-  """Rows of Parquet or Arrow, as a stream: no copy of them is kept on disk."""
+  """Streams the rows of a Parquet or Arrow file, without a copy on the disk."""
   datasets = _datasets(path)
-  # `datasets` writes lock files into its cache, even for a stream.
+  # `datasets` writes lock files into its cache even when it streams.
   with tempfile.TemporaryDirectory() as cache:
     try:
       stream = datasets.load_dataset(
@@ -305,7 +319,7 @@ def _rows(path: str, builder: str) -> Iterator[Record]:
       tables = stream.with_format('arrow').iter(batch_size=1000)
       for table in tables:
         yield from map(_exact, table.to_pylist())
-    # Its errors have many types.
+    # `datasets` raises errors of many types.
     except Exception as error:
       raise ValueError(
         f'{path} cannot be read as {builder.capitalize()} '
@@ -314,12 +328,12 @@ def _rows(path: str, builder: str) -> Iterator[Record]:
 
 
 def _datasets(path: str) -> Any:
-  """Imports the library `datasets` for local files, without the network."""
+  """Imports the library `datasets` with its use of the network turned off."""
   names = ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE')
   before = {name: os.environ.get(name) for name in names}
   os.environ.update(dict.fromkeys(names, '1'))
   try:
-    # Imported here: it takes seconds, which other files save.
+    # This import takes seconds, which other kinds of files need not spend.
     import datasets
   except ImportError as error:
     raise ImportError(
@@ -336,9 +350,9 @@ def _datasets(path: str) -> Any:
 
 
 def _exact(value: Any) -> Any:
-  """Returns a value of Arrow as JSON has it, without null fields.
+  """Returns a value of Arrow in its JSON form.
 
-  Bytes that are not text are left out, too.
+  Null fields, and bytes that are not UTF-8 text, are left out.
   """
   if isinstance(value, dict):
     pairs = ((str(name), _exact(x)) for name, x in value.items())
@@ -358,28 +372,29 @@ def _exact(value: Any) -> Any:
 
 
 class Spool:
-  """Records that were copied into one temporary file, for random access.
+  """A temporary file that records are copied to, for random access.
 
   The file is in the directory of `tempfile.gettempdir()`, which TMPDIR sets. It
-  has no name there and goes when the process ends.
+  is deleted when the process ends.
   """
 
   def __init__(self) -> None:
-    """Makes an empty file."""
+    """Opens an empty file."""
     self._file = tempfile.TemporaryFile(buffering=0)
     self._size = 0
 
   def append(self, content: bytes) -> int:
-    """Writes bytes, and returns the offset of the first."""
+    """Writes bytes at the end, and returns the offset of the first one."""
     start = self._size
     view = memoryview(content)
     while view:
       written = os.pwrite(self._file.fileno(), view, self._size)
-      view, self._size = view[written:], self._size + written
+      view = view[written:]
+      self._size += written
     return start
 
   def read(self, start: int, stop: int) -> bytes:
-    """Returns the bytes between two offsets; threads may share the file."""
+    """Returns the bytes between two offsets. It is thread-safe."""
     parts: list[bytes] = []
     while start < stop:
       parts.append(os.pread(self._file.fileno(), stop - start, start))
@@ -387,13 +402,13 @@ class Spool:
     return b''.join(parts)
 
   def close(self) -> None:
-    """Removes the file."""
+    """Closes the file, which deletes it."""
     self._file.close()
 
 
 @functools.cache
 def spool() -> Spool:
-  """Returns the spool of this process."""
+  """Returns the spool of this process, which is created by the first call."""
   found = Spool()
   atexit.register(found.close)
   return found

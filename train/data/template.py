@@ -1,7 +1,7 @@
-"""Chat templates: messages to text, and where in it the answers are.
+"""Chat templates: they render messages as text, and answers are found in it.
 
-A template is the Jinja text of a checkpoint, rendered as transformers renders
-it: in a sandbox, with the same filters and functions.
+A template is the Jinja text of a checkpoint. It is rendered as transformers
+does: in a sandbox, with the same filters and functions.
 """
 
 import datetime
@@ -22,7 +22,7 @@ from train.data.answers import Answer, Finder
 from train.data.marks import BEGIN, END, Marker, Message, Rendered, read_marks
 
 Piece: TypeAlias = tuple[str, bool]
-"""A text, and whether it is scored."""
+"""A text, and whether it counts in the loss."""
 
 _QUESTION = {'role': 'user', 'content': 'a'}
 _ANSWER = {'role': 'assistant', 'content': 'b'}
@@ -46,32 +46,37 @@ _TOOLS = [
   }
 ]
 
-# Variables of every rendering, which have no default.
+# Variables that the program sets in every rendering, so that they need no
+# default.
 _ARGUMENTS = (
-  *('messages', 'add_generation_prompt', 'tools', 'documents'),
+  'messages',
+  'add_generation_prompt',
+  'tools',
+  'documents',
   'strftime_now',
 )
 
-# Names of the thoughts that are apart from the content of a message.
+# Keys of messages for thoughts that are separate from the content.
 _THOUGHTS = ('reasoning_content', 'reasoning', 'thinking')
 
 
 class ChatTemplate:
-  """Renders messages, and finds the answers in the text.
+  """Renders messages as text, and finds the answers in the text.
 
   Attributes:
     source: the Jinja text.
-    origin: its name in an error.
-    reads: names of the variables that it looks up.
-    thoughts: keys of a message for its thoughts, which the template names.
-    clock: the time that its function strftime_now gives.
-    is_settled: whether a run was started with this template and clock.
+    origin: name of the template in errors.
+    reads: names of the variables that the template reads.
+    thoughts: keys of messages for thoughts that the template names.
+    clock: the time that the template's function strftime_now formats.
+    is_settled: whether a clock was given, as by a run that saved the template.
     specials: texts of the tokens that can end a turn, longest first.
-    special: a pattern of one of them.
-    end: a pattern of one of them, behind white space.
-    end_of_turn: the special token behind an answer; None where there is none.
-    ends: special tokens that end an answer: with a text, and with a call.
-    has_end: whether it has an `end_of_turn`, or refuses to be tried.
+    special: a pattern that matches one of them.
+    end: a pattern that matches one of them after white space.
+    end_of_turn: the special token after an answer; None without one.
+    ends: special tokens that end an answer with a text, and one with a call.
+    has_end: whether there is an `end_of_turn`. It is also true if the template
+      refuses the messages that it was tried with.
     added_end: the text that `with_end` has added; None if it has not.
   """
 
@@ -88,16 +93,17 @@ class ChatTemplate:
 
     Args:
       source: Jinja text.
-      tokens: what it may name, such as bos_token and eos_token.
+      tokens: variables for the texts of tokens, such as bos_token and
+        eos_token.
       specials: texts of the tokens that can end a turn.
-      origin: its name in an error.
-      clock: the time of a run, in all of its renderings. None is the time of
-        this call.
+      origin: name of the template in errors.
+      clock: the time in all renderings of a run. None is the current time.
 
     Raises:
-      ValueError: it is no Jinja template.
+      ValueError: the text is not a Jinja template.
     """
-    self.source, self.origin = source, origin
+    self.source = source
+    self.origin = origin
     self.is_settled = clock is not None
     self.clock = datetime.datetime.now() if clock is None else clock
     self._tokens = dict(tokens)
@@ -138,12 +144,14 @@ class ChatTemplate:
     """Returns the text of a conversation.
 
     Args:
-      messages: 'role' and 'content' of each.
-      add_generation_prompt: whether the text ends where an answer begins.
+      messages: messages with 'role' and 'content'.
+      add_generation_prompt: whether to end with the text after which a model
+        writes its answer.
       context: further variables, such as 'tools'.
 
     Raises:
-      ValueError: the template refuses these messages, or lacks a variable.
+      ValueError: the template refuses these messages, or does not read a
+        variable of the context.
     """
     self.check_variables(context or {})
     return self.rendered(
@@ -158,11 +166,11 @@ class ChatTemplate:
     scored: Sequence[bool],
     context: Mapping[str, Any] | None = None,
   ) -> list[Piece]:
-    """Returns the text of a conversation in pieces, answers apart.
+    """Returns a conversation's text in pieces that are in the loss or not.
 
     Args:
       messages: as in `render`.
-      scored: which of them are answers.
+      scored: whether each message counts in the loss.
       context: as in `render`.
 
     Raises:
@@ -175,7 +183,7 @@ class ChatTemplate:
       start = max(done, answer.start)
       found += [(text[done:start], False), (text[start : answer.stop], True)]
       done = answer.stop
-    return _joined([*found, (text[done:], False)])
+    return _merged([*found, (text[done:], False)])
 
   def answers(
     self,
@@ -183,22 +191,24 @@ class ChatTemplate:
     scored: Sequence[bool],
     context: Mapping[str, Any] | None = None,
   ) -> tuple[str, list[Answer]]:
-    """Returns the text of a conversation, and where the answers are in it.
+    """Returns the text of a conversation, and the places of the answers in it.
 
-    An answer begins where the generation prompt ends, so that a model learns
-    all that it has to write. It has the content and the calls of a scored
-    message, and the special token that the template puts behind them. A
-    template can mark the text that a model writes by {% generation %}; an
-    answer is then this text, and the special token behind it.
+    An answer is the text of a message that counts in the loss. It begins where
+    the generation prompt ends, so that a model learns everything that it has to
+    write. It consists of the content and the tool calls of the message, and of
+    the special token that the template puts after them. If the template marks
+    the text that a model writes by {% generation %}, an answer is this text and
+    the special token after it.
 
     Args:
       messages: as in `render`.
-      scored: which of them are answers.
+      scored: whether each message counts in the loss.
       context: as in `render`.
 
     Raises:
-      ValueError: the template refuses these messages, lacks a variable, leaves
-        out a call, or rewrites an answer so that it cannot be found again.
+      ValueError: the template refuses these messages, does not read a variable
+        of the context, leaves out a tool call, or rewrites an answer so that it
+        cannot be found.
     """
     self.check_variables(context or {})
     adapted = [self._adapted(message) for message in messages]
@@ -206,7 +216,7 @@ class ChatTemplate:
     return finder.text, list(finder.answers(scored))
 
   def mentions(self, name: str) -> bool:
-    """Whether a name is in the template, for example a key of messages."""
+    """Returns whether a name, such as a key of messages, is in the template."""
     return re.search(rf'\b{re.escape(name)}\b', self.source) is not None
 
   def check_variables(self, variables: Iterable[str]) -> None:
@@ -221,7 +231,10 @@ class ChatTemplate:
         )
 
   def check_defaults(self, variables: Iterable[str]) -> None:
-    """Raises ValueError for a variable that can have no default."""
+    """Raises ValueError for a variable that the program itself always sets.
+
+    A default in the template would have no effect.
+    """
     self.check_variables(variables)
     for name in variables:
       if name in _ARGUMENTS or name in self._tokens:
@@ -232,7 +245,7 @@ class ChatTemplate:
 
   @functools.cached_property
   def generation_prompt(self) -> str:
-    """The text that a prompt for an answer ends with, '' if there is none."""
+    """The text after which a model writes an answer; '' without one."""
     try:
       return self.prompt_after([_QUESTION], None)
     except ValueError:
@@ -241,22 +254,25 @@ class ChatTemplate:
   def prompt_after(
     self, messages: Sequence[Message], context: Mapping[str, Any] | None
   ) -> str:
-    """Returns the generation prompt after some messages, '' if there is none.
+    """Returns the generation prompt after some messages; '' without one.
 
     Raises:
-      ValueError: as `rendered`.
+      ValueError: the template refuses these messages.
     """
     before = self.rendered(messages, context).text
     prompt = self.rendered(messages, context, add_generation_prompt=True).text
     return prompt[len(before) :] if prompt.startswith(before) else ''
 
   def up_to_eos(self, text: str, stop: int, end: str) -> tuple[int, str]:
-    """Returns the end of an answer, or EOS if special tokens lead up to it.
+    """Extends the end of an answer over further special tokens up to EOS.
 
     Args:
-      text: of a conversation.
-      stop: offset past the special token behind an answer.
+      text: text of a conversation.
+      stop: offset past the special token after an answer.
       end: that token.
+
+    Returns:
+      The new offset, and the token before it.
     """
     eos = self._eos.match(text, stop)
     if eos is None or end == self._tokens.get('eos_token'):
@@ -270,10 +286,10 @@ class ChatTemplate:
     *,
     add_generation_prompt: bool = False,
   ) -> Rendered:
-    """Returns the text of messages, and the marks that were in it.
+    """Returns the text of messages without marks, and the places of the marks.
 
     Args:
-      messages: in the form that the template expects.
+      messages: messages in the form that the template expects.
       context: as in `render`.
       add_generation_prompt: as in `render`.
 
@@ -288,7 +304,7 @@ class ChatTemplate:
         add_generation_prompt=add_generation_prompt,
         strftime_now=self.clock.strftime,
       )
-    # A template is a program: it can fail as any.
+    # A template is a program, which can raise any error.
     except Exception as error:
       roles = ', '.join(str(message.get('role')) for message in messages)
       raise ValueError(
@@ -300,24 +316,29 @@ class ChatTemplate:
 
   @functools.cached_property
   def _probes(self) -> tuple[Mapping[str, Any], ...]:
-    """Contexts to try a template in: some refuse to be without tools."""
+    """Contexts to try the template with; some templates require tools."""
     return ({}, {'tools': _TOOLS}) if 'tools' in self.reads else ({},)
 
   def _try(self, answer: Message) -> tuple[str | None, bool]:
-    """Returns the token that ends an answer, and false if none does."""
+    """Renders a test conversation and returns the token that ends its answer.
+
+    The second value is false if no token ends the answer. It is true if a token
+    does, or if the template refuses the conversation.
+    """
     for context in self._probes:
       try:
-        _, (found,) = self.answers((_QUESTION, answer), (False, True), context)
+        _, found = self.answers((_QUESTION, answer), (False, True), context)
+        (only,) = found
       except ValueError:
         continue
-      return found.end, found.end is not None
+      return only.end, only.end is not None
     return None, True
 
   def _end_of_call(self) -> str | None:
-    """Returns the token that ends an answer with calls, if there is one."""
+    """Returns the token that ends an answer with tool calls, if any."""
     if self._form_of_call is None:
       return None
-    # A token behind each of two calls does not end the answer.
+    # Try two calls first: a token after each of them does not end the answer.
     for calls in ([_CALL, _CALL], [_CALL]):
       answer = {'role': 'assistant', 'content': '', 'tool_calls': calls}
       end, is_known = self._try(answer)
@@ -327,10 +348,11 @@ class ChatTemplate:
 
   @functools.cached_property
   def _form_of_call(self) -> Callable[[Message], Message] | None:
-    """The form of messages that call tools; None if none is rendered.
+    """Converts a message with tool calls to the form that the template expects.
 
-    Templates differ in the content that they expect: a text, null or nothing;
-    and in the arguments: an object, or its JSON.
+    It is None if the template does not render calls. Templates differ in the
+    expected content (a text, null or no key) and in the expected arguments (an
+    object, or its JSON).
     """
     message = {'role': 'assistant', 'content': '', 'tool_calls': [_CALL]}
     for content in ({'content': ''}, {'content': None}, {}):
@@ -346,15 +368,15 @@ class ChatTemplate:
     message: Message,
     context: Mapping[str, Any],
   ) -> bool:
-    """Whether a call of a message is rendered as it should be."""
+    """Returns whether the template renders a call of this form."""
     marked = Marker(()).message(message, 1)
     try:
-      plain, found = (
-        self.rendered([_QUESTION, form(x)], context) for x in (message, marked)
-      )
+      plain = self.rendered([_QUESTION, form(message)], context)
+      found = self.rendered([_QUESTION, form(marked)], context)
     except ValueError:
       return False
-    # Python's own form of an object escapes the marks in it.
+    # A template that prints the Python repr of an object would escape the marks
+    # in it.
     return bool(found.marks) and found.text == plain.text
 
   def _adapted(self, message: Message) -> Message:
@@ -367,12 +389,12 @@ class ChatTemplate:
 def _of_form(
   message: Message, *, content: Mapping[str, Any], dump: bool
 ) -> Message:
-  """Returns a message that calls tools in a form.
+  """Returns a message with tool calls in a form.
 
   Args:
-    message: has arguments that are objects.
-    content: replaces an empty content.
-    dump: whether arguments are JSON.
+    message: a message whose arguments are objects.
+    content: entries that replace an empty content.
+    dump: whether to write arguments as JSON.
   """
   found = dict(message)
   if not found.get('content'):
@@ -380,18 +402,23 @@ def _of_form(
     found |= content
   if dump:
     found['tool_calls'] = [
-      {**call, 'function': {**function, 'arguments': arguments}}
-      for call in message['tool_calls']
-      for function in [call['function']]
-      for arguments in [json.dumps(function['arguments'], ensure_ascii=False)]
+      _with_json_arguments(call) for call in message['tool_calls']
     ]
   return found
 
 
-def with_defaults(source: str, variables: Mapping[str, Any]) -> str:
-  """Returns a template that has values for variables which are not given.
+def _with_json_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a tool call whose arguments are JSON instead of an object."""
+  function = call['function']
+  arguments = json.dumps(function['arguments'], ensure_ascii=False)
+  return {**call, 'function': {**function, 'arguments': arguments}}
 
-  Every program that renders it uses them.
+
+def with_defaults(source: str, variables: Mapping[str, Any]) -> str:
+  """Returns a template with default values for variables.
+
+  The defaults are part of the template, so that every program that renders it
+  uses them.
 
   >>> print(with_defaults('{{ x }}', {'x': False}))
   {%- if x is not defined %}{%- set x = false %}{%- endif %}
@@ -406,11 +433,11 @@ def with_defaults(source: str, variables: Mapping[str, Any]) -> str:
 
 
 def with_end(source: str, end: str) -> str:
-  """Returns a template that puts a text behind the content of each answer."""
+  """Returns a template that adds a text after the content of each answer."""
   return _WITH_END.format(end=_literal(end)) + source
 
 
-# A newline behind a block is not part of the text.
+# Jinja removes a newline after a block.
 _WITH_END = """\
 {{%- set ended = namespace(messages=[]) %}}
 {{%- for message in messages %}}
@@ -430,7 +457,7 @@ _ADDED_END = re.compile(
 
 
 def _literal(value: Any) -> str:
-  """Returns a JSON value as Jinja writes it."""
+  """Returns a JSON value in Jinja's notation."""
   if isinstance(value, dict):
     pairs = (f'{_literal(k)}: {_literal(x)}' for k, x in value.items())
     return f'{{{", ".join(pairs)}}}'
@@ -442,12 +469,12 @@ def _literal(value: Any) -> str:
 
 
 class _Generation(jinja2.ext.Extension):
-  """{% generation %}: its content is put between marks."""
+  """The block {% generation %}, whose content is put between marks."""
 
   tags: ClassVar[set[str]] = {'generation'}
 
   def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-    """As a block whose content passes through `_mark`."""
+    """Parses the block as a call of `_mark` with its content."""
     line = next(parser.stream).lineno
     body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
     call = self.call_method('_mark')
@@ -466,7 +493,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
   )
   environment.filters['tojson'] = _tojson
   environment.globals['raise_exception'] = _raise
-  # A text must be the same each time that it is rendered.
+  # A conversation must have the same text each time that it is rendered.
   del environment.filters['random'], environment.globals['lipsum']
   return environment
 
@@ -478,7 +505,7 @@ def _tojson(
   separators: tuple[str, str] | None = None,
   sort_keys: bool = False,
 ) -> str:
-  """As transformers has it: Jinja's own escapes HTML."""
+  """Returns JSON as transformers does; Jinja's own filter escapes HTML."""
   return json.dumps(
     value,
     ensure_ascii=ensure_ascii,
@@ -492,8 +519,8 @@ def _raise(message: str) -> NoReturn:
   raise jinja2.TemplateError(message)
 
 
-def _joined(pieces: Iterable[Piece]) -> list[Piece]:
-  """No two neighbours alike, none empty."""
+def _merged(pieces: Iterable[Piece]) -> list[Piece]:
+  """Merges neighbours with the same flag, and drops empty pieces."""
   found: list[Piece] = []
   for text, scored in pieces:
     if found and found[-1][1] == scored:

@@ -1,9 +1,9 @@
-"""Random access to the documents of files, by an index of byte offsets.
+"""Random access to the documents in files, by an index of byte offsets.
 
 A document is a part of a plain text file, or a record (`train.data.records`)
-that a caller parses.
+that the caller parses.
 
-d documents of a file.
+Shapes: d documents of a file.
 """
 
 import dataclasses
@@ -22,23 +22,33 @@ from train.data.records import Record, RecordError
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """Where the documents of one file are."""
+  """The places of the documents in one file."""
 
   path: str
-  starts_d: np.ndarray  # [d] int64, offset of the first byte
-  stops_d: np.ndarray  # [d] int64, offset past the last byte
-  crcs_d: np.ndarray  # [d] int64, CRC-32 of the bytes
-  numbers_d: np.ndarray  # [d] int64, from 1, by which an error names it
+  """Path of the file."""
+  starts_d: np.ndarray
+  """[d] int64, offset of the first byte of each document."""
+  stops_d: np.ndarray
+  """[d] int64, offset past the last byte."""
+  crcs_d: np.ndarray
+  """[d] int64, CRC-32 of the bytes."""
+  numbers_d: np.ndarray
+  """[d] int64, number of the line, item or row, from 1, for errors."""
   parse: Callable[[bytes], Any]
-  """What makes a document of these bytes."""
+  """Converts the bytes of a document into the document."""
   unit: str = 'line'
-  """The unit that the numbers count."""
+  """The unit of the numbers: 'line', 'item' or 'row'."""
   is_copied: bool = False
-  """Whether the offsets are those of the spool, which has a copy."""
+  """Whether the offsets are those of a copy in `train.data.records.spool`."""
 
   def read(self, i: int) -> Any:
-    """Document i; OSError where the file is gone or is another one."""
-    start, stop = int(self.starts_d[i]), int(self.stops_d[i])
+    """Reads document i.
+
+    Raises:
+      OSError: the file has changed or does not exist.
+    """
+    start = int(self.starts_d[i])
+    stop = int(self.stops_d[i])
     if self.is_copied:
       return self.parse(records.spool().read(start, stop))
     with open(self.path, 'rb') as file:
@@ -52,11 +62,11 @@ class File:
     return self.parse(content)
 
   def place(self, i: int) -> str:
-    """Where document i is, in words."""
+    """Returns the place of document i in words, for example file and line."""
     return f'{self.path}, {self.unit} {self.numbers_d[i]}'
 
   def where(self, keep: Callable[[np.ndarray], np.ndarray]) -> 'File':
-    """The documents whose CRC satisfies `keep`, from [d] to a mask [d]."""
+    """Returns the documents for which the mask `keep(crcs_d)` is true."""
     kept_d = keep(self.crcs_d)
     return dataclasses.replace(
       self,
@@ -68,10 +78,10 @@ class File:
 
 
 class Texts:
-  """Documents of several files, a grain random-access source."""
+  """Documents of several files, as a random-access source for grain."""
 
-  def __init__(self, files: Iterable[File]):
-    """The documents of files, in their order."""
+  def __init__(self, files: Iterable[File]) -> None:
+    """Concatenates the documents of files."""
     self._files = tuple(files)
     self._stops = np.cumsum([len(file.starts_d) for file in self._files])
 
@@ -79,37 +89,47 @@ class Texts:
     """Number of documents."""
     return int(self._stops[-1])
 
-  def __getitem__(self, i: int) -> Any:
-    """Document i, read from its file."""
-    file, j = self._at(i)
-    return file.read(j)
+  def __getitem__(self, index: int) -> Any:
+    """Reads a document from its file."""
+    file, i = self._at(index)
+    return file.read(i)
 
-  def place(self, i: int) -> str:
-    """Where document i is, in words."""
-    file, j = self._at(i)
-    return file.place(j)
+  def place(self, index: int) -> str:
+    """Returns the place of a document in words, for example file and line."""
+    file, i = self._at(index)
+    return file.place(i)
 
   def where(self, keep: Callable[[np.ndarray], np.ndarray]) -> 'Texts':
-    """The documents whose CRC satisfies `keep`."""
+    """Returns the documents for which the mask `keep(crcs_d)` is true."""
     return Texts(file.where(keep) for file in self._files)
 
-  def _at(self, i: int) -> tuple[File, int]:
-    f = int(np.searchsorted(self._stops, i, side='right'))
-    # Counted from the end of file f, which is where document stops[f] begins.
-    return self._files[f], i - int(self._stops[f])
+  def _at(self, index: int) -> tuple[File, int]:
+    """Returns the file of a document, and the document's index in it."""
+    f = int(np.searchsorted(self._stops, index, side='right'))
+    # The second value is a negative index: document stops[f] - 1 is the last
+    # one of file f, at index -1.
+    return self._files[f], index - int(self._stops[f])
 
 
 class _Span(NamedTuple):
-  """Where a document is."""
+  """The place of a document."""
 
   start: int
+  """Offset of the first byte."""
   stop: int
+  """Offset past the last byte."""
   crc: int
+  """CRC-32 of the bytes."""
   number: int
+  """Number of the line, item or row, from 1."""
 
 
 def expand(pattern: str) -> list[str]:
-  """Files of a path or glob, sorted; FileNotFoundError if there are none."""
+  """Returns the files of a path or glob, sorted.
+
+  Raises:
+    FileNotFoundError: no file matches.
+  """
   pattern = os.path.expanduser(pattern)
   found = [pattern] if os.path.exists(pattern) else []
   found = found or sorted(glob.glob(pattern, recursive=True))
@@ -123,21 +143,22 @@ def expand(pattern: str) -> list[str]:
 
 
 def index(path: str, separator: str | None) -> File:
-  """Finds the documents of a file and checks that each can be read.
+  """Indexes the documents of a file, and checks that each can be read.
 
   Args:
-    path: of a file. Records must have a field "text"; a .csv or .tsv has
-      records if its first line names such a column, and a .json file if it
-      holds a list. Any other file is plain text.
-    separator: of the documents of plain text; None makes the file one.
+    path: path of the file. Records must have a field "text". A .csv or .tsv
+      file has records if its first line names a column "text", and a .json file
+      if it holds a list. Any other file is plain text.
+    separator: text between the documents of a plain text file; None makes the
+      file one document.
 
   Raises:
     ImportError: Parquet needs the package `datasets`.
-    ValueError: a file or a record cannot be read; the message names it.
+    ValueError: the file or a record cannot be read. The message names it.
   """
   if _has_texts(path):
     rule = 'a record must be a JSON object whose field "text" is a string'
-    return index_records(path, _text, rule)
+    return index_records(path, _text_of_record, rule)
   with records.naming(path), records.open_bytes(path) as file:
     content = file.read()
   is_copied = records.is_compressed(path)
@@ -154,13 +175,13 @@ def index_records(
   rule: str,
   seen: Callable[[Record, Any, str], None] | None = None,
 ) -> File:
-  """Finds the records of a file and checks that each can be parsed.
+  """Indexes the records of a file, and checks that each can be parsed.
 
   Args:
-    path: of the file.
-    parse: from a record to a document. A false document is left out, and so
-      are blank lines.
-    rule: the form of a record, for the error that names file and line.
+    path: path of the file.
+    parse: converts a record into a document. If the document is false, the
+      record is left out. Blank lines are left out too.
+    rule: the required form of a record, for the error that names file and line.
     seen: called with each record, its document and its place.
 
   Raises:
@@ -206,7 +227,7 @@ def _file(
 
 
 def _lines(path: str) -> Iterator[tuple[_Span, bytes]]:
-  """Lines of a file that are not blank, where they are in it."""
+  """Yields the place and the bytes of each line that is not blank."""
   start = 0
   with open(path, 'rb') as file:
     for number, line in enumerate(file, 1):
@@ -219,14 +240,14 @@ def _lines(path: str) -> Iterator[tuple[_Span, bytes]]:
 def _dumped(
   numbered: Iterable[tuple[int, Record]],
 ) -> Iterator[tuple[_Span, bytes]]:
-  """JSON of records, which has no place in a file yet."""
+  """Yields each record as JSON, with a place that has no offsets yet."""
   for number, record in numbered:
     content = records.dump(record)
     yield _Span(0, 0, zlib.crc32(content), number), content
 
 
 def _copied(span: _Span, content: bytes) -> _Span:
-  """Copies a document into the spool, and returns where it is there."""
+  """Copies a document to the spool, and returns its place there."""
   start = records.spool().append(content)
   return span._replace(start=start, stop=start + len(content))
 
@@ -256,8 +277,8 @@ def _has_texts(path: str) -> bool:
   return records.is_list(path)
 
 
-def _text(record: Record) -> str:
-  """The document of a record; '' if it is blank."""
+def _text_of_record(record: Record) -> str:
+  """Returns the document in a record, '' if it is blank."""
   text = record['text']
   if not isinstance(text, str):
     raise TypeError(f'got {text!r:.40}')
@@ -267,7 +288,7 @@ def _text(record: Record) -> str:
 def _parts(
   path: str, content: bytes, separator: str | None
 ) -> Iterator[tuple[_Span, bytes]]:
-  """Documents between separators, white space around them left out."""
+  """Yields the documents between separators, stripped of white space."""
   try:
     content.decode()
   except UnicodeDecodeError as error:
@@ -275,7 +296,8 @@ def _parts(
       f'{path} must be UTF-8 text, got byte {content[error.start]:#04x} at '
       f'offset {error.start}: convert it, or leave it out of the glob'
     ) from error
-  start = counted = 0
+  start = 0
+  counted = 0
   number = 1
   ends = [match.span() for match in _separator(separator).finditer(content)]
   for stop, after in [*ends, (len(content), len(content))]:
@@ -291,7 +313,10 @@ def _parts(
 
 
 def _separator(separator: str | None) -> re.Pattern[bytes]:
-  """The separator, its newlines in either convention; none never matches."""
+  """Returns a pattern of the separator, for both conventions of newlines.
+
+  Without a separator, the pattern never matches.
+  """
   if not separator:
     return re.compile(rb'(?!)')
   return re.compile(

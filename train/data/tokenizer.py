@@ -1,12 +1,14 @@
 """Tokenizers: a sentencepiece model, or a checkpoint's tokenizer.json.
 
-`load` reads either; `train_tokenizer` makes the first, once, on a corpus, and a
-run keeps it. Round trips of what is trained here are exact, but for U+2581,
-which sentencepiece takes for a space: no normalization, no added space, and
-what no piece covers (a newline, a rare character) falls back to its UTF-8
-bytes. So are those of a byte-level tokenizer.json.
+`load` reads either kind. `train_tokenizer` trains a sentencepiece model on a
+corpus; a run trains it once and keeps it.
 
-n tokens of a text, V ids.
+A trained model decodes every text exactly, except that U+2581 becomes a space:
+it does not normalize, adds no space, and encodes a character without a piece (a
+newline, a rare character) as its UTF-8 bytes. A byte-level tokenizer.json also
+decodes every text exactly.
+
+Shapes: n tokens of a text, V ids.
 """
 
 import codecs
@@ -30,71 +32,88 @@ import tokenizers
 
 from train.data.template import ChatTemplate, Piece
 
-# Packing pads with zeros, so that padding is id 0.
-PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(4)
+# Packing pads rows with zeros, so padding must have the id 0.
+PAD_ID = 0
+BOS_ID = 1
+EOS_ID = 2
+UNK_ID = 3
 
 _NUM_RESERVED = 4 + 256
 
-# sentencepiece leaves out training lines beyond 4,192 bytes.
+# sentencepiece skips training lines of more than 4,192 bytes.
 _MAX_LINE_CHARS = 1000
 
 TEMPLATE = 'chat_template.jinja'
-"""The file of a chat template alone."""
+"""Name of a file that holds only a chat template."""
 
 CLOCK = 'chat_clock.json'
-"""The file of a run with the time that its chat template gives."""
+"""Name of a run's file with the time that its chat template formats."""
 
 _CONVERTIBLE = (
-  *('vocab.txt', 'vocab.json', 'spiece.model', 'sentencepiece.bpe.model'),
-  *('tekken.json', '*.tiktoken'),
+  'vocab.txt',
+  'vocab.json',
+  'spiece.model',
+  'sentencepiece.bpe.model',
+  'tekken.json',
+  '*.tiktoken',
 )
-"""Files of tokenizers that transformers converts to a tokenizer.json."""
+"""Names of tokenizer files that transformers converts to a tokenizer.json."""
 
 SPACES = 'tokenizer_spaces.json'
-"""How a run's sentencepiece model is used; see `_Rule`."""
+"""Name of a run's file with the `_Rule` for its sentencepiece model."""
 
-# What a directory says about its tokenizer, beside the tokenizer itself.
+# Further files of a tokenizer's directory that affect the tokenizer.
 _SETTINGS = (
-  *('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'),
-  *(TEMPLATE, 'chat_template.json', 'generation_config.json'),
-  *(CLOCK, SPACES),
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  TEMPLATE,
+  'chat_template.json',
+  'generation_config.json',
+  CLOCK,
+  SPACES,
 )
 
 _SPACE = '\u2581'
-"""The character that stands for a space in sentencepiece models."""
+"""The character that stands for a space in the pieces of sentencepiece
+models."""
 
-# Fields of sentencepiece's NormalizerSpec, field 3 of its ModelProto. Behind a
-# serialized model they replace its own, as protocol buffers are merged.
+# Serialized fields of sentencepiece's NormalizerSpec, which is field 3 of a
+# model (ModelProto). Appended to a serialized model, they replace the model's
+# own fields, because protocol buffers are merged.
 _WITH_SPACE = b'\x1a\x02\x18\x01'  # add_dummy_prefix: true
 _WITHOUT_SPACE = b'\x1a\x02\x18\x00'
 # No precompiled_charsmap; remove_extra_whitespaces: false.
 _NO_NORMALIZATION = b'\x1a\x04\x12\x00\x20\x00'
 
 _USER_DEFINED = b'\x18\x04'
-"""The type of a piece, USER_DEFINED, as it is serialized."""
+"""The serialized type USER_DEFINED of a piece."""
 
 
 class _Added(NamedTuple):
-  """A token that is found in a text before it is encoded."""
+  """A token that is searched for in a text before the text is encoded."""
 
   text: str
+  """Text of the token."""
   id: int
+  """Id of the token."""
   special: bool = False
-  """Whether it stands for no text, and is only found where that is wanted."""
+  """Whether it stands for no text, and is searched for only on request."""
   lstrip: bool = False
-  """Whether it takes the white space before it."""
+  """Whether it absorbs the white space before it."""
   rstrip: bool = False
-  """Whether it takes the white space after it."""
+  """Whether it absorbs the white space after it."""
   single_word: bool = False
-  """Whether it is found only between characters that are not of words."""
+  """Whether it must not be next to a letter, a digit or an underscore."""
 
   @property
   def pattern(self) -> str:
-    """A regular expression with one group, the token's own text."""
+    """A regular expression whose only group is the token's text."""
     found = f'({re.escape(self.text)})'
     if self.single_word:
       found = rf'(?<!\w){found}(?!\w)'
-    before, after = (r'\s*' if x else '' for x in (self.lstrip, self.rstrip))
+    before = r'\s*' if self.lstrip else ''
+    after = r'\s*' if self.rstrip else ''
     return before + found + after
 
 
@@ -102,26 +121,29 @@ class _Part(NamedTuple):
   """A part of a text: an added token, or the text between two of them."""
 
   text: str
+  """Text of the part."""
   start: int
-  """Characters before it."""
+  """Offset of the part's first character."""
   token: _Added | None
+  """The added token, or None for text between tokens."""
 
 
-class _Splitter:
-  """Splits a text at added tokens, the longest one first."""
+class _AddedTokenSplitter:
+  """Splits a text at added tokens. Longer tokens take precedence."""
 
-  def __init__(self, tokens: Iterable[_Added]):
+  def __init__(self, tokens: Iterable[_Added]) -> None:
     self._tokens = sorted(tokens, key=lambda token: -len(token.text))
     patterns = [token.pattern for token in self._tokens] or ['(?!)']
     self._pattern = re.compile('|'.join(patterns))
 
   def __call__(self, text: str) -> Iterator[_Part]:
-    """Goes through the parts of a text."""
+    """Yields the parts of a text."""
     stop = 0
     for match in self._pattern.finditer(text):
       if match.start() > stop:
         yield _Part(text[stop : match.start()], stop, None)
       group = match.lastindex
+      assert group is not None  # The pattern of each token has one group.
       token = self._tokens[group - 1]
       yield _Part(token.text, match.start(group), token)
       stop = match.end()
@@ -133,33 +155,37 @@ _Spaces: TypeAlias = Literal['never', 'first', 'each', 'always']
 
 
 class _Rule(NamedTuple):
-  """How the parts of a text between added tokens are encoded."""
+  """The way in which the text between added tokens is encoded."""
 
   spaces: _Spaces
-  """Which parts get a space in front. 'first' and 'each' leave out parts that
-  begin with a space; 'always' does not, as sentencepiece by default."""
+  """Which parts get a space in front: none ('never'), the one at the start of
+  the text ('first'), or each of them ('each', 'always'). A part that begins
+  with a space gets another one only with 'always', as in sentencepiece by
+  default."""
   normalizes: bool = True
-  """Whether the model's own normalization is used."""
+  """Whether the model's own normalization is applied."""
 
 
 class Tokenizer:
-  """Text to ids and back, by one sentencepiece model.
+  """Converts text to ids and back, by a sentencepiece model.
 
   Added tokens split a text, and sentencepiece encodes the parts between them.
-  `legacy` and `tokenizer_class` of tokenizer_config.json decide which parts get
+  `legacy` and `tokenizer_class` in tokenizer_config.json decide which parts get
   a space in front, as in transformers 5.
 
   Attributes:
     model: the serialized model, the content of a .model file.
-    files: other files of its directory, by name.
+    files: contents of other files of its directory, by name.
     vocab_size: number of ids.
-    num_rows: as in `fitted`; None without a limit.
-    bos_id: id that starts each document; None if none does.
-    eos_id: id that ends each document.
-    stop_ids: ids that end an answer: eos_id, and the template's ends of a turn.
+    num_rows: number of rows of the model's embedding, as in `fitted`; None
+      without a limit.
+    bos_id: id that starts each document; None without BOS.
+    eos_id: id that ends each document; -1 without EOS, which `load` refuses.
+    stop_ids: ids that end an answer: eos_id, and the ends of a turn in the chat
+      template.
     tokens: texts of the tokens that a template can name, such as eos_token.
     specials: ids of special, added and user-defined tokens, by their texts.
-    chat_template: of its directory; None where there is none.
+    chat_template: the directory's chat template; None without one.
   """
 
   def __init__(
@@ -168,15 +194,16 @@ class Tokenizer:
     files: Mapping[str, bytes] | None = None,
     *,
     model_type: str | None = None,
-  ):
-    """Loads a serialized model, of any sentencepiece trainer.
+  ) -> None:
+    """Loads a serialized model, from any trainer of sentencepiece.
 
     Args:
       model: the content of a .model file.
-      files: others of its directory, by name.
-      model_type: of the checkpoint's config.json, if known.
+      files: contents of other files of its directory, by name.
+      model_type: field of the checkpoint's config.json, if known.
     """
-    self.model, self.files = model, dict(files or {})
+    self.model = model
+    self.files = dict(files or {})
     self.num_rows: int | None = None
     self._processor = _processor(model)
     self._num_pieces = self._processor.vocab_size()
@@ -191,8 +218,10 @@ class Tokenizer:
     self._spaced = _processor(model + plain + _WITH_SPACE)
     self._bare = _processor(model + plain + _WITHOUT_SPACE)
     added = self._added_tokens(settings, user_defined)
-    self._split_all = _Splitter(added)
-    self._split = _Splitter(token for token in added if not token.special)
+    self._split_at_all_tokens = _AddedTokenSplitter(added)
+    self._split_at_text_tokens = _AddedTokenSplitter(
+      token for token in added if not token.special
+    )
     self._texts = {x.id: x.text for x in added if not x.special}
     self._silent = {x.id for x in added if x.special}
     self.specials = {
@@ -207,7 +236,8 @@ class Tokenizer:
     )
     own = {name: self._processor.id_to_piece(i) for name, i in names if i >= 0}
     self.tokens = own | settings.tokens(self._text_of)
-    self.eos_id = self._id('eos_token')
+    eos_id = self._id('eos_token')
+    self.eos_id = -1 if eos_id is None else eos_id
     self._adds_bos = settings.adds_bos is not False
     self.bos_id = self._id('bos_token') if self._adds_bos else None
     self.chat_template = settings.chat_template(self.tokens, self.specials)
@@ -217,11 +247,11 @@ class Tokenizer:
 
   @classmethod
   def load(cls, path: str | os.PathLike) -> 'Tokenizer':
-    """Reads a .model file and what is beside it about the tokenizer.
+    """Reads a .model file, and the settings in other files of its directory.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is no sentencepiece model, or one without BOS or EOS.
+      FileNotFoundError: the file does not exist.
+      ValueError: it is not a sentencepiece model, or has no BOS or EOS.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -242,56 +272,62 @@ class Tokenizer:
         f'{str(path)!r} is not a sentencepiece model: '
         f'{_pointer(path.read_bytes()) or remedy}'
       ) from error
-    bos, eos = (
-      -1 if i is None else i for i in (tokenizer.bos_id, tokenizer.eos_id)
-    )
+    bos = -1 if tokenizer.bos_id is None else tokenizer.bos_id
+    eos = tokenizer.eos_id
     if eos < 0 or (bos < 0 and tokenizer._adds_bos):
       raise ValueError(
         f'the tokenizer {str(path)!r} has BOS {bos} and EOS '
-        f'{eos}, where documents need both (-1 is none): train it '
-        'with bos_id and eos_id, or give none to train one on the corpus'
+        f'{eos}, but documents need both (-1: the tokenizer has none): train '
+        'it with bos_id and eos_id, or give none to train one on the corpus'
       )
     return tokenizer
 
   def save(self, directory: str | os.PathLike) -> None:
-    """Writes tokenizer.model, and the other files, into a directory."""
+    """Writes tokenizer.model and the other files into a directory."""
     _write(directory, {'tokenizer.model': self.model} | self.files)
 
   def encode(self, text: str, *, special: bool = False) -> np.ndarray:
-    """Ids of text, [n] int32, without BOS and EOS.
+    """Returns the ids of a text, [n] int32, without BOS and EOS.
 
     Args:
-      text: any.
-      special: whether the texts of special tokens in it become their ids.
+      text: the text.
+      special: whether texts of special tokens are encoded as these tokens.
 
     Raises:
-      ValueError: a token is beyond `num_rows`.
+      ValueError: an id has no row, by `num_rows`.
     """
-    split = self._split_all if special else self._split
+    if special:
+      parts = self._split_at_all_tokens(text)
+    else:
+      parts = self._split_at_text_tokens(text)
     ids: list[int] = []
-    for part in split(text):
+    for part in parts:
       ids += self._encoded(part)
     return checked(self, np.array(ids, np.int32), text)
 
   def encode_pieces(
     self, pieces: Iterable[Piece]
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [n] of texts in a row, special tokens too; which are scored [n].
+    """Returns the ids [n] of joined pieces, and which are in the loss [n].
 
-    The ids are those of the whole text; a token in two pieces is scored if one
-    of them is. A space goes with what follows it.
+    The ids are those of the whole text, with special tokens. A token that spans
+    two pieces counts in the loss if one of them does. A space at the end of a
+    piece counts to the next piece.
 
     Raises:
-      ValueError: a token is beyond `num_rows`.
+      ValueError: an id has no row, by `num_rows`.
     """
-    text, before = _joined(_spaces_moved(pieces))
-    ids, starts, stops = [], [], []
-    for part in self._split_all(text):
+    text, before = _concatenated(_spaces_moved(pieces))
+    ids = []
+    starts = []
+    stops = []
+    for part in self._split_at_all_tokens(text):
       ids += self._encoded(part)
       if part.token is None:
         starts_k, stops_k = _spans(self._processor_of(part), part.text)
       else:
-        starts_k, stops_k = [0], [len(part.text)]
+        starts_k = [0]
+        stops_k = [len(part.text)]
       starts += [part.start + i for i in starts_k]
       stops += [part.start + i for i in stops_k]
     ids_n = checked(self, np.array(ids, np.int32), text)
@@ -299,7 +335,7 @@ class Tokenizer:
     return ids_n, before[stops_n] > before[starts_n]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Text of ids; BOS, EOS and padding stand for nothing."""
+    """Returns the text of ids, without BOS, EOS and padding."""
     known = [
       i
       for i in map(int, ids)
@@ -310,13 +346,13 @@ class Tokenizer:
     for text, run in itertools.groupby(known, self._texts.get):
       run = list(run)
       texts.append(processor.decode(run) if text is None else len(run) * text)
-      # Only the space in front of the whole text is taken away.
+      # Decoding removes only the space in front of the whole text.
       processor = self._bare
     return ''.join(texts)
 
   @functools.cached_property
   def bytes_V(self) -> np.ndarray:
-    """UTF-8 bytes of text that each id stands for, [vocab_size] int32."""
+    """Number of UTF-8 bytes that each id stands for, [vocab_size] int32."""
     return np.array([self._num_bytes(i) for i in range(self.vocab_size)], 'i4')
 
   def with_template(
@@ -325,8 +361,8 @@ class Tokenizer:
     """Returns the same tokenizer with another chat template.
 
     Args:
-      source: a Jinja text; None keeps the template.
-      clock: the time of a run, which a template can name.
+      source: the Jinja text; None keeps the template.
+      clock: the time of a run, which templates can print; None keeps the clock.
     """
     files = self.files | _template_files(source, clock)
     found = Tokenizer(self.model, files)
@@ -334,7 +370,7 @@ class Tokenizer:
     return found
 
   def ordinary(self) -> dict[str, int]:
-    """Returns tokens that any text may have, and their ids."""
+    """Returns the ids of all tokens that are not special, by their texts."""
     pieces = map(self._processor.id_to_piece, range(self._num_pieces))
     return {piece: i for i, piece in enumerate(pieces) if i not in self._silent}
 
@@ -344,7 +380,7 @@ class Tokenizer:
     return self._processor_of(part).encode(part.text)
 
   def _processor_of(self, part: _Part) -> Any:
-    """The processor that encodes a part, with a space in front or without."""
+    """Returns the processor that encodes a part, with or without a space."""
     spaces = self._rule.spaces
     if spaces == 'always':
       return self._spaced
@@ -355,14 +391,15 @@ class Tokenizer:
   def _added_tokens(
     self, settings: '_Settings', user_defined: Sequence[int]
   ) -> list[_Added]:
-    """Tokens that split a text, by the model and by the directory's files."""
+    """Returns the tokens that split a text, from the model and the settings."""
     pieces = [
       _Added(self._processor.id_to_piece(i), i, special=True)
       for i in range(self._num_pieces)
       if self._processor.is_control(i) or self._processor.is_unknown(i)
     ]
     if not self._rule.normalizes:
-      # Otherwise sentencepiece finds them, after the space in front.
+      # If the model normalizes, sentencepiece itself finds these tokens, after
+      # it has put a space in front.
       pieces += [
         _Added(self._processor.id_to_piece(i), i) for i in user_defined
       ]
@@ -378,7 +415,7 @@ class Tokenizer:
     return list(found.values())
 
   def _text_of(self, i: int) -> str | None:
-    """The text of an id; None if there is no such id."""
+    """Returns the text of an id; None if the id does not exist."""
     by_id = {id_: text for text, id_ in self.specials.items()}
     if i in by_id:
       return by_id[i]
@@ -386,10 +423,12 @@ class Tokenizer:
     return self._processor.id_to_piece(i) if known else None
 
   def _id(self, name: str) -> int | None:
-    """The id of a special token by its name; None if it is not set."""
+    """Returns the id of a special token by its name; None if it is not set."""
     text = self.tokens.get(name)
-    if text is None or text in self.specials:
-      return self.specials.get(text)
+    if text is None:
+      return None
+    if text in self.specials:
+      return self.specials[text]
     i = self._processor.piece_to_id(text)
     if self._processor.id_to_piece(i) != text:
       raise ValueError(
@@ -411,20 +450,21 @@ class Tokenizer:
 
 
 def _processor(model: bytes) -> Any:
-  """The library's processor of a serialized model."""
+  """Returns sentencepiece's processor of a serialized model."""
   return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def _adds_space(processor: Any) -> bool:
-  """Whether a model puts a space in front of a text."""
-  first, *_ = processor.encode('a')
+  """Returns whether a model puts a space in front of a text."""
+  first = processor.encode('a')[0]
   return processor.id_to_piece(first).startswith(_SPACE)
 
 
 def _user_defined(model: bytes) -> list[int]:
-  """Ids of the pieces that a serialized model's trainer was given as whole.
+  """Returns the ids of the pieces that a trainer was given as whole tokens.
 
-  The library does not return the type of a piece, which is field 3 of it.
+  The library does not return the type of a piece, so it is read from the
+  serialized model: it is field 3 of a piece.
   """
   pieces = (value for number, value in _fields(model) if number == 1)
   return [
@@ -435,7 +475,7 @@ def _user_defined(model: bytes) -> list[int]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-  """Numbers and values of a message of protocol buffers."""
+  """Yields the number and value of each field in a protocol buffer message."""
   at = 0
   while at < len(message):
     key, at = _varint(message, at)
@@ -444,32 +484,35 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     else:
       sizes = {1: (8, at), 5: (4, at)}
       size, at = sizes.get(key & 7) or _varint(message, at)
-      value, at = message[at : at + size], at + size
+      value = message[at : at + size]
+      at += size
     yield key >> 3, value
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-  """An integer that begins at an offset, and the offset after it.
+  """Parses a protocol buffer integer; returns it and the offset after it.
 
   >>> _varint(bytes([0b10010110, 0b00000001]), 0)
   (150, 2)
   """
-  value = shift = 0
+  value = 0
+  shift = 0
   while True:
     byte = message[at]
     value |= (byte & 0x7F) << shift
-    at, shift = at + 1, shift + 7
+    at += 1
+    shift += 7
     if byte < 0x80:
       return value, at
 
 
 def _spans(processor: Any, text: str) -> tuple[list[int], list[int]]:
-  """Characters of a text where each of its tokens begins and ends.
+  """Returns the offsets in a text where each of its tokens begins and ends.
 
-  A space that is put in front belongs to the first character.
+  A space that is put in front of the text counts to its first character.
   """
   normalized, offsets = processor.normalize(text, with_offsets=True)
-  # A token stands for bytes of the normalized text.
+  # The size of each token in bytes of the normalized text.
   sizes = [
     1 if processor.is_byte(i) else len(piece.encode())
     for i, piece in zip(
@@ -479,9 +522,12 @@ def _spans(processor: Any, text: str) -> tuple[list[int], list[int]]:
   char_of_byte = [
     c for c, char in enumerate(normalized) for _ in range(len(char.encode()))
   ]
-  starts, stops, at = [], [], 0
+  starts = []
+  stops = []
+  at = 0
   for size in sizes:
-    first, last = char_of_byte[at], char_of_byte[at + size - 1]
+    first = char_of_byte[at]
+    last = char_of_byte[at + size - 1]
     starts.append(offsets[first])
     stops.append(max(offsets[last + 1], offsets[first] + 1))
     at += size
@@ -489,34 +535,38 @@ def _spans(processor: Any, text: str) -> tuple[list[int], list[int]]:
 
 
 class JsonTokenizer:
-  """Text to ids and back, by a tokenizer.json of Hugging Face's `tokenizers`.
+  """Converts text to ids and back, by a tokenizer.json of Hugging Face.
 
   Attributes:
     model: the content of tokenizer.json.
-    files: other files of its directory, by name.
+    files: contents of other files of its directory, by name.
     vocab_size: one more than the highest id, added tokens included.
-    num_rows: as in `fitted`; None without a limit.
-    bos_id: id that the tokenizer puts in front of a text; None where none.
+    num_rows: number of rows of the model's embedding, as in `fitted`; None
+      without a limit.
+    bos_id: id that the tokenizer puts in front of a text; None without BOS.
     eos_id: id that ends each document.
     stop_ids: ids that end an answer: eos_id, those of generation_config.json,
-      and the template's ends of a turn.
+      and the ends of a turn in the chat template.
     tokens: texts of the tokens that a template can name, such as eos_token.
     specials: ids of special and added tokens, by their texts.
-    chat_template: of its directory; None where there is none.
+    chat_template: the directory's chat template; None without one.
   """
 
-  def __init__(self, model: bytes, files: Mapping[str, bytes] | None = None):
+  def __init__(
+    self, model: bytes, files: Mapping[str, bytes] | None = None
+  ) -> None:
     """Loads the content of a tokenizer.json.
 
     Args:
       model: that content.
-      files: others of its directory, by name: what tells BOS and EOS, and the
-        template.
+      files: contents of other files of its directory, by name. They define BOS,
+        EOS and the chat template.
 
     Raises:
-      ValueError: one of them is broken, or nothing says what EOS is.
+      ValueError: a file is damaged, or no file defines EOS.
     """
-    self.model, self.files = model, dict(files or {})
+    self.model = model
+    self.files = dict(files or {})
     self.num_rows: int | None = None
     self._tokenizer = parsed(model)
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -536,19 +586,19 @@ class JsonTokenizer:
     self.stop_ids = _stop_ids(
       self.eos_id, settings, self.chat_template, self.specials
     )
-    # No special tokens come from it any more, and a token's offsets are all of
-    # its characters, a space in front too.
+    # This post-processor adds no special tokens, and includes a space in front
+    # of a token in the token's offsets.
     self._tokenizer.post_processor = tokenizers.processors.ByteLevel(
       trim_offsets=False
     )
 
   @classmethod
   def load(cls, path: str | os.PathLike) -> 'JsonTokenizer':
-    """Reads a tokenizer.json and what is beside it about the tokenizer.
+    """Reads a tokenizer.json, and the settings in other files of its directory.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is broken, or nothing says what EOS is.
+      FileNotFoundError: the file does not exist.
+      ValueError: a file is damaged, or no file defines EOS.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -560,18 +610,18 @@ class JsonTokenizer:
       return cls(model, _settings_of(path.parent))
 
   def save(self, directory: str | os.PathLike) -> None:
-    """Writes tokenizer.json, and the other files, into a directory."""
+    """Writes tokenizer.json and the other files into a directory."""
     _write(directory, {'tokenizer.json': self.model} | self.files)
 
   def encode(self, text: str, *, special: bool = False) -> np.ndarray:
-    """Ids of text, [n] int32, without BOS and EOS.
+    """Returns the ids of a text, [n] int32, without BOS and EOS.
 
     Args:
-      text: any.
-      special: whether the texts of special tokens in it become their ids.
+      text: the text.
+      special: whether texts of special tokens are encoded as these tokens.
 
     Raises:
-      ValueError: a token is beyond `num_rows`.
+      ValueError: an id has no row, by `num_rows`.
     """
     tokenizer = self._tokenizer if special else self._plain
     ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -580,29 +630,29 @@ class JsonTokenizer:
   def encode_pieces(
     self, pieces: Iterable[Piece]
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [n] of texts in a row, special tokens too; which are scored [n].
+    """Returns the ids [n] of joined pieces, and which are in the loss [n].
 
-    The ids are those of the whole text; a token in two pieces is scored if one
-    of them is.
+    The ids are those of the whole text, with special tokens. A token that spans
+    two pieces counts in the loss if one of them does.
 
     Raises:
-      ValueError: a token is beyond `num_rows`.
+      ValueError: an id has no row, by `num_rows`.
     """
-    text, before = _joined(pieces)
+    text, before = _concatenated(pieces)
     encoding = self._tokenizer.encode(text, add_special_tokens=False)
     ids_n = checked(self, np.array(encoding.ids, np.int32), text)
     starts_n, stops_n = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
     return ids_n, before[stops_n] > before[starts_n]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Text of ids; BOS, EOS and padding stand for nothing."""
+    """Returns the text of ids, without BOS, EOS and padding."""
     return self._tokenizer.decode(
       [int(i) for i in ids], skip_special_tokens=True
     )
 
   @functools.cached_property
   def bytes_V(self) -> np.ndarray:
-    """UTF-8 bytes of text that each id stands for, [vocab_size] int32."""
+    """Number of UTF-8 bytes that each id stands for, [vocab_size] int32."""
     words = json.loads(self.model)
     num_bytes = _num_bytes_of(words.get('decoder'), words['model'])
     added = self._tokenizer.get_added_tokens_decoder()
@@ -620,8 +670,8 @@ class JsonTokenizer:
     """Returns the same tokenizer with another chat template.
 
     Args:
-      source: a Jinja text; None keeps the template.
-      clock: the time of a run, which a template can name.
+      source: the Jinja text; None keeps the template.
+      clock: the time of a run, which templates can print; None keeps the clock.
     """
     files = self.files | _template_files(source, clock)
     found = JsonTokenizer(self.model, files)
@@ -629,21 +679,21 @@ class JsonTokenizer:
     return found
 
   def ordinary(self) -> dict[str, int]:
-    """Returns tokens that any text may have, and their ids."""
+    """Returns the ids of all tokens that are not special, by their texts."""
     added = self._tokenizer.get_added_tokens_decoder()
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
     return {text: i for text, i in vocabulary.items() if i not in added}
 
   @functools.cached_property
   def _plain(self) -> tokenizers.Tokenizer:
-    """Reads the text of a special token as any other text."""
+    """A copy of the tokenizer that encodes special tokens as ordinary text."""
     plain = parsed(self.model)
     plain.encode_special_tokens = True
     return plain
 
   def _eos_id(self, end: int | None) -> int:
-    """The id of EOS: by its name, or else the given one."""
-    # BERT's documents end with SEP.
+    """Returns the id of EOS: by its name, else `end`, else the id of SEP."""
+    # BERT has no EOS; its documents end with SEP.
     name = (
       self.tokens.get('eos_token')
       or (end is not None and self._tokenizer.id_to_token(end))
@@ -657,8 +707,9 @@ class JsonTokenizer:
     return self._id(name)
 
   def _bos_id(self, adds_bos: bool | None) -> int | None:
-    """What a text begins with: as it is asked for, or as it is seen."""
-    bos, eos = (self.tokens.get(k) for k in ('bos_token', 'eos_token'))
+    """Returns the id of BOS: by the setting, else by encoding an empty text."""
+    bos = self.tokens.get('bos_token')
+    eos = self.tokens.get('eos_token')
     if adds_bos is not None:
       return self._id(bos) if adds_bos and bos else None
     first = self._tokenizer.encode('', add_special_tokens=True).ids[:1]
@@ -677,18 +728,18 @@ class JsonTokenizer:
 
 
 AnyTokenizer: TypeAlias = Tokenizer | JsonTokenizer
-"""What a run may have; both have the same attributes and methods."""
+"""A tokenizer of a run. Both classes have the same attributes and methods."""
 
 
 def load(path: str | os.PathLike) -> AnyTokenizer:
-  """Reads a tokenizer: of a .model file, or of a directory.
+  """Reads a tokenizer from a .model file, a tokenizer.json or a directory.
 
-  A directory is a run, or a checkpoint of transformers: its tokenizer.json, or
-  else its tokenizer.model.
+  A directory is a run, or a checkpoint of transformers. Its tokenizer.json is
+  preferred to its tokenizer.model.
 
   Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is broken.
+    FileNotFoundError: there is no tokenizer at this path.
+    ValueError: a file is damaged.
   """
   path = pathlib.Path(path)
   if path.name == 'tokenizer.json':
@@ -708,7 +759,7 @@ def load(path: str | os.PathLike) -> AnyTokenizer:
 
 
 def _conversion(directory: pathlib.Path) -> str:
-  """The remedy for a directory that has neither kind of tokenizer."""
+  """Returns the remedy for a directory that has neither kind of tokenizer."""
   found = (
     file.name
     for pattern in _CONVERTIBLE
@@ -730,20 +781,20 @@ AnyOf = TypeVar('AnyOf', bound=AnyTokenizer)
 def fitted(
   tokenizer: AnyOf, num_rows: int, *, origin: str, remedy: str
 ) -> AnyOf:
-  """Returns a tokenizer for a model with so many rows.
+  """Returns the tokenizer for a model whose embedding has `num_rows` rows.
 
-  Tokens beyond the last row are harmless if no text has them, as a '[PAD]' that
-  was added for another program. A text that does raises ValueError where it is
-  encoded.
+  Ids beyond the last row are harmless while no text uses them, such as a
+  '[PAD]' that was added for another program. If a text uses one, encoding it
+  raises ValueError.
 
   Args:
-    tokenizer: of any number of ids.
-    num_rows: of the model's embedding.
+    tokenizer: a tokenizer with any number of ids.
+    num_rows: number of rows of the model's embedding.
     origin: where the tokenizer is from, for the error.
-    remedy: for the error.
+    remedy: what to do, for the error.
 
   Raises:
-    ValueError: BOS, EOS or a token that any text may have is beyond the rows.
+    ValueError: BOS, EOS or a token that can occur in any text has no row.
   """
   ends = {
     text: tokenizer.specials.get(text)
@@ -767,8 +818,8 @@ def check_texts(
   """Raises ValueError for the first text with a token that has no row.
 
   Args:
-    tokenizer: as `fitted` returns it.
-    texts: any number; they are not encoded if every token has a row.
+    tokenizer: a tokenizer that `fitted` has returned.
+    texts: the texts. They are read only if some token has no row.
     special: as in `Tokenizer.encode`.
   """
   rows = tokenizer.num_rows
@@ -781,9 +832,9 @@ def check_texts(
 
 
 class _Settings:
-  """What the files of a directory say about its tokenizer."""
+  """The settings of a tokenizer in the files of its directory."""
 
-  def __init__(self, files: Mapping[str, bytes]):
+  def __init__(self, files: Mapping[str, bytes]) -> None:
     self._files = files
     self._config = self._json('tokenizer_config.json')
     self._generation = self._json('generation_config.json')
@@ -793,7 +844,7 @@ class _Settings:
     return _object(self._files.get(name, b'{}'), name)
 
   def tokens(self, token_of_id: Callable[[int], str | None]) -> dict[str, str]:
-    """Texts of special tokens by name; those that are set."""
+    """Returns the texts of special tokens by name, if they are set."""
     ids = {
       name.removesuffix('_id'): token_of_id(i)
       for name in ('bos_token_id', 'eos_token_id')
@@ -805,15 +856,15 @@ class _Settings:
       for name, token in (ids | named).items()
       if name.endswith('_token')
     }
-    # The first LLaMAs have '' for tokens that are the model's own.
+    # The first LLaMA checkpoints have '' for tokens of the model itself.
     return {k: x for k, x in texts.items() if isinstance(x, str) and x}
 
   def end(self) -> int | None:
-    """The first id of EOS in generation_config.json; None if it has none."""
+    """Returns the first EOS id in generation_config.json; None without one."""
     return next(iter(self.stop_ids()), None)
 
   def named(self) -> set[str]:
-    """Texts of all tokens that are called special."""
+    """Returns the texts of all tokens that the settings call special."""
     named = self._json('special_tokens_map.json') | self._config
     texts = {
       text
@@ -827,7 +878,7 @@ class _Settings:
     return texts - {''}
 
   def added(self) -> list[_Added]:
-    """Tokens that were added to the model's, or replace the text of one."""
+    """Returns the tokens that the settings add, or whose text they replace."""
     listed = self._config.get('added_tokens_decoder', {})
     flags = ('special', 'lstrip', 'rstrip', 'single_word')
     found = [
@@ -836,15 +887,15 @@ class _Settings:
     for i, token in listed.items():
       given = {name: token[name] for name in flags if name in token}
       found.append(_Added(token['content'], int(i), **given))
-    # A token without text would be found everywhere.
+    # An empty token would match everywhere in a text.
     return [token for token in found if token.text]
 
   def rule(self, adds_space: bool, model_type: str | None) -> _Rule:
-    """How to use a sentencepiece model, as transformers 5 does.
+    """Returns the use of a sentencepiece model, as in transformers 5.
 
     Args:
       adds_space: whether the model by itself puts a space in front of a text.
-      model_type: of the checkpoint's config.json, if known.
+      model_type: field of the checkpoint's config.json, if known.
     """
     if SPACES in self._files:
       rule = _Rule(**self._json(SPACES))
@@ -855,7 +906,8 @@ class _Settings:
         )
       return rule
     name = self._config.get('tokenizer_class') or ''
-    # For other models transformers reads the sentencepiece model only.
+    # If the checkpoint has another model_type, transformers ignores the class
+    # LlamaTokenizer and reads only the sentencepiece model.
     own_class = name.removesuffix('Fast') == 'LlamaTokenizer'
     if own_class and model_type in (None, 'llama'):
       if self._config.get('add_prefix_space') is False:
@@ -867,13 +919,13 @@ class _Settings:
     return _Rule('always' if self._config.get('legacy', True) else 'first')
 
   def stop_ids(self) -> list[int]:
-    """Ids that end an answer, of generation_config.json."""
+    """Returns the ids that end an answer, from generation_config.json."""
     return _ids(self._generation.get('eos_token_id'))
 
   def chat_template(
     self, tokens: Mapping[str, str], specials: Iterable[str]
   ) -> ChatTemplate | None:
-    """The template, of its own file or of tokenizer_config.json."""
+    """Returns the template in its own file or in tokenizer_config.json."""
     text = self._files.get(TEMPLATE)
     source = text.decode() if text is not None else None
     for name in ('chat_template.json', 'tokenizer_config.json'):
@@ -906,16 +958,19 @@ def _broken(directory: pathlib.Path) -> Iterator[None]:
 
 
 def _settings_of(directory: pathlib.Path) -> dict[str, bytes]:
-  """Files of settings, by name; what config.json adds is moved into them.
+  """Returns the contents of the settings files in a directory, by name.
 
-  A run has a config.json of its own, so a checkpoint's cannot be kept there.
+  The ids of BOS and EOS in a checkpoint's config.json are moved to
+  generation_config.json: a run has a config.json of its own, so it could not
+  keep the checkpoint's.
   """
   files = {
     name: (directory / name).read_bytes().removeprefix(codecs.BOM_UTF8)
     for name in _SETTINGS
     if (directory / name).is_file()
   }
-  model, name = _model_config(directory), 'generation_config.json'
+  model = _model_config(directory)
+  name = 'generation_config.json'
   ends = {
     key: model[key]
     for key in ('bos_token_id', 'eos_token_id')
@@ -928,7 +983,11 @@ def _settings_of(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def _model_config(directory: pathlib.Path) -> dict[str, Any]:
-  """The config.json of a checkpoint; that of a run describes no tokenizer."""
+  """Returns a checkpoint's config.json.
+
+  Returns an empty dict for a run, whose config.json does not describe a
+  tokenizer.
+  """
   file = directory / 'config.json'
   if not file.is_file() or (directory / 'checkpoints').is_dir():
     return {}
@@ -951,7 +1010,7 @@ def _object(content: bytes, name: str) -> dict[str, Any]:
 
 
 def _ids(value: int | list[int] | None) -> list[int]:
-  """Of a field that has one, several or none.
+  """Returns the ids in a field that has one, several or none.
 
   >>> _ids(3), _ids([3, 4]), _ids(None)
   ([3], [3, 4], [])
@@ -973,8 +1032,9 @@ def _stop_ids(
 
 
 def _spaces_moved(pieces: Iterable[Piece]) -> Iterator[Piece]:
-  """A space at the end of a piece begins the next one."""
-  space, scored = '', False
+  """Moves a space at the end of each piece to the start of the next piece."""
+  space = ''
+  scored = False
   for text, scored in pieces:
     text = space + text
     space = ' ' if text.endswith(' ') else ''
@@ -985,7 +1045,10 @@ def _spaces_moved(pieces: Iterable[Piece]) -> Iterator[Piece]:
 def _template_files(
   source: str | None, clock: datetime.datetime | None
 ) -> dict[str, bytes]:
-  """Returns files that take precedence over others, by name."""
+  """Returns the files of a template and a clock, by name.
+
+  These files take precedence over others.
+  """
   found = {}
   if source is not None:
     found[TEMPLATE] = source.encode()
@@ -994,8 +1057,11 @@ def _template_files(
   return found
 
 
-def _joined(pieces: Iterable[Piece]) -> tuple[str, np.ndarray]:
-  """The text of pieces, and how many scored characters come before each."""
+def _concatenated(pieces: Iterable[Piece]) -> tuple[str, np.ndarray]:
+  """Returns the text of pieces, and a count for each offset in it, [n + 1].
+
+  The count is the number of characters before the offset that are in the loss.
+  """
   pieces = list(pieces)
   scored = [np.full(len(text), is_scored) for text, is_scored in pieces]
   counts = np.cumsum(np.concatenate([np.zeros(1, np.int64), *scored]))
@@ -1005,7 +1071,11 @@ def _joined(pieces: Iterable[Piece]) -> tuple[str, np.ndarray]:
 def checked(
   tokenizer: AnyTokenizer, ids_n: np.ndarray, text: str
 ) -> np.ndarray:
-  """Returns ids of a text; ValueError if the model has no row for one."""
+  """Returns the ids of a text.
+
+  Raises:
+    ValueError: the model has no row for one of the ids.
+  """
   rows = tokenizer.num_rows
   if rows is not None and len(ids_n) and ids_n.max() >= rows:
     i = int(ids_n.max())
@@ -1024,23 +1094,27 @@ def _write(directory: str | os.PathLike, files: Mapping[str, bytes]) -> None:
 
 
 def _pointer(content: bytes) -> str | None:
-  """The remedy for a file that Git LFS has not fetched; None for others."""
+  """Returns the remedy for a file that Git LFS has not fetched; else None."""
   if content.startswith(b'version https://git-lfs'):
     return 'it is a pointer: git lfs pull'
   return None
 
 
 def parsed(model: bytes) -> tokenizers.Tokenizer:
-  """Returns the library's tokenizer of a tokenizer.json, which cuts nothing."""
+  """Returns the `tokenizers` object of a tokenizer.json.
+
+  It neither truncates nor pads.
+  """
   try:
     found = tokenizers.Tokenizer.from_str(model.decode())
-  # `tokenizers` raises nothing more special.
+  # `tokenizers` raises no subclass of Exception.
   except Exception as error:
     remedy = 'copy it again, or save it with the library tokenizers'
     raise ValueError(
       f'tokenizer.json cannot be read ({error}): {_pointer(model) or remedy}'
     ) from error
-  # Saved with a tokenizer that was last used on batches of one length.
+  # A tokenizer that was last used on batches of one length is saved with these
+  # settings.
   found.no_truncation()
   found.no_padding()
   return found
@@ -1049,9 +1123,9 @@ def parsed(model: bytes) -> tokenizers.Tokenizer:
 def _num_bytes_of(
   decoder: Any, model: Mapping[str, Any]
 ) -> Callable[[str], int]:
-  """How many bytes of text a token stands for, from token to number."""
+  """Returns a function from a token to the bytes of text that it stands for."""
   if '"ByteLevel"' in json.dumps(decoder):
-    return len  # a character a byte
+    return len  # each character stands for a byte
   if model.get('type') == 'WordPiece':
     mark = model.get('continuing_subword_prefix', '##')
     return lambda token: (
@@ -1071,13 +1145,18 @@ def train_tokenizer(
 ) -> Tokenizer:
   """Trains a byte-fallback BPE on the first `sample_chars` of documents.
 
-  Deterministic: the same documents in the same order give the same model. Pass
-  `corpus.open('train').stream(seed=0, repeat=False)`, a shuffled pass, so that
-  the sample is drawn from the whole corpus.
+  Training is deterministic: the same documents in the same order give the same
+  model. Pass `corpus.open('train').stream(seed=0, repeat=False)`, a shuffled
+  pass, so that the sample is drawn from the whole corpus.
+
+  Args:
+    documents: texts.
+    vocab_size: number of ids.
+    sample_chars: number of characters to train on.
 
   Raises:
     ValueError: `vocab_size` is larger than the sample supports, or too small
-      for its characters; the message says which sizes are possible.
+      for its characters. The message has the possible sizes.
   """
   model = io.BytesIO()
   try:
@@ -1103,7 +1182,10 @@ def train_tokenizer(
 
 
 def _lines(documents: Iterable[str], sample_chars: int) -> Iterator[str]:
-  """Lines of the sample: newlines are left to the bytes, so none is merged."""
+  """Yields the lines of the sample without newlines.
+
+  No piece then contains a newline, so newlines are always encoded as bytes.
+  """
   for document in documents:
     for line in document[:sample_chars].splitlines():
       for start in range(0, len(line), _MAX_LINE_CHARS):
@@ -1114,7 +1196,7 @@ def _lines(documents: Iterable[str], sample_chars: int) -> Iterator[str]:
 
 
 def _explained(error: RuntimeError, vocab_size: int) -> ValueError:
-  """What a failed training means to the user."""
+  """Converts an error of sentencepiece's trainer into one with a remedy."""
   if most := re.search(r'too high .* a value <= (\d+)', str(error)):
     return ValueError(
       f'vocab_size must be at most {most[1]} on this corpus, got {vocab_size}: '

@@ -1,9 +1,10 @@
-"""Shuffling of packed rows within a window, and states that survive JSON.
+"""Shuffles packed rows within a window; its state survives JSON.
 
-Packing writes the pieces of a document into consecutive rows, so that without
-this shuffle a batch holds a few documents only. `batches` applies it.
+Packing writes the pieces of a document into consecutive rows. Without this
+shuffle a batch would hold only a few documents. `train.data.batches` applies
+it.
 
-T tokens of a row.
+Shapes: T tokens of a row.
 """
 
 import itertools
@@ -14,31 +15,33 @@ from typing import Any
 import grain
 
 BYTES_PER_TOKEN = 24
-"""Host memory of a token in the window: input, target, bytes, score, segment
-and position, int32 each."""
+"""Host memory of a token in the window. Input, target, bytes, weight, segment
+and position are int32 each."""
 
 SAMPLED = 256
-"""Examples whose mean length estimates the number of tokens of an epoch."""
+"""Number of examples whose mean length estimates the number of tokens in an
+epoch."""
 
 
 def num_rows(
   sizes: Iterable[int], num_examples: int, window: int, length: int
 ) -> int:
-  """Returns the rows of a window: `window` tokens, at most about an epoch.
+  """Returns the rows of a window of `window` tokens, at most about an epoch.
 
   A longer window would repeat the examples of a small corpus.
 
   Args:
-    sizes: tokens that each example of an epoch adds to the rows; at most
-      `SAMPLED` of them are read.
-    num_examples: examples of an epoch.
-    window: tokens, 0 for no shuffle.
+    sizes: number of tokens that each example of an epoch adds to the rows. Only
+      the first `SAMPLED` of them are read.
+    num_examples: number of examples in an epoch.
+    window: number of tokens in the window, 0 for no shuffle.
     length: T.
 
   >>> num_rows([10] * 8, 8, 1000, 5), num_rows([10] * 8, 8, 40, 5)
   (16, 8)
   """
-  seen = tokens = 0
+  seen = 0
+  tokens = 0
   for size in itertools.islice(sizes, SAMPLED if window else 0):
     seen += 1
     tokens += size
@@ -49,13 +52,13 @@ def num_rows(
 
 
 class ShuffledRows(grain.IterDataset):
-  """Rows in random order within a window of them.
+  """Packed rows in random order within a window.
 
-  A window is filled, emptied in an order that depends on the seed and the
-  number of the window, and filled again. The state of the iterator is that of
-  the rows at the start of the window and a position in it: `set_state` makes
-  the rows of the window a second time. A window of one row keeps the order of
-  packing, and the state is that of the rows.
+  A window is filled, emptied in an order that depends on the seed and on the
+  number of the window, and filled again. The state of the iterator consists of
+  the state of the rows at the start of the window, and a position in the
+  window. `set_state` makes the rows of the window again. A window of one row
+  keeps the order of packing, and its state is the state of the rows.
   """
 
   def __init__(
@@ -66,15 +69,15 @@ class ShuffledRows(grain.IterDataset):
     length: int,
     seed: int,
     log: Callable[[str], None],
-  ):
-    """Describes the shuffle.
+  ) -> None:
+    """Initializes the shuffle.
 
     Args:
       rows: packed rows.
-      num_rows: rows of a window.
+      num_rows: number of rows in a window.
       length: T.
-      seed: of the shuffle.
-      log: receives one line with time and memory after `set_state`.
+      seed: seed of the shuffle.
+      log: receives a line with time and memory after `set_state`.
     """
     shuffled = rows
     if num_rows > 1:
@@ -82,8 +85,10 @@ class ShuffledRows(grain.IterDataset):
         rows, window_size=num_rows, seed=seed
       )
     super().__init__(shuffled)
-    self._shuffled, self._log = shuffled, log
-    self._num_rows, self._length = num_rows, length
+    self._shuffled = shuffled
+    self._log = log
+    self._num_rows = num_rows
+    self._length = length
 
   def __iter__(self) -> grain.DatasetIterator:  # noqa: D105
     shuffled = iter(self._shuffled)
@@ -92,14 +97,14 @@ class ShuffledRows(grain.IterDataset):
     return _Refilled(shuffled, self._num_rows, self._length, self._log)
 
 
-# The key of grain's state that holds the position of the rows.
+# The key in grain's state that has the state of the rows at the window's start.
 _START = 'parent_window_start_state'
 
 
 class _Wrapped(grain.DatasetIterator):
-  """Passes rows and state of another iterator through."""
+  """Forwards the rows and the state of another iterator."""
 
-  def __init__(self, rows: grain.DatasetIterator):
+  def __init__(self, rows: grain.DatasetIterator) -> None:
     super().__init__(rows)
     self._rows = rows
 
@@ -114,11 +119,11 @@ class _Wrapped(grain.DatasetIterator):
 
 
 class _InOrder(_Wrapped):
-  """Rows in packing order. `set_state` accepts the state of a shuffled run too.
+  """Rows in packing order; `set_state` also accepts a shuffled run's state.
 
-  A branch may have another window than its source. The state of a shuffled run
-  does not record which rows of the window it returned, so that `set_state`
-  skips as many rows.
+  A run that starts from another run's checkpoint may have another window. The
+  state of a shuffled run records how many rows of the window were returned, but
+  not which ones, so `set_state` skips that number of rows.
   """
 
   def set_state(self, state: dict[str, Any]) -> None:
@@ -139,13 +144,15 @@ class _Refilled(_Wrapped):
     num_rows: int,
     length: int,
     log: Callable[[str], None],
-  ):
+  ) -> None:
     super().__init__(rows)
-    self._num_rows, self._length, self._log = num_rows, length, log
+    self._num_rows = num_rows
+    self._length = length
+    self._log = log
 
   def set_state(self, state: dict[str, Any]) -> None:
     if _START not in state:
-      # The state of an unshuffled run: a window starts at its next row.
+      # This is the state of an unshuffled run: start a window at its next row.
       state = {_START: state, 'window_index': 0, 'pos_in_window': 0}
     start = time.perf_counter()
     super().set_state(state)
@@ -160,13 +167,15 @@ class _Refilled(_Wrapped):
 class ConcatThenSplit(grain.IterDataset):
   """Rows of T tokens, cut from the concatenation of all examples.
 
-  It is grain's dataset with a state that survives JSON. Grain compares the
-  slices in its state with the tuple (-1, -1), and JSON turns tuples into lists.
-  A restored "no remainder" would then be read as a remainder, and a document
-  would be dropped.
+  It is grain's dataset of this name with a state that survives JSON. Grain
+  compares the slices in its state with the tuple (-1, -1), which stands for "no
+  remainder". JSON turns tuples into lists, so grain would take a restored "no
+  remainder" for a remainder and drop a document.
   """
 
-  def __init__(self, examples: grain.IterDataset, length: dict[str, int]):
+  def __init__(
+    self, examples: grain.IterDataset, length: dict[str, int]
+  ) -> None:
     """Packs the arrays of `examples`; `length` is T, by the array's name."""
     rows = grain.experimental.ConcatThenSplitIterDataset(
       examples, length_struct=length

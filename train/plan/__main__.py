@@ -1,8 +1,9 @@
-"""Plans a run: what a training step needs on a GPU that is not there.
+"""Plans a run: the memory or cost of its training step on an absent GPU.
 
 `python -m train.plan configs/llama_7b.py --device rtx4090` compiles the step
-that `train.pretrain` runs for that config and prints where its bytes go; with
-`--cost`, what it costs to run.
+that `train.pretrain` runs for that config and prints how many bytes each part
+of it takes. With `--cost` it prints the arithmetic, memory traffic and kernels
+of the step instead.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import jax
 import tyro
@@ -24,7 +25,7 @@ from train.command import load, parse, user_errors
 from train.config import Config
 from train.plan import compare
 from train.plan.bill import ESTIMATED, Bill, make_bill
-from train.plan.cards import GPUS
+from train.plan.cards import GPUS, GpuName
 from train.plan.footprint import Cards, Plan, make_plan
 
 GIB = 2**30
@@ -32,31 +33,31 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Plans the memory of a training step. Several configs make one table."""
+  """Plans the memory of a training step. Several configs share one table."""
 
   program: ClassVar[str] = 'train.plan'
   config: Annotated[Config, tyro.conf.arg(name='')]
-  """What would be trained."""
-  device: Literal[*GPUS] = 'rtx4090'
-  """The card."""
+  """Config to plan."""
+  device: GpuName = 'rtx4090'
+  """GPU to plan for."""
   devices: int | None = None
-  """Number of cards, short for --mesh.fsdp; None: as many as the mesh has."""
+  """Number of GPUs, a short form of --mesh.fsdp; None uses the config's own."""
   estimate: bool = False
-  """Byte arithmetic alone, without the compiler: no temporaries."""
+  """Only add up bytes from shapes: no compiler, and no temporaries."""
   compare: bool = False
   """Plan every method with this config."""
   cost: bool = False
-  """Arithmetic, bytes moved and kernels of the update and the step, and an
-  estimate of their times, in place of memory."""
+  """Print flops, bytes moved and kernels of the update and the step, and an
+  estimate of their times, instead of memory."""
   plot: pathlib.Path | None = None
-  """Write a bar for each of the paper's methods to this file."""
+  """Write a bar chart of the paper's methods to this file."""
   json: bool = False
-  """Print an object for one plan, a list for several."""
+  """Print JSON: an object for one plan, a list for several."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Prints plans; returns the exit code."""
-  # The plan needs no accelerator, and must not wait for one.
+  """Prints the requested plans and returns the exit code."""
+  # Planning needs no accelerator. Without this line JAX would initialize one.
   jax.config.update('jax_platforms', 'cpu')
   with user_errors():
     requests = requested(sys.argv[1:] if argv is None else argv)
@@ -85,13 +86,17 @@ def check(request: Request) -> None:
   """Raises ValueError for options that exclude each other."""
   if request.cost and (request.estimate or request.plot):
     raise ValueError(
-      '--cost asks the compiler for times, and --estimate and --plot are of '
-      'memory; leave one of them out'
+      '--cost needs compiled programs, which --estimate excludes, and --plot '
+      'draws memory, not cost: leave one of them out'
     )
 
 
 def requested(argv: Sequence[str]) -> dict[str, Request]:
-  """Returns what the options ask for with each of the configs before them."""
+  """Parses the options once for each of the config paths that precede them.
+
+  Returns:
+    The request for each path.
+  """
   paths = list(itertools.takewhile(lambda x: not x.startswith('-'), argv))
   options = argv[len(paths) :]
   if not paths:
@@ -104,13 +109,14 @@ def requested(argv: Sequence[str]) -> dict[str, Request]:
 
 
 def fitting_microbatches(path: str, options: Sequence[str]) -> list[str]:
-  """Returns the option that lets a smaller batch be planned.
+  """Returns the options that fit the microbatches to another batch size.
 
-  A config's microbatches are for its own batch; of another batch as many are
-  planned as divide it.
+  The microbatches of a config divide its own batch. If the options set another
+  batch size and no microbatches, the greatest common divisor of the two
+  replaces the config's microbatches.
   """
   options = [part for option in options for part in option.split('=', 1)]
-  # An option may be spelled with either mark between its words.
+  # Options may be spelled with underscores instead of hyphens.
   options = [x.replace('_', '-') if x[:2] == '--' else x for x in options]
   sizes = [b for a, b in itertools.pairwise(options) if a == '--batch-size']
   if not sizes or not sizes[-1].isdigit() or '--microbatches' in options:
@@ -123,7 +129,11 @@ def fitting_microbatches(path: str, options: Sequence[str]) -> list[str]:
 def planned(
   requests: dict[str, Request],
 ) -> Iterator[tuple[Config, Cards, dict[str, str]]]:
-  """Goes through each config, or each method with each config."""
+  """Yields the config, the cards and the names of each plan to make.
+
+  The names are the keyword arguments `path` and `method` of `make_plan`. With
+  `--compare` or `--plot` there is one plan for each method and config.
+  """
   console = Console(stderr=True)
   for path, request in requests.items():
     cards = Cards(request.device, request.devices, request.estimate)
@@ -140,14 +150,14 @@ def planned(
 
 
 def show(plan: Plan, console: Console) -> None:
-  """Prints the tables of a plan."""
+  """Prints the memory of one plan, and its largest temporaries if compiled."""
   table = Table(
     title=f'{plan.config}, {plan.batch_size} x {plan.sequence_length} tokens, '
     f'{where(plan)}',
     title_justify='left',
     box=box.SIMPLE_HEAD,
   )
-  table.add_column('on each card' if plan.devices > 1 else 'what')
+  table.add_column('on each GPU' if plan.devices > 1 else 'part')
   table.add_column('GiB', justify='right')
   for name, size in plan.parts.items():
     table.add_row(name, gib(size))
@@ -158,11 +168,9 @@ def show(plan: Plan, console: Console) -> None:
   console.print(table)
   if plan.compiled is None:
     console.print(
-      'estimate: exact for weights and state, no temporaries; so it'
+      'estimate: exact for weights and state, but without temporaries:'
     )
-    console.print(
-      'can say what does not fit, and only a compiled plan what does'
-    )
+    console.print('it can show that a step does not fit, but not that it fits')
     return
   console.print(ATTENTION[plan.attention])
   console.print('the largest temporaries:')
@@ -176,13 +184,16 @@ def show(plan: Plan, console: Console) -> None:
 
 
 ATTENTION = {
-  'cudnn': "attention: cuDNN's kernel; what it allocates itself is not known",
+  'cudnn': "attention: cuDNN's kernel; its own workspace is not included",
   'blockwise': 'attention: block by block',
 }
 
 
 def show_bills(bills: Sequence[Bill], console: Console) -> None:
-  """Prints a table with rows for each bill; of one, what moves most bytes."""
+  """Prints a table with one row for each program of each bill.
+
+  For a single bill, it also prints the kernels that move the most bytes.
+  """
   table, names = empty(f'between two refreshes, on {where(bills[0])}', bills)
   table.add_column('part')
   heads = ('Tflop', 'GB', 'B/weight', 'kernels', 'copies', 'transp.')
@@ -203,12 +214,12 @@ def show_bills(bills: Sequence[Bill], console: Console) -> None:
   console.print(table)
   console.print(ATTENTION[bills[0].attention])
   console.print(
-    '* an estimate, of no less than it takes: for each kernel its flops or '
-    "its bytes, whichever take longer at the card's public figures"
+    '* an estimate, and a lower bound: for each kernel the time of its flops '
+    "or of its bytes, whichever is longer, at the GPU's public figures"
   )
   if len(bills) == 1:
     for part, cost in bills[0].parts.items():
-      console.print(f'what moves most bytes in the {part}:')
+      console.print(f'kernels of the {part} that move the most bytes:')
       for kernel in cost.largest():
         console.print(
           f'{kernel.bytes * kernel.times / 1e9:9.2f} GB  {kernel.times} x '
@@ -218,14 +229,15 @@ def show_bills(bills: Sequence[Bill], console: Console) -> None:
 
 
 def table(plans: Sequence[Plan]) -> Table:
-  """Returns a table with a row for each plan, in GiB."""
+  """Returns a table with one row for each plan, in GiB."""
   table, names = empty(f'GiB on each of {where(plans[0])}', plans)
   heads = ('weights', 'bases', 'moments', 'grads', 'kept', 'other', 'work')
   for head in (*heads, 'total', 'fits'):
     table.add_column(head, justify='right', no_wrap=True)
   for i, plan in enumerate(plans):
-    layers, vocabulary, *sizes = plan.parts.values()
-    sizes = [layers + vocabulary, *sizes, plan.total_bytes]
+    parts = list(plan.parts.values())
+    # The first two parts are weights: of the layers, and of the vocabulary.
+    sizes = [sum(parts[:2]), *parts[2:], plan.total_bytes]
     decimals = [f'{size / GIB:.2f}' for size in sizes]
     table.add_row(*(v[i] for v in names.values()), *decimals, verdict(plan))
   return table
@@ -234,9 +246,10 @@ def table(plans: Sequence[Plan]) -> Table:
 def empty(
   title: str, rows: Sequence[Plan | Bill]
 ) -> tuple[Table, dict[str, list[str]]]:
-  """Returns a table of no rows with the columns that tell them apart.
+  """Returns a table without rows, and the cells of its name columns.
 
-  Their cells come with it; what all rows have in common stands in no column.
+  The name columns are the config and the method. A column is left out if all
+  rows have the same value.
   """
   table = Table(
     title=title,
@@ -257,12 +270,12 @@ def empty(
 
 
 def verdict(plan: Plan) -> str:
-  """Returns whether a plan fits; an estimate can only say that it does not."""
+  """Returns whether a plan fits; an estimate that fits is 'unknown'."""
   return {True: 'yes', False: 'no', None: 'unknown'}[plan.fits]
 
 
 def where(plan: Plan | Bill) -> str:
-  """Returns the card's name, and how many."""
+  """Returns the GPU's name, and the number of GPUs if there are several."""
   name = GPUS[plan.device].name
   return name if plan.devices == 1 else f'{plan.devices} x {name}'
 
@@ -277,6 +290,6 @@ def gib(size: int) -> str:
 
 
 if __name__ == '__main__':
-  # A step that comes out of a cache leaves no account of its buffers.
+  # XLA writes no buffer assignment for a program from the compilation cache.
   jax.config.update('jax_enable_compilation_cache', False)
   sys.exit(main())

@@ -1,10 +1,11 @@
-"""Bytes of parameters and optimizer state before anything exists.
+"""Counts the bytes of parameters and optimizer state from their shapes.
 
-Everything is read off shapes (`jax.eval_shape`), so that it is exact and
-allocates nothing. What is kept for each weight is in `galore_optax.describe`.
+All sizes are read from shapes (`jax.eval_shape`), so they are exact and nothing
+is allocated. `galore_optax.describe` lists the state of each weight.
 """
 
 import collections
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,19 +13,26 @@ import jax.numpy as jnp
 
 from galore_optax import GaloreState, paths
 
+PyTree = Any
+
 
 class Account(NamedTuple):
-  """Bytes, or elements, of parameters and optimizer state."""
+  """Bytes, or numbers of elements, of parameters and optimizer state."""
 
-  parameters: int  # weights that do not grow with the vocabulary
-  vocabulary: int  # embeddings and head
-  bases: int  # of the projections
-  moments: int  # what the optimizer keeps of gradients, scales included
-  counters: int  # integers: steps done
+  parameters: int
+  """Weights whose size does not depend on the vocabulary."""
+  vocabulary: int
+  """Embeddings and output head."""
+  bases: int
+  """Bases of the projections."""
+  moments: int
+  """Statistics of gradients, including the scales of quantized moments."""
+  counters: int
+  """Integer counters, such as the number of steps."""
 
   @property
   def weights(self) -> int:
-    """All weights."""
+    """All weights, embeddings and head included."""
     return self.parameters + self.vocabulary
 
   @property
@@ -38,12 +46,12 @@ class Account(NamedTuple):
     return self.weights + self.state
 
 
-def account(params: Any, state: Any) -> Account:
-  """Returns the bytes of parameters and of a state for them.
+def account(params: PyTree, state: PyTree) -> Account:
+  """Returns the bytes of parameters and of an optimizer state for them.
 
   Args:
-    params: arrays or their shapes.
-    state: of any optimizer, layer-wise or not; `jax.eval_shape(tx.init,
+    params: arrays, or their shapes.
+    state: of any optimizer, layer-wise or not. `jax.eval_shape(tx.init,
       params)` makes one without allocating it.
 
   Example:
@@ -55,8 +63,8 @@ def account(params: Any, state: Any) -> Account:
   return _account(params, state, lambda x: x.size * x.dtype.itemsize)
 
 
-def elements(params: Any, state: Any) -> Account:
-  """Returns the same as `account` in elements, whatever their types.
+def elements(params: PyTree, state: PyTree) -> Account:
+  """Returns the numbers of elements that `account` returns the bytes of.
 
   >>> import optax
   >>> params = {'w': jnp.zeros((3, 5), jnp.bfloat16)}
@@ -66,20 +74,26 @@ def elements(params: Any, state: Any) -> Account:
   return _account(params, state, lambda x: x.size)
 
 
-def _account(params, state, size) -> Account:
-  sums = collections.Counter()
+def _account(
+  params: PyTree, state: PyTree, size: Callable[[Any], int]
+) -> Account:
+  """Sums the `size` of each array of parameters and state by its kind."""
+  sums: collections.Counter[str] = collections.Counter()
   weights = jax.tree.leaves(params)
   for path, w in zip(paths.paths(params), weights, strict=True):
     kind = 'vocabulary' if paths.in_vocabulary(path) else 'parameters'
     sums[kind] += size(w)
-  is_galore = lambda x: isinstance(x, GaloreState)
-  for node in jax.tree.leaves(state, is_leaf=is_galore):
-    if is_galore(node):
+  for node in jax.tree.leaves(state, is_leaf=_is_galore):
+    if _is_galore(node):
       sums['bases'] += sum(map(size, jax.tree.leaves(node.basis)))
       node = node._replace(basis=())
     for x in jax.tree.leaves(node):
-      # Codes of quantized moments are integers too, but of 8 bits.
+      # Codes of quantized moments are also integers, but they have 8 bits.
       is_integer = jnp.issubdtype(x.dtype, jnp.integer)
       is_counter = is_integer and x.dtype.itemsize > 1
       sums['counters' if is_counter else 'moments'] += size(x)
   return Account(**{field: sums[field] for field in Account._fields})
+
+
+def _is_galore(node: Any) -> bool:
+  return isinstance(node, GaloreState)

@@ -1,4 +1,8 @@
-"""What the update and the step of a config cost on a card that is not there."""
+"""Arithmetic, memory traffic and kernels of a config's training step on a GPU.
+
+As in `train.plan.footprint`, the programs are compiled for a GPU that need not
+be there.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,66 +22,71 @@ from train.task import task_of
 PyTree = Any
 
 ESTIMATED = ('rtx4090', 'h100')
-"""Cards whose time is estimated, whichever the program was compiled for."""
+"""GPUs whose times are estimated, whatever GPU the program was compiled for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bill:
-  """What each device does between two refreshes."""
+  """Cost of the update and of the training step, on each device.
+
+  The cost is that of a step between two refreshes of the bases, so it does not
+  include a refresh.
+  """
 
   config: str
   """Path of the config."""
   method: str
   """Name of the optimizer."""
   device: str
-  """Short name of the card that the programs are compiled for."""
+  """Short name of the GPU that the programs are compiled for."""
   devices: int
-  """How many of them share the step."""
+  """Number of GPUs that share the step."""
   attention: str
   """'cudnn' or 'blockwise'."""
   elements: int
-  """Of the weights, on all devices."""
+  """Number of trained weights, on all devices together."""
   update: Cost
-  """Of all weights at once: gradients in, weights out."""
+  """Cost of an update of all weights at once: from gradients to new weights."""
   step: Cost
-  """As it is trained, the update included."""
+  """Cost of the config's whole training step, including its own update."""
 
   @property
   def parts(self) -> dict[str, Cost]:
-    """The programs by name."""
+    """The costs of the two programs, by name."""
     return {'update': self.update, 'step': self.step}
 
   def to_json(self) -> dict[str, Any]:
-    """Returns a dict with a dict for each program."""
+    """Returns the fields as a dict, with a dict of sums for each program."""
     bill = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
       if field.name not in self.parts
     }
-    return bill | {
-      name: cost.to_json()
-      | {f'estimate_{key}': cost.seconds(GPUS[key]) for key in ESTIMATED}
-      for name, cost in self.parts.items()
-    }
+    for name, cost in self.parts.items():
+      estimates = {
+        f'estimate_{key}': cost.seconds(GPUS[key]) for key in ESTIMATED
+      }
+      bill[name] = cost.to_json() | estimates
+    return bill
 
 
 @cards_lib.cudnn()
 def make_bill(
   config: Config, cards: Cards, *, path: str = '', method: str = ''
 ) -> Bill:
-  """Returns the bill of a config; the arguments are `make_plan`'s."""
+  """Returns the bill of a config. The arguments are those of `make_plan`."""
   config = on_card(shared(config, cards))
   mesh = mesh_of(config, cards)
   of_step = placed_step(config, task_of(config), mesh)
-  update, *of_update = whole_update(config, mesh)
+  update, params, optimizer, grads = whole_update(config, mesh)
   return Bill(
     config=path,
     method=method or type(config.optimizer).__name__,
     device=cards.device,
     devices=config.mesh.size,
     attention=config.model.attention,
-    elements=sum(x.size for x in jax.tree.leaves(of_update[0])),
-    update=cost_of(cards_lib.optimized(update, *of_update)),
+    elements=sum(x.size for x in jax.tree.leaves(params)),
+    update=cost_of(cards_lib.optimized(update, params, optimizer, grads)),
     step=cost_of(cards_lib.optimized(*of_step)),
   )
 
@@ -85,14 +94,16 @@ def make_bill(
 def whole_update(
   config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[Callable, PyTree, PyTree, PyTree]:
-  """Returns the update of all weights at once, jitted, and its arguments.
+  """Returns a jitted update of all weights at once, and its arguments.
 
-  It is the one of `train.step.make_step`, without what surrounds it, whatever
-  the config's own update is.
+  It is the optimizer update inside `train.step.make_step`, without forward and
+  backward pass. It does not depend on the config's own update, which may be
+  layer-wise.
 
   Returns:
-    The function of weights, optimizer state (donated) and gradients to the
-    next weights and state, and the shapes of the three.
+    A function from weights, optimizer state and gradients to the next weights
+    and state, which donates weights and state; then the shapes of its three
+    arguments.
   """
   config = dataclasses.replace(config, update=WholeTree())
   tx = config.transformation()
@@ -100,7 +111,9 @@ def whole_update(
   _, state, _ = placed_step(config, task, mesh)
   params, _ = step_lib.split(state.params, task.trained)
 
-  def update(params: PyTree, optimizer: PyTree, grads: PyTree):
+  def update(
+    params: PyTree, optimizer: PyTree, grads: PyTree
+  ) -> tuple[PyTree, PyTree]:
     updates, optimizer = tx.update(grads, optimizer, params)
     return optax.apply_updates(params, updates), optimizer
 

@@ -1,8 +1,8 @@
-"""Cards that are not there: their public figures, and compiling for them.
+"""Public specifications of GPUs, and compilation for GPUs that are absent.
 
-XLA's CUDA compiler needs a description of a card (`Gpu`), not the card: its
-buffer assignment says what a step allocates (`compile_step`). `make plan` runs
-in an environment that has the compiler.
+XLA's CUDA compiler needs a description of a GPU (`Gpu`), but not the GPU. Its
+buffer assignment lists the memory that a step would allocate (`compile_step`).
+The compiler is installed in the environment that `make plan` uses.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 from jax._src.cudnn import fused_attention_stablehlo
@@ -24,11 +24,14 @@ PyTree = Any
 
 
 class Core(NamedTuple):
-  """A streaming multiprocessor."""
+  """Limits of a streaming multiprocessor."""
 
-  threads: int  # resident
-  shared_bytes: int  # of shared memory
-  fpus: int  # float32 units
+  threads: int
+  """Largest number of resident threads."""
+  shared_bytes: int
+  """Bytes of shared memory."""
+  fpus: int
+  """Number of float32 units."""
 
 
 CORES = {
@@ -37,38 +40,39 @@ CORES = {
   (8, 9): Core(threads=1536, shared_bytes=100 * 1024, fpus=128),
   (9, 0): Core(threads=2048, shared_bytes=228 * 1024, fpus=128),
 }
-"""By CUDA compute capability."""
+"""Streaming multiprocessors, by CUDA compute capability."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """The public figures of a card that decide what XLA emits for it."""
+  """Public specifications of a GPU, which decide the code that XLA emits."""
 
   name: str
-  """As the vendor writes it."""
+  """The vendor's name for it."""
   capability: tuple[int, int]
   """CUDA compute capability."""
   cores: int
-  """Streaming multiprocessors."""
+  """Number of streaming multiprocessors."""
   memory_bytes: int
-  """Memory that the driver reports."""
+  """Memory that the driver reports, in bytes."""
   bandwidth: float
-  """Bytes per second."""
+  """Memory bandwidth, in bytes per second."""
   clock_ghz: float
-  """Boost clock."""
+  """Boost clock, in GHz."""
   l2_bytes: int
-  """Second-level cache."""
+  """Size of the second-level cache, in bytes."""
   half_flops: float
-  """Flops per second of tensor cores: bfloat16 summed in float32, dense."""
+  """Flops per second of dense bfloat16 matmuls on tensor cores, accumulated in
+  float32."""
 
   @property
   def flops(self) -> float:
-    """The same of float32, which JAX has them round to 19 bits (TF32)."""
+    """Flops per second of float32 matmuls, which JAX computes in TF32."""
     return self.half_flops / 2
 
   @property
   def target_config(self) -> str:
-    """XLA's description of the card, as protocol buffer text."""
+    """XLA's description of the GPU, as protocol buffer text."""
     major, minor = self.capability
     core = CORES[self.capability]
     return f"""
@@ -93,6 +97,9 @@ class Gpu:
       device_description_str: "{self.name}"
     """
 
+
+GpuName: TypeAlias = Literal['rtx4090', 'rtx3090', 'a100-40', 'a100-80', 'h100']
+"""The keys of `GPUS`, for the command line."""
 
 GPUS = {
   'rtx4090': Gpu(
@@ -146,48 +153,63 @@ GPUS = {
     half_flops=989.4e12,
   ),
 }
-"""The cards that a plan knows by name.
+"""The GPUs that a plan can name, by short name.
 
 Source: NVIDIA's architecture white papers: Ada, Ampere GA102, A100, H100 (SXM).
 """
 
 
 class Buffer(NamedTuple):
-  """A piece of the temporary memory and what lies in it."""
+  """A piece of the temporary memory, and the arrays that share it."""
 
-  bytes: int  # its size
-  shapes: tuple[str, ...]  # XLA's shapes, as many as take turns in it
+  bytes: int
+  """Size of the piece."""
+  shapes: tuple[str, ...]
+  """XLA's shapes of its largest arrays, which use it one after another."""
 
 
 class Collective(NamedTuple):
   """Collective operations of one kind and shape."""
 
-  op: str  # 'all-reduce', ...
-  shape: str  # XLA's result shape, of one device
-  count: int  # instructions in the program; one in a loop counts once
-  bytes: int  # of one result
+  op: str
+  """XLA's name of the operation, such as 'all-reduce'."""
+  shape: str
+  """XLA's shape of the result on one device."""
+  count: int
+  """Number of instructions in the program. An instruction in a loop counts
+  once."""
+  bytes: int
+  """Size of one result."""
 
 
 class Compiled(NamedTuple):
-  """What XLA's buffer assignment says of one device."""
+  """XLA's buffer assignment for one device, and its collective operations."""
 
   argument_bytes: int
+  """Size of the arguments."""
   output_bytes: int
-  alias_bytes: int  # outputs that are arguments, written in place
+  """Size of the outputs."""
+  alias_bytes: int
+  """Size of the outputs that are written in place, into donated arguments."""
   temp_bytes: int
-  program_bytes: int  # the optimized program as text: grows with its code
-  buffers: tuple[Buffer, ...]  # the largest temporaries first
+  """Size of the temporary memory."""
+  program_bytes: int
+  """Length of the optimized program's text, a measure of the size of its
+  code."""
+  buffers: tuple[Buffer, ...]
+  """The largest pieces of the temporary memory, largest first."""
   collectives: tuple[Collective, ...]
+  """Collective operations of the program."""
 
   @property
   def total_bytes(self) -> int:
-    """Peak of what the step allocates through XLA."""
+    """Peak of the memory that the step allocates through XLA."""
     held = self.argument_bytes + self.output_bytes - self.alias_bytes
     return held + self.temp_bytes
 
 
 def topology_mesh(gpu: Gpu, sizes: Mesh | None = None) -> jax.sharding.Mesh:
-  """Returns a mesh of absent cards, by default of one.
+  """Returns a mesh of absent GPUs; its default size is one.
 
   Raises:
     RuntimeError: the compiler is not installed.
@@ -210,13 +232,18 @@ def topology_mesh(gpu: Gpu, sizes: Mesh | None = None) -> jax.sharding.Mesh:
 
 @contextlib.contextmanager
 def cudnn() -> Iterator[None]:
-  """Has JAX trace as where the cuDNN of `Gpu.target_config` is installed.
+  """Makes JAX trace as if the cuDNN of `Gpu.target_config` were installed.
 
-  XLA takes its kernels for calls whose inside it need not know, so that they
-  compile without it; but JAX asks for its version before it makes one.
+  Before JAX emits a call of a cuDNN kernel, it checks the version of cuDNN,
+  which may be absent here. This context replaces that check. XLA compiles such
+  a call without cuDNN, because the kernel is opaque to it.
   """
+
+  def version() -> int:
+    return 90_800
+
   found = fused_attention_stablehlo.check_cudnn_version
-  fused_attention_stablehlo.check_cudnn_version = lambda: 90_800
+  fused_attention_stablehlo.check_cudnn_version = version
   try:
     yield
   finally:
@@ -224,29 +251,30 @@ def cudnn() -> Iterator[None]:
 
 
 def optimized(step: Any, *arguments: PyTree) -> str:
-  """Returns the text of the program that XLA makes of a step to compile."""
-  return _lowered(step, arguments).compile().as_text()
+  """Compiles a step and returns the text of XLA's optimized program."""
+  return _text(_lowered(step, arguments).compile())
 
 
 def compile_step(step: Any, *arguments: PyTree) -> Compiled:
-  """Compiles a step for the cards that its arguments are placed on.
+  """Compiles a step for the GPUs that its arguments are placed on.
 
-  Nothing is allocated: the arguments are `jax.ShapeDtypeStruct`s with
-  shardings on a mesh of `topology_mesh`.
+  Nothing is allocated: the arguments are `jax.ShapeDtypeStruct`s with shardings
+  on a mesh of `topology_mesh`.
 
   Args:
-    step: a jitted function, donation included.
+    step: a jitted function. Donated arguments are reused for outputs.
     *arguments: its abstract arguments.
 
   Returns:
-    What the compiler would allocate on each device.
+    The memory that the program would allocate on each device.
   """
   lowered = _lowered(step, arguments)
   with tempfile.TemporaryDirectory() as folder:
     compiled = lowered.compile(compiler_options={'xla_dump_to': folder})
     buffers = _largest_buffers(pathlib.Path(folder))
   memory = compiled.memory_analysis()
-  text = compiled.as_text()
+  assert memory is not None  # XLA's GPU compiler always returns an analysis.
+  text = _text(compiled)
   return Compiled(
     argument_bytes=memory.argument_size_in_bytes,
     output_bytes=memory.output_size_in_bytes,
@@ -262,11 +290,21 @@ def _lowered(step: Any, arguments: tuple[PyTree, ...]) -> jax.stages.Lowered:
   return step.trace(*arguments).lower(lowering_platforms=('cuda',))
 
 
+def _text(compiled: jax.stages.Compiled) -> str:
+  text = compiled.as_text()
+  assert text is not None  # XLA's GPU compiler always returns the text.
+  return text
+
+
 def _largest_buffers(
   folder: pathlib.Path, count: int = 10
 ) -> tuple[Buffer, ...]:
-  """Reads XLA's buffer assignment; pieces that share an offset take turns."""
-  (path,) = folder.glob('*gpu_after_optimizations-buffer-assignment.txt')
+  """Reads the largest buffers from the buffer assignment that XLA dumped.
+
+  Arrays at the same offset of the temporary memory share one buffer.
+  """
+  name = '*gpu_after_optimizations-buffer-assignment.txt'
+  (path,) = folder.glob(name)
   pieces: dict[int, dict[str, int]] = {}
   in_temp = False
   for line in path.read_text().splitlines():

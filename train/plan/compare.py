@@ -1,6 +1,7 @@
-"""The methods that a plan compares, and their picture.
+"""Methods that `--compare` and `--plot` plan, and the bar chart of `--plot`.
 
-They are the rows of `train.method`; a new one is compared by being there.
+The methods are the rows of `train.method`; a new row is included without a
+change here.
 """
 
 import dataclasses
@@ -16,23 +17,30 @@ from train.plan.footprint import Plan
 GIB = 2**30
 
 TITLES = {row.title: name for name, row in METHODS.items()}
-"""Name of a method's class by what a table calls it."""
+"""Class name of each method, by its title in tables."""
 
 WHOLE_TREE = ('OptaxGalore',)
-"""Not compared: it would take a layer of a stack for a matrix."""
+"""Methods that are not compared, because they need an update of all weights at
+once. optax.contrib.galore projects every array of two axes. In a layer-wise
+update it would also project the layers of a stack, which has three axes."""
 
 LAYERWISE = ('Lomo', 'AdaLomo')
-"""Those that are nothing but SGD or Adafactor in an update of the whole."""
+"""Methods that need a layer-wise update. With an update of all weights at once
+they would be plain SGD and Adafactor."""
 
 BARS = ('AdamW', '8-bit Adam', 'GaLore', '8-bit GaLore')
-"""Those whose update of the whole `--plot` draws, as the paper's Figure 1."""
+"""Methods that `--plot` draws with an update of all weights at once, as Figure
+1 of the paper does."""
 
 FINDERS = ('svd', 'gram', 'randomized', 'power')
-"""Those that every method with a low rank takes."""
+"""Subspace finders that every low-rank method accepts."""
 
 
 def methods(config: Config) -> dict[str, Config]:
-  """Returns the config with each method by its title, its update as it is."""
+  """Returns the config with each method, by the method's title.
+
+  The update stays that of the config, except for methods in `LAYERWISE`.
+  """
   updates = {name: layerwise(config) for name in LAYERWISE}
   return {
     title: with_method(config, name, updates.get(name, config.update))
@@ -42,7 +50,7 @@ def methods(config: Config) -> dict[str, Config]:
 
 
 def bars(config: Config) -> dict[str, Config]:
-  """Returns the configs that Figure 1 of the paper compares."""
+  """Returns the configs of the bars in Figure 1 of the paper, by title."""
   layers = layerwise(config)
   whole = {
     title: with_method(config, TITLES[title], WholeTree()) for title in BARS
@@ -56,31 +64,42 @@ def bars(config: Config) -> dict[str, Config]:
 def with_method(config: Config, name: str, update: Update) -> Config:
   """Returns a config with another optimizer.
 
-  The config's own keeps its options; another one takes over its rank, gap and
-  finder, if it has them, and is else what it is by default.
+  An optimizer of the same class keeps its options. Otherwise the new optimizer
+  has its default options, except that it copies rank, gap and finder from the
+  config's optimizer if both have them.
   """
-  kind, ours = CLASSES[name], config.optimizer
-  if type(ours) is not kind:
-    # A rank that fits every model, where the config names none.
-    options: dict[str, Any] = {'rank': 0.25} | {
-      key: getattr(ours, key) for key in ('rank', 'gap') if hasattr(ours, key)
-    }
-    if getattr(ours, 'subspace', None) in FINDERS:
-      options['subspace'] = ours.subspace
-    known = {field.name for field in dataclasses.fields(kind)}
-    ours = kind(**{key: options[key] for key in options if key in known})
-  return dataclasses.replace(config, optimizer=ours, update=update)
+  kind = CLASSES[name]
+  if type(config.optimizer) is kind:
+    return dataclasses.replace(config, update=update)
+  own = {
+    field.name: getattr(config.optimizer, field.name)
+    for field in dataclasses.fields(config.optimizer)
+  }
+  # The default rank fits every model. The config's own rank replaces it.
+  options: dict[str, Any] = {'rank': 0.25}
+  for key in ('rank', 'gap'):
+    if key in own:
+      options[key] = own[key]
+  if own.get('subspace') in FINDERS:
+    options['subspace'] = own['subspace']
+  known = {field.name for field in dataclasses.fields(kind)}
+  options = {key: x for key, x in options.items() if key in known}
+  return dataclasses.replace(config, optimizer=kind(**options), update=update)
 
 
 def layerwise(config: Config) -> Layerwise:
-  """Returns the config's layer-wise update, or one for a large vocabulary."""
+  """Returns the config's layer-wise update, or a new one.
+
+  The new one updates the embedding and the head in pieces, because a large
+  vocabulary makes them the largest weights.
+  """
   if isinstance(config.update, Layerwise):
     return config.update
   return Layerwise(slices=32)
 
 
 def plot(plans: Sequence[Plan], path: pathlib.Path) -> None:
-  """Draws where the bytes of each plan go, a bar for each."""
+  """Draws a stacked bar for each plan: the bytes of its parts."""
   import matplotlib
 
   matplotlib.use('Agg')

@@ -1,6 +1,7 @@
-"""What a compiled program costs: arithmetic, memory traffic, kernels."""
+"""Cost of a compiled program: arithmetic, memory traffic and kernels."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from train.plan import program
 from train.plan.cards import Gpu
@@ -8,53 +9,55 @@ from train.plan.program import Kernel
 
 
 class Cost(NamedTuple):
-  """The kernels of a program, and what they come to."""
+  """The kernels of a program, and sums over them."""
 
   kernels: tuple[Kernel, ...]
+  """The kernels that the program runs."""
 
   @property
   def flops(self) -> float:
-    """Two for each pair of numbers that meet in a product, else one a result.
+    """Flops: two per multiply-add of a matmul, else one per output element.
 
-    What a solver of a library does is not known, and not among them.
+    The flops inside library solvers are unknown and not counted.
     """
     return sum((k.half_flops + k.flops) * k.times for k in self.kernels)
 
   @property
   def bytes(self) -> int:
-    """Read and written by kernels; caches may hold some of it."""
+    """Bytes that kernels read and write. Caches may serve some of them."""
     return program.moved(self.kernels)
 
   @property
   def launches(self) -> int:
-    """Kernels that run, one in a loop as often as it goes round."""
+    """Number of launches. A kernel in a loop counts once per iteration."""
     return self.count(lambda kernel: True)
 
   @property
   def fusions(self) -> int:
-    """Kernels that XLA made of several operations."""
+    """Number of launches of kernels that XLA fused from several operations."""
     return self.count(lambda kernel: kernel.op == 'fusion')
 
   @property
   def copies(self) -> int:
-    """Kernels that do nothing but copy."""
+    """Number of launches of kernels that only copy."""
     return self.count(lambda kernel: kernel.parts == {'copy'})
 
   @property
   def transposes(self) -> int:
-    """Kernels that do nothing but transpose, type and place apart."""
+    """Number of launches of kernels that transpose and do no arithmetic."""
     moves = {'transpose', 'copy', 'convert', *program.SLICES}
     return self.count(lambda kernel: 'transpose' in kernel.parts <= moves)
 
-  def count(self, kind: Any) -> int:
-    """Returns how often kernels run of which kind(kernel) is true."""
+  def count(self, kind: Callable[[Kernel], bool]) -> int:
+    """Returns the number of launches of kernels that satisfy `kind`."""
     return sum(kernel.times for kernel in self.kernels if kind(kernel))
 
   def seconds(self, gpu: Gpu) -> float:
-    """Returns an estimate: no kernel can be quicker, nor two at once.
+    """Returns a lower bound of the time, used as an estimate.
 
-    A kernel takes the time of its arithmetic or that of its bytes, whichever
-    is longer, at the card's public figures, which are tensor cores' rates.
+    Each kernel takes the time of its arithmetic or of its memory traffic,
+    whichever is longer, at the public figures of the GPU. Kernels do not
+    overlap. The arithmetic rates are those of tensor cores.
     """
     return sum(
       kernel.times
@@ -66,7 +69,7 @@ class Cost(NamedTuple):
     )
 
   def largest(self, count: int = 5) -> tuple[Kernel, ...]:
-    """Returns the kernels that move most bytes, all their times together."""
+    """Returns the kernels that move the most bytes over all their launches."""
     order = sorted(self.kernels, key=lambda k: -k.bytes * k.times)
     return tuple(order[:count])
 
@@ -77,8 +80,9 @@ class Cost(NamedTuple):
 
 
 def cost_of(text: str) -> Cost:
-  """Returns the cost of an optimized program, `Compiled.as_text()` of JAX's.
+  """Returns the cost of a program, from the text of `Compiled.as_text()`.
 
-  Between two refreshes of an optimizer; see `train.plan.program.kernels`.
+  A refresh of the optimizer's bases is not included; see
+  `train.plan.program.kernels`.
   """
   return Cost(program.kernels(text))

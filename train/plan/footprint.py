@@ -1,7 +1,7 @@
-"""Where the bytes of a config's training step go.
+"""Counts the bytes that each part of a config's training step takes.
 
-`make_plan` adds them up from shapes and, where a compiler is at hand, asks it
-for the rest; the step is the one that `train.pretrain` runs.
+`make_plan` compiles the step that `train.pretrain` runs and reads the sizes
+from the compiler. An estimate adds up sizes of shapes without a compiler.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from models import attention
+from models.encoder import EncoderConfig
+from models.llama import LlamaConfig
 from train import mesh as mesh_lib
 from train import step as step_lib
 from train.command import check_least
@@ -27,73 +29,77 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Cards:
-  """What a step is planned for."""
+  """The GPUs that a step is planned for."""
 
   device: str
-  """Short name of the card."""
+  """Short name of the GPU, a key of `train.plan.cards.GPUS`."""
   devices: int | None = None
-  """How many of them share the state by FSDP; None: the config's mesh."""
+  """Number of GPUs that share the state by FSDP; None uses the config's
+  mesh."""
   estimate: bool = False
-  """Whether to do without the compiler."""
+  """Whether to estimate without the compiler."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Where the bytes of one device go."""
+  """The memory that a training step takes on each device, by part."""
 
   config: str
   """Path of the config."""
   method: str
   """Name of the optimizer."""
   device: str
-  """Short name of the card."""
+  """Short name of the GPU."""
   devices: int
-  """How many of them share the step."""
+  """Number of GPUs that share the step."""
   batch_size: int
-  """Sequences in an update, on all devices."""
+  """Sequences in an update, on all devices together."""
   sequence_length: int
   """Tokens in a sequence."""
   attention: str
-  """'cudnn', whose kernel may take a workspace that the plan does not know, or
-  'blockwise'."""
+  """'cudnn' or 'blockwise'. A cuDNN kernel may allocate a workspace that the
+  plan does not include."""
   parameter_bytes: int
-  """Weights but for embeddings and head."""
+  """Weights except embeddings and head."""
   vocabulary_bytes: int
   """Embeddings and head."""
   basis_bytes: int
   """Bases of the projections."""
   moment_bytes: int
-  """What the optimizer keeps of gradients, and its counters."""
+  """Moments and counters of the optimizer."""
   gradient_bytes: int
-  """Gradients that exist at once: all, or the largest one and the sums."""
+  """Gradients that exist at the same time. In a layer-wise update these are the
+  largest one and the sums that accumulate gradients."""
   activation_bytes: int
-  """Inputs of the blocks, kept for the backward pass."""
+  """Inputs of the layers, kept for the backward pass."""
   workspace_bytes: int
-  """Allowance for what solvers allocate while they run."""
+  """Allowance for memory that linear algebra solvers allocate while they
+  run."""
   capacity_bytes: int
-  """What the programs take of the card's memory."""
+  """The GPU's memory that programs may use."""
   total_bytes: int
-  """Peak, workspace included; without a compiler, what is certain."""
+  """Peak memory, workspace included. An estimate has no temporaries, so it is a
+  lower bound."""
   fits: bool | None
-  """Whether the total is at most the capacity; None, unknown, where what is
-  certain is, and the compiler was not asked for the rest."""
+  """Whether the total is at most the capacity. None means unknown: an estimate
+  is a lower bound, so it cannot prove that a plan fits."""
   compiled: cards_lib.Compiled | None
-  """What the compiler says; None for an estimate."""
+  """Sizes from the compiler; None for an estimate."""
 
   @property
   def state_bytes(self) -> int:
-    """Weights and optimizer state."""
+    """Bytes of weights and optimizer state."""
     weights = self.parameter_bytes + self.vocabulary_bytes
     return weights + self.basis_bytes + self.moment_bytes
 
   @property
   def parts(self) -> dict[str, int]:
-    """What the total is made of; an estimate has no temporaries."""
+    """Bytes of each part of the total. An estimate has no other temporaries."""
     gradients = self.gradient_bytes
     activations = self.activation_bytes
     temporaries = self.total_bytes - self.workspace_bytes - self.state_bytes
     if self.compiled is not None:
-      # The compiler may do with less than all gradients at once.
+      # XLA may free some gradients before it computes the others.
       activations = min(activations, temporaries)
       gradients = min(gradients, temporaries - activations)
     return {
@@ -108,7 +114,7 @@ class Plan:
     }
 
   def to_json(self) -> dict[str, Any]:
-    """Returns a flat dict."""
+    """Returns a flat dict of the fields, including those of `compiled`."""
     plan = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
@@ -128,13 +134,13 @@ class Plan:
 def make_plan(
   config: Config, cards: Cards, *, path: str = '', method: str = ''
 ) -> Plan:
-  """Returns the plan of a config, compiled unless an estimate is wanted.
+  """Returns the plan of a config, compiled unless `cards.estimate` is set.
 
   Args:
-    config: what is planned.
-    cards: what it is planned for.
-    path: of the config, for the reader.
-    method: name of the optimizer; default, that of its class.
+    config: the training config.
+    cards: the GPUs to plan for.
+    path: path of the config, for the printed tables.
+    method: name of the optimizer; the default is its class's name.
   """
   config = on_card(shared(config, cards))
   task = task_of(config)
@@ -178,10 +184,11 @@ def make_plan(
 
 
 def shared(config: Config, cards: Cards) -> Config:
-  """Returns a config whose mesh has as many devices as are asked for.
+  """Returns the config with a mesh of `cards.devices` devices.
 
   Raises:
-    ValueError: its own mesh has others, or they cannot share a batch.
+    ValueError: the config's mesh has another number of devices, or the devices
+      cannot share a batch.
   """
   if cards.devices is None:
     return config
@@ -199,17 +206,20 @@ def shared(config: Config, cards: Cards) -> Config:
 
 
 def on_card(config: Config) -> Config:
-  """Returns a config with the attention that 'auto' would be on a card.
+  """Returns the config with attention 'auto' resolved as on a GPU.
 
-  Call it, and trace what comes of it, under `cards.cudnn`.
+  Call it, and trace the step of the returned config, inside `cards.cudnn()`.
   """
   model = config.model
   if model.attention != 'auto':
     return config
   _, length = batch(config)['inputs'].shape
-  q, k = (
-    jax.ShapeDtypeStruct((1, length, heads, model.head_width), model.dtype)
-    for heads in (model.num_heads, model.kv_heads)
+  model = resolved_model(config)
+  q = jax.ShapeDtypeStruct(
+    (1, length, model.num_heads, model.head_width), model.dtype
+  )
+  k = jax.ShapeDtypeStruct(
+    (1, length, model.kv_heads, model.head_width), model.dtype
   )
   refused = attention.refusal(q, k, model.window, model.causal)
   kind = 'blockwise' if refused else 'cudnn'
@@ -217,8 +227,22 @@ def on_card(config: Config) -> Config:
   return dataclasses.replace(config, model=model)
 
 
+def resolved_model(config: Config) -> LlamaConfig | EncoderConfig:
+  """Returns the model of a config.
+
+  Raises:
+    TypeError: its sizes are those of a checkpoint, which must be read first.
+  """
+  if isinstance(config.model, LlamaConfig | EncoderConfig):
+    return config.model
+  raise TypeError(
+    f'a plan needs the sizes of a {type(config.model).__name__}: call '
+    'config.resolved() first'
+  )
+
+
 def mesh_of(config: Config, cards: Cards) -> jax.sharding.Mesh:
-  """Returns the cards that are not there.
+  """Returns a mesh of absent GPUs, to compile for.
 
   Raises:
     ImportError: the compiler is not installed.
@@ -232,7 +256,7 @@ def mesh_of(config: Config, cards: Cards) -> jax.sharding.Mesh:
 def placed_step(
   config: Config, task: Task, mesh: Any
 ) -> tuple[step_lib.Step, State, PyTree]:
-  """Returns the jitted step, its state and its batch, on a mesh."""
+  """Returns the jitted step and its abstract state and batch, on a mesh."""
   init, step = step_lib.build(config, task)
   places = step_lib.shardings(init, config, task, mesh)
   state = mesh_lib.at(jax.eval_shape(init, jax.random.key(0)), places)
@@ -243,7 +267,7 @@ def placed_step(
 
 
 def part(tree: PyTree) -> PyTree:
-  """Returns the shapes of what each of the devices holds of arrays."""
+  """Returns the shapes that each device holds of sharded arrays."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype),
     tree,
@@ -254,7 +278,7 @@ def batch(config: Config) -> Batch:
   """Returns the shapes of a config's largest batch.
 
   Raises:
-    ValueError: its task does not have them.
+    ValueError: the config's task does not define them.
   """
   inputs = task_of(config).inputs
   if inputs is None:
@@ -266,44 +290,64 @@ def batch(config: Config) -> Batch:
 
 
 def gradient_bytes(config: Config, task: Task, state: State, mesh: Any) -> int:
-  """Returns the bytes of the gradients, and sums, that exist at once."""
+  """Returns the bytes of the gradients that exist at once, and of their sums.
+
+  The sums are those of a layer-wise update that accumulates gradients.
+  """
   moving, _ = step_lib.split(array_shapes(config, task), task.trained)
   placed = mesh_lib.at(moving, mesh_lib.of_params(moving, mesh))
   leaves = jax.tree.leaves(part(placed))
-  size = lambda x: x.size * x.dtype.itemsize
   if isinstance(config.update, WholeTree):
-    return sum(map(size, leaves))
+    return sum(map(_size, leaves))
   update = step_lib.make_layerwise(config, task)
   params, _ = step_lib.split(state.params, task.trained)
   sums = jax.eval_shape(update.sums, params, state.optimizer)
-  per_layer = lambda x: size(x) // (x.shape[0] if x.ndim == 3 else 1)
-  # They live where moments do, of which each device has its share.
-  sizes = config.mesh
-  return max(map(per_layer, leaves)) + sum(map(size, sums)) // (
-    sizes.fsdp * sizes.tensor
-  )
+  largest = max(map(_size_of_layer, leaves))
+  # The sums are sharded as the moments are, over the axes fsdp and tensor.
+  shards = config.mesh.fsdp * config.mesh.tensor
+  return largest + sum(map(_size, sums)) // shards
+
+
+def _size(x: Any) -> int:
+  """Returns the bytes of an array, or of a shape."""
+  return x.size * x.dtype.itemsize
+
+
+def _size_of_layer(x: Any) -> int:
+  """Returns the bytes of one layer of a stack, or of a whole weight."""
+  return _size(x) // x.shape[0] if x.ndim == 3 else _size(x)
 
 
 def activation_bytes(config: Config, length: int) -> int:
-  """Returns the bytes of the inputs of the blocks, for rows of a length."""
+  """Returns the bytes of the layers' inputs in one backward pass of a device.
+
+  Args:
+    config: the training config.
+    length: tokens of a row.
+  """
   tokens = config.batch_size * length
   if isinstance(config.update, WholeTree):
     tokens //= config.microbatches
   tokens //= config.update.accumulate * config.mesh.data * config.mesh.fsdp
-  model = config.model
+  model = resolved_model(config)
   element = jnp.dtype(model.dtype).itemsize
   return model.num_layers * tokens * model.width * element
 
 
 def workspace_bytes(config: Config) -> int:
-  """Returns an allowance for the solver that finds a subspace.
+  """Returns an allowance for the solver that refreshes a basis.
 
-  XLA's plan does not hold it. In float32, by the side m of the largest
-  square: `svd` and `gram` work on copies and vectors of m x m, `randomized`
-  on thin ones; `power` is made of products and needs none.
+  XLA's buffer assignment does not include this workspace. The sizes are those
+  of float32 arrays for the largest matrix, m x n with m <= n: `svd` and `gram`
+  use copies and vectors of size m x m, and `randomized` uses thin matrices.
+  `power` consists of matmuls and needs no workspace.
   """
   finder = getattr(config.optimizer, 'subspace', None)
-  m, n = config.model.width, config.model.mlp_width
+  if finder is None:
+    return 0
+  model = resolved_model(config)
+  m = model.width
+  n = model.mlp_width
   floats = {
     'svd': 2 * m * n + 3 * m * m,
     'gram': 3 * m * m,

@@ -1,8 +1,8 @@
-"""A program as XLA optimized it: the kernels that it runs, and what each costs.
+"""Reads the kernels of a program from XLA's text, and what each one costs.
 
-XLA's own cost analysis counts the body of a loop once, and has nothing to say
-of a program for a card that is not there. `kernels` reads the text of either:
-what runs in a loop is taken as often as the loop goes round.
+XLA's own cost analysis counts the body of a loop once, and it is not available
+for programs that are compiled for an absent GPU. `kernels` reads the text of
+the optimized program instead, and counts a kernel in a loop once per iteration.
 """
 
 import math
@@ -12,27 +12,41 @@ from typing import NamedTuple
 
 
 class Kernel(NamedTuple):
-  """An instruction that runs by itself."""
+  """An instruction that runs as a kernel of its own."""
 
-  name: str  # XLA's
-  op: str  # 'fusion', 'copy', 'custom-call', ...
-  parts: frozenset[str]  # the operations in it
-  shape: str  # XLA's, of the result
-  half_flops: float  # of products of 16-bit numbers, at a time
-  flops: float  # all others
-  bytes: int  # read and written, at a time
-  times: int  # that it runs
+  name: str
+  """XLA's name of the instruction."""
+  op: str
+  """XLA's operation: 'fusion', 'copy', 'custom-call', ..."""
+  parts: frozenset[str]
+  """The operations that are fused into the kernel."""
+  shape: str
+  """XLA's shape of the result."""
+  half_flops: float
+  """Flops of matmuls of 16-bit numbers, in one launch."""
+  flops: float
+  """All other flops, in one launch."""
+  bytes: int
+  """Bytes read and written, in one launch."""
+  times: int
+  """Number of launches."""
 
 
 class Instruction(NamedTuple):
-  """A line of the program."""
+  """An instruction, parsed from one line of the program."""
 
   name: str
+  """XLA's name of the instruction."""
   op: str
-  shape: str  # of a tuple, in parentheses
-  operands: tuple[str, ...]  # names; of a parameter, its number
-  rest: str  # attributes
+  """XLA's operation."""
+  shape: str
+  """XLA's shape of the result. A tuple of shapes is in parentheses."""
+  operands: tuple[str, ...]
+  """Names of the operands. A parameter has its number instead."""
+  rest: str
+  """The rest of the line: the attributes."""
   is_root: bool
+  """Whether its result is the result of the computation."""
 
 
 Computation = dict[str, Instruction]
@@ -40,34 +54,67 @@ Program = dict[str, Computation]
 Choose = Callable[..., tuple[Kernel, ...]]
 
 VIEWS = frozenset(('bitcast', 'reshape', 'get-tuple-element'))
-"""Operations that take no time, of an array."""
+"""Operations that return their operand's memory under another shape or name."""
 
 FREE = VIEWS | {
-  *('parameter', 'constant', 'tuple', 'after-all', 'opt-barrier'),
-  *('partition-id', 'replica-id', 'domain', 'add-dependency'),
+  'parameter',
+  'constant',
+  'tuple',
+  'after-all',
+  'opt-barrier',
+  'partition-id',
+  'replica-id',
+  'domain',
+  'add-dependency',
 }
-"""Operations that are no kernels. What ends an asynchronous one is another."""
+"""Operations that launch no kernel. The operations '*-done', which end an
+asynchronous operation, launch none either."""
 
 ARITHMETIC = {
-  *('add', 'subtract', 'multiply', 'divide', 'negate', 'abs', 'sign', 'power'),
-  *('maximum', 'minimum', 'clamp', 'remainder', 'floor', 'ceil', 'sqrt'),
-  *('rsqrt', 'cbrt', 'exponential', 'exponential-minus-one', 'log', 'tanh'),
-  *('log-plus-one', 'logistic', 'sine', 'cosine', 'erf', 'atan2'),
-  *('round-nearest-even', 'round-nearest-afz'),
+  'abs',
+  'add',
+  'atan2',
+  'cbrt',
+  'ceil',
+  'clamp',
+  'cosine',
+  'divide',
+  'erf',
+  'exponential',
+  'exponential-minus-one',
+  'floor',
+  'log',
+  'log-plus-one',
+  'logistic',
+  'maximum',
+  'minimum',
+  'multiply',
+  'negate',
+  'power',
+  'remainder',
+  'round-nearest-afz',
+  'round-nearest-even',
+  'rsqrt',
+  'sign',
+  'sine',
+  'sqrt',
+  'subtract',
+  'tanh',
 }
-"""Operations of a flop for each element of the result."""
+"""Operations that cost one flop per element of the result."""
 
 SLICES = ('dynamic-slice', 'slice', 'gather')
-"""Operations that read as much as they return."""
+"""Operations that read only as many bytes as they return."""
 
 WRITES = {'dynamic-update-slice': 1, 'scatter': 2}
-"""Operations that write in place; the operand with what they write."""
+"""Operations that write in place. The value is the index of the operand that
+they write."""
 
 _ARRAY = re.compile(r'([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]')
 _HEADER = re.compile(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLED = re.compile(r'(?:calls|to_apply)=%?([\w.\-]+)')
-# A condition of `jax.named_scope('if_finite')`, which a step meets.
+# A training step runs its update in this scope, if its gradients are finite.
 _GATE = 'if_finite/cond"'
 _BRANCHES = re.compile(
   r'(?:true_computation|false_computation)=%?([\w.\-]+)'
@@ -76,28 +123,32 @@ _BRANCHES = re.compile(
 
 
 def kernels(text: str, *, choose: Choose = min) -> tuple[Kernel, ...]:
-  """Returns what a program runs.
+  """Returns the kernels that a program runs.
 
-  Of a conditional it is the branch that moves fewest bytes: of an optimizer's
-  update, what happens between two refreshes; of one that waits for finite
-  numbers, the update. A loop of unknown length goes
-  round once.
+  In each conditional, only the branch that moves the fewest bytes is counted.
+  In an optimizer's update that is the branch without a refresh. The conditional
+  that skips a step with non-finite gradients is an exception: its update is
+  counted. A loop of unknown length counts as one iteration.
 
   Args:
-    text: of the optimized program: `jax.stages.Compiled.as_text()`.
-    choose: `max` for the branch that moves most bytes instead.
+    text: text of the optimized program: `jax.stages.Compiled.as_text()`.
+    choose: chooses the branch. `max` counts the branch that moves the most
+      bytes.
   """
   program, entry = parse(text)
   return tuple(_run(program, entry, 1, choose))
 
 
 def parse(text: str) -> tuple[Program, str]:
-  """Returns the computations of a program by name, and the first one's name."""
-  program, entry, body = {}, '', {}
+  """Returns the computations of a program by name, and the entry's name."""
+  program: Program = {}
+  body: Computation = {}
+  entry = ''
   for line in re.sub(r'/\*.*?\*/', '', text).splitlines():
     header = _HEADER.match(line)
     if header:
-      body = program[header[1]] = {}
+      body = {}
+      program[header[1]] = body
       entry = header[1] if line.startswith('ENTRY') else entry
     elif line.startswith('  ') and ' = ' in line:
       instruction = _instruction(line)
@@ -106,10 +157,11 @@ def parse(text: str) -> tuple[Program, str]:
 
 
 def _instruction(line: str) -> Instruction:
-  """Reads `%name = shape op(operands), attributes`."""
+  """Parses a line of the form `%name = shape op(operands), attributes`."""
   head, rest = line.strip().split(' = ', 1)
   end = _closing(rest) + 1 if rest.startswith('(') else rest.index(' ')
-  shape, rest = rest[:end], rest[end:].lstrip()
+  shape = rest[:end]
+  rest = rest[end:].lstrip()
   op, rest = rest.split('(', 1)
   end = _closing('(' + rest) - 1
   operands = re.findall(r'%([\w.\-]+)', rest[:end]) or [rest[:end]]
@@ -119,7 +171,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-  """Returns where the parenthesis that text begins with is closed.
+  """Returns the index of the parenthesis that closes the one at index 0.
 
   >>> _closing('(a(b)c)d')
   6
@@ -135,7 +187,14 @@ def _closing(text: str) -> int:
 def _run(
   program: Program, name: str, times: int, choose: Choose
 ) -> Iterator[Kernel]:
-  """Goes through what a computation runs."""
+  """Yields the kernels that a computation runs, each with its launch count.
+
+  Args:
+    program: all computations, by name.
+    name: of the computation.
+    times: how often the computation runs.
+    choose: chooses the branch of a conditional.
+  """
   body = program[name]
   for x in body.values():
     called = _CALLED.search(x.rest)
@@ -169,14 +228,14 @@ def _run(
 
 
 def moved(kernels: Sequence[Kernel]) -> int:
-  """Returns the bytes that kernels read and write."""
+  """Returns the bytes that kernels read and write in all their launches."""
   return sum(kernel.bytes * kernel.times for kernel in kernels)
 
 
 def _inside(
   program: Program, body: Computation, x: Instruction
 ) -> Iterator[tuple[Computation, Instruction]]:
-  """Goes through the operations of a kernel, each with what is around it."""
+  """Yields the operations of a kernel, each with the computation it is in."""
   yield body, x
   called = _CALLED.search(x.rest)
   if x.op == 'fusion' and called:
@@ -186,7 +245,7 @@ def _inside(
 
 
 def _flops(body: Computation, x: Instruction) -> tuple[float, float]:
-  """Returns the flops of an operation: of 16-bit products, and all others."""
+  """Returns the flops of an operation: of 16-bit matmuls, and all others."""
   if x.op in ARITHMETIC:
     return 0, elements(x.shape)
   if x.op == 'reduce':
@@ -199,30 +258,31 @@ def _flops(body: Computation, x: Instruction) -> tuple[float, float]:
 
 
 def _product_flops(body: Computation, x: Instruction) -> float:
-  """Returns the flops of a product: two for each pair of numbers that meet."""
+  """Returns the flops of a matmul or attention: two per multiply-add."""
   if x.op == 'custom-call' and '"__cudnn$fmha' in x.rest:
-    # Q K^T and P V; backward, these two of five: P again, dV, dP, dQ and dK.
-    # Half of the pairs are later, and skipped.
+    # The forward pass computes Q K^T and P V. The backward pass computes five
+    # products: P again, dV, dP, dQ and dK. The kernel skips the half of the
+    # scores that is masked, so two flops per multiply-add become one per score.
     dims = re.search(r'"intermediate_tensor_shape".*?\[([^\]]*)\]', x.rest)
     assert dims
     scores = math.prod(int(d) for d in re.findall(r'\d+', dims[1]))
-    (_, sizes), *_ = arrays(body[x.operands[0]].shape)
+    _, sizes = arrays(body[x.operands[0]].shape)[0]
     return (5 if 'Backward"' in x.rest else 2) * scores * sizes[-1]
   is_call = x.op == 'custom-call' and re.search(r'"__(cublas|onednn)\$', x.rest)
   if x.op != 'dot' and not is_call:
     return 0
-  (_, sizes), *_ = arrays(body[x.operands[0]].shape)
+  _, sizes = arrays(body[x.operands[0]].shape)[0]
   contracted = re.search(
     r'lhs_contracting_(?:dims=\{|dimensions":\[)([^}\]]*)', x.rest
   )
-  # oneDNN's has none: it is the last.
+  # A oneDNN call does not list its contracted axes: it contracts the last axis.
   axes = re.findall(r'\d+', contracted[1]) if contracted else [len(sizes) - 1]
-  (_, result), *_ = arrays(x.shape)
+  _, result = arrays(x.shape)[0]
   return 2 * math.prod(result) * math.prod(sizes[int(i)] for i in axes)
 
 
 def _bytes(program: Program, body: Computation, x: Instruction) -> int:
-  """Returns what a kernel reads and writes."""
+  """Returns the bytes that a kernel reads and writes."""
   called = _CALLED.search(x.rest)
   if x.op == 'fusion' and called:
     inner = program[called[1]]
@@ -240,7 +300,7 @@ def _bytes(program: Program, body: Computation, x: Instruction) -> int:
 
 
 def _read(program: Program, body: Computation, x: Instruction) -> int:
-  """Returns the bytes of a parameter of a fusion that are read."""
+  """Returns the bytes that a fusion reads of its parameter `x`."""
   total = 0
   for y in body.values():
     if x.name not in y.operands:
@@ -263,7 +323,7 @@ def _read(program: Program, body: Computation, x: Instruction) -> int:
 
 
 def _written(body: Computation, x: Instruction) -> int:
-  """Returns the bytes that a fusion writes which ends with x."""
+  """Returns the bytes that a fusion with the root `x` writes."""
   if x.op == 'tuple':
     return sum(_written(body, body[name]) for name in x.operands)
   if x.op in VIEWS:
@@ -274,7 +334,7 @@ def _written(body: Computation, x: Instruction) -> int:
 
 
 def arrays(shape: str) -> list[tuple[str, list[int]]]:
-  """Returns type and sizes of an array, or of each of a tuple.
+  """Returns the type and sizes of an array, or of each array of a tuple.
 
   >>> arrays('(f32[2,3]{1,0}, s32[])')
   [('f32', [2, 3]), ('s32', [])]
@@ -286,7 +346,7 @@ def arrays(shape: str) -> list[tuple[str, list[int]]]:
 
 
 def elements(shape: str) -> int:
-  """Returns the number of elements of a shape.
+  """Returns the number of elements of an array or a tuple of arrays.
 
   >>> elements('(f32[2,3]{1,0}, s32[])')
   7
@@ -295,7 +355,7 @@ def elements(shape: str) -> int:
 
 
 def size(shape: str) -> int:
-  """Returns the bytes of a shape.
+  """Returns the bytes of an array or a tuple of arrays.
 
   >>> size('(bf16[2,3]{1,0}, pred[5], s4[4])')
   19
@@ -306,5 +366,5 @@ def size(shape: str) -> int:
 
 
 def _bits(dtype: str) -> int:
-  """Returns the size of an element."""
+  """Returns the number of bits of an element."""
   return 8 if dtype == 'pred' else int(re.findall(r'\d+', dtype)[0])

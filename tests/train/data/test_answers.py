@@ -1,4 +1,4 @@
-"""Where answers begin and end in the text that a template makes of them."""
+"""Tests where answers begin and end in the text of a chat template."""
 
 import datetime
 import json
@@ -36,7 +36,11 @@ def template(source, specials=SPECIALS, **options):
 
 
 def scored_texts(found, messages, scored, context=None):
-  """The scored text of each answer; each begins where its prompt ends."""
+  """Returns the scored text of each answer.
+
+  Also asserts that each answer starts after its generation prompt, unless
+  `answer.prompt` reports a difference.
+  """
   text, answers = found.answers(messages, scored, context)
   for answer in answers:
     prompt = found.render(
@@ -50,7 +54,7 @@ def scored_texts(found, messages, scored, context=None):
 
 
 class TestThoughts:
-  """The fault of a template as Qwen3's: a block that only training has."""
+  """Templates like Qwen3's, which add a thought only to the last answer."""
 
   def test_a_block_behind_the_prompt_is_scored(self):
     found = template(THINK_OR_NOT)
@@ -68,7 +72,7 @@ class TestThoughts:
 
   def test_a_difference_is_reported(self):
     found = template(with_defaults(THINK_OR_NOT, {'enable_thinking': False}))
-    # The first answer is in the middle of its chat, without a thought.
+    # The first answer is in the middle of its chat, so it has no empty thought.
     first, last = found.answers(TURNS, SCORED)[1]
     assert first.prompt == '<|im_start|>assistant\n' + EMPTY_THOUGHT
     assert last.prompt is None
@@ -88,7 +92,7 @@ class TestThoughts:
     assert scored_texts(found, (QUESTION, answer), (False, True)) == [
       '<t>Hm.</t>Four.<|im_end|>'
     ]
-    # The template leaves out the thoughts of older answers.
+    # The template leaves out the thoughts of all answers but the last.
     with pytest.raises(ValueError, match='rewrites message 2 of 4'):
       found.answers((QUESTION, answer, *TURNS[2:]), SCORED)
 
@@ -160,7 +164,7 @@ class TestEnds:
     assert scored_texts(found, TURNS[:2], SCORED[:2]) == ['Four.<|z|><|eos|>']
 
   def test_another_end_in_the_middle_of_a_chat(self):
-    """As in gpt-oss: only the last answer ends with the token that stops."""
+    """As in gpt-oss, only the last answer ends with the stop token."""
     source = CHATML.replace(
       "'<|im_end|>'", "('<|return|>' if loop.last else '<|im_end|>')"
     )
@@ -181,7 +185,8 @@ class TestEnds:
       '{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}'
       '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
     )
-    # The block begins before the end of the prompt, and ends before the end.
+    # The block begins inside the generation prompt, and ends before the end
+    # token.
     assert scored_texts(template(source), TURNS, SCORED) == [
       'Four.<|im_end|>',
       'Still four.<|im_end|>',
@@ -216,7 +221,7 @@ class TestCalls:
     ],
   )
   def test_forms_of_messages(self, content, arguments):
-    """Templates differ in the content and the arguments that they expect."""
+    """Templates expect content and arguments in different forms."""
     source = (
       "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
       '{% if m.tool_calls %}' + content + '{% for c in m.tool_calls %}'

@@ -18,8 +18,8 @@ from train.data.corpus import Indexed
 from train.data.tokenizer import Tokenizer, train_tokenizer
 from train.task import Text, held_out
 
-# Of one to forty sentences, so that many rows hold several documents and many
-# documents span several rows.
+# The documents have up to 40 sentences, so that many rows hold several
+# documents and many documents span several rows.
 TEXTS = [
   f'Document {i}.\n'
   + ' '.join(f'No {j}, caf\u00e9!' for j in range(i * 7 % 41))
@@ -65,7 +65,7 @@ def assert_same(ours, theirs):
 
 
 def segments(batch):
-  """(inputs, targets, positions) of each segment of each row, in order."""
+  """Yields inputs, targets and positions of each segment of each row."""
   for row in range(len(batch['inputs'])):
     ids_T = batch['segments'][row]
     for i in range(1, ids_T.max() + 1):
@@ -132,7 +132,8 @@ def test_state_resumes_bit_equal():
   for _ in range(17):
     next(iterator)
   state = json.loads(json.dumps(iterator.get_state()))
-  following = list(itertools.islice(iterator, 60))  # into a second epoch
+  # This reaches a second epoch.
+  following = list(itertools.islice(iterator, 60))
   resumed = training(seed=5)
   resumed.set_state(state)
   assert_same(itertools.islice(resumed, 60), following)

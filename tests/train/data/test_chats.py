@@ -43,7 +43,7 @@ from train.data.tokenizer import load, train_tokenizer
 
 SCORED = tuple(message['role'] == 'assistant' for message in CHAT)
 
-# The template, its tokens, what an answer ends with.
+# Template, special tokens, and the token that ends an answer.
 TEMPLATES = {
   'chatml': (CHATML, SPECIALS, '<|im_end|>'),
   'generation': (GENERATION, SPECIALS, '<|im_end|>'),
@@ -55,7 +55,7 @@ TEMPLATES = {
 
 
 def make(name, tmp_path):
-  """A tokenizer with this template, BOS and EOS of the same kind."""
+  """Returns a tokenizer with this template and its BOS and EOS."""
   template, specials, _ = TEMPLATES[name]
   settings = {'bos_token': specials[0], 'eos_token': specials[1]}
   return load(write(tmp_path, template, settings, specials))
@@ -71,7 +71,7 @@ def lines(path, records):
 
 
 def chats_file(tmp_path, number=60):
-  """Chats of many lengths, every answer another one."""
+  """Writes chats of many lengths, each with another answer."""
   return lines(
     tmp_path / 'chats.jsonl',
     [
@@ -96,7 +96,7 @@ class TestTemplate:
       tokenizer.chat_template.render(messages)
     )
     end = TEMPLATES[name][2]
-    # The prompt of the plain template ends before the space.
+    # The prompt of the plain template ends before the space of an answer.
     before = ' ' if name == 'plain' else ''
     assert [text for text, scored in pieces if scored] == [
       before + message['content'] + end
@@ -117,7 +117,8 @@ class TestTemplate:
       ids_n, tokenizer.encode(template.render(messages), special=True)
     )
     said = tokenizer.decode(ids_n[scored_n])
-    # Of a token in two pieces, a space in front, all is scored.
+    # A token that spans two pieces is scored, so a space in front may be
+    # included.
     assert said.replace(' ', '') == ''.join(
       message['content']
       for message in messages
@@ -162,7 +163,7 @@ class TestTemplate:
     assert pieces[1:] == [(answer + '<|im_end|>', True), ('\n', False)]
     with pytest.raises(ValueError, match='rewrites message 2 of 4, so that'):
       template.pieces(2 * messages, (False, True, False, True))
-    # The one that is last can be found.
+    # The last answer can be found.
     *_, last, _ = template.pieces(2 * messages, (False, False, False, True))
     assert last == (answer + '<|im_end|>', True)
 
@@ -362,12 +363,12 @@ class TestCorpus:
     contents = [message['content'] for message in validation.source[0].messages]
     assert '\n'.join(contents) in held
     assert validation.source[1].scored[:3] == (False, True, False)
-    # 3,150 have one turn alone.
+    # 3,150 dialogues have only one turn, so they have no answer.
     assert len(train.source) + len(validation.source) == 7168 - 3150
     assert validation.source.place(0).startswith('dialogue ')
     parts = ChitchatAnswers().open('validation').source
     assert max(len(part.messages) for part in parts) == 8
-    # But for a last question, which has no answer.
+    # Both count the same answers: a part that is left out is a single question.
     answers = [
       sum(sum(chat.scored) for chat in s) for s in (parts, validation.source)
     ]
@@ -377,14 +378,14 @@ class TestCorpus:
 
 
 def opened(tmp_path, own, records, **options):
-  """The chats of some lines, and a run's tokenizer."""
+  """Returns the chats of some records, and a run's tokenizer for them."""
   path = lines(tmp_path / 'a.jsonl', records)
   found = Chats(path, path, **options).open('train')
   return found, found.templated(load(write(tmp_path, own)))
 
 
 def scored_text(found, tokenizer, i=0):
-  """What is scored of a line, special tokens too."""
+  """Returns the scored text of a chat, including special tokens."""
   ids_n, scored_n, _ = found.encoder(tokenizer)(found.source[i])
   special = {i: text for text, i in tokenizer.specials.items()}
   return ''.join(
@@ -404,7 +405,7 @@ BAD = {'role': 'assistant', 'content': 'never', 'weight': 0}
 
 
 class TestRun:
-  """What a run saves of its template, and what it warns of."""
+  """The template that a run saves, and the warnings about it."""
 
   def test_variables_are_saved_with_the_template(self, tmp_path):
     messages = turns('one', 'two')
@@ -454,7 +455,7 @@ class TestRun:
     )
     (warning,) = found.check(tokenizer)
     assert "would never stop: '<|endoftext|>' is added there and" in warning
-    # The history of a chat with the model has it, too.
+    # When sampling, the end is also added to earlier answers of the chat.
     text = tokenizer.chat_template.render(
       turns('one', 'two', 'three'), add_generation_prompt=True
     )
@@ -473,9 +474,9 @@ class TestRun:
       found.encoder(x)(found.source[0]) for x in (tokenizer, again)
     )
     np.testing.assert_array_equal(ours.ids_n, theirs.ids_n)
-    # A new run with that tokenizer has a clock of its own.
+    # A new run with that tokenizer sets another time.
     assert found.templated(again).chat_template.clock > clock
-    # A template without a date needs none.
+    # A template without a date needs no time.
     (tmp_path / 'chat_clock.json').unlink()
     other = load(write(tmp_path, CHATML))
     assert found.templated(other) is other
@@ -670,7 +671,7 @@ class TestBatches:
   def test_state_resumes_bit_equal(self, dialogues, tokenizer):
     iterator = self.training(dialogues, tokenizer)
     for taken in range(40):
-      if taken in (0, 1, 7, 16, 33):  # also where rows are shuffled anew
+      if taken in (0, 1, 7, 16, 33):  # some are where packing shuffles new rows
         state = json.loads(json.dumps(iterator.get_state()))
         resumed = self.training(dialogues, tokenizer)
         resumed.set_state(state)

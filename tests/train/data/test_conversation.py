@@ -1,4 +1,4 @@
-"""Records of public chat data sets: their messages, and which are scored."""
+"""Tests how records of public chat data sets become scored messages."""
 
 import json
 
@@ -14,7 +14,7 @@ TOOL = {'name': 'add', 'parameters': {'type': 'object', 'properties': {}}}
 
 
 def said(record, score='answers'):
-  """(role, content, whether it is scored) of each message."""
+  """Returns (role, content, whether it is scored) of each message."""
   chat = parse_record(record, score)
   return [
     (message['role'], message['content'], scored)
@@ -129,7 +129,7 @@ def test_a_call_is_an_answer(call):
     'tool_calls': [CALL],
   }
   assert chat.messages[2] == result
-  # A line with only a call is kept.
+  # A record whose only answer is a tool call is kept.
   assert parse_record({'messages': [QUESTION, call]}) is not None
 
 
@@ -212,7 +212,7 @@ def test_media_are_an_error():
 
 @pytest.mark.parametrize('code', ['\ufdd0', '\ufddb', '\ufde1'])
 def test_a_code_point_that_is_not_a_character_is_an_error(code):
-  # The template's text is searched for answers by means of them.
+  # These characters are marks, by which answers are found in a rendered chat.
   answer = {**ANSWER, 'content': f'a{code}b'}
   with pytest.raises(ValueError, match=rf'has U\+{ord(code):X}, which is not'):
     parse_record({'messages': [QUESTION, answer]})
@@ -259,7 +259,7 @@ def test_only_the_last_answer_is_scored():
 def test_messages_may_be_json():
   turns = json.dumps([QUESTION, ANSWER])
   assert said({'messages': turns}) == EXPECTED
-  # A prompt that looks like a list is a text.
+  # A prompt that looks like a JSON list of numbers is a text.
   found = parse_record({'prompt': '[3, 1]', 'completion': '[1, 3]'})
   assert found == Prose((('[3, 1]', False), ('[1, 3]', True)))
 

@@ -171,7 +171,7 @@ class TestOrder:
 
 
 def prepare(directory, field='text'):
-  """A stand-in for C4: same name, config, version and features; 60 texts."""
+  """Prepares 60 texts as a data set with C4's name, config and features."""
   import tensorflow_datasets as tfds
 
   class C4(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -200,7 +200,7 @@ def prepare(directory, field='text'):
 
 
 def prepare_tfrecord(directory):
-  """The same data set, its records moved to tfrecord files."""
+  """Prepares the same data set with its records in tfrecord files."""
   builder = prepare(directory / 'array_record')
   old = pathlib.Path(builder.data_dir)
   new = directory / 'tfrecord/c4/en/3.1.0'
@@ -221,7 +221,7 @@ def prepare_tfrecord(directory):
 
 
 def frame(record):
-  # Nothing here reads the two checksums.
+  # The two checksums are zero, because the reader does not check them.
   return struct.pack('<QI', len(record), 0) + record + bytes(4)
 
 
@@ -268,7 +268,7 @@ def flipped(raw):
 
 
 def damage(path, how):
-  """Damages a file after it was opened."""
+  """Removes, truncates or overwrites a file."""
   raw = path.read_bytes()
   path.unlink()
   if how != 'gone':
@@ -277,7 +277,7 @@ def damage(path, how):
 
 @pytest.mark.parametrize('how', ['gone', 'cut', 'flipped'])
 class TestDamaged:
-  """A file that was sound when it was opened, and is not when it is read."""
+  """A file becomes unreadable after it was opened."""
 
   def test_text_names_its_file(self, how, tmp_path):
     path = tmp_path / 'a.txt'

@@ -32,7 +32,7 @@ def tokenizer(tmp_path_factory):
 
 
 def write(path, columns=('premise', 'hypothesis', 'label'), rows=PAIRS):
-  """Writes a table of the kind that a file's name says."""
+  """Writes a table in the format of the file's name."""
   if path.suffix == '.jsonl':
     records = [dict(zip(columns, row, strict=True)) for row in rows]
     path.write_text(''.join(json.dumps(x) + '\n' for x in records))
@@ -161,7 +161,7 @@ def test_a_row_is_what_the_template_makes_of_it(tmp_path, tokenizer):
     assert ids[0] == 0 and ids[-1] == 2 and (ids == 2).sum() == 3
     texts[tokenizer.decode(ids)] = batch['targets'][i]
   assert texts == {a + b: label for a, b, label in PAIRS[:3]}
-  assert not batch['types'].any()  # RoBERTa tells no texts apart
+  assert not batch['types'].any()  # RoBERTa has only one type
 
 
 def test_types_are_those_of_the_template(tmp_path):
@@ -174,7 +174,7 @@ def test_types_are_those_of_the_template(tmp_path):
   fast.post_processor = tokenizers.processors.BertProcessing(
     ('</s>', 2), ('<s>', 0)
   )
-  fast.enable_padding(length=50)  # such files come with settings of their own
+  fast.enable_padding(length=50)  # some checkpoints are saved with padding
   fast.save(str(file))
   ids, types = encoder(tokenizer_lib.load(directory), 30)(['a film', 'a plot'])
   second = list(ids).index(2) + 1

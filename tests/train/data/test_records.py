@@ -15,7 +15,8 @@ from train.data.chats import Chats
 from train.data.corpus import TextFiles
 from train.data.labelled import LabelledFiles
 
-# Values that guessing types would change, and a key of one record.
+# Values that a reader that guesses types would change, and a key that only one
+# record has.
 ROWS = [
   {'text': '0012', 'date': '2024-01-02', 'label': '1'},
   {'text': 'NA', 'date': 'null', 'label': '0', 'more': '1e3'},
@@ -24,7 +25,7 @@ ROWS = [
 
 
 def write(path, rows=ROWS):
-  """Writes records in the form that the ending of a file has."""
+  """Writes records in the format of the file's ending."""
   kind = records.kind_of(str(path))
   if kind in ('.csv', '.tsv'):
     content = table(rows, kind)
@@ -39,7 +40,7 @@ def write(path, rows=ROWS):
 
 
 def table(rows, kind):
-  """The same as CSV; a record lacks no key there, and a .tsv no line ends."""
+  """Returns the records as CSV or TSV, where every record has all keys."""
   names = list(dict.fromkeys(name for row in rows for name in row))
   lines = []
   writer = csv.writer(Lines(lines), delimiter={'.csv': ',', '.tsv': '\t'}[kind])
@@ -152,7 +153,7 @@ def test_every_reader_names_file_and_line(tmp_path, kind, ending, line, reason):
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
   (tmp_path / 'a.jsonl').write_bytes(b'{"text": "\xff"}\n')
-  # Half a surrogate pair as UTF-8 would have it.
+  # Half a surrogate pair, encoded like a character in UTF-8.
   (tmp_path / 'b.jsonl').write_bytes(b'{"text": "\xed\xa0\x80"}\n')
   for name in ('a', 'b'):
     path = str(tmp_path / f'{name}.jsonl')
@@ -182,7 +183,7 @@ def test_documents_of_every_kind_have_random_access(tmp_path, name):
   )
   assert [source[i] for i in (2, 0, 1)] == [ROWS[i]['text'] for i in (2, 0, 1)]
   unit = 'item' if name == 'a.json' else 'line'
-  # The third row of a table begins in line 4 and ends in the next.
+  # The third row of the table starts in line 4 and ends in line 5.
   number = 5 if name == 'a.csv' else 3
   assert source.place(2) == f'{tmp_path / name}, {unit} {number}'
 
@@ -251,7 +252,7 @@ def test_the_spool_returns_what_was_copied():
 class TestParquet:
   @pytest.fixture(params=['parquet', 'arrow'])
   def write(self, request, tmp_path):
-    """Writes rows by the library that users write them with."""
+    """Writes rows with pyarrow, as users do."""
     pyarrow = pytest.importorskip('pyarrow')
     from pyarrow import parquet
 

@@ -193,7 +193,7 @@ _TURNS = ['<|im_start|>', '<|im_end|>']
 
 
 def pieces_of(tokenizer, text):
-  """Tokens of a text that a template rendered, as texts."""
+  """Returns the tokens of a rendered text, as texts."""
   names = {i: x for x, i in tokenizer.specials.items()}
   ids = tokenizer.encode(text, special=True).tolist()
   model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
@@ -209,15 +209,15 @@ class TestSpaces:
   @pytest.mark.parametrize(
     ('settings', 'expected'),
     [
-      # In front of the text alone.
+      # Only the whole text gets a space in front.
       (_LLAMA | {'legacy': False}, '\u2581dog </s> dog </s> \u2581dog'),
       (_LLAMA, '\u2581dog </s> dog </s> \u2581dog'),
-      # In front of each part without a space of its own.
+      # Each part that does not begin with a space gets one.
       (
         _LLAMA | {'legacy': True},
         '\u2581dog </s> \u2581dog </s> \u2581dog',
       ),
-      # In front of each part, as the model does.
+      # Each part gets a space, as sentencepiece does by default.
       (None, '\u2581dog </s> \u2581dog </s> \u2581 \u2581dog'),
       (
         _LLAMA | {'legacy': False, 'add_prefix_space': False},
@@ -228,13 +228,14 @@ class TestSpaces:
   def test_between_special_tokens(self, tmp_path, settings, expected):
     tokenizer = load(write_sentencepiece(tmp_path, settings))
     assert pieces_of(tokenizer, 'dog</s>dog</s> dog') == expected.split(' ')
-    # A document has no special tokens, and the space in front of it.
+    # A document without special tokens gets the same space in front.
     begins = pieces_of(tokenizer, 'dog')[0].startswith('\u2581')
     assert begins == expected.startswith('\u2581')
 
   @pytest.mark.parametrize('legacy', [True, False])
   def test_a_run_keeps_the_rule_of_its_checkpoint(self, tmp_path, legacy):
-    # For another model_type transformers takes another class.
+    # For another model_type, transformers does not use the class in the
+    # settings.
     settings = _LLAMA | {'legacy': legacy}
     source = write_sentencepiece(make(tmp_path / 'source'), settings)
     text = 'dog</s> dog'
@@ -288,7 +289,8 @@ class TestSpaces:
     ids_n, scored_n = tokenizer.encode_pieces(pieces)
     np.testing.assert_array_equal(ids_n, tokenizer.encode(text, special=True))
     assert [len(x) for x in tokenizer.encode_pieces([])] == [0, 0]
-    # A space belongs to what follows it; the one in front of 'The' is no text.
+    # A space is scored with the text after it, and the space in front of 'The'
+    # is not part of the text.
     scored = ids_n[scored_n].tolist()
     assert scored.count(tokenizer.eos_id) == 1
     found = tokenizer.decode(scored).strip()
@@ -307,12 +309,12 @@ class TestSpaces:
       if text == 'dog':
         assert scored_n[-1] and scored_n.sum() == (3 if scored[0] else 1)
       else:
-        # Both bytes of a character belong to its piece.
+        # All tokens of a character belong to the piece that contains it.
         assert scored_n[-3:].tolist() == [scored[1]] * 3
 
 
 class TestUserDefinedPieces:
-  """A sentencepiece model whose trainer was given the ends of turns."""
+  """A sentencepiece model whose ends of turns are user-defined pieces."""
 
   @pytest.fixture(params=[_LLAMA | {'legacy': False}, _LLAMA, None])
   def turns(self, request, tmp_path):
@@ -343,7 +345,7 @@ class TestUserDefinedPieces:
 
 
 class TestAddedTokens:
-  """tokenizer_config.json beside a sentencepiece model."""
+  """A sentencepiece model with a tokenizer_config.json."""
 
   def load(self, directory, **settings):
     return load(write_sentencepiece(directory, _LLAMA | settings))
@@ -363,7 +365,7 @@ class TestAddedTokens:
       ({}, 1),
       ({'add_bos_token': True}, 1),
       ({'add_bos_token': False}, None),
-      ({'bos_token': ''}, 1),  # as the first LLaMAs
+      ({'bos_token': ''}, 1),  # as in the first LLaMA checkpoints
       ({'bos_token': {'content': '<s>', '__type': 'AddedToken'}}, 1),
       ({'bos_token': '\u2581dog'}, 'piece'),
     ],
@@ -443,17 +445,18 @@ def test_a_byte_order_mark_is_read(tmp_path, kind):
   assert found.chat_template.source == CHATML
   assert found.specials == expected.specials
   assert found.encode(TEXT).tolist() == expected.encode(TEXT).tolist()
-  # Other programs do not read the mark.
+  # Files are saved without the byte order mark, which other programs cannot
+  # read.
   found.save(make(tmp_path / 'copy'))
   for file in (tmp_path / 'copy').glob('*.j*'):
     assert not file.read_bytes().startswith(b'\xef\xbb\xbf')
 
 
 class TestRows:
-  """A model with fewer rows than the tokenizer has ids."""
+  """A model whose embedding has fewer rows than the tokenizer has ids."""
 
   def padded(self, directory, kind, flags):
-    """A tokenizer with [PAD] behind all others."""
+    """Returns a tokenizer with the token [PAD] at the highest id."""
     directory = make(directory)
     token = {'[PAD]': {'special': True} | flags}
     if kind == 'sentencepiece':
@@ -481,7 +484,7 @@ class TestRows:
     for text in (TEXT, ODD, CHATML_TEXT):
       expected = tokenizer.encode(text, special=True)
       assert found.encode(text, special=True).tolist() == expected.tolist()
-    # In a document it is text as any other.
+    # The text '[PAD]' in a document is not encoded as the token.
     assert found.decode(found.encode('a [PAD]')) == 'a [PAD]'
     assert found.with_template(MISTRAL).num_rows == last
     check_texts(found, [TEXT, 'a [PAD]'], special=False)
@@ -503,7 +506,7 @@ class TestRows:
     if not special:
       with pytest.raises(ValueError, match=match):
         check_texts(found, [TEXT, 'a [PAD]'], special=False)
-    # With a row for it, it is a token as any other.
+    # With one more row, [PAD] is encoded.
     whole = self.fit(tokenizer, last + 1)
     assert whole.encode('a [PAD]', special=True)[-1] == last
 
@@ -542,14 +545,14 @@ def test_a_run_keeps_its_tokenizer(tokenizer, tmp_path, kind):
 
 
 class TestJson:
-  """A byte-level BPE as SmolLM2's, and others by their parts."""
+  """A byte-level BPE like SmolLM2's, and variants of it."""
 
   def test_ids_of_special_tokens(self, tmp_path):
     tokenizer = load(write(tmp_path, CHATML))
     ids = {t: i for t, i in vocabulary(tmp_path).items() if t in SPECIALS}
     assert tokenizer.eos_id == ids['<|endoftext|>']
     assert tokenizer.stop_ids == (ids['<|endoftext|>'], ids['<|im_end|>'])
-    assert tokenizer.bos_id is None  # nothing puts it in front of a text
+    assert tokenizer.bos_id is None  # the post-processor does not add it
     assert tokenizer.vocab_size == len(vocabulary(tmp_path))
     text = CHATML_TEXT + '<|endoftext|>'
     ids_n = tokenizer.encode(text, special=True)
@@ -607,7 +610,7 @@ class TestJson:
     }
     path = tmp_path / 'tokenizer.json'
     words = json.loads(path.read_text()) | {'post_processor': change}
-    # Saved after it cut and padded batches, as MiniLM's is.
+    # MiniLM's tokenizer.json is saved with truncation and padding.
     words['truncation'] = {
       'direction': 'Right',
       'max_length': 2,
@@ -634,7 +637,7 @@ class TestJson:
     )
     (made := tmp_path / 'run').mkdir()
     load(tmp_path).save(made)
-    # A run has a config.json of its own.
+    # The config.json of a run does not have the checkpoint's ids.
     (made / 'config.json').write_text('{"kind": "Config"}')
     for tokenizer in (load(tmp_path), load(made)):
       assert tokenizer.eos_id == stop
@@ -657,7 +660,7 @@ class TestJson:
     tokenizer = load(write_other(tmp_path, kind))
     ids_n = tokenizer.encode('the lazy dog')
     assert tokenizer.decode(ids_n) == 'the lazy dog'
-    # Both see a space in front of a text.
+    # Both kinds add a space in front of a text.
     assert tokenizer.bytes_V[ids_n].sum() == 1 + len('the lazy dog')
     assert len(ids_n) > 3 and not tokenizer.bytes_V[tokenizer.eos_id]
 
@@ -667,7 +670,7 @@ class TestJson:
     ids_n, scored_n = tokenizer.encode_pieces(pieces)
     whole = ''.join(text for text, _ in pieces)
     np.testing.assert_array_equal(ids_n, tokenizer.encode(whole))
-    # One token is in two pieces.
+    # The token 'brown' spans two pieces.
     assert tokenizer.decode(ids_n[scored_n]) == ' brown'
     pieces = [('The quick ', False), ('br', True), ('own fox', False)]
     ids_n, scored_n = tokenizer.encode_pieces(pieces)
@@ -711,7 +714,8 @@ class TestJson:
     (tmp_path / 'config.json').write_text(json.dumps(ends))
     tokenizer = load(tmp_path)
     assert (tokenizer.eos_id, tokenizer.stop_ids) == (2, (2, 0))
-    # A template has what transformers has: no token that is null.
+    # As in transformers, a token that is null is not a variable of the
+    # template.
     assert ('eos_token' in tokenizer.tokens) == (not eos_token)
 
   def test_a_blank_template_is_none(self, tmp_path):

@@ -1,4 +1,4 @@
-"""Rows are shuffled after packing, and a resume is exact wherever it begins."""
+"""Tests the shuffle of packed rows, and exact resumes from any step."""
 
 import itertools
 import json
@@ -33,8 +33,8 @@ class Letters:
     return [ord(letter) for letter in text]
 
 
-# Each document is one letter, and one that many times: BOS is no target, so
-# that the targets of 15 letters and EOS fill two rows of eight exactly.
+# Each document repeats one letter. BOS is not a target, so the targets of 15
+# letters and EOS fill exactly two rows of eight.
 EXACT = Indexed([chr(ord('A') + i) * 15 for i in range(24)])
 MIXED = Indexed([chr(ord('A') + i) * (3 + 9 * i % 40) for i in range(24)])
 
@@ -51,7 +51,7 @@ def training(documents, window, log=lambda line: None, batch_size=2):
   )
 
 
-handler = checkpoint.PositionHandler()  # writes the position as JSON
+handler = checkpoint.PositionHandler()  # saves the position as JSON
 
 
 def assert_next_are_equal(ours, theirs, count):
@@ -67,7 +67,8 @@ def assert_next_are_equal(ours, theirs, count):
 )
 @pytest.mark.parametrize('window', [0, 6 * LENGTH])
 def test_a_stop_at_any_step_resumes_bit_equal(documents, window, tmp_path):
-  # Three batches are one window of six rows: stops in three windows.
+  # A window of six rows holds three batches, so these stops are in three
+  # windows.
   iterator, found = training(documents, window), []
   for taken in range(8 + 6):
     if taken < 8:
@@ -117,7 +118,8 @@ def test_chats_are_shuffled_whole(tmp_path):
 
 
 def test_a_batch_holds_rows_of_many_documents():
-  # Ten rows a document: without the window a batch of eight has two at most.
+  # A document has ten rows. Without the window, a batch of eight rows has at
+  # most two documents.
   long = Indexed([chr(ord('A') + i) * 79 for i in range(24)])
 
   def distinct(window):
@@ -125,7 +127,8 @@ def test_a_batch_holds_rows_of_many_documents():
     return [len(set(np.unique(b['inputs'])) - {0, 1, 2}) for b in found]
 
   assert max(distinct(0)) <= 2
-  # Eight rows drawn from 240 of 24 documents: 6.9 distinct ones are expected.
+  # The expected number of documents in eight rows, drawn from 240 rows of 24
+  # documents, is 6.9.
   assert np.mean(distinct(240 * LENGTH)) > 5
 
 
@@ -196,7 +199,10 @@ def test_filling_the_window_again_is_logged_once():
 
 
 def test_a_branch_may_have_another_window() -> None:
-  """The state of a window of one row is that of unshuffled rows."""
+  """A run may continue from another run's checkpoint with another window.
+
+  A window of one row has the state of unshuffled rows.
+  """
 
   def rows(batches: Iterator[Any], count: int) -> list[bytes]:
     found = map(jax.device_get, itertools.islice(batches, count))

@@ -1,6 +1,6 @@
-"""Tiny tokenizers in the files of a checkpoint, with templates of real ones.
+"""Tiny tokenizers as files of a checkpoint, with chat templates of real models.
 
-Also what the tests of chats and the parity tests read.
+The tests of chats and the parity tests use them too.
 """
 
 import io
@@ -79,7 +79,7 @@ QWEN = """{%- if tools %}
 {%- endif %}
 """  # noqa: E501
 
-# As Qwen3's, which keeps what is thought of the last answer alone.
+# Like Qwen3's template, which keeps the thoughts of only the last answer.
 THINK = """{%- for message in messages %}
     {%- set content = message.content %}
     {%- set thought = '' %}
@@ -98,7 +98,7 @@ THINK = """{%- for message in messages %}
 {%- endif %}
 """
 
-# As Qwen3's generation prompt, which can have an empty thought.
+# Like Qwen3's generation prompt, which can contain an empty thought.
 THINK_OR_NOT = THINK.replace(
   "{{- '<|im_start|>assistant\\n' }}\n{%- endif %}",
   "{{- '<|im_start|>assistant\\n' }}\n"
@@ -106,7 +106,7 @@ THINK_OR_NOT = THINK.replace(
   "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}\n{%- endif %}",
 )
 
-# No special token is behind an answer.
+# This template puts no special token after an answer.
 VICUNA = (
   "{%- for m in messages %}{%- if m.role == 'user' %}USER: {{ m.content }} "
   "{% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }} {% endif %}"
@@ -203,7 +203,12 @@ def write_sentencepiece(directory, settings=None, **trainer):
 
 
 def added(tokens, first=330):
-  """An added_tokens_decoder of flags by text, numbered from `first`."""
+  """Returns the setting added_tokens_decoder, with ids from `first`.
+
+  Args:
+    tokens: the flags of each token, by its text.
+    first: id of the first token.
+  """
   usual = dict.fromkeys(
     ('lstrip', 'rstrip', 'single_word', 'normalized'), False
   )
@@ -220,6 +225,6 @@ def write_settings(directory, settings):
 
 
 def vocabulary(directory):
-  """Ids by token."""
+  """Returns the id of each token."""
   library = tokenizers.Tokenizer.from_file(str(directory / 'tokenizer.json'))
   return library.get_vocab()

@@ -1,4 +1,4 @@
-"""What is compiled for a card that is not there cannot be read from a cache."""
+"""Turns off the compilation cache: no buffer assignment is written from it."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Byte arithmetic against the figures that papers print."""
+"""Compares the counted bytes with figures that papers print."""
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ def test_share_of_the_state_that_galore_saves_at_7b():
   params = shapes('7b', 'bfloat16')
   adam = count(optax.adam(0.1), params)
   galore = count(galore_optax.galore(optax.adam(0.1), rank=1024), params)
-  # The paper prints 65.5%, with everything at 2 bytes; its formula gives this.
+  # The paper prints 65.5%, with 2 bytes per element. Its formula gives 65.1%.
   assert 1 - galore.state / adam.state == pytest.approx(0.651, abs=5e-4)
-  # 82.5%: all of GaLore's at 1 byte, against Adam at 2.
+  # The paper prints 82.5%, with 1 byte per element of GaLore and 2 of Adam.
   assert 1 - galore.state / (2 * adam.state) == pytest.approx(0.8255, abs=5e-4)
   assert 2 * adam.state / 1e9 == pytest.approx(26.95, abs=5e-3)
   assert 2 * galore.state / 1e9 == pytest.approx(9.405, abs=5e-4)
@@ -43,7 +43,7 @@ def test_share_that_one_byte_an_element_saves_at_7b():
     galore_optax.galore(quantize_state(optax.adam(0.1)), rank=1024), bits=8
   )
   real = account(params, jax.eval_shape(tx.init, params))
-  # The 82.5% above, but for a scale of 4 bytes in each block of 256.
+  # The 82.5% above, minus a scale of 4 bytes in each group of 256 elements.
   assert 1 - real.state / (2 * adam.state) == pytest.approx(0.8228, abs=5e-5)
   assert real.bases == 32 * 7 * 1024 * 4096 * 260 // 256
 
@@ -65,13 +65,13 @@ def test_memory_column_of_frugal(size, adamw, galore, quarter, sign):
   low = account(params, jax.eval_shape(tx.init, params))
   assert round(plain.moments / GIB, 2) == adamw
   assert round((low.bases + low.moments) / GIB, 2) == galore
-  # FRUGAL keeps moments of a share of each matrix, and BAdam's row is the same;
-  # with a share of none the layers' matrices keep nothing.
+  # FRUGAL keeps moments for a share of each matrix, as does BAdam in the same
+  # row. With density 0, the matrices of layers have no moments.
   for density, printed in ((0.25, quarter), (0.0, sign)):
     tx = galore_optax.frugal(0.1, density=density, subspace='random')
     share = account(params, jax.eval_shape(tx.init, params))
     assert round(share.moments / GIB, 2) == printed
-    assert share.bases <= 4 * 7 * 24  # a seed for each matrix
+    assert share.bases <= 4 * 7 * 24  # one seed per matrix
 
 
 def test_account_is_exact_to_the_byte():

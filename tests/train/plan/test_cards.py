@@ -1,8 +1,9 @@
-"""Compiling for a card that is not there: what must not grow."""
+"""Compiles for absent GPUs, and guards sizes that must not grow."""
 
 import functools
 import importlib.metadata
 import importlib.util
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from models import attention
 from models.llama import Layers, LlamaConfig
 from train.mesh import Mesh
 from train.plan import cards
-from train.plan.cards import GPUS
+from train.plan.cards import GPUS, GpuName
 
 needs_compiler = pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda12_plugin') is None,
@@ -30,7 +31,8 @@ RULES = {
   'galore': lambda: galore(
     optax.sgd(0.1), rank=64, gap=5, subspace=PowerIteration()
   ),
-  # Their rest of the gradient likes other layouts.
+  # FRUGAL and Fira also use the residual of the gradient, for which XLA chooses
+  # other layouts.
   'frugal': lambda: frugal(0.1, subspace=PowerIteration()),
   'fira': lambda: fira(0.1, rank=64, subspace=PowerIteration()),
 }
@@ -64,14 +66,15 @@ def compile_layers(num_layers, rule='galore'):
   )
 
 
-# Of four small layers, with jax 0.10.2; 3,611,712 before a weight was kept as
-# it is where its gradient is not finite, which costs a branch for each.
+# Temporary memory of four small layers with jax 0.10.2. It was 3,611,712 before
+# weights were protected against non-finite gradients by a branch each.
 TEMP_BYTES = 3_838_280
 
 
 @pytest.mark.card
 def test_the_compiler_has_the_version_of_jax():
-  # Not skipped without the compiler: the other tests here then test nothing.
+  # This test does not skip if the compiler is absent, because all other tests
+  # of this module would then pass without testing anything.
   for name in ('jax-cuda12-plugin', 'jax-cuda12-pjrt'):
     assert importlib.metadata.version(name) == jax.__version__
 
@@ -80,11 +83,11 @@ def test_the_compiler_has_the_version_of_jax():
 @pytest.mark.card
 def test_temporaries_and_program_do_not_grow_with_depth():
   few, many = compile_layers(4), compile_layers(32)
-  kept = 28 * 2 * 64 * 256 * 2  # inputs of the blocks, bfloat16
-  # Beside them the temporaries are those of one layer, whatever the depth.
+  kept = 28 * 2 * 64 * 256 * 2  # inputs of the layers, bfloat16
+  # All other temporaries are those of one layer, whatever the depth.
   assert many.temp_bytes - few.temp_bytes == pytest.approx(kept, rel=0.05)
   assert many.program_bytes < 1.1 * few.program_bytes
-  # All is written in place: what comes out anew is the metrics.
+  # Weights and state are written in place. Only the metrics are new outputs.
   for compiled in (few, many):
     assert compiled.output_bytes - compiled.alias_bytes < 1024
 
@@ -94,8 +97,8 @@ def test_temporaries_and_program_do_not_grow_with_depth():
 @pytest.mark.parametrize('rule', ['frugal', 'fira'])
 def test_no_stack_is_copied(rule):
   few, many = compile_layers(4, rule), compile_layers(32, rule)
-  kept = 28 * 2 * 64 * 256 * 2  # inputs of the blocks, bfloat16
-  moments = 28 * 64 * 256 * 4  # the smallest stack: one of q, k, v or o
+  kept = 28 * 2 * 64 * 256 * 2  # inputs of the layers, bfloat16
+  moments = 28 * 64 * 256 * 4  # the smallest stack: q, k, v or o
   assert many.temp_bytes - few.temp_bytes < kept + moments / 2
 
 
@@ -103,8 +106,12 @@ def test_no_stack_is_copied(rule):
 @pytest.mark.card
 def test_temporaries_of_a_layer():
   compiled = compile_layers(4)
-  # A regression of more than 5% fails.
+  # Temporary memory may grow by less than 5%.
   assert compiled.temp_bytes < 1.05 * TEMP_BYTES
+
+
+def test_the_command_line_names_every_gpu():
+  assert typing.get_args(GpuName) == tuple(GPUS)
 
 
 @needs_compiler
@@ -165,7 +172,7 @@ def test_compiles_the_kernel_of_cudnn(devices):
   grad = jax.grad(lambda *x: jnp.sum(f(*x).astype(jnp.float32)))
   with cards.cudnn():
     compiled = cards.compile_step(jax.jit(grad), *placed)
-  # The mask and its cotangent, in bfloat16, are for all four heads.
+  # The mask and its cotangent, in bfloat16, are shared by all four heads.
   pairs = 2 * 2 * 1024 * 1024 // devices
   assert pairs < compiled.temp_bytes < 3.5 * pairs
   assert compiled.collectives == ()

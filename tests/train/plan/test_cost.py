@@ -1,7 +1,7 @@
-"""A guard: what the compiled updates and steps cost, beside what they did.
+"""Guards the cost of the compiled updates and steps against a record of it.
 
-Between two refreshes, on the CPU, of two layers of width 64. Nothing here is
-timed, so that the machine does not matter.
+The programs are those between two refreshes, for the CPU, with two layers of
+width 64. Nothing is timed, so the machine does not matter.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ STEPS = {
 
 
 def step(config):
-  """The step, and the shapes of its arguments."""
+  """Returns the step, and the shapes of its arguments."""
   init, step = step_lib.build(config, language_model(config))
   return step, jax.eval_shape(init, jax.random.key(0)), batch(config)
 
@@ -76,7 +76,7 @@ PROGRAMS = {
 
 def lowered(f, *arguments):
   with warnings.catch_warnings():
-    # Such as a donated buffer of which XLA cannot make use.
+    # For example, JAX warns about a donated buffer that XLA cannot use.
     warnings.simplefilter('error')
     return f.lower(*arguments)
 
@@ -86,7 +86,7 @@ def compiled(f, *arguments):
 
 
 def differences(old, new, keys=KEYS):
-  """What is off by more than a tenth and more than two, a line each."""
+  """Lists the sums that differ by more than a tenth and by more than two."""
   return [
     f'{key}: {old[key]:,.0f} before, {new[key]:,.0f} now'
     for key in keys
@@ -111,7 +111,7 @@ def full_locations() -> Iterator[None]:
 def test_cost(name):
   record = json.loads(RECORD.read_text())
   new = cost_of(compiled(*PROGRAMS[name]())).to_json()
-  # Another XLA fuses in another way; flops are ours.
+  # Another version of XLA may fuse differently, but flops do not depend on it.
   same = record['versions'] == VERSIONS
   keys = KEYS if same else ('flops',)
   lines = differences(record['programs'][name], new, keys)

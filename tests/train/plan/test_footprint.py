@@ -1,4 +1,4 @@
-"""Byte arithmetic of the configs that are shipped, without the compiler."""
+"""Checks estimates of the shipped configs, which need no compiler."""
 
 import dataclasses
 import pathlib
@@ -15,7 +15,7 @@ from train.plan.footprint import Cards, make_plan
 from train.task import language_model
 
 ROOT = pathlib.Path(__file__).parents[3]
-# What has its model in it: others read that of a checkpoint.
+# Configs that contain their model. Others take the model of a checkpoint.
 SHIPPED = {
   path.stem: path
   for path in sorted(ROOT.glob('configs/*.py'))
@@ -24,7 +24,8 @@ SHIPPED = {
 
 
 def marked(name):
-  # A layer-wise state is traced weight by weight; of a paper one size will do.
+  # Large models are slow, because a layer-wise state is traced weight by
+  # weight. One size of each paper is enough.
   large = '7b' in name or '8b' in name
   another = name.startswith(('scale', 'frugal'))
   return pytest.param(name, marks=[pytest.mark.slow] * (large or another))
@@ -41,7 +42,7 @@ def num_bytes(tree):
 @pytest.mark.parametrize('name', [marked(n) for n in SHIPPED])
 def test_state_is_exact_to_the_byte(name):
   config = load(str(SHIPPED[name]))
-  # A card that holds what each of them keeps.
+  # The state of each config fits on this GPU.
   plan = make_plan(config, Cards('h100', estimate=True))
   init, _ = step.build(config, language_model(config))
   state = jax.eval_shape(init, jax.random.key(0))
@@ -49,7 +50,7 @@ def test_state_is_exact_to_the_byte(name):
   weights = plan.parameter_bytes + plan.vocabulary_bytes
   assert weights == num_bytes(state.params)
   assert sum(plan.parts.values()) == plan.total_bytes
-  # Without temporaries nothing says that it fits.
+  # An estimate has no temporaries, so it cannot show that a plan fits.
   assert plan.fits is None
 
 
@@ -60,12 +61,13 @@ GALORE = [
 ]
 
 
-# Beside a basis: its energy, its overlap with the one before, its number.
+# State of a basis that is not the basis: energy, overlap with the last basis,
+# and the number of the refresh.
 NOTED_BYTES = 3 * 4
 
 
 def moment_elements(model, rank):
-  """Of one moment; q, k, v, o, gate, up and down are projected."""
+  """Returns the elements of one moment, with projected layer matrices."""
   d, f, layers = model.width, model.mlp_width, model.num_layers
   low = layers * rank * (4 * d + 3 * f)
   return low + 2 * model.vocab_size * d + (2 * layers + 1) * d
@@ -73,14 +75,14 @@ def moment_elements(model, rank):
 
 @pytest.mark.parametrize('name', GALORE)
 def test_state_is_what_the_paper_counts(name):
-  """Table 1: m r + 2 n r elements of a weight [m, n], m <= n."""
+  """Table 1 of the paper: m r + 2 n r elements for a weight [m, n], m <= n."""
   config = load(str(SHIPPED[name]))
   model, rank = config.model, config.optimizer.rank
   d, f = model.width, model.mlp_width
   size = 2 if model.param_dtype == 'bfloat16' else 4
   layers = model.num_layers
   plan = estimate(config)
-  # q, k, v, o and gate, up, down: the width is the shorter side of all.
+  # The width is the shorter side of q, k, v, o, gate, up and down.
   basis = size * layers * 7 * rank * d
   assert plan.basis_bytes == basis + NOTED_BYTES * layers * 7
   moments = 2 * 4 * moment_elements(model, rank)
@@ -109,7 +111,7 @@ def test_cards_share_the_state():
   config = load(str(SHIPPED['llama_60m']))
   one = estimate(config)
   eight = make_plan(config, Cards('rtx4090', 8, estimate=True))
-  # All but norms and counters, of which each card holds its own.
+  # All arrays are sharded, except norms and counters.
   small = 2 * (2 * 8 + 1) * 512
   assert eight.vocabulary_bytes * 8 == one.vocabulary_bytes
   assert eight.parameter_bytes == (one.parameter_bytes - small) / 8 + small

@@ -1,4 +1,4 @@
-"""The planner: bytes that add up, errors that name what to do."""
+"""Tests the planner: bytes that add up, and errors with a remedy."""
 
 import dataclasses
 import importlib.util
@@ -72,7 +72,7 @@ def test_a_batch_that_its_microbatches_do_not_divide(tmp_path, capsys):
       *(['--batch-size', '6'], ['--batch-size=8'], ['--batch_size', '6']),
     )
   ]
-  # Two parts of three rows; four of two.
+  # Batch 6 has two microbatches of three rows, and batch 8 has four of two.
   row = 3 * 32 * 64 * 4
   expected = [3 * row, 2 * row, 3 * row]
   assert [x['activation_bytes'] for x in found] == expected
@@ -84,7 +84,7 @@ def test_estimate_is_exact_for_weights_and_state(config, capsys):
   matrices = 3 * (4 * 64 * 64 + 3 * 64 * 160)
   assert found['parameter_bytes'] == 4 * (matrices + 2 * 3 * 64 + 64)
   assert found['vocabulary_bytes'] == 4 * 2 * 256 * 64
-  # What is noted of a basis are three numbers.
+  # Each basis has three further numbers in the state.
   assert found['basis_bytes'] == 4 * 3 * 7 * (16 * 64 + 3)
   low = 3 * 16 * (4 * 64 + 3 * 160)
   rest = 2 * 256 * 64 + 7 * 64
@@ -98,7 +98,7 @@ def test_estimate_is_exact_for_weights_and_state(config, capsys):
 
 @pytest.fixture(scope='module')
 def roberta(tmp_path_factory):
-  """A small RoBERTa: a plan reads config.json alone."""
+  """A small RoBERTa, of which only config.json exists."""
   directory = tmp_path_factory.mktemp('roberta')
   config = EncoderConfig(
     vocab_size=320,
@@ -133,9 +133,9 @@ def test_an_estimate_of_an_encoder_is_exact(roberta, capsys, task, update):
   shapes = jax.eval_shape(Layers(config.model).init, jax.random.key(0))
   weights = sum(4 * x.size for x in jax.tree.leaves(shapes))
   assert found['parameter_bytes'] + found['vocabulary_bytes'] == weights
-  # Six kernels of two layers, of rank 4; what is noted are three numbers.
+  # Six kernels in each of two layers, of rank 4, with three further numbers.
   assert found['basis_bytes'] == 4 * 2 * 6 * (4 * 16 + 3)
-  # 512 tokens by the config; the model has 64 positions.
+  # The config has 512 tokens, but the model has only 64 positions.
   assert (found['batch_size'], found['sequence_length']) == (8, 64)
   assert found['activation_bytes'] == 4 * 2 * 8 * 64 * 16
   assert found['attention'] == 'blockwise'
@@ -181,7 +181,7 @@ def test_an_encoder_is_compiled_for_a_card(roberta, capsys, update):
 
 
 def test_an_encoder_has_the_kernel_of_cudnn_where_it_may(roberta, capsys):
-  # Heads of 64 numbers, in 16 bits.
+  # The heads have size 64, in 16 bits.
   directory = pathlib.Path(roberta[1])
   fields = json.loads((directory / 'config.json').read_text())
   fields |= {'hidden_size': 128, 'intermediate_size': 256, 'dtype': 'bfloat16'}
@@ -209,8 +209,8 @@ def test_compiled_bytes_add_up(config, capsys):
   assert found['collectives'] == []
   state = found['parameter_bytes'] + found['vocabulary_bytes']
   state += found['basis_bytes'] + found['moment_bytes']
-  # Beside parameters and state, the arguments are the batch and counters;
-  # XLA pads each to its alignment.
+  # The other arguments are the batch and counters. XLA pads each to its
+  # alignment.
   assert 0 <= found['argument_bytes'] - state < 2**16
 
 
@@ -238,7 +238,7 @@ def test_a_config_needs_what_it_says(path, total, state, options, capsys):
 def test_table(config, capsys):
   assert plan.main([config, '--estimate']) == 0
   out = capsys.readouterr().out
-  # A narrow terminal folds the title.
+  # A narrow terminal wraps the title, so only short parts of it are matched.
   assert 'embeddings and head' in out and '4090' in out
 
 
@@ -281,7 +281,7 @@ def test_without_the_compiler_the_extra_is_named(config, capsys, monkeypatch):
 def test_the_config_takes_the_same_keys_as_in_training(config, capsys):
   found = report(capsys, config, '--estimate', '--optimizer', 'Lomo')
   assert found['method'] == 'Lomo' and found['basis_bytes'] == 0
-  # Counters alone.
+  # Only counters remain.
   assert found['moment_bytes'] < 256
   with pytest.raises(SystemExit) as stop:
     plan.main([config, '--estimate', '--optimizer.rnk', '3'])
@@ -324,7 +324,7 @@ def test_plots_a_bar_for_each_method(config, tmp_path, capsys):
     *compare.BARS,
     *('layer-wise 8-bit GaLore', 'LOMO'),
   ]
-  # A layer's largest matrix, or all of them.
+  # A layer-wise update has only the largest matrix of a layer, others have all.
   gradients = [x['gradient_bytes'] for x in found]
   assert gradients[0] == gradients[3] > gradients[4] == gradients[5]
   assert path.read_bytes().startswith(b'\x89PNG')
@@ -339,12 +339,12 @@ def test_cost(config, capsys):
   matrices = 3 * (4 * 64 * 64 + 3 * 64 * 160)
   rest = 2 * 256 * 64 + 7 * 64
   assert found['elements'] == matrices + rest
-  # A gradient is read, a weight read and written, whatever the method.
+  # Every method reads the gradient, and reads and writes the weight.
   assert update['bytes'] > 12 * found['elements']
-  # Projected at rank 16 and back again: the norms and Adam are little.
+  # Most flops project the gradient at rank 16, and the update back.
   products = 2 * 2 * 16 * matrices
   assert products < update['flops'] < 1.5 * products
-  # 6 for each weight and token, and attention.
+  # Six flops per weight and token, and attention.
   model = 6 * (matrices + 256 * 64) * 4 * 32
   assert model < step['flops'] < 1.5 * (model + products)
   assert step['estimate_h100'] < step['estimate_rtx4090'] < 1
@@ -362,7 +362,7 @@ def test_no_scores_of_all_pairs_exist(kind):
   config = dataclasses.replace(config, model=model)
   bill = make_bill(config, Cards('rtx4090'))
   assert bill.attention == {'auto': 'cudnn'}.get(kind, kind)
-  # A microbatch of 64, 8 heads, 256 x 256 pairs.
+  # A microbatch has 64 rows, 8 heads and 256 x 256 pairs of positions.
   scores = 64 * 8 * 256 * 256
   made = [x for k in bill.step.kernels for x in arrays(k.shape)]
   assert max(math.prod(sizes) for _, sizes in made) > scores
@@ -385,9 +385,9 @@ def test_a_low_rank_update_moves_fewer_bytes_than_adamw_s(tmp_path, capsys):
     }.items()
   }
   moved = {k: x['update']['bytes'] / x['elements'] for k, x in found.items()}
-  # Gradient, weight and two moments are read, the last three written.
+  # AdamW reads gradient, weight and two moments, and writes the last three.
   assert moved['AdamW'] == pytest.approx(28, rel=0.01)
-  # The unprojected update is added to the weight as it is made.
+  # XLA fuses the projection back with the addition to the weight.
   assert moved['GaLore'] < 24.5
 
 
@@ -405,5 +405,5 @@ def test_collectives_of_a_shared_step(config, capsys):
   assert found['devices'] == 2
   assert 'all-reduce' in {row['op'] for row in found['collectives']}
   assert all(row['bytes'] > 0 for row in found['collectives'])
-  # Each card updates its share in place.
+  # Each GPU updates its shard in place.
   assert found['output_bytes'] - found['alias_bytes'] < 2**12

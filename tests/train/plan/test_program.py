@@ -1,4 +1,4 @@
-"""Kernels counted from a program's text, beside what is known of it."""
+"""Compares kernels counted from a program's text with known costs."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def compiled(f, *shapes, **options):
 
 
 def product_flops(text):
-  """Of products alone, in all."""
+  """Returns the flops of the kernels with matmuls."""
   return sum(
     (k.half_flops + k.flops) * k.times
     for k in cost_of(text).kernels
@@ -47,7 +47,7 @@ def test_without_loops_it_is_what_xla_counts():
   f = lambda x, w: jnp.sum(jnp.exp(x @ w) * 2.0 + x @ w, axis=0)
   program = compiled(f, (M, K), (K, K))
   theirs, ours = program.cost_analysis(), cost_of(program.as_text())
-  # An exponential is no flop of theirs.
+  # XLA counts exponentials separately from flops.
   flops = theirs['flops'] + theirs.get('transcendentals', 0)
   assert ours.flops == pytest.approx(flops, rel=0.02)
   assert ours.bytes == pytest.approx(theirs['bytes accessed'], rel=0.02)
@@ -59,7 +59,7 @@ def test_a_slice_of_a_stack_is_no_stack():
 
   text = compiled(add, (L, 256, 256), (256, 256), donate_argnums=0).as_text()
   layer = 4 * 256 * 256
-  # A layer is read and written, and x is read; there are counters.
+  # Each iteration reads and writes a layer and reads x. The rest are counters.
   assert L * 3 * layer <= cost_of(text).bytes < 1.05 * L * 3 * layer
 
 
@@ -74,7 +74,7 @@ def test_of_a_conditional_the_cheaper_branch():
 def test_copies_and_transposes():
   program = compiled(lambda x: (x.T, x), (M, K))
   cost = cost_of(program.as_text())
-  # One of each, and in newer versions another copy.
+  # There is one of each, and newer versions of XLA add another copy.
   assert cost.copies + cost.transposes == cost.launches >= 2
   assert cost.bytes == cost.launches * 2 * 4 * M * K
 
@@ -96,7 +96,7 @@ custom_call_target="__cudnn$fmhaSoftmax", backend_config={\
 
 def test_the_kernel_of_attention():
   (kernel,) = cost_of(ATTENTION).kernels
-  # Q K^T and P V, of half of the pairs.
+  # The products Q K^T and P V, of which a causal mask skips half.
   assert kernel.half_flops == 2 * 2 * (4 * 8 * 256 * 256 * 64) / 2
   assert kernel.flops == 0
   assert kernel.bytes == 2 * 2 * (4 * 256 * 8 * 64)
