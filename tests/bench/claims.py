@@ -1,10 +1,11 @@
-"""The papers' claims at the size of the bench of methods, a line each.
+"""Tests claims of papers on the results of `tests.bench.methods`.
 
 `python -m tests.bench.claims` reads tests/bench/results/methods.json and writes
-claims.md beside it: of each claim the difference of two methods in bits a byte,
-with its 95% interval over seeds and rows of held-out text, by the finals where
-both are in them, else by the first round; and whether that confirms the claim.
-What is not run yet is said.
+claims.md to the same directory. Each claim compares two methods. Its rows
+contain their difference in bits per byte, the 95% interval of this difference
+over seeds and rows of held-out text, and whether the claim is confirmed. The
+numbers are from the final round if it contains both methods, and otherwise from
+the first round. Claims without results are marked "not yet run".
 """
 
 import argparse
@@ -22,7 +23,7 @@ from tests.bench.methods import BASELINE, CORPORA, RESULTS, Done, Size, held
 
 
 class Kind(enum.Enum):
-  """What a claim says of one method beside another."""
+  """The relation between two methods that a claim states."""
 
   BETTER = 'better than'
   NO_WORSE = 'at least as good as'
@@ -32,7 +33,7 @@ class Kind(enum.Enum):
 
 
 class Claim(NamedTuple):
-  """One method beside another, and who said so."""
+  """A relation between two methods, and the paper that claims it."""
 
   one: str
   kind: Kind
@@ -87,26 +88,29 @@ WHY = """
 
 
 class Pair(NamedTuple):
-  """Two methods' rows of the same text, [seeds, rows], by the same round."""
+  """Results of two methods in the same round."""
 
   where: str
+  """Name of the round."""
   one: np.ndarray
+  """Bits per byte of the first method: [seeds, rows of text]."""
   other: np.ndarray
+  """Bits per byte of the second method, for the same seeds and rows."""
   corpus: str = CORPORA[0]
 
   @property
   def difference(self) -> float:
-    """Bits a byte that the first has more."""
+    """Mean bits per byte of the first method minus those of the second."""
     return methods.paired(self.one, self.other)[0]
 
   @property
   def error(self) -> float:
-    """Half its 95% interval."""
+    """Half the 95% interval of the difference."""
     return methods.paired(self.one, self.other)[1]
 
 
 def pairs(claim: Claim, size: Size, done: Done) -> Iterator[Pair]:
-  """Yields what is known of two methods: finals, else the first round."""
+  """Yields the results of two methods: each final, or else the first round."""
   known = False
   for corpus in CORPORA:
     last = methods.finals(corpus, size, done)
@@ -121,7 +125,7 @@ def pairs(claim: Claim, size: Size, done: Done) -> Iterator[Pair]:
 
 
 def confirmed(kind: Kind, pair: Pair, bytes_per_token: float) -> bool | None:
-  """Returns whether a pair is as claimed; None where it cannot tell.
+  """Returns whether results confirm a claim, or None if they do not decide.
 
   >>> rows = np.array([2.0, 2.2, 2.1])
   >>> confirmed(Kind.BETTER, Pair('', rows - 0.1, rows), 3.0)
@@ -137,8 +141,8 @@ def confirmed(kind: Kind, pair: Pair, bytes_per_token: float) -> bool | None:
     case Kind.NO_WORSE:
       return off <= error
     case Kind.EQUAL:
-      # To find no difference is to confirm that there is none where one of
-      # 2% of the perplexity would have been seen.
+      # The claim is confirmed only if the whole interval is within 2% of the
+      # perplexity. Otherwise a difference could be hidden by noise.
       return False if abs(off) > error else (error + abs(off) <= limit or None)
     case Kind.NEAR:
       return None if abs(off - limit) <= error else off < limit
@@ -146,9 +150,10 @@ def confirmed(kind: Kind, pair: Pair, bytes_per_token: float) -> bool | None:
 
 
 def on_front(name: str, size: Size, done: Done) -> list[str]:
-  """Returns the methods that are better in no more bytes; none: on the front.
+  """Returns the methods that are better and need no more bytes.
 
-  What is better by no more than the error of the difference is not.
+  The named method is on the Pareto front if there are none. A method counts as
+  better only if the difference exceeds its 95% interval.
   """
   first = methods.firsts(size, done)
   rows = {key: methods.rows_of([run]) for key, run in first.items()}
@@ -164,7 +169,7 @@ def on_front(name: str, size: Size, done: Done) -> list[str]:
 def lines(
   claim: Claim, size: Size, done: Done, bytes_per_token: dict[str, float]
 ) -> list[str]:
-  """Returns a claim's rows of the table."""
+  """Returns the table rows of a claim."""
   said = ' '.join(x for x in (claim.one, claim.kind.value, claim.other) if x)
   row = lambda where, found, verdict: (
     f'| {said} ({claim.source}) | {where} | {found} | {verdict} |'
@@ -187,13 +192,13 @@ def lines(
 
 
 def verdict(answer: bool | None) -> str:
-  """Returns an answer in a word."""
+  """Returns the text of an answer for the table."""
   words = {True: 'confirmed', False: '**contradicted**', None: 'no difference'}
   return words[answer]
 
 
 def page(size: Size, done: Done, bytes_per_token: dict[str, float]) -> str:
-  """Returns the table of all claims."""
+  """Returns the results page in Markdown."""
   rows = [x for c in CLAIMS for x in lines(c, size, done, bytes_per_token)]
   return '\n'.join(
     [
@@ -217,7 +222,7 @@ def page(size: Size, done: Done, bytes_per_token: dict[str, float]) -> str:
 
 
 def bytes_per_token(bench: methods.Bench, corpus: str) -> float:
-  """Returns the mean length of a held-out token that is scored."""
+  """Returns the mean bytes of the scored tokens in the validation text."""
   sums: Any = np.zeros(2)
   for row in bench.held_out(corpus):
     sums += [np.sum(row['weights'] * row['bytes']), np.sum(row['weights'])]
@@ -225,7 +230,7 @@ def bytes_per_token(bench: methods.Bench, corpus: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Writes the table, and prints it."""
+  """Writes the page and prints it."""
   parser = argparse.ArgumentParser('python -m tests.bench.claims')
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   args = parser.parse_args(argv)
