@@ -1,10 +1,10 @@
-"""The quickstart's model under several methods, all tuned alike.
+"""Compares several methods on the quickstart config, with equal tuning.
 
-`python -m tests.bench.quickstart` trains the model of configs/quickstart.py, on
-its text and with its batches and rank, with two learning rates for each method:
-as `tests.bench.methods` does, by successive halving until no best
-is at an edge of its grid. `--only` takes other methods of that bench. The table
-is written to tests/bench/results/quickstart.md.
+`python -m tests.bench.quickstart` trains the model of configs/quickstart.py,
+with the text, batches and rank of this config. As in `tests.bench.methods`,
+each method has two learning rates, which are tuned by successive halving until
+the best pair is not at an edge of the grid. `--only` selects other methods of
+that benchmark. The table is written to tests/bench/results/quickstart.md.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ CONFIG = 'configs/quickstart.py'
 
 
 class Quickstart(methods.Bench):
-  """Runs of the quickstart's own config."""
+  """Trains single runs with the quickstart config."""
 
   name = 'quickstart'
   names = (
@@ -37,7 +37,7 @@ class Quickstart(methods.Bench):
 
   @staticmethod
   def usual() -> Size:
-    """Returns the quickstart's size; the last rung is the quickstart itself."""
+    """Returns the quickstart's size; its last rung has the full length."""
     given = load(CONFIG)
     return Size(
       width=given.model.width,
@@ -50,7 +50,7 @@ class Quickstart(methods.Bench):
     )
 
   def config(self, job: Job) -> Config:
-    """Returns the config of a run, at learning rate 1."""
+    """Returns the config of a run, with a peak learning rate of 1."""
     adapter = METHODS[job.method].adapter
     return dataclasses.replace(
       load(CONFIG),
@@ -63,13 +63,13 @@ class Quickstart(methods.Bench):
     )
 
   def around(self, steps: int) -> Around:
-    """Returns the quickstart's rank and gap, however long a run is."""
+    """Returns the quickstart's rank and gap, for runs of every length."""
     del steps
     given = load(CONFIG).optimizer
     return Around(given.rank, given.gap)
 
   def page(self, done: Done) -> str:
-    """Returns the table, and how it is to be read."""
+    """Returns the results page in Markdown."""
     head = '\n'.join(methods.unshuffled(self.size))
     text = f"""# The quickstart under several methods
 
