@@ -39,7 +39,7 @@ STEPS = {
 }
 
 RATE = 0.01
-"""Peak learning rate, which is that of the quickstart."""
+"""Peak learning rate of all four runs."""
 
 
 def run(
