@@ -1,10 +1,11 @@
-"""The memory that papers print, beside what follows from shapes.
+"""Compares memory figures of papers with values computed from shapes.
 
 `python -m tests.bench.memory` prints the tables and writes them to
-tests/bench/results/memory.md. Nothing is measured and nothing allocated: 'by
-formula' counts elements, each with the paper's own bytes, and 'here' is what
-this library keeps, exact, beside weights in bfloat16. Where a paper's figure is
-another one, the line under the table says why, or that no reason was found.
+tests/bench/results/memory.md. Nothing is measured or allocated. The column 'by
+formula' multiplies numbers of elements by the paper's bytes per element. The
+column 'here' has the exact bytes that this library stores, with weights in
+bfloat16. If a paper's figure differs, the note under the table gives the
+reason, or states that none was found.
 """
 
 import functools
@@ -26,56 +27,56 @@ PAGE = pathlib.Path(__file__).parent / 'results' / 'memory.md'
 GB, GIB, MB = 10**9, 2**30, 10**6
 
 RANKS = {'60m': 128, '130m': 256, '350m': 256, '1b': 512}
-"""Of the paper's pre-training runs; its 7B has 1,024."""
+"""Rank of the GaLore paper's pre-training runs, by model; 7B has rank 1,024."""
 
 
 class Row(NamedTuple):
-  """A figure of a paper, and ours."""
+  """One memory figure of a paper, and our values for it."""
 
   what: str
-  """What is counted."""
+  """Name of the counted quantity."""
   paper: float
-  """As printed."""
+  """The figure that the paper prints."""
   formula: float
-  """Elements, with the paper's bytes for each."""
+  """Number of elements times the paper's bytes per element."""
   here: float | None = None
-  """What this library keeps; None where it keeps no such thing."""
+  """Memory that this library needs, or None if it has no such method."""
 
 
 class Section(NamedTuple):
-  """Figures of one table, and what is to be said of them."""
+  """The figures of one table of a paper."""
 
   title: str
   """The paper's table and the unit."""
   rows: list[Row]
   """Its figures."""
   note: str
-  """Why they differ."""
+  """Reasons for differences, printed under the table."""
 
 
 class Sizes(NamedTuple):
-  """Elements of a model and of what trains it."""
+  """Numbers of elements of a model and its optimizer state."""
 
   weights: int
   """All parameters."""
   low: int
-  """GaLore's bases and low-rank moments, Adam's moments of the rest."""
+  """GaLore's bases, its low-rank moments, and Adam's other moments."""
   factors: int
-  """Two factors of rank r for each projected matrix."""
+  """Both factors of rank r of all projected matrices."""
   rest: int
   """Parameters that are not projected."""
 
 
 @functools.cache
 def shapes(size: str) -> Any:
-  """Returns the parameters of a LLaMA in bfloat16."""
+  """Returns the shapes of a LLaMA's parameters in bfloat16."""
   formats = {'dtype': 'bfloat16', 'param_dtype': 'bfloat16'}
   return initial(Layers(llama(size, **formats)))
 
 
 @functools.cache
 def roberta() -> Any:
-  """Returns the parameters of RoBERTa-base with its head, in bfloat16."""
+  """Returns the shapes of RoBERTa-base with its head, in bfloat16."""
   config = encoder.EncoderConfig(
     vocab_size=50_265,
     width=768,
@@ -98,12 +99,12 @@ def initial(model: Any) -> Any:
 
 
 def kept(params: Any, tx: Any) -> Account:
-  """Returns the bytes that are kept here."""
+  """Returns the bytes of weights and optimizer state in this library."""
   return account(params, jax.eval_shape(tx.init, params))
 
 
 def sizes(params: Any, rank: int, targets: Any = None) -> Sizes:
-  """Returns the elements that formulas count."""
+  """Returns the numbers of elements that the papers' formulas use."""
   tx = galore_adamw(0.1, rank=rank, targets=targets)
   found = elements(params, jax.eval_shape(tx.init, params))
   rows = [row for row in describe(tx, params) if row.projected_shape]
@@ -116,7 +117,7 @@ def sizes(params: Any, rank: int, targets: Any = None) -> Sizes:
 
 
 def split() -> list[Section]:
-  """Returns GaLore's Table 6, method by method."""
+  """Returns the sections for GaLore's Table 6."""
   models = {size: shapes(size) for size in RANKS}
   counts = {size: sizes(models[size], rank) for size, rank in RANKS.items()}
 
@@ -186,7 +187,7 @@ def split() -> list[Section]:
 
 
 def largest() -> Section:
-  """Returns what is said of the 7B model."""
+  """Returns the section for the memory that GaLore saves at 7B."""
   params = shapes('7b')
   count = sizes(params, 1024)
   adam = 4 * count.weights
@@ -225,7 +226,7 @@ def largest() -> Section:
 
 
 def glue() -> Section:
-  """Returns GaLore's Table 4."""
+  """Returns the section for GaLore's Table 4."""
   params, targets = roberta(), ['blocks/.*/kernel']
   adam = kept(params, adamw(0.1)).total / MB
   rows = [Row('Adam', 747, 6 * elements(params, ()).weights / MB, adam)]
@@ -254,7 +255,7 @@ def glue() -> Section:
 
 
 def lomo_table() -> Section:
-  """Returns LOMO's Table 1."""
+  """Returns the section for LOMO's Table 1."""
   params = shapes('7b')
   weights = elements(params, ()).weights
   one = max(math.prod(x.shape[-2:]) for x in jax.tree.leaves(params))
@@ -308,7 +309,7 @@ def _table(rows):
 
 
 def main() -> None:
-  """Prints the page, and writes it."""
+  """Prints the page and writes it."""
   found = page()
   print(found)
   PAGE.write_text(found)

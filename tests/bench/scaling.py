@@ -1,10 +1,10 @@
-"""What each of several devices holds and sends.
+"""Computes the memory and the communication of each device of a mesh.
 
-`python -m tests.bench.scaling` takes from shapes and from the compiler, for
-devices of the CPU that stand for others: bytes of weights and of optimizer
-state that a device holds, under FSDP and where only the rows of a batch are
-dealt out, and bytes of what its collectives return in a step, with and without
-a refresh. Writes tests/bench/results/scaling.md.
+`python -m tests.bench.scaling` simulates a mesh with devices of the CPU. It
+computes from shapes how many bytes of weights and optimizer state each device
+holds, with FSDP and with data parallelism only. From the compiled program it
+counts the bytes that collectives return in a step, with and without a refresh.
+The table is written to tests/bench/results/scaling.md.
 """
 
 import argparse
@@ -35,19 +35,23 @@ COLLECTIVES = (
 
 
 class Row(NamedTuple):
-  """Of one method on a number of devices, in bytes of a device."""
+  """One method on one mesh, in bytes per device."""
 
   method: str
   axis: str
+  """Mesh axis that has all devices."""
   devices: int
+  """Number of devices."""
   weights: int
   state: int
   step: int | None = None
+  """Bytes that collectives return in a step without a refresh."""
   refresh: int | None = None
+  """Bytes that collectives return in a step with a refresh."""
 
 
 def configs(width: int, num_layers: int) -> dict[str, Config]:
-  """Returns a config for each method; ranks are a quarter of the width."""
+  """Returns a config for each method, with a rank of a quarter of the width."""
   model = LlamaConfig(
     vocab_size=8 * width,
     width=width,
@@ -71,7 +75,7 @@ def configs(width: int, num_layers: int) -> dict[str, Config]:
       learning_rate=1e-3,
       batch_size=16,
       sequence_length=64,
-      # The norm of whole gradients would have to be known first.
+      # Clipping by the norm would need the whole gradients on every device.
       clip_norm=None,
     )
     for name, optimizer in methods.items()
@@ -94,11 +98,14 @@ def measured(
 
 
 def sent(text: str, choose) -> int:
-  """Returns the bytes of what collectives return, in loops as often as they go.
+  """Returns the bytes that the collectives of a program return.
+
+  A collective in a loop is counted once for each iteration.
 
   Args:
-    text: of a compiled program.
-    choose: `min` for a step between two refreshes, `max` for one with one.
+    text: the compiled program's HLO.
+    choose: `min` takes the branch of each conditional that moves fewer bytes,
+      which is a step without a refresh; `max` gives a step with a refresh.
   """
   return sum(
     kernel.times * program.size(kernel.shape)
@@ -108,7 +115,7 @@ def sent(text: str, choose) -> int:
 
 
 def written(rows: Sequence[Row], width: int, num_layers: int) -> str:
-  """Returns the table in Markdown."""
+  """Returns the results page in Markdown."""
   kib = lambda x: '-' if x is None else f'{x / 2**10:,.0f}'
   lines = [
     '# Many devices\n',
@@ -131,7 +138,7 @@ def written(rows: Sequence[Row], width: int, num_layers: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Writes the table."""
+  """Computes all rows and writes the page."""
   options = argparse.ArgumentParser('python -m tests.bench.scaling')
   options.add_argument('--width', type=int, default=256)
   options.add_argument('--layers', type=int, default=2)

@@ -1,9 +1,9 @@
-"""Time and captured energy of each subspace finder.
+"""Measures the time and the captured energy of each subspace finder.
 
 `python -m tests.bench.subspace` prints the table, and writes it with a plot to
-tests/bench/results/. Energy is |P g|^2 over that of the exact SVD's basis; a
-finder that starts from the previous basis gets that of an earlier gradient,
-and a row of its own without one.
+tests/bench/results/. The energy of a basis P for a gradient g is |P g|^2,
+divided by the energy of the exact SVD's basis. `PowerIteration` starts from the
+basis of an earlier gradient; another row measures it without an earlier basis.
 
 Axes: m projected side, n other side, r rank.
 """
@@ -46,7 +46,10 @@ FINDERS = {
 
 
 def power_law(m: int, n: int, seed: int) -> jax.Array:
-  """Returns singular values k^-0.7 and a tenth of noise, new in each seed."""
+  """Returns an m x n matrix with singular values k^-0.7, plus 10% noise.
+
+  Only the noise depends on the seed.
+  """
   rng = np.random.default_rng(0)
   left, _ = np.linalg.qr(rng.normal(size=(m, m)))
   right, _ = np.linalg.qr(rng.normal(size=(n, m)))
@@ -57,9 +60,10 @@ def power_law(m: int, n: int, seed: int) -> jax.Array:
 
 
 def gradients_60m() -> dict[str, tuple[jax.Array, jax.Array]]:
-  """Returns two real gradients of weights of the 60M model, of two batches.
+  """Returns the gradients of two weights of the 60M model, for two batches.
 
-  The weights are fresh, the text is Chitchat's, 4 x 128 tokens a batch.
+  The model has its initial weights. A batch is 4 x 128 tokens of
+  chitchat-dataset.
   """
   documents = Chitchat().open('train')
   tokenizer = train_tokenizer(
@@ -85,13 +89,22 @@ def gradients_60m() -> dict[str, tuple[jax.Array, jax.Array]]:
 def measure(
   earlier_mn: jax.Array, g_mn: jax.Array, r: int, rounds: int
 ) -> list[dict]:
-  """Returns a row for each finder; rounds are interleaved, times medians."""
+  """Returns a row for each finder, with the median time of all rounds.
+
+  Each round times all finders.
+
+  Args:
+    earlier_mn: an earlier gradient, whose basis is the previous basis.
+    g_mn: the gradient.
+    r: rank of the bases.
+    rounds: number of rounds.
+  """
   key, none_rm = jax.random.key(0), jnp.zeros((r, g_mn.shape[0]))
   compiled = {
     name: jax.jit(finder.__call__).lower(g_mn, none_rm, key).compile()
     for name, finder in FINDERS.items()
   }
-  # What a warm start begins with: the basis of the earlier gradient.
+  # The basis of the earlier gradient, from which a warm start begins.
   old_rm = compiled['Gram()'](earlier_mn, none_rm, key).block_until_ready()
   times = {name: [] for name in FINDERS}
   bases = {}
@@ -103,8 +116,8 @@ def measure(
         start = time.perf_counter()
         bases[name] = find(g_mn, previous_rm, key).block_until_ready()
         in_a_row.append(time.perf_counter() - start)
-      # A run has one finder: the threads of another's solver, which wait
-      # actively for a while, must not be in its time.
+      # After a finder ends, the threads of its solver keep the cores busy for a
+      # while. Drop the first half, so that they do not slow the next finder.
       times[name] += in_a_row[len(in_a_row) // 2 :]
   energy = {k: float(jnp.sum((b @ g_mn) ** 2)) for k, b in bases.items()}
   slowest = statistics.median(times['Svd()'])
@@ -120,7 +133,7 @@ def measure(
 
 
 def main() -> None:
-  """Measures, prints, writes."""
+  """Measures all cases, prints the table and writes it with the plot."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--rounds', type=int, default=3)
   arguments = parser.parse_args()
@@ -160,7 +173,7 @@ def show(rows: list[dict]) -> None:
 
 
 def plot(rows: list[dict]) -> None:
-  """Draws the energy missed over the time, a panel for each case."""
+  """Draws the missed energy against the time, with a panel for each case."""
   import matplotlib
 
   matplotlib.use('Agg')
@@ -176,7 +189,7 @@ def plot(rows: list[dict]) -> None:
     axes.axhline(0.01, color='0.8', linewidth=1)
     for row in rows:
       if row['case'] == case:
-        # Rounding is 1e-7: nothing below it is shown.
+        # Differences below 1e-7 are rounding errors.
         missed = max(1 - row['energy'], 1e-7)
         name = row['finder']
         axes.plot(row['times_faster'], missed, markers[name], label=name)
