@@ -117,7 +117,7 @@ def measure(
         bases[name] = find(g_mn, previous_rm, key).block_until_ready()
         in_a_row.append(time.perf_counter() - start)
       # After a finder ends, the threads of its solver keep the cores busy for a
-      # while. Drop the first half, so that they do not slow the next finder.
+      # while and slow the next finder. Drop the first half of its runs.
       times[name] += in_a_row[len(in_a_row) // 2 :]
   energy = {k: float(jnp.sum((b @ g_mn) ** 2)) for k, b in bases.items()}
   slowest = statistics.median(times['Svd()'])

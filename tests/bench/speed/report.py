@@ -1,4 +1,4 @@
-"""speed.md and speed.png from speed.json."""
+"""Writes speed.md and speed.png from speed.json."""
 
 import math
 import pathlib
@@ -28,7 +28,7 @@ By the profile (`jax.profiler.trace` around one update, 25 November 2026):
 
 
 def write(found: dict[str, Any], folder: pathlib.Path) -> None:
-  """Writes both files of what the sections have found so far."""
+  """Writes both files from the results of the sections so far."""
   limit = limits(found)
   parts = [
     f'# Speed beside the peers\n\n`{COMMAND}` (`make parity` makes its'
@@ -51,7 +51,7 @@ def write(found: dict[str, Any], folder: pathlib.Path) -> None:
 
 
 def limits(found: dict[str, Any]) -> Callable[[Row], float]:
-  """Returns what a row's work takes at least, in seconds."""
+  """Returns a function that computes the minimal seconds of a row's work."""
   rows = found.get('rates', {}).get('rows', [])
   rate = {row['name']: row['median'] for row in rows}
 
@@ -84,7 +84,7 @@ def table(
 
 
 def seconds(row: Row) -> str:
-  """Returns a median with its quartiles.
+  """Returns a median and its quartiles as text.
 
   >>> seconds({'median': 1.25, 'low': 1.0, 'high': 1.5})
   '1.250 (1.000-1.500)'
@@ -95,7 +95,7 @@ def seconds(row: Row) -> str:
 
 
 def update_cells(row: Row, limit: Callable[[Row], float]) -> Sequence[str]:
-  """Returns the cells of an update."""
+  """Returns the table cells of an update."""
   return (
     *(f'`{row["name"]}`', seconds(row), f'{row["ratio"]:.2f}'),
     *share_cells(row, limit(row), '.3f'),
@@ -105,7 +105,7 @@ def update_cells(row: Row, limit: Callable[[Row], float]) -> Sequence[str]:
 
 
 def step_cells(row: Row, limit: Callable[[Row], float]) -> Sequence[str]:
-  """Returns the cells of a whole step."""
+  """Returns the table cells of a whole step."""
   return (
     *(f'`{row["name"]}`', seconds(row)),
     *(f'{row["tokens"] / row["median"]:.0f}', f'{1 / row["ratio"]:.2f}'),
@@ -115,7 +115,7 @@ def step_cells(row: Row, limit: Callable[[Row], float]) -> Sequence[str]:
 
 
 def share_cells(row: Row, least: float, digits: str) -> Sequence[str]:
-  """Returns a limit and its share of the time; of no limit, dashes."""
+  """Returns a limit and its share of the time, or dashes without a limit."""
   if math.isnan(least):
     return '-', '-'
   return f'{least:{digits}}', f'{least / row["median"]:.0%}'
@@ -176,11 +176,11 @@ TABLES: dict[str, tuple[str, Sequence[str], Callable]] = {
     lambda row, _: (row['name'], seconds(row)),
   ),
 }
-"""By section: title, heads, and the cells of a row."""
+"""Title, column heads and the function for the cells of a row, by section."""
 
 
 def plot(found: dict[str, Any], path: pathlib.Path) -> None:
-  """Draws tokens a second and updates as bars, the peers' in grey."""
+  """Draws bars of tokens per second and of update times; peers are grey."""
   import matplotlib
 
   matplotlib.use('Agg')
