@@ -178,7 +178,7 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
 def keeping(
   tx: optax.GradientTransformation, keeps: Rounding
 ) -> optax.GradientTransformation:
-  """Returns a transformation whose moments are rounded after each update."""
+  """Returns a transformation that rounds its moments after each update."""
 
   def rounded(path, x):
     names = [getattr(key, 'name', None) for key in path]

@@ -152,8 +152,8 @@ def confirmed(kind: Kind, pair: Pair, bytes_per_token: float) -> bool | None:
 def on_front(name: str, size: Size, done: Done) -> list[str]:
   """Returns the methods that are better and need no more bytes.
 
-  The named method is on the Pareto front if there are none. A method counts as
-  better only if the difference exceeds its 95% interval.
+  The named method is on the Pareto front if the list is empty. A method counts
+  as better only if the difference exceeds its 95% interval.
   """
   first = methods.firsts(size, done)
   rows = {key: methods.rows_of([run]) for key, run in first.items()}

@@ -85,7 +85,7 @@ def configs(width: int, num_layers: int) -> dict[str, Config]:
 def measured(
   name: str, config: Config, axis: str, devices: int, *, compiles: bool
 ) -> Row:
-  """Returns what a device holds and, if it is compiled, what it receives."""
+  """Returns the bytes of a device; those of collectives only if `compiles`."""
   config = dataclasses.replace(config, mesh=Mesh(**{axis: devices}))
   mesh = mesh_lib.devices(config.mesh)
   step, state, batch = placed_step(config, language_model(config), mesh)
