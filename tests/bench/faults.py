@@ -290,7 +290,7 @@ def faults(program: Program, directory: pathlib.Path) -> dict[str, str]:
     try:
       said = fault(program, Run(directory / str(number)), whole)
     except subprocess.CalledProcessError as error:
-      said = f'not tried, as {error.cmd[0]} needs rights: {error.stderr}'
+      said = f'not tried, {error.cmd[0]} needs permission: {error.stderr}'
     found[name] = ' '.join(str(said).replace(str(directory), '.').split())
     print(f'{name}: {found[name]}', flush=True)
   return found

@@ -89,7 +89,7 @@ def main() -> None:
   """Runs the missing rows and writes the tables."""
   parser = argparse.ArgumentParser(description=main.__doc__)
   parser.add_argument('--only', choices=PARTS)
-  parser.add_argument('--again', help='name of a row to run anew')
+  parser.add_argument('--again', help='name of a row to run again')
   args = parser.parse_args()
   file = RESULTS / 'finetune.json'
   found = json.loads(file.read_text()) if file.exists() else []
@@ -184,14 +184,19 @@ def report(found: list[dict]) -> str:
     '',
     '**Rows not shuffled** (`--window 0`): rows keep the order of packing.',
     '',
-    'By `python -m tests.bench.finetune`, which explains the rows; '
+    'By `python -m tests.bench.finetune`, whose docstring explains the rows; '
     f'{when}, on the CPU. '
-    'Held-out loss is in nats a token of the answers; bytes are of optimizer '
-    'state and of the process at its peak; seconds are the median of a step of '
-    '2 x 256 tokens, on a machine with other work: do not compare them. '
+    'Losses are in nats per token of the answers; lower is better. The row '
+    '"nothing" is the model before fine-tuning. '
+    'The memory is that of the optimizer state, and the peak of the process. '
+    'Seconds are the median of a step of 2 x 256 tokens on a machine with '
+    'other work, so they should not be compared. '
     'The commands are in finetune.json.',
   ]
-  head = '| | rate | held-out loss | training | state, MB | peak, GB | s |'
+  head = (
+    '| method | rate | held-out loss | training loss | state, MB | peak, GB |'
+    ' s / step |'
+  )
   for part, rows in PARTS.items():
     runs = [
       min(tried, key=lambda run: run['validation'][-1])
@@ -201,7 +206,7 @@ def report(found: list[dict]) -> str:
       ]
       if tried
     ]
-    lines += ['', f'## {part}', '']
+    lines += ['', f'## {part.capitalize()}', '']
     lines += [head, '| --- |' + 6 * ' --- |'] if runs else ['Not yet run.']
     lines += [
       f'| {run["name"]} | {run["rate"]:g} | {losses(run)} | '

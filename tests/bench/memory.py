@@ -148,20 +148,22 @@ def split() -> list[Section]:
         ),
         *rows('Adam', (0.23, 0.51, 1.37, 5.20), lambda x: 4 * x.weights, adam),
       ],
-      'Two bytes a weight, four for its moments, which are float32 here: '
-      'eight. The paper has 1.30e9 elements at 1B, its shape has 1.339e9; '
-      'at 350M, and for the weights at 130M, its figures are in GiB.',
+      'The formula has two bytes for a weight and four for its two moments. '
+      'Moments are float32 here, so they take eight bytes. The paper counts '
+      "1.30e9 elements at 1B, but its model's shape has 1.339e9. Its figures "
+      'at 350M, and its weights at 130M, are in GiB.',
     ),
     Section(
       f'{table}, GaLore (GB)',
       rows('GaLore', (0.13, 0.28, 0.54, 1.78), lambda x: 2 * x.low, galore),
-      "The paper's m r + 2 n r of two bytes, and Adam for the rest, are more "
-      'than it prints. No reason was found: neither the other side, nor GiB, '
-      'nor the attention alone gives its four figures. Moments are float32 '
-      'here.',
+      "The paper's formula has m r + 2 n r elements of two bytes, and Adam's "
+      'moments for all other weights. It gives more than the paper prints, and '
+      'no reason was found: projecting the other side, counting in GiB, or '
+      'projecting only the attention does not give its four figures. Moments '
+      'are float32 here.',
     ),
     Section(
-      f'{table}, factors of low rank (GB)',
+      f'{table}, low-rank factors (GB)',
       [
         *rows(
           'Low-Rank, weights',
@@ -179,9 +181,10 @@ def split() -> list[Section]:
           lambda x: 2 * (x.weights + factored(x)),
         ),
       ],
-      "LoRA's weights are the sum of the full ones and Low-Rank's: embedding "
-      'and head are counted twice. All else is as far off as the sizes above. '
-      "Table 2's column is the sum of both of Table 6.",
+      "The paper's weights of LoRA are the sum of the full weights and those "
+      'of Low-Rank, so embedding and head are counted twice. The other figures '
+      'differ by as much as the model sizes above. The column in Table 2 is '
+      'the sum of weights and optimizer state in Table 6.',
     ),
   ]
 
@@ -199,15 +202,15 @@ def largest() -> Section:
   saved = lambda x, of: 100 * (1 - x / of)
   rows = [
     Row(
-      '8-bit GaLore beside Adam in bf16: state',
+      '8-bit GaLore compared with Adam in bf16: state',
       *(82.5, saved(count.low, adam), saved(eight, adam)),
     ),
     Row(
-      '8-bit GaLore beside 8-bit Adam: state',
+      '8-bit GaLore compared with 8-bit Adam: state',
       *(65.5, saved(count.low, adam / 2), saved(eight, plain)),
     ),
     Row(
-      'the same layer by layer beside Adam in bf16: all but activations',
+      'layer-wise 8-bit GaLore compared with Adam in bf16: all but activations',
       *(63.3, saved(all_of_it(count.low), 2 * adam)),
       saved(all_of_it(eight), 2 * adam),
     ),
@@ -215,13 +218,14 @@ def largest() -> Section:
   return Section(
     'LLaMA 7B at rank 1,024 (percent saved)',
     rows,
-    'The abstract counts a byte for an element of a basis too; its code, as '
-    'ours by default, keeps two: with `basis_bits=8` the first two are '
-    f'{saved(packed, adam):.1f} and {saved(packed, plain):.1f} here. The third '
-    'is of 22.0 beside 59.9 GB there, with activations: less weights, '
-    f'gradients and state by formula these are {59.9 - 2 * adam / GB:.1f} GB '
-    f'of Adam and {22.0 - all_of_it(count.low) / GB:.1f} of GaLore. The whole '
-    'step by the compiler is in [plan.md](plan.md).',
+    "The paper's abstract counts one byte for each element of a basis. Its "
+    'code stores two bytes, and so does this library by default. With '
+    f'`basis_bits=8` the first two figures are {saved(packed, adam):.1f} and '
+    f'{saved(packed, plain):.1f} here. The third figure of the paper compares '
+    '22.0 GB with 59.9 GB, both with activations. Without weights, gradients '
+    f'and state by formula, {59.9 - 2 * adam / GB:.1f} GB remain for Adam and '
+    f'{22.0 - all_of_it(count.low) / GB:.1f} GB for GaLore. '
+    '[plan.md](plan.md) has the memory of the whole step by the compiler.',
   )
 
 
@@ -247,10 +251,12 @@ def glue() -> Section:
   return Section(
     "GaLore's Table 4, RoBERTa-base (MB)",
     rows,
-    'Weights and state. Six bytes a weight fit; then two, with four for each '
-    'element of a basis or a low-rank moment, and twelve for one of a factor. '
-    "Adam's moments of what is not projected, embeddings above all, are not in "
-    "GaLore's figures: they are counted here, in float32.",
+    'Weights and optimizer state. For Adam, six bytes per weight give the '
+    'figure of the paper. For GaLore and LoRA, these are two bytes per weight, '
+    'four per element of a basis or a low-rank moment, and twelve per element '
+    "of a factor. The paper's figures for GaLore leave out Adam's moments of "
+    'the weights that are not projected, mostly embeddings. The column *here* '
+    'contains them, in float32.',
   )
 
 
@@ -273,20 +279,23 @@ def lomo_table() -> Section:
   return Section(
     "LOMO's Table 1, LLaMA 7B (GiB)",
     rows,
-    'Exact: bfloat16 weights and gradients; AdamW has two moments and a master '
-    'copy in float32, SGD the copy. LOMO has the gradient of the largest '
-    'tensor, the embedding. Here there is no master copy: sums can be rounded '
-    'stochastically. The table adds 1.79 of activations to each total.',
+    'The formula gives the figures of the paper. Weights and gradients are '
+    'bfloat16. AdamW has two moments and a master copy of the weights in '
+    'float32; SGD has only the copy. LOMO holds the gradient of the largest '
+    'tensor, the embedding. This library has no master copy; it can round sums '
+    'stochastically instead. The paper adds 1.79 GiB of activations to each '
+    'total.',
   )
 
 
 def page() -> str:
   """Returns all tables as Markdown."""
   parts = [
-    '# Memory that papers print\n\n`python -m tests.bench.memory`: nothing '
-    'here is measured. By formula: elements\nof the shapes, with the '
-    "paper's bytes for each; off: the paper's figure beside\nthat; here: what "
-    'this library keeps, exact.'
+    '# Memory figures of papers, compared with shapes\n\n'
+    '`python -m tests.bench.memory` computes these tables; nothing is '
+    "measured. *By\nformula* is the number of elements times the paper's "
+    "bytes per element. *Off* is\nthe paper's figure relative to the formula. "
+    '*Here* is the exact memory that this\nlibrary needs.'
   ]
   for section in (*split(), largest(), glue(), lomo_table()):
     note = textwrap.fill(section.note, 80, break_on_hyphens=False)

@@ -626,16 +626,18 @@ def page(size: Size, done: Done) -> str:
   weights = next(iter(base or done.values()))['weight_bytes'] // 4
   tokens = lambda steps: steps * size.batch_size * size.sequence_length
   text = [
-    '# Every method in one harness',
+    '# All methods with equal tuning',
     '',
     *unshuffled(size),
-    'By `python -m tests.bench.methods`, which explains the rounds; '
-    f'{len(done)} runs, each with its command in methods.json. A LLaMA with '
-    f'{weights:,} weights in float32; rank {size.rank}, or a quarter of the '
-    'weights; both learning rates tuned for every method, but for the two that '
-    'have one as in papers; validation bits per byte; bytes of weights, those '
-    'of factors too, and of what the optimizer keeps. Seconds are the least of '
-    'the runs, as the machine had other work.',
+    'By `python -m tests.bench.methods`, whose docstring explains both rounds. '
+    f'There are {len(done)} runs; methods.json has the command of each. The '
+    f'model is a LLaMA with {weights:,} weights in float32. Low-rank methods '
+    f'have rank {size.rank}, and FRUGAL has density 0.25. '
+    'Two learning rates are tuned for each method, except for the two methods '
+    'with one rate, as in the papers. Bits per byte are measured on validation '
+    'text; lower is better. The memory of the weights includes the factors of '
+    'adapters. Seconds are the minimum over the runs of a method, because the '
+    'machine had other work.',
     '',
     f'## First round: {tokens(size.first[-1].steps):,} tokens of '
     f'chitchat-dataset, one seed, on {machines(firsts(size, done).values())}',
@@ -648,25 +650,29 @@ def page(size: Size, done: Done) -> str:
       on = machines(itertools.chain(*finals(corpus, size, done).values()))
       text += [
         '',
-        f'## The best, {BASELINE} and what claims name, on {corpus}: '
-        f'{tokens(size.final):,} tokens, tuned anew, '
+        f'## Final round on {corpus}: {tokens(size.final):,} tokens, '
         f'{size.seeds} seeds, on {on}',
         '',
-        f'The difference to {BASELINE} is of the same seeds and the same '
-        f'{size.eval_rows} rows of text; its 95% interval knows that both are '
-        'samples.',
+        f'The finalists are {BASELINE}, the best other methods of the first '
+        'round, and methods that papers compare. Their learning rates are '
+        f'tuned again. The difference to {BASELINE} is computed for the same '
+        f'seeds and the same {size.eval_rows} rows of text. Its 95% interval '
+        'treats both as random samples.',
         '',
-        '| method | rate of matrices | of the rest | bits per byte | of seeds |'
-        f' less {BASELINE} | weights and state, kB |',
+        '| method | rate of matrices | rate of the rest | bits per byte |'
+        f' range over seeds | minus {BASELINE} | weights and state, kB |',
         '| --- | --- | --- | --- | --- | --- | --- |',
         *rows,
         '',
-        f'With more tokens, of seed 0: less {BASELINE} at as many, the best '
-        'rates of each.',
+        '### With more tokens',
+        '',
+        f'Bits per byte minus those of {BASELINE} after the same number of '
+        'tokens, with seed 0 and the best rates of each method.',
         '',
         *by_length(corpus, size, done),
       ]
-  return '\n'.join([*text, '', '![Bits against bytes](methods.png)', ''])
+  picture_link = '![Bits per byte against memory](methods.png)'
+  return '\n'.join([*text, '', picture_link, ''])
 
 
 def unshuffled(size: Size) -> list[str]:
@@ -675,8 +681,8 @@ def unshuffled(size: Size) -> list[str]:
     return []
   return [
     '**Rows not shuffled** (`--window 0`): a batch holds consecutive pieces of '
-    'two or three dialogues. Learning rates by group round in another order '
-    'than these runs did, so that their last digits differ now.',
+    'two or three dialogues. The rounding of learning rates by group has '
+    'changed since these runs, so the last digits of a repeated run differ.',
     '',
   ]
 
@@ -684,8 +690,8 @@ def unshuffled(size: Size) -> list[str]:
 def first_table(size: Size, done: Done) -> list[str]:
   """Returns the table of the first round: best first, incomplete ones last."""
   heads = (
-    '| method | rate of matrices | of the rest | bits per byte | state, kB |'
-    ' weights and state, kB | s / step | runs |'
+    '| method | rate of matrices | rate of the rest | bits per byte |'
+    ' state, kB | weights and state, kB | s / step | runs |'
   )
   lines, best, last = [], firsts(size, done), size.first[-1].steps
   for name in METHODS:
@@ -884,7 +890,7 @@ def bench(
   if firsts(size, runs.done):
     picture(size, runs.done, directory / f'{runner.name}.png')
   if more and (names := waiting(size, runs.done)):
-    print(f'finals wait for the first round of {", ".join(names)}')
+    print(f'the final round needs the first round of {", ".join(names)}')
   if runs.done:
     text = runner.page(runs.done)
     save(directory / f'{runner.name}.md', text)
@@ -930,16 +936,21 @@ def job_of(words: Sequence[str], error: Callable[[str], Any]) -> Job:
 def main(make: type[Bench] = Bench, argv: Sequence[str] | None = None) -> None:
   """Trains the missing runs and writes the tables, or trains one run."""
   parser = argparse.ArgumentParser(f'python -m tests.bench.{make.name}')
-  parser.add_argument('--hours', type=float, help='start no run after them')
+  parser.add_argument(
+    '--hours', type=float, help='start no run after this time'
+  )
   of_methods: Any = {'nargs': '+', 'choices': METHODS, 'metavar': 'METHOD'}
   names = ', '.join(map(repr, METHODS))
   parser.add_argument(
-    '--only', default=make.names, help=f'of {names}', **of_methods
+    '--only',
+    default=make.names,
+    help=f'methods that run, from {names}',
+    **of_methods,
   )
   parser.add_argument(
     '--finals',
     default=(),
-    help='of them, in the finals though others are better',
+    help='methods of --only that are in the final round in any case',
     **of_methods,
   )
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
@@ -953,7 +964,7 @@ def main(make: type[Bench] = Bench, argv: Sequence[str] | None = None) -> None:
     '--run',
     nargs=len(Job._fields),
     metavar=tuple(name.upper() for name in Job._fields),
-    help='one run, whose figures are printed',
+    help='train one run and print its results',
   )
   args = parser.parse_args(argv)
   if not {*args.finals} <= {*args.only}:

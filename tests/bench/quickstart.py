@@ -71,17 +71,19 @@ class Quickstart(methods.Bench):
   def page(self, done: Done) -> str:
     """Returns the results page in Markdown."""
     head = '\n'.join(methods.unshuffled(self.size))
-    text = f"""# The quickstart under several methods
+    text = f"""# The quickstart with several methods
 
 {head}
 By `python -m tests.bench.quickstart`: {self.size.first[-1].steps} steps of
-configs/quickstart.py on {methods.machines(done.values())}, one seed; each
-method at the best of its pairs of rates, none of which is at the edge of what
-was tried. Another machine sums in another order: expect figures within 0.005
-bits of these (a second one once gave 2.0096 for 2.007). Each run has its
-command in quickstart.json. `optax.contrib.galore` as it comes projects the
-embedding and the head alone: it sees no matrix in stacked layers. Seconds are
-the least of the runs, as the machine had other work.
+configs/quickstart.py on {methods.machines(done.values())}, with one seed. Each
+method uses the best of its pairs of learning rates, which is never at the edge
+of the rates that were tried. Lower bits per byte are better. Another machine
+adds in another order: expect results within 0.005 bits of these (one other
+machine gave 2.0096 instead of 2.007). The command of each run is in
+quickstart.json. `optax.contrib.galore` with its defaults projects only the
+embedding and the head, because it does not treat the stacked layers as
+matrices. Seconds are the minimum over the runs of a method, because the machine
+had other work.
 """
     return '\n'.join([text, *methods.first_table(self.size, done), ''])
 

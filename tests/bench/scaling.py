@@ -118,15 +118,17 @@ def written(rows: Sequence[Row], width: int, num_layers: int) -> str:
   """Returns the results page in Markdown."""
   kib = lambda x: '-' if x is None else f'{x / 2**10:,.0f}'
   lines = [
-    '# Many devices\n',
-    f'A LLaMA of width {width}, mlp width {3 * width}, {num_layers} layers and '
-    f'{8 * width} tokens in float32, 16 sequences of 64 tokens in a batch, '
-    f'rank {width // 4} with `power`, no clipping, on a mesh of devices of the '
-    f'CPU: `fsdp` cuts weights, state and batch, `data` the batch alone. '
-    'KiB of each device, from shapes and from the compiled program (jax '
-    f'{jax.__version__}): what collectives return, in a step between two '
-    'refreshes and in one with a refresh (-: not compiled).\n',
-    '| method | mesh | weights | state | a step | with a refresh |',
+    '# Memory and communication on several devices\n',
+    f'By `python -m tests.bench.scaling`: a LLaMA with width {width}, MLP '
+    f'width {3 * width}, {num_layers} layers and a vocabulary of {8 * width} '
+    'tokens, in float32; batches of 16 sequences of 64 tokens; rank '
+    f'{width // 4} with `power`; no clipping. The mesh has devices of the CPU. '
+    '`fsdp` shards weights, optimizer state and batch; `data` shards only the '
+    'batch. All figures are in KiB per device. Weights and state are computed '
+    'from shapes. The last two columns are the results of the collectives in '
+    f'the compiled program (jax {jax.__version__}), in a step without and with '
+    'a refresh (-: not compiled).\n',
+    '| method | mesh | weights | state | collectives | with a refresh |',
     '|---|---|---:|---:|---:|---:|',
     *(
       f'| {x.method} | {x.axis} {x.devices} | {kib(x.weights)} | '
@@ -147,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     '--compiled',
     type=int,
     nargs='+',
-    help='numbers of devices that are compiled for too (default: all)',
+    help='numbers of devices to compile programs for (default: all)',
   )
   args = options.parse_args(argv)
   jax.config.update('jax_platforms', 'cpu')

@@ -135,7 +135,9 @@ def summary(
 def show(rows: list[dict]) -> None:
   """Prints the table."""
   columns = ('subspace', 'gap', 'step 0', 'median', 'slowest')
-  table = rich.table.Table(*columns, 'at', 'lower', title='Seconds of a step')
+  table = rich.table.Table(
+    *(*columns, 'at step', 'times lower'), title='Seconds per step'
+  )
   for row in rows:
     times = (row[key] for key in ('first', 'median', 'slowest'))
     table.add_row(

@@ -110,10 +110,11 @@ ROWS = {
 RATES = ('bandwidth', 'bfloat16', 'float32 as it is', 'float32, highest')
 STEP_HEADS = (
   *('step of', 'tokens/s', 's', 'least, s', 'kernels', 'first, s'),
-  *('peak, GiB', 'plan, GiB', ''),
+  *('peak, GiB', 'plan, GiB', 'note'),
 )
 UPDATE_HEADS = (
-  *('update of', 'ms', 'least, ms', 'kernels', 'first, s', 'peak, GiB', ''),
+  *('update of', 'ms', 'least, ms', 'kernels', 'first, s', 'peak, GiB'),
+  'note',
 )
 TINY = (
   *('--batch-size', '2', '--sequence-length', '32'),
@@ -274,19 +275,20 @@ def page(found: Mapping[str, Row]) -> str:
   }
   known = lambda key: '; '.join(dict.fromkeys(x[key] for x in done.values()))
   text = [
-    f'# Measured on a card\n\n{known("device")}; {known("software")}; '
-    f'{known("date")}.\nBy `python -m tests.bench.card`, tokens and weights '
-    "made up. *Least* is\n`train.plan --cost`'s estimate, at the card's public "
-    'figures and without what a\nlaunch costs; *plan* is `train.plan` without '
-    'its allowance for a solver, by\njax '
-    f'{jax.__version__}. The first step has the first subspaces in it.\n',
+    f'# Measurements on a GPU\n\n{known("device")}; {known("software")}; '
+    f'{known("date")}.\nBy `python -m tests.bench.card`, with made-up tokens '
+    'and weights. *Least* is the\nestimate of `train.plan --cost`, from the '
+    "GPU's public figures and without the\noverhead of kernel launches. *Plan* "
+    "is the memory by `train.plan`, without its\nallowance for a solver's "
+    f'workspace (jax {jax.__version__}). *First* is the first step or\nupdate, '
+    'which contains the first refresh.\n',
   ]
   for row in kinds['rates'].values():
     moved, *flops = (f'{row[k] / 1e12:.3g}' for k in RATES)
     text.append(
-      f'The card moves {moved} TB/s, and multiplies at {flops[0]} TFLOP/s in '
-      f'bfloat16,\n{flops[1]} in float32 as JAX does it, {flops[2]} at the '
-      'highest precision.\n'
+      f'The GPU moves {moved} TB/s. It multiplies at {flops[0]} TFLOP/s in '
+      f'bfloat16,\nat {flops[1]} in float32 with the default precision of JAX, '
+      f'and at {flops[2]} with the\nhighest precision.\n'
     )
   text += [
     table(STEP_HEADS, [step_row(*x) for x in kinds['step'].items()]),
@@ -298,9 +300,13 @@ def page(found: Mapping[str, Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures rows, or writes the page of the results."""
   parser = argparse.ArgumentParser('python -m tests.bench.card')
-  parser.add_argument('--small', action='store_true')
-  parser.add_argument('--page', action='store_true')
-  parser.add_argument('--only', nargs='+', help='rows that begin so')
+  parser.add_argument(
+    '--small', action='store_true', help='measure tiny rows, on any device'
+  )
+  parser.add_argument('--page', action='store_true', help='write card.md')
+  parser.add_argument(
+    '--only', nargs='+', help='measure rows whose names start with one of these'
+  )
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   parser.add_argument('--steps', type=int, default=12)
   parser.add_argument('--child', nargs=argparse.REMAINDER)
@@ -319,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.only is None or name.startswith(tuple(args.only))
   }
   if not wanted:
-    parser.error(f'no row begins with {args.only}; there are {[*ROWS]}')
+    parser.error(f'no row starts with {args.only}; the rows are {[*ROWS]}')
   with tempfile.TemporaryDirectory() as cache:
     compile_all(wanted, cache)
     for name, row in measure_all(wanted, args.steps, cache):
