@@ -52,13 +52,13 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
 import galore_optax as go
 from galore_optax.paths import is_matrix, paths
 from models.llama import LlamaConfig
 from models.lowrank import Adapter, Factored, Lora, Relora
+from tests.bench import pictures
 from tests.bench.runs import Runs, save, until
 from train import adapter as adapter_lib
 from train import machine
@@ -644,6 +644,8 @@ def page(size: Size, done: Done) -> str:
     '',
     *first_table(size, done),
   ]
+  if any(finals(corpus, size, done) for corpus in CORPORA):
+    text += ['', '![First round, best method first](methods_first.png)']
   for corpus in CORPORA:
     rows = final_rows(corpus, size, done)
     if rows:
@@ -819,50 +821,43 @@ def paired(rows: Any, base: Any) -> tuple[float, float]:
 
 
 def picture(size: Size, done: Done, path: pathlib.Path) -> None:
-  """Draws bits per byte against bytes, and the Pareto front."""
-  point = lambda run: (held(run) / 1e6, run['bits_per_byte'])
-  panels = {'first round, chitchat': firsts(size, done)}
-  for corpus in CORPORA:
-    last = finals(corpus, size, done).items()
-    mean = lambda runs: float(np.mean([x['bits_per_byte'] for x in runs]))
-    best = {
-      name: runs[0] | {'bits_per_byte': mean(runs)} for name, runs in last
-    }
-    panels |= {f'{size.seeds} seeds, {corpus}': best} if best else {}
-  figure = Figure(figsize=(7 * len(panels), 7), layout='constrained')
-  for axes, title in zip(
-    figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-  ):
-    points = {name: point(run) for name, run in panels[title].items()}
-    order = sorted(points.values())
-    lowest = itertools.accumulate((y for _, y in order), min)
-    axes.scatter(*zip(*order, strict=True), s=14)
-    axes.step([x for x, _ in order], [*lowest], where='post', linewidth=1)
-    for name, at in apart(points).items():
-      axes.annotate(name, at, (4, 3), textcoords='offset points', fontsize=7)
-    axes.margins(x=0.2)
-    axes.set_title(title)
-    axes.set_xlabel('weights and optimizer state, MB')
-    axes.set_ylabel('validation bits per byte')
-  figure.savefig(path, dpi=100)
+  """Draws bits per byte against memory, of the finals or the first round.
 
-
-def apart(
-  points: dict[str, tuple[float, float]],
-) -> dict[str, tuple[float, float]]:
-  """Returns a position for each name: its point, or above nearby names.
-
-  >>> apart({'a': (0.0, 0.0), 'b': (0.0, 0.1), 'c': (9.0, 10.0)})['b']
-  (0.0, 0.2)
+  If there are finals, a second picture with the suffix `_first` has the first
+  round.
   """
-  width, height = (max(x) - min(x) for x in zip(*points.values(), strict=True))
-  found: dict[str, tuple[float, float]] = {}
-  for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
-    for other_x, other_y in found.values():
-      if abs(x - other_x) < width / 8:
-        y = max(y, other_y + height / 50)
-    found[name] = (x, y)
-  return found
+  first = firsts(size, done)
+  tokens = size.first[-1].steps * size.batch_size * size.sequence_length
+  title = f'First round: chitchat, {tokens:,} tokens, 1 seed'
+  panels = {}
+  for corpus in CORPORA:
+    best = {name: point(x) for name, x in finals(corpus, size, done).items()}
+    if best:
+      tokens = size.final * size.batch_size * size.sequence_length
+      panels[f'{corpus}, {tokens:,} tokens, {size.seeds} seeds'] = best
+  if panels:
+    rows = [
+      pictures.Ranked(
+        name,
+        run['bits_per_byte'],
+        run['weight_bytes'] / 1e6,
+        run['state_bytes'] / 1e6,
+      )
+      for name, run in first.items()
+    ]
+    first_path = path.with_stem(f'{path.stem}_first')
+    pictures.ranking(rows, BASELINE, title, first_path)
+  else:
+    panels[title] = {name: point([run]) for name, run in first.items()}
+  pictures.scatter(panels, path)
+
+
+def point(runs: Sequence[dict[str, Any]]) -> pictures.Point:
+  """Returns the point of a method from its runs with several seeds."""
+  bits = [run['bits_per_byte'] for run in runs]
+  return pictures.Point(
+    held(runs[0]) / 1e6, float(np.mean(bits)), min(bits), max(bits)
+  )
 
 
 def bench(

@@ -85,7 +85,9 @@ embedding and the head, because it does not treat the stacked layers as
 matrices. Seconds are the minimum over the runs of a method, because the machine
 had other work.
 """
-    return '\n'.join([text, *methods.first_table(self.size, done), ''])
+    table = methods.first_table(self.size, done)
+    link = '![Bits per byte against memory](quickstart.png)'
+    return '\n'.join([text, *table, '', link, ''])
 
 
 if __name__ == '__main__':
