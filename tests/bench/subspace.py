@@ -181,7 +181,11 @@ def plot(rows: list[dict]) -> None:
 
   cases = list(dict.fromkeys(row['case'] for row in rows))
   figure, grid = plt.subplots(
-    2, -(-len(cases) // 2), figsize=(11, 7), sharex=True, sharey=True
+    *(2, -(-len(cases) // 2)),
+    figsize=(9.6, 6),
+    sharex=True,
+    sharey=True,
+    layout='constrained',
   )
   markers = dict(zip(FINDERS, 'osD^vX', strict=True))
   for axes, case in zip(grid.flat, cases, strict=False):
@@ -194,13 +198,21 @@ def plot(rows: list[dict]) -> None:
         name = row['finder']
         axes.plot(row['times_faster'], missed, markers[name], label=name)
     axes.set(title=case, xscale='log', yscale='log')
-    axes.title.set_size(10)
-  figure.supxlabel('times faster than the SVD (line: 10)')
-  figure.supylabel("share of the SVD's energy missed (line: 1%)")
+    axes.title.set_size(9)
+    axes.tick_params(labelsize=8)
+  figure.supxlabel(
+    'speed-up over the exact SVD (higher is better; the line is at 10)',
+    fontsize=9,
+  )
+  figure.supylabel(
+    "missed share of the SVD's energy (lower is better; the line is at 1%)",
+    fontsize=9,
+  )
   handles, labels = grid.flat[0].get_legend_handles_labels()
-  figure.legend(handles, labels, loc='upper center', ncols=len(labels))
-  figure.tight_layout(rect=(0, 0, 1, 0.95))
-  figure.savefig(RESULTS / 'subspace.png', dpi=120)
+  figure.legend(
+    handles, labels, loc='outside upper center', ncols=3, fontsize=9
+  )
+  figure.savefig(RESULTS / 'subspace.png', dpi=200)
 
 
 if __name__ == '__main__':
