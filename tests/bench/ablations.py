@@ -85,14 +85,20 @@ def to_8_bits(name: str, x: jax.Array, *, along: int = -1) -> jax.Array:
   """
   if x.ndim < 2 or x.size < 4096:
     return x
-  turn = lambda x: jnp.swapaxes(x, -1, along)
   code = 'unsigned' if name == 'nu' else 'signed'
-  return turn(unpacked(quantize(turn(x), code=code, block_size=256)))
+  # Quantization forms blocks along the last axis.
+  rows = jnp.swapaxes(x, -1, along)
+  rounded = unpacked(quantize(rows, code=code, block_size=256))
+  return jnp.swapaxes(rounded, -1, along)
 
 
 def second(keeps: Rounding) -> Rounding:
   """Returns a rounding that applies `keeps` to second moments only."""
-  return lambda name, x: keeps(name, x) if name == 'nu' else x
+
+  def rounded(name: str, x: jax.Array) -> jax.Array:
+    return keeps(name, x) if name == 'nu' else x
+
+  return rounded
 
 
 BASE = Choice('base', 'GaLore', {})
@@ -138,7 +144,8 @@ CHOICES = [
   ),
   *one('side', 'optimizer.side', ('reverse_std', 'left', 'right', 'full')),
   Choice(
-    *('projected', 'embedding too'),
+    'projected',
+    'embedding too',
     {'optimizer.targets': (_LAYERS, 'embed/embedding')},
   ),
   Choice(
@@ -146,7 +153,9 @@ CHOICES = [
   ),
   Choice('both moments in 8 bits', 'blocks along n', {}, to_8_bits),
   Choice(
-    *('both moments in 8 bits', 'blocks along r', {}),
+    'both moments in 8 bits',
+    'blocks along r',
+    {},
     functools.partial(to_8_bits, along=-2),
   ),
   *(
@@ -180,12 +189,12 @@ def keeping(
 ) -> optax.GradientTransformation:
   """Returns a transformation that rounds its moments after each update."""
 
-  def rounded(path, x):
+  def rounded(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
     names = [getattr(key, 'name', None) for key in path]
     known = [name for name in names if name in ('mu', 'nu')]
     return keeps(known[0], x) if known else x
 
-  def update(updates, state, params=None):
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     updates, state = tx.update(updates, state, params)
     return updates, jax.tree_util.tree_map_with_path(rounded, state)
 
@@ -264,10 +273,14 @@ def todo(choices: Sequence[Choice], seeds: int) -> Iterator[tuple[Choice, Job]]:
 def page(size: Size, rates: tuple[float, float], done: Done) -> str:
   """Returns the results page in Markdown."""
   tokens = size.steps * size.model.batch_size * size.model.sequence_length
-  named = lambda table, name: {
-    job: run for job, run in done.items() if job[:2] == (table, name)
-  }
-  base = named(*BASE[:2])
+
+  def runs_of(choice: Choice) -> Done:
+    return {job: run for job, run in done.items() if job[:2] == choice[:2]}
+
+  def bits(run: tuple[Job, dict[str, Any]]) -> float:
+    return run[1]['bits_per_byte']
+
+  base = runs_of(BASE)
   seeds = [run['bits_per_byte'] for job, run in base.items() if job.factor == 1]
   lines = [
     '# Single design choices of GaLore',
@@ -289,12 +302,11 @@ def page(size: Size, rates: tuple[float, float], done: Done) -> str:
     ' minus the base |',
     '| --- | --- | --- | --- | --- | --- |',
   ]
-  bits = lambda pair: pair[1]['bits_per_byte']
   _, first = min(
     ((job, run) for job, run in base.items() if job.seed == 0), key=bits
   )
   for choice in CHOICES:
-    found = {j: x for j, x in named(*choice[:2]).items() if j.seed == 0}
+    found = {j: x for j, x in runs_of(choice).items() if j.seed == 0}
     if found:
       job, run = min(found.items(), key=bits)
       difference = '-' if choice is BASE else less(run['rows'], first['rows'])

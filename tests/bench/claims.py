@@ -173,10 +173,11 @@ def lines(
   claim: Claim, size: Size, done: Done, bytes_per_token: dict[str, float]
 ) -> list[str]:
   """Returns the table rows of a claim."""
-  said = ' '.join(x for x in (claim.one, claim.kind.value, claim.other) if x)
-  row = lambda where, found, verdict: (
-    f'| {said} ({claim.source}) | {where} | {found} | {verdict} |'
-  )
+  text = ' '.join(x for x in (claim.one, claim.kind.value, claim.other) if x)
+
+  def row(where: str, found: str, result: str) -> str:
+    return f'| {text} ({claim.source}) | {where} | {found} | {result} |'
+
   if claim.kind is Kind.FRONT:
     if claim.one not in methods.firsts(size, done):
       return [row('', '', 'not yet run')]
@@ -188,9 +189,9 @@ def lines(
     each = bytes_per_token[pair.corpus]
     ratio = 2 ** (pair.difference * each) - 1
     less = methods.less(pair.one, pair.other)
-    text = f'{less} bits per byte, perplexity {ratio:+.1%}'
+    difference = f'{less} bits per byte, perplexity {ratio:+.1%}'
     answer = verdict(confirmed(claim.kind, pair, each))
-    found.append(row(pair.where, text, answer))
+    found.append(row(pair.where, difference, answer))
   return found or [row('', '', 'not yet run')]
 
 

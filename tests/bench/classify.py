@@ -247,13 +247,15 @@ def fit(
     state, found = step(state, next(data))
     loss = float(found['loss'])
   seconds = time.perf_counter() - start
-  measure = lambda part: task.evaluate(Text(None, part, tokenizer))(
-    state.params
-  )
+
+  def accuracy(part: Any) -> float:
+    evaluate = task.evaluate(Text(None, part, tokenizer))
+    return evaluate(state.params)['accuracy']
+
   return {
     'loss': loss,
-    'validation': measure(validation)['accuracy'],
-    'test': measure(held_out)['accuracy'],
+    'validation': accuracy(validation),
+    'test': accuracy(held_out),
     'examples': count,
     'steps': config.steps,
     'seconds': seconds,
@@ -289,11 +291,14 @@ def tuned(name: str, method: Method, done: dict[Job, dict]) -> Iterator[Job]:
     The rate with the best validation accuracy (the generator's return value).
   """
   rates = list(method.rates)
+
+  def value(rate: float) -> float:
+    return done[Job(name, method.name, rate, 0)]['validation']
+
   while True:
     jobs = [Job(name, method.name, rate, 0) for rate in rates]
     yield from missing(jobs, done)
     # `max` returns the first of equal values, so the smaller rate wins a tie.
-    value = lambda rate: done[Job(name, method.name, rate, 0)]['validation']
     best = max(sorted(rates), key=value)
     outside = {min(rates): min(rates) / 3, max(rates): max(rates) * 3}
     if best not in outside or len(rates) >= MOST_RATES:

@@ -91,7 +91,10 @@ def kill(
 ) -> None:
   """Kills a process at a random time in one of `MOMENTS`."""
   before = logged(run)
-  grown = lambda num: logged(run) >= before + num
+
+  def grown(num: int) -> bool:
+    return logged(run) >= before + num
+
   most = STEPS_A_KILL - SAVE_EVERY
   if moment == 'start':
     end = time.monotonic() + draw.uniform(0, 8)

@@ -41,9 +41,19 @@ from train.data.chats import ChitchatAnswers
 RESULTS = pathlib.Path(__file__).parent / 'results'
 STEPS = 30
 SHARED = [
-  *('--batch-size', '2', '--sequence-length', '256', '--warmup', '0.1'),
-  *('--eval-batches', '8', '--save-every', '9999', '--no-save-best'),
-  *('--window', '0'),
+  '--batch-size',
+  '2',
+  '--sequence-length',
+  '256',
+  '--warmup',
+  '0.1',
+  '--eval-batches',
+  '8',
+  '--save-every',
+  '9999',
+  '--no-save-best',
+  '--window',
+  '0',
 ]
 GALORE = ['--optimizer', 'Galore8bit', '--optimizer.subspace', 'power']
 WHOLE = ['--update', 'WholeTree']
@@ -137,9 +147,14 @@ def corpus(place: pathlib.Path, part: str) -> list[str]:
       ''.join(json.dumps({'messages': chat.messages}) + '\n' for chat in chats)
     )
   return [
-    *('--corpus.train', str(place / 'train.jsonl')),
-    *('--corpus.validation', str(place / 'validation.jsonl')),
-    *('--steps', '45', '--eval-every', '15'),
+    '--corpus.train',
+    str(place / 'train.jsonl'),
+    '--corpus.validation',
+    str(place / 'validation.jsonl'),
+    '--steps',
+    '45',
+    '--eval-every',
+    '15',
   ]
 
 

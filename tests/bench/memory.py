@@ -12,6 +12,7 @@ import functools
 import math
 import pathlib
 import textwrap
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,7 +122,12 @@ def split() -> list[Section]:
   models = {size: shapes(size) for size in RANKS}
   counts = {size: sizes(models[size], rank) for size, rank in RANKS.items()}
 
-  def rows(what, paper, formula, here=None):
+  def rows(
+    what: str,
+    paper: Sequence[float],
+    formula: Callable[[Sizes], int],
+    here: Callable[[str], int] | None = None,
+  ) -> list[Row]:
     return [
       Row(
         f'{what}, {size.upper()}',
@@ -132,12 +138,18 @@ def split() -> list[Section]:
       for size, figure in zip(RANKS, paper, strict=True)
     ]
 
-  adam = lambda size: kept(models[size], adamw(0.1)).state
-  galore = lambda size: (
-    kept(models[size], galore_adamw(0.1, rank=RANKS[size])).state
-  )
-  factored = lambda x: x.rest + x.factors
-  weights = lambda size: 2 * counts[size].weights
+  def adam(size: str) -> int:
+    return kept(models[size], adamw(0.1)).state
+
+  def galore(size: str) -> int:
+    return kept(models[size], galore_adamw(0.1, rank=RANKS[size])).state
+
+  def weights(size: str) -> int:
+    return 2 * counts[size].weights
+
+  def factored(count: Sizes) -> int:
+    return count.rest + count.factors
+
   table = "GaLore's Table 6"
   return [
     Section(
@@ -198,21 +210,32 @@ def largest() -> Section:
   packed = kept(params, galore_adamw_8bit(0.1, rank=1024, basis_bits=8)).state
   plain = kept(params, adam_8bit(0.1)).state
   one = 2 * max(math.prod(x.shape[-2:]) for x in jax.tree.leaves(params))
-  all_of_it = lambda state: 2 * count.weights + one + state
-  saved = lambda x, of: 100 * (1 - x / of)
+
+  def with_state(state: int) -> int:
+    """Adds weights and the largest gradient of a layer-wise step."""
+    return 2 * count.weights + one + state
+
+  def saved(x: float, of: float) -> float:
+    return 100 * (1 - x / of)
+
   rows = [
     Row(
       '8-bit GaLore compared with Adam in bf16: state',
-      *(82.5, saved(count.low, adam), saved(eight, adam)),
+      paper=82.5,
+      formula=saved(count.low, adam),
+      here=saved(eight, adam),
     ),
     Row(
       '8-bit GaLore compared with 8-bit Adam: state',
-      *(65.5, saved(count.low, adam / 2), saved(eight, plain)),
+      paper=65.5,
+      formula=saved(count.low, adam / 2),
+      here=saved(eight, plain),
     ),
     Row(
       'layer-wise 8-bit GaLore compared with Adam in bf16: all but activations',
-      *(63.3, saved(all_of_it(count.low), 2 * adam)),
-      saved(all_of_it(eight), 2 * adam),
+      paper=63.3,
+      formula=saved(with_state(count.low), 2 * adam),
+      here=saved(with_state(eight), 2 * adam),
     ),
   ]
   return Section(
@@ -224,7 +247,7 @@ def largest() -> Section:
     f'{saved(packed, plain):.1f} here. The third figure of the paper compares '
     '22.0 GB with 59.9 GB, both with activations. Without weights, gradients '
     f'and state by formula, {59.9 - 2 * adam / GB:.1f} GB remain for Adam and '
-    f'{22.0 - all_of_it(count.low) / GB:.1f} GB for GaLore. '
+    f'{22.0 - with_state(count.low) / GB:.1f} GB for GaLore. '
     '[plan.md](plan.md) has the memory of the whole step by the compiler.',
   )
 
@@ -303,7 +326,7 @@ def page() -> str:
   return '\n\n'.join(parts) + '\n'
 
 
-def _table(rows):
+def _table(rows: Sequence[Row]) -> str:
   lines = [
     'what | paper | by formula | off | here',
     '--- | --: | --: | --: | --:',

@@ -96,7 +96,9 @@ class Size:
   window: int = 0
   """Tokens of the window in which rows are shuffled; 0 does not shuffle."""
   first: tuple[Rung, ...] = (
-    *(Rung(50, 12), Rung(100, 6), Rung(200, 3)),
+    Rung(50, 12),
+    Rung(100, 6),
+    Rung(200, 3),
     Rung(400, 2),
   )
   tuned: int = 750
@@ -163,16 +165,23 @@ def muon(around: Around, rate: Any) -> optax.GradientTransformation:
   """Muon for the matrices of the layers, with updates as large as Adam's."""
   del around
   matrix = optax.contrib.MuonDimensionNumbers(-2, -1)
-  sides = lambda tree: jax.tree.map(
-    lambda yes: matrix if yes else None, matrices(tree)
-  )
+
+  def sides(tree: Any) -> Any:
+    return jax.tree.map(lambda yes: matrix if yes else None, matrices(tree))
+
   return optax.contrib.muon(
     rate, consistent_rms=0.2, muon_weight_dimension_numbers=sides
   )
 
 
-_adam = lambda a, rate: adamw(rate)
-_lora = lambda a: dict(rank=a.rank, alpha=float(a.rank), rest='trained')
+def _adam(around: Around, rate: Any) -> optax.GradientTransformation:
+  del around
+  return adamw(rate)
+
+
+def _lora(around: Around) -> dict[str, Any]:
+  return dict(rank=around.rank, alpha=float(around.rank), rest='trained')
+
 
 METHODS = {
   'AdamW': Method(_adam, matrix=3e-4),
@@ -254,12 +263,14 @@ def pairs(method: Method) -> list[tuple[float, float]]:
   >>> pairs(METHODS['AdamW, one rate'])[:3]
   [(0.0003, 0.0003), (0.001, 0.001), (0.003, 0.003)]
   """
-  ladder = lambda start, count: [rung(start, i) for i in range(count)]
   if method.tied is not None:
-    return [(method.tied * rate, rate) for rate in ladder(method.rest, 6)]
-  return list(
-    itertools.product(ladder(method.matrix, 4), ladder(method.rest, 3))
-  )
+    rests = [rung(method.rest, i) for i in range(6)]
+    return [(method.tied * rest, rest) for rest in rests]
+  return [
+    (rung(method.matrix, i), rung(method.rest, j))
+    for i in range(4)
+    for j in range(3)
+  ]
 
 
 def rung(start: float, i: int) -> float:
@@ -289,8 +300,8 @@ class Corpora:
       rows = (line.partition('\t') for line in table.splitlines()[3:])
       lines = (json.dumps({'text': text}) + '\n' for *_, text in rows if text)
       (self.directory / f'{split}.jsonl').write_text(''.join(lines))
-    where = lambda split: str(self.directory / f'{split}.jsonl')
-    return TextFiles(where('train'), validation=where('test'))
+    train, test = (self.directory / f'{x}.jsonl' for x in ('train', 'test'))
+    return TextFiles(str(train), validation=str(test))
 
   def open(self, name: str) -> Chitchat | TextFiles:
     """Returns the corpus with one of the names in `CORPORA`."""
@@ -406,8 +417,12 @@ class Bench:
     whole = dataclasses.replace(config, adapter=None).schedule()
     task, around = language_model(config), Around(self.size.rank, gap)
 
-    def optimizer(rates, steps):
-      schedule = lambda count: whole(count * (config.steps / steps))
+    def optimizer(
+      rates: tuple[Any, Any], steps: Any
+    ) -> tuple[optax.GradientTransformation, optax.Schedule]:
+      def schedule(count: Any) -> Any:
+        return whole(count * (config.steps / steps))
+
       if isinstance(config.adapter, Relora):
         schedule = adapter_lib.jagged(schedule, config.adapter)
       matrix, rest = rates
@@ -420,12 +435,14 @@ class Bench:
       return optax.chain(clip, tx), schedule
 
     @jax.jit
-    def start(key):
+    def start(key: jax.Array) -> step_lib.State:
       tx, _ = optimizer((1.0, 1.0), 1)
       return step_lib.init(task.init(key), tx, task.trained)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, batch, rates, steps):
+    def step(
+      state: step_lib.State, batch: Any, rates: tuple[Any, Any], steps: Any
+    ) -> tuple[step_lib.State, dict[str, Any]]:
       tx, schedule = optimizer(rates, steps)
       run = step_lib.make_step(
         task.loss, tx, schedule=schedule, trained=task.trained
@@ -522,19 +539,26 @@ def tuned(name: str, size: Size, done: Done) -> Iterator[Job]:
   Returns:
     The method's pairs of rates, the best first (the generator's return value).
   """
-  found = lambda pair, steps: Job('chitchat', name, *pair, 0, steps)
+
+  def job(pair: tuple[float, float], steps: int) -> Job:
+    return Job('chitchat', name, *pair, 0, steps)
+
+  def best_first(
+    found: Sequence[tuple[float, float]], steps: int
+  ) -> list[tuple[float, float]]:
+    return sorted(found, key=lambda x: done[job(x, steps)]['bits_per_byte'])
+
   order = pairs(METHODS[name])
   for steps, count in size.first:
-    bits = lambda pair, steps=steps: done[found(pair, steps)]['bits_per_byte']
     order = order[:count]
-    yield from missing([found(pair, steps) for pair in order], done)
-    order = sorted(order, key=bits)
+    yield from missing([job(pair, steps) for pair in order], done)
+    order = best_first(order, steps)
   tried = set(pairs(METHODS[name]))
   for _ in range(3):
     more = beyond(order[0], tried, METHODS[name].tied)
-    yield from missing([found(pair, steps) for pair in more], done)
+    yield from missing([job(pair, steps) for pair in more], done)
     tried |= {*more}
-    order = sorted([*order, *more], key=bits)
+    order = best_first([*order, *more], steps)
   return order
 
 
@@ -580,8 +604,10 @@ def todo(
   if waiting(size, done):
     return
   found = firsts(size, done)
-  bits = lambda name: found[name]['bits_per_byte']
-  others = sorted((n for n in METHODS if n != BASELINE), key=bits)
+  others = sorted(
+    (name for name in METHODS if name != BASELINE),
+    key=lambda name: found[name]['bits_per_byte'],
+  )
   last = dict.fromkeys([BASELINE, *others[: size.finalists], *more])
   for name in [name for name in last if name in names]:
     order = yield from tuned(name, size, done)
@@ -624,7 +650,10 @@ def page(size: Size, done: Done) -> str:
   """Returns the results page in Markdown."""
   base = [run for job, run in done.items() if job.method == BASELINE]
   weights = next(iter(base or done.values()))['weight_bytes'] // 4
-  tokens = lambda steps: steps * size.batch_size * size.sequence_length
+
+  def tokens(steps: int) -> int:
+    return steps * size.batch_size * size.sequence_length
+
   text = [
     '# All methods with equal tuning',
     '',
@@ -733,12 +762,16 @@ def finals(corpus: str, size: Size, done: Done) -> dict[str, list[dict]]:
       tried = job._replace(seed=0, steps=size.tuned)
       found.setdefault(tried, []).append(run)
   whole = [job for job, runs in found.items() if len(runs) == size.seeds]
+
+  def bits(job: Job) -> float:
+    return done[job]['bits_per_byte'] if job in done else math.inf
+
   # If a method has two pairs of rates, the later key of the dict wins, so the
   # pair that was better in tuning comes last.
-  bits = lambda job: done[job]['bits_per_byte'] if job in done else math.inf
   order = sorted(whole, key=bits, reverse=True)
-  seed = lambda run: run['seed']
-  return {job.method: sorted(found[job], key=seed) for job in order}
+  return {
+    job.method: sorted(found[job], key=lambda run: run['seed']) for job in order
+  }
 
 
 def rows_of(runs: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -772,17 +805,21 @@ def by_length(corpus: str, size: Size, done: Done) -> list[str]:
     lengths = [size.first[-1].steps, *lengths]
   best = [best_at(corpus, steps, done) for steps in lengths]
   base = [found.get(BASELINE) for found in best]
-  more = lambda name, i: (
-    f'{best[i][name]["bits_per_byte"] - base[i]["bits_per_byte"]:+.4f}'
-    if base[i] and name in best[i]
-    else ''
-  )
+
+  def difference(name: str, i: int) -> str:
+    at_base = base[i]
+    if at_base is None or name not in best[i]:
+      return ''
+    found = best[i][name]['bits_per_byte'] - at_base['bits_per_byte']
+    return f'{found:+.4f}'
+
   tokens = [x * size.batch_size * size.sequence_length for x in lengths]
   return [
     '| method | ' + ' | '.join(f'{x:,}' for x in tokens) + ' |',
     '| --- ' * (1 + len(lengths)) + '|',
     *(
-      f'| {name} | {" | ".join(more(name, i) for i in range(len(lengths)))} |'
+      f'| {name} | '
+      f'{" | ".join(difference(name, i) for i in range(len(lengths)))} |'
       for name in sorted(best[-1], key=lambda x: best[-1][x]['bits_per_byte'])
       if name != BASELINE
     ),

@@ -79,7 +79,9 @@ def draw_points(axes: Axes, points: Sequence[Point]) -> None:
   axes.plot(*front, color='0.75', linewidth=1, label='Pareto front')
   if lows != highs:
     axes.vlines(
-      *(megabytes, lows, highs),
+      megabytes,
+      lows,
+      highs,
       color='tab:blue',
       linewidth=1,
       alpha=0.5,

@@ -23,9 +23,18 @@ from train.plan.cards import GPUS
 
 GIB = 2**30
 KEYS = (
-  *('config', 'method', 'device', 'batch_size', 'sequence_length'),
-  *('parameter_bytes', 'vocabulary_bytes', 'basis_bytes', 'moment_bytes'),
-  *('gradient_bytes', 'capacity_bytes', 'total_bytes'),
+  'config',
+  'method',
+  'device',
+  'batch_size',
+  'sequence_length',
+  'parameter_bytes',
+  'vocabulary_bytes',
+  'basis_bytes',
+  'moment_bytes',
+  'gradient_bytes',
+  'capacity_bytes',
+  'total_bytes',
 )
 """The fields of a plan that the picture uses."""
 

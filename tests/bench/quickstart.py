@@ -31,7 +31,10 @@ class Quickstart(methods.Bench):
 
   name = 'quickstart'
   names = (
-    *(BASELINE, '8-bit Adam', 'GaLore', '8-bit GaLore'),
+    BASELINE,
+    '8-bit Adam',
+    'GaLore',
+    '8-bit GaLore',
     'optax.contrib.galore',
   )
 

@@ -10,7 +10,7 @@ The table is written to tests/bench/results/scaling.md.
 import argparse
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,7 +29,10 @@ from train.task import language_model
 RESULTS = pathlib.Path(__file__).parent / 'results'
 
 COLLECTIVES = (
-  *('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all'),
+  'all-reduce',
+  'all-gather',
+  'reduce-scatter',
+  'all-to-all',
   'collective-permute',
 )
 
@@ -97,7 +100,7 @@ def measured(
   return row._replace(step=sent(text, min), refresh=sent(text, max))
 
 
-def sent(text: str, choose) -> int:
+def sent(text: str, choose: Callable) -> int:
   """Returns the bytes that the collectives of a program return.
 
   A collective in a loop is counted once for each iteration.
@@ -116,7 +119,10 @@ def sent(text: str, choose) -> int:
 
 def written(rows: Sequence[Row], width: int, num_layers: int) -> str:
   """Returns the results page in Markdown."""
-  kib = lambda x: '-' if x is None else f'{x / 2**10:,.0f}'
+
+  def kib(size: int | None) -> str:
+    return '-' if size is None else f'{size / 2**10:,.0f}'
+
   lines = [
     '# Memory and communication on several devices\n',
     f'By `python -m tests.bench.scaling`: a LLaMA with width {width}, MLP '

@@ -51,7 +51,9 @@ def text(batch_size: int, sequence_length: int) -> Iterator[Batch]:
   )
 
 
-def start(subspace: str, gap: int | Staggered, batch: Batch):
+def start(
+  subspace: str, gap: int | Staggered, batch: Batch
+) -> tuple[Callable, training.State]:
   """Returns the compiled step and the initial state of one run."""
   layers = Layers(MODEL)
   tx = galore_adamw(RATE, rank=128, gap=gap, subspace=subspace)
@@ -60,7 +62,9 @@ def start(subspace: str, gap: int | Staggered, batch: Batch):
   return step.lower(state, batch).compile(), state
 
 
-def timed(step: Callable, state, batch: Batch) -> tuple[training.State, float]:
+def timed(
+  step: Callable, state: training.State, batch: Batch
+) -> tuple[training.State, float]:
   """Returns the state after a step, and the seconds of the step."""
   begin = time.perf_counter()
   state, _ = jax.block_until_ready(step(state, batch))
@@ -136,13 +140,16 @@ def show(rows: list[dict]) -> None:
   """Prints the table."""
   columns = ('subspace', 'gap', 'step 0', 'median', 'slowest')
   table = rich.table.Table(
-    *(*columns, 'at step', 'times lower'), title='Seconds per step'
+    *columns, 'at step', 'times lower', title='Seconds per step'
   )
   for row in rows:
     times = (row[key] for key in ('first', 'median', 'slowest'))
     table.add_row(
-      *(row['subspace'], row['gap'], *(f'{x:.3f}' for x in times)),
-      *(str(row['slowest_at']), f'{row["times_lower"]:.1f} x'),
+      row['subspace'],
+      row['gap'],
+      *(f'{x:.3f}' for x in times),
+      str(row['slowest_at']),
+      f'{row["times_lower"]:.1f} x',
     )
   Console().print(table)
 

@@ -13,6 +13,7 @@ import json
 import pathlib
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,9 +77,11 @@ def gradients_60m() -> dict[str, tuple[jax.Array, jax.Array]]:
   params = jax.jit(layers.init)(jax.random.key(0))
   gradient = jax.jit(jax.grad(lambda p, batch: layers(p, batch)[0]))
   first, second = (gradient(params, next(stream))['blocks'] for _ in range(2))
-  pick = lambda blocks, *keys: jax.tree.leaves(
-    blocks[keys[0]][keys[1]], is_leaf=None
-  )[0][3]
+
+  def pick(layers: Any, part: str, name: str) -> jax.Array:
+    """Returns the gradient of a weight in the fourth layer."""
+    return jax.tree.leaves(layers[part][name])[0][3]
+
   names = {'60M mlp/up': ('mlp', 'up'), '60M attention/q': ('attention', 'q')}
   return {
     name: (pick(first, *keys), pick(second, *keys))
@@ -181,7 +184,8 @@ def plot(rows: list[dict]) -> None:
 
   cases = list(dict.fromkeys(row['case'] for row in rows))
   figure, grid = plt.subplots(
-    *(2, -(-len(cases) // 2)),
+    2,
+    -(-len(cases) // 2),
     figsize=(9.6, 6),
     sharex=True,
     sharey=True,

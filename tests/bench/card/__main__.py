@@ -109,23 +109,48 @@ ROWS = {
 }
 RATES = ('bandwidth', 'bfloat16', 'float32 as it is', 'float32, highest')
 STEP_HEADS = (
-  *('step of', 'tokens/s', 's', 'least, s', 'kernels', 'first, s'),
-  *('peak, GiB', 'plan, GiB', 'note'),
+  'step of',
+  'tokens/s',
+  's',
+  'least, s',
+  'kernels',
+  'first, s',
+  'peak, GiB',
+  'plan, GiB',
+  'note',
 )
 UPDATE_HEADS = (
-  *('update of', 'ms', 'least, ms', 'kernels', 'first, s', 'peak, GiB'),
+  'update of',
+  'ms',
+  'least, ms',
+  'kernels',
+  'first, s',
+  'peak, GiB',
   'note',
 )
 TINY = (
-  *('--batch-size', '2', '--sequence-length', '32'),
-  *('--model.vocab-size', '256', '--model.width', '64'),
-  *('--model.mlp-width', '160', '--model.num-layers', '2'),
+  '--batch-size',
+  '2',
+  '--sequence-length',
+  '32',
+  '--model.vocab-size',
+  '256',
+  '--model.width',
+  '64',
+  '--model.mlp-width',
+  '160',
+  '--model.num-layers',
+  '2',
 )
 SMALL = {
   'small step': step('configs/quickstart.py', *TINY, '--optimizer.rank', '16'),
   'small update': (
-    *(OURS, 'update', 'configs/quickstart.py', *TINY),
-    *('--optimizer.rank', '16'),
+    OURS,
+    'update',
+    'configs/quickstart.py',
+    *TINY,
+    '--optimizer.rank',
+    '16',
   ),
   'no such config': step('configs/none.py'),
 }
@@ -150,8 +175,8 @@ def measure_all(
   While one process measures, the next one starts and waits for the GPU.
   """
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    take = lambda workload: measure(workload, steps, cache)
-    yield from zip(rows, pool.map(take, rows.values()), strict=True)
+    found = pool.map(lambda x: measure(x, steps, cache), rows.values())
+    yield from zip(rows, found, strict=True)
 
 
 def measure(workload: Sequence[str], steps: int, cache: str) -> Row:
@@ -273,7 +298,10 @@ def page(found: Mapping[str, Row]) -> str:
     kind: {k: x for k, x in done.items() if x['workload'][1] == kind}
     for kind in ('rates', 'step', 'update')
   }
-  known = lambda key: '; '.join(dict.fromkeys(x[key] for x in done.values()))
+
+  def known(key: str) -> str:
+    return '; '.join(dict.fromkeys(x[key] for x in done.values()))
+
   text = [
     f'# Measurements on a GPU\n\n{known("device")}; {known("software")}; '
     f'{known("date")}.\nBy `python -m tests.bench.card`, with made-up tokens '

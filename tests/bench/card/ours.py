@@ -4,6 +4,7 @@ Each workload is a generator. It yields an empty dict when it has compiled its
 program, then runs the program and yields the measurements.
 """
 
+import functools
 import math
 import statistics
 import time
@@ -75,7 +76,6 @@ def update(steps: str, *argv: str) -> Iterator[Found]:
 def rates(steps: str) -> Iterator[Found]:
   """Measures the GPU's bytes and flops per second, in three precisions."""
   size = 8192
-  draw = lambda dtype: jax.random.normal(jax.random.key(0), (size, size), dtype)
   product = jax.jit(jnp.matmul, static_argnames='precision')
   yield {}
   x = jnp.ones(2**30, jnp.float32)
@@ -88,8 +88,8 @@ def rates(steps: str) -> Iterator[Found]:
     ('float32 as it is', jnp.float32, None),
     ('float32, highest', jnp.float32, 'highest'),
   ):
-    a = draw(dtype)
-    run = lambda a=a, p=precision: product(a, a, precision=p)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    run = functools.partial(product, a, a, precision=precision)
     found[name] = 2 * size**3 / measured(run, int(steps))['seconds']
   yield found
 
@@ -135,10 +135,12 @@ def waves(shapes: PyTree) -> PyTree:
 
   The initialization of real weights would raise the peak memory.
   """
-  wave = lambda x: jnp.cos(
-    jax.lax.broadcasted_iota(jnp.float32, x.shape, x.ndim - 1)
-  )
-  return jax.tree.map(lambda x: (0.02 * wave(x)).astype(x.dtype), shapes)
+
+  def wave(x: jax.ShapeDtypeStruct) -> jax.Array:
+    column = jax.lax.broadcasted_iota(jnp.float32, x.shape, len(x.shape) - 1)
+    return (0.02 * jnp.cos(column)).astype(x.dtype)
+
+  return jax.tree.map(wave, shapes)
 
 
 def noise(shapes: PyTree) -> PyTree:

@@ -72,7 +72,11 @@ def made(
 def measured(run: Callable[[], Any], steps: int) -> dict[str, Any]:
   """Returns the seconds of a run and the peak memory of the GPU."""
   on_card = CARD == 'cuda'
-  wait = lambda _: torch.cuda.synchronize() if on_card else None
+
+  def wait(_: Any) -> None:
+    if on_card:
+      torch.cuda.synchronize()
+
   return timed(run, wait, steps) | {
     'device': torch.cuda.get_device_name() if on_card else 'cpu',
     'software': f'torch {torch.__version__}, transformers {VERSION}',

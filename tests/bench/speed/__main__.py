@@ -33,8 +33,14 @@ OURS, THEIRS = 'tests.bench.speed.ours', 'tests.bench.speed.theirs'
 PEER = 'galore-torch'
 FINDERS = ('svd', 'gram', 'randomized', 'power')
 STEPS = (
-  *('Galore()', 'Galore8bit()', 'GaloreAdafactor()', 'GaloreMuon()', 'Fira()'),
-  *('Apollo()', 'ScaleSgd()', 'AdamW()'),
+  'Galore()',
+  'Galore8bit()',
+  'GaloreAdafactor()',
+  'GaloreMuon()',
+  'Fira()',
+  'Apollo()',
+  'ScaleSgd()',
+  'AdamW()',
 )
 DEPTHS = ('4', '8', '16', '32')
 AT_ONCE = 4
@@ -243,7 +249,10 @@ def program(rounds: int) -> list[Row]:
 def until_metrics(run: pathlib.Path, *options: str, **env: str) -> float:
   """Starts a training, stops it at its first metrics, returns the seconds."""
   path = run / 'metrics.jsonl'
-  lines = lambda: path.read_text().count('\n') if path.exists() else 0
+
+  def lines() -> int:
+    return path.read_text().count('\n') if path.exists() else 0
+
   before, start = lines(), time.perf_counter()
   command = ['-m', 'train.pretrain', 'configs/quickstart.py', '--run', str(run)]
   process = subprocess.Popen(

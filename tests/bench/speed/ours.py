@@ -115,7 +115,7 @@ def update(
     params = unstacked(params)
   grads = jax.jit(lambda x: jax.tree.map(lambda w: jnp.sin(1 + w), x))(params)
 
-  def apply(grads, state, params):
+  def apply(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
@@ -157,7 +157,10 @@ def refresh(finder: str, size: str) -> tuple[Run, dict[str, Any]]:
 
 def rates() -> tuple[Run, dict[str, Any]]:
   """Measures the flops and bytes per second of the machine."""
-  draw = lambda *shape: jax.random.normal(jax.random.key(0), shape)
+
+  def draw(*shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), shape)
+
   product = jax.jit(jnp.matmul)
   a, b = draw(2048, 2048), draw(2048, 2048)
   add = jax.jit(lambda x, y: x + 2 * y, donate_argnums=0)

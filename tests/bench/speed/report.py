@@ -107,7 +107,9 @@ def seconds(row: Row) -> str:
 def update_cells(row: Row, limit: Callable[[Row], float]) -> Sequence[str]:
   """Returns the table cells of an update."""
   return (
-    *(f'`{row["name"]}`', seconds(row), f'{row["ratio"]:.2f}'),
+    f'`{row["name"]}`',
+    seconds(row),
+    f'{row["ratio"]:.2f}',
     *share_cells(row, limit(row), '.3f'),
     f'{row["compile"]:.1f}' if 'compile' in row else '-',
     f'{row["peak_bytes"] / 1e9:.2f}',
@@ -117,8 +119,10 @@ def update_cells(row: Row, limit: Callable[[Row], float]) -> Sequence[str]:
 def step_cells(row: Row, limit: Callable[[Row], float]) -> Sequence[str]:
   """Returns the table cells of a whole step."""
   return (
-    *(f'`{row["name"]}`', seconds(row)),
-    *(f'{row["tokens"] / row["median"]:.0f}', f'{1 / row["ratio"]:.2f}'),
+    f'`{row["name"]}`',
+    seconds(row),
+    f'{row["tokens"] / row["median"]:.0f}',
+    f'{1 / row["ratio"]:.2f}',
     *share_cells(row, limit(row), '.2f'),
     f'{row["peak_bytes"] / 1e9:.2f}',
   )
@@ -132,8 +136,13 @@ def share_cells(row: Row, least: float, digits: str) -> Sequence[str]:
 
 
 STEP = (
-  *('row', 'seconds', 'tokens/s', 'speed / galore-torch', 'limit, s'),
-  *('limit / time', 'peak memory, GB'),
+  'row',
+  'seconds',
+  'tokens/s',
+  'speed / galore-torch',
+  'limit, s',
+  'limit / time',
+  'peak memory, GB',
 )
 TABLES: dict[str, tuple[str, Sequence[str], Callable]] = {
   'rates': (
@@ -146,8 +155,13 @@ TABLES: dict[str, tuple[str, Sequence[str], Callable]] = {
   'updates': (
     'Update between two refreshes, in place',
     (
-      *('row', 'seconds', 'time / galore-torch', 'limit, s', 'limit / time'),
-      *('compilation, s', 'peak memory, GB'),
+      'row',
+      'seconds',
+      'time / galore-torch',
+      'limit, s',
+      'limit / time',
+      'compilation, s',
+      'peak memory, GB',
     ),
     update_cells,
   ),

@@ -24,7 +24,10 @@ def main() -> None:
   """Runs the workload that the command line names."""
   # Redirect other output to standard error, to keep it out of the answers.
   answers, sys.stdout = sys.stdout, sys.stderr
-  answer = lambda **values: print(json.dumps(values), file=answers, flush=True)
+
+  def answer(**values: Any) -> None:
+    print(json.dumps(values), file=answers, flush=True)
+
   module, function, *arguments = sys.argv[1:]
   workload = getattr(importlib.import_module(module), function)
   run, notes = workload(*arguments)
