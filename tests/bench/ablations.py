@@ -216,7 +216,7 @@ SIZE = Size()
 class Runner:
   """Trains single runs."""
 
-  def __init__(self, size: Size, rates: tuple[float, float]):
+  def __init__(self, size: Size, rates: tuple[float, float]) -> None:
     """Stores the settings. The first run reads the text.
 
     Args:

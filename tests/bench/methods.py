@@ -286,7 +286,7 @@ def rung(start: float, i: int) -> float:
 class Corpora:
   """The texts of the benchmark."""
 
-  def __init__(self, directory: pathlib.Path):
+  def __init__(self, directory: pathlib.Path) -> None:
     """Stores the directory to which 20 newsgroups is extracted on first use."""
     self.directory = directory
 
@@ -332,7 +332,7 @@ class Bench:
   names: Sequence[str] = (*METHODS,)
   """Names of the methods that run by default."""
 
-  def __init__(self, size: Size, corpora: Corpora):
+  def __init__(self, size: Size, corpora: Corpora) -> None:
     """Sets up the caches; texts are read when the first run needs them."""
     self.size, self.corpora = size, corpora
     self.text = functools.cache(self._text)

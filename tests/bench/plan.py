@@ -40,7 +40,7 @@ KEYS = (
 
 
 def parts(plan: dict[str, Any]) -> dict[str, int]:
-  """Returns the bytes of a plan by what they hold.
+  """Returns the parts of a plan in bytes, by name.
 
   >>> plan = dict.fromkeys(KEYS, 1) | {'total_bytes': 9, 'gradient_bytes': 7}
   >>> parts(plan)['gradients'], parts(plan)['activations and temporaries']

@@ -28,7 +28,9 @@ class Runs:
   2.5
   """
 
-  def __init__(self, file: pathlib.Path, job: Any, shared: dict[str, Any]):
+  def __init__(
+    self, file: pathlib.Path, job: Any, shared: dict[str, Any]
+  ) -> None:
     """Reads the file if it exists.
 
     Args:

@@ -3,8 +3,8 @@
 `python -m tests.bench.speed.worker MODULE FUNCTION ARGUMENTS...` writes JSON
 objects to standard output, one in a line. The first object has `ready`, the
 seconds since the start of the process. For each number on standard input, the
-process times this many consecutive runs and writes their `seconds`. At the end
-of the input it writes its peak memory.
+process times this many consecutive runs and writes their `seconds`. When the
+input ends, it writes its peak memory.
 """
 
 import importlib
@@ -50,7 +50,9 @@ def main() -> None:
 class Worker:
   """Starts a worker process and requests times from it."""
 
-  def __init__(self, module: str, function: str, *arguments: str, **env: str):
+  def __init__(
+    self, module: str, function: str, *arguments: str, **env: str
+  ) -> None:
     """Starts the process and waits until its workload is ready."""
     self._process = subprocess.Popen(
       [sys.executable, '-m', __name__, module, function, *arguments],
