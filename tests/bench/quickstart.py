@@ -1,10 +1,10 @@
-"""The quickstart's model under several methods, all tuned alike.
+"""Compares several methods on the quickstart config, with equal tuning.
 
-`python -m tests.bench.quickstart` trains the model of configs/quickstart.py, on
-its text and with its batches and rank, with two learning rates for each method:
-as `tests.bench.methods` does, by successive halving until no best
-is at an edge of its grid. `--only` takes other methods of that bench. The table
-is written to tests/bench/results/quickstart.md.
+`python -m tests.bench.quickstart` trains the model of configs/quickstart.py,
+with the text, batches and rank of this config. As in `tests.bench.methods`,
+each method has two learning rates, which are tuned by successive halving until
+the best pair is not at an edge of the grid. `--only` selects other methods of
+that benchmark. The table is written to tests/bench/results/quickstart.md.
 """
 
 import dataclasses
@@ -27,17 +27,20 @@ CONFIG = 'configs/quickstart.py'
 
 
 class Quickstart(methods.Bench):
-  """Runs of the quickstart's own config."""
+  """Trains single runs with the quickstart config."""
 
   name = 'quickstart'
   names = (
-    *(BASELINE, '8-bit Adam', 'GaLore', '8-bit GaLore'),
+    BASELINE,
+    '8-bit Adam',
+    'GaLore',
+    '8-bit GaLore',
     'optax.contrib.galore',
   )
 
   @staticmethod
   def usual() -> Size:
-    """Returns the quickstart's size; the last rung is the quickstart itself."""
+    """Returns the quickstart's size; its last rung has the full length."""
     given = load(CONFIG)
     return Size(
       width=given.model.width,
@@ -50,7 +53,7 @@ class Quickstart(methods.Bench):
     )
 
   def config(self, job: Job) -> Config:
-    """Returns the config of a run, at learning rate 1."""
+    """Returns the config of a run, with a peak learning rate of 1."""
     adapter = METHODS[job.method].adapter
     return dataclasses.replace(
       load(CONFIG),
@@ -63,27 +66,31 @@ class Quickstart(methods.Bench):
     )
 
   def around(self, steps: int) -> Around:
-    """Returns the quickstart's rank and gap, however long a run is."""
+    """Returns the quickstart's rank and gap, for runs of every length."""
     del steps
     given = load(CONFIG).optimizer
     return Around(given.rank, given.gap)
 
   def page(self, done: Done) -> str:
-    """Returns the table, and how it is to be read."""
+    """Returns the results page in Markdown."""
     head = '\n'.join(methods.unshuffled(self.size))
-    text = f"""# The quickstart under several methods
+    text = f"""# The quickstart with several methods
 
 {head}
 By `python -m tests.bench.quickstart`: {self.size.first[-1].steps} steps of
-configs/quickstart.py on {methods.machines(done.values())}, one seed; each
-method at the best of its pairs of rates, none of which is at the edge of what
-was tried. Another machine sums in another order: expect figures within 0.005
-bits of these (a second one once gave 2.0096 for 2.007). Each run has its
-command in quickstart.json. `optax.contrib.galore` as it comes projects the
-embedding and the head alone: it sees no matrix in stacked layers. Seconds are
-the least of the runs, as the machine had other work.
+configs/quickstart.py on {methods.machines(done.values())}, with one seed. Each
+method uses the best of its pairs of learning rates, which is never at the edge
+of the rates that were tried. Lower bits per byte are better. Another machine
+adds in another order: expect results within 0.005 bits of these (one other
+machine gave 2.0096 instead of 2.007). The command of each run is in
+quickstart.json. `optax.contrib.galore` with its defaults projects only the
+embedding and the head, because it does not treat the stacked layers as
+matrices. Seconds are the minimum over the runs of a method, because the machine
+had other work.
 """
-    return '\n'.join([text, *methods.first_table(self.size, done), ''])
+    table = methods.first_table(self.size, done)
+    link = '![Bits per byte against memory](quickstart.png)'
+    return '\n'.join([text, *table, '', link, ''])
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What a bench has run: a file by which it goes on, and which calls share."""
+"""The results file of a benchmark, which several processes may share."""
 
 import fcntl
 import json
@@ -14,7 +14,10 @@ import jax
 
 
 class Runs:
-  """Runs by their job, a named tuple; each is written as it is added.
+  """The finished runs of a benchmark, in memory and in a JSON file.
+
+  `done` maps a job, a named tuple of settings, to the record of its run. Each
+  run is written to the file when it is added.
 
   >>> import tempfile, typing
   >>> Job = typing.NamedTuple('Job', [('method', str), ('seed', int)])
@@ -25,16 +28,18 @@ class Runs:
   2.5
   """
 
-  def __init__(self, file: pathlib.Path, job: Any, shared: dict[str, Any]):
-    """Reads what there is.
+  def __init__(
+    self, file: pathlib.Path, job: Any, shared: dict[str, Any]
+  ) -> None:
+    """Reads the file if it exists.
 
     Args:
-      file: of the runs; its directory is made with the first one.
-      job: the named tuple's class.
-      shared: what all runs have in common, such as a model's size.
+      file: path of the JSON file; `add` creates its directory.
+      job: class of the named tuple that identifies a run.
+      shared: settings that all runs in the file share, such as the model size.
 
     Raises:
-      SystemExit: the file holds runs that share something else.
+      SystemExit: the runs in the file have other shared settings.
     """
     self.file, self.job = file, job
     self.shared = json.loads(json.dumps(shared))
@@ -53,13 +58,13 @@ class Runs:
     return {self.job(*(run[x] for x in self.job._fields)): run for run in runs}
 
   def add(self, job: Hashable, run: dict[str, Any]) -> None:
-    """Writes a run, and reads what other calls have written since."""
+    """Adds a run to the file, and reads runs that other processes added."""
     fields = dict(zip(self.job._fields, job, strict=True))  # pyright: ignore
     self.done[job] = fields | run | {'machine': jax.devices()[0].device_kind}
     self.file.parent.mkdir(parents=True, exist_ok=True)
     directory = os.open(self.file.parent, os.O_RDONLY)
     try:
-      # Until it is closed.
+      # Closing the directory releases the lock.
       fcntl.flock(directory, fcntl.LOCK_EX)
       self.done |= self._read()
       content = self.shared | {'runs': [*self.done.values()]}
@@ -69,15 +74,16 @@ class Runs:
 
 
 def save(path: pathlib.Path, text: str) -> None:
-  """Writes a file at once, so that a stop leaves the old one."""
-  # Of this thread of this process: another may write the same file.
+  """Replaces a file atomically, so that an interruption keeps the old one."""
+  # Another thread or process may write the same file at the same time, so the
+  # name of the temporary file contains the id of this thread.
   new = path.with_name(f'{path.name}.{threading.get_native_id()}')
   new.write_text(text)
   new.replace(path)
 
 
 def until(jobs: Iterator[Any], hours: float | None) -> Iterator[Any]:
-  """Yields what is to run, while there is time."""
+  """Yields jobs until the given hours are over; None sets no limit."""
   end = time.monotonic() + 3600 * (math.inf if hours is None else hours)
   for job in jobs:
     if time.monotonic() >= end:

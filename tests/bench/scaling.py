@@ -1,16 +1,16 @@
-"""What each of several devices holds and sends.
+"""Computes the memory and the communication of each device of a mesh.
 
-`python -m tests.bench.scaling` takes from shapes and from the compiler, for
-devices of the CPU that stand for others: bytes of weights and of optimizer
-state that a device holds, under FSDP and where only the rows of a batch are
-dealt out, and bytes of what its collectives return in a step, with and without
-a refresh. Writes tests/bench/results/scaling.md.
+`python -m tests.bench.scaling` simulates a mesh with devices of the CPU. It
+computes from shapes how many bytes of weights and optimizer state each device
+holds, with FSDP and with data parallelism only. From the compiled program it
+counts the bytes that collectives return in a step, with and without a refresh.
+The table is written to tests/bench/results/scaling.md.
 """
 
 import argparse
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,25 +29,32 @@ from train.task import language_model
 RESULTS = pathlib.Path(__file__).parent / 'results'
 
 COLLECTIVES = (
-  *('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all'),
+  'all-reduce',
+  'all-gather',
+  'reduce-scatter',
+  'all-to-all',
   'collective-permute',
 )
 
 
 class Row(NamedTuple):
-  """Of one method on a number of devices, in bytes of a device."""
+  """One method on one mesh, in bytes per device."""
 
   method: str
   axis: str
+  """Mesh axis that has all devices."""
   devices: int
+  """Number of devices."""
   weights: int
   state: int
   step: int | None = None
+  """Bytes that collectives return in a step without a refresh."""
   refresh: int | None = None
+  """Bytes that collectives return in a step with a refresh."""
 
 
 def configs(width: int, num_layers: int) -> dict[str, Config]:
-  """Returns a config for each method; ranks are a quarter of the width."""
+  """Returns a config for each method, with a rank of a quarter of the width."""
   model = LlamaConfig(
     vocab_size=8 * width,
     width=width,
@@ -71,7 +78,7 @@ def configs(width: int, num_layers: int) -> dict[str, Config]:
       learning_rate=1e-3,
       batch_size=16,
       sequence_length=64,
-      # The norm of whole gradients would have to be known first.
+      # Clipping by the norm would need the whole gradients on every device.
       clip_norm=None,
     )
     for name, optimizer in methods.items()
@@ -81,7 +88,7 @@ def configs(width: int, num_layers: int) -> dict[str, Config]:
 def measured(
   name: str, config: Config, axis: str, devices: int, *, compiles: bool
 ) -> Row:
-  """Returns what a device holds and, if it is compiled, what it receives."""
+  """Returns the bytes of a device; those of collectives only if `compiles`."""
   config = dataclasses.replace(config, mesh=Mesh(**{axis: devices}))
   mesh = mesh_lib.devices(config.mesh)
   step, state, batch = placed_step(config, language_model(config), mesh)
@@ -93,12 +100,15 @@ def measured(
   return row._replace(step=sent(text, min), refresh=sent(text, max))
 
 
-def sent(text: str, choose) -> int:
-  """Returns the bytes of what collectives return, in loops as often as they go.
+def sent(text: str, choose: Callable) -> int:
+  """Returns the bytes that the collectives of a program return.
+
+  A collective in a loop is counted once for each iteration.
 
   Args:
-    text: of a compiled program.
-    choose: `min` for a step between two refreshes, `max` for one with one.
+    text: the compiled program's HLO.
+    choose: `min` takes the branch of each conditional that moves fewer bytes,
+      which is a step without a refresh; `max` gives a step with a refresh.
   """
   return sum(
     kernel.times * program.size(kernel.shape)
@@ -108,18 +118,23 @@ def sent(text: str, choose) -> int:
 
 
 def written(rows: Sequence[Row], width: int, num_layers: int) -> str:
-  """Returns the table in Markdown."""
-  kib = lambda x: '-' if x is None else f'{x / 2**10:,.0f}'
+  """Returns the results page in Markdown."""
+
+  def kib(size: int | None) -> str:
+    return '-' if size is None else f'{size / 2**10:,.0f}'
+
   lines = [
-    '# Many devices\n',
-    f'A LLaMA of width {width}, mlp width {3 * width}, {num_layers} layers and '
-    f'{8 * width} tokens in float32, 16 sequences of 64 tokens in a batch, '
-    f'rank {width // 4} with `power`, no clipping, on a mesh of devices of the '
-    f'CPU: `fsdp` cuts weights, state and batch, `data` the batch alone. '
-    'KiB of each device, from shapes and from the compiled program (jax '
-    f'{jax.__version__}): what collectives return, in a step between two '
-    'refreshes and in one with a refresh (-: not compiled).\n',
-    '| method | mesh | weights | state | a step | with a refresh |',
+    '# Memory and communication on several devices\n',
+    f'By `python -m tests.bench.scaling`: a LLaMA with width {width}, MLP '
+    f'width {3 * width}, {num_layers} layers and a vocabulary of {8 * width} '
+    'tokens, in float32; batches of 16 sequences of 64 tokens; rank '
+    f'{width // 4} with `power`; no clipping. The mesh has devices of the CPU. '
+    '`fsdp` shards weights, optimizer state and batch; `data` shards only the '
+    'batch. All figures are in KiB per device. Weights and state are computed '
+    'from shapes. The last two columns are the results of the collectives in '
+    f'the compiled program (jax {jax.__version__}), in a step without and with '
+    'a refresh (-: not compiled).\n',
+    '| method | mesh | weights | state | collectives | with a refresh |',
     '|---|---|---:|---:|---:|---:|',
     *(
       f'| {x.method} | {x.axis} {x.devices} | {kib(x.weights)} | '
@@ -131,7 +146,7 @@ def written(rows: Sequence[Row], width: int, num_layers: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Writes the table."""
+  """Computes all rows and writes the page."""
   options = argparse.ArgumentParser('python -m tests.bench.scaling')
   options.add_argument('--width', type=int, default=256)
   options.add_argument('--layers', type=int, default=2)
@@ -140,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     '--compiled',
     type=int,
     nargs='+',
-    help='numbers of devices that are compiled for too (default: all)',
+    help='numbers of devices to compile programs for (default: all)',
   )
   args = options.parse_args(argv)
   jax.config.update('jax_platforms', 'cpu')

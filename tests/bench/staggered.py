@@ -1,11 +1,13 @@
-"""The slowest step of the 60M model, where matrices take turns and where not.
+"""Measures how `Staggered` shortens the slowest step of the 60M model.
 
-`python -m tests.bench.staggered` trains the model with each finder, once with
-`gap=200` and once with `gap=Staggered(200)`, prints the table, and writes it to
-tests/bench/results/. The runs are interleaved step by step, and each is done
-`--rounds` times: a step's seconds are the least of its rounds, as what else
-runs on a machine only adds. Every run finds all its bases at step 0, which is
-reported apart. The text is Chitchat's.
+`python -m tests.bench.staggered` trains the model with each subspace finder,
+once with `gap=200`, which refreshes all bases in the same step, and once with
+`gap=Staggered(200)`, which spreads the refreshes over the gap. It prints the
+table and writes it to tests/bench/results/staggered.json. The runs are
+interleaved step by step and repeated `--rounds` times. The time of a step is
+the minimum over these rounds, because other programs can only slow it down.
+Every run finds all its bases at step 0, so this step is reported separately.
+The text is chitchat-dataset.
 """
 
 import argparse
@@ -35,7 +37,7 @@ RATE = 0.005
 
 
 def text(batch_size: int, sequence_length: int) -> Iterator[Batch]:
-  """Returns batches without end."""
+  """Returns an endless iterator over batches."""
   documents = Chitchat().open('train')
   tokenizer = train_tokenizer(
     documents.stream(seed=0, repeat=False), vocab_size=MODEL.vocab_size
@@ -49,8 +51,10 @@ def text(batch_size: int, sequence_length: int) -> Iterator[Batch]:
   )
 
 
-def start(subspace: str, gap: int | Staggered, batch: Batch):
-  """Returns the compiled step and the first state of one run."""
+def start(
+  subspace: str, gap: int | Staggered, batch: Batch
+) -> tuple[Callable, training.State]:
+  """Returns the compiled step and the initial state of one run."""
   layers = Layers(MODEL)
   tx = galore_adamw(RATE, rank=128, gap=gap, subspace=subspace)
   state = training.init(layers.init(jax.random.key(0)), tx)
@@ -58,8 +62,10 @@ def start(subspace: str, gap: int | Staggered, batch: Batch):
   return step.lower(state, batch).compile(), state
 
 
-def timed(step: Callable, state, batch: Batch) -> tuple[training.State, float]:
-  """Returns the state after a step, and its seconds."""
+def timed(
+  step: Callable, state: training.State, batch: Batch
+) -> tuple[training.State, float]:
+  """Returns the state after a step, and the seconds of the step."""
   begin = time.perf_counter()
   state, _ = jax.block_until_ready(step(state, batch))
   return state, time.perf_counter() - begin
@@ -68,7 +74,7 @@ def timed(step: Callable, state, batch: Batch) -> tuple[training.State, float]:
 def measure(
   gap: int, steps: int, stream: Iterator[Batch], subspaces: Sequence[str]
 ) -> dict[tuple[str, bool], list[float]]:
-  """Returns the seconds of each step, by subspace and whether in turns."""
+  """Returns the seconds of each step, by `(subspace, is staggered)`."""
   first = next(stream)
   runs = {
     (subspace, in_turns): start(
@@ -92,7 +98,7 @@ def measure(
 def least(
   rounds: Sequence[dict[tuple[str, bool], list[float]]],
 ) -> dict[tuple[str, bool], list[float]]:
-  """Returns the least seconds of each step.
+  """Returns the minimum over rounds of the seconds of each step.
 
   >>> least([{('svd', True): [3.0, 1.0]}, {('svd', True): [2.0, 9.0]}])
   {('svd', True): [2.0, 1.0]}
@@ -106,7 +112,11 @@ def least(
 def summary(
   gap: int, seconds: dict[tuple[str, bool], list[float]]
 ) -> list[dict]:
-  """Returns a row for each run; times_lower is that of the slowest step."""
+  """Returns a table row for each run.
+
+  `times_lower` is the slowest step with `gap` divided by the slowest step of
+  this run; both leave out step 0.
+  """
   rows = []
   for (subspace, in_turns), all_seconds in seconds.items():
     first, *later = all_seconds
@@ -129,18 +139,23 @@ def summary(
 def show(rows: list[dict]) -> None:
   """Prints the table."""
   columns = ('subspace', 'gap', 'step 0', 'median', 'slowest')
-  table = rich.table.Table(*columns, 'at', 'lower', title='Seconds of a step')
+  table = rich.table.Table(
+    *columns, 'at step', 'times lower', title='Seconds per step'
+  )
   for row in rows:
     times = (row[key] for key in ('first', 'median', 'slowest'))
     table.add_row(
-      *(row['subspace'], row['gap'], *(f'{x:.3f}' for x in times)),
-      *(str(row['slowest_at']), f'{row["times_lower"]:.1f} x'),
+      row['subspace'],
+      row['gap'],
+      *(f'{x:.3f}' for x in times),
+      str(row['slowest_at']),
+      f'{row["times_lower"]:.1f} x',
     )
   Console().print(table)
 
 
 def main() -> None:
-  """Measures, prints, writes."""
+  """Measures all runs, prints the table and writes it."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--steps', type=int, default=400)
   parser.add_argument('--gap', type=int, default=200)

@@ -1,9 +1,9 @@
-"""Time and captured energy of each subspace finder.
+"""Measures the time and the captured energy of each subspace finder.
 
 `python -m tests.bench.subspace` prints the table, and writes it with a plot to
-tests/bench/results/. Energy is |P g|^2 over that of the exact SVD's basis; a
-finder that starts from the previous basis gets that of an earlier gradient,
-and a row of its own without one.
+tests/bench/results/. The energy of a basis P for a gradient g is |P g|^2,
+divided by the energy of the exact SVD's basis. `PowerIteration` starts from the
+basis of an earlier gradient; another row measures it without an earlier basis.
 
 Axes: m projected side, n other side, r rank.
 """
@@ -13,6 +13,7 @@ import json
 import pathlib
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,10 @@ FINDERS = {
 
 
 def power_law(m: int, n: int, seed: int) -> jax.Array:
-  """Returns singular values k^-0.7 and a tenth of noise, new in each seed."""
+  """Returns an m x n matrix with singular values k^-0.7, plus 10% noise.
+
+  Only the noise depends on the seed.
+  """
   rng = np.random.default_rng(0)
   left, _ = np.linalg.qr(rng.normal(size=(m, m)))
   right, _ = np.linalg.qr(rng.normal(size=(n, m)))
@@ -57,9 +61,10 @@ def power_law(m: int, n: int, seed: int) -> jax.Array:
 
 
 def gradients_60m() -> dict[str, tuple[jax.Array, jax.Array]]:
-  """Returns two real gradients of weights of the 60M model, of two batches.
+  """Returns the gradients of two weights of the 60M model, for two batches.
 
-  The weights are fresh, the text is Chitchat's, 4 x 128 tokens a batch.
+  The model has its initial weights. A batch is 4 x 128 tokens of
+  chitchat-dataset.
   """
   documents = Chitchat().open('train')
   tokenizer = train_tokenizer(
@@ -72,9 +77,11 @@ def gradients_60m() -> dict[str, tuple[jax.Array, jax.Array]]:
   params = jax.jit(layers.init)(jax.random.key(0))
   gradient = jax.jit(jax.grad(lambda p, batch: layers(p, batch)[0]))
   first, second = (gradient(params, next(stream))['blocks'] for _ in range(2))
-  pick = lambda blocks, *keys: jax.tree.leaves(
-    blocks[keys[0]][keys[1]], is_leaf=None
-  )[0][3]
+
+  def pick(layers: Any, part: str, name: str) -> jax.Array:
+    """Returns the gradient of a weight in the fourth layer."""
+    return jax.tree.leaves(layers[part][name])[0][3]
+
   names = {'60M mlp/up': ('mlp', 'up'), '60M attention/q': ('attention', 'q')}
   return {
     name: (pick(first, *keys), pick(second, *keys))
@@ -85,13 +92,22 @@ def gradients_60m() -> dict[str, tuple[jax.Array, jax.Array]]:
 def measure(
   earlier_mn: jax.Array, g_mn: jax.Array, r: int, rounds: int
 ) -> list[dict]:
-  """Returns a row for each finder; rounds are interleaved, times medians."""
+  """Returns a row for each finder, with the median time of all rounds.
+
+  Each round times all finders.
+
+  Args:
+    earlier_mn: an earlier gradient, whose basis is the previous basis.
+    g_mn: the gradient.
+    r: rank of the bases.
+    rounds: number of rounds.
+  """
   key, none_rm = jax.random.key(0), jnp.zeros((r, g_mn.shape[0]))
   compiled = {
     name: jax.jit(finder.__call__).lower(g_mn, none_rm, key).compile()
     for name, finder in FINDERS.items()
   }
-  # What a warm start begins with: the basis of the earlier gradient.
+  # The basis of the earlier gradient, from which a warm start begins.
   old_rm = compiled['Gram()'](earlier_mn, none_rm, key).block_until_ready()
   times = {name: [] for name in FINDERS}
   bases = {}
@@ -103,8 +119,8 @@ def measure(
         start = time.perf_counter()
         bases[name] = find(g_mn, previous_rm, key).block_until_ready()
         in_a_row.append(time.perf_counter() - start)
-      # A run has one finder: the threads of another's solver, which wait
-      # actively for a while, must not be in its time.
+      # After a finder ends, the threads of its solver keep the cores busy for a
+      # while and slow the next finder. Drop the first half of its runs.
       times[name] += in_a_row[len(in_a_row) // 2 :]
   energy = {k: float(jnp.sum((b @ g_mn) ** 2)) for k, b in bases.items()}
   slowest = statistics.median(times['Svd()'])
@@ -120,7 +136,7 @@ def measure(
 
 
 def main() -> None:
-  """Measures, prints, writes."""
+  """Measures all cases, prints the table and writes it with the plot."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--rounds', type=int, default=3)
   arguments = parser.parse_args()
@@ -160,7 +176,7 @@ def show(rows: list[dict]) -> None:
 
 
 def plot(rows: list[dict]) -> None:
-  """Draws the energy missed over the time, a panel for each case."""
+  """Draws the missed energy against the time, with a panel for each case."""
   import matplotlib
 
   matplotlib.use('Agg')
@@ -168,7 +184,12 @@ def plot(rows: list[dict]) -> None:
 
   cases = list(dict.fromkeys(row['case'] for row in rows))
   figure, grid = plt.subplots(
-    2, -(-len(cases) // 2), figsize=(11, 7), sharex=True, sharey=True
+    2,
+    -(-len(cases) // 2),
+    figsize=(9.6, 6),
+    sharex=True,
+    sharey=True,
+    layout='constrained',
   )
   markers = dict(zip(FINDERS, 'osD^vX', strict=True))
   for axes, case in zip(grid.flat, cases, strict=False):
@@ -176,18 +197,26 @@ def plot(rows: list[dict]) -> None:
     axes.axhline(0.01, color='0.8', linewidth=1)
     for row in rows:
       if row['case'] == case:
-        # Rounding is 1e-7: nothing below it is shown.
+        # Differences below 1e-7 are rounding errors.
         missed = max(1 - row['energy'], 1e-7)
         name = row['finder']
         axes.plot(row['times_faster'], missed, markers[name], label=name)
     axes.set(title=case, xscale='log', yscale='log')
-    axes.title.set_size(10)
-  figure.supxlabel('times faster than the SVD (line: 10)')
-  figure.supylabel("share of the SVD's energy missed (line: 1%)")
+    axes.title.set_size(9)
+    axes.tick_params(labelsize=8)
+  figure.supxlabel(
+    'speed-up over the exact SVD (higher is better; the line is at 10)',
+    fontsize=9,
+  )
+  figure.supylabel(
+    "missed share of the SVD's energy (lower is better; the line is at 1%)",
+    fontsize=9,
+  )
   handles, labels = grid.flat[0].get_legend_handles_labels()
-  figure.legend(handles, labels, loc='upper center', ncols=len(labels))
-  figure.tight_layout(rect=(0, 0, 1, 0.95))
-  figure.savefig(RESULTS / 'subspace.png', dpi=120)
+  figure.legend(
+    handles, labels, loc='outside upper center', ncols=3, fontsize=9
+  )
+  figure.savefig(RESULTS / 'subspace.png', dpi=200)
 
 
 if __name__ == '__main__':

@@ -1,1 +1,1 @@
-"""Steps and updates on a real card: `python -m tests.bench.card`."""
+"""Measures steps and updates on a GPU: `python -m tests.bench.card`."""

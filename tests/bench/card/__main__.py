@@ -1,14 +1,14 @@
-"""What steps and updates take on the card that is here.
+"""Measures time and memory of steps and updates on the GPU of this machine.
 
-`python -m tests.bench.card` compiles all rows, some at the same time, measures
-one after the other, each in a process of its own, and writes what it found to
-tests/bench/results/card.json as it goes. PyTorch's rows need torch,
-transformers, galore-torch and bitsandbytes beside the project. `--small` runs
-tiny rows on whatever is here, and only prints.
+`python -m tests.bench.card` compiles all JAX rows, several at a time. Then it
+measures the rows one after the other, each in its own process, and adds each
+result to tests/bench/results/card.json. The PyTorch rows need the packages
+torch, transformers, galore-torch and bitsandbytes. `--small` measures tiny rows
+on any device and only prints the results.
 
-`.venv-plan/bin/python -m tests.bench.card --page` sets the plan of each row of
-ours beside it, and writes card.md; it needs no card, but JAX's compiler for one
-(`make plan` installs it).
+`.venv-plan/bin/python -m tests.bench.card --page` writes card.md, which
+compares each JAX row with the estimates of `train.plan`. This needs JAX's
+compiler for GPUs (`make plan` installs it), but not a GPU.
 """
 
 import argparse
@@ -40,29 +40,29 @@ LOW = ('--optimizer.rank', '1024', '--optimizer.gap', '500')
 POWER = ('--optimizer.subspace', 'power')
 FLOAT32 = ('--model.param-dtype', 'float32', '--update.weights', 'arrays')
 AT_ONCE = 5
-"""Processes that compile beside each other."""
+"""Number of processes that compile at the same time."""
 SIZES = {'half of 7B': '16', 'one layer of 7B': '1'}
 
 
 def step(path: str, *argv: str) -> tuple[str, ...]:
-  """Returns the workload of a config's step."""
+  """Returns the workload of a full training step of a config."""
   return (OURS, 'step', path, *argv)
 
 
 def update(layers: str, *argv: str) -> tuple[str, ...]:
-  """Returns the workload of the update of so many layers of LLaMA-7B."""
+  """Returns the workload of one optimizer update of some layers of LLaMA-7B."""
   options = ('--model.num-layers', layers, '--clip-norm', 'None')
   return (OURS, 'update', 'configs/llama_7b.py', *options, *argv)
 
 
 def their_update(optimizer: str, dtype: str) -> tuple[str, ...]:
-  """Returns the workload of the update of one layer of LLaMA-7B."""
+  """Returns the PyTorch workload of one update of one layer of LLaMA-7B."""
   options = (dtype, SIZES['one layer of 7B'])
   return (THEIRS, 'update', optimizer, 'configs/llama_7b.py', *options)
 
 
 def updates() -> dict[str, tuple[str, ...]]:
-  """Returns the updates that are measured of ours."""
+  """Returns the workloads of the JAX updates, by row name."""
   found = {}
   for size, layers in SIZES.items():
     for name, argv in {
@@ -109,31 +109,58 @@ ROWS = {
 }
 RATES = ('bandwidth', 'bfloat16', 'float32 as it is', 'float32, highest')
 STEP_HEADS = (
-  *('step of', 'tokens/s', 's', 'least, s', 'kernels', 'first, s'),
-  *('peak, GiB', 'plan, GiB', ''),
+  'step of',
+  'tokens/s',
+  's',
+  'least, s',
+  'kernels',
+  'first, s',
+  'peak, GiB',
+  'plan, GiB',
+  'note',
 )
 UPDATE_HEADS = (
-  *('update of', 'ms', 'least, ms', 'kernels', 'first, s', 'peak, GiB', ''),
+  'update of',
+  'ms',
+  'least, ms',
+  'kernels',
+  'first, s',
+  'peak, GiB',
+  'note',
 )
 TINY = (
-  *('--batch-size', '2', '--sequence-length', '32'),
-  *('--model.vocab-size', '256', '--model.width', '64'),
-  *('--model.mlp-width', '160', '--model.num-layers', '2'),
+  '--batch-size',
+  '2',
+  '--sequence-length',
+  '32',
+  '--model.vocab-size',
+  '256',
+  '--model.width',
+  '64',
+  '--model.mlp-width',
+  '160',
+  '--model.num-layers',
+  '2',
 )
 SMALL = {
   'small step': step('configs/quickstart.py', *TINY, '--optimizer.rank', '16'),
   'small update': (
-    *(OURS, 'update', 'configs/quickstart.py', *TINY),
-    *('--optimizer.rank', '16'),
+    OURS,
+    'update',
+    'configs/quickstart.py',
+    *TINY,
+    '--optimizer.rank',
+    '16',
   ),
   'no such config': step('configs/none.py'),
 }
 
 
 def compile_all(rows: Mapping[str, Sequence[str]], cache: str) -> None:
-  """Fills JAX's cache with the rows' programs, a few of them at a time.
+  """Fills JAX's compilation cache with the programs of the JAX rows.
 
-  XLA times kernels on the card while it compiles, and keeps the memory.
+  Separate processes compile, because XLA times kernels on the GPU while it
+  compiles and does not free the memory afterwards.
   """
   ours = [x for x in rows.values() if x[0] != THEIRS]
   with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
@@ -143,14 +170,17 @@ def compile_all(rows: Mapping[str, Sequence[str]], cache: str) -> None:
 def measure_all(
   rows: Mapping[str, Sequence[str]], steps: int, cache: str
 ) -> Iterator[tuple[str, Row]]:
-  """Yields rows by name, the next of which starts while one has the card."""
+  """Yields names and results of rows.
+
+  While one process measures, the next one starts and waits for the GPU.
+  """
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    take = lambda workload: measure(workload, steps, cache)
-    yield from zip(rows, pool.map(take, rows.values()), strict=True)
+    found = pool.map(lambda x: measure(x, steps, cache), rows.values())
+    yield from zip(rows, found, strict=True)
 
 
 def measure(workload: Sequence[str], steps: int, cache: str) -> Row:
-  """Returns what a row took, or why there is nothing."""
+  """Returns the result of a row, or the end of its error output."""
   done = child('measure', workload, steps, cache)
   lines = done.stdout.splitlines()
   failed = {'failed': done.stderr[-1500:]}
@@ -162,7 +192,7 @@ def measure(workload: Sequence[str], steps: int, cache: str) -> Row:
 def child(
   what: str, workload: Sequence[str], steps: int, cache: str
 ) -> subprocess.CompletedProcess:
-  """Runs a process of a row."""
+  """Compiles or measures a row in a new process (`what` selects)."""
   module, function, *argv = workload
   command = [module, function, str(steps), *argv]
   return subprocess.run(
@@ -174,14 +204,18 @@ def child(
     | {
       'JAX_COMPILATION_CACHE_DIR': cache,
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      # As memory is taken, so that its peak tells.
+      # Allocate memory only when it is needed, so that the peak is the
+      # program's own.
       'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
     },
   )
 
 
 def in_child(what: str, module: str, function: str, *argv: str) -> None:
-  """Compiles a row's workload; in its turn, prints what it measures of it."""
+  """Compiles a workload; to measure it, waits for the GPU and prints a result.
+
+  This is the entry point of the processes that `child` starts.
+  """
   workload = getattr(importlib.import_module(module), function)(*argv)
   next(workload)
   if what == 'compile':
@@ -192,7 +226,7 @@ def in_child(what: str, module: str, function: str, *argv: str) -> None:
 
 
 def planned(row: Row, *options: str) -> Row | None:
-  """Returns the plan of a row of ours on the card that it was measured on."""
+  """Returns the output of `train.plan` for a JAX row and its GPU, if known."""
   module, function, *argv = row['workload']
   known = {gpu.name: key for key, gpu in GPUS.items()}
   if module != OURS or function == 'rates' or row.get('device') not in known:
@@ -205,18 +239,18 @@ def planned(row: Row, *options: str) -> Row | None:
 
 
 def gib(size: int | None) -> str:
-  """Returns bytes in GiB, or '-'."""
+  """Returns a number of bytes as text in GiB, or '-' for None."""
   return '-' if size is None else f'{size / 2**30:.2f}'
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Returns lines of a table."""
+  """Returns a Markdown table."""
   lines = [heads, ['---'] * len(heads), *rows]
   return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
 def bill(row: Row) -> Row | None:
-  """Returns the cost of a row's program, and 'least': seconds by estimate."""
+  """Returns the estimated cost of a row's program; 'least' is in seconds."""
   made = planned(row, '--cost')
   if made is None:
     return None
@@ -225,7 +259,7 @@ def bill(row: Row) -> Row | None:
 
 
 def step_row(name: str, row: Row) -> list[str]:
-  """Returns the cells of a step."""
+  """Returns the table cells of a training step."""
   memory, cost = planned(row), bill(row)
   total = None
   if memory is not None:
@@ -244,7 +278,7 @@ def step_row(name: str, row: Row) -> list[str]:
 
 
 def update_row(name: str, row: Row) -> list[str]:
-  """Returns the cells of an update."""
+  """Returns the table cells of an update."""
   cost = bill(row)
   return [
     name.removeprefix('update of '),
@@ -258,27 +292,31 @@ def update_row(name: str, row: Row) -> list[str]:
 
 
 def page(found: Mapping[str, Row]) -> str:
-  """Returns the tables of what was measured, beside what was planned."""
+  """Returns the results page in Markdown, with measured and planned values."""
   done = {k: x for k, x in found.items() if 'failed' not in x}
   kinds = {
     kind: {k: x for k, x in done.items() if x['workload'][1] == kind}
     for kind in ('rates', 'step', 'update')
   }
-  known = lambda key: '; '.join(dict.fromkeys(x[key] for x in done.values()))
+
+  def known(key: str) -> str:
+    return '; '.join(dict.fromkeys(x[key] for x in done.values()))
+
   text = [
-    f'# Measured on a card\n\n{known("device")}; {known("software")}; '
-    f'{known("date")}.\nBy `python -m tests.bench.card`, tokens and weights '
-    "made up. *Least* is\n`train.plan --cost`'s estimate, at the card's public "
-    'figures and without what a\nlaunch costs; *plan* is `train.plan` without '
-    'its allowance for a solver, by\njax '
-    f'{jax.__version__}. The first step has the first subspaces in it.\n',
+    f'# Measurements on a GPU\n\n{known("device")}; {known("software")}; '
+    f'{known("date")}.\nBy `python -m tests.bench.card`, with made-up tokens '
+    'and weights. *Least* is the\nestimate of `train.plan --cost`, from the '
+    "GPU's public figures and without the\noverhead of kernel launches. *Plan* "
+    "is the memory by `train.plan`, without its\nallowance for a solver's "
+    f'workspace (jax {jax.__version__}). *First* is the first step or\nupdate, '
+    'which contains the first refresh.\n',
   ]
   for row in kinds['rates'].values():
     moved, *flops = (f'{row[k] / 1e12:.3g}' for k in RATES)
     text.append(
-      f'The card moves {moved} TB/s, and multiplies at {flops[0]} TFLOP/s in '
-      f'bfloat16,\n{flops[1]} in float32 as JAX does it, {flops[2]} at the '
-      'highest precision.\n'
+      f'The GPU moves {moved} TB/s. It multiplies at {flops[0]} TFLOP/s in '
+      f'bfloat16,\nat {flops[1]} in float32 with the default precision of JAX, '
+      f'and at {flops[2]} with the\nhighest precision.\n'
     )
   text += [
     table(STEP_HEADS, [step_row(*x) for x in kinds['step'].items()]),
@@ -288,11 +326,15 @@ def page(found: Mapping[str, Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Measures, or writes the page of what was measured."""
+  """Measures rows, or writes the page of the results."""
   parser = argparse.ArgumentParser('python -m tests.bench.card')
-  parser.add_argument('--small', action='store_true')
-  parser.add_argument('--page', action='store_true')
-  parser.add_argument('--only', nargs='+', help='rows that begin so')
+  parser.add_argument(
+    '--small', action='store_true', help='measure tiny rows, on any device'
+  )
+  parser.add_argument('--page', action='store_true', help='write card.md')
+  parser.add_argument(
+    '--only', nargs='+', help='measure rows whose names start with one of these'
+  )
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   parser.add_argument('--steps', type=int, default=12)
   parser.add_argument('--child', nargs=argparse.REMAINDER)
@@ -311,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.only is None or name.startswith(tuple(args.only))
   }
   if not wanted:
-    parser.error(f'no row begins with {args.only}; there are {[*ROWS]}')
+    parser.error(f'no row starts with {args.only}; the rows are {[*ROWS]}')
   with tempfile.TemporaryDirectory() as cache:
     compile_all(wanted, cache)
     for name, row in measure_all(wanted, args.steps, cache):
@@ -322,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read(file: pathlib.Path) -> dict[str, Row]:
-  """Returns what was measured before."""
+  """Returns the earlier results of a file, if it exists."""
   return json.loads(file.read_text()) if file.exists() else {}
 
 

@@ -1,8 +1,10 @@
-"""What is measured of ours: generators that compile, and then measure.
+"""The JAX workloads of the GPU benchmark.
 
-Each yields once when it has compiled, and then what it found.
+Each workload is a generator. It yields an empty dict when it has compiled its
+program, then runs the program and yields the measurements.
 """
 
+import functools
 import math
 import statistics
 import time
@@ -26,12 +28,13 @@ Found = dict[str, Any]
 
 
 def step(steps: str, *argv: str) -> Iterator[Found]:
-  """A config's step as it is trained: made-up weights and tokens."""
+  """Measures the training step of a config, with made-up weights and tokens."""
   config = parse(argv).config.resolved()
   init, run_step = step_lib.build(config, language_model(config))
   shapes = jax.eval_shape(init, jax.random.key(0))
   inputs = jax.tree.map(made_up, batch(config))
-  # Compiled before anything is there, so that the peak is the step's own.
+  # Compile before anything is allocated, so that compilation does not raise the
+  # peak memory of the step.
   compiled = run_step.lower(shapes, inputs).compile()
   yield {}
   held = [zeros(shapes._replace(params=())), {}]
@@ -49,7 +52,7 @@ def step(steps: str, *argv: str) -> Iterator[Found]:
 
 
 def update(steps: str, *argv: str) -> Iterator[Found]:
-  """The optimizer's part of a config's step, of all weights at once."""
+  """Measures a config's optimizer update, of all weights at once."""
   config = parse(argv).config.resolved()
   run_update, *shapes = whole_update(config, devices(config.mesh))
   compiled = run_update.lower(*shapes).compile()
@@ -71,9 +74,8 @@ def update(steps: str, *argv: str) -> Iterator[Found]:
 
 
 def rates(steps: str) -> Iterator[Found]:
-  """What the card can do: bytes a second, flops of three types of product."""
+  """Measures the GPU's bytes and flops per second, in three precisions."""
   size = 8192
-  draw = lambda dtype: jax.random.normal(jax.random.key(0), (size, size), dtype)
   product = jax.jit(jnp.matmul, static_argnames='precision')
   yield {}
   x = jnp.ones(2**30, jnp.float32)
@@ -86,14 +88,14 @@ def rates(steps: str) -> Iterator[Found]:
     ('float32 as it is', jnp.float32, None),
     ('float32, highest', jnp.float32, 'highest'),
   ):
-    a = draw(dtype)
-    run = lambda a=a, p=precision: product(a, a, precision=p)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    run = functools.partial(product, a, a, precision=precision)
     found[name] = 2 * size**3 / measured(run, int(steps))['seconds']
   yield found
 
 
 def measured(run: Callable[[], Any], steps: int) -> Found:
-  """Returns the seconds and the peak of what runs on the first device."""
+  """Returns the seconds of a run and the peak memory of the first device."""
   return timed(run, jax.block_until_ready, steps) | {
     'device': jax.devices()[0].device_kind,
     'software': f'jax {jax.__version__}',
@@ -104,7 +106,12 @@ def measured(run: Callable[[], Any], steps: int) -> Found:
 def timed(
   run: Callable[[], Any], wait: Callable[[Any], Any], steps: int
 ) -> Found:
-  """Times a first run and, in three rounds, as many as in `steps`."""
+  """Times the first run, and `steps` further runs in three rounds.
+
+  Returns:
+    `first`, the seconds of the first run, and `seconds`, those of a later run:
+    the median of the means of the rounds.
+  """
 
   def seconds(count: int) -> float:
     start = time.perf_counter()
@@ -119,20 +126,25 @@ def timed(
 
 
 def zeros(shapes: PyTree) -> PyTree:
-  """Returns an optimizer's state before the first update."""
+  """Returns a tree of zeros, which serves as the optimizer's initial state."""
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def waves(shapes: PyTree) -> PyTree:
-  """Returns weights; real initial ones would take more memory for a moment."""
-  wave = lambda x: jnp.cos(
-    jax.lax.broadcasted_iota(jnp.float32, x.shape, x.ndim - 1)
-  )
-  return jax.tree.map(lambda x: (0.02 * wave(x)).astype(x.dtype), shapes)
+  """Returns made-up weights.
+
+  The initialization of real weights would raise the peak memory.
+  """
+
+  def wave(x: jax.ShapeDtypeStruct) -> jax.Array:
+    column = jax.lax.broadcasted_iota(jnp.float32, x.shape, len(x.shape) - 1)
+    return (0.02 * jnp.cos(column)).astype(x.dtype)
+
+  return jax.tree.map(wave, shapes)
 
 
 def noise(shapes: PyTree) -> PyTree:
-  """Returns gradients of full rank."""
+  """Returns random gradients, which have full rank."""
   leaves, structure = jax.tree.flatten(shapes)
   keys = jax.random.split(jax.random.key(0), len(leaves))
   made = [
@@ -143,7 +155,7 @@ def noise(shapes: PyTree) -> PyTree:
 
 
 def made_up(x: jax.ShapeDtypeStruct) -> np.ndarray:
-  """Returns an input of small numbers; as weights, ones."""
+  """Returns an input of the step: float32 ones, or small integers."""
   if x.dtype == jnp.float32:
     return np.ones(x.shape, x.dtype)
   return np.resize(np.arange(x.shape[-1]), x.shape).astype(x.dtype) % 128

@@ -1,6 +1,7 @@
-"""What is measured of PyTorch: transformers and galore-torch, unmodified.
+"""The PyTorch workloads of the GPU benchmark.
 
-Generators as those of `tests.bench.card.ours`.
+They use unmodified transformers and galore-torch. Each workload is a generator
+as in `tests.bench.card.ours`.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,12 +15,12 @@ from tests.bench.speed import theirs
 from train.command import load
 
 CARD = 'cuda' if torch.cuda.is_available() else 'cpu'
-# As JAX multiplies float32 on a card unless it is told otherwise.
+# JAX also multiplies float32 matrices on a GPU in TF32 by default.
 torch.backends.cuda.matmul.allow_tf32 = True
 
 
 def step(steps: str, optimizer: str, path: str) -> Iterator[dict[str, Any]]:
-  """The step of a config's model, batch, microbatches and rank."""
+  """Measures a step with a config's model, batch, microbatches and rank."""
   config = load(path)
   net, tx = made(config, optimizer)
   size = config.batch_size // config.microbatches
@@ -40,13 +41,13 @@ def step(steps: str, optimizer: str, path: str) -> Iterator[dict[str, Any]]:
 def update(
   steps: str, optimizer: str, path: str, dtype: str, layers: str
 ) -> Iterator[dict[str, Any]]:
-  """The optimizer's part of a step, of the config's model with less layers."""
+  """Measures an optimizer update of the config's model with fewer layers."""
   net, tx = made(load(path), optimizer, dtype, int(layers))
   grads = [torch.randn_like(w) for w in net.parameters()]
   yield {}
 
   def run() -> None:
-    # In 8 bits a step leaves the projected gradient in the gradient's place.
+    # The 8-bit optimizer replaces `w.grad` with the projected gradient.
     for w, grad in zip(net.parameters(), grads, strict=True):
       w.grad = grad
     tx.step()
@@ -58,7 +59,7 @@ def update(
 def made(
   config: Any, optimizer: str, dtype: str = 'bfloat16', layers: int = 0
 ) -> tuple[Any, torch.optim.Optimizer]:
-  """Returns transformers' model of a config on the card, and its optimizer."""
+  """Returns the transformers model of a config on the GPU and its optimizer."""
   net = theirs.transformer(config.model, layers or config.model.num_layers)
   net = net.to(CARD, getattr(torch, dtype))
   if config.model.remat and not layers:
@@ -69,9 +70,13 @@ def made(
 
 
 def measured(run: Callable[[], Any], steps: int) -> dict[str, Any]:
-  """Returns the seconds and the peak of what runs on the card."""
+  """Returns the seconds of a run and the peak memory of the GPU."""
   on_card = CARD == 'cuda'
-  wait = lambda _: torch.cuda.synchronize() if on_card else None
+
+  def wait(_: Any) -> None:
+    if on_card:
+      torch.cuda.synchronize()
+
   return timed(run, wait, steps) | {
     'device': torch.cuda.get_device_name() if on_card else 'cpu',
     'software': f'torch {torch.__version__}, transformers {VERSION}',

@@ -1,1 +1,1 @@
-"""Speed beside the peers: `python -m tests.bench.speed`."""
+"""Compares speed with PyTorch and optax: `python -m tests.bench.speed`."""

@@ -1,9 +1,12 @@
-"""Speed beside the peers: `.venv-parity/bin/python -m tests.bench.speed`.
+"""Compares the speed of the library with galore-torch, PyTorch and optax.
 
-Every row is a process of its own (`worker`), all with the same cores and the
-same environment, one at work at a time, in interleaved rounds. Each section
-adds to tests/bench/results/speed.json, from which speed.md and speed.png are
-made; `--only` takes some of them. `make parity` makes the environment.
+Run it with `.venv-parity/bin/python -m tests.bench.speed`; `make parity`
+creates this environment. Each row of a table has its own process (`worker`).
+All processes use the same cores and environment variables, and only one of them
+works at a time. Each round times every row, so that a slow phase of the machine
+affects all rows. Each section is added to
+tests/bench/results/speed.json when it ends, and speed.md and speed.png are
+written from this file. `--only` selects sections.
 """
 
 import argparse
@@ -30,16 +33,23 @@ OURS, THEIRS = 'tests.bench.speed.ours', 'tests.bench.speed.theirs'
 PEER = 'galore-torch'
 FINDERS = ('svd', 'gram', 'randomized', 'power')
 STEPS = (
-  *('Galore()', 'Galore8bit()', 'GaloreAdafactor()', 'GaloreMuon()', 'Fira()'),
-  *('Apollo()', 'ScaleSgd()', 'AdamW()'),
+  'Galore()',
+  'Galore8bit()',
+  'GaloreAdafactor()',
+  'GaloreMuon()',
+  'Fira()',
+  'Apollo()',
+  'ScaleSgd()',
+  'AdamW()',
 )
 DEPTHS = ('4', '8', '16', '32')
-AT_ONCE = 4  # processes beside the peers', so that memory suffices
+AT_ONCE = 4
+"""Rows of a group; all processes of a group are in memory at the same time."""
 Row = dict[str, Any]
 
 
 def main() -> None:
-  """Runs sections, and writes what all of them have found so far."""
+  """Runs the sections and writes all results so far after each of them."""
   parser = argparse.ArgumentParser('python -m tests.bench.speed')
   parser.add_argument(
     '--only', nargs='+', choices=SECTIONS, default=[*SECTIONS]
@@ -65,7 +75,7 @@ def main() -> None:
 
 
 def machine() -> str:
-  """Returns what the bench runs on."""
+  """Returns a description of the machine."""
   cores = len(os.sched_getaffinity(0))
   return f'{cores} cores, {platform.machine()}, {HUGE_PAGES}'
 
@@ -75,7 +85,17 @@ def interleaved(
   peers: Mapping[str, Sequence[str]],
   rounds: int,
 ) -> list[Row]:
-  """Returns the times of workers, those of the peers in every group of rows."""
+  """Times workers in interleaved rounds and returns a table row for each.
+
+  The rows are split into groups, so that few processes are in memory. The peers
+  are timed in the rounds of every group, and ratios compare a row with
+  galore-torch in the same round.
+
+  Args:
+    rows: arguments of `Worker`, by row name.
+    peers: the same for the programs to compare with.
+    rounds: number of rounds for each group.
+  """
   everyone: dict[str, Worker] = {}
   times: dict[str, list[float]] = {}
   ratios: dict[str, list[float]] = {}
@@ -110,13 +130,13 @@ def interleaved(
 
 
 def spread(times: Sequence[float]) -> Row:
-  """Returns the median of times, and the quartiles around it."""
+  """Returns the median and the quartiles of times."""
   low, mid, high = np.quantile(times, (0.25, 0.5, 0.75))
   return {'median': float(mid), 'low': float(low), 'high': float(high)}
 
 
 def rates(rounds: int) -> list[Row]:
-  """What the machine can do."""
+  """Measures the flops and bytes per second of the machine."""
   found = []
   for _ in range(rounds):
     worker = Worker(OURS, 'rates')
@@ -129,7 +149,7 @@ def rates(rounds: int) -> list[Row]:
 
 
 def updates(rounds: int) -> list[Row]:
-  """The optimizer's part of a step, of every preset and the peers."""
+  """Times the optimizer's update, for every preset and the peers."""
   rows = {name: (OURS, 'update', name, '60m') for name in ours.rows()}
   peers = {
     PEER: (THEIRS, 'update', 'GaLoreAdamW', '60m'),
@@ -140,13 +160,13 @@ def updates(rounds: int) -> list[Row]:
 
 
 def steps(rounds: int) -> list[Row]:
-  """The whole step; another preset's differs by its update."""
+  """Times the whole step of a few presets; others differ only in the update."""
   rows = {name: (OURS, 'step', name, '60m') for name in STEPS}
   return interleaved(rows, step_peers('60m'), max(2, rounds // 2))
 
 
 def larger(rounds: int) -> list[Row]:
-  """The whole step of the 130M model."""
+  """Times the whole step of the 130M model."""
   rows = {
     name: (OURS, 'step', name, '130m')
     for name in ('Galore()', 'Galore8bit()', 'AdamW()')
@@ -155,7 +175,7 @@ def larger(rounds: int) -> list[Row]:
 
 
 def step_peers(size: str) -> Mapping[str, Sequence[str]]:
-  """Returns transformers' model with the reference and with torch's AdamW."""
+  """Returns workers that train transformers' model with PyTorch optimizers."""
   return {
     PEER: (THEIRS, 'step', 'GaLoreAdamW', size),
     'torch AdamW (fused)': (THEIRS, 'step', 'AdamW', size),
@@ -163,7 +183,7 @@ def step_peers(size: str) -> Mapping[str, Sequence[str]]:
 
 
 def refreshes(rounds: int) -> list[Row]:
-  """An update with a warm refresh, less one without."""
+  """Times an update with a warm refresh, minus an update without one."""
   rows = {name: (OURS, 'refresh', name, '60m') for name in FINDERS}
   peers = {
     PEER: (THEIRS, 'update', 'GaLoreAdamW', '60m', '1'),
@@ -187,12 +207,12 @@ def refreshes(rounds: int) -> list[Row]:
 
 
 def first(rounds: int) -> list[Row]:
-  """From the start of a process to the end of its first step."""
+  """Times the start of a process up to the end of its first step."""
   found: dict[str, list[Row]] = {}
   for _ in range(max(2, rounds // 3)):
     with tempfile.TemporaryDirectory() as cache:
       for name in ('empty compile cache', 'full compile cache'):
-        # The refresh of the first step is by power iteration.
+        # The first step contains a refresh, here by power iteration.
         worker = Worker(OURS, 'first', '60m', cache)
         found.setdefault(name, []).append(worker.notes)
         worker.end()
@@ -211,7 +231,7 @@ def first(rounds: int) -> list[Row]:
 
 
 def program(rounds: int) -> list[Row]:
-  """From the start of the quickstart's training to its first metrics."""
+  """Times the quickstart's training from its start to its first metrics."""
   found: dict[str, list[float]] = {}
   for _ in range(max(2, rounds // 3)):
     with tempfile.TemporaryDirectory() as folder:
@@ -227,9 +247,12 @@ def program(rounds: int) -> list[Row]:
 
 
 def until_metrics(run: pathlib.Path, *options: str, **env: str) -> float:
-  """Returns the seconds until a training writes metrics, and ends it."""
+  """Starts a training, stops it at its first metrics, returns the seconds."""
   path = run / 'metrics.jsonl'
-  lines = lambda: path.read_text().count('\n') if path.exists() else 0
+
+  def lines() -> int:
+    return path.read_text().count('\n') if path.exists() else 0
+
   before, start = lines(), time.perf_counter()
   command = ['-m', 'train.pretrain', 'configs/quickstart.py', '--run', str(run)]
   process = subprocess.Popen(
@@ -248,7 +271,7 @@ def until_metrics(run: pathlib.Path, *options: str, **env: str) -> float:
 
 
 def compilation(rounds: int) -> list[Row]:
-  """Compiling an update: by depth, stacked or not, and by shapes."""
+  """Times the compilation of updates, by number of layers and of shapes."""
   del rounds
   works = [
     *(
@@ -269,12 +292,14 @@ def compilation(rounds: int) -> list[Row]:
 
 
 def staggered(rounds: int) -> list[Row]:
-  """Steps of two gaps, some with the refresh of a few matrices."""
+  """Times all steps of two gaps, whose refreshes are spread over the steps."""
   del rounds
-  worker = Worker(OURS, 'staggered_step', 'svd', '60m')  # the slowest finder
+  # 'svd' is the slowest finder.
+  worker = Worker(OURS, 'staggered_step', 'svd', '60m')
   times = worker.time(2 * ours.STAGGERED_GAP)
   worker.end()
-  # A pause of the machine hits a phase once, a refresh each time.
+  # The minimum over both gaps ignores random pauses of the machine, but not the
+  # refreshes, which recur at the same step of each gap.
   slowest = float(np.max(np.min(np.reshape(times, (2, -1)), axis=0)))
   median = float(np.median(times))
   row = {'median': median, 'slowest': slowest, 'ratio': slowest / median}

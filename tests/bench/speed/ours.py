@@ -1,7 +1,8 @@
-"""What is timed of ours, and of optax's: functions that return `run, notes`.
+"""The JAX workloads of the speed benchmark, from this library and from optax.
 
-`run()` does the work once, on weights and state that are donated as in
-training; notes say what it took to get there.
+Each workload is a function that returns `run, notes`. `run()` does the work
+once and donates weights and state, as in training. `notes` has further
+measurements, such as the seconds of compilation.
 """
 
 import inspect
@@ -23,31 +24,32 @@ from train.method import METHODS, VARIANTS
 from train.plan.account import account
 
 RANK, GAP = 128, 200
-STAGGERED_GAP = 28  # two matrices of 56 at a step
+STAGGERED_GAP = 28
+"""Steps over which the 56 matrices are refreshed, two in each step."""
 BATCH, TIME = 4, 256
 Run = Callable[[], Any]
 
 
 def rows() -> dict[str, tuple[str, dict[str, Any]]]:
-  """Returns every preset by its call: its name and its options."""
+  """Returns the name and options of every preset and variant, by its call."""
   found: dict[str, Any] = {f'{name}()': (name, {}) for name in METHODS}
   return found | {f'{x.name}({x.given})': (x.name, x.options) for x in VARIANTS}
 
 
 def parameters(name: str) -> Mapping[str, inspect.Parameter]:
-  """Returns what a preset can be given."""
+  """Returns the parameters of a preset."""
   return inspect.signature(METHODS[name].preset).parameters
 
 
 def transformation(
   row: str, gap: Any = GAP, **more: Any
 ) -> optax.GradientTransformation:
-  """Returns a preset at rank 128, or the quarter that FRUGAL takes."""
+  """Returns the optimizer of a row, at rank 128 or FRUGAL's default density."""
   if row == 'optax.adamw':
     return optax.adamw(0.01)
   name, options = rows()[row]
-  # The first subspace is found soonest by 'power'; between two it makes no
-  # difference.
+  # 'power' finds the first subspace fastest. Updates between two refreshes do
+  # not depend on the finder.
   usual = {'rank': RANK, 'subspace': 'power'}
   usual |= dict.fromkeys(('gap', 'update_proj_gap'), gap)
   known = parameters(name)
@@ -56,7 +58,7 @@ def transformation(
 
 
 def batch(vocab_size: int) -> dict[str, np.ndarray]:
-  """Returns random tokens [B, T]."""
+  """Returns a batch of random tokens [B, T]."""
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, vocab_size, (BATCH, TIME + 1), dtype=np.int32)
   return {
@@ -69,7 +71,7 @@ def batch(vocab_size: int) -> dict[str, np.ndarray]:
 
 
 def step(row: str, size: str, **more: Any) -> tuple[Run, dict[str, Any]]:
-  """The whole step that `train.pretrain` runs."""
+  """Returns a run of the whole step of `train.pretrain`."""
   start = time.perf_counter()
   model = Layers(llama(size))
   tx = transformation(row, **more)
@@ -90,7 +92,8 @@ def step(row: str, size: str, **more: Any) -> tuple[Run, dict[str, Any]]:
   tokens = BATCH * TIME
   params = held[0].params
   flops = 6 * tokens * (size_of(params) - params['embed']['embedding'].size)
-  # Scores and their sum of values, what is not later alone, three times.
+  # Attention: scores and weighted values of earlier positions only (half of
+  # T x T), once forward and twice backward.
   flops += 6 * tokens * TIME * model.config.width * model.config.num_layers
   cost = update_cost(params, tx, row)
   return run, {
@@ -105,14 +108,14 @@ def step(row: str, size: str, **more: Any) -> tuple[Run, dict[str, Any]]:
 def update(
   row: str, size: str, gap: int = GAP, **more: Any
 ) -> tuple[Run, dict[str, Any]]:
-  """The optimizer's part of a step, between two refreshes."""
+  """Returns a run of the optimizer's update, between two refreshes."""
   tx = transformation(row, int(gap), **more)
   params = jax.jit(Layers(llama(size)).init)(jax.random.key(0))
   if row == 'OptaxGalore()':
     params = unstacked(params)
   grads = jax.jit(lambda x: jax.tree.map(lambda w: jnp.sin(1 + w), x))(params)
 
-  def apply(grads, state, params):
+  def apply(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
@@ -121,9 +124,11 @@ def update(
   compiled = jax.jit(apply, donate_argnums=(1, 2)).lower(grads, state, params)
   compiled = compiled.compile()
   notes = {'compile': time.perf_counter() - start}
-  if row != 'Badam()':  # It touches few of the weights.
+  # `update_cost` counts all weights, but BAdam updates only a few of them.
+  if row != 'Badam()':
     notes |= update_cost(params, tx, row)
-  held = [compiled(grads, state, params)]  # The first refresh.
+  # This update contains the first refresh.
+  held = [compiled(grads, state, params)]
   jax.block_until_ready(held)
 
   def run() -> None:
@@ -134,25 +139,28 @@ def update(
 
 
 def first(size: str, cache: str) -> tuple[Run, dict[str, Any]]:
-  """The first step, with a cache of compiled programs."""
+  """Returns a run of the step, using a cache of compiled programs."""
   jax.config.update('jax_compilation_cache_dir', cache)
   return step('Galore()', size, subspace='power')
 
 
 def staggered_step(finder: str, size: str) -> tuple[Run, dict[str, Any]]:
-  """The whole step where refreshes are spread over the gap."""
+  """Returns a run of the whole step, with refreshes spread over the gap."""
   gap = galore_optax.Staggered(STAGGERED_GAP)
   return step('Galore()', size, subspace=finder, gap=gap)
 
 
 def refresh(finder: str, size: str) -> tuple[Run, dict[str, Any]]:
-  """An update with a warm refresh in it."""
+  """Returns a run of an update that contains a warm refresh."""
   return update('Galore()', size, gap=1, subspace=finder)
 
 
 def rates() -> tuple[Run, dict[str, Any]]:
-  """What the machine can do: flops and bytes a second."""
-  draw = lambda *shape: jax.random.normal(jax.random.key(0), shape)
+  """Measures the flops and bytes per second of the machine."""
+
+  def draw(*shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), shape)
+
   product = jax.jit(jnp.matmul)
   a, b = draw(2048, 2048), draw(2048, 2048)
   add = jax.jit(lambda x, y: x + 2 * y, donate_argnums=0)
@@ -166,18 +174,18 @@ def rates() -> tuple[Run, dict[str, Any]]:
 
 
 def compile_separate(finder: str, depth: str) -> tuple[Run, dict[str, Any]]:
-  """Compiling an update of `depth` layers of seven matrices, one by one."""
+  """Compiles an update of `depth` layers with seven separate matrices each."""
   return compiled(separate(int(depth)), finder)
 
 
 def compile_stacked(finder: str, depth: str) -> tuple[Run, dict[str, Any]]:
-  """The same matrices on a leading axis."""
+  """Compiles an update of the same matrices, with the layers stacked."""
   shapes = {f'w{i}': (int(depth), *s) for i, s in enumerate(SHAPES)}
   return compiled({k: jnp.zeros(s) for k, s in shapes.items()}, finder)
 
 
 def compile_shapes(finder: str, count: str) -> tuple[Run, dict[str, Any]]:
-  """Compiling an update of 32 matrices of so many shapes."""
+  """Compiles an update of 32 matrices that have `count` different shapes."""
   shapes = itertools.islice(
     itertools.cycle([(64, 64 + 8 * i) for i in range(int(count))]), 32
   )
@@ -189,14 +197,17 @@ SHAPES = [(64, 64)] * 4 + [(64, 192)] * 3
 
 
 def unstacked(params: Any) -> Any:
-  """Returns the layers one by one: the peer takes a stack for a matrix."""
+  """Returns params with a list of layers instead of stacked layers.
+
+  optax.contrib.galore would treat stacked layers as one tensor.
+  """
   layers = range(jax.tree.leaves(params['blocks'])[0].shape[0])
   blocks = [jax.tree.map(lambda x, i=i: x[i], params['blocks']) for i in layers]
   return params | {'blocks': blocks}
 
 
 def separate(depth: int) -> dict[str, Any]:
-  """Returns layers of a transformer that is not stacked."""
+  """Returns the matrices of a transformer whose layers are not stacked."""
   return {
     f'layer{i}': {f'w{j}': jnp.zeros(s) for j, s in enumerate(SHAPES)}
     for i in range(depth)
@@ -209,7 +220,7 @@ def compiled(params: Any, finder: Any) -> tuple[Run, dict[str, Any]]:
   state = tx.init(params)
 
   def run() -> None:
-    # Another function each time: nothing is remembered.
+    # A new function in each run, because jit caches programs by function.
     jax.jit(lambda g, s: tx.update(g, s)).lower(params, state).compile()
 
   return run, {}
@@ -218,11 +229,11 @@ def compiled(params: Any, finder: Any) -> tuple[Run, dict[str, Any]]:
 def update_cost(
   params: Any, tx: optax.GradientTransformation, row: str
 ) -> dict[str, float]:
-  """Returns the flops and the bytes that an update cannot do without.
+  """Returns the minimal flops and bytes of an update.
 
-  Bytes: each gradient read, each weight and what the optimizer keeps read and
-  written, a basis read. Flops: a low rank's products with the basis, there and
-  back.
+  Bytes: gradients and bases are read once; weights and moments are read and
+  written once. Flops: the products that project the gradient and project the
+  update back.
   """
   name, options = rows().get(row, (row, {}))
   coordinates = options.get('subspace') in ('columns', 'entries')
@@ -239,7 +250,7 @@ def update_cost(
 
 
 def size_of(tree: Any) -> int:
-  """Returns the number of elements."""
+  """Returns the number of elements of a tree."""
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 

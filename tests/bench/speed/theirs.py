@@ -1,6 +1,7 @@
-"""What is timed of PyTorch: transformers' LLaMA and galore-torch, unmodified.
+"""The PyTorch workloads of the speed benchmark.
 
-Functions return `run, notes`, as those of `tests.bench.speed.ours`.
+They use the LLaMA of transformers and the optimizers of galore-torch, both
+unmodified. The functions return `run, notes` as in `tests.bench.speed.ours`.
 """
 
 import time
@@ -19,7 +20,7 @@ Run = Callable[[], Any]
 
 
 def model(size: str) -> LlamaForCausalLM:
-  """Returns transformers' model of one of our sizes."""
+  """Returns the transformers model with one of our named sizes."""
   ours = llama(size)
   return transformer(ours, ours.num_layers)
 
@@ -27,7 +28,7 @@ def model(size: str) -> LlamaForCausalLM:
 def transformer(
   ours: llama_lib.LlamaConfig, num_layers: int
 ) -> LlamaForCausalLM:
-  """Returns transformers' model of ours, with so many layers."""
+  """Returns the transformers model for our config, with `num_layers` layers."""
   torch.manual_seed(0)
   config = LlamaConfig(
     vocab_size=ours.vocab_size,
@@ -43,7 +44,7 @@ def transformer(
 def optimizer(
   name: str, named: dict[str, torch.nn.Parameter], gap: int, rank: int = RANK
 ) -> torch.optim.Optimizer:
-  """Returns an optimizer of the reference, or torch's own AdamW."""
+  """Returns an optimizer of galore-torch, or PyTorch's fused AdamW."""
   if name == 'AdamW':
     return torch.optim.AdamW(named.values(), lr=0.01, fused=True)
   matrices = {k: p for k, p in named.items() if 'attn' in k or 'mlp' in k}
@@ -56,7 +57,7 @@ def optimizer(
 
 
 def step(name: str, size: str) -> tuple[Run, dict[str, Any]]:
-  """The whole step: forward, backward, update."""
+  """Returns a run of the whole step: forward, backward and update."""
   start = time.perf_counter()
   net = model(size)
   tx = optimizer(name, dict(net.named_parameters()), GAP)
@@ -76,10 +77,11 @@ def step(name: str, size: str) -> tuple[Run, dict[str, Any]]:
 def update(
   name: str, size: str, gap: str = str(GAP)
 ) -> tuple[Run, dict[str, Any]]:
-  """The optimizer's part of a step, between two refreshes."""
+  """Returns a run of the optimizer's update, between two refreshes."""
   named = dict(model(size).named_parameters())
   tx = optimizer(name, named, int(gap))
   for w in named.values():
     w.grad = torch.sin(1 + w.detach())
-  tx.step()  # The first refresh.
+  # This step contains the first refresh.
+  tx.step()
   return tx.step, {}

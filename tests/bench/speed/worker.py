@@ -1,9 +1,10 @@
-"""A process that holds one workload and times it when it is told to.
+"""A process that holds one workload and times it on request.
 
-`python -m tests.bench.speed.worker MODULE FUNCTION ARGUMENTS...` answers on
-standard output, an object a line: first `ready`, with the seconds from the
-start of the process; then, for each number that it reads, the seconds of so
-many runs in a row; at the end of its input the peak of its memory.
+`python -m tests.bench.speed.worker MODULE FUNCTION ARGUMENTS...` writes JSON
+objects to standard output, one in a line. The first object has `ready`, the
+seconds since the start of the process. For each number on standard input, the
+process times this many consecutive runs and writes their `seconds`. When the
+input ends, it writes its peak memory.
 """
 
 import importlib
@@ -16,21 +17,25 @@ import time
 from typing import Any
 
 HUGE_PAGES = 'glibc.malloc.hugetlb=1'
-"""What `make train` sets; here every process has it, the peers' too."""
+"""Setting of `make train`. Here all processes use it, including the peers."""
 
 
 def main() -> None:
   """Runs the workload that the command line names."""
-  # Nothing else may write between the answers.
+  # Redirect other output to standard error, to keep it out of the answers.
   answers, sys.stdout = sys.stdout, sys.stderr
-  answer = lambda **values: print(json.dumps(values), file=answers, flush=True)
+
+  def answer(**values: Any) -> None:
+    print(json.dumps(values), file=answers, flush=True)
+
   module, function, *arguments = sys.argv[1:]
   workload = getattr(importlib.import_module(module), function)
   run, notes = workload(*arguments)
   answer(ready=time.time() - float(os.environ['STARTED']), **notes)
   for count in sys.stdin:
-    # As in training, one follows the other: the first after a pause finds
-    # neither its data in the caches nor the memory that it gave back.
+    # In training, steps follow each other without a pause. The first run after
+    # a pause is slower, because its data has left the caches and its freed
+    # memory must be allocated again. Do not time it.
     run()
     times = []
     for _ in range(int(count)):
@@ -43,10 +48,12 @@ def main() -> None:
 
 
 class Worker:
-  """The other end: starts the process, and asks it for times."""
+  """Starts a worker process and requests times from it."""
 
-  def __init__(self, module: str, function: str, *arguments: str, **env: str):
-    """Starts it and waits until it is ready."""
+  def __init__(
+    self, module: str, function: str, *arguments: str, **env: str
+  ) -> None:
+    """Starts the process and waits until its workload is ready."""
     self._process = subprocess.Popen(
       [sys.executable, '-m', __name__, module, function, *arguments],
       stdin=subprocess.PIPE,
@@ -65,14 +72,14 @@ class Worker:
     self.notes = self._read()
 
   def time(self, count: int = 3) -> list[float]:
-    """Returns the seconds of runs in a row, after one that is not timed."""
+    """Returns the seconds of `count` consecutive runs after an untimed one."""
     assert self._process.stdin
     self._process.stdin.write(f'{count}\n')
     self._process.stdin.flush()
     return self._read()['seconds']
 
   def end(self) -> int:
-    """Ends the process; returns the most bytes that it held."""
+    """Ends the process and returns its peak memory in bytes."""
     assert self._process.stdin
     self._process.stdin.close()
     peak = self._read()['peak_bytes']
