@@ -1,6 +1,6 @@
-"""Names of options: signatures of presets, and errors for wrong names.
+"""Complete signatures of presets, and errors for unknown option names.
 
-`checks` checks the values of options.
+The module `checks` checks the values of options.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 Function = TypeVar('Function', bound=Callable[..., Any])
 
 # Options of the PyTorch references (galore-torch, transformers, LLaMA-Factory,
-# BAdam, LOMO), and their names in this library.
+# BAdam, LOMO), each with the name of the same option in this library.
 THEIRS = {
   'lr': 'learning_rate',
   'beta1': 'b1',
@@ -48,16 +48,16 @@ def names_options(
 ) -> Callable[[Function], Function]:
   """Gives a function a complete signature, and errors that list its options.
 
-  A preset that passes `**options` on to `galore` gets their names, so that
-  `help` lists them and `optax.inject_hyperparams`, which reads the signature,
-  can inject them. An unknown name raises before any code of the preset runs.
+  A preset forwards its `**options` to `galore`. This decorator puts the names
+  of those options into the signature of the preset. `help` then lists them, and
+  `optax.inject_hyperparams`, which reads the signature, can inject them. An
+  unknown name raises before any code of the preset runs.
 
   Args:
-    *fixed: options of `of` that the function sets itself, in addition to those
-      that it has as parameters of its own.
-    of: the function that receives `**options`; None if there is no such
-      parameter.
-    of_inner: options that belong to the inner transformation.
+    *fixed: options of `of` that the function sets itself and does not accept.
+    of: the function that receives `**options`; None if the decorated function
+      does not have `**options`.
+    of_inner: names of options of the inner optimizer, for a better error.
 
   Returns:
     A decorator. The function that it returns raises TypeError for a name that
@@ -118,7 +118,7 @@ def _why(
   sets: bool,
   of_inner: Collection[str],
 ) -> str:
-  """Returns why a function does not take an option, and the remedy."""
+  """Returns the reason why a function does not accept an option."""
   if sets:
     return f'{function}() sets {name} itself.'
   ours = THEIRS.get(name, '')

@@ -1,7 +1,7 @@
-"""In which precision updates are computed: float32 at least.
+"""Computation in float32, or in a wider dtype if the input has one.
 
-A second moment in bfloat16 never decays (0.999 of it rounds to itself), and
-optax keeps moments in the type of the parameters.
+optax stores moments in the dtype of the parameters. A second moment in bfloat16
+never decays, because 0.999 times it rounds to the same number.
 """
 
 from typing import Any
@@ -13,7 +13,9 @@ import optax
 
 
 def full(x: Any) -> Any:
-  """Returns an array, abstract or not, in float32 at least.
+  """Returns an array in float32, or in its own dtype if that is wider.
+
+  The result for a `jax.ShapeDtypeStruct` is a `jax.ShapeDtypeStruct`.
 
   >>> full(jnp.ones(1, jnp.bfloat16)).dtype
   dtype('float32')
@@ -25,13 +27,15 @@ def full(x: Any) -> Any:
 
 
 def in_float32(tx: Any) -> optax.GradientTransformationExtraArgs:
-  """Runs a transformation on float32 copies, so that its moments are float32.
+  """Runs a transformation on float32 copies of gradients and parameters.
+
+  Its moments are float32 too.
 
   Args:
     tx: the transformation.
 
   Returns:
-    The same; its updates have the dtype of the gradients.
+    A transformation whose updates have the dtype of the gradients.
 
   Example:
     >>> tx = in_float32(optax.trace(0.9))
@@ -51,7 +55,7 @@ def in_float32(tx: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """Returns the root mean square over `axes`, which are kept.
+  """Returns the root mean square over `axes`, which keep size one.
 
   >>> rms(jnp.array([[3.0, -3.0], [1.0, -7.0]]), (-1,)).round(4)
   Array([[3.],
@@ -61,10 +65,10 @@ def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """Returns the root of the sum of squares over `axes`, which are kept.
+  """Returns the root of the sum of squares over `axes`, which keep size one.
 
-  Library norms are not used for arrays with the shape of a weight: some
-  versions of JAX over-count `jnp.linalg.norm` of a sharded matrix on GPUs.
+  `jnp.linalg.norm` is not used for arrays with the shape of a weight. Some
+  versions of JAX return too large a norm for a sharded matrix on GPUs.
 
   >>> norm(jnp.array([[3.0, 4.0], [0.0, -2.0]]), (-1,)).round(4)
   Array([[5.],
@@ -74,7 +78,9 @@ def norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def close(x: Any, y: Any) -> bool:
-  """Whether two arrays agree, to 1e-4 of the largest number in them.
+  """Whether two arrays are equal up to 1e-4 of the largest entry of `x`.
+
+  Only the shapes of arrays that are not numeric, such as keys, are compared.
 
   >>> close(jnp.array([1e-6, 1.0]), jnp.array([0.0, 1.0]))
   True
@@ -87,7 +93,7 @@ def close(x: Any, y: Any) -> bool:
 
 
 def wide(tree: Any) -> Any:
-  """Returns a tree of arrays, abstract or not, in float32 at least.
+  """Returns a tree with each array in float32, or in its dtype if wider.
 
   >>> wide({'w': jnp.ones(1, jnp.bfloat16)})
   {'w': Array([1.], dtype=float32)}
@@ -96,7 +102,7 @@ def wide(tree: Any) -> Any:
 
 
 def single(tree: Any, value: float) -> Any:
-  """Returns arrays of one element, with the axes of those of a tree.
+  """Returns a tree of one-element arrays with as many axes as those of `tree`.
 
   >>> single({'w': jnp.ones((2, 3))}, 0.5)
   {'w': Array([[0.5]], dtype=float32)}
