@@ -1,7 +1,7 @@
-"""GaLore with Adafactor, as its PyTorch reference computes it.
+"""GaLore with Adafactor, equal to the PyTorch reference.
 
 Axes: r rows and n columns of a matrix, d size of a vector. Leading axes are
-batch: each matrix, or vector, of a stack is one of its own. A leaf is a stack
+batch: the matrices, or vectors, of a stack are independent. A leaf is a stack
 of vectors [..., d] if its path names a norm, scale or bias, and a stack of
 matrices [..., r, n] otherwise (`paths.own_axes`).
 """
@@ -23,12 +23,20 @@ from galore_optax.sharding import placed
 
 
 class FactoredState(NamedTuple):
-  """The state of `scale_by_galore_factored_rms`; MaskedNode for the unused."""
+  """State of `scale_by_galore_factored_rms`.
 
-  count: jax.Array  # [], int32: updates done so far
-  v_row: Any  # mean square of each row of a matrix: [..., r], float32
-  v_col: Any  # mean square of each column of a matrix: [..., n], float32
-  v: Any  # square of each element of a vector: [..., d], float32
+  The trees have the structure of the parameters. A matrix has a MaskedNode in
+  `v`, and a vector has one in `v_row` and `v_col`.
+  """
+
+  count: jax.Array
+  """[], int32: number of updates so far."""
+  v_row: Any
+  """[..., r], float32: moving average of each row's mean square."""
+  v_col: Any
+  """[..., n], float32: moving average of each column's mean square."""
+  v: Any
+  """[..., d], float32: moving average of each element's square."""
 
 
 def scale_by_galore_factored_rms(
@@ -36,14 +44,18 @@ def scale_by_galore_factored_rms(
 ) -> optax.GradientTransformation:
   """Rescales by a factored second moment, then clips the RMS of each matrix.
 
-  `optax.scale_by_factored_rms` and `optax.clip_by_block_rms`, but every matrix
-  is factored, however small, and a stack of matrices equals a loop over them.
-  State: r + n floats for a matrix [r, n], d for a vector [d].
+  It combines `optax.scale_by_factored_rms` and `optax.clip_by_block_rms`, with
+  two differences. Matrices of every size are factored, and the matrices of a
+  stack are independent.
+
+  State: r + n float32 numbers for a matrix [r, n], d for a vector [d].
 
   Args:
-    decay_rate: at step t = 1, 2, ... the moment decays by 1 - t^-decay_rate.
+    decay_rate: the decay rate of the moment is 1 - t^-decay_rate at step t = 1,
+      2, ...
     eps: added to the square of each gradient.
-    clip_threshold: largest RMS of the result; infinity for no limit.
+    clip_threshold: largest RMS of a matrix or vector of the result; infinity
+      for no limit.
 
   Example:
     >>> tx = scale_by_galore_factored_rms()
@@ -80,7 +92,7 @@ def scale_by_galore_factored_rms(
 
 
 def _first(name, x):
-  """Returns the moments (v_row, v_col, v) of a leaf before any update."""
+  """Returns the initial moments (v_row, v_col, v) of a leaf."""
   dtype, none = jnp.promote_types(x.dtype, jnp.float32), optax.MaskedNode()
   if len(paths.own_axes(name, x.ndim)) < 2:
     return none, none, jnp.zeros(x.shape, dtype)
@@ -89,7 +101,7 @@ def _first(name, x):
 
 
 def _rescale(name, g, v_row, v_col, v, weight, eps, clip_threshold):
-  """Returns the rescaled gradient of a leaf, and its v_row, v_col and v."""
+  """Returns the rescaled gradient of a leaf, and its new v_row, v_col, v."""
   u, own_axes = full(g), paths.own_axes(name, g.ndim)
   squared = jnp.square(u) + eps
   weight = weight.astype(u.dtype)
@@ -107,7 +119,7 @@ def _rescale(name, g, v_row, v_col, v, weight, eps, clip_threshold):
 
 
 def _columns(treedef, rows, num):
-  """Returns a tree of each of the `num` values that every leaf has."""
+  """Transposes a list of `num` values for each leaf to `num` trees."""
   return (treedef.unflatten([row[i] for row in rows]) for i in range(num))
 
 
@@ -125,25 +137,27 @@ def galore_adafactor(
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore with Adafactor, equal to the PyTorch reference's `GaLoreAdafactor`.
 
-  (With its `relative_step=False`.) The second moment is factored, and the RMS
-  of the update clipped, in the low-rank space; the step size enters before the
-  first moment, and weight decay acts on the weight before the update. Each
-  matrix of a stack is one of its own; a leaf whose path names a norm, scale or
-  bias is a vector, or a stack of vectors, and is not factored.
+  The reference's option `relative_step` is False here. The second moment of the
+  low-rank gradient is factored, and the RMS of the low-rank update is clipped.
+  The step size multiplies before the first moment, and weight decay acts on the
+  weight before the update. The matrices of a stack are independent. A leaf
+  whose path names a norm, scale or bias is a vector, or a stack of vectors, and
+  is not factored.
 
   State of a weight [i, o], i <= o: a basis of r i elements in the weight's
-  dtype, and r + o floats, with `b1` r o more.
+  dtype, and r + o float32 numbers; r o more with `b1`.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    b1: decay of the first moment; None for none.
+    b1: decay rate of the first moment; None for no first moment.
     scale_parameter: multiply the learning rate by the RMS of the whole weight.
     clip_threshold: largest RMS of the low-rank update before the step size.
-    decay_rate: at step t = 1, 2, ... the second moment decays by
-      1 - t^-decay_rate.
-    eps: added to the square of each gradient; least scale of a parameter.
+    decay_rate: the decay rate of the second moment is 1 - t^-decay_rate at step
+      t = 1, 2, ...
+    eps: two numbers: the first is added to the square of each gradient, the
+      second is the smallest RMS of a weight for `scale_parameter`.
     weight_decay: decoupled, times the step size, on every leaf.
-    **options: those of `galore`: rank, gap, scale, side, subspace, ...
+    **options: options of `galore`: rank, gap, scale, side, subspace, ...
 
   Returns:
     The transformation. Its `update` needs params.
@@ -173,8 +187,9 @@ def galore_adafactor(
   tx: Any = galore(optax.chain(factored, sized, momentum), **options)
 
   def with_steps(apply):
-    # The step size of each weight acts before the inner's momentum, where only
-    # the low-rank gradient is seen: it is handed through as an extra arg.
+    # The step size multiplies before the inner's momentum, but it depends on
+    # the whole weight, which the inner does not receive. It is passed to the
+    # inner as an extra argument.
     def apply_fn(low, state, params=None, grads=None, **extra_args):
       checks.check_params(params, 'a step that follows the weights')
       rate = rate_at(learning_rate, state.count)
@@ -193,13 +208,13 @@ def galore_adafactor(
 
 
 def _by_size(updates, state, params=None, *, step_size, **extra_args):
-  """Multiplies by minus a number a matrix, each in a tree of extra args."""
+  """Multiplies the update of each matrix by minus its step size."""
   down = lambda u, size: jnp.asarray(-size, u.dtype) * u
   return jax.tree.map(down, updates, step_size), state
 
 
 def _scale(plan, w, floor):
-  """Returns the RMS of each matrix or vector that the inner sees of a leaf."""
+  """Returns the RMS of each matrix or vector of a weight, at least `floor`."""
   w, own_axes = full(w), paths.own_axes(plan.path, w.ndim)
   if isinstance(plan, Projection):
     w, own_axes = to_matrix(plan, w), (-2, -1)
@@ -207,7 +222,7 @@ def _scale(plan, w, floor):
 
 
 def _decayed(plan, u, w, size, weight_decay):
-  """Returns an update with the decay of its weight, of the same step size."""
+  """Returns an update with weight decay, scaled by the same step size."""
   if isinstance(plan, Projection):
     size = from_matrix(plan, jnp.broadcast_to(size, plan.matrix_shape))
   return u - (size * weight_decay * full(w)).astype(u.dtype)

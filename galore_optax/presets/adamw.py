@@ -1,4 +1,4 @@
-"""GaLore with Adam: `galore_adamw`, and its moments in 8 bits."""
+"""GaLore with AdamW, with moments in float32 or in 8 bits."""
 
 from typing import Any, Literal
 
@@ -24,18 +24,18 @@ def galore_adamw(
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore with AdamW, equal to the PyTorch reference's `GaLoreAdamW`.
 
-  It differs from `galore(optax.adamw(...))` in two places, as the reference
-  does: eps sits before the bias correction, and weight decay acts on the
-  weight that the update has already changed. Under `optax.inject_hyperparams`
-  rank, gap and any option that is callable belong in `static_args`.
+  It differs from `galore(optax.adamw(...))` in two points, in which it follows
+  the reference. eps is added before the bias correction, and weight decay acts
+  on the updated weight. With `optax.inject_hyperparams`, list rank, gap and all
+  callable options in `static_args`.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
     eps: added to the root of the second moment before its bias correction.
     weight_decay: decoupled, times the learning rate, on every leaf.
-    **options: those of `galore`: rank, gap, scale, side, subspace, ...
+    **options: options of `galore`: rank, gap, scale, side, subspace, ...
 
   Example:
     >>> import jax.numpy as jnp
@@ -66,21 +66,22 @@ def galore_adamw_8bit(
   basis_bits: Literal[4, 8] | None = None,
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-  """`galore_adamw` with its moments in blocks of 8 bits.
+  """`galore_adamw` with moments quantized to 8 bits in blocks.
 
   State of a weight [i, o], i <= o: a basis of r i elements in the weight's
-  dtype, and 2 r o bytes of codes with 4 bytes for each block.
+  dtype, 2 r o bytes of codes, and a scale of 4 bytes for each block.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
     eps: added to the root of the second moment before its bias correction.
-    weight_decay: decoupled, on the weight that the update has changed.
-    block_size: elements that share a float32 scale.
+    weight_decay: decoupled, times the learning rate, on the updated weight.
+    block_size: number of elements that share a float32 scale.
     min_size: moments with fewer elements stay float32.
-    basis_bits: of a stored basis; None keeps it in the weight's dtype.
-    **options: those of `galore`.
+    basis_bits: bits of an element of a stored basis; None stores it in the
+      weight's dtype.
+    **options: options of `galore`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -101,14 +102,18 @@ def galore_adamw_8bit(
 
 
 def _galore_adamw(learning_rate, b1, b2, eps, weight_decay, options, sizes):
-  """Returns GaLore with AdamW, in blocks of some sizes; None for float32."""
+  """Returns GaLore with AdamW.
+
+  `sizes` has the options of `quantize_state`; None keeps moments in float32.
+  """
   inner.check_numbers(learning_rate, weight_decay)
   adam = optax.chain(
     inner.scale_by_galore_adam(b1=b1, b2=b2, eps=eps),
     optax.scale_by_learning_rate(learning_rate),
   )
   adam = adam if sizes is None else quantize_state(adam, **sizes)
-  # It reads no weights: shown none, its slope of decay is known to be zero.
+  # Adam does not use params. Withholding them makes the decay slope a constant
+  # zero, which XLA folds.
   blind = adam._replace(update=lambda g, s, *_, **__: adam.update(g, s))
   decay = decay_updated_weights(learning_rate, weight_decay=weight_decay)
   return chain(galore(blind, **inner.rotated_by(options, b1, b2)), decay)

@@ -1,9 +1,8 @@
-"""BAdam: an optimizer of one layer of a stack at a time.
+"""BAdam: an optimizer that trains one layer of a stack at a time.
 
-Its state is that of one layer: the layers take turns, and with each turn it
-starts anew. A layer-wise step reads `rule`, `rest` and `active` of a
-`OneBlock`, and computes the weight gradient of the layer whose turn it is and
-of no other.
+The layers are trained in turns. The state is that of one layer, and it is reset
+at the start of each turn. The layer-wise step reads the attributes of
+`OneBlock`, and computes weight gradients only for the layer being trained.
 
 Axes: L layers, the leading axis of a stack.
 """
@@ -30,30 +29,42 @@ Order = Literal['random', 'ascending', 'descending', 'fixed']
 
 
 class TurnState(NamedTuple):
-  """State of the rule of a layer, or of what is in no block."""
+  """State of the rule for one layer, or of the rule for all other leaves."""
 
-  count: jax.Array  # [], int32: updates done, over all turns
-  inner: optax.OptState  # of the layer whose turn it is
-  master: Any  # its weights in float32; () without `master_weights`
+  count: jax.Array
+  """[], int32: number of updates so far, over all turns."""
+  inner: optax.OptState
+  """State of the inner optimizer for the layer being trained."""
+  master: Any
+  """float32 copy of that layer's weights; () without `master_weights`."""
 
 
 class OneBlockState(NamedTuple):
   """State of `badam`."""
 
-  block: TurnState  # of one layer
-  rest: Any  # TurnState of what is in no block; EmptyState where frozen
+  block: TurnState
+  """State of the layer being trained."""
+  rest: Any
+  """TurnState of all other leaves; EmptyState if they are frozen."""
 
 
 class OneBlock(optax.GradientTransformationExtraArgs):
-  """A transformation that trains one layer at a time, in a form to be read."""
+  """A transformation that trains one layer at a time.
 
-  rule: Rule  # of the weights of one layer
-  rest: Rule | None  # of what is in no block; None where that is frozen
-  # `(count, number of layers) -> []`, int32: the layer whose turn it is.
+  The layer-wise step applies its attributes to each weight separately.
+  """
+
+  rule: Rule
+  """The transformation of one layer's weights."""
+  rest: Rule | None
+  """The transformation of leaves outside the stack; None if they are frozen."""
   active: Callable[[jax.Array, int], jax.Array]
-  # Raises ValueError if the blocks are not the layers of a stack, by path.
+  """`(count, number of layers) -> []`, int32: index of the layer to train."""
   check_blocks: Callable[[dict[str, bool]], None]
-  blocks: str  # regex on the paths of the stacked leaves
+  """Receives for each path whether the leaf is stacked, and raises ValueError
+  unless `blocks` matches exactly the stacked leaves."""
+  blocks: str
+  """Regex on the paths of the stacked leaves."""
 
 
 @names_options()
@@ -70,36 +81,38 @@ def badam(
   start: int | None = None,
   seed: int = 0,
 ) -> OneBlock:
-  """Adam (or another inner) on one layer of a stack at a time.
+  """Adam, or another inner optimizer, on one layer of a stack at a time.
 
-  Its moments are those of one layer, and start anew with the next one. The
-  position in the cycle follows from the step count, so a resumed run goes on.
-  `layerwise` computes the weight gradient of the layer whose turn it is alone.
-  Everything is computed in float32.
+  The inner optimizer has the state of one layer, which is reset at the start of
+  the next layer's turn. The layer being trained is a function of the step
+  count, so a resumed run continues with the same layer. `layerwise` computes
+  weight gradients only for the layer being trained. Updates are computed in
+  float32.
 
-  State: the inner's for one layer, float32 (Adam: 8 bytes an element of the
-  layer), with `master_weights` 4 bytes more.
+  State: that of the inner optimizer for one layer, in float32 (Adam: 8 bytes
+  for each element of the layer), and 4 bytes more with `master_weights`.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    switch_every: updates of a layer before the next one's turn.
-    order: 'random' (a permutation, new in each cycle), 'ascending',
-      'descending', or 'fixed': one layer for ever.
+    switch_every: number of updates of a layer in one turn.
+    order: 'random' (a new permutation in each cycle), 'ascending',
+      'descending', or 'fixed' (always the same layer).
     inner: 'adam', 'lion', 'sgdm', or a transformation without a learning rate.
-    weight_decay: decoupled, on what is trained.
+    weight_decay: decoupled, times the learning rate, on the weights being
+      trained.
     blocks: regex on the paths of the stacked leaves [L, ...].
-    train_rest: train what is in no block (embedding, head, norm) too, at every
-      step; it is frozen otherwise.
-    master_weights: keep a float32 copy of the layer whose turn it is; for
-      bfloat16 weights, which lose every update below 2^-9 of them.
-    start: the first layer; default the last for 'descending', else layer 0.
-      A random order has none.
-    seed: of the random order.
+    train_rest: train the leaves outside the stack (embedding, head, norm) too,
+      at every step; they are frozen otherwise.
+    master_weights: store a float32 copy of the layer being trained. bfloat16
+      weights need it, because they lose every update below 2^-9 of their size.
+    start: index of the first layer. The default is the last layer for
+      'descending', and layer 0 otherwise. Not allowed with a random order.
+    seed: seed of the random order.
 
   Raises:
     ValueError: an option out of range; at `init`, `blocks` matches nothing, or
-      leaves that are not stacks of one length, or the inner has a learning
-      rate.
+      leaves that are not stacks of one length, or the inner optimizer has a
+      learning rate.
 
   Example:
     >>> tx = badam(0.01, order='ascending')
@@ -132,7 +145,14 @@ def badam(
 
 
 def layer_of_turn(turn, num_layers, order='random', start=None, seed=0):
-  """Returns which layer has a turn, the first one of which is 0: [], int32.
+  """Returns the index of the layer that is trained in a turn: [], int32.
+
+  Args:
+    turn: number of the turn, from 0.
+    num_layers: number L of layers.
+    order: as in `badam`.
+    start: as in `badam`.
+    seed: as in `badam`.
 
   >>> [int(layer_of_turn(t, 3, 'descending')) for t in range(4)]
   [2, 1, 0, 2]
@@ -150,13 +170,15 @@ def layer_of_turn(turn, num_layers, order='random', start=None, seed=0):
 
 
 def _in_turns(inner, learning_rate, weight_decay, master_weights, every):
-  """Returns a rule whose inner starts anew `every` updates, None for never.
+  """Returns a rule that resets its inner optimizer every `every` updates.
 
-  The learning rate follows the count of all updates.
+  None for `every` means never. A learning-rate schedule receives the count of
+  updates over all turns.
   """
 
   def init_fn(params):
-    # Of no meaning yet: these may be shapes. The first update starts a turn.
+    # Placeholder: params may be abstract here, and the first update overwrites
+    # it.
     master = optax.tree.zeros_like(params) if master_weights else ()
     return TurnState(jnp.zeros([], jnp.int32), inner.init(params), master)
 
@@ -165,7 +187,8 @@ def _in_turns(inner, learning_rate, weight_decay, master_weights, every):
     count, *kept = state
     due = (count if every is None else count % every) == 0
     new = [inner.init(params), params if master_weights else ()]
-    # A select, which joins the update that follows; a cond would copy.
+    # XLA fuses a select with the update after it. A `lax.cond` would copy the
+    # state.
     select = lambda x, old: jnp.where(due, jnp.asarray(x, old.dtype), old)
     kept, master = jax.tree.map(select, new, kept)
     weights = master if master_weights else params
@@ -189,11 +212,11 @@ def one_block(
   blocks: str,
   check: Callable[[Any], None] | None = None,
 ) -> OneBlock:
-  """Applies a rule to the layer whose turn it is, another to the rest.
+  """Applies one rule to the layer being trained, and another to other leaves.
 
   Args:
     rule: transformation of one layer.
-    rest: transformation of the other leaves; None freezes them.
+    rest: transformation of the leaves outside the stack; None freezes them.
     active: as in `OneBlock`.
     blocks: regex on the paths of the stacked leaves.
     check: receives the parameters at `init`, and raises ValueError if they do
@@ -250,18 +273,25 @@ def one_block(
 
 
 def _updates_done(state: Any) -> jax.Array:
-  """Returns the count of a rule, which the rules of several groups share."""
+  """Returns the number of updates from the state of a rule.
+
+  With `grouped`, the state contains a `TurnState` for each group, and all have
+  the same count.
+  """
 
   def is_turn(x: Any) -> bool:
     return isinstance(x, TurnState)
 
   turns = filter(is_turn, jax.tree.leaves(state, is_leaf=is_turn))
-  # Without a turn all layers are frozen, and any of them serves.
+  # Without a `TurnState` all layers are frozen, and any index is correct.
   return next((turn.count for turn in turns), jnp.int32(0))
 
 
 def _split(tree, blocks):
-  """Returns the stacks of a tree and the rest of it; MaskedNode elsewhere."""
+  """Returns the stacked leaves, and the other leaves, as two trees.
+
+  In each tree, a MaskedNode replaces the leaves of the other one.
+  """
   mine = paths.matched([blocks], tree, option='blocks')
   mine = jax.tree.structure(tree).unflatten(mine)
   keep = lambda x, yes: x if yes else optax.MaskedNode()

@@ -1,4 +1,4 @@
-"""FRUGAL: an inner on a share of each weight, a simple rule on the rest."""
+"""FRUGAL: an inner optimizer in a subspace, and sign descent outside it."""
 
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -17,17 +17,19 @@ from galore_optax.projection import Projection
 from galore_optax.residual import Sgd, Sign
 from galore_optax.subspace.finders import NAMES, Name, Subspace
 
-# How `frugal` splits a kernel [in, out]; 'coordinates' are of the shorter side.
+# How `frugal` splits a kernel [in, out]. 'coordinates' selects indices of its
+# shorter axis.
 Where: TypeAlias = Literal[Name, 'columns', 'rows', 'entries']
 
-# The options of `galore` that split by coordinates.
+# For each split by coordinates, the options of `galore` besides `subspace`.
 COORDINATES: dict[str, dict[str, Any]] = {
   'columns': dict(side='left'),
   'rows': dict(side='right'),
   'entries': dict(side='left', axes={'.*': ((-2, -1), ())}),
 }
 
-RESIDUALS = {'sign': Sign, 'sgd': Sgd}  # what moves the rest
+# The rules for the gradient outside the subspace.
+RESIDUALS = {'sign': Sign, 'sgd': Sgd}
 
 
 @names_options('rank', 'scale', 'side', 'moments', 'axes')
@@ -43,29 +45,32 @@ def frugal(
   weight_decay: float = 0.0,
   targets: paths.Targets = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Adam (or another inner) on a share of a weight, sign descent elsewhere.
+  """Adam, or another inner optimizer, in a subspace; sign descent outside it.
 
-  The state of the inner starts anew with each subspace. Density 1 is the inner
-  alone and density 0 the residual rule alone, by structure.
+  The inner optimizer's state of projected weights is reset at each refresh of
+  the subspace. With density 1 the inner optimizer updates whole weights, and
+  with density 0 the residual rule does. Both cases have no projection.
 
-  State of a weight [i, o], i <= o: an inner on density of its elements (Adam:
-  2 density i o, float32), and for 'svd' a basis of density i^2, for 'columns',
-  'rows' and 'entries' an int32 index of each coordinate.
+  State of a weight [i, o], i <= o, at density d: the inner optimizer's state
+  for d i o elements (Adam: 2 d i o, float32), and the basis. The basis of 'svd'
+  has d i^2 elements; that of 'columns', 'rows' and 'entries' has an int32 index
+  for each coordinate.
 
   Args:
     learning_rate: a number, or a schedule of the step, for both parts.
-    density: share of each target that the inner works on, in [0, 1]; rounded
-      to whole directions or coordinates, halves up, at least one (the reference
-      rounds halves to even, and truncates coordinates, perhaps to none).
-    gap: updates from one subspace to the next.
-    subspace: 'svd', 'random' or another one of `galore` (directions), 'columns'
-      or 'rows' (inputs or outputs), or 'entries'. For whole layers in turns
-      there is `badam`.
+    density: share of each target that the inner optimizer updates, in [0, 1].
+      The number of directions or coordinates is rounded, halves up, and is at
+      least one. The reference rounds halves to even, and rounds coordinates
+      down, possibly to zero.
+    gap: number of updates between two refreshes of the subspace.
+    subspace: 'svd', 'random' or another subspace of `galore` (directions),
+      'columns' or 'rows' (inputs or outputs), or 'entries'. `badam` trains
+      whole layers in turns.
     inner: 'adam', 'lion', 'sgdm', or a transformation without a learning rate.
-    residual: 'sign' or 'sgd'.
-    residual_scale: multiplies the learning rate of the residual.
+    residual: rule for the gradient outside the subspace, 'sign' or 'sgd'.
+    residual_scale: multiplies the learning rate of that rule.
     weight_decay: decoupled, times the learning rate, on every leaf.
-    targets: as in `galore`; other leaves are the inner's in full.
+    targets: as in `galore`; the inner optimizer updates all other leaves.
 
   Example:
     >>> import jax.numpy as jnp
@@ -85,7 +90,7 @@ def frugal(
   rate = lambda count: jnp.asarray(rate_at(learning_rate, count), float)
   options: dict[str, Any] = dict(gap=gap, targets=targets, **_where(subspace))
   options['residual'] = RESIDUALS[residual](lambda c: residual_scale * rate(c))
-  # Made for all densities, as it checks the options.
+  # `galore` is called for all densities because it checks the options.
   rank = float(density) or 1.0
   stage = galore(inside, rank=rank, scale=1.0, moments='reset', **options)
   if density == 1:
@@ -98,7 +103,7 @@ def frugal(
 
 
 def _where(subspace) -> dict[str, Any]:
-  """Returns the options of `galore` that say where the inner works."""
+  """Returns the options of `galore` that select the subspace."""
   if not isinstance(subspace, str) or subspace in NAMES:
     return dict(subspace=subspace)
   checks.check_one_of(get_args(Where), subspace=subspace)
@@ -106,11 +111,11 @@ def _where(subspace) -> dict[str, Any]:
 
 
 def partition(chosen, rest, targets: paths.Targets):
-  """Returns `chosen` for the targets and `rest` for the other leaves.
+  """Applies `chosen` to the targets and `rest` to all other leaves.
 
   Args:
     chosen: the transformation of the targets.
-    rest: the transformation of what `targets` leaves out.
+    rest: the transformation of all other leaves.
     targets: as in `galore`.
 
   Example:

@@ -62,8 +62,8 @@ class GroupedState(NamedTuple):
   """The state of a grouped transformation."""
 
   parts: tuple[Any, ...]
-  """State of each group, then that of all other parameters; EmptyState where a
-  group is frozen or has no parameter in this tree."""
+  """State of each group, then that of all other parameters. It is an EmptyState
+  if a group is frozen or has no parameter in this tree."""
 
 
 def assigned(
@@ -255,7 +255,7 @@ def times(value: Any, factor: Any) -> Any:
 def _joined(
   groups: Sequence[Group], parts: Sequence[Any], *, strict: bool = True
 ) -> Any:
-  """Returns one transformation of the parts, of the kind that they are.
+  """Joins the transformations of all groups to one of the same type.
 
   Args:
     groups: of all parts but the last.
@@ -271,7 +271,7 @@ def _joined(
   if isinstance(rest, Galore):
     return from_stages(together)
   if isinstance(rest, ClippedTransformation):
-    # The norm of all groups together.
+    # Clip by the norm of the gradient of all groups together.
     return clipped(_joined(groups, of_each('rule')), rest.clip_norm)
   if isinstance(rest, badam.OneBlock):
     join = functools.partial(_joined, groups, strict=False)
@@ -286,8 +286,9 @@ def _joined(
 class _Together:
   """The parts of a grouped transformation, each on the leaves of its group.
 
-  A part receives the tree with `paths.Elsewhere` in place of other groups'
-  leaves, so that it treats its leaves as it would in the whole tree.
+  In the tree that a part receives, `paths.Elsewhere` replaces the leaves of
+  other groups. A part therefore treats its leaves as it would in the whole
+  tree.
   """
 
   groups: tuple[Group, ...]
@@ -296,20 +297,20 @@ class _Together:
 
   @property
   def linear(self) -> bool:
-    """Whether no part reads more of a gradient than its projection."""
+    """Whether all parts read only the projection of a gradient."""
     return all(part.linear for part in self._moving())
 
   def with_keeper(self, f: Callable[[Any], Any]) -> Galore:
-    """Returns the same with f(keeper) in each part."""
+    """Returns this transformation with f(keeper) as each part's keeper."""
     parts = [part and part.with_keeper(f) for part in self.parts]
     return from_stages(dataclasses.replace(self, parts=tuple(parts)))
 
   def check(self, params: Any) -> None:
-    """Raises ValueError for a group or an option that does not fit a tree."""
+    """Raises ValueError if a group or an option does not fit the tree."""
     assigned(self.groups, params)
     if not paths.is_part(params):
-      # The parts see a share of the tree each, and check less. Plans are not
-      # recorded: a frozen group has none.
+      # `init` of a part checks less, because its tree has `Elsewhere` nodes.
+      # Plans are not recorded here, because a frozen group must have none.
       with watched():
         jax.eval_shape(self.parts[-1].init, params)
 
@@ -351,7 +352,7 @@ class _Together:
     return self._run(of_part, updates, state, frozen=jnp.zeros_like)
 
   def plan(self, tree: Any) -> list[Plan]:
-    """Returns how each leaf is projected; a frozen one is whole."""
+    """Returns how each leaf is projected; a frozen leaf is a `Whole`."""
     mine = self._indices(tree)
     names, leaves = paths.paths(tree), jax.tree.leaves(tree)
     plans: list[Plan] = [
@@ -366,7 +367,7 @@ class _Together:
     return plans
 
   def due(self, state: GroupedState, *, layer: Any = 0) -> jax.Array:
-    """Returns whether a refresh finds any basis: a scalar."""
+    """Returns whether a refresh computes a new basis: a scalar, bool."""
     found = [
       part.due(one, layer=layer)
       for part, one in zip(self.parts, state.parts, strict=True)
@@ -375,7 +376,7 @@ class _Together:
     return functools.reduce(jnp.logical_or, found, jnp.array(False))
 
   def refresh(self, grads: Any, state: GroupedState, *, layer: Any = 0) -> Any:
-    """Returns the state with new bases in each group, where due."""
+    """Returns the state with new bases for each group whose refresh is due."""
     mine = self._indices(grads)
     new = list(state.parts)
     for i, part in enumerate(self.parts):
@@ -384,7 +385,7 @@ class _Together:
     return GroupedState(tuple(new))
 
   def project(self, grads: Any, state: GroupedState) -> Any:
-    """Returns the projected gradients; of a frozen leaf, a zero."""
+    """Returns the projected gradients; zero for a frozen leaf."""
 
     def of_part(i: int, part: Any, share: Callable) -> tuple[Any, Any]:
       return part.project(share(grads), state.parts[i]), state.parts[i]
@@ -402,7 +403,10 @@ class _Together:
     grads: Any = None,
     **extra: Any,
   ) -> tuple[Any, GroupedState]:
-    """Returns the updates and the next state; `state` has the step's bases."""
+    """Returns the updates and the next state.
+
+    `state` must already have the bases of this step.
+    """
 
     def of_part(i: int, part: Any, share: Callable) -> tuple[Any, Any]:
       weights, whole = (x if x is None else share(x) for x in (params, grads))
@@ -433,7 +437,7 @@ class _Together:
         part's share of a tree.
       like: a tree that has the leaves of all groups.
       state: of all parts.
-      frozen: what stands for the leaf of a frozen group.
+      frozen: makes the result for a leaf of a frozen group.
     """
     mine = self._indices(like)
     leaves, treedef = jax.tree.flatten(like)

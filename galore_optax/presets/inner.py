@@ -1,8 +1,9 @@
-"""What presets share: GaLore's Adam, inners without a rate, and the way down.
+"""Shared parts of the presets: GaLore's Adam and checks of inner optimizers.
 
-A preset multiplies by the learning rate last, so its inner has none: it is a
-`scale_by_...`, and a learning rate of its own would apply twice. `descend` puts
-decay and learning rate behind such rules; read on in `frugal` or `muon`.
+A preset multiplies the update by the learning rate as its last step. Its inner
+optimizer is therefore a `scale_by_...` transformation without a learning rate.
+Otherwise two learning rates would multiply the update. `descend` adds weight
+decay and the learning rate to such transformations, as in `frugal` and `muon`.
 """
 
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from galore_optax.trial import try_update
 # A short name, or a transformation without a learning rate.
 Inner = Literal['adam', 'lion', 'sgdm'] | optax.GradientTransformation
 
-# The short names, with optax's own defaults.
+# The short names of `Inner`; the transformations have optax's defaults.
 INNERS = {'adam': optax.scale_by_adam(), 'lion': optax.scale_by_lion()}
 INNERS |= {'sgdm': optax.trace(0.9)}
 
@@ -27,14 +28,14 @@ INNERS |= {'sgdm': optax.trace(0.9)}
 def scale_by_galore_adam(
   *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
 ) -> optax.GradientTransformation:
-  """Rescales by Adam with `eps` inside, before bias correction.
+  """Rescales by Adam with `eps` added before the bias correction.
 
-  `sqrt(1 - b2^t) / (1 - b1^t) * mu / (sqrt(nu) + eps)`, which is
-  `optax.scale_by_adam` with `eps / sqrt(1 - b2^t)` for its eps.
+  The update is `sqrt(1 - b2^t) / (1 - b1^t) * mu / (sqrt(nu) + eps)`. It equals
+  that of `optax.scale_by_adam` with `eps / sqrt(1 - b2^t)` as its eps.
 
   Args:
-    b1: decay of the first moment.
-    b2: decay of the second moment.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
     eps: added to the root of the second moment.
 
   Example:
@@ -45,7 +46,7 @@ def scale_by_galore_adam(
 
   References:
     Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014, end of
-    section 2, where the two corrections are merged into the step size.
+    section 2, which merges both bias corrections into the step size.
   """
   checks.check_decay(b1=b1, b2=b2)
   checks.check_not_negative(eps=eps)
@@ -63,16 +64,17 @@ def scale_by_galore_adam(
 
 
 def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
-  """Returns an inner whose `init` raises if it has a learning rate.
+  """Returns an inner optimizer whose `init` raises if it has a learning rate.
 
-  It runs in float32 at least, and so do its moments.
+  The inner optimizer and its moments are computed in float32 at least.
 
   Args:
     inner: 'adam', 'lion', 'sgdm', or a transformation.
 
   Raises:
-    ValueError: the name is unknown; at `init`, the inner turns a gradient of
-      one around, as an optimizer does.
+    ValueError: the name is unknown; at `init`, the update for a gradient of one
+      is negative, which means that the transformation is a whole optimizer
+      with a learning rate.
 
   Example:
     >>> tx = without_rate('sgdm')
@@ -88,7 +90,8 @@ def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
   tx = in_float32(inner)
 
   def init_fn(params):
-    # The parts of a tree are seen after the whole, one by one.
+    # Skip the check for a part of a model. The layer-wise step initializes the
+    # whole model before it initializes the parts.
     if not paths.is_part(params):
       _check_no_rate(inner, params)
     return tx.init(params)
@@ -99,15 +102,16 @@ def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
 def _check_no_rate(inner, params):
   filled = lambda value: single(params, value)
   with jax.ensure_compile_time_eval():
-    # At a learning rate of zero nothing can be seen: try the next count.
+    # A learning-rate schedule may be zero at one step, which hides its sign.
+    # Hence several counts are tried.
     for count in decay.COUNTS:
       state = decay.at_count(count, inner.init(filled(0.0)))
       try:
         answers, _ = try_update(inner, filled(1.0), state, filled(0.0))
         answers = [x.item() for x in jax.tree.leaves(answers)]
       except TypeError:
-        # It needs extra args, which only `update` is given, or a hyperparameter
-        # is traced: its sign is not known.
+        # Nothing can be checked: the inner optimizer requires extra arguments
+        # of `update`, or its update depends on a traced hyperparameter.
         return
       least = min(answers, default=0.0)
       if least < 0:
@@ -121,7 +125,7 @@ def _check_no_rate(inner, params):
 
 
 def check_numbers(learning_rate, weight_decay):
-  """Raises ValueError for what every preset would take as a wrong number.
+  """Raises ValueError unless learning rate and weight decay are valid.
 
   >>> check_numbers(learning_rate=lambda count: 0.1, weight_decay=0.1)
   """
@@ -130,7 +134,7 @@ def check_numbers(learning_rate, weight_decay):
 
 
 def descend(learning_rate, weight_decay, *rules):
-  """Returns rules, then decoupled weight decay, then minus the learning rate.
+  """Chains rules, decoupled weight decay, and minus the learning rate.
 
   >>> tx, w = descend(0.5, 0.25, optax.scale_by_sign()), jnp.ones(1)
   >>> tx.update(3 * w, tx.init(w), w)[0]
@@ -143,7 +147,10 @@ def descend(learning_rate, weight_decay, *rules):
 
 
 def rotated_by(options, b1, b2=0.999):
-  """Returns options of `galore`, where 'rotate' follows the inner's decays.
+  """Returns options of `galore` with decay rates added to 'rotate'.
+
+  The option `moments='rotate'` means the decay rates of Adam's defaults.
+  It is replaced by a `Rotate` with the decay rates of the inner optimizer.
 
   >>> rotated_by({'moments': 'rotate'}, 0.8)
   {'moments': Rotate(b1=0.8, b2=0.999)}
@@ -154,11 +161,17 @@ def rotated_by(options, b1, b2=0.999):
 
 
 def bias_correction(b1: float, b2: float, count: Any) -> jax.Array:
-  """Returns Adam's `sqrt(1 - b2^t) / (1 - b1^t)` after t updates.
+  """Returns Adam's factor `sqrt(1 - b2^t) / (1 - b1^t)` after t updates.
+
+  Args:
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
+    count: number t of updates.
 
   >>> bias_correction(0.5, 0.75, 1).round(4)
   Array(1., dtype=float32, weak_type=True)
   """
-  # `1 - decay**count`, with all its digits for a decay near one.
+  # `1 - decay**count` without the cancellation that loses digits if the decay
+  # rate is close to one.
   rest = lambda decay: -jnp.expm1(count * jnp.log1p(decay - 1.0))
   return jnp.sqrt(rest(b2)) / rest(b1)

@@ -1,8 +1,8 @@
-"""LOMO and AdaLomo: rules made for a layer-wise step.
+"""LOMO and AdaLomo, which are designed for a layer-wise step.
 
-LOMO is plain SGD that keeps nothing; AdaLomo keeps a factored second moment.
-Both need clipping to learn, so both have it on. In `layerwise` the clipping
-is by the norm of the whole gradient.
+LOMO is SGD without state. AdaLomo has a factored second moment. Neither trains
+well without clipping, so both clip by default. In `layerwise` they clip by the
+norm of the whole gradient too.
 """
 
 import jax
@@ -27,7 +27,8 @@ def lomo(
 ) -> optax.GradientTransformationExtraArgs:
   """Stochastic gradient descent without state, clipped by the global norm.
 
-  w' = w - lr (c g + weight_decay w), c = min(1, clip_norm / (norm + 1e-6)).
+  The new weight is w - lr (c g + weight_decay w), where g is the gradient and
+  c = min(1, clip_norm / (norm + 1e-6)).
 
   Args:
     learning_rate: a number, or a schedule of the step.
@@ -58,23 +59,25 @@ def adalomo(
   clip_threshold: float = 1.0,
   eps: tuple[float, float] = (1e-30, 1e-3),
 ) -> optax.GradientTransformationExtraArgs:
-  """LOMO with an adaptive rate: factored RMS, normalised weight by weight.
+  """LOMO with a factored second moment and a step size for each weight.
 
-  The update is the gradient over the root of a factored second moment, with a
-  root mean square over the weight of at most `clip_threshold`; its step is the
-  learning rate times the weight's own root mean square. Each matrix of a stack
-  is a weight of its own; a leaf whose path names a norm, scale or bias is a
-  vector, or a stack of them, and is not factored.
+  The gradient is divided by the root of a factored second moment. The RMS (root
+  mean square) of the result is limited to `clip_threshold` for each weight. The
+  step size is the learning rate times the RMS of the weight. The matrices of a
+  stack are independent weights. A leaf whose path names a norm, scale or bias
+  is a vector, or a stack of vectors, and is not factored.
+
+  State of a weight [m, n]: m + n elements, float32.
 
   Args:
     learning_rate: a number, or a schedule of the step.
     clip_norm: largest global norm of the gradient; None for no clipping.
-    weight_decay: decoupled, times the rate of the weight.
-    decay_rate: the second moment decays by 1 - t^-decay_rate at update t.
-    clip_threshold: largest root mean square of an update before the rate.
-    eps: added to the squared gradient; least root mean square of a weight.
-
-  State of a weight [m, n]: m + n elements, float32.
+    weight_decay: decoupled, times the step size of the weight.
+    decay_rate: the decay rate of the second moment is 1 - t^-decay_rate at
+      update t = 1, 2, ...
+    clip_threshold: largest RMS of an update before the step size.
+    eps: two numbers: the first is added to the squared gradient, the second is
+      the smallest RMS of a weight in the step size.
 
   Example:
     >>> tx = adalomo(0.1)
@@ -99,7 +102,11 @@ def adalomo(
 
 
 def scale_by_weight_rms(*, weight_decay=0.0, eps=1e-3):
-  """Adds decay, then multiplies by the RMS of each weight, at least eps.
+  """Adds weight decay, then multiplies by the RMS of each weight.
+
+  Args:
+    weight_decay: multiplies the weights that are added to the updates.
+    eps: the smallest RMS.
 
   >>> tx = scale_by_weight_rms()
   >>> g, w = {'w': jnp.ones(2)}, {'w': jnp.array([1.0, 7.0])}

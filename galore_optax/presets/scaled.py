@@ -1,4 +1,4 @@
-"""Methods that scale the gradient as Adam would: Fira, APOLLO, APOLLO-Mini."""
+"""Fira, APOLLO and APOLLO-Mini, which scale raw gradients as Adam would."""
 
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ def _scaled(
   inner: Inner | None = None,
   **options: Any,
 ):
-  """Returns `galore` around an inner, with the rule that `Scaled` makes."""
+  """Returns `galore` with the residual rule `Scaled(limit=limit, **rule)`."""
   inner_lib.check_numbers(learning_rate, weight_decay)
   checks.check_static(bits=bits)
   checks.require('8, or None for float32', lambda x: x in (8, None), bits=bits)
@@ -40,7 +40,7 @@ def _scaled(
   restarts = options.get('moments') == 'reset'
 
   def correction(count):
-    # A reset restarts the inner's counter.
+    # `moments='reset'` restarts the inner optimizer's counter at each refresh.
     age = count % gap if restarts else count
     return inner_lib.bias_correction(b1, b2, age + 1)
 
@@ -66,28 +66,32 @@ def fira(
   complement: Literal['exact', 'reference'] = 'exact',
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-  """GaLore's Adam, and the rest of the gradient scaled as Adam scaled its part.
+  """GaLore with Adam, plus the rest of the gradient, scaled as Adam would.
 
-  As in the reference's code, `scale` multiplies the projected part alone.
+  The rest is the gradient outside the subspace. Each of its channels is
+  multiplied by the ratio of norms of Adam's update and the projected gradient.
+  As in the reference's code, `scale` multiplies only the part in the subspace.
 
-  State of a weight [i, o], i <= o: GaLore's, and one norm.
+  State of a weight [i, o], i <= o: that of `galore_adamw`, and one norm.
 
   Args:
     learning_rate: a number, or a schedule of the step.
     rank: number of basis vectors.
-    gap: updates from one subspace to the next.
-    scale: multiplies the part in the subspace.
-    limit: largest growth of the rest's norm from one update to the next.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
+    gap: number of updates between two refreshes of the subspace.
+    scale: multiplies the part of the update in the subspace.
+    limit: the largest factor by which the norm of the scaled rest may grow from
+      one update to the next.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
     eps: added to the root of the second moment before its bias correction.
-    weight_decay: decoupled, on the weight that the update has changed.
+    weight_decay: decoupled, times the learning rate, on the updated weight.
     complement: the rest is G - P^T P G, as in the paper ('exact'), or
-      G - scale P^T P G, as in the code that its figures are of ('reference').
-    bits: of Adam's moments, 8; None for float32.
-    inner: replaces Adam: 'lion', 'sgdm', or a transformation without a
-      learning rate, its bias corrected as Adam's with b1 and b2.
-    **options: others of `galore`.
+      G - scale P^T P G, as in the code of the paper's experiments
+      ('reference').
+    bits: bits of an element of Adam's moments, 8; None for float32.
+    inner: replaces Adam: 'lion', 'sgdm', or a transformation without a learning
+      rate, which must have Adam's bias correction with b1 and b2.
+    **options: other options of `galore`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -114,26 +118,30 @@ def apollo(
   seed: int = 0,
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-  """The raw gradient, scaled by channel as Adam scales a random sketch of it.
+  """Scales the raw gradient by channel, as Adam scales a random projection.
 
-  The sketch comes from a seed and is not stored (the reference stores it).
-  State of a weight [i, o], i <= o: moments of rank o each, and one norm.
+  The random basis is generated from a seed at every update. It is not stored,
+  unlike in the reference.
+
+  State of a weight [i, o], i <= o: two moments of r o elements, a seed, and one
+  norm.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    rank: rows of the sketch.
-    gap: updates from one sketch to the next.
-    scale: the update is multiplied by its root, as in the reference.
-    channels: a factor for each channel; False has one for the matrix.
-    limit: largest growth of the update's norm from one update to the next.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
+    rank: number of rows of the random basis.
+    gap: number of updates between two changes of the random basis.
+    scale: the update is multiplied by the root of it, as in the reference.
+    channels: whether each channel has a factor; otherwise the matrix has one.
+    limit: the largest factor by which the norm of the update may grow from one
+      update to the next.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
     eps: added to the root of the second moment before its bias correction.
-    weight_decay: decoupled, on the weight that the update has changed.
-    seed: of the sketches.
-    bits: of Adam's moments, 8; None for float32.
+    weight_decay: decoupled, times the learning rate, on the updated weight.
+    seed: seed of the random bases.
+    bits: bits of an element of Adam's moments, 8; None for float32.
     inner: replaces Adam, as in `fira`.
-    **options: others of `galore`.
+    **options: other options of `galore`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -145,7 +153,7 @@ def apollo(
     Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024.
   """
   checks.check_flag(channels=channels)
-  # Before its root is taken; a traced one is its maker's business.
+  # Checked here, because the root of a negative number is complex or NaN.
   checks.check_not_negative(scale=scale)
   rule = dict(inside=0, channels=channels, scale=scale**0.5)
   options |= dict(rank=rank, scale=0.0, subspace=Gaussian(seed))
@@ -156,14 +164,15 @@ def apollo(
 def apollo_mini(
   learning_rate: optax.ScalarOrSchedule, *, scale: float = 128.0, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-  """APOLLO with a sketch of rank one and one factor for each matrix.
+  """APOLLO with a random basis of rank one and one factor for each matrix.
 
-  State of a weight [i, o], i <= o: moments of o elements each, and one norm.
+  State of a weight [i, o], i <= o: two moments of o elements, a seed, and one
+  norm.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    scale: the update is multiplied by its root.
-    **options: others of `apollo`.
+    scale: the update is multiplied by the root of it.
+    **options: other options of `apollo`.
 
   Example:
     >>> import jax.numpy as jnp
