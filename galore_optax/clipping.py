@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax.checks import check_above_zero
-from galore_optax.precision import full
+from galore_optax.precision import at_least_float32
 
 
 class ClippedTransformation(optax.GradientTransformationExtraArgs):
@@ -29,7 +29,9 @@ class ClippedTransformation(optax.GradientTransformationExtraArgs):
   """The transformation of the clipped gradient."""
 
 
-def clipped(rule: optax.GradientTransformation, clip_norm: float | None) -> Any:
+def clipped(
+  rule: optax.GradientTransformation, clip_norm: float | None
+) -> optax.GradientTransformationExtraArgs:
   """Clips the gradient by its global norm, and then applies a rule.
 
   Args:
@@ -48,20 +50,30 @@ def clipped(rule: optax.GradientTransformation, clip_norm: float | None) -> Any:
     >>> print(f'{optax.tree.norm(updates):.4f}')
     1.0000
   """
-  rule = optax.with_extra_args_support(rule)
+  tx = optax.with_extra_args_support(rule)
   check_norm(clip_norm)
   if clip_norm is None:
-    return rule
+    return tx
 
-  def update_fn(updates, state, params=None, **extra_args):
-    by = clip_coefficient(global_norm(updates), clip_norm)
-    # Multiply in float32, so that each leaf is rounded to its dtype only once.
-    updates = jax.tree.map(lambda a: (full(a) * by).astype(a.dtype), updates)
-    return rule.update(updates, state, params, **extra_args)
+  def update_fn(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    coefficient = clip_coefficient(global_norm(updates), clip_norm)
 
-  tx = ClippedTransformation(rule.init, update_fn)
-  tx.clip_norm, tx.rule = clip_norm, rule
-  return tx
+    def clip_leaf(x: jax.Array) -> jax.Array:
+      # Multiply in float32, so that a leaf is rounded to its dtype only once.
+      return (at_least_float32(x) * coefficient).astype(x.dtype)
+
+    updates = jax.tree.map(clip_leaf, updates)
+    return tx.update(updates, state, params, **extra_args)
+
+  clipping = ClippedTransformation(tx.init, update_fn)
+  clipping.clip_norm = clip_norm
+  clipping.rule = tx
+  return clipping
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -86,7 +98,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     norm = global_norm(updates)
 
     def clip_leaf(x: jax.Array) -> jax.Array:
-      scaled = (full(x) / norm) * max_norm
+      scaled = (at_least_float32(x) / norm) * max_norm
       return jnp.where(norm < max_norm, x, scaled.astype(x.dtype))
 
     return jax.tree.map(clip_leaf, updates)
@@ -128,5 +140,6 @@ def sum_of_squares(tree: Any) -> jax.Array:
   >>> print(sum_of_squares({'a': jnp.array([3.0]), 'b': jnp.array([4.0])}))
   25.0
   """
-  squares = [jnp.sum(jnp.square(full(a))) for a in jax.tree.leaves(tree)]
+  leaves = map(at_least_float32, jax.tree.leaves(tree))
+  squares = [jnp.sum(jnp.square(x)) for x in leaves]
   return sum(squares, jnp.zeros([], jnp.float32))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax.precision import full, norm
+from galore_optax.precision import at_least_float32, norm
 
 # The coefficients (a, b, c) of Muon's polynomial a x + b x^3 + c x^5.
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -55,9 +55,8 @@ def orthogonalise(x: jax.Array) -> jax.Array:
   References:
     Jordan, `Muon <https://github.com/KellerJordan/Muon>`_, 2024.
   """
-  wide = full(x)
   is_tall = x.shape[-2] > x.shape[-1]
-  x_rm = wide.mT if is_tall else wide
+  x_rm = at_least_float32(x.mT if is_tall else x)
   # optax adds the same constant. It avoids a division by zero.
   x_rm = x_rm / (norm(x_rm, (-2, -1)) + 1e-8)
   x_rm = apply_polynomials(x_rm, [QUINTIC] * QUINTIC_STEPS)
@@ -95,7 +94,8 @@ def _composed(polynomials: np.ndarray, gram_rr: jax.Array) -> jax.Array:
   All factors are polynomials of the same Gram matrix, so they commute.
   """
   eye_rr = jnp.eye(gram_rr.shape[-1], dtype=gram_rr.dtype)
-  eye_rr, steps = jnp.broadcast_to(eye_rr, gram_rr.shape), []
+  eye_rr = jnp.broadcast_to(eye_rr, gram_rr.shape)
+  steps = []
   for a, b, c in polynomials.tolist():
     step_rr = a * eye_rr + b * gram_rr + c * matmul(gram_rr, gram_rr)
     steps.append(step_rr)

@@ -12,12 +12,12 @@ import numpy as np
 import optax
 
 
-def full(x: Any) -> Any:
+def at_least_float32(x: Any) -> Any:
   """Returns an array in float32, or in its own dtype if that is wider.
 
   The result for a `jax.ShapeDtypeStruct` is a `jax.ShapeDtypeStruct`.
 
-  >>> full(jnp.ones(1, jnp.bfloat16)).dtype
+  >>> at_least_float32(jnp.ones(1, jnp.bfloat16)).dtype
   dtype('float32')
   """
   dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -26,7 +26,9 @@ def full(x: Any) -> Any:
   return x.astype(dtype)
 
 
-def in_float32(tx: Any) -> optax.GradientTransformationExtraArgs:
+def in_float32(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
   """Runs a transformation on float32 copies of gradients and parameters.
 
   Its moments are float32 too.
@@ -46,11 +48,20 @@ def in_float32(tx: Any) -> optax.GradientTransformationExtraArgs:
   """
   tx = optax.with_extra_args_support(tx)
 
-  def update_fn(updates, state, params=None, **extra_args):
-    new, state = tx.update(wide(updates), state, wide(params), **extra_args)
+  def init_fn(params: optax.Params) -> optax.OptState:
+    return tx.init(tree_at_least_float32(params))
+
+  def update_fn(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    grads = tree_at_least_float32(updates)
+    weights = tree_at_least_float32(params)
+    new, state = tx.update(grads, state, weights, **extra_args)
     return optax.tree.cast_like(new, updates), state
 
-  init_fn = lambda params: tx.init(wide(params))
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
@@ -74,37 +85,49 @@ def norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   Array([[5.],
          [2.]], dtype=float32)
   """
-  return jnp.sqrt(jnp.sum(jnp.square(full(x)), axis=axes, keepdims=True))
+  squared = jnp.square(at_least_float32(x))
+  return jnp.sqrt(jnp.sum(squared, axis=axes, keepdims=True))
 
 
-def close(x: Any, y: Any) -> bool:
+def allclose(x: Any, y: Any) -> bool:
   """Whether two arrays are equal up to 1e-4 of the largest entry of `x`.
 
   Only the shapes of arrays that are not numeric, such as keys, are compared.
 
-  >>> close(jnp.array([1e-6, 1.0]), jnp.array([0.0, 1.0]))
+  >>> allclose(jnp.array([1e-6, 1.0]), jnp.array([0.0, 1.0]))
   True
   """
   if x.shape != y.shape or not jnp.issubdtype(x.dtype, jnp.number):
     return x.shape == y.shape
-  x, y = np.asarray(full(x)), np.asarray(full(y))
+  x, y = np.asarray(at_least_float32(x)), np.asarray(at_least_float32(y))
   atol = 1e-4 * np.max(np.abs(np.nan_to_num(x)), initial=0)
   return np.allclose(x, y, rtol=1e-4, atol=atol, equal_nan=True)
 
 
-def wide(tree: Any) -> Any:
+def tree_at_least_float32(tree: Any) -> Any:
   """Returns a tree with each array in float32, or in its dtype if wider.
 
-  >>> wide({'w': jnp.ones(1, jnp.bfloat16)})
+  >>> tree_at_least_float32({'w': jnp.ones(1, jnp.bfloat16)})
   {'w': Array([1.], dtype=float32)}
   """
-  return jax.tree.map(full, tree)
+  return jax.tree.map(at_least_float32, tree)
 
 
-def single(tree: Any, value: float) -> Any:
+def one_element(tree: Any, value: float) -> Any:
   """Returns a tree of one-element arrays with as many axes as those of `tree`.
 
-  >>> single({'w': jnp.ones((2, 3))}, 0.5)
+  >>> one_element({'w': jnp.ones((2, 3))}, 0.5)
   {'w': Array([[0.5]], dtype=float32)}
   """
-  return jax.tree.map(lambda x: jnp.full((1,) * x.ndim, value, 'f'), tree)
+
+  def filled(x: Any) -> jax.Array:
+    return jnp.full((1,) * x.ndim, value, jnp.float32)
+
+  return jax.tree.map(filled, tree)
+
+
+# The former names of these functions.
+full = at_least_float32
+wide = tree_at_least_float32
+close = allclose
+single = one_element
