@@ -52,7 +52,9 @@ def check_count(**counts: Any) -> None:
   >>> check_count(microbatches=4)
   """
   check_static(**counts)
-  require('an integer >= 1', lambda x: is_integer(x) and x >= 1, **counts)
+  for name, x in counts.items():
+    if not is_integer(x) or x < 1:
+      raise ValueError(f'{name} must be an integer >= 1, got {x!r}')
 
 
 def check_size(**sizes: Any) -> None:
@@ -71,8 +73,9 @@ def check_integer(**values: Any) -> None:
 
   >>> check_integer(seed=0)
   """
-  known = lambda x: isinstance(x, jax.Array) or is_integer(x)
-  require('an integer', known, **values)
+  for name, x in values.items():
+    if not isinstance(x, jax.Array) and not is_integer(x):
+      raise ValueError(f'{name} must be an integer, got {x!r}')
 
 
 def check_static(**values: object) -> None:
@@ -86,7 +89,9 @@ def check_static(**values: object) -> None:
     'a Python number, as what is compiled depends on it; under'
     f' optax.inject_hyperparams it belongs in static_args={tuple(values)}'
   )
-  require(rule, lambda x: not isinstance(x, jax.Array), **values)
+  for name, x in values.items():
+    if isinstance(x, jax.Array):
+      raise ValueError(f'{name} must be {rule}, got {x!r}')
 
 
 def check_flag(**values: object) -> None:
@@ -115,9 +120,9 @@ def _is_pair(x: Any) -> bool:
   if not isinstance(x, tuple | list) or len(x) != 2:
     return False
   return all(
-    isinstance(one, jax.Array)
-    or (is_number(one) and math.isfinite(one) and one >= 0)
-    for one in x
+    isinstance(item, jax.Array)
+    or (is_number(item) and math.isfinite(item) and item >= 0)
+    for item in x
   )
 
 
@@ -161,8 +166,9 @@ def check_one_of(known: tuple[str, ...], **values: object) -> None:
 
   >>> check_one_of(('keep', 'reset'), moments='keep')
   """
-  rule = f'one of {", ".join(known)}'
-  require(rule, lambda x: isinstance(x, str) and x in known, **values)
+  for name, x in values.items():
+    if not isinstance(x, str) or x not in known:
+      raise ValueError(f'{name} must be one of {", ".join(known)}, got {x!r}')
 
 
 def check_not_negative(**values: Any) -> None:
@@ -227,7 +233,13 @@ def require(rule: str, holds: Callable[[Any], Any], **values: Any) -> None:
       raise ValueError(f'{name} must be {rule}, got {x!r}')
 
 
-def _check_finite(rule, holds, values) -> None:
-  finite = lambda x: is_number(x) and math.isfinite(x) and holds(x)
-  # Array values are not checked because they may be tracers.
-  require(rule, lambda x: isinstance(x, jax.Array) or finite(x), **values)
+def _check_finite(
+  rule: str, holds: Callable[[float], bool], values: dict[str, Any]
+) -> None:
+  """Raises ValueError unless each number is finite and `holds` accepts it."""
+  for name, x in values.items():
+    # Array values are not checked because they may be tracers.
+    if isinstance(x, jax.Array):
+      continue
+    if not is_number(x) or not math.isfinite(x) or not holds(x):
+      raise ValueError(f'{name} must be {rule}, got {x!r}')

@@ -89,7 +89,8 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
     state = jax.eval_shape(lambda params: tx.init(params), params)
   leaves = jax.tree_util.tree_leaves_with_path(params)
   owners = [path for path, _ in leaves]
-  sizes = collections.Counter()
+  # By index of the parameter and whether the bytes are those of a basis.
+  sizes: collections.Counter[tuple[int, bool]] = collections.Counter()
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     owner = paths.owner(path, owners)
     end = () if owner is None else owners[owner][-1:]
@@ -102,8 +103,9 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
   low = [
     seen.plans[name].low_shape if name in seen.plans else None for name in names
   ]
-  num_bytes = lambda in_basis: [sizes[i, in_basis] for i in range(len(leaves))]
-  columns = shapes, low, num_bytes(True), num_bytes(False)
-  table = Table(map(Row, names, *columns))
+  indices = range(len(leaves))
+  basis_bytes = [sizes[i, True] for i in indices]
+  moment_bytes = [sizes[i, False] for i in indices]
+  table = Table(map(Row, names, shapes, low, basis_bytes, moment_bytes))
   table.multipliers = seen.multipliers
   return table

@@ -7,13 +7,11 @@ regexes and predicates.
 
 import collections
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
-
-from galore_optax.checks import require
 
 PyTree: TypeAlias = Any
 
@@ -56,7 +54,10 @@ def places(tree: PyTree) -> tuple[list[int], int]:
   >>> places({'a': 1, 'b': Elsewhere(), 'c': 2})
   ([0, 2], 3)
   """
-  is_elsewhere = lambda node: isinstance(node, Elsewhere)
+
+  def is_elsewhere(node: Any) -> bool:
+    return isinstance(node, Elsewhere)
+
   nodes = jax.tree.leaves(tree, is_leaf=is_elsewhere)
   return [i for i, x in enumerate(nodes) if not is_elsewhere(x)], len(nodes)
 
@@ -79,11 +80,15 @@ def paths(tree: PyTree) -> list[str]:
   """
   keys = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
   parents = collections.Counter(path[:-1] for path in keys)
-  show = lambda key: jax.tree_util.keystr(key, simple=True, separator='/')
-  # `nnx.Optimizer` passes NNX variables, each a node around one array, at init,
-  # and arrays at update. Removing the variable's key makes both paths equal.
-  is_variable = lambda key: key[-1:] == (VALUE,) and parents[key[:-1]] == 1
-  return [show(key[:-1] if is_variable(key) else key) for key in keys]
+  found = []
+  for key in keys:
+    # `nnx.Optimizer` passes NNX variables, each a node around one array, at
+    # init, and arrays at update. Removing the variable's key makes both paths
+    # equal.
+    if key[-1:] == (VALUE,) and parents[key[:-1]] == 1:
+      key = key[:-1]
+    found.append(jax.tree_util.keystr(key, simple=True, separator='/'))
+  return found
 
 
 def owner(path: Any, owners: Sequence[Any]) -> int | None:
@@ -104,16 +109,20 @@ def owner(path: Any, owners: Sequence[Any]) -> int | None:
   Returns:
     An index in `owners`, or None if the leaf belongs to no parameter.
   """
-  starts = lambda owner: range(len(path) - len(owner) + 1)
-  if BASIS in path:
-    starts = lambda owner: [path.index(BASIS) + 1]
+
+  def starts(owner: Any) -> Iterable[int]:
+    if BASIS in path:
+      return [path.index(BASIS) + 1]
+    return range(len(path) - len(owner) + 1)
+
+  # (end of the parameter's path, its length, index of the parameter)
   found = [
     (start + len(owner), len(owner), i)
     for i, owner in enumerate(owners)
     for start in starts(owner)
     if path[start : start + len(owner)] == owner
   ]
-  return max(found, default=(None,))[-1]
+  return max(found)[-1] if found else None
 
 
 def is_matrix(path: str) -> bool:
@@ -183,7 +192,8 @@ def chosen(targets: Targets, tree: PyTree) -> list[bool]:
     ValueError: a regex is malformed, or matches no path of a whole tree.
   """
   if callable(targets):
-    return list(map(bool, map(targets, paths(tree), jax.tree.leaves(tree))))
+    pairs = zip(paths(tree), jax.tree.leaves(tree), strict=True)
+    return [bool(targets(path, leaf)) for path, leaf in pairs]
   patterns = [targets] if isinstance(targets, str) else list(targets or ())
   return matched(patterns, tree)
 
@@ -193,11 +203,13 @@ def check_targets(targets: Any) -> None:
 
   >>> check_targets(['.*/kernel'])
   """
-  rule = 'None, a regex, regexes, or a predicate (path, leaf) -> bool'
-  require(rule, _is_targets, targets=targets)
+  if not _is_targets(targets):
+    rule = 'None, a regex, regexes, or a predicate (path, leaf) -> bool'
+    raise ValueError(f'targets must be {rule}, got {targets!r}')
 
 
 def _is_targets(targets: Any) -> bool:
+  """Whether a value has the type `Targets`."""
   if targets is None or isinstance(targets, str) or callable(targets):
     return True
   if isinstance(targets, Mapping) or not isinstance(targets, Collection):
@@ -217,13 +229,18 @@ def heads(tree: PyTree) -> list[bool]:
   >>> heads({'embed': 0, 'lm_head': Elsewhere()})
   [False]
   """
-  is_hole = lambda node: isinstance(node, Elsewhere | optax.MaskedNode)
+
+  def is_hole(node: Any) -> bool:
+    return isinstance(node, Elsewhere | optax.MaskedNode)
+
   whole = paths(jax.tree.map(lambda _: 0, tree, is_leaf=is_hole))
   of_head = is_head if any(map(is_head, whole)) else in_vocabulary
   return [of_head(path) for path in paths(tree)]
 
 
-def matched(patterns: Sequence[str], tree, *, option='targets') -> list[bool]:
+def matched(
+  patterns: Sequence[str], tree: PyTree, *, option: str = 'targets'
+) -> list[bool]:
   """Returns for each leaf of `tree` whether a regex matches its whole path.
 
   Args:

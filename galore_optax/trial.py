@@ -5,7 +5,7 @@ way at `init`, and raise if it would compute wrong updates with them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -13,8 +13,15 @@ import optax
 
 # Names of primitives that run their body exactly once.
 CALLS = {
-  *('jit', 'pjit', 'closed_call', 'core_call', 'checkpoint', 'remat2'),
-  *('custom_jvp_call', 'custom_vjp_call', 'custom_vjp_call_jaxpr'),
+  'jit',
+  'pjit',
+  'closed_call',
+  'core_call',
+  'checkpoint',
+  'remat2',
+  'custom_jvp_call',
+  'custom_vjp_call',
+  'custom_vjp_call_jaxpr',
 }
 
 # Extra arguments of optax transformations that are functions of the weights.
@@ -49,13 +56,14 @@ def try_update(
     [-0.5]
   """
   tx = optax.with_extra_args_support(inner)
-  extra = {name: _refused(name) for name in FUNCTIONS}
+  extra: dict[str, Any] = {name: _refused(name) for name in FUNCTIONS}
   extra |= {'value': jnp.ones([]), 'grad': grads}
   # A line search rejects arguments that `value_fn` does not have, and some
   # transformations accept only the arguments in their signature. Hence several
   # sets of arguments are tried.
-  line_search, alone = ('value', 'grad', 'value_fn'), zip(FUNCTIONS)
-  for names in ((*extra,), line_search, *alone, ()):
+  line_search = ('value', 'grad', 'value_fn')
+  each_function = [(name,) for name in FUNCTIONS]
+  for names in [tuple(extra), line_search, *each_function, ()]:
     some = {name: extra[name] for name in names}
     try:
       return tx.update(grads, state, params, **some)
@@ -67,7 +75,9 @@ def try_update(
 
 
 def _refused(name: str) -> Callable[..., Any]:
-  def function(*args: Any, **kwargs: Any) -> Any:
+  """Returns a function that raises NeedsFunctionError when it is called."""
+
+  def function(*args: Any, **kwargs: Any) -> NoReturn:
     raise NeedsFunctionError(name)
 
   return function
