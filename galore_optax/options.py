@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 Function = TypeVar('Function', bound=Callable[..., Any])
 
@@ -42,21 +42,20 @@ _FIXED = '_fixed_options'
 
 
 def names_options(
-  *fixed: str,
-  of: Callable[..., Any] | None = None,
-  of_inner: Collection[str] = (),
+  *, of: Callable[..., Any] | None = None, of_inner: Collection[str] = ()
 ) -> Callable[[Function], Function]:
   """Gives a function a complete signature, and errors that list its options.
 
-  A preset forwards its `**options` to `galore`. This decorator puts the names
-  of those options into the signature of the preset. `help` then lists them, and
+  A preset forwards its `**options: Unpack[SomeTypedDict]` to `galore`. Type
+  checkers read the TypedDict, but `inspect.signature` does not. This decorator
+  sets a `__signature__` with the options of the TypedDict, and with the
+  defaults that they have in the signature of `of`. `help` then lists them, and
   `optax.inject_hyperparams`, which reads the signature, can inject them. An
   unknown name raises before any code of the preset runs.
 
   Args:
-    *fixed: options of `of` that the function sets itself and does not accept.
-    of: the function that receives `**options`; None if the decorated function
-      does not have `**options`.
+    of: the function that the decorated function calls. The decorated function
+      sets all options of `of` itself that are not in its own signature.
     of_inner: names of options of the inner optimizer, for a better error.
 
   Returns:
@@ -64,10 +63,13 @@ def names_options(
     is not an option.
 
   Example:
+    >>> from typing import TypedDict, Unpack
+    >>> class RankOptions(TypedDict, total=False):
+    ...   rank: int
     >>> def galore(*, rank=128, side='std'):
     ...   return rank, side
-    >>> @names_options('side', of=galore)
-    ... def left(learning_rate, **options):
+    >>> @names_options(of=galore)
+    ... def left(learning_rate, **options: Unpack[RankOptions]):
     ...   return galore(side='left', **options)
     >>> inspect.signature(left)
     <Signature (learning_rate, *, rank=128)>
@@ -77,20 +79,23 @@ def names_options(
     TypeError: left() sets side itself. Options of left(): learning_rate, rank
   """
 
+  # The options of `of` by name, and those that `of` sets itself.
+  forwardable: dict[str, inspect.Parameter] = {}
+  unavailable: set[str] = set()
+  if of is not None:
+    parameters = inspect.signature(of).parameters
+    forwardable = {
+      name: x for name, x in parameters.items() if x.default is not x.empty
+    }
+    unavailable = {*forwardable} | vars(of).get(_FIXED, set())
+
   def named(function: Function) -> Function:
     signature = inspect.signature(function)
-    own = list(signature.parameters.values())
-    unavailable = {*fixed}
-    if of is not None:
-      own.pop()
-      taken = {parameter.name for parameter in own} | {*fixed}
-      others = inspect.signature(of).parameters.values()
-      optional = [x for x in others if x.default is not x.empty]
-      own += [
-        x for x in optional if x.kind is x.KEYWORD_ONLY and x.name not in taken
-      ]
-      unavailable |= {x.name for x in optional} | vars(of).get(_FIXED, set())
-    signature = signature.replace(parameters=own)
+    parameters = list(signature.parameters.values())
+    if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+      forwarded = _keys(parameters.pop())
+      parameters += [x for name, x in forwardable.items() if name in forwarded]
+    signature = signature.replace(parameters=parameters)
     names = tuple(signature.parameters)
 
     @functools.wraps(function)
@@ -105,10 +110,15 @@ def names_options(
 
     vars(called)['__signature__'] = signature
     vars(called)[_FIXED] = unavailable - {*names}
-    decorated: Any = called
-    return decorated
+    return cast(Function, called)
 
   return named
+
+
+def _keys(parameter: inspect.Parameter) -> Collection[str]:
+  """Returns the keys of T for a parameter `**options: Unpack[T]`."""
+  (typed_dict,) = get_args(parameter.annotation)
+  return get_type_hints(typed_dict).keys()
 
 
 def _why(

@@ -2,15 +2,14 @@
 
 The layers are trained in turns. The state is that of one layer, and it is reset
 at the start of each turn. The layer-wise step reads the attributes of
-`OneBlock`, and computes weight gradients only for the layer being trained.
+`OneLayerRule`, and computes weight gradients only for the layer being trained.
 
 Axes: L layers, the leading axis of a stack.
 """
 
-import functools
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,18 @@ from jax import lax
 
 from galore_optax import checks, paths
 from galore_optax.decay import rate_at
+from galore_optax.one_layer import OneLayerRule
 from galore_optax.options import names_options
 from galore_optax.precision import in_float32
-from galore_optax.presets.inner import Inner, check_numbers, without_rate
+from galore_optax.presets.inner import (
+  Inner,
+  check_numbers,
+  require_no_learning_rate,
+)
 from galore_optax.sharding import on_any_mesh, placed
 
-Rule = optax.GradientTransformationExtraArgs
-Order = Literal['random', 'ascending', 'descending', 'fixed']
+Rule: TypeAlias = optax.GradientTransformationExtraArgs
+Order: TypeAlias = Literal['random', 'ascending', 'descending', 'fixed']
 
 
 class TurnState(NamedTuple):
@@ -39,32 +43,14 @@ class TurnState(NamedTuple):
   """float32 copy of that layer's weights; () without `master_weights`."""
 
 
-class OneBlockState(NamedTuple):
+class OneLayerState(NamedTuple):
   """State of `badam`."""
 
-  block: TurnState
-  """State of the layer being trained."""
+  block: Any
+  """State of the rule for the layer being trained: a TurnState, or several of
+  them with `grouped`."""
   rest: Any
   """TurnState of all other leaves; EmptyState if they are frozen."""
-
-
-class OneBlock(optax.GradientTransformationExtraArgs):
-  """A transformation that trains one layer at a time.
-
-  The layer-wise step applies its attributes to each weight separately.
-  """
-
-  rule: Rule
-  """The transformation of one layer's weights."""
-  rest: Rule | None
-  """The transformation of leaves outside the stack; None if they are frozen."""
-  active: Callable[[jax.Array, int], jax.Array]
-  """`(count, number of layers) -> []`, int32: index of the layer to train."""
-  check_blocks: Callable[[dict[str, bool]], None]
-  """Receives for each path whether the leaf is stacked, and raises ValueError
-  unless `blocks` matches exactly the stacked leaves."""
-  blocks: str
-  """Regex on the paths of the stacked leaves."""
 
 
 @names_options()
@@ -80,7 +66,7 @@ def badam(
   master_weights: bool = False,
   start: int | None = None,
   seed: int = 0,
-) -> OneBlock:
+) -> OneLayerRule:
   """Adam, or another inner optimizer, on one layer of a stack at a time.
 
   The inner optimizer has the state of one layer, which is reset at the start of
@@ -129,22 +115,39 @@ def badam(
   check_numbers(learning_rate, weight_decay)
   checks.check_integer(seed=seed)
   checks.check_flag(train_rest=train_rest, master_weights=master_weights)
-  regex = 'a regex on paths, such as blocks/.*'
-  checks.require(regex, lambda x: isinstance(x, str), blocks=blocks)
+  if not isinstance(blocks, str):
+    regex = 'a regex on paths, such as blocks/.*'
+    raise ValueError(f'blocks must be {regex}, got {blocks!r}')
   if start is not None:
     checks.check_size(start=start)
   if order == 'random' and start is not None:
     raise ValueError(f"order 'random' has no start, got {start}")
-  options = learning_rate, weight_decay, master_weights
-  rule = functools.partial(_in_turns, without_rate(inner), *options)
-  active = lambda count, num_layers: layer_of_turn(
-    count // switch_every, num_layers, order, start, seed
+  checked_inner = require_no_learning_rate(inner)
+
+  def rule(reset_every: int | None) -> Rule:
+    return _in_turns(
+      checked_inner, learning_rate, weight_decay, master_weights, reset_every
+    )
+
+  def active(count: jax.Array, num_layers: int) -> jax.Array:
+    turn = count // switch_every
+    return layer_of_turn(turn, num_layers, order, start, seed)
+
+  return one_layer_rule(
+    rule(None if order == 'fixed' else switch_every),
+    rule(None) if train_rest else None,
+    active,
+    blocks,
   )
-  one = rule(None if order == 'fixed' else switch_every)
-  return one_block(one, rule(None) if train_rest else None, active, blocks)
 
 
-def layer_of_turn(turn, num_layers, order='random', start=None, seed=0):
+def layer_of_turn(
+  turn: Any,
+  num_layers: int,
+  order: Order = 'random',
+  start: int | None = None,
+  seed: int = 0,
+) -> jax.Array:
   """Returns the index of the layer that is trained in a turn: [], int32.
 
   Args:
@@ -163,61 +166,88 @@ def layer_of_turn(turn, num_layers, order='random', start=None, seed=0):
     return jax.random.permutation(key, num_layers)[place].astype(jnp.int32)
   if start is None:
     start = num_layers - 1 if order == 'descending' else 0
-  layers = range(num_layers)
-  checks.require(f'in 0..{num_layers - 1}', layers.__contains__, start=start)
+  if start not in range(num_layers):
+    raise ValueError(f'start must be in 0..{num_layers - 1}, got {start!r}')
   step = {'ascending': 1, 'descending': -1, 'fixed': 0}[order]
   return (start + step * place) % num_layers
 
 
-def _in_turns(inner, learning_rate, weight_decay, master_weights, every):
-  """Returns a rule that resets its inner optimizer every `every` updates.
+def _in_turns(
+  inner: optax.GradientTransformationExtraArgs,
+  learning_rate: optax.ScalarOrSchedule,
+  weight_decay: float,
+  master_weights: bool,
+  reset_every: int | None,
+) -> Rule:
+  """Returns the rule of one layer, or of the leaves outside the stack.
 
-  None for `every` means never. A learning-rate schedule receives the count of
-  updates over all turns.
+  Args:
+    inner: the inner optimizer.
+    learning_rate: a number, or a schedule of the number of updates over all
+      turns.
+    weight_decay: as in `badam`.
+    master_weights: as in `badam`.
+    reset_every: number of updates after which the state is reset; None for
+      never.
   """
 
-  def init_fn(params):
+  def init_fn(params: optax.Params) -> TurnState:
     # Placeholder: params may be abstract here, and the first update overwrites
     # it.
     master = optax.tree.zeros_like(params) if master_weights else ()
     return TurnState(jnp.zeros([], jnp.int32), inner.init(params), master)
 
   @on_any_mesh(lambda updates, state, *_, **__: (updates, state))
-  def update_fn(updates, state, params=None, **extra_args):
-    count, *kept = state
-    due = (count if every is None else count % every) == 0
-    new = [inner.init(params), params if master_weights else ()]
-    # XLA fuses a select with the update after it. A `lax.cond` would copy the
-    # state.
-    select = lambda x, old: jnp.where(due, jnp.asarray(x, old.dtype), old)
-    kept, master = jax.tree.map(select, new, kept)
+  def update_fn(
+    updates: optax.Updates,
+    state: Any,
+    params: Any = None,
+    **extra_args: Any,
+  ) -> tuple[Any, TurnState]:
+    count = state.count
+    # Before the first update the state is a placeholder.
+    turn_starts = (count if reset_every is None else count % reset_every) == 0
+
+    def reset(new: Any, old: jax.Array) -> jax.Array:
+      # XLA fuses a select with the update after it. A `lax.cond` would copy the
+      # state.
+      return jnp.where(turn_starts, jnp.asarray(new, old.dtype), old)
+
+    inner_state = jax.tree.map(reset, inner.init(params), state.inner)
+    first_master = params if master_weights else ()
+    master = jax.tree.map(reset, first_master, state.master)
     weights = master if master_weights else params
-    steps, kept = inner.update(updates, kept, weights, **extra_args)
+    steps, inner_state = inner.update(
+      updates, inner_state, weights, **extra_args
+    )
     rate: Any = rate_at(learning_rate, count)
-    down = lambda u, w: jnp.asarray(-rate, u.dtype) * (u + weight_decay * w)
-    steps = jax.tree.map(down, steps, weights)
+
+    def scale_and_decay(u: jax.Array, w: jax.Array) -> jax.Array:
+      return jnp.asarray(-rate, u.dtype) * (u + weight_decay * w)
+
+    steps: Any = jax.tree.map(scale_and_decay, steps, weights)
     if master_weights:
       master = optax.apply_updates(master, steps)
       steps = jax.tree.map(lambda m, w: m - w, master, params)
     count = jnp.asarray(optax.safe_increment(count))
-    return steps, TurnState(count, kept, master)
+    return steps, TurnState(count, inner_state, master)
 
   return in_float32(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
-def one_block(
-  rule: Any,
-  rest: Any,
+def one_layer_rule(
+  rule: Rule,
+  rest: Rule | None,
   active: Callable[[jax.Array, int], jax.Array],
   blocks: str,
   check: Callable[[Any], None] | None = None,
-) -> OneBlock:
+) -> OneLayerRule:
   """Applies one rule to the layer being trained, and another to other leaves.
 
   Args:
     rule: transformation of one layer.
     rest: transformation of the leaves outside the stack; None freezes them.
-    active: as in `OneBlock`.
+    active: as in `OneLayerRule`.
     blocks: regex on the paths of the stacked leaves.
     check: receives the parameters at `init`, and raises ValueError if they do
       not fit.
@@ -225,7 +255,7 @@ def one_block(
   rest_rule = rest or optax.with_extra_args_support(optax.set_to_zero())
 
   @placed
-  def init_fn(params):
+  def init_fn(params: Any) -> OneLayerState:
     if check is not None:
       check(params)
     stacks, others = _split(params, blocks)
@@ -237,27 +267,45 @@ def one_block(
         f'blocks {blocks!r} must match stacks [L, ...] of one length L, got '
         + ', '.join(f'{path} {shape}' for path, shape in pairs)
       )
-    first = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    layer = jax.tree.map(first, stacks)
-    return OneBlockState(rule.init(layer), rest_rule.init(others))
 
-  def update_fn(updates, state, params=None, **extra):
+    def one_layer(x: Any) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+
+    layer: Any = jax.tree.map(one_layer, stacks)
+    return OneLayerState(rule.init(layer), rest_rule.init(others))
+
+  def update_fn(
+    updates: Any, state: Any, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, OneLayerState]:
     checks.check_params(params, 'badam')
-    (stacks, others), weights = _split(updates, blocks), _split(params, blocks)
+    stacks, others = _split(updates, blocks)
+    stacked_weights, other_weights = _split(params, blocks)
     num_layers = jax.tree.leaves(stacks)[0].shape[0]
     layer = active(_updates_done(state.block), num_layers)
-    take = lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False)
-    ours, own_weights = jax.tree.map(take, (stacks, weights[0]))
-    ours, block = rule.update(ours, state.block, own_weights, **extra)
-    others, kept = rest_rule.update(others, state.rest, weights[1], **extra)
-    put = lambda x, one: lax.dynamic_update_index_in_dim(x, one, layer, 0)
-    stacks = jax.tree.map(put, optax.tree.zeros_like(stacks), ours)
-    masked = lambda x: isinstance(x, optax.MaskedNode)
-    either = lambda x, other: other if masked(x) else x
-    updates = jax.tree.map(either, stacks, others, is_leaf=masked)
-    return updates, OneBlockState(block, kept)
 
-  def check_blocks(stacked):
+    def take(stack: jax.Array) -> jax.Array:
+      return lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+    def put(stack: jax.Array, x: jax.Array) -> jax.Array:
+      return lax.dynamic_update_index_in_dim(stack, x, layer, 0)
+
+    grads = jax.tree.map(take, stacks)
+    weights = jax.tree.map(take, stacked_weights)
+    step, layer_state = rule.update(grads, state.block, weights, **extra_args)
+    others, rest_state = rest_rule.update(
+      others, state.rest, other_weights, **extra_args
+    )
+    stacks = jax.tree.map(put, optax.tree.zeros_like(stacks), step)
+    # Where one tree has a leaf, the other one has a MaskedNode.
+    updates = jax.tree.map(
+      lambda x, other: other if _is_masked(x) else x,
+      stacks,
+      others,
+      is_leaf=_is_masked,
+    )
+    return updates, OneLayerState(layer_state, rest_state)
+
+  def check_blocks(stacked: dict[str, bool]) -> None:
     odd = [x for x in stacked if stacked[x] != bool(re.fullmatch(blocks, x))]
     if odd:
       raise ValueError(
@@ -266,9 +314,12 @@ def one_block(
         + ', '.join(odd)
       )
 
-  tx = OneBlock(init_fn, update_fn)
-  tx.rule, tx.rest = rule, rest
-  tx.active, tx.check_blocks, tx.blocks = active, check_blocks, blocks
+  tx = OneLayerRule(init_fn, update_fn)
+  tx.rule = rule
+  tx.rest = rest
+  tx.active = active
+  tx.blocks = blocks
+  tx.check_blocks = check_blocks
   return tx
 
 
@@ -287,13 +338,19 @@ def _updates_done(state: Any) -> jax.Array:
   return next((turn.count for turn in turns), jnp.int32(0))
 
 
-def _split(tree, blocks):
+def _is_masked(node: Any) -> bool:
+  return isinstance(node, optax.MaskedNode)
+
+
+def _split(tree: Any, blocks: str) -> tuple[Any, Any]:
   """Returns the stacked leaves, and the other leaves, as two trees.
 
   In each tree, a MaskedNode replaces the leaves of the other one.
   """
-  mine = paths.matched([blocks], tree, option='blocks')
-  mine = jax.tree.structure(tree).unflatten(mine)
-  keep = lambda x, yes: x if yes else optax.MaskedNode()
-  others = jax.tree.map(lambda x: not x, mine)
-  return jax.tree.map(keep, tree, mine), jax.tree.map(keep, tree, others)
+  is_stacked = paths.matched([blocks], tree, option='blocks')
+  leaves, treedef = jax.tree.flatten(tree)
+  pairs = list(zip(leaves, is_stacked, strict=True))
+  none = optax.MaskedNode()
+  stacked = treedef.unflatten([x if yes else none for x, yes in pairs])
+  others = treedef.unflatten([none if yes else x for x, yes in pairs])
+  return stacked, others

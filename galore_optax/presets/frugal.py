@@ -1,6 +1,7 @@
 """FRUGAL: an inner optimizer in a subspace, and sign descent outside it."""
 
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,12 @@ from galore_optax.galore import galore
 from galore_optax.options import names_options
 from galore_optax.plan import Planner
 from galore_optax.precision import in_float32
-from galore_optax.presets.inner import Inner, descend, without_rate
-from galore_optax.projection import Projection
+from galore_optax.presets.inner import (
+  Inner,
+  require_no_learning_rate,
+  with_decay_and_rate,
+)
+from galore_optax.projection import Axes, Projection, Side
 from galore_optax.residual import Sgd, Sign
 from galore_optax.subspace.finders import NAMES, Name, Subspace
 
@@ -21,18 +26,31 @@ from galore_optax.subspace.finders import NAMES, Name, Subspace
 # shorter axis.
 Where: TypeAlias = Literal[Name, 'columns', 'rows', 'entries']
 
-# For each split by coordinates, the options of `galore` besides `subspace`.
-COORDINATES: dict[str, dict[str, Any]] = {
-  'columns': dict(side='left'),
-  'rows': dict(side='right'),
-  'entries': dict(side='left', axes={'.*': ((-2, -1), ())}),
+
+class SplitOptions(TypedDict, total=False):
+  """Options of `galore` that select the part of the inner optimizer."""
+
+  subspace: Name | Subspace
+  side: Side
+  axes: Mapping[str, Axes]
+
+
+# The options of `galore` for each split by coordinates.
+COORDINATES: dict[str, SplitOptions] = {
+  'columns': {'subspace': 'coordinates', 'side': 'left'},
+  'rows': {'subspace': 'coordinates', 'side': 'right'},
+  'entries': {
+    'subspace': 'coordinates',
+    'side': 'left',
+    'axes': {'.*': ((-2, -1), ())},
+  },
 }
 
 # The rules for the gradient outside the subspace.
-RESIDUALS = {'sign': Sign, 'sgd': Sgd}
+RESIDUALS: dict[str, type[Sgd]] = {'sign': Sign, 'sgd': Sgd}
 
 
-@names_options('rank', 'scale', 'side', 'moments', 'axes')
+@names_options(of=galore)
 def frugal(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -82,35 +100,56 @@ def frugal(
     Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
   """
   checks.check_static(density=density)
-  holds = lambda x: checks.is_number(x) and 0 <= x <= 1
-  checks.require('a number in [0, 1]', holds, density=density)
+  if not checks.is_number(density) or not 0 <= density <= 1:
+    raise ValueError(f'density must be a number in [0, 1], got {density!r}')
   checks.check_one_of(tuple(RESIDUALS), residual=residual)
   checks.check_not_negative(residual_scale=residual_scale)
-  inside = descend(learning_rate, weight_decay, without_rate(inner))
-  rate = lambda count: jnp.asarray(rate_at(learning_rate, count), float)
-  options: dict[str, Any] = dict(gap=gap, targets=targets, **_where(subspace))
-  options['residual'] = RESIDUALS[residual](lambda c: residual_scale * rate(c))
+  inner_rule = with_decay_and_rate(
+    learning_rate, weight_decay, require_no_learning_rate(inner)
+  )
+
+  def residual_rate(count: Any) -> Any:
+    rate = jnp.asarray(rate_at(learning_rate, count), float)
+    return residual_scale * rate
+
   # `galore` is called for all densities because it checks the options.
-  rank = float(density) or 1.0
-  stage = galore(inside, rank=rank, scale=1.0, moments='reset', **options)
+  projected = galore(
+    inner_rule,
+    rank=float(density) or 1.0,
+    gap=gap,
+    scale=1.0,
+    residual=RESIDUALS[residual](residual_rate),
+    moments='reset',
+    targets=targets,
+    **_split_options(subspace),
+  )
   if density == 1:
-    return in_float32(inside)
+    return in_float32(inner_rule)
   if density > 0:
-    return stage
-  direction = optax.scale_by_sign() if residual == 'sign' else optax.identity()
-  alone = learning_rate, weight_decay, direction, optax.scale(residual_scale)
-  return partition(in_float32(descend(*alone)), in_float32(inside), targets)
+    return projected
+  residual_rule = with_decay_and_rate(
+    learning_rate,
+    weight_decay,
+    optax.scale_by_sign() if residual == 'sign' else optax.identity(),
+    optax.scale(residual_scale),
+  )
+  return partition(in_float32(residual_rule), in_float32(inner_rule), targets)
 
 
-def _where(subspace) -> dict[str, Any]:
-  """Returns the options of `galore` that select the subspace."""
-  if not isinstance(subspace, str) or subspace in NAMES:
-    return dict(subspace=subspace)
-  checks.check_one_of(get_args(Where), subspace=subspace)
-  return dict(subspace='coordinates', **COORDINATES[subspace])
+def _split_options(subspace: Where | Subspace) -> SplitOptions:
+  """Returns the options of `galore` for the option `subspace` of `frugal`."""
+  if isinstance(subspace, str) and subspace not in NAMES:
+    checks.check_one_of(get_args(Where), subspace=subspace)
+    return COORDINATES[subspace]
+  of_galore: Any = subspace
+  return {'subspace': of_galore}
 
 
-def partition(chosen, rest, targets: paths.Targets):
+def partition(
+  chosen: optax.GradientTransformation,
+  rest: optax.GradientTransformation,
+  targets: paths.Targets,
+) -> optax.GradientTransformationExtraArgs:
   """Applies `chosen` to the targets and `rest` to all other leaves.
 
   Args:
@@ -125,7 +164,7 @@ def partition(chosen, rest, targets: paths.Targets):
     Array([0., 0.], dtype=float32)
   """
 
-  def labels(params):
+  def labels(params: optax.Params) -> Any:
     if targets is None or callable(targets):
       plans = Planner(1.0, targets=targets)(params)
       marks = [isinstance(p, Projection) for p in plans]

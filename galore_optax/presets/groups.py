@@ -21,8 +21,9 @@ import optax
 from galore_optax import checks, paths
 from galore_optax.clipping import ClippedTransformation, clipped
 from galore_optax.galore import Galore, from_stages
+from galore_optax.one_layer import OneLayerRule
 from galore_optax.plan import Plan
-from galore_optax.presets import badam
+from galore_optax.presets.badam import one_layer_rule
 from galore_optax.projection import Whole, show, show_multipliers, watched
 from galore_optax.sharding import placed
 
@@ -273,10 +274,10 @@ def _joined(
   if isinstance(rest, ClippedTransformation):
     # Clip by the norm of the gradient of all groups together.
     return clipped(_joined(groups, of_each('rule')), rest.clip_norm)
-  if isinstance(rest, badam.OneBlock):
+  if isinstance(rest, OneLayerRule):
     join = functools.partial(_joined, groups, strict=False)
     others = None if rest.rest is None else join(of_each('rest'))
-    return badam.one_block(
+    return one_layer_rule(
       join(of_each('rule')), others, rest.active, rest.blocks, together.check
     )
   return optax.GradientTransformationExtraArgs(together.init, together.update)
@@ -302,7 +303,9 @@ class _Together:
 
   def with_keeper(self, f: Callable[[Any], Any]) -> Galore:
     """Returns this transformation with f(keeper) as each part's keeper."""
-    parts = [part and part.with_keeper(f) for part in self.parts]
+    parts = [
+      part if part is None else part.with_keeper(f) for part in self.parts
+    ]
     return from_stages(dataclasses.replace(self, parts=tuple(parts)))
 
   def check(self, params: Any) -> None:

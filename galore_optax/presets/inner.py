@@ -2,27 +2,32 @@
 
 A preset multiplies the update by the learning rate as its last step. Its inner
 optimizer is therefore a `scale_by_...` transformation without a learning rate.
-Otherwise two learning rates would multiply the update. `descend` adds weight
-decay and the learning rate to such transformations, as in `frugal` and `muon`.
+Otherwise two learning rates would multiply the update. `with_decay_and_rate`
+adds weight decay and the learning rate to such transformations, as in `frugal`
+and `muon`.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from galore_optax import checks, decay, paths
-from galore_optax.moments import Rotate
-from galore_optax.precision import in_float32, single
+from galore_optax.precision import in_float32, one_element
 from galore_optax.trial import try_update
 
 # A short name, or a transformation without a learning rate.
-Inner = Literal['adam', 'lion', 'sgdm'] | optax.GradientTransformation
+Inner: TypeAlias = (
+  Literal['adam', 'lion', 'sgdm'] | optax.GradientTransformation
+)
 
 # The short names of `Inner`; the transformations have optax's defaults.
-INNERS = {'adam': optax.scale_by_adam(), 'lion': optax.scale_by_lion()}
-INNERS |= {'sgdm': optax.trace(0.9)}
+INNERS: dict[str, optax.GradientTransformation] = {
+  'adam': optax.scale_by_adam(),
+  'lion': optax.scale_by_lion(),
+  'sgdm': optax.trace(0.9),
+}
 
 
 def scale_by_galore_adam(
@@ -51,19 +56,26 @@ def scale_by_galore_adam(
   checks.check_decay(b1=b1, b2=b2)
   checks.check_not_negative(eps=eps)
 
-  def update_fn(updates, state, params=None):
+  def update_fn(
+    updates: optax.Updates, state: Any, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
     count = optax.safe_increment(state.count)
     mu = optax.tree.update_moment(updates, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
     factor = bias_correction(b1, b2, count)
-    scaled = lambda m, v: factor * m / (jnp.sqrt(v) + eps)
+
+    def scaled(m: jax.Array, v: jax.Array) -> jax.Array:
+      return factor * m / (jnp.sqrt(v) + eps)
+
     state = optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
     return jax.tree.map(scaled, mu, nu), state
 
   return optax.GradientTransformation(optax.scale_by_adam().init, update_fn)
 
 
-def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
+def require_no_learning_rate(
+  inner: Inner,
+) -> optax.GradientTransformationExtraArgs:
   """Returns an inner optimizer whose `init` raises if it has a learning rate.
 
   The inner optimizer and its moments are computed in float32 at least.
@@ -77,54 +89,62 @@ def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
       with a learning rate.
 
   Example:
-    >>> tx = without_rate('sgdm')
+    >>> tx = require_no_learning_rate('sgdm')
     >>> g = {'w': jnp.ones(2)}
     >>> tx.update(g, tx.init(g))[0]
     {'w': Array([1., 1.], dtype=float32)}
   """
-  if isinstance(inner, str) and inner in INNERS:
-    inner = INNERS[inner]
-  rule = f'one of {", ".join(INNERS)} or a transformation without learning rate'
-  is_tx = lambda x: isinstance(x, optax.GradientTransformation)
-  checks.require(rule, is_tx, inner=inner)
-  tx = in_float32(inner)
+  named = INNERS.get(inner) if isinstance(inner, str) else inner
+  if not isinstance(named, optax.GradientTransformation):
+    names = ', '.join(INNERS)
+    raise ValueError(
+      f'inner must be one of {names} or a transformation without learning rate,'
+      f' got {inner!r}'
+    )
+  tx = in_float32(named)
 
-  def init_fn(params):
+  def init_fn(params: optax.Params) -> optax.OptState:
     # Skip the check for a part of a model. The layer-wise step initializes the
     # whole model before it initializes the parts.
     if not paths.is_part(params):
-      _check_no_rate(inner, params)
+      _check_no_learning_rate(named, params)
     return tx.init(params)
 
   return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
-def _check_no_rate(inner, params):
-  filled = lambda value: single(params, value)
+def _check_no_learning_rate(
+  inner: optax.GradientTransformation, params: optax.Params
+) -> None:
+  """Raises ValueError if an update has the opposite sign of the gradient."""
   with jax.ensure_compile_time_eval():
+    zeros = one_element(params, 0.0)
+    ones = one_element(params, 1.0)
     # A learning-rate schedule may be zero at one step, which hides its sign.
     # Hence several counts are tried.
     for count in decay.COUNTS:
-      state = decay.at_count(count, inner.init(filled(0.0)))
+      state = decay.at_count(count, inner.init(zeros))
       try:
-        answers, _ = try_update(inner, filled(1.0), state, filled(0.0))
-        answers = [x.item() for x in jax.tree.leaves(answers)]
+        updates, _ = try_update(inner, ones, state, zeros)
+        updates = [x.item() for x in jax.tree.leaves(updates)]
       except TypeError:
         # Nothing can be checked: the inner optimizer requires extra arguments
         # of `update`, or its update depends on a traced hyperparameter.
         return
-      least = min(answers, default=0.0)
+      least = min(updates, default=0.0)
       if least < 0:
         raise ValueError(
           f'the inner has a learning rate of its own (it makes {least:.3g} of a'
           ' gradient of one), and the preset multiplies by learning_rate after'
           " it; give 'adam', 'lion', 'sgdm' or such as optax.scale_by_adam()"
         )
-      if any(x > 0 for x in answers):
+      if any(x > 0 for x in updates):
         return
 
 
-def check_numbers(learning_rate, weight_decay):
+def check_numbers(
+  learning_rate: optax.ScalarOrSchedule, weight_decay: float
+) -> None:
   """Raises ValueError unless learning rate and weight decay are valid.
 
   >>> check_numbers(learning_rate=lambda count: 0.1, weight_decay=0.1)
@@ -133,10 +153,15 @@ def check_numbers(learning_rate, weight_decay):
   checks.check_not_negative(weight_decay=weight_decay)
 
 
-def descend(learning_rate, weight_decay, *rules):
+def with_decay_and_rate(
+  learning_rate: optax.ScalarOrSchedule,
+  weight_decay: float,
+  *rules: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
   """Chains rules, decoupled weight decay, and minus the learning rate.
 
-  >>> tx, w = descend(0.5, 0.25, optax.scale_by_sign()), jnp.ones(1)
+  >>> w = jnp.ones(1)
+  >>> tx = with_decay_and_rate(0.5, 0.25, optax.scale_by_sign())
   >>> tx.update(3 * w, tx.init(w), w)[0]
   Array([-0.625], dtype=float32)
   """
@@ -144,20 +169,6 @@ def descend(learning_rate, weight_decay, *rules):
   decayed = decay.add_decayed_weights(weight_decay)
   down = optax.scale_by_learning_rate(learning_rate)
   return optax.chain(*rules, decayed, down)
-
-
-def rotated_by(options, b1, b2=0.999):
-  """Returns options of `galore` with decay rates added to 'rotate'.
-
-  The option `moments='rotate'` means the decay rates of Adam's defaults.
-  It is replaced by a `Rotate` with the decay rates of the inner optimizer.
-
-  >>> rotated_by({'moments': 'rotate'}, 0.8)
-  {'moments': Rotate(b1=0.8, b2=0.999)}
-  """
-  if options.get('moments') != 'rotate':
-    return options
-  return {**options, 'moments': Rotate(b1, b2)}
 
 
 def bias_correction(b1: float, b2: float, count: Any) -> jax.Array:
@@ -171,7 +182,10 @@ def bias_correction(b1: float, b2: float, count: Any) -> jax.Array:
   >>> bias_correction(0.5, 0.75, 1).round(4)
   Array(1., dtype=float32, weak_type=True)
   """
-  # `1 - decay**count` without the cancellation that loses digits if the decay
-  # rate is close to one.
-  rest = lambda decay: -jnp.expm1(count * jnp.log1p(decay - 1.0))
-  return jnp.sqrt(rest(b2)) / rest(b1)
+
+  def one_minus_power(decay_rate: float) -> jax.Array:
+    # `1 - decay_rate**count` would lose digits if the decay rate is close to
+    # one.
+    return -jnp.expm1(count * jnp.log1p(decay_rate - 1.0))
+
+  return jnp.sqrt(one_minus_power(b2)) / one_minus_power(b1)

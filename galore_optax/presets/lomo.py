@@ -5,6 +5,8 @@ well without clipping, so both clip by default. In `layerwise` they clip by the
 norm of the whole gradient too.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,9 +15,9 @@ from galore_optax import paths
 from galore_optax.checks import check_pair, check_params
 from galore_optax.clipping import clipped
 from galore_optax.options import names_options
-from galore_optax.precision import full, rms
+from galore_optax.precision import at_least_float32, rms
 from galore_optax.presets.adafactor import scale_by_galore_factored_rms
-from galore_optax.presets.inner import check_numbers, descend
+from galore_optax.presets.inner import check_numbers, with_decay_and_rate
 
 
 @names_options()
@@ -46,7 +48,7 @@ def lomo(
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with
     Limited Resources <https://arxiv.org/abs/2306.09782>`_, 2023.
   """
-  return clipped(descend(learning_rate, weight_decay), clip_norm)
+  return clipped(with_decay_and_rate(learning_rate, weight_decay), clip_norm)
 
 
 @names_options()
@@ -92,16 +94,19 @@ def adalomo(
   """
   check_numbers(learning_rate, weight_decay)
   check_pair(eps=eps)
-  limits = dict(decay_rate=decay_rate, clip_threshold=clip_threshold)
   rule = optax.chain(
-    scale_by_galore_factored_rms(eps=eps[0], **limits),
+    scale_by_galore_factored_rms(
+      decay_rate=decay_rate, eps=eps[0], clip_threshold=clip_threshold
+    ),
     scale_by_weight_rms(weight_decay=weight_decay, eps=eps[1]),
     optax.scale_by_learning_rate(learning_rate),
   )
   return clipped(rule, clip_norm)
 
 
-def scale_by_weight_rms(*, weight_decay=0.0, eps=1e-3):
+def scale_by_weight_rms(
+  *, weight_decay: float = 0.0, eps: float = 1e-3
+) -> optax.GradientTransformation:
   """Adds weight decay, then multiplies by the RMS of each weight.
 
   Args:
@@ -114,15 +119,15 @@ def scale_by_weight_rms(*, weight_decay=0.0, eps=1e-3):
   Array([5., 5.], dtype=float32)
   """
 
-  def by_weight(name, u, w):
-    w = full(w)
-    total = full(u) + weight_decay * w
-    size = rms(w, paths.own_axes(name, w.ndim))
+  def scale_leaf(path: str, u: jax.Array, w: jax.Array) -> jax.Array:
+    w = at_least_float32(w)
+    total = at_least_float32(u) + weight_decay * w
+    size = rms(w, paths.own_axes(path, w.ndim))
     return (jnp.maximum(eps, size) * total).astype(u.dtype)
 
-  def scaled(updates, params):
+  def scale(updates: optax.Updates, params: optax.Params | None) -> Any:
     check_params(params, 'AdaLomo')
     names = jax.tree.structure(updates).unflatten(paths.paths(updates))
-    return jax.tree.map(by_weight, names, updates, params)
+    return jax.tree.map(scale_leaf, names, updates, params)
 
-  return optax.stateless(scaled)
+  return optax.stateless(scale)

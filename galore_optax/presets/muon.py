@@ -5,7 +5,7 @@ the inner optimizer of `galore`.
 """
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,11 @@ from galore_optax import checks
 from galore_optax.galore import Apart, galore
 from galore_optax.options import names_options
 from galore_optax.orthogonal import orthogonalise
-from galore_optax.presets.inner import descend, rotated_by
+from galore_optax.presets.galore_options import (
+  GaloreOptions,
+  with_rotate_decays,
+)
+from galore_optax.presets.inner import with_decay_and_rate
 
 
 def scale_by_muon(beta: float = 0.95) -> optax.GradientTransformation:
@@ -50,9 +54,8 @@ def scale_by_muon(beta: float = 0.95) -> optax.GradientTransformation:
     ahead = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
     now = optax.tree.bias_correction(updates, beta, count)
     mixed = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, now)
-    return jax.tree.map(orthogonalise, mixed), state._replace(
-      count=count, mu=mu
-    )
+    state = state._replace(count=count, mu=mu)
+    return jax.tree.map(orthogonalise, mixed), state
 
   init_fn = optax.contrib.scale_by_muon(beta=beta).init
   return optax.GradientTransformation(init_fn, update_fn)
@@ -66,7 +69,7 @@ def galore_muon(
   consistent_rms: float = 0.2,
   weight_decay: float = 0.0,
   adam_learning_rate: optax.ScalarOrSchedule | None = None,
-  **options: Any,
+  **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore with Muon: orthogonalised Nesterov momentum of low rank.
 
@@ -109,13 +112,17 @@ def galore_muon(
   """
   checks.check_decay(beta=beta)
   checks.check_not_negative(consistent_rms=consistent_rms)
-  size = lambda u: consistent_rms * math.sqrt(max(jnp.shape(u)[-2:]))
-  low = descend(
-    *(learning_rate, weight_decay),
+
+  def with_consistent_rms(u: Any, _: Any) -> jax.Array:
+    return consistent_rms * math.sqrt(max(jnp.shape(u)[-2:])) * u
+
+  muon = with_decay_and_rate(
+    learning_rate,
+    weight_decay,
     scale_by_muon(beta),
-    optax.stateless_with_tree_map(lambda u, _: size(u) * u),
+    optax.stateless_with_tree_map(with_consistent_rms),
   )
   rate = learning_rate if adam_learning_rate is None else adam_learning_rate
   checks.check_learning_rate(adam_learning_rate=rate)
-  rest = descend(rate, weight_decay, optax.scale_by_adam())
-  return galore(Apart(low, rest), **rotated_by(options, beta))
+  adam = with_decay_and_rate(rate, weight_decay, optax.scale_by_adam())
+  return galore(Apart(muon, adam), **with_rotate_decays(options, beta))

@@ -13,7 +13,7 @@ import optax
 from galore_optax import checks, paths
 from galore_optax.options import names_options
 from galore_optax.precision import in_float32, rms
-from galore_optax.presets.inner import descend
+from galore_optax.presets.inner import with_decay_and_rate
 
 
 @names_options()
@@ -58,25 +58,32 @@ def scale_sgd(
     <https://arxiv.org/abs/2506.16659>`_, 2025.
   """
   checks.check_decay(momentum=momentum)
-  unit_columns = lambda g_io, _: g_io / jnp.maximum(rms(g_io, (-2,)), 1e-8)
-  normalised = optax.stateless_with_tree_map(unit_columns)
-  matrix = descend(learning_rate, weight_decay, normalised)
+
+  def normalise_columns(g_io: Any, _: Any) -> jax.Array:
+    return g_io / jnp.maximum(rms(g_io, (-2,)), 1e-8)
+
+  matrix = with_decay_and_rate(
+    learning_rate,
+    weight_decay,
+    optax.stateless_with_tree_map(normalise_columns),
+  )
   rate = learning_rate if vector_learning_rate is None else vector_learning_rate
   checks.check_learning_rate(vector_learning_rate=rate)
   head = optax.chain(optax.ema(momentum, debias=False), matrix)
-  vector = descend(rate, weight_decay, optax.scale_by_adam())
-  rules: dict[Any, Any] = dict(matrix=matrix, head=head, vector=vector)
+  vector = with_decay_and_rate(rate, weight_decay, optax.scale_by_adam())
+  rules: dict[Any, Any] = {'matrix': matrix, 'head': head, 'vector': vector}
   return in_float32(optax.partition(rules, _kinds))
 
 
-def _kinds(tree):
+def _kinds(tree: Any) -> Any:
   """Returns a tree with the name of the rule for each leaf."""
   leaves, treedef = jax.tree.flatten(tree)
   kinds = map(_kind, paths.paths(tree), leaves, paths.heads(tree))
   return treedef.unflatten(kinds)
 
 
-def _kind(path, x, is_head):
+def _kind(path: str, x: Any, is_head: bool) -> str:
+  """Returns the name of the rule for a leaf."""
   if len(paths.own_axes(path, x.ndim)) < 2:
     return 'vector'
   return 'head' if is_head else 'matrix'

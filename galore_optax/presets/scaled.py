@@ -1,25 +1,39 @@
 """Fira, APOLLO and APOLLO-Mini, which scale raw gradients as Adam would."""
 
-from typing import Any, Literal
+import dataclasses
+from typing import Literal, Unpack
 
+import jax
 import optax
 
 from galore_optax import checks
 from galore_optax.decay import decay_updated_weights
 from galore_optax.galore import chain, galore
 from galore_optax.options import names_options
-from galore_optax.presets import inner as inner_lib
-from galore_optax.presets.inner import Inner
+from galore_optax.presets.galore_options import (
+  ApolloMiniOptions,
+  FiraOptions,
+  ScaledGaloreOptions,
+  ScaledOptions,
+  with_rotate_decays,
+)
+from galore_optax.presets.inner import (
+  Inner,
+  bias_correction,
+  check_numbers,
+  require_no_learning_rate,
+  scale_by_galore_adam,
+)
 from galore_optax.quantized.state import quantize_state
 from galore_optax.residual import Scaled
 from galore_optax.subspace.finders import Gaussian
 from galore_optax.subspace.refresh import Staggered
 
 
-@names_options('residual', of=galore)
+@names_options(of=galore)
 def _scaled(
   learning_rate: optax.ScalarOrSchedule,
-  rule: Any,
+  rule: Scaled,
   *,
   gap: int | Staggered = 200,
   limit: float = 1.01,
@@ -29,30 +43,50 @@ def _scaled(
   weight_decay: float = 0.0,
   bits: Literal[8] | None = None,
   inner: Inner | None = None,
-  **options: Any,
-):
-  """Returns `galore` with the residual rule `Scaled(limit=limit, **rule)`."""
-  inner_lib.check_numbers(learning_rate, weight_decay)
+  **options: Unpack[ScaledGaloreOptions],
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `galore` with a residual rule that scales as the inner optimizer.
+
+  Args:
+    learning_rate: a number, or a schedule of the step.
+    rule: the residual rule; its `limit` and `correction` are replaced.
+    gap: as in `fira`, which documents all other options too.
+    limit: as in `fira`.
+    b1: as in `fira`.
+    b2: as in `fira`.
+    eps: as in `fira`.
+    weight_decay: as in `fira`.
+    bits: as in `fira`.
+    inner: as in `fira`.
+    **options: other options of `galore`.
+  """
+  check_numbers(learning_rate, weight_decay)
   checks.check_static(bits=bits)
-  checks.require('8, or None for float32', lambda x: x in (8, None), bits=bits)
-  alone = 'None beside an inner: give inner=quantize_state(...) alone'
-  checks.require(alone, lambda x: not (x and inner is not None), bits=bits)
-  restarts = options.get('moments') == 'reset'
+  if bits not in (8, None):
+    raise ValueError(f'bits must be 8, or None for float32, got {bits!r}')
+  if bits and inner is not None:
+    rule_of_bits = 'None beside an inner: give inner=quantize_state(...) alone'
+    raise ValueError(f'bits must be {rule_of_bits}, got {bits!r}')
+  resets = options.get('moments') == 'reset'
 
-  def correction(count):
+  def adam_correction(count: jax.Array) -> jax.Array:
     # `moments='reset'` restarts the inner optimizer's counter at each refresh.
-    age = count % gap if restarts else count
-    return inner_lib.bias_correction(b1, b2, age + 1)
+    # `galore` does not accept it together with `Staggered`.
+    if resets and not isinstance(gap, Staggered):
+      count = count % gap
+    return bias_correction(b1, b2, count + 1)
 
-  if inner not in ('lion', 'sgdm'):
-    rule['correction'] = correction
+  correction = None if inner in ('lion', 'sgdm') else adam_correction
   if inner is None:
-    inner = inner_lib.scale_by_galore_adam(b1=b1, b2=b2, eps=eps)
-    inner = quantize_state(inner) if bits else inner
-  options = inner_lib.rotated_by(options, b1, b2) | dict(gap=gap)
-  inner, residual = inner_lib.without_rate(inner), Scaled(limit=limit, **rule)
+    adam = scale_by_galore_adam(b1=b1, b2=b2, eps=eps)
+    inner = quantize_state(adam) if bits else adam
   return chain(
-    galore(inner, residual=residual, **options),
+    galore(
+      require_no_learning_rate(inner),
+      gap=gap,
+      residual=dataclasses.replace(rule, limit=limit, correction=correction),
+      **with_rotate_decays(options, b1, b2),
+    ),
     optax.scale_by_learning_rate(learning_rate),
     decay_updated_weights(learning_rate, weight_decay=weight_decay),
   )
@@ -64,7 +98,7 @@ def fira(
   *,
   scale: float = 0.25,
   complement: Literal['exact', 'reference'] = 'exact',
-  **options: Any,
+  **options: Unpack[FiraOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore with Adam, plus the rest of the gradient, scaled as Adam would.
 
@@ -104,11 +138,11 @@ def fira(
   """
   checks.check_not_negative(scale=scale)
   checks.check_one_of(('exact', 'reference'), complement=complement)
-  rule = dict(inside=1.0 if complement == 'exact' else scale)
+  rule = Scaled(inside=1.0 if complement == 'exact' else scale)
   return _scaled(learning_rate, rule, scale=scale, **options)
 
 
-@names_options('subspace', of=_scaled)
+@names_options(of=_scaled)
 def apollo(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -116,7 +150,7 @@ def apollo(
   scale: float = 1.0,
   channels: bool = True,
   seed: int = 0,
-  **options: Any,
+  **options: Unpack[ScaledOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """Scales the raw gradient by channel, as Adam scales a random projection.
 
@@ -155,14 +189,22 @@ def apollo(
   checks.check_flag(channels=channels)
   # Checked here, because the root of a negative number is complex or NaN.
   checks.check_not_negative(scale=scale)
-  rule = dict(inside=0, channels=channels, scale=scale**0.5)
-  options |= dict(rank=rank, scale=0.0, subspace=Gaussian(seed))
-  return _scaled(learning_rate, rule, **options)
+  return _scaled(
+    learning_rate,
+    Scaled(inside=0, channels=channels, scale=scale**0.5),
+    rank=rank,
+    scale=0.0,
+    subspace=Gaussian(seed),
+    **options,
+  )
 
 
-@names_options('rank', 'channels', of=apollo)
+@names_options(of=apollo)
 def apollo_mini(
-  learning_rate: optax.ScalarOrSchedule, *, scale: float = 128.0, **options: Any
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  scale: float = 128.0,
+  **options: Unpack[ApolloMiniOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """APOLLO with a random basis of rank one and one factor for each matrix.
 
