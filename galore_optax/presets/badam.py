@@ -296,7 +296,7 @@ def one_layer_rule(
       others, state.rest, other_weights, **extra_args
     )
     stacks = jax.tree.map(put, optax.tree.zeros_like(stacks), step)
-    # Where one tree has a leaf, the other one has a MaskedNode.
+    # For each leaf, one of the two trees has a MaskedNode.
     updates = jax.tree.map(
       lambda x, other: other if _is_masked(x) else x,
       stacks,

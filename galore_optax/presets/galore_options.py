@@ -5,10 +5,11 @@ A preset that forwards options is declared as
   @names_options(of=galore)
   def preset(learning_rate, *, ..., **options: Unpack[GaloreOptions]): ...
 
-Type checkers read the names and types of the options from the TypedDict. At run
-time `names_options` adds them to the signature of the preset, with the defaults
-that `galore` has. A preset that sets some options of `galore` itself uses a
-TypedDict without them. The docstring of `galore` describes all options.
+Type checkers read the names and types of the options from the TypedDict.
+`names_options` adds the options to the signature of the preset at run time,
+with the defaults that `galore` has. A preset that sets some options of `galore`
+itself uses a TypedDict without them. The docstring of `galore` describes all
+options.
 """
 
 from collections.abc import Mapping
