@@ -205,7 +205,7 @@ def _in_turns(
     **extra_args: Any,
   ) -> tuple[Any, TurnState]:
     count = state.count
-    # Before the first update the state is a placeholder.
+    # The state at count 0 is a placeholder, so it is reset in every case.
     turn_starts = (count if reset_every is None else count % reset_every) == 0
 
     def reset(new: Any, old: jax.Array) -> jax.Array:

@@ -47,7 +47,7 @@ class Group:
   """Multiplier of the weight decay."""
 
   def __post_init__(self) -> None:
-    """Raises ValueError unless the pattern is a string and multipliers fit."""
+    """Raises ValueError unless all fields are valid."""
     if not isinstance(self.pattern, str):
       rule = "a regex on whole paths, such as 'embed/.*'"
       raise ValueError(f'pattern must be {rule}, got {self.pattern!r}')
@@ -55,7 +55,7 @@ class Group:
 
   @property
   def frozen(self) -> bool:
-    """Whether its parameters do not move."""
+    """Whether the parameters of the group are not updated."""
     return checks.is_zero(self.rate)
 
 
@@ -73,9 +73,10 @@ def assigned(
   """Returns the index of each leaf's group; `len(groups)` for no group.
 
   Args:
-    groups: their patterns are matched.
+    groups: groups of parameters.
     tree: parameters; only paths are read.
-    strict: whether a pattern must match a leaf of a whole tree.
+    strict: whether a pattern that matches no path raises. It never raises if
+      `tree` is a part of a model.
 
   Raises:
     ValueError: a pattern is malformed or matches no path, or a leaf belongs to
@@ -102,34 +103,35 @@ def assigned(
 
 
 def grouped(preset: Preset, groups: Sequence[Group]) -> Preset:
-  """Returns a preset whose parameters have rates and decays by group.
+  """Returns a preset with a learning rate and a weight decay for each group.
 
-  The result takes the arguments of `preset`. `optax.inject_hyperparams` accepts
-  it as it accepts `preset`. The preset is called once for each group and once
-  for all other parameters. In the call for a group, `learning_rate` and every
-  option whose name ends in `_learning_rate` are multiplied by `rate`, and so is
-  the learning rate of a residual rule; `weight_decay` and every option whose
-  name ends in `_weight_decay` are multiplied by `decay`. Defaults of `preset`
-  are multiplied as well. A schedule stays a schedule. `scale` multiplies too.
+  The result has the signature of `preset`, and works with
+  `optax.inject_hyperparams` if `preset` does. It calls `preset` once for each
+  group and once for all other parameters. In the call for a group, `rate`
+  multiplies `learning_rate`, every option whose name ends in `_learning_rate`,
+  and the learning rate of a residual rule. `decay` multiplies `weight_decay`
+  and every option whose name ends in `_weight_decay`. Defaults of `preset` are
+  multiplied as well, and so is the result of a schedule. The option `scale` is
+  the same for all groups.
 
-  With both multipliers at 1 an update is that of `preset` up to rounding.
-  Clipping by the global norm inside `lomo` and `adalomo` still reads the whole
-  gradient. Put it around a preset of your own:
+  If both multipliers are 1, an update equals that of `preset` up to rounding.
+  `lomo` and `adalomo` still clip by the global norm of the whole gradient. To
+  clip with another preset, clip before the groups:
   `optax.chain(optax.clip_by_global_norm(1.0), grouped(...)(...))`.
 
   The parameters of a frozen group (`rate` 0) have no state: neither moments nor
-  bases. Everything else has the state that `preset` gives it, in a
+  bases. The state of all other parameters is that of `preset`, in a
   `GroupedState`.
 
   Args:
     preset: a function `(learning_rate, ...) -> transformation`.
-    groups: at most one of them may match a parameter. Without groups the result
-      is `preset`.
+    groups: groups of parameters; at most one group may match a parameter.
+      Without groups the result is `preset`.
 
   Raises:
-    ValueError: `groups` are not groups, a multiplier is negative or not finite,
-      `preset` has no argument that a multiplier changes; at `init`, a pattern
-      matches no parameter, or a parameter matches two patterns.
+    ValueError: an item of `groups` is not a `Group`, or `preset` has no
+      argument that a multiplier changes; at `init`, a pattern matches no
+      parameter, or a parameter matches two patterns.
 
   Example:
     >>> from galore_optax import galore_adamw
@@ -150,7 +152,7 @@ def grouped(preset: Preset, groups: Sequence[Group]) -> Preset:
     return preset
   signature = inspect.signature(preset)
   kinds = {parameter.kind for parameter in signature.parameters.values()}
-  # The call of a preset with **options names them.
+  # The names of `**options` are known when the preset is called.
   named_at_call = inspect.Parameter.VAR_KEYWORD in kinds
   if not named_at_call:
     _check_arguments(signature.parameters, groups)
@@ -182,7 +184,7 @@ def _checked(groups: Any) -> tuple[Group, ...]:
 
 
 def _check_arguments(names: Collection[str], groups: Sequence[Group]) -> None:
-  """Raises ValueError if a multiplier would change no argument."""
+  """Raises ValueError if a multiplier other than 1 changes no argument."""
   needs = {'learning_rate': 'rate', 'weight_decay': 'decay'}
   for name, field in needs.items():
     acts = any(not _is_one(getattr(group, field)) for group in groups)
@@ -200,7 +202,10 @@ def _is_one(factor: Any) -> bool:
 def _multiplied(
   given: inspect.BoundArguments, group: Group
 ) -> inspect.BoundArguments:
-  """Returns the arguments of a preset, defaults included, for one group."""
+  """Returns the arguments for the call of a preset for one group.
+
+  They include the defaults, which are multiplied too.
+  """
   given.apply_defaults()
   parameters = given.signature.parameters
   for name, value in given.arguments.items():
@@ -259,9 +264,9 @@ def _joined(
   """Joins the transformations of all groups to one of the same type.
 
   Args:
-    groups: of all parts but the last.
-    parts: a transformation for each group, None where it is frozen, and that of
-      all other parameters.
+    groups: the groups of parameters.
+    parts: a transformation for each group, None if the group is frozen, and
+      last the transformation of all other parameters.
     strict: whether a pattern must match a parameter of the tree.
   """
   together, rest = _Together(tuple(groups), tuple(parts), strict), parts[-1]
@@ -293,8 +298,12 @@ class _Together:
   """
 
   groups: tuple[Group, ...]
+  """The groups of parameters."""
   parts: tuple[Any, ...]
+  """A transformation for each group, None if the group is frozen, and last the
+  transformation of all other parameters."""
   strict: bool
+  """Whether a pattern must match a parameter of the tree."""
 
   @property
   def linear(self) -> bool:
@@ -336,7 +345,7 @@ class _Together:
     factors = [(g.rate, g.decay) for g in self.groups] + [(1.0, 1.0)]
     multipliers = {}
     for name, index in zip(paths.paths(params), mine, strict=True):
-      # A part may itself be grouped.
+      # A part that is grouped too has multipliers of its own.
       rate, decay = seen.multipliers.get(name, (1.0, 1.0))
       by_rate, by_decay = factors[index]
       multipliers[name] = times(rate, by_rate), times(decay, by_decay)
@@ -422,7 +431,7 @@ class _Together:
     return [part for part in self.parts if part is not None]
 
   def _indices(self, tree: Any) -> list[int]:
-    """Returns the group of each leaf of a tree, or of a part of one."""
+    """Returns the index of each leaf's group; the tree may be a part."""
     return assigned(self.groups, tree, strict=False)
 
   def _run(
