@@ -22,9 +22,9 @@ from galore_optax.projection import Axes, Projection, Side
 from galore_optax.residual import Sgd, Sign
 from galore_optax.subspace.finders import NAMES, Name, Subspace
 
-# How `frugal` splits a kernel [in, out]. 'coordinates' selects indices of its
-# shorter axis.
-Where: TypeAlias = Literal[Name, 'columns', 'rows', 'entries']
+# The names of subspaces of a kernel [in, out]. 'coordinates' selects indices of
+# its shorter axis.
+SubspaceName: TypeAlias = Literal[Name, 'columns', 'rows', 'entries']
 
 
 class SplitOptions(TypedDict, total=False):
@@ -56,7 +56,7 @@ def frugal(
   *,
   density: float = 0.25,
   gap: int = 200,
-  subspace: Where | Subspace = 'svd',
+  subspace: SubspaceName | Subspace = 'svd',
   inner: Inner = 'adam',
   residual: Literal['sign', 'sgd'] = 'sign',
   residual_scale: float = 1.0,
@@ -136,13 +136,13 @@ def frugal(
   return partition(in_float32(residual_rule), in_float32(inner_rule), targets)
 
 
-def _split_options(subspace: Where | Subspace) -> SplitOptions:
+def _split_options(subspace: SubspaceName | Subspace) -> SplitOptions:
   """Returns the options of `galore` for the option `subspace` of `frugal`."""
   if isinstance(subspace, str) and subspace not in NAMES:
-    checks.check_one_of(get_args(Where), subspace=subspace)
+    checks.check_one_of(get_args(SubspaceName), subspace=subspace)
     return COORDINATES[subspace]
-  of_galore: Any = subspace
-  return {'subspace': of_galore}
+  name_or_finder: Any = subspace
+  return {'subspace': name_or_finder}
 
 
 def partition(

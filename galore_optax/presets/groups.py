@@ -269,7 +269,8 @@ def _joined(
       last the transformation of all other parameters.
     strict: whether a pattern must match a parameter of the tree.
   """
-  together, rest = _Together(tuple(groups), tuple(parts), strict), parts[-1]
+  together = _Together(tuple(groups), tuple(parts), strict)
+  rest = parts[-1]
 
   def of_each(name: str) -> list[Any]:
     return [part if part is None else getattr(part, name) for part in parts]
@@ -341,7 +342,7 @@ class _Together:
           for i, part in enumerate(self.parts)
         )
       )
-    show([*seen.plans.values()])
+    show(list(seen.plans.values()))
     factors = [(g.rate, g.decay) for g in self.groups] + [(1.0, 1.0)]
     multipliers = {}
     for name, index in zip(paths.paths(params), mine, strict=True):
@@ -366,10 +367,8 @@ class _Together:
   def plan(self, tree: Any) -> list[Plan]:
     """Returns how each leaf is projected; a frozen leaf is a `Whole`."""
     mine = self._indices(tree)
-    names, leaves = paths.paths(tree), jax.tree.leaves(tree)
-    plans: list[Plan] = [
-      Whole(name, tuple(x.shape)) for name, x in zip(names, leaves, strict=True)
-    ]
+    pairs = zip(paths.paths(tree), jax.tree.leaves(tree), strict=True)
+    plans: list[Plan] = [Whole(path, tuple(x.shape)) for path, x in pairs]
     for i, part in enumerate(self.parts):
       if part is not None and i in mine:
         places = [at for at, index in enumerate(mine) if index == i]
@@ -421,8 +420,9 @@ class _Together:
     """
 
     def of_part(i: int, part: Any, share: Callable) -> tuple[Any, Any]:
-      weights, whole = (x if x is None else share(x) for x in (params, grads))
-      return part.apply(share(low), state.parts[i], weights, whole, **extra)
+      weights = None if params is None else share(params)
+      gradients = None if grads is None else share(grads)
+      return part.apply(share(low), state.parts[i], weights, gradients, **extra)
 
     like = params if grads is None else grads
     return self._run(of_part, like, state, frozen=jnp.zeros_like)
