@@ -25,7 +25,7 @@ from galore_optax.subspace.refresh import Staggered
 
 
 class LeafOptions(TypedDict, total=False):
-  """Options of `galore` that no preset sets itself."""
+  """Options of `galore` that all presets with `**options` have."""
 
   side: Side
   moments: Moments

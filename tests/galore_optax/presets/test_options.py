@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import galore_optax as go
-from galore_optax.galore import THEIRS
+from galore_optax.options import THEIRS
 
 # Every function of the package whose first parameter is `learning_rate`.
 PRESETS = [
