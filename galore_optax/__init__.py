@@ -2,10 +2,10 @@
 
 Importing this package makes `optax.chain` aware of `galore` stages, so that
 `optax.chain(galore(rank=512, gap=200), optax.adamw(lr))` keeps low-rank state.
-A chain without such a stage is optax's own, result for result.
+A chain without such a stage computes exactly the same as in optax.
 
-Read `galore`, the core, and then a preset: each method is a cell of one
-algebra,
+Read the core first, `galore`, and then a preset. Every method computes an
+update of the form
 
   update = unproject(inner(project(G))) * scale + residual(rest of G) + decay
 """

@@ -1,7 +1,9 @@
-"""Checks of what a user passes: each message has value, rule and remedy.
+"""Checks of option values; an error names the option, the rule and the value.
 
-A traced number, as `optax.inject_hyperparams` passes it, is checked nowhere:
-its value is not known.
+An array is accepted as a number, and its value is not checked. It may be a
+tracer, which is how `optax.inject_hyperparams` passes numbers. `check_static`,
+`check_count` and `check_size` are for values that must be known at compile
+time, so they reject arrays.
 """
 
 import math
@@ -14,7 +16,9 @@ import numpy as np
 
 
 def is_number(number: Any) -> bool:
-  """Whether a number's value is known before a step is traced.
+  """Whether a value is a real number of Python or NumPy; a bool is not.
+
+  An array is not a number here, because it may be a tracer.
 
   >>> is_number(0.5), is_number(jax.numpy.zeros(()))
   (True, False)
@@ -23,7 +27,9 @@ def is_number(number: Any) -> bool:
 
 
 def is_zero(number: object) -> bool:
-  """Whether a number is known to be zero before a step is traced.
+  """Whether a value is a number of Python or NumPy that equals zero.
+
+  The result for an array is False, because it may be a tracer.
 
   >>> is_zero(0.0), is_zero(jax.numpy.zeros(()))
   (True, False)
@@ -32,7 +38,7 @@ def is_zero(number: object) -> bool:
 
 
 def is_integer(number: Any) -> bool:
-  """Whether a number is an integer of Python or NumPy.
+  """Whether a value is an integer of Python or NumPy; a bool is not.
 
   >>> is_integer(3), is_integer(3.0)
   (True, False)
@@ -41,12 +47,14 @@ def is_integer(number: Any) -> bool:
 
 
 def check_count(**counts: Any) -> None:
-  """Raises ValueError for what is no integer of one or more.
+  """Raises ValueError unless each value is an integer >= 1.
 
   >>> check_count(microbatches=4)
   """
   check_static(**counts)
-  require('an integer >= 1', lambda x: is_integer(x) and x >= 1, **counts)
+  for name, x in counts.items():
+    if not is_integer(x) or x < 1:
+      raise ValueError(f'{name} must be an integer >= 1, got {x!r}')
 
 
 def check_size(**sizes: Any) -> None:
@@ -61,16 +69,19 @@ def check_size(**sizes: Any) -> None:
 
 
 def check_integer(**values: Any) -> None:
-  """Raises ValueError for what is no integer, such as a seed of 1.5.
+  """Raises ValueError unless each value is an integer or an array.
 
   >>> check_integer(seed=0)
   """
-  known = lambda x: isinstance(x, jax.Array) or is_integer(x)
-  require('an integer', known, **values)
+  for name, x in values.items():
+    if not isinstance(x, jax.Array) and not is_integer(x):
+      raise ValueError(f'{name} must be an integer, got {x!r}')
 
 
 def check_static(**values: object) -> None:
-  """Raises ValueError for an array, traced or not, where a number must be.
+  """Raises ValueError if a value is an array.
+
+  For options on which the compiled program depends, such as a rank.
 
   >>> check_static(rank=4, gap=200)
   """
@@ -78,7 +89,9 @@ def check_static(**values: object) -> None:
     'a Python number, as what is compiled depends on it; under'
     f' optax.inject_hyperparams it belongs in static_args={tuple(values)}'
   )
-  require(rule, lambda x: not isinstance(x, jax.Array), **values)
+  for name, x in values.items():
+    if isinstance(x, jax.Array):
+      raise ValueError(f'{name} must be {rule}, got {x!r}')
 
 
 def check_flag(**values: object) -> None:
@@ -103,24 +116,24 @@ def check_pair(**values: Any) -> None:
 
 
 def _is_pair(x: Any) -> bool:
-  """Whether a value is a pair of numbers >= 0, or of arrays."""
+  """Whether a value is a pair whose items are finite numbers >= 0 or arrays."""
   if not isinstance(x, tuple | list) or len(x) != 2:
     return False
   return all(
-    isinstance(one, jax.Array)
-    or (is_number(one) and math.isfinite(one) and one >= 0)
-    for one in x
+    isinstance(item, jax.Array)
+    or (is_number(item) and math.isfinite(item) and item >= 0)
+    for item in x
   )
 
 
 def check_above_zero(rule: str, **values: Any) -> None:
-  """Raises ValueError unless each value is a number above zero.
+  """Raises ValueError unless each value is a number > 0 or an array.
 
-  Infinity is a number. The value of an array is not checked.
+  Infinity is allowed.
 
   Args:
-    rule: the text of the rule.
-    **values: numbers by name.
+    rule: text of the error message after "must be".
+    **values: values by the name of their option.
 
   >>> check_above_zero('positive, or infinity', clip_threshold=math.inf)
   """
@@ -131,14 +144,14 @@ def check_above_zero(rule: str, **values: Any) -> None:
 
 
 def check_least(least: float, rule: str, **values: Any) -> None:
-  """Raises ValueError unless each value is a number of at least `least`.
+  """Raises ValueError unless each value is a number >= `least` or an array.
 
-  Infinity is a number. The value of an array is not checked.
+  Infinity is allowed.
 
   Args:
-    least: the smallest value.
-    rule: the text of the rule.
-    **values: numbers by name.
+    least: the smallest allowed value.
+    rule: text of the error message after "must be".
+    **values: values by the name of their option.
 
   >>> check_least(1, 'a number >= 1', limit=math.inf)
   """
@@ -149,16 +162,17 @@ def check_least(least: float, rule: str, **values: Any) -> None:
 
 
 def check_one_of(known: tuple[str, ...], **values: object) -> None:
-  """Raises ValueError for a name that is not known.
+  """Raises ValueError unless each value is one of the strings in `known`.
 
   >>> check_one_of(('keep', 'reset'), moments='keep')
   """
-  rule = f'one of {", ".join(known)}'
-  require(rule, lambda x: isinstance(x, str) and x in known, **values)
+  for name, x in values.items():
+    if not isinstance(x, str) or x not in known:
+      raise ValueError(f'{name} must be one of {", ".join(known)}, got {x!r}')
 
 
 def check_not_negative(**values: Any) -> None:
-  """Raises ValueError for what is no finite number >= 0.
+  """Raises ValueError unless each value is a finite number >= 0 or an array.
 
   >>> check_not_negative(weight_decay=0.1)
   """
@@ -166,7 +180,7 @@ def check_not_negative(**values: Any) -> None:
 
 
 def check_positive(**values: Any) -> None:
-  """Raises ValueError for what is no finite number above 0.
+  """Raises ValueError unless each value is a finite number > 0 or an array.
 
   >>> check_positive(decay_rate=0.8)
   """
@@ -174,7 +188,7 @@ def check_positive(**values: Any) -> None:
 
 
 def check_decay(**values: Any) -> None:
-  """Raises ValueError for what is no decay of a moment, in [0, 1).
+  """Raises ValueError unless each value is a decay rate in [0, 1) or an array.
 
   >>> check_decay(b1=0.9, b2=0.999)
   """
@@ -182,7 +196,9 @@ def check_decay(**values: Any) -> None:
 
 
 def check_learning_rate(**rates: Any) -> None:
-  """Raises ValueError for a number that is no learning rate.
+  """Raises ValueError unless each value is a learning rate.
+
+  A learning rate is a schedule, a finite number >= 0, or an array.
 
   >>> check_learning_rate(learning_rate=lambda count: 0.1)
   """
@@ -190,7 +206,11 @@ def check_learning_rate(**rates: Any) -> None:
 
 
 def check_params(params: Any, what: str) -> None:
-  """Raises ValueError where an update is not given the weights it needs.
+  """Raises ValueError if `params` is None.
+
+  Args:
+    params: the `params` argument of an update.
+    what: the feature that needs them, for the error message.
 
   >>> check_params({'w': jax.numpy.ones(2)}, 'weight decay')
   """
@@ -199,7 +219,12 @@ def check_params(params: Any, what: str) -> None:
 
 
 def require(rule: str, holds: Callable[[Any], Any], **values: Any) -> None:
-  """Raises ValueError for a value for which a rule does not hold.
+  """Raises ValueError for each value that `holds` does not accept.
+
+  Args:
+    rule: text of the error message after "must be".
+    holds: returns whether a value is valid.
+    **values: values by the name of their option.
 
   >>> require('at least 1', lambda x: x >= 1, limit=1.01)
   """
@@ -208,7 +233,13 @@ def require(rule: str, holds: Callable[[Any], Any], **values: Any) -> None:
       raise ValueError(f'{name} must be {rule}, got {x!r}')
 
 
-def _check_finite(rule, holds, values) -> None:
-  finite = lambda x: is_number(x) and math.isfinite(x) and holds(x)
-  # An array, traced or not, is its maker's business.
-  require(rule, lambda x: isinstance(x, jax.Array) or finite(x), **values)
+def _check_finite(
+  rule: str, holds: Callable[[float], bool], values: dict[str, Any]
+) -> None:
+  """Raises ValueError unless each number is finite and `holds` accepts it."""
+  for name, x in values.items():
+    # Array values are not checked because they may be tracers.
+    if isinstance(x, jax.Array):
+      continue
+    if not is_number(x) or not math.isfinite(x) or not holds(x):
+      raise ValueError(f'{name} must be {rule}, got {x!r}')

@@ -1,7 +1,8 @@
-"""Clipping by the global norm, of the whole gradient or of its pieces.
+"""Clipping by the global norm, computed in float32.
 
-Begin with `clipped`. A layer-wise step, which never has the whole gradient,
-uses the functions below it one by one.
+`clipped` adds clipping to a transformation. The layer-wise step never holds the
+whole gradient. It sums the norm over the layers, and calls the functions after
+`clipped` itself.
 """
 
 from typing import Any
@@ -11,30 +12,36 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax.checks import check_above_zero
-from galore_optax.precision import full
+from galore_optax.precision import at_least_float32
 
 
 class ClippedTransformation(optax.GradientTransformationExtraArgs):
-  """A rule that clips by the global norm first, in a form that can be read.
+  """A transformation that clips by the global norm and then applies a rule.
 
-  A layer-wise step meets the gradient in pieces, whose own norms are of no
-  use: it takes `clip_norm` and applies `rule` to the pieces it has clipped.
+  `clipped` makes it. Its attributes are for the layer-wise step, which receives
+  the gradient layer by layer. That step clips each layer's gradient by the norm
+  of the whole gradient, and then applies `rule` to it.
   """
 
   clip_norm: float
+  """Largest global norm of the gradient."""
   rule: optax.GradientTransformationExtraArgs
+  """The transformation of the clipped gradient."""
 
 
-def clipped(rule: optax.GradientTransformation, clip_norm: float | None) -> Any:
-  """Puts clipping by the exact global norm before a rule.
+def clipped(
+  rule: optax.GradientTransformation, clip_norm: float | None
+) -> optax.GradientTransformationExtraArgs:
+  """Clips the gradient by its global norm, and then applies a rule.
 
   Args:
-    rule: what is applied to the clipped gradient.
+    rule: the transformation of the clipped gradient.
     clip_norm: largest global norm, or None for no clipping.
 
   Returns:
-    The transformation. `layerwise`, given one, clips by the norm of the whole
-    gradient too.
+    A `ClippedTransformation`, or the rule if `clip_norm` is None. `layerwise`
+    accepts a `ClippedTransformation`, and also clips by the norm of the whole
+    gradient.
 
   Example:
     >>> tx = clipped(optax.sgd(1.0), 1.0)
@@ -43,28 +50,38 @@ def clipped(rule: optax.GradientTransformation, clip_norm: float | None) -> Any:
     >>> print(f'{optax.tree.norm(updates):.4f}')
     1.0000
   """
-  rule = optax.with_extra_args_support(rule)
+  tx = optax.with_extra_args_support(rule)
   check_norm(clip_norm)
   if clip_norm is None:
-    return rule
+    return tx
 
-  def update_fn(updates, state, params=None, **extra_args):
-    by = clip_coefficient(global_norm(updates), clip_norm)
-    # Each leaf is rounded once, to its dtype.
-    updates = jax.tree.map(lambda a: (full(a) * by).astype(a.dtype), updates)
-    return rule.update(updates, state, params, **extra_args)
+  def update_fn(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    coefficient = clip_coefficient(global_norm(updates), clip_norm)
 
-  tx = ClippedTransformation(rule.init, update_fn)
-  tx.clip_norm, tx.rule = clip_norm, rule
-  return tx
+    def clip_leaf(x: jax.Array) -> jax.Array:
+      # Multiply in float32, so that a leaf is rounded to its dtype only once.
+      return (at_least_float32(x) * coefficient).astype(x.dtype)
+
+    updates = jax.tree.map(clip_leaf, updates)
+    return tx.update(updates, state, params, **extra_args)
+
+  clipping = ClippedTransformation(tx.init, update_fn)
+  clipping.clip_norm = clip_norm
+  clipping.rule = tx
+  return clipping
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-  """Returns optax's transformation of this name with a float32 norm.
+  """Clips as `optax.clip_by_global_norm` does, with a float32 norm.
 
-  `optax.clip_by_global_norm` sums in the dtype of the gradient. In bfloat16 a
-  sum stops to grow at 256 times its terms, so that a tree of many leaves has
-  too small a norm. For float32 gradients the results are the same.
+  `optax.clip_by_global_norm` sums in the dtype of the gradient. A bfloat16 sum
+  stops growing at 256 times the size of its terms, so the norm of a large tree
+  would be too small. For float32 gradients the results are the same.
 
   Args:
     max_norm: largest global norm.
@@ -81,7 +98,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     norm = global_norm(updates)
 
     def clip_leaf(x: jax.Array) -> jax.Array:
-      scaled = (full(x) / norm) * max_norm
+      scaled = (at_least_float32(x) / norm) * max_norm
       return jnp.where(norm < max_norm, x, scaled.astype(x.dtype))
 
     return jax.tree.map(clip_leaf, updates)
@@ -90,16 +107,16 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def check_norm(clip_norm: Any) -> None:
-  """Raises ValueError for a bound that would turn or stop the gradient."""
+  """Raises ValueError unless the largest norm is positive or None."""
   if clip_norm is not None:
     check_above_zero('positive, or None', clip_norm=clip_norm)
 
 
 def clip_coefficient(norm: jax.Array, clip_norm: float) -> jax.Array:
-  """Returns what brings a gradient of this norm to at most `clip_norm`.
+  """Returns the factor that reduces a gradient of this norm to `clip_norm`.
 
-  The small constant is that of PyTorch and of LOMO; it makes a norm of zero
-  harmless.
+  The factor is at most 1. PyTorch and LOMO add the same small constant to the
+  norm, which avoids a division by zero.
 
   >>> clip_coefficient(jnp.array([0.5, 4.0]), 1.0).round(4)
   Array([1.  , 0.25], dtype=float32)
@@ -108,7 +125,7 @@ def clip_coefficient(norm: jax.Array, clip_norm: float) -> jax.Array:
 
 
 def global_norm(tree: Any) -> jax.Array:
-  """Returns the norm of all leaves together, float32.
+  """Returns the L2 norm of all leaves together: [], float32.
 
   >>> g = {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}
   >>> print(f'{global_norm(g):.4f}')
@@ -118,10 +135,11 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def sum_of_squares(tree: Any) -> jax.Array:
-  """Returns the squared norm of all leaves together, float32.
+  """Returns the squared L2 norm of all leaves together: [], float32.
 
   >>> print(sum_of_squares({'a': jnp.array([3.0]), 'b': jnp.array([4.0])}))
   25.0
   """
-  squares = [jnp.sum(jnp.square(full(a))) for a in jax.tree.leaves(tree)]
+  leaves = map(at_least_float32, jax.tree.leaves(tree))
+  squares = [jnp.sum(jnp.square(x)) for x in leaves]
   return sum(squares, jnp.zeros([], jnp.float32))

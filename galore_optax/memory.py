@@ -1,7 +1,7 @@
-"""Bytes before anything exists: `describe` tells those of each weight.
+"""Optimizer-state memory of each parameter, known before any allocation.
 
-Everything is read off shapes (`jax.eval_shape`), so that it is exact and
-allocates nothing.
+`describe` computes the numbers from shapes (`jax.eval_shape`). They are exact,
+and nothing is allocated.
 """
 
 import collections
@@ -16,14 +16,18 @@ from galore_optax.projection import watched
 
 
 class Row(NamedTuple):
-  """What a transformation keeps for one parameter."""
+  """The optimizer state of one parameter."""
 
-  path: str  # path of the parameter, keys joined by '/'
-  shape: tuple[int, ...]  # its shape
-  # Shape of its projected gradient; None where it is not projected.
+  path: str
+  """Path of the parameter, keys joined by '/'."""
+  shape: tuple[int, ...]
+  """Shape of the parameter."""
   projected_shape: tuple[int, ...] | None
-  basis_bytes: int  # bytes of its basis
-  moment_bytes: int  # bytes of all else of its shape in the state
+  """Shape of the projected gradient; None if the parameter is not projected."""
+  basis_bytes: int
+  """Bytes of the stored basis."""
+  moment_bytes: int
+  """Bytes of all other state arrays of the parameter, such as its moments."""
 
   @property
   def bytes(self) -> int:
@@ -32,10 +36,11 @@ class Row(NamedTuple):
 
 
 class Table(tuple[Row, ...]):
-  """Rows in the order of the parameters; `print` shows them aligned."""
+  """A row for each parameter, in tree order; `print` aligns the columns."""
 
   multipliers: Mapping[str, tuple[Any, Any]] = {}
-  """Multipliers of learning rate and weight decay by path, with `grouped`."""
+  """Multipliers of learning rate and weight decay, by path. Empty without
+  `grouped`."""
 
   def __str__(self) -> str:
     """Returns the rows as text, with the multipliers if there are groups."""
@@ -44,7 +49,7 @@ class Table(tuple[Row, ...]):
       low = str(row.projected_shape or '-')
       rows.append((row.path, str(row.shape), low, f'{row.bytes:,}'))
     if self.multipliers:
-      # Another transformation may update the rest of the tree.
+      # Leaves outside the `grouped` transformation have no multipliers.
       none = ('-', '-')
       factors = [self.multipliers.get(row.path, none) for row in self]
       columns = [('rate', 'decay'), *((str(a), str(b)) for a, b in factors)]
@@ -56,10 +61,12 @@ class Table(tuple[Row, ...]):
 
 
 def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
-  """Returns what `tx` projects and keeps, without allocating anything.
+  """Returns projected shape and state bytes of each parameter.
+
+  Nothing is allocated.
 
   Args:
-    tx: any transformation; a `galore` in it is found behind any wrapper.
+    tx: any transformation. A `galore` is found inside any other transformation.
     params: parameters, or `jax.ShapeDtypeStruct`s of them.
 
   Returns:
@@ -77,15 +84,18 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
     w     (4, 6)  (2, 6)       128
   """
   with watched() as seen:
-    # A new function: what was traced before would not be watched again.
+    # The lambda is new at each call. JAX would not run a function again that it
+    # has traced before, and the plans would not be recorded.
     state = jax.eval_shape(lambda params: tx.init(params), params)
   leaves = jax.tree_util.tree_leaves_with_path(params)
   owners = [path for path, _ in leaves]
-  sizes = collections.Counter()
+  # By index of the parameter and whether the bytes are those of a basis.
+  sizes: collections.Counter[tuple[int, bool]] = collections.Counter()
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     owner = paths.owner(path, owners)
     end = () if owner is None else owners[owner][-1:]
-    # A scalar is a counter, unless it stands where a parameter would.
+    # Most scalars are step counters. A scalar belongs to the parameter only if
+    # the last keys agree, as those of a norm for each parameter do.
     if owner is not None and (leaf.ndim or path[-1:] == end != ()):
       sizes[owner, paths.BASIS in path] += leaf.size * leaf.dtype.itemsize
   names = paths.paths(params)
@@ -93,8 +103,9 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
   low = [
     seen.plans[name].low_shape if name in seen.plans else None for name in names
   ]
-  num_bytes = lambda in_basis: [sizes[i, in_basis] for i in range(len(leaves))]
-  columns = shapes, low, num_bytes(True), num_bytes(False)
-  table = Table(map(Row, names, *columns))
+  indices = range(len(leaves))
+  basis_bytes = [sizes[i, True] for i in indices]
+  moment_bytes = [sizes[i, False] for i in indices]
+  table = Table(map(Row, names, shapes, low, basis_bytes, moment_bytes))
   table.multipliers = seen.multipliers
   return table

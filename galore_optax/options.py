@@ -1,6 +1,6 @@
-"""Names of options: signatures of presets, and errors for wrong names.
+"""Complete signatures of presets, and errors for unknown option names.
 
-`checks` checks the values of options.
+The module `checks` checks the values of options.
 """
 
 import difflib
@@ -8,12 +8,12 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 Function = TypeVar('Function', bound=Callable[..., Any])
 
 # Options of the PyTorch references (galore-torch, transformers, LLaMA-Factory,
-# BAdam, LOMO), and their names in this library.
+# BAdam, LOMO), each with the name of the same option in this library.
 THEIRS = {
   'lr': 'learning_rate',
   'beta1': 'b1',
@@ -42,32 +42,34 @@ _FIXED = '_fixed_options'
 
 
 def names_options(
-  *fixed: str,
-  of: Callable[..., Any] | None = None,
-  of_inner: Collection[str] = (),
+  *, of: Callable[..., Any] | None = None, of_inner: Collection[str] = ()
 ) -> Callable[[Function], Function]:
   """Gives a function a complete signature, and errors that list its options.
 
-  A preset that passes `**options` on to `galore` gets their names, so that
-  `help` lists them and `optax.inject_hyperparams`, which reads the signature,
-  can inject them. An unknown name raises before any code of the preset runs.
+  A preset forwards its `**options: Unpack[SomeTypedDict]` to `galore`. Type
+  checkers read the TypedDict, but `inspect.signature` does not. This decorator
+  sets a `__signature__` with the options of the TypedDict, and with the
+  defaults that they have in the signature of `of`. `help` then lists them, and
+  `optax.inject_hyperparams`, which reads the signature, can inject them. An
+  unknown name raises before any code of the preset runs.
 
   Args:
-    *fixed: options of `of` that the function sets itself, in addition to those
-      that it has as parameters of its own.
-    of: the function that receives `**options`; None if there is no such
-      parameter.
-    of_inner: options that belong to the inner transformation.
+    of: the function that the decorated function calls. The decorated function
+      sets all options of `of` itself that are not in its own signature.
+    of_inner: names of options of the inner optimizer, for a better error.
 
   Returns:
     A decorator. The function that it returns raises TypeError for a name that
     is not an option.
 
   Example:
+    >>> from typing import TypedDict, Unpack
+    >>> class RankOptions(TypedDict, total=False):
+    ...   rank: int
     >>> def galore(*, rank=128, side='std'):
     ...   return rank, side
-    >>> @names_options('side', of=galore)
-    ... def left(learning_rate, **options):
+    >>> @names_options(of=galore)
+    ... def left(learning_rate, **options: Unpack[RankOptions]):
     ...   return galore(side='left', **options)
     >>> inspect.signature(left)
     <Signature (learning_rate, *, rank=128)>
@@ -77,20 +79,23 @@ def names_options(
     TypeError: left() sets side itself. Options of left(): learning_rate, rank
   """
 
+  # The options of `of` by name, and those that `of` sets itself.
+  forwardable: dict[str, inspect.Parameter] = {}
+  unavailable: set[str] = set()
+  if of is not None:
+    parameters = inspect.signature(of).parameters
+    forwardable = {
+      name: x for name, x in parameters.items() if x.default is not x.empty
+    }
+    unavailable = {*forwardable} | vars(of).get(_FIXED, set())
+
   def named(function: Function) -> Function:
     signature = inspect.signature(function)
-    own = list(signature.parameters.values())
-    unavailable = {*fixed}
-    if of is not None:
-      own.pop()
-      taken = {parameter.name for parameter in own} | {*fixed}
-      others = inspect.signature(of).parameters.values()
-      optional = [x for x in others if x.default is not x.empty]
-      own += [
-        x for x in optional if x.kind is x.KEYWORD_ONLY and x.name not in taken
-      ]
-      unavailable |= {x.name for x in optional} | vars(of).get(_FIXED, set())
-    signature = signature.replace(parameters=own)
+    parameters = list(signature.parameters.values())
+    if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+      forwarded = _keys(parameters.pop())
+      parameters += [x for name, x in forwardable.items() if name in forwarded]
+    signature = signature.replace(parameters=parameters)
     names = tuple(signature.parameters)
 
     @functools.wraps(function)
@@ -105,10 +110,15 @@ def names_options(
 
     vars(called)['__signature__'] = signature
     vars(called)[_FIXED] = unavailable - {*names}
-    decorated: Any = called
-    return decorated
+    return cast(Function, called)
 
   return named
+
+
+def _keys(parameter: inspect.Parameter) -> Collection[str]:
+  """Returns the keys of T for a parameter `**options: Unpack[T]`."""
+  (typed_dict,) = get_args(parameter.annotation)
+  return get_type_hints(typed_dict).keys()
 
 
 def _why(
@@ -118,7 +128,7 @@ def _why(
   sets: bool,
   of_inner: Collection[str],
 ) -> str:
-  """Returns why a function does not take an option, and the remedy."""
+  """Returns the reason why a function does not accept an option."""
   if sets:
     return f'{function}() sets {name} itself.'
   ours = THEIRS.get(name, '')

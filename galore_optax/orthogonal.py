@@ -1,8 +1,8 @@
-"""Odd matrix polynomials on rows, and Muon's orthogonalisation with them.
+"""Muon's orthogonalisation, which consists of odd matrix polynomials.
 
-`orthogonalise` is the approximate map of Muon: all but the smallest singular
-values become 0.68 to 1.21. `subspace.polar.orthonormalise` computes the exact
-polar factor, whose singular values are one.
+`orthogonalise` is the approximation that Muon uses: all but the smallest
+singular values end between 0.68 and 1.21. `subspace.polar.orthonormalise`
+computes the exact polar factor, whose singular values are one.
 
 Axes: r rows, m columns, r <= m; leading axes are batch.
 """
@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax.precision import full, norm
+from galore_optax.precision import at_least_float32, norm
 
 # The coefficients (a, b, c) of Muon's polynomial a x + b x^3 + c x^5.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 QUINTIC_STEPS = 5
-# Polynomials that are composed between two products with the rows.
+# The largest number of polynomials that are composed as [r, r] matrices before
+# they are multiplied with the rows; see `apply_polynomials`.
 STEPS = 3
 
 matmul = functools.partial(jnp.matmul, precision='highest')
@@ -32,12 +33,12 @@ def orthogonalise(x: jax.Array) -> jax.Array:
   singular values. Values above 2e-3 of that norm end between 0.68 and 1.21, and
   smaller ones grow by a factor of at most 485. Zero stays zero.
 
-  The result equals the one of `optax.contrib.scale_by_muon` within rounding. It
+  `optax.contrib.scale_by_muon` computes the same within rounding. This function
   takes four products with `x` instead of ten, because three polynomials, and
   then two, are composed as [r, r] matrices of the shorter side r.
 
-  Cost: 8 r^2 m + 28 r^3 flops, a copy of `x` and about four [r, r] matrices of
-  scratch, in float32 at least.
+  Cost: 8 r^2 m + 28 r^3 flops. Temporary memory: a copy of `x` and about four
+  [r, r] matrices, in float32 at least.
 
   Args:
     x: matrices [..., r, m] or [..., m, r].
@@ -54,10 +55,9 @@ def orthogonalise(x: jax.Array) -> jax.Array:
   References:
     Jordan, `Muon <https://github.com/KellerJordan/Muon>`_, 2024.
   """
-  wide = full(x)
   is_tall = x.shape[-2] > x.shape[-1]
-  x_rm = wide.mT if is_tall else wide
-  # The constant is optax's. It makes a norm of zero harmless.
+  x_rm = at_least_float32(x.mT if is_tall else x)
+  # optax adds the same constant. It avoids a division by zero.
   x_rm = x_rm / (norm(x_rm, (-2, -1)) + 1e-8)
   x_rm = apply_polynomials(x_rm, [QUINTIC] * QUINTIC_STEPS)
   return (x_rm.mT if is_tall else x_rm).astype(x.dtype)
@@ -66,7 +66,7 @@ def orthogonalise(x: jax.Array) -> jax.Array:
 def apply_polynomials(
   x_rm: jax.Array, polynomials: Iterable[Iterable[float]]
 ) -> jax.Array:
-  """Applies odd polynomials of degree five to the singular values of rows.
+  """Applies odd polynomials of degree five to the singular values of `x_rm`.
 
   Three polynomials at most are composed as [r, r] matrices, in terms of the
   Gram matrix `x x^T`, before they are multiplied with the rows. In float32 a
@@ -89,12 +89,13 @@ def apply_polynomials(
 
 
 def _composed(polynomials: np.ndarray, gram_rr: jax.Array) -> jax.Array:
-  """Returns the matrix whose product with the rows applies each polynomial.
+  """Returns the [r, r] matrix that applies all polynomials to the rows.
 
-  All matrices here are polynomials of one, and commute.
+  All factors are polynomials of the same Gram matrix, so they commute.
   """
   eye_rr = jnp.eye(gram_rr.shape[-1], dtype=gram_rr.dtype)
-  eye_rr, steps = jnp.broadcast_to(eye_rr, gram_rr.shape), []
+  eye_rr = jnp.broadcast_to(eye_rr, gram_rr.shape)
+  steps = []
   for a, b, c in polynomials.tolist():
     step_rr = a * eye_rr + b * gram_rr + c * matmul(gram_rr, gram_rr)
     steps.append(step_rr)

@@ -1,58 +1,69 @@
-"""Paths of weights: regexes on them, and what their names say.
+"""Paths of parameters, and functions that select parameters by path.
 
-`paths` is where to begin. A name says whether a leaf is a matrix or a vector,
-and a regex or a predicate on paths picks leaves.
+`paths` returns the path of each leaf. The other functions classify a leaf by
+the words in its path (matrix, vector, embedding or head), or match paths with
+regexes and predicates.
 """
 
 import collections
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
 
-from galore_optax.checks import require
-
 PyTree: TypeAlias = Any
 
-# Names weights: None (by shape), regexes, or a predicate `(path, leaf)`.
+# Selects weights: None for a default, regexes on whole paths, or a predicate
+# `(path, leaf) -> bool`.
 Targets: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool] | None
 
-# Words of vectors; with more axes, such a leaf is a stack of them.
+# Matches words that name a vector, such as a bias. With more than one axis such
+# a leaf is a stack of vectors.
 VECTOR = re.compile(r'\w*norm\w*|ln|scale|bias')
 
-TABLE = re.compile(r'(un)?embed\w*|wte|wpe')  # words of embeddings
+# Matches words that name an embedding.
+TABLE = re.compile(r'(un)?embed\w*|wte|wpe')
 
-# Components of heads; in `multi_head_attention` the word means another.
+# Matches a whole path component that names the output head. A match of a single
+# word would include `multi_head_attention`.
 HEAD = re.compile(r'(\w+_)?(head|logits)|unembed\w*')
 
+# The key of the array in an NNX variable.
 VALUE = jax.tree_util.GetAttrKey('value')
+# The key of the bases in a `GaloreState`.
 BASIS = jax.tree_util.GetAttrKey('basis')
 
 
 class Elsewhere(NamedTuple):
-  """A leafless node that says: this part of the model is updated elsewhere.
+  """A pytree node without leaves that replaces a part of the model.
 
-  A layer-wise step shows a transformation one part of the tree at a time;
-  where the rest would be stands an `Elsewhere`, so that a target which names
-  a weight of another part is no mistake.
+  The layer-wise step calls a transformation with one part of the tree at a
+  time, and `Elsewhere` replaces all other parts. A regex in `targets` that
+  matches no path of such a tree is not an error, because it may match a path of
+  another part.
   """
 
 
 def places(tree: PyTree) -> tuple[list[int], int]:
-  """Returns the place of each leaf in the whole model, and how many it has.
+  """Returns the index of each leaf in the whole model, and the total count.
+
+  Each `Elsewhere` counts as one leaf.
 
   >>> places({'a': 1, 'b': Elsewhere(), 'c': 2})
   ([0, 2], 3)
   """
-  is_elsewhere = lambda node: isinstance(node, Elsewhere)
+
+  def is_elsewhere(node: Any) -> bool:
+    return isinstance(node, Elsewhere)
+
   nodes = jax.tree.leaves(tree, is_leaf=is_elsewhere)
   return [i for i, x in enumerate(nodes) if not is_elsewhere(x)], len(nodes)
 
 
 def is_part(tree: PyTree) -> bool:
-  """Whether some of the model that `tree` belongs to is elsewhere.
+  """Whether `tree` is a part of a model: it contains an `Elsewhere`.
 
   >>> is_part({'blocks': 1, 'embed': Elsewhere()})
   True
@@ -69,35 +80,53 @@ def paths(tree: PyTree) -> list[str]:
   """
   keys = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
   parents = collections.Counter(path[:-1] for path in keys)
-  show = lambda key: jax.tree_util.keystr(key, simple=True, separator='/')
-  # An NNX variable is a node around one leaf, which its optimizer shows at init
-  # and takes off at update.
-  is_variable = lambda key: key[-1:] == (VALUE,) and parents[key[:-1]] == 1
-  return [show(key[:-1] if is_variable(key) else key) for key in keys]
+  found = []
+  for key in keys:
+    # `nnx.Optimizer` passes NNX variables, each a node around one array, at
+    # init, and arrays at update. Removing the variable's key makes both paths
+    # equal.
+    if key[-1:] == (VALUE,) and parents[key[:-1]] == 1:
+      key = key[:-1]
+    found.append(jax.tree_util.keystr(key, simple=True, separator='/'))
+  return found
 
 
 def owner(path: Any, owners: Sequence[Any]) -> int | None:
-  """Returns which parameter a leaf of state is of: its path comes last.
+  """Returns the index of the parameter to which a leaf of state belongs.
 
-  In a basis it comes right after BASIS.
+  The path of the leaf contains the path of its parameter. If it contains the
+  paths of several parameters, the result is the one that ends last, and of two
+  with the same end the longer one. Earlier keys may be the indices of an
+  `optax.chain`, which equal those of a list of parameters.
 
-  Of two that end together it is the longer; a chain's own indices, which a
-  list of parameters shares, come first.
+  In a basis, the parameter's path begins right after BASIS. The index of a
+  projected side may follow it.
+
+  Args:
+    path: key path of a leaf of the state.
+    owners: key paths of the parameters.
+
+  Returns:
+    An index in `owners`, or None if the leaf belongs to no parameter.
   """
-  starts = lambda owner: range(len(path) - len(owner) + 1)
-  if BASIS in path:
-    starts = lambda owner: [path.index(BASIS) + 1]
+
+  def starts(owner: Any) -> Iterable[int]:
+    if BASIS in path:
+      return [path.index(BASIS) + 1]
+    return range(len(path) - len(owner) + 1)
+
+  # (end of the parameter's path, its length, index of the parameter)
   found = [
     (start + len(owner), len(owner), i)
     for i, owner in enumerate(owners)
     for start in starts(owner)
     if path[start : start + len(owner)] == owner
   ]
-  return max(found, default=(None,))[-1]
+  return max(found)[-1] if found else None
 
 
 def is_matrix(path: str) -> bool:
-  """Whether no part of a path names an embedding, head, norm or bias.
+  """Whether no word of a path names an embedding, head, norm, scale or bias.
 
   >>> is_matrix('blocks/mlp/up/kernel'), is_matrix('LayerNorm_1/weight')
   (True, False)
@@ -108,7 +137,7 @@ def is_matrix(path: str) -> bool:
 
 
 def is_vector(path: str) -> bool:
-  """Whether a part of a path names a norm, a scale or a bias.
+  """Whether a word of a path names a norm, a scale or a bias.
 
   >>> is_vector('blocks/attention/q_bias'), is_vector('biased/kernel')
   (True, False)
@@ -117,7 +146,7 @@ def is_vector(path: str) -> bool:
 
 
 def is_head(path: str) -> bool:
-  """Whether a component of a path names the head of a model.
+  """Whether a component of a path names the output head of a model.
 
   >>> is_head('lm_head/kernel'), is_head('heads/0')
   (True, False)
@@ -126,7 +155,9 @@ def is_head(path: str) -> bool:
 
 
 def in_vocabulary(path: str) -> bool:
-  """Whether a weight grows with the vocabulary: an embedding or a head.
+  """Whether a path names an embedding or a head.
+
+  The size of such a weight is proportional to the vocabulary.
 
   >>> in_vocabulary('lm_head/kernel'), in_vocabulary('blocks/mlp/up/kernel')
   (True, False)
@@ -135,15 +166,16 @@ def in_vocabulary(path: str) -> bool:
 
 
 def _has_word(word: re.Pattern[str], path: str) -> bool:
-  """Whether a word of some component matches: LayerNorm_1 has layer, norm."""
+  """Whether a word of a path matches; LayerNorm_1 has the words layer, norm."""
   snake = re.sub(r'(?<=[a-z])(?=[A-Z])', '_', path).lower()
   return any(word.fullmatch(part) for part in re.split(r'[^a-z]+', snake))
 
 
 def own_axes(path: str, ndim: int) -> tuple[int, ...]:
-  """Returns the axes of one matrix, or vector, of a leaf; others are batch.
+  """Returns the axes of one matrix, or one vector, of a leaf.
 
-  By its shape a stack of norm scales [L, d] is a matrix; its path says not.
+  All other axes are batch. A stack of norm scales [L, d] has the shape of a
+  matrix, so the path decides whether a leaf consists of vectors.
 
   >>> own_axes('blocks/mlp/up/kernel', 3), own_axes('embed/embedding', 2)
   ((-2, -1), (-2, -1))
@@ -154,27 +186,30 @@ def own_axes(path: str, ndim: int) -> tuple[int, ...]:
 
 
 def chosen(targets: Targets, tree: PyTree) -> list[bool]:
-  """Returns which leaves of `tree` some regexes match or a predicate takes.
+  """Returns for each leaf of `tree` whether `targets` selects it.
 
   Raises:
     ValueError: a regex is malformed, or matches no path of a whole tree.
   """
   if callable(targets):
-    return list(map(bool, map(targets, paths(tree), jax.tree.leaves(tree))))
+    pairs = zip(paths(tree), jax.tree.leaves(tree), strict=True)
+    return [bool(targets(path, leaf)) for path, leaf in pairs]
   patterns = [targets] if isinstance(targets, str) else list(targets or ())
   return matched(patterns, tree)
 
 
 def check_targets(targets: Any) -> None:
-  """Raises ValueError unless `targets` is of the type `Targets`.
+  """Raises ValueError unless `targets` has the type `Targets`.
 
   >>> check_targets(['.*/kernel'])
   """
-  rule = 'None, a regex, regexes, or a predicate (path, leaf) -> bool'
-  require(rule, _is_targets, targets=targets)
+  if not _is_targets(targets):
+    rule = 'None, a regex, regexes, or a predicate (path, leaf) -> bool'
+    raise ValueError(f'targets must be {rule}, got {targets!r}')
 
 
 def _is_targets(targets: Any) -> bool:
+  """Whether a value has the type `Targets`."""
   if targets is None or isinstance(targets, str) or callable(targets):
     return True
   if isinstance(targets, Mapping) or not isinstance(targets, Collection):
@@ -183,29 +218,35 @@ def _is_targets(targets: Any) -> bool:
 
 
 def heads(tree: PyTree) -> list[bool]:
-  """Returns which leaves of `tree` are the head, bias included.
+  """Returns for each leaf of `tree` whether it belongs to the output head.
 
-  Where no path names a head the model is tied, and its embeddings are it. The
-  whole model tells, what is elsewhere or masked included.
+  The bias of the head belongs to it. If no path of the model names a head, the
+  model is tied, and its embeddings are the head. The paths include those of
+  `Elsewhere` and `optax.MaskedNode` nodes, which replace leaves of the model.
 
   >>> heads({'embed': 0, 'lm_head': 1}), heads({'embed': 0, 'up': 1})
   ([False, True], [True, False])
   >>> heads({'embed': 0, 'lm_head': Elsewhere()})
   [False]
   """
-  is_hole = lambda node: isinstance(node, Elsewhere | optax.MaskedNode)
+
+  def is_hole(node: Any) -> bool:
+    return isinstance(node, Elsewhere | optax.MaskedNode)
+
   whole = paths(jax.tree.map(lambda _: 0, tree, is_leaf=is_hole))
   of_head = is_head if any(map(is_head, whole)) else in_vocabulary
   return [of_head(path) for path in paths(tree)]
 
 
-def matched(patterns: Sequence[str], tree, *, option='targets') -> list[bool]:
-  """Returns which leaves of `tree` a regex matches in full.
+def matched(
+  patterns: Sequence[str], tree: PyTree, *, option: str = 'targets'
+) -> list[bool]:
+  """Returns for each leaf of `tree` whether a regex matches its whole path.
 
   Args:
     patterns: regexes on paths.
     tree: parameters; only paths are read.
-    option: what an error calls the patterns.
+    option: name of the option in error messages.
 
   Raises:
     ValueError: a regex is malformed, or matches no path of a whole tree.

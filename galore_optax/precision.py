@@ -1,7 +1,7 @@
-"""In which precision updates are computed: float32 at least.
+"""Computation in float32, or in a wider dtype if the input has one.
 
-A second moment in bfloat16 never decays (0.999 of it rounds to itself), and
-optax keeps moments in the type of the parameters.
+optax stores moments in the dtype of the parameters. A second moment in bfloat16
+never decays, because 0.999 times it rounds to the same number.
 """
 
 from typing import Any
@@ -12,10 +12,12 @@ import numpy as np
 import optax
 
 
-def full(x: Any) -> Any:
-  """Returns an array, abstract or not, in float32 at least.
+def at_least_float32(x: Any) -> Any:
+  """Returns an array in float32, or in its own dtype if that is wider.
 
-  >>> full(jnp.ones(1, jnp.bfloat16)).dtype
+  The result for a `jax.ShapeDtypeStruct` is a `jax.ShapeDtypeStruct`.
+
+  >>> at_least_float32(jnp.ones(1, jnp.bfloat16)).dtype
   dtype('float32')
   """
   dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -24,14 +26,18 @@ def full(x: Any) -> Any:
   return x.astype(dtype)
 
 
-def in_float32(tx: Any) -> optax.GradientTransformationExtraArgs:
-  """Runs a transformation on float32 copies, so that its moments are float32.
+def in_float32(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Runs a transformation on float32 copies of gradients and parameters.
+
+  Its moments are float32 too.
 
   Args:
     tx: the transformation.
 
   Returns:
-    The same; its updates have the dtype of the gradients.
+    A transformation whose updates have the dtype of the gradients.
 
   Example:
     >>> tx = in_float32(optax.trace(0.9))
@@ -42,16 +48,25 @@ def in_float32(tx: Any) -> optax.GradientTransformationExtraArgs:
   """
   tx = optax.with_extra_args_support(tx)
 
-  def update_fn(updates, state, params=None, **extra_args):
-    new, state = tx.update(wide(updates), state, wide(params), **extra_args)
+  def init_fn(params: optax.Params) -> optax.OptState:
+    return tx.init(tree_at_least_float32(params))
+
+  def update_fn(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    grads = tree_at_least_float32(updates)
+    weights = tree_at_least_float32(params)
+    new, state = tx.update(grads, state, weights, **extra_args)
     return optax.tree.cast_like(new, updates), state
 
-  init_fn = lambda params: tx.init(wide(params))
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """Returns the root mean square over `axes`, which are kept.
+  """Returns the root mean square over `axes`, which keep size one.
 
   >>> rms(jnp.array([[3.0, -3.0], [1.0, -7.0]]), (-1,)).round(4)
   Array([[3.],
@@ -61,44 +76,58 @@ def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """Returns the root of the sum of squares over `axes`, which are kept.
+  """Returns the root of the sum of squares over `axes`, which keep size one.
 
-  Library norms are not used for arrays with the shape of a weight: some
-  versions of JAX over-count `jnp.linalg.norm` of a sharded matrix on GPUs.
+  `jnp.linalg.norm` is not used for arrays with the shape of a weight. Some
+  versions of JAX return too large a norm for a sharded matrix on GPUs.
 
   >>> norm(jnp.array([[3.0, 4.0], [0.0, -2.0]]), (-1,)).round(4)
   Array([[5.],
          [2.]], dtype=float32)
   """
-  return jnp.sqrt(jnp.sum(jnp.square(full(x)), axis=axes, keepdims=True))
+  squared = jnp.square(at_least_float32(x))
+  return jnp.sqrt(jnp.sum(squared, axis=axes, keepdims=True))
 
 
-def close(x: Any, y: Any) -> bool:
-  """Whether two arrays agree, to 1e-4 of the largest number in them.
+def allclose(x: Any, y: Any) -> bool:
+  """Whether two arrays are equal up to 1e-4 of the largest entry of `x`.
 
-  >>> close(jnp.array([1e-6, 1.0]), jnp.array([0.0, 1.0]))
+  Only the shapes of arrays that are not numeric, such as keys, are compared.
+
+  >>> allclose(jnp.array([1e-6, 1.0]), jnp.array([0.0, 1.0]))
   True
   """
   if x.shape != y.shape or not jnp.issubdtype(x.dtype, jnp.number):
     return x.shape == y.shape
-  x, y = np.asarray(full(x)), np.asarray(full(y))
+  x, y = np.asarray(at_least_float32(x)), np.asarray(at_least_float32(y))
   atol = 1e-4 * np.max(np.abs(np.nan_to_num(x)), initial=0)
   return np.allclose(x, y, rtol=1e-4, atol=atol, equal_nan=True)
 
 
-def wide(tree: Any) -> Any:
-  """Returns a tree of arrays, abstract or not, in float32 at least.
+def tree_at_least_float32(tree: Any) -> Any:
+  """Returns a tree with each array in float32, or in its dtype if wider.
 
-  >>> wide({'w': jnp.ones(1, jnp.bfloat16)})
+  >>> tree_at_least_float32({'w': jnp.ones(1, jnp.bfloat16)})
   {'w': Array([1.], dtype=float32)}
   """
-  return jax.tree.map(full, tree)
+  return jax.tree.map(at_least_float32, tree)
 
 
-def single(tree: Any, value: float) -> Any:
-  """Returns arrays of one element, with the axes of those of a tree.
+def one_element(tree: Any, value: float) -> Any:
+  """Returns a tree of one-element arrays with as many axes as those of `tree`.
 
-  >>> single({'w': jnp.ones((2, 3))}, 0.5)
+  >>> one_element({'w': jnp.ones((2, 3))}, 0.5)
   {'w': Array([[0.5]], dtype=float32)}
   """
-  return jax.tree.map(lambda x: jnp.full((1,) * x.ndim, value, 'f'), tree)
+
+  def filled(x: Any) -> jax.Array:
+    return jnp.full((1,) * x.ndim, value, jnp.float32)
+
+  return jax.tree.map(filled, tree)
+
+
+# The former names of these functions.
+full = at_least_float32
+wide = tree_at_least_float32
+close = allclose
+single = one_element

@@ -1,23 +1,30 @@
-"""Trials of a transformation before training, on a few numbers.
+"""Trial updates of a transformation on small arrays, before training.
 
-`decay`, `quantized.state` and `presets.inner` try an inner at `init`, to refuse
-one that they would run wrongly.
+`decay`, `quantized.state` and `presets.inner` call an inner optimizer in this
+way at `init`, and raise if it would compute wrong updates with them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.extend.core as jex
 import jax.numpy as jnp
 import optax
 
-# Primitives that run their body as it is, by name.
+# Names of primitives that run their body exactly once.
 CALLS = {
-  *('jit', 'pjit', 'closed_call', 'core_call', 'checkpoint', 'remat2'),
-  *('custom_jvp_call', 'custom_vjp_call', 'custom_vjp_call_jaxpr'),
+  'jit',
+  'pjit',
+  'closed_call',
+  'core_call',
+  'checkpoint',
+  'remat2',
+  'custom_jvp_call',
+  'custom_vjp_call',
+  'custom_vjp_call_jaxpr',
 }
 
-# Extra arguments of optax's transformations that are functions of the weights.
+# Extra arguments of optax transformations that are functions of the weights.
 FUNCTIONS = ('value_fn', 'obj_fn', 'grad_fn')
 
 
@@ -28,12 +35,12 @@ class NeedsFunctionError(TypeError):
 def try_update(
   inner: optax.GradientTransformation, grads: Any, state: Any, params: Any
 ) -> tuple[Any, Any]:
-  """Calls an update with the extra arguments that optax's own ones read.
+  """Calls an update with the extra arguments that optax transformations read.
 
   Args:
     inner: the transformation.
     grads: gradients of the trial.
-    state: of the transformation.
+    state: state of the transformation.
     params: weights of the trial.
 
   Returns:
@@ -49,12 +56,14 @@ def try_update(
     [-0.5]
   """
   tx = optax.with_extra_args_support(inner)
-  extra = {name: _refused(name) for name in FUNCTIONS}
+  extra: dict[str, Any] = {name: _refused(name) for name in FUNCTIONS}
   extra |= {'value': jnp.ones([]), 'grad': grads}
-  # A line search refuses arguments that `value_fn` does not take, and some
-  # transformations take exactly the ones that they name.
-  line_search, alone = ('value', 'grad', 'value_fn'), zip(FUNCTIONS)
-  for names in ((*extra,), line_search, *alone, ()):
+  # A line search rejects arguments that `value_fn` does not have, and some
+  # transformations accept only the arguments in their signature. Hence several
+  # sets of arguments are tried.
+  line_search = ('value', 'grad', 'value_fn')
+  each_function = [(name,) for name in FUNCTIONS]
+  for names in [tuple(extra), line_search, *each_function, ()]:
     some = {name: extra[name] for name in names}
     try:
       return tx.update(grads, state, params, **some)
@@ -66,7 +75,9 @@ def try_update(
 
 
 def _refused(name: str) -> Callable[..., Any]:
-  def function(*args: Any, **kwargs: Any) -> Any:
+  """Returns a function that raises NeedsFunctionError when it is called."""
+
+  def function(*args: Any, **kwargs: Any) -> NoReturn:
     raise NeedsFunctionError(name)
 
   return function
@@ -75,11 +86,15 @@ def _refused(name: str) -> Callable[..., Any]:
 def reaches(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
   """Returns which outputs of a program may depend on some of its inputs.
 
-  A loop counts as one operation: each of its outputs depends on all inputs.
+  A loop counts as one operation: each output of a loop depends on all its
+  inputs.
 
   Args:
     jaxpr: the program, a `jax.extend.core.Jaxpr`.
-    inputs: for each input whether it is one of them.
+    inputs: for each input of the program, whether it is one of those inputs.
+
+  Returns:
+    A boolean for each output of the program.
 
   Example:
     >>> import jax
@@ -96,7 +111,7 @@ def reaches(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
 
 
 def _are_marked(atoms: Sequence[Any], marked: set[Any]) -> list[bool]:
-  # A literal is not hashable.
+  # Literals are constants, which depend on no input. They are not hashable.
   return [isinstance(x, jex.Var) and x in marked for x in atoms]
 
 

@@ -82,6 +82,7 @@ FLOOR = {
 }
 CORE = {
   *('galore', 'plan', 'decay', 'moments', 'residual', 'memory', 'clipping'),
+  'one_layer',
 }
 INSIDE = {
   'quantized': FLOOR,

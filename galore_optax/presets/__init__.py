@@ -1,1 +1,1 @@
-"""Methods by name: one file a method or a family of them."""
+"""Presets: complete optimizers, each named after a published method."""

@@ -1,12 +1,13 @@
-"""GaLore with Adafactor, as its PyTorch reference computes it.
+"""GaLore with Adafactor, equal to the PyTorch reference.
 
 Axes: r rows and n columns of a matrix, d size of a vector. Leading axes are
-batch: each matrix, or vector, of a stack is one of its own. A leaf is a stack
+batch: the matrices, or vectors, of a stack are independent. A leaf is a stack
 of vectors [..., d] if its path names a norm, scale or bias, and a stack of
 matrices [..., r, n] otherwise (`paths.own_axes`).
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +17,29 @@ from galore_optax import checks, paths
 from galore_optax.decay import rate_at
 from galore_optax.galore import galore, with_apply
 from galore_optax.options import names_options
-from galore_optax.precision import full, rms
+from galore_optax.plan import Plan
+from galore_optax.precision import at_least_float32, rms
+from galore_optax.presets.galore_options import GaloreOptions
 from galore_optax.presets.inner import check_numbers
 from galore_optax.projection import Projection, from_matrix, to_matrix
 from galore_optax.sharding import placed
 
 
 class FactoredState(NamedTuple):
-  """The state of `scale_by_galore_factored_rms`; MaskedNode for the unused."""
+  """State of `scale_by_galore_factored_rms`.
 
-  count: jax.Array  # [], int32: updates done so far
-  v_row: Any  # mean square of each row of a matrix: [..., r], float32
-  v_col: Any  # mean square of each column of a matrix: [..., n], float32
-  v: Any  # square of each element of a vector: [..., d], float32
+  The trees have the structure of the parameters. A matrix has a MaskedNode in
+  `v`, and a vector has one in `v_row` and `v_col`.
+  """
+
+  count: jax.Array
+  """[], int32: number of updates so far."""
+  v_row: Any
+  """[..., r], float32: moving average of each row's mean square."""
+  v_col: Any
+  """[..., n], float32: moving average of each column's mean square."""
+  v: Any
+  """[..., d], float32: moving average of each element's square."""
 
 
 def scale_by_galore_factored_rms(
@@ -36,14 +47,18 @@ def scale_by_galore_factored_rms(
 ) -> optax.GradientTransformation:
   """Rescales by a factored second moment, then clips the RMS of each matrix.
 
-  `optax.scale_by_factored_rms` and `optax.clip_by_block_rms`, but every matrix
-  is factored, however small, and a stack of matrices equals a loop over them.
-  State: r + n floats for a matrix [r, n], d for a vector [d].
+  It combines `optax.scale_by_factored_rms` and `optax.clip_by_block_rms`, with
+  two differences. Matrices of every size are factored, and the matrices of a
+  stack are independent.
+
+  State: r + n float32 numbers for a matrix [r, n], d for a vector [d].
 
   Args:
-    decay_rate: at step t = 1, 2, ... the moment decays by 1 - t^-decay_rate.
+    decay_rate: the decay rate of the moment is 1 - t^-decay_rate at step t = 1,
+      2, ...
     eps: added to the square of each gradient.
-    clip_threshold: largest RMS of the result; infinity for no limit.
+    clip_threshold: largest RMS of a matrix or vector of the result; infinity
+      for no limit.
 
   Example:
     >>> tx = scale_by_galore_factored_rms()
@@ -61,39 +76,65 @@ def scale_by_galore_factored_rms(
   checks.check_above_zero(rule, clip_threshold=clip_threshold)
 
   @placed
-  def init_fn(params):
+  def init_fn(params: optax.Params) -> FactoredState:
     leaves, treedef = jax.tree.flatten(params)
-    rows = list(map(_first, paths.paths(params), leaves))
-    return FactoredState(jnp.zeros([], jnp.int32), *_columns(treedef, rows, 3))
+    moments = list(map(_initial_moments, paths.paths(params), leaves))
+    v_row, v_col, v = _transpose(treedef, moments, 3)
+    return FactoredState(jnp.zeros([], jnp.int32), v_row, v_col, v)
 
-  def update_fn(updates, state, params=None):
+  def update_fn(
+    updates: optax.Updates, state: Any, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, FactoredState]:
     count = jnp.asarray(optax.safe_increment(state.count))
     weight = count.astype(float) ** -decay_rate
     grads, treedef = jax.tree.flatten(updates)
-    moments = map(treedef.flatten_up_to, state[1:])
-    rows = zip(paths.paths(updates), grads, *moments, strict=True)
-    rows = [_rescale(*row, weight, eps, clip_threshold) for row in rows]
-    updates, *moments = _columns(treedef, rows, 4)
-    return updates, FactoredState(count, *moments)
+    rows = zip(
+      paths.paths(updates),
+      grads,
+      treedef.flatten_up_to(state.v_row),
+      treedef.flatten_up_to(state.v_col),
+      treedef.flatten_up_to(state.v),
+      strict=True,
+    )
+    rescaled = [_rescale(*row, weight, eps, clip_threshold) for row in rows]
+    updates, v_row, v_col, v = _transpose(treedef, rescaled, 4)
+    return updates, FactoredState(count, v_row, v_col, v)
 
   return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _first(name, x):
-  """Returns the moments (v_row, v_col, v) of a leaf before any update."""
-  dtype, none = jnp.promote_types(x.dtype, jnp.float32), optax.MaskedNode()
+def _initial_moments(name: str, x: Any) -> tuple[Any, Any, Any]:
+  """Returns the initial moments (v_row, v_col, v) of a leaf."""
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  none = optax.MaskedNode()
   if len(paths.own_axes(name, x.ndim)) < 2:
     return none, none, jnp.zeros(x.shape, dtype)
   *batch, r, n = x.shape
   return jnp.zeros((*batch, r), dtype), jnp.zeros((*batch, n), dtype), none
 
 
-def _rescale(name, g, v_row, v_col, v, weight, eps, clip_threshold):
-  """Returns the rescaled gradient of a leaf, and its v_row, v_col and v."""
-  u, own_axes = full(g), paths.own_axes(name, g.ndim)
+def _rescale(
+  name: str,
+  g: jax.Array,
+  v_row: Any,
+  v_col: Any,
+  v: Any,
+  weight: jax.Array,
+  eps: float,
+  clip_threshold: float,
+) -> tuple[jax.Array, Any, Any, Any]:
+  """Returns the rescaled gradient of a leaf, and its new v_row, v_col, v.
+
+  `weight` is the weight of the new square in the moving averages.
+  """
+  u = at_least_float32(g)
+  own_axes = paths.own_axes(name, g.ndim)
   squared = jnp.square(u) + eps
   weight = weight.astype(u.dtype)
-  average = lambda old, new: (1 - weight) * old + weight * new
+
+  def average(old: jax.Array, new: jax.Array) -> jax.Array:
+    return (1 - weight) * old + weight * new
+
   if len(own_axes) == 2:
     v_row = average(v_row, jnp.mean(squared, axis=-1))
     v_col = average(v_col, jnp.mean(squared, axis=-2))
@@ -106,9 +147,9 @@ def _rescale(name, g, v_row, v_col, v, weight, eps, clip_threshold):
   return u.astype(g.dtype), v_row, v_col, v
 
 
-def _columns(treedef, rows, num):
-  """Returns a tree of each of the `num` values that every leaf has."""
-  return (treedef.unflatten([row[i] for row in rows]) for i in range(num))
+def _transpose(treedef: Any, rows: Sequence[Any], num: int) -> list[Any]:
+  """Returns `num` trees from a row of `num` values for each leaf."""
+  return [treedef.unflatten([row[i] for row in rows]) for i in range(num)]
 
 
 @names_options(of=galore)
@@ -121,29 +162,31 @@ def galore_adafactor(
   decay_rate: float = 0.8,
   eps: tuple[float, float] = (1e-30, 1e-3),
   weight_decay: float = 0.0,
-  **options: Any,
+  **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore with Adafactor, equal to the PyTorch reference's `GaLoreAdafactor`.
 
-  (With its `relative_step=False`.) The second moment is factored, and the RMS
-  of the update clipped, in the low-rank space; the step size enters before the
-  first moment, and weight decay acts on the weight before the update. Each
-  matrix of a stack is one of its own; a leaf whose path names a norm, scale or
-  bias is a vector, or a stack of vectors, and is not factored.
+  The reference's option `relative_step` is False here. The second moment of the
+  low-rank gradient is factored, and the RMS of the low-rank update is clipped.
+  The step size multiplies before the first moment, and weight decay acts on the
+  weight before the update. The matrices of a stack are independent. A leaf
+  whose path names a norm, scale or bias is a vector, or a stack of vectors, and
+  is not factored.
 
   State of a weight [i, o], i <= o: a basis of r i elements in the weight's
-  dtype, and r + o floats, with `b1` r o more.
+  dtype, and r + o float32 numbers; r o more with `b1`.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    b1: decay of the first moment; None for none.
+    b1: decay rate of the first moment; None for no first moment.
     scale_parameter: multiply the learning rate by the RMS of the whole weight.
     clip_threshold: largest RMS of the low-rank update before the step size.
-    decay_rate: at step t = 1, 2, ... the second moment decays by
-      1 - t^-decay_rate.
-    eps: added to the square of each gradient; least scale of a parameter.
+    decay_rate: the decay rate of the second moment is 1 - t^-decay_rate at step
+      t = 1, 2, ...
+    eps: two numbers: the first is added to the square of each gradient, the
+      second is the smallest RMS of a weight for `scale_parameter`.
     weight_decay: decoupled, times the step size, on every leaf.
-    **options: those of `galore`: rank, gap, scale, side, subspace, ...
+    **options: options of `galore`: rank, gap, scale, side, subspace, ...
 
   Returns:
     The transformation. Its `update` needs params.
@@ -165,26 +208,40 @@ def galore_adafactor(
     checks.check_decay(b1=b1)
   checks.check_pair(eps=eps)
   checks.check_flag(scale_parameter=scale_parameter)
-  rule = dict(decay_rate=decay_rate, eps=eps[0], clip_threshold=clip_threshold)
-  factored = scale_by_galore_factored_rms(**rule)
-  momentum = optax.identity() if b1 is None else optax.ema(b1, debias=False)
-  by_size: Any = _by_size
-  sized = optax.GradientTransformationExtraArgs(optax.init_empty_state, by_size)
-  tx: Any = galore(optax.chain(factored, sized, momentum), **options)
+  inner = optax.chain(
+    scale_by_galore_factored_rms(
+      decay_rate=decay_rate, eps=eps[0], clip_threshold=clip_threshold
+    ),
+    _scale_by_step_size(),
+    optax.identity() if b1 is None else optax.ema(b1, debias=False),
+  )
+  tx: Any = galore(inner, **options)
 
-  def with_steps(apply):
-    # The step size of each weight acts before the inner's momentum, where only
-    # the low-rank gradient is seen: it is handed through as an extra arg.
-    def apply_fn(low, state, params=None, grads=None, **extra_args):
+  def with_steps(apply: Callable[..., Any]) -> Callable[..., Any]:
+    # The step size multiplies before the inner's momentum, but it depends on
+    # the whole weight, which the inner does not receive. It is passed to the
+    # inner as an extra argument.
+    def apply_fn(
+      low: Any,
+      state: Any,
+      params: Any = None,
+      grads: Any = None,
+      **extra_args: Any,
+    ) -> tuple[Any, Any]:
       checks.check_params(params, 'a step that follows the weights')
       rate = rate_at(learning_rate, state.count)
-      scale = lambda p, w: _scale(p, w, eps[1]) if scale_parameter else 1.0
+
+      def step_size(plan: Plan, w: jax.Array) -> Any:
+        return rate * _scale(plan, w, eps[1]) if scale_parameter else rate * 1.0
+
+      def decayed(plan: Plan, u: jax.Array, w: jax.Array, size: Any) -> Any:
+        return _decayed(plan, u, w, size, weight_decay)
+
       plans = jax.tree.structure(params).unflatten(tx.plan(params))
-      sizes = jax.tree.map(lambda p, w: rate * scale(p, w), plans, params)
+      sizes = jax.tree.map(step_size, plans, params)
       extra_args['step_size'] = sizes
       grads = params if grads is None else grads
       updates, state = apply(low, state, None, grads, **extra_args)
-      decayed = lambda p, u, w, size: _decayed(p, u, w, size, weight_decay)
       return jax.tree.map(decayed, plans, updates, params, sizes), state
 
     return apply_fn
@@ -192,22 +249,47 @@ def galore_adafactor(
   return with_apply(tx, with_steps)
 
 
-def _by_size(updates, state, params=None, *, step_size, **extra_args):
-  """Multiplies by minus a number a matrix, each in a tree of extra args."""
-  down = lambda u, size: jnp.asarray(-size, u.dtype) * u
-  return jax.tree.map(down, updates, step_size), state
+def _scale_by_step_size() -> optax.GradientTransformationExtraArgs:
+  """Multiplies the update of each matrix by minus its step size.
+
+  Its update requires the extra argument `step_size`, a tree of step sizes.
+  """
+
+  def update_fn(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    *,
+    step_size: Any = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    if step_size is None:
+      # `galore` tries its inner without extra arguments, and accepts an inner
+      # that raises TypeError.
+      raise TypeError('update needs the extra argument step_size')
+
+    def scaled(u: jax.Array, size: Any) -> jax.Array:
+      return jnp.asarray(-size, u.dtype) * u
+
+    return jax.tree.map(scaled, updates, step_size), state
+
+  return optax.GradientTransformationExtraArgs(
+    optax.init_empty_state, update_fn
+  )
 
 
-def _scale(plan, w, floor):
-  """Returns the RMS of each matrix or vector that the inner sees of a leaf."""
-  w, own_axes = full(w), paths.own_axes(plan.path, w.ndim)
+def _scale(plan: Plan, w: jax.Array, floor: float) -> jax.Array:
+  """Returns the RMS of each matrix or vector of a weight, at least `floor`."""
+  w = at_least_float32(w)
   if isinstance(plan, Projection):
-    w, own_axes = to_matrix(plan, w), (-2, -1)
-  return jnp.maximum(rms(w, own_axes), floor)
+    return jnp.maximum(rms(to_matrix(plan, w), (-2, -1)), floor)
+  return jnp.maximum(rms(w, paths.own_axes(plan.path, w.ndim)), floor)
 
 
-def _decayed(plan, u, w, size, weight_decay):
-  """Returns an update with the decay of its weight, of the same step size."""
+def _decayed(
+  plan: Plan, u: jax.Array, w: jax.Array, size: Any, weight_decay: float
+) -> jax.Array:
+  """Returns an update with weight decay, scaled by the same step size."""
   if isinstance(plan, Projection):
     size = from_matrix(plan, jnp.broadcast_to(size, plan.matrix_shape))
-  return u - (size * weight_decay * full(w)).astype(u.dtype)
+  return u - (size * weight_decay * at_least_float32(w)).astype(u.dtype)

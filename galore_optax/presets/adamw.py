@@ -1,6 +1,6 @@
-"""GaLore with Adam: `galore_adamw`, and its moments in 8 bits."""
+"""GaLore with AdamW, with moments in float32 or in 8 bits."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import optax
 
@@ -8,7 +8,11 @@ from galore_optax import checks
 from galore_optax.decay import decay_updated_weights
 from galore_optax.galore import chain, galore, quantize_bases
 from galore_optax.options import names_options
-from galore_optax.presets import inner
+from galore_optax.presets.galore_options import (
+  GaloreOptions,
+  with_rotate_decays,
+)
+from galore_optax.presets.inner import check_numbers, scale_by_galore_adam
 from galore_optax.quantized.state import quantize_state
 
 
@@ -20,22 +24,22 @@ def galore_adamw(
   b2: float = 0.999,
   eps: float = 1e-6,
   weight_decay: float = 0.0,
-  **options: Any,
+  **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore with AdamW, equal to the PyTorch reference's `GaLoreAdamW`.
 
-  It differs from `galore(optax.adamw(...))` in two places, as the reference
-  does: eps sits before the bias correction, and weight decay acts on the
-  weight that the update has already changed. Under `optax.inject_hyperparams`
-  rank, gap and any option that is callable belong in `static_args`.
+  It differs from `galore(optax.adamw(...))` in two points, in which it follows
+  the reference. eps is added before the bias correction, and weight decay acts
+  on the updated weight. With `optax.inject_hyperparams`, list rank, gap and all
+  callable options in `static_args`.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
     eps: added to the root of the second moment before its bias correction.
     weight_decay: decoupled, times the learning rate, on every leaf.
-    **options: those of `galore`: rank, gap, scale, side, subspace, ...
+    **options: options of `galore`: rank, gap, scale, side, subspace, ...
 
   Example:
     >>> import jax.numpy as jnp
@@ -50,7 +54,10 @@ def galore_adamw(
   References:
     Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024.
   """
-  return _galore_adamw(learning_rate, b1, b2, eps, weight_decay, options, None)
+  check_numbers(learning_rate, weight_decay)
+  adam = _adam(learning_rate, b1, b2, eps)
+  options = with_rotate_decays(options, b1, b2)
+  return _galore_adamw(adam, learning_rate, weight_decay, options)
 
 
 @names_options(of=galore)
@@ -64,23 +71,24 @@ def galore_adamw_8bit(
   block_size: int = 256,
   min_size: int = 4096,
   basis_bits: Literal[4, 8] | None = None,
-  **options: Any,
+  **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
-  """`galore_adamw` with its moments in blocks of 8 bits.
+  """`galore_adamw` with moments quantized to 8 bits in blocks.
 
   State of a weight [i, o], i <= o: a basis of r i elements in the weight's
-  dtype, and 2 r o bytes of codes with 4 bytes for each block.
+  dtype, 2 r o bytes of codes, and a scale of 4 bytes for each block.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
     eps: added to the root of the second moment before its bias correction.
-    weight_decay: decoupled, on the weight that the update has changed.
-    block_size: elements that share a float32 scale.
+    weight_decay: decoupled, times the learning rate, on the updated weight.
+    block_size: number of elements that share a float32 scale.
     min_size: moments with fewer elements stay float32.
-    basis_bits: of a stored basis; None keeps it in the weight's dtype.
-    **options: those of `galore`.
+    basis_bits: bits of an element of a stored basis; None stores it in the
+      weight's dtype.
+    **options: options of `galore`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -93,22 +101,48 @@ def galore_adamw_8bit(
     <https://arxiv.org/abs/2110.02861>`_, 2021.
   """
   checks.check_static(basis_bits=basis_bits)
-  bits = '4, 8, or None for the dtype of the weight'
-  checks.require(bits, lambda x: x in (4, 8, None), basis_bits=basis_bits)
-  sizes = dict(block_size=block_size, min_size=min_size)
-  tx = _galore_adamw(learning_rate, b1, b2, eps, weight_decay, options, sizes)
+  if basis_bits not in (4, 8, None):
+    rule = '4, 8, or None for the dtype of the weight'
+    raise ValueError(f'basis_bits must be {rule}, got {basis_bits!r}')
+  check_numbers(learning_rate, weight_decay)
+  adam = quantize_state(
+    _adam(learning_rate, b1, b2, eps), block_size=block_size, min_size=min_size
+  )
+  options = with_rotate_decays(options, b1, b2)
+  tx = _galore_adamw(adam, learning_rate, weight_decay, options)
   return tx if basis_bits is None else quantize_bases(tx, bits=basis_bits)
 
 
-def _galore_adamw(learning_rate, b1, b2, eps, weight_decay, options, sizes):
-  """Returns GaLore with AdamW, in blocks of some sizes; None for float32."""
-  inner.check_numbers(learning_rate, weight_decay)
-  adam = optax.chain(
-    inner.scale_by_galore_adam(b1=b1, b2=b2, eps=eps),
+def _adam(
+  learning_rate: optax.ScalarOrSchedule, b1: float, b2: float, eps: float
+) -> optax.GradientTransformationExtraArgs:
+  """Returns GaLore's Adam with a learning rate."""
+  return optax.chain(
+    scale_by_galore_adam(b1=b1, b2=b2, eps=eps),
     optax.scale_by_learning_rate(learning_rate),
   )
-  adam = adam if sizes is None else quantize_state(adam, **sizes)
-  # It reads no weights: shown none, its slope of decay is known to be zero.
-  blind = adam._replace(update=lambda g, s, *_, **__: adam.update(g, s))
+
+
+def _galore_adamw(
+  adam: optax.GradientTransformationExtraArgs,
+  learning_rate: optax.ScalarOrSchedule,
+  weight_decay: float,
+  options: GaloreOptions,
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `galore` around Adam, followed by decay of the updated weights."""
+
+  def update_without_params(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    # Adam does not use params. Withholding them makes the decay slope a
+    # constant zero, which XLA folds.
+    return adam.update(updates, state)
+
+  inner = optax.GradientTransformationExtraArgs(
+    adam.init, update_without_params
+  )
   decay = decay_updated_weights(learning_rate, weight_decay=weight_decay)
-  return chain(galore(blind, **inner.rotated_by(options, b1, b2)), decay)
+  return chain(galore(inner, **options), decay)

@@ -1,6 +1,7 @@
-"""FRUGAL: an inner on a share of each weight, a simple rule on the rest."""
+"""FRUGAL: an inner optimizer in a subspace, and sign descent outside it."""
 
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,60 +13,82 @@ from galore_optax.galore import galore
 from galore_optax.options import names_options
 from galore_optax.plan import Planner
 from galore_optax.precision import in_float32
-from galore_optax.presets.inner import Inner, descend, without_rate
-from galore_optax.projection import Projection
+from galore_optax.presets.inner import (
+  Inner,
+  require_no_learning_rate,
+  with_decay_and_rate,
+)
+from galore_optax.projection import Axes, Projection, Side
 from galore_optax.residual import Sgd, Sign
 from galore_optax.subspace.finders import NAMES, Name, Subspace
 
-# How `frugal` splits a kernel [in, out]; 'coordinates' are of the shorter side.
-Where: TypeAlias = Literal[Name, 'columns', 'rows', 'entries']
+# The names of subspaces of a kernel [in, out]. 'coordinates' selects indices of
+# its shorter axis.
+SubspaceName: TypeAlias = Literal[Name, 'columns', 'rows', 'entries']
 
-# The options of `galore` that split by coordinates.
-COORDINATES: dict[str, dict[str, Any]] = {
-  'columns': dict(side='left'),
-  'rows': dict(side='right'),
-  'entries': dict(side='left', axes={'.*': ((-2, -1), ())}),
+
+class SplitOptions(TypedDict, total=False):
+  """Options of `galore` that select the part of the inner optimizer."""
+
+  subspace: Name | Subspace
+  side: Side
+  axes: Mapping[str, Axes]
+
+
+# The options of `galore` for each split by coordinates.
+COORDINATES: dict[str, SplitOptions] = {
+  'columns': {'subspace': 'coordinates', 'side': 'left'},
+  'rows': {'subspace': 'coordinates', 'side': 'right'},
+  'entries': {
+    'subspace': 'coordinates',
+    'side': 'left',
+    'axes': {'.*': ((-2, -1), ())},
+  },
 }
 
-RESIDUALS = {'sign': Sign, 'sgd': Sgd}  # what moves the rest
+# The rules for the gradient outside the subspace.
+RESIDUALS: dict[str, type[Sgd]] = {'sign': Sign, 'sgd': Sgd}
 
 
-@names_options('rank', 'scale', 'side', 'moments', 'axes')
+@names_options(of=galore)
 def frugal(
   learning_rate: optax.ScalarOrSchedule,
   *,
   density: float = 0.25,
   gap: int = 200,
-  subspace: Where | Subspace = 'svd',
+  subspace: SubspaceName | Subspace = 'svd',
   inner: Inner = 'adam',
   residual: Literal['sign', 'sgd'] = 'sign',
   residual_scale: float = 1.0,
   weight_decay: float = 0.0,
   targets: paths.Targets = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Adam (or another inner) on a share of a weight, sign descent elsewhere.
+  """Adam, or another inner optimizer, in a subspace; sign descent outside it.
 
-  The state of the inner starts anew with each subspace. Density 1 is the inner
-  alone and density 0 the residual rule alone, by structure.
+  The inner optimizer's state of projected weights is reset at each refresh of
+  the subspace. With density 1 the inner optimizer updates whole weights, and
+  with density 0 the residual rule does. Both cases have no projection.
 
-  State of a weight [i, o], i <= o: an inner on density of its elements (Adam:
-  2 density i o, float32), and for 'svd' a basis of density i^2, for 'columns',
-  'rows' and 'entries' an int32 index of each coordinate.
+  State of a weight [i, o], i <= o, at density d: the inner optimizer's state
+  for d i o elements (Adam: 2 d i o, float32), and the basis. The basis of 'svd'
+  has d i^2 elements; that of 'columns', 'rows' and 'entries' has an int32 index
+  for each coordinate.
 
   Args:
     learning_rate: a number, or a schedule of the step, for both parts.
-    density: share of each target that the inner works on, in [0, 1]; rounded
-      to whole directions or coordinates, halves up, at least one (the reference
-      rounds halves to even, and truncates coordinates, perhaps to none).
-    gap: updates from one subspace to the next.
-    subspace: 'svd', 'random' or another one of `galore` (directions), 'columns'
-      or 'rows' (inputs or outputs), or 'entries'. For whole layers in turns
-      there is `badam`.
+    density: share of each target that the inner optimizer updates, in [0, 1].
+      The number of directions or coordinates is rounded, halves up, and is at
+      least one. The reference rounds halves to even, and rounds coordinates
+      down, possibly to zero.
+    gap: number of updates between two refreshes of the subspace.
+    subspace: 'svd', 'random' or another subspace of `galore` (directions),
+      'columns' or 'rows' (inputs or outputs), or 'entries'. `badam` trains
+      whole layers in turns.
     inner: 'adam', 'lion', 'sgdm', or a transformation without a learning rate.
-    residual: 'sign' or 'sgd'.
-    residual_scale: multiplies the learning rate of the residual.
+    residual: rule for the gradient outside the subspace, 'sign' or 'sgd'.
+    residual_scale: multiplies the learning rate of that rule.
     weight_decay: decoupled, times the learning rate, on every leaf.
-    targets: as in `galore`; other leaves are the inner's in full.
+    targets: as in `galore`; the inner optimizer updates all other leaves.
 
   Example:
     >>> import jax.numpy as jnp
@@ -77,40 +100,61 @@ def frugal(
     Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
   """
   checks.check_static(density=density)
-  holds = lambda x: checks.is_number(x) and 0 <= x <= 1
-  checks.require('a number in [0, 1]', holds, density=density)
+  if not checks.is_number(density) or not 0 <= density <= 1:
+    raise ValueError(f'density must be a number in [0, 1], got {density!r}')
   checks.check_one_of(tuple(RESIDUALS), residual=residual)
   checks.check_not_negative(residual_scale=residual_scale)
-  inside = descend(learning_rate, weight_decay, without_rate(inner))
-  rate = lambda count: jnp.asarray(rate_at(learning_rate, count), float)
-  options: dict[str, Any] = dict(gap=gap, targets=targets, **_where(subspace))
-  options['residual'] = RESIDUALS[residual](lambda c: residual_scale * rate(c))
-  # Made for all densities, as it checks the options.
-  rank = float(density) or 1.0
-  stage = galore(inside, rank=rank, scale=1.0, moments='reset', **options)
+  inner_rule = with_decay_and_rate(
+    learning_rate, weight_decay, require_no_learning_rate(inner)
+  )
+
+  def residual_rate(count: Any) -> Any:
+    rate = jnp.asarray(rate_at(learning_rate, count), float)
+    return residual_scale * rate
+
+  # `galore` is called for all densities because it checks the options.
+  projected = galore(
+    inner_rule,
+    rank=float(density) or 1.0,
+    gap=gap,
+    scale=1.0,
+    residual=RESIDUALS[residual](residual_rate),
+    moments='reset',
+    targets=targets,
+    **_split_options(subspace),
+  )
   if density == 1:
-    return in_float32(inside)
+    return in_float32(inner_rule)
   if density > 0:
-    return stage
-  direction = optax.scale_by_sign() if residual == 'sign' else optax.identity()
-  alone = learning_rate, weight_decay, direction, optax.scale(residual_scale)
-  return partition(in_float32(descend(*alone)), in_float32(inside), targets)
+    return projected
+  residual_rule = with_decay_and_rate(
+    learning_rate,
+    weight_decay,
+    optax.scale_by_sign() if residual == 'sign' else optax.identity(),
+    optax.scale(residual_scale),
+  )
+  return partition(in_float32(residual_rule), in_float32(inner_rule), targets)
 
 
-def _where(subspace) -> dict[str, Any]:
-  """Returns the options of `galore` that say where the inner works."""
-  if not isinstance(subspace, str) or subspace in NAMES:
-    return dict(subspace=subspace)
-  checks.check_one_of(get_args(Where), subspace=subspace)
-  return dict(subspace='coordinates', **COORDINATES[subspace])
+def _split_options(subspace: SubspaceName | Subspace) -> SplitOptions:
+  """Returns the options of `galore` for the option `subspace` of `frugal`."""
+  if isinstance(subspace, str) and subspace not in NAMES:
+    checks.check_one_of(get_args(SubspaceName), subspace=subspace)
+    return COORDINATES[subspace]
+  name_or_finder: Any = subspace
+  return {'subspace': name_or_finder}
 
 
-def partition(chosen, rest, targets: paths.Targets):
-  """Returns `chosen` for the targets and `rest` for the other leaves.
+def partition(
+  chosen: optax.GradientTransformation,
+  rest: optax.GradientTransformation,
+  targets: paths.Targets,
+) -> optax.GradientTransformationExtraArgs:
+  """Applies `chosen` to the targets and `rest` to all other leaves.
 
   Args:
     chosen: the transformation of the targets.
-    rest: the transformation of what `targets` leaves out.
+    rest: the transformation of all other leaves.
     targets: as in `galore`.
 
   Example:
@@ -120,7 +164,7 @@ def partition(chosen, rest, targets: paths.Targets):
     Array([0., 0.], dtype=float32)
   """
 
-  def labels(params):
+  def labels(params: optax.Params) -> Any:
     if targets is None or callable(targets):
       plans = Planner(1.0, targets=targets)(params)
       marks = [isinstance(p, Projection) for p in plans]

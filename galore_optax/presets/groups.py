@@ -21,8 +21,9 @@ import optax
 from galore_optax import checks, paths
 from galore_optax.clipping import ClippedTransformation, clipped
 from galore_optax.galore import Galore, from_stages
+from galore_optax.one_layer import OneLayerRule
 from galore_optax.plan import Plan
-from galore_optax.presets import badam
+from galore_optax.presets.badam import one_layer_rule
 from galore_optax.projection import Whole, show, show_multipliers, watched
 from galore_optax.sharding import placed
 
@@ -46,7 +47,7 @@ class Group:
   """Multiplier of the weight decay."""
 
   def __post_init__(self) -> None:
-    """Raises ValueError unless the pattern is a string and multipliers fit."""
+    """Raises ValueError unless all fields are valid."""
     if not isinstance(self.pattern, str):
       rule = "a regex on whole paths, such as 'embed/.*'"
       raise ValueError(f'pattern must be {rule}, got {self.pattern!r}')
@@ -54,7 +55,7 @@ class Group:
 
   @property
   def frozen(self) -> bool:
-    """Whether its parameters do not move."""
+    """Whether the parameters of the group are not updated."""
     return checks.is_zero(self.rate)
 
 
@@ -62,8 +63,8 @@ class GroupedState(NamedTuple):
   """The state of a grouped transformation."""
 
   parts: tuple[Any, ...]
-  """State of each group, then that of all other parameters; EmptyState where a
-  group is frozen or has no parameter in this tree."""
+  """State of each group, then that of all other parameters. It is an EmptyState
+  if a group is frozen or has no parameter in this tree."""
 
 
 def assigned(
@@ -72,9 +73,10 @@ def assigned(
   """Returns the index of each leaf's group; `len(groups)` for no group.
 
   Args:
-    groups: their patterns are matched.
+    groups: groups of parameters.
     tree: parameters; only paths are read.
-    strict: whether a pattern must match a leaf of a whole tree.
+    strict: whether a pattern that matches no path raises. It never raises if
+      `tree` is a part of a model.
 
   Raises:
     ValueError: a pattern is malformed or matches no path, or a leaf belongs to
@@ -101,34 +103,35 @@ def assigned(
 
 
 def grouped(preset: Preset, groups: Sequence[Group]) -> Preset:
-  """Returns a preset whose parameters have rates and decays by group.
+  """Returns a preset with a learning rate and a weight decay for each group.
 
-  The result takes the arguments of `preset`. `optax.inject_hyperparams` accepts
-  it as it accepts `preset`. The preset is called once for each group and once
-  for all other parameters. In the call for a group, `learning_rate` and every
-  option whose name ends in `_learning_rate` are multiplied by `rate`, and so is
-  the learning rate of a residual rule; `weight_decay` and every option whose
-  name ends in `_weight_decay` are multiplied by `decay`. Defaults of `preset`
-  are multiplied as well. A schedule stays a schedule. `scale` multiplies too.
+  The result has the signature of `preset`, and works with
+  `optax.inject_hyperparams` if `preset` does. It calls `preset` once for each
+  group and once for all other parameters. In the call for a group, `rate`
+  multiplies `learning_rate`, every option whose name ends in `_learning_rate`,
+  and the learning rate of a residual rule. `decay` multiplies `weight_decay`
+  and every option whose name ends in `_weight_decay`. Defaults of `preset` are
+  multiplied as well, and so is the result of a schedule. The option `scale` is
+  the same for all groups.
 
-  With both multipliers at 1 an update is that of `preset` up to rounding.
-  Clipping by the global norm inside `lomo` and `adalomo` still reads the whole
-  gradient. Put it around a preset of your own:
+  If both multipliers are 1, an update equals that of `preset` up to rounding.
+  `lomo` and `adalomo` still clip by the global norm of the whole gradient. To
+  clip with another preset, clip before the groups:
   `optax.chain(optax.clip_by_global_norm(1.0), grouped(...)(...))`.
 
   The parameters of a frozen group (`rate` 0) have no state: neither moments nor
-  bases. Everything else has the state that `preset` gives it, in a
+  bases. The state of all other parameters is that of `preset`, in a
   `GroupedState`.
 
   Args:
     preset: a function `(learning_rate, ...) -> transformation`.
-    groups: at most one of them may match a parameter. Without groups the result
-      is `preset`.
+    groups: groups of parameters; at most one group may match a parameter.
+      Without groups the result is `preset`.
 
   Raises:
-    ValueError: `groups` are not groups, a multiplier is negative or not finite,
-      `preset` has no argument that a multiplier changes; at `init`, a pattern
-      matches no parameter, or a parameter matches two patterns.
+    ValueError: an item of `groups` is not a `Group`, or `preset` has no
+      argument that a multiplier changes; at `init`, a pattern matches no
+      parameter, or a parameter matches two patterns.
 
   Example:
     >>> from galore_optax import galore_adamw
@@ -149,7 +152,7 @@ def grouped(preset: Preset, groups: Sequence[Group]) -> Preset:
     return preset
   signature = inspect.signature(preset)
   kinds = {parameter.kind for parameter in signature.parameters.values()}
-  # The call of a preset with **options names them.
+  # The names of `**options` are known when the preset is called.
   named_at_call = inspect.Parameter.VAR_KEYWORD in kinds
   if not named_at_call:
     _check_arguments(signature.parameters, groups)
@@ -181,7 +184,7 @@ def _checked(groups: Any) -> tuple[Group, ...]:
 
 
 def _check_arguments(names: Collection[str], groups: Sequence[Group]) -> None:
-  """Raises ValueError if a multiplier would change no argument."""
+  """Raises ValueError if a multiplier other than 1 changes no argument."""
   needs = {'learning_rate': 'rate', 'weight_decay': 'decay'}
   for name, field in needs.items():
     acts = any(not _is_one(getattr(group, field)) for group in groups)
@@ -199,7 +202,10 @@ def _is_one(factor: Any) -> bool:
 def _multiplied(
   given: inspect.BoundArguments, group: Group
 ) -> inspect.BoundArguments:
-  """Returns the arguments of a preset, defaults included, for one group."""
+  """Returns the arguments for the call of a preset for one group.
+
+  They include the defaults, which are multiplied too.
+  """
   given.apply_defaults()
   parameters = given.signature.parameters
   for name, value in given.arguments.items():
@@ -255,15 +261,16 @@ def times(value: Any, factor: Any) -> Any:
 def _joined(
   groups: Sequence[Group], parts: Sequence[Any], *, strict: bool = True
 ) -> Any:
-  """Returns one transformation of the parts, of the kind that they are.
+  """Joins the transformations of all groups to one of the same type.
 
   Args:
-    groups: of all parts but the last.
-    parts: a transformation for each group, None where it is frozen, and that of
-      all other parameters.
+    groups: the groups of parameters.
+    parts: a transformation for each group, None if the group is frozen, and
+      last the transformation of all other parameters.
     strict: whether a pattern must match a parameter of the tree.
   """
-  together, rest = _Together(tuple(groups), tuple(parts), strict), parts[-1]
+  together = _Together(tuple(groups), tuple(parts), strict)
+  rest = parts[-1]
 
   def of_each(name: str) -> list[Any]:
     return [part if part is None else getattr(part, name) for part in parts]
@@ -271,12 +278,12 @@ def _joined(
   if isinstance(rest, Galore):
     return from_stages(together)
   if isinstance(rest, ClippedTransformation):
-    # The norm of all groups together.
+    # Clip by the norm of the gradient of all groups together.
     return clipped(_joined(groups, of_each('rule')), rest.clip_norm)
-  if isinstance(rest, badam.OneBlock):
+  if isinstance(rest, OneLayerRule):
     join = functools.partial(_joined, groups, strict=False)
     others = None if rest.rest is None else join(of_each('rest'))
-    return badam.one_block(
+    return one_layer_rule(
       join(of_each('rule')), others, rest.active, rest.blocks, together.check
     )
   return optax.GradientTransformationExtraArgs(together.init, together.update)
@@ -286,30 +293,37 @@ def _joined(
 class _Together:
   """The parts of a grouped transformation, each on the leaves of its group.
 
-  A part receives the tree with `paths.Elsewhere` in place of other groups'
-  leaves, so that it treats its leaves as it would in the whole tree.
+  In the tree that a part receives, `paths.Elsewhere` replaces the leaves of
+  other groups. A part therefore treats its leaves as it would in the whole
+  tree.
   """
 
   groups: tuple[Group, ...]
+  """The groups of parameters."""
   parts: tuple[Any, ...]
+  """A transformation for each group, None if the group is frozen, and last the
+  transformation of all other parameters."""
   strict: bool
+  """Whether a pattern must match a parameter of the tree."""
 
   @property
   def linear(self) -> bool:
-    """Whether no part reads more of a gradient than its projection."""
+    """Whether all parts read only the projection of a gradient."""
     return all(part.linear for part in self._moving())
 
   def with_keeper(self, f: Callable[[Any], Any]) -> Galore:
-    """Returns the same with f(keeper) in each part."""
-    parts = [part and part.with_keeper(f) for part in self.parts]
+    """Returns this transformation with f(keeper) as each part's keeper."""
+    parts = [
+      part if part is None else part.with_keeper(f) for part in self.parts
+    ]
     return from_stages(dataclasses.replace(self, parts=tuple(parts)))
 
   def check(self, params: Any) -> None:
-    """Raises ValueError for a group or an option that does not fit a tree."""
+    """Raises ValueError if a group or an option does not fit the tree."""
     assigned(self.groups, params)
     if not paths.is_part(params):
-      # The parts see a share of the tree each, and check less. Plans are not
-      # recorded: a frozen group has none.
+      # `init` of a part checks less, because its tree has `Elsewhere` nodes.
+      # Plans are not recorded here, because a frozen group must have none.
       with watched():
         jax.eval_shape(self.parts[-1].init, params)
 
@@ -328,11 +342,11 @@ class _Together:
           for i, part in enumerate(self.parts)
         )
       )
-    show([*seen.plans.values()])
+    show(list(seen.plans.values()))
     factors = [(g.rate, g.decay) for g in self.groups] + [(1.0, 1.0)]
     multipliers = {}
     for name, index in zip(paths.paths(params), mine, strict=True):
-      # A part may itself be grouped.
+      # A part that is grouped too has multipliers of its own.
       rate, decay = seen.multipliers.get(name, (1.0, 1.0))
       by_rate, by_decay = factors[index]
       multipliers[name] = times(rate, by_rate), times(decay, by_decay)
@@ -351,12 +365,10 @@ class _Together:
     return self._run(of_part, updates, state, frozen=jnp.zeros_like)
 
   def plan(self, tree: Any) -> list[Plan]:
-    """Returns how each leaf is projected; a frozen one is whole."""
+    """Returns how each leaf is projected; a frozen leaf is a `Whole`."""
     mine = self._indices(tree)
-    names, leaves = paths.paths(tree), jax.tree.leaves(tree)
-    plans: list[Plan] = [
-      Whole(name, tuple(x.shape)) for name, x in zip(names, leaves, strict=True)
-    ]
+    pairs = zip(paths.paths(tree), jax.tree.leaves(tree), strict=True)
+    plans: list[Plan] = [Whole(path, tuple(x.shape)) for path, x in pairs]
     for i, part in enumerate(self.parts):
       if part is not None and i in mine:
         places = [at for at, index in enumerate(mine) if index == i]
@@ -366,7 +378,7 @@ class _Together:
     return plans
 
   def due(self, state: GroupedState, *, layer: Any = 0) -> jax.Array:
-    """Returns whether a refresh finds any basis: a scalar."""
+    """Returns whether a refresh computes a new basis: a scalar, bool."""
     found = [
       part.due(one, layer=layer)
       for part, one in zip(self.parts, state.parts, strict=True)
@@ -375,7 +387,7 @@ class _Together:
     return functools.reduce(jnp.logical_or, found, jnp.array(False))
 
   def refresh(self, grads: Any, state: GroupedState, *, layer: Any = 0) -> Any:
-    """Returns the state with new bases in each group, where due."""
+    """Returns the state with new bases for each group whose refresh is due."""
     mine = self._indices(grads)
     new = list(state.parts)
     for i, part in enumerate(self.parts):
@@ -384,7 +396,7 @@ class _Together:
     return GroupedState(tuple(new))
 
   def project(self, grads: Any, state: GroupedState) -> Any:
-    """Returns the projected gradients; of a frozen leaf, a zero."""
+    """Returns the projected gradients; zero for a frozen leaf."""
 
     def of_part(i: int, part: Any, share: Callable) -> tuple[Any, Any]:
       return part.project(share(grads), state.parts[i]), state.parts[i]
@@ -402,11 +414,15 @@ class _Together:
     grads: Any = None,
     **extra: Any,
   ) -> tuple[Any, GroupedState]:
-    """Returns the updates and the next state; `state` has the step's bases."""
+    """Returns the updates and the next state.
+
+    `state` must already have the bases of this step.
+    """
 
     def of_part(i: int, part: Any, share: Callable) -> tuple[Any, Any]:
-      weights, whole = (x if x is None else share(x) for x in (params, grads))
-      return part.apply(share(low), state.parts[i], weights, whole, **extra)
+      weights = None if params is None else share(params)
+      gradients = None if grads is None else share(grads)
+      return part.apply(share(low), state.parts[i], weights, gradients, **extra)
 
     like = params if grads is None else grads
     return self._run(of_part, like, state, frozen=jnp.zeros_like)
@@ -415,7 +431,7 @@ class _Together:
     return [part for part in self.parts if part is not None]
 
   def _indices(self, tree: Any) -> list[int]:
-    """Returns the group of each leaf of a tree, or of a part of one."""
+    """Returns the index of each leaf's group; the tree may be a part."""
     return assigned(self.groups, tree, strict=False)
 
   def _run(
@@ -433,7 +449,7 @@ class _Together:
         part's share of a tree.
       like: a tree that has the leaves of all groups.
       state: of all parts.
-      frozen: what stands for the leaf of a frozen group.
+      frozen: makes the result for a leaf of a frozen group.
     """
     mine = self._indices(like)
     leaves, treedef = jax.tree.flatten(like)

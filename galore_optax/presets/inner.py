@@ -1,40 +1,46 @@
-"""What presets share: GaLore's Adam, inners without a rate, and the way down.
+"""Shared parts of the presets: GaLore's Adam and checks of inner optimizers.
 
-A preset multiplies by the learning rate last, so its inner has none: it is a
-`scale_by_...`, and a learning rate of its own would apply twice. `descend` puts
-decay and learning rate behind such rules; read on in `frugal` or `muon`.
+A preset multiplies the update by the learning rate as its last step. Its inner
+optimizer is therefore a `scale_by_...` transformation without a learning rate.
+Otherwise two learning rates would multiply the update. `with_decay_and_rate`
+adds weight decay and the learning rate to such transformations, as in `frugal`
+and `muon`.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from galore_optax import checks, decay, paths
-from galore_optax.moments import Rotate
-from galore_optax.precision import in_float32, single
+from galore_optax.precision import in_float32, one_element
 from galore_optax.trial import try_update
 
 # A short name, or a transformation without a learning rate.
-Inner = Literal['adam', 'lion', 'sgdm'] | optax.GradientTransformation
+Inner: TypeAlias = (
+  Literal['adam', 'lion', 'sgdm'] | optax.GradientTransformation
+)
 
-# The short names, with optax's own defaults.
-INNERS = {'adam': optax.scale_by_adam(), 'lion': optax.scale_by_lion()}
-INNERS |= {'sgdm': optax.trace(0.9)}
+# The short names of `Inner`; the transformations have optax's defaults.
+INNERS: dict[str, optax.GradientTransformation] = {
+  'adam': optax.scale_by_adam(),
+  'lion': optax.scale_by_lion(),
+  'sgdm': optax.trace(0.9),
+}
 
 
 def scale_by_galore_adam(
   *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
 ) -> optax.GradientTransformation:
-  """Rescales by Adam with `eps` inside, before bias correction.
+  """Rescales by Adam with `eps` added before the bias correction.
 
-  `sqrt(1 - b2^t) / (1 - b1^t) * mu / (sqrt(nu) + eps)`, which is
-  `optax.scale_by_adam` with `eps / sqrt(1 - b2^t)` for its eps.
+  The update is `sqrt(1 - b2^t) / (1 - b1^t) * mu / (sqrt(nu) + eps)`. It equals
+  that of `optax.scale_by_adam` with `eps / sqrt(1 - b2^t)` as its eps.
 
   Args:
-    b1: decay of the first moment.
-    b2: decay of the second moment.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
     eps: added to the root of the second moment.
 
   Example:
@@ -45,83 +51,101 @@ def scale_by_galore_adam(
 
   References:
     Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014, end of
-    section 2, where the two corrections are merged into the step size.
+    section 2, which merges both bias corrections into the step size.
   """
   checks.check_decay(b1=b1, b2=b2)
   checks.check_not_negative(eps=eps)
 
-  def update_fn(updates, state, params=None):
+  def update_fn(
+    updates: optax.Updates, state: Any, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
     count = optax.safe_increment(state.count)
     mu = optax.tree.update_moment(updates, state.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
     factor = bias_correction(b1, b2, count)
-    scaled = lambda m, v: factor * m / (jnp.sqrt(v) + eps)
+
+    def scaled(m: jax.Array, v: jax.Array) -> jax.Array:
+      return factor * m / (jnp.sqrt(v) + eps)
+
     state = optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
     return jax.tree.map(scaled, mu, nu), state
 
   return optax.GradientTransformation(optax.scale_by_adam().init, update_fn)
 
 
-def without_rate(inner: Inner) -> optax.GradientTransformationExtraArgs:
-  """Returns an inner whose `init` raises if it has a learning rate.
+def require_no_learning_rate(
+  inner: Inner,
+) -> optax.GradientTransformationExtraArgs:
+  """Returns an inner optimizer whose `init` raises if it has a learning rate.
 
-  It runs in float32 at least, and so do its moments.
+  The inner optimizer and its moments are computed in float32 at least.
 
   Args:
     inner: 'adam', 'lion', 'sgdm', or a transformation.
 
   Raises:
-    ValueError: the name is unknown; at `init`, the inner turns a gradient of
-      one around, as an optimizer does.
+    ValueError: the name is unknown; at `init`, the update for a gradient of one
+      is negative, which means that the transformation is a whole optimizer
+      with a learning rate.
 
   Example:
-    >>> tx = without_rate('sgdm')
+    >>> tx = require_no_learning_rate('sgdm')
     >>> g = {'w': jnp.ones(2)}
     >>> tx.update(g, tx.init(g))[0]
     {'w': Array([1., 1.], dtype=float32)}
   """
-  if isinstance(inner, str) and inner in INNERS:
-    inner = INNERS[inner]
-  rule = f'one of {", ".join(INNERS)} or a transformation without learning rate'
-  is_tx = lambda x: isinstance(x, optax.GradientTransformation)
-  checks.require(rule, is_tx, inner=inner)
-  tx = in_float32(inner)
+  named = INNERS.get(inner) if isinstance(inner, str) else inner
+  if not isinstance(named, optax.GradientTransformation):
+    names = ', '.join(INNERS)
+    raise ValueError(
+      f'inner must be one of {names} or a transformation without learning rate,'
+      f' got {inner!r}'
+    )
+  tx = in_float32(named)
 
-  def init_fn(params):
-    # The parts of a tree are seen after the whole, one by one.
+  def init_fn(params: optax.Params) -> optax.OptState:
+    # Skip the check for a part of a model. The layer-wise step initializes the
+    # whole model before it initializes the parts.
     if not paths.is_part(params):
-      _check_no_rate(inner, params)
+      _check_no_learning_rate(named, params)
     return tx.init(params)
 
   return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
-def _check_no_rate(inner, params):
-  filled = lambda value: single(params, value)
+def _check_no_learning_rate(
+  inner: optax.GradientTransformation, params: optax.Params
+) -> None:
+  """Raises ValueError if an update has the opposite sign of the gradient."""
   with jax.ensure_compile_time_eval():
-    # At a learning rate of zero nothing can be seen: try the next count.
+    zeros = one_element(params, 0.0)
+    ones = one_element(params, 1.0)
+    # A learning-rate schedule may be zero at one step, which hides its sign.
+    # Hence several counts are tried.
     for count in decay.COUNTS:
-      state = decay.at_count(count, inner.init(filled(0.0)))
+      state = decay.at_count(count, inner.init(zeros))
       try:
-        answers, _ = try_update(inner, filled(1.0), state, filled(0.0))
-        answers = [x.item() for x in jax.tree.leaves(answers)]
+        updates, _ = try_update(inner, ones, state, zeros)
+        updates = [x.item() for x in jax.tree.leaves(updates)]
       except TypeError:
-        # It needs extra args, which only `update` is given, or a hyperparameter
-        # is traced: its sign is not known.
+        # Nothing can be checked: the inner optimizer requires extra arguments
+        # of `update`, or its update depends on a traced hyperparameter.
         return
-      least = min(answers, default=0.0)
+      least = min(updates, default=0.0)
       if least < 0:
         raise ValueError(
           f'the inner has a learning rate of its own (it makes {least:.3g} of a'
           ' gradient of one), and the preset multiplies by learning_rate after'
           " it; give 'adam', 'lion', 'sgdm' or such as optax.scale_by_adam()"
         )
-      if any(x > 0 for x in answers):
+      if any(x > 0 for x in updates):
         return
 
 
-def check_numbers(learning_rate, weight_decay):
-  """Raises ValueError for what every preset would take as a wrong number.
+def check_numbers(
+  learning_rate: optax.ScalarOrSchedule, weight_decay: float
+) -> None:
+  """Raises ValueError unless learning rate and weight decay are valid.
 
   >>> check_numbers(learning_rate=lambda count: 0.1, weight_decay=0.1)
   """
@@ -129,10 +153,15 @@ def check_numbers(learning_rate, weight_decay):
   checks.check_not_negative(weight_decay=weight_decay)
 
 
-def descend(learning_rate, weight_decay, *rules):
-  """Returns rules, then decoupled weight decay, then minus the learning rate.
+def with_decay_and_rate(
+  learning_rate: optax.ScalarOrSchedule,
+  weight_decay: float,
+  *rules: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Chains rules, decoupled weight decay, and minus the learning rate.
 
-  >>> tx, w = descend(0.5, 0.25, optax.scale_by_sign()), jnp.ones(1)
+  >>> w = jnp.ones(1)
+  >>> tx = with_decay_and_rate(0.5, 0.25, optax.scale_by_sign())
   >>> tx.update(3 * w, tx.init(w), w)[0]
   Array([-0.625], dtype=float32)
   """
@@ -142,23 +171,21 @@ def descend(learning_rate, weight_decay, *rules):
   return optax.chain(*rules, decayed, down)
 
 
-def rotated_by(options, b1, b2=0.999):
-  """Returns options of `galore`, where 'rotate' follows the inner's decays.
-
-  >>> rotated_by({'moments': 'rotate'}, 0.8)
-  {'moments': Rotate(b1=0.8, b2=0.999)}
-  """
-  if options.get('moments') != 'rotate':
-    return options
-  return {**options, 'moments': Rotate(b1, b2)}
-
-
 def bias_correction(b1: float, b2: float, count: Any) -> jax.Array:
-  """Returns Adam's `sqrt(1 - b2^t) / (1 - b1^t)` after t updates.
+  """Returns Adam's factor `sqrt(1 - b2^t) / (1 - b1^t)` after t updates.
+
+  Args:
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
+    count: number t of updates.
 
   >>> bias_correction(0.5, 0.75, 1).round(4)
   Array(1., dtype=float32, weak_type=True)
   """
-  # `1 - decay**count`, with all its digits for a decay near one.
-  rest = lambda decay: -jnp.expm1(count * jnp.log1p(decay - 1.0))
-  return jnp.sqrt(rest(b2)) / rest(b1)
+
+  def one_minus_power(decay_rate: float) -> jax.Array:
+    # `1 - decay_rate**count` would lose digits if the decay rate is close to
+    # one.
+    return -jnp.expm1(count * jnp.log1p(decay_rate - 1.0))
+
+  return jnp.sqrt(one_minus_power(b2)) / one_minus_power(b1)

@@ -1,9 +1,11 @@
-"""LOMO and AdaLomo: rules made for a layer-wise step.
+"""LOMO and AdaLomo, which are designed for a layer-wise step.
 
-LOMO is plain SGD that keeps nothing; AdaLomo keeps a factored second moment.
-Both need clipping to learn, so both have it on. In `layerwise` the clipping
-is by the norm of the whole gradient.
+LOMO is SGD without state. AdaLomo has a factored second moment. Neither trains
+well without clipping, so both clip by default. In `layerwise` they clip by the
+norm of the whole gradient too.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,9 @@ from galore_optax import paths
 from galore_optax.checks import check_pair, check_params
 from galore_optax.clipping import clipped
 from galore_optax.options import names_options
-from galore_optax.precision import full, rms
+from galore_optax.precision import at_least_float32, rms
 from galore_optax.presets.adafactor import scale_by_galore_factored_rms
-from galore_optax.presets.inner import check_numbers, descend
+from galore_optax.presets.inner import check_numbers, with_decay_and_rate
 
 
 @names_options()
@@ -27,7 +29,8 @@ def lomo(
 ) -> optax.GradientTransformationExtraArgs:
   """Stochastic gradient descent without state, clipped by the global norm.
 
-  w' = w - lr (c g + weight_decay w), c = min(1, clip_norm / (norm + 1e-6)).
+  The new weight is w - lr (c g + weight_decay w), where g is the gradient and
+  c = min(1, clip_norm / (norm + 1e-6)).
 
   Args:
     learning_rate: a number, or a schedule of the step.
@@ -45,7 +48,7 @@ def lomo(
     Lv et al., `Full Parameter Fine-tuning for Large Language Models with
     Limited Resources <https://arxiv.org/abs/2306.09782>`_, 2023.
   """
-  return clipped(descend(learning_rate, weight_decay), clip_norm)
+  return clipped(with_decay_and_rate(learning_rate, weight_decay), clip_norm)
 
 
 @names_options()
@@ -58,23 +61,25 @@ def adalomo(
   clip_threshold: float = 1.0,
   eps: tuple[float, float] = (1e-30, 1e-3),
 ) -> optax.GradientTransformationExtraArgs:
-  """LOMO with an adaptive rate: factored RMS, normalised weight by weight.
+  """LOMO with a factored second moment and a step size for each weight.
 
-  The update is the gradient over the root of a factored second moment, with a
-  root mean square over the weight of at most `clip_threshold`; its step is the
-  learning rate times the weight's own root mean square. Each matrix of a stack
-  is a weight of its own; a leaf whose path names a norm, scale or bias is a
-  vector, or a stack of them, and is not factored.
+  The gradient is divided by the root of a factored second moment. The RMS (root
+  mean square) of the result is limited to `clip_threshold` for each weight. The
+  step size is the learning rate times the RMS of the weight. The matrices of a
+  stack are independent weights. A leaf whose path names a norm, scale or bias
+  is a vector, or a stack of vectors, and is not factored.
+
+  State of a weight [m, n]: m + n elements, float32.
 
   Args:
     learning_rate: a number, or a schedule of the step.
     clip_norm: largest global norm of the gradient; None for no clipping.
-    weight_decay: decoupled, times the rate of the weight.
-    decay_rate: the second moment decays by 1 - t^-decay_rate at update t.
-    clip_threshold: largest root mean square of an update before the rate.
-    eps: added to the squared gradient; least root mean square of a weight.
-
-  State of a weight [m, n]: m + n elements, float32.
+    weight_decay: decoupled, times the step size of the weight.
+    decay_rate: the decay rate of the second moment is 1 - t^-decay_rate at
+      update t = 1, 2, ...
+    clip_threshold: largest RMS of an update before the step size.
+    eps: two numbers: the first is added to the squared gradient, the second is
+      the smallest RMS of a weight in the step size.
 
   Example:
     >>> tx = adalomo(0.1)
@@ -89,17 +94,24 @@ def adalomo(
   """
   check_numbers(learning_rate, weight_decay)
   check_pair(eps=eps)
-  limits = dict(decay_rate=decay_rate, clip_threshold=clip_threshold)
   rule = optax.chain(
-    scale_by_galore_factored_rms(eps=eps[0], **limits),
+    scale_by_galore_factored_rms(
+      decay_rate=decay_rate, eps=eps[0], clip_threshold=clip_threshold
+    ),
     scale_by_weight_rms(weight_decay=weight_decay, eps=eps[1]),
     optax.scale_by_learning_rate(learning_rate),
   )
   return clipped(rule, clip_norm)
 
 
-def scale_by_weight_rms(*, weight_decay=0.0, eps=1e-3):
-  """Adds decay, then multiplies by the RMS of each weight, at least eps.
+def scale_by_weight_rms(
+  *, weight_decay: float = 0.0, eps: float = 1e-3
+) -> optax.GradientTransformation:
+  """Adds weight decay, then multiplies by the RMS of each weight.
+
+  Args:
+    weight_decay: multiplies the weights that are added to the updates.
+    eps: the smallest RMS.
 
   >>> tx = scale_by_weight_rms()
   >>> g, w = {'w': jnp.ones(2)}, {'w': jnp.array([1.0, 7.0])}
@@ -107,15 +119,15 @@ def scale_by_weight_rms(*, weight_decay=0.0, eps=1e-3):
   Array([5., 5.], dtype=float32)
   """
 
-  def by_weight(name, u, w):
-    w = full(w)
-    total = full(u) + weight_decay * w
-    size = rms(w, paths.own_axes(name, w.ndim))
+  def scale_leaf(path: str, u: jax.Array, w: jax.Array) -> jax.Array:
+    w = at_least_float32(w)
+    total = at_least_float32(u) + weight_decay * w
+    size = rms(w, paths.own_axes(path, w.ndim))
     return (jnp.maximum(eps, size) * total).astype(u.dtype)
 
-  def scaled(updates, params):
+  def scale(updates: optax.Updates, params: optax.Params | None) -> Any:
     check_params(params, 'AdaLomo')
     names = jax.tree.structure(updates).unflatten(paths.paths(updates))
-    return jax.tree.map(by_weight, names, updates, params)
+    return jax.tree.map(scale_leaf, names, updates, params)
 
-  return optax.stateless(scaled)
+  return optax.stateless(scale)

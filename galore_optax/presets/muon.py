@@ -1,11 +1,11 @@
-"""Muon inside the subspace: a low-rank momentum, made orthogonal.
+"""GaLore with Muon: the momentum of the low-rank gradient is orthogonalised.
 
-`scale_by_muon` is Muon's rule on stacks of matrices, and `galore_muon` makes it
-the inner of a `galore`.
+`scale_by_muon` is Muon's rule for stacks of matrices. `galore_muon` uses it as
+the inner optimizer of `galore`.
 """
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,23 @@ from galore_optax import checks
 from galore_optax.galore import Apart, galore
 from galore_optax.options import names_options
 from galore_optax.orthogonal import orthogonalise
-from galore_optax.presets.inner import descend, rotated_by
+from galore_optax.presets.galore_options import (
+  GaloreOptions,
+  with_rotate_decays,
+)
+from galore_optax.presets.inner import with_decay_and_rate
 
 
 def scale_by_muon(beta: float = 0.95) -> optax.GradientTransformation:
-  """Replaces a gradient by its Nesterov momentum, made orthogonal.
+  """Replaces the gradient by its orthogonalised Nesterov momentum.
 
-  Equal to `optax.contrib.scale_by_muon` within rounding, with the same state.
-  The last two axes of every leaf are a matrix. optax 0.2.8 unrolls ten products
-  of the size of the matrix. `galore_optax.orthogonal.orthogonalise` needs four.
+  The result and the state equal those of `optax.contrib.scale_by_muon` within
+  rounding. The last two axes of every leaf are a matrix. optax 0.2.8 computes
+  ten matrix products with the whole matrix. `orthogonal.orthogonalise` computes
+  four.
 
   Args:
-    beta: decay of the momentum.
+    beta: decay rate of the momentum.
 
   Example:
     >>> tx = scale_by_muon()
@@ -44,13 +49,13 @@ def scale_by_muon(beta: float = 0.95) -> optax.GradientTransformation:
   ) -> tuple[optax.Updates, Any]:
     mu = optax.tree.update_moment(updates, state.mu, beta, 1)
     count = optax.safe_increment(state.count)
-    # Nesterov: the momentum as it will be after the next step.
+    # Nesterov momentum as in optax: `mu` has the bias correction of the next
+    # step.
     ahead = optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
     now = optax.tree.bias_correction(updates, beta, count)
     mixed = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, ahead, now)
-    return jax.tree.map(orthogonalise, mixed), state._replace(
-      count=count, mu=mu
-    )
+    state = state._replace(count=count, mu=mu)
+    return jax.tree.map(orthogonalise, mixed), state
 
   init_fn = optax.contrib.scale_by_muon(beta=beta).init
   return optax.GradientTransformation(init_fn, update_fn)
@@ -64,30 +69,33 @@ def galore_muon(
   consistent_rms: float = 0.2,
   weight_decay: float = 0.0,
   adam_learning_rate: optax.ScalarOrSchedule | None = None,
-  **options: Any,
+  **options: Unpack[GaloreOptions],
 ) -> optax.GradientTransformationExtraArgs:
-  """GaLore with Muon: Nesterov momentum of low rank, made orthogonal.
+  """GaLore with Muon: orthogonalised Nesterov momentum of low rank.
 
-  The weights that are projected are Muon's, stacks of them matrix by matrix;
-  all others (embedding, head, norms) go through AdamW. An orthogonal [r, n]
-  has a root mean square of 1 / sqrt(max(r, n)), so that it is multiplied by
-  `consistent_rms` sqrt(max(r, n)): by default each of the r directions moves as
-  far as under Muon of the whole weight, whatever the rank, and a learning rate
-  of `galore_adamw`, with its `scale`, is of the right order. (Muon's other
-  factor, sqrt(out / in), would follow the rank here: sqrt(n / r).)
+  Muon updates projected weights; the matrices of a stack are independent. AdamW
+  updates all other leaves (embedding, head, norms). An orthogonal [r, n] matrix
+  has a root mean square of 1 / sqrt(max(r, n)). It is multiplied by
+  `consistent_rms` sqrt(max(r, n)), so that the size of an update in each of the
+  r directions does not depend on the rank, and equals that of Muon without
+  projection. A learning rate that suits `galore_adamw` with the same `scale`
+  therefore has the right order of magnitude. Muon's other factor,
+  sqrt(out / in), would be sqrt(n / r) here, and depend on the rank.
 
   State of a weight [i, o], i <= o: a basis of r i elements in the weight's
   dtype, and one momentum of r o, float32.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    beta: decay of the momentum.
-    consistent_rms: root mean square of the low-rank update; 0.2 is AdamW's.
-    weight_decay: decoupled, times the learning rate, on every leaf; of one
-      that is not projected times that of Adam.
-    adam_learning_rate: of what is not projected; None: `learning_rate`. A
-      number does not follow a schedule of the other.
-    **options: those of `galore`: rank, gap, scale, side, subspace, ...
+    beta: decay rate of the momentum.
+    consistent_rms: root mean square of the low-rank update; AdamW's is about
+      0.2.
+    weight_decay: decoupled, times the learning rate, on every leaf; leaves that
+      are not projected use Adam's learning rate.
+    adam_learning_rate: learning rate of leaves that are not projected; None
+      means `learning_rate`. A number is constant, even if `learning_rate` is a
+      schedule.
+    **options: options of `galore`: rank, gap, scale, side, subspace, ...
 
   Example:
     >>> tx = galore_muon(0.01, rank=2, gap=10)
@@ -99,18 +107,22 @@ def galore_muon(
   References:
     Jordan, `Muon <https://github.com/KellerJordan/Muon>`_, 2024; Liu et al.,
     `Muon is Scalable for LLM Training <https://arxiv.org/abs/2502.16982>`_,
-    2025, has the constant root mean square; Zhao et al., `GaLore
+    2025, which introduces the constant root mean square; Zhao et al., `GaLore
     <https://arxiv.org/abs/2403.03507>`_, 2024.
   """
   checks.check_decay(beta=beta)
   checks.check_not_negative(consistent_rms=consistent_rms)
-  size = lambda u: consistent_rms * math.sqrt(max(jnp.shape(u)[-2:]))
-  low = descend(
-    *(learning_rate, weight_decay),
+
+  def with_consistent_rms(u: Any, _: Any) -> jax.Array:
+    return consistent_rms * math.sqrt(max(jnp.shape(u)[-2:])) * u
+
+  muon = with_decay_and_rate(
+    learning_rate,
+    weight_decay,
     scale_by_muon(beta),
-    optax.stateless_with_tree_map(lambda u, _: size(u) * u),
+    optax.stateless_with_tree_map(with_consistent_rms),
   )
   rate = learning_rate if adam_learning_rate is None else adam_learning_rate
   checks.check_learning_rate(adam_learning_rate=rate)
-  rest = descend(rate, weight_decay, optax.scale_by_adam())
-  return galore(Apart(low, rest), **rotated_by(options, beta))
+  adam = with_decay_and_rate(rate, weight_decay, optax.scale_by_adam())
+  return galore(Apart(muon, adam), **with_rotate_decays(options, beta))

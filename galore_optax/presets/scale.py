@@ -1,7 +1,7 @@
-"""SCALE: plain gradients, normalised by column; momentum on the head alone.
+"""SCALE: SGD on gradients with normalised columns, and momentum for the head.
 
-The method with the least state that follows Adam in pretraining. LOMO, which
-keeps nothing at all, is in `presets.lomo`.
+It has the least state of the presets that match Adam in pretraining. LOMO,
+which has no state, is in `presets.lomo`.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import optax
 from galore_optax import checks, paths
 from galore_optax.options import names_options
 from galore_optax.precision import in_float32, rms
-from galore_optax.presets.inner import descend
+from galore_optax.presets.inner import with_decay_and_rate
 
 
 @names_options()
@@ -24,25 +24,26 @@ def scale_sgd(
   weight_decay: float = 0.0,
   vector_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """SGD on columns of unit size, with momentum where the logits are made.
+  """SGD with normalised gradient columns, and momentum for the output head.
 
-  Each column of a kernel's gradient is divided by its root mean square over
-  the inputs, each column of an embedding's [V, d] by that over the tokens: the
-  second to last axis, any axes before it are batch. The head's gradient is
-  replaced by its moving average first. Where no path names a head (lm_head,
-  head, logits, unembed) the model is tied, and its embedding is the head: it
-  has the momentum, and is normalised as an embedding. Norm scales, biases and
-  stacks of them, known by path, go through AdamW.
+  Each column of a gradient is divided by its root mean square over the second
+  to last axis. This axis has the inputs of a kernel [in, out], or the tokens of
+  an embedding [V, d]. All axes before it are batch. The gradient of the head is
+  replaced by its moving average before that. If no path names a head (lm_head,
+  head, logits, unembed), the model is tied, and its embedding gets the
+  momentum. AdamW updates vectors: norm scales, biases and stacks of them, which
+  are recognized by their paths.
 
-  State: one float32 momentum of the head, and Adam's two of each vector.
+  State: one float32 momentum for the head, and Adam's two moments for vectors.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    momentum: decay of the head's moving average, without bias correction.
-    weight_decay: decoupled, times the learning rate, on every leaf; of a
-      vector times its own learning rate.
-    vector_learning_rate: the same for vectors; None: `learning_rate`. A number
-      does not follow a schedule of the other.
+    momentum: decay rate of the head's moving average, which has no bias
+      correction.
+    weight_decay: decoupled, times the learning rate, on every leaf; vectors use
+      their own learning rate.
+    vector_learning_rate: learning rate of vectors; None means `learning_rate`.
+      A number is constant, even if `learning_rate` is a schedule.
 
   Example:
     >>> tx = scale_sgd(0.5)
@@ -57,25 +58,32 @@ def scale_sgd(
     <https://arxiv.org/abs/2506.16659>`_, 2025.
   """
   checks.check_decay(momentum=momentum)
-  unit_columns = lambda g_io, _: g_io / jnp.maximum(rms(g_io, (-2,)), 1e-8)
-  normalised = optax.stateless_with_tree_map(unit_columns)
-  matrix = descend(learning_rate, weight_decay, normalised)
+
+  def normalise_columns(g_io: Any, _: Any) -> jax.Array:
+    return g_io / jnp.maximum(rms(g_io, (-2,)), 1e-8)
+
+  matrix = with_decay_and_rate(
+    learning_rate,
+    weight_decay,
+    optax.stateless_with_tree_map(normalise_columns),
+  )
   rate = learning_rate if vector_learning_rate is None else vector_learning_rate
   checks.check_learning_rate(vector_learning_rate=rate)
   head = optax.chain(optax.ema(momentum, debias=False), matrix)
-  vector = descend(rate, weight_decay, optax.scale_by_adam())
-  rules: dict[Any, Any] = dict(matrix=matrix, head=head, vector=vector)
+  vector = with_decay_and_rate(rate, weight_decay, optax.scale_by_adam())
+  rules: dict[Any, Any] = {'matrix': matrix, 'head': head, 'vector': vector}
   return in_float32(optax.partition(rules, _kinds))
 
 
-def _kinds(tree):
-  """Returns the name of the rule for each leaf."""
+def _kinds(tree: Any) -> Any:
+  """Returns a tree with the name of the rule for each leaf."""
   leaves, treedef = jax.tree.flatten(tree)
   kinds = map(_kind, paths.paths(tree), leaves, paths.heads(tree))
   return treedef.unflatten(kinds)
 
 
-def _kind(path, x, is_head):
+def _kind(path: str, x: Any, is_head: bool) -> str:
+  """Returns the name of the rule for a leaf."""
   if len(paths.own_axes(path, x.ndim)) < 2:
     return 'vector'
   return 'head' if is_head else 'matrix'

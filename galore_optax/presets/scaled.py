@@ -1,25 +1,39 @@
-"""Methods that scale the gradient as Adam would: Fira, APOLLO, APOLLO-Mini."""
+"""Fira, APOLLO and APOLLO-Mini, which scale raw gradients as Adam would."""
 
-from typing import Any, Literal
+import dataclasses
+from typing import Literal, Unpack
 
+import jax
 import optax
 
 from galore_optax import checks
 from galore_optax.decay import decay_updated_weights
 from galore_optax.galore import chain, galore
 from galore_optax.options import names_options
-from galore_optax.presets import inner as inner_lib
-from galore_optax.presets.inner import Inner
+from galore_optax.presets.galore_options import (
+  ApolloMiniOptions,
+  FiraOptions,
+  ScaledGaloreOptions,
+  ScaledOptions,
+  with_rotate_decays,
+)
+from galore_optax.presets.inner import (
+  Inner,
+  bias_correction,
+  check_numbers,
+  require_no_learning_rate,
+  scale_by_galore_adam,
+)
 from galore_optax.quantized.state import quantize_state
 from galore_optax.residual import Scaled
 from galore_optax.subspace.finders import Gaussian
 from galore_optax.subspace.refresh import Staggered
 
 
-@names_options('residual', of=galore)
+@names_options(of=galore)
 def _scaled(
   learning_rate: optax.ScalarOrSchedule,
-  rule: Any,
+  rule: Scaled,
   *,
   gap: int | Staggered = 200,
   limit: float = 1.01,
@@ -29,30 +43,50 @@ def _scaled(
   weight_decay: float = 0.0,
   bits: Literal[8] | None = None,
   inner: Inner | None = None,
-  **options: Any,
-):
-  """Returns `galore` around an inner, with the rule that `Scaled` makes."""
-  inner_lib.check_numbers(learning_rate, weight_decay)
+  **options: Unpack[ScaledGaloreOptions],
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `galore` with a residual rule that scales as the inner optimizer.
+
+  Args:
+    learning_rate: a number, or a schedule of the step.
+    rule: the residual rule; its `limit` and `correction` are replaced.
+    gap: as in `fira`, which documents all other options too.
+    limit: as in `fira`.
+    b1: as in `fira`.
+    b2: as in `fira`.
+    eps: as in `fira`.
+    weight_decay: as in `fira`.
+    bits: as in `fira`.
+    inner: as in `fira`.
+    **options: other options of `galore`.
+  """
+  check_numbers(learning_rate, weight_decay)
   checks.check_static(bits=bits)
-  checks.require('8, or None for float32', lambda x: x in (8, None), bits=bits)
-  alone = 'None beside an inner: give inner=quantize_state(...) alone'
-  checks.require(alone, lambda x: not (x and inner is not None), bits=bits)
-  restarts = options.get('moments') == 'reset'
+  if bits not in (8, None):
+    raise ValueError(f'bits must be 8, or None for float32, got {bits!r}')
+  if bits and inner is not None:
+    rule_of_bits = 'None beside an inner: give inner=quantize_state(...) alone'
+    raise ValueError(f'bits must be {rule_of_bits}, got {bits!r}')
+  resets = options.get('moments') == 'reset'
 
-  def correction(count):
-    # A reset restarts the inner's counter.
-    age = count % gap if restarts else count
-    return inner_lib.bias_correction(b1, b2, age + 1)
+  def adam_correction(count: jax.Array) -> jax.Array:
+    # `moments='reset'` restarts the inner optimizer's counter at each refresh.
+    # `galore` does not accept it together with `Staggered`.
+    if resets and not isinstance(gap, Staggered):
+      count = count % gap
+    return bias_correction(b1, b2, count + 1)
 
-  if inner not in ('lion', 'sgdm'):
-    rule['correction'] = correction
+  correction = None if inner in ('lion', 'sgdm') else adam_correction
   if inner is None:
-    inner = inner_lib.scale_by_galore_adam(b1=b1, b2=b2, eps=eps)
-    inner = quantize_state(inner) if bits else inner
-  options = inner_lib.rotated_by(options, b1, b2) | dict(gap=gap)
-  inner, residual = inner_lib.without_rate(inner), Scaled(limit=limit, **rule)
+    adam = scale_by_galore_adam(b1=b1, b2=b2, eps=eps)
+    inner = quantize_state(adam) if bits else adam
   return chain(
-    galore(inner, residual=residual, **options),
+    galore(
+      require_no_learning_rate(inner),
+      gap=gap,
+      residual=dataclasses.replace(rule, limit=limit, correction=correction),
+      **with_rotate_decays(options, b1, b2),
+    ),
     optax.scale_by_learning_rate(learning_rate),
     decay_updated_weights(learning_rate, weight_decay=weight_decay),
   )
@@ -64,30 +98,34 @@ def fira(
   *,
   scale: float = 0.25,
   complement: Literal['exact', 'reference'] = 'exact',
-  **options: Any,
+  **options: Unpack[FiraOptions],
 ) -> optax.GradientTransformationExtraArgs:
-  """GaLore's Adam, and the rest of the gradient scaled as Adam scaled its part.
+  """GaLore with Adam, plus the rest of the gradient, scaled as Adam would.
 
-  As in the reference's code, `scale` multiplies the projected part alone.
+  The rest is the gradient outside the subspace. Each of its channels is
+  multiplied by the ratio of norms of Adam's update and the projected gradient.
+  As in the reference's code, `scale` multiplies only the part in the subspace.
 
-  State of a weight [i, o], i <= o: GaLore's, and one norm.
+  State of a weight [i, o], i <= o: that of `galore_adamw`, and one norm.
 
   Args:
     learning_rate: a number, or a schedule of the step.
     rank: number of basis vectors.
-    gap: updates from one subspace to the next.
-    scale: multiplies the part in the subspace.
-    limit: largest growth of the rest's norm from one update to the next.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
+    gap: number of updates between two refreshes of the subspace.
+    scale: multiplies the part of the update in the subspace.
+    limit: the largest factor by which the norm of the scaled rest may grow from
+      one update to the next.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
     eps: added to the root of the second moment before its bias correction.
-    weight_decay: decoupled, on the weight that the update has changed.
+    weight_decay: decoupled, times the learning rate, on the updated weight.
     complement: the rest is G - P^T P G, as in the paper ('exact'), or
-      G - scale P^T P G, as in the code that its figures are of ('reference').
-    bits: of Adam's moments, 8; None for float32.
-    inner: replaces Adam: 'lion', 'sgdm', or a transformation without a
-      learning rate, its bias corrected as Adam's with b1 and b2.
-    **options: others of `galore`.
+      G - scale P^T P G, as in the code of the paper's experiments
+      ('reference').
+    bits: bits of an element of Adam's moments, 8; None for float32.
+    inner: replaces Adam: 'lion', 'sgdm', or a transformation without a learning
+      rate, which must have Adam's bias correction with b1 and b2.
+    **options: other options of `galore`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -100,11 +138,11 @@ def fira(
   """
   checks.check_not_negative(scale=scale)
   checks.check_one_of(('exact', 'reference'), complement=complement)
-  rule = dict(inside=1.0 if complement == 'exact' else scale)
+  rule = Scaled(inside=1.0 if complement == 'exact' else scale)
   return _scaled(learning_rate, rule, scale=scale, **options)
 
 
-@names_options('subspace', of=_scaled)
+@names_options(of=_scaled)
 def apollo(
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -112,28 +150,32 @@ def apollo(
   scale: float = 1.0,
   channels: bool = True,
   seed: int = 0,
-  **options: Any,
+  **options: Unpack[ScaledOptions],
 ) -> optax.GradientTransformationExtraArgs:
-  """The raw gradient, scaled by channel as Adam scales a random sketch of it.
+  """Scales the raw gradient by channel, as Adam scales a random projection.
 
-  The sketch comes from a seed and is not stored (the reference stores it).
-  State of a weight [i, o], i <= o: moments of rank o each, and one norm.
+  The random basis is generated from a seed at every update. It is not stored,
+  unlike in the reference.
+
+  State of a weight [i, o], i <= o: two moments of r o elements, a seed, and one
+  norm.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    rank: rows of the sketch.
-    gap: updates from one sketch to the next.
-    scale: the update is multiplied by its root, as in the reference.
-    channels: a factor for each channel; False has one for the matrix.
-    limit: largest growth of the update's norm from one update to the next.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
+    rank: number of rows of the random basis.
+    gap: number of updates between two changes of the random basis.
+    scale: the update is multiplied by the root of it, as in the reference.
+    channels: whether each channel has a factor; otherwise the matrix has one.
+    limit: the largest factor by which the norm of the update may grow from one
+      update to the next.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
     eps: added to the root of the second moment before its bias correction.
-    weight_decay: decoupled, on the weight that the update has changed.
-    seed: of the sketches.
-    bits: of Adam's moments, 8; None for float32.
+    weight_decay: decoupled, times the learning rate, on the updated weight.
+    seed: seed of the random bases.
+    bits: bits of an element of Adam's moments, 8; None for float32.
     inner: replaces Adam, as in `fira`.
-    **options: others of `galore`.
+    **options: other options of `galore`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -145,25 +187,34 @@ def apollo(
     Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024.
   """
   checks.check_flag(channels=channels)
-  # Before its root is taken; a traced one is its maker's business.
+  # Checked here, because the root of a negative number is complex or NaN.
   checks.check_not_negative(scale=scale)
-  rule = dict(inside=0, channels=channels, scale=scale**0.5)
-  options |= dict(rank=rank, scale=0.0, subspace=Gaussian(seed))
-  return _scaled(learning_rate, rule, **options)
+  return _scaled(
+    learning_rate,
+    Scaled(inside=0, channels=channels, scale=scale**0.5),
+    rank=rank,
+    scale=0.0,
+    subspace=Gaussian(seed),
+    **options,
+  )
 
 
-@names_options('rank', 'channels', of=apollo)
+@names_options(of=apollo)
 def apollo_mini(
-  learning_rate: optax.ScalarOrSchedule, *, scale: float = 128.0, **options: Any
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  scale: float = 128.0,
+  **options: Unpack[ApolloMiniOptions],
 ) -> optax.GradientTransformationExtraArgs:
-  """APOLLO with a sketch of rank one and one factor for each matrix.
+  """APOLLO with a random basis of rank one and one factor for each matrix.
 
-  State of a weight [i, o], i <= o: moments of o elements each, and one norm.
+  State of a weight [i, o], i <= o: two moments of o elements, a seed, and one
+  norm.
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    scale: the update is multiplied by its root.
-    **options: others of `apollo`.
+    scale: the update is multiplied by the root of it.
+    **options: other options of `apollo`.
 
   Example:
     >>> import jax.numpy as jnp

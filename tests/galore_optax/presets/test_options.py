@@ -1,4 +1,8 @@
-"""Wrong options of every preset raise an error with name, rule and remedy."""
+"""Every preset raises a helpful error for a wrong option name or value.
+
+The error has the name of the option, the rule and the value, or for a wrong
+name the list of all options.
+"""
 
 import inspect
 
@@ -8,9 +12,9 @@ import optax
 import pytest
 
 import galore_optax as go
-from galore_optax.galore import THEIRS
+from galore_optax.options import THEIRS
 
-# All functions of the package whose first parameter is a learning rate.
+# Every function of the package whose first parameter is `learning_rate`.
 PRESETS = [
   function
   for name, function in sorted(vars(go).items())
@@ -45,12 +49,12 @@ def test_all_presets_are_found():
 
 
 def refusal(preset, name, value=None):
-  """Returns the error message of a preset for an unknown option name."""
+  """Returns the message of the error for a wrong option name."""
   with pytest.raises(TypeError) as caught:
     call(preset, **{name: value})
   message = str(caught.value)
   assert '\n' not in message and name in message
-  # The remedy must list all option names of the preset.
+  # The message ends with the list of all options.
   listing = message.split(f'Options of {preset.__name__}(): ')[1]
   assert listing.split(', ') == options(preset)
   return message
@@ -93,8 +97,8 @@ SET_THEMSELVES = {
 def test_an_option_that_a_preset_sets_itself_is_refused(preset):
   for name in SET_THEMSELVES.get(preset, ()):
     assert f'{preset.__name__}() sets {name} itself' in refusal(preset, name)
-  # Every option of `galore` is an option of the preset or refused, so that it
-  # cannot be passed on twice.
+  # Each option of `galore` is an option of the preset, or it is rejected. It
+  # never reaches `galore` twice.
   for name in options(go.galore):
     if name not in options(preset):
       refusal(preset, name)
@@ -105,17 +109,17 @@ def test_an_option_of_the_inner_is_no_option_of_galore():
     assert 'is an option of its inner' in refusal(go.galore, name)
 
 
-# These values are invalid for every option. None of them is a number, name,
-# pair, tree or function.
+# Values that are invalid for every option.
 NEVER = [object(), 1j, (0.5, 0.5, 0.5), {1: 2}, [None], b'blocks', float('nan')]
-TEXTS = {'targets', 'blocks'}  # any string is a valid regex
+# Options that are regexes, so that every string is valid.
+TEXTS = {'targets', 'blocks'}
 NOT_A_NUMBER = ['0.1', [0.1], {'a': 0.1}, True]
 NAMES = {'side', 'order', 'complement', 'residual', 'subspace', 'moments'}
 NAMES |= {'inner', 'targets', 'blocks', 'axes'}
 
 
 def defaults(preset):
-  """Yields the name and default of each parameter of a preset."""
+  """Yields the name and the default of each option of a preset."""
   for name, parameter in inspect.signature(preset).parameters.items():
     yield name, parameter.default
 
@@ -192,8 +196,8 @@ def test_numbers_may_be_traced():
   tx = go.adalomo(0.1, eps=(1e-20, 1e-2), clip_norm=0.5)
   want, _ = tx.update(g, tx.init(g), g)
   got = update(jnp.array([1e-20, 1e-2, 0.5]), g)
-  # The tolerance allows for one more rounding if a division is by an array
-  # instead of a constant.
+  # XLA may replace a division by a constant with a multiplication, which
+  # rounds differently.
   assert jnp.allclose(got['w'], want['w'], rtol=1e-5)
 
 
