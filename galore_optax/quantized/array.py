@@ -30,8 +30,6 @@ class _Fields(NamedTuple):
   # float32 [..., m, b], or [..., b] where rows are joined: the largest
   # magnitude of a block (dynamic codes) or its step (linear codes).
   scale: Any
-  # float32, as `scale`: value of code 0; None for symmetric codes.
-  offset: Any
   # The fields from here on are static: a pytree keeps them in its structure.
   code: Code
   block_size: int
@@ -48,10 +46,10 @@ class Quantized(_Fields):
   stack. Leading axes are batch in every field: a stack can be sliced,
   scanned, mapped over and sharded like the array itself.
 
-  To JAX this class is a pytree of `codes`, `scale` and `offset`. To
-  `flax.serialization`, which recognizes any named tuple, it is a dict of all
-  six fields. The bytes therefore contain the static fields too, and this
-  library does not import flax. Orbax stores the three arrays.
+  To JAX this class is a pytree of `codes` and `scale`. To `flax.serialization`,
+  which recognizes any named tuple, it is a dict of all five fields. The bytes
+  therefore contain the static fields too, and this library does not import
+  flax. Orbax stores the two arrays.
   """
 
   __slots__ = ()
@@ -60,14 +58,13 @@ class Quantized(_Fields):
     cls,
     codes: Any,
     scale: Any,
-    offset: Any,
     code: Code,
     block_size: int,
     num_columns: int,
   ) -> 'Quantized':
     """Makes static fields hashable: a state dict may hold them as arrays."""
     static: Any = str(code), int(block_size), int(num_columns)
-    return super().__new__(cls, codes, scale, offset, *static)
+    return super().__new__(cls, codes, scale, *static)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -81,17 +78,17 @@ class Quantized(_Fields):
 
   @property
   def nbytes(self) -> int:
-    """Bytes of the codes, the scales and the offsets."""
+    """Bytes of the codes and the scales."""
     return sum(x.nbytes for x in jax.tree.leaves(self))
 
 
 def _flatten(q: Quantized) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-  return q[:3], q[3:]
+  return q[:2], q[2:]
 
 
 def _flatten_with_keys(q: Quantized) -> tuple[Any, Any]:
-  keys = map(jax.tree_util.GetAttrKey, Quantized._fields[:3])
-  return tuple(zip(keys, q[:3], strict=True)), q[3:]
+  keys = map(jax.tree_util.GetAttrKey, Quantized._fields[:2])
+  return tuple(zip(keys, q[:2], strict=True)), q[2:]
 
 
 def _unflatten(static: tuple[Any, ...], arrays: Iterable[Any]) -> Quantized:
@@ -201,7 +198,7 @@ def quantize_rows(rows: jax.Array, *, code: Code, block_size: int) -> Quantized:
   absmax = _max(jnp.abs(blocks))
   codes = dynamic.encode(_divide(blocks, absmax[..., None]), code)
   codes = _merge(codes, rows.shape[-1])
-  return Quantized(codes, absmax, None, code, block_size, rows.shape[-1])
+  return Quantized(codes, absmax, code, block_size, rows.shape[-1])
 
 
 def rows_shape(q: Quantized) -> tuple[int, int]:
@@ -247,24 +244,19 @@ def quantize_linear(
   *,
   bits: Literal[4, 8] = 8,
   group: int = 256,
-  symmetric: bool = True,
   key: jax.Array | None = None,
 ) -> Quantized:
   """Stores an array in 8 or 4 bits an element with equally spaced codes.
 
   The round trip is off by at most half a step of the block, and by less than
-  one with `key`. A step is max |x| / 127 (or / 7) of the block if symmetric,
-  else (max - min) / 255 (or / 15): the lowest value is then stored as a
-  float32, so blocks of a single sign and constant ones lose nothing. A block
-  that holds a NaN or an infinity comes back as NaN, whole. Groups are laid
-  out as in `quantize`.
+  one with `key`. A step is max |x| / 127 (or / 7) of the block. A block that
+  holds a NaN or an infinity comes back as NaN, whole. Groups are laid out as
+  in `quantize`.
 
   Args:
     x: floating array [..., n].
     bits: 8, or 4 for two values a byte.
     group: elements that share a scale.
-    symmetric: whether 0 is exact and the codes are the same for both signs.
-      Costs 4 bytes a group, otherwise 8.
     key: round up or down at random, right on average. None: to nearest.
 
   Returns:
@@ -274,29 +266,24 @@ def quantize_linear(
     >>> import jax.numpy as jnp
     >>> from galore_optax.quantized import array as blockwise
     >>> x = jnp.arange(256.0)
-    >>> q = blockwise.quantize_linear(x, bits=4, symmetric=False)
-    >>> q.nbytes, float(abs(blockwise.dequantize(q) - x).max())
-    (136, 8.0)
+    >>> q = blockwise.quantize_linear(x, bits=4)
+    >>> q.nbytes, round(float(abs(blockwise.dequantize(q) - x).max()), 2)
+    (132, 18.14)
   """
   check_layout(bits=bits, group=group)
   x = jnp.asarray(x)
   rows = _rows(x, group)
   blocks = _split(rows.astype(jnp.float32), group)
-  offset, low, middle = None, 0.0, 2 ** (bits - 1) - 1
-  num_levels = 2 * middle if symmetric else 2**bits - 1
-  if symmetric:
-    scale = _max(jnp.abs(blocks)) / middle
-  else:
-    offset, middle = jnp.min(blocks, axis=-1), 0
-    scale, low = (_max(blocks) - offset) / num_levels, offset[..., None]
-  steps = _divide(blocks - low, scale[..., None])
+  middle = 2 ** (bits - 1) - 1
+  scale = _max(jnp.abs(blocks)) / middle
+  steps = _divide(blocks, scale[..., None])
   if key is not None:
     steps = jnp.floor(steps + jax.random.uniform(key, steps.shape))
   steps = jnp.round(steps) + middle
-  codes = jnp.clip(steps, 0, num_levels).astype(jnp.uint8)
+  codes = jnp.clip(steps, 0, 2 * middle).astype(jnp.uint8)
   codes = _merge(codes, rows.shape[-1]).reshape(x.shape)
   codes, code = (_pack(codes), 'int4') if bits == 4 else (codes, 'int8')
-  return Quantized(codes, scale, offset, code, group, x.shape[-1])
+  return Quantized(codes, scale, code, group, x.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnames='dtype')
@@ -324,10 +311,8 @@ def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> jax.Array:
     values = dynamic.decode(blocks, q.code)
   else:
     middle = 7 if q.code == 'int4' else 127
-    values = blocks.astype(jnp.float32) - (middle if q.offset is None else 0)
+    values = blocks.astype(jnp.float32) - middle
   values = values * q.scale[..., None]
-  if q.offset is not None:
-    values = values + q.offset[..., None]
   return _merge(values, rows.shape[-1]).reshape(q.shape).astype(dtype)
 
 
