@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from galore_optax.checks import check_count, check_static, require
+from galore_optax.checks import check_count, check_static
 from galore_optax.quantized import codes as dynamic
 from galore_optax.quantized.codes import Code
 
@@ -107,22 +107,23 @@ def check_layout(*, bits: int, group: int) -> None:
   >>> check_layout(bits=4, group=256)
   """
   check_static(bits=bits, group=group)
-  require('4 or 8', lambda x: x in (4, 8), bits=bits)
+  if bits not in (4, 8):
+    raise ValueError(f'bits must be 4 or 8, got {bits!r}')
   check_count(group=group)
 
 
-def _join(x: jax.Array) -> jax.Array:
+def _join_rows(x: jax.Array) -> jax.Array:
   return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-def _rows(x: jax.Array, block_size: int) -> jax.Array:
+def _join_short_rows(x: jax.Array, block_size: int) -> jax.Array:
   """Joins the rows of a matrix where blocks of each row would waste scales."""
   n = x.shape[-1]
   stored = -(-n // block_size) * block_size
-  return _join(x) if x.ndim > 1 and stored > _MAX_WASTE * n else x
+  return _join_rows(x) if x.ndim > 1 and stored > _MAX_WASTE * n else x
 
 
-def _split(x: jax.Array, block_size: int) -> jax.Array:
+def _split_blocks(x: jax.Array, block_size: int) -> jax.Array:
   """[..., n] to [..., b, k]; a short block repeats its last element."""
   pad = -x.shape[-1] % block_size
   if pad:
@@ -130,12 +131,12 @@ def _split(x: jax.Array, block_size: int) -> jax.Array:
   return x.reshape(*x.shape[:-1], -1, block_size)
 
 
-def _merge(blocks: jax.Array, num_columns: int) -> jax.Array:
-  """Inverse of `_split`."""
-  return _join(blocks)[..., :num_columns]
+def _merge_blocks(blocks: jax.Array, num_columns: int) -> jax.Array:
+  """Inverse of `_split_blocks`."""
+  return _join_rows(blocks)[..., :num_columns]
 
 
-def _max(blocks: jax.Array) -> jax.Array:
+def _block_max(blocks: jax.Array) -> jax.Array:
   """The largest entry of a block; NaN if one is not finite.
 
   NaN is replaced first: on the CPU XLA's own maximum of a long enough array
@@ -186,18 +187,19 @@ def quantize(
     arXiv 2110.02861.
   """
   x = jnp.asarray(x)
-  q = quantize_rows(_rows(x, block_size), code=code, block_size=block_size)
-  codes, num_columns = q.codes.reshape(x.shape), x.shape[-1]
-  return q._replace(codes=codes, num_columns=num_columns)
+  q = quantize_rows(
+    _join_short_rows(x, block_size), code=code, block_size=block_size
+  )
+  return q._replace(codes=q.codes.reshape(x.shape), num_columns=x.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnames=('code', 'block_size'))
 def quantize_rows(rows: jax.Array, *, code: Code, block_size: int) -> Quantized:
   """As `quantize`, with blocks along the last axis whatever its size."""
-  blocks = _split(rows.astype(jnp.float32), block_size)
-  absmax = _max(jnp.abs(blocks))
+  blocks = _split_blocks(rows.astype(jnp.float32), block_size)
+  absmax = _block_max(jnp.abs(blocks))
   codes = dynamic.encode(_divide(blocks, absmax[..., None]), code)
-  codes = _merge(codes, rows.shape[-1])
+  codes = _merge_blocks(codes, rows.shape[-1])
   return Quantized(codes, absmax, code, block_size, rows.shape[-1])
 
 
@@ -216,27 +218,34 @@ def as_rows(q: Quantized) -> Quantized:
   A row is a single block where all blocks are full.
   """
   m, n = rows_shape(q)
-  codes, scale = q.codes.reshape(m, n), q.scale.reshape(m, -1)
-  return q._replace(codes=codes, scale=scale, num_columns=n)
+  codes = q.codes.reshape(m, n)
+  return q._replace(codes=codes, scale=q.scale.reshape(m, -1), num_columns=n)
 
 
-def full(shape, value, *, code: Code, block_size: int) -> Quantized:
+def quantized_full(
+  shape: tuple[int, ...], value: float, *, code: Code, block_size: int
+) -> Quantized:
   """Returns `quantize(jnp.full(shape, value))` without the float array."""
   make = functools.partial(quantize, code=code, block_size=block_size)
   like = jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.float32))
   one = make(jnp.full(1, value))._replace(num_columns=shape[-1])
-  fill = lambda x, to: jnp.full(to.shape, x.reshape(()), to.dtype)
+
+  def fill(x: jax.Array, to: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.full(to.shape, x.reshape(()), to.dtype)
+
   return jax.tree.map(fill, one, like)
 
 
-def _pack(codes: jax.Array) -> jax.Array:
+def _pack_nibbles(codes: jax.Array) -> jax.Array:
   """Two 4-bit codes a byte, the first in the low half."""
-  pairs = _split(codes, 2)
+  pairs = _split_blocks(codes, 2)
   return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
-def _unpack(packed: jax.Array, num_columns: int) -> jax.Array:
-  return _merge(jnp.stack([packed & 15, packed >> 4], axis=-1), num_columns)
+def _unpack_nibbles(packed: jax.Array, num_columns: int) -> jax.Array:
+  return _merge_blocks(
+    jnp.stack([packed & 15, packed >> 4], axis=-1), num_columns
+  )
 
 
 def quantize_linear(
@@ -272,18 +281,19 @@ def quantize_linear(
   """
   check_layout(bits=bits, group=group)
   x = jnp.asarray(x)
-  rows = _rows(x, group)
-  blocks = _split(rows.astype(jnp.float32), group)
+  rows = _join_short_rows(x, group)
+  blocks = _split_blocks(rows.astype(jnp.float32), group)
   middle = 2 ** (bits - 1) - 1
-  scale = _max(jnp.abs(blocks)) / middle
+  scale = _block_max(jnp.abs(blocks)) / middle
   steps = _divide(blocks, scale[..., None])
   if key is not None:
     steps = jnp.floor(steps + jax.random.uniform(key, steps.shape))
   steps = jnp.round(steps) + middle
   codes = jnp.clip(steps, 0, 2 * middle).astype(jnp.uint8)
-  codes = _merge(codes, rows.shape[-1]).reshape(x.shape)
-  codes, code = (_pack(codes), 'int4') if bits == 4 else (codes, 'int8')
-  return Quantized(codes, scale, code, group, x.shape[-1])
+  codes = _merge_blocks(codes, rows.shape[-1]).reshape(x.shape)
+  if bits == 4:
+    return Quantized(_pack_nibbles(codes), scale, 'int4', group, x.shape[-1])
+  return Quantized(codes, scale, 'int8', group, x.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnames='dtype')
@@ -304,28 +314,39 @@ def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> jax.Array:
     >>> blockwise.dequantize(blockwise.quantize(jnp.ones((2, 3)))).shape
     (2, 3)
   """
-  codes = _unpack(q.codes, q.num_columns) if q.code == 'int4' else q.codes
-  rows = _join(codes) if q.scale.ndim < q.codes.ndim else codes
-  blocks = _split(rows, q.block_size)
+  codes = (
+    _unpack_nibbles(q.codes, q.num_columns) if q.code == 'int4' else q.codes
+  )
+  rows = _join_rows(codes) if q.scale.ndim < q.codes.ndim else codes
+  blocks = _split_blocks(rows, q.block_size)
   if q.code == 'signed' or q.code == 'unsigned':
     values = dynamic.decode(blocks, q.code)
   else:
     middle = 7 if q.code == 'int4' else 127
     values = blocks.astype(jnp.float32) - middle
   values = values * q.scale[..., None]
-  return _merge(values, rows.shape[-1]).reshape(q.shape).astype(dtype)
+  return _merge_blocks(values, rows.shape[-1]).reshape(q.shape).astype(dtype)
 
 
-def is_coded(x: object) -> bool:
+def is_quantized(x: object) -> bool:
   """Whether a node of a tree stands for an array in codes."""
   return isinstance(x, Quantized)
 
 
-def unpacked(tree: Any, dtype: DTypeLike = jnp.float32) -> Any:
+def dequantize_tree(tree: Any, dtype: DTypeLike = jnp.float32) -> Any:
   """Returns a tree with arrays where it has codes.
 
-  >>> unpacked([quantize(jnp.ones(2)), 3])
+  >>> dequantize_tree([quantize(jnp.ones(2)), 3])
   [Array([1., 1.], dtype=float32), 3]
   """
-  one = lambda x: dequantize(x, dtype) if is_coded(x) else x
-  return jax.tree.map(one, tree, is_leaf=is_coded)
+  return jax.tree.map(
+    lambda x: dequantize(x, dtype) if is_quantized(x) else x,
+    tree,
+    is_leaf=is_quantized,
+  )
+
+
+# Former names.
+is_coded = is_quantized
+unpacked = dequantize_tree
+full = quantized_full

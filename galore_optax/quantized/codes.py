@@ -15,9 +15,9 @@ _NUM_DECADES = 7
 
 def _decades(code: Code) -> list[tuple[float, int, int]]:
   """Upper end, index of the first value, and number of values of each."""
-  c = 1 if code == 'signed' else 2
+  first = 1 if code == 'signed' else 2
   tops = [10.0 ** (i + 1 - _NUM_DECADES) for i in range(_NUM_DECADES)]
-  return [(top, c * (2**i - 1), c * 2**i) for i, top in enumerate(tops)]
+  return [(top, first * (2**i - 1), first * 2**i) for i, top in enumerate(tops)]
 
 
 @functools.cache
@@ -75,12 +75,14 @@ def encode(y: jax.Array, code: Code) -> jax.Array:
   # what it is made of is chosen, and computed once.
   slope = base = last = jnp.zeros_like(y)
   for top, start, num in _decades(code):
-    inside, steps = magnitude > edges[start], num / (0.9 * top)
+    inside = magnitude > edges[start]
+    steps = num / (0.9 * top)
     slope = jnp.where(inside, steps, slope)
     base = jnp.where(inside, start + 1 - 0.1 * top * steps, base)
     last = jnp.where(inside, start + num, last)
-  index, end = jnp.floor(slope * magnitude + base), len(values)
+  index = jnp.floor(slope * magnitude + base)
   index = jnp.clip(index, magnitude > edges[0], last)
+  end = len(values)
   index = jnp.where(magnitude > edges[end], end + 1.0, index)
   if code == 'signed':  # There is a code for 1 and none for -1.
     index = end + jnp.where(y < 0, -jnp.minimum(index, end), index)
@@ -91,7 +93,8 @@ def decode(codes: jax.Array, code: Code) -> jax.Array:
   """The values of `dynamic_map`, by arithmetic: every compiler fuses it."""
   end = len(_magnitudes(code))
   index = codes.astype(jnp.float32) - (end if code == 'signed' else 0)
-  magnitude, value = jnp.abs(index), jnp.zeros_like(index)
+  magnitude = jnp.abs(index)
+  value = jnp.zeros_like(index)
   for top, start, num in _decades(code):
     fraction = (magnitude - (start + 0.5)) * (0.9 * top / num) + 0.1 * top
     value = jnp.where(magnitude > start, fraction, value)

@@ -27,7 +27,9 @@ def _round_to_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
   return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def _apply(param, update, key):
+def _apply(
+  param: jax.Array | None, update: jax.Array | None, key: jax.Array
+) -> jax.Array | None:
   if update is None or param is None:
     return param
   total = jnp.asarray(param, jnp.float32) + jnp.asarray(update, jnp.float32)
