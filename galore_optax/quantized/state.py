@@ -4,7 +4,8 @@
 nodes where its moments were. The arrays themselves are in `array`.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,22 @@ from galore_optax.checks import (
 )
 from galore_optax.precision import close, single, wide
 from galore_optax.quantized import array
-from galore_optax.quantized.array import is_coded, quantize, unpacked
+from galore_optax.quantized.array import (
+  Quantized,
+  dequantize_tree,
+  is_quantized,
+  quantize,
+)
+from galore_optax.quantized.codes import Code
 from galore_optax.sharding import on_any_mesh, placed
 from galore_optax.trial import NeedsFunctionError, try_update
 
 # States of what goes around `quantize_state`, as it looks at a whole tree.
 GUARDS = (
-  *(optax.ApplyIfFiniteState, optax.MaskedState),
-  *(optax.MultiStepsState, optax.transforms.PartitionState),
+  optax.ApplyIfFiniteState,
+  optax.MaskedState,
+  optax.MultiStepsState,
+  optax.transforms.PartitionState,
 )
 # Fields of second moments, unless an update makes them negative: an average
 # of differences has such a name too.
@@ -104,29 +113,39 @@ def quantize_state(
   inner = optax.with_extra_args_support(inner)
 
   @placed
-  def init_fn(params):
+  def init_fn(params: Any) -> Any:
     if elementwise:
       _check_elementwise(inner, params)
-    seen = _tried(inner, params)
-    init = lambda params: _packed(inner, params, seen, block_size, min_size)
-    is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
-    if any(map(is_shape, jax.tree.leaves(params))):
-      zeros = lambda x: jnp.zeros(x.shape, x.dtype)
-      return jax.jit(lambda: init(jax.tree.map(zeros, params)))()
+    probes = _probe_leaves(inner, params)
+
+    def init(params: Any) -> Any:
+      return _quantized_init(inner, params, probes, block_size, min_size)
+
+    leaves = jax.tree.leaves(params)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+      return jax.jit(lambda: init(jax.tree.map(_zeros, params)))()
     # Jitted, so that no float32 moment is allocated on the way.
     return jax.jit(init)(params)
 
   @on_any_mesh(lambda updates, state, params=None: (updates, state))
-  def update_fn(updates, state, params=None, **extra_args):
-    run = lambda g, s, w: inner.update(g, s, w, **extra_args)
+  def update_fn(
+    updates: Any, state: Any, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    def run(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+      return inner.update(grads, state, params, **extra_args)
+
     if elementwise:
       new, state = _leaf_by_leaf(run, Outer.of(inner), updates, state, params)
     else:
-      new, after = run(wide(updates), unpacked(state), params)
-      state = repacked(after, state)
+      new, after = run(wide(updates), dequantize_tree(state), params)
+      state = quantize_tree(after, state)
     return optax.tree.cast_like(new, updates), state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _zeros(x: Any) -> jax.Array:
+  return jnp.zeros(x.shape, x.dtype)
 
 
 class Outer(NamedTuple):
@@ -138,91 +157,149 @@ class Outer(NamedTuple):
   @classmethod
   def of(cls, inner: optax.GradientTransformation) -> 'Outer':
     """Reads the structure off the state of parameters without leaves."""
-    is_tree = lambda x: isinstance(x, optax.MaskedNode)
-    empty = inner.init(optax.MaskedNode())
-    nodes, treedef = jax.tree.flatten(empty, is_leaf=is_tree)
+
+    def is_tree(x: object) -> bool:
+      return isinstance(x, optax.MaskedNode)
+
+    empty: Any = optax.MaskedNode()
+    nodes, treedef = jax.tree.flatten(inner.init(empty), is_leaf=is_tree)
     return cls(treedef, [is_tree(x) for x in nodes])
 
-  def split(self, state: Any) -> tuple[list[Any], list[Any]]:
+  def split_state(self, state: Any) -> tuple[list[Any], list[Any]]:
     """Returns the trees and the counters of a state."""
     nodes = self.treedef.flatten_up_to(state)
     pairs = [*zip(nodes, self.is_tree, strict=True)]
-    return [x for x, yes in pairs if yes], [x for x, yes in pairs if not yes]
+    trees = [x for x, is_tree in pairs if is_tree]
+    return trees, [x for x, is_tree in pairs if not is_tree]
 
-  def join(self, trees: Any, counters: Any) -> Any:
-    """Inverts `split`."""
-    trees, counters = iter(trees), iter(counters)
-    nodes = [next(trees if yes else counters) for yes in self.is_tree]
+  def join_state(self, trees: Sequence[Any], counters: Sequence[Any]) -> Any:
+    """Inverts `split_state`."""
+    next_tree = iter(trees)
+    next_counter = iter(counters)
+    nodes = [
+      next(next_tree if is_tree else next_counter) for is_tree in self.is_tree
+    ]
     return self.treedef.unflatten(nodes)
 
 
-def _tried(inner, params) -> list[tuple[bool, bool]]:
-  """Returns what a trial on weights of one element shows of each leaf of state.
+class Probe(NamedTuple):
+  """What a trial on weights of one element shows of a leaf of state."""
 
-  Whether it starts the same whatever the weights are, so is no copy of them;
-  and whether gradients below zero make it negative. What is traced counts.
-  """
-  filled = lambda value: single(params, value)
-  holds = lambda x: isinstance(x, Tracer) or bool(x)
+  is_fixed: bool  # It starts the same whatever the weights: no copy of them.
+  is_signed: bool  # Gradients below zero make it negative.
+
+
+def _probe_leaves(
+  inner: optax.GradientTransformation, params: Any
+) -> list[Probe]:
+  """Returns a probe of each leaf of state. What is traced counts as yes."""
   with jax.ensure_compile_time_eval():
-    ones, twos = (inner.init(filled(value)) for value in (1.0, 2.0))
+    ones, twos = (inner.init(single(params, value)) for value in (1.0, 2.0))
     state = ones
     try:
       for g in (-1.0, -2.0):
-        _, state = try_update(inner, filled(g), state, filled(1.0))
+        weights = single(params, 1.0)
+        _, state = try_update(inner, single(params, g), state, weights)
     except TypeError:  # It needs extra args, which only `update` is given.
       state = jax.tree.map(lambda x: jnp.full_like(x, -1), ones)
-    # A random key has no sign.
-    sign = lambda x: x if jnp.issubdtype(x.dtype, jnp.number) else jnp.zeros(())
-    state = jax.tree.map(sign, jax.tree.map(jnp.asarray, state))
     rows = zip(*map(jax.tree.leaves, (ones, twos, state)), strict=True)
-    return [(holds(jnp.all(x == y)), holds(jnp.any(z < 0))) for x, y, z in rows]
+    return [
+      Probe(_may_hold(jnp.all(one == two)), _may_hold(_any_negative(last)))
+      for one, two, last in rows
+    ]
 
 
-def _packed(inner, params, seen, block_size, min_size) -> Any:
+def _any_negative(x: Any) -> jax.Array:
+  x = jnp.asarray(x)
+  # A random key has no sign.
+  if not jnp.issubdtype(x.dtype, jnp.number):
+    return jnp.zeros((), bool)
+  return jnp.any(x < 0)
+
+
+def _may_hold(condition: Any) -> bool:
+  return isinstance(condition, Tracer) or bool(condition)
+
+
+def _quantized_init(
+  inner: optax.GradientTransformation,
+  params: Any,
+  probes: list[Probe],
+  block_size: int,
+  min_size: int,
+) -> Any:
   """Returns the inner's first state with codes for its moments."""
   state = jax.tree.map(jnp.asarray, inner.init(wide(params)))
   pairs = jax.tree_util.tree_leaves_with_path(params)
   like = {path: jnp.shape(x) for path, x in pairs}
 
-  def pack(path, x, is_fixed, is_signed):
+  def stored(path: Any, x: jax.Array, probe: Probe) -> Any:
     same = any(like.get(path[i:]) == x.shape for i in range(len(path) + 1))
     is_float = jnp.issubdtype(x.dtype, jnp.floating) and x.ndim
-    if not (same and is_fixed and is_float and x.size >= min_size):
+    if not (same and probe.is_fixed and is_float and x.size >= min_size):
       return x
     squares = SQUARES & {getattr(key, 'name', None) for key in path}
-    code = 'unsigned' if squares and not is_signed else 'signed'
+    code: Code = 'unsigned' if squares and not probe.is_signed else 'signed'
     # Hidden, or the compiler takes half a minute to fold blocks of zeros.
     x *= jax.lax.optimization_barrier(jnp.ones([], x.dtype))
     return quantize(x, code=code, block_size=block_size)
 
   leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
-  rows = zip(leaves, seen, strict=True)
-  return treedef.unflatten([pack(*leaf, *one) for leaf, one in rows])
+  rows = zip(leaves, probes, strict=True)
+  return treedef.unflatten([stored(path, x, one) for (path, x), one in rows])
 
 
-def _leaf_by_leaf(run, outer: Outer, updates, state, params) -> tuple[Any, Any]:
+class Store(Protocol):
+  """How an array becomes codes, as `quantize` does it."""
+
+  def __call__(self, x: Any, /, *, code: Code, block_size: int) -> Quantized:
+    """Returns the codes of an array."""
+    ...
+
+
+# Updates, and moments and counters after them, of a leaf, a piece or a list.
+Step = Callable[..., tuple[Any, Any, Any]]
+
+
+def _leaf_by_leaf(
+  run: Callable[[Any, Any, Any], tuple[Any, Any]],
+  outer: Outer,
+  updates: Any,
+  state: Any,
+  params: Any,
+) -> tuple[Any, Any]:
   """Runs the inner on each coded leaf alone, on the others together."""
   grads, treedef = jax.tree.flatten(updates)
-  flat = treedef.flatten_up_to
-  weights = [None] * len(grads) if params is None else flat(params)
-  trees, counters = outer.split(state)
-  moments = [flat(tree) for tree in trees]
+  if params is None:
+    weights = [None] * len(grads)
+  else:
+    weights = treedef.flatten_up_to(params)
+  trees, counters = outer.split_state(state)
+  moments = [treedef.flatten_up_to(tree) for tree in trees]
 
-  def step(g, m, w, store=quantize):
+  def step(g: Any, m: Any, w: Any, store: Store = quantize) -> Any:
     """Returns updates, moments and counters of a leaf, a piece or a list."""
-    u, after = run(wide(g), outer.join(unpacked(m), counters), wide(w))
-    new, after = outer.split(after)
-    return u, repacked(new, m, store), repacked(after, counters, store)
+    state = outer.join_state(dequantize_tree(m), counters)
+    u, after = run(wide(g), state, wide(w))
+    new, new_counters = outer.split_state(after)
+    new_counters = quantize_tree(new_counters, counters, store)
+    return u, quantize_tree(new, m, store), new_counters
 
-  every, new, after, last = range(len(grads)), {}, counters, None
-  coded = [i for i in every if any(is_coded(m[i]) for m in moments)]
-  plain = [i for i in every if i not in coded]
+  num_leaves = len(grads)
+  coded = [
+    i for i in range(num_leaves) if any(is_quantized(m[i]) for m in moments)
+  ]
+  plain = [i for i in range(num_leaves) if i not in coded]
+  new: dict[int, tuple[Any, ...]] = {}
+  after = counters
   if plain or not grads:
-    of = lambda values: [values[i] for i in plain]
-    w = None if params is None else of(weights)
-    u, lists, after = step(of(grads), [of(m) for m in moments], w)
+    u, lists, after = step(
+      [grads[i] for i in plain],
+      [[m[i] for i in plain] for m in moments],
+      None if params is None else [weights[i] for i in plain],
+    )
     new |= zip(plain, zip(u, *lists, strict=True), strict=True)
+  last = None
   for i in coded:
     m = [m[i] for m in moments]
     if last is not None:
@@ -230,40 +307,55 @@ def _leaf_by_leaf(run, outer: Outer, updates, state, params) -> tuple[Any, Any]:
       # barrier would give the moments tangents of zero if `last` had any, and
       # the derivative of a root of zero times zero is not a number.
       m, _ = jax.lax.optimization_barrier((m, jax.lax.stop_gradient(last)))
-    u, m, after = last = _leaf(step, grads[i], m, weights[i])
-    new[i] = u, *m
-  columns = zip(*(new[i] for i in every), strict=True)
-  u, *trees = map(treedef.unflatten, columns) if grads else (updates, *trees)
-  return u, outer.join(trees, after)
+    last = _update_leaf(step, grads[i], m, weights[i])
+    u, m, after = last
+    new[i] = (u, *m)
+  if not grads:
+    return updates, outer.join_state(trees, after)
+  columns = zip(*(new[i] for i in range(num_leaves)), strict=True)
+  u, *trees = map(treedef.unflatten, columns)
+  return u, outer.join_state(trees, after)
 
 
-def _leaf(step, g, m, w) -> tuple[jax.Array, list[Any], Any]:
+def _update_leaf(
+  step: Step, g: jax.Array, m: list[Any], w: Any
+) -> tuple[jax.Array, list[Any], Any]:
   """Returns the update of one leaf, its moments, and the counters."""
-  num_rows, num_columns = array.rows_shape(next(x for x in m if is_coded(x)))
+  first_coded = next(x for x in m if is_quantized(x))
+  num_rows, num_columns = array.rows_shape(first_coded)
   if g.size < DIVIDE_FROM or num_rows < 2 or not _is_local((g, m)):
     return step(g, m, w)
   size = _piece_size(num_rows, num_columns)
   count, rest = divmod(num_rows, size)
-  flat = lambda x: jnp.reshape(x, (num_rows, num_columns))
-  rows = [array.as_rows(x) if is_coded(x) else flat(x) for x in (g, *m)]
-  w_rows = jax.tree.map(flat, w)
+
+  def in_rows(x: Any) -> Any:
+    if is_quantized(x):
+      return array.as_rows(x)
+    return jnp.reshape(x, (num_rows, num_columns))
+
+  rows = [in_rows(x) for x in (g, *m)]
+  w_rows = jax.tree.map(in_rows, w)
   # The decay of the inner has one slope, which one piece tells: as a loop's
   # carry its derivative would double the temporaries.
   fixed_w = jax.lax.stop_gradient(w_rows)
 
-  def piece(start, size, rows, w):
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
-    (g, *m), w = jax.tree.map(cut, (rows, w))
+  def piece(start: Any, size: int, rows: Any, w: Any) -> tuple[list[Any], Any]:
+    (g, *m), w = jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), (rows, w)
+    )
     u, m, counters = step(g, m, w, array.quantize_rows)
     return [u.astype(g.dtype), *m], counters
 
-  def paste(rows, new, start):
-    put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
-    return jax.tree.map(put, rows, new)
+  def paste(rows: Any, new: Any, start: Any) -> Any:
+    return jax.tree.map(
+      lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0),
+      rows,
+      new,
+    )
 
   # A piece is written before the next one is read: with both in one step the
   # compiler copies the whole array to keep the old values readable.
-  def body(i, carry):
+  def body(i: Any, carry: Any) -> Any:
     rows, last, _ = carry
     rows = paste(rows, last, jnp.maximum(i - 1, 0) * size)
     return rows, *piece(i * size, size, rows, fixed_w)
@@ -280,14 +372,17 @@ def _leaf(step, g, m, w) -> tuple[jax.Array, list[Any], Any]:
   pairs = zip(jax.tree.leaves(new), like, strict=True)
   u, *m = treedef.unflatten([x.reshape(old.shape) for x, old in pairs])
   if w is not None:
-    of_piece = lambda w: piece(0, size, rows, w)[0][0]
-    _, slope = jax.jvp(of_piece, (w_rows,), (jnp.ones_like(w_rows),))
+    _, slope = jax.jvp(
+      lambda w: piece(0, size, rows, w)[0][0],
+      (w_rows,),
+      (jnp.ones_like(w_rows),),
+    )
     u = _with_slope(u, slope[0, 0], w)
   return u, m, counters
 
 
 @jax.custom_jvp
-def _with_slope(u, slope, w) -> jax.Array:
+def _with_slope(u: jax.Array, slope: jax.Array, w: jax.Array) -> jax.Array:
   """Returns u, whose derivative by w is the slope."""
   return u
 
@@ -299,19 +394,23 @@ _with_slope.defjvps(
 )
 
 
-def repacked(new: Any, old: Any, store: Any = quantize) -> Any:
+def quantize_tree(new: Any, old: Any, store: Store = quantize) -> Any:
   """Returns the new state, in codes where the old one is.
 
-  >>> repacked({'mu': 2.0}, {'mu': jnp.zeros(())})
+  >>> quantize_tree({'mu': 2.0}, {'mu': jnp.zeros(())})
   {'mu': Array(2., dtype=float32)}
   """
 
-  def pack(old, new):
-    if is_coded(old):
+  def stored(old: Any, new: Any) -> Any:
+    if is_quantized(old):
       return store(new, code=old.code, block_size=old.block_size)
     return jnp.asarray(new, jax.typeof(old).dtype)
 
-  return jax.tree.map(pack, old, new, is_leaf=is_coded)
+  return jax.tree.map(stored, old, new, is_leaf=is_quantized)
+
+
+# The former name.
+repacked = quantize_tree
 
 
 def _is_local(arrays: Any) -> bool:
@@ -323,19 +422,18 @@ def _is_local(arrays: Any) -> bool:
 def _piece_size(num_rows: int, num_columns: int) -> int:
   """Rows of a piece: at least two pieces, if possible equal ones."""
   limit = max(1, min(num_rows // 2, PIECE_SIZE // num_columns))
-  equal = (n for n in range(limit, limit // 4, -1) if num_rows % n == 0)
-  return next(equal, limit)
+  for size in range(limit, limit // 4, -1):
+    if num_rows % size == 0:
+      return size
+  return limit
 
 
-def _check_elementwise(inner, params) -> None:
+def _check_elementwise(
+  inner: optax.GradientTransformation, params: Any
+) -> None:
   """Raises ValueError where a piece of a leaf would get another update."""
-  is_guard = lambda x: isinstance(x, GUARDS)
   try:
-    state = jax.eval_shape(inner.init, params)
-    for tree in Outer.of(inner).split(state)[0]:
-      jax.tree.structure(params).flatten_up_to(tree)
-    nodes = jax.tree.leaves(state, is_leaf=is_guard)
-    known = not any(map(is_guard, nodes)) and _acts_alone(inner)
+    known = _has_trees_alone(inner, params) and _is_elementwise(inner)
   except (ValueError, TypeError, LookupError, AttributeError):
     known = False
   if not known:
@@ -347,23 +445,46 @@ def _check_elementwise(inner, params) -> None:
     )
 
 
-def _acts_alone(inner) -> bool:
-  """Whether the update of four elements is that of each alone."""
-  g, w = jnp.array([[1e-2, -1.0], [1e3, 2.0]]), jnp.array([[1.0, -2], [3, 0.5]])
+def _has_trees_alone(inner: optax.GradientTransformation, params: Any) -> bool:
+  """Whether the state is made of trees like the parameters, and of counters.
 
-  def update(at: Any = ...):
-    u, state = try_update(inner, g[at], inner.init(w[at]), w[at])
+  Raises what `flatten_up_to` raises for a tree of another structure.
+  """
+
+  def is_guard(x: object) -> bool:
+    return isinstance(x, GUARDS)
+
+  state = jax.eval_shape(inner.init, params)
+  for tree in Outer.of(inner).split_state(state)[0]:
+    jax.tree.structure(params).flatten_up_to(tree)
+  return not any(map(is_guard, jax.tree.leaves(state, is_leaf=is_guard)))
+
+
+def _is_elementwise(inner: optax.GradientTransformation) -> bool:
+  """Whether the update of four elements is that of each alone.
+
+  The state does not tell: `optax.clip` and `optax.clip_by_global_norm` both
+  have none.
+  """
+  g = jnp.array([[1e-2, -1.0], [1e3, 2.0]])
+  w = jnp.array([[1.0, -2.0], [3.0, 0.5]])
+
+  def update(g: jax.Array, w: jax.Array) -> list[jax.Array]:
+    u, state = try_update(inner, g, inner.init(w), w)
     return [jnp.asarray(x) for x in jax.tree.leaves((u, state))]
+
+  def is_alone(whole: list[jax.Array], row: int, column: int) -> bool:
+    at = np.s_[row : row + 1, column : column + 1]
+    cut = [x[at] if x.ndim == 2 else x for x in whole]
+    return all(map(close, update(g[at], w[at]), cut))
 
   with jax.ensure_compile_time_eval():
     try:
-      whole = update()
+      whole = update(g, w)
     except NeedsFunctionError:
       return False  # A line search, or a Hessian.
     except TypeError:
       return True  # It needs extra args, which only `update` is given.
     if any(isinstance(x, Tracer) for x in whole):
       return True  # A hyperparameter is traced.
-    cells = [np.s_[i : i + 1, j : j + 1] for i, j in np.ndindex(2, 2)]
-    cut = lambda at: [x[at] if x.ndim == 2 else x for x in whole]
-    return all(all(map(close, update(at), cut(at))) for at in cells)
+    return all(is_alone(whole, *place) for place in np.ndindex(2, 2))
