@@ -433,7 +433,7 @@ def _check_elementwise(
 ) -> None:
   """Raises ValueError where a piece of a leaf would get another update."""
   try:
-    known = _has_trees_alone(inner, params) and _is_elementwise(inner)
+    known = _has_plain_state(inner, params) and _is_elementwise(inner)
   except (ValueError, TypeError, LookupError, AttributeError):
     known = False
   if not known:
@@ -445,7 +445,7 @@ def _check_elementwise(
     )
 
 
-def _has_trees_alone(inner: optax.GradientTransformation, params: Any) -> bool:
+def _has_plain_state(inner: optax.GradientTransformation, params: Any) -> bool:
   """Whether the state is made of trees like the parameters, and of counters.
 
   Raises what `flatten_up_to` raises for a tree of another structure.
@@ -473,7 +473,7 @@ def _is_elementwise(inner: optax.GradientTransformation) -> bool:
     u, state = try_update(inner, g, inner.init(w), w)
     return [jnp.asarray(x) for x in jax.tree.leaves((u, state))]
 
-  def is_alone(whole: list[jax.Array], row: int, column: int) -> bool:
+  def is_separate(whole: list[jax.Array], row: int, column: int) -> bool:
     at = np.s_[row : row + 1, column : column + 1]
     cut = [x[at] if x.ndim == 2 else x for x in whole]
     return all(map(close, update(g[at], w[at]), cut))
@@ -487,4 +487,4 @@ def _is_elementwise(inner: optax.GradientTransformation) -> bool:
       return True  # It needs extra args, which only `update` is given.
     if any(isinstance(x, Tracer) for x in whole):
       return True  # A hyperparameter is traced.
-    return all(is_alone(whole, *place) for place in np.ndindex(2, 2))
+    return all(is_separate(whole, *place) for place in np.ndindex(2, 2))
