@@ -1,7 +1,7 @@
 """Optimizer state in 8 bits, for any optax transformation.
 
-`quantize_state` keeps the structure of the inner's state, with `Quantized`
-nodes where its moments were. The arrays themselves are in `array`.
+`quantize_state` keeps the structure of the inner optimizer's state and stores
+its moments as `Quantized` nodes, which `array` defines.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,20 +31,22 @@ from galore_optax.quantized.codes import Code
 from galore_optax.sharding import on_any_mesh, placed
 from galore_optax.trial import NeedsFunctionError, try_update
 
-# States of what goes around `quantize_state`, as it looks at a whole tree.
+# States of wrappers that read several leaves at once. Such a wrapper must go
+# around `quantize_state`, which would otherwise run it leaf by leaf.
 GUARDS = (
   optax.ApplyIfFiniteState,
   optax.MaskedState,
   optax.MultiStepsState,
   optax.transforms.PartitionState,
 )
-# Fields of second moments, unless an update makes them negative: an average
-# of differences has such a name too.
+# Names of fields that hold second moments. Some optimizers use such a name for
+# another average, so a field that becomes negative is not a second moment.
 SQUARES = {'nu', 'nu_max', 'v', 'n', 'sum_of_squares'}
-# A leaf of so many elements is updated in pieces: in a loop, because only the
-# temporaries of loops are sure to share memory from leaf to leaf.
+# A leaf of at least this many elements is updated piece by piece in a loop. The
+# compiler reuses the temporary memory of one loop for the next one, but not
+# always that of straight-line code.
 DIVIDE_FROM = 2**20
-# Elements of a piece: 16 MiB of float32 a moment.
+# Largest number of elements in a piece: 16 MiB of float32 for each moment.
 PIECE_SIZE = 2**22
 
 
@@ -55,45 +57,47 @@ def quantize_state(
   min_size: int = 4096,
   elementwise: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-  """Stores the parameter-like state of a transformation in 8 bits.
+  """Stores the moments of a transformation in 8 bits.
 
-  A state leaf is stored in blocks of 8-bit codes if it is floating, has the
-  path and the shape of a parameter and at least `min_size` elements, and does
-  not depend on the weights at first (a copy of them is no moment). Second
-  moments (fields nu, v and the like) get the unsigned dynamic code, others the
-  signed one.
-  Everything else stays as it is; moments of bfloat16 parameters that stay
-  unquantized are float32.
+  A leaf of the inner optimizer's state is quantized if all of these hold: it is
+  floating, it has the path and the shape of a parameter, it has at least
+  `min_size` elements, and its initial value does not depend on the weights (a
+  copy of the weights is not a moment). Second moments, in fields such as `nu`
+  and `v`, are stored with the unsigned dynamic code, other moments with the
+  signed code. All other leaves are unchanged. Moments that are not quantized
+  are float32, even if the parameters are bfloat16.
 
-  An elementwise inner (Adam, Lion, momentum, clipping by value) runs leaf
-  after leaf, and on a leaf of more than 1 M elements piece by piece, written
-  in place: no float32 copy of the state exists. What looks at a whole leaf
-  (Adafactor, Muon, a trust ratio) or at several (clipping by a norm) needs
-  `elementwise=False`, which dequantizes the tree for an update. Masks,
-  partitions, `apply_if_finite` and `MultiSteps` go around `quantize_state`.
+  An elementwise inner optimizer (Adam, Lion, momentum, clipping by value) runs
+  leaf by leaf. A leaf of more than 1 M elements is updated piece by piece and
+  in place, so that no float32 copy of the state exists. Set `elementwise=False`
+  for an inner optimizer that reads a whole leaf (Adafactor, Muon, a trust
+  ratio) or several leaves (clipping by a norm); the whole tree is then
+  dequantized for each update. Masks, partitions, `apply_if_finite` and
+  `MultiSteps` go around `quantize_state`.
 
-  What 8 bits do to Adam: an entry below about 1e-7 of its block's largest
-  second moment is rounded up to 3e-7 of it, so that its update is too small,
-  never too large.
+  8-bit Adam differs from Adam for very small entries. A second moment below
+  about 1e-7 of the largest one in its block is rounded up to 3e-7 of it. The
+  update of such an entry is too small, but never too large.
 
   Args:
-    inner: any optax transformation; schedules and injected hyper-parameters in
-      it work as usual.
-    block_size: elements that share a float32 scale.
-    min_size: smaller leaves stay float32. A layer-wise step shows one layer
-      of a stack, and the size of that counts.
-    elementwise: whether an element's update depends on that element alone.
+    inner: any optax transformation. Schedules and injected hyperparameters
+      work as usual.
+    block_size: number of elements that share a float32 scale.
+    min_size: leaves with fewer elements stay float32. In a layer-wise step this
+      is the size of one layer's weight, not of the stack.
+    elementwise: whether the update of an element depends only on the gradient,
+      the state and the weight of that element.
 
   Returns:
-    A transformation with `inner`'s state structure, in which `Quantized`
-    nodes stand for arrays: 1 byte an element and 4 bytes a block. A block
-    ends where a matrix of a stack does: small ones take more. Updates
-    have the dtype of the gradients. Its `init` accepts shape structs and
-    allocates no float32 array for moments.
+    A transformation whose state has the structure of `inner`'s state, with
+    `Quantized` nodes instead of arrays: 1 byte per element and 4 bytes per
+    block. A block never spans two matrices of a stack, so stacks of small
+    matrices need more scales. Updates have the dtype of the gradients. `init`
+    accepts `jax.ShapeDtypeStruct`s and allocates no float32 moments.
 
   Raises:
-    ValueError: at `init`, an elementwise inner whose state is not made of
-      trees like the parameters.
+    ValueError: at `init`, if `elementwise` is set and the inner optimizer is
+      not elementwise.
 
   Example:
     >>> tx = quantize_state(optax.adam(1e-3))
@@ -103,8 +107,8 @@ def quantize_state(
     (16640, 256)
 
   References:
-    Dettmers et al., 8-bit optimizers via block-wise quantization,
-    arXiv 2110.02861.
+    Dettmers et al., `8-bit optimizers via block-wise quantization
+    <https://arxiv.org/abs/2110.02861>`_, 2021.
   """
   check_static(block_size=block_size, min_size=min_size)
   check_count(block_size=block_size)
@@ -124,7 +128,7 @@ def quantize_state(
     leaves = jax.tree.leaves(params)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
       return jax.jit(lambda: init(jax.tree.map(_zeros, params)))()
-    # Jitted, so that no float32 moment is allocated on the way.
+    # Under `jit` the float32 moments are not allocated before quantization.
     return jax.jit(init)(params)
 
   @on_any_mesh(lambda updates, state, params=None: (updates, state))
@@ -149,14 +153,24 @@ def _zeros(x: Any) -> jax.Array:
 
 
 class Outer(NamedTuple):
-  """The structure of an inner's state around its trees like the parameters."""
+  """The outer structure of a state, down to its moment trees and counters.
 
-  treedef: Any  # Of the state; a leaf is such a tree, or a counter.
-  is_tree: list[bool]  # Which of them are trees.
+  A moment tree has the structure of the parameters. Every other leaf of the
+  state, such as a step count, is called a counter here.
+  """
+
+  treedef: Any
+  """Structure of the state, whose leaves are moment trees and counters."""
+  is_tree: list[bool]
+  """For each leaf of `treedef`, whether it is a moment tree."""
 
   @classmethod
   def of(cls, inner: optax.GradientTransformation) -> 'Outer':
-    """Reads the structure off the state of parameters without leaves."""
+    """Finds the structure by initializing the inner with a `MaskedNode`.
+
+    A `MaskedNode` is a tree without leaves. It appears in the state once for
+    each moment tree.
+    """
 
     def is_tree(x: object) -> bool:
       return isinstance(x, optax.MaskedNode)
@@ -166,14 +180,14 @@ class Outer(NamedTuple):
     return cls(treedef, [is_tree(x) for x in nodes])
 
   def split_state(self, state: Any) -> tuple[list[Any], list[Any]]:
-    """Returns the trees and the counters of a state."""
+    """Returns the moment trees and the counters of a state."""
     nodes = self.treedef.flatten_up_to(state)
     pairs = [*zip(nodes, self.is_tree, strict=True)]
     trees = [x for x, is_tree in pairs if is_tree]
     return trees, [x for x, is_tree in pairs if not is_tree]
 
   def join_state(self, trees: Sequence[Any], counters: Sequence[Any]) -> Any:
-    """Inverts `split_state`."""
+    """Builds a state from its moment trees and counters."""
     next_tree = iter(trees)
     next_counter = iter(counters)
     nodes = [
@@ -183,16 +197,21 @@ class Outer(NamedTuple):
 
 
 class Probe(NamedTuple):
-  """What a trial on weights of one element shows of a leaf of state."""
+  """Properties of a state leaf, measured on weights of one element."""
 
-  is_fixed: bool  # It starts the same whatever the weights: no copy of them.
-  is_signed: bool  # Gradients below zero make it negative.
+  is_fixed: bool
+  """Whether the initial value is the same for different weights."""
+  is_signed: bool
+  """Whether negative gradients make it negative."""
 
 
 def _probe_leaves(
   inner: optax.GradientTransformation, params: Any
 ) -> list[Probe]:
-  """Returns a probe of each leaf of state. What is traced counts as yes."""
+  """Returns a probe for each leaf of the state.
+
+  The values of tracers are unknown, so their properties are assumed to hold.
+  """
   with jax.ensure_compile_time_eval():
     ones, twos = (inner.init(single(params, value)) for value in (1.0, 2.0))
     state = ones
@@ -200,7 +219,9 @@ def _probe_leaves(
       for g in (-1.0, -2.0):
         weights = single(params, 1.0)
         _, state = try_update(inner, single(params, g), state, weights)
-    except TypeError:  # It needs extra args, which only `update` is given.
+    except TypeError:
+      # The inner requires extra arguments, which only `update` receives. Assume
+      # that every leaf can become negative.
       state = jax.tree.map(lambda x: jnp.full_like(x, -1), ones)
     rows = zip(*map(jax.tree.leaves, (ones, twos, state)), strict=True)
     return [
@@ -211,7 +232,7 @@ def _probe_leaves(
 
 def _any_negative(x: Any) -> jax.Array:
   x = jnp.asarray(x)
-  # A random key has no sign.
+  # Random keys cannot be compared with 0.
   if not jnp.issubdtype(x.dtype, jnp.number):
     return jnp.zeros((), bool)
   return jnp.any(x < 0)
@@ -228,7 +249,7 @@ def _quantized_init(
   block_size: int,
   min_size: int,
 ) -> Any:
-  """Returns the inner's first state with codes for its moments."""
+  """Returns the inner's initial state with quantized moments."""
   state = jax.tree.map(jnp.asarray, inner.init(wide(params)))
   pairs = jax.tree_util.tree_leaves_with_path(params)
   like = {path: jnp.shape(x) for path, x in pairs}
@@ -240,7 +261,8 @@ def _quantized_init(
       return x
     squares = SQUARES & {getattr(key, 'name', None) for key in path}
     code: Code = 'unsigned' if squares and not probe.is_signed else 'signed'
-    # Hidden, or the compiler takes half a minute to fold blocks of zeros.
+    # The barrier hides that x is constant. Otherwise the compiler takes half a
+    # minute to evaluate the quantization of zeros at compile time.
     x *= jax.lax.optimization_barrier(jnp.ones([], x.dtype))
     return quantize(x, code=code, block_size=block_size)
 
@@ -250,14 +272,16 @@ def _quantized_init(
 
 
 class Store(Protocol):
-  """How an array becomes codes, as `quantize` does it."""
+  """A function that quantizes an array, such as `quantize`."""
 
   def __call__(self, x: Any, /, *, code: Code, block_size: int) -> Quantized:
-    """Returns the codes of an array."""
+    """Returns the quantized array."""
     ...
 
 
-# Updates, and moments and counters after them, of a leaf, a piece or a list.
+# A function of gradients, moments, weights and optionally a `Store`. It returns
+# updates, new moments and new counters. The arguments belong to one leaf, to a
+# piece of a leaf, or to a list of leaves.
 Step = Callable[..., tuple[Any, Any, Any]]
 
 
@@ -268,7 +292,10 @@ def _leaf_by_leaf(
   state: Any,
   params: Any,
 ) -> tuple[Any, Any]:
-  """Runs the inner on each coded leaf alone, on the others together."""
+  """Runs the inner on one quantized leaf at a time, then joins the results.
+
+  All leaves whose moments are not quantized are updated in a single call.
+  """
   grads, treedef = jax.tree.flatten(updates)
   if params is None:
     weights = [None] * len(grads)
@@ -278,7 +305,7 @@ def _leaf_by_leaf(
   moments = [treedef.flatten_up_to(tree) for tree in trees]
 
   def step(g: Any, m: Any, w: Any, store: Store = quantize) -> Any:
-    """Returns updates, moments and counters of a leaf, a piece or a list."""
+    """Dequantizes the moments, runs the inner and quantizes them again."""
     state = outer.join_state(dequantize_tree(m), counters)
     u, after = run(wide(g), state, wide(w))
     new, new_counters = outer.split_state(after)
@@ -303,9 +330,10 @@ def _leaf_by_leaf(
   for i in coded:
     m = [m[i] for m in moments]
     if last is not None:
-      # Without it the compiler may dequantize every leaf at the start. The
-      # barrier would give the moments tangents of zero if `last` had any, and
-      # the derivative of a root of zero times zero is not a number.
+      # The barrier makes this leaf wait for the previous one. Otherwise the
+      # compiler may dequantize all leaves at the start. `stop_gradient` keeps
+      # the barrier from giving the moments tangents of zero. Adam takes their
+      # square root, whose derivative at 0 is infinite, and 0 * inf is NaN.
       m, _ = jax.lax.optimization_barrier((m, jax.lax.stop_gradient(last)))
     last = _update_leaf(step, grads[i], m, weights[i])
     u, m, after = last
@@ -320,7 +348,10 @@ def _leaf_by_leaf(
 def _update_leaf(
   step: Step, g: jax.Array, m: list[Any], w: Any
 ) -> tuple[jax.Array, list[Any], Any]:
-  """Returns the update of one leaf, its moments, and the counters."""
+  """Returns the update of one leaf, its new moments, and the counters.
+
+  A large leaf is updated piece by piece, unless it is sharded.
+  """
   first_coded = next(x for x in m if is_quantized(x))
   num_rows, num_columns = array.rows_shape(first_coded)
   if g.size < DIVIDE_FROM or num_rows < 2 or not _is_local((g, m)):
@@ -335,8 +366,9 @@ def _update_leaf(
 
   rows = [in_rows(x) for x in (g, *m)]
   w_rows = jax.tree.map(in_rows, w)
-  # The decay of the inner has one slope, which one piece tells: as a loop's
-  # carry its derivative would double the temporaries.
+  # The update depends on the weights through weight decay, with one slope for
+  # all elements. The slope is computed from one piece below. Differentiating
+  # the loop itself would double its temporary memory.
   fixed_w = jax.lax.stop_gradient(w_rows)
 
   def piece(start: Any, size: int, rows: Any, w: Any) -> tuple[list[Any], Any]:
@@ -353,8 +385,9 @@ def _update_leaf(
       new,
     )
 
-  # A piece is written before the next one is read: with both in one step the
-  # compiler copies the whole array to keep the old values readable.
+  # Each iteration first writes the result of the iteration before it, then
+  # reads its own piece. If one iteration read a piece and wrote the same piece,
+  # the compiler would copy the whole array.
   def body(i: Any, carry: Any) -> Any:
     rows, last, _ = carry
     rows = paste(rows, last, jnp.maximum(i - 1, 0) * size)
@@ -383,7 +416,7 @@ def _update_leaf(
 
 @jax.custom_jvp
 def _with_slope(u: jax.Array, slope: jax.Array, w: jax.Array) -> jax.Array:
-  """Returns u, whose derivative by w is the slope."""
+  """Returns u, with `slope` as its derivative with respect to w."""
   return u
 
 
@@ -395,7 +428,7 @@ _with_slope.defjvps(
 
 
 def quantize_tree(new: Any, old: Any, store: Store = quantize) -> Any:
-  """Returns the new state, in codes where the old one is.
+  """Quantizes the leaves of `new` whose counterparts in `old` are quantized.
 
   >>> quantize_tree({'mu': 2.0}, {'mu': jnp.zeros(())})
   {'mu': Array(2., dtype=float32)}
@@ -409,18 +442,25 @@ def quantize_tree(new: Any, old: Any, store: Store = quantize) -> Any:
   return jax.tree.map(stored, old, new, is_leaf=is_quantized)
 
 
-# The former name.
+# Former name, kept until all imports use the new one.
 repacked = quantize_tree
 
 
 def _is_local(arrays: Any) -> bool:
-  """Whether no mesh is known: a loop over a sharded axis would gather it."""
+  """Whether the arrays are on one device, as far as their types show.
+
+  A loop over a sharded axis would gather the array on every device.
+  """
   meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
   return all(mesh.size <= 1 for mesh in meshes)
 
 
 def _piece_size(num_rows: int, num_columns: int) -> int:
-  """Rows of a piece: at least two pieces, if possible equal ones."""
+  """Returns the number of rows in a piece.
+
+  There are at least two pieces, and they are equal if a divisor of `num_rows`
+  is close enough to the largest size.
+  """
   limit = max(1, min(num_rows // 2, PIECE_SIZE // num_columns))
   for size in range(limit, limit // 4, -1):
     if num_rows % size == 0:
@@ -431,7 +471,7 @@ def _piece_size(num_rows: int, num_columns: int) -> int:
 def _check_elementwise(
   inner: optax.GradientTransformation, params: Any
 ) -> None:
-  """Raises ValueError where a piece of a leaf would get another update."""
+  """Raises ValueError unless the inner can run piece by piece."""
   try:
     known = _has_plain_state(inner, params) and _is_elementwise(inner)
   except (ValueError, TypeError, LookupError, AttributeError):
@@ -446,9 +486,10 @@ def _check_elementwise(
 
 
 def _has_plain_state(inner: optax.GradientTransformation, params: Any) -> bool:
-  """Whether the state is made of trees like the parameters, and of counters.
+  """Whether the state consists of moment trees and counters, without guards.
 
-  Raises what `flatten_up_to` raises for a tree of another structure.
+  Raises:
+    ValueError: a moment tree does not have the structure of the parameters.
   """
 
   def is_guard(x: object) -> bool:
@@ -461,10 +502,10 @@ def _has_plain_state(inner: optax.GradientTransformation, params: Any) -> bool:
 
 
 def _is_elementwise(inner: optax.GradientTransformation) -> bool:
-  """Whether the update of four elements is that of each alone.
+  """Whether updating a 2 x 2 weight equals updating its elements separately.
 
-  The state does not tell: `optax.clip` and `optax.clip_by_global_norm` both
-  have none.
+  The inner has to be run to find this out. Its state is not enough:
+  `optax.clip` and `optax.clip_by_global_norm` both have an empty state.
   """
   g = jnp.array([[1e-2, -1.0], [1e3, 2.0]])
   w = jnp.array([[1.0, -2.0], [3.0, 0.5]])
@@ -482,9 +523,12 @@ def _is_elementwise(inner: optax.GradientTransformation) -> bool:
     try:
       whole = update(g, w)
     except NeedsFunctionError:
-      return False  # A line search, or a Hessian.
+      # A line search or a Hessian evaluates the loss for the whole tree.
+      return False
     except TypeError:
-      return True  # It needs extra args, which only `update` is given.
+      # The inner requires extra arguments, which only `update` receives.
+      return True
     if any(isinstance(x, Tracer) for x in whole):
-      return True  # A hyperparameter is traced.
+      # A hyperparameter is traced, so the results cannot be compared.
+      return True
     return all(is_separate(whole, *place) for place in np.ndindex(2, 2))
