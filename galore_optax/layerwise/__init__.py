@@ -1,4 +1,4 @@
-"""A training step that updates each weight as its gradient appears.
+"""A training step that updates each layer as soon as its gradients exist.
 
 Read `step` first: the step, what it asks of a model, and the sums of projected
 gradients. `passes` takes a batch through the layers and back, `stack` reads and

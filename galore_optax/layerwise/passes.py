@@ -1,8 +1,9 @@
-"""The two passes over a layer stack: forward, and back gradient by gradient.
+"""The forward and the backward pass of a batch through a stack of layers.
 
-`Passes.backward` visits each weight when its gradient is complete: head, layer
-after layer from the last, embedding. Within a layer, `pull_back` stops at each
-gradient. What a visit does is the caller's: update, sum, nothing.
+`Passes.backward` goes through the model in reverse: the head, the layers from
+the last to the first, the embedding. It computes the gradients of one layer at
+a time and visits the weights of that layer one by one. The caller passes the
+visit function, which updates a weight, adds to a sum, or does nothing.
 
 Axes: L layers, the leading axis of a stack; K microbatches.
 """
@@ -116,11 +117,17 @@ class Passes(NamedTuple):
     inputs = lambda layer: stack.unflat(stack.take(saved, layer), x)
 
     def visited(layer, state):
-      dx, *carry = state
-      x = inputs(layer)
-      back = lambda weights, dx: _gradients(self._block, weights, x, dx)
-      how = dict(names=carry[0], read=read, visit=see)
-      dx, (entries, squares, _) = pull_back(back, dx, (*carry, layer), **how)
+      dx, entries, squares = state
+      carry = (entries, squares, layer)
+      weights = {name: read(carry, name) for name in sorted(entries)}
+      grads, dx = _gradients(self._block, weights, inputs(layer), dx)
+      # The visits begin when all gradients of the layer exist. The entries must
+      # not pass through a barrier: the compiler would copy the whole stack.
+      grads, dx, squares = lax.optimization_barrier((grads, dx, squares))
+      carry = (entries, squares, layer)
+      for name in weights:
+        carry = see(carry, name, grads.pop(name))
+      entries, squares, _ = carry
       return dx, entries, squares
 
     if active is None:
@@ -151,99 +158,11 @@ class Passes(NamedTuple):
     return self.model.block(self.tree.build(weights)['blocks'], x)
 
 
-def pull_back(backward, dy, carry, *, names, read, visit):
-  """Runs a backward pass, visiting each weight's gradient in turn.
-
-  `jax.vjp` returns all gradients of a function at once, so all of them exist
-  at once. This runs the same operations in the same order, hands over each
-  gradient when it appears, and lets nothing that follows begin before what was
-  done with it is done.
-
-  Args:
-    backward: `(weights by name, dy) -> (gradients by name, dx)`.
-    dy: cotangent of the result.
-    carry: what the visits change.
-    names: of the weights.
-    read: `(carry, name) -> weight`. Called again where the pass needs the
-      weight again, so that no copy of it waits for that.
-    visit: `(carry, name, gradient) -> carry`.
-
-  Returns:
-    Cotangent dx, and the last carry.
-
-  Example:
-    >>> def backward(weights, dy):
-    ...   f = lambda weights, x: weights['b'] * (weights['a'] * x)
-    ...   return jax.vjp(f, weights, jnp.float32(2))[1](dy)
-    >>> weights = {'a': jnp.float32(5), 'b': jnp.float32(7)}
-    >>> visit = lambda carry, name, grad: carry | {name: carry[name] - grad}
-    >>> dx, weights = pull_back(
-    ...   backward, jnp.float32(1), weights, names='ab', read=dict.get,
-    ...   visit=visit)
-    >>> print(dx, weights['a'], weights['b'])
-    35.0 -9.0 -3.0
-  """
-  names = sorted(names)
-  weights = jax.eval_shape(lambda: {name: read(carry, name) for name in names})
-  closed, (_, dx) = jax.make_jaxpr(backward, return_shape=True)(weights, dy)
-  jaxpr, num = closed.jaxpr, len(names)
-  weight_of = dict(zip(jaxpr.invars[:num], names, strict=True))
-  grads = dict(zip(names, jaxpr.outvars[:num], strict=True))
-  known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-  pulled = dict(zip(jaxpr.invars[num:], jax.tree.leaves(dy), strict=True))
-  # After how many operations a weight may change: its gradient is there, and
-  # nothing reads it any more. At once, if the gradient is the cotangent itself.
-  due = dict.fromkeys(names, 0)
-  for count, eqn in enumerate(jaxpr.eqns, 1):
-    for var, name in weight_of.items():
-      if var in eqn.invars or grads[name] in eqn.outvars:
-        due[name] = count
-
-  def value(atom):
-    if isinstance(atom, jex.Literal):
-      return atom.val
-    if atom in weight_of:
-      return read(carry, weight_of[atom])
-    return pulled[atom] if atom in pulled else known[atom]
-
-  for done, eqn in enumerate([None, *jaxpr.eqns]):
-    if eqn is not None:
-      moves = not pulled.keys().isdisjoint(_variables(eqn.invars))
-      (pulled if moves else known).update(_run(jaxpr, eqn, value))
-    ready = [name for name in names if due[name] == done]
-    for name in ready:
-      carry = visit(carry, name, value(grads[name]))
-    if ready:
-      # What follows waits for the visits; what is known without dy is of the
-      # forward pass, and holding it up would order nothing.
-      later = [v for eqn in jaxpr.eqns[done:] for v in eqn.invars]
-      later += [grads[name] for name in names if due[name] > done]
-      later = {*_variables(later + jaxpr.outvars[num:])}
-      live = [v for v in pulled if v in later]
-      held, carry = lax.optimization_barrier(([pulled[v] for v in live], carry))
-      pulled = dict(zip(live, held, strict=True))
-  dx_leaves = map(value, jaxpr.outvars[num:])
-  return jax.tree.unflatten(jax.tree.structure(dx), dx_leaves), carry
-
-
-def _run(jaxpr, eqn, value):
-  """Returns what one operation of a program makes, by variable."""
-  operands = list(dict.fromkeys(_variables(eqn.invars)))
-  info = jaxpr.debug_info.with_unknown_names()
-  io = dict(constvars=[], invars=operands, outvars=eqn.outvars)
-  one = jex.ClosedJaxpr(jaxpr.replace(**io, eqns=[eqn], debug_info=info), [])
-  made = jex.jaxpr_as_fun(one)(*map(value, operands))
-  return dict(zip(eqn.outvars, made, strict=True))
-
-
-def _variables(atoms):
-  return [v for v in atoms if isinstance(v, jex.Var)]
-
-
 def _used(f, weights, *args):
   """Returns the weights that `f` reads."""
   jaxpr = jax.make_jaxpr(f)(weights, *args).jaxpr
-  used = _variables([v for e in jaxpr.eqns for v in e.invars] + jaxpr.outvars)
+  atoms = [v for e in jaxpr.eqns for v in e.invars] + jaxpr.outvars
+  used = {v for v in atoms if isinstance(v, jex.Var)}
   pairs = zip(sorted(weights), jaxpr.invars, strict=False)
   return {name for name, v in pairs if v in used}
 

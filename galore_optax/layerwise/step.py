@@ -1,10 +1,10 @@
 """The layer-wise step: a reverse loop over a layer stack.
 
-Every layer is updated as soon as its gradient appears, so that the gradient of
-no more than one layer exists at a time. Any optax transformation is a rule:
+Every layer is updated as soon as its gradients exist, so that the gradients of
+only one layer exist at a time. Any optax transformation is a rule:
 `lomo(lr)` makes the step LOMO, `galore_adamw_8bit(...)` layer-wise GaLore.
 With `accumulate`, projected gradients of parts of the batch are summed first.
-The two passes that hand over each gradient are in `passes`.
+The forward and the backward pass are in `passes`.
 
 Axes: L layers, the leading axis of a stack; N examples.
 """
@@ -63,16 +63,18 @@ class LayerwiseState(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Layerwise:
-  """A training step that updates every layer as its gradient appears.
+  """A training step that updates every layer as soon as its gradients exist.
 
   It has `init(params) -> state`, and is called with `(params, state, batch)`
   for `(params, state, metrics)`. Metrics are `loss`, a mean; `grad_norm`,
   before clipping, or with `accumulate` the `projected_grad_norm`; and sums of
   what stands beside the loss, by name or as `aux`.
 
-  Only the input of each block is kept; the reverse loop recomputes a block,
-  takes its gradient, updates that layer in place and moves on, as the
-  whole-tree step would. Jit the step and donate `params` and `state`.
+  Only the input of each layer is kept. The reverse loop recomputes one layer,
+  computes the gradients of all its weights, updates the weights one by one in
+  place and goes on with the layer below. The gradients of one layer exist at a
+  time. The result is that of a step on the whole tree. Jit the step and donate
+  `params` and `state`.
 
   Nothing changes, and the `grad_norm` of the metrics is not finite, where the
   loss is not, or where the norm to clip by was found first and is not. If it
@@ -194,7 +196,7 @@ class Layerwise:
     return params, LayerwiseState(count, kept(norm, state.norm), inner), metrics
 
   def _at_once(self, tree, weights, state, batch, key):
-    """Updates each weight as its gradient appears.
+    """Updates the weights of each layer as soon as their gradients exist.
 
     Returns:
       (stored, state of tx) by weight; the norm of the gradient; the metrics.
