@@ -9,7 +9,7 @@ Axes: L layers, the leading axis of a stack; K microbatches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.extend.core as jex
@@ -20,41 +20,108 @@ from galore_optax.clipping import sum_of_squares
 from galore_optax.layerwise import stack
 from galore_optax.precision import full
 
+PyTree = Any
+# Index of a layer; None for the weights outside the stack.
+Layer = jax.Array | int | None
+# Reads a weight of a layer from the entries, by path.
+Read = Callable[[dict[str, Any], str, Layer], jax.Array]
+
+
+class Layers(Protocol):
+  """What `layerwise` asks of a model: three pure functions.
+
+  `params['blocks']` is the stack, every leaf `[L, ...]`; the other entries of
+  `params` belong to `embed` and `loss`. `x` is a pytree of one structure and
+  shape from the first block to the last; its integer leaves (positions,
+  segments) are carried along and not differentiated.
+  """
+
+  def embed(self, params: PyTree, batch: PyTree) -> PyTree:
+    """Returns what the first block reads."""
+
+  def block(self, layer_params: PyTree, x: PyTree) -> PyTree:
+    """Returns what the next block reads."""
+
+  def loss(self, params: PyTree, x: PyTree, batch: PyTree) -> Any:
+    """Returns (the mean loss [], sums that the metrics carry)."""
+
+
+class Visit(Protocol):
+  """What happens to a weight when its gradient is complete."""
+
+  def __call__(
+    self,
+    entry: Any,
+    name: str,
+    grad: jax.Array,
+    layer: Layer,
+    squares: jax.Array,
+    /,
+  ) -> Any:
+    """Returns the new entry of a weight.
+
+    Args:
+      entry: the entry of the weight before the visit.
+      name: the path of the weight.
+      grad: its gradient, of one layer if the weight is stacked.
+      layer: index of that layer; None outside the stack.
+      squares: sum of the squares of all gradients so far, with this one; not
+        finite from the first gradient on that is not, or if the loss is not.
+    """
+    ...
+
+
+class Visited(NamedTuple):
+  """What the visits have changed so far."""
+
+  entries: dict[str, Any]  # by weight
+  squares: jax.Array  # [], float32: squared norm of the gradients so far
+
+
+See = Callable[[Visited, str, jax.Array, Layer], Visited]
+
 
 class Passes(NamedTuple):
   """One batch on its way through a model."""
 
-  model: Any  # the three functions of `layerwise`
+  model: Layers  # the three functions of `layerwise`
   tree: stack.Parts  # of the parameters
   read: Callable[[Any], jax.Array]  # of a stored weight: what the model takes
-  batch: Any  # microbatches [K, ...]
+  batch: PyTree  # microbatches [K, ...]
   frozen: Sequence[str] = ()  # weights outside the stack that are not visited
 
-  def forward(self, stored):
-    """Returns the input of each block [L, K, ...] and of the loss [K, ...]."""
-    layers = {n: w for n, w in stored.items() if stack.in_stack(n)}
+  def forward(self, stored: dict[str, Any]) -> tuple[PyTree, PyTree]:
+    """Returns the input of each layer [L, K, ...] and of the loss [K, ...]."""
+    layers = {n: w for n, w in stored.items() if stack.in_layer_stack(n)}
     rest = {n: self.read(w) for n, w in stored.items() if n not in layers}
     params = self.tree.build(rest)
     x = lax.map(lambda part: self.model.embed(params, part), self.batch)
 
-    def block(x, layer):
-      weights = {name: self.read(w) for name, w in layer.items()}
-      return lax.map(lambda x: self._block(weights, x), x), stack.flat(x)
+    def layer(x: PyTree, stored: dict[str, Any]) -> tuple[PyTree, PyTree]:
+      weights = {name: self.read(w) for name, w in stored.items()}
+      above = lax.map(lambda x: self._apply_layer(weights, x), x)
+      return above, stack.flat(x)
 
-    x, saved = lax.scan(block, x, layers)
+    x, saved = lax.scan(layer, x, layers)
     return saved, x
 
-  def backward(self, saved, x, entries, visit, *, stored=None, active=None):
+  def backward(
+    self,
+    saved: PyTree,
+    x: PyTree,
+    entries: dict[str, Any],
+    visit: Visit,
+    *,
+    stored: dict[str, Any] | None = None,
+    active: jax.Array | None = None,
+  ) -> tuple[dict[str, Any], jax.Array, dict[str, Any]]:
     """Walks the gradient from the loss to the embedding.
 
     Args:
-      saved: input of each block, as `forward` returns it.
+      saved: input of each layer, as `forward` returns it.
       x: input of the loss.
       entries: what the visits change, by weight.
-      visit: `(entry, name, gradient, layer, squares) -> entry`, called when a
-        weight's gradient is complete; layer is None outside the stack. The sum
-        of the squares so far, with this gradient, is finite until something is
-        not, the loss included.
+      visit: called with each weight's gradient.
       stored: the weights, where no visit changes them: XLA would copy them in
         the entries. None where they are the first of each entry.
       active: the one layer whose weights are visited; None for all.
@@ -63,25 +130,29 @@ class Passes(NamedTuple):
       The entries after the visits; the norm of what they saw; the metrics.
     """
 
-    # A carry is the entries, the squared norm so far, and the layer in whose
-    # entries weights are read and written, None outside the stack. Held with
-    # the entries, it makes reads of a weight wait for the visits before them.
-    def read(carry, name):
-      entries, _, layer = carry
+    # The weights are read from the entries, so that reading a weight waits for
+    # the visits before.
+    def read(entries: dict[str, Any], name: str, layer: Layer) -> jax.Array:
       weight = entries[name][0] if stored is None else stored[name]
       return self.read(stack.take(weight, layer))
 
-    def see(carry, name, grad):
-      entries, squares, layer = carry
-      squares = squares + sum_of_squares(grad)
-      new = {name: visit(entries[name], name, grad, layer, squares)}
-      return entries | new, squares, layer
+    def see(seen: Visited, name: str, grad: jax.Array, layer: Layer) -> Visited:
+      squares = seen.squares + sum_of_squares(grad)
+      entry = visit(seen.entries[name], name, grad, layer, squares)
+      return Visited(seen.entries | {name: entry}, squares)
 
-    carry = (entries, jnp.zeros([], jnp.float32), None)
-    rest = {n: read(carry, n) for n in entries if not stack.in_stack(n)}
-    build = lambda some: self.tree.build(rest | some)
-    embed = lambda some, batch: self.model.embed(build(some), batch)
-    loss = lambda some, x, batch: self.model.loss(build(some), x, batch)
+    rest = {
+      name: read(entries, name, None)
+      for name in entries
+      if not stack.in_layer_stack(name)
+    }
+
+    def embed(some: dict[str, Any], batch: PyTree) -> PyTree:
+      return self.model.embed(self.tree.build(rest | some), batch)
+
+    def loss(some: dict[str, Any], x: PyTree, batch: PyTree) -> Any:
+      return self.model.loss(self.tree.build(rest | some), x, batch)
+
     by_loss = _used(loss, rest, *stack.take((x, self.batch), 0))
     by_embed = _used(embed, rest, stack.take(self.batch, 0))
     moving = {n: w for n, w in rest.items() if n not in self.frozen}
@@ -89,76 +160,110 @@ class Passes(NamedTuple):
     # What nothing reads has a gradient of zero, and its update.
     in_embed = {n: w for n, w in moving.items() if n not in by_loss - by_embed}
     (value, sums, head), dx = _loss_gradient(loss, in_loss, x, self.batch)
-    carry = (entries, jnp.where(jnp.isfinite(value), carry[1], jnp.nan), None)
+    seen = Visited(entries, jnp.where(jnp.isfinite(value), 0.0, jnp.nan))
     for name in in_loss:
       if name not in in_embed:
-        carry = see(carry, name, head.pop(name))
-    entries, squares, _ = carry
-    layers = {n: entry for n, entry in entries.items() if stack.in_stack(n)}
-    dx, layers, squares = self._through_stack(
-      saved, x, (dx, layers, squares), read, see, active, bool(in_embed)
+        seen = see(seen, name, head.pop(name), None)
+    entries = seen.entries
+    layers = {n: entry for n, entry in entries.items() if n not in rest}
+    dx, seen = self._through_stack(
+      saved,
+      x,
+      dx,
+      Visited(layers, seen.squares),
+      read,
+      see,
+      active=active,
+      to_embed=bool(in_embed),
     )
+
+    def embed_gradients() -> dict[str, jax.Array]:
+      return _gradients(embed, in_embed, self.batch, dx)[0]
+
     # Behind a condition that is always true, which the compiler cannot know:
     # it would make the zeros that the gradient of a lookup starts from before
     # the loop, and hold them through it.
-    exact = lambda: _gradients(embed, in_embed, self.batch, dx)[0]
-    zeros = lambda: jax.tree.map(jnp.zeros_like, in_embed)
-    grads = lax.cond(squares != -1, exact, zeros)
-    carry = (entries | layers, squares, None)
+    grads = lax.cond(
+      seen.squares != -1,
+      embed_gradients,
+      lambda: jax.tree.map(jnp.zeros_like, in_embed),
+    )
+    seen = Visited(entries | seen.entries, seen.squares)
     for name in in_embed:
       grad = grads[name] + head[name] if name in head else grads[name]
-      carry = see(carry, name, grad)
-    sums = sums if isinstance(sums, Mapping) else {'aux': sums}
-    return carry[0], jnp.sqrt(carry[1]), {**sums, 'loss': value}
+      seen = see(seen, name, grad, None)
+    metrics = dict(sums) if isinstance(sums, Mapping) else {'aux': sums}
+    return seen.entries, jnp.sqrt(seen.squares), metrics | {'loss': value}
 
-  def _through_stack(self, saved, x, state, read, see, active, to_embed):
-    """Returns the state (cotangents, entries, squares) below the stack."""
+  def _through_stack(
+    self,
+    saved: PyTree,
+    x: PyTree,
+    dx: PyTree,
+    seen: Visited,
+    read: Read,
+    see: See,
+    *,
+    active: jax.Array | None,
+    to_embed: bool,
+  ) -> tuple[PyTree, Visited]:
+    """Returns the cotangents below the stack, and what the visits changed."""
     num_layers = jax.tree.leaves(saved)[0].shape[0]
-    inputs = lambda layer: stack.unflat(stack.take(saved, layer), x)
 
-    def visited(layer, state):
-      dx, entries, squares = state
-      carry = (entries, squares, layer)
-      weights = {name: read(carry, name) for name in sorted(entries)}
-      grads, dx = _gradients(self._block, weights, inputs(layer), dx)
+    def inputs(layer: Layer) -> PyTree:
+      return stack.unflat(stack.take(saved, layer), x)
+
+    def visit_layer(
+      layer: jax.Array, dx: PyTree, seen: Visited
+    ) -> tuple[PyTree, Visited]:
+      entries, squares = seen
+      weights = {name: read(entries, name, layer) for name in sorted(entries)}
+      grads, dx = _gradients(self._apply_layer, weights, inputs(layer), dx)
       # The visits begin when all gradients of the layer exist. The entries must
       # not pass through a barrier: the compiler would copy the whole stack.
       grads, dx, squares = lax.optimization_barrier((grads, dx, squares))
-      carry = (entries, squares, layer)
+      seen = Visited(entries, squares)
       for name in weights:
-        carry = see(carry, name, grads.pop(name))
-      entries, squares, _ = carry
-      return dx, entries, squares
+        seen = see(seen, name, grads.pop(name), layer)
+      return dx, seen
 
     if active is None:
-      body = lambda i, state: visited(num_layers - 1 - i, state)
-      return lax.fori_loop(0, num_layers, body, state)
 
-    def passed(layer, last, dx, entries):
+      def body(i: jax.Array, state: tuple[PyTree, Visited]) -> Any:
+        return visit_layer(num_layers - 1 - i, *state)
+
+      return lax.fori_loop(0, num_layers, body, (dx, seen))
+
+    def pass_layers(
+      layer: jax.Array, last: Layer, dx: PyTree, entries: dict[str, Any]
+    ) -> tuple[jax.Array, PyTree]:
       """Takes cotangents past the layers above `last`, without a gradient."""
 
-      def body(passing):
-        layer, dx = passing
-        weights = {name: read((entries, None, layer), name) for name in entries}
-        block = lambda _, x: self._block(weights, x)
-        return layer - 1, _gradients(block, {}, inputs(layer), dx)[1]
+      def body(state: tuple[jax.Array, PyTree]) -> Any:
+        layer, dx = state
+        weights = {name: read(entries, name, layer) for name in entries}
+        _, dx = _gradients(
+          lambda _, x: self._apply_layer(weights, x), {}, inputs(layer), dx
+        )
+        return layer - 1, dx
 
-      return lax.while_loop(lambda c: c[0] > last, body, (layer, dx))
+      return lax.while_loop(lambda state: state[0] > last, body, (layer, dx))
 
-    dx, entries, squares = state
     # The layer that the loop ends at, so that reads of it wait for the loop.
     top = jnp.full_like(active, num_layers - 1)
-    active, dx = passed(top, active, dx, entries)
-    dx, entries, squares = visited(active, (dx, entries, squares))
+    active, dx = pass_layers(top, active, dx, seen.entries)
+    dx, seen = visit_layer(active, dx, seen)
     if to_embed:
-      _, dx = passed(active - 1, -1, dx, entries)
-    return dx, entries, squares
+      _, dx = pass_layers(active - 1, -1, dx, seen.entries)
+    return dx, seen
 
-  def _block(self, weights, x):
+  def _apply_layer(self, weights: dict[str, Any], x: PyTree) -> PyTree:
     return self.model.block(self.tree.build(weights)['blocks'], x)
 
 
-def _used(f, weights, *args):
+def _used(
+  f: Callable[..., Any], weights: dict[str, jax.Array], *args: Any
+) -> set[str]:
   """Returns the weights that `f` reads."""
   jaxpr = jax.make_jaxpr(f)(weights, *args).jaxpr
   atoms = [v for e in jaxpr.eqns for v in e.invars] + jaxpr.outvars
@@ -167,37 +272,49 @@ def _used(f, weights, *args):
   return {name for name, v in pairs if v in used}
 
 
-def _loss_gradient(loss, head, x, batch):
+def _loss_gradient(
+  loss: Callable[..., Any], head: dict[str, jax.Array], x: PyTree, batch: PyTree
+) -> tuple[Any, PyTree]:
   """Returns (loss, sums, gradients of the head), and the cotangent of x."""
   num = jax.tree.leaves(batch)[0].shape[0]
 
-  def part(part):
+  def of_part(part: tuple[PyTree, PyTree]) -> tuple[Any, PyTree]:
     batch, x = part
 
-    def mean(head, moving):
-      value, sums = loss(head, stack.join(moving, x), batch)
+    def mean(head: dict[str, jax.Array], moving: PyTree) -> Any:
+      value, sums = loss(head, stack.join_moving(moving, x), batch)
       return value / num, sums
 
-    grad = jax.value_and_grad(mean, (0, 1), has_aux=True)
-    (value, sums), (grads, dx) = grad(head, stack.moving(x))
+    gradient = jax.value_and_grad(mean, (0, 1), has_aux=True)
+    (value, sums), (grads, dx) = gradient(head, stack.moving(x))
     return (value, sums, grads), dx
 
-  return sum_over(part, (batch, x))
+  return sum_over(of_part, (batch, x))
 
 
-def _gradients(f, weights, x, dy):
+def _gradients(
+  f: Callable[[dict[str, jax.Array], PyTree], PyTree],
+  weights: dict[str, jax.Array],
+  x: PyTree,
+  dy: PyTree,
+) -> tuple[dict[str, jax.Array], PyTree]:
   """Returns the gradients of f(weights, x), summed over the microbatches of x
   and dy [K, ...]; and the cotangent of what moves of x [K, ...]."""
 
-  def part(part):
+  def of_part(part: tuple[PyTree, PyTree]) -> tuple[Any, PyTree]:
     x, dy = part
-    moved = lambda w, moving: stack.moving(f(w, stack.join(moving, x)))
+
+    def moved(weights: dict[str, jax.Array], moving: PyTree) -> PyTree:
+      return stack.moving(f(weights, stack.join_moving(moving, x)))
+
     return jax.vjp(moved, weights, stack.moving(x))[1](dy)
 
-  return sum_over(part, (x, dy))
+  return sum_over(of_part, (x, dy))
 
 
-def sum_over(f: Callable, parts: Any) -> tuple[Any, Any]:
+def sum_over(
+  f: Callable[[Any], tuple[Any, Any]], parts: PyTree
+) -> tuple[Any, PyTree]:
   """Sums f's first result over microbatches [K, ...], stacks the second.
 
   Sums are float32 and come back in the type of what is summed.
@@ -210,7 +327,7 @@ def sum_over(f: Callable, parts: Any) -> tuple[Any, Any]:
     total, stacked = f(first)
     return total, jax.tree.map(lambda a: a[None], stacked)
 
-  def body(sums, part):
+  def body(sums: PyTree, part: PyTree) -> tuple[PyTree, PyTree]:
     one, stacked = f(part)
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, one), stacked
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from galore_optax import paths
-from galore_optax.layerwise.weights import is_stored
+from galore_optax.quantized.array import is_quantized
 
 PyTree = Any
 
@@ -30,7 +30,7 @@ class Parts:
 
   def __init__(self, params: PyTree):
     """Reads the structure of a tree."""
-    weights, self.treedef = jax.tree.flatten(params, is_leaf=is_stored)
+    weights, self.treedef = jax.tree.flatten(params, is_leaf=is_quantized)
     self.names = paths.paths(self.treedef.unflatten(range(len(weights))))
 
   def weights(self, params: PyTree) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Parts:
     return jax.random.fold_in(key, layer)
 
 
-def in_stack(name: str) -> bool:
+def in_layer_stack(name: str) -> bool:
   """Whether a path names a weight of the layer stack."""
   return name.split('/')[0] == 'blocks'
 
@@ -64,8 +64,11 @@ def take(tree: PyTree, i: jax.Array | int | None) -> PyTree:
   >>> take({'w': jnp.arange(6).reshape(3, 2)}, 1)
   {'w': Array([2, 3], dtype=int32)}
   """
-  one = lambda a: _in_rows(lax.dynamic_index_in_dim(a, i, keepdims=False))
-  return tree if i is None else jax.tree.map(one, tree)
+  if i is None:
+    return tree
+  return jax.tree.map(
+    lambda a: _in_rows(lax.dynamic_index_in_dim(a, i, keepdims=False)), tree
+  )
 
 
 def put(tree: PyTree, one: PyTree, i: jax.Array | int | None) -> PyTree:
@@ -77,11 +80,16 @@ def put(tree: PyTree, one: PyTree, i: jax.Array | int | None) -> PyTree:
   >>> put(jnp.zeros(3), jnp.float32(1), 2)
   Array([0., 0., 1.], dtype=float32)
   """
-  new = lambda a, b: lax.dynamic_update_index_in_dim(a, _in_rows(b), i, 0)
-  return one if i is None else jax.tree.map(new, tree, one)
+  if i is None:
+    return one
+  return jax.tree.map(
+    lambda a, b: lax.dynamic_update_index_in_dim(a, _in_rows(b), i, 0),
+    tree,
+    one,
+  )
 
 
-def _in_rows(a):
+def _in_rows(a: jax.Array) -> jax.Array:
   """Returns an array laid out in rows.
 
   XLA would lay out a whole stack as a product likes one layer of it: a copy.
@@ -89,22 +97,35 @@ def _in_rows(a):
   return with_layout_constraint(a, Layout(tuple(range(a.ndim))))
 
 
-def each(update: Callable[..., Any], entry: PyTree, grads: jax.Array) -> PyTree:
+def map_layers(
+  update: Callable[[Any, jax.Array, jax.Array], Any],
+  entry: PyTree,
+  grads: jax.Array,
+) -> PyTree:
   """Returns a stacked entry after `update(entry, grad, i)` of each element.
 
-  >>> each(lambda w, g, i: w - i * g, jnp.ones(3), jnp.ones(3))
+  >>> map_layers(lambda w, g, i: w - i * g, jnp.ones(3), jnp.ones(3))
   Array([ 1.,  0., -1.], dtype=float32)
   """
-  one = lambda i, new: put(new, update(take(new, i), take(grads, i), i), i)
-  return lax.fori_loop(0, grads.shape[0], one, entry)
+
+  def body(i: jax.Array, entry: PyTree) -> PyTree:
+    return put(entry, update(take(entry, i), take(grads, i), i), i)
+
+  return lax.fori_loop(0, grads.shape[0], body, entry)
 
 
-def in_slices(update: Callable[..., Any], entry: Any, grad: Any, num: Any):
+def in_slices(
+  update: Callable[..., Any],
+  entry: tuple[Any, Any],
+  grad: jax.Array,
+  num: int | None,
+) -> tuple[Any, Any]:
   """Returns (stored, state) of a weight, updated in slices; None: at once."""
   if num is None:
     return update(entry, grad, 0)
   stored, inner = entry
-  new, inner = each(update, (sliced(stored, num), inner), sliced(grad, num))
+  sliced_entry = (sliced(stored, num), inner)
+  new, inner = map_layers(update, sliced_entry, sliced(grad, num))
   return unflat(new, stored), inner
 
 
@@ -114,27 +135,33 @@ def sliced(tree: PyTree, num: int) -> PyTree:
   >>> sliced(jnp.zeros((6, 2)), 3).shape
   (3, 2, 2)
   """
-  share = lambda a: _share(a, num, 'slices', 'the leading axis')
-  cut = lambda a: a.reshape(num, share(a), *a.shape[1:])
+
+  def cut(a: jax.Array) -> jax.Array:
+    share = _share(a, num, 'slices', 'the leading axis')
+    return a.reshape(num, share, *a.shape[1:])
+
   return jax.tree.map(cut, tree)
 
 
-def split(batch: PyTree, num: int) -> PyTree:
+def split_microbatches(batch: PyTree, num: int) -> PyTree:
   """Returns microbatches [num, N / num, ...] of a batch [N, ...].
 
   Microbatch k takes every num-th example, so that a batch that is sharded
   over its examples stays where it is.
 
-  >>> split(jnp.arange(4), 2)
+  >>> split_microbatches(jnp.arange(4), 2)
   Array([[0, 2],
          [1, 3]], dtype=int32)
   """
-  share = lambda a: _share(a, num, 'microbatches', 'the batch')
-  cut = lambda a: jnp.swapaxes(a.reshape(share(a), num, *a.shape[1:]), 0, 1)
+
+  def cut(a: jax.Array) -> jax.Array:
+    share = _share(a, num, 'microbatches', 'the batch')
+    return jnp.swapaxes(a.reshape(share, num, *a.shape[1:]), 0, 1)
+
   return jax.tree.map(cut, batch)
 
 
-def _share(a, num, option, whole):
+def _share(a: jax.Array, num: int, option: str, whole: str) -> int:
   if a.shape[0] % num:
     raise ValueError(f'{option} must divide {whole} of {a.shape[0]}, got {num}')
   return a.shape[0] // num
@@ -146,18 +173,20 @@ def moving(x: PyTree) -> PyTree:
   >>> moving({'h': jnp.zeros(2), 'positions': jnp.arange(2)})
   {'h': Array([0., 0.], dtype=float32), 'positions': None}
   """
-  moves = lambda a: jnp.issubdtype(a.dtype, jnp.inexact)
-  return jax.tree.map(lambda a: a if moves(a) else None, x)
+  return jax.tree.map(
+    lambda a: a if jnp.issubdtype(a.dtype, jnp.inexact) else None, x
+  )
 
 
-def join(moved: PyTree, x: PyTree) -> PyTree:
+def join_moving(moved: PyTree, x: PyTree) -> PyTree:
   """Returns `x` with the leaves of `moved` where that has any.
 
-  >>> join({'h': 1, 'positions': None}, {'h': 0, 'positions': 2})
+  >>> join_moving({'h': 1, 'positions': None}, {'h': 0, 'positions': 2})
   {'h': 1, 'positions': 2}
   """
-  pick = lambda m, a: a if m is None else m
-  return jax.tree.map(pick, moved, x, is_leaf=lambda a: a is None)
+  return jax.tree.map(
+    lambda m, a: a if m is None else m, moved, x, is_leaf=lambda a: a is None
+  )
 
 
 def flat(tree: PyTree) -> PyTree:
@@ -176,3 +205,8 @@ def unflat(vectors: PyTree, like: PyTree) -> PyTree:
   (2, 3)
   """
   return jax.tree.map(lambda v, a: v.reshape(a.shape), vectors, like)
+
+
+# Former names, kept until all imports use the new ones.
+in_stack = in_layer_stack
+each = map_layers

@@ -12,7 +12,7 @@ Axes: L layers, the leading axis of a stack; N examples.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,32 +23,15 @@ from galore_optax import clipping
 from galore_optax.checks import check_count, check_one_of
 from galore_optax.galore import Galore
 from galore_optax.layerwise import stack
-from galore_optax.layerwise.passes import Passes
+from galore_optax.layerwise.passes import Layer, Layers, Passes
 from galore_optax.layerwise.weights import ARRAYS, Weights
 from galore_optax.precision import full
 from galore_optax.quantized.rounding import apply_updates_stochastic
 from galore_optax.sharding import on_any_mesh, placed
 
 PyTree = Any
-
-
-class Layers(Protocol):
-  """What `layerwise` asks of a model: three pure functions.
-
-  `params['blocks']` is the stack, every leaf `[L, ...]`; the other entries of
-  `params` belong to `embed` and `loss`. `x` is a pytree of one structure and
-  shape from the first block to the last; its integer leaves (positions,
-  segments) are carried along and not differentiated.
-  """
-
-  def embed(self, params: PyTree, batch: PyTree) -> PyTree:
-    """Returns what the first block reads."""
-
-  def block(self, layer_params: PyTree, x: PyTree) -> PyTree:
-    """Returns what the next block reads."""
-
-  def loss(self, params: PyTree, x: PyTree, batch: PyTree) -> Any:
-    """Returns (the mean loss [], sums that the metrics carry)."""
+# The stored weight and the state of its rule.
+Entry = tuple[Any, Any]
 
 
 class LayerwiseState(NamedTuple):
@@ -151,24 +134,32 @@ class Layerwise:
   @placed
   def init(self, params: PyTree) -> LayerwiseState:
     """Returns the state before the first step."""
-    tree, read = stack.Parts(params), self.weights.read
+    tree = stack.Parts(params)
+    read = self.weights.read
     weights = tree.weights(params)
-    stacked = {name: stack.in_stack(name) for name in weights}
+    stacked = {name: stack.in_layer_stack(name) for name in weights}
     if not any(stacked.values()):
       rule = "params['blocks'] must hold the layers, every leaf [L, ...]"
       raise ValueError(f'{rule}, got {", ".join(weights)}')
     if self._trains_one_layer():
       self.tx.check_blocks(stacked)
+
     # A target that matches nothing anywhere is told here: `tx` is strict only
     # where it sees the whole tree.
-    whole = lambda weights: {name: read(w) for name, w in weights.items()}
-    jax.eval_shape(lambda w: self.tx.init(tree.build(whole(w))), weights)
+    def init_all(weights: dict[str, Any]) -> Any:
+      arrays = {name: read(stored) for name, stored in weights.items()}
+      return self.tx.init(tree.build(arrays))
 
-    def init_weight(name, stored):
+    jax.eval_shape(init_all, weights)
+
+    def init_weight(name: str, stored: Any) -> Any:
       rule = self._rule(name)
       if rule is None:
         return ()
-      init = lambda one: rule.init(tree.alone(name, read(one)))
+
+      def init(stored: Any) -> Any:
+        return rule.init(tree.alone(name, read(stored)))
+
       if name in self.slices:
         return jax.vmap(init)(stack.sliced(stored, self.slices[name]))
       if stacked[name] and not self._trains_one_layer():
@@ -180,7 +171,9 @@ class Layerwise:
 
   # Metrics are whole everywhere, as the counter is.
   @on_any_mesh(lambda _, params, state, batch: (params, state, state.count))
-  def __call__(self, params: PyTree, state: LayerwiseState, batch: PyTree):
+  def __call__(
+    self, params: PyTree, state: LayerwiseState, batch: PyTree
+  ) -> tuple[PyTree, LayerwiseState, dict[str, Any]]:
     """Returns parameters and state one step on, and the step's metrics."""
     tree = stack.Parts(params)
     summed = self.accumulate > 1
@@ -191,11 +184,20 @@ class Layerwise:
     metrics['projected_grad_norm' if summed else 'grad_norm'] = norm
     params = tree.build({name: stored for name, (stored, _) in entries.items()})
     inner = {name: inner for name, (_, inner) in entries.items()}
-    kept = lambda new, old: jnp.where(jnp.isfinite(norm), new, old)
-    count = kept(optax.safe_increment(state.count), state.count)
-    return params, LayerwiseState(count, kept(norm, state.norm), inner), metrics
+    is_finite = jnp.isfinite(norm)
+    next_count = optax.safe_increment(state.count)
+    count = jnp.where(is_finite, next_count, state.count)
+    norm = jnp.where(is_finite, norm, state.norm)
+    return params, LayerwiseState(count, norm, inner), metrics
 
-  def _at_once(self, tree, weights, state, batch, key):
+  def _at_once(
+    self,
+    tree: stack.Parts,
+    weights: dict[str, Any],
+    state: LayerwiseState,
+    batch: PyTree,
+    key: jax.Array,
+  ) -> tuple[dict[str, Entry], jax.Array, dict[str, Any]]:
     """Updates the weights of each layer as soon as their gradients exist.
 
     Returns:
@@ -207,17 +209,29 @@ class Layerwise:
     if self._trains_one_layer():
       active = self.tx.active(state.count, jax.tree.leaves(saved)[0].shape[0])
     back = functools.partial(passes.backward, saved, active=active)
-    keep = lambda entry, *seen: entry
-    exact = lambda: back(x, dict.fromkeys(weights), keep, stored=weights)[1]
-    before = lambda: lax.cond(state.count == 0, exact, lambda: state.norm)
-    norm, factor = jnp.float32(0), None
+
+    def exact_norm() -> jax.Array:
+      no_entries = dict.fromkeys(weights)
+      return back(x, no_entries, lambda entry, *_: entry, stored=weights)[1]
+
+    norm = jnp.float32(0)
+    factor = None
     if self.clip_norm is not None:
-      norm = exact() if self.clip == 'exact' else before()
+      if self.clip == 'exact':
+        norm = exact_norm()
+      else:
+        norm = lax.cond(state.count == 0, exact_norm, lambda: state.norm)
       factor = clipping.clip_coefficient(norm, self.clip_norm)
     # The second pass begins after the first: their gradients never coexist.
     x, norm, factor = lax.optimization_barrier((x, norm, factor))
 
-    def visit(entry, name, grad, layer, squares):
+    def visit(
+      entry: Entry,
+      name: str,
+      grad: jax.Array,
+      layer: Layer,
+      squares: jax.Array,
+    ) -> Entry:
       scale = (norm + squares, factor)
       update = functools.partial(self.update, tree, key, scale, name)
       if layer is None:
@@ -230,7 +244,14 @@ class Layerwise:
     entries = {name: (w, state.inner[name]) for name, w in weights.items()}
     return back(x, entries, visit)
 
-  def _in_parts(self, tree, weights, state, batch, key):
+  def _in_parts(
+    self,
+    tree: stack.Parts,
+    weights: dict[str, Any],
+    state: LayerwiseState,
+    batch: PyTree,
+    key: jax.Array,
+  ) -> tuple[dict[str, Entry], jax.Array, dict[str, Any]]:
     """Updates every weight from the sum of its projected gradients.
 
     The batch passes through the model in parts, forward and back, one after
@@ -244,7 +265,9 @@ class Layerwise:
     pairs = zip(weights, self.sums(tree.build(weights), state), strict=True)
     entries = {name: (state.inner[name], zero) for name, zero in pairs}
 
-    def part(entries, numbered):
+    def part(
+      entries: dict[str, Any], numbered: tuple[jax.Array, PyTree]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
       number, batch = numbered
       passes = self.passes(tree, batch)
       saved, x = passes.forward(weights)
@@ -252,7 +275,7 @@ class Layerwise:
       new, _, metrics = passes.backward(saved, x, entries, add, stored=weights)
       return new, metrics
 
-    numbered = (jnp.arange(num), stack.split(batch, num))
+    numbered = (jnp.arange(num), stack.split_microbatches(batch, num))
     entries, metrics = lax.scan(part, entries, numbered)
     metrics = jax.tree.map(lambda a: jnp.sum(a, 0), metrics)
     metrics['loss'] /= num
@@ -261,30 +284,46 @@ class Layerwise:
     norm = jnp.sqrt(clipping.sum_of_squares((sums, 0 * metrics['loss']))) / num
     factor = clipping.clip_coefficient(norm, self.clip_norm or jnp.inf) / num
 
-    def updated(name):
+    def updated(name: str) -> Entry:
       update = functools.partial(self.update, tree, key, (norm, factor), name)
       entry = (weights[name], entries[name][0])
-      if stack.in_stack(name):
-        return stack.each(update, entry, sums[name])
+      if stack.in_layer_stack(name):
+        return stack.map_layers(update, entry, sums[name])
       return stack.in_slices(update, entry, sums[name], self.slices.get(name))
 
     return {name: updated(name) for name in weights}, norm, metrics
 
-  def _add(self, tree, key, number, entry, name, grad, layer, _):
+  def _add(
+    self,
+    tree: stack.Parts,
+    key: jax.Array,
+    number: jax.Array,
+    entry: tuple[Any, jax.Array],
+    name: str,
+    grad: jax.Array,
+    layer: Layer,
+    squares: jax.Array,
+  ) -> tuple[Any, jax.Array]:
     """Returns (state of tx, sums) of a weight after a gradient of a part."""
     inner, total = stack.take(entry, layer)
     index = 0 if layer is None else layer
     if name not in self.slices:
       alone = tree.alone(name, grad)
       due = (number == 0) & self.tx.due(inner, layer=index)
-      refresh = lambda inner: self.tx.refresh(alone, inner, layer=index)
-      inner = lax.cond(due, refresh, lambda inner: inner, inner)
+      inner = lax.cond(
+        due,
+        lambda inner: self.tx.refresh(alone, inner, layer=index),
+        lambda inner: inner,
+        inner,
+      )
     low = self._projected(tree, name, grad, inner)
     noise = tree.key(jax.random.fold_in(key, number), name, index)
     new = (inner, apply_updates_stochastic(total, low, noise))
     return stack.put(entry, new, layer)
 
-  def _projected(self, tree, name, grad, inner):
+  def _projected(
+    self, tree: stack.Parts, name: str, grad: jax.Array, inner: Any
+  ) -> jax.Array:
     """Returns what a gradient adds to the sums: all of it before slices."""
     if name in self.slices:
       return grad
@@ -295,52 +334,68 @@ class Layerwise:
     if self.accumulate == 1:
       return []
     tree = stack.Parts(params)
-    weights, read = tree.weights(params), self.weights.read
+    weights = tree.weights(params)
 
-    def zero(name):
-      low = lambda w, inner: self._projected(tree, name, read(w), inner)
-      low = jax.vmap(low) if stack.in_stack(name) else low
-      shape = jax.eval_shape(low, weights[name], state.inner[name]).shape
+    def zero(name: str) -> jax.Array:
+      def project(stored: Any, inner: Any) -> jax.Array:
+        return self._projected(tree, name, self.weights.read(stored), inner)
+
+      if stack.in_layer_stack(name):
+        project = jax.vmap(project)
+      shape = jax.eval_shape(project, weights[name], state.inner[name]).shape
       return jnp.zeros(shape, self.sums_dtype)
 
     return [zero(name) for name in weights]
 
   def passes(self, tree: stack.Parts, batch: PyTree) -> Passes:
     """Returns the way of a batch [N, ...] through the model."""
-    batch = stack.split(batch, self.microbatches)
+    batch = stack.split_microbatches(batch, self.microbatches)
     frozen = [name for name in tree.names if self._rule(name) is None]
     return Passes(self.model, tree, self.weights.read, batch, frozen)
 
-  def update(self, tree, key, scale, name, entry, grad, layer):
+  def update(
+    self,
+    tree: stack.Parts,
+    key: jax.Array,
+    scale: tuple[jax.Array, jax.Array | None],
+    name: str,
+    entry: Entry,
+    grad: jax.Array,
+    layer: jax.Array | int,
+  ) -> Entry:
     """Returns (stored, state) of one weight, layer or slice, updated.
 
     The gradient, or the sum of projected ones, counts `scale[1]` times; the
     entry stays as it is where `scale[0]` is not finite.
     """
 
-    def updated(entry):
+    def updated(entry: Entry) -> Entry:
       stored, inner = entry
       weight = self.weights.read(stored)
       projected = self.accumulate > 1 and name not in self.slices
       rule = self.tx.apply if projected else self._rule(name).update
       g = grad if scale[1] is None else full(grad) * scale[1]
-      g = tree.alone(name, g if projected else g.astype(weight.dtype))
-      new, inner = rule(g, inner, tree.alone(name, weight), layer=layer)
+      if not projected:
+        g = g.astype(weight.dtype)
+      weight_tree = tree.alone(name, weight)
+      new, inner = rule(tree.alone(name, g), inner, weight_tree, layer=layer)
       noise = tree.key(key, name, layer)
       return self.weights.write(stored, jax.tree.leaves(new)[0], noise), inner
 
     with jax.named_scope('if_finite'):
-      return lax.cond(jnp.isfinite(scale[0]), updated, lambda e: e, entry)
+      return lax.cond(
+        jnp.isfinite(scale[0]), updated, lambda entry: entry, entry
+      )
 
   def _trains_one_layer(self) -> bool:
     """Whether tx has the parts of a `badam`, whose state is of one layer."""
     return hasattr(self.tx, 'check_blocks')
 
-  def _rule(self, name) -> Any:
+  def _rule(self, name: str) -> Any:
     """Returns what updates a weight; None if it is frozen."""
     if not self._trains_one_layer():
       return self.tx
-    return self.tx.rule if stack.in_stack(name) else self.tx.rest
+    return self.tx.rule if stack.in_layer_stack(name) else self.tx.rest
 
 
 layerwise = Layerwise

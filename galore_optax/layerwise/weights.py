@@ -3,21 +3,24 @@
 A stored weight is an array or a `Quantized`; the model computes with arrays.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from galore_optax.quantized.array import Quantized, dequantize, quantize_linear
+from galore_optax.quantized.array import (
+  Quantized,
+  dequantize,
+  is_quantized,
+  quantize_linear,
+)
 from galore_optax.quantized.rounding import apply_updates_stochastic
 
-
-def is_stored(x: Any) -> bool:
-  """Whether a node of a tree is one stored weight, though no array."""
-  return isinstance(x, Quantized)
+# The former name, kept until all imports use the new one.
+is_stored = is_quantized
 
 
 class Weights(NamedTuple):
@@ -31,14 +34,23 @@ class Weights(NamedTuple):
   write: Callable[[Any, jax.Array, jax.Array], Any]
 
 
-_same = lambda weight: weight
+def _identity(weight: Any) -> Any:
+  return weight
+
+
+def _add(weight: Any, update: jax.Array, key: jax.Array) -> Any:
+  return optax.apply_updates(weight, update)
+
+
 # Weights are kept as they are, sums rounded to nearest.
-ARRAYS = Weights(_same, _same, lambda w, u, key: optax.apply_updates(w, u))
+ARRAYS = Weights(_identity, _identity, _add)
 # bfloat16 weights whose sums are rounded stochastically.
-ROUNDED = Weights(_same, _same, apply_updates_stochastic)
+ROUNDED = Weights(_identity, _identity, apply_updates_stochastic)
 
 
-def quantized(*, bits: Literal[4, 8] = 8, group: int = 256, dtype: Any):
+def quantized(
+  *, bits: Literal[4, 8] = 8, group: int = 256, dtype: DTypeLike
+) -> Weights:
   """Weights in blocks of integers, sums rounded stochastically.
 
   Weights of fewer than two axes beyond a stack's (norms, biases) stay arrays.
@@ -54,13 +66,17 @@ def quantized(*, bits: Literal[4, 8] = 8, group: int = 256, dtype: Any):
     >>> stored.nbytes, weights.read(stored).dtype
     (2080, dtype(bfloat16))
   """
-  store = functools.partial(quantize_linear, bits=bits, group=group)
-  read = lambda w: dequantize(w).astype(dtype) if is_stored(w) else w
 
-  def write(stored, update, key):
-    if not is_stored(stored):
+  def store(weight: jax.Array, key: jax.Array | None = None) -> Quantized:
+    return quantize_linear(weight, bits=bits, group=group, key=key)
+
+  def read(stored: Any) -> jax.Array:
+    return dequantize(stored).astype(dtype) if is_quantized(stored) else stored
+
+  def write(stored: Any, update: jax.Array, key: jax.Array) -> Any:
+    if not is_quantized(stored):
       return apply_updates_stochastic(stored, update, key)
-    new = store(dequantize(stored) + update.astype(jnp.float32), key=key)
+    new = store(dequantize(stored) + update.astype(jnp.float32), key)
     # A dequantized value can be an ulp away from its code. Stochastic rounding
     # would then occasionally move a frozen weight by a whole step.
     moves = jnp.any(update != 0)

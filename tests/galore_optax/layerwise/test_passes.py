@@ -38,7 +38,7 @@ def subtract_gradients(model, params, batch, microbatches=1, visited=None):
   """Returns the weights minus their gradients, and the norm of those."""
   tree = stack.Parts(params)
   weights = tree.weights(params)
-  microbatch = stack.split(batch, microbatches)
+  microbatch = stack.split_microbatches(batch, microbatches)
   passes = Passes(model, tree, lambda weight: weight, microbatch)
   saved, x = passes.forward(weights)
 

@@ -11,7 +11,8 @@ import pytest
 import galore_optax
 from galore_optax.clipping import clip_coefficient, clipped
 from galore_optax.layerwise import layerwise
-from galore_optax.layerwise.weights import is_stored, quantized
+from galore_optax.layerwise.weights import quantized
+from galore_optax.quantized.array import is_quantized
 from galore_optax.quantized.state import quantize_state
 from tests.galore_optax.layerwise.program import (
   D,
@@ -143,10 +144,10 @@ def test_weights_in_eight_bits_are_read_and_written():
   weights = quantized(bits=8, group=32, dtype=jnp.float32)
   params = make_params()
   params['blocks'] = jax.tree.map(weights.store, params['blocks'])
-  read = lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_stored)
+  read = lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_quantized)
   step = layerwise(Residual(), optax.sgd(0.1), weights=weights)
   new, _, _ = run(step, steps=1, params=params)
-  assert is_stored(new['blocks']['w'])
+  assert is_quantized(new['blocks']['w'])
   exact, _ = run_whole_tree(
     Residual(), optax.sgd(0.1), steps=1, params=jax.jit(read)(params)
   )
