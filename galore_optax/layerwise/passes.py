@@ -219,12 +219,16 @@ class Passes(NamedTuple):
       entries, squares = seen
       weights = {name: read(entries, name, layer) for name in sorted(entries)}
       grads, dx = _gradients(self._apply_layer, weights, inputs(layer), dx)
-      # The visits begin when all gradients of the layer exist. The entries must
-      # not pass through a barrier: the compiler would copy the whole stack.
+      # The visits begin when all gradients of the layer exist, and each one
+      # begins after the previous one, so that only one needs scratch memory at
+      # a time. An entry passes through a barrier only after its visit: before,
+      # the compiler would copy the whole stack to keep the old weight readable.
       grads, dx, squares = lax.optimization_barrier((grads, dx, squares))
       seen = Visited(entries, squares)
       for name in weights:
-        seen = see(seen, name, grads.pop(name), layer)
+        entries, squares = see(seen, name, grads.pop(name), layer)
+        grads, entry = lax.optimization_barrier((grads, entries[name]))
+        seen = Visited(entries | {name: entry}, squares)
       return dx, seen
 
     if active is None:
