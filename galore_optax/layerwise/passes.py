@@ -21,33 +21,33 @@ from galore_optax.layerwise import stack
 from galore_optax.precision import full
 
 PyTree = Any
-# Index of a layer; None for the weights outside the stack.
+# Index of a layer, or None for a weight outside the stack.
 Layer = jax.Array | int | None
-# Reads a weight of a layer from the entries, by path.
+# A function `(entries, name, layer) -> weight`.
 Read = Callable[[dict[str, Any], str, Layer], jax.Array]
 
 
 class Layers(Protocol):
-  """What `layerwise` asks of a model: three pure functions.
+  """The interface of a model for `layerwise`: three pure functions.
 
-  `params['blocks']` is the stack, every leaf `[L, ...]`; the other entries of
-  `params` belong to `embed` and `loss`. `x` is a pytree of one structure and
-  shape from the first block to the last; its integer leaves (positions,
-  segments) are carried along and not differentiated.
+  `params['blocks']` is the layer stack, with leaves `[L, ...]`. The other
+  entries of `params` are read by `embed` and `loss`. `x` is a pytree whose
+  structure and shapes are the same before and after every layer. Its integer
+  leaves (positions, segments) are passed on and not differentiated.
   """
 
   def embed(self, params: PyTree, batch: PyTree) -> PyTree:
-    """Returns what the first block reads."""
+    """Returns the input of the first layer."""
 
   def block(self, layer_params: PyTree, x: PyTree) -> PyTree:
-    """Returns what the next block reads."""
+    """Returns the output of a layer, the input of the next one."""
 
   def loss(self, params: PyTree, x: PyTree, batch: PyTree) -> Any:
-    """Returns (the mean loss [], sums that the metrics carry)."""
+    """Returns (mean loss [], sums over the batch, which become metrics)."""
 
 
 class Visit(Protocol):
-  """What happens to a weight when its gradient is complete."""
+  """A function that is called with the gradient of each weight."""
 
   def __call__(
     self,
@@ -61,34 +61,42 @@ class Visit(Protocol):
     """Returns the new entry of a weight.
 
     Args:
-      entry: the entry of the weight before the visit.
+      entry: the current entry of the weight; all layers if it is stacked.
       name: the path of the weight.
-      grad: its gradient, of one layer if the weight is stacked.
-      layer: index of that layer; None outside the stack.
-      squares: sum of the squares of all gradients so far, with this one; not
-        finite from the first gradient on that is not, or if the loss is not.
+      grad: the gradient of the weight; of one layer if it is stacked.
+      layer: the index of that layer, or None outside the stack.
+      squares: the sum of squares of all gradients up to and including this one.
+        It is non-finite if the loss or any of these gradients is non-finite.
     """
     ...
 
 
 class Visited(NamedTuple):
-  """What the visits have changed so far."""
+  """Results of the visits so far."""
 
-  entries: dict[str, Any]  # by weight
-  squares: jax.Array  # [], float32: squared norm of the gradients so far
+  entries: dict[str, Any]
+  """The entry of each weight, by path."""
+  squares: jax.Array
+  """[], float32: the sum of squares of the gradients."""
 
 
+# A function `(seen, name, grad, layer) -> seen` that visits one weight.
 See = Callable[[Visited, str, jax.Array, Layer], Visited]
 
 
 class Passes(NamedTuple):
-  """One batch on its way through a model."""
+  """The forward and the backward pass of one batch."""
 
-  model: Layers  # the three functions of `layerwise`
-  tree: stack.Parts  # of the parameters
-  read: Callable[[Any], jax.Array]  # of a stored weight: what the model takes
-  batch: PyTree  # microbatches [K, ...]
-  frozen: Sequence[str] = ()  # weights outside the stack that are not visited
+  model: Layers
+  """The model."""
+  tree: stack.Parts
+  """The structure of the parameters."""
+  read: Callable[[Any], jax.Array]
+  """Converts a stored weight to the array that the model computes with."""
+  batch: PyTree
+  """Microbatches [K, ...]."""
+  frozen: Sequence[str] = ()
+  """Paths of weights outside the stack that are not visited."""
 
   def forward(self, stored: dict[str, Any]) -> tuple[PyTree, PyTree]:
     """Returns the input of each layer [L, K, ...] and of the loss [K, ...]."""
@@ -115,23 +123,26 @@ class Passes(NamedTuple):
     stored: dict[str, Any] | None = None,
     active: jax.Array | None = None,
   ) -> tuple[dict[str, Any], jax.Array, dict[str, Any]]:
-    """Walks the gradient from the loss to the embedding.
+    """Computes the gradients from the loss to the embedding, with visits.
 
     Args:
-      saved: input of each layer, as `forward` returns it.
-      x: input of the loss.
-      entries: what the visits change, by weight.
-      visit: called with each weight's gradient.
-      stored: the weights, where no visit changes them: XLA would copy them in
-        the entries. None where they are the first of each entry.
-      active: the one layer whose weights are visited; None for all.
+      saved: the input of each layer, as `forward` returns it.
+      x: the input of the loss.
+      entries: for each weight, the data that its visits read and replace.
+      visit: called once with the gradient of each weight, and for a stacked
+        weight once for each layer.
+      stored: the stored weights, if the visits do not change them. None if the
+        first element of each entry is the stored weight. Weights that do not
+        change should not be in the entries, because XLA would copy them.
+      active: the only layer whose weights are visited; None visits all layers.
 
     Returns:
-      The entries after the visits; the norm of what they saw; the metrics.
+      The entries after the visits; the norm of the visited gradients; the
+      metrics.
     """
 
-    # The weights are read from the entries, so that reading a weight waits for
-    # the visits before.
+    # Weights are read from the current entries, so a read after a visit waits
+    # for that visit.
     def read(entries: dict[str, Any], name: str, layer: Layer) -> jax.Array:
       weight = entries[name][0] if stored is None else stored[name]
       return self.read(stack.take(weight, layer))
@@ -157,7 +168,7 @@ class Passes(NamedTuple):
     by_embed = _used(embed, rest, stack.take(self.batch, 0))
     moving = {n: w for n, w in rest.items() if n not in self.frozen}
     in_loss = {n: w for n, w in moving.items() if n in by_loss}
-    # What nothing reads has a gradient of zero, and its update.
+    # A weight that neither function reads is visited with a zero gradient.
     in_embed = {n: w for n, w in moving.items() if n not in by_loss - by_embed}
     (value, sums, head), dx = _loss_gradient(loss, in_loss, x, self.batch)
     seen = Visited(entries, jnp.where(jnp.isfinite(value), 0.0, jnp.nan))
@@ -180,9 +191,9 @@ class Passes(NamedTuple):
     def embed_gradients() -> dict[str, jax.Array]:
       return _gradients(embed, in_embed, self.batch, dx)[0]
 
-    # Behind a condition that is always true, which the compiler cannot know:
-    # it would make the zeros that the gradient of a lookup starts from before
-    # the loop, and hold them through it.
+    # This condition is always true, but the compiler cannot infer that. Without
+    # it, the compiler would allocate the zeros to which the gradient of an
+    # embedding lookup is added before the loop, and keep them during the loop.
     grads = lax.cond(
       seen.squares != -1,
       embed_gradients,
@@ -207,7 +218,7 @@ class Passes(NamedTuple):
     active: jax.Array | None,
     to_embed: bool,
   ) -> tuple[PyTree, Visited]:
-    """Returns the cotangents below the stack, and what the visits changed."""
+    """Returns the cotangents of the first layer's input, and the visits."""
     num_layers = jax.tree.leaves(saved)[0].shape[0]
 
     def inputs(layer: Layer) -> PyTree:
@@ -241,7 +252,7 @@ class Passes(NamedTuple):
     def pass_layers(
       layer: jax.Array, last: Layer, dx: PyTree, entries: dict[str, Any]
     ) -> tuple[jax.Array, PyTree]:
-      """Takes cotangents past the layers above `last`, without a gradient."""
+      """Propagates cotangents down to layer `last`, without visits."""
 
       def body(state: tuple[jax.Array, PyTree]) -> Any:
         layer, dx = state
@@ -253,7 +264,8 @@ class Passes(NamedTuple):
 
       return lax.while_loop(lambda state: state[0] > last, body, (layer, dx))
 
-    # The layer that the loop ends at, so that reads of it wait for the loop.
+    # `pass_layers` returns the index of the layer at which its loop ends. That
+    # index is used below, so that reads of the layer wait for the loop.
     top = jnp.full_like(active, num_layers - 1)
     active, dx = pass_layers(top, active, dx, seen.entries)
     dx, seen = visit_layer(active, dx, seen)
@@ -268,7 +280,7 @@ class Passes(NamedTuple):
 def _used(
   f: Callable[..., Any], weights: dict[str, jax.Array], *args: Any
 ) -> set[str]:
-  """Returns the weights that `f` reads."""
+  """Returns the paths of the weights that `f` reads."""
   jaxpr = jax.make_jaxpr(f)(weights, *args).jaxpr
   atoms = [v for e in jaxpr.eqns for v in e.invars] + jaxpr.outvars
   used = {v for v in atoms if isinstance(v, jex.Var)}
@@ -279,7 +291,10 @@ def _used(
 def _loss_gradient(
   loss: Callable[..., Any], head: dict[str, jax.Array], x: PyTree, batch: PyTree
 ) -> tuple[Any, PyTree]:
-  """Returns (loss, sums, gradients of the head), and the cotangent of x."""
+  """Returns (loss, sums, gradients of `head`) and the cotangents of x.
+
+  All are totals over the microbatches, except for the cotangents [K, ...].
+  """
   num = jax.tree.leaves(batch)[0].shape[0]
 
   def of_part(part: tuple[PyTree, PyTree]) -> tuple[Any, PyTree]:
@@ -302,8 +317,18 @@ def _gradients(
   x: PyTree,
   dy: PyTree,
 ) -> tuple[dict[str, jax.Array], PyTree]:
-  """Returns the gradients of f(weights, x), summed over the microbatches of x
-  and dy [K, ...]; and the cotangent of what moves of x [K, ...]."""
+  """Runs `jax.vjp` of `f(weights, x)` for each microbatch.
+
+  Args:
+    f: the function.
+    weights: arrays by path.
+    x: inputs [K, ...].
+    dy: cotangents of the floating leaves of the outputs [K, ...].
+
+  Returns:
+    Gradients of the weights, summed over the microbatches; cotangents of the
+    floating leaves of x [K, ...].
+  """
 
   def of_part(part: tuple[PyTree, PyTree]) -> tuple[Any, PyTree]:
     x, dy = part
@@ -319,9 +344,9 @@ def _gradients(
 def sum_over(
   f: Callable[[Any], tuple[Any, Any]], parts: PyTree
 ) -> tuple[Any, PyTree]:
-  """Sums f's first result over microbatches [K, ...], stacks the second.
+  """Calls f for each microbatch; sums its first results, stacks the second.
 
-  Sums are float32 and come back in the type of what is summed.
+  Sums are computed in float32 and returned in the dtypes of the results.
 
   >>> sum_over(lambda x: (x, -x), jnp.arange(3.0))
   (Array(3., dtype=float32), Array([-0., -1., -2.], dtype=float32))

@@ -1,10 +1,11 @@
 """The layer-wise step: a reverse loop over a layer stack.
 
 Every layer is updated as soon as its gradients exist, so that the gradients of
-only one layer exist at a time. Any optax transformation is a rule:
-`lomo(lr)` makes the step LOMO, `galore_adamw_8bit(...)` layer-wise GaLore.
-With `accumulate`, projected gradients of parts of the batch are summed first.
-The forward and the backward pass are in `passes`.
+only one layer exist at a time. Any optax transformation can compute the
+updates: with `lomo(lr)` the step is LOMO, with `galore_adamw_8bit(...)` it is
+layer-wise GaLore. With `accumulate`, the projected gradients of parts of the
+batch are summed before the update. The forward and the backward pass are in
+`passes`.
 
 Axes: L layers, the leading axis of a stack; N examples.
 """
@@ -30,28 +31,30 @@ from galore_optax.quantized.rounding import apply_updates_stochastic
 from galore_optax.sharding import on_any_mesh, placed
 
 PyTree = Any
-# The stored weight and the state of its rule.
+# (stored weight, state of its transformation).
 Entry = tuple[Any, Any]
 
 
 class LayerwiseState(NamedTuple):
   """State of a layer-wise step."""
 
-  count: jax.Array  # [], int32: steps done, of a finite norm
-  norm: jax.Array  # [], float32: of the last of them, in its metrics
-  # State of tx by weight: [L, ...] for 'blocks/', of one layer for `badam`; ()
-  # for what is frozen.
+  count: jax.Array
+  """[], int32: number of steps whose gradient norm was finite."""
+  norm: jax.Array
+  """[], float32: gradient norm of the last of these steps."""
   inner: dict[str, optax.OptState]
+  """State of `tx` for each weight, by path. States of stacked weights are
+  [L, ...], but those of `badam` belong to one layer. Frozen weights have ()."""
 
 
 @dataclasses.dataclass(eq=False)
 class Layerwise:
   """A training step that updates every layer as soon as its gradients exist.
 
-  It has `init(params) -> state`, and is called with `(params, state, batch)`
-  for `(params, state, metrics)`. Metrics are `loss`, a mean; `grad_norm`,
-  before clipping, or with `accumulate` the `projected_grad_norm`; and sums of
-  what stands beside the loss, by name or as `aux`.
+  `step.init(params)` returns a state, and `step(params, state, batch)` returns
+  `(params, state, metrics)`. The metrics are the mean `loss`; the `grad_norm`
+  before clipping, or with `accumulate` the `projected_grad_norm`; and the sums
+  that the model's `loss` returns with the loss, by name or as `aux`.
 
   Only the input of each layer is kept. The reverse loop recomputes one layer,
   computes the gradients of all its weights, updates the weights one by one in
@@ -59,31 +62,37 @@ class Layerwise:
   time. The result is that of a step on the whole tree. Jit the step and donate
   `params` and `state`.
 
-  Nothing changes, and the `grad_norm` of the metrics is not finite, where the
-  loss is not, or where the norm to clip by was found first and is not. If it
-  was not found first, nothing changes from the first gradient on that is not
-  finite. With `accumulate`, refreshes are done before.
+  If the loss is non-finite, the step changes no weight and no state, and the
+  reported `grad_norm` is non-finite. The same holds if the norm is computed
+  first (`clip='exact'`) and is non-finite. Otherwise a non-finite gradient is
+  detected when it is computed: weights that were updated before keep their
+  updates, and the other weights do not change. With `accumulate`, bases may be
+  refreshed although nothing else changes.
 
   Args:
-    model: the three functions of `Layers`.
-    tx: any optax transformation that treats weights one by one, leading axes
-      as batch, and so not `optax.clip_by_global_norm`: see `clip_norm`. Its
-      update gets `layer=`, the layer's index, as an extra argument.
-    clip_norm: largest global norm of the gradient; that of `tx` if `clipped`.
-    clip: 'exact' finds that norm by a backward pass of its own, as LOMO does,
-      for a `clip_norm` of infinity too; 'previous' takes that of the step
-      before, after the first, at no cost.
-    microbatches: parts of a batch, over which a layer's gradient is summed, in
-      float32: a refresh sees the whole batch, all inputs of blocks are kept.
-    accumulate: parts that a batch is cut into before, which pass forward and
-      back one after another; their projected gradients are summed for all
-      layers. A refresh sees the first part alone, and the norm to clip by is
-      that of the sums. `tx` must be a `galore` without a residual rule, or
-      start with one in `optax.chain`.
-    sums_dtype: of these sums; bfloat16 sums are rounded stochastically.
-    slices: by path, in how many slices of its leading axis a weight outside
-      the stack is updated: bounds the scratch where `tx` is elementwise.
-    weights: how weights are stored; default, as the arrays they are.
+    model: an object with the three functions of `Layers`.
+    tx: any optax transformation that treats each weight separately and leading
+      axes as batch. `optax.clip_by_global_norm` does not; use `clip_norm`. The
+      index of the layer is passed to its update as the extra argument `layer`.
+    clip_norm: largest global norm of the gradient. If `tx` was made by
+      `clipped`, its norm is used instead.
+    clip: 'exact' computes the norm in an extra backward pass, as LOMO does,
+      even if `clip_norm` is infinity. 'previous' uses the norm of the previous
+      step, at no cost; only the first step computes it.
+    microbatches: number of parts of a batch. A layer's gradient is summed over
+      the parts in float32 before it is used, so a refresh uses the whole batch.
+      The layer inputs of the whole batch are kept.
+    accumulate: number of parts that pass forward and backward one after
+      another. Only the layer inputs of one part are kept. The projected
+      gradients of all layers are summed over the parts. A refresh uses only the
+      first part, and clipping uses the norm of the sums. `tx` must be a
+      `galore` without a residual rule, or an `optax.chain` that starts with
+      such a `galore`.
+    sums_dtype: dtype of these sums; bfloat16 sums are rounded stochastically.
+    slices: for paths of weights outside the stack, the number of slices of the
+      leading axis that are updated one after another. This limits the scratch
+      memory, and requires an elementwise `tx`.
+    weights: how weights are stored between steps; by default as arrays.
 
   Example:
     >>> class Linear:
@@ -116,7 +125,7 @@ class Layerwise:
   weights: Weights = ARRAYS
 
   def __post_init__(self) -> None:
-    """Raises ValueError for options that fit no model, or not each other."""
+    """Raises ValueError for invalid or incompatible options."""
     if isinstance(self.tx, clipping.ClippedTransformation):
       if self.clip_norm is not None:
         its = f'a rule that clips at {self.tx.clip_norm}: give one of the two'
@@ -144,8 +153,8 @@ class Layerwise:
     if self._trains_one_layer():
       self.tx.check_blocks(stacked)
 
-    # A target that matches nothing anywhere is told here: `tx` is strict only
-    # where it sees the whole tree.
+    # Initialize the whole tree abstractly, so that `tx` raises if one of its
+    # target patterns matches no weight. It cannot check trees of one weight.
     def init_all(weights: dict[str, Any]) -> Any:
       arrays = {name: read(stored) for name, stored in weights.items()}
       return self.tx.init(tree.build(arrays))
@@ -169,12 +178,12 @@ class Layerwise:
     inner: Any = {name: init_weight(name, w) for name, w in weights.items()}
     return LayerwiseState(jnp.int32(0), jnp.float32(0), inner)
 
-  # Metrics are whole everywhere, as the counter is.
+  # The metrics are replicated, like the step counter.
   @on_any_mesh(lambda _, params, state, batch: (params, state, state.count))
   def __call__(
     self, params: PyTree, state: LayerwiseState, batch: PyTree
   ) -> tuple[PyTree, LayerwiseState, dict[str, Any]]:
-    """Returns parameters and state one step on, and the step's metrics."""
+    """Returns the parameters and the state after one step, and its metrics."""
     tree = stack.Parts(params)
     summed = self.accumulate > 1
     step = self._in_parts if summed else self._at_once
@@ -201,7 +210,7 @@ class Layerwise:
     """Updates the weights of each layer as soon as their gradients exist.
 
     Returns:
-      (stored, state of tx) by weight; the norm of the gradient; the metrics.
+      The entry of each weight; the norm of the gradient; the metrics.
     """
     passes = self.passes(tree, batch)
     saved, x = passes.forward(weights)
@@ -222,7 +231,8 @@ class Layerwise:
       else:
         norm = lax.cond(state.count == 0, exact_norm, lambda: state.norm)
       factor = clipping.clip_coefficient(norm, self.clip_norm)
-    # The second pass begins after the first: their gradients never coexist.
+    # The second backward pass begins after the first one has ended, so that
+    # their gradients do not exist at the same time.
     x, norm, factor = lax.optimization_barrier((x, norm, factor))
 
     def visit(
@@ -236,7 +246,7 @@ class Layerwise:
       update = functools.partial(self.update, tree, key, scale, name)
       if layer is None:
         return stack.in_slices(update, entry, grad, self.slices.get(name))
-      # The state is of one layer if one is trained at a time.
+      # If only one layer is trained at a time, its state has no layer axis.
       places = (layer, layer if active is None else None)
       new = update(tuple(map(stack.take, entry, places)), grad, layer)
       return tuple(map(stack.put, entry, new, places))
@@ -254,12 +264,12 @@ class Layerwise:
   ) -> tuple[dict[str, Entry], jax.Array, dict[str, Any]]:
     """Updates every weight from the sum of its projected gradients.
 
-    The batch passes through the model in parts, forward and back, one after
-    another. Of a part's gradient only the projection is kept.
+    The parts of the batch pass through the model one after another, forward
+    and backward. Only the projection of each gradient is kept.
 
     Returns:
-      (stored, state of tx) by weight; the norm of the mean of projected
-      gradients; the metrics.
+      The entry of each weight; the norm of the mean projected gradient; the
+      metrics.
     """
     num = self.accumulate
     pairs = zip(weights, self.sums(tree.build(weights), state), strict=True)
@@ -280,7 +290,7 @@ class Layerwise:
     metrics = jax.tree.map(lambda a: jnp.sum(a, 0), metrics)
     metrics['loss'] /= num
     sums = {name: total for name, (_, total) in entries.items()}
-    # Of a loss that is not finite, it is not finite either.
+    # `0 * loss` makes the norm non-finite if the loss is non-finite.
     norm = jnp.sqrt(clipping.sum_of_squares((sums, 0 * metrics['loss']))) / num
     factor = clipping.clip_coefficient(norm, self.clip_norm or jnp.inf) / num
 
@@ -304,7 +314,13 @@ class Layerwise:
     layer: Layer,
     squares: jax.Array,
   ) -> tuple[Any, jax.Array]:
-    """Returns (state of tx, sums) of a weight after a gradient of a part."""
+    """Adds the projected gradient of one part to the sum of a weight.
+
+    The first part may refresh the basis before.
+
+    Returns:
+      The state of tx; the sum.
+    """
     inner, total = stack.take(entry, layer)
     index = 0 if layer is None else layer
     if name not in self.slices:
@@ -324,13 +340,13 @@ class Layerwise:
   def _projected(
     self, tree: stack.Parts, name: str, grad: jax.Array, inner: Any
   ) -> jax.Array:
-    """Returns what a gradient adds to the sums: all of it before slices."""
+    """Returns the projected gradient, or the gradient of a sliced weight."""
     if name in self.slices:
       return grad
     return jax.tree.leaves(self.tx.project(tree.alone(name, grad), inner))[0]
 
   def sums(self, params: PyTree, state: LayerwiseState) -> list[jax.Array]:
-    """Returns the zeros that `accumulate` adds projected gradients to."""
+    """Returns the initial sums of projected gradients, one for each weight."""
     if self.accumulate == 1:
       return []
     tree = stack.Parts(params)
@@ -348,7 +364,7 @@ class Layerwise:
     return [zero(name) for name in weights]
 
   def passes(self, tree: stack.Parts, batch: PyTree) -> Passes:
-    """Returns the way of a batch [N, ...] through the model."""
+    """Returns the passes of a batch [N, ...]."""
     batch = stack.split_microbatches(batch, self.microbatches)
     frozen = [name for name in tree.names if self._rule(name) is None]
     return Passes(self.model, tree, self.weights.read, batch, frozen)
@@ -363,10 +379,20 @@ class Layerwise:
     grad: jax.Array,
     layer: jax.Array | int,
   ) -> Entry:
-    """Returns (stored, state) of one weight, layer or slice, updated.
+    """Updates a weight, one slice of it, or one layer of a stacked weight.
 
-    The gradient, or the sum of projected ones, counts `scale[1]` times; the
-    entry stays as it is where `scale[0]` is not finite.
+    Args:
+      tree: structure of the parameters.
+      key: random key of the step.
+      scale: (x, factor). The entry is returned unchanged if x is non-finite.
+        The gradient is multiplied by the factor, unless it is None.
+      name: path of the weight.
+      entry: (stored weight, state of tx).
+      grad: gradient, or with `accumulate` the sum of projected gradients.
+      layer: index of the layer or slice; 0 for a whole weight.
+
+    Returns:
+      The updated entry.
     """
 
     def updated(entry: Entry) -> Entry:
@@ -388,11 +414,11 @@ class Layerwise:
       )
 
   def _trains_one_layer(self) -> bool:
-    """Whether tx has the parts of a `badam`, whose state is of one layer."""
+    """Whether tx is a `badam`, which has state for only one layer."""
     return hasattr(self.tx, 'check_blocks')
 
   def _rule(self, name: str) -> Any:
-    """Returns what updates a weight; None if it is frozen."""
+    """Returns the transformation of a weight; None if it is frozen."""
     if not self._trains_one_layer():
       return self.tx
     return self.tx.rule if stack.in_layer_stack(name) else self.tx.rest

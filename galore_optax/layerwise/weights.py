@@ -1,6 +1,7 @@
 """How weights are stored between steps.
 
-A stored weight is an array or a `Quantized`; the model computes with arrays.
+A stored weight is an array or a `Quantized` array. The model computes with
+arrays.
 """
 
 from collections.abc import Callable
@@ -24,14 +25,15 @@ is_stored = is_quantized
 
 
 class Weights(NamedTuple):
-  """How one weight is stored."""
+  """Three functions that store, read and update a weight."""
 
-  # Makes the stored form of an initial weight.
   store: Callable[[jax.Array], Any]
-  # Makes the array that the model computes with.
+  """Converts an initial weight to its stored form."""
   read: Callable[[Any], jax.Array]
-  # Adds an update to a stored weight; the key is for stochastic rounding.
+  """Converts a stored weight to the array that the model computes with."""
   write: Callable[[Any, jax.Array, jax.Array], Any]
+  """Adds an update to a stored weight, given (stored, update, key). The key is
+  for stochastic rounding."""
 
 
 def _identity(weight: Any) -> Any:
@@ -42,23 +44,24 @@ def _add(weight: Any, update: jax.Array, key: jax.Array) -> Any:
   return optax.apply_updates(weight, update)
 
 
-# Weights are kept as they are, sums rounded to nearest.
+# Weights are stored as they are, and sums are rounded to nearest.
 ARRAYS = Weights(_identity, _identity, _add)
-# bfloat16 weights whose sums are rounded stochastically.
+# Weights are stored as they are, and bfloat16 sums are rounded stochastically.
 ROUNDED = Weights(_identity, _identity, apply_updates_stochastic)
 
 
 def quantized(
   *, bits: Literal[4, 8] = 8, group: int = 256, dtype: DTypeLike
 ) -> Weights:
-  """Weights in blocks of integers, sums rounded stochastically.
+  """Stores weights as `Quantized` arrays; sums are rounded stochastically.
 
-  Weights of fewer than two axes beyond a stack's (norms, biases) stay arrays.
+  `read` and `write` also accept weights that are stored as arrays. The caller
+  decides which weights to quantize.
 
   Args:
-    bits: of an element, 8 or 4.
-    group: elements that share a float32 scale.
-    dtype: of the arrays that the model computes with.
+    bits: bits per element, 8 or 4.
+    group: number of elements that share a float32 scale.
+    dtype: dtype of the arrays that the model computes with.
 
   Example:
     >>> weights = quantized(dtype=jnp.bfloat16)
@@ -77,8 +80,9 @@ def quantized(
     if not is_quantized(stored):
       return apply_updates_stochastic(stored, update, key)
     new = store(dequantize(stored) + update.astype(jnp.float32), key)
-    # A dequantized value can be an ulp away from its code. Stochastic rounding
-    # would then occasionally move a frozen weight by a whole step.
+    # If the update is zero, keep the old codes. A dequantized value can differ
+    # from its code by one ulp, and stochastic rounding would then occasionally
+    # move the weight by a whole step.
     moves = jnp.any(update != 0)
     return jax.tree.map(lambda x, old: jnp.where(moves, x, old), new, stored)
 
