@@ -1,4 +1,7 @@
-"""A small model as a stack of layers, and steps of it, whole and layer-wise."""
+"""A small model with a layer stack, and functions that train it.
+
+`run` trains with a layer-wise step, `run_whole_tree` with a whole-tree step.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +14,9 @@ L, D, F, V = 3, 6, 11, 13
 
 
 class Residual:
-  """h + tanh(h W) U, entered by an embedding, read by a head.
+  """Layers h + tanh(h W) U between an embedding and a head.
 
-  Positions ride along as an integer leaf.
+  The positions are an integer leaf that the layers pass on.
   """
 
   def __init__(self, tied=False):
@@ -97,8 +100,8 @@ def run_whole_tree(model, tx, *, steps=3, params=None):
 
 
 def galore_rule(gap=2, **options):
-  # Momentum is linear: rounding does not grow as in Adam, where an entry that
-  # is nearly zero may change sign.
+  # Momentum is linear, so rounding errors stay small. Adam would amplify them,
+  # because the update of an entry near zero may change sign.
   return galore_optax.galore(
     optax.sgd(0.1, momentum=0.9),
     rank=3,

@@ -17,7 +17,7 @@ from tests.galore_optax.layerwise.program import (
 )
 from tests.rounding import assert_close
 
-# Losses and gradients are sums over 28 tokens through 3 layers.
+# Number of terms in a loss or a gradient: 28 tokens through 3 layers.
 SUMS = 28 * 3
 WIDTH = 128
 
@@ -106,6 +106,6 @@ def test_scratch_memory_holds_the_gradients_of_only_one_layer():
     return compiled.memory_analysis().temp_size_in_bytes
 
   gradient = 4 * WIDTH**2
-  # For each layer its input is kept, for one layer two gradients and weights.
+  # The input of every layer is kept, but the gradients of only one layer.
   assert scratch(20) - scratch(4) < 0.2 * 16 * gradient
   assert scratch(4) < 6 * gradient

@@ -1,4 +1,4 @@
-"""Block-wise codes: error bounds, bytes, layout, what NaN becomes."""
+"""Quantized arrays: error bounds, bytes, layout and non-finite values."""
 
 import chex
 import jax
@@ -10,12 +10,12 @@ from galore_optax.quantized import array as blockwise
 from galore_optax.quantized import codes as dynamic
 from tests.rounding import assert_close, units
 
-# One shape per layout: rows of full blocks, rows with a short block, joined
-# rows with full blocks and with a short one, a vector, a short vector.
+# A shape for each layout: rows of full blocks, rows with a short block, joined
+# rows of full blocks, joined rows with a short block, and a short vector.
 SHAPES = [(3, 512), (2, 1376), (3, 8, 96), (2, 7, 344), (5,)]
 
 
-# Operation by operation, compiling takes most of the time.
+# Without `jit` each operation would be compiled separately, which takes longer.
 quantize_linear = jax.jit(
   blockwise.quantize_linear, static_argnames=('bits', 'group')
 )
@@ -26,7 +26,7 @@ def normal(shape, seed=0):
 
 
 def block_of(q):
-  """Index of each element's block, computed one element at a time."""
+  """Returns the block index of each element, computed element by element."""
   block = np.zeros(q.shape, int)
   joined = q.scale.ndim < q.codes.ndim
   for index in np.ndindex(*q.shape):
@@ -43,7 +43,8 @@ def test_every_value_of_a_code_survives(code):
   assert len(values) == 256 and np.all(np.diff(values) > 0)
   q = blockwise.quantize(values, code=code)
   np.testing.assert_array_equal(q.codes, np.arange(256))
-  # Decoding computes in float32 what the map rounds once from float64.
+  # Dequantization computes in float32. `dynamic_map` computes in float64 and
+  # rounds once.
   np.testing.assert_allclose(blockwise.dequantize(q), values, rtol=units(3))
 
 
@@ -57,10 +58,10 @@ def test_the_code_is_the_nearest(code):
   chosen = values[np.asarray(q.codes)]
   error = np.abs(chosen - x)
   best = np.abs(values[:, None] - x).min(axis=0)
-  if code == 'unsigned':  # Never rounded down to 0.
+  if code == 'unsigned':  # Positive values are never rounded to 0.
     best = np.abs(values[1:, None] - x).min(axis=0)
     assert np.all(np.asarray(q.codes) > 0)
-  # A tie may fall to the other side by a rounding of x * per_unit.
+  # Rounding errors in `encode` may move a tie to the other neighbour.
   assert np.all(error <= best + 2e-7 * np.abs(x) + 1e-13)
 
 
@@ -75,7 +76,7 @@ def test_error_is_bounded_by_the_block(shape, code):
   block = block_of(q)
   np.maximum.at(absmax, block, np.abs(x))
   np.testing.assert_array_equal(q.scale.ravel(), absmax)
-  # Half of the widest gap, 0.9 / 64 or 0.9 / 128, and float32 rounding.
+  # The error is half of the widest gap between values, plus float32 rounding.
   gap = 0.9 / (64 if code == 'signed' else 128)
   error = np.abs(blockwise.dequantize(q) - x)
   assert np.all(error <= (gap / 2 + 1e-6) * absmax[block])
@@ -88,7 +89,7 @@ def test_linear_error_is_half_a_step(shape, bits):
   q = quantize_linear(x, bits=bits)
   step = np.asarray(q.scale).ravel()[block_of(q)]
   error = np.abs(blockwise.dequantize(q) - x)
-  # Beyond half a step: float32 rounding of x / step and of code * step.
+  # The error is half a step, plus float32 rounding of x / step and code * step.
   assert np.all(error <= 0.5 * step + 1e-6 * np.abs(x).max())
 
 
@@ -129,7 +130,7 @@ def test_no_width_costs_more_than_two_percent(num_columns):
   ],
 )
 def test_what_is_not_finite_poisons_its_block_alone(store, bad):
-  # Large and small: XLA reduces them by different code.
+  # XLA reduces small and large arrays with different code.
   for rows in (2, 40):
     x = normal((rows, 512))
     x[1, 300] = bad
@@ -175,15 +176,15 @@ def test_a_stack_is_its_slices(shape, store):
   for made in (stacked, jax.jit(jax.vmap(store))(x), jax.jit(scan)(x)):
     for ours, other in zip(*map(jax.tree.leaves, (whole, made)), strict=True):
       if ours.dtype != jnp.uint8:
-        # The largest magnitude of a block, over the number of steps.
+        # A scale is the largest magnitude divided by the number of steps.
         assert_close(ours, other, operations=2)
         continue
-      # Another program may round a value at a tie to the other neighbour: of
-      # two packed codes, in either half.
+      # Another program may round a value at a tie to the other neighbour. In a
+      # byte with two packed codes, either of them may differ.
       off = np.asarray(ours) != np.asarray(other)
       assert off.mean() < 0.002
   layer = jax.tree.map(lambda y: y[1], jax.device_get(whole))
-  # A code times a scale.
+  # Dequantization multiplies a code by a scale.
   assert_close(
     blockwise.dequantize(layer),
     np.asarray(blockwise.dequantize(whole))[1],
@@ -207,6 +208,6 @@ def test_rounds_without_temporaries_of_the_size_of_a_table():
   compiled = blockwise.quantize_rows.lower(
     x, code='signed', block_size=256
   ).compile()
-  # 4 MiB is one float32 copy, which the CPU's maximum reads; [n, 256]
-  # comparisons would be 1 GiB.
+  # The maximum on the CPU reads a float32 copy of 4 MiB. Comparing each element
+  # with 256 values would need 1 GiB.
   assert compiled.memory_analysis().temp_size_in_bytes <= 2**22
