@@ -80,8 +80,8 @@ class Visited(NamedTuple):
   """[], float32: the sum of squares of the gradients."""
 
 
-# A function `(seen, name, grad, layer) -> seen` that visits one weight.
-See = Callable[[Visited, str, jax.Array, Layer], Visited]
+# A function `(visited, name, grad, layer) -> visited` that visits one weight.
+VisitWeight = Callable[[Visited, str, jax.Array, Layer], Visited]
 
 
 class Passes(NamedTuple):
@@ -147,10 +147,12 @@ class Passes(NamedTuple):
       weight = entries[name][0] if stored is None else stored[name]
       return self.read(stack.take(weight, layer))
 
-    def see(seen: Visited, name: str, grad: jax.Array, layer: Layer) -> Visited:
-      squares = seen.squares + sum_of_squares(grad)
-      entry = visit(seen.entries[name], name, grad, layer, squares)
-      return Visited(seen.entries | {name: entry}, squares)
+    def visit_weight(
+      visited: Visited, name: str, grad: jax.Array, layer: Layer
+    ) -> Visited:
+      squares = visited.squares + sum_of_squares(grad)
+      entry = visit(visited.entries[name], name, grad, layer, squares)
+      return Visited(visited.entries | {name: entry}, squares)
 
     rest = {
       name: read(entries, name, None)
@@ -171,19 +173,19 @@ class Passes(NamedTuple):
     # A weight that neither function reads is visited with a zero gradient.
     in_embed = {n: w for n, w in moving.items() if n not in by_loss - by_embed}
     (value, sums, head), dx = _loss_gradient(loss, in_loss, x, self.batch)
-    seen = Visited(entries, jnp.where(jnp.isfinite(value), 0.0, jnp.nan))
+    visited = Visited(entries, jnp.where(jnp.isfinite(value), 0.0, jnp.nan))
     for name in in_loss:
       if name not in in_embed:
-        seen = see(seen, name, head.pop(name), None)
-    entries = seen.entries
+        visited = visit_weight(visited, name, head.pop(name), None)
+    entries = visited.entries
     layers = {n: entry for n, entry in entries.items() if n not in rest}
-    dx, seen = self._through_stack(
+    dx, visited = self._through_stack(
       saved,
       x,
       dx,
-      Visited(layers, seen.squares),
+      Visited(layers, visited.squares),
       read,
-      see,
+      visit_weight,
       active=active,
       to_embed=bool(in_embed),
     )
@@ -195,25 +197,25 @@ class Passes(NamedTuple):
     # it, the compiler would allocate the zeros to which the gradient of an
     # embedding lookup is added before the loop, and keep them during the loop.
     grads = lax.cond(
-      seen.squares != -1,
+      visited.squares != -1,
       embed_gradients,
       lambda: jax.tree.map(jnp.zeros_like, in_embed),
     )
-    seen = Visited(entries | seen.entries, seen.squares)
+    visited = Visited(entries | visited.entries, visited.squares)
     for name in in_embed:
       grad = grads[name] + head[name] if name in head else grads[name]
-      seen = see(seen, name, grad, None)
+      visited = visit_weight(visited, name, grad, None)
     metrics = dict(sums) if isinstance(sums, Mapping) else {'aux': sums}
-    return seen.entries, jnp.sqrt(seen.squares), metrics | {'loss': value}
+    return visited.entries, jnp.sqrt(visited.squares), metrics | {'loss': value}
 
   def _through_stack(
     self,
     saved: PyTree,
     x: PyTree,
     dx: PyTree,
-    seen: Visited,
+    visited: Visited,
     read: Read,
-    see: See,
+    visit_weight: VisitWeight,
     *,
     active: jax.Array | None,
     to_embed: bool,
@@ -225,9 +227,9 @@ class Passes(NamedTuple):
       return stack.unflat(stack.take(saved, layer), x)
 
     def visit_layer(
-      layer: jax.Array, dx: PyTree, seen: Visited
+      layer: jax.Array, dx: PyTree, visited: Visited
     ) -> tuple[PyTree, Visited]:
-      entries, squares = seen
+      entries, squares = visited
       weights = {name: read(entries, name, layer) for name in sorted(entries)}
       grads, dx = _gradients(self._apply_layer, weights, inputs(layer), dx)
       # The visits begin when all gradients of the layer exist, and each one
@@ -235,19 +237,19 @@ class Passes(NamedTuple):
       # a time. An entry passes through a barrier only after its visit: before,
       # the compiler would copy the whole stack to keep the old weight readable.
       grads, dx, squares = lax.optimization_barrier((grads, dx, squares))
-      seen = Visited(entries, squares)
+      visited = Visited(entries, squares)
       for name in weights:
-        entries, squares = see(seen, name, grads.pop(name), layer)
+        entries, squares = visit_weight(visited, name, grads.pop(name), layer)
         grads, entry = lax.optimization_barrier((grads, entries[name]))
-        seen = Visited(entries | {name: entry}, squares)
-      return dx, seen
+        visited = Visited(entries | {name: entry}, squares)
+      return dx, visited
 
     if active is None:
 
       def body(i: jax.Array, state: tuple[PyTree, Visited]) -> Any:
         return visit_layer(num_layers - 1 - i, *state)
 
-      return lax.fori_loop(0, num_layers, body, (dx, seen))
+      return lax.fori_loop(0, num_layers, body, (dx, visited))
 
     def pass_layers(
       layer: jax.Array, last: Layer, dx: PyTree, entries: dict[str, Any]
@@ -267,11 +269,11 @@ class Passes(NamedTuple):
     # `pass_layers` returns the index of the layer at which its loop ends. That
     # index is used below, so that reads of the layer wait for the loop.
     top = jnp.full_like(active, num_layers - 1)
-    active, dx = pass_layers(top, active, dx, seen.entries)
-    dx, seen = visit_layer(active, dx, seen)
+    active, dx = pass_layers(top, active, dx, visited.entries)
+    dx, visited = visit_layer(active, dx, visited)
     if to_embed:
-      _, dx = pass_layers(active - 1, -1, dx, seen.entries)
-    return dx, seen
+      _, dx = pass_layers(active - 1, -1, dx, visited.entries)
+    return dx, visited
 
   def _apply_layer(self, weights: dict[str, Any], x: PyTree) -> PyTree:
     return self.model.block(self.tree.build(weights)['blocks'], x)
