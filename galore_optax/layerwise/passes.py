@@ -166,11 +166,14 @@ class Passes(NamedTuple):
     def loss(some: dict[str, Any], x: PyTree, batch: PyTree) -> Any:
       return self.model.loss(self.tree.build(rest | some), x, batch)
 
+    # A weight is visited as soon as its gradient is complete. This is after the
+    # loss, or at the end if `embed` reads the weight. A tied embedding is read
+    # by both functions; its two gradients are added. A weight that neither
+    # function reads is visited at the end, with a zero gradient.
     by_loss = _used(loss, rest, *stack.take((x, self.batch), 0))
     by_embed = _used(embed, rest, stack.take(self.batch, 0))
     moving = {n: w for n, w in rest.items() if n not in self.frozen}
     in_loss = {n: w for n, w in moving.items() if n in by_loss}
-    # A weight that neither function reads is visited with a zero gradient.
     in_embed = {n: w for n, w in moving.items() if n not in by_loss - by_embed}
     (value, sums, head), dx = _loss_gradient(loss, in_loss, x, self.batch)
     visited = Visited(entries, jnp.where(jnp.isfinite(value), 0.0, jnp.nan))
@@ -220,7 +223,22 @@ class Passes(NamedTuple):
     active: jax.Array | None,
     to_embed: bool,
   ) -> tuple[PyTree, Visited]:
-    """Returns the cotangents of the first layer's input, and the visits."""
+    """Computes the gradients of the layers, from the last one, with visits.
+
+    Args:
+      saved: the input of each layer.
+      x: the input of the loss, for its shapes.
+      dx: the cotangents of the input of the loss.
+      visited: the results of the visits before.
+      read: reads a weight.
+      visit_weight: visits a weight.
+      active: the only layer whose weights are visited; None visits all layers.
+      to_embed: whether to continue to the embedding below the active layer.
+
+    Returns:
+      The cotangents of the input of the lowest layer that was reached; the
+      results of the visits.
+    """
     num_layers = jax.tree.leaves(saved)[0].shape[0]
 
     def inputs(layer: Layer) -> PyTree:
@@ -232,10 +250,11 @@ class Passes(NamedTuple):
       entries, squares = visited
       weights = {name: read(entries, name, layer) for name in sorted(entries)}
       grads, dx = _gradients(self._apply_layer, weights, inputs(layer), dx)
-      # The visits begin when all gradients of the layer exist, and each one
-      # begins after the previous one, so that only one needs scratch memory at
-      # a time. An entry passes through a barrier only after its visit: before,
-      # the compiler would copy the whole stack to keep the old weight readable.
+      # The first barrier starts the visits after all gradients of the layer
+      # have been computed. The barriers in the loop start each visit after the
+      # previous one, so that only one visit needs scratch memory at a time. If
+      # an entry passed through a barrier before its visit, the CPU compiler
+      # would copy the whole stack for each layer.
       grads, dx, squares = lax.optimization_barrier((grads, dx, squares))
       visited = Visited(entries, squares)
       for name in weights:
@@ -254,7 +273,7 @@ class Passes(NamedTuple):
     def pass_layers(
       layer: jax.Array, last: Layer, dx: PyTree, entries: dict[str, Any]
     ) -> tuple[jax.Array, PyTree]:
-      """Propagates cotangents down to layer `last`, without visits."""
+      """Propagates cotangents down to the output of `last`, without visits."""
 
       def body(state: tuple[jax.Array, PyTree]) -> Any:
         layer, dx = state
@@ -282,7 +301,7 @@ class Passes(NamedTuple):
 def _used(
   f: Callable[..., Any], weights: dict[str, jax.Array], *args: Any
 ) -> set[str]:
-  """Returns the paths of the weights that `f` reads."""
+  """Returns the paths of the weights that `f` reads, from its jaxpr."""
   jaxpr = jax.make_jaxpr(f)(weights, *args).jaxpr
   atoms = [v for e in jaxpr.eqns for v in e.invars] + jaxpr.outvars
   used = {v for v in atoms if isinstance(v, jex.Var)}
