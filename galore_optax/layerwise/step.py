@@ -51,10 +51,11 @@ class LayerwiseState(NamedTuple):
 class Layerwise:
   """A training step that updates every layer as soon as its gradients exist.
 
-  `step.init(params)` returns a state, and `step(params, state, batch)` returns
-  `(params, state, metrics)`. The metrics are the mean `loss`; the `grad_norm`
-  before clipping, or with `accumulate` the `projected_grad_norm`; and the sums
-  that the model's `loss` returns with the loss, by name or as `aux`.
+  Its method `init(params)` returns a state. The step is called with `(params,
+  state, batch)` and returns `(params, state, metrics)`. The metrics are the
+  mean `loss`; the `grad_norm` before clipping, or with `accumulate` the
+  `projected_grad_norm`; and the sums that the model's `loss` returns with the
+  loss, by name or as `aux`.
 
   Only the input of each layer is kept. The reverse loop recomputes one layer,
   computes the gradients of all its weights, updates the weights one by one in
