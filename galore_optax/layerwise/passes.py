@@ -247,20 +247,22 @@ class Passes(NamedTuple):
     def visit_layer(
       layer: jax.Array, dx: PyTree, visited: Visited
     ) -> tuple[PyTree, Visited]:
-      entries, squares = visited
+      entries = visited.entries
       weights = {name: read(entries, name, layer) for name in sorted(entries)}
       grads, dx = _gradients(self._apply_layer, weights, inputs(layer), dx)
-      # The first barrier starts the visits after all gradients of the layer
-      # have been computed. The barriers in the loop start each visit after the
-      # previous one, so that only one visit needs scratch memory at a time. If
-      # an entry passed through a barrier before its visit, the CPU compiler
-      # would copy the whole stack for each layer.
-      grads, dx, squares = lax.optimization_barrier((grads, dx, squares))
-      visited = Visited(entries, squares)
+      # This condition is always true, but the compiler cannot infer that. The
+      # visits read and write element `place` of each stack, so they wait for
+      # all gradients of the layer and for dx, which read element `layer`. A
+      # barrier would not be enough: the CPU compiler drops it too early, and
+      # then copies the whole stack for each layer.
+      place = jnp.where(sum_of_squares((grads, dx)) != -1, layer, 0)
       for name in weights:
-        entries, squares = visit_weight(visited, name, grads.pop(name), layer)
-        grads, entry = lax.optimization_barrier((grads, entries[name]))
-        visited = Visited(entries | {name: entry}, squares)
+        visited = visit_weight(visited, name, grads.pop(name), place)
+        # Each visit begins after the previous one, so that only one visit needs
+        # scratch memory at a time.
+        entry = visited.entries[name]
+        grads, entry, place = lax.optimization_barrier((grads, entry, place))
+        visited = visited._replace(entries=visited.entries | {name: entry})
       return dx, visited
 
     if active is None:
