@@ -250,18 +250,14 @@ class Passes(NamedTuple):
       entries = visited.entries
       weights = {name: read(entries, name, layer) for name in sorted(entries)}
       grads, dx = _gradients(self._apply_layer, weights, inputs(layer), dx)
-      # This condition is always true, but the compiler cannot infer that. The
-      # visits read and write element `place` of each stack, so they wait for
-      # all gradients of the layer and for dx, which read element `layer`. A
-      # barrier would not be enough: the CPU compiler drops it too early, and
-      # then copies the whole stack for each layer.
-      place = jnp.where(sum_of_squares((grads, dx)) != -1, layer, 0)
+      # The visits write to the stacks, which the gradients and dx read before.
+      layer = _index_after((grads, dx), layer)
       for name in weights:
-        visited = visit_weight(visited, name, grads.pop(name), place)
+        visited = visit_weight(visited, name, grads.pop(name), layer)
         # Each visit begins after the previous one, so that only one visit needs
         # scratch memory at a time.
         entry = visited.entries[name]
-        grads, entry, place = lax.optimization_barrier((grads, entry, place))
+        grads, entry, layer = lax.optimization_barrier((grads, entry, layer))
         visited = visited._replace(entries=visited.entries | {name: entry})
       return dx, visited
 
@@ -298,6 +294,16 @@ class Passes(NamedTuple):
 
   def _apply_layer(self, weights: dict[str, Any], x: PyTree) -> PyTree:
     return self.model.block(self.tree.build(weights)['blocks'], x)
+
+
+def _index_after(arrays: PyTree, index: jax.Array) -> jax.Array:
+  """Returns `index`, computed so that its use waits for all `arrays`.
+
+  The condition is always true, but the compiler cannot infer that. If the order
+  of reading and writing a stack were only given by an optimization barrier, the
+  CPU compiler, which drops barriers early, would copy the whole stack.
+  """
+  return jnp.where(sum_of_squares(arrays) != -1, index, 0)
 
 
 def _used(
