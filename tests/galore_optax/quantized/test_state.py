@@ -180,7 +180,7 @@ def test_small_entries_of_a_block_get_no_larger_update(ratio):
   for _ in range(50):
     updates, state = update(grads, state)
   got = float(updates['w'][1])
-  # At a ratio of 1e-2 the relative errors of the codes of the second and the
+  # With a ratio of 1e-2, the relative errors of the codes of the second and the
   # first moment are at most 28% and 11%, so the update is off by at most
   # sqrt(1.28) * 1.11 = 1.26. Below a ratio of 3e-4 the second moment is rounded
   # up to 3.25e-7, and the update is smaller.
