@@ -26,6 +26,7 @@ from galore_optax.galore import Galore
 from galore_optax.layerwise import stack
 from galore_optax.layerwise.passes import Layer, Layers, Passes
 from galore_optax.layerwise.weights import ARRAYS, Weights
+from galore_optax.one_layer import OneLayerRule
 from galore_optax.precision import full
 from galore_optax.quantized.rounding import apply_updates_stochastic
 from galore_optax.sharding import on_any_mesh, placed
@@ -415,8 +416,8 @@ class Layerwise:
       )
 
   def _trains_one_layer(self) -> bool:
-    """Whether tx is a `badam`, which has state for only one layer."""
-    return hasattr(self.tx, 'check_blocks')
+    """Whether `tx` trains one layer at a time and has state for one layer."""
+    return isinstance(self.tx, OneLayerRule)
 
   def _rule(self, name: str) -> Any:
     """Returns the transformation of a weight; None if it is frozen."""
