@@ -1,8 +1,9 @@
-"""A training step that updates each weight as its gradient appears.
+"""A training step that updates each layer as soon as its gradients exist.
 
-Read `step` first: the step, what it asks of a model, and the sums of projected
-gradients. `passes` takes a batch through the layers and back, `stack` reads and
-writes one layer, `weights` says how weights are stored between steps.
+Read `step` first: it defines the step and the sums of projected gradients.
+`passes` defines the model's interface, the forward and the backward pass.
+`stack` reads and writes one layer of a stack. `weights` defines how weights are
+stored between steps.
 """
 
 from galore_optax.layerwise.step import layerwise as layerwise

@@ -1,14 +1,15 @@
-"""The two passes over a layer stack: forward, and back gradient by gradient.
+"""The forward and the backward pass of a batch through a stack of layers.
 
-`Passes.backward` visits each weight when its gradient is complete: head, layer
-after layer from the last, embedding. Within a layer, `pull_back` stops at each
-gradient. What a visit does is the caller's: update, sum, nothing.
+`Passes.backward` goes through the model in reverse: the head, the layers from
+the last to the first, the embedding. It computes the gradients of one layer at
+a time and visits the weights of that layer one by one. The caller passes the
+visit function, which updates a weight, adds to a sum, or does nothing.
 
 Axes: L layers, the leading axis of a stack; K microbatches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.extend.core as jex
@@ -19,269 +20,362 @@ from galore_optax.clipping import sum_of_squares
 from galore_optax.layerwise import stack
 from galore_optax.precision import full
 
+PyTree = Any
+# Index of a layer, or None for a weight outside the stack.
+Layer = jax.Array | int | None
+# A function `(entries, name, layer) -> weight`.
+Read = Callable[[dict[str, Any], str, Layer], jax.Array]
+
+
+class Layers(Protocol):
+  """The interface of a model for `layerwise`: three pure functions.
+
+  `params['blocks']` is the layer stack, with leaves `[L, ...]`. The other
+  entries of `params` are read by `embed` and `loss`. `x` is a pytree whose
+  structure and shapes are the same before and after every layer. Its integer
+  leaves (positions, segments) are passed on and not differentiated.
+  """
+
+  def embed(self, params: PyTree, batch: PyTree) -> PyTree:
+    """Returns the input of the first layer."""
+
+  def block(self, layer_params: PyTree, x: PyTree) -> PyTree:
+    """Returns the output of a layer, the input of the next one."""
+
+  def loss(self, params: PyTree, x: PyTree, batch: PyTree) -> Any:
+    """Returns (mean loss [], sums over the batch, which become metrics)."""
+
+
+class Visit(Protocol):
+  """A function that is called with the gradient of each weight."""
+
+  def __call__(
+    self,
+    entry: Any,
+    name: str,
+    grad: jax.Array,
+    layer: Layer,
+    squares: jax.Array,
+    /,
+  ) -> Any:
+    """Returns the new entry of a weight.
+
+    Args:
+      entry: the current entry of the weight; all layers if it is stacked.
+      name: the path of the weight.
+      grad: the gradient of the weight; of one layer if it is stacked.
+      layer: the index of that layer, or None outside the stack.
+      squares: the sum of squares of all gradients up to and including this one.
+        It is non-finite if the loss or any of these gradients is non-finite.
+    """
+    ...
+
+
+class Visited(NamedTuple):
+  """Results of the visits so far."""
+
+  entries: dict[str, Any]
+  """The entry of each weight, by path."""
+  squares: jax.Array
+  """[], float32: the sum of squares of the gradients."""
+
+
+# A function `(visited, name, grad, layer) -> visited` that visits one weight.
+VisitWeight = Callable[[Visited, str, jax.Array, Layer], Visited]
+
 
 class Passes(NamedTuple):
-  """One batch on its way through a model."""
+  """The forward and the backward pass of one batch."""
 
-  model: Any  # the three functions of `layerwise`
-  tree: stack.Parts  # of the parameters
-  read: Callable[[Any], jax.Array]  # of a stored weight: what the model takes
-  batch: Any  # microbatches [K, ...]
-  frozen: Sequence[str] = ()  # weights outside the stack that are not visited
+  model: Layers
+  """The model."""
+  tree: stack.Parts
+  """The structure of the parameters."""
+  read: Callable[[Any], jax.Array]
+  """Converts a stored weight to the array that the model computes with."""
+  batch: PyTree
+  """Microbatches [K, ...]."""
+  frozen: Sequence[str] = ()
+  """Paths of weights outside the stack that are not visited."""
 
-  def forward(self, stored):
-    """Returns the input of each block [L, K, ...] and of the loss [K, ...]."""
-    layers = {n: w for n, w in stored.items() if stack.in_stack(n)}
+  def forward(self, stored: dict[str, Any]) -> tuple[PyTree, PyTree]:
+    """Returns the input of each layer [L, K, ...] and of the loss [K, ...]."""
+    layers = {n: w for n, w in stored.items() if stack.in_layer_stack(n)}
     rest = {n: self.read(w) for n, w in stored.items() if n not in layers}
     params = self.tree.build(rest)
     x = lax.map(lambda part: self.model.embed(params, part), self.batch)
 
-    def block(x, layer):
-      weights = {name: self.read(w) for name, w in layer.items()}
-      return lax.map(lambda x: self._block(weights, x), x), stack.flat(x)
+    def layer(x: PyTree, stored: dict[str, Any]) -> tuple[PyTree, PyTree]:
+      weights = {name: self.read(w) for name, w in stored.items()}
+      above = lax.map(lambda x: self._apply_layer(weights, x), x)
+      return above, stack.flat(x)
 
-    x, saved = lax.scan(block, x, layers)
+    x, saved = lax.scan(layer, x, layers)
     return saved, x
 
-  def backward(self, saved, x, entries, visit, *, stored=None, active=None):
-    """Walks the gradient from the loss to the embedding.
+  def backward(
+    self,
+    saved: PyTree,
+    x: PyTree,
+    entries: dict[str, Any],
+    visit: Visit,
+    *,
+    stored: dict[str, Any] | None = None,
+    active: jax.Array | None = None,
+  ) -> tuple[dict[str, Any], jax.Array, dict[str, Any]]:
+    """Computes the gradients from the loss to the embedding, with visits.
 
     Args:
-      saved: input of each block, as `forward` returns it.
-      x: input of the loss.
-      entries: what the visits change, by weight.
-      visit: `(entry, name, gradient, layer, squares) -> entry`, called when a
-        weight's gradient is complete; layer is None outside the stack. The sum
-        of the squares so far, with this gradient, is finite until something is
-        not, the loss included.
-      stored: the weights, where no visit changes them: XLA would copy them in
-        the entries. None where they are the first of each entry.
-      active: the one layer whose weights are visited; None for all.
+      saved: the input of each layer, as `forward` returns it.
+      x: the input of the loss.
+      entries: for each weight, the data that its visits read and replace.
+      visit: called once with the gradient of each weight, and for a stacked
+        weight once for each layer.
+      stored: the stored weights, if the visits do not change them. None if the
+        first element of each entry is the stored weight. Weights that do not
+        change should not be in the entries, because XLA would copy them.
+      active: the only layer whose weights are visited; None visits all layers.
 
     Returns:
-      The entries after the visits; the norm of what they saw; the metrics.
+      The entries after the visits; the norm of the visited gradients; the
+      metrics.
     """
 
-    # A carry is the entries, the squared norm so far, and the layer in whose
-    # entries weights are read and written, None outside the stack. Held with
-    # the entries, it makes reads of a weight wait for the visits before them.
-    def read(carry, name):
-      entries, _, layer = carry
+    # Weights are read from the current entries, so a read after a visit waits
+    # for that visit.
+    def read(entries: dict[str, Any], name: str, layer: Layer) -> jax.Array:
       weight = entries[name][0] if stored is None else stored[name]
       return self.read(stack.take(weight, layer))
 
-    def see(carry, name, grad):
-      entries, squares, layer = carry
-      squares = squares + sum_of_squares(grad)
-      new = {name: visit(entries[name], name, grad, layer, squares)}
-      return entries | new, squares, layer
+    def visit_weight(
+      visited: Visited, name: str, grad: jax.Array, layer: Layer
+    ) -> Visited:
+      squares = visited.squares + sum_of_squares(grad)
+      entry = visit(visited.entries[name], name, grad, layer, squares)
+      return Visited(visited.entries | {name: entry}, squares)
 
-    carry = (entries, jnp.zeros([], jnp.float32), None)
-    rest = {n: read(carry, n) for n in entries if not stack.in_stack(n)}
-    build = lambda some: self.tree.build(rest | some)
-    embed = lambda some, batch: self.model.embed(build(some), batch)
-    loss = lambda some, x, batch: self.model.loss(build(some), x, batch)
+    rest = {
+      name: read(entries, name, None)
+      for name in entries
+      if not stack.in_layer_stack(name)
+    }
+
+    def embed(some: dict[str, Any], batch: PyTree) -> PyTree:
+      return self.model.embed(self.tree.build(rest | some), batch)
+
+    def loss(some: dict[str, Any], x: PyTree, batch: PyTree) -> Any:
+      return self.model.loss(self.tree.build(rest | some), x, batch)
+
+    # A weight is visited as soon as its gradient is complete. This is after the
+    # loss, or at the end if `embed` reads the weight. A tied embedding is read
+    # by both functions; its two gradients are added. A weight that neither
+    # function reads is visited at the end, with a zero gradient.
     by_loss = _used(loss, rest, *stack.take((x, self.batch), 0))
     by_embed = _used(embed, rest, stack.take(self.batch, 0))
     moving = {n: w for n, w in rest.items() if n not in self.frozen}
     in_loss = {n: w for n, w in moving.items() if n in by_loss}
-    # What nothing reads has a gradient of zero, and its update.
     in_embed = {n: w for n, w in moving.items() if n not in by_loss - by_embed}
     (value, sums, head), dx = _loss_gradient(loss, in_loss, x, self.batch)
-    carry = (entries, jnp.where(jnp.isfinite(value), carry[1], jnp.nan), None)
+    visited = Visited(entries, jnp.where(jnp.isfinite(value), 0.0, jnp.nan))
     for name in in_loss:
       if name not in in_embed:
-        carry = see(carry, name, head.pop(name))
-    entries, squares, _ = carry
-    layers = {n: entry for n, entry in entries.items() if stack.in_stack(n)}
-    dx, layers, squares = self._through_stack(
-      saved, x, (dx, layers, squares), read, see, active, bool(in_embed)
+        visited = visit_weight(visited, name, head.pop(name), None)
+    entries = visited.entries
+    layers = {n: entry for n, entry in entries.items() if n not in rest}
+    dx, visited = self._through_stack(
+      saved,
+      x,
+      dx,
+      Visited(layers, visited.squares),
+      read,
+      visit_weight,
+      active=active,
+      to_embed=bool(in_embed),
     )
-    # Behind a condition that is always true, which the compiler cannot know:
-    # it would make the zeros that the gradient of a lookup starts from before
-    # the loop, and hold them through it.
-    exact = lambda: _gradients(embed, in_embed, self.batch, dx)[0]
-    zeros = lambda: jax.tree.map(jnp.zeros_like, in_embed)
-    grads = lax.cond(squares != -1, exact, zeros)
-    carry = (entries | layers, squares, None)
+
+    def embed_gradients() -> dict[str, jax.Array]:
+      return _gradients(embed, in_embed, self.batch, dx)[0]
+
+    # This condition is always true, but the compiler cannot infer that. Without
+    # it, the compiler would allocate the zeros to which the gradient of an
+    # embedding lookup is added before the loop, and keep them during the loop.
+    grads = lax.cond(
+      visited.squares != -1,
+      embed_gradients,
+      lambda: jax.tree.map(jnp.zeros_like, in_embed),
+    )
+    visited = Visited(entries | visited.entries, visited.squares)
     for name in in_embed:
       grad = grads[name] + head[name] if name in head else grads[name]
-      carry = see(carry, name, grad)
-    sums = sums if isinstance(sums, Mapping) else {'aux': sums}
-    return carry[0], jnp.sqrt(carry[1]), {**sums, 'loss': value}
+      visited = visit_weight(visited, name, grad, None)
+    metrics = dict(sums) if isinstance(sums, Mapping) else {'aux': sums}
+    return visited.entries, jnp.sqrt(visited.squares), metrics | {'loss': value}
 
-  def _through_stack(self, saved, x, state, read, see, active, to_embed):
-    """Returns the state (cotangents, entries, squares) below the stack."""
+  def _through_stack(
+    self,
+    saved: PyTree,
+    x: PyTree,
+    dx: PyTree,
+    visited: Visited,
+    read: Read,
+    visit_weight: VisitWeight,
+    *,
+    active: jax.Array | None,
+    to_embed: bool,
+  ) -> tuple[PyTree, Visited]:
+    """Computes the gradients of the layers, from the last one, with visits.
+
+    Args:
+      saved: the input of each layer.
+      x: the input of the loss, for its shapes.
+      dx: the cotangents of the input of the loss.
+      visited: the results of the visits before.
+      read: reads a weight.
+      visit_weight: visits a weight.
+      active: the only layer whose weights are visited; None visits all layers.
+      to_embed: whether to continue to the embedding below the active layer.
+
+    Returns:
+      The cotangents of the input of the lowest layer that was reached; the
+      results of the visits.
+    """
     num_layers = jax.tree.leaves(saved)[0].shape[0]
-    inputs = lambda layer: stack.unflat(stack.take(saved, layer), x)
 
-    def visited(layer, state):
-      dx, *carry = state
-      x = inputs(layer)
-      back = lambda weights, dx: _gradients(self._block, weights, x, dx)
-      how = dict(names=carry[0], read=read, visit=see)
-      dx, (entries, squares, _) = pull_back(back, dx, (*carry, layer), **how)
-      return dx, entries, squares
+    def inputs(layer: Layer) -> PyTree:
+      return stack.unflat(stack.take(saved, layer), x)
+
+    def visit_layer(
+      layer: jax.Array, dx: PyTree, visited: Visited
+    ) -> tuple[PyTree, Visited]:
+      entries = visited.entries
+      weights = {name: read(entries, name, layer) for name in sorted(entries)}
+      grads, dx = _gradients(self._apply_layer, weights, inputs(layer), dx)
+      # The visits write to the stacks, which the gradients and dx read before.
+      layer = _index_after((grads, dx), layer)
+      for name in weights:
+        visited = visit_weight(visited, name, grads.pop(name), layer)
+        # Each visit begins after the previous one, so that only one visit needs
+        # scratch memory at a time.
+        entry = visited.entries[name]
+        grads, entry, layer = lax.optimization_barrier((grads, entry, layer))
+        visited = visited._replace(entries=visited.entries | {name: entry})
+      return dx, visited
 
     if active is None:
-      body = lambda i, state: visited(num_layers - 1 - i, state)
-      return lax.fori_loop(0, num_layers, body, state)
 
-    def passed(layer, last, dx, entries):
-      """Takes cotangents past the layers above `last`, without a gradient."""
+      def body(i: jax.Array, state: tuple[PyTree, Visited]) -> Any:
+        return visit_layer(num_layers - 1 - i, *state)
 
-      def body(passing):
-        layer, dx = passing
-        weights = {name: read((entries, None, layer), name) for name in entries}
-        block = lambda _, x: self._block(weights, x)
-        return layer - 1, _gradients(block, {}, inputs(layer), dx)[1]
+      return lax.fori_loop(0, num_layers, body, (dx, visited))
 
-      return lax.while_loop(lambda c: c[0] > last, body, (layer, dx))
+    def pass_layers(
+      layer: jax.Array, last: Layer, dx: PyTree, entries: dict[str, Any]
+    ) -> tuple[jax.Array, PyTree]:
+      """Propagates cotangents down to the output of `last`, without visits."""
 
-    dx, entries, squares = state
-    # The layer that the loop ends at, so that reads of it wait for the loop.
+      def body(state: tuple[jax.Array, PyTree]) -> Any:
+        layer, dx = state
+        weights = {name: read(entries, name, layer) for name in entries}
+        _, dx = _gradients(
+          lambda _, x: self._apply_layer(weights, x), {}, inputs(layer), dx
+        )
+        return layer - 1, dx
+
+      return lax.while_loop(lambda state: state[0] > last, body, (layer, dx))
+
+    # `pass_layers` returns the index of the layer at which its loop ends. That
+    # index is used below, so that reads of the layer wait for the loop.
     top = jnp.full_like(active, num_layers - 1)
-    active, dx = passed(top, active, dx, entries)
-    dx, entries, squares = visited(active, (dx, entries, squares))
+    active, dx = pass_layers(top, active, dx, visited.entries)
+    dx, visited = visit_layer(active, dx, visited)
     if to_embed:
-      _, dx = passed(active - 1, -1, dx, entries)
-    return dx, entries, squares
+      _, dx = pass_layers(active - 1, -1, dx, visited.entries)
+    return dx, visited
 
-  def _block(self, weights, x):
+  def _apply_layer(self, weights: dict[str, Any], x: PyTree) -> PyTree:
     return self.model.block(self.tree.build(weights)['blocks'], x)
 
 
-def pull_back(backward, dy, carry, *, names, read, visit):
-  """Runs a backward pass, visiting each weight's gradient in turn.
+def _index_after(arrays: PyTree, index: jax.Array) -> jax.Array:
+  """Returns `index`, computed so that its use waits for all `arrays`.
 
-  `jax.vjp` returns all gradients of a function at once, so all of them exist
-  at once. This runs the same operations in the same order, hands over each
-  gradient when it appears, and lets nothing that follows begin before what was
-  done with it is done.
-
-  Args:
-    backward: `(weights by name, dy) -> (gradients by name, dx)`.
-    dy: cotangent of the result.
-    carry: what the visits change.
-    names: of the weights.
-    read: `(carry, name) -> weight`. Called again where the pass needs the
-      weight again, so that no copy of it waits for that.
-    visit: `(carry, name, gradient) -> carry`.
-
-  Returns:
-    Cotangent dx, and the last carry.
-
-  Example:
-    >>> def backward(weights, dy):
-    ...   f = lambda weights, x: weights['b'] * (weights['a'] * x)
-    ...   return jax.vjp(f, weights, jnp.float32(2))[1](dy)
-    >>> weights = {'a': jnp.float32(5), 'b': jnp.float32(7)}
-    >>> visit = lambda carry, name, grad: carry | {name: carry[name] - grad}
-    >>> dx, weights = pull_back(
-    ...   backward, jnp.float32(1), weights, names='ab', read=dict.get,
-    ...   visit=visit)
-    >>> print(dx, weights['a'], weights['b'])
-    35.0 -9.0 -3.0
+  The condition is always true, but the compiler cannot infer that. If the order
+  of reading and writing a stack were only given by an optimization barrier, the
+  CPU compiler, which drops barriers early, would copy the whole stack.
   """
-  names = sorted(names)
-  weights = jax.eval_shape(lambda: {name: read(carry, name) for name in names})
-  closed, (_, dx) = jax.make_jaxpr(backward, return_shape=True)(weights, dy)
-  jaxpr, num = closed.jaxpr, len(names)
-  weight_of = dict(zip(jaxpr.invars[:num], names, strict=True))
-  grads = dict(zip(names, jaxpr.outvars[:num], strict=True))
-  known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-  pulled = dict(zip(jaxpr.invars[num:], jax.tree.leaves(dy), strict=True))
-  # After how many operations a weight may change: its gradient is there, and
-  # nothing reads it any more. At once, if the gradient is the cotangent itself.
-  due = dict.fromkeys(names, 0)
-  for count, eqn in enumerate(jaxpr.eqns, 1):
-    for var, name in weight_of.items():
-      if var in eqn.invars or grads[name] in eqn.outvars:
-        due[name] = count
-
-  def value(atom):
-    if isinstance(atom, jex.Literal):
-      return atom.val
-    if atom in weight_of:
-      return read(carry, weight_of[atom])
-    return pulled[atom] if atom in pulled else known[atom]
-
-  for done, eqn in enumerate([None, *jaxpr.eqns]):
-    if eqn is not None:
-      moves = not pulled.keys().isdisjoint(_variables(eqn.invars))
-      (pulled if moves else known).update(_run(jaxpr, eqn, value))
-    ready = [name for name in names if due[name] == done]
-    for name in ready:
-      carry = visit(carry, name, value(grads[name]))
-    if ready:
-      # What follows waits for the visits; what is known without dy is of the
-      # forward pass, and holding it up would order nothing.
-      later = [v for eqn in jaxpr.eqns[done:] for v in eqn.invars]
-      later += [grads[name] for name in names if due[name] > done]
-      later = {*_variables(later + jaxpr.outvars[num:])}
-      live = [v for v in pulled if v in later]
-      held, carry = lax.optimization_barrier(([pulled[v] for v in live], carry))
-      pulled = dict(zip(live, held, strict=True))
-  dx_leaves = map(value, jaxpr.outvars[num:])
-  return jax.tree.unflatten(jax.tree.structure(dx), dx_leaves), carry
+  return jnp.where(sum_of_squares(arrays) != -1, index, 0)
 
 
-def _run(jaxpr, eqn, value):
-  """Returns what one operation of a program makes, by variable."""
-  operands = list(dict.fromkeys(_variables(eqn.invars)))
-  info = jaxpr.debug_info.with_unknown_names()
-  io = dict(constvars=[], invars=operands, outvars=eqn.outvars)
-  one = jex.ClosedJaxpr(jaxpr.replace(**io, eqns=[eqn], debug_info=info), [])
-  made = jex.jaxpr_as_fun(one)(*map(value, operands))
-  return dict(zip(eqn.outvars, made, strict=True))
-
-
-def _variables(atoms):
-  return [v for v in atoms if isinstance(v, jex.Var)]
-
-
-def _used(f, weights, *args):
-  """Returns the weights that `f` reads."""
+def _used(
+  f: Callable[..., Any], weights: dict[str, jax.Array], *args: Any
+) -> set[str]:
+  """Returns the paths of the weights that `f` reads, from its jaxpr."""
   jaxpr = jax.make_jaxpr(f)(weights, *args).jaxpr
-  used = _variables([v for e in jaxpr.eqns for v in e.invars] + jaxpr.outvars)
+  atoms = [v for e in jaxpr.eqns for v in e.invars] + jaxpr.outvars
+  used = {v for v in atoms if isinstance(v, jex.Var)}
   pairs = zip(sorted(weights), jaxpr.invars, strict=False)
   return {name for name, v in pairs if v in used}
 
 
-def _loss_gradient(loss, head, x, batch):
-  """Returns (loss, sums, gradients of the head), and the cotangent of x."""
+def _loss_gradient(
+  loss: Callable[..., Any], head: dict[str, jax.Array], x: PyTree, batch: PyTree
+) -> tuple[Any, PyTree]:
+  """Returns (loss, sums, gradients of `head`) and the cotangents of x.
+
+  All are totals over the microbatches, except for the cotangents [K, ...].
+  """
   num = jax.tree.leaves(batch)[0].shape[0]
 
-  def part(part):
+  def of_part(part: tuple[PyTree, PyTree]) -> tuple[Any, PyTree]:
     batch, x = part
 
-    def mean(head, moving):
-      value, sums = loss(head, stack.join(moving, x), batch)
+    def mean(head: dict[str, jax.Array], moving: PyTree) -> Any:
+      value, sums = loss(head, stack.join_moving(moving, x), batch)
       return value / num, sums
 
-    grad = jax.value_and_grad(mean, (0, 1), has_aux=True)
-    (value, sums), (grads, dx) = grad(head, stack.moving(x))
+    gradient = jax.value_and_grad(mean, (0, 1), has_aux=True)
+    (value, sums), (grads, dx) = gradient(head, stack.moving(x))
     return (value, sums, grads), dx
 
-  return sum_over(part, (batch, x))
+  return sum_over(of_part, (batch, x))
 
 
-def _gradients(f, weights, x, dy):
-  """Returns the gradients of f(weights, x), summed over the microbatches of x
-  and dy [K, ...]; and the cotangent of what moves of x [K, ...]."""
+def _gradients(
+  f: Callable[[dict[str, jax.Array], PyTree], PyTree],
+  weights: dict[str, jax.Array],
+  x: PyTree,
+  dy: PyTree,
+) -> tuple[dict[str, jax.Array], PyTree]:
+  """Runs `jax.vjp` of `f(weights, x)` for each microbatch.
 
-  def part(part):
+  Args:
+    f: the function.
+    weights: arrays by path.
+    x: inputs [K, ...].
+    dy: cotangents of the floating leaves of the outputs [K, ...].
+
+  Returns:
+    Gradients of the weights, summed over the microbatches; cotangents of the
+    floating leaves of x [K, ...].
+  """
+
+  def of_part(part: tuple[PyTree, PyTree]) -> tuple[Any, PyTree]:
     x, dy = part
-    moved = lambda w, moving: stack.moving(f(w, stack.join(moving, x)))
+
+    def moved(weights: dict[str, jax.Array], moving: PyTree) -> PyTree:
+      return stack.moving(f(weights, stack.join_moving(moving, x)))
+
     return jax.vjp(moved, weights, stack.moving(x))[1](dy)
 
-  return sum_over(part, (x, dy))
+  return sum_over(of_part, (x, dy))
 
 
-def sum_over(f: Callable, parts: Any) -> tuple[Any, Any]:
-  """Sums f's first result over microbatches [K, ...], stacks the second.
+def sum_over(
+  f: Callable[[Any], tuple[Any, Any]], parts: PyTree
+) -> tuple[Any, PyTree]:
+  """Calls f for each microbatch; sums its first results, stacks the second.
 
-  Sums are float32 and come back in the type of what is summed.
+  Sums are computed in float32 and returned in the dtypes of the results.
 
   >>> sum_over(lambda x: (x, -x), jnp.arange(3.0))
   (Array(3., dtype=float32), Array([-0., -1., -2.], dtype=float32))
@@ -291,7 +385,7 @@ def sum_over(f: Callable, parts: Any) -> tuple[Any, Any]:
     total, stacked = f(first)
     return total, jax.tree.map(lambda a: a[None], stacked)
 
-  def body(sums, part):
+  def body(sums: PyTree, part: PyTree) -> tuple[PyTree, PyTree]:
     one, stacked = f(part)
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, one), stacked
 

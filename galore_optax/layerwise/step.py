@@ -1,10 +1,11 @@
 """The layer-wise step: a reverse loop over a layer stack.
 
-Every layer is updated as soon as its gradient appears, so that the gradient of
-no more than one layer exists at a time. Any optax transformation is a rule:
-`lomo(lr)` makes the step LOMO, `galore_adamw_8bit(...)` layer-wise GaLore.
-With `accumulate`, projected gradients of parts of the batch are summed first.
-The two passes that hand over each gradient are in `passes`.
+Every layer is updated as soon as its gradients exist, so that the gradients of
+only one layer exist at a time. Any optax transformation can compute the
+updates: with `lomo(lr)` the step is LOMO, with `galore_adamw_8bit(...)` it is
+layer-wise GaLore. With `accumulate`, the projected gradients of parts of the
+batch are summed before the update. The forward and the backward pass are in
+`passes`.
 
 Axes: L layers, the leading axis of a stack; N examples.
 """
@@ -12,7 +13,7 @@ Axes: L layers, the leading axis of a stack; N examples.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,82 +24,77 @@ from galore_optax import clipping
 from galore_optax.checks import check_count, check_one_of
 from galore_optax.galore import Galore
 from galore_optax.layerwise import stack
-from galore_optax.layerwise.passes import Passes
+from galore_optax.layerwise.passes import Layer, Layers, Passes
 from galore_optax.layerwise.weights import ARRAYS, Weights
+from galore_optax.one_layer import OneLayerRule
 from galore_optax.precision import full
 from galore_optax.quantized.rounding import apply_updates_stochastic
 from galore_optax.sharding import on_any_mesh, placed
 
 PyTree = Any
-
-
-class Layers(Protocol):
-  """What `layerwise` asks of a model: three pure functions.
-
-  `params['blocks']` is the stack, every leaf `[L, ...]`; the other entries of
-  `params` belong to `embed` and `loss`. `x` is a pytree of one structure and
-  shape from the first block to the last; its integer leaves (positions,
-  segments) are carried along and not differentiated.
-  """
-
-  def embed(self, params: PyTree, batch: PyTree) -> PyTree:
-    """Returns what the first block reads."""
-
-  def block(self, layer_params: PyTree, x: PyTree) -> PyTree:
-    """Returns what the next block reads."""
-
-  def loss(self, params: PyTree, x: PyTree, batch: PyTree) -> Any:
-    """Returns (the mean loss [], sums that the metrics carry)."""
+# (stored weight, state of its transformation).
+Entry = tuple[Any, Any]
 
 
 class LayerwiseState(NamedTuple):
   """State of a layer-wise step."""
 
-  count: jax.Array  # [], int32: steps done, of a finite norm
-  norm: jax.Array  # [], float32: of the last of them, in its metrics
-  # State of tx by weight: [L, ...] for 'blocks/', of one layer for `badam`; ()
-  # for what is frozen.
+  count: jax.Array
+  """[], int32: number of steps whose gradient norm was finite."""
+  norm: jax.Array
+  """[], float32: gradient norm of the last of these steps."""
   inner: dict[str, optax.OptState]
+  """State of `tx` for each weight, by path. States of stacked weights are
+  [L, ...], but those of `badam` belong to one layer. Frozen weights have ()."""
 
 
 @dataclasses.dataclass(eq=False)
 class Layerwise:
-  """A training step that updates every layer as its gradient appears.
+  """A training step that updates every layer as soon as its gradients exist.
 
-  It has `init(params) -> state`, and is called with `(params, state, batch)`
-  for `(params, state, metrics)`. Metrics are `loss`, a mean; `grad_norm`,
-  before clipping, or with `accumulate` the `projected_grad_norm`; and sums of
-  what stands beside the loss, by name or as `aux`.
+  Its method `init(params)` returns a state. The step is called with `(params,
+  state, batch)` and returns `(params, state, metrics)`. The metrics are the
+  mean `loss`; the `grad_norm` before clipping, or with `accumulate` the
+  `projected_grad_norm`; and the sums that the model's `loss` returns with the
+  loss, by name or as `aux`.
 
-  Only the input of each block is kept; the reverse loop recomputes a block,
-  takes its gradient, updates that layer in place and moves on, as the
-  whole-tree step would. Jit the step and donate `params` and `state`.
+  Only the input of each layer is kept. The reverse loop recomputes one layer,
+  computes the gradients of all its weights, updates the weights one by one in
+  place and goes on with the layer below. The gradients of one layer exist at a
+  time. The result is that of a step on the whole tree. Jit the step and donate
+  `params` and `state`.
 
-  Nothing changes, and the `grad_norm` of the metrics is not finite, where the
-  loss is not, or where the norm to clip by was found first and is not. If it
-  was not found first, nothing changes from the first gradient on that is not
-  finite. With `accumulate`, refreshes are done before.
+  If the loss is non-finite, the step changes no weight and no state, and the
+  reported `grad_norm` is non-finite. The same holds if the norm is computed
+  first (`clip='exact'`) and is non-finite. Otherwise a non-finite gradient is
+  detected when it is computed: weights that were updated before keep their
+  updates, and the other weights do not change. With `accumulate`, bases may be
+  refreshed although nothing else changes.
 
   Args:
-    model: the three functions of `Layers`.
-    tx: any optax transformation that treats weights one by one, leading axes
-      as batch, and so not `optax.clip_by_global_norm`: see `clip_norm`. Its
-      update gets `layer=`, the layer's index, as an extra argument.
-    clip_norm: largest global norm of the gradient; that of `tx` if `clipped`.
-    clip: 'exact' finds that norm by a backward pass of its own, as LOMO does,
-      for a `clip_norm` of infinity too; 'previous' takes that of the step
-      before, after the first, at no cost.
-    microbatches: parts of a batch, over which a layer's gradient is summed, in
-      float32: a refresh sees the whole batch, all inputs of blocks are kept.
-    accumulate: parts that a batch is cut into before, which pass forward and
-      back one after another; their projected gradients are summed for all
-      layers. A refresh sees the first part alone, and the norm to clip by is
-      that of the sums. `tx` must be a `galore` without a residual rule, or
-      start with one in `optax.chain`.
-    sums_dtype: of these sums; bfloat16 sums are rounded stochastically.
-    slices: by path, in how many slices of its leading axis a weight outside
-      the stack is updated: bounds the scratch where `tx` is elementwise.
-    weights: how weights are stored; default, as the arrays they are.
+    model: an object with the three functions of `Layers`.
+    tx: any optax transformation that treats each weight separately and leading
+      axes as batch. `optax.clip_by_global_norm` does not; use `clip_norm`. The
+      index of the layer is passed to its update as the extra argument `layer`.
+    clip_norm: largest global norm of the gradient. If `tx` was made by
+      `clipped`, its norm is used instead.
+    clip: 'exact' computes the norm in an extra backward pass, as LOMO does,
+      even if `clip_norm` is infinity. 'previous' uses the norm of the previous
+      step, at no cost; only the first step computes it.
+    microbatches: number of parts of a batch. A layer's gradient is summed over
+      the parts in float32 before it is used, so a refresh uses the whole batch.
+      The layer inputs of the whole batch are kept.
+    accumulate: number of parts that pass forward and backward one after
+      another. Only the layer inputs of one part are kept. The projected
+      gradients of all layers are summed over the parts. A refresh uses only the
+      first part, and clipping uses the norm of the sums. `tx` must be a
+      `galore` without a residual rule, or an `optax.chain` that starts with
+      such a `galore`.
+    sums_dtype: dtype of these sums; bfloat16 sums are rounded stochastically.
+    slices: for paths of weights outside the stack, the number of slices of the
+      leading axis that are updated one after another. This limits the scratch
+      memory, and requires an elementwise `tx`.
+    weights: how weights are stored between steps; by default as arrays.
 
   Example:
     >>> class Linear:
@@ -131,7 +127,7 @@ class Layerwise:
   weights: Weights = ARRAYS
 
   def __post_init__(self) -> None:
-    """Raises ValueError for options that fit no model, or not each other."""
+    """Raises ValueError for invalid or incompatible options."""
     if isinstance(self.tx, clipping.ClippedTransformation):
       if self.clip_norm is not None:
         its = f'a rule that clips at {self.tx.clip_norm}: give one of the two'
@@ -149,24 +145,32 @@ class Layerwise:
   @placed
   def init(self, params: PyTree) -> LayerwiseState:
     """Returns the state before the first step."""
-    tree, read = stack.Parts(params), self.weights.read
+    tree = stack.Parts(params)
+    read = self.weights.read
     weights = tree.weights(params)
-    stacked = {name: stack.in_stack(name) for name in weights}
+    stacked = {name: stack.in_layer_stack(name) for name in weights}
     if not any(stacked.values()):
       rule = "params['blocks'] must hold the layers, every leaf [L, ...]"
       raise ValueError(f'{rule}, got {", ".join(weights)}')
     if self._trains_one_layer():
       self.tx.check_blocks(stacked)
-    # A target that matches nothing anywhere is told here: `tx` is strict only
-    # where it sees the whole tree.
-    whole = lambda weights: {name: read(w) for name, w in weights.items()}
-    jax.eval_shape(lambda w: self.tx.init(tree.build(whole(w))), weights)
 
-    def init_weight(name, stored):
+    # Initialize the whole tree abstractly, so that `tx` raises if one of its
+    # target patterns matches no weight. It cannot check trees of one weight.
+    def init_all(weights: dict[str, Any]) -> Any:
+      arrays = {name: read(stored) for name, stored in weights.items()}
+      return self.tx.init(tree.build(arrays))
+
+    jax.eval_shape(init_all, weights)
+
+    def init_weight(name: str, stored: Any) -> Any:
       rule = self._rule(name)
       if rule is None:
         return ()
-      init = lambda one: rule.init(tree.alone(name, read(one)))
+
+      def init(stored: Any) -> Any:
+        return rule.init(tree.alone(name, read(stored)))
+
       if name in self.slices:
         return jax.vmap(init)(stack.sliced(stored, self.slices[name]))
       if stacked[name] and not self._trains_one_layer():
@@ -176,10 +180,12 @@ class Layerwise:
     inner: Any = {name: init_weight(name, w) for name, w in weights.items()}
     return LayerwiseState(jnp.int32(0), jnp.float32(0), inner)
 
-  # Metrics are whole everywhere, as the counter is.
+  # The metrics are replicated, like the step counter.
   @on_any_mesh(lambda _, params, state, batch: (params, state, state.count))
-  def __call__(self, params: PyTree, state: LayerwiseState, batch: PyTree):
-    """Returns parameters and state one step on, and the step's metrics."""
+  def __call__(
+    self, params: PyTree, state: LayerwiseState, batch: PyTree
+  ) -> tuple[PyTree, LayerwiseState, dict[str, Any]]:
+    """Returns the parameters and the state after one step, and its metrics."""
     tree = stack.Parts(params)
     summed = self.accumulate > 1
     step = self._in_parts if summed else self._at_once
@@ -189,15 +195,24 @@ class Layerwise:
     metrics['projected_grad_norm' if summed else 'grad_norm'] = norm
     params = tree.build({name: stored for name, (stored, _) in entries.items()})
     inner = {name: inner for name, (_, inner) in entries.items()}
-    kept = lambda new, old: jnp.where(jnp.isfinite(norm), new, old)
-    count = kept(optax.safe_increment(state.count), state.count)
-    return params, LayerwiseState(count, kept(norm, state.norm), inner), metrics
+    is_finite = jnp.isfinite(norm)
+    next_count = optax.safe_increment(state.count)
+    count = jnp.where(is_finite, next_count, state.count)
+    norm = jnp.where(is_finite, norm, state.norm)
+    return params, LayerwiseState(count, norm, inner), metrics
 
-  def _at_once(self, tree, weights, state, batch, key):
-    """Updates each weight as its gradient appears.
+  def _at_once(
+    self,
+    tree: stack.Parts,
+    weights: dict[str, Any],
+    state: LayerwiseState,
+    batch: PyTree,
+    key: jax.Array,
+  ) -> tuple[dict[str, Entry], jax.Array, dict[str, Any]]:
+    """Updates the weights of each layer as soon as their gradients exist.
 
     Returns:
-      (stored, state of tx) by weight; the norm of the gradient; the metrics.
+      The entry of each weight; the norm of the gradient; the metrics.
     """
     passes = self.passes(tree, batch)
     saved, x = passes.forward(weights)
@@ -205,22 +220,35 @@ class Layerwise:
     if self._trains_one_layer():
       active = self.tx.active(state.count, jax.tree.leaves(saved)[0].shape[0])
     back = functools.partial(passes.backward, saved, active=active)
-    keep = lambda entry, *seen: entry
-    exact = lambda: back(x, dict.fromkeys(weights), keep, stored=weights)[1]
-    before = lambda: lax.cond(state.count == 0, exact, lambda: state.norm)
-    norm, factor = jnp.float32(0), None
+
+    def exact_norm() -> jax.Array:
+      no_entries = dict.fromkeys(weights)
+      return back(x, no_entries, lambda entry, *_: entry, stored=weights)[1]
+
+    norm = jnp.float32(0)
+    factor = None
     if self.clip_norm is not None:
-      norm = exact() if self.clip == 'exact' else before()
+      if self.clip == 'exact':
+        norm = exact_norm()
+      else:
+        norm = lax.cond(state.count == 0, exact_norm, lambda: state.norm)
       factor = clipping.clip_coefficient(norm, self.clip_norm)
-    # The second pass begins after the first: their gradients never coexist.
+    # The second backward pass begins after the first one has ended, so that
+    # their gradients do not exist at the same time.
     x, norm, factor = lax.optimization_barrier((x, norm, factor))
 
-    def visit(entry, name, grad, layer, squares):
+    def visit(
+      entry: Entry,
+      name: str,
+      grad: jax.Array,
+      layer: Layer,
+      squares: jax.Array,
+    ) -> Entry:
       scale = (norm + squares, factor)
       update = functools.partial(self.update, tree, key, scale, name)
       if layer is None:
         return stack.in_slices(update, entry, grad, self.slices.get(name))
-      # The state is of one layer if one is trained at a time.
+      # If only one layer is trained at a time, its state has no layer axis.
       places = (layer, layer if active is None else None)
       new = update(tuple(map(stack.take, entry, places)), grad, layer)
       return tuple(map(stack.put, entry, new, places))
@@ -228,21 +256,30 @@ class Layerwise:
     entries = {name: (w, state.inner[name]) for name, w in weights.items()}
     return back(x, entries, visit)
 
-  def _in_parts(self, tree, weights, state, batch, key):
+  def _in_parts(
+    self,
+    tree: stack.Parts,
+    weights: dict[str, Any],
+    state: LayerwiseState,
+    batch: PyTree,
+    key: jax.Array,
+  ) -> tuple[dict[str, Entry], jax.Array, dict[str, Any]]:
     """Updates every weight from the sum of its projected gradients.
 
-    The batch passes through the model in parts, forward and back, one after
-    another. Of a part's gradient only the projection is kept.
+    The parts of the batch pass through the model one after another, forward
+    and backward. Only the projection of each gradient is kept.
 
     Returns:
-      (stored, state of tx) by weight; the norm of the mean of projected
-      gradients; the metrics.
+      The entry of each weight; the norm of the mean projected gradient; the
+      metrics.
     """
     num = self.accumulate
     pairs = zip(weights, self.sums(tree.build(weights), state), strict=True)
     entries = {name: (state.inner[name], zero) for name, zero in pairs}
 
-    def part(entries, numbered):
+    def part(
+      entries: dict[str, Any], numbered: tuple[jax.Array, PyTree]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
       number, batch = numbered
       passes = self.passes(tree, batch)
       saved, x = passes.forward(weights)
@@ -250,95 +287,143 @@ class Layerwise:
       new, _, metrics = passes.backward(saved, x, entries, add, stored=weights)
       return new, metrics
 
-    numbered = (jnp.arange(num), stack.split(batch, num))
+    numbered = (jnp.arange(num), stack.split_microbatches(batch, num))
     entries, metrics = lax.scan(part, entries, numbered)
     metrics = jax.tree.map(lambda a: jnp.sum(a, 0), metrics)
     metrics['loss'] /= num
     sums = {name: total for name, (_, total) in entries.items()}
-    # Of a loss that is not finite, it is not finite either.
+    # `0 * loss` makes the norm non-finite if the loss is non-finite.
     norm = jnp.sqrt(clipping.sum_of_squares((sums, 0 * metrics['loss']))) / num
     factor = clipping.clip_coefficient(norm, self.clip_norm or jnp.inf) / num
 
-    def updated(name):
+    def updated(name: str) -> Entry:
       update = functools.partial(self.update, tree, key, (norm, factor), name)
       entry = (weights[name], entries[name][0])
-      if stack.in_stack(name):
-        return stack.each(update, entry, sums[name])
+      if stack.in_layer_stack(name):
+        return stack.map_layers(update, entry, sums[name])
       return stack.in_slices(update, entry, sums[name], self.slices.get(name))
 
     return {name: updated(name) for name in weights}, norm, metrics
 
-  def _add(self, tree, key, number, entry, name, grad, layer, _):
-    """Returns (state of tx, sums) of a weight after a gradient of a part."""
+  def _add(
+    self,
+    tree: stack.Parts,
+    key: jax.Array,
+    number: jax.Array,
+    entry: tuple[Any, jax.Array],
+    name: str,
+    grad: jax.Array,
+    layer: Layer,
+    squares: jax.Array,
+  ) -> tuple[Any, jax.Array]:
+    """Adds the projected gradient of one part to the sum of a weight.
+
+    The first part may refresh the basis before.
+
+    Returns:
+      The state of tx; the sum.
+    """
     inner, total = stack.take(entry, layer)
     index = 0 if layer is None else layer
     if name not in self.slices:
       alone = tree.alone(name, grad)
       due = (number == 0) & self.tx.due(inner, layer=index)
-      refresh = lambda inner: self.tx.refresh(alone, inner, layer=index)
-      inner = lax.cond(due, refresh, lambda inner: inner, inner)
+      inner = lax.cond(
+        due,
+        lambda inner: self.tx.refresh(alone, inner, layer=index),
+        lambda inner: inner,
+        inner,
+      )
     low = self._projected(tree, name, grad, inner)
     noise = tree.key(jax.random.fold_in(key, number), name, index)
     new = (inner, apply_updates_stochastic(total, low, noise))
     return stack.put(entry, new, layer)
 
-  def _projected(self, tree, name, grad, inner):
-    """Returns what a gradient adds to the sums: all of it before slices."""
+  def _projected(
+    self, tree: stack.Parts, name: str, grad: jax.Array, inner: Any
+  ) -> jax.Array:
+    """Returns the projected gradient, or the gradient of a sliced weight."""
     if name in self.slices:
       return grad
     return jax.tree.leaves(self.tx.project(tree.alone(name, grad), inner))[0]
 
   def sums(self, params: PyTree, state: LayerwiseState) -> list[jax.Array]:
-    """Returns the zeros that `accumulate` adds projected gradients to."""
+    """Returns the initial sums of projected gradients, one for each weight."""
     if self.accumulate == 1:
       return []
     tree = stack.Parts(params)
-    weights, read = tree.weights(params), self.weights.read
+    weights = tree.weights(params)
 
-    def zero(name):
-      low = lambda w, inner: self._projected(tree, name, read(w), inner)
-      low = jax.vmap(low) if stack.in_stack(name) else low
-      shape = jax.eval_shape(low, weights[name], state.inner[name]).shape
+    def zero(name: str) -> jax.Array:
+      def project(stored: Any, inner: Any) -> jax.Array:
+        return self._projected(tree, name, self.weights.read(stored), inner)
+
+      if stack.in_layer_stack(name):
+        project = jax.vmap(project)
+      shape = jax.eval_shape(project, weights[name], state.inner[name]).shape
       return jnp.zeros(shape, self.sums_dtype)
 
     return [zero(name) for name in weights]
 
   def passes(self, tree: stack.Parts, batch: PyTree) -> Passes:
-    """Returns the way of a batch [N, ...] through the model."""
-    batch = stack.split(batch, self.microbatches)
+    """Returns the passes of a batch [N, ...]."""
+    batch = stack.split_microbatches(batch, self.microbatches)
     frozen = [name for name in tree.names if self._rule(name) is None]
     return Passes(self.model, tree, self.weights.read, batch, frozen)
 
-  def update(self, tree, key, scale, name, entry, grad, layer):
-    """Returns (stored, state) of one weight, layer or slice, updated.
+  def update(
+    self,
+    tree: stack.Parts,
+    key: jax.Array,
+    scale: tuple[jax.Array, jax.Array | None],
+    name: str,
+    entry: Entry,
+    grad: jax.Array,
+    layer: jax.Array | int,
+  ) -> Entry:
+    """Updates a weight, one slice of it, or one layer of a stacked weight.
 
-    The gradient, or the sum of projected ones, counts `scale[1]` times; the
-    entry stays as it is where `scale[0]` is not finite.
+    Args:
+      tree: structure of the parameters.
+      key: random key of the step.
+      scale: (x, factor). The entry is returned unchanged if x is non-finite.
+        The gradient is multiplied by the factor, unless it is None.
+      name: path of the weight.
+      entry: (stored weight, state of tx).
+      grad: gradient, or with `accumulate` the sum of projected gradients.
+      layer: index of the layer or slice; 0 for a whole weight.
+
+    Returns:
+      The updated entry.
     """
 
-    def updated(entry):
+    def updated(entry: Entry) -> Entry:
       stored, inner = entry
       weight = self.weights.read(stored)
       projected = self.accumulate > 1 and name not in self.slices
       rule = self.tx.apply if projected else self._rule(name).update
       g = grad if scale[1] is None else full(grad) * scale[1]
-      g = tree.alone(name, g if projected else g.astype(weight.dtype))
-      new, inner = rule(g, inner, tree.alone(name, weight), layer=layer)
+      if not projected:
+        g = g.astype(weight.dtype)
+      weight_tree = tree.alone(name, weight)
+      new, inner = rule(tree.alone(name, g), inner, weight_tree, layer=layer)
       noise = tree.key(key, name, layer)
       return self.weights.write(stored, jax.tree.leaves(new)[0], noise), inner
 
     with jax.named_scope('if_finite'):
-      return lax.cond(jnp.isfinite(scale[0]), updated, lambda e: e, entry)
+      return lax.cond(
+        jnp.isfinite(scale[0]), updated, lambda entry: entry, entry
+      )
 
   def _trains_one_layer(self) -> bool:
-    """Whether tx has the parts of a `badam`, whose state is of one layer."""
-    return hasattr(self.tx, 'check_blocks')
+    """Whether `tx` trains one layer at a time and has state for one layer."""
+    return isinstance(self.tx, OneLayerRule)
 
-  def _rule(self, name) -> Any:
-    """Returns what updates a weight; None if it is frozen."""
+  def _rule(self, name: str) -> Any:
+    """Returns the transformation of a weight; None if it is frozen."""
     if not self._trains_one_layer():
       return self.tx
-    return self.tx.rule if stack.in_stack(name) else self.tx.rest
+    return self.tx.rule if stack.in_layer_stack(name) else self.tx.rest
 
 
 layerwise = Layerwise

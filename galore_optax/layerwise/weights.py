@@ -1,52 +1,67 @@
 """How weights are stored between steps.
 
-A stored weight is an array or a `Quantized`; the model computes with arrays.
+A stored weight is an array or a `Quantized` array. The model computes with
+arrays.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from galore_optax.quantized.array import Quantized, dequantize, quantize_linear
+from galore_optax.quantized.array import (
+  Quantized,
+  dequantize,
+  is_quantized,
+  quantize_linear,
+)
 from galore_optax.quantized.rounding import apply_updates_stochastic
 
-
-def is_stored(x: Any) -> bool:
-  """Whether a node of a tree is one stored weight, though no array."""
-  return isinstance(x, Quantized)
+# The former name, kept until all imports use the new one.
+is_stored = is_quantized
 
 
 class Weights(NamedTuple):
-  """How one weight is stored."""
+  """Three functions that store, read and update a weight."""
 
-  # Makes the stored form of an initial weight.
   store: Callable[[jax.Array], Any]
-  # Makes the array that the model computes with.
+  """Converts an initial weight to its stored form."""
   read: Callable[[Any], jax.Array]
-  # Adds an update to a stored weight; the key is for stochastic rounding.
+  """Converts a stored weight to the array that the model computes with."""
   write: Callable[[Any, jax.Array, jax.Array], Any]
+  """Adds an update to a stored weight, given (stored, update, key). The key is
+  for stochastic rounding."""
 
 
-_same = lambda weight: weight
-# Weights are kept as they are, sums rounded to nearest.
-ARRAYS = Weights(_same, _same, lambda w, u, key: optax.apply_updates(w, u))
-# bfloat16 weights whose sums are rounded stochastically.
-ROUNDED = Weights(_same, _same, apply_updates_stochastic)
+def _identity(weight: Any) -> Any:
+  return weight
 
 
-def quantized(*, bits: Literal[4, 8] = 8, group: int = 256, dtype: Any):
-  """Weights in blocks of integers, sums rounded stochastically.
+def _add(weight: Any, update: jax.Array, key: jax.Array) -> Any:
+  return optax.apply_updates(weight, update)
 
-  Weights of fewer than two axes beyond a stack's (norms, biases) stay arrays.
+
+# Weights are stored as they are, and sums are rounded to nearest.
+ARRAYS = Weights(_identity, _identity, _add)
+# Weights are stored as they are, and bfloat16 sums are rounded stochastically.
+ROUNDED = Weights(_identity, _identity, apply_updates_stochastic)
+
+
+def quantized(
+  *, bits: Literal[4, 8] = 8, group: int = 256, dtype: DTypeLike
+) -> Weights:
+  """Stores weights as `Quantized` arrays; sums are rounded stochastically.
+
+  `read` and `write` also accept weights that are stored as arrays. The caller
+  decides which weights to quantize.
 
   Args:
-    bits: of an element, 8 or 4.
-    group: elements that share a float32 scale.
-    dtype: of the arrays that the model computes with.
+    bits: bits per element, 8 or 4.
+    group: number of elements that share a float32 scale.
+    dtype: dtype of the arrays that the model computes with.
 
   Example:
     >>> weights = quantized(dtype=jnp.bfloat16)
@@ -54,15 +69,20 @@ def quantized(*, bits: Literal[4, 8] = 8, group: int = 256, dtype: Any):
     >>> stored.nbytes, weights.read(stored).dtype
     (2080, dtype(bfloat16))
   """
-  store = functools.partial(quantize_linear, bits=bits, group=group)
-  read = lambda w: dequantize(w).astype(dtype) if is_stored(w) else w
 
-  def write(stored, update, key):
-    if not is_stored(stored):
+  def store(weight: jax.Array, key: jax.Array | None = None) -> Quantized:
+    return quantize_linear(weight, bits=bits, group=group, key=key)
+
+  def read(stored: Any) -> jax.Array:
+    return dequantize(stored).astype(dtype) if is_quantized(stored) else stored
+
+  def write(stored: Any, update: jax.Array, key: jax.Array) -> Any:
+    if not is_quantized(stored):
       return apply_updates_stochastic(stored, update, key)
-    new = store(dequantize(stored) + update.astype(jnp.float32), key=key)
-    # A dequantized value can be an ulp away from its code. Stochastic rounding
-    # would then occasionally move a frozen weight by a whole step.
+    new = store(dequantize(stored) + update.astype(jnp.float32), key)
+    # If the update is zero, keep the old codes. A dequantized value can differ
+    # from its code by one ulp, and stochastic rounding would then occasionally
+    # move the weight by a whole step.
     moves = jnp.any(update != 0)
     return jax.tree.map(lambda x, old: jnp.where(moves, x, old), new, stored)
 

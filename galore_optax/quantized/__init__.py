@@ -1,1 +1,1 @@
-"""Arrays and optimizer state in few bits. Read `array`, then `state`."""
+"""Arrays and optimizer state in 8 or 4 bits. Read `array`, then `state`."""

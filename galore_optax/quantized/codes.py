@@ -1,4 +1,4 @@
-"""The dynamic 8-bit code: 256 numbers between -1 and 1 over seven decades."""
+"""The dynamic 8-bit code: 256 numbers between -1 and 1 in seven decades."""
 
 import functools
 from typing import Literal
@@ -7,22 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# How codes stand for values; the last two are linear, see `array`.
+# How codes represent values: the first two are dynamic and defined here, the
+# other two are equally spaced, see `array.quantize_linear`.
 Code = Literal['signed', 'unsigned', 'int8', 'int4']
 
 _NUM_DECADES = 7
 
 
 def _decades(code: Code) -> list[tuple[float, int, int]]:
-  """Upper end, index of the first value, and number of values of each."""
-  c = 1 if code == 'signed' else 2
+  """Returns (upper end, index of the first value, number of values) of each."""
+  first = 1 if code == 'signed' else 2
   tops = [10.0 ** (i + 1 - _NUM_DECADES) for i in range(_NUM_DECADES)]
-  return [(top, c * (2**i - 1), c * 2**i) for i, top in enumerate(tops)]
+  return [(top, first * (2**i - 1), first * 2**i) for i, top in enumerate(tops)]
 
 
 @functools.cache
 def _magnitudes(code: Code) -> np.ndarray:
-  """Positive values below 1, ascending."""
+  """Returns the positive values below 1, ascending."""
   decades = []
   for top, _, num in _decades(code):
     edges = np.linspace(0.1, 1.0, num + 1)
@@ -31,14 +32,15 @@ def _magnitudes(code: Code) -> np.ndarray:
 
 
 def dynamic_map(code: Code) -> np.ndarray:
-  """Returns the 256 values, ascending, of a dynamic 8-bit code.
+  """Returns the 256 values of a dynamic 8-bit code, ascending.
 
-  Seven decades, 1e-6 to 1. A decade nearer to 1 has twice the fractions, all
-  equally spaced: relative precision is highest where it matters most, and
-  nothing above about 3e-7 of the largest value is lost to zero.
+  The values cover seven decades up to 1. The values of a decade are equally
+  spaced, and each decade has twice as many values as the decade below it.
+  Large values therefore have the highest relative precision, and only values
+  below about 3e-7 can be rounded to zero.
 
   Args:
-    code: 'signed' (127 magnitudes a sign, 0 and 1) or 'unsigned' (254
+    code: 'signed' (127 magnitudes of each sign, 0 and 1) or 'unsigned' (254
       magnitudes, 0 and 1).
 
   Returns:
@@ -50,8 +52,8 @@ def dynamic_map(code: Code) -> np.ndarray:
     [-0.993, -0.9789, 0.0, 1.0]
 
   References:
-    Dettmers, 8-bit approximations for parallelism in deep learning,
-    arXiv 1511.04561.
+    Dettmers, `8-bit approximations for parallelism in deep learning
+    <https://arxiv.org/abs/1511.04561>`_, 2015.
   """
   positive = _magnitudes(code)
   negative = -positive[::-1] if code == 'signed' else positive[:0]
@@ -59,39 +61,48 @@ def dynamic_map(code: Code) -> np.ndarray:
 
 
 def encode(y: jax.Array, code: Code) -> jax.Array:
-  """Nearest code of y in [-1, 1].
+  """Returns the nearest code of each number y in [-1, 1].
 
-  Within a decade the values are equally spaced, so the nearest one is a
-  floor: arithmetic only, no table and no temporary. A positive value never
-  becomes an unsigned 0: a second moment of 0 under a gradient that is not 0
-  makes Adam's update up to 1 / sqrt(1 - b2) times too large.
+  The values of a decade are equally spaced, so a floor computes the nearest
+  one, without a table of values and without a large temporary array. The
+  unsigned code never rounds a positive value to 0. With a second moment of 0
+  and a nonzero gradient, Adam's update would be up to 1 / sqrt(1 - b2) times
+  too large.
   """
   values = _magnitudes(code)
   magnitude = jnp.abs(y) if code == 'signed' else y
-  # Halfway between neighbours, and 0 below the first unsigned value.
+  # Rounding thresholds, halfway between neighbours. The first threshold of the
+  # unsigned code is 0, so that no positive value is rounded to 0.
   edges = (np.concatenate([[0.0], values]) + np.append(values, 1.0)) / 2
   edges[0] *= code == 'signed'
-  # In a decade the cell is floor(slope * magnitude + base), at most `last`:
-  # what it is made of is chosen, and computed once.
+  # The index is floor(slope * magnitude + base), at most `last`, with numbers
+  # that depend on the decade. The loop only selects them; the floor is computed
+  # once.
   slope = base = last = jnp.zeros_like(y)
   for top, start, num in _decades(code):
-    inside, steps = magnitude > edges[start], num / (0.9 * top)
+    inside = magnitude > edges[start]
+    steps = num / (0.9 * top)
     slope = jnp.where(inside, steps, slope)
     base = jnp.where(inside, start + 1 - 0.1 * top * steps, base)
     last = jnp.where(inside, start + num, last)
-  index, end = jnp.floor(slope * magnitude + base), len(values)
+  index = jnp.floor(slope * magnitude + base)
   index = jnp.clip(index, magnitude > edges[0], last)
+  end = len(values)
   index = jnp.where(magnitude > edges[end], end + 1.0, index)
-  if code == 'signed':  # There is a code for 1 and none for -1.
+  if code == 'signed':  # The code has the value 1, but not -1.
     index = end + jnp.where(y < 0, -jnp.minimum(index, end), index)
   return index.astype(jnp.uint8)
 
 
 def decode(codes: jax.Array, code: Code) -> jax.Array:
-  """The values of `dynamic_map`, by arithmetic: every compiler fuses it."""
+  """Returns the values of codes, as `dynamic_map` lists them.
+
+  They are computed instead of looked up, so that XLA can fuse the function.
+  """
   end = len(_magnitudes(code))
   index = codes.astype(jnp.float32) - (end if code == 'signed' else 0)
-  magnitude, value = jnp.abs(index), jnp.zeros_like(index)
+  magnitude = jnp.abs(index)
+  value = jnp.zeros_like(index)
   for top, start, num in _decades(code):
     fraction = (magnitude - (start + 0.5)) * (0.9 * top / num) + 0.1 * top
     value = jnp.where(magnitude > start, fraction, value)

@@ -1,8 +1,8 @@
-"""Stochastic rounding: a weight in bfloat16 that does not lose small updates.
+"""Stochastic rounding, with which bfloat16 weights keep small updates.
 
-To nearest, an update below half a unit in the last place (2^-9 of the weight)
-is lost, and every later one like it. Rounded up or down at random, right on
-average, it is not.
+Rounding to nearest loses every update that is smaller than half a unit in the
+last place, 2^-9 of the weight. Stochastic rounding rounds up or down at random,
+so that the expected value is the exact sum.
 """
 
 from typing import Any
@@ -12,22 +12,24 @@ import jax.numpy as jnp
 
 
 def _round_to_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
-  """Rounds float32 to one of its two bfloat16 neighbours, right on average.
+  """Rounds float32 to one of its two bfloat16 neighbours; unbiased.
 
-  A bfloat16 is the upper half of a float32, so random low bits carry into it
-  with exactly the probability that the lower half is of a whole.
+  A bfloat16 is the upper half of the bits of a float32. Adding 16 random bits
+  carries into the upper half with a probability of the lower half / 2^16.
   """
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
   upper = ((bits + noise) >> 16).astype(jnp.uint16)
   rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
-  # A carry out of the largest bfloat16 is not an overflow of the sum.
+  # The carry may turn the largest finite bfloat16 into infinity.
   largest = float(jnp.finfo(jnp.bfloat16).max)
   rounded = jnp.clip(rounded, -largest, largest)
   return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def _apply(param, update, key):
+def _apply(
+  param: jax.Array | None, update: jax.Array | None, key: jax.Array
+) -> jax.Array | None:
   if update is None or param is None:
     return param
   total = jnp.asarray(param, jnp.float32) + jnp.asarray(update, jnp.float32)
@@ -39,21 +41,22 @@ def _apply(param, update, key):
 def apply_updates_stochastic(params: Any, updates: Any, key: jax.Array) -> Any:
   """Adds updates to parameters; bfloat16 sums are rounded stochastically.
 
-  The sum is taken in float32. Its expectation over `key` is exact to 2^-16 of
-  the spacing of the two bfloat16 neighbours; a sum that bfloat16 holds is
-  never changed; NaN and infinities stay; what lies beyond the largest finite
-  bfloat16 but is finite in float32 becomes that largest value. A leaf of
-  another dtype is added as `optax.apply_updates` does. Costs no float32 copy
-  of a tree: each leaf is one fused loop.
+  The sum is computed in float32. The expected value of the result over keys
+  equals the sum, to 2^-16 of the spacing of its two bfloat16 neighbours. A sum
+  that bfloat16 represents exactly is not changed. NaN and infinity are kept. A
+  finite sum beyond the largest finite bfloat16 becomes that largest value.
+  Leaves of other dtypes are added as by `optax.apply_updates`. Each leaf is one
+  fused loop, so no float32 copy of the tree is made.
 
   Args:
     params: a tree of arrays.
-    updates: a tree of arrays of the same structure, in any floating dtype.
-      None leaves its parameter alone.
-    key: a JAX random key, a new one every step. Each leaf draws its own bits.
+    updates: a tree of the same structure, of any floating dtype. A parameter
+      whose update is None is returned unchanged.
+    key: a JAX random key, a new one for every step. Each leaf draws its own
+      random bits.
 
   Returns:
-    The new parameters, in the dtype of the old ones.
+    The new parameters, with the dtypes of the old ones.
 
   Example:
     >>> import jax

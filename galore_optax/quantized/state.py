@@ -1,10 +1,11 @@
 """Optimizer state in 8 bits, for any optax transformation.
 
-`quantize_state` keeps the structure of the inner's state, with `Quantized`
-nodes where its moments were. The arrays themselves are in `array`.
+`quantize_state` keeps the structure of the inner optimizer's state and stores
+its moments as `Quantized` nodes, which `array` defines.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +21,32 @@ from galore_optax.checks import (
 )
 from galore_optax.precision import close, single, wide
 from galore_optax.quantized import array
-from galore_optax.quantized.array import is_coded, quantize, unpacked
+from galore_optax.quantized.array import (
+  Quantized,
+  dequantize_tree,
+  is_quantized,
+  quantize,
+)
+from galore_optax.quantized.codes import Code
 from galore_optax.sharding import on_any_mesh, placed
 from galore_optax.trial import NeedsFunctionError, try_update
 
-# States of what goes around `quantize_state`, as it looks at a whole tree.
+# States of wrappers that read several leaves at once. Such a wrapper must go
+# around `quantize_state`, which would otherwise run it leaf by leaf.
 GUARDS = (
-  *(optax.ApplyIfFiniteState, optax.MaskedState),
-  *(optax.MultiStepsState, optax.transforms.PartitionState),
+  optax.ApplyIfFiniteState,
+  optax.MaskedState,
+  optax.MultiStepsState,
+  optax.transforms.PartitionState,
 )
-# Fields of second moments, unless an update makes them negative: an average
-# of differences has such a name too.
+# Names of fields that hold second moments. Some optimizers use such a name for
+# another average, so a field that becomes negative is not a second moment.
 SQUARES = {'nu', 'nu_max', 'v', 'n', 'sum_of_squares'}
-# A leaf of so many elements is updated in pieces: in a loop, because only the
-# temporaries of loops are sure to share memory from leaf to leaf.
+# A leaf of at least this many elements is updated piece by piece in a loop. The
+# compiler reuses the temporary memory of one loop for the next one, but not
+# always that of straight-line code.
 DIVIDE_FROM = 2**20
-# Elements of a piece: 16 MiB of float32 a moment.
+# Largest number of elements in a piece: 16 MiB of float32 for each moment.
 PIECE_SIZE = 2**22
 
 
@@ -46,45 +57,47 @@ def quantize_state(
   min_size: int = 4096,
   elementwise: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-  """Stores the parameter-like state of a transformation in 8 bits.
+  """Stores the moments of a transformation in 8 bits.
 
-  A state leaf is stored in blocks of 8-bit codes if it is floating, has the
-  path and the shape of a parameter and at least `min_size` elements, and does
-  not depend on the weights at first (a copy of them is no moment). Second
-  moments (fields nu, v and the like) get the unsigned dynamic code, others the
-  signed one.
-  Everything else stays as it is; moments of bfloat16 parameters that stay
-  unquantized are float32.
+  A leaf of the inner optimizer's state is quantized if all of these hold: it is
+  floating, it has the path and the shape of a parameter, it has at least
+  `min_size` elements, and its initial value does not depend on the weights (a
+  copy of the weights is not a moment). Second moments, in fields such as `nu`
+  and `v`, are stored with the unsigned dynamic code, other moments with the
+  signed code. All other leaves are unchanged. Moments that are not quantized
+  are float32, even if the parameters are bfloat16.
 
-  An elementwise inner (Adam, Lion, momentum, clipping by value) runs leaf
-  after leaf, and on a leaf of more than 1 M elements piece by piece, written
-  in place: no float32 copy of the state exists. What looks at a whole leaf
-  (Adafactor, Muon, a trust ratio) or at several (clipping by a norm) needs
-  `elementwise=False`, which dequantizes the tree for an update. Masks,
-  partitions, `apply_if_finite` and `MultiSteps` go around `quantize_state`.
+  An elementwise inner optimizer (Adam, Lion, momentum, clipping by value) runs
+  leaf by leaf. A leaf of more than 1 M elements is updated piece by piece and
+  in place, so that no float32 copy of the state exists. Set `elementwise=False`
+  for an inner optimizer that reads a whole leaf (Adafactor, Muon, a trust
+  ratio) or several leaves (clipping by a norm); the whole tree is then
+  dequantized for each update. Masks, partitions, `apply_if_finite` and
+  `MultiSteps` go around `quantize_state`.
 
-  What 8 bits do to Adam: an entry below about 1e-7 of its block's largest
-  second moment is rounded up to 3e-7 of it, so that its update is too small,
-  never too large.
+  8-bit Adam differs from Adam for very small entries. A second moment below
+  about 1e-7 of the largest one in its block is rounded up to 3e-7 of it. The
+  update of such an entry is too small, but never too large.
 
   Args:
-    inner: any optax transformation; schedules and injected hyper-parameters in
-      it work as usual.
-    block_size: elements that share a float32 scale.
-    min_size: smaller leaves stay float32. A layer-wise step shows one layer
-      of a stack, and the size of that counts.
-    elementwise: whether an element's update depends on that element alone.
+    inner: any optax transformation. Schedules and injected hyperparameters
+      work as usual.
+    block_size: number of elements that share a float32 scale.
+    min_size: leaves with fewer elements stay float32. In a layer-wise step this
+      is the size of one layer's weight, not of the stack.
+    elementwise: whether the update of an element depends only on the gradient,
+      the state and the weight of that element.
 
   Returns:
-    A transformation with `inner`'s state structure, in which `Quantized`
-    nodes stand for arrays: 1 byte an element and 4 bytes a block. A block
-    ends where a matrix of a stack does: small ones take more. Updates
-    have the dtype of the gradients. Its `init` accepts shape structs and
-    allocates no float32 array for moments.
+    A transformation whose state has the structure of `inner`'s state, with
+    `Quantized` nodes instead of arrays: 1 byte per element and 4 bytes per
+    block. A block never spans two matrices of a stack, so stacks of small
+    matrices need more scales. Updates have the dtype of the gradients. `init`
+    accepts `jax.ShapeDtypeStruct`s and allocates no float32 moments.
 
   Raises:
-    ValueError: at `init`, an elementwise inner whose state is not made of
-      trees like the parameters.
+    ValueError: at `init`, if `elementwise` is set and the inner optimizer is
+      not elementwise.
 
   Example:
     >>> tx = quantize_state(optax.adam(1e-3))
@@ -94,8 +107,8 @@ def quantize_state(
     (16640, 256)
 
   References:
-    Dettmers et al., 8-bit optimizers via block-wise quantization,
-    arXiv 2110.02861.
+    Dettmers et al., `8-bit optimizers via block-wise quantization
+    <https://arxiv.org/abs/2110.02861>`_, 2021.
   """
   check_static(block_size=block_size, min_size=min_size)
   check_count(block_size=block_size)
@@ -104,166 +117,278 @@ def quantize_state(
   inner = optax.with_extra_args_support(inner)
 
   @placed
-  def init_fn(params):
+  def init_fn(params: Any) -> Any:
     if elementwise:
       _check_elementwise(inner, params)
-    seen = _tried(inner, params)
-    init = lambda params: _packed(inner, params, seen, block_size, min_size)
-    is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
-    if any(map(is_shape, jax.tree.leaves(params))):
-      zeros = lambda x: jnp.zeros(x.shape, x.dtype)
-      return jax.jit(lambda: init(jax.tree.map(zeros, params)))()
-    # Jitted, so that no float32 moment is allocated on the way.
+    probes = _probe_leaves(inner, params)
+
+    def init(params: Any) -> Any:
+      return _quantized_init(inner, params, probes, block_size, min_size)
+
+    leaves = jax.tree.leaves(params)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+      return jax.jit(lambda: init(jax.tree.map(_zeros, params)))()
+    # Under `jit` the float32 moments are not allocated before quantization.
     return jax.jit(init)(params)
 
   @on_any_mesh(lambda updates, state, params=None: (updates, state))
-  def update_fn(updates, state, params=None, **extra_args):
-    run = lambda g, s, w: inner.update(g, s, w, **extra_args)
+  def update_fn(
+    updates: Any, state: Any, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    def run(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+      return inner.update(grads, state, params, **extra_args)
+
     if elementwise:
       new, state = _leaf_by_leaf(run, Outer.of(inner), updates, state, params)
     else:
-      new, after = run(wide(updates), unpacked(state), params)
-      state = repacked(after, state)
+      new, after = run(wide(updates), dequantize_tree(state), params)
+      state = quantize_tree(after, state)
     return optax.tree.cast_like(new, updates), state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class Outer(NamedTuple):
-  """The structure of an inner's state around its trees like the parameters."""
+def _zeros(x: Any) -> jax.Array:
+  return jnp.zeros(x.shape, x.dtype)
 
-  treedef: Any  # Of the state; a leaf is such a tree, or a counter.
-  is_tree: list[bool]  # Which of them are trees.
+
+class Outer(NamedTuple):
+  """The outer structure of a state, down to its moment trees and counters.
+
+  A moment tree has the structure of the parameters. Every other leaf of the
+  state, such as a step count, is called a counter here.
+  """
+
+  treedef: Any
+  """Structure of the state, whose leaves are moment trees and counters."""
+  is_tree: list[bool]
+  """For each leaf of `treedef`, whether it is a moment tree."""
 
   @classmethod
   def of(cls, inner: optax.GradientTransformation) -> 'Outer':
-    """Reads the structure off the state of parameters without leaves."""
-    is_tree = lambda x: isinstance(x, optax.MaskedNode)
-    empty = inner.init(optax.MaskedNode())
-    nodes, treedef = jax.tree.flatten(empty, is_leaf=is_tree)
+    """Finds the structure by initializing the inner with a `MaskedNode`.
+
+    A `MaskedNode` is a tree without leaves. It appears in the state once for
+    each moment tree.
+    """
+
+    def is_tree(x: object) -> bool:
+      return isinstance(x, optax.MaskedNode)
+
+    empty: Any = optax.MaskedNode()
+    nodes, treedef = jax.tree.flatten(inner.init(empty), is_leaf=is_tree)
     return cls(treedef, [is_tree(x) for x in nodes])
 
-  def split(self, state: Any) -> tuple[list[Any], list[Any]]:
-    """Returns the trees and the counters of a state."""
+  def split_state(self, state: Any) -> tuple[list[Any], list[Any]]:
+    """Returns the moment trees and the counters of a state."""
     nodes = self.treedef.flatten_up_to(state)
     pairs = [*zip(nodes, self.is_tree, strict=True)]
-    return [x for x, yes in pairs if yes], [x for x, yes in pairs if not yes]
+    trees = [x for x, is_tree in pairs if is_tree]
+    return trees, [x for x, is_tree in pairs if not is_tree]
 
-  def join(self, trees: Any, counters: Any) -> Any:
-    """Inverts `split`."""
-    trees, counters = iter(trees), iter(counters)
-    nodes = [next(trees if yes else counters) for yes in self.is_tree]
+  def join_state(self, trees: Sequence[Any], counters: Sequence[Any]) -> Any:
+    """Builds a state from its moment trees and counters."""
+    next_tree = iter(trees)
+    next_counter = iter(counters)
+    nodes = [
+      next(next_tree if is_tree else next_counter) for is_tree in self.is_tree
+    ]
     return self.treedef.unflatten(nodes)
 
 
-def _tried(inner, params) -> list[tuple[bool, bool]]:
-  """Returns what a trial on weights of one element shows of each leaf of state.
+class Probe(NamedTuple):
+  """Properties of a state leaf, measured on weights of one element."""
 
-  Whether it starts the same whatever the weights are, so is no copy of them;
-  and whether gradients below zero make it negative. What is traced counts.
+  is_fixed: bool
+  """Whether the initial value is the same for different weights."""
+  is_signed: bool
+  """Whether negative gradients make it negative."""
+
+
+def _probe_leaves(
+  inner: optax.GradientTransformation, params: Any
+) -> list[Probe]:
+  """Returns a probe for each leaf of the state.
+
+  The values of tracers are unknown, so their properties are assumed to hold.
   """
-  filled = lambda value: single(params, value)
-  holds = lambda x: isinstance(x, Tracer) or bool(x)
   with jax.ensure_compile_time_eval():
-    ones, twos = (inner.init(filled(value)) for value in (1.0, 2.0))
+    ones, twos = (inner.init(single(params, value)) for value in (1.0, 2.0))
     state = ones
     try:
       for g in (-1.0, -2.0):
-        _, state = try_update(inner, filled(g), state, filled(1.0))
-    except TypeError:  # It needs extra args, which only `update` is given.
+        weights = single(params, 1.0)
+        _, state = try_update(inner, single(params, g), state, weights)
+    except TypeError:
+      # The inner requires extra arguments, which only `update` receives. Assume
+      # that every leaf can become negative.
       state = jax.tree.map(lambda x: jnp.full_like(x, -1), ones)
-    # A random key has no sign.
-    sign = lambda x: x if jnp.issubdtype(x.dtype, jnp.number) else jnp.zeros(())
-    state = jax.tree.map(sign, jax.tree.map(jnp.asarray, state))
     rows = zip(*map(jax.tree.leaves, (ones, twos, state)), strict=True)
-    return [(holds(jnp.all(x == y)), holds(jnp.any(z < 0))) for x, y, z in rows]
+    return [
+      Probe(_may_hold(jnp.all(one == two)), _may_hold(_any_negative(last)))
+      for one, two, last in rows
+    ]
 
 
-def _packed(inner, params, seen, block_size, min_size) -> Any:
-  """Returns the inner's first state with codes for its moments."""
+def _any_negative(x: Any) -> jax.Array:
+  x = jnp.asarray(x)
+  # Random keys cannot be compared with 0.
+  if not jnp.issubdtype(x.dtype, jnp.number):
+    return jnp.zeros((), bool)
+  return jnp.any(x < 0)
+
+
+def _may_hold(condition: Any) -> bool:
+  return isinstance(condition, Tracer) or bool(condition)
+
+
+def _quantized_init(
+  inner: optax.GradientTransformation,
+  params: Any,
+  probes: list[Probe],
+  block_size: int,
+  min_size: int,
+) -> Any:
+  """Returns the inner's initial state with quantized moments."""
   state = jax.tree.map(jnp.asarray, inner.init(wide(params)))
   pairs = jax.tree_util.tree_leaves_with_path(params)
   like = {path: jnp.shape(x) for path, x in pairs}
 
-  def pack(path, x, is_fixed, is_signed):
+  def stored(path: Any, x: jax.Array, probe: Probe) -> Any:
     same = any(like.get(path[i:]) == x.shape for i in range(len(path) + 1))
     is_float = jnp.issubdtype(x.dtype, jnp.floating) and x.ndim
-    if not (same and is_fixed and is_float and x.size >= min_size):
+    if not (same and probe.is_fixed and is_float and x.size >= min_size):
       return x
     squares = SQUARES & {getattr(key, 'name', None) for key in path}
-    code = 'unsigned' if squares and not is_signed else 'signed'
-    # Hidden, or the compiler takes half a minute to fold blocks of zeros.
+    code: Code = 'unsigned' if squares and not probe.is_signed else 'signed'
+    # The barrier hides that x is constant. Otherwise the compiler takes half a
+    # minute to evaluate the quantization of zeros at compile time.
     x *= jax.lax.optimization_barrier(jnp.ones([], x.dtype))
     return quantize(x, code=code, block_size=block_size)
 
   leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
-  rows = zip(leaves, seen, strict=True)
-  return treedef.unflatten([pack(*leaf, *one) for leaf, one in rows])
+  rows = zip(leaves, probes, strict=True)
+  return treedef.unflatten([stored(path, x, one) for (path, x), one in rows])
 
 
-def _leaf_by_leaf(run, outer: Outer, updates, state, params) -> tuple[Any, Any]:
-  """Runs the inner on each coded leaf alone, on the others together."""
+class Store(Protocol):
+  """A function that quantizes an array, such as `quantize`."""
+
+  def __call__(self, x: Any, /, *, code: Code, block_size: int) -> Quantized:
+    """Returns the quantized array."""
+    ...
+
+
+# A function of gradients, moments, weights and optionally a `Store`. It returns
+# updates, new moments and new counters. The arguments belong to one leaf, to a
+# piece of a leaf, or to a list of leaves.
+Step = Callable[..., tuple[Any, Any, Any]]
+
+
+def _leaf_by_leaf(
+  run: Callable[[Any, Any, Any], tuple[Any, Any]],
+  outer: Outer,
+  updates: Any,
+  state: Any,
+  params: Any,
+) -> tuple[Any, Any]:
+  """Runs the inner on one quantized leaf at a time, then joins the results.
+
+  All leaves whose moments are not quantized are updated in a single call.
+  """
   grads, treedef = jax.tree.flatten(updates)
-  flat = treedef.flatten_up_to
-  weights = [None] * len(grads) if params is None else flat(params)
-  trees, counters = outer.split(state)
-  moments = [flat(tree) for tree in trees]
+  if params is None:
+    weights = [None] * len(grads)
+  else:
+    weights = treedef.flatten_up_to(params)
+  trees, counters = outer.split_state(state)
+  moments = [treedef.flatten_up_to(tree) for tree in trees]
 
-  def step(g, m, w, store=quantize):
-    """Returns updates, moments and counters of a leaf, a piece or a list."""
-    u, after = run(wide(g), outer.join(unpacked(m), counters), wide(w))
-    new, after = outer.split(after)
-    return u, repacked(new, m, store), repacked(after, counters, store)
+  def step(g: Any, m: Any, w: Any, store: Store = quantize) -> Any:
+    """Dequantizes the moments, runs the inner and quantizes them again."""
+    state = outer.join_state(dequantize_tree(m), counters)
+    u, after = run(wide(g), state, wide(w))
+    new, new_counters = outer.split_state(after)
+    new_counters = quantize_tree(new_counters, counters, store)
+    return u, quantize_tree(new, m, store), new_counters
 
-  every, new, after, last = range(len(grads)), {}, counters, None
-  coded = [i for i in every if any(is_coded(m[i]) for m in moments)]
-  plain = [i for i in every if i not in coded]
+  num_leaves = len(grads)
+  coded = [
+    i for i in range(num_leaves) if any(is_quantized(m[i]) for m in moments)
+  ]
+  plain = [i for i in range(num_leaves) if i not in coded]
+  new: dict[int, tuple[Any, ...]] = {}
+  after = counters
   if plain or not grads:
-    of = lambda values: [values[i] for i in plain]
-    w = None if params is None else of(weights)
-    u, lists, after = step(of(grads), [of(m) for m in moments], w)
+    u, lists, after = step(
+      [grads[i] for i in plain],
+      [[m[i] for i in plain] for m in moments],
+      None if params is None else [weights[i] for i in plain],
+    )
     new |= zip(plain, zip(u, *lists, strict=True), strict=True)
+  last = None
   for i in coded:
     m = [m[i] for m in moments]
     if last is not None:
-      # Without it the compiler may dequantize every leaf at the start. The
-      # barrier would give the moments tangents of zero if `last` had any, and
-      # the derivative of a root of zero times zero is not a number.
+      # The barrier makes this leaf wait for the previous one. Otherwise the
+      # compiler may dequantize all leaves at the start. `stop_gradient` keeps
+      # the barrier from giving the moments tangents of zero. Adam takes their
+      # square root, whose derivative at 0 is infinite, and 0 * inf is NaN.
       m, _ = jax.lax.optimization_barrier((m, jax.lax.stop_gradient(last)))
-    u, m, after = last = _leaf(step, grads[i], m, weights[i])
-    new[i] = u, *m
-  columns = zip(*(new[i] for i in every), strict=True)
-  u, *trees = map(treedef.unflatten, columns) if grads else (updates, *trees)
-  return u, outer.join(trees, after)
+    last = _update_leaf(step, grads[i], m, weights[i])
+    u, m, after = last
+    new[i] = (u, *m)
+  if not grads:
+    return updates, outer.join_state(trees, after)
+  columns = zip(*(new[i] for i in range(num_leaves)), strict=True)
+  u, *trees = map(treedef.unflatten, columns)
+  return u, outer.join_state(trees, after)
 
 
-def _leaf(step, g, m, w) -> tuple[jax.Array, list[Any], Any]:
-  """Returns the update of one leaf, its moments, and the counters."""
-  num_rows, num_columns = array.rows_shape(next(x for x in m if is_coded(x)))
+def _update_leaf(
+  step: Step, g: jax.Array, m: list[Any], w: Any
+) -> tuple[jax.Array, list[Any], Any]:
+  """Returns the update of one leaf, its new moments, and the counters.
+
+  A large leaf is updated piece by piece, unless it is sharded.
+  """
+  first_coded = next(x for x in m if is_quantized(x))
+  num_rows, num_columns = array.rows_shape(first_coded)
   if g.size < DIVIDE_FROM or num_rows < 2 or not _is_local((g, m)):
     return step(g, m, w)
   size = _piece_size(num_rows, num_columns)
   count, rest = divmod(num_rows, size)
-  flat = lambda x: jnp.reshape(x, (num_rows, num_columns))
-  rows = [array.as_rows(x) if is_coded(x) else flat(x) for x in (g, *m)]
-  w_rows = jax.tree.map(flat, w)
-  # The decay of the inner has one slope, which one piece tells: as a loop's
-  # carry its derivative would double the temporaries.
+
+  def in_rows(x: Any) -> Any:
+    if is_quantized(x):
+      return array.as_rows(x)
+    return jnp.reshape(x, (num_rows, num_columns))
+
+  rows = [in_rows(x) for x in (g, *m)]
+  w_rows = jax.tree.map(in_rows, w)
+  # The update depends on the weights through weight decay, with one slope for
+  # all elements. The slope is computed from one piece below. Differentiating
+  # the loop itself would double its temporary memory.
   fixed_w = jax.lax.stop_gradient(w_rows)
 
-  def piece(start, size, rows, w):
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
-    (g, *m), w = jax.tree.map(cut, (rows, w))
+  def piece(start: Any, size: int, rows: Any, w: Any) -> tuple[list[Any], Any]:
+    (g, *m), w = jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), (rows, w)
+    )
     u, m, counters = step(g, m, w, array.quantize_rows)
     return [u.astype(g.dtype), *m], counters
 
-  def paste(rows, new, start):
-    put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
-    return jax.tree.map(put, rows, new)
+  def paste(rows: Any, new: Any, start: Any) -> Any:
+    return jax.tree.map(
+      lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0),
+      rows,
+      new,
+    )
 
-  # A piece is written before the next one is read: with both in one step the
-  # compiler copies the whole array to keep the old values readable.
-  def body(i, carry):
+  # Each iteration first writes the result of the iteration before it, then
+  # reads its own piece. If one iteration read a piece and wrote the same piece,
+  # the compiler would copy the whole array.
+  def body(i: Any, carry: Any) -> Any:
     rows, last, _ = carry
     rows = paste(rows, last, jnp.maximum(i - 1, 0) * size)
     return rows, *piece(i * size, size, rows, fixed_w)
@@ -280,15 +405,18 @@ def _leaf(step, g, m, w) -> tuple[jax.Array, list[Any], Any]:
   pairs = zip(jax.tree.leaves(new), like, strict=True)
   u, *m = treedef.unflatten([x.reshape(old.shape) for x, old in pairs])
   if w is not None:
-    of_piece = lambda w: piece(0, size, rows, w)[0][0]
-    _, slope = jax.jvp(of_piece, (w_rows,), (jnp.ones_like(w_rows),))
+    _, slope = jax.jvp(
+      lambda w: piece(0, size, rows, w)[0][0],
+      (w_rows,),
+      (jnp.ones_like(w_rows),),
+    )
     u = _with_slope(u, slope[0, 0], w)
   return u, m, counters
 
 
 @jax.custom_jvp
-def _with_slope(u, slope, w) -> jax.Array:
-  """Returns u, whose derivative by w is the slope."""
+def _with_slope(u: jax.Array, slope: jax.Array, w: jax.Array) -> jax.Array:
+  """Returns u, with `slope` as its derivative with respect to w."""
   return u
 
 
@@ -299,43 +427,53 @@ _with_slope.defjvps(
 )
 
 
-def repacked(new: Any, old: Any, store: Any = quantize) -> Any:
-  """Returns the new state, in codes where the old one is.
+def quantize_tree(new: Any, old: Any, store: Store = quantize) -> Any:
+  """Quantizes the leaves of `new` whose counterparts in `old` are quantized.
 
-  >>> repacked({'mu': 2.0}, {'mu': jnp.zeros(())})
+  >>> quantize_tree({'mu': 2.0}, {'mu': jnp.zeros(())})
   {'mu': Array(2., dtype=float32)}
   """
 
-  def pack(old, new):
-    if is_coded(old):
+  def stored(old: Any, new: Any) -> Any:
+    if is_quantized(old):
       return store(new, code=old.code, block_size=old.block_size)
     return jnp.asarray(new, jax.typeof(old).dtype)
 
-  return jax.tree.map(pack, old, new, is_leaf=is_coded)
+  return jax.tree.map(stored, old, new, is_leaf=is_quantized)
+
+
+# Former name, kept until all imports use the new one.
+repacked = quantize_tree
 
 
 def _is_local(arrays: Any) -> bool:
-  """Whether no mesh is known: a loop over a sharded axis would gather it."""
+  """Whether the arrays are on one device, as far as their types show.
+
+  A loop over a sharded axis would gather the array on every device.
+  """
   meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
   return all(mesh.size <= 1 for mesh in meshes)
 
 
 def _piece_size(num_rows: int, num_columns: int) -> int:
-  """Rows of a piece: at least two pieces, if possible equal ones."""
+  """Returns the number of rows in a piece.
+
+  There are at least two pieces, and they are equal if a divisor of `num_rows`
+  is close enough to the largest size.
+  """
   limit = max(1, min(num_rows // 2, PIECE_SIZE // num_columns))
-  equal = (n for n in range(limit, limit // 4, -1) if num_rows % n == 0)
-  return next(equal, limit)
+  for size in range(limit, limit // 4, -1):
+    if num_rows % size == 0:
+      return size
+  return limit
 
 
-def _check_elementwise(inner, params) -> None:
-  """Raises ValueError where a piece of a leaf would get another update."""
-  is_guard = lambda x: isinstance(x, GUARDS)
+def _check_elementwise(
+  inner: optax.GradientTransformation, params: Any
+) -> None:
+  """Raises ValueError unless the inner can run piece by piece."""
   try:
-    state = jax.eval_shape(inner.init, params)
-    for tree in Outer.of(inner).split(state)[0]:
-      jax.tree.structure(params).flatten_up_to(tree)
-    nodes = jax.tree.leaves(state, is_leaf=is_guard)
-    known = not any(map(is_guard, nodes)) and _acts_alone(inner)
+    known = _has_plain_state(inner, params) and _is_elementwise(inner)
   except (ValueError, TypeError, LookupError, AttributeError):
     known = False
   if not known:
@@ -347,23 +485,50 @@ def _check_elementwise(inner, params) -> None:
     )
 
 
-def _acts_alone(inner) -> bool:
-  """Whether the update of four elements is that of each alone."""
-  g, w = jnp.array([[1e-2, -1.0], [1e3, 2.0]]), jnp.array([[1.0, -2], [3, 0.5]])
+def _has_plain_state(inner: optax.GradientTransformation, params: Any) -> bool:
+  """Whether the state consists of moment trees and counters, without guards.
 
-  def update(at: Any = ...):
-    u, state = try_update(inner, g[at], inner.init(w[at]), w[at])
+  Raises:
+    ValueError: a moment tree does not have the structure of the parameters.
+  """
+
+  def is_guard(x: object) -> bool:
+    return isinstance(x, GUARDS)
+
+  state = jax.eval_shape(inner.init, params)
+  for tree in Outer.of(inner).split_state(state)[0]:
+    jax.tree.structure(params).flatten_up_to(tree)
+  return not any(map(is_guard, jax.tree.leaves(state, is_leaf=is_guard)))
+
+
+def _is_elementwise(inner: optax.GradientTransformation) -> bool:
+  """Whether updating a 2 x 2 weight equals updating its elements separately.
+
+  The inner has to be run to find this out. Its state is not enough:
+  `optax.clip` and `optax.clip_by_global_norm` both have an empty state.
+  """
+  g = jnp.array([[1e-2, -1.0], [1e3, 2.0]])
+  w = jnp.array([[1.0, -2.0], [3.0, 0.5]])
+
+  def update(g: jax.Array, w: jax.Array) -> list[jax.Array]:
+    u, state = try_update(inner, g, inner.init(w), w)
     return [jnp.asarray(x) for x in jax.tree.leaves((u, state))]
+
+  def is_separate(whole: list[jax.Array], row: int, column: int) -> bool:
+    at = np.s_[row : row + 1, column : column + 1]
+    cut = [x[at] if x.ndim == 2 else x for x in whole]
+    return all(map(close, update(g[at], w[at]), cut))
 
   with jax.ensure_compile_time_eval():
     try:
-      whole = update()
+      whole = update(g, w)
     except NeedsFunctionError:
-      return False  # A line search, or a Hessian.
+      # A line search or a Hessian evaluates the loss for the whole tree.
+      return False
     except TypeError:
-      return True  # It needs extra args, which only `update` is given.
+      # The inner requires extra arguments, which only `update` receives.
+      return True
     if any(isinstance(x, Tracer) for x in whole):
-      return True  # A hyperparameter is traced.
-    cells = [np.s_[i : i + 1, j : j + 1] for i, j in np.ndindex(2, 2)]
-    cut = lambda at: [x[at] if x.ndim == 2 else x for x in whole]
-    return all(all(map(close, update(at), cut(at))) for at in cells)
+      # A hyperparameter is traced, so the results cannot be compared.
+      return True
+    return all(is_separate(whole, *place) for place in np.ndindex(2, 2))

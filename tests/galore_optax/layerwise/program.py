@@ -1,4 +1,7 @@
-"""A small model with a stack of layers, and runs of both kinds of step."""
+"""A small model with a layer stack, and functions that train it.
+
+`run` trains with a layer-wise step, `run_whole_tree` with a whole-tree step.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +14,9 @@ L, D, F, V = 3, 6, 11, 13
 
 
 class Residual:
-  """A model with an embedding, layers `h + tanh(h W) U`, and a head.
+  """Layers h + tanh(h W) U between an embedding and a head.
 
-  The activations contain the positions as an integer leaf, which has no
-  gradient.
+  The positions are an integer leaf that the layers pass on.
   """
 
   def __init__(self, tied=False):
@@ -98,9 +100,8 @@ def run_whole_tree(model, tx, *, steps=3, params=None):
 
 
 def galore_rule(gap=2, **options):
-  # The inner optimizer has momentum, which is linear in the gradient and does
-  # not amplify rounding errors. Adam could flip the sign of an entry that is
-  # nearly zero.
+  # Momentum is linear, so rounding errors stay small. Adam would amplify them,
+  # because the update of an entry near zero may change sign.
   return galore_optax.galore(
     optax.sgd(0.1, momentum=0.9),
     rank=3,

@@ -1,4 +1,4 @@
-"""Summing projected gradients equals projecting the summed gradient."""
+"""The sum of projected gradients equals the projection of their sum."""
 
 import chex
 import jax
@@ -22,10 +22,7 @@ from tests.rounding import units
 
 
 def seed_rule():
-  """Returns a rule whose bases depend only on a seed, not on gradients.
-
-  The results of two runs can then differ only in how gradients are summed.
-  """
+  """A rule with a random basis, which does not depend on the gradients."""
   return galore_rule(subspace='random')
 
 
@@ -37,14 +34,12 @@ def test_parts_are_one_large_batch_over_three_refreshes(microbatches):
   step = layerwise(model, tx, accumulate=3, microbatches=microbatches)
   parts, state, metrics = run(step, **options)
   whole, _, expected = run(layerwise(model, tx), **options)
-  # The tolerance allows for summing gradients over examples in a different
-  # order.
+  # The sums over examples are computed in another order.
   chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-6)
   for name in ('loss', 'nll'):
-    # The tolerance allows for rounding in sums over 84 tokens, after six steps
-    # through three layers.
+    # These are sums over 84 tokens, after six steps through three layers.
     np.testing.assert_allclose(metrics[name], expected[name], rtol=units(84))
-  # The norm excludes gradient components outside the subspaces.
+  # The norm of projected gradients is smaller than that of the gradients.
   norm = metrics['projected_grad_norm']
   assert 0 < norm < expected['grad_norm']
   assert state.norm == norm
@@ -75,8 +70,7 @@ def test_parts_are_one_large_batch_over_three_refreshes(microbatches):
   ids=['momentum', 'adamw', 'adafactor', 'rotate', 'full'],
 )
 def test_equal_parts_are_one_of_them(rule):
-  # Both parts have the same gradient as the whole batch, so the first part
-  # finds the same basis.
+  # Both parts are equal, so the basis of the first part is that of the batch.
   model, batch = Residual(), make_batch(0)
   twice = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), batch)
   two, one = layerwise(model, rule(), accumulate=2), layerwise(model, rule())
@@ -88,8 +82,8 @@ def test_equal_parts_are_one_of_them(rule):
       params, state, _ = jax.jit(step)(params, state, batch)
     return params
 
-  # Adding two equal gradients and halving the sum is exact. The tolerance
-  # allows for the different programs.
+  # The mean of two equal gradients is exact, but the two programs round
+  # differently.
   chex.assert_trees_all_close(
     steps(two, twice), steps(one, batch), rtol=1e-4, atol=1e-5
   )
@@ -107,9 +101,8 @@ def test_a_refresh_sees_the_first_part():
   for name in ('blocks/u', 'blocks/w'):
     basis = state.inner[name].basis['blocks'][name[-1]]
     want = expected.inner[name].basis['blocks'][name[-1]]
-    # The tolerance allows for two programs that decompose the same matrix. The
-    # error of a singular vector is eps divided by its distance from the next
-    # singular value.
+    # Both programs decompose the same matrix. The error of a singular vector is
+    # eps divided by the gap between singular values.
     np.testing.assert_allclose(basis, want, atol=units(1000))
 
 
@@ -125,15 +118,14 @@ def test_clips_by_the_norm_of_what_is_summed():
   free, _, _ = run(layerwise(model, seed_rule(), accumulate=3), **options)
   start = make_params()
   expected = jax.tree.map(lambda p, q: p + factor * (q - p), start, free)
-  # The first step of SGD is linear in the gradient, so clipping the gradient
-  # scales the update.
+  # The first step of SGD with momentum is linear in the gradient.
   chex.assert_trees_all_close(clipped, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_quantized_bases_and_slices_and_bfloat16_sums():
-  # Bases in 8 bits are not orthonormal. Projecting the accumulated gradient a
-  # second time would therefore change it.
+  # 8-bit bases are not exactly orthonormal, so projecting the sum a second time
+  # would change it.
   model = Residual()
   tx = quantize_bases(galore_rule(), bits=8, group=4)
   options = dict(steps=1, examples=12)
@@ -143,21 +135,20 @@ def test_quantized_bases_and_slices_and_bfloat16_sums():
   params, batch = make_params(), make_batch(0, 12)
   state = tx.init(params)
   first = jax.tree.map(lambda x: x[::3], batch)
-  # The expected step finds the basis on the first part and applies the gradient
-  # of all parts.
+  # Compute the basis from the first part, then the update from all parts.
   grads = jax.grad(model, has_aux=True)(params, first)[0]
   state = tx.refresh(grads, state)
   grads = jax.grad(model, has_aux=True)(params, batch)[0]
   updates, _ = tx.apply(tx.project(grads, state), state, params)
   expected = optax.apply_updates(params, updates)
-  # The tolerance allows for summing gradients over examples in a different
-  # order, and for products with 8-bit bases.
+  # The sums over examples are computed in another order and multiplied by 8-bit
+  # bases.
   chex.assert_trees_all_close(whole, expected, rtol=1e-4, atol=1e-5)
   rounded, _, _ = run(
     layerwise(model, tx, accumulate=3, sums_dtype=jnp.bfloat16), **options
   )
-  # The tolerance allows for three bfloat16 roundings of 2^-8 each. The gradient
-  # is below 1 and the learning rate is 0.1.
+  # A sum of gradients below 1 is rounded three times, each by at most 2^-8.
+  # The learning rate is 0.1.
   chex.assert_trees_all_close(rounded, expected, atol=3 * 2**-8 * 0.1)
   with pytest.raises(AssertionError):
     chex.assert_trees_all_close(rounded, expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""A layer-wise step equals a whole-tree step on the same gradients."""
+"""The layer-wise step equals the step on the whole tree."""
 
 import chex
 import jax
@@ -11,7 +11,8 @@ import pytest
 import galore_optax
 from galore_optax.clipping import clip_coefficient, clipped
 from galore_optax.layerwise import layerwise
-from galore_optax.layerwise.weights import is_stored, quantized
+from galore_optax.layerwise.weights import quantized
+from galore_optax.quantized.array import is_quantized
 from galore_optax.quantized.state import quantize_state
 from tests.galore_optax.layerwise.program import (
   D,
@@ -27,17 +28,15 @@ from tests.galore_optax.layerwise.program import (
 )
 from tests.rounding import assert_close, units
 
-# Number of roundings in a loss or gradient. It is a sum over 28 tokens, passed
-# through 3 layers.
+# The two programs add in different orders. This is the number of terms in a
+# loss or a gradient: 28 tokens through 3 layers.
 SUMS = 28 * 3
-# Number of roundings in the weights after three steps. Each update is at most a
-# tenth of the weights.
+# Rounding errors of three steps. Each update is at most a tenth of the weights.
 STEPS = 3 * (SUMS / 10 + 1)
 
 
 def test_equals_the_whole_tree_step():
-  # The inner optimizer has momentum, which is linear in the gradient, so
-  # rounding errors do not grow.
+  # Momentum is linear, so rounding errors stay small.
   model, tx = Residual(), optax.sgd(0.1, momentum=0.9)
   params, state, metrics = run(layerwise(model, tx))
   whole, expected = run_whole_tree(model, tx)
@@ -54,8 +53,7 @@ def test_galore_equals_the_whole_tree_step():
   basis = state.inner['blocks/w'].basis['blocks']['w']
   assert basis.shape == (L, 3, D)
   whole, _ = run_whole_tree(model, tx, steps=5)
-  # The tolerance allows for decompositions that round differently: the
-  # layer-wise step decomposes single matrices, the whole-tree step a stack.
+  # The layer-wise step decomposes one matrix at a time, the other step a stack.
   chex.assert_trees_all_close(params, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -63,9 +61,8 @@ def test_adamw_equals_the_whole_tree_step():
   model, tx = Residual(tied=True), optax.adamw(0.01)
   params, _, _ = run(layerwise(model, tx))
   whole, _ = run_whole_tree(model, tx)
-  # The tolerance allows for different fusion of multiplications and additions
-  # in the two programs. The two gradients of the tied embedding are also added
-  # in a different order.
+  # XLA fuses multiplications and additions differently in the two programs,
+  # and adds the gradients of the tied embedding in another order.
   chex.assert_trees_all_close(params, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -76,8 +73,8 @@ def test_clips_by_the_norm_of_the_whole_gradient():
     step = layerwise(model, optax.sgd(0.1), clip_norm=bound, clip=clip)
     params, _, metrics = run(step, steps=1)
     assert metrics['grad_norm'] > bound
-    # The tolerance allows for rounding in the squared norm, which is summed
-    # leaf by leaf and layer by layer. The update is a hundredth of the weights.
+    # The two programs add the squares of the norm in different orders. The
+    # update is a hundredth of the weights.
     assert_close(params, whole, operations=SUMS / 100 + 1)
 
 
@@ -92,8 +89,7 @@ def test_previous_norm_is_that_of_the_step_before():
   grads = jax.grad(model, has_aux=True)(start, batch)[0]
   factor = clip_coefficient(metrics['grad_norm'], bound)
   expected = jax.tree.map(lambda p, g: p - 0.1 * factor * g, start, grads)
-  # The tolerance allows for rounding: the expected value is not computed within
-  # the program of the step, so XLA fuses it differently.
+  # XLA fuses the operations of the two programs differently.
   chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -109,8 +105,8 @@ def test_microbatches_are_one_large_batch_over_three_refreshes():
   model, tx = Residual(), galore_rule()
   three = run(layerwise(model, tx, microbatches=3), steps=6, examples=12)
   whole = run(layerwise(model, tx), steps=6, examples=12)
-  # The tolerance allows for summing gradients over examples in a different
-  # order, before each of three decompositions.
+  # The sums over examples are computed in another order, and three
+  # decompositions amplify the difference.
   chex.assert_trees_all_close(three[0], whole[0], rtol=1e-5, atol=1e-6)
   for name in ('loss', 'nll'):
     assert_close(three[2][name], whole[2][name], 3 * SUMS)
@@ -139,7 +135,7 @@ def test_state_comes_back_from_a_checkpoint_bit_by_bit(tmp_path):
     back = checkpointer.restore(
       tmp_path / 'step', jax.tree.map(ocp.utils.to_shape_dtype_struct, saved)
     )
-  # The same compiled program runs twice, so results must be bit-for-bit equal.
+  # The same program ran twice on the same input.
   on = go(params, state, make_batch(7))
   again = go(back['params'], back['state'], make_batch(7))
   chex.assert_trees_all_equal(on, again)
@@ -150,16 +146,15 @@ def test_weights_in_eight_bits_are_read_and_written():
   weights = quantized(bits=8, group=32, dtype=jnp.float32)
   params = make_params()
   params['blocks'] = jax.tree.map(weights.store, params['blocks'])
-  read = lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_stored)
+  read = lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_quantized)
   step = layerwise(Residual(), optax.sgd(0.1), weights=weights)
   new, _, _ = run(step, steps=1, params=params)
-  assert is_stored(new['blocks']['w'])
+  assert is_quantized(new['blocks']['w'])
   exact, _ = run_whole_tree(
     Residual(), optax.sgd(0.1), steps=1, params=jax.jit(read)(params)
   )
   gap = np.abs(jax.jit(read)(new)['blocks']['w'] - exact['blocks']['w'])
-  # Stochastic rounding goes up or down, so the error is less than one
-  # quantization step of the block.
+  # Stochastic rounding changes a value by less than one step of its block.
   assert gap.max() < 1.01 * np.max(new['blocks']['w'].scale)
   assert gap.max() > 0
 
@@ -167,8 +162,8 @@ def test_weights_in_eight_bits_are_read_and_written():
 @pytest.mark.slow
 @pytest.mark.parametrize('train_rest', [False, True])
 def test_badam_equals_the_whole_tree_step(train_rest):
-  # The inner optimizer is momentum, which does not amplify rounding errors. The
-  # run covers all layers once and the first layer of the next cycle.
+  # Rounding errors stay small with SGD. The steps include the turn of every
+  # layer and the first turn of the next cycle.
   tx = galore_optax.badam(
     0.1,
     switch_every=2,
@@ -180,7 +175,7 @@ def test_badam_equals_the_whole_tree_step(train_rest):
   step = layerwise(model, tx, microbatches=2)
   params, state, _ = run(step, steps=2 * L + 1)
   whole, _ = run_whole_tree(model, tx, steps=2 * L + 1)
-  # The tolerance allows for summing gradients in a different order.
+  # Sums are computed in another order.
   chex.assert_trees_all_close(params, whole, rtol=1e-5, atol=1e-6)
   start = make_params()
   moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), params, start)
@@ -203,8 +198,7 @@ def test_badam_has_the_norm_of_what_it_trains():
   moved = jax.tree.map(lambda a, b: a - b, params['blocks'], start['blocks'])
   assert not any(jnp.any(x[jnp.array([0, 2])]) for x in moved.values())
   expected = jax.tree.map(lambda g: -0.1 * factor * g, mine)
-  # The tolerance allows for rounding: `moved` is the difference of two weights
-  # of magnitude one, each rounded once.
+  # This is the difference of two weights of about 1, each rounded once.
   chex.assert_trees_all_close(
     jax.tree.map(lambda x: x[1], moved), expected, atol=units(2)
   )
@@ -221,15 +215,13 @@ def test_badam_computes_the_weight_gradient_of_one_layer():
   one, rest = (
     galore_optax.badam(0.1, train_rest=rest) for rest in (False, True)
   )
-  # Number of matrix products in the program text, which contains each loop body
-  # once. A layer has two products in the forward loop. In the backward pass, a
-  # layer that is not trained recomputes them and needs two more for its input
-  # gradient. The active layer needs another two for its weight gradients. The
-  # head has one product forward and one backward.
+  # The forward loop has two matmuls per layer. The loop over passed layers has
+  # four: it recomputes these two and has two for the gradient of the layer's
+  # input. The active layer has two more, for the gradients of its weights. The
+  # head has one matmul forward and one backward.
   assert products(one) == 2 + 4 + (4 + 2) + 2
-  # With train_rest, BAdam also trains the head and the embedding. This adds one
-  # product for the head's weight gradient. The backward pass must also go
-  # through the layers below the active one to reach the embedding.
+  # If the head is trained, its gradient is one more matmul. The gradient of the
+  # embedding needs a second loop, over the layers below the active one.
   assert products(rest) == products(one) + 1 + 4
 
 
@@ -238,15 +230,14 @@ def test_matrices_take_turns_as_in_the_whole_tree():
   model, tx = Residual(), galore_rule(gap=galore_optax.Staggered(3))
   params, state, _ = run(layerwise(model, tx), steps=5)
   whole, _ = run_whole_tree(model, tx, steps=5)
-  # The tolerance allows for decompositions that round differently: the
-  # layer-wise step decomposes single matrices, the whole-tree step a stack.
+  # The layer-wise step decomposes one matrix at a time, the other step a stack.
   chex.assert_trees_all_close(params, whole, rtol=1e-4, atol=1e-5)
   w, u = (state.inner[f'blocks/{x}'] for x in 'wu')
   assert np.array_equal(w.count, u.count)
 
 
 class Bare(Residual):
-  """A model whose stack is a single leaf, with any auxiliary output `aux`."""
+  """A model whose stack is a single array, with any second result of `loss`."""
 
   def __init__(self, aux):
     super().__init__()

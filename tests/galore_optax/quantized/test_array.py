@@ -1,4 +1,4 @@
-"""Block-wise quantization: error bounds, bytes, layout, non-finite values."""
+"""Quantized arrays: error bounds, bytes, layout and non-finite values."""
 
 import chex
 import jax
@@ -10,15 +10,14 @@ from galore_optax.quantized import array as blockwise
 from galore_optax.quantized import codes as dynamic
 from tests.rounding import assert_close, units
 
-# One shape per layout: rows of full blocks; rows with a short last block;
-# joined rows with full blocks; joined rows with a short block; a vector.
+# A shape for each layout: rows of full blocks, rows with a short block, joined
+# rows of full blocks, joined rows with a short block, and a short vector.
 SHAPES = [(3, 512), (2, 1376), (3, 8, 96), (2, 7, 344), (5,)]
 
 
-# Without jit, each operation would be compiled separately, which would take
-# most of the time.
+# Without `jit` each operation would be compiled separately, which takes longer.
 quantize_linear = jax.jit(
-  blockwise.quantize_linear, static_argnames=('bits', 'group', 'symmetric')
+  blockwise.quantize_linear, static_argnames=('bits', 'group')
 )
 
 
@@ -27,7 +26,7 @@ def normal(shape, seed=0):
 
 
 def block_of(q):
-  """Returns the index of each element's block, computed element by element."""
+  """Returns the block index of each element, computed element by element."""
   block = np.zeros(q.shape, int)
   joined = q.scale.ndim < q.codes.ndim
   for index in np.ndindex(*q.shape):
@@ -44,8 +43,8 @@ def test_every_value_of_a_code_survives(code):
   assert len(values) == 256 and np.all(np.diff(values) > 0)
   q = blockwise.quantize(values, code=code)
   np.testing.assert_array_equal(q.codes, np.arange(256))
-  # The tolerance allows for decoding in float32; the map is computed in float64
-  # and rounded once.
+  # Dequantization computes in float32. `dynamic_map` computes in float64 and
+  # rounds once.
   np.testing.assert_allclose(blockwise.dequantize(q), values, rtol=units(3))
 
 
@@ -59,11 +58,10 @@ def test_the_code_is_the_nearest(code):
   chosen = values[np.asarray(q.codes)]
   error = np.abs(chosen - x)
   best = np.abs(values[:, None] - x).min(axis=0)
-  if code == 'unsigned':  # a positive value never rounds to 0
+  if code == 'unsigned':  # Positive values are never rounded to 0.
     best = np.abs(values[1:, None] - x).min(axis=0)
     assert np.all(np.asarray(q.codes) > 0)
-  # The tolerance allows for rounding in x * per_unit, which may move a tie to
-  # the other side.
+  # Rounding errors in `encode` may move a tie to the other neighbour.
   assert np.all(error <= best + 2e-7 * np.abs(x) + 1e-13)
 
 
@@ -78,8 +76,7 @@ def test_error_is_bounded_by_the_block(shape, code):
   block = block_of(q)
   np.maximum.at(absmax, block, np.abs(x))
   np.testing.assert_array_equal(q.scale.ravel(), absmax)
-  # The widest distance of two codes is 0.9 / 64 or 0.9 / 128. The error is half
-  # of it, plus float32 rounding.
+  # The error is half of the widest gap between values, plus float32 rounding.
   gap = 0.9 / (64 if code == 'signed' else 128)
   error = np.abs(blockwise.dequantize(q) - x)
   assert np.all(error <= (gap / 2 + 1e-6) * absmax[block])
@@ -87,27 +84,13 @@ def test_error_is_bounded_by_the_block(shape, code):
 
 @pytest.mark.parametrize('shape', [SHAPES[0], SHAPES[3]])
 @pytest.mark.parametrize('bits', [4, 8])
-@pytest.mark.parametrize('symmetric', [True, False])
-def test_linear_error_is_half_a_step(shape, bits, symmetric):
+def test_linear_error_is_half_a_step(shape, bits):
   x = normal(shape) + 0.5
-  q = quantize_linear(x, bits=bits, symmetric=symmetric)
+  q = quantize_linear(x, bits=bits)
   step = np.asarray(q.scale).ravel()[block_of(q)]
   error = np.abs(blockwise.dequantize(q) - x)
-  # Beyond half a step, the tolerance allows for rounding x / step and code *
-  # step to float32.
+  # The error is half a step, plus float32 rounding of x / step and code * step.
   assert np.all(error <= 0.5 * step + 1e-6 * np.abs(x).max())
-
-
-@pytest.mark.parametrize('bits', [4, 8])
-@pytest.mark.parametrize('low, high', [(3, 4), (-4, -3), (7, 7), (-2, -2)])
-def test_groups_of_one_sign_keep_half_a_step(bits, low, high):
-  x = np.linspace(low, high, 300, dtype=np.float32)
-  q = quantize_linear(x, bits=bits, symmetric=False)
-  step = (high - low) / (2**bits - 1)
-  error = np.abs(blockwise.dequantize(q) - x)
-  assert np.all(error <= 0.5 * step + 1e-6 * np.abs(x).max())
-  if low == high:
-    np.testing.assert_array_equal(blockwise.dequantize(q), x)
 
 
 @pytest.mark.parametrize('num_columns', [16, 7, 1])
@@ -126,9 +109,7 @@ def test_bytes_are_exact():
   n, groups = x.size, x.size // 256
   assert blockwise.quantize(x).nbytes == n + 4 * groups <= 1.02 * n
   assert linear(x).nbytes == n + 4 * groups
-  assert linear(x, symmetric=False).nbytes == n + 8 * groups
   assert linear(x, bits=4).nbytes == n // 2 + 4 * groups
-  assert linear(x, bits=4, symmetric=False).nbytes == n // 2 + 8 * groups
 
 
 @pytest.mark.parametrize('num_columns', [65, 172, 257, 344, 513, 688, 1376])
@@ -144,7 +125,7 @@ def test_no_width_costs_more_than_two_percent(num_columns):
     blockwise.quantize,
     lambda x: blockwise.quantize(abs(x), code='unsigned'),
     quantize_linear,
-    lambda x: quantize_linear(x, bits=4, symmetric=False),
+    lambda x: quantize_linear(x, bits=4),
     lambda x: quantize_linear(x, key=jax.random.key(0)),
   ],
 )
@@ -181,7 +162,7 @@ def test_full_equals_quantize(shape, value):
   [
     blockwise.quantize,
     pytest.param(
-      lambda x: quantize_linear(x, bits=4, symmetric=False),
+      lambda x: quantize_linear(x, bits=4),
       marks=pytest.mark.slow,
     ),
   ],
@@ -195,18 +176,15 @@ def test_a_stack_is_its_slices(shape, store):
   for made in (stacked, jax.jit(jax.vmap(store))(x), jax.jit(scan)(x)):
     for ours, other in zip(*map(jax.tree.leaves, (whole, made)), strict=True):
       if ours.dtype != jnp.uint8:
-        # The tolerance allows for rounding in scales and offsets. They are
-        # extremes of a block, or the difference of two extremes divided by the
-        # number of steps.
+        # A scale is the largest magnitude divided by the number of steps.
         assert_close(ours, other, operations=2)
         continue
-      # The tolerance allows for a different program, in which a value half-way
-      # between two codes may round to the other one. A byte with two packed
-      # codes may differ in either half.
+      # Another program may round a value at a tie to the other neighbour. In a
+      # byte with two packed codes, either of them may differ.
       off = np.asarray(ours) != np.asarray(other)
       assert off.mean() < 0.002
   layer = jax.tree.map(lambda y: y[1], jax.device_get(whole))
-  # The tolerance allows for multiplying a code by a scale and adding an offset.
+  # Dequantization multiplies a code by a scale.
   assert_close(
     blockwise.dequantize(layer),
     np.asarray(blockwise.dequantize(whole))[1],
@@ -230,6 +208,6 @@ def test_rounds_without_temporaries_of_the_size_of_a_table():
   compiled = blockwise.quantize_rows.lower(
     x, code='signed', block_size=256
   ).compile()
-  # 4 MiB is one float32 copy, which the maximum reads on the CPU. A table of
-  # [n, 256] comparisons would need 1 GiB.
+  # The maximum on the CPU reads a float32 copy of 4 MiB. Comparing each element
+  # with 256 values would need 1 GiB.
   assert compiled.memory_analysis().temp_size_in_bytes <= 2**22

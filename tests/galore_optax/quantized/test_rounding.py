@@ -1,4 +1,4 @@
-"""Stochastic rounding is unbiased, and exact for representable sums."""
+"""Stochastic rounding is unbiased, and keeps exactly representable sums."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ NUM = 200_000
 def test_a_quarter_ulp_moves_the_mean_by_a_quarter_ulp(weight, sign):
   params = jnp.full(NUM, weight, jnp.bfloat16)
   start = float(params[0])
-  # Below a power of two, the spacing of floats is halved. Use the spacing in
-  # the direction of the update.
+  # `ulp` is the spacing of bfloat16 away from zero. The spacing towards zero
+  # may be smaller, as it is below 1.
   outward = np.sign(weight)
   ulp = float(jnp.nextafter(params[0], jnp.bfloat16(outward * 1e9))) - start
   share = 0.25 * sign
@@ -30,7 +30,7 @@ def test_a_quarter_ulp_moves_the_mean_by_a_quarter_ulp(weight, sign):
   # The number of weights that moved is binomial with p = 1/4.
   sigma = np.sqrt(0.25 * 0.75 / NUM)
   assert abs(moved.mean() - share) < 5 * sigma
-  # Rounding to nearest moves no weight at all.
+  # Rounding to nearest would lose all updates.
   nearest = optax.apply_updates(params, update)
   np.testing.assert_array_equal(nearest, params)
 

@@ -1,4 +1,4 @@
-"""`quantize_state`: which states it accepts, stores and computes."""
+"""`quantize_state`: its state, its updates and the inners that it accepts."""
 
 import chex
 import jax
@@ -74,12 +74,12 @@ def codes(inner, params):
     (optax.adagrad(0.1), {'sum_of_squares': 'unsigned'}),
     (optax.lion(0.1), {'mu': 'signed'}),
     (optax.sgd(0.1, 0.9), {'trace': 'signed'}),
-    # Adan's v averages differences of gradients; its n averages squares.
+    # v averages differences of gradients, and n averages squares.
     (
       optax.adan(0.1),
       {'m': 'signed', 'v': 'signed', 'n': 'unsigned', 'g': 'signed'},
     ),
-    # z is a copy of the weights, not a moment, and stays in full precision.
+    # z is a copy of the weights, not a moment.
     (optax.contrib.schedule_free_adamw(0.1), {'nu': 'unsigned'}),
   ],
 )
@@ -122,7 +122,7 @@ def test_state_is_at_most_1_02_bytes_an_element_a_moment():
     for name, count in blocks.items():
       size = params[name].size
       assert moment[name].nbytes == size + 4 * count <= 1.02 * size
-    # A moment smaller than min_size is stored in float32, although the
+    # Moments with fewer than min_size elements are float32, although the
     # parameter is bfloat16.
     assert moment['small'].dtype == jnp.float32
 
@@ -143,10 +143,11 @@ def test_init_allocates_no_float32_moment():
 
 
 def relative_update(store_nu):
-  """Returns the Adam update of an entry after 50 steps of a constant gradient.
+  """Returns the update of an entry with a small second moment.
 
-  Adam normalizes a constant gradient, so the exact update is 1 for entries of
-  any magnitude. The second moment of this entry is 1e-4 of the block's largest.
+  The second moment is 1e-4 of the largest one in its block.
+  Adam's update of a constant gradient is the learning rate, whatever its
+  size; 50 steps.
   """
   grads = jnp.full(4096, 1e-2).at[::256].set(1.0)
   tx = optax.scale_by_adam(eps=1e-12)
@@ -160,22 +161,18 @@ def relative_update(store_nu):
 
 
 def test_linear_codes_of_the_second_moment_are_seven_times_too_large():
-  # This is why second moments use a dynamic code: a code with 127 equal steps
-  # rounds 1e-4 to 0.
+  # A dynamic code is necessary, because 127 equal steps round 1e-4 to 0.
   linear = relative_update(
     lambda x: dequantize(blockwise.quantize_linear(x, bits=8))
   )
-  # With equal steps, the second moment contains only the last squared gradient.
-  # The update is sqrt((1 - b2^50) / (1 - b2)) times too large.
+  # The second moment contains only the last gradient, so the update is too
+  # large by sqrt((1 - b2^50) / (1 - b2)).
   assert linear == pytest.approx(6.985, abs=0.01)
 
 
 @each('ratio', [1e-2, 1e-3, 1e-4, 1e-6], quick=[1e-2, 1e-4])
 def test_small_entries_of_a_block_get_no_larger_update(ratio):
-  """Compares gradients of 1 and of `ratio` in the same block.
-
-  Their second moments have the ratio squared.
-  """
+  """`ratio` is that of gradients; the ratio of second moments is its square."""
   params = {'w': jnp.zeros(4096)}
   grads = {'w': jnp.full(4096, ratio).at[::256].set(1.0)}
   tx = quantize_state(optax.scale_by_adam(eps=1e-15))
@@ -183,10 +180,10 @@ def test_small_entries_of_a_block_get_no_larger_update(ratio):
   for _ in range(50):
     updates, state = update(grads, state)
   got = float(updates['w'][1])
-  # The relative code errors at ratio^2 and at ratio, relative to the block's
-  # largest entry, are 28% and 11% for 1e-2. The bound is therefore sqrt(1.28) *
-  # 1.11 = 1.26. For ratios below 3e-4, the second moment is rounded up to
-  # 3.25e-7, which makes the update smaller.
+  # With a ratio of 1e-2, the relative errors of the codes of the second and the
+  # first moment are at most 28% and 11%, so the update is off by at most
+  # sqrt(1.28) * 1.11 = 1.26. Below a ratio of 3e-4 the second moment is rounded
+  # up to 3.25e-7, and the update is smaller.
   assert got < 1.26
   if ratio == 1e-2:
     assert got > 1 / 1.26
@@ -194,7 +191,7 @@ def test_small_entries_of_a_block_get_no_larger_update(ratio):
 
 
 def test_8_bit_adam_learns_what_adam_learns():
-  """Compares the weights and the losses after 200 steps of least squares."""
+  """Compares the loss and the weights after 200 steps of least squares."""
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)
   y = x @ jnp.asarray(rng.normal(size=(64, 96)), jnp.float32)
@@ -214,9 +211,9 @@ def test_8_bit_adam_learns_what_adam_learns():
 
   eight, w8 = train(quantize_state(optax.adam(0.02)))
   full, w32 = train(optax.adam(0.02))
-  # Small entries of a block, and therefore their updates, have errors of up to
-  # 28% (see `quantize`). The measured distance is 0.050, and the losses are
-  # 0.415 and 0.372.
+  # The error of small entries of a block, and of their updates, is up to 28%
+  # (see `quantize`). Measured: a distance of 0.050, and a loss of 0.415
+  # compared with 0.372.
   assert distance(w8, w32) < 0.07
   assert eight < 1.25 * full
 
@@ -249,7 +246,7 @@ def test_what_looks_at_more_than_an_element_is_refused(inner, params):
 
 
 def test_a_momentum_called_nu_is_signed(params):
-  # The momentum of sm3 is called nu, but it can be negative.
+  # The field `nu` of sm3 is a momentum.
   tx = quantize_state(optax.sm3(0.1), elementwise=False)
   assert tx.init(params)[0].nu['w'].code == 'signed'
 
@@ -283,8 +280,7 @@ def test_state_donates_shards_and_runs_in_control_flow(params):
   want = jax.jit(tx.update)(grads, state)
 
   def same(found, expected):
-    # The tolerance allows for a value half-way between two codes, which are 1%
-    # apart. It may round to either.
+    # A value at a tie has one of two codes, which differ by 1%.
     read = jax.jit(decoded)
     return distance(read(found), read(expected)) < 1e-3
 
@@ -323,7 +319,7 @@ def test_state_survives_a_checkpoint(params, tmp_path):
 
 
 def test_a_state_that_is_a_constant():
-  # optax.optimistic_gradient_descent has a Python bool in its state.
+  # The state of this transformation contains a Python bool.
   tx = quantize_state(optax.optimistic_gradient_descent(0.1))
   params = {'w': jnp.ones((64, 128))}
   _, state = tx.update(params, tx.init(params), params)
@@ -347,7 +343,7 @@ def test_galore_takes_it_as_inner(moments):
   for grads in gradients(params, 5):
     got, state = step(grads, state, params)
     expected, want = full_step(grads, want, params)
-  # The measured distance of 0.009 to 0.011 is the quantization error.
+  # Measured: 0.009 to 0.011, which is the error of the codes.
   assert distance(got['w'], expected['w']) < 0.03
   paths = by_path(state)
   assert sum(map(is_quantized, paths.values())) == 2
@@ -367,10 +363,7 @@ def test_map_params_tells_moments_from_counters(params):
 
 
 def test_the_slope_of_decay_is_finite_at_a_zero_gradient():
-  """The derivative of a square root is infinite at zero.
-
-  The decay slope must stay finite because no moment depends on the weights.
-  """
+  """The derivative of a root is infinite at 0; the slope must not be NaN."""
   tx = galore(
     quantize_state(optax.adamw(0.5, weight_decay=0.5), min_size=1), rank=2
   )
@@ -378,5 +371,5 @@ def test_the_slope_of_decay_is_finite_at_a_zero_gradient():
   update = jax.jit(tx.update)
   updates, _ = update(optax.tree.zeros_like(w), tx.init(w), w)
   for name, weight in w.items():
-    # All factors are powers of two, so products are exact.
+    # The numbers are powers of two, so that the result is exact.
     np.testing.assert_array_equal(updates[name], -0.25 * weight)
