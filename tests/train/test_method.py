@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import pathlib
 
 import chex
 import jax
@@ -25,8 +24,6 @@ from train.method import (
   GaloreAdafactor,
   OptaxGalore,
 )
-
-README = pathlib.Path(__file__).parents[2] / 'README.md'
 
 SHAPES = {'blocks': {'up': (3, 14, 22)}, 'embed': (24, 14), 'norm': (14,)}
 
@@ -217,9 +214,3 @@ def test_every_preset_is_a_method():
   } & vars(galore_optax).keys()
   rows = [row for row in method.METHODS.values() if row.cells]
   assert {row.preset.__name__ for row in rows} == presets
-
-
-def test_the_table_stands_in_the_readme():
-  text = README.read_text().splitlines()
-  for line in method.table().splitlines():
-    assert line in text
