@@ -166,13 +166,21 @@ def test_every_config_is_listed_with_figures_of_its_docstring():
       assert figure in text_of(f'configs/{name}'), f'{name}: {figure}'
 
 
-def test_every_result_is_listed():
+def test_every_benchmark_and_result_is_listed():
   text = text_of('tests/README.md')
   for path in ROOT.glob('tests/bench/results/*.md'):
     assert f'](bench/results/{path.name})' in text, path.name
-  for path in (ROOT / 'tests/bench').iterdir():
-    if path.name not in ('__init__.py', '__pycache__', 'results', 'runs.py'):
-      assert f'tests.bench.{path.stem}`' in text, path.stem
+  programs = [
+    *(path.parent for path in ROOT.glob('tests/bench/*/__main__.py')),
+    *(
+      path
+      for path in ROOT.glob('tests/bench/*.py')
+      if "__name__ == '__main__'" in path.read_text()
+    ),
+  ]
+  assert len(programs) > 10
+  for path in programs:
+    assert f'`tests.bench.{path.stem}`' in text, path.stem
 
 
 # What works together.
