@@ -1,7 +1,7 @@
-"""Prints the lowest versions that pyproject.toml claims, as pip takes them.
+"""Prints the lowest versions of dependencies that pyproject.toml allows.
 
-`python tests/lowest.py chex pytest` prints those of the library's dependencies
-and of the tools that are named.
+`python tests/lowest.py chex pytest` prints pip requirements for the library's
+dependencies, and for chex and pytest from the optional dependencies.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import tomllib
 
 
 def lowest(project, tools=()):
-  """Returns requirements.
+  """Returns each lower bound as an exact pip requirement.
 
   >>> extras = {'test': ['chex>=0.1', 'pytest>=8'], 'lint': ['ruff']}
   >>> project = {'dependencies': ['jax>=0.8'], 'optional-dependencies': extras}

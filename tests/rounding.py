@@ -1,9 +1,9 @@
-"""Equality of programs, and closeness of their results by their rounding.
+"""Assertions that programs are equal, or that results differ only by rounding.
 
-Two programs that compute the same formula round differently. XLA fuses and
-contracts operations. XLA and LAPACK choose kernels by the instruction set and
-the number of threads. Results are equal bit for bit only if one program, or
-programs of the same operations, compute them.
+Two programs that compute the same formula may round differently. XLA fuses and
+contracts operations, and XLA and LAPACK choose kernels by the instruction set
+and the number of threads. Results are bit-for-bit equal only if the same
+sequence of operations computes them.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ import numpy as np
 
 
 def units(operations: float, dtype: Any = np.float32) -> float:
-  """Returns a bound on the relative error of a number of operations.
+  """Returns a bound on the relative rounding error of several operations.
 
-  An operation is off by at most half of `eps`. The other half is for the
-  operations of the expected value.
+  Each operation has a relative error of at most `eps / 2`. The bound is twice
+  that, because the expected value has rounding errors as well.
 
   >>> units(3, np.float64) == 3 * 2.0**-52
   True
@@ -27,17 +27,19 @@ def units(operations: float, dtype: Any = np.float32) -> float:
 
 
 def assert_close(found: Any, expected: Any, operations: float) -> None:
-  """Asserts that two trees differ by the rounding of `operations` operations.
+  """Asserts that two trees differ by at most the rounding of some operations.
 
-  A sum keeps the absolute error of its terms when it cancels. Errors are
-  therefore measured against the largest entry of a leaf.
+  Errors are measured relative to the largest entry of a leaf. A sum whose terms
+  cancel keeps the absolute error of its terms, so its error relative to itself
+  has no bound.
 
   Args:
-    found: tree of arrays. Its types choose the units; integers must be equal.
-    expected: the same tree, in these types or wider ones.
-    operations: roundings on the longest path from the inputs to an entry. A
-      later step that divides by a small number enlarges earlier errors, and
-      counts as so many operations.
+    found: tree of arrays. The dtype of each leaf determines its tolerance.
+      Integer leaves must be equal.
+    expected: tree of the same structure, with the same dtypes or wider ones.
+    operations: number of rounded operations on the longest path from the inputs
+      to an entry. If a later operation amplifies earlier errors, for example by
+      dividing by a small number, count it several times.
   """
   assert jax.tree.structure(found) == jax.tree.structure(expected)
   for (path, x), y in zip(
@@ -60,10 +62,11 @@ def assert_close(found: Any, expected: Any, operations: float) -> None:
 
 
 def distance(found: Any, expected: Any) -> float:
-  """Returns the norm of the difference of two trees over that of `expected`.
+  """Returns the norm of `found - expected` relative to the norm of `expected`.
 
-  Adam divides an entry of a gradient by its size. It enlarges the rounding of
-  the few entries that nearly cancel. The norm averages over all entries.
+  Adam divides each gradient entry by its magnitude, which amplifies the
+  rounding errors of the few entries that nearly cancel. The norm averages over
+  all entries, so these few do not dominate it.
 
   >>> distance({'w': np.array([3.0, 5.0])}, {'w': np.array([3.0, 4.0])})
   0.2
@@ -82,13 +85,13 @@ def distance(found: Any, expected: Any) -> float:
 def assert_same_program(
   *calls: tuple[Callable[..., Any], *tuple[Any, ...]],
 ) -> None:
-  """Asserts that calls are the same operations on the same leaves.
+  """Asserts that all calls trace to the same operations on the same leaves.
 
-  No input can then tell their results apart, on any machine. The trees of
-  arguments and results may differ.
+  Equal programs have equal results for every input, on every machine. The calls
+  may differ in the tree structure of arguments and results.
 
   Args:
-    calls: a function and its arguments each.
+    calls: tuples of a function and its arguments.
   """
 
   def program(

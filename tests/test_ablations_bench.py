@@ -1,4 +1,4 @@
-"""The bench of choices: every one of them runs, and the base is GaLore's."""
+"""The ablation benchmark: all choices run, and its baseline is plain GaLore."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from tests.bench.ablations import BASE, CHOICES, Choice, Runner, Size
 from tests.test_methods_bench import SIZE
 
 RATES = (3e-3, 1e-2)
-# Four rows, as one choice cuts a batch in four.
+# The batch needs four rows, because one choice trains with a quarter of it.
 MODEL = dataclasses.replace(SIZE, batch_size=4)
 SMALL = Size(steps=4, gap=2, model=MODEL)
 
@@ -28,7 +28,7 @@ def test_all_have_one_rate_before_any_has_three():
   once = len(CHOICES) + 2
   assert len({job[:2] for job in jobs[:once]}) == len(CHOICES)
   assert sum(job.seed > 0 for job in jobs) == 2
-  # A choice that stands for the base has its seeds, too.
+  # A choice with the rates of the baseline runs with all seeds as well.
   like = BASE._replace(factors=(1.0,))
   assert len([*ablations.todo([like], seeds=3)]) == 3
 
@@ -40,20 +40,24 @@ def test_rates_come_from_the_bench_of_methods(tmp_path):
 
 @pytest.mark.slow
 def test_the_base_is_galore_of_the_bench_of_methods(tmp_path):
-  # Another program: one scales updates, the other has the rates inside. The
-  # gap is that of the other bench; the warm-up is of whole steps in both.
+  # The two benchmarks build different programs for the same training run. The
+  # ablations scale the updates; the method benchmark passes the learning rates
+  # to the optimizer. The gap must equal that of the method benchmark, and 20
+  # steps give both a warm-up of whole steps.
   runner = Runner(SMALL._replace(gap=25, steps=20), RATES)
   ours = runner.run(BASE, 1.0, 0)
   bench = methods.Bench(MODEL, methods.Corpora(tmp_path))
   job = methods.Job('chitchat', 'GaLore', *RATES, 0, 20)
   theirs = bench.run(job)
   assert ours['bits_per_byte'] == pytest.approx(theirs['bits_per_byte'], 1e-5)
-  # What rounds nothing changes nothing.
+  # A choice whose rounding function returns its input must reproduce the run
+  # exactly.
   same = Choice('base', 'same', {}, lambda name, x: x)
   assert runner.run(same, 1.0, 0)['rows'] == ours['rows']
 
 
-# One of each table, and what goes another way through the program.
+# One choice of each table, and all choices that take another path through the
+# program.
 TRIED = {
   'bfloat16, sums stochastic',
   'bfloat16, to nearest',
@@ -87,7 +91,7 @@ def test_choices_train_and_a_stopped_bench_goes_on(tmp_path, capsys):
   assert len(capsys.readouterr().out.splitlines()) == 1 + len(TRIED) + 2
   runs = json.loads((tmp_path / 'ablations.json').read_text())['runs']
   bits = {x['name']: x['bits_per_byte'] for x in runs if not x['seed']}
-  # Each is another run than the base.
+  # Each choice must change the result of training.
   assert all(0 < bits[name] < 20 for name in TRIED)
   assert bits['GaLore'] not in [bits[name] for name in TRIED]
   page = (tmp_path / 'ablations.md').read_text()

@@ -1,4 +1,4 @@
-"""The arrows between packages, read from the imports."""
+"""Which packages may import which, checked on the import statements."""
 
 import ast
 import pathlib
@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 OURS = {'galore_optax', 'models', 'train', 'configs'}
 HEAVY = {'flax', 'orbax', 'grain', 'tensorflow', 'tensorflow_datasets'}
 
-# Package to what it may import of ours.
+# Maps each package to the packages of this repository that it may import.
 ARROWS = {
   'galore_optax': {'galore_optax'},
   'models': {'models'},
@@ -26,7 +26,7 @@ FILES = {
 
 
 def imports(path):
-  """Top-level names that a file imports, wherever in it."""
+  """Yields the packages that a file imports, at any level of its code."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       yield from (alias.name.split('.')[0] for alias in node.names)
@@ -47,7 +47,7 @@ def test_arrows(package):
     assert set(imports(path)) & OURS <= ARROWS[package], path
 
 
-def test_the_library_needs_jax_and_optax_alone():
+def test_the_library_needs_only_jax_and_optax():
   allowed = {'galore_optax', 'jax', 'optax', 'numpy', *sys.stdlib_module_names}
   for path in modules('galore_optax'):
     assert set(imports(path)) <= allowed, path
@@ -74,8 +74,8 @@ def test_no_other_top_level_names():
   assert names <= FILES, names - FILES
 
 
-# Inside the library: a package, or a file of the core, to what it may import.
-# Every part may import the modules of FLOOR.
+# Maps each subpackage, and each core module, of the library to the parts that
+# it may import. Every part may import the modules in FLOOR.
 FLOOR = {
   *('checks', 'options', 'orthogonal', 'paths', 'precision', 'projection'),
   *('sharding', 'trial'),
@@ -93,7 +93,7 @@ INSIDE = {
 
 
 def parts(path):
-  """Parts of the library that a file imports: 'galore', 'subspace', ..."""
+  """Yields the parts of the library that a file imports, such as 'galore'."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom) and node.module:
       package, *rest = node.module.split('.')

@@ -1,4 +1,4 @@
-"""The papers' claims: what a difference of two methods is taken for."""
+"""The benchmark of the papers' claims: when a difference confirms a claim."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ NOISE = np.array([1, -1, 1, -1, 1, -1, 1, -1]) * 1e-3
 
 
 def runs(name, rows, *, state=100, corpus='chitchat', steps=4, seeds=1):
-  """What is done of a method, the same with each seed."""
+  """Returns made-up runs of a method, with the same results for each seed."""
   return {
     Job(corpus, name, 1.0, 1.0, seed, steps): {
       'seed': seed,
@@ -36,7 +36,7 @@ def runs(name, rows, *, state=100, corpus='chitchat', steps=4, seeds=1):
     (Kind.NO_WORSE, 0.01, False),
     (Kind.EQUAL, 0.0, True),
     (Kind.EQUAL, -0.01, False),
-    # Of 3 bytes a token 0.0095 bits a byte are 2%.
+    # With 3 bytes per token, 2% in perplexity are 0.0095 bits per byte.
     (Kind.NEAR, 0.008, True),
     (Kind.NEAR, 0.0094, None),
     (Kind.NEAR, 0.011, False),
@@ -48,7 +48,7 @@ def test_a_difference_beyond_its_error_counts(kind, off, expected):
   assert claims.confirmed(kind, pair, 3.0) is expected
 
 
-def test_what_could_not_be_seen_is_not_confirmed():
+def test_equality_within_a_large_error_is_not_confirmed():
   pair = Pair('', ROWS + 20 * NOISE, ROWS)
   assert pair.error > 0.0095
   assert claims.confirmed(Kind.EQUAL, pair, 3.0) is None
@@ -68,7 +68,7 @@ def test_finals_go_before_the_first_round():
   assert final.difference == pytest.approx(0.2)
 
 
-def test_the_front_is_of_what_is_no_larger_and_better():
+def test_the_front_excludes_methods_that_another_beats_in_size_and_score():
   done = runs('SCALE', ROWS, state=50) | runs('AdamW', ROWS - 1, state=51)
   assert not claims.on_front('SCALE', SIZE, done)
   done |= runs('LOMO', ROWS - 0.1 + NOISE, state=0)

@@ -1,4 +1,4 @@
-"""What an installation brings: the wheel, and the environments of make."""
+"""Contents of the wheel, and of the environments that the Makefile creates."""
 
 import email
 import os
@@ -14,9 +14,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def commands(tmp_path, target, *, card):
-  """Returns what make would run, on a machine with or without a card."""
+  """Returns the commands that make would run, with or without a GPU.
+
+  An `nvidia-smi` script that imitates the output in both cases stands in for
+  the real program.
+  """
   tool = tmp_path / 'nvidia-smi'
-  # Where the driver fails, the tool says so on stdout.
+  # The real nvidia-smi prints driver failures to stdout.
   answer = 'GPU 0: NVIDIA GeForce RTX 4090' if card else 'NVIDIA-SMI has failed'
   tool.write_text(f'#!/bin/sh\necho "{answer}"\n')
   tool.chmod(0o755)
@@ -45,13 +49,15 @@ def test_training_has_jax_for_the_card_that_is_there(
   'target', ['train', 'test', 'slow', 'lint', 'docs', 'release']
 )
 def test_the_cuda_compiler_stays_out_of_the_environment(tmp_path, target):
-  # Without a card each start of JAX beside it prints an error.
+  # The plan extra installs the CUDA compiler. On a machine without a GPU, JAX
+  # would then print an error at every start.
   assert 'plan]' not in commands(tmp_path, target, card=False)
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_library_alone(tmp_path):
-  # A copy: `build` in the checkout may hold files of an older tree.
+def test_the_wheel_holds_only_the_library(tmp_path):
+  # Build from a copy, because a `build` folder in the checkout may hold files
+  # of an older tree.
   source = tmp_path / 'source'
   source.mkdir()
   for name in ('pyproject.toml', 'README.md', 'LICENSE'):

@@ -1,4 +1,4 @@
-"""The bench of methods: what it runs, and that a run is the same again."""
+"""The method benchmark: its schedule of runs, and that runs repeat exactly."""
 
 import concurrent.futures
 import dataclasses
@@ -38,13 +38,13 @@ COUNT = 3 + 2 + 1
 
 
 def pretended(job, best):
-  """Bits of a run, the fewer the nearer its rates are to the best ones."""
+  """Returns a made-up run, with fewer bits for rates near to `best`."""
   away = math.log(job.matrix / best[0]) ** 2 + math.log(job.rest / best[1]) ** 2
   return {**job._asdict(), 'bits_per_byte': 2 + away - job.steps / 1e3}
 
 
 def everything(names, size, best):
-  """What is done in the end, in order."""
+  """Returns all scheduled jobs with made-up results, in order of execution."""
   done = {}
   while (job := next(methods.todo(names, size, done), None)) is not None:
     assert job not in done
@@ -58,8 +58,9 @@ def test_all_methods_have_the_same_trials():
   done = everything([*methods.METHODS], size, inside)
   for name in methods.METHODS:
     first = [job for job in done if job.method == name and job.steps <= 4]
-    # The best of the first column is at an edge: one neighbour outside. Of
-    # one rate there are six, and the fifth has both neighbours.
+    # The best of the first column is at an edge of the grid, so that one
+    # neighbor outside the grid is tried. A method with tied rates has a ladder
+    # of six rates; its fifth already has both neighbors.
     tied = methods.METHODS[name].tied is not None
     count = 6 + 2 + 1 if tied else 12 + 2 + 1
     assert len(first) == count and {job.seed for job in first} == {0}
@@ -95,7 +96,7 @@ def test_finals_are_of_the_pair_that_tuning_has_ahead():
   for done in (tried | last | other, tried | other | last):
     (found,) = methods.finals('chitchat', SIZE, done).values()
     assert {run['matrix'] for run in found} == {0.01}
-  # Not before all seeds are there.
+  # A method enters the finals only after all of its seeds have run.
   few = tried | runs(good, 1.5, SIZE.final, SIZE.seeds - 1)
   assert not methods.finals('chitchat', SIZE, few)
 
@@ -106,7 +107,7 @@ def test_an_interval_is_student_s_where_one_thing_is_a_sample():
   interval = stats.ttest_rel(rows, base).confidence_interval()
   mean, error = methods.paired(rows, base)
   assert (mean - error, mean + error) == pytest.approx(tuple(interval))
-  # Of rows that are all the same the seeds are the sample.
+  # If all rows of a seed are equal, the seeds are the sample.
   seeds = np.repeat(rows[:3, None], 5, 1), np.repeat(base[:3, None], 5, 1)
   interval = stats.ttest_rel(rows[:3], base[:3]).confidence_interval()
   mean, error = methods.paired(*seeds)
@@ -123,7 +124,7 @@ def test_an_interval_has_the_truth_in_it_as_often_as_it_says(of_seeds):
     each = of_seeds * seeds + rows + rng.normal(size=(3, 64))
     mean, error = methods.paired(each, 0.0)
     inside += abs(mean) <= error
-  # Three standard deviations of 2,000 tries below 95%.
+  # The limit is three standard deviations of 2,000 trials below 95%.
   assert inside / 2000 > 0.935
 
 
@@ -136,13 +137,13 @@ def test_an_interval_has_the_truth_in_it_as_often_as_it_says(of_seeds):
     ('--only AdamW --finals GaLore', r'must be among the methods of --only'),
   ],
 )
-def test_what_cannot_be_run_is_told(capsys, line, wrong):
+def test_bad_arguments_are_named(capsys, line, wrong):
   with pytest.raises(SystemExit):
     methods.main(argv=line.split())
   assert re.search(wrong, capsys.readouterr().err)
 
 
-def test_one_rate_moves_on_alone():
+def test_a_tied_rate_moves_on_along_one_axis():
   far = (0.75, 3.0)
   size = Size(first=(Rung(2, 12), Rung(3, 2), Rung(4, 1)))
   done = everything(['GaLore, one rate'], size, lambda _: far)
@@ -211,7 +212,7 @@ def test_a_run_is_the_same_again(tmp_path, name):
   same = lambda found: {k: x for k, x in found.items() if k != 'seconds'}
   assert same(first) == same(again)
   assert first['bits_per_byte'] < 8 and first['tokens'] == 4 * 2 * 32
-  # What is trained moves by both rates.
+  # Both learning rates must affect training.
   other = bench.run(job._replace(matrix=1e-2))
   assert other['bits_per_byte'] != first['bits_per_byte']
 
@@ -239,7 +240,7 @@ def test_the_quickstart_is_tuned_as_it_is():
   bench = quickstart.Quickstart(size, methods.Corpora(pathlib.Path()))
   job = Job('chitchat', 'GaLore', 1.0, 1.0, seed=given.seed, steps=given.steps)
   config = bench.config(job)
-  # Rates and the method are the bench's own.
+  # The benchmark chooses the learning rates and the method itself.
   changed = {
     name: getattr(given, name)
     for name in ('optimizer', 'learning_rate', 'window')

@@ -1,4 +1,4 @@
-"""Every dotted name in a docstring, a message or README exists."""
+"""Every dotted name in a docstring, an error message or the README exists."""
 
 import ast
 import importlib
@@ -11,15 +11,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 OURS = ('galore_optax', 'models', 'train', 'configs', 'tests')
 MODULES = sorted((ROOT / 'galore_optax').rglob('*.py'))
-# A name in backticks, `a.b` or `a.b(...)`.
+# Matches a dotted name in backticks: `a.b` or `a.b(...)`.
 QUOTED = re.compile(r'`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)[`(]')
 OF_OURS = re.compile(rf'(?<![\w./])(?:{"|".join(OURS)})(?:\.[A-Za-z_]\w*)+')
-# `train.pt`, `models.md` and the like are files, not names.
+# `train.pt`, `models.md` and the like are files, not module names.
 SUFFIXES = {'py', 'md', 'txt', 'json', 'jsonl'}
 
 
 def imported(name):
-  """Returns the module, or the attribute of one, of a dotted name."""
+  """Imports the module or the attribute that a dotted name denotes."""
   parts = name.split('.')
   for end in range(len(parts), 0, -1):
     try:
@@ -33,7 +33,10 @@ def imported(name):
 
 
 def is_written(name):
-  """Whether a file of ours has a name, without importing heavy packages."""
+  """Returns whether a source file defines a name.
+
+  The file is parsed, not imported, because some modules import heavy packages.
+  """
   path, parts = ROOT, name.split('.')
   while parts and (path / parts[0]).is_dir():
     path = path / parts.pop(0)
@@ -55,7 +58,7 @@ def is_written(name):
 
 
 def documented(path):
-  """Yields each definition of a file that has a docstring, and the string."""
+  """Yields each definition in a file with a docstring, and that docstring."""
   kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, kinds) and ast.get_docstring(node):
@@ -72,7 +75,7 @@ def test_a_quoted_name_of_the_library_resolves(path):
     values = {x.arg for x in ast.walk(node) if isinstance(x, ast.arg)}
     for name in QUOTED.findall(text):
       if name.split('.')[0] in values:
-        continue  # An attribute of an argument.
+        continue  # The name is an attribute of a function argument.
       places = (name, f'galore_optax.{name}', f'{own}.{name}')
       assert any(map(resolves, places)), f'{path}: {name}'
 
@@ -104,7 +107,7 @@ def test_every_module_that_a_text_names_exists():
 
 
 def test_messages_name_modules_that_exist():
-  """An error message of the library sends a reader to a place too."""
+  """The modules that the library's error messages recommend exist."""
   for path in MODULES:
     for node in ast.walk(ast.parse(path.read_text())):
       if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -113,7 +116,7 @@ def test_messages_name_modules_that_exist():
 
 
 def test_finders_are_names_of_the_subspace_package():
-  """`galore(subspace=...)` sends readers there."""
+  """The error message of `galore(subspace=...)` recommends these names."""
   import galore_optax
   from galore_optax import subspace
 

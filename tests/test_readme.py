@@ -47,7 +47,7 @@ def section(name, heading):
 @each_readme
 def test_code_runs_and_prints_what_the_page_shows(name, capsys):
   names, losses, printed = {}, [], None
-  # In order, as a reader types them.
+  # Run the blocks in order, in one namespace, as a reader would type them.
   for found in BLOCK.finditer(text_of(name)):
     language, code = found.groups()
     if language == 'python':
@@ -105,7 +105,7 @@ def test_links_lead_to_files(path):
 
 
 @each_readme
-def test_commands_name_what_is_there(name):
+def test_commands_name_files_and_targets_that_exist(name):
   text = text_of(name)
   for path in re.findall(r'(?<![\w/.])((?:configs|tests)/[\w/.*]*\w)', text):
     assert list(ROOT.glob(path)), path

@@ -1,4 +1,4 @@
-"""The speed bench in small: a worker answers, sections become tables."""
+"""The speed benchmark: a worker times a small model, and tables are correct."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.bench.speed import ours, report
 from tests.bench.speed.worker import Worker
 
 
-# Slow: starts processes that compile.
+# This test is slow because it starts processes that compile programs.
 @pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize('function', ['update', 'step'])
@@ -19,7 +19,7 @@ def test_a_worker_times_runs_in_a_row(function):
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_what_a_worker_cannot_do_is_raised_with_its_reason():
+def test_an_error_of_a_worker_is_raised_with_its_reason():
   with pytest.raises(RuntimeError, match='no attribute'):
     Worker('tests.bench.speed.ours', 'nothing')
 

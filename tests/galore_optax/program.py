@@ -1,6 +1,8 @@
-"""What the tests of methods run: small odd trees, and one compiled loop."""
+"""Helpers of the optimizer tests: small odd-sized trees and a compiled loop."""
 
 import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,40 +10,59 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import Svd
+from galore_optax import Galore, Svd
+from galore_optax.projection import Projection
 from galore_optax.subspace.kept import Rows, keeping
 
 SHAPES = {'tall': (13, 7), 'wide': (6, 11), 'square': (8, 8), 'vector': (5,)}
 MATRICES = ('tall', 'wide', 'square')
-# Finders return float32 rows that are orthonormal to this bound.
+# Bases found in float32 have orthonormal rows to this tolerance.
 ORTHONORMAL = 1e-5
 
+Shape: TypeAlias = int | tuple[int, ...]
+Finder: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Returns a basis for a gradient, the previous basis and a random key."""
 
-def normal(shape, seed=0):
+
+def normal(shape: Shape, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).normal(size=shape)
 
 
-def normal32(shape, seed=0):
+def normal32(shape: Shape, seed: int = 0) -> jax.Array:
   return jnp.asarray(normal(shape, seed), jnp.float32)
 
 
-def gram(rows_rm):
-  """Returns the products of rows, which a card would round to 11 bits."""
-  return np.float64(rows_rm) @ np.float64(rows_rm).T
+def gram(rows_rm: jax.typing.ArrayLike) -> np.ndarray:
+  """Returns the products of all pairs of rows in float64.
+
+  A GPU may round the factors of float32 products to 11 bits.
+  """
+  rows = np.asarray(rows_rm, np.float64)
+  return rows @ rows.T
 
 
-def tree(shapes=SHAPES, seed=0, leading=(), dtype=None):
+def tree(
+  shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+  seed: int = 0,
+  leading: tuple[int, ...] = (),
+  dtype: jax.typing.DTypeLike | None = None,
+) -> dict[str, jax.Array]:
   return {
     name: jnp.asarray(normal((*leading, *shape), seed + i), dtype)
     for i, (name, shape) in enumerate(shapes.items())
   }
 
 
-def each(names, cases, *, quick):
-  """Parametrizes over cases; what is not quick waits for the slow tests."""
+def each(
+  names: str | Sequence[str], cases: Iterable[Any], *, quick: Iterable[Any]
+) -> pytest.MarkDecorator:
+  """Parametrizes a test, and marks all cases slow except those in `quick`."""
   cases, quick = [*cases], [*quick]
   assert all(case in cases for case in quick)
-  values = lambda case: case if isinstance(case, tuple) else (case,)
+
+  def values(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)
+
   return pytest.mark.parametrize(
     names,
     [
@@ -54,13 +75,17 @@ def each(names, cases, *, quick):
 
 
 @jax.jit(static_argnums=0)
-def trajectory(tx, params, grads):
-  """Returns weights and states after each of the gradients [T, ...].
+def trajectory(
+  tx: optax.GradientTransformation, params: optax.Params, grads: optax.Updates
+) -> tuple[optax.Params, optax.OptState]:
+  """Returns weights and states after each step, for gradients [T, ...].
 
-  A scan, so the state must keep its types.
+  The loop is a `lax.scan`, so the state must keep its types.
   """
 
-  def step(carry, g):
+  def step(
+    carry: tuple[optax.Params, optax.OptState], g: optax.Updates
+  ) -> tuple[Any, Any]:
     params, state = carry
     updates, state = tx.update(g, state, params)
     params = optax.apply_updates(params, updates)
@@ -70,13 +95,15 @@ def trajectory(tx, params, grads):
 
 
 class Adam:
-  """Adam of one weight in NumPy; eps outside, after bias correction."""
+  """Adam for one weight in NumPy. It adds eps after the bias correction."""
 
-  def __init__(self, b1=0.9, b2=0.999, eps=1e-8):
+  def __init__(
+    self, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+  ) -> None:
     self.b1, self.b2, self.eps = b1, b2, eps
     self.m = self.v = self.t = 0
 
-  def __call__(self, g):
+  def __call__(self, g: np.ndarray) -> np.ndarray:
     self.t += 1
     self.m = self.b1 * self.m + (1 - self.b1) * g
     self.v = self.b2 * self.v + (1 - self.b2) * g * g
@@ -86,33 +113,52 @@ class Adam:
 
 @dataclasses.dataclass(frozen=True)
 class Gauge:
-  """The span of the singular vectors, in a random orthogonal gauge."""
+  """A finder that rotates the basis of `Svd` randomly within its span.
 
-  def __call__(self, g_mn, basis_rm, key):
+  Results that depend only on the span must not change.
+  """
+
+  def __call__(
+    self, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
+  ) -> jax.Array:
     basis_rm = Svd()(g_mn, basis_rm, key)
     r = basis_rm.shape[0]
     q_rr, _ = jnp.linalg.qr(jax.random.normal(key, (r, r)))
     return q_rr @ basis_rm
 
 
-def find(finder, g_mn, basis_rm, key):
-  """Returns a basis that a finder makes of a previous one, or of zeros."""
+def find(
+  finder: Finder, g_mn: jax.Array, basis_rm: jax.Array, key: jax.Array
+) -> jax.Array:
+  """Returns the basis that a finder computes from a gradient.
+
+  A `basis_rm` of zeros stands for a missing previous basis.
+  """
   size = jnp.max(jnp.abs(g_mn))
   g_mn = g_mn / jnp.where(size > 0, size, 1)
   return Rows(finder).find(g_mn, basis_rm, key, ~jnp.any(basis_rm))
 
 
-def rows_of(tx, finder, params, basis):
-  """Returns the bases [T, r, m], or indices, of seeds [T], by weight."""
+def rows_of(
+  tx: Galore,
+  finder: str | Finder,
+  params: optax.Params,
+  basis: Mapping[str, Any],
+) -> dict[str, jax.Array]:
+  """Returns the basis of each projected weight at each step, for a finder.
+
+  Finders such as 'random' store only seeds; their rows [T, r, m], or indices,
+  are computed from the seeds in `basis`.
+  """
   keeper = keeping(finder)
   return {
     p.path: keeper.rows(
       basis[p.path], p.rank, p.matrix_shape[p.sides[0]], basis_dtype(params)
     )
     for p in tx.plan(params)
-    if p.sides
+    if isinstance(p, Projection)
   }
 
 
-def basis_dtype(params):
+def basis_dtype(params: optax.Params) -> Any:
   return jax.tree.leaves(params)[0].dtype

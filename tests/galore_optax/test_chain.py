@@ -1,4 +1,4 @@
-"""The verbatim line, and every other place where a stage may stand."""
+"""The usage `optax.chain(galore(...), optax.adamw(...))`, and nested chains."""
 
 import functools
 from typing import Any
@@ -30,7 +30,7 @@ def params():
 
 
 def assert_same(*txs: optax.GradientTransformation, **extra: Any) -> None:
-  """Asserts that transformations run the same operations, at every step."""
+  """Asserts that transformations run the same operations at every step."""
   w = params()
   assert_same_program(*((tx.init, w) for tx in txs))
   updates = [functools.partial(tx.update, **extra) for tx in txs]
@@ -50,7 +50,7 @@ def test_the_verbatim_line_is_galore_around_adamw():
   lr = optax.linear_schedule(0.0, 0.1, 3)
   line = optax.chain(galore(rank=4, gap=2), optax.adamw(lr, weight_decay=0.1))
   call = galore(optax.adamw(lr, weight_decay=0.1), rank=4, gap=2)
-  # The chain adds its own tuples around the same leaves.
+  # A chain nests the same state leaves in additional tuples.
   assert_same(line, call)
 
 
@@ -58,14 +58,14 @@ def test_the_verbatim_line_keeps_low_rank_state_to_the_byte():
   line = optax.chain(galore(rank=4, gap=2), optax.adamw(0.1))
   state = jax.eval_shape(line.init, params())
   r = 4
-  basis = r * 11 + r * 11  # The shorter side of both weights.
+  basis = r * 11 + r * 11  # the shorter side of both weights
   moments = 2 * (r * 17 + r * 17 + 5)
-  counters = 2 + 1  # GaLore's count and skipped, Adam's count.
+  counters = 2 + 1  # GaLore's count and skipped, and Adam's count
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
   assert size == 4 * (basis + moments + counters)
 
 
-def test_what_stands_before_a_stage_acts_on_the_whole_gradient():
+def test_transformations_before_a_stage_act_on_the_whole_gradient():
   before = optax.clip_by_global_norm(0.5), optax.scale(3.0)
   after = optax.scale_by_adam(), optax.scale_by_learning_rate(0.1)
   stage = {'rank': 4, 'gap': 2}
@@ -102,7 +102,8 @@ def test_without_a_stage_it_is_optax_chain(name):
     optax.chain(*WITHOUT_STAGE[name]),
     optax_chain(*WITHOUT_STAGE[name]),
   )
-  # A chain that starts with a whole galore can also sum projected gradients.
+  # If a chain starts with a `galore` that has its inner optimizer, it can also
+  # accumulate projected gradients and has a type of its own.
   assert isinstance(ours, type(theirs))
   assert type(ours) is type(theirs) or name == 'galore with its inner'
   extra = {'value': jnp.float32(3.0)} if name == 'extra args' else {}
@@ -164,7 +165,7 @@ def test_a_stage_may_be_used_twice():
   assert_same(one, two)
 
 
-def test_extra_args_reach_what_follows_a_stage():
+def test_extra_args_reach_transformations_after_a_stage():
   seen = []
 
   def update(updates, state, params=None, *, value, **extra):
@@ -174,7 +175,8 @@ def test_extra_args_reach_what_follows_a_stage():
   spy = optax.GradientTransformationExtraArgs(lambda p: (), update)
   tx = optax.chain(galore(rank=4), spy)
   state, w = jax.eval_shape(tx.init, params()), params()
-  # The inner is tried with another value.
+  # `init` has already run the inner optimizer with a placeholder value. Only
+  # the calls of `update` count here.
   seen.clear()
   jax.eval_shape(lambda state: tx.update(w, state, w, value=7), state)
   assert seen and all(value == 7 for value, _ in seen)

@@ -49,19 +49,20 @@ def types(tree):
 
 @every_kind
 def test_types(kind):
-  """The state keeps its types, and updates have those of gradients."""
+  """The state keeps its types, and updates have the types of gradients."""
   for dtype in (jnp.float32, jnp.bfloat16):
     tx, w, g = KINDS[kind](), params(dtype), gradients(dtype=dtype)
     state = jax.eval_shape(tx.init, w)
     updates, after = jax.eval_shape(tx.update, g, state, w)
     assert types(state) == types(after)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, g)
-  # From shapes as from arrays, without a trace too.
+  # `init` returns the same types for shapes as for arrays, also outside of a
+  # trace.
   shapes = jax.eval_shape(lambda: w)
   assert types(tx.init(shapes)) == types(state)
   arrays = jax.tree.leaves(state)
   assert all(x.size for x in arrays)
-  # Moments are float32 under bfloat16 weights; bases are as the weights.
+  # If weights are bfloat16, moments are still float32, but bases are bfloat16.
   floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
   low = sum(x.dtype == jnp.bfloat16 for x in floats)
   assert low == (4 if kind == 'full' else 2)
@@ -107,7 +108,8 @@ def test_jit_changes_nothing():
   for i in range(3):
     updates, state = update(gradients(i), state, w)
     want, want_state = tx.update(gradients(i), want_state, w)
-    # Fusion rounds otherwise, and Adam enlarges it.
+    # The tolerance allows for rounding, because operations are not fused
+    # without jit. Adam amplifies the difference.
     assert distance(updates, want) < units(1000)
 
 
@@ -120,12 +122,13 @@ def test_donated_state_is_used_up():
     used = jax.tree.leaves(state)
     updates, state = update(gradients(i), state, w)
     want, want_state = plain(gradients(i), want_state, w)
-    # A donated buffer may be fused otherwise, and Adam enlarges the rounding.
+    # The tolerance allows for rounding, because XLA may fuse a donated buffer
+    # differently. Adam amplifies the difference.
     assert distance(updates, want) < units(1000)
     assert all(x.is_deleted() for x in used if x.ndim > 1)
 
 
-def test_tree_map_params_reaches_bases_and_moments_alone():
+def test_tree_map_params_reaches_only_bases_and_moments():
   tx, w = KINDS['keep'](), params()
   state = tx.init(w)
   marked = optax.tree.map_params(
@@ -152,7 +155,8 @@ def test_orbax_brings_the_state_back(kind, tmp_path):
   chex.assert_trees_all_equal_structs(back, state)
   for i in range(3, 5):
     g = gradients(i, jnp.bfloat16)
-    # One program.
+    # The same compiled program runs twice, so results must be bit-for-bit
+    # equal.
     (updates, state), (want, back) = update(g, state, w), update(g, back, w)
     chex.assert_trees_all_equal(updates, want)
 
@@ -175,5 +179,6 @@ def test_eight_devices_are_one(spec):
     g = jax.tree.map(lambda x: jnp.sin(x * (i + 2)), w)  # noqa: B023
     updates, state = update(put(g), state, put(w))
     want, want_state = update(g, want_state, w)
-    # Sums of up to 24 terms across devices are in another order.
+    # The tolerance allows for summing up to 24 terms across devices in a
+    # different order.
     assert distance(updates, want) < units(1000)

@@ -1,4 +1,4 @@
-"""Weight decay through a black box: exact, or an error at init."""
+"""Decay of any inner optimizer is exact, or `init` raises an error."""
 
 import functools
 
@@ -40,7 +40,7 @@ def ones_of(params):
 
 
 def updates_of(tx, params, steps, gradients):
-  """Returns updates of each step at fixed params, and params afterwards."""
+  """Returns the updates and the params after each step."""
   step = jax.jit(lambda g, state, params: tx.update(g, state, params))
   state, trail = tx.init(params), []
   for i in range(steps):
@@ -59,9 +59,9 @@ def updates_of(tx, params, steps, gradients):
     pytest.param('callable', id='callable', marks=pytest.mark.slow),
   ],
 )
-def test_decay_alone_is_the_whole_trajectory_of_optax(make_mask):
-  # With zero gradients an update is decay and nothing else: for projected
-  # leaves too it must be optax's own, whatever the scale.
+def test_without_gradients_updates_are_the_decay_of_optax(make_mask):
+  # With zero gradients, the update consists only of decay. It must equal
+  # optax's own decay for projected leaves as well, for any scale.
   params = model()
   mask = mask_tree if make_mask == 'callable' else make_mask
   mask = mask(params) if mask is mask_tree and make_mask is mask_tree else mask
@@ -70,18 +70,18 @@ def test_decay_alone_is_the_whole_trajectory_of_optax(make_mask):
   ours = updates_of(galore(inner, rank=4, gap=2, scale=9.0), params, 7, zeros)
   want = updates_of(inner, params, 7, zeros)
   for (u, w), (u_want, w_want) in zip(ours, want, strict=True):
-    # Three roundings a step: factor * w here, lr * (decay * w) in optax. The
-    # seven steps add them up.
+    # The tolerance allows for three roundings in each of seven steps. The decay
+    # is computed as factor * w here, and as lr * (decay * w) in optax.
     assert_close((u, w), (u_want, w_want), operations=3 * 7)
   first, last = ours[0][0], ours[-1][0]
-  assert not np.any(jax.tree.leaves(first)[0])  # The warm-up starts at zero.
+  assert not np.any(jax.tree.leaves(first)[0])  # the warm-up starts at zero
   assert np.any(last['up']['kernel'])
   assert np.any(last['down']['kernel']) == (make_mask is None)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_a_whole_trajectory_with_decay_follows_float64(dtype):
-  """A NumPy oracle: w' = w - lr(t) (scale P u + decay w), masks included."""
+  """Compares with w' = w - lr(t) (scale P u + decay w) in NumPy, with masks."""
   params = {k: v for k, v in model(dtype).items() if k in ('up', 'down')}
   mask = {'up': {'kernel': True}, 'down': {'kernel': False}}
   inner = optax.adamw(warmup, weight_decay=0.3, mask=mask)
@@ -109,14 +109,16 @@ def test_a_whole_trajectory_with_decay_follows_float64(dtype):
       lr = LR * min(t / 4, 1)
       u = -lr * (0.25 * u + 0.3 * mask[name]['kernel'] * w)
       got = np.asarray(updates[name]['kernel'], np.float64)
-      # float32 loses 2e-5 in 1 - 0.999^t and more in entries that cancel,
-      # measured against the largest. A result in bfloat16 rounds once.
+      # The tolerance allows for an error of 2e-5 in 1 - 0.999^t, which is
+      # computed in float32. Entries that cancel lose more, so errors are
+      # relative to the largest entry. A bfloat16 result is rounded once more.
       atol = 2e-5 + (dtype == jnp.bfloat16) * units(0.5, dtype)
       atol *= np.abs(u).max()
       np.testing.assert_allclose(got, u, rtol=0, atol=atol)
       assert updates[name]['kernel'].dtype == dtype
     seen = optax.apply_updates(seen, updates)
-    # The oracle goes on from the same weights: it proves each step's decay.
+    # The oracle continues from our weights, so that errors of the weights do
+    # not accumulate. Each step still proves its decay.
     want = jax.tree.map(lambda x: np.asarray(x, np.float64), seen)
 
 
@@ -130,7 +132,7 @@ def test_decay_is_not_scaled():
 
   one, other = first_update(1.0), first_update(0.01)
   jax.tree.map(np.testing.assert_array_equal, one, other)
-  # The product of three numbers, in either order.
+  # The tolerance allows for multiplying the three numbers in a different order.
   assert_close(
     one['up']['kernel'], -0.05 * params['up']['kernel'], operations=3
   )
@@ -142,8 +144,9 @@ def test_an_inner_that_reads_no_params_needs_none():
   bad = jax.tree.map(lambda x: jnp.nan * x, params)
   with_params, with_bad = (step(params, state, x)[0] for x in (params, bad))
   jax.tree.map(np.testing.assert_array_equal, with_params, with_bad)
-  # Another program, of one decomposition and sums of up to 17 terms. Adam's
-  # first step is a sign, whatever the size.
+  # The tolerance allows for a different program without params, with one
+  # decomposition and sums of up to 17 terms. Adam's first update is a sign, for
+  # gradients of any size.
   assert_close(step(params, state)[0], with_params, operations=20)
 
 
@@ -202,7 +205,7 @@ def test_they_raise_under_tracing_too(transform):
 
 
 def test_an_unprojected_leaf_may_have_any_inner():
-  # LAMB reads the params of all leaves, but here only a bias goes through it.
+  # LAMB depends on the params of all its leaves, but only a bias uses it here.
   inner = optax.partition(
     {'w': optax.adamw(LR), 'b': optax.lamb(LR)}, {'w': 'w', 'bias': 'b'}
   )
@@ -213,7 +216,7 @@ def test_an_unprojected_leaf_may_have_any_inner():
   )
   updates = step(tx, ones_of(params), params)
   want = step(optax.lamb(LR), jnp.ones(9), params['bias'])
-  # Norms of nine terms, in two programs.
+  # The tolerance allows for norms of nine terms in two programs.
   assert_close(updates['bias'], want, operations=9)
 
 
@@ -226,7 +229,8 @@ def test_a_traced_learning_rate_is_no_obstacle():
 
   rates = jnp.array([0.1, 0.2])
   one, two = jax.jit(jax.vmap(first_update))(rates)
-  # A few products; sums of two terms may cancel.
+  # The tolerance allows for rounding a few products, and for sums of two terms
+  # that may cancel.
   assert_close(two, 2 * one, operations=10)
 
 
@@ -242,6 +246,7 @@ def test_the_factor_follows_counters_and_hyperparameters():
   ]
   weights = {'w': jnp.ones((6, 5)), 'b': jnp.ones(4)}
   updates, slopes, _ = decay.through(inner, plans, params, state, weights, {})
-  # The inner decays the leaf that is whole itself.
+  # For a leaf that is not projected, the inner optimizer applies the decay
+  # itself.
   assert {k: float(x) for k, x in slopes.items()} == {'b': 0.0, 'w': -0.5}
   np.testing.assert_allclose(updates['b'], -0.5)

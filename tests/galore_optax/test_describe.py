@@ -1,4 +1,4 @@
-"""`describe`: rows, and bytes that are those of the state."""
+"""`describe` returns rows whose bytes equal those of the state."""
 
 import dataclasses
 
@@ -29,8 +29,8 @@ def test_rows():
   ]
   assert table[1].basis_bytes == 4 * 2 * 4 * 9
   assert table[1].moment_bytes == 4 * 2 * (2 * 4 * 13)
-  assert table[2].basis_bytes == 2 * 4 * 5  # In the weight's bfloat16.
-  assert table[2].moment_bytes == 4 * 2 * (17 * 4)  # In float32.
+  assert table[2].basis_bytes == 2 * 4 * 5  # bases have the weight's bfloat16
+  assert table[2].moment_bytes == 4 * 2 * (17 * 4)  # moments are float32
 
 
 def test_text():
@@ -112,7 +112,7 @@ def test_a_bare_array_is_a_tree():
 
 
 def test_nothing_is_allocated():
-  # 2.9 GB of weights and 3.2 GB of state.
+  # As arrays, the weights would need 2.9 GB and the state 3.2 GB.
   shape = jax.ShapeDtypeStruct((32, 4096, 11008), jnp.bfloat16)
   (row,) = describe(galore(optax.adam(0.1), rank=1024), {'up': shape})
   assert row.projected_shape == (32, 1024, 11008)

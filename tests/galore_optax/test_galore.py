@@ -1,4 +1,4 @@
-"""Exact statements about `galore`, then a float64 oracle of the equations."""
+"""Exact properties of `galore`, then a float64 oracle of its equations."""
 
 from typing import get_args
 
@@ -27,9 +27,9 @@ def tree(shapes=SHAPES, seed=0, leading=()):
 
 @jax.jit(static_argnums=0)
 def trajectory(tx, params, grads):
-  """Returns the updates [T, ...] of gradients [T, ...], and the last state.
+  """Returns the updates for gradients [T, ...], and the last state.
 
-  A scan, so the state must keep its types.
+  The loop is a `lax.scan`, so the state must keep its types.
   """
 
   def step(carry, g):
@@ -42,7 +42,10 @@ def trajectory(tx, params, grads):
 
 
 def assert_projected(state, *names):
-  """The projected branch was entered: no leaf silently at full rank."""
+  """Asserts that leaves are projected.
+
+  Otherwise a test could pass at full rank by mistake.
+  """
   for name in names:
     assert not isinstance(state.basis[name], optax.MaskedNode), name
 
@@ -54,7 +57,7 @@ def x64():
 
 
 def close(one, other, rtol=1e-11):
-  # float64 rounding through a few dozen sums of a few dozen terms.
+  # The tolerance allows for a few dozen float64 sums of a few dozen terms.
   chex.assert_trees_all_close(one, other, rtol=rtol, atol=rtol)
 
 
@@ -80,8 +83,8 @@ def test_low_rank_gradients_lose_nothing_under_sgd(side):
   ],
 )
 def test_gradients_in_one_subspace_lose_nothing_under_momentum(inner):
-  # One subspace for all steps, as momentum is kept in the coordinates of a
-  # basis: on the left for wide, on the right for tall.
+  # All steps share one subspace, because momentum is stored in the coordinates
+  # of a basis. It is on the left side for wide and on the right side for tall.
   r, steps = 5, 6
   grads = {
     'wide': jnp.asarray(normal((21, r)) @ normal((steps, r, 53), 1)),
@@ -106,7 +109,8 @@ def test_full_rank_with_a_stateless_inner_is_the_inner(side):
     assert_projected(state, name)
     want = trajectory(inner, params, grads)[0]
     if (side == 'full' and len(set(shape)) == 2) or _longer(side, shape):
-      # min(m, n) vectors of the longer side still span this gradient alone.
+      # On the longer side, min(m, n) vectors span only the gradient of the
+      # refresh, so only the first update is exact.
       ours, want = (jax.tree.map(lambda x: x[0], t) for t in (ours, want))
     close(ours, want, 1e-10)
 
@@ -145,7 +149,8 @@ def test_a_stack_is_a_loop_over_its_layers():
   + [('left', 'right'), ('full', 'full')],
 )
 def test_a_transposed_weight_has_the_transposed_update(side, mirrored):
-  # Without ties: 'std' breaks them towards the input axis.
+  # Square weights are excluded, because 'std' and 'reverse_std' project the
+  # same axis of a square weight and of its transpose.
   shapes = (
     SHAPES
     if side in ('left', 'right', 'full')
@@ -157,13 +162,15 @@ def test_a_transposed_weight_has_the_transposed_update(side, mirrored):
   ours, state = trajectory(make(side), params, grads)
   assert_projected(state, *shapes)
   want, _ = trajectory(make(mirrored), flip(params), flip(grads))
-  # On both sides a refresh diagonalises the gradient: Adam divides the
-  # rounding off the diagonal (1e-15) by an eps of 1e-8.
+  # With two sides, a refresh makes the low-rank gradient diagonal. Its
+  # off-diagonal entries are rounding errors of 1e-15, which Adam divides by an
+  # eps of 1e-8.
   close(ours, flip(want), 1e-6 if side == 'full' else 1e-11)
 
 
 def test_axes_say_which_matrix_a_kernel_is():
-  # Attention: [d, heads, head_dim], its output [heads, head_dim, d], stacked.
+  # Kernels of attention: inputs [d, heads, head_dim], output [heads, head_dim,
+  # d], and a stack of inputs.
   axes = {'q|stack': (-3, (-2, -1)), 'out': ((0, 1), 2)}
   shapes = {'q': (13, 3, 5), 'out': (3, 5, 13), 'stack': (2, 13, 3, 5)}
   matrix = {'q': (13, 15), 'out': (15, 13), 'stack': (2, 13, 15)}
@@ -231,7 +238,8 @@ def test_rank_may_be_a_share_of_the_projected_side(side, rank):
   quick=[('reverse_std', 'gram')],
 )
 def test_rank_may_be_the_whole_shorter_side(side, subspace):
-  # The PyTorch reference crashes on 'reverse_std' with a wide weight here.
+  # The PyTorch reference crashes for 'reverse_std' with a wide weight of this
+  # rank.
   params = tree({'tall': (11, 7), 'wide': (7, 11), 'square': (7, 7)})
   grads = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
   tx = galore(
@@ -240,11 +248,11 @@ def test_rank_may_be_the_whole_shorter_side(side, subspace):
   )  # fmt: skip
   updates, state = trajectory(tx, params, grads)
   assert_projected(state, *params)
-  # Gram's vectors of the longer side carry the square root of the rounding.
+  # Gram's vectors on the longer side have errors of the square root of eps.
   close(updates, jax.tree.map(jnp.negative, grads), 1e-6)
 
 
-def test_scale_multiplies_what_is_projected_back_alone():
+def test_scale_multiplies_only_updates_of_projected_leaves():
   params = tree() | {'bias': jnp.asarray(normal(7))}
   grads = tree(leading=(3,), seed=4) | {'bias': jnp.asarray(normal((3, 7)))}
   run = lambda scale: trajectory(
@@ -257,7 +265,7 @@ def test_scale_multiplies_what_is_projected_back_alone():
 
 
 def oracle(params, grads, *, rank, gap, scale, side, lr, decay, reset):
-  """GaLore with AdamW in NumPy, for one weight, from the equations."""
+  """GaLore with AdamW in NumPy for one weight, from the equations."""
   w, updates = params.copy(), []
   i, o = w.shape
   left = {'std': i <= o, 'reverse_std': i > o, 'left': True, 'right': False}
@@ -320,5 +328,6 @@ def test_three_refreshes_follow_the_equations(side, moments):
       reset=moments == 'reset',
       **options,
     )
-    # optax's schedule and bias correction are float32: 2e-5 of 1 - 0.999^t.
+    # optax computes schedules and bias corrections in float32, which has an
+    # error of 2e-5 in 1 - 0.999^t.
     close(ours[name], want, 1e-4)

@@ -1,4 +1,4 @@
-"""The presets under `optax.inject_hyperparams`."""
+"""The presets work under `optax.inject_hyperparams`."""
 
 import inspect
 
@@ -61,7 +61,7 @@ def injected(preset, *args, **options):
 
 
 def sizes(preset):
-  """Returns the rank, where the preset has one, and the gap of the tests."""
+  """Returns the test's `rank` and `gap`, if they are options of the preset."""
   both = {'rank': 11, 'gap': 2}
   return {name: both[name] for name in both if name in STATIC[preset]}
 
@@ -90,7 +90,7 @@ NUMBERS = {
 
 @every_preset
 def test_schedules_are_the_numbers_of_each_step(preset):
-  """By hand: at each step a transformation with that step's numbers."""
+  """Compares with a preset that is rebuilt with the numbers of each step."""
   schedules = {
     'learning_rate': lambda count: 0.1 / (count + 1),
     'b1': lambda count: 0.5 + 0.1 * count,
@@ -108,8 +108,9 @@ def test_schedules_are_the_numbers_of_each_step(preset):
     numbers = {name: f(i) for name, f in schedules.items()}
     want, _ = by_hand(numbers, tree(10 + i), state.inner_state)
     updates, state = step(tree(10 + i), state, params)
-    # b2 is a number here and a float32 there: 1 - b2 is 5e-5 off, and so is
-    # nu; a code of 8 bits at a tie is another one.
+    # The tolerance allows for b2 being a Python number in one and a float32
+    # array in the other. Therefore, 1 - b2 and nu differ by 5e-5, and an 8-bit
+    # code may round differently.
     chex.assert_trees_all_close(updates, want, rtol=1e-3, atol=1e-5)
     for name, number in numbers.items():
       np.testing.assert_allclose(state.hyperparams[name], number, rtol=1e-6)
@@ -131,7 +132,7 @@ def test_numbers_change_between_steps_and_nothing_is_compiled_again(preset):
   halves = {name: number / 2 for name, number in NUMBERS.items()}
   for name, number in halves.items():
     moved = jnp.abs(step_with(**{name: number})['w'] - before['w'])
-    # Rounding moves it by 1e-6 of its size.
+    # Rounding errors change the update by 1e-6 of its size.
     assert np.max(moved) > 1e-3 * np.max(jnp.abs(before['w'])), name
   by_hand = jax.jit(preset(**halves, **sizes(preset)).update)
   want, _ = by_hand(tree(4), state.inner_state, params)

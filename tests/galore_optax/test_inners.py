@@ -1,4 +1,4 @@
-"""Which transformations work as the inner: the table of `galore`, proved."""
+"""Which optax transformations work as the inner optimizer of `galore`."""
 
 import chex
 import jax
@@ -67,7 +67,7 @@ INNERS = {
   quick=['adam', 'adafactor', 'partition inside'],
 )
 def test_an_inner_sees_the_projected_gradients_and_no_more(name):
-  """P^T inner(P g), by hand, over two refreshes."""
+  """Compares with P^T inner(P g), computed explicitly over two refreshes."""
   inner, params = INNERS[name], tree()
   tx = galore(inner, rank=3, gap=2, scale=0.5)
   state, step = tx.init(params), jax.jit(tx.update)
@@ -79,14 +79,15 @@ def test_an_inner_sees_the_projected_gradients_and_no_more(name):
     low = {'wide': p @ g['wide'], 'tall': q @ g['tall'].T, 'bias': g['bias']}
     if low_state is None:
       low_state = inner.init(jax.tree.map(jnp.zeros_like, low))
-    # Some look at the shapes of params.
+    # Some inner optimizers use the shapes of params.
     u, low_state = by_hand(low, low_state, jax.tree.map(jnp.zeros_like, low))
     want = {
       'wide': 0.5 * p.T @ u['wide'],
       'tall': 0.5 * u['tall'].T @ q,
       'bias': u['bias'],
     }
-    # One more float32 product on either side, in another order.
+    # The tolerance allows for one more float32 product on each side, in a
+    # different order.
     chex.assert_trees_all_close(ours, want, rtol=1e-4, atol=1e-5)
   assert not isinstance(state.basis['wide'], optax.MaskedNode)
   chex.assert_trees_all_close(state.inner, low_state, rtol=1e-4, atol=1e-5)
@@ -116,7 +117,7 @@ WITH_DECAY = {
   'name', WITH_DECAY, quick=['adamw', 'SGD, decay last', 'injected', 'lion']
 )
 def test_decay_of_an_inner_is_that_of_the_whole_weight(name):
-  """The difference that params make is the inner's own on whole weights."""
+  """The effect of params on an update equals the inner's on whole weights."""
   inner, params = WITH_DECAY[name](), tree()
   zeros = jax.tree.map(jnp.zeros_like, params)
   tx = galore(inner, rank=3)
@@ -129,7 +130,8 @@ def test_decay_of_an_inner_is_that_of_the_whole_weight(name):
     jnp.subtract, by_hand(g, whole, params)[0], by_hand(g, whole, zeros)[0]
   )
   assert np.any(want['wide'])
-  # Differences of updates of order one, in float32.
+  # The tolerance allows for rounding in differences of float32 updates of order
+  # one.
   chex.assert_trees_all_close(ours, want, atol=1e-6)
 
 

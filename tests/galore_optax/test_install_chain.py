@@ -1,4 +1,4 @@
-"""Another library's wrapper of `optax.chain` survives the import of ours."""
+"""Other libraries may wrap `optax.chain` before or after our import."""
 
 import functools
 import importlib
@@ -19,7 +19,7 @@ RAW = optax.chain.__wrapped__
 
 @pytest.fixture
 def unloaded():
-  """Unloads the library for a test, and brings it back afterwards."""
+  """Unloads the library during a test, and restores it afterwards."""
   ours = {k: m for k, m in sys.modules.items() if is_ours(k)}
   installed = optax.chain
   for name in ours:
@@ -37,7 +37,7 @@ def is_ours(name):
 
 
 class Recorder:
-  """A wrapper that is an object without a name."""
+  """A wrapper of `optax.chain` that is an object without a `__name__`."""
 
   def __init__(self, chain, calls):
     self.chain, self.calls = chain, calls
@@ -48,7 +48,7 @@ class Recorder:
 
 
 def wrapped(chain, calls, kind='wraps'):
-  """Returns another library's wrapper, which records its calls."""
+  """Returns a wrapper of another library, which records its calls."""
   record = Recorder(chain, calls)
   if kind == 'object':
     return record
@@ -74,18 +74,18 @@ def first_update(tx):
 
 
 def check_chains(library, chain):
-  """Checks that a chain is aware of stages, and otherwise optax's own."""
+  """Checks that `chain` handles `galore` stages, and otherwise is optax's."""
   stage = functools.partial(library.galore, rank=2)
   line = chain(optax.scale(2.0), stage(), optax.sgd(0.5), optax.scale(0.5))
   want = RAW(
     optax.scale(2.0), stage(RAW(optax.sgd(0.5), optax.scale(0.5)))
   )  # fmt: skip
-  # Sums of up to seven terms, in two programs.
+  # The tolerance allows for sums of up to seven terms in two programs.
   assert_close(first_update(line), first_update(want), operations=20)
   line = chain(stage(optax.sgd(0.5)), optax.scale(0.5))
   assert type(line).__name__ == 'Galore'
   updates = first_update(chain(optax.sgd(1.0), optax.scale(0.5)))
-  # A sine, which XLA computes to a few units.
+  # The tolerance allows for a sine, which XLA computes to a few ulps.
   want = -0.5 * np.sin(np.float64(params()['b']))
   assert_close(updates['b'], want, operations=10)
 
@@ -101,7 +101,8 @@ def test_a_wrapper_from_before_the_import_is_called(unloaded, kind):
   calls.clear()
   stage = library.galore(rank=2)
   optax.chain(optax.scale(2.0), stage, optax.sgd(0.1), optax.scale(1.0))
-  # The parts after the stage and before it, the stage with its inner in both.
+  # Our chain calls the wrapper twice: for the transformations after the stage,
+  # and for those before it with the complete stage.
   assert calls == [2, 2]
   calls.clear()
   optax.chain(library.galore(optax.sgd(0.1), rank=2), optax.scale(1.0))
@@ -116,7 +117,7 @@ def test_a_wrapper_from_after_the_import_stays(unloaded, kind):
   assert load() is library and optax.chain is other
   check_chains(library, optax.chain)
   assert calls == [4, 2, 2]
-  # A reload of the package does not put ours on top of it.
+  # Reloading the package does not wrap the chain again.
   importlib.reload(library)
   assert optax.chain is other
 
@@ -160,7 +161,8 @@ def test_reloads_between_two_wrappers_do_not_stack(unloaded):
     for name in filter(is_ours, list(sys.modules)):
       del sys.modules[name]
     library = load()
-    # Ours is aware of the new stages, and calls both wrappers.
+    # The chain handles stages of the reloaded package, and still calls both
+    # wrappers.
     assert optax.chain is library.chain and depth(optax.chain) == 4
   check_chains(library, optax.chain)
   assert calls and later
@@ -168,13 +170,16 @@ def test_reloads_between_two_wrappers_do_not_stack(unloaded):
 
 def test_a_chain_that_was_put_back_becomes_aware_again(unloaded):
   library = load()
-  optax.chain = RAW  # As a reload of optax does.
+  optax.chain = RAW  # as a reload of optax does
   importlib.reload(library)
   assert optax.chain is library.chain
 
 
 def test_presets_do_not_need_optax_chain(unloaded, monkeypatch):
-  """Some programs replace it by one that returns plain transformations."""
+  """Presets still return `Galore` if a program replaces `optax.chain`.
+
+  Some programs replace it by a function that returns plain transformations.
+  """
   library = load()
   chain = optax.chain
 

@@ -1,4 +1,4 @@
-"""What a refresh does to the inner state: keep and reset."""
+"""Effect of a refresh on the inner state, for `moments` 'keep' and 'reset'."""
 
 import chex
 import jax
@@ -32,30 +32,30 @@ def test_keep_leaves_the_inner_state_to_the_inner():
   first, second, third = states(optax.adam(0.1), 3)
   adam = third.inner[0]
   assert int(adam.count) == 3
-  # mu decays and takes the gradient in the new basis, nothing else.
+  # mu only decays and adds the gradient in the new basis.
   g = tree(12)['w']
   want = 0.9 * second.inner[0].mu['w'] + 0.1 * third.basis['w'] @ g
-  # Sums of seven terms.
+  # The tolerance allows for rounding in sums of seven terms.
   assert_close(adam.mu['w'], want, operations=10)
   assert np.any(first.basis['w'] != third.basis['w'])
 
 
-def test_reset_restarts_the_projected_leaves_alone():
+def test_reset_restarts_only_projected_leaves():
   lr = optax.linear_schedule(0.0, 1.0, 10)
   trail = states(optax.adamw(lr), 3, moments='reset')
   low, rest = (
     [s.inner.inner_states[name].inner_state for s in trail]
     for name in ('low', 'rest')
   )
-  # Adam counts the projected leaves from the refresh at step 2 on ...
+  # Adam restarts its count for projected leaves at the refresh at step 2.
   assert [int(s[0].count) for s in low] == [1, 2, 1]
   assert [int(s[0].count) for s in rest] == [1, 2, 3]
-  # ... and no refresh touches a schedule.
+  # A refresh does not restart learning-rate schedules.
   for group in (low, rest):
     assert [int(s[2].count) for s in group] == [1, 2, 3]
   g = tree(12)
   mu = low[2][0].mu
-  # Sums of seven terms.
+  # The tolerance allows for rounding in sums of seven terms.
   want = 0.1 * trail[2].basis['w'] @ g['w']
   assert_close(mu['w'], want, operations=10)
   want = 0.9 * rest[1][0].mu['b'] + 0.1 * g['b']
@@ -63,7 +63,8 @@ def test_reset_restarts_the_projected_leaves_alone():
 
 
 def test_reset_leaves_other_leaves_on_their_own_trajectory():
-  # As if they were alone with the inner.
+  # Leaves that are not projected must get the updates that they would get if
+  # the tree contained only them.
   inner, params = optax.adam(0.1), tree()
   tx = galore(inner, rank=3, gap=2, moments='reset')
   state, alone = tx.init(params), inner.init(params['b'])
@@ -72,7 +73,7 @@ def test_reset_leaves_other_leaves_on_their_own_trajectory():
     g = tree(10 + i)
     ours, state = step(g, state, params)
     want, alone = step_alone(g['b'], alone)
-    # Two programs of Adam, whose five steps add up.
+    # The tolerance allows for five steps of Adam in two programs.
     assert_close(ours['b'], want, operations=50)
 
 
@@ -103,11 +104,13 @@ def test_after_a_reset_the_projected_updates_are_those_of_a_first_step(name):
   g = tree(20)
   after_reset, _ = step(g, state, params)
   fresh = galore(INNERS[name], rank=3, gap=2)
-  # The new basis has the signs of the old: begin from there.
+  # A new basis takes its signs from the old one, so both must start with the
+  # same basis.
   first = fresh.init(params)._replace(count=state.count, basis=state.basis)
   want, _ = jax.jit(fresh.update)(g, first, params)
   for name in ('w', 'stack'):
-    # Two programs. Inners enlarge the rounding of entries that nearly cancel.
+    # The tolerance allows for different programs. Inner optimizers amplify the
+    # rounding of entries that nearly cancel.
     assert distance(after_reset[name], want[name]) < units(1000)
 
 
@@ -128,7 +131,7 @@ def test_a_bare_array_restarts_too():
 
 
 def test_a_reset_of_moments_that_are_not_known_raises():
-  # Adagrad's starts above zero.
+  # The accumulator of Adagrad starts above zero, so zeros would not reset it.
   tx = galore(optax.adagrad(0.1), rank=3, moments='reset')
   with pytest.raises(ValueError, match="reset' knows the moments"):
     tx.init(tree())

@@ -1,7 +1,7 @@
-"""Norms of weight-shaped arrays are roots of sums of squares in float32.
+"""Norms of weight-shaped arrays are roots of float32 sums of squares.
 
-`jnp.linalg.norm` of a sharded matrix is too large under the partitioner of some
-versions of JAX on GPUs.
+`jnp.linalg.norm` of a sharded matrix is too large on GPUs with the partitioner
+of some JAX versions.
 """
 
 import functools
@@ -24,7 +24,7 @@ from tests.rounding import assert_close
 
 @pytest.fixture
 def without_library_norms(monkeypatch):
-  """Makes every norm of a library an error."""
+  """Makes all norm functions of jax and optax raise an error."""
 
   def refuse(*args, **kwargs):
     raise AssertionError('a norm of a library')
@@ -82,11 +82,12 @@ def test_a_layerwise_step_takes_none_either(clip, without_library_norms):
 def test_a_norm_is_the_root_of_a_sum_of_squares():
   x = normal((3, 5, 7))
   want = np.linalg.norm(x, axis=(1, 2), keepdims=True)
-  # 35 terms, each rounded to 6e-8 of itself.
+  # The tolerance allows for 35 terms, each rounded to 6e-8 of itself.
   np.testing.assert_allclose(norm(jnp.float32(x), (-2, -1)), want, rtol=4e-6)
   low = norm(jnp.asarray(x, jnp.bfloat16), (-2, -1))
   assert low.dtype == jnp.float32
-  # 8 bits of each entry.
+  # The tolerance allows for rounding entries to the 8 significant bits of
+  # bfloat16.
   np.testing.assert_allclose(low, want, rtol=2**-8)
 
 
@@ -94,9 +95,9 @@ def test_a_norm_of_many_bfloat16_leaves_is_summed_in_float32():
   tree = {str(i): jnp.ones(1, jnp.bfloat16) for i in range(600)}
   found = global_norm(tree)
   assert found.dtype == jnp.float32
-  # optax's sum stops at 256.
+  # In bfloat16, optax's sum of ones stops at 256, because 257 rounds to 256.
   assert optax.tree.norm(tree) == 16
-  # The sum of ones is exact, and its root rounds once.
+  # The float32 sum of ones is exact; only its root is rounded.
   np.testing.assert_allclose(found, np.sqrt(600), rtol=1e-6)
   tx = clip_by_global_norm(1.0)
   updates, _ = tx.update(tree, tx.init(tree))
@@ -114,12 +115,12 @@ def test_clipping_float32_gradients_is_optaxs(max_norm):
   )
   updates, state = jax.jit(ours.update)(g, ours.init(g))
   want_updates, want_state = jax.jit(want.update)(g, want.init(g))
-  # A norm of 38 squares, in two programs.
+  # The tolerance allows for a norm of 38 squares in two programs.
   assert_close(updates, want_updates, operations=38)
   assert jax.tree.structure(state) == jax.tree.structure(want_state)
 
 
-def test_clipping_passes_on_what_is_not_finite():
+def test_clipping_passes_on_non_finite_gradients():
   g = {'a': jnp.array([1.0, jnp.nan]), 'b': jnp.ones(2)}
   tx = clip_by_global_norm(1.0)
   updates, _ = tx.update(g, tx.init(g))

@@ -12,7 +12,8 @@ from galore_optax.subspace import kept as subspace
 from tests.galore_optax.program import normal32
 from tests.rounding import distance
 
-# A tie it gives to the rows, the PyTorch reference to the output axis.
+# No shape is square: for square matrices, optax projects the rows and the
+# PyTorch reference the output axis.
 SHAPES = {'tall': (23, 11), 'wide': (11, 29), 'bias': (5,)}
 
 
@@ -26,7 +27,7 @@ def positive_peaks(x, axis):
 
 
 def signed_svd(x, full_matrices):
-  """The peak of each vector of the longer side becomes positive."""
+  """Returns an SVD in which the peak of each long-side vector is positive."""
   u, s, vh = jnp.linalg.svd(x, full_matrices=full_matrices)
   sign = positive_peaks(u, 0) if len(u) >= vh.shape[1] else None
   if sign is None:
@@ -35,7 +36,8 @@ def signed_svd(x, full_matrices):
 
 
 def test_the_longer_side_is_that_of_optax(monkeypatch):
-  # One sign rule for both; theirs keeps what LAPACK gives.
+  # Make optax use our sign rule, because it keeps the signs that LAPACK
+  # returns. Our own rule must ignore the previous basis, as optax does.
   linalg = types.SimpleNamespace(svd=signed_svd)
   monkeypatch.setattr(
     theirs, 'jnp', types.SimpleNamespace(**vars(jnp) | {'linalg': linalg})
@@ -52,13 +54,15 @@ def test_the_longer_side_is_that_of_optax(monkeypatch):
   params = tree()
   state, want_state = ours.init(params), reference.init(params)
   step, want_step = jax.jit(ours.update), jax.jit(reference.update)
-  for i in range(8):  # Refreshes at 0, 3, 6.
+  for i in range(8):  # refreshes at steps 0, 3 and 6
     g = tree(10 + i)
     updates, state = step(g, state)
     want, want_state = want_step(g, want_state)
     for name, update in updates.items():
-      # Two decompositions in float32, one of them of the transpose: vectors are
-      # known to eps / gap, and Adam enlarges entries that nearly cancel.
+      # The tolerance allows for different float32 decompositions, because optax
+      # decomposes the transpose. The error of a singular vector is eps divided
+      # by its distance from the next singular value, and Adam amplifies entries
+      # that nearly cancel.
       assert distance(update, want[name]) < 1e-3
   for name in ('tall', 'wide'):
     basis, projector = state.basis[name], want_state.projector[name]

@@ -1,4 +1,4 @@
-"""Muon's five steps: a float64 oracle, optax, and exact statements."""
+"""Muon's Newton-Schulz iteration: a float64 oracle, optax, exact properties."""
 
 import chex
 import jax
@@ -14,13 +14,14 @@ from galore_optax.subspace.polar import orthonormalise
 from tests.galore_optax.program import ORTHONORMAL, each, normal, normal32
 from tests.rounding import units
 
-# Rounding the normalised matrix to float32, 6e-8, grows as its smallest
-# singular values do: by 3.4445^5 = 485. Twice, for the products.
+# Rounding the normalized matrix to float32 has an error of 6e-8, which the five
+# steps amplify by up to 3.4445^5 = 485, as they do the smallest singular
+# values. The factor 2 allows for the products.
 ROUNDING = 2 * 485 * 6e-8
 
 
 def oracle(x):
-  """Returns the five steps in float64, as their author has them."""
+  """Returns the five steps in float64, as in the author's code."""
   x = np.float64(x)
   if x.shape[0] > x.shape[1]:
     return oracle(x.T).T
@@ -32,7 +33,7 @@ def oracle(x):
 
 
 def with_values(values, n):
-  """Returns a matrix [m, n] of some singular values."""
+  """Returns a matrix [m, n] with the given singular values."""
   m = len(values)
   u, _ = np.linalg.qr(normal((m, m)))
   v, _ = np.linalg.qr(normal((n, m), 1))
@@ -87,7 +88,7 @@ def test_a_stack_is_a_loop_over_its_matrices(shape):
   x = normal32(shape)
   flat = x.reshape(-1, *shape[-2:])
   want = jnp.stack([orthogonalise(one) for one in flat]).reshape(shape)
-  # Products of one matrix and of a batch may sum in another order.
+  # The tolerance allows for a batched product that sums in a different order.
   np.testing.assert_allclose(orthogonalise(x), want, atol=ROUNDING)
 
 
@@ -102,7 +103,8 @@ def test_the_dtype_comes_back_and_float32_is_used(dtype):
   x = normal32((5, 7)).astype(dtype)
   found = orthogonalise(x)
   assert found.dtype == dtype
-  # Rounded once, by at most half of a unit in the last of 8 bits.
+  # The tolerance allows for rounding the result once, by at most half a unit in
+  # the last of 8 bits.
   tolerance = 2**-8 if dtype == jnp.bfloat16 else ROUNDING
   np.testing.assert_allclose(
     np.float64(found), oracle(x), rtol=tolerance, atol=ROUNDING
@@ -112,12 +114,15 @@ def test_the_dtype_comes_back_and_float32_is_used(dtype):
 def test_in_float64_it_is_exact():
   with jax.enable_x64(True):
     x = MATRICES['condition number 1e6']
-    # Rounding is 1e-16 instead of 6e-8.
+    # In float64, rounding errors are 1e-16 instead of 6e-8.
     assert distance(orthogonalise(jnp.asarray(x)), oracle(x)) < 1e-12
 
 
 def test_it_is_no_polar_factor():
-  """Its singular values are near one; those of `orthonormalise` are one."""
+  """The iteration makes singular values only roughly one.
+
+  `orthonormalise` computes an exact polar factor, with singular values of one.
+  """
   x = with_values(np.linspace(0.3, 1.0, 24), 48)
   size = np.linalg.norm(x)
   rough = np.linalg.svd(orthogonalise(jnp.float32(x)), compute_uv=False)
@@ -135,12 +140,15 @@ def test_polynomials_act_on_singular_values_in_order():
   for a, b, c in rules:
     want = a * want + b * want**3 + c * want**5
   found = apply_polynomials(x, rules)
-  # Four polynomials of about ten roundings.
+  # The tolerance allows for four polynomials of about ten roundings.
   np.testing.assert_allclose(np.diagonal(found), want, rtol=units(40))
 
 
 def large_products(f, *args):
-  """Returns how many products of a function read or make 91 columns."""
+  """Returns the number of products with a factor or result of 91 columns.
+
+  The input of the test has 91 columns, so these are the large products.
+  """
 
   def count(jaxpr):
     total = 0
@@ -191,7 +199,8 @@ def test_a_trajectory_is_optaxs(shape):
     want_updates, want_state = want_step(g, want_state)
     chex.assert_trees_all_close(updates, want_updates, atol=2 * ROUNDING)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, want_state)
-    # One rounding of the momentum, which compilers contract differently.
+    # The tolerance allows for rounding the momentum once; compilers contract
+    # its sum differently.
     chex.assert_trees_all_close(state, want_state, rtol=1e-6, atol=1e-7)
 
 

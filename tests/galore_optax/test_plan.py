@@ -1,4 +1,4 @@
-"""Which leaves are projected, and errors with value, rule and remedy."""
+"""Which leaves are projected; errors contain a value, a rule and a remedy."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ W = jnp.zeros((9, 13))
 
 
 def projected(params, **options):
-  """Returns the paths that have a basis."""
+  """Returns the paths of leaves that have a basis."""
   tx = galore(optax.sgd(0.1), **{'rank': 4, **options})
   state = jax.eval_shape(tx.init, params)
   leaves = jax.tree_util.tree_leaves_with_path(state.basis)
@@ -40,7 +40,8 @@ def test_the_default_takes_matrices_larger_than_the_rank_on_both_axes():
 
 
 def test_the_default_measures_the_matrix_that_axes_name():
-  # Neither 3 heads nor their dimension of 4 is larger than the rank.
+  # Neither the 3 heads nor their dimension of 4 exceeds the rank, but their
+  # product of 12 does.
   params = {'q': jnp.zeros((9, 3, 4)), 'stack': jnp.zeros((2, 9, 3, 4))}
   axes = {'q|stack': (-3, (-2, -1))}
   assert projected(params, axes=axes) == {'q', 'stack'}
@@ -193,14 +194,17 @@ def test_another_option_is_refused_as_ever():
 
 
 def test_the_update_raises_as_init_does():
-  # A state made for one tree, gradients of another.
+  # The state was made for one tree, and the gradients have another.
   tx = galore(optax.sgd(0.1), rank=4)
   with pytest.raises(ValueError, match='projects no parameter'):
     tx.update({'b': jnp.zeros(3)}, tx.init({'b': W}))
 
 
 class TestElsewhere:
-  """A part of the model: strict checks would be wrong there."""
+  """Checks of targets are relaxed for a part of a model.
+
+  Targets may match leaves in the other parts.
+  """
 
   def test_a_regex_may_name_the_other_part(self):
     part = {'blocks': {'q': W}, 'embed': Elsewhere()}
@@ -256,17 +260,19 @@ class Attention:
 
 
 def test_an_attribute_named_value_is_a_component_among_others():
-  # NNX wraps each leaf in a node with nothing but a value.
+  # NNX wraps each leaf in a node whose only attribute is `value`, which is left
+  # out of the path.
   params = {'a': Attention(W, W), 'variable': nnx.Param(W)}
   assert selection.paths(params) == ['a/query', 'a/value', 'variable']
-  # The state keeps an array for it.
+  # The state contains an array for the chosen paths.
   chosen = {'a/value', 'variable'}
   assert projected(params, targets='a/value|variable') == chosen
 
 
 @pytest.mark.parametrize('batch', [(), (5,)], ids=['one', 'stack'])
 def test_attention_that_keeps_its_heads_apart_is_one_matrix(batch):
-  # As flax's MultiHeadDotProductAttention has it: width 512, 8 heads.
+  # The shapes are those of flax's MultiHeadDotProductAttention with width 512
+  # and 8 heads.
   params = {
     'attention': {
       name: {'kernel': jax.ShapeDtypeStruct((*batch, *shape), jnp.float32)}

@@ -35,7 +35,8 @@ def test_sides(i, o, std, reverse):
 
 
 LAYOUTS = {
-  # Shape, input axes, output axes, and the einsum to a stack of matrices.
+  # Values are: the shape, the input axes, the output axes, and the einsum that
+  # returns a stack of matrices.
   'matrix': ((7, 11), (0,), (1,), 'io->io'),
   'transposed': ((11, 7), (1,), (0,), 'oi->io'),
   'stack': ((3, 7, 11), (1,), (2,), 'lio->lio'),
@@ -77,24 +78,25 @@ def test_project_and_unproject(sides, batch):
   low = p.project(jnp.asarray(g), basis)
   assert low.shape == p.low_shape
   want = left @ g @ right.T
-  # One side: [..., r, n], whichever it is.
+  # With one side, the low-rank matrix is [..., r, n] for either side.
   want = want.swapaxes(-2, -1) if sides == (lib.COLUMNS,) else want
-  # Sums of up to 11 terms, once or twice, and back.
+  # The tolerance allows for sums of up to 11 terms in one or two products, and
+  # later in their transposes.
   assert_close(low, want, operations=22)
   whole = p.unproject(low, basis)
   assert_close(whole, left.T @ (left @ g @ right.T) @ right, operations=44)
-  # What lies in the subspace comes back: unproject inverts project there.
+  # Projecting the result of `unproject` again returns the same low-rank matrix.
   assert_close(p.project(whole, basis), low, operations=66)
 
 
 @pytest.mark.parametrize('basis_dtype', [jnp.float32, jnp.bfloat16])
 def test_bfloat16_gradients_are_summed_in_float32(basis_dtype):
-  # 1 + 2^-8 is not a bfloat16, and 1024 terms would round sixty times over.
+  # Summing 1,024 terms in bfloat16 would lose most of its 8 significant bits.
   p = lib.Projection('w', (1024, 5), ((0,), (1,)), 2, (lib.ROWS,))
   g = jnp.asarray(normal((1024, 5))).astype(jnp.bfloat16)
   basis_rm = jnp.asarray(rows(2, 1024)).astype(basis_dtype)
   low = jax.jit(lambda g, b: p.project(g, (b,)))(g, basis_rm)
   assert low.dtype == jnp.float32
   want = np.asarray(basis_rm, np.float64) @ np.asarray(g, np.float64)
-  # In bfloat16 the error would be a hundred times larger.
+  # If the sum were in bfloat16, the error would be a hundred times larger.
   assert_close(low, want, operations=1024)

@@ -1,4 +1,4 @@
-"""What is done with the gradient outside the subspace."""
+"""Rules for the gradient outside the subspace."""
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +42,12 @@ def test_the_sign_has_the_learning_rate_of_the_step(name):
   for t in range(steps):
     moved = (w[t + 1] - w[t])[out]
     want = -t / 16 * np.sign(grads['w'][t])[out]
-    # Adam's answer to one is one but for eps and the rounding of 1 - b2.
+    # Adam's update for a sign is that sign. The tolerance allows for eps and
+    # the rounding of 1 - b2.
     np.testing.assert_allclose(moved, want, rtol=2e-5, atol=1e-7)
   alone, _ = trajectory(INNERS[name](), W, grads)
   np.testing.assert_allclose(weights['b'], alone['b'], rtol=1e-6, atol=1e-7)
-  # The kept coordinates are the inner's alone, at scale 0.25.
+  # The inner optimizer updates the kept coordinates, with a scale of 0.25.
   want = 0.25 * np.asarray(alone['w'])[:, kept]
   np.testing.assert_allclose(
     np.asarray(weights['w'])[:, kept], want, rtol=1e-5, atol=1e-7
@@ -66,14 +67,14 @@ def test_density_one_is_the_inner_and_zero_the_rule(residual):
   none, states = trajectory(frugal(LR, density=0.0, **options), W, grads)
   for name in W:
     np.testing.assert_array_equal(one[name], want[name])
-  # Another program around it is fused otherwise: an ulp.
+  # The tolerance allows for one ulp, because XLA fuses the program differently.
   np.testing.assert_allclose(none['b'], want['b'], rtol=1e-6)
   rule = np.sign if residual == 'sign' else np.asarray
   w = np.zeros((6, 9), np.float32)
   for t in range(3):
     w = w - np.float32(t / 16) * (rule(grads['w'][t]) + np.float32(0.1) * w)
     np.testing.assert_allclose(none['w'][t], w, rtol=1e-6, atol=1e-7)
-  # Adam's two moments of the vector, and no more.
+  # The state contains only Adam's two moments of the vector.
   sizes = [x[0].size for x in jax.tree.leaves(states) if x.ndim > 1]
   assert sum(sizes) == 2 * 4
 

@@ -1,4 +1,4 @@
-"""Moments carried across a refresh."""
+"""Moments are rotated into the new basis at a refresh."""
 
 import jax
 import numpy as np
@@ -36,7 +36,8 @@ def test_momentum_does_not_depend_on_the_gauge(side, gap):
   inner = optax.sgd(0.1, momentum=0.9)
   run = lambda **options: _run(inner, gap=gap, side=side, **options)[0]
   rotated = run(moments='rotate')
-  # Eight steps of two sums of up to 19 terms, and three rotations.
+  # The tolerance allows for rounding in eight steps with two sums of up to 19
+  # terms each, and in three rotations.
   found = run(moments='rotate', subspace=Gauge())
   assert_close(found, rotated, operations=8 * 2 * 19)
   kept = run(moments='keep', subspace=Gauge())
@@ -45,7 +46,7 @@ def test_momentum_does_not_depend_on_the_gauge(side, gap):
 
 @pytest.mark.slow
 def test_the_second_moment_follows_its_variance():
-  """The rule of LDAdam, written out in float64."""
+  """Compares with the rule of LDAdam in float64."""
   b1, b2, gap = 0.9, 0.99, 3
   inner = optax.scale_by_adam(b1, b2)
   rotate = Rotate(b1, b2)
@@ -58,32 +59,36 @@ def test_the_second_moment_follows_its_variance():
   low = np.float64(after.basis['t']) @ np.float64(GRADS[gap]['t']).T
   expected_m = b1 * (c @ m) + (1 - b1) * low
   expected_v = b2 * v + (1 - b2) * low**2
-  # Float32 sums of eight terms.
+  # The tolerance allows for float32 sums of eight terms.
   np.testing.assert_allclose(after.inner.mu['t'], expected_m, atol=1e-6)
   np.testing.assert_allclose(after.inner.nu['t'], expected_v, atol=1e-6)
 
 
 def test_moments_turn_by_products_of_the_highest_precision():
-  # Of which a card knows lower ones.
+  # Rotations must request the highest precision, because GPUs use a lower
+  # precision for float32 products by default.
   def products(moments):
     tx = galore(optax.adam(0.1), rank=4, moments=moments)
     state = jax.eval_shape(tx.init, PARAMS)
     return str(jax.make_jaxpr(tx.update)(PARAMS, state)).count('HIGHEST')
 
-  # Of either matrix, C and its products with both moments.
+  # For each of the two matrices, the product C and the rotations of both
+  # moments have precision HIGHEST.
   assert products('rotate') - products('keep') >= 2 * 3
 
 
 def test_nothing_moves_when_the_basis_stays():
-  # The same gradient: the same basis, and C is the identity. Adam divides the
-  # rounding of a large entry, moved to a small one, by eps at least.
+  # All gradients are equal, so the basis stays the same and C is the identity
+  # up to rounding. A rotation may move the rounding error of a large entry to a
+  # small one, which Adam divides by eps or more.
   eps, grads = 0.1, GRADS[:1] * 5
   inner = optax.adam(0.1, eps=eps)
   expected, _ = _run(inner, grads, gap=100)
   largest = max(np.linalg.norm(g, axis=-1).max() for g in grads[0].values())
   for moments in ('keep', 'rotate'):
     updates, _ = _run(inner, grads, gap=2, moments=moments)
-    # Two refreshes, each of sums of up to 17 terms.
+    # The tolerance allows for two refreshes with sums of up to 17 terms each,
+    # and for the division by eps.
     assert_close(updates, expected, operations=2 * 17 * largest / eps)
 
 

@@ -1,6 +1,6 @@
-"""States pass through flax.serialization and pickle, structure included.
+"""States pass through flax.serialization and pickle, including structure.
 
-The library never imports flax: `tests/test_architecture.py` checks that.
+The library never imports flax; `tests/test_architecture.py` checks that.
 """
 
 import pickle
@@ -81,7 +81,7 @@ CHANGES = {
 
 
 def filled(tree):
-  """Returns a tree of the same types whose elements differ."""
+  """Returns a tree of the same types with varied elements."""
 
   def fill(x):
     return (jnp.arange(x.size).reshape(x.shape) % 7).astype(x.dtype)
@@ -90,7 +90,7 @@ def filled(tree):
 
 
 def check_same(back, tree):
-  # Static fields of quantized arrays are part of the structure.
+  # The tree structure includes the static fields of quantized arrays.
   assert jax.tree.structure(back) == jax.tree.structure(tree)
   chex.assert_trees_all_equal_shapes_and_dtypes(back, tree)
   chex.assert_trees_all_equal(back, tree)
@@ -105,7 +105,7 @@ def check_round_trips(tree):
   packed = serialization.msgpack_serialize(fields)
   fields = serialization.msgpack_restore(packed)
   check_same(serialization.from_state_dict(zeros, fields), tree)
-  # Some programs turn all leaves of a state dict into arrays.
+  # Some programs convert all leaves of a state dict to arrays.
   arrays = jax.tree.map(np.asarray, fields)
   check_same(serialization.from_state_dict(zeros, arrays), tree)
   check_same(pickle.loads(pickle.dumps(jax.device_get(tree))), tree)
@@ -115,7 +115,7 @@ def check_round_trips(tree):
 def test_a_state_round_trips(name):
   state = filled(jax.eval_shape(STATES[name]().init, params()))
   check_round_trips(state)
-  # flax writes the data of keys, but no typed key.
+  # flax cannot serialize typed PRNG keys, so states must not contain any.
   for x in jax.tree.leaves(state):
     assert not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 

@@ -1,4 +1,4 @@
-"""Steps and states on meshes of eight devices, and on one."""
+"""Steps and states on meshes of eight devices equal those of one device."""
 
 import functools
 import math
@@ -19,7 +19,8 @@ from tests.rounding import distance, units
 
 AXES = ('data', 'fsdp', 'tensor')
 SHAPES = {'blocks': {'up': (2, 16, 24)}, 'w': (24, 40), 'embed': (16, 8)}
-# Sizes of the axes, and of a kernel's input and output the axis that cuts it.
+# The sizes of the mesh axes, and the mesh axes that shard the input and the
+# output axis of a kernel.
 LAYOUTS = {
   'data': ((8, 1, 1), (None, None)),
   'in': ((1, 8, 1), ('fsdp', None)),
@@ -75,7 +76,7 @@ def mesh_of(layout, kind=AxisType.Auto):
 
 
 def put(tree, layout, mesh):
-  """Returns the leaves, cut as a layout says."""
+  """Shards all leaves by a layout."""
 
   def of_leaf(x):
     spec = PartitionSpec(*(None,) * (x.ndim - 2), *LAYOUTS[layout][1])
@@ -90,9 +91,9 @@ def run(tx, params, grads, *, jit=True):
     return optax.apply_updates(params, updates), state
 
   init, step = map(jax.jit, (tx.init, update)) if jit else (tx.init, update)
-  # On the CPU, operation by operation, more programs than 32 wait for a device,
-  # and the one that the others wait for may be the next: XLA ends the process.
-  # Looking for NaN waits for each.
+  # On the CPU without jit, more than 32 programs may be queued that wait for a
+  # device. If the program that they wait for is not among the first 32, XLA
+  # ends the process. debug_nans waits for each operation, which avoids this.
   with jax.debug_nans(not jit):
     state = init(params)
     for g in grads:
@@ -101,7 +102,8 @@ def run(tx, params, grads, *, jit=True):
 
 
 CODES = ('8bit', 'packed')
-# On every layout and in every way; the others on the one that has most of it.
+# These presets run on all layouts and kinds of mesh. The others run only on the
+# most general layout.
 CORE = ('svd', '8bit', 'adafactor', 'fira')
 KINDS = ('Explicit', 'Auto')
 CASES = [
@@ -126,7 +128,7 @@ def test_a_mesh_is_one_device(name, layout, kind, jit):
   check_one_device(name, layout, kind, SHAPES, jit=jit)
 
 
-# A stack that is dealt out over all devices, and one over some of them.
+# The layers of a stack are distributed over all eight devices, or over six.
 STACKS = {'eight': (8, 16, 24), 'six': (6, 16, 24)}
 
 
@@ -147,16 +149,17 @@ def check_one_device(name, layout, kind, shapes, *, jit=True):
       grads = [put(g, layout, mesh) for g in grads]
       ours = run(tx, put(start, layout, mesh), grads, jit=jit)
   if name in CODES:
-    # Scales are float32, and a value at a tie has one of two codes: one entry
-    # in a thousand may then be off by a hundredth of its update.
+    # The tolerance allows for float32 scales, and for values half-way between
+    # two codes, which may round to either. About one entry in a thousand may be
+    # off by a hundredth of its update.
     assert distance(ours, want) < 1e-4
   else:
-    # Sums across devices are in another order.
+    # The tolerance allows for summing across devices in a different order.
     chex.assert_trees_all_close(ours, want, rtol=0, atol=1e-12)
 
 
 class Deep:
-  """A model as `layerwise` wants it, whose sides eight devices divide."""
+  """A model for `layerwise` whose dimensions are divisible by eight devices."""
 
   def embed(self, params, batch):
     return batch['x'] @ params['embed']
@@ -212,13 +215,15 @@ def test_a_layerwise_step_on_a_mesh_is_that_of_one_device(way, layout, kind):
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(ours[1]))
     specs = lambda tree: [x.sharding.spec for x in jax.tree.leaves(tree)]
     assert specs(ours[0]) == specs(put(params, layout, mesh))
-  # Sums across devices are in another order. Where gradients are clipped, norms
-  # are float32 and values at a tie have one of two codes.
+  # The tolerance allows for summing across devices in a different order. If
+  # gradients are clipped, norms are float32, and a value half-way between two
+  # codes may round to either.
   if way == 'clipped':
     assert distance(ours[0], want[0]) < 1e-4
   else:
     chex.assert_trees_all_close(ours[0], want[0], rtol=0, atol=1e-11)
-  # Norms in float32 of three thousand squares, whose errors average out.
+  # The tolerance allows for norms that are float32 sums of three thousand
+  # squares, whose errors average out.
   chex.assert_trees_all_close(ours[1], want[1], rtol=units(100))
 
 
@@ -230,7 +235,9 @@ def test_a_layerwise_step_on_a_mesh_is_that_of_one_device(way, layout, kind):
   ],
   quick=[('svd', 'mixed', 'Explicit')],
 )
-def test_a_first_state_lives_where_it_is_told(name, layout, kind):
+def test_the_first_state_is_sharded_as_state_shardings_returns(
+  name, layout, kind
+):
   mesh, tx = mesh_of(layout, AxisType[kind]), PRESETS[name]()
   with jax.set_mesh(mesh):
     params = put(weights(), layout, mesh)
@@ -254,7 +261,7 @@ def test_moments_are_cut_along_n_and_bases_along_m(cut):
   for moment in (state.inner[0].mu['w'], state.inner[0].nu['w']):
     assert spec(moment.codes) == spec(moment.scale) == (None, 'fsdp')
   assert spec(state.count) == spec(state.inner[0].count) == ()
-  # 25 is not divided by 8.
+  # 25 is not divisible by 8, so these moments are replicated.
   params = {'w': jax.ShapeDtypeStruct((24, 25), 'float32')}
   state, _ = go.state_shardings(
     go.galore_adamw(0.1, **LOW), params, {'w': place}
@@ -266,7 +273,8 @@ def test_moments_are_cut_along_n_and_bases_along_m(cut):
 def test_codes_of_a_stack_are_cut_along_it():
   mesh = jax.make_mesh((8,), ('fsdp',))
   tx = go.galore_adamw_8bit(0.1, block_size=5, min_size=0, **LOW)
-  # Three layers are not divided by 8: along n.
+  # 16 layers are divisible by 8 devices and are sharded. Three layers are not,
+  # so codes are sharded along n instead.
   for length, cut in ((16, ('fsdp', None, None)), (3, (None, None, 'fsdp'))):
     params = {'up': jax.ShapeDtypeStruct((length, 24, 40), 'float32')}
     place = NamedSharding(mesh, PartitionSpec(None, 'fsdp'))
@@ -303,7 +311,7 @@ BILL = {
 def test_a_device_holds_an_eighth_of_the_state(name, cut):
   mesh = jax.make_mesh((8,), ('fsdp',))
   spec = PartitionSpec(None, *LAYOUTS[cut][1])
-  # Blocks of 256, a number of them that eight devices divide.
+  # The number of blocks of 256 is divisible by eight devices.
   params = {'up': jax.ShapeDtypeStruct((3, 2048, 4096), 'float32')}
   tx, places = BILL[name](), {'up': NamedSharding(mesh, spec)}
   places = go.state_shardings(tx, params, places)
@@ -316,14 +324,14 @@ def test_a_device_holds_an_eighth_of_the_state(name, cut):
 
 
 @each('name', PRESETS, quick=['svd', 'adafactor', 'badam', 'scale'])
-def test_what_is_like_the_parameters_is_known_by_optax(name):
+def test_optax_finds_the_state_that_is_like_parameters(name):
   tx = PRESETS[name]()
   state = jax.eval_shape(tx.init, weights())
   seen = []
   mark = lambda x: seen.append(x) or x
   back = optax.tree.map_params(tx, mark, state)
   chex.assert_trees_all_equal_structs(back, state)
-  # What is left are counters.
+  # The remaining leaves are counters.
   rest = len(jax.tree.leaves(state)) - len(seen)
   assert rest <= 5 and (seen or name in ('sign', 'lomo'))
 
@@ -358,8 +366,9 @@ def test_flax_optimizer_has_its_state_in_place(kind):
 
 
 @each('name', ['chain', '8bit', 'adafactor'], quick=['chain'])
-def test_axes_that_flax_names_are_those_of_weights_alone(name):
-  # The optimizer gives the axes of a variable to the state that is of it.
+def test_axis_names_of_flax_apply_only_to_weights(name):
+  # nnx.Optimizer copies the axis names of a variable to its state, whose arrays
+  # have other dimensions.
   mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Auto,))
   named = nnx.with_partitioning(nnx.initializers.ones, ('fsdp', None))
   with jax.set_mesh(mesh):
@@ -376,7 +385,7 @@ def test_axes_that_flax_names_are_those_of_weights_alone(name):
     for x, same, place in zip(ours, *leaves, strict=True):
       assert x.shape == same.shape
       assert x.sharding.is_equivalent_to(place, x.ndim)
-    # Something of it is cut: not all is whole on each device.
+    # Some state must be sharded; it must not all be replicated.
     assert any(not x.is_fully_replicated for x in ours)
     nnx.jit(lambda *run: run[0].update(*run[1:]))(optimizer, model, params)
   assert model.up.kernel.get_metadata()
@@ -395,7 +404,7 @@ def computations(text):
 
 
 def unconditional(parts, name='ENTRY'):
-  """Returns the lines that run at every step: in no branch of a condition."""
+  """Returns the lines that run at every step, outside of `cond` branches."""
   lines = [*parts[name]]
   calls = r'(?:calls|to_apply|body|condition)=%?([\w.\-]+)'
   for called in re.findall(calls, '\n'.join(parts[name])):
@@ -404,18 +413,18 @@ def unconditional(parts, name='ENTRY'):
 
 
 def elements(shape):
-  """Returns the elements of an array, of its sides as text."""
+  """Returns the number of elements of an array from its shape as text."""
   return math.prod(map(int, filter(None, shape.split(','))))
 
 
 def gathered(lines):
-  """Returns the elements of each array that is gathered."""
+  """Returns the number of elements of each array that is all-gathered."""
   shapes = re.findall(r'= \w+\[([\d,]*)\]\S* all-gather', '\n'.join(lines))
   return list(map(elements, shapes))
 
 
 def dealt(lines):
-  """Returns the elements of what each device gets of an all-to-all."""
+  """Returns the number of elements that a device receives per all-to-all."""
   found = re.findall(r'= (\(.*\)) all-to-all\(', '\n'.join(lines))
   return [sum(map(elements, re.findall(r'\w\[([\d,]*)\]', x))) for x in found]
 
@@ -444,7 +453,9 @@ def test_a_refresh_deals_a_stack_out_and_gathers_one_matrix_at_a_time(
   parts = computations(text)
   every = gathered(text.splitlines())
   assert ' conditional(' in text and max(every) == 64 * 96
-  # Eight matrices of a stack: each device sends parts, and has one whole.
+  # The stack has eight matrices. Each device sends parts of all and receives
+  # one whole matrix.
   assert max(dealt(text.splitlines())) == 64 * 96
-  # A basis, or a low-rank update, of the stack.
+  # Outside of refreshes, only a basis or a low-rank update of the stack is
+  # gathered.
   assert 0 < max(gathered(unconditional(parts))) <= 8 * LOW['rank'] * 96

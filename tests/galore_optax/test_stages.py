@@ -1,4 +1,4 @@
-"""An update in three stages, and how often it asks its inner."""
+"""The three stages of an update, and how often it runs its inner optimizer."""
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,9 @@ def test_an_update_is_its_stages(name):
   whole = jax.jit(update)
   for i in range(3):
     want, after = whole(gradients(i), state)
-    # Linear: the sum of projections, without the gradient. One rounding, which
-    # Adam enlarges in the entries that nearly cancel.
+    # Projection is linear, so a sum of projections replaces the gradient. The
+    # tolerance allows for one more rounding, which Adam amplifies for entries
+    # that nearly cancel.
     got, _ = of_projections(gradients(i), state)
     assert distance(got, want) < units(1000)
     state = after
@@ -86,10 +87,11 @@ def test_matrices_that_take_turns_are_due_one_by_one():
     after = jax.device_get(state.basis)
     same = jax.tree.map(np.array_equal, before, after)
     changed = not all(jax.tree.leaves(same))
-    # A matrix that is due has a new basis.
+    # A step must be due exactly if it changes the basis of some matrix.
     assert due == changed
     found.append(due)
-  # Four matrices in eight steps, twice, and all at first.
+  # All four matrices refresh at step 0. Afterwards each refreshes every eight
+  # steps, at different steps.
   assert found[0] and 1 < sum(found[1:9]) <= 4
 
 
@@ -109,7 +111,8 @@ def test_a_residual_rule_reads_the_gradient_itself():
   ids=['galore', 'frugal', 'fira', 'apollo'],
 )
 def test_an_update_traces_its_inner_once_a_group(make, most):
-  # A black box is run, not asked: decay, rate and counters come of that run.
+  # Decay, learning rate and counters must all come from a single run of the
+  # inner optimizer per group of leaves.
   traced, adam = [], optax.scale_by_adam()
 
   def update(updates, state, params=None):

@@ -1,4 +1,4 @@
-"""Uses of params, state and extra arguments that an inner may make."""
+"""How an inner optimizer may use params, state and extra arguments."""
 
 from typing import NamedTuple
 
@@ -74,7 +74,8 @@ def test_a_measurement_changes_nothing(name):
   measured = galore(MEASURES[name](), **OPTIONS)
   updates, _ = first_update(measured)
   want, _ = first_update(galore(adamw(), **OPTIONS))
-  # Two programs: projections of up to nine terms, and Adam's first step.
+  # The tolerance allows for different programs with projections that sum up to
+  # nine terms, and for Adam's first step.
   assert distance({name: updates[name] for name in want}, want) < units(100)
 
 
@@ -83,7 +84,8 @@ def test_a_snapshot_measures_the_low_rank_gradient():
   _, state = first_update(tx)
   low = tx.project(tree(5), state)
   assert low['w'].shape == (3, 9)
-  # A norm of some forty squares, each of a sum of up to nine terms.
+  # The tolerance allows for a norm of about forty squares, each of a sum of up
+  # to nine terms.
   np.testing.assert_allclose(
     optax.tree.get(state, 'n'), optax.tree.norm(low), rtol=units(50)
   )
@@ -95,7 +97,7 @@ class Kept(NamedTuple):
 
 
 def pulled_back(at):
-  """Adds the first weights to an update, at one step of a run."""
+  """Adds the initial weights to the update at one step of the run."""
 
   def update(updates, state, params=None):
     pull = jax.tree.map(
@@ -108,7 +110,7 @@ def pulled_back(at):
 
 
 def scaled_by_state():
-  """Stores the norm of the weights, and divides by it one step later."""
+  """Stores the norm of the weights, by which the next step may divide."""
 
   def update(updates, state, params=None):
     size = optax.tree.norm(params)
@@ -121,7 +123,8 @@ def scaled_by_state():
 @pytest.mark.parametrize(
   'make, where',
   [
-    # The trial never comes to step 7.
+    # The trial run at `init` does not reach step 7, so the error must follow
+    # from the traced program.
     (lambda: pulled_back(at=7), r"its state.*\.params\['w'\] depends on them"),
     (lambda: jitted(pulled_back(at=7)), r"\.params\['w'\] depends on them"),
     (scaled_by_state, 'its state.* depends on them'),
@@ -155,7 +158,7 @@ NEED_FUNCTIONS = {
 @each('name', NEED_FUNCTIONS, quick=['backtracking', 'sophia'])
 def test_an_inner_that_calls_the_loss_is_refused(name):
   make, function = NEED_FUNCTIONS[name]
-  # Sam takes no arguments but its own, and a chain would pass them all.
+  # Sam accepts only its own arguments, while a chain would pass all of them.
   inner = make()
   if name != 'opaque sam':
     inner = optax.chain(optax.sgd(0.1), inner)
@@ -184,7 +187,8 @@ def test_a_loss_that_no_weight_enters_is_fine():
   updates, state = first_update(tx, value=jnp.float32(2.0))
   low = tx.project(tree(5), state)
   step = min(1.0, 2.0 / float(optax.tree.norm(low, squared=True)))
-  # A norm of some forty squares, each of a sum of up to nine terms.
+  # The tolerance allows for a norm of about forty squares, each of a sum of up
+  # to nine terms.
   np.testing.assert_allclose(updates['b'], -step * low['b'], rtol=units(50))
 
 
@@ -202,7 +206,7 @@ def test_the_remedy_of_the_message_works():
     first_update(optax.chain(inner, outside))
 
 
-def test_extra_arguments_reach_whoever_takes_them():
+def test_extra_arguments_reach_inners_that_accept_them():
   def strict(*names):
     def update(updates, state, params=None, **given):
       if {*given} != {*names}:
@@ -221,7 +225,7 @@ def test_extra_arguments_reach_whoever_takes_them():
     try_update(tx, w, tx.init(w), w)
 
 
-def test_what_an_output_depends_on():
+def test_dependencies_of_an_output():
   def f(x, y, z):
     a, b = jax.lax.cond(z > 0, lambda: (x, 2 * y), lambda: (3 * x, y))
     c, _ = jax.lax.scan(lambda c, _: (c + y, None), z, None, 3)
@@ -230,5 +234,5 @@ def test_what_an_output_depends_on():
   jaxpr = jax.make_jaxpr(f)(1.0, 2.0, 3.0).jaxpr
   assert reaches(jaxpr, [True, False, False]) == [1, 0, 0, 0, 1]
   assert reaches(jaxpr, [False, True, False]) == [0, 1, 1, 1, 0]
-  # A condition decides on both of its results.
+  # The predicate of a `cond` affects both of its results.
   assert reaches(jaxpr, [False, False, True]) == [1, 1, 1, 0, 0]

@@ -1,4 +1,4 @@
-"""Transformations around `galore`, and the libraries that call it."""
+"""Transformations around `galore`, and libraries that use it."""
 
 import dataclasses
 
@@ -19,8 +19,9 @@ from tests.galore_optax.program import each, normal32
 from tests.rounding import assert_close, assert_same_program, distance, units
 
 OPTIONS = {'rank': 3, 'gap': 2}
-# A program of other leaves sums up to 13 terms in another order, in each of
-# four steps. Adam enlarges the rounding of entries that nearly cancel.
+# Tolerance for a program with other leaves, which sums up to 13 terms in a
+# different order in each of four steps. Adam amplifies the rounding of entries
+# that nearly cancel.
 ANOTHER_PROGRAM = units(4 * 13 * 10)
 
 
@@ -33,7 +34,7 @@ def tree(seed=0):
 
 
 def run(tx, steps=4, params=None):
-  """Returns the updates of each step."""
+  """Returns the updates of each step, and the last state."""
   params = tree() if params is None else params
   state, step, trail = tx.init(params), jax.jit(tx.update), []
   for i in range(steps):
@@ -63,7 +64,8 @@ def test_partition():
   part, _ = run(direct(), params={k: tree()[k] for k in 'wb'})
   for ours, want in zip(trail, part, strict=True):
     assert distance({k: ours[k] for k in 'wb'}, want) < ANOTHER_PROGRAM
-  # Two products and a sine, which XLA computes to a few units.
+  # The tolerance allows for two products, and for a sine that XLA computes to a
+  # few ulps.
   want = -0.5 * np.sin(3 * np.float64(tree()['v']))
   assert_close(trail[0]['v'], want, operations=10)
 
@@ -99,7 +101,8 @@ def test_MultiSteps():
     mean = jax.tree.map(lambda x, y: (x + y) / 2, one, two)
     want, want_state = want_step(mean, want_state, params)
     assert not np.any(nothing['w'])
-    # A running mean rounds otherwise than the mean.
+    # The tolerance allows for a running mean, which rounds differently from the
+    # mean of both gradients.
     assert distance(ours, want) < ANOTHER_PROGRAM
   assert int(state.inner_opt_state.count) == 3
 
@@ -151,8 +154,8 @@ def test_schedule_free_around():
   )
   trail, state = run(tx)
   assert state.base_optimizer_state.basis['w'].shape == (3, 7)
-  # The average of iterates that are the same as galore's own: at step one
-  # the average is the iterate, and the update is galore's.
+  # The average of the iterates at step one equals the iterate, so the update
+  # equals galore's.
   want, _ = run(galore(optax.sgd(0.1), scale=1.0, **OPTIONS), steps=1)
   assert distance(trail[0], want[0]) < ANOTHER_PROGRAM
 
@@ -183,7 +186,7 @@ def test_frozen_dict():
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """A pytree with attributes and None, as filtered modules are."""
+  """A pytree with attributes and None, as equinox's filtered modules are."""
 
   weight: jax.Array
   bias: jax.Array | None
@@ -276,7 +279,7 @@ def test_an_equinox_model_learns():
     model, state, value = step(model, state)
     losses.append(float(value))
   assert losses[-1] < 0.6 * losses[0]
-  # Equinox keeps weights as [out, in]; the shorter side is projected.
+  # Equinox weights are [out, in]; the shorter side is projected.
   basis = state[0].basis
   assert projected_names(basis) == {f'layers/{i}/weight' for i in range(3)}
   assert [layer.weight.shape for layer in basis.layers] == [

@@ -1,11 +1,15 @@
-"""What the parity tests share: the reference's signs under our rule."""
+"""Fixture that makes the PyTorch reference choose the same signs as we do."""
 
 import pytest
 
 
 @pytest.fixture
 def signs_by_rule(monkeypatch):
-  """A decomposition leaves signs open: the reference gets ours."""
+  """Patches galore_torch to fix the signs of singular vectors with our rule.
+
+  An SVD determines singular vectors only up to sign. Without the same rule, the
+  two bases differ in sign and their moments after a refresh cannot be compared.
+  """
   projector = pytest.importorskip('galore_torch.galore_projector')
   decompose = projector.GaLoreProjector.get_orthogonal_matrix
 

@@ -1,9 +1,13 @@
-"""What the models of transformers are compared with have in common."""
+"""Helper for tests that compare our models with those of transformers."""
 
 
 def perturb(model):
-  """Moves norms and biases, which begin where nothing shows a mistake."""
-  import torch  # of the parity environment alone
+  """Adds noise to norms and biases.
+
+  They are initialized to ones and zeros, which would hide mistakes in their
+  use.
+  """
+  import torch  # Only the parity environment has torch.
 
   with torch.no_grad():
     for name, parameter in model.named_parameters():

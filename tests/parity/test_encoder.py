@@ -1,4 +1,4 @@
-"""BERT and RoBERTa against transformers, with the same weights and padding."""
+"""BERT and RoBERTa equal transformers' models on the same weights and batch."""
 
 import json
 
@@ -33,7 +33,7 @@ _CASES = {
 
 
 def _reference(kind, task='SequenceClassification', dtype='float32', **fields):
-  """transformers' model, its weights large enough to matter."""
+  """Returns transformers' model, with weights large enough to affect logits."""
   torch.manual_seed(0)
   config = getattr(transformers, f'{kind}Config')
   model = getattr(
@@ -102,14 +102,16 @@ def test_logits_and_gradients_equal(kind, num_labels, tmp_path):
   assert sorted(ours) == sorted(theirs)
   largest = max(np.abs(gradient).max() for gradient in theirs.values())
   for name, gradient in theirs.items():
-    # Float32 sums in another order; a key's bias has no gradient but error.
+    # Float32 sums are taken in different orders. The exact gradient of a key
+    # bias is zero, so its tolerance is relative to the largest gradient of the
+    # model.
     atol = 2e-5 * max(np.abs(gradient).max(), 0.01 * largest)
     np.testing.assert_allclose(ours[name], gradient, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('kind', _CASES)
-def test_transformers_reads_what_is_written(kind, dtype, tmp_path):
+def test_transformers_reads_our_checkpoint(kind, dtype, tmp_path):
   names = {'id2label': {0: 'no', 1: 'yes', 2: 'perhaps'}}
   _reference(kind, dtype=dtype, **names).save_pretrained(tmp_path / 'theirs')
   config, params = huggingface.load(tmp_path / 'theirs')
@@ -151,7 +153,8 @@ def test_a_checkpoint_without_a_head_has_one_drawn(kind, task, tmp_path):
   found = Layers(config).logits(params, batch)
   expected = _logits(whole.eval(), batch).logits.detach().numpy()
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-  # The body, and BERT's pooler, are those of the checkpoint.
+  # The body, and BERT's pooler, must have the checkpoint's weights. Only the
+  # head is drawn at random.
   theirs = reference.state_dict()
   for name, tensor in whole.state_dict().items():
     for old in (name, name.partition('.')[2]):

@@ -1,7 +1,8 @@
-"""From directory to directory: what was fine-tuned is what transformers loads.
+"""Transformers loads a fine-tuned model from the directory that we export.
 
-The command lines are those of the configs of 7B and 8B, on a random small
-checkpoint of the same architecture; only what its size forbids is replaced.
+The command lines are those of the 7B and 8B configs, on a small random
+checkpoint of the same architecture. Only options that require the full size are
+replaced.
 """
 
 import jax
@@ -35,7 +36,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_transformers_loads_what_was_fine_tuned(tmp_path, name):
+def test_transformers_loads_a_fine_tuned_model(tmp_path, name):
   small, source = tmp_path / 'small', tmp_path / 'source'
   source.mkdir()
   write(source, CHATML, {'eos_token': '<|im_end|>'})
@@ -78,7 +79,7 @@ def test_transformers_loads_what_was_fine_tuned(tmp_path, name):
     'positions': np.arange(tokens_BT.shape[1], dtype=np.int32)[None],
     'segments': np.ones_like(tokens_BT),
   }
-  # Float32 sums in another order.
+  # The tolerance allows for float32 sums in a different order.
   np.testing.assert_allclose(
     ours.layers.logits(ours.params, batch), expected, atol=1e-4
   )

@@ -1,4 +1,4 @@
-"""GaLore-Adafactor against the PyTorch reference, step by step."""
+"""GaLore-Adafactor equals the PyTorch reference at every step."""
 
 import itertools
 
@@ -16,14 +16,15 @@ torch = pytest.importorskip('torch')
 galore_torch = pytest.importorskip('galore_torch')
 galore_projector = pytest.importorskip('galore_torch.galore_projector')
 
-# Flax's [in, out]; torch stores the transpose.
+# Flax kernels are [in, out]; torch stores the transpose.
 SHAPES = {'tall': (23, 13), 'wide': (13, 29), 'square': (17, 17)}
 PLAIN = {'embed': (11, 7), 'bias': (19,)}
-RANK, GAP, SCALE, STEPS, LR = 5, 3, 0.25, 13, 0.5  # Refreshes at 0, 3, ... 12.
+# Refreshes at steps 0, 3, ..., 12.
+RANK, GAP, SCALE, STEPS, LR = 5, 3, 0.25, 13, 0.5
 
 
 def sequence():
-  """Returns weights, and a gradient for each step, with a decaying spectrum."""
+  """Returns weights and one gradient per step, with decaying spectra."""
   rng = np.random.default_rng(0)
 
   def draw(shape, size):
@@ -42,7 +43,7 @@ def sequence():
 
 
 def reference(params, grads, *, side, **options):
-  """Returns the reference's weights after each step."""
+  """Yields the reference's weights after each step."""
   weights = {
     k: torch.nn.Parameter(torch.tensor(w.T.copy())) for k, w in params.items()
   }
@@ -64,8 +65,9 @@ def reference(params, grads, *, side, **options):
     yield {k: w.detach().numpy().T for k, w in weights.items()}
 
 
-# The reference's reverse_std takes the wrong branch where the low-rank
-# gradient of a wide weight is not wider than tall; it is not here (13 > 5).
+# The reference's `reverse_std` takes the wrong branch unless the low-rank
+# gradient of a wide weight is wider than it is tall. These shapes avoid the
+# wrong branch, since 13 > 5.
 @pytest.mark.parametrize(
   ('b1', 'scale_parameter', 'weight_decay', 'side'),
   [
@@ -98,8 +100,9 @@ def test_equals_reference(
     updates, state = update(grads[step], state, ours)
     ours = optax.apply_updates(ours, updates)
     for name, w in want.items():
-      # Two float32 SVDs, relative to the largest change of the weight so far;
-      # and each step may round the weight itself the other way.
+      # The tolerance allows for two different float32 SVDs, relative to the
+      # weight's largest change so far, and for one ulp of rounding of the
+      # weight per step.
       change = np.max(np.abs(w - before[name]))
       ulps = (step + 1) * np.spacing(np.max(np.abs(w)))
       assert change > 100 * ulps

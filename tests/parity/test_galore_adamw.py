@@ -1,9 +1,10 @@
-"""`galore_adamw` against the PyTorch reference's GaLoreAdamW.
+"""`galore_adamw` equals GaLoreAdamW of the PyTorch reference.
 
-Weights of torch are (out, in), ours (in, out), and ours are stacked over
-layers. Distances are Frobenius norms, relative to how far the weights moved:
-60 float32 steps leave up to 6e-6. Singular values that almost meet would turn
-two bases apart, hence 1e-3 where each side finds its own on a LLaMA.
+Torch weights are (out, in). Our kernels are (in, out) and stacked over layers.
+Distances are Frobenius norms relative to how far the weights moved. After 60
+float32 steps they are at most 6e-6. The tolerance is 1e-3 in tests on a LLaMA
+where each side computes its own bases, because nearly equal singular values
+make the two bases differ.
 """
 
 import jax
@@ -22,12 +23,16 @@ from models.llama import Layers, LlamaConfig  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-RANK, GAP, SCALE, STEPS = 6, 15, 0.25, 60  # Refreshes at 0, 15, 30, 45.
+# Refreshes at steps 0, 15, 30 and 45.
+RANK, GAP, SCALE, STEPS = 6, 15, 0.25, 60
 LR, WARMUP, DECAY = 0.01, 10, 0.1
 
 
 def learning_rate(step):
-  """From zero: the first update moves nothing, but its moments stay."""
+  """Returns a learning rate with a warm-up from zero.
+
+  The first update does not move the weights, but its moments are kept.
+  """
   minimum = jnp.minimum if isinstance(step, jax.Array) else min
   return LR * minimum(step / WARMUP, 1.0)
 
@@ -64,7 +69,7 @@ def ours(**options):
 
 
 def distances(params, others, start):
-  """Returns the distance of each leaf, as a share of its movement."""
+  """Returns the distance of each leaf, relative to how far the leaf moved."""
   return jax.tree.map(
     lambda x, y, z: float(np.linalg.norm(x - y) / np.linalg.norm(y - z)),
     *(
@@ -82,7 +87,7 @@ SHAPES = {'tall': (47, 19), 'wide': (21, 53), 'square': (29, 29)}
 
 
 def separated(seed, size):
-  """Returns matrices (in, out) with singular values 0.7^k."""
+  """Returns matrices (in, out) with well-separated singular values 0.7^k."""
   rng = np.random.default_rng(seed)
   out = {}
   for name, shape in SHAPES.items():
@@ -91,7 +96,8 @@ def separated(seed, size):
   return out
 
 
-# Left in torch is the output axis, right in a Flax kernel.
+# The left side of a torch weight is its output axis, which is the right side of
+# a Flax kernel.
 SIDES = {'std': 'std', 'reverse_std': 'reverse_std', 'right': 'left'}
 SIDES |= {'left': 'right', 'full': 'full'}
 
@@ -148,7 +154,7 @@ def torch_llama():
 
 
 def to_tree(tensors):
-  """Returns tensors by torch's names as our stacked tree."""
+  """Converts tensors, named as in torch, to our tree with stacked layers."""
   arrays = {name: x.detach().numpy().copy() for name, x in tensors}
   return jax.tree.map(jnp.asarray, huggingface.params_of(arrays, CONFIG))
 
@@ -167,7 +173,7 @@ def make(model):
 
 
 def tokens(step):
-  """Returns text with structure: what follows a token depends on it."""
+  """Returns tokens in which each token depends on its predecessor."""
   rng = np.random.default_rng(step)
   noise = rng.integers(5, size=(8, 25))
   return np.cumsum(noise * noise, axis=1) % CONFIG.vocab_size
@@ -182,25 +188,26 @@ def torch_gradients(model, step):
 
 def assert_all_projected(params, state):
   kernels = jax.tree.leaves(state[0].basis)
-  assert len(kernels) == 7  # q, k, v, o, gate, up, down.
+  assert len(kernels) == 7  # q, k, v, o, gate, up, down
   shapes = {x.shape for x in jax.tree.leaves(params['blocks']) if x.ndim == 3}
   assert shapes == {(2, 24, 24), (2, 24, 40), (2, 40, 24)}
 
 
 def reference_bases(model, optimizer):
-  """Returns the reference's bases by our paths, as stacks of rows."""
+  """Returns the reference's bases, stacked over layers, by our leaf names."""
   rows = {}
   for name, x in model.named_parameters():
     if is_projected(name):
       basis = optimizer.state[x]['projector'].ortho_matrix
-      # (rank, in) of a wide torch weight, (out, rank) of a tall one.
+      # The basis of a wide torch weight is (rank, in), of a tall one (out,
+      # rank).
       basis = basis if basis.shape[0] == RANK else basis.T
       rows.setdefault(name.split('.')[-2][0], []).append(basis.numpy())
   return {key[0]: np.stack(layers) for key, layers in rows.items()}
 
 
 def inject(state, bases):
-  """Returns our state with other bases in it."""
+  """Returns our optimizer state with its bases replaced."""
   galore_state, decay_state = state
 
   def swap(path, mine):
@@ -213,10 +220,14 @@ def inject(state, bases):
 
 
 def test_every_weight_of_a_llama_with_the_reference_bases():
-  """Nothing here but the bases is the reference's, and it is untouched."""
+  """With the reference's bases, all other computations of ours agree with it.
+
+  The reference itself runs unmodified.
+  """
   model = torch_llama()
   optimizer, start = make(model)
-  # Ours never refreshes: it is past step 0, and the gap has no end.
+  # Our side never refreshes, because its count starts at 1 and the gap exceeds
+  # the number of steps.
   tx, update = ours(gap=10**9)
   params, (galore_state, decay_state) = start, tx.init(start)
   state = galore_state._replace(count=jnp.int32(1)), decay_state
@@ -270,7 +281,7 @@ def batch_of(step):
 
 @pytest.mark.parametrize('subspace', ['svd', 'gram'])
 def test_two_training_runs_end_to_end(signs_by_rule, subspace):
-  """Each side has its model, gradients, bases and optimizer."""
+  """Each side has its own model, gradients, bases and optimizer."""
   model = torch_llama()
   optimizer, start = make(model)
   tx, update = ours(subspace=subspace)
@@ -289,7 +300,7 @@ def test_two_training_runs_end_to_end(signs_by_rule, subspace):
 
 
 def test_the_unmodified_reference_within_the_first_gap():
-  """Until the second refresh an update does not depend on signs."""
+  """Before the second refresh, updates do not depend on the basis signs."""
   model = torch_llama()
   optimizer, start = make(model)
   tx, update = ours()
@@ -303,7 +314,7 @@ def test_the_unmodified_reference_within_the_first_gap():
 
 
 def test_groups_are_the_param_groups_of_pytorch(signs_by_rule):
-  """Two groups of projected weights with a rate and a decay of their own."""
+  """Groups of projected weights have their own learning rate and decay."""
   start = separated(0, 0.5)
   weights = {k: torch.nn.Parameter(torch.tensor(w.T)) for k, w in start.items()}
   galore = {'rank': RANK, 'update_proj_gap': GAP, 'scale': SCALE}

@@ -1,4 +1,4 @@
-"""Greedy tokens with a cache against those of transformers."""
+"""Greedy generation with a cache returns the same tokens as transformers."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,8 @@ def test_greedy_tokens_are_those_of_generate(kind, tmp_path):
   reference.save_pretrained(tmp_path)
   rng = np.random.default_rng(0)
   prompts = [rng.integers(3, 101, size=n).tolist() for n in (1, 5, 30)]
-  # One at a time: a batch of theirs is padded on the left.
+  # Generate one prompt at a time, because transformers pads batches on the
+  # left.
   expected = []
   for prompt in prompts:
     ids = reference.generate(

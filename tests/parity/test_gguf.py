@@ -1,4 +1,4 @@
-"""A GGUF file as transformers reads it, and as `models.gguf` does."""
+"""`models.gguf` reads a GGUF file as transformers does."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""`from_hf_args` beside the code of transformers' trainer."""
+"""`from_hf_args` agrees with the code of transformers' Trainer."""
 
 import inspect
 import types
@@ -17,7 +17,7 @@ from train.hf_args import from_hf_args  # noqa: E402
 
 pytestmark = [
   pytest.mark.parity,
-  # galore-torch's own AdamW says so of itself.
+  # galore-torch's AdamW emits a deprecation warning about itself.
   pytest.mark.filterwarnings('ignore:This implementation of AdamW'),
 ]
 
@@ -26,7 +26,7 @@ _SIDES |= {'left': 'right', 'right': 'left'}
 
 
 def _reference(optim, optim_args, targets, tied=False):
-  """The options of transformers' groups, and the modules in them."""
+  """Returns the GaLore options of transformers' groups and their modules."""
   model = transformers.LlamaForCausalLM(
     transformers.LlamaConfig(
       vocab_size=16,

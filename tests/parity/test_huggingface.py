@@ -1,4 +1,4 @@
-"""Checkpoints from and to transformers, for every architecture."""
+"""Checkpoints are read from and written for transformers, per architecture."""
 
 import dataclasses
 import json
@@ -43,7 +43,9 @@ _WINDOW = {
   'max_window_layers': 0,
 }
 
-# transformers' fields, and without what of ours the model is another one.
+# Per architecture: fields of transformers' config, and overrides of our config.
+# Each single override must change the logits, so that these fields are known to
+# matter.
 _CASES = {
   'Llama': (
     {'rope_parameters': _LLAMA3, 'tie_word_embeddings': True},
@@ -56,7 +58,7 @@ _CASES = {
 
 
 def _reference(kind, dtype='float32'):
-  """transformers' model, its weights large enough to matter."""
+  """Returns transformers' model, with weights large enough to affect logits."""
   torch.manual_seed(0)
   config = getattr(transformers, f'{kind}Config')
   model = getattr(transformers, f'{kind}ForCausalLM')(
@@ -112,19 +114,20 @@ def test_logits_and_gradients_equal(kind, tmp_path):
   theirs = {name: x.grad.numpy() for name, x in reference.named_parameters()}
   assert sorted(ours) == sorted(theirs)
   for name, gradient in theirs.items():
-    # Float32 sums in another order.
+    # The tolerance allows for float32 sums in a different order.
     atol = 2e-5 * np.abs(gradient).max()
     np.testing.assert_allclose(ours[name], gradient, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('kind', _CASES)
-def test_transformers_reads_what_is_written(kind, dtype, tmp_path):
+def test_transformers_reads_our_checkpoint(kind, dtype, tmp_path):
   _reference(kind, dtype).save_pretrained(tmp_path / 'theirs')
   config, params = huggingface.load(tmp_path / 'theirs')
   huggingface.save(tmp_path / 'ours', config, params, max_shard_bytes=100_000)
   assert (tmp_path / 'ours' / 'model.safetensors.index.json').exists()
-  # Both are read: the first one's rotary frequencies were cast to bfloat16.
+  # Reload both models. Casting the first model to bfloat16 had also cast its
+  # rotary frequencies, which reloading computes in float32.
   theirs, ours = (
     transformers.AutoModelForCausalLM.from_pretrained(
       tmp_path / name, attn_implementation='eager'
@@ -143,7 +146,8 @@ def test_transformers_reads_what_is_written(kind, dtype, tmp_path):
 @pytest.mark.parametrize('kind', [*_CASES, 'Bert', 'Roberta'])
 def test_all_that_a_config_can_say_of_other_programs_is_read(kind):
   theirs = getattr(transformers, f'{kind}Config')()
-  # What it has beside is what a config could hold before version 5.
+  # Before version 5 of transformers, a model's config could also hold
+  # generation parameters.
   others = transformers.GenerationConfig._get_default_generation_params()
   fields = json.loads(theirs.to_json_string(use_diff=False))
   expected = huggingface_config.parse(fields)

@@ -1,4 +1,4 @@
-"""LLaMA against transformers' LlamaForCausalLM with the same weights."""
+"""LLaMA equals transformers' LlamaForCausalLM with the same weights."""
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ def _config(num_kv_heads, tied):
 
 
 def _reference(config):
-  """transformers' model, its weights large enough to matter."""
+  """Returns transformers' model, with weights large enough to affect logits."""
   torch.manual_seed(0)
   model = transformers.LlamaForCausalLM(
     transformers.LlamaConfig(
@@ -78,7 +78,8 @@ def _batch(config):
 
 
 def _assert_close(actual, expected):
-  # Float32 sums in another order; 5e-6 of the largest entry was seen.
+  # The tolerance allows for float32 sums in a different order. The measured
+  # difference is 5e-6 of the largest entry.
   scale = np.abs(expected).max()
   np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * scale)
 

@@ -1,4 +1,4 @@
-"""Adapters beside PEFT's own: what it reads of ours, and we of its."""
+"""PEFT reads our adapters, and we read the adapters of PEFT."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from models.lowrank import Lora  # noqa: E402
 
 pytestmark = [
   pytest.mark.parity,
-  # PEFT's use of a name that transformers gives up.
+  # PEFT uses an attribute that transformers deprecates.
   pytest.mark.filterwarnings('ignore:`is_gradient_checkpointing`'),
 ]
 
@@ -22,7 +22,7 @@ T = 20
 
 
 def _reference(directory):
-  """transformers' model of small random weights, saved."""
+  """Saves a small random LLaMA with transformers, and returns the model."""
   torch.manual_seed(0)
   config = transformers.LlamaConfig(
     vocab_size=61,
@@ -76,10 +76,12 @@ def test_peft_reads_our_adapter(targets, tmp_path):
   expected = _logits(theirs.eval())
   assert np.abs(expected - plain).max() > 0.1
   found = _logits_of_ours(config, params, adapter)
-  # float32 in other orders of summation; logits are about 1.
+  # The tolerance allows for float32 sums in a different order; logits are about
+  # 1.
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
-  # PEFT's merge, and ours in a directory that transformers reads.
+  # The merged weights equal those of PEFT, also after transformers has read
+  # them from our directory.
   merged = lowrank.merge(params, adapter)
   huggingface.save(tmp_path / 'merged', config, merged)
   whole = theirs.merge_and_unload().state_dict()
@@ -114,7 +116,7 @@ def test_a_fresh_a_is_as_wide_as_theirs():
   a, b = lowrank.fresh_factors((64, 96), 32, jax.random.key(0))
   theirs = torch.empty(32, 64)
   torch.nn.init.kaiming_uniform_(theirs, a=5**0.5)
-  # Of 2,048 uniform numbers: the largest, and the deviation.
+  # Compares the maximum and the standard deviation of 2,048 uniform numbers.
   assert float(a.max()) == pytest.approx(float(theirs.max()), rel=0.01)
   assert float(a.std()) == pytest.approx(float(theirs.std()), rel=0.05)
   assert not b.any()

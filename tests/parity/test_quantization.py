@@ -1,4 +1,4 @@
-"""Codes and round trips equal those of bitsandbytes, run live on the CPU."""
+"""Codes and round trips equal those of bitsandbytes, which runs on the CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ def reference_map(code):
 @pytest.mark.parametrize('code', ['signed', 'unsigned'])
 def test_maps_are_equal(code):
   ours = dynamic_map(code)
-  # The reference scales float32 fractions, we round once from float64.
+  # The tolerance allows for the reference, which scales fractions in float32.
+  # We round once from float64.
   np.testing.assert_allclose(ours, reference_map(code).numpy(), rtol=3e-7)
 
 
@@ -35,11 +36,11 @@ def inputs(code):
 
 
 def reference(x, code, exact):
-  """Round trip, codes and scales of the reference.
+  """Returns the reference's round trip, codes and scales.
 
-  Its kernel for float32 looks a code up in a table: off by one code near a
-  tie, by more below 1e-5 of a block. Given float64 the same operator takes the
-  nearest code.
+  Its float32 kernel uses a lookup table, which may be off by one code near a
+  tie, and by more for values below 1e-5 of the block's maximum. For float64
+  inputs, the same operator chooses the nearest code, which `exact` selects.
   """
   quantize = torch.ops.bitsandbytes.quantize_blockwise
   table = reference_map(code)
@@ -52,8 +53,9 @@ def reference(x, code, exact):
   return floats.numpy().reshape(shape), q.numpy().reshape(shape), absmax.numpy()
 
 
-# Measured: 1.0, 0.9971 (we round no positive value to 0), 0.9974 and 0.9665
-# (the float32 kernel is not exact).
+# The measured shares of equal codes are 1.0, 0.9971, 0.9974 and 0.9665. The
+# second case differs because we never round a positive value to 0, the last two
+# because the float32 kernel is not exact.
 @pytest.mark.parametrize(
   'code, exact, same',
   [
@@ -72,8 +74,9 @@ def test_round_trips_are_equal(code, exact, same):
   equal = np.asarray(ours.codes) == codes
   assert equal.mean() > same
   np.testing.assert_allclose(got[equal], want[equal], rtol=5e-7)
-  # Where they differ ours is no worse, but for a tie that x / absmax rounds
-  # to the other side, and for a positive value that we do not round to 0.
+  # If the codes differ, our error must not be larger than the reference's.
+  # There are two exceptions: x / absmax may round a tie to the other side, and
+  # we never round a positive value to 0.
   scale = np.repeat(absmax.reshape(ours.scale.shape), 256, axis=1)[~equal]
   theirs_off, ours_off = np.abs(want - x)[~equal], np.abs(got - x)[~equal]
   floor = 3.3e-7 if code == 'unsigned' else 0.0
@@ -94,11 +97,11 @@ def test_a_flat_array_with_a_short_block_is_equal():
   np.testing.assert_array_equal(ours.scale, absmax)
   got = np.asarray(dequantize(ours))
   equal = np.isclose(got, want, rtol=5e-7, atol=0)
-  assert equal.sum() >= 1499  # At most one tie.
+  assert equal.sum() >= 1499  # at most one tie
 
 
 def test_adam_in_8_bits_tracks_the_reference():
-  """Our state against the reference's arithmetic on the same gradients."""
+  """Adam with our quantized state follows Adam with the reference's."""
   rng = np.random.default_rng(1)
   spread = np.exp(rng.normal(size=(16, 512)))
   tx = quantize_state(optax.adam(1.0))
@@ -113,5 +116,6 @@ def test_adam_in_8_bits_tracks_the_reference():
     m, _, _ = reference(np.float32(m), 'signed', True)
     v, _, _ = reference(np.float32(v), 'unsigned', True)
   difference = np.linalg.norm(ours['w'] - theirs) / np.linalg.norm(theirs)
-  # Measured 6e-6; one code of 8192 at a tie would be about 1e-3.
+  # The measured difference is 6e-6. A single one of the 8,192 codes that
+  # differs at a tie would add about 1e-3.
   assert difference < 2e-3

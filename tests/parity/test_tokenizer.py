@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates against transformers', on the same files."""
+"""Tokenizers and chat templates agree with transformers on the same files."""
 
 import json
 import shlex
@@ -54,7 +54,7 @@ _TEXTS = (
 
 @pytest.fixture(params=_CASES)
 def both(request, tmp_path):
-  """Ours, transformers' and the messages that a template takes."""
+  """Returns our tokenizer, transformers' tokenizer, and messages to render."""
   template, specials = _CASES[request.param]
   settings = {
     'bos_token': specials[0],
@@ -103,7 +103,7 @@ def test_scored_tokens_are_equal(both):
   scored = [message['role'] == 'assistant' for message in messages]
   for template in (
     ours.chat_template,
-    # Without the marks, we find the same.
+    # Without the template's generation marks, we find the same scored tokens.
     ChatTemplate(CHATML, ours.tokens, ours.specials),
   ):
     ids_n, scored_n = ours.encode_pieces(template.pieces(messages, scored))
@@ -111,7 +111,7 @@ def test_scored_tokens_are_equal(both):
     np.testing.assert_array_equal(scored_n, expected['assistant_masks'])
 
 
-def test_bos_is_what_transformers_puts_in_front(tmp_path):
+def test_bos_is_the_token_that_transformers_prepends(tmp_path):
   write(tmp_path, LLAMA3, {'bos_token': '<|im_start|>'})
   path = str(tmp_path / 'tokenizer.json')
   library = tokenizers.Tokenizer.from_file(path)
@@ -144,7 +144,8 @@ _ANY = {name: x for name, x in _LLAMA.items() if name != 'tokenizer_class'}
 _TURNS = {'user_defined_symbols': ['<|im_start|>', '<|im_end|>']}
 _TURN = '<|im_end|>'
 
-# tokenizer_config.json, options of the trainer, model_type.
+# Values are: settings in tokenizer_config.json, options of the SentencePiece
+# trainer, and the model_type.
 _PIECES = {
   'legacy': (_LLAMA | {'legacy': True}, {}, 'llama'),
   'not legacy': (_LLAMA | {'legacy': False}, {}, 'llama'),
@@ -247,7 +248,7 @@ def test_the_command_for_a_vocabulary_makes_a_tokenizer(tmp_path):
 
 
 def test_named_templates_and_files(tmp_path):
-  """Where a template may be: transformers reads the same one."""
+  """We find the template in each place where transformers finds it."""
   named = [
     {'name': 'default', 'template': CHATML},
     {'name': 'tool_use', 'template': 'other'},
@@ -267,8 +268,10 @@ def test_named_templates_and_files(tmp_path):
 
 @pytest.mark.parametrize('template', [THINK_OR_NOT, VICUNA])
 @pytest.mark.parametrize('prompt', [False, True])
-def test_what_a_run_adds_to_a_template(tmp_path, template, prompt):
-  """Values of variables and an end: transformers reads them in the template."""
+def test_transformers_reads_additions_of_a_run_to_a_template(
+  tmp_path, template, prompt
+):
+  """Transformers reads variables and end tokens from the saved template."""
   (tmp_path / 'a.jsonl').write_text('{"text": "a"}')
   path = str(tmp_path / 'a.jsonl')
   thinks = template is THINK_OR_NOT
@@ -284,7 +287,7 @@ def test_what_a_run_adds_to_a_template(tmp_path, template, prompt):
     messages, add_generation_prompt=prompt
   )
   if thinks:
-    # A value that is given comes before the one that was saved.
+    # A value that the caller passes overrides the saved value.
     given = {'enable_thinking': True}
     assert theirs.apply_chat_template(messages, **kwargs, **given) == (
       ours.chat_template.render(

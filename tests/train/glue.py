@@ -1,4 +1,4 @@
-"""A tiny RoBERTa with its tokenizer, and GLUE's sets made offline."""
+"""A tiny RoBERTa with its tokenizer, and the GLUE data sets made offline."""
 
 import json
 import pathlib
@@ -16,7 +16,8 @@ GOOD = 'fine warm clever bright lovely'.split()
 BAD = 'dull cold clumsy grim awful'.split()
 OTHER = 'the a film plot scene actor song of with and is was'.split()
 
-# Features of TFDS' glue, and how many labels: 0 is a number to predict.
+# Text features and label names per task, as in TFDS. A task without label names
+# has a number as its target.
 GLUE = {
   'cola': (('sentence',), ('unacceptable', 'acceptable')),
   'sst2': (('sentence',), ('negative', 'positive')),
@@ -33,7 +34,7 @@ GLUE = {
 
 
 def sentence(choice: random.Random, label: float) -> str:
-  """Words, of which one in three says how good it is."""
+  """Returns random words with one good or bad word, depending on the label."""
   words = choice.choices(OTHER, k=choice.randint(2, 8))
   words.insert(
     choice.randrange(len(words)), choice.choice([BAD, GOOD][label > 0])
@@ -42,7 +43,7 @@ def sentence(choice: random.Random, label: float) -> str:
 
 
 def examples(names, labels, count, seed):
-  """Records of a set; the last text tells the label."""
+  """Yields the records of a data set. The last text determines the label."""
   choice = random.Random(seed)
   for index in range(count):
     label = (
@@ -54,7 +55,7 @@ def examples(names, labels, count, seed):
 
 
 def prepare(directory: pathlib.Path, task: str, count: int = 96) -> None:
-  """Prepares glue/TASK as TFDS does, without its network and TensorFlow."""
+  """Prepares glue/TASK as TFDS does, but without network and TensorFlow."""
   import numpy as np
   import tensorflow_datasets as tfds
 
@@ -92,7 +93,7 @@ def prepare(directory: pathlib.Path, task: str, count: int = 96) -> None:
 
 
 def roberta(directory: pathlib.Path, **changes) -> EncoderConfig:
-  """Writes a random body, and a byte-level BPE with its template."""
+  """Writes a random RoBERTa body, and a byte-level BPE with its template."""
   fast = tokenizers.Tokenizer(models.BPE())
   fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   fast.decoder = tokenizers.decoders.ByteLevel()

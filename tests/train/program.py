@@ -1,13 +1,15 @@
-"""A model, a corpus and a config so small that a run takes seconds."""
+"""A model, a corpus and a config that are so small that a run takes seconds."""
 
 import pathlib
 import random
 import re
+from typing import Any
 
 import jax
 import numpy as np
 
 from train import checkpoint, metrics, step
+from train.run import Run
 from train.task import Text, language_model
 
 CONFIG = """
@@ -41,7 +43,7 @@ WORDS = (
 
 
 def write_config(directory: pathlib.Path) -> str:
-  """Writes a corpus and a config; returns the config's path."""
+  """Writes a corpus and a config, and returns the path of the config."""
   choice = random.Random(0)
   documents = [
     ' '.join(choice.choices(WORDS, k=choice.randint(5, 40))) for _ in range(80)
@@ -53,8 +55,8 @@ def write_config(directory: pathlib.Path) -> str:
   return str(config)
 
 
-def saved(run):
-  """All arrays of the newest checkpoint, and the position in the data."""
+def saved(run: Run) -> tuple[step.State, Any]:
+  """Returns the newest checkpoint's arrays, and the position in the data."""
   config = run.config()
   task = language_model(config)
   shapes = jax.eval_shape(step.build(config, task)[0], jax.random.key(0))
@@ -65,8 +67,8 @@ def saved(run):
   return jax.tree.map(np.asarray, state), data.get_state()
 
 
-def lines(run):
-  """What the run logged, without how long it took."""
+def lines(run: Run) -> list[dict[str, Any]]:
+  """Returns the logged metrics of a run, without times and speeds."""
   timed = re.compile('.*_(seconds|per_second)')
   found = [
     {k: v for k, v in line.items() if not timed.fullmatch(k)}

@@ -1,4 +1,4 @@
-"""Training with factors of low rank: who moves, restarts, resumption."""
+"""Training with low-rank factors: trained weights, restarts, resumption."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from train.run import Run
 from train.task import array_shapes, language_model
 
 B, T, V = 4, 6, 19
-KERNELS = 7  # of a layer
+KERNELS = 7  # per layer
 
 CONFIG = Config(
   model=LlamaConfig(
@@ -68,7 +68,7 @@ def start(config):
 
 
 def run(config, num_steps=3, state=None):
-  """The state after some steps, and the metrics of the last."""
+  """Returns the state after some steps, and the metrics of the last step."""
   first, step = start(config)
   state = first if state is None else state
   for seed in range(int(state.step), int(state.step) + num_steps):
@@ -77,7 +77,7 @@ def run(config, num_steps=3, state=None):
 
 
 def by_role(params):
-  """Weights by what they are."""
+  """Groups weights into factors, frozen weights beneath them, and the rest."""
   flat = lowrank._flatten(params)
   found = {'factor': {}, 'beneath': {}, 'rest': {}}
   for path, role in lowrank.roles(params).items():
@@ -105,7 +105,7 @@ UPDATES = [WholeTree(), pytest.param(LAYERWISE, marks=pytest.mark.slow)]
     ),
   ],
 )
-def test_who_moves(update, adapter, frozen):
+def test_which_weights_are_trained(update, adapter, frozen):
   config = changed(adapter=adapter, update=update)
   before = by_role(jax.device_get(start(config)[0].params))
   after = by_role(jax.device_get(run(config)[0].params))
@@ -116,13 +116,13 @@ def test_who_moves(update, adapter, frozen):
 
 
 @pytest.mark.parametrize('update', [WholeTree(), LAYERWISE])
-def test_the_optimizer_keeps_moments_of_what_is_trained_alone(update):
+def test_the_optimizer_keeps_moments_only_of_trained_weights(update):
   state, _ = start(changed(update=update))
   factors = by_role(state.params)['factor']
   assert len(factors) == 2 * KERNELS
   numbers = sum(x.size for x in factors.values())
   kept = [x for x in jax.tree.leaves(state.optimizer) if x.dtype == 'float32']
-  # A layer-wise state has the last step's norm too.
+  # The layer-wise state also contains the norm of the last step, a scalar.
   assert sum(x.size for x in kept if x.ndim) == 2 * numbers
 
 
@@ -133,7 +133,8 @@ def test_the_optimizer_keeps_moments_of_what_is_trained_alone(update):
     Lora(rank=3, dropout=0.3),
     Lora(rank=3, rest='trained', targets=('.*/[qv]/kernel',)),
     Lora(rank=3, lomo=0.5),
-    # Of all moments: the order of a state's leaves decides which ones.
+    # reset=1.0 resets all moments. A smaller share would choose different ones,
+    # because the choice depends on the order of leaves in the state.
     Relora(rank=3, every=2, restart_warmup=0, reset=1.0, dropout=0.1),
     Factored(rank=3),
   ],
@@ -142,8 +143,9 @@ def test_layer_by_layer_is_the_whole_tree(adapter):
   config = changed(adapter=adapter, microbatches=2)
   whole, expected = run(config)
   layers, found = run(dataclasses.replace(config, update=LAYERWISE))
-  # Adam divides by the root of a moment: rounding counts most where gradients
-  # are smallest. Three steps of 0.05 each.
+  # The tolerance allows for Adam's division by the root of the second moment,
+  # which amplifies rounding where gradients are smallest. There are three steps
+  # of 0.05 each.
   chex.assert_trees_all_close(layers.params, whole.params, rtol=0, atol=2e-4)
   for name in ('loss', 'grad_norm'):
     np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
@@ -160,7 +162,7 @@ def test_frozen_weights_have_no_gradient():
   batch, _ = step_lib.with_mean_weight(example(0))
   grads = jax.grad(lambda p: language_model(config).loss(p, batch)[0])
   of_factors = by_role(grads(state.params))['factor']
-  # The norm is of the factors' gradients, and of no others.
+  # The norm must include only the gradients of the factors.
   np.testing.assert_allclose(
     metrics['grad_norm'], optax.tree.norm(of_factors), rtol=1e-5
   )
@@ -184,7 +186,7 @@ def test_frozen_weights_may_be_stored_in_8_bits(weights):
 @pytest.mark.slow
 def test_lomo_and_lora_add_up():
   config = changed(adapter=Lora(rank=3, lomo=0.5), clip_norm=None)
-  # From factors that matter.
+  # After two steps, the factors are large enough to affect the gradients.
   state, _ = run(config, 2)
   start_at = jax.tree.map(jnp.copy, state.params)
   both, _ = run(config, 1, state)
@@ -196,10 +198,12 @@ def test_lomo_and_lora_add_up():
   sgd = jax.tree.map(lambda w, g: w - rate * g, start_at, grads)
   got, want = by_role(both.params), by_role(sgd)
   for role in ('beneath', 'rest'):
-    # An update of about 0.1 in another order of operations.
+    # The tolerance allows for updates of about 0.1 that are computed in a
+    # different order.
     chex.assert_trees_all_close(got[role], want[role], rtol=1e-5, atol=1e-6)
 
-  # The factors, by LoRA alone: from the same weights, and moments.
+  # The factors must be updated as by LoRA without LOMO, from the same weights
+  # and moments.
   alone = changed(clip_norm=None)
   moments = _state_of_factors(run(config, 2)[0].optimizer)
   tx = alone.transformation()
@@ -212,7 +216,7 @@ def test_lomo_and_lora_add_up():
 
 
 def _state_of_factors(optimizer):
-  """The state of LoRA's own optimizer, out of the one of both."""
+  """Returns the state of LoRA's optimizer from the combined state."""
   inner = optimizer.inner_states['optimizer'].inner_state
   hole = lambda x: isinstance(x, optax.MaskedNode)
   return jax.tree.map(lambda x: None if hole(x) else x, inner, is_leaf=hole)
@@ -223,7 +227,7 @@ RELORA = Relora(rank=3, every=3, restart_warmup=2)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('update', UPDATES)
-def test_a_merge_keeps_the_function_and_starts_anew(update):
+def test_a_merge_keeps_the_function_and_restarts_the_factors(update):
   config = changed(adapter=RELORA, update=update)
   never = dataclasses.replace(RELORA, every=7, restart_warmup=0)
   before, _ = run(dataclasses.replace(config, adapter=never))
@@ -233,7 +237,8 @@ def test_a_merge_keeps_the_function_and_starts_anew(update):
     by_role(before.params)['rest'], by_role(after.params)['rest']
   )
   expected = layers.logits(before.params, example(9))
-  # x W + (x A) B against x (W + A B): float32 sums of tens of numbers up to 10.
+  # The tolerance allows for float32 rounding in x W + (x A) B and x (W + A B).
+  # Each sums tens of products up to 10.
   np.testing.assert_allclose(
     layers.logits(after.params, example(9)), expected, rtol=0, atol=1e-4
   )
@@ -244,7 +249,8 @@ def test_a_merge_keeps_the_function_and_starts_anew(update):
       old = by_role(before.params)['factor'][path]
       assert float(jnp.mean(factor != old)) == 1, path
       assert 0.5 < float(jnp.abs(factor).max()) * factor.shape[1] ** 0.5 <= 1
-  # The moments of the factors, but for one of a thousand; not the others'.
+  # The merge resets the moments of the factors, except about one in a thousand.
+  # It does not reset other moments.
   for state, some in ((before, 1.0), (after, 0.01)):
     share = _nonzero(state.optimizer, True)
     assert share == 1.0 if some == 1.0 else share < some
@@ -255,7 +261,7 @@ def test_a_merge_keeps_the_function_and_starts_anew(update):
 
 
 def _nonzero(optimizer, of_factor):
-  """Share of the moments, of factors or of others, that are not 0."""
+  """Returns the share of nonzero moments, of factors or of other weights."""
   leaves = jax.tree_util.tree_leaves_with_path(optimizer)
   moments = [
     np.asarray(leaf).ravel()
@@ -286,13 +292,13 @@ def test_a_reset_reaches_the_moments_of_every_optimizer(optimizer, update):
   reset = adapter_lib.reset_moments(ones, 1.0, jax.random.key(0))
   names = jax.tree_util.tree_leaves_with_path(reset)
   zeroed = [path for path, leaf in names if not leaf.any()]
-  # Two moments of two factors of each kernel.
+  # Each kernel has two factors with two moments each.
   assert len(zeroed) == 4 * KERNELS
   for path, leaf in names:
     assert leaf.all() or path in zeroed
 
 
-def test_a_merge_into_8_bits_adds_what_the_factors_say():
+def test_a_merge_into_8_bits_adds_the_product_of_the_factors():
   weights = changed(update=Layerwise(weights='int8')).weights()
   kernel = jax.random.normal(jax.random.key(0), (2, 16, 32))
   params = {'blocks': {'up': {'kernel': kernel}}}
@@ -305,12 +311,13 @@ def test_a_merge_into_8_bits_adds_what_the_factors_say():
   found = adapter_lib.merge_into(params, RELORA, weights, key)
   got = weights.read(found['blocks']['up']['kernel'])
   assert float(jnp.abs(expected - kernel).max()) > 1
-  # Twice a unit of 8 bits: of the largest number in a block over 127.
+  # The tolerance is two quantization steps, each 1 / 127 of the block's largest
+  # entry.
   unit = float(jnp.abs(expected).max()) / 127
   np.testing.assert_allclose(got, expected, rtol=0, atol=2 * unit)
 
 
-def test_the_schedule_rises_anew_to_the_cosine():
+def test_the_schedule_rises_to_the_cosine_after_each_merge():
   config = changed(
     adapter=dataclasses.replace(RELORA, every=10, restart_warmup=4),
     steps=40,
@@ -366,9 +373,9 @@ def test_an_adapter_comes_with_adamw_unless_an_optimizer_is_named(
     ['--optimizer.rank', '4'],
   ):
     assert said('--adapter', 'Lora', *options) == own
-  # An optimizer without a rank trains factors as it trains anything.
+  # An optimizer without a rank trains the factors like any other weights.
   assert said('--optimizer', 'Adam8bit', '--adapter', 'Lora') == Adam8bit()
-  # The config of a resumed run has the adapter already.
+  # The config of a resumed run already contains the adapter.
   tuned = changed(adapter=Lora(), optimizer=Galore(rank=2))
   again = parse([path, '--adapter', 'Lora'], default=lambda _: tuned)
   assert again.config == tuned
@@ -442,7 +449,7 @@ def test_a_resumed_run_is_bit_equal_over_a_merge(update, tmp_path, monkeypatch):
   show = loop.Meter.add
 
   def interrupt(meter, step, metrics, *rest):
-    if step == 4:  # between the merges after 3 and 6
+    if step == 4:  # between the merges after steps 3 and 6
       os.kill(os.getpid(), signal.SIGTERM)
     show(meter, step, metrics, *rest)
 
@@ -456,7 +463,7 @@ def test_a_resumed_run_is_bit_equal_over_a_merge(update, tmp_path, monkeypatch):
   assert program.lines(parts) == program.lines(whole)
 
 
-def test_the_memory_table_has_what_is_frozen_at_no_state():
+def test_the_memory_table_has_frozen_weights_without_state():
   config = changed(adapter=Lora(rank=3, targets=('.*/q/kernel',)))
   task = language_model(config)
   table = report.memory_table(
@@ -467,12 +474,12 @@ def test_the_memory_table_has_what_is_frozen_at_no_state():
     task.trained,
   )
   text = str(table.caption)
-  # Two moments of A [2, 8, 3] and B [2, 3, 8], float32.
+  # The factors A [2, 8, 3] and B [2, 3, 8] have two float32 moments each.
   assert f'optimizer state: {2 * 2 * 48 * 4:,} bytes' in text
 
 
 @pytest.mark.parametrize('update', [WholeTree(), LAYERWISE])
-def test_a_plan_counts_what_is_trained(update):
+def test_a_plan_counts_state_only_of_trained_weights(update):
   cards = Cards('rtx4090', estimate=True)
   plan = lambda adapter: make_plan(
     changed(adapter=adapter, update=update), cards

@@ -1,4 +1,4 @@
-"""Each mistake: one clear message, exit code 2, nothing written."""
+"""Each mistake prints one clear message, exits with 2, and writes nothing."""
 
 import re
 
@@ -10,7 +10,7 @@ from train.run import Run, numbered
 
 
 def start(config, monkeypatch):
-  """Writes the first files of a run, and trains nothing."""
+  """Writes the first files of a run without training."""
   with monkeypatch.context() as patch:
     patch.setattr(training, 'train', lambda *args, **options: 0)
     assert pretrain.main([config]) == 0
@@ -18,7 +18,10 @@ def start(config, monkeypatch):
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-  """A config; the program runs beside it, where nothing may appear."""
+  """Returns the path of a config, with its directory as working directory.
+
+  Tests check that the program creates no files there.
+  """
   monkeypatch.chdir(tmp_path)
   return write_config(tmp_path)
 
@@ -142,7 +145,7 @@ def test_a_directory_that_is_not_a_run(config, main, args, tmp_path, capsys):
 )
 def test_numbers_that_mean_nothing(main, args, message, capsys):
   prompt = ['--prompt', 'a'] if main is sample.main else []
-  # Before anything is read: there is no such run.
+  # The run does not exist, so the arguments must be checked before it is read.
   err = refusal(capsys, main, ['runs/none', *prompt, *args])
   assert re.search(message, err), err
 
@@ -179,7 +182,8 @@ def test_runs_are_numbered(config, tmp_path, monkeypatch):
     start(config, monkeypatch)
   runs = tmp_path / 'runs'
   assert {x.name for x in runs.iterdir()} == {'tiny', 'tiny-2'}
-  # What was given up before its configuration was written is no run.
+  # A directory without a config is left over from a start that failed, so
+  # --resume must skip it.
   (runs / 'tiny-3').mkdir()
   assert sorted(numbered('tiny')) == [1, 2, 3]
   found = []

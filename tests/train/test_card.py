@@ -1,4 +1,4 @@
-"""The bench of a card, in small and on whatever is here."""
+"""The device benchmark, with small workloads on the available device."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_measures_small_rows(capsys):
     assert 0 < row['seconds'] < row['first'] and row['finite']
   assert step['tokens'] == 2 * 32
   assert 'no config file configs/none.py' in found['no such config']['failed']
-  # No card to plan for: of what is planned there is nothing.
+  # A machine without a GPU has no plans, so the page must not contain any.
   page = card.page(found)
   assert '| small step |' in page and '| small update |' in page
   assert 'no such config' not in page

@@ -1,4 +1,4 @@
-"""Saves in the background, digests, and what a user learns of damage."""
+"""Saves in the background, digests, and errors about damaged checkpoints."""
 
 import functools
 import pathlib
@@ -19,7 +19,7 @@ from train.step import State
 
 
 def state(step):
-  # Two megabytes that no compression makes smaller.
+  # Random numbers do not compress, so each array needs two megabytes on disk.
   noise = jax.random.normal(jax.random.key(step), (512, 1024))
   return State(jnp.int32(step), {'w': noise}, {'mu': noise + 1})
 
@@ -43,7 +43,7 @@ def test_a_state_is_as_it_was_when_the_save_began(tmp_path):
     for step in (1, 2):
       now = state(step)
       checkpoint.save(manager, now, data(), CONFIG)
-      # What the next step does, again and again in the same memory.
+      # Overwrites the donated state several times, as later steps do.
       for _ in range(5):
         now = jax.block_until_ready(overwrite(now))
   chex.assert_trees_all_equal(restored(tmp_path), state(2))
@@ -51,13 +51,17 @@ def test_a_state_is_as_it_was_when_the_save_began(tmp_path):
 
 @pytest.fixture
 def full():
-  """A disk where no file may grow further."""
+  """Returns a function after whose call no file can grow beyond 100 kB.
+
+  This imitates a full disk.
+  """
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
   resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# Where one array fails, tensorstore tells the others of it too late.
+# If one array cannot be written, tensorstore raises the errors of other arrays
+# later, where pytest reports them as unraisable exceptions.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('then', ['the next save', 'the end'])
 def test_a_save_that_fails_comes_to_light(tmp_path, full, capfd, then):
@@ -76,7 +80,7 @@ def test_a_save_that_fails_comes_to_light(tmp_path, full, capfd, then):
 
 @pytest.fixture(scope='module')
 def twice(tmp_path_factory):
-  """A directory with checkpoints 1 and 2, of which 1 has the better score."""
+  """Returns a directory with checkpoints 1 and 2; the first scores better."""
   directory = tmp_path_factory.mktemp('run') / 'checkpoints'
   with checkpoint.opened(directory) as manager:
     for step in (1, 2):
@@ -113,7 +117,7 @@ def test_a_damaged_checkpoint_is_passed_over(two, capfd, harm, item):
   assert err.endswith('taken is checkpoint 1\n')
 
 
-def test_what_is_sound_says_nothing_and_best_is_best(two, capfd):
+def test_sound_checkpoints_print_nothing_and_best_is_best(two, capfd):
   with checkpoint.reading(two) as manager:
     items = ocp.args.Composite(
       params=ocp.args.StandardRestore(
@@ -144,7 +148,7 @@ def test_without_digests_a_checkpoint_is_taken_unchecked(two, capfd):
   assert 'checkpoint 2 is damaged' in capfd.readouterr().err
 
 
-def test_where_none_is_sound_each_is_named(two):
+def test_if_no_checkpoint_is_sound_each_is_named(two):
   for step in (1, 2):
     flip(largest(two / str(step), 'optimizer'))
   with checkpoint.reading(two) as manager:
@@ -153,7 +157,7 @@ def test_where_none_is_sound_each_is_named(two):
       checkpoint.restore(manager, like, data())
 
 
-def test_a_run_goes_on_beside_what_was_damaged(two):
+def test_a_run_goes_on_after_damaged_checkpoints_are_moved(two):
   flip(largest(two / '2', 'params'))
   flip(largest(two / '1', 'metrics'))
   (two / '3.orbax-checkpoint-tmp').mkdir()

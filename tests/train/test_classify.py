@@ -1,4 +1,4 @@
-"""The task of classification, from files to metrics."""
+"""The classification task, from files to metrics."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ from train.task import Text, task_of
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-  """A random RoBERTa without a head."""
+  """Writes a random RoBERTa without a head."""
   directory = tmp_path_factory.mktemp('roberta')
   glue.roberta(directory, init_std=0.1, dropout=0.1)
   return directory
@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def config(tmp_path, checkpoint):
-  """Reviews, good or bad."""
+  """Returns a config that classifies made-up reviews as good or bad."""
   records = glue.examples(('text',), ('bad', 'good'), 240, 0)
   path = tmp_path / 'reviews.jsonl'
   path.write_text(''.join(json.dumps(x) + '\n' for x in records))
@@ -59,7 +59,7 @@ def config(tmp_path, checkpoint):
 
 
 def fit(config, steps):
-  """Trains without a program; returns the task's loss and metrics."""
+  """Trains without the program; returns task, state, losses and metrics."""
   config = config.resolved()
   task = task_of(config)
   corpus, tokenizer = config.corpus, tokenizer_lib.load(config.checkpoint)
@@ -76,7 +76,7 @@ def fit(config, steps):
 
 
 @pytest.mark.slow
-def test_what_can_be_learned_is(config):
+def test_a_classifier_learns_the_labels(config):
   task, _, (before, *losses), after = fit(config, 60)
   assert before['accuracy'] < 0.75 and after['accuracy'] > 0.95
   assert np.mean(losses[-5:]) < 0.3 < np.mean(losses[:5])
@@ -89,8 +89,7 @@ def test_what_can_be_learned_is(config):
 def test_a_task_has_the_shapes_of_its_largest_batch(
   config, tmp_path, num_labels, dropout
 ):
-  # Texts that fill all of the model's 64 positions, of which the config has
-  # more.
+  # The texts fill all 64 positions of the model.
   path = tmp_path / 'long.jsonl'
   path.write_text(
     ''.join(
@@ -129,12 +128,13 @@ def test_layer_wise_and_microbatches_change_nothing(config, dropout):
     {'update': Layerwise(), 'microbatches': 4},
   ):
     found = fit(dataclasses.replace(config, **change), 3)
-    # Sums in another order, before Adam divides by their size.
+    # The tolerance allows for summing gradients in a different order, before
+    # Adam divides by their magnitude.
     np.testing.assert_allclose(found[2][1:], expected[2][1:], rtol=2e-3)
 
 
 @pytest.mark.slow
-def test_dropout_is_at_work_in_training_alone(config):
+def test_dropout_acts_only_in_training(config):
   model = dataclasses.replace(config.model, dropout=0.5)
   config = dataclasses.replace(config, learning_rate=0.0)
   quiet = fit(config, 2)
@@ -144,9 +144,10 @@ def test_dropout_is_at_work_in_training_alone(config):
 
 
 @pytest.mark.slow
-def test_beside_factors_the_head_alone_is_trained(config):
+def test_only_factors_and_the_head_are_trained(config):
   config = dataclasses.replace(config, adapter=Lora(rank=2, dropout=0.1))
-  # The first rate is 0, B moves in the second step and then A has a gradient.
+  # LoRA's B is zero at first, and so is the learning rate. B changes in the
+  # second step, after which A has a gradient.
   task, state, *_ = fit(config, 4)
   # `fit` starts from the same key.
   before, after = task.read(jax.random.key(0)), state.params
@@ -170,7 +171,8 @@ def test_a_validation_does_not_depend_on_the_batches(config):
 
 def test_metrics_are_those_of_their_definitions():
   found, targets = np.array([0, 1, 1, 0, 1]), np.array([0, 1, 0, 0, 1])
-  # 2 hits of label 1, 1 false alarm, no miss, 2 right rejections.
+  # Label 1 has 2 true positives, 1 false positive and no false negatives; there
+  # are 2 true negatives.
   expected = {'accuracy': 0.8, 'f1': 0.8, 'matthews': 4 / 6}
   assert classify.agreement(found, targets) == pytest.approx(expected)
   constant = classify.agreement(np.zeros(3, int), np.array([0, 1, 0]))
@@ -202,7 +204,7 @@ def test_metrics_are_those_of_their_definitions():
     ({'checkpoint': None}, 'read from a checkpoint'),
   ],
 )
-def test_what_does_not_go_together_is_refused(config, change, message):
+def test_options_that_do_not_fit_are_refused(config, change, message):
   with pytest.raises(ValueError, match=message):
     task_of(dataclasses.replace(config, **change).resolved())
 

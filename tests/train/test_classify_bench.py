@@ -1,4 +1,4 @@
-"""The bench of classification: what it plans, what it reads, a run of each."""
+"""The classification benchmark: scheduled runs, data, one run per method."""
 
 import io
 import json
@@ -17,7 +17,10 @@ WIDER = (Method('wide', {'optimizer': AdamW()}, ()),)
 
 
 def follow(value, methods=METHODS, names=('a',)):
-  """All runs that are wanted where `value` is what a rate validates at."""
+  """Schedules all runs if a learning rate validates at `value(rate)`.
+
+  Returns the jobs in order, and their made-up results.
+  """
   done, order = {}, []
   for job in bench.todo(names, methods, WIDER, done):
     order.append(job)
@@ -40,7 +43,7 @@ def test_a_grid_grows_until_its_best_is_inside():
   text = bench.table(['a', 'b'], METHODS, WIDER, done)
   assert '| a | AdamW | 0.03 | 51.0000 +- 1.0000 (3 seeds) | 2.0 | 3 |' in text
   assert '| a | wide | 0.03 | 51.0000' in text
-  assert text.count('\n') == 4  # Nothing of b is done.
+  assert text.count('\n') == 4  # data set b has no runs yet
 
 
 def test_a_grid_ends_somewhere():
@@ -84,7 +87,8 @@ def test_splits_are_disjoint_and_balanced(tmp_path):
     part: [*map(json.loads, pathlib.Path(path).read_text().splitlines())]
     for part, path in paths.items()
   }
-  # Of 120 that are wanted there are 30 of the rarer label: half of each part.
+  # The benchmark requests 120 rows, half of them per label, but the rarer label
+  # has only 30 rows.
   assert {part: len(x) for part, x in rows.items()} == {
     'train': 30,
     'validation': 10,
@@ -116,7 +120,7 @@ def test_every_method_runs_and_none_runs_twice(tmp_path, monkeypatch):
     results=tmp_path / 'results',
     size=Size(64, 16, 16, tokens=32),
     methods=methods,
-    # Not of its width, which is smaller.
+    # Leave out the other entries, whose ranks exceed the width of this model.
     wider=bench.WIDER[:1],
     show=lines.append,
   )
@@ -125,7 +129,8 @@ def test_every_method_runs_and_none_runs_twice(tmp_path, monkeypatch):
   runs = json.loads((tmp_path / 'results/classify.json').read_text())['runs']
   assert len(runs) == len(methods) + 1
   size = {run['method']: run['state_bytes'] for run in runs}
-  # Those of the embedding, too, and of the factors and the head alone.
+  # AdamW also has moments of the embedding. LoRA has only those of the factors
+  # and the head.
   assert size['AdamW'] > size['GaLore r=4'] > size['LoRA r=4']
   lines.clear()
   run()

@@ -49,7 +49,7 @@ def test_naming_the_method_in_use_keeps_its_options(path):
   'name, text',
   [
     ('Galore', 'number r of basis vectors;'),
-    # An option that is on by default can be switched off.
+    # Options that are on by default can be switched off.
     ('Apollo', '--optimizer.no-channels'),
   ],
 )
@@ -66,7 +66,7 @@ def test_help_documents_every_key(path, capsys, monkeypatch, name, text):
 
 
 def flags(kind, config):
-  """Every switch of a program with a config, by its dotted name."""
+  """Returns the dotted names of all boolean options of a program and config."""
   options = {
     field.name: getattr(kind(config), field.name)
     for field in dataclasses.fields(kind)[1:]
@@ -76,7 +76,7 @@ def flags(kind, config):
 
 
 def spelled(name, value):
-  """A switch on the command line, in one of its spellings."""
+  """Returns a boolean option as it is written on the command line."""
   *parents, last = name.replace('_', '-').split('.')
   return '--' + '.'.join([*parents, last if value else f'no-{last}'])
 
@@ -193,9 +193,7 @@ def test_without_a_config_the_usage_is_shown(capsys):
     ),
   ],
 )
-def test_whatever_a_config_file_raises_names_file_and_line(
-  text, message, tmp_path
-):
+def test_an_error_in_a_config_file_names_file_and_line(text, message, tmp_path):
   path = tmp_path / 'wrong.py'
   path.write_text(f'{text}\n')
   with pytest.raises(ValueError, match=message):

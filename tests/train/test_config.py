@@ -83,7 +83,7 @@ def test_differences_name_fields_and_both_values():
 
 def test_schedule_rises_from_zero_and_falls_to_a_tenth():
   rates = np.array([CONFIG.schedule()(count) for count in range(100)])
-  # The reference's formula, in float64; optax's is float32.
+  # The reference's formula is computed in float64; optax computes in float32.
   expected = [
     0.02 * count / 10
     if count < 10
@@ -99,7 +99,7 @@ def test_cycles_of_the_schedule_are_alike():
   whole = dataclasses.replace(CONFIG, steps=100, cycles=4)
   rates = np.array([whole.schedule()(count) for count in range(100)])
   once = np.array([part.schedule()(count) for count in range(25)])
-  # The same numbers, as a cycle begins at a whole step.
+  # The numbers are equal, because each cycle begins at a whole step.
   np.testing.assert_array_equal(rates, np.tile(once, 4))
   assert whole.schedule()(100) == part.schedule()(25) > 0
 
@@ -136,7 +136,7 @@ def test_bad_values_are_refused(change, message):
 
 
 def test_every_field_is_documented():
-  # The source, as documentation under a field leaves no trace at run time.
+  # Read the source, because docstrings of fields do not exist at run time.
   import ast
   import inspect
 

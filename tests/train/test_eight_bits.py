@@ -1,4 +1,4 @@
-"""8-bit GaLore-AdamW on a LLaMA's gradients of real text."""
+"""8-bit GaLore-AdamW on the gradients of a LLaMA trained on real text."""
 
 import itertools
 
@@ -16,7 +16,7 @@ from train.data.corpus import Chitchat
 from train.data.tokenizer import train_tokenizer
 
 STEPS = 200
-# Refreshes at 0, 60, 120 and 180.
+# Refreshes at steps 0, 60, 120 and 180.
 OPTIONS = dict(rank=32, gap=60, subspace='gram')
 MODEL = LlamaConfig(
   vocab_size=512, width=64, mlp_width=176, num_heads=2, num_layers=2
@@ -32,7 +32,7 @@ def text():
 
 
 def distances(tree, other, start):
-  """Returns |tree - other| / |other - start| of each matrix."""
+  """Returns |tree - other| / |other - start| for each large matrix."""
   far = lambda x, y, z: float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y - z))
   leaves = zip(*map(jax.tree.leaves, (tree, other, start)), strict=True)
   return [far(*arrays) for arrays in leaves if arrays[0].size >= 4096]
@@ -65,17 +65,19 @@ def test_200_steps_track_float32_on_the_gradients_of_a_llama():
     free = move_eight(free_grads, *free)
     losses.append((loss, free_loss))
 
-  # Both moments of the nine matrices are in 8 bits.
+  # Both moments of the nine matrices must be in 8 bits.
   is_code = lambda x: isinstance(x, Quantized)
   leaves = jax.tree.leaves(fed[1], is_leaf=is_code)
   assert sum(map(is_code, leaves)) == 18
-  # A code is off by up to 18% of a value above 1e-3 of its block's largest,
-  # and the errors of many steps are of both signs. Measured: 0.032 to 0.078
-  # (the head); with equal steps for nu 0.06 to 32.
+  # For values above 1e-3 of the block's largest, codes have errors of up to
+  # 18%. Over many steps, errors of both signs partly cancel. The measured
+  # distances are 0.032 to 0.078 (for the head). If the code of nu had equal
+  # steps, they would be 0.06 to 32.
   off = distances(fed[0], float32[0], start)
   assert len(off) == 9 and max(off) < 0.12
   first, *others = losses
   last, last_free = np.mean(others[-20:], axis=0)
-  # Measured: from 6.263 to 4.031 and 4.035; with equal steps for nu 15.
+  # The measured losses fall from 6.263 to 4.031 and 4.035. If the code of nu
+  # had equal steps, the loss would be 15.
   assert last < 0.7 * first[0]
   assert abs(last_free - last) < 0.05

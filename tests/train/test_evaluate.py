@@ -1,4 +1,4 @@
-"""Perplexity of texts and accuracy of choices, against plain statements."""
+"""Perplexity of texts and accuracy of choices, compared with plain formulas."""
 
 import functools
 import json
@@ -43,8 +43,9 @@ def logits(layers):
 
 
 def log_p(model, ids, length=64):
-  """log p of each token after the first."""
-  # What follows changes nothing, and one length is compiled once.
+  """Returns the log-probability of each token after the first."""
+  # Pad to one length, so that the model is compiled once. Later tokens do not
+  # affect earlier ones.
   batch = {
     'inputs': np.int32([[*ids[:-1], *[0] * (length + 1 - len(ids))]]),
     'positions': np.arange(length, dtype=np.int32)[None],
@@ -55,7 +56,7 @@ def log_p(model, ids, length=64):
   return log_p_TV[np.arange(len(ids) - 1), ids[1:]]
 
 
-def test_likelihoods_are_those_of_rows_alone(model):
+def test_likelihoods_do_not_depend_on_the_batch(model):
   rng = np.random.default_rng(0)
   pairs = [
     Pair(rng.integers(400, size=length).tolist(), num_scored)
@@ -63,7 +64,8 @@ def test_likelihoods_are_those_of_rows_alone(model):
   ]
   found_n = evaluate.log_likelihoods(model, pairs, 64, batch_size=2)
   expected_n = [np.sum(log_p(model, ids)[-n:]) for ids, n in pairs]
-  # Float32 sums of up to 64 terms in another order.
+  # The tolerance allows for float32 sums of up to 64 terms in a different
+  # order.
   np.testing.assert_allclose(found_n, expected_n, rtol=1e-5)
 
 
@@ -89,12 +91,13 @@ def test_a_choice_begins_with_its_space(model):
   ids, num_scored = evaluate.joined(tokenizer, 'The lazy\n', 'dog')
   assert tokenizer.decode(ids[-num_scored:]) == '\ndog'
   ids, num_scored = evaluate.joined(tokenizer, '', 'dog')
-  # The tokenizer has no BOS, and a first token has nothing before it.
+  # The tokenizer has no BOS token. The EOS token precedes the text, so that its
+  # first token is predicted as well.
   assert ids == [tokenizer.eos_id, *tokenizer.encode('dog')]
   assert num_scored == len(ids) - 1
 
 
-def test_what_is_too_long_loses_its_beginning(model):
+def test_a_long_question_loses_its_beginning(model):
   questions = [Question('The lazy dog. ' * 30, ('fox', 'dog'), 0)]
   pairs = evaluate.encoded(model.tokenizer, 'q.jsonl', questions, 12)
   assert [len(ids) for ids, _ in pairs] == [13, 13]
@@ -114,7 +117,8 @@ def test_accuracies_by_hand():
     Question('', ('a', 'b', 'caf\u00e9'), 2),
     Question('', ('a', 'b'), 1),
   ]
-  # Per byte: -1 and -2; -2, -3 and -1.8 (of five bytes); -1 and -2.
+  # The log-probabilities per byte are -1 and -2; -2, -3 and -1.8 (five bytes);
+  # -1 and -2.
   log_p_n = np.array([-4.0, -2.0, -2.0, -3.0, -9.0, -1.0, -2.0])
   right = evaluate.accuracies(questions, log_p_n)
   assert right['accuracy'].tolist() == [False, False, False]
@@ -172,7 +176,8 @@ def test_a_line_that_is_no_question_is_named(line, rule, tmp_path, capsys):
   file.write_text(f'{json.dumps(QUESTION)}\n\n{line}\n')
   with pytest.raises(ValueError, match=rf'q\.jsonl, .*{rule}'):
     evaluate.read_questions(str(file))
-  # Before any model is read: there is none.
+  # The directory does not exist, so the file must be checked before the model
+  # is read.
   with pytest.raises(SystemExit):
     evaluate.main(['none', '--choices', str(file)])
   assert 'line 3' in capsys.readouterr().err
@@ -214,8 +219,9 @@ def test_texts_of_a_directory(directory, model, tmp_path, capsys):
   assert first.startswith(f'{files[0]}: loss ')
   assert second.startswith(f'{files[1]}: loss ')
   values = dict(x.rsplit(' ', 1) for x in first.split(': ')[1].split(', '))
-  # The document in rows of 8 pairs, each of which knows itself alone. Nothing
-  # comes before its first token, whose bytes do not count either.
+  # The document is cut into rows of 8 predictions, each without context from
+  # the row before. The first token of the document is not predicted, so its
+  # bytes are not counted.
   ids = [*model.tokenizer.encode(text).tolist(), model.tokenizer.eos_id]
   nll = -sum(
     log_p(model, ids[start : start + 9]).sum()
@@ -239,7 +245,9 @@ def test_texts_of_a_directory(directory, model, tmp_path, capsys):
     (['--batch-size', '0'], '--batch-size must be at least 1, got 0'),
   ],
 )
-def test_what_cannot_be_measured(directory, args, message, capsys):
+def test_it_refuses_missing_texts_and_bad_options(
+  directory, args, message, capsys
+):
   with pytest.raises(SystemExit):
     evaluate.main([str(directory), *args])
   out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The tokens that end a text, in the files of an exported checkpoint."""
+"""End-of-text tokens in the files of an exported checkpoint."""
 
 import json
 
@@ -12,7 +12,7 @@ IDS = {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}
 
 
 def make(tmp_path, template=CHATML, files=()):
-  """A directory with a base tokenizer and further JSON files."""
+  """Writes a tokenizer and further JSON files, and returns the tokenizer."""
   write(tmp_path, template)
   for name, fields in dict(files).items():
     (tmp_path / name).write_text(json.dumps(fields))
@@ -45,7 +45,7 @@ def test_a_run_of_texts_keeps_its_eos(tmp_path):
   write_ends(tmp_path, make(tmp_path), is_chat=False)
   config = fields(tmp_path / 'tokenizer_config.json')
   assert config['eos_token'] == '<|endoftext|>'
-  # Sampling from the run stops at both.
+  # Sampling from the run stops at either token.
   ends = fields(tmp_path / 'generation_config.json')['eos_token_id']
   assert set(ends) == {0, 2}
 

@@ -1,4 +1,4 @@
-"""A short version of `tests.bench.faults`: what a run survives."""
+"""A short version of the fault-injection benchmark, `tests.bench.faults`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Fine-tunes tiny checkpoints, from directory to directory."""
+"""Fine-tunes tiny checkpoints, from the imported to the exported directory."""
 
 import datetime
 import io
@@ -50,7 +50,7 @@ FEW = [
 
 
 def make(tmp_path, kind='llama', template=CHATML, eos='<|im_end|>'):
-  """A checkpoint with a tokenizer and a template, and chats beside it."""
+  """Writes a checkpoint with tokenizer and template, and a file of chats."""
   directory, config = tmp_path / 'checkpoint', MODELS[kind]
   source = tmp_path / 'source'
   source.mkdir()
@@ -61,7 +61,7 @@ def make(tmp_path, kind='llama', template=CHATML, eos='<|im_end|>'):
 
 
 def chats_file(tmp_path):
-  """Eighty short chats."""
+  """Writes a file of eighty short chats."""
   records = [
     {
       'messages': [
@@ -77,7 +77,7 @@ def chats_file(tmp_path):
 
 
 def tune(tmp_path, directory, chats, *args, config='configs/chat.py'):
-  """The exit code, and the run."""
+  """Fine-tunes a checkpoint; returns the exit code and the run."""
   run = tmp_path / 'run'
   code = finetune.main(
     [
@@ -96,7 +96,7 @@ def exported(tmp_path, run, *args):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', MODELS)
-def test_a_rate_of_zero_exports_what_was_imported(tmp_path, capsys, kind):
+def test_a_rate_of_zero_exports_the_imported_checkpoint(tmp_path, capsys, kind):
   directory, chats = make(tmp_path, kind)
   code, run = tune(
     tmp_path, directory, chats, '--steps', '3', '--learning-rate', '0'
@@ -104,7 +104,7 @@ def test_a_rate_of_zero_exports_what_was_imported(tmp_path, capsys, kind):
   assert code == 0
   out = exported(tmp_path, run)
   names = {file.name for file in directory.iterdir()}
-  # The checkpoint did not name the tokens that end an answer.
+  # The imported checkpoint does not name the tokens that end an answer.
   ends = {'generation_config.json'}
   assert {file.name for file in out.iterdir()} == names | ends
   for name in names - {'config.json'}:
@@ -134,7 +134,8 @@ def test_a_negative_zero_is_kept_where_nothing_is_trained(tmp_path):
 @pytest.mark.slow
 def test_the_best_weights_are_kept_and_exported(tmp_path):
   directory, chats = make(tmp_path)
-  # Too fast after the first validation: what comes later is worse.
+  # The learning rate becomes too high after the first validation, so later
+  # validations are worse.
   fast = ['--learning-rate', '0.3', '--warmup', '0.7', '--save-every', '99']
   every = ['--steps', '8', '--eval-every', '2']
   code, run = tune(tmp_path, directory, chats, *fast, *every)
@@ -174,7 +175,7 @@ def test_a_resumed_fine_tune_needs_no_checkpoint_of_transformers(tmp_path):
 
 
 @pytest.mark.slow
-def test_factors_are_exported_alone_or_merged(tmp_path, capsys):
+def test_factors_are_exported_separately_or_merged(tmp_path, capsys):
   directory, chats = make(tmp_path)
   lora = ['--adapter', 'Lora', '--optimizer', 'AdamW', '--update', 'WholeTree']
   run = tmp_path / 'run'
@@ -191,7 +192,7 @@ def test_factors_are_exported_alone_or_merged(tmp_path, capsys):
   assert names == {'adapter_config.json', 'adapter_model.safetensors'}
   _, base = huggingface.load(directory)
   with_factors, adapter = lowrank.load_adapter(alone, base)
-  # Both read the same checkpoint of the run.
+  # Both are exported from the same checkpoint of the run.
   chex.assert_trees_all_close(
     lowrank.merge(with_factors, adapter), huggingface.load(merged)[1], rtol=1e-6
   )
@@ -209,7 +210,8 @@ def test_the_documented_command_with_an_adapter_works(tmp_path, capsys, kind):
     [
       *('configs/chat.py', '--checkpoint', str(directory)),
       *('--corpus.train', str(chats), '--adapter', 'Lora'),
-      # The rest makes it short.
+      # The documented command ends here. The remaining options make the run
+      # short.
       *(*FEW[:6], '--steps', '12', '--eval-every', '6', '--run', str(run)),
       *('--learning-rate', '0.05'),
     ]
@@ -315,7 +317,7 @@ def test_a_run_resumed_on_another_day_has_its_date(tmp_path, monkeypatch):
   resume = ['configs/chat.py', '--run', str(run.directory), '--resume']
   assert finetune.main(resume) == 0
   chex.assert_trees_all_equal(saved(run), saved(whole))
-  # Other programs have a clock of their own.
+  # The clock file is left out, because other programs use their own clock.
   assert not (exported(tmp_path, run) / 'chat_clock.json').exists()
 
 
@@ -326,7 +328,8 @@ def test_a_run_of_an_older_version(tmp_path, capsys):
   template.write_text(DATED)
   args = ['--corpus.template', str(template), *LONG]
   _, run = tune(tmp_path, directory, chats, *STILL, *args)
-  # It knew neither variables nor the clock, and kept the template's name.
+  # Older versions had neither template variables nor the clock, and stored the
+  # name of the template.
   template.unlink()
   (run.directory / 'chat_clock.json').unlink()
   fields = json.loads(run.config_path.read_text())
@@ -375,13 +378,13 @@ def test_every_update_learns_the_answers(tmp_path, args):
     for line in metrics.read(Run(run).metrics_path)
     if 'tokens' in line
   ]
-  # The answers alone: a fraction of 4 x 48 tokens.
+  # Only answers are scored, which is a fraction of the 4 x 48 tokens.
   assert max(scored) < 0.7 * 4 * 48
   assert np.isfinite(found).all()
 
 
 def with_pad(directory, **flags):
-  """Adds a token behind the model's last row to a checkpoint's tokenizer."""
+  """Adds a token to a checkpoint's tokenizer for which the model has no row."""
   path = str(directory / 'tokenizer.json')
   library = tokenizers.Tokenizer.from_file(path)
   token = tokenizers.AddedToken('[PAD]', normalized=False, **flags)
@@ -394,7 +397,7 @@ def with_pad(directory, **flags):
 
 
 def prepared(directory, chats, *args):
-  """What a run would train on."""
+  """Prepares a run without starting it."""
   lora = ['--adapter', 'Lora', '--optimizer', 'AdamW', *FEW[:6]]
   return training.prepare(
     [
@@ -413,7 +416,7 @@ def test_a_token_without_a_row_that_no_text_uses_is_harmless(tmp_path):
   assert setup.text.tokenizer.vocab_size == rows + 1
   assert int(next(setup.batches)['inputs'].max()) < rows
   setup.task.example(setup.text)
-  # Evaluation, sampling and exports of the directory read it, too.
+  # Evaluation, sampling and exports can read the directory as well.
   tokenizer = opened(directory).tokenizer
   assert (tokenizer.vocab_size, tokenizer.num_rows) == (rows + 1, rows)
 
@@ -462,14 +465,14 @@ def test_a_document_with_a_token_without_a_row_is_named(tmp_path, capsys):
     (['--checkpoint', 'nowhere'], 'nowhere'),
   ],
 )
-def test_without_a_checkpoint_it_says_what_to_name(args, message, capsys):
+def test_without_a_checkpoint_the_error_names_the_option(args, message, capsys):
   with pytest.raises(SystemExit):
     finetune.main(['configs/chat.py', *args])
   error = capsys.readouterr().err
   assert message in error and len(error.strip().splitlines()) == 1
 
 
-def test_export_refuses_what_is_no_run_and_what_is_taken(tmp_path, capsys):
+def test_export_refuses_a_directory_that_is_not_a_run(tmp_path, capsys):
   with pytest.raises(SystemExit):
     export.main([str(tmp_path), str(tmp_path / 'new')])
   assert 'is not a run' in capsys.readouterr().err

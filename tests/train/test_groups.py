@@ -1,4 +1,4 @@
-"""Groups of a config: on the command line, in a step, in a log, in a plan."""
+"""Parameter groups of a config: command line, steps, logs and plans."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def batch(config, seed=0):
 
 
 def trained(config, steps=2):
-  """Returns first parameters, the state after some steps, and its metrics."""
+  """Returns the initial parameters, and the state and metrics after steps."""
   init, step = step_lib.build(config, language_model(config))
   state = init(jax.random.key(0))
   first = jax.tree.map(np.asarray, state.params)
@@ -76,7 +76,7 @@ def test_a_spelled_group_is_the_group(rate: float) -> None:
 
 
 @pytest.mark.parametrize('text', ['embed', 'embed=fast', '=2', 'embed=1,2,3'])
-def test_what_is_no_group_is_refused(text, tmp_path, capsys):
+def test_malformed_groups_are_refused(text, tmp_path, capsys):
   with pytest.raises(SystemExit):
     parse([write_config(tmp_path), '--groups', text])
   assert 'PATTERN=RATE' in capsys.readouterr().err
@@ -123,13 +123,14 @@ def test_every_method_has_groups(optimizer):
     trained(dataclasses.replace(config, update=update))[1].params
     for update in (config.update, Layerwise())
   )
-  # Sums of gradients are in another order, and Adam divides by them.
+  # The tolerance allows for summing gradients in a different order, before Adam
+  # divides by their magnitude.
   chex.assert_trees_all_close(whole, layerwise, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
 def test_factors_have_groups_of_their_own():
-  """LoRA+: the second factor with a higher rate."""
+  """Checks LoRA+, which trains the second factor with a higher rate."""
   adapter = Lora(rank=2, alpha=2.0)
   config = dataclasses.replace(CONFIG, optimizer=AdamW(), adapter=adapter)
   groups = (Group('.*/lora_b', 16.0),)
@@ -141,7 +142,8 @@ def test_factors_have_groups_of_their_own():
     np.abs(state.params['blocks']['attention']['q']['lora_b']).max()
     for state in (plain, fast)
   ]
-  # B is zero at first, and the first step of a warm-up has a rate of zero.
+  # B is zero at first, and the warm-up starts at a rate of zero. After two
+  # steps, B therefore equals the second update.
   np.testing.assert_allclose(steps[1], 16 * steps[0], rtol=1e-4)
   chex.assert_trees_all_equal(first['embed'], fast.params['embed'])
   beneath = dataclasses.replace(config, groups=(Group('embed/.*', 2.0),))
@@ -185,7 +187,7 @@ def test_every_rate_of_an_optimizer_is_multiplied() -> None:
   params = {'norm': jnp.ones(4), 'bias': jnp.ones(4)}
   tx = config.rule()
   updates, _ = tx.update(params, tx.init(params), params)
-  # A power of two, so that no product rounds.
+  # The multiplier is a power of two, so no product is rounded.
   np.testing.assert_array_equal(2 * updates['norm'], updates['bias'])
   assert updates['bias'].all()
 
@@ -212,7 +214,7 @@ def test_a_plan_counts_no_state_of_frozen_weights():
     make_plan(config, Cards('rtx4090', estimate=True))
     for config in (dataclasses.replace(GROUPED, groups=()), frozen)
   ]
-  # Adam's two float32 moments of the embedding, and its gradient.
+  # Freezing the embedding saves Adam's two float32 moments and its gradient.
   size = 4 * 300 * 8
   assert plans[0].moment_bytes - plans[1].moment_bytes == 2 * size
   assert plans[0].gradient_bytes - plans[1].gradient_bytes == size

@@ -1,4 +1,4 @@
-"""transformers' names of an optimizer become ours."""
+"""`from_hf_args` converts optimizer names of transformers to ours."""
 
 import re
 
@@ -58,7 +58,7 @@ def test_galore_of_most_recipes():
   ],
 )
 @pytest.mark.parametrize('suffix', ['', '_layerwise'])
-def test_what_projects(optim, optim_args, optimizer, suffix):
+def test_optimizers_that_project(optim, optim_args, optimizer, suffix):
   update = Layerwise() if suffix else WholeTree()
   found = from_hf_args(optim + suffix, optim_args, ['mlp'])
   assert found == {'optimizer': optimizer, 'update': update}
@@ -75,7 +75,7 @@ def test_what_projects(optim, optim_args, optimizer, suffix):
     ('adamw_bnb_8bit', method.Adam8bit(), WholeTree()),
   ],
 )
-def test_what_does_not_project(optim, optimizer, update):
+def test_optimizers_that_do_not_project(optim, optimizer, update):
   assert from_hf_args(optim) == {'optimizer': optimizer, 'update': update}
 
 
@@ -122,7 +122,7 @@ def test_full_names_that_leave_out_a_layer_are_an_error():
   match = r'but not model\.layers\.{}\.mlp\.up_proj'.format
   with pytest.raises(ValueError, match=match(7)):
     from_hf_args('galore_adamw', None, names[:7] + names[8:])
-  # The model has more layers than the names.
+  # The model has more layers than the names list.
   with pytest.raises(ValueError, match=match(12)):
     from_hf_args('galore_adamw', None, names[:12], num_layers=24)
   with pytest.raises(ValueError, match=match(1)):
@@ -203,7 +203,7 @@ def test_all_linear_has_the_head_where_there_is_one(tied, targets):
     (('lomo', None, _ALL), 'leave them out'),
     (('galore_adamw', None, ['c_attn']), r"\['c_attn'\] match no .*lm_head"),
     (('galore_adamw', None, 'mlp'), "'mlp' match no linear module"),
-    # Matched by no module, beside one that is.
+    # One target matches no module, and the other one does.
     (('galore_adamw', None, ['c_attn', 'mlp']), r"targets \['c_attn'\] match"),
     (
       ('galore_adamw', None, ['mlp', 'embed_tokens', 'norm']),
@@ -215,6 +215,6 @@ def test_all_linear_has_the_head_where_there_is_one(tied, targets):
     (('galore_adamw', None, ['layers.0.mlp']), 'but not model.layers.1.mlp.g'),
   ],
 )
-def test_what_is_not_here_is_named(arguments, message):
+def test_unsupported_arguments_are_named(arguments, message):
   with pytest.raises(ValueError, match=message):
     from_hf_args(*arguments)

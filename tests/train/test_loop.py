@@ -1,4 +1,4 @@
-"""What the loop shows and logs, and how long it says that takes."""
+"""Output and logs of the training loop, and the times that it reports."""
 
 import dataclasses
 import gzip
@@ -26,7 +26,7 @@ VALUES = {'loss': 1.0, 'weight': 8.0, 'learning_rate': 0.1, 'correct': 3.0}
 
 
 class Clock:
-  """Tells what time a test says it is."""
+  """A clock whose time the test sets."""
 
   now = 0.0
 
@@ -54,13 +54,13 @@ def test_metrics_are_read_one_step_late():
   assert [step for step, _ in shown] == [1]
   found.flush()
   assert [step for step, _ in shown] == [1, 2]
-  # A batch's weight by its unit; what else a model sums by its own name.
+  # The weight of a batch is logged under its unit. Other sums keep their names.
   values = {'loss': 1.0, 'tokens': 8.0, 'learning_rate': 0.1, 'correct': 3.0}
   assert logged[0] == (1, values)
 
 
 class Read:
-  """A number on the device: notes in `events` when it is waited for."""
+  """A number on the device, which records in `events` that it is read."""
 
   def __init__(self, events, name, value):
     self.events, self.name, self.value = events, name, value
@@ -69,7 +69,8 @@ class Read:
     self.events.append(f'read {self.name}')
     return np.asarray(self.value)
 
-  # What else waits for a device.
+  # These conversions would wait for the device as well, so they must not be
+  # used.
   __float__ = __int__ = __bool__ = __index__ = None
 
 
@@ -172,7 +173,7 @@ def test_a_signal_saves_before_the_next_long_thing(when):
 
 
 class Waited(float):
-  """A loss that is ready two seconds after the one before."""
+  """A loss that makes the loop wait for two seconds."""
 
   def __new__(cls, clock):
     found = super().__new__(cls, 1.0)
@@ -188,12 +189,12 @@ class Waited(float):
 def test_time_leaves_out_compilation_validations_and_saves(every):
   clock = Clock()
   found, shown, logged = meter(clock)
-  clock.now += 100  # compiling
+  clock.now += 100  # compilation
   for step in range(1, 7):
     found.add(step, {**VALUES, 'loss': Waited(clock)})
     if step % every == 0:
       found.flush()
-      clock.now += 50  # validating, saving
+      clock.now += 50  # validation and save
       found.restart()
   speeds = [values.get('tokens_per_second') for _, values in logged]
   assert speeds == [None, *5 * [4.0]]
@@ -213,7 +214,8 @@ def test_where_the_time_went():
   assert found.spent('save') == {'save_seconds': 7}
   names = ('data_seconds', 'step_seconds')
   split = [[x.get(name) for name in names] for _, x in logged]
-  # Read one step late: when the last one is read no batch was waited for.
+  # Metrics are read one step late, so no batch is loaded between the last two
+  # reads.
   assert split == [[None, None], [1, 2], [0, 2]]
   assert found.waiting == pytest.approx(1 / 5)
 
@@ -244,7 +246,7 @@ def test_subspaces_are_logged_where_they_are_new():
 
 
 def looped(directory, *, steps, batches=None, profile=None):
-  """What the loop prints and logs of steps that do nothing."""
+  """Runs the loop with steps that do nothing; returns its output and log."""
   lines, console = [], Console(file=io.StringIO(), width=200)
 
   def step(state, batch):
@@ -293,7 +295,7 @@ def test_data_that_are_too_slow_are_named(tmp_path):
 
 @pytest.mark.parametrize('steps', [4, 8])
 def test_a_profile_is_a_trace_that_can_be_opened(steps, tmp_path):
-  """Where a run ends inside the traced steps, too."""
+  """The trace is also complete if the run ends within the traced steps."""
   said, _ = looped(tmp_path, steps=steps, profile=tmp_path / 'profile')
   (trace,) = (tmp_path / 'profile').rglob('perfetto_trace.json.gz')
   assert json.loads(gzip.decompress(trace.read_bytes()))['traceEvents']
@@ -309,7 +311,7 @@ def test_a_loss_that_is_not_finite_names_its_step():
 
 
 def test_a_second_task_needs_no_second_loop(tmp_path):
-  """Linear regression: no model file, no text, no tokens."""
+  """The loop trains linear regression, without a model file, text or tokens."""
 
   def loss(params, batch):
     error = batch['x'] @ params['w'] - batch['y']
@@ -361,7 +363,7 @@ def test_a_second_task_needs_no_second_loop(tmp_path):
 
 
 @pytest.mark.parametrize('module', [loop, step_lib, metrics, checkpoint])
-def test_what_repeats_a_task_knows_no_model_and_no_text(module):
+def test_modules_of_every_task_import_no_model_and_no_text(module):
   source = inspect.getsource(module)
   assert 'models' not in source and 'train.data' not in source
 
@@ -392,7 +394,7 @@ def test_perplexity_weighs_tokens_not_batches():
     return {**same, 'bytes': np.full((1, 4), 3)}
 
   found = perplexity(loss, 1.0, batches=[batch(4), batch(1)])
-  # Four tokens of loss 4 and one of loss 1, of three bytes each.
+  # There are four tokens of loss 4 and one of loss 1, of three bytes each.
   assert found['loss'] == pytest.approx(17 / 5)
   assert found['perplexity'] == pytest.approx(np.exp(17 / 5))
   assert found['bits_per_byte'] == pytest.approx(17 / np.log(2) / 15)

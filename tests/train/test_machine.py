@@ -1,4 +1,4 @@
-"""What a user is told of the machine, and where compiled steps are kept."""
+"""Messages about the machine, and the location of the compilation cache."""
 
 import jax
 import pytest
@@ -35,8 +35,8 @@ def test_a_card_is_found_by_its_driver_tool(tmp_path, monkeypatch):
   assert machine.nvidia() and found in (True, False)
 
 
-def test_a_cache_of_ones_own_is_left_alone(monkeypatch):
-  # The tests have one.
+def test_a_cache_that_the_user_chose_is_kept(monkeypatch):
+  # The conftest of these tests already set a cache directory.
   before = jax.config.jax_compilation_cache_dir
   machine.cache_compilations()
   assert jax.config.jax_compilation_cache_dir == before is not None
@@ -45,13 +45,15 @@ def test_a_cache_of_ones_own_is_left_alone(monkeypatch):
 @pytest.mark.parametrize('given', ['', 'CLIENT', 'PYTHON_CLIENT'])
 def test_a_card_is_taken_but_for_a_twentieth(monkeypatch, given):
   for name in ('CLIENT', 'PYTHON_CLIENT'):
-    # Set before, so that what the program sets is taken back after the test.
+    # Setting and deleting the variable makes monkeypatch remove the program's
+    # value after the test.
     monkeypatch.setenv(f'XLA_{name}_MEM_FRACTION', '')
     monkeypatch.delenv(f'XLA_{name}_MEM_FRACTION')
   if given:
     monkeypatch.setenv(f'XLA_{given}_MEM_FRACTION', '0.5')
   machine.prepare()
-  # What JAX gives the card's client: of both variables one may be set.
+  # This is the memory fraction that JAX passes to its GPU client. JAX reads
+  # both variables, but only one of them may be set.
   options = xla_client.generate_pjrt_gpu_plugin_options()
   assert options['memory_fraction'] == (0.5 if given else 0.95)
 

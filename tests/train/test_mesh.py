@@ -1,4 +1,4 @@
-"""The same training on one device, on many, and in several processes."""
+"""Training is the same on one device, on many, and in several processes."""
 
 import dataclasses
 import datetime
@@ -36,7 +36,7 @@ GRIDS = {
 
 SVD = ('--optimizer.subspace', 'svd')
 
-# The finders but 'svd' amplify rounding.
+# All finders except 'svd' amplify rounding errors.
 TOLERANCES = {'svd': 1e-5, 'gram': 1e-3, 'power': 1e-3}
 
 
@@ -51,7 +51,7 @@ def prepared(config, run, *options):
 
 
 def trained(setup, steps):
-  """The losses of some steps and of a validation, and the state."""
+  """Returns the losses of some steps and of a validation, and the state."""
   state, found = training.begin(setup), []
   for _ in range(steps):
     state, metrics = setup.step(state, next(setup.batches))
@@ -61,7 +61,7 @@ def trained(setup, steps):
 
 
 def position_of(setup):
-  """Where the data is, as JSON tells it."""
+  """Returns the position in the data as JSON."""
   return json.dumps(setup.batches.get_state())
 
 
@@ -78,7 +78,7 @@ def test_losses_are_the_same_on_any_mesh(config, tmp_path, finder):
     np.testing.assert_allclose(
       found, expected, rtol=TOLERANCES[finder], err_msg=name
     )
-    # The step leaves the state where it was.
+    # A step must not change the shardings of the state.
     places = jax.tree.map(lambda x: x.sharding, state)
     jax.tree.map(assert_equivalent, state, places, many.places)
 
@@ -99,7 +99,8 @@ def test_other_steps_are_the_same_on_a_mesh(config, tmp_path, options):
   rank = ('--optimizer.rank', '4')
   one = prepared(config, tmp_path / 'one', *options, *rank)
   many = prepared(config, tmp_path / 'many', *options, *rank, *GRIDS['mixed'])
-  # Two refreshes, by a finder that amplifies rounding.
+  # The run has two refreshes by a finder that amplifies rounding errors, which
+  # the tolerance allows for.
   expected, _ = trained(one, 8)
   np.testing.assert_allclose(trained(many, 8)[0], expected, rtol=1e-3)
 
@@ -128,7 +129,7 @@ def test_projected_sums_train_as_whole_ones(config, tmp_path, options):
     many = prepared(config, tmp_path / name, *options, *grid)
     assert 'sums projected gradients' in step.traffic(many.config)
     found, state = trained(many, 12)
-    # Sums across devices are in another order.
+    # The tolerance allows for summing across devices in a different order.
     np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=name)
     places = jax.tree.map(lambda x: x.sharding, state)
     jax.tree.map(assert_equivalent, state, places, many.places)
@@ -136,7 +137,8 @@ def test_projected_sums_train_as_whole_ones(config, tmp_path, options):
 
 @pytest.mark.slow
 def test_projected_sums_are_a_quarter_of_whole_ones():
-  # The rank is a quarter of the projected side.
+  # The rank is a quarter of the projected side, so projected gradients have a
+  # quarter of the size.
   found = {}
   for name, config in scaling.configs(width=64, num_layers=2).items():
     config = dataclasses.replace(config, mesh=Mesh(data=8))
@@ -144,7 +146,7 @@ def test_projected_sums_are_a_quarter_of_whole_ones():
     task = language_model(config)
     jitted, state, batch = placed_step(config, task, grid)
     text = jitted.lower(state, batch).compile().as_text()
-    # What no method projects is sent whole by all of them.
+    # All methods send the whole gradients of weights that are not projected.
     rest = {k: x for k, x in state.params.items() if k != 'blocks'}
     whole = account(rest, ()).weights
     found[name] = [scaling.sent(text, at) - whole for at in (min, max)]
@@ -153,7 +155,7 @@ def test_projected_sums_are_a_quarter_of_whole_ones():
     assert found[name][1] <= found['AdamW'][1]
 
 
-def test_the_program_says_what_devices_send():
+def test_the_program_names_the_gradients_that_devices_send():
   projected = 'mesh.data sums projected gradients, whole ones at a refresh'
   whole = 'mesh.data sums whole gradients; .* clip_norm and norm_growth None'
   config = dataclasses.replace(CONFIG, mesh=Mesh(data=2), clip_norm=None)
@@ -197,7 +199,7 @@ def free_port():
 
 
 def start(argv, *, port, process, processes=2):
-  """Starts one of the processes of a run, with four devices."""
+  """Starts one process of a run, with four devices."""
   variables = os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
@@ -216,7 +218,7 @@ def start(argv, *, port, process, processes=2):
 
 @pytest.mark.slow
 @pytest.mark.optimized
-def test_two_processes_train_what_one_does(config, tmp_path):
+def test_two_processes_train_as_one_does(config, tmp_path):
   options = ('--batch-size', '16', '--steps', '30', '--eval-every', '30')
   options += SVD
   argv = [config, *options, '--run', str(tmp_path / 'two'), '--mesh.fsdp', '4']
@@ -226,7 +228,7 @@ def test_two_processes_train_what_one_does(config, tmp_path):
   ]
   ends = [process.communicate(timeout=900) for process in both]
   assert [process.returncode for process in both] == [0, 0], ends
-  # One of them speaks, and writes.
+  # Only the first process prints and writes files.
   assert 'validation' in ends[0][0] and 'run:' not in ends[1][0]
   two = Run(tmp_path / 'two')
   assert (two.directory / 'curves.png').exists()
@@ -235,14 +237,15 @@ def test_two_processes_train_what_one_does(config, tmp_path):
   found = [x['loss'] for x in lines(two) if 'loss' in x]
   found += [x['validation_loss'] for x in lines(two) if 'validation_loss' in x]
   np.testing.assert_allclose(found, expected, rtol=1e-5)
-  # What two processes saved, one reads.
+  # One process can read the checkpoint that two processes saved.
   again = training.prepare(
     [config, '--run', str(two.directory), '--resume', '--mesh.data', '1']
   )
   state = training.begin(again)
   assert int(state.step) == 30
   assert position_of(again) == position_of(setup)
-  # The newest is damaged, which each process finds and one sets aside.
+  # Both processes find that the newest checkpoint is damaged, and one of them
+  # moves it.
   faults.flip(faults.largest(two.checkpoints_path / '30', 'params'))
   argv = [config, '--run', str(two.directory), '--resume', '--mesh.data', '2']
   port = free_port()
@@ -259,7 +262,7 @@ MODEL = LlamaConfig(
 )
 
 
-def test_where_parameters_live():
+def test_shardings_of_parameters():
   grid = mesh.absent(Mesh(data=2, fsdp=8, tensor=4))
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, 'float32')
   params = {
@@ -270,7 +273,8 @@ def test_where_parameters_live():
         'q': {'kernel': shape(3, 32, 64), 'lora_a': shape(3, 32, 8)},
         'o': {'kernel': shape(3, 64, 32)},
       },
-      # No width that divides, and then no side.
+      # 30 is not divisible by the fsdp axis, so `up` is sharded only along its
+      # output. No side of `odd` is divisible.
       'mlp': {'up': {'kernel': shape(3, 30, 64)}, 'odd': shape(3, 7, 5)},
     },
     'lm_head': {'kernel': shape(32, 47)},
@@ -317,7 +321,7 @@ def test_a_mesh_that_does_not_fit(config, tmp_path, options, message):
 
 @pytest.fixture
 def asked(monkeypatch):
-  """What JAX is asked for, which it does not do here."""
+  """Records the arguments of `jax.distributed.initialize`; never calls it."""
   calls = []
   initialize = lambda **given: calls.append(given)
   monkeypatch.setattr(jax.distributed, 'initialize', initialize)
@@ -336,7 +340,7 @@ def asked(monkeypatch):
     ),
   ],
 )
-def test_a_cluster_is_joined_where_there_is_one(
+def test_a_cluster_is_joined_if_there_is_one(
   monkeypatch, asked, variables, message
 ):
   asked = []

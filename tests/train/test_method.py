@@ -1,4 +1,4 @@
-"""A method is written once: configs and README say what its preset says."""
+"""Method classes of configs and the README's table agree with the presets."""
 
 import dataclasses
 import inspect
@@ -50,7 +50,7 @@ def updates(tx, num_steps=5):
 
 
 @pytest.mark.parametrize('name', method.METHODS)
-def test_a_config_says_what_its_preset_says(name):
+def test_a_config_has_the_options_and_defaults_of_its_preset(name):
   kind, preset = method.CLASSES[name], method.METHODS[name].preset
   assert getattr(method, name) is kind
   parameters = inspect.signature(preset).parameters
@@ -59,7 +59,8 @@ def test_a_config_says_what_its_preset_says(name):
     (argument,) = field.type.__metadata__
     assert argument.help, f'{preset.__name__}: {field.name} has no Args'
   left = parameters.keys() - {field.name for field in dataclasses.fields(kind)}
-  # What no command line can say, and what the config says for all methods.
+  # The command line cannot express functions and trees, and `clip_norm` is an
+  # option of the config.
   functions = {'learning_rate', 'axes', 'eps', 'inner', 'residual'}
   assert left <= functions | {'clip_norm'}
   assert kind().build(lambda count: 0.1).init
@@ -98,7 +99,7 @@ def test_a_new_preset_needs_no_more_than_its_signature():
 
 
 def test_optax_galore_has_no_state_of_frozen_weights() -> None:
-  """None marks a frozen weight."""
+  """A frozen weight is None in the params."""
   tx = OptaxGalore(rank=2).build(0.1)
   params = {'up': jnp.ones((4, 6)), 'norm': jnp.ones(4), 'head': None}
   change, state = tx.update(params, tx.init(params), params)
@@ -114,7 +115,8 @@ def test_optax_galore_is_optax_galore_with_a_state_that_can_be_saved():
   options = {'rank': 3, 'update_proj_gap': 2, 'weight_decay': 0.1}
   ours, state = updates(OptaxGalore(**options).build(schedule))
   theirs, other = updates(optax.contrib.galore(schedule, **options))
-  # Two compiled programs, which may fuse a multiply and an add differently.
+  # The tolerance allows for two compiled programs that contract multiplications
+  # and additions differently.
   chex.assert_trees_all_close(ours, theirs, rtol=0, atol=1e-6)
   assert all(leaf.size for leaf in jax.tree.leaves(state))
   assert not all(leaf.size for leaf in jax.tree.leaves(other))
@@ -135,8 +137,9 @@ def test_galore_takes_every_option(options):
   found, state = updates(optimizer.build(lambda count: 0.1))
   assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))
   sizes = [leaf.size for leaf in jax.tree.leaves(state)]
-  # Adam's two moments of the stack alone are 1848; projected with its basis,
-  # the stack takes 3 * 3 * (14 + 2 * 22) = 522 or 3 * 3 * (22 + 2 * 14) = 450.
+  # Adam's two moments of the stack have 1,848 elements. If the stack is
+  # projected, its basis and moments have 3 * 3 * (14 + 2 * 22) = 522 or 3 * 3 *
+  # (22 + 2 * 14) = 450.
   assert 0 not in sizes and sum(sizes) < 1848
 
 
@@ -183,7 +186,7 @@ def test_a_method_trains(name):
   assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found))
   assert 0 not in [leaf.size for leaf in jax.tree.leaves(state)]
   moved = jnp.abs(found[-1]['blocks']['up'] - tree(0)['blocks']['up'])
-  # BAdam has had two turns of two steps; three layers are in the stack.
+  # BAdam has trained two of the three layers, for two steps each.
   still = jnp.sum(jnp.all(moved == 0, axis=(1, 2)))
   assert still == (1 if name == 'badam' else 0)
 
@@ -192,7 +195,7 @@ def test_a_method_trains(name):
   'variant', [pytest.param(x, id=call) for call, x in method.lines()]
 )
 def test_bytes_of_state_are_those_of_the_table(variant):
-  # Large enough for 8 bits, and no multiple of a block.
+  # The weight is large enough for 8-bit moments, and not a multiple of a block.
   m, n, r = 48, 260, 16
   w = jax.ShapeDtypeStruct((m, n), jnp.float32)
   kind = method.CLASSES[variant.name]
@@ -200,7 +203,7 @@ def test_bytes_of_state_are_those_of_the_table(variant):
   sized = {'rank': r, 'density': r / m, 'blocks': '.*'}
   options = {k: x for k, x in sized.items() if k in known} | variant.options
   (row,) = galore_optax.describe(kind(**options).build(1.0), {'w': w})
-  # BAdam takes a layer out of the stack, with all its sides.
+  # BAdam selects layers of a stack, but it does not project them.
   whole = variant.cells.startswith('whole') or variant.name == 'Badam'
   assert (row.projected_shape is None) == whole
   assert row.bytes == variant.num_bytes(m, n, r)

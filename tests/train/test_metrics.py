@@ -13,7 +13,8 @@ def test_lines_after_the_checkpoint_are_dropped(path):
     for step in range(1, 6):
       log(step, {'loss': float(step)})
   with path.open('a') as file:
-    file.write('{"step": 6, "lo')  # a process was killed here
+    # the process was killed while writing this line
+    file.write('{"step": 6, "lo')
   with metrics.opened(path, step=3, tensorboard=False) as log:
     log(4, {'loss': 0.5})
   assert [line['loss'] for line in metrics.read(path)] == [1, 2, 3, 0.5]

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: what stays as it was."""
+"""Steps with a non-finite loss or gradient leave the state unchanged."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ from train.task import language_model
 
 
 class Kink(Residual):
-  """A block whose gradient is not a number where a weight is 0."""
+  """A model whose gradient is NaN if a certain weight is 0."""
 
   def block(self, layer_params, x):
     h = super().block(layer_params, x)['h']
@@ -75,7 +75,7 @@ def by_layer(**options):
 
 @functools.cache
 def projected():
-  """Four devices, which sum what galore projects."""
+  """Returns a step on four devices that sum projected gradients."""
   tx, step = whole()
   mesh = mesh_lib.devices(Mesh(data=4))
   place = mesh_lib.everywhere(mesh)
@@ -91,7 +91,7 @@ STEPS = {
 }
 
 IN_PARTS = ('projected', 'accumulate')
-"""Where no whole gradient is known."""
+"""Kinds of step that sum projected gradients, and never the whole ones."""
 
 
 def start(tx, **options):
@@ -104,14 +104,16 @@ def start(tx, **options):
 )
 @pytest.mark.parametrize('kind', STEPS)
 def test_everything_but_the_step_stays(monkeypatch, kind, of):
-  # with_mean_weight would divide a weight that is no number by itself.
+  # with_mean_weight would divide infinite weights by their infinite mean, which
+  # gives NaN.
   monkeypatch.setattr(step_lib, 'with_mean_weight', lambda x: (x, jnp.ones([])))
   tx, step = STEPS[kind]()
   state = start(tx, kink=of == 'gradient')
   before = jax.tree.map(np.asarray, state)
   after, metrics = step(state, batch(math.inf if of == 'loss' else 1.0))
   if kind == 'accumulate':
-    # Its refreshes come before the sum is known.
+    # Refreshes happen before the sum of gradients is known to be non-finite, so
+    # the bases may change.
     pick = lambda x: (x.params, x.optimizer.count, x.optimizer.norm)
     chex.assert_trees_all_equal(pick(after), pick(before))
   else:
@@ -120,7 +122,7 @@ def test_everything_but_the_step_stays(monkeypatch, kind, of):
   assert metrics['skipped_steps'] == 1 and 'partial_steps' not in metrics
   assert ('projected_grad_norm' in metrics) == (kind in IN_PARTS)
   assert bool(jnp.isfinite(metrics['loss'])) == (of == 'gradient')
-  # The next step is as if that one had not been.
+  # The next step is the same as without the skipped step.
   if of == 'loss' and kind != 'accumulate':
     again, metrics = step(after, batch())
     other, _ = step(start(tx), batch())
@@ -154,7 +156,7 @@ def test_without_a_first_pass_nothing_changes_from_there_on_down(
 
 
 def test_a_condition_costs_no_copy_of_the_state():
-  """The state is 256 times the batch: a copy would be seen."""
+  """A copy of the state would be noticed: it is 256 times the batch's size."""
   tx = optax.adam(0.1)
   weights = {'w': jnp.zeros((256, 1024))}
   loss = lambda params, x: (jnp.mean((x['x'] @ params['w']) ** 2), {})
@@ -164,7 +166,7 @@ def test_a_condition_costs_no_copy_of_the_state():
   memory = step.lower(state, inputs).compile().memory_analysis()
   held = sum(x.nbytes for x in jax.tree.leaves(state))
   assert memory.alias_size_in_bytes >= held - 8
-  # The gradient, and no more than one array beside it.
+  # Temporaries contain the gradient and at most one more array of its size.
   assert memory.temp_size_in_bytes < 2.5 * weights['w'].nbytes
 
 
@@ -175,7 +177,7 @@ def values(loss=1.0, norm=1.0):
 
 
 def trained(found, **options):
-  """Steps of these metrics, steps that were saved, lines that were logged."""
+  """Returns a loop with given metrics, and lists of its saves and log lines."""
   saved, logged, each = [], [], iter(found)
   config = dataclasses.replace(
     CONFIG, steps=len(found), eval_every=99, save_every=2, **options
@@ -213,7 +215,7 @@ def test_bad_steps_apart_do_not():
   good, bad = values(), values(loss=math.inf)
   run, saved, logged = trained([good, bad] * 5, max_skipped=1)
   run()
-  # What is due at a bad step is saved after the next.
+  # A save that is due at a skipped step happens after the next good step.
   assert saved == [3, 5, 7, 9, 10]
   assert sum(x['skipped_steps'] for _, x in logged if 'grad_norm' in x) == 5
 
@@ -231,7 +233,7 @@ def test_growth_is_limited_for_each_matrix():
   second, state = tx.update(more, state)
   np.testing.assert_allclose(second['stack'][0], 1.5 * jnp.eye(3), rtol=1e-6)
   np.testing.assert_allclose(second['stack'][1], 2.4 * jnp.eye(3), rtol=1e-6)
-  # After a zero there is no limit.
+  # A norm of zero sets no limit for the next one.
   third, _ = tx.update(grads, state)
   chex.assert_trees_all_equal(third['b'], grads['b'])
 

@@ -1,7 +1,7 @@
-"""Runs that an older version wrote: read as before, or refused in one line.
+"""Runs of an older version are read as before, or refused in one line.
 
-The texts below are config.json as version 0.1.0 wrote it. They stay as they
-are: a field that is added later is absent there and takes its default.
+The texts below are config.json as version 0.1.0 wrote it. Do not change them: a
+field that a later version adds is missing in them and takes its default.
 """
 
 import json
@@ -92,7 +92,7 @@ EXPECTED = {
 
 
 def stored(data, prefix=''):
-  """Values of a stored config by their dotted names."""
+  """Yields the values of a stored config with their dotted names."""
   for name, value in data.items():
     if isinstance(value, dict):
       yield prefix + name, value['kind']

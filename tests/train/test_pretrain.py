@@ -1,4 +1,4 @@
-"""Runs the program in-process, as a user would from the command line."""
+"""Runs the pretraining program in-process, with command-line arguments."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ from train.run import Run
 
 @pytest.fixture(scope='module')
 def printed(tmp_path_factory):
-  """A run of 8 steps that nothing has stopped, and what it printed."""
+  """Returns a completed run of 8 steps with its config and its output."""
   directory = tmp_path_factory.mktemp('finished')
   config = write_config(directory)
   run = Run(directory / 'run')
@@ -36,19 +36,19 @@ def printed(tmp_path_factory):
 
 @pytest.fixture
 def finished(printed):
-  """Its config and directory."""
+  """Returns the config and the run of `printed`, without its output."""
   return printed[:2]
 
 
 @pytest.fixture
 def short(monkeypatch):
-  """Ends a run with its last step: `finished` shows what comes after."""
+  """Skips samples and plots at the end of a run, which `finished` covers."""
   monkeypatch.setattr(pretrain, 'show_samples', lambda *args: None)
   monkeypatch.setattr(metrics, 'plot', lambda *args: None)
 
 
 def validation(run):
-  """The last validation in words, as the loop and `train.evaluate` print it."""
+  """Returns the last validation as the loop and `train.evaluate` print it."""
   line = lines(run)[-1]
   return metrics.describe(
     {name: line[f'validation_{name}'] for name in VALIDATED}
@@ -71,7 +71,8 @@ def test_a_run_leaves_its_files(finished):
   assert validated == [4, 8]
   rates = [line['learning_rate'] for line in lines(run) if 'loss' in line]
   np.testing.assert_allclose(rates[:3], [0, 0.005, 0.01], rtol=1e-6)
-  # The model's own sums come along: here of the negative log-likelihoods.
+  # The log also contains the sums that the model returns, such as the negative
+  # log-likelihood.
   for line in lines(run)[:3]:
     assert line['tokens'] == 4 * 24
     assert line['nll'] == pytest.approx(line['loss'] * line['tokens'])
@@ -114,7 +115,7 @@ def test_resume_is_bit_equal_to_no_stop(
   out, err = capfd.readouterr()
   assert int(saved(run)[0].step) == 4
   assert f'{stop.name}: will save after this step' in err
-  # The advice, word for word.
+  # The printed command must resume the run exactly as printed.
   assert 'stopped and saved at step 4; to go on:' in out
   line = out[out.index('python -m train.pretrain') :].splitlines()[0]
   assert pretrain.main(shlex.split(line)[3:]) == 0
@@ -126,7 +127,7 @@ def test_resume_is_bit_equal_to_no_stop(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('short')
-def test_resume_drops_what_came_after_the_checkpoint(
+def test_resume_drops_log_lines_after_the_checkpoint(
   finished, tmp_path, monkeypatch
 ):
   config, whole = finished
@@ -149,7 +150,7 @@ def test_resume_drops_what_came_after_the_checkpoint(
 
 @pytest.fixture
 def copied(finished, tmp_path, monkeypatch):
-  """A copy of the finished run in runs/, beside its config."""
+  """Copies the completed run to runs/, next to its config."""
   config, run = finished
   monkeypatch.chdir(tmp_path)
   shutil.copytree(run.directory, 'runs/tiny')
@@ -159,7 +160,7 @@ def copied(finished, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_resume_goes_on_with_the_runs_own_values(copied, monkeypatch, tmp_path):
   _, run = copied
-  # The file says something else by now; it may even be broken.
+  # A resumed run uses its stored config, even if the config file is broken.
   edited = tmp_path / 'tiny.py'
   edited.write_text('config = (')
   before = run.config()
@@ -195,7 +196,7 @@ def test_resume_refuses_other_values(copied, capsys):
 @pytest.mark.usefixtures('short')
 def test_a_branch_takes_other_values(copied, capsys):
   config, run = copied
-  # What a refused resume advises.
+  # The message of a refused resume recommends this command.
   args = [config, '--resume', '--steps', '10', '--learning-rate', '0.005']
   assert pretrain.main([*args, '--branch']) == 0
   branch = Run(run.directory.with_name('tiny-2'))
@@ -204,7 +205,7 @@ def test_a_branch_takes_other_values(copied, capsys):
   assert steps == list(range(1, 11))
   assert lines(branch)[:8] == lines(run)[:8]
   assert int(saved(branch)[0].step) == 10 and int(saved(run)[0].step) == 8
-  # The newest run is the branch now.
+  # The branch is now the newest run.
   with pytest.raises(SystemExit):
     pretrain.main([config, '--resume', '--steps', '8'])
   assert 'steps is 10 in the run and 8 now' in capsys.readouterr().err
@@ -227,7 +228,7 @@ def test_a_branch_takes_other_values(copied, capsys):
     (['--tokenizer', 'other.model'], "tokenizer is None .* 'other.model' now"),
   ],
 )
-def test_what_no_branch_can_start_from(copied, capsys, args, message):
+def test_changes_that_a_branch_cannot_make(copied, capsys, args, message):
   config, run = copied
   files = sorted(run.directory.parent.rglob('*'))
   with pytest.raises(SystemExit) as stop:
@@ -240,8 +241,8 @@ def test_what_no_branch_can_start_from(copied, capsys, args, message):
 
 def test_a_checkpoint_of_another_layout_ends_with_the_remedy(copied, capsys):
   config, run = copied
-  # As if the library kept something else of the same options: the state of
-  # another method lies where this one's is looked for.
+  # The state in the checkpoint is that of another optimizer, as if another
+  # version of the library had written it.
   path = run.config_path
   data = json.loads(path.read_text())
   data['optimizer'] = {'kind': 'AdamW'}
@@ -253,7 +254,7 @@ def test_a_checkpoint_of_another_layout_ends_with_the_remedy(copied, capsys):
   assert err.startswith('error: cannot read the checkpoint')
   assert 'another version' in err and 'without --resume' in err
   assert err.count('\n') == 1
-  # The parameters are what they were.
+  # The parameters have the same layout, so they can still be evaluated.
   evaluate.main([str(run.directory), '--batches', '1'])
 
 
@@ -367,7 +368,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(
   assert 'loss is inf at step 7' in err and 'Traceback' not in err
   assert f'last sound checkpoint is {run.checkpoints_path / "5"};' in err
   assert int(saved(run)[0].step) == 5
-  # The advice, word for word, up to the first step.
+  # The printed command must work exactly as printed, up to the first step.
   begun = []
   monkeypatch.setattr(
     training, 'train', lambda setup, state, *_, **__: begun.append(state) or 0
@@ -403,7 +404,7 @@ def test_a_save_that_fails_leaves_the_one_before(
   chex.assert_trees_all_equal(saved(run)[0], saved(whole)[0])
 
 
-def test_a_disk_that_is_full_elsewhere_tells_how_to_go_on(
+def test_an_error_of_a_full_disk_names_the_command_to_go_on(
   finished, monkeypatch, capsys
 ):
   config, run = finished
@@ -419,7 +420,7 @@ def test_a_disk_that_is_full_elsewhere_tells_how_to_go_on(
   assert advice.endswith(f'--run {run.directory} --resume')
 
 
-def test_evaluate_prints_what_the_run_printed(finished, capsys):
+def test_evaluate_prints_the_same_validation_as_the_run(finished, capsys):
   _, run = finished
   evaluate.main([str(run.directory), '--batches', '2'])
   assert validation(run) in capsys.readouterr().out

@@ -37,7 +37,8 @@ def text(optimizer, width=100, stored='float32'):
 
 
 def test_bytes_are_exact():
-  # A layer: 4 of 12 x 12, and 3 of 12 x 20, the shorter side projected to 5.
+  # Each layer has four kernels of 12 x 12 and three of 12 x 20. The shorter
+  # side is projected to 5.
   projected = 3 * (4 * 12 * 12 + 3 * 12 * 20)
   rest = 2 * 31 * 12 + 7 * 12
   state = 3 * (4 * (5 * 12 + 2 * 5 * 12) + 3 * (5 * 12 + 2 * 5 * 20))
@@ -67,8 +68,9 @@ def test_adamw_projects_nothing():
 @pytest.mark.parametrize('rank', [pytest.param(4, marks=pytest.mark.slow), 5])
 def test_nothing_is_allocated(rank):
   def stacks():
-    gc.collect()  # Arrays of earlier tests may be part of cycles.
-    # Of a weight's three axes: a thread of another test may still make batches.
+    gc.collect()  # arrays of earlier tests may be in reference cycles
+    # Only stacked kernels have three axes. A thread of another test may still
+    # create batches, which have fewer.
     return sum(x.ndim > 2 for x in jax.live_arrays())
 
   before = stacks()
@@ -84,7 +86,7 @@ TITLES = [
 
 @pytest.fixture
 def run(tmp_path):
-  """What a training leaves behind, but for its checkpoints."""
+  """Returns a run with the files that training writes, except checkpoints."""
   found = Run(tmp_path / 'a <run>')
   found.directory.mkdir()
   found.write(dataclasses.replace(CONFIG, model=MODEL, steps=9))
@@ -105,7 +107,7 @@ def run(tmp_path):
 
 
 class Page(html.parser.HTMLParser):
-  """The text of each section, its pictures, and what it asks of others."""
+  """Parses the page into section texts, pictures and external references."""
 
   def __init__(self, text):
     super().__init__()
@@ -146,7 +148,8 @@ def test_the_page_has_every_section(run):
   page = Page(text)
   assert list(page.texts) == TITLES and page.title == str(run.directory)
   assert not page.outside
-  # Loss, rate, norm, speed; energy and overlap.
+  # Curves are loss, learning rate, norm and speed; subspaces are energy and
+  # overlap.
   numbers = {title: len(x) for title, x in page.pictures.items()}
   assert numbers == {'Curves': 4, 'Subspaces': 2}
   for pictures in page.pictures.values():
@@ -160,7 +163,8 @@ def test_the_page_has_every_section(run):
   cells = page.texts['Subspaces']
   at = cells.index('blocks/q/kernel')
   assert cells[at + 1 : at + 5] == 2 * ['0.250', '0.500']
-  # 7 steps of 0.75 and 0.25 seconds, 2 seconds and 1.
+  # There are 7 timed steps of 0.75 seconds with 0.25 seconds of loading, a
+  # validation of 2 seconds and a save of 1 second.
   cells = page.texts['Time']
   at = cells.index('steps')
   assert cells[at + 1 : at + 3] == ['5.2', '52.5%']
@@ -181,7 +185,7 @@ def test_a_run_that_has_just_begun_has_a_page(run):
 
 
 @pytest.mark.parametrize('missing', ['config_path', 'metrics_path'])
-def test_what_is_no_run_has_no_page(missing, run, capsys):
+def test_a_directory_without_a_run_has_no_page(missing, run, capsys):
   getattr(run, missing).unlink()
   with pytest.raises(SystemExit):
     report.main([str(run.directory)])
@@ -205,7 +209,7 @@ def test_a_browser_shows_the_page(run, tmp_path):
     [
       *(BROWSER, '--headless', '--no-sandbox', '--disable-gpu'),
       *(f'--user-data-dir={tmp_path / "profile"}', '--hide-scrollbars'),
-      # Nothing is asked of the network.
+      # Block all network access.
       *('--host-resolver-rules=MAP * ~NOTFOUND', *options, url),
     ],
     capture_output=True,
@@ -218,9 +222,9 @@ def test_a_browser_shows_the_page(run, tmp_path):
   browse(f'--screenshot={picture}', '--window-size=1000,4000')
   pixels = np.asarray(Image.open(picture).convert('RGB')).astype(int)
   assert pixels.shape == (4000, 1000, 3)
-  # matplotlib's blue: the curves were drawn, in the place of the first one.
+  # The curves must have been drawn near the top, in matplotlib's blue.
   blue = np.abs(pixels - [31, 119, 180]).max(-1) < 30
   assert blue[:1500].sum() > 200
-  # Something is drawn from the top to the configuration at the end.
+  # The page must have content from the top to the configuration at the end.
   dark = (pixels.max(-1) < 160).any(1)
   assert dark[:200].any() and dark[2500:].any()

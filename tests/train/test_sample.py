@@ -1,4 +1,4 @@
-"""What is sampled: from which distribution, and after which tokens."""
+"""Sampling: the distribution of tokens, and the context they depend on."""
 
 import functools
 import io
@@ -31,7 +31,7 @@ GREEDY = Choice(temperature=0.0)
 
 @pytest.fixture(scope='module')
 def model():
-  """A model whose next token depends on all that it has read."""
+  """Returns a model whose next token depends on its whole context."""
   layers = Layers(CONFIG)
   params = jax.jit(layers.init)(jax.random.key(3))
   return layers, jax.tree.map(lambda w: 20 * w if w.ndim > 1 else w, params)
@@ -39,7 +39,7 @@ def model():
 
 @pytest.fixture(scope='module')
 def directory(model, tmp_path_factory):
-  """It as a directory of transformers, with a template."""
+  """Saves the model as a transformers directory with a chat template."""
   path = tmp_path_factory.mktemp('directory')
   huggingface.save(path, *(model[0].config, model[1]))
   return tiny.write(path, tiny.CHATML)
@@ -54,25 +54,27 @@ P = np.array([0.1, 0.5, 0.15, 0.25])
   [
     (Choice(1.0, 4, 1.0), P),
     (Choice(1.0, 400, 1.0), P),
-    # The square root of each, and the square.
+    # A temperature of 2 takes square roots of probabilities, and 0.5 squares.
     (Choice(2.0, 4, 1.0), np.sqrt(P)),
     (Choice(0.5, 4, 1.0), P**2),
     (Choice(1.0, 2, 1.0), P * [0, 1, 0, 1]),
-    # 0.5 + 0.25 are too little, and the third one makes 0.9.
+    # Top-p 0.8 needs three tokens, since 0.5 + 0.25 is less and the third makes
+    # 0.9.
     (Choice(1.0, 4, 0.8), P * [0, 1, 1, 1]),
     (Choice(1.0, 4, 0.74), P * [0, 1, 0, 1]),
     (Choice(1.0, 4, 0.3), [0, 1, 0, 0]),
     (Choice(1.0, 4, 1e-9), [0, 1, 0, 0]),
-    # Of what top_k has left: 2/3 and 1/3.
+    # Top-p applies after top-k, which leaves probabilities of 2/3 and 1/3.
     (Choice(1.0, 2, 0.66), [0, 1, 0, 0]),
     (Choice(1.0, 2, 0.67), P * [0, 1, 0, 1]),
-    # Of what the temperature has made: the first has 0.74.
+    # Top-p applies after the temperature, which raises the largest probability
+    # to 0.72.
     (Choice(0.5, 4, 0.7), [0, 1, 0, 0]),
     (Choice(1e-30, 4, 1.0), [0, 1, 0, 0]),
   ],
 )
 def test_candidates_have_the_known_distribution(choice, expected):
-  # A constant in a row's logits changes nothing.
+  # Adding a constant to a row's logits does not change its distribution.
   logits_BV = jnp.float32(np.stack([np.log(P), np.log(P) + 7]))
   scores_BK, ids_BK = candidates(logits_BV, choice)
   found_BV = np.zeros((2, 4))
@@ -87,7 +89,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
   logits_BV = jnp.float32(np.tile(np.log(P), (20_000, 1)))
   tokens_B = choose(logits_BV, jax.random.key(0), choice=Choice(1.0, 4, 0.8))
   found = np.bincount(tokens_B, minlength=4) / 20_000
-  # Four standard errors of a share of 20,000 draws.
+  # The tolerance is four standard errors of a share of 20,000 draws.
   np.testing.assert_allclose(found, P * [0, 1, 1, 1] / 0.9, atol=0.015)
   assert found[0] == 0
   best_B = choose(logits_BV[:3], jax.random.key(0), choice=GREEDY)
@@ -100,8 +102,9 @@ def whole(layers):
 
 
 def best(layers, params, row, length=192):
-  """The most likely token after a row, of the whole model."""
-  # What follows changes nothing, and one length is compiled once.
+  """Returns the most likely token after a row, by a pass without a cache."""
+  # Pad to one length, so that the model is compiled once. Later tokens do not
+  # affect earlier ones.
   batch = {
     'inputs': np.int32([row + (length - len(row)) * [0]]),
     'positions': np.arange(length, dtype=np.int32)[None],
@@ -126,7 +129,7 @@ def test_the_window_slides_by_half(model, window):
       row = [*row, expected[-1]]
       row = row if len(row) <= window else row[-3:]
     assert list(said) == expected
-    # The comparison means something.
+    # The outputs must vary, or the comparison would prove little.
     assert len(set(expected)) > 3
 
 
@@ -140,7 +143,7 @@ def test_prompts_longer_than_a_chunk(model, monkeypatch):
   assert step == [best(*model, row) for row in prompts]
 
 
-def test_a_reader_goes_on_from_what_it_knows(model, monkeypatch):
+def test_a_reader_goes_on_from_the_tokens_in_its_cache(model, monkeypatch):
   reader, sizes = Reader(*model), []
   extend = sample._extend
   monkeypatch.setattr(
@@ -153,7 +156,8 @@ def test_a_reader_goes_on_from_what_it_knows(model, monkeypatch):
     logits_BV = reader.read([one], 64)
     assert int(jnp.argmax(logits_BV)) == best(*model, one)
   assert sizes == [(1, 32), (1, 1), (1, 1), (1, 16), (1, 1)]
-  # More room than there is: from the beginning.
+  # A window larger than the cache makes the reader start again from the
+  # beginning.
   assert int(jnp.argmax(reader.read([row], 128))) == best(*model, row)
   assert sizes[-1] == (1, 64)
 
@@ -171,7 +175,7 @@ def test_a_row_depends_on_no_other_row(model, directory):
   assert other != together
 
 
-def test_what_is_said_ends_before_a_stop_string(model, directory):
+def test_output_ends_before_a_stop_string(model, directory):
   tokenizer = load(directory)
   options = {'window': 64, 'num_tokens': 30, 'temperature': 0.0}
   prompts = ['The quick', 'dog']
@@ -194,7 +198,7 @@ def test_a_stop_id_ends_a_row_and_no_other(model):
   for step in expected[at:]:
     step[0] = None
   assert list(found) == expected
-  # No more steps where all rows have ended.
+  # The stream stops once all rows have ended.
   at = next(
     n
     for n in range(1, 12)
@@ -231,7 +235,9 @@ def talk(monkeypatch, capsys, path, typed, *options):
   return capsys.readouterr().out
 
 
-def test_a_chat_is_the_conversation_read_anew(directory, monkeypatch, capsys):
+def test_a_chat_equals_reading_the_whole_conversation(
+  directory, monkeypatch, capsys
+):
   model = opened(directory)
   lines = ['Who jumps over the dog?', 'And then?', 'caf\u00e9']
   out = talk(
@@ -254,7 +260,7 @@ def test_a_chat_is_the_conversation_read_anew(directory, monkeypatch, capsys):
   assert out == expected and len(expected) > 30
 
 
-def test_a_chat_forgets_what_does_not_fit(directory, monkeypatch):
+def test_a_chat_forgets_messages_that_do_not_fit(directory, monkeypatch):
   model = opened(directory)._replace(window=48)
   seen, stream = [], sample.stream
 
@@ -319,7 +325,8 @@ def test_one_step_is_compiled_for_all_tokens(model):
   for num_tokens in (20, 30):
     reader = Reader(layers, model[1])
     list(sample.stream(reader, rows, num_tokens=num_tokens, **options))
-  # The prompts' 32 tokens, and one.
+  # One program is compiled for the prompts' 32 tokens, and one for single
+  # tokens.
   assert sample._extend._cache_size() == before + 2
 
 

@@ -1,4 +1,4 @@
-"""Signals, as a process of its own meets them; it imports nothing heavy."""
+"""Signal handling in separate processes, which import no heavy packages."""
 
 import os
 import signal
@@ -96,7 +96,8 @@ def test_while_the_first_step_compiles_the_first_signal_does(number):
 def test_an_answer_does_not_wait_for_the_interpreter(capfd):
   with signals.asked() as stop:
     stop.begun = True
-    # What C does at a signal, though no handler is run before a step ends.
+    # Python's C code writes the signal number to this descriptor at once.
+    # Python handlers would wait until a compiled step returns.
     os.write(signal.set_wakeup_fd(-1), bytes([signal.SIGTERM]))
     limit = time.monotonic() + 30
     while stop.signal is None and time.monotonic() < limit:

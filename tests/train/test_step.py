@@ -14,8 +14,8 @@ from train.config import Layerwise, WholeTree
 from train.method import Galore, Galore8bit
 from train.task import INPUTS, language_model
 
-# A bigram model: the step knows nothing of what is inside a loss. V tokens, D
-# width, B rows, T tokens of a row.
+# A bigram model, because steps do not depend on the inside of a loss. Sizes are
+# vocabulary V, width D, rows B and tokens per row T.
 V, D, B, T = 13, 8, 6, 9
 
 
@@ -32,7 +32,7 @@ def loss(params, batch):
 
 def example(seed=0):
   random = np.random.default_rng(seed)
-  # Rows differ in how many tokens are scored, so that a mean of means over
+  # Rows have different numbers of scored tokens, so that a mean of the means of
   # microbatches would be wrong.
   scored = np.arange(T)[None] < random.integers(1, T, B)[:, None]
   return {
@@ -70,13 +70,14 @@ def test_loss_is_the_mean_over_scored_tokens():
   mean = lambda params: loss(params, batch)[1]['nll'] / tokens
   expected, gradient = jax.value_and_grad(mean)(params)
   _, metrics = run(optax.sgd(0.1))
-  # Two summation orders of 54 float32 numbers.
+  # The tolerance allows for sums of 54 float32 numbers in different orders.
   np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-6)
   np.testing.assert_allclose(
     metrics['grad_norm'], optax.tree.norm(gradient), rtol=1e-6
   )
   assert metrics['weight'] == tokens
-  # The sums beside the loss are of the batch's own weights.
+  # The loss uses weights normalized to a mean of 1, but the other sums must
+  # refer to the batch's own weights.
   nll = loss(params, batch)[1]['nll']
   np.testing.assert_allclose(metrics['nll'], nll, rtol=1e-6)
 
@@ -85,7 +86,8 @@ def test_loss_is_the_mean_over_scored_tokens():
 def test_microbatches_change_nothing(microbatches):
   whole, expected = run(optax.sgd(1.0))
   parts, metrics = run(optax.sgd(1.0), microbatches=microbatches)
-  # The gradient's float32 sum in another order; entries are up to 3.
+  # The tolerance allows for a gradient whose float32 sum has a different order.
+  # Its entries are up to 3.
   chex.assert_trees_all_close(parts.params, whole.params, rtol=0, atol=1e-6)
   chex.assert_trees_all_close(metrics, expected, rtol=1e-6)
 
@@ -96,7 +98,7 @@ def test_microbatches_keep_types():
   parts, _ = run(tx, dtype=jnp.bfloat16, num_steps=2, microbatches=2)
   assert parts.params['up'].dtype == jnp.bfloat16
   chex.assert_trees_all_equal_shapes_and_dtypes(whole, parts)
-  # A norm of bfloat16 gradients is summed in float32.
+  # The norm of bfloat16 gradients is computed in float32.
   assert metrics['grad_norm'].dtype == jnp.float32
 
 
@@ -131,11 +133,12 @@ def test_every_donated_buffer_is_used(update, optimizer):
   state = jax.jit(init)(jax.random.key(0))
   tokens = np.ones((config.batch_size, config.sequence_length), np.int32)
   batch = dict.fromkeys(INPUTS, tokens) | {'weights': tokens.astype('f4')}
-  # A buffer that XLA cannot use is a warning, and warnings are errors here.
+  # XLA warns about a donated buffer that it cannot use, and warnings are errors
+  # here.
   compiled = step.lower(state, batch).compile()
   memory = compiled.memory_analysis()
   held = sum(x.nbytes for x in jax.tree.leaves(state))
-  # But for a scalar that nothing reads.
+  # A scalar that the step does not read may stay.
   assert held - memory.alias_size_in_bytes < 8
   after, _ = compiled(state, batch)
   assert after.step == 1
@@ -144,7 +147,7 @@ def test_every_donated_buffer_is_used(update, optimizer):
 
 
 def quickstart():
-  """The quickstart's config with a smaller model on shorter rows."""
+  """Returns the quickstart config with a smaller model and shorter rows."""
   config = load('configs/quickstart.py')
   small = dict(vocab_size=64, width=16, mlp_width=40, num_layers=2)
   return dataclasses.replace(
@@ -159,7 +162,8 @@ def test_clipping_acts_before_the_optimizer():
   clipped = optax.chain(optax.clip_by_global_norm(1e-2), optax.sgd(1.0))
   after, metrics = run(clipped)
   change = jax.tree.map(jnp.subtract, after.params, weights())
-  # Parameters near 1 hold a change of about 1e-3 to 1e-7.
+  # The parameters are near 1, so changes of about 1e-3 have a rounding error of
+  # 1e-7.
   np.testing.assert_allclose(optax.tree.norm(change), 1e-2, rtol=1e-4)
   assert metrics['grad_norm'] > 0.1
 
@@ -173,7 +177,8 @@ def test_a_layerwise_update_names_its_norm(norm):
   )
   state = step_lib.State(jnp.zeros([], jnp.int32), (), ())
   _, metrics = step(state, {'weights': jnp.array([1.0, 0.0])})
-  # The sum alone is of weights with a mean of 1.
+  # Only `nll` is a sum over weights normalized to a mean of 1. The step
+  # multiplies it by their actual mean of 0.5.
   expected = {'loss': 2.0, norm: 3.0, 'learning_rate': 0.1}
   expected |= {'nll': 2.0, 'weight': 1.0, 'skipped_steps': 0}
   chex.assert_trees_all_close(metrics, expected)

@@ -1,4 +1,4 @@
-"""Weights in 8 bits through the whole program: nothing else reads them."""
+"""Weights in 8 bits work in training, resumption, evaluation and sampling."""
 
 import chex
 import jax
@@ -17,7 +17,7 @@ INT8 = (
   *('--update', 'Layerwise', '--update.weights', 'int8', '--update.slices'),
   *('2', '--optimizer', 'Galore8bit', '--optimizer.rank', '4'),
   *('--optimizer.gap', '3', '--optimizer.basis-bits', '4'),
-  # One pass through the model, which is all that these tests need.
+  # These tests need only one pass through the model per step.
   *('--microbatches', '1', '--clip-norm', 'None'),
 )
 
@@ -76,7 +76,7 @@ def test_evaluate_and_sample_read_them(finished, capsys):
 
 
 @pytest.mark.slow
-def test_the_model_reads_what_the_weights_stand_for(tmp_path):
+def test_the_model_reads_dequantized_weights(tmp_path):
   launch = command.parse([write_config(tmp_path), *INT8])
   config = launch.config
   stored = language_model(config).init(jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Energy and overlap as NumPy has them, wherever a basis is found."""
+"""Captured energy and overlap of bases agree with NumPy for every method."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def gradients(number):
 
 
 def states(tx, number, gradients=gradients):
-  """The state before the first of so many updates, and after each."""
+  """Returns the initial state, and the state after each update."""
   params = jax.tree.map(jnp.zeros_like, gradients(0))
   found = [tx.init(params)]
   update = jax.jit(tx.update)
@@ -50,9 +50,17 @@ def expected(g_mn, new, old):
 
 
 def check(noted, others, new, old, g):
-  """Against the bases [k, r, m] or [k, r] of gradients [k, m, n]."""
+  """Checks recorded numbers against NumPy.
+
+  Args:
+    noted: recorded energy, overlap and number of refreshes, [3, k].
+    others: expected number of refreshes.
+    new: bases [k, r, m], or indices [k, r], after the refresh.
+    old: bases or indices before the refresh.
+    g: gradients [k, m, n].
+  """
   for i, g_mn in enumerate(g):
-    # Sums in float32.
+    # The tolerance allows for float32 sums.
     numbers = expected(g_mn, new[i], old[i])
     np.testing.assert_allclose(noted[:2, i], numbers, rtol=1e-5)
   assert (noted[2] == others).all()
@@ -65,7 +73,7 @@ def test_numbers_are_those_of_the_bases(finder):
   found = subspace.health(second)
   g = gradients(2)
   basis = lambda state, name: state.basis[name].basis
-  # The shorter side: columns of v, rows of w.
+  # The shorter side is projected: the columns of v and the rows of w.
   new, old = (np.array(basis(x, 'v'))[None] for x in (second, first))
   check(found['v'], 2, new, old, g['v'].T[None])
   check(found['w'], 2, basis(second, 'w'), basis(first, 'w'), g['w'])
@@ -127,7 +135,7 @@ def test_packed_bases_have_numbers_too():
     subspace.health(states(subspace.watched(x), 2)[-1])['w']
     for x in (tx, exact)
   )
-  # 8 bits of each element.
+  # The tolerance allows for 8 bits per element of the basis.
   np.testing.assert_allclose(found, like, atol=0.03)
 
 
@@ -140,7 +148,7 @@ def test_packed_bases_have_numbers_too():
     optax.adam(0.1),
   ],
 )
-def test_what_follows_no_gradient_is_not_watched(tx):
+def test_bases_that_ignore_gradients_are_not_watched(tx):
   state = jax.eval_shape(subspace.watched(tx).init, gradients(0))
   assert subspace.health(state) == {}
 
@@ -190,7 +198,7 @@ def batch(number):
 
 
 def run(update, number=5):
-  """The metrics of the first steps of a config."""
+  """Returns the metrics of the first steps of a config."""
   config = config_of(update)
   init, one = step.build(config, language_model(config))
   state, found = init(jax.random.key(0)), []
@@ -205,8 +213,8 @@ def test_a_step_hands_them_on_at_refreshes():
   whole, layers = run(WholeTree()), run(Layerwise())
   for found in whole, layers:
     assert [bool(x['refreshed']) for x in found] == [1, 0, 0, 1, 0]
-  # The gradients are the same but for rounding, as are the first subspaces;
-  # the second ones follow weights that have gone their ways for three steps.
+  # The first gradients and subspaces are equal up to rounding. The second
+  # subspaces belong to weights that have diverged for three steps.
   assert len(whole[0]['subspace']) == 7
   chex.assert_trees_all_close(
     whole[0]['subspace'], layers[0]['subspace'], rtol=1e-4
@@ -219,7 +227,7 @@ def test_a_step_hands_them_on_at_refreshes():
     assert (noted[:2] < 1 + 1e-6).all()
 
 
-def test_what_has_no_subspace_says_nothing():
+def test_a_method_without_a_subspace_logs_nothing():
   config = dataclasses.replace(config_of(WholeTree()), optimizer=AdamW())
   init, one = step.build(config, language_model(config))
   shapes = jax.eval_shape(init, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""The flops of an update, from the shapes of its products."""
+"""Flops of an update, counted from the shapes of its matrix products."""
 
 import dataclasses
 
@@ -26,19 +26,21 @@ def count(model, kind=Layers, trained=everything):
 
 
 def products(model):
-  """Pairs of numbers that are multiplied on the way forward."""
+  """Returns the number of multiplications in a forward pass."""
   heads, keys = 4 * model.num_heads, 4 * model.kv_heads
   D, F, L = model.width, model.mlp_width, model.num_layers
   linear = L * (2 * D * heads + 2 * D * keys + 3 * D * F) + D * model.vocab_size
   seen = min(T, model.window or T)
-  # Queries with keys, weights with values, every one with every other.
+  # Attention multiplies queries with keys, and weights with values, for all
+  # pairs of tokens within the window.
   return B * T * (linear + L * 2 * seen * heads)
 
 
 @pytest.mark.parametrize('other', [{}, {'tied': True}, {'window': 4}])
 def test_llama(other):
   model = dataclasses.replace(MODEL, **other)
-  # Two flops a pair, and twice as many products back as forward.
+  # A multiplication with its addition counts as two flops. The backward pass
+  # has twice as many products as the forward pass.
   assert count(model) == 3 * 2 * products(model)
 
 
@@ -76,6 +78,7 @@ def test_a_task_counts_its_batches():
   whole = task_of(config).flops(batch)
   assert whole == 6 * products(model)
   lora = dataclasses.replace(config, adapter=Lora(rank=2))
-  # A little more than two thirds: the factors, and attention.
+  # Frozen kernels save one third of the products. Factors and attention are
+  # still differentiated.
   assert 0.66 < task_of(lora).flops(batch) / whole < 0.9
   assert language_model(config).flops is None

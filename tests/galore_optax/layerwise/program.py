@@ -1,4 +1,4 @@
-"""A small model as a stack of layers, and steps of it, whole and layer-wise."""
+"""A small model with a stack of layers, and runs of both kinds of step."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,10 @@ L, D, F, V = 3, 6, 11, 13
 
 
 class Residual:
-  """h + tanh(h W) U, entered by an embedding, read by a head.
+  """A model with an embedding, layers `h + tanh(h W) U`, and a head.
 
-  Positions ride along as an integer leaf.
+  The activations contain the positions as an integer leaf, which has no
+  gradient.
   """
 
   def __init__(self, tied=False):
@@ -97,8 +98,9 @@ def run_whole_tree(model, tx, *, steps=3, params=None):
 
 
 def galore_rule(gap=2, **options):
-  # Momentum is linear: rounding does not grow as in Adam, where an entry that
-  # is nearly zero may change sign.
+  # The inner optimizer has momentum, which is linear in the gradient and does
+  # not amplify rounding errors. Adam could flip the sign of an entry that is
+  # nearly zero.
   return galore_optax.galore(
     optax.sgd(0.1, momentum=0.9),
     rank=3,

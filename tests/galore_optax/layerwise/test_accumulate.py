@@ -1,4 +1,4 @@
-"""Sums of projected gradients are the projection of the sum."""
+"""Summing projected gradients equals projecting the summed gradient."""
 
 import chex
 import jax
@@ -22,7 +22,10 @@ from tests.rounding import units
 
 
 def seed_rule():
-  """A basis that no gradient changes: nothing but the sums can differ."""
+  """Returns a rule whose bases depend only on a seed, not on gradients.
+
+  The results of two runs can then differ only in how gradients are summed.
+  """
   return galore_rule(subspace='random')
 
 
@@ -34,12 +37,14 @@ def test_parts_are_one_large_batch_over_three_refreshes(microbatches):
   step = layerwise(model, tx, accumulate=3, microbatches=microbatches)
   parts, state, metrics = run(step, **options)
   whole, _, expected = run(layerwise(model, tx), **options)
-  # Sums over examples in another order.
+  # The tolerance allows for summing gradients over examples in a different
+  # order.
   chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-6)
   for name in ('loss', 'nll'):
-    # Sums over 84 tokens, after six steps through three layers.
+    # The tolerance allows for rounding in sums over 84 tokens, after six steps
+    # through three layers.
     np.testing.assert_allclose(metrics[name], expected[name], rtol=units(84))
-  # What is outside the subspaces is not in the norm.
+  # The norm excludes gradient components outside the subspaces.
   norm = metrics['projected_grad_norm']
   assert 0 < norm < expected['grad_norm']
   assert state.norm == norm
@@ -70,7 +75,8 @@ def test_parts_are_one_large_batch_over_three_refreshes(microbatches):
   ids=['momentum', 'adamw', 'adafactor', 'rotate', 'full'],
 )
 def test_equal_parts_are_one_of_them(rule):
-  # The first part finds the basis that the whole batch would find.
+  # Both parts have the same gradient as the whole batch, so the first part
+  # finds the same basis.
   model, batch = Residual(), make_batch(0)
   twice = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), batch)
   two, one = layerwise(model, rule(), accumulate=2), layerwise(model, rule())
@@ -82,7 +88,8 @@ def test_equal_parts_are_one_of_them(rule):
       params, state, _ = jax.jit(step)(params, state, batch)
     return params
 
-  # A sum of two equal gradients, halved, is exact; the programs differ.
+  # Adding two equal gradients and halving the sum is exact. The tolerance
+  # allows for the different programs.
   chex.assert_trees_all_close(
     steps(two, twice), steps(one, batch), rtol=1e-4, atol=1e-5
   )
@@ -100,7 +107,9 @@ def test_a_refresh_sees_the_first_part():
   for name in ('blocks/u', 'blocks/w'):
     basis = state.inner[name].basis['blocks'][name[-1]]
     want = expected.inner[name].basis['blocks'][name[-1]]
-    # One decomposition, in two programs: vectors are known to eps / gap.
+    # The tolerance allows for two programs that decompose the same matrix. The
+    # error of a singular vector is eps divided by its distance from the next
+    # singular value.
     np.testing.assert_allclose(basis, want, atol=units(1000))
 
 
@@ -116,13 +125,15 @@ def test_clips_by_the_norm_of_what_is_summed():
   free, _, _ = run(layerwise(model, seed_rule(), accumulate=3), **options)
   start = make_params()
   expected = jax.tree.map(lambda p, q: p + factor * (q - p), start, free)
-  # Sgd's first step is linear in the gradient.
+  # The first step of SGD is linear in the gradient, so clipping the gradient
+  # scales the update.
   chex.assert_trees_all_close(clipped, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_quantized_bases_and_slices_and_bfloat16_sums():
-  # Bases in 8 bits are not orthonormal: the sum must not be projected again.
+  # Bases in 8 bits are not orthonormal. Projecting the accumulated gradient a
+  # second time would therefore change it.
   model = Residual()
   tx = quantize_bases(galore_rule(), bits=8, group=4)
   options = dict(steps=1, examples=12)
@@ -132,18 +143,21 @@ def test_quantized_bases_and_slices_and_bfloat16_sums():
   params, batch = make_params(), make_batch(0, 12)
   state = tx.init(params)
   first = jax.tree.map(lambda x: x[::3], batch)
-  # The basis of the first part, then the update from all parts.
+  # The expected step finds the basis on the first part and applies the gradient
+  # of all parts.
   grads = jax.grad(model, has_aux=True)(params, first)[0]
   state = tx.refresh(grads, state)
   grads = jax.grad(model, has_aux=True)(params, batch)[0]
   updates, _ = tx.apply(tx.project(grads, state), state, params)
   expected = optax.apply_updates(params, updates)
-  # Sums over examples in another order, and products through 8-bit bases.
+  # The tolerance allows for summing gradients over examples in a different
+  # order, and for products with 8-bit bases.
   chex.assert_trees_all_close(whole, expected, rtol=1e-4, atol=1e-5)
   rounded, _, _ = run(
     layerwise(model, tx, accumulate=3, sums_dtype=jnp.bfloat16), **options
   )
-  # Three roundings of 2^-8 of a gradient below 1, at a rate of 0.1.
+  # The tolerance allows for three bfloat16 roundings of 2^-8 each. The gradient
+  # is below 1 and the learning rate is 0.1.
   chex.assert_trees_all_close(rounded, expected, atol=3 * 2**-8 * 0.1)
   with pytest.raises(AssertionError):
     chex.assert_trees_all_close(rounded, expected, atol=1e-6)

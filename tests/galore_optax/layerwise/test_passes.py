@@ -1,4 +1,4 @@
-"""A backward pass in pieces equals the one in one piece."""
+"""A backward pass that is split into pieces equals a single backward pass."""
 
 import chex
 import jax
@@ -41,7 +41,8 @@ def test_gradients_are_those_of_vjp_and_weights_are_read_before_changed():
     grads, dx = jax.vjp(f, params, x)[1](dy)
     return dx, jax.tree.map(jnp.subtract, params, grads)
 
-  # The same operations in two programs: four products of up to five terms.
+  # The two programs run the same operations. The tolerance allows for rounding
+  # in four products of up to five terms.
   assert_close(in_pieces(params), at_once(params), operations=20)
 
 

@@ -1,4 +1,4 @@
-"""Layer-wise = whole tree, on the same gradients."""
+"""A layer-wise step equals a whole-tree step on the same gradients."""
 
 import chex
 import jax
@@ -27,14 +27,17 @@ from tests.galore_optax.layerwise.program import (
 )
 from tests.rounding import assert_close, units
 
-# Two programs. Losses and gradients are sums over 28 tokens through 3 layers.
+# Number of roundings in a loss or gradient. It is a sum over 28 tokens, passed
+# through 3 layers.
 SUMS = 28 * 3
-# Three steps, whose updates are a tenth of the weights at most.
+# Number of roundings in the weights after three steps. Each update is at most a
+# tenth of the weights.
 STEPS = 3 * (SUMS / 10 + 1)
 
 
 def test_equals_the_whole_tree_step():
-  # Momentum is linear: rounding does not grow.
+  # The inner optimizer has momentum, which is linear in the gradient, so
+  # rounding errors do not grow.
   model, tx = Residual(), optax.sgd(0.1, momentum=0.9)
   params, state, metrics = run(layerwise(model, tx))
   whole, expected = run_whole_tree(model, tx)
@@ -51,7 +54,8 @@ def test_galore_equals_the_whole_tree_step():
   basis = state.inner['blocks/w'].basis['blocks']['w']
   assert basis.shape == (L, 3, D)
   whole, _ = run_whole_tree(model, tx, steps=5)
-  # The decompositions are of one matrix here and of a stack there.
+  # The tolerance allows for decompositions that round differently: the
+  # layer-wise step decomposes single matrices, the whole-tree step a stack.
   chex.assert_trees_all_close(params, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -59,8 +63,9 @@ def test_adamw_equals_the_whole_tree_step():
   model, tx = Residual(tied=True), optax.adamw(0.01)
   params, _, _ = run(layerwise(model, tx))
   whole, _ = run_whole_tree(model, tx)
-  # XLA fuses multiplications and additions differently in the two programs,
-  # and the tied embedding's gradients are added in another order.
+  # The tolerance allows for different fusion of multiplications and additions
+  # in the two programs. The two gradients of the tied embedding are also added
+  # in a different order.
   chex.assert_trees_all_close(params, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -71,8 +76,8 @@ def test_clips_by_the_norm_of_the_whole_gradient():
     step = layerwise(model, optax.sgd(0.1), clip_norm=bound, clip=clip)
     params, _, metrics = run(step, steps=1)
     assert metrics['grad_norm'] > bound
-    # The norm's squares are added leaf by leaf and layer by layer. The update
-    # is a hundredth of the weights.
+    # The tolerance allows for rounding in the squared norm, which is summed
+    # leaf by leaf and layer by layer. The update is a hundredth of the weights.
     assert_close(params, whole, operations=SUMS / 100 + 1)
 
 
@@ -87,7 +92,8 @@ def test_previous_norm_is_that_of_the_step_before():
   grads = jax.grad(model, has_aux=True)(start, batch)[0]
   factor = clip_coefficient(metrics['grad_norm'], bound)
   expected = jax.tree.map(lambda p, g: p - 0.1 * factor * g, start, grads)
-  # Another program than the step, fused otherwise.
+  # The tolerance allows for rounding: the expected value is not computed within
+  # the program of the step, so XLA fuses it differently.
   chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -103,7 +109,8 @@ def test_microbatches_are_one_large_batch_over_three_refreshes():
   model, tx = Residual(), galore_rule()
   three = run(layerwise(model, tx, microbatches=3), steps=6, examples=12)
   whole = run(layerwise(model, tx), steps=6, examples=12)
-  # Sums over examples in another order, through three decompositions.
+  # The tolerance allows for summing gradients over examples in a different
+  # order, before each of three decompositions.
   chex.assert_trees_all_close(three[0], whole[0], rtol=1e-5, atol=1e-6)
   for name in ('loss', 'nll'):
     assert_close(three[2][name], whole[2][name], 3 * SUMS)
@@ -132,7 +139,7 @@ def test_state_comes_back_from_a_checkpoint_bit_by_bit(tmp_path):
     back = checkpointer.restore(
       tmp_path / 'step', jax.tree.map(ocp.utils.to_shape_dtype_struct, saved)
     )
-  # One program.
+  # The same compiled program runs twice, so results must be bit-for-bit equal.
   on = go(params, state, make_batch(7))
   again = go(back['params'], back['state'], make_batch(7))
   chex.assert_trees_all_equal(on, again)
@@ -151,7 +158,8 @@ def test_weights_in_eight_bits_are_read_and_written():
     Residual(), optax.sgd(0.1), steps=1, params=jax.jit(read)(params)
   )
   gap = np.abs(jax.jit(read)(new)['blocks']['w'] - exact['blocks']['w'])
-  # Rounded up or down: off by less than a step of the block.
+  # Stochastic rounding goes up or down, so the error is less than one
+  # quantization step of the block.
   assert gap.max() < 1.01 * np.max(new['blocks']['w'].scale)
   assert gap.max() > 0
 
@@ -159,7 +167,8 @@ def test_weights_in_eight_bits_are_read_and_written():
 @pytest.mark.slow
 @pytest.mark.parametrize('train_rest', [False, True])
 def test_badam_equals_the_whole_tree_step(train_rest):
-  # SGD, whose rounding does not grow; each turn and one of the next cycle.
+  # The inner optimizer is momentum, which does not amplify rounding errors. The
+  # run covers all layers once and the first layer of the next cycle.
   tx = galore_optax.badam(
     0.1,
     switch_every=2,
@@ -171,7 +180,7 @@ def test_badam_equals_the_whole_tree_step(train_rest):
   step = layerwise(model, tx, microbatches=2)
   params, state, _ = run(step, steps=2 * L + 1)
   whole, _ = run_whole_tree(model, tx, steps=2 * L + 1)
-  # Sums in another order.
+  # The tolerance allows for summing gradients in a different order.
   chex.assert_trees_all_close(params, whole, rtol=1e-5, atol=1e-6)
   start = make_params()
   moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), params, start)
@@ -194,7 +203,8 @@ def test_badam_has_the_norm_of_what_it_trains():
   moved = jax.tree.map(lambda a, b: a - b, params['blocks'], start['blocks'])
   assert not any(jnp.any(x[jnp.array([0, 2])]) for x in moved.values())
   expected = jax.tree.map(lambda g: -0.1 * factor * g, mine)
-  # The difference of two weights of size one, which round once each.
+  # The tolerance allows for rounding: `moved` is the difference of two weights
+  # of magnitude one, each rounded once.
   chex.assert_trees_all_close(
     jax.tree.map(lambda x: x[1], moved), expected, atol=units(2)
   )
@@ -211,11 +221,15 @@ def test_badam_computes_the_weight_gradient_of_one_layer():
   one, rest = (
     galore_optax.badam(0.1, train_rest=rest) for rest in (False, True)
   )
-  # A block has two products, in the loop forward. A layer that is passed has
-  # them again and two back to its input; the active one has two more, for its
-  # weights. The head has one, and one back.
+  # Number of matrix products in the program text, which contains each loop body
+  # once. A layer has two products in the forward loop. In the backward pass, a
+  # layer that is not trained recomputes them and needs two more for its input
+  # gradient. The active layer needs another two for its weight gradients. The
+  # head has one product forward and one backward.
   assert products(one) == 2 + 4 + (4 + 2) + 2
-  # The head's own gradient; and the layers below the active one are passed.
+  # With train_rest, BAdam also trains the head and the embedding. This adds one
+  # product for the head's weight gradient. The backward pass must also go
+  # through the layers below the active one to reach the embedding.
   assert products(rest) == products(one) + 1 + 4
 
 
@@ -224,14 +238,15 @@ def test_matrices_take_turns_as_in_the_whole_tree():
   model, tx = Residual(), galore_rule(gap=galore_optax.Staggered(3))
   params, state, _ = run(layerwise(model, tx), steps=5)
   whole, _ = run_whole_tree(model, tx, steps=5)
-  # Decompositions are of one matrix here and of a stack there.
+  # The tolerance allows for decompositions that round differently: the
+  # layer-wise step decomposes single matrices, the whole-tree step a stack.
   chex.assert_trees_all_close(params, whole, rtol=1e-4, atol=1e-5)
   w, u = (state.inner[f'blocks/{x}'] for x in 'wu')
   assert np.array_equal(w.count, u.count)
 
 
 class Bare(Residual):
-  """A stack of one leaf, and what is no dict beside the loss."""
+  """A model whose stack is a single leaf, with any auxiliary output `aux`."""
 
   def __init__(self, aux):
     super().__init__()

@@ -1,4 +1,4 @@
-"""Fira and APOLLO in NumPy, from their equations; their state in 8 bits."""
+"""NumPy oracle of Fira and APOLLO, and a comparison with 8-bit moments."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,17 +10,25 @@ WARM_UP_STEPS = 4
 
 
 def learning_rate(t):
-  """Binary fractions, zero first: optax rounds schedules to float32."""
+  """Returns a warm-up from zero in binary fractions.
+
+  optax rounds schedules to float32, which represents binary fractions exactly.
+  """
   return min(t, WARM_UP_STEPS) / 16
 
 
 def correction(t):
-  """Adam's for its bias, after t + 1 updates."""
+  """Returns Adam's bias correction after t + 1 updates."""
   return np.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1))
 
 
 class Scaled:
-  """Adam without bias correction in a subspace, and what it scales."""
+  """Fira or APOLLO for one matrix, without bias correction.
+
+  Adam runs in the subspace. The ratio of its update norm to the gradient norm,
+  per channel or for the whole matrix, scales either the full gradient or its
+  part outside the subspace.
+  """
 
   def __init__(self, *, whole, channels, inside, outside, limit=1.01, off=1.0):
     self.whole, self.channels, self.off = whole, channels, off
@@ -29,7 +37,7 @@ class Scaled:
     self.last = None
 
   def __call__(self, g, p):
-    """Returns the update of g [i, o] for the rows p [r, i] or [r, o]."""
+    """Returns the update of g [i, o] for a basis p [r, i] or [r, o]."""
     left = g.shape[0] <= g.shape[1]
     low = p @ g if left else g @ p.T
     up = (lambda x: p.T @ x) if left else (lambda x: x @ p)
@@ -53,7 +61,8 @@ class Scaled:
 def run(make, weights, grads, basis, steps, decay, *, restart_every=None):
   """Returns the weights after each step.
 
-  A rule that restarts with its subspace corrects its bias from there on.
+  If the rule restarts every `restart_every` steps, its bias correction restarts
+  as well.
   """
   w = {name: np.array(x) for name, x in weights.items()}
   rules = {name: make() for name in w}
@@ -77,15 +86,16 @@ def run(make, weights, grads, basis, steps, decay, *, restart_every=None):
 
 
 def in_eight_bits(make, shape, steps=6):
-  """Returns how far a method with 8-bit moments is from one without.
+  """Compares a method with 8-bit moments with the same method in float32.
 
   Args:
-    make: the method, given its inner.
-    shape: of a weight.
-    steps: updates.
+    make: returns the method for a given inner optimizer.
+    shape: shape of the weight.
+    steps: number of updates.
 
   Returns:
-    distance / movement after each step, and the bytes of state.
+    For each step, the distance of the two weights relative to how far they
+    moved; and the bytes of the 8-bit state.
   """
   grads, w = {'w': normal32((steps, *shape))}, {'w': jnp.zeros(shape)}
   low = make(quantize_state(scale_by_galore_adam()))

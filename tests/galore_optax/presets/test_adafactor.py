@@ -1,4 +1,4 @@
-"""Adafactor with GaLore: oracle, limits, stacks, state."""
+"""`galore_adafactor`: a float64 oracle, limits, stacks, and its state."""
 
 import itertools
 
@@ -41,7 +41,11 @@ def schedule(count):
 
 
 def basis_of(g_mn, old_rm):
-  """The leading left singular vectors as rows, signs by the design's rule."""
+  """Returns the leading left singular vectors as rows, with fixed signs.
+
+  In each row of the first basis, the entry of largest magnitude is positive.
+  Each later row has a positive product with the previous row.
+  """
   rows = np.linalg.svd(g_mn)[0][:, :RANK].T
   if old_rm is None:
     peaks = np.argmax(np.abs(rows), axis=1, keepdims=True)
@@ -56,7 +60,10 @@ def rms(x):
 
 
 def oracle(w, grads, *, b1, scale_parameter, weight_decay, is_projected=True):
-  """Adafactor of one leaf in float64, from the reference's order of steps."""
+  """Yields the weight after each step of Adafactor in float64.
+
+  The order of operations is that of the PyTorch reference.
+  """
   left = w.ndim == 2 and w.shape[0] <= w.shape[1]
   basis, row, col, full, mu = None, 0.0, 0.0, 0.0, 0.0
   for t, g in enumerate(grads, start=1):
@@ -99,7 +106,7 @@ def test_equals_float64_oracle(b1, scale_parameter, weight_decay):
   )
   shapes = SHAPES | {'bias': (6,), 'embedding': (13, 4)}
   params = {k: normal(i, s) for i, (k, s) in enumerate(shapes.items())}
-  # One weight stands at the floor of the parameter scale.
+  # The RMS of this weight is below the minimum of the parameter scale.
   params['wide'] *= 1e-5
   grads = [
     {k: normal((i, t), s) for i, (k, s) in enumerate(shapes.items())}
@@ -120,7 +127,8 @@ def test_equals_float64_oracle(b1, scale_parameter, weight_decay):
         **options,
       )
       for step, want in enumerate(expected):
-        # Both in float64; the SVDs differ by its rounding.
+        # Preset and oracle run in float64. The tolerance allows for rounding in
+        # their SVDs.
         np.testing.assert_allclose(
           history[step][name], want, rtol=1e-10, atol=1e-12, err_msg=name
         )
@@ -137,7 +145,8 @@ def test_stack_equals_loop(scale_parameter, moments):
     'embed': (6, 4),
     'gate/kernel': (3, 2),
   }
-  # Layers of very different size, so that a shared RMS would show.
+  # The layers differ in magnitude, so that an RMS over the whole stack would
+  # give wrong results.
   size = 10.0 ** np.arange(-layers, 0)
   stacked = lambda seed: {
     k: jnp.float32(
@@ -158,7 +167,8 @@ def test_stack_equals_loop(scale_parameter, moments):
   for layer in range(layers):
     one = lambda tree, at=layer: jax.tree.map(lambda x: x[at], tree)
     alone, _ = trajectory(tx, one(stacked(0)), [one(g) for g in grads])
-    # A batched product sums in another order: float32 rounding.
+    # The tolerance allows for float32 rounding, because a batched product sums
+    # in a different order.
     chex.assert_trees_all_close(
       [one(h) for h in history], alone, rtol=1e-5, atol=1e-8
     )
@@ -179,11 +189,12 @@ def test_axes_of_an_attention_kernel():
     tx, {'q': jnp.asarray(w)}, [{'q': jnp.asarray(g)}, {'q': jnp.asarray(-g)}]
   )
   for a, b in zip(have, want, strict=True):
-    # The RMS sums over axes in another order.
+    # The tolerance allows for computing the RMS over the axes in a different
+    # order.
     np.testing.assert_allclose(flat(a['q'])['q'], b['q'], rtol=1e-6)
 
 
-def test_reset_starts_anew_at_a_refresh():
+def test_reset_restarts_moments_at_a_refresh():
   params = {k: jnp.float32(normal(0, s)) for k, s in SHAPES.items()}
   grads = [
     {k: jnp.float32(normal(t, s)) for k, s in SHAPES.items()} for t in range(4)
@@ -191,7 +202,8 @@ def test_reset_starts_anew_at_a_refresh():
   tx = galore_adafactor(0.1, b1=0.9, moments='reset', **OPTIONS)
   history, _ = trajectory(tx, params, grads)
   again, _ = trajectory(tx, history[1], grads[2:])
-  # Signs of a basis follow the previous one, and no product depends on them.
+  # The second run has no previous basis to take signs from, but updates do not
+  # depend on the signs of a basis.
   chex.assert_trees_all_close(history[2:], again, rtol=1e-5, atol=1e-6)
 
 
@@ -201,8 +213,9 @@ def test_reset_starts_anew_at_a_refresh():
   quick=[(0.9, True)],
 )
 def test_unprojected_equals_optax(b1, scale_parameter):
-  # optax clips and scales whole leaves and decays without the learning rate:
-  # they agree on single matrices and vectors, without decay.
+  # optax clips and scales whole leaves and applies decay without the learning
+  # rate. The results therefore agree only for single matrices and vectors, and
+  # without decay.
   shapes = {'kernel': (11, 5), 'embed': (5, 9), 'norm': (6,), 'low': (4, 5)}
   params = {k: jnp.float32(normal(1, s)) for k, s in shapes.items()}
   grads = [
@@ -219,7 +232,8 @@ def test_unprojected_equals_optax(b1, scale_parameter):
   )
   have, want = (trajectory(tx, params, grads)[0] for tx in (ours, theirs))
   drop = lambda h: {k: x for k, x in h.items() if k != 'low'}
-  # The same formula in another order: float32 rounding.
+  # The tolerance allows for float32 rounding, because optax evaluates the
+  # formula in a different order.
   chex.assert_trees_all_close(
     [drop(h) for h in have], [drop(h) for h in want], rtol=1e-5, atol=1e-7
   )
@@ -229,7 +243,8 @@ def test_clip_threshold_bounds_the_rms_of_each_matrix():
   tx = adafactor.scale_by_galore_factored_rms(clip_threshold=0.5)
   g = {'kernel': jnp.float32(normal(0, (2, 3, 5)))}
   u, _ = jax.jit(tx.update)(g, tx.init(g))
-  # The unclipped RMS is near 1 at the first step. Its mean is of 15 squares.
+  # Before clipping, the RMS at the first step is near 1. The tolerance allows
+  # for rounding in its mean of 15 squares.
   rms = np.sqrt(np.mean(np.square(u['kernel']), axis=(1, 2)))
   np.testing.assert_allclose(rms, 0.5, rtol=units(15))
 
@@ -270,7 +285,8 @@ def test_bfloat16_gradients_are_rescaled_in_float32():
   g = {'kernel': jnp.asarray(normal(0, (5, 9)), jnp.bfloat16)}
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), g)
   step = jax.jit(lambda g: tx.update(g, tx.init(g))[0])
-  # One rounding to bfloat16: half a unit of an entry.
+  # The tolerance allows for one rounding to bfloat16, by at most half a unit of
+  # each entry.
   got, exact = np.float64(step(g)['kernel']), np.float64(step(wide)['kernel'])
   assert step(g)['kernel'].dtype == jnp.bfloat16
   np.testing.assert_allclose(
@@ -285,7 +301,9 @@ def test_traces_once(moments):
     schedule, b1=0.9, scale_parameter=True, moments=moments, **OPTIONS
   )
 
-  chex.clear_trace_counter()  # It counts by name, over both parameters.
+  # The trace counter is keyed by function name, so both parametrizations of the
+  # test share it.
+  chex.clear_trace_counter()
 
   @jax.jit
   @chex.assert_max_traces(n=1)
@@ -332,12 +350,15 @@ def test_a_part_of_the_tree_equals_its_leaves_in_the_whole(moments):
     part = elsewhere | {name: params[name]}
     alone, _ = trajectory(tx, part, [part] * 3)
     for one, all_ in zip(alone, whole, strict=True):
-      # Another program: XLA may fuse, and so round, otherwise.
+      # The tolerance allows for rounding, because XLA may fuse the program of a
+      # part differently.
       chex.assert_trees_all_close(one[name], all_[name], rtol=1e-6)
 
 
 def test_factored_rms_is_an_inner_of_its_own():
-  # Composed with optax's pieces it is the preset: decay read by a probe.
+  # Composing the transformation with pieces of optax gives the same updates as
+  # the preset. `galore` determines the decay of this composition by a trial
+  # run.
   params = {k: jnp.float32(normal(0, s)) for k, s in SHAPES.items()}
   grads = [
     {k: jnp.float32(normal(t, s)) for k, s in SHAPES.items()} for t in range(5)
@@ -354,7 +375,9 @@ def test_factored_rms_is_an_inner_of_its_own():
   chex.assert_trees_all_close(
     trajectory(composed, params, grads)[0],
     trajectory(preset, params, grads)[0],
-    rtol=1e-5,  # float32 rounding: one adds decay before the cast, one after.
+    # float32 rounding: decay is added before the cast in one and after it in
+    # the other
+    rtol=1e-5,
   )
 
 

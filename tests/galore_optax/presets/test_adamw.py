@@ -1,4 +1,4 @@
-"""`galore_adamw` against its own equations, in float64."""
+"""`galore_adamw` against its equations in float64."""
 
 import inspect
 
@@ -24,7 +24,8 @@ def test_adam_with_eps_before_the_bias_correction():
     mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * g * g
     step = np.sqrt(1 - b2**t) / (1 - b1**t)
     want = step * mu / (np.sqrt(nu) + eps)
-    # About ten roundings a step; moments of five steps may cancel.
+    # The tolerance allows for about ten roundings per step. The moments of five
+    # steps may cancel.
     assert_close(updates, want, operations=50)
 
 
@@ -34,16 +35,18 @@ def test_it_is_optax_adam_with_a_growing_eps():
   ours, _ = tx.update(g, tx.init(g))
   other = optax.scale_by_adam(b2=0.9, eps=0.2 / np.sqrt(1 - 0.9))
   want, _ = other.update(g, other.init(g))
-  # About ten roundings of products and roots, on either side.
+  # The tolerance allows for about ten roundings of products and roots on each
+  # side.
   np.testing.assert_allclose(ours, want, rtol=units(20))
 
 
 def test_bias_correction_keeps_its_digits_for_b2_near_one():
-  # 1 - b2 ** t in float32 has a relative error of 6e-5 at b2 = 0.999.
+  # Computing 1 - b2 ** t in float32 would have a relative error of 6e-5 for b2
+  # = 0.999 and t = 1.
   tx = scale_by_galore_adam(b2=0.999, eps=0.0)
   g = jnp.ones(1)
   updates, _ = tx.update(g, tx.init(g))
-  # Ten roundings of products and roots.
+  # The tolerance allows for ten roundings of products and roots.
   np.testing.assert_allclose(updates, 1.0, rtol=units(10))
 
 
@@ -55,7 +58,7 @@ def test_decay_acts_on_the_weight_that_the_update_made():
   for t in range(3):
     updates, state = tx.update(u, state, w)
     want = (np.asarray(w) + np.asarray(u)) * (1 - 0.1 * t * decay)
-    # Three products and three sums.
+    # The tolerance allows for rounding three products and three sums.
     np.testing.assert_allclose(w + updates, want, rtol=units(6))
 
 
@@ -66,7 +69,8 @@ def test_decay_is_on_every_leaf_whole_and_unscaled():
   step = jax.jit(lambda g, w: tx.update(g, tx.init(w), w)[0])
   updates = step(zeros, params)
   for name, w in params.items():
-    # The product of three numbers, in either order.
+    # The tolerance allows for multiplying the three numbers in a different
+    # order.
     assert_close(updates[name], -0.05 * w, operations=3)
 
 
@@ -77,8 +81,9 @@ def test_without_decay_it_is_galore_around_its_adam():
   other = galore(inner, rank=3, gap=2)
   grads = tree({k: x.shape for k, x in params.items()}, 5, (3,), jnp.float32)
   found, want = (trajectory(tx, params, grads)[0] for tx in (ours, other))
-  # Two programs, of three steps of sums of 9 terms. Adam enlarges an error a
-  # thousand times if an entry is that much smaller than the largest.
+  # The tolerance allows for different programs, which sum 9 terms in each of
+  # three steps. Adam amplifies an error a thousandfold if an entry is that much
+  # smaller than the largest one.
   assert_close(found, want, operations=3 * 9 * 1000)
 
 

@@ -1,4 +1,4 @@
-"""APOLLO and APOLLO-Mini against their own equations."""
+"""APOLLO and APOLLO-Mini against their equations."""
 
 import jax
 import numpy as np
@@ -31,7 +31,8 @@ def test_it_is_the_papers_algorithm(mini, moments):
   rank, scale = (1, 9.0) if mini else (3, 4.0)
   with jax.enable_x64(True):
     weights, grads = tree(), tree(seed=10, leading=(STEPS,))
-    # A gradient that grows tenfold meets the limiter.
+    # The gradient grows tenfold at one step, which triggers the norm-growth
+    # limiter.
     size = np.where(np.arange(STEPS) == 5, 10, 1)
     grads = {k: np.einsum('t...,t->t...', g, size) for k, g in grads.items()}
     options = dict(gap=GAP, scale=scale, weight_decay=DECAY, moments=moments)
@@ -52,13 +53,14 @@ def test_it_is_the_papers_algorithm(mini, moments):
       restart_every=GAP if moments == 'reset' else None,
     )
   for name in SHAPES:
-    # float64 through roots of sums of squares.
+    # Preset and oracle run in float64. The tolerance allows for rounding in
+    # roots of sums of squares.
     np.testing.assert_allclose(ours[name], want[name], rtol=1e-9, atol=1e-10)
   for name in MATRICES:
     drawn = np.asarray(rows[name])
     changed = np.any(drawn[1:] != drawn[:-1], axis=(1, 2))
     assert changed.tolist() == [t % GAP == 0 for t in range(1, STEPS)]
-  # Of a sketch a seed is kept.
+  # The state stores only a seed for each random projection.
   assert all(x.shape == (STEPS,) for x in jax.tree.leaves(states[0].basis))
 
 
@@ -67,9 +69,9 @@ def test_its_state_in_eight_bits():
   m, n, r = 64, 96, 48
   make = lambda inner: apollo(0.1, rank=r, gap=3, inner=inner)
   apart, size = scaled_oracle.in_eight_bits(make, (m, n))
-  # The first update reads no stored moment. Codes are off by about 1% in the
-  # mean, and the norm of a channel averages 48 of them.
+  # The first update does not read stored moments. The average quantization
+  # error is about 1%, and the norm of a channel averages 48 entries.
   assert apart[0] < 1e-6
   assert 0 < np.max(apart[1:]) < 0.004
-  # Two moments with a scale for each 256, a norm and a seed.
+  # The state has two moments with a scale per 256 codes, one norm and one seed.
   assert size == 2 * (r * n + r * n // 256 * 4) + 4 + 4

@@ -1,4 +1,4 @@
-"""BAdam: which layer trains when, what it keeps, and its equations."""
+"""BAdam: the order of its layers, its state, and its equations."""
 
 import chex
 import jax
@@ -14,7 +14,7 @@ from tests.galore_optax.program import Adam, normal, trajectory
 LAYERS, EVERY, DECAY = 3, 2, 0.25
 STEPS = 2 * LAYERS * EVERY + 1
 WARM_UP = optax.linear_schedule(0.0, 0.25, 4)
-"""Zero at the first step; binary fractions, as optax rounds to float32."""
+"""Warm-up from zero in binary fractions, which float32 represents exactly."""
 
 
 def model(seed=0, leading=()):
@@ -28,7 +28,7 @@ def model(seed=0, leading=()):
 
 
 def oracle(weights, grads, turns, train_rest):
-  """Returns the weights after each step; turns[t] names the layer."""
+  """Returns the weights after each step. Step t trains layer `turns[t]`."""
   w = jax.tree.map(np.array, weights)
   adams, trail, rest = {}, [], Adam()
   for t in range(STEPS):
@@ -67,12 +67,13 @@ def test_it_is_the_papers_algorithm(order):
       train_rest=rest,
     )
     ours, _ = trajectory(tx, weights, grads)
-    # The learning rate is zero at step 0, so nothing shows that turn's layer;
-    # step 1 is of the same turn.
+    # The learning rate is zero at step 0, so no layer changes. Step 1 trains
+    # the same layer.
     seen = turns_of(ours['blocks']['up'])
     turns = seen[:1] + seen
     want = oracle(weights, grads, turns, rest)
-  # float64 through roots of squares.
+  # BAdam and the oracle run in float64. The tolerance allows for rounding in
+  # roots of squares.
   chex.assert_trees_all_close(ours, want, rtol=1e-9, atol=1e-10)
   blocks = turns[::EVERY]
   assert turns == np.repeat(blocks, EVERY).tolist()[:STEPS]
@@ -82,7 +83,7 @@ def test_it_is_the_papers_algorithm(order):
     up = order == 'ascending'
     assert cycles == ([0, 1, 2],) * 2 if up else cycles == ([2, 1, 0],) * 2
   if not rest:
-    # To the bit.
+    # The head is not trained without train_rest, so it must not change at all.
     np.testing.assert_array_equal(ours['head'][-1], weights['head'])
 
 
@@ -98,7 +99,8 @@ def test_a_stack_of_one_layer_is_adam():
   grads = {'blocks': {'up': jnp.asarray(normal((4, 1, 5, 7), 1), jnp.float32)}}
   ours, _ = trajectory(badam(0.1, switch_every=9), one, grads)
   want, _ = trajectory(optax.adam(0.1), one, grads)
-  # The order of two products: an ulp.
+  # The tolerance allows for one ulp, because two factors are multiplied in a
+  # different order.
   chex.assert_trees_all_close(ours, want, rtol=1e-6)
 
 
@@ -139,7 +141,8 @@ def test_a_fixed_block_is_adam_on_it_and_never_restarts():
     lambda x: jnp.take(x, 1, axis), tree['blocks']
   )
   want, _ = trajectory(optax.adam(0.1), pick(weights, 0), pick(grads, 1))
-  # The order of two products: an ulp.
+  # The tolerance allows for one ulp, because two factors are multiplied in a
+  # different order.
   chex.assert_trees_all_close(pick(ours, 1), want, rtol=1e-6)
   for layer in (0, 2):
     still = ours['blocks']['up'][-1, layer]
@@ -149,15 +152,15 @@ def test_a_fixed_block_is_adam_on_it_and_never_restarts():
 @pytest.mark.parametrize(
   ('order', 'first'), [('ascending', [1, 2, 0]), ('descending', [1, 0, 2])]
 )
-def test_a_cycle_starts_where_it_is_told(order, first):
+def test_a_cycle_starts_at_a_given_layer(order, first):
   turns = [int(layer_of_turn(t, 3, order, start=1)) for t in range(4)]
   assert turns == [*first, first[0]]
 
 
-def test_master_weights_keep_what_bfloat16_loses():
+def test_master_weights_keep_steps_that_bfloat16_loses():
   one = {'blocks': {'up': jnp.ones((2, 5, 7), jnp.bfloat16)}}
   grads = {'blocks': {'up': jnp.ones((8, 2, 5, 7), jnp.bfloat16)}}
-  # A quarter of the spacing of bfloat16 numbers below one.
+  # The rate is a quarter of the spacing of bfloat16 numbers below one.
   rate = 2.0**-10
   options = dict(switch_every=4, order='ascending', inner=optax.identity())
   lost, _ = trajectory(badam(rate, **options), one, grads)
@@ -165,7 +168,8 @@ def test_master_weights_keep_what_bfloat16_loses():
     badam(rate, **options, master_weights=True), one, grads
   )
   assert np.all(lost['blocks']['up'] == 1)
-  # Four quarters are one spacing, of the first layer and then of the second.
+  # After four steps per layer, each layer has moved by one spacing: the first
+  # layer first, then the second.
   up = np.float32(kept['blocks']['up'])[:, :, 0, 0]
   np.testing.assert_array_equal(up[3], [1 - 2.0**-8, 1])
   np.testing.assert_array_equal(up[7], [1 - 2.0**-8, 1 - 2.0**-8])
@@ -175,7 +179,8 @@ def test_master_weights_keep_what_bfloat16_loses():
 
 @pytest.mark.parametrize('order', ['fixed', 'ascending'])
 def test_a_state_made_from_shapes_is_as_good(order):
-  # Float32 copies of weights that `init` has not seen.
+  # The state includes float32 copies of the weights. `init` cannot fill them if
+  # it gets only shapes.
   weights, grads = model(), model(20, (5,))
   tx = badam(
     0.1, switch_every=2, order=order, train_rest=True, master_weights=True
@@ -187,7 +192,7 @@ def test_a_state_made_from_shapes_is_as_good(order):
   )
 
 
-def test_it_refuses_what_is_no_stack():
+def test_it_refuses_bad_stacks_and_options():
   stacks = {'blocks': {'a': jnp.ones((2, 3)), 'b': jnp.ones((4, 3))}}
   with pytest.raises(ValueError, match='must match stacks'):
     badam(0.1).init(stacks)

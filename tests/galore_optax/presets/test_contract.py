@@ -1,7 +1,7 @@
-"""Every preset keeps the contract: types, traces, checkpoints, devices.
+"""Every preset keeps optax's contract: types, traces, checkpoints and devices.
 
-Left out where a statement does not hold: BAdam chooses layers of a stack, so
-that no loop over its layers, one by one, is the same.
+LOOPS lists the presets for which a stack equals a loop over its layers. BAdam
+is excluded because it chooses one layer of the stack at a time.
 """
 
 import chex
@@ -30,7 +30,7 @@ frugal = lambda subspace, **options: (
   )
 )
 EIGHT_BITS = dict(block_size=33, min_size=30)
-"""A block is one row of a low-rank gradient here, stacked or not."""
+"""Blocks are rows of the low-rank gradients, in stacks and single matrices."""
 adam_8bit = lambda: go.quantize_state(go.scale_by_galore_adam(), **EIGHT_BITS)
 
 LOOPS = {
@@ -40,7 +40,8 @@ LOOPS = {
   'rotate': lambda: go.galore_adamw(0.1, moments='rotate', **RANK),
   'frugal-svd': frugal('svd', weight_decay=0.1),
   'frugal-random': frugal('random', inner='sgdm', residual='sgd'),
-  # Linear: Adam would divide the polynomials' rounding by small entries.
+  # The inner optimizer is linear in the gradient. Adam would divide the
+  # rounding errors of power iteration by small entries.
   'frugal-power': frugal('power', inner='sgdm', residual='sgd'),
   'frugal-columns': frugal('columns', inner='lion'),
   'frugal-rows': frugal('rows'),
@@ -58,7 +59,7 @@ LOOPS = {
   'lomo': lambda: go.lomo(0.1, clip_norm=None, weight_decay=0.1),
   'adalomo': lambda: go.adalomo(0.1, clip_norm=None, weight_decay=0.1),
 }
-"""Presets that treat the layers of a stack one by one."""
+"""Presets for which a stack equals a loop over its layers."""
 
 PRESETS = LOOPS | {
   'badam': lambda: go.badam(0.1, switch_every=2, weight_decay=0.1),
@@ -99,7 +100,7 @@ def types(tree):
   ],
 )
 def test_types(name):
-  """Shapes do for arrays, and bfloat16 weights have float32 moments."""
+  """`init` accepts shapes, and moments are float32 for bfloat16 weights."""
   tx, w = PRESETS[name](), params(jnp.bfloat16)
   shapes = jax.eval_shape(lambda: w)
   state = tx.init(shapes)
@@ -122,7 +123,7 @@ def test_one_trace_and_a_checkpoint_serve_all_steps(name, tmp_path):
   state = tx.init(w)
   for i in range(3):
     _, state = update(gradients(w, i), state, w)
-  # LOMO keeps nothing, which Orbax does not save alone.
+  # The state of LOMO is empty, and Orbax does not save an empty tree.
   saved = {'state': state, 'step': jnp.int32(3)}
   with orbax.checkpoint.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / 'state', saved)
@@ -154,7 +155,8 @@ def test_a_stack_is_a_loop_over_its_layers(name):
     updates, state = whole(g, state, w)
     for i in range(L):
       want, states[i] = alone(one(g, i), states[i], one(w, i), i)
-      # Products of one matrix and of a batch sum in another order.
+      # The tolerance allows for rounding, because a batched product sums in a
+      # different order.
       assert distance(one(jax.device_get(updates), i), want) < 1e-3
 
 
@@ -170,7 +172,8 @@ def test_eight_devices_are_one(name):
 
   @jax.jit
   def step(w, state, inputs, i):
-    # The mean over a batch of eight, one example on each device.
+    # The gradient is the mean over a batch of eight, with one example per
+    # device.
     sway = jnp.mean(jnp.sin(i + inputs), axis=0)
     g = gradients(w, i)
     up = g['blocks']['up'] + sway.T[None]
@@ -187,8 +190,9 @@ def test_eight_devices_are_one(name):
   for i in range(4):
     updates, state = step(sharded, state, examples, i)
     want, want_state = step(w, want_state, inputs, i)
-    # Sums across devices are in another order. Power iteration and Adam enlarge
-    # the rounding of directions and entries that are small.
+    # The tolerance allows for summing across devices in a different order.
+    # Power iteration and Adam amplify rounding errors of weak directions and
+    # small entries.
     assert distance(updates, want) < 1e-3
 
 
@@ -198,6 +202,7 @@ def test_layerwise_is_the_whole_tree(name):
   start = make_params()
   ours, _, _ = run(go.layerwise(model, tx), steps=4, params=start)
   want, _ = run_whole_tree(model, tx, steps=4, params=start)
-  # Gradients and decompositions are of one matrix here, of a stack there, and
-  # Adam divides small entries by themselves.
+  # The tolerance allows for rounding: the layer-wise step differentiates and
+  # decomposes single matrices, the whole-tree step stacks. Adam divides small
+  # entries by their own magnitude, which amplifies the difference.
   chex.assert_trees_all_close(ours, want, rtol=1e-3, atol=1e-4)

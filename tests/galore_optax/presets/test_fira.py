@@ -1,4 +1,4 @@
-"""Fira against its own equations, and its limiter."""
+"""Fira against its equations, and its norm-growth limiter."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ WARM_UP = optax.linear_schedule(0.0, 0.25, 4)
   'moments, complement',
   [
     ('keep', 'exact'),
-    # G - scale P^T P G: the published figures are of this one.
+    # This variant uses G - scale P^T P G. The authors' code, and so the
+    # published results, use it.
     ('keep', 'reference'),
     pytest.param('reset', 'exact', marks=pytest.mark.slow),
   ],
@@ -32,7 +33,8 @@ WARM_UP = optax.linear_schedule(0.0, 0.25, 4)
 def test_it_is_the_papers_algorithm(moments, complement):
   with jax.enable_x64(True):
     weights, grads = tree(), tree(seed=10, leading=(STEPS,))
-    # A gradient that grows tenfold meets the limiter.
+    # The gradient grows tenfold at one step, which triggers the norm-growth
+    # limiter.
     size = np.where(np.arange(STEPS) == 5, 10, 1)
     grads = {k: np.einsum('t...,t->t...', g, size) for k, g in grads.items()}
     tx = fira(
@@ -58,7 +60,8 @@ def test_it_is_the_papers_algorithm(moments, complement):
       restart_every=GAP if moments == 'reset' else None,
     )
   for name in SHAPES:
-    # float64 through roots of sums of squares.
+    # Preset and oracle run in float64. The tolerance allows for rounding in
+    # roots of sums of squares.
     np.testing.assert_allclose(ours[name], want[name], rtol=1e-9, atol=1e-10)
   for name in MATRICES:
     bases = np.asarray(basis[name])
@@ -72,10 +75,11 @@ def test_it_is_the_papers_algorithm(moments, complement):
 
 
 def test_no_odd_gradient_stops_a_matrix_for_ever():
-  # A norm of zero must not bound all later ones to zero.
+  # The limiter bounds an update norm by a multiple of the last one. After a
+  # zero gradient, it must not limit all later updates to zero.
   tx, w = fira(0.1, rank=2, gap=100), {'w': jnp.zeros((3, 5, 7))}
   g = jnp.asarray(normal((3, 5, 7)), jnp.float32)
-  # One layer each.
+  # Each of the three layers has a bad gradient: zero, NaN or infinity.
   odd = g * jnp.array([0.0, jnp.nan, jnp.inf])[:, None, None]
 
   def step(state, g):
@@ -93,9 +97,10 @@ def test_its_state_in_eight_bits():
   m, n, r = 64, 96, 48
   make = lambda inner: fira(0.1, rank=r, gap=3, scale=1.0, inner=inner)
   apart, size = scaled_oracle.in_eight_bits(make, (m, n))
-  # The first update reads no stored moment. A code is off by 0.7% of its
-  # block's largest entry at most: about 1% of a normal one in the mean.
+  # The first update does not read stored moments. A quantization error is at
+  # most 0.7% of the block's largest entry. For normally distributed entries,
+  # this is about 1% of an entry on average.
   assert apart[0] < 1e-6
   assert 0 < np.max(apart[1:]) < 0.02
-  # A basis, two moments with a scale for each 256, and a norm.
+  # The state has a basis, two moments with a scale per 256 codes, and one norm.
   assert size == 4 * r * m + 2 * (r * n + r * n // 256 * 4) + 4

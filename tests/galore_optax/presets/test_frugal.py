@@ -1,4 +1,4 @@
-"""FRUGAL against its own equations, its limits, and what it keeps."""
+"""FRUGAL against its equations, its limits, and its state."""
 
 import functools
 
@@ -22,7 +22,7 @@ from tests.galore_optax.program import (
 
 STEPS, GAP, DENSITY, DECAY = 8, 2, 0.4, 0.3
 WARM_UP = optax.linear_schedule(0.0, 0.25, 4)
-"""Zero at the first step; binary fractions, as optax rounds to float32."""
+"""Warm-up from zero in binary fractions, which float32 represents exactly."""
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def x64():
 
 
 class Lion:
-  """Lion of one weight in NumPy."""
+  """Lion for one weight in NumPy."""
 
   def __init__(self):
     self.m = 0
@@ -44,7 +44,7 @@ class Lion:
 
 
 class Momentum:
-  """Heavy-ball momentum of one weight in NumPy."""
+  """Heavy-ball momentum for one weight in NumPy."""
 
   def __init__(self):
     self.m = 0
@@ -64,7 +64,13 @@ def svd_rows(g):
 
 
 def parts(subspace, g, kept):
-  """Returns `down` and `up` of one matrix, or stack, for what is kept."""
+  """Returns functions that map a gradient to its subspace and back.
+
+  Args:
+    subspace: option of `frugal`.
+    g: gradient of one matrix or stack.
+    kept: stored basis, or indices of the kept entries, rows, columns or layers.
+  """
   if subspace in ('svd', 'random', 'power'):
     p = svd_rows(g) if subspace == 'svd' else np.asarray(kept)
     if g.shape[0] <= g.shape[1]:
@@ -77,12 +83,13 @@ def parts(subspace, g, kept):
     mask[:, kept] = 1
   else:
     mask[kept] = 1
-  # An inner of zeros is zero, so a mask is as good as a smaller array.
+  # These inner optimizers map zeros to zeros, so masking entries is equivalent
+  # to extracting them into a smaller array.
   return lambda x: x * mask, lambda x: x * mask
 
 
 def kept_at(subspace, weights, states):
-  """Returns what is kept of each matrix, by step."""
+  """Returns the stored basis, or the indices, of each matrix at each step."""
   if subspace != 'random':
     return states.basis
   tx = frugal(0.1, density=DENSITY, gap=GAP, subspace='random')
@@ -144,7 +151,8 @@ def test_it_is_the_papers_algorithm(x64, subspace, inner, residual, scale):
   kept = kept_at(subspace, weights, states)
   want = oracle(subspace, inner, residual, scale, weights, grads, kept)
   for name in shapes:
-    # float64 through an SVD, and roots of squares.
+    # Preset and oracle run in float64. The tolerance allows for rounding in an
+    # SVD and in roots of squares.
     np.testing.assert_allclose(ours[name], want[name], rtol=1e-9, atol=1e-10)
     if name == 'vector':
       continue
@@ -162,7 +170,8 @@ def test_density_one_is_the_inner_and_zero_is_sign_descent(inner):
     'lion': optax.scale_by_lion,
     'sgdm': lambda: optax.trace(0.9),
   }[inner]
-  # A power of two: no product rounds, however it is fused.
+  # The learning rate is a power of two, so multiplying by it is exact in any
+  # order.
   rate = optax.scale(-0.25)
   want, _ = trajectory(optax.chain(rule(), rate), weights, grads)
   one, _ = trajectory(frugal(0.25, density=1.0, inner=inner), weights, grads)
@@ -172,7 +181,8 @@ def test_density_one_is_the_inner_and_zero_is_sign_descent(inner):
   none, _ = trajectory(frugal(0.25, density=0.0, inner=inner), weights, grads)
   for name in MATRICES:
     np.testing.assert_array_equal(none[name], sign[name])
-  # No target: another program around its Adam is fused otherwise.
+  # The vector is not projected, so Adam trains it. The tolerance allows for one
+  # ulp, because XLA fuses Adam differently in a different program.
   np.testing.assert_allclose(none['vector'], want['vector'], rtol=1e-6)
 
 
@@ -181,7 +191,7 @@ SMOOTHNESS, BETA = 1.0, 0.9
 
 @jax.jit
 def squared_gradients(rate, noise, w, goal, curvature):
-  """Returns |grad f|^2 at each step of FRUGAL on a quadratic."""
+  """Returns |grad f|^2 at each step of FRUGAL on a quadratic function f."""
   tx = frugal(
     rate,
     density=0.4,
@@ -203,7 +213,7 @@ def squared_gradients(rate, noise, w, goal, curvature):
 
 
 def test_sgdm_inside_and_sgd_outside_converge_as_proved():
-  """The bound is O(f(0) / (rate k) + SMOOTHNESS rate noise^2)."""
+  """Checks the bound O(f(0) / (rate k) + SMOOTHNESS rate noise^2)."""
   goal = jnp.asarray(normal((7, 9)), jnp.float32)
   curvature = jnp.linspace(0.02, SMOOTHNESS, goal.size).reshape(goal.shape)
   start = float(jnp.sum(curvature * goal**2) / 2)
@@ -215,14 +225,16 @@ def test_sgdm_inside_and_sgd_outside_converge_as_proved():
   for k in (20, 200, 2000):
     assert exact[:k].mean() < 2 * start / (rate * k)
   assert exact[-1] < 1e-2 * exact[0]
-  # From the optimum, what is left is noise: a quarter at a quarter of the
-  # rate, but for curvatures that 2000 steps do not see and a finite sample.
+  # If the run starts at the optimum, only the noise term of the bound is left.
+  # It is proportional to the learning rate, so the ratio for rates 4 : 1 is
+  # about 4. Directions of small curvature do not converge in 2,000 steps, and
+  # the sample is finite.
   coarse, fine = (along(c * rate, 0.3, goal)[500:].mean() for c in (4, 1))
   assert 3 < coarse / fine < 6
 
 
 @pytest.mark.parametrize('density', [0, 0.5, 1])
-def test_options_are_checked_whatever_the_density(density):
+def test_options_are_checked_for_every_density(density):
   with pytest.raises(ValueError, match='gap must be an integer'):
     frugal(0.1, density=density, gap=-1)
   injected = optax.inject_hyperparams(frugal, static_args=('gap',))
@@ -230,11 +242,11 @@ def test_options_are_checked_whatever_the_density(density):
     injected(0.1, density=density).init({'w': jnp.ones((5, 7))})
 
 
-def test_params_are_asked_for_where_they_decay():
+def test_params_are_required_only_for_decay():
   w = {'w': jnp.ones((5, 7))}
   tx = frugal(0.1)
   update, state = jax.jit(tx.update), tx.init(w)
-  # Signs times the rate: no sum is rounded.
+  # The update is the sign of the gradient times the rate, which is exact.
   (blind, _), (seen, _) = update(w, state), update(w, state, w)
   np.testing.assert_array_equal(blind['w'], seen['w'])
   tx = frugal(0.1, weight_decay=0.1)

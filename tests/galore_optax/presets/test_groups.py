@@ -1,4 +1,4 @@
-"""A group has the update that its own rate and decay would give all leaves."""
+"""A group is updated as if its rate and decay applied to the whole tree."""
 
 import dataclasses
 import functools
@@ -94,7 +94,11 @@ def gradients(like, i=0):
 
 
 def updates_of(tx, steps=3):
-  """Yields updates; the gradients depend on the number of the step only."""
+  """Yields the updates of each step.
+
+  The weights at each step, and so the gradients, are the same for every
+  transformation.
+  """
   tx, w = optax.with_extra_args_support(tx), params()
   state, update = tx.init(w), jax.jit(tx.update)
   for i in range(steps):
@@ -104,16 +108,17 @@ def updates_of(tx, steps=3):
 
 
 def assert_close(ours, want, name=''):
-  """Compares the same arithmetic in two programs.
+  """Asserts that the results of the same arithmetic in two programs are close.
 
-  A few roundings of float32 are divided by small second moments. An 8-bit code
-  at a tie may round to either neighbour, which are a sixteenth apart.
+  Float32 rounding errors are divided by small second moments. In 8 bits, a
+  value half-way between two codes may round to either; they are a sixteenth
+  apart.
   """
   assert distance(ours, want) < (0.01 if '8bit' in name else 1e-3)
 
 
 def scaled(preset, options, rate, decay):
-  """Returns a preset with another rate and decay for all leaves."""
+  """Returns a preset with its rate and decay multiplied, for all leaves."""
   options = dict(options)
   for name in options:
     if name.endswith('_learning_rate'):
@@ -127,7 +132,7 @@ def scaled(preset, options, rate, decay):
 
 @each('name', PRESETS, quick=['galore_adamw', 'badam'])
 def test_a_group_moves_as_its_own_rate_and_decay_would_move_it(name):
-  """The gradients are those of the same weights, step by step."""
+  """All runs have the same weights at each step, and so the same gradients."""
   preset, options = PRESETS[name]
   decayed = 'weight_decay' in options
   decays = (0.5, 0.0) if decayed else (1.0, 1.0)
@@ -220,7 +225,7 @@ def with_rule(learning_rate: float, *, residual: Any) -> go.Galore:
 
 
 def test_every_rate_and_decay_of_a_call_is_multiplied() -> None:
-  """Multipliers apply to defaults, options and residual rules alike."""
+  """Multipliers apply to defaults, options and residual rules."""
   by = dict(rate=0.5, decay=0.25)
   decay = dict(bias_weight_decay=DECAY / 4)
   want = decayed_sgd(RATE / 2, **decay)
@@ -264,13 +269,17 @@ def test_clipping_reads_the_whole_gradient():
   tx = grouped(go.lomo, [Group('embed', rate=2.0)])(1.0, clip_norm=0.5)
   updates, _ = jax.jit(tx.update)(gradients(w), tx.init(w), w)
   updates['embed'] = updates['embed'] / 2
-  # A float32 sum of some 300 squares.
+  # The tolerance allows for rounding in a float32 sum of about 300 squares.
   norm = jax.jit(optax.tree.norm)(updates)
   np.testing.assert_allclose(norm, 0.5, rtol=units(300))
 
 
 def test_a_master_copy_has_the_steps_of_its_group():
-  """A multiplier of finished updates would be lost in the copy."""
+  """Multipliers must act before the float32 master copy is updated.
+
+  If only the finished bfloat16 updates were scaled, the copy would move at the
+  full rate.
+  """
   make = grouped(go.badam, [Group('blocks/up', rate=0.5)])
   tx = make(1.0, master_weights=True, order='fixed', inner='sgdm')
   w = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
@@ -282,7 +291,8 @@ def test_a_master_copy_has_the_steps_of_its_group():
     w = optax.apply_updates(w, updates)
   master = state.block.parts[0].master
   steps = start - jax.tree.leaves(master)[0]
-  # Momentum 0.9 of a constant: 1 + 1.9 + 2.71 gradients, at half the rate.
+  # With momentum 0.9, a constant gradient moves the weight by 1 + 1.9 + 2.71
+  # gradients in three steps, here at half the rate.
   np.testing.assert_allclose(steps, 0.5 * 5.61 * 2.0**-12, rtol=1e-2)
 
 
@@ -294,8 +304,9 @@ def test_layerwise_is_the_whole_tree(name):
   start = make_params()
   ours, _, _ = run(go.layerwise(Residual(), tx), steps=3, params=start)
   want, _ = run_whole_tree(Residual(), tx, steps=3, params=start)
-  # Gradients and decompositions are of one matrix here, of a stack there, and
-  # Adam divides small entries by themselves.
+  # The tolerance allows for rounding: the layer-wise step differentiates and
+  # decomposes single matrices, the whole-tree step stacks. Adam divides small
+  # entries by their own magnitude, which amplifies the difference.
   chex.assert_trees_all_close(ours, want, rtol=1e-3, atol=1e-3)
 
 
@@ -304,7 +315,8 @@ def test_layerwise_clips_by_the_norm_of_all_groups():
   start = make_params()
   ours, _, _ = run(go.layerwise(Residual(), tx), steps=2, params=start)
   want, _ = run_whole_tree(Residual(), tx, steps=2, params=start)
-  # Two programs, whose two updates are a thousandth of the weights at most.
+  # The tolerance allows for two different programs, whose two updates are at
+  # most a thousandth of the weights.
   assert_rounded(ours, want, operations=4)
 
 
@@ -343,7 +355,8 @@ def test_the_stages_make_the_update():
 
   low, twice = projected(g, state)
   assert low['blocks']['up'].shape == (2, 3, 11) and low['bias'].shape == ()
-  # Linear in the gradient: a sum of projections does for that of gradients.
+  # Projection is linear in the gradient, so the sum of two projected halves
+  # equals the projected whole.
   assert_rounded(twice, low, operations=11)
   kinds = [type(p).__name__ for p in tx.plan(w)]
   assert kinds == ['Whole', 'Projection', 'Whole', 'Projection', 'Whole']
@@ -380,7 +393,8 @@ def test_multipliers_may_be_traced():
 
   ours = updates(optax.lion, 3.0)
   [want] = updates_of(optax.lion(RATE), steps=1)
-  # Five products and sums of one sign each.
+  # The tolerance allows for rounding five products and sums. The terms of each
+  # sum have the same sign.
   want['embed'] = 3 * want['embed']
   assert_rounded(ours, want, operations=10)
 
@@ -518,7 +532,8 @@ def test_a_frozen_weight_in_codes_is_not_rounded_again(
 ) -> None:
   stored = quantized(bits=bits, dtype=jnp.float32)
   w = normal32((64, 256))
-  # If zero updates are rounded, 50 of them move one 8-bit code in 10,000.
+  # If zero updates were rounded, 50 of them would move one 8-bit code in
+  # 10,000.
   write = jax.jit(lambda q, key: stored.write(q, jnp.zeros_like(w), key))
   first = after = stored.store(w)
   for i in range(50):

@@ -45,8 +45,9 @@ def test_a_bound_that_would_turn_the_gradient_raises():
 def test_numbers_may_be_injected():
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), trees(0))
   tx = optax.inject_hyperparams(lomo)(0.1, weight_decay=0.3)
-  # Numbers are arrays in one program and constants in the other. An update, of
-  # about ten roundings, is a tenth of the weights.
+  # The tolerance allows for rounding, because hyperparameters are arrays in one
+  # program and constants in the other. An update rounds about ten times and is
+  # a tenth of the weights.
   want = run(lomo(0.1, weight_decay=0.3), params)
   assert_close(run(tx, params), want, operations=2 * STEPS)
 
@@ -61,7 +62,7 @@ def test_lomo(bound):
       k: (1 - lr * decay) * w - lr * grads[k] for k, w in params.items()
     }
   tx = lomo(lr, clip_norm=bound, weight_decay=decay)
-  # Float32 against float64 over five steps.
+  # The tolerance allows for five steps in float32; the oracle runs in float64.
   chex.assert_trees_all_close(run(tx, trees(0)), params, rtol=2e-6, atol=2e-7)
 
 
@@ -84,7 +85,7 @@ def test_adalomo(bound):
       rate = lr * max(1e-3, np.sqrt(np.mean(w * w)))
       params[k] = w * (1 - rate * decay) - rate * u
   tx = adalomo(lr, clip_norm=bound, weight_decay=decay)
-  # Float32 against float64 over five steps.
+  # The tolerance allows for five steps in float32; the oracle runs in float64.
   chex.assert_trees_all_close(run(tx, trees(0)), params, rtol=1e-5, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Muon in the subspace: its limits, a float64 oracle, and whose leaves."""
+"""`galore_muon`: limits, a float64 oracle, and which leaves it projects."""
 
 import inspect
 
@@ -38,12 +38,13 @@ def draw(shapes, seed, leading=()):
 
 
 def close(one, other, tol=1e-9):
-  # Float64; five quintic steps enlarge the small singular values 480 times.
+  # The tolerance fits float64. Five quintic steps amplify small singular
+  # values, and so rounding errors, 480 times.
   chex.assert_trees_all_close(one, other, rtol=tol, atol=tol)
 
 
 def whole_muon(rate, **options):
-  """Muon of every leaf at full rank, as optax has it."""
+  """Returns optax's Muon for every leaf, at full rank."""
   return optax.contrib.muon(
     rate,
     muon_weight_dimension_numbers=lambda tree: jax.tree.map(
@@ -54,7 +55,7 @@ def whole_muon(rate, **options):
 
 
 class Muon:
-  """Muon of one matrix [m, n] in rows found anew every `GAP` steps."""
+  """Muon for one matrix [m, n], with a new basis every `GAP` steps."""
 
   def __init__(self, beta, rms):
     self.beta, self.rms, self.m, self.t = beta, rms, 0, 0
@@ -126,16 +127,17 @@ def test_it_is_its_equations():
 def test_defaults():
   parameters = inspect.signature(galore_muon).parameters
   defaults = {name: p.default for name, p in parameters.items()}
-  # Muon's, its step as large as AdamW's; GaLore's.
+  # beta is Muon's default. The RMS factor gives steps of the size of AdamW's.
+  # The scale is GaLore's default.
   assert [defaults[k] for k in ('beta', 'consistent_rms')] == [0.95, 0.2]
   assert defaults['scale'] == 0.25
-  # Nothing decays, and Adam has the learning rate of all.
+  # Weight decay is off, and Adam uses the preset's learning rate.
   assert defaults['weight_decay'] == 0 and not defaults['adam_learning_rate']
 
 
 @each('side', ['left', 'right', 'std'], quick=['left', 'right'])
 def test_at_full_rank_in_one_basis_it_is_muon(side):
-  # Newton-Schulz commutes with rotations from either side.
+  # Newton-Schulz iteration commutes with rotations from either side.
   shapes = {'square': (2, 9, 9)}
   weights, grads = draw(shapes, 0), draw(shapes, 10, (STEPS,))
   options = {'rank': 9, 'gap': STEPS, 'scale': 1.0, 'side': side}
@@ -146,7 +148,7 @@ def test_at_full_rank_in_one_basis_it_is_muon(side):
 
 
 def test_gradients_in_one_subspace_lose_nothing():
-  # The size of a step is that of the whole matrix's Muon, whatever the rank.
+  # The RMS of a step equals that of full-rank Muon, for any rank.
   grads = {
     'down': jnp.asarray(normal((STEPS, 2, 17, RANK)) @ normal((RANK, 8), 1)),
     'up': jnp.asarray(normal((8, RANK), 2) @ normal((STEPS, 2, RANK, 17), 3)),
@@ -154,7 +156,8 @@ def test_gradients_in_one_subspace_lose_nothing():
   weights = draw({'down': (2, 17, 8), 'up': (2, 8, 17)}, 4)
   tx = galore_muon(0.1, rank=RANK, gap=STEPS, scale=1.0)
   ours, _ = trajectory(tx, weights, grads)
-  # The null space of a gradient of low rank is rounding, enlarged 480 times.
+  # A low-rank gradient has rounding errors in its null space, which
+  # Newton-Schulz amplifies 480 times.
   close(ours, trajectory(whole_muon(0.1), weights, grads)[0])
 
 
@@ -168,13 +171,13 @@ def test_a_stack_is_muons_and_not_adams():
   updates, state = jax.jit(tx.update)(g, state, g)
   adam = jax.tree.leaves(state.inner.inner_states['rest'])
   assert max(x.size for x in adam) == 1
-  # All directions of the subspace move alike: Adam's do not.
+  # Muon moves all directions of the subspace equally. Adam does not.
   sizes = np.linalg.svd(updates['up'] / (0.2 * np.sqrt(11)), compute_uv=False)
   assert np.all((0.6 < sizes[:, :RANK]) & (sizes[:, :RANK] < 1.3))
   assert np.all(sizes[:, RANK:] < 1e-9)
 
 
-def test_what_is_projected_is_muons_whatever_its_axes():
+def test_muon_trains_projected_leaves_of_any_axes():
   shapes = {'flat': (7, 11), 'heads': (7, 2, 5), 'lm_head': (7, 13)}
   shapes |= {'norm': (4, 7), 'spare': (9, 10)}
   muons = {'flat', 'heads', 'lm_head'}
@@ -208,8 +211,9 @@ def test_moments_follow_the_basis(moments):
   tx = galore_muon(0.1, moments=moments, **options)
   weights = draw({'norm': (5,), 'up': (7, 11)}, 1)
   ours, _ = trajectory(tx, weights, g)
-  # With all directions in each basis, a turned momentum is the same one, and
-  # one that restarts at every step is none.
+  # Each basis spans the whole side. Rotated momentum is then the same as
+  # full-rank momentum, and momentum that restarts at every step equals beta =
+  # 0.
   beta = 0.95 if moments == 'rotate' else 0.0
   want, _ = trajectory(
     whole_muon(0.1, beta=beta), {'up': weights['up']}, {'up': g['up']}

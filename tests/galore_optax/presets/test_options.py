@@ -1,4 +1,4 @@
-"""Wrong options of every preset: an error that has name, rule and remedy."""
+"""Wrong options of every preset raise an error with name, rule and remedy."""
 
 import inspect
 
@@ -10,7 +10,7 @@ import pytest
 import galore_optax as go
 from galore_optax.galore import THEIRS
 
-# Every function of the package that takes a learning rate first.
+# All functions of the package whose first parameter is a learning rate.
 PRESETS = [
   function
   for name, function in sorted(vars(go).items())
@@ -27,7 +27,7 @@ presets_and_galore = pytest.mark.parametrize(
 
 
 def call(preset, **options):
-  """Calls a preset, or a `galore` stage, with a valid learning rate."""
+  """Calls a preset with a valid learning rate, or `galore` without one."""
   first = {} if preset is go.galore else {'learning_rate': 0.1}
   return preset(**first | options)
 
@@ -45,12 +45,12 @@ def test_all_presets_are_found():
 
 
 def refusal(preset, name, value=None):
-  """Returns the message that refuses the name of an option."""
+  """Returns the error message of a preset for an unknown option name."""
   with pytest.raises(TypeError) as caught:
     call(preset, **{name: value})
   message = str(caught.value)
   assert '\n' not in message and name in message
-  # The remedy: every name that is one.
+  # The remedy must list all option names of the preset.
   listing = message.split(f'Options of {preset.__name__}(): ')[1]
   assert listing.split(', ') == options(preset)
   return message
@@ -93,7 +93,8 @@ SET_THEMSELVES = {
 def test_an_option_that_a_preset_sets_itself_is_refused(preset):
   for name in SET_THEMSELVES.get(preset, ()):
     assert f'{preset.__name__}() sets {name} itself' in refusal(preset, name)
-  # What galore takes is taken, or refused; it is never passed on twice.
+  # Every option of `galore` is an option of the preset or refused, so that it
+  # cannot be passed on twice.
   for name in options(go.galore):
     if name not in options(preset):
       refusal(preset, name)
@@ -104,16 +105,17 @@ def test_an_option_of_the_inner_is_no_option_of_galore():
     assert 'is an option of its inner' in refusal(go.galore, name)
 
 
-# Values that no option takes: no number, name, pair, tree or function.
+# These values are invalid for every option. None of them is a number, name,
+# pair, tree or function.
 NEVER = [object(), 1j, (0.5, 0.5, 0.5), {1: 2}, [None], b'blocks', float('nan')]
-TEXTS = {'targets', 'blocks'}  # any text is a regex
+TEXTS = {'targets', 'blocks'}  # any string is a valid regex
 NOT_A_NUMBER = ['0.1', [0.1], {'a': 0.1}, True]
 NAMES = {'side', 'order', 'complement', 'residual', 'subspace', 'moments'}
 NAMES |= {'inner', 'targets', 'blocks', 'axes'}
 
 
 def defaults(preset):
-  """Yields the options of a preset with a default of their own."""
+  """Yields the name and default of each parameter of a preset."""
   for name, parameter in inspect.signature(preset).parameters.items():
     yield name, parameter.default
 
@@ -190,7 +192,8 @@ def test_numbers_may_be_traced():
   tx = go.adalomo(0.1, eps=(1e-20, 1e-2), clip_norm=0.5)
   want, _ = tx.update(g, tx.init(g), g)
   got = update(jnp.array([1e-20, 1e-2, 0.5]), g)
-  # One division more or less than by a constant.
+  # The tolerance allows for one more rounding if a division is by an array
+  # instead of a constant.
   assert jnp.allclose(got['w'], want['w'], rtol=1e-5)
 
 

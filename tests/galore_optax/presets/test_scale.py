@@ -1,4 +1,4 @@
-"""SCALE against a float64 oracle of its formulas, and what it must not see."""
+"""SCALE against a float64 oracle of its formulas, and how it finds the head."""
 
 import functools
 
@@ -41,7 +41,7 @@ def draw(shapes, seed, leading=()):
 
 
 def nested(tree):
-  """Returns {'a': {'b': x}} for {'a/b': x}."""
+  """Returns the nested tree {'a': {'b': x}} for {'a/b': x}."""
   out = {}
   for path, x in tree.items():
     *parents, name = path.split('/')
@@ -53,12 +53,15 @@ def nested(tree):
 
 
 def rate(t):
-  """Binary fractions, zero first: optax rounds schedules to float32."""
+  """Returns a warm-up from zero in binary fractions.
+
+  optax rounds schedules to float32, which represents binary fractions exactly.
+  """
   return t / 16
 
 
 def unit(g):
-  """One column after another, one matrix after another."""
+  """Divides each column of each matrix by its RMS, in a plain loop."""
   out = np.empty_like(g)
   for index in np.ndindex(g.shape[:-2]):
     for j in range(g.shape[-1]):
@@ -95,9 +98,11 @@ def oracle(weights, grads, head, *, momentum, decay, vector_rate):
 )
 def test_it_is_the_papers_rule(shapes, head, vector_rate):
   weights, grads = draw(shapes, 0), draw(shapes, 10, (STEPS,))
-  # A column without a gradient, and one below the floor of the division.
+  # One column has a zero gradient, and one has an RMS below the floor of the
+  # division.
   grads['blocks/up/kernel'][2, 1, :, 4:6] *= [0.0, 1e-9]
-  # Above the floor, its average below: there alone a bias correction is seen.
+  # The gradient of this column is above the floor, but its moving average is
+  # below. Only there would a bias correction change the result.
   grads[head][..., 3] *= 2e-8
   options = {'momentum': 0.75, 'decay': 0.5}
   want = oracle(
@@ -111,7 +116,7 @@ def test_it_is_the_papers_rule(shapes, head, vector_rate):
       vector_learning_rate=vector_rate and vector_rate(0),
     )
     ours, _ = trajectory(tx, nested(weights), nested(grads))
-    # float64 through a few steps.
+    # The tolerance allows for rounding in a few float64 steps.
     chex.assert_trees_all_close(ours, nested(want), rtol=1e-12, atol=1e-12)
 
 
@@ -129,7 +134,7 @@ def test_the_defaults_are_those_of_the_paper():
 
 
 def _times_powers(x):
-  """Returns columns of many sizes."""
+  """Multiplies the columns by different powers of two."""
   powers = jnp.exp2(jnp.arange(x.shape[-1]) - 3.0)
   return x * powers.reshape((1,) * (x.ndim - 1) + (-1,))
 
@@ -138,7 +143,8 @@ def test_the_size_of_a_column_does_not_matter():
   g = nested(draw(SHAPES, 0))
   tx = scale_sgd(0.1)
   update = jax.jit(lambda g: tx.update(g, tx.init(g), g)[0])
-  # Powers of two, so that nothing is rounded; the head's first momentum too.
+  # Powers of two scale exactly. The head is included, because its first
+  # momentum is proportional to its gradient.
   scaled = jax.tree.map(
     lambda x: x if x.ndim < 2 else _times_powers(x),
     g,
@@ -147,10 +153,11 @@ def test_the_size_of_a_column_does_not_matter():
   chex.assert_trees_all_equal(update(scaled), update(g))
 
 
-def test_what_is_a_head():
+def test_which_leaf_is_the_head():
   assert heads({'unembed': {'kernel': 0}, 'wte': 0}) == [True, False]
   assert heads({'blocks': {'up': 0}, 'wte': 0}) == [False, True]
-  # A part of an untied model, and one whose head another rule has.
+  # The first tree is a part of an untied model. In the second, another rule
+  # trains the head. In both, the embedding must not be treated as a tied head.
   for hole in (Elsewhere(), optax.MaskedNode()):
     assert heads({'embed': 0, 'lm_head': {'kernel': hole}}) == [False]
 
@@ -180,7 +187,8 @@ def test_layer_by_layer_it_is_the_whole_tree(tied):
   model, tx = Residual(tied), scale_sgd(0.1, weight_decay=0.1)
   ours, state, _ = run(layerwise(model, tx), params=params)
   want, _ = run_whole_tree(model, tx, params=params)
-  # Programs that are fused otherwise; a column of small entries is enlarged.
+  # The tolerance allows for different fusion in the two programs. Dividing a
+  # column of small entries by its RMS amplifies the difference.
   chex.assert_trees_all_close(ours, want, rtol=1e-4, atol=1e-5)
   sizes = {
     name: sum(x.size for x in jax.tree.leaves(inner) if x.ndim > in_stack(name))
@@ -199,8 +207,9 @@ def test_numbers_may_be_injected_and_scheduled():
   tx = optax.inject_hyperparams(scale_sgd)(rate, **options)
   ours, state = trajectory(tx, weights, grads)
   want, _ = trajectory(scale_sgd(rate, **options), weights, grads)
-  # Numbers are arrays in one program and constants in the other: about ten
-  # roundings, and sums of up to 13 squares, in each of five steps.
+  # The tolerance allows for rounding, because hyperparameters are arrays in one
+  # program and constants in the other. Each of five steps rounds about ten
+  # times and sums up to 13 squares.
   assert_close(ours, want, operations=STEPS * (10 + 13))
   assert {*state.hyperparams} == {'learning_rate', *options}
 

@@ -1,4 +1,4 @@
-"""Block-wise codes: error bounds, bytes, layout, what NaN becomes."""
+"""Block-wise quantization: error bounds, bytes, layout, non-finite values."""
 
 import chex
 import jax
@@ -10,12 +10,13 @@ from galore_optax.quantized import array as blockwise
 from galore_optax.quantized import codes as dynamic
 from tests.rounding import assert_close, units
 
-# One shape per layout: rows of full blocks, rows with a short block, joined
-# rows with full blocks and with a short one, a vector, a short vector.
+# One shape per layout: rows of full blocks; rows with a short last block;
+# joined rows with full blocks; joined rows with a short block; a vector.
 SHAPES = [(3, 512), (2, 1376), (3, 8, 96), (2, 7, 344), (5,)]
 
 
-# Operation by operation, compiling takes most of the time.
+# Without jit, each operation would be compiled separately, which would take
+# most of the time.
 quantize_linear = jax.jit(
   blockwise.quantize_linear, static_argnames=('bits', 'group', 'symmetric')
 )
@@ -26,7 +27,7 @@ def normal(shape, seed=0):
 
 
 def block_of(q):
-  """Index of each element's block, computed one element at a time."""
+  """Returns the index of each element's block, computed element by element."""
   block = np.zeros(q.shape, int)
   joined = q.scale.ndim < q.codes.ndim
   for index in np.ndindex(*q.shape):
@@ -43,7 +44,8 @@ def test_every_value_of_a_code_survives(code):
   assert len(values) == 256 and np.all(np.diff(values) > 0)
   q = blockwise.quantize(values, code=code)
   np.testing.assert_array_equal(q.codes, np.arange(256))
-  # Decoding computes in float32 what the map rounds once from float64.
+  # The tolerance allows for decoding in float32; the map is computed in float64
+  # and rounded once.
   np.testing.assert_allclose(blockwise.dequantize(q), values, rtol=units(3))
 
 
@@ -57,10 +59,11 @@ def test_the_code_is_the_nearest(code):
   chosen = values[np.asarray(q.codes)]
   error = np.abs(chosen - x)
   best = np.abs(values[:, None] - x).min(axis=0)
-  if code == 'unsigned':  # Never rounded down to 0.
+  if code == 'unsigned':  # a positive value never rounds to 0
     best = np.abs(values[1:, None] - x).min(axis=0)
     assert np.all(np.asarray(q.codes) > 0)
-  # A tie may fall to the other side by a rounding of x * per_unit.
+  # The tolerance allows for rounding in x * per_unit, which may move a tie to
+  # the other side.
   assert np.all(error <= best + 2e-7 * np.abs(x) + 1e-13)
 
 
@@ -75,7 +78,8 @@ def test_error_is_bounded_by_the_block(shape, code):
   block = block_of(q)
   np.maximum.at(absmax, block, np.abs(x))
   np.testing.assert_array_equal(q.scale.ravel(), absmax)
-  # Half of the widest gap, 0.9 / 64 or 0.9 / 128, and float32 rounding.
+  # The widest distance of two codes is 0.9 / 64 or 0.9 / 128. The error is half
+  # of it, plus float32 rounding.
   gap = 0.9 / (64 if code == 'signed' else 128)
   error = np.abs(blockwise.dequantize(q) - x)
   assert np.all(error <= (gap / 2 + 1e-6) * absmax[block])
@@ -89,7 +93,8 @@ def test_linear_error_is_half_a_step(shape, bits, symmetric):
   q = quantize_linear(x, bits=bits, symmetric=symmetric)
   step = np.asarray(q.scale).ravel()[block_of(q)]
   error = np.abs(blockwise.dequantize(q) - x)
-  # Beyond half a step: float32 rounding of x / step and of code * step.
+  # Beyond half a step, the tolerance allows for rounding x / step and code *
+  # step to float32.
   assert np.all(error <= 0.5 * step + 1e-6 * np.abs(x).max())
 
 
@@ -109,7 +114,7 @@ def test_groups_of_one_sign_keep_half_a_step(bits, low, high):
 def test_packing_is_exact_for_every_pair(num_columns):
   pairs = np.stack(np.meshgrid(np.arange(15), np.arange(15)), -1)
   values = np.resize(pairs.ravel(), (64, num_columns)) - 7.0
-  values[:, 0] = 7.0  # So that a step is 1.
+  values[:, 0] = 7.0  # makes the quantization step 1
   q = quantize_linear(values, bits=4, group=num_columns)
   assert q.codes.shape == (64, (num_columns + 1) // 2)
   np.testing.assert_array_equal(blockwise.dequantize(q), values)
@@ -144,7 +149,7 @@ def test_no_width_costs_more_than_two_percent(num_columns):
   ],
 )
 def test_what_is_not_finite_poisons_its_block_alone(store, bad):
-  # Large and small: XLA reduces them by different code.
+  # XLA reduces small and large arrays with different code.
   for rows in (2, 40):
     x = normal((rows, 512))
     x[1, 300] = bad
@@ -190,15 +195,18 @@ def test_a_stack_is_its_slices(shape, store):
   for made in (stacked, jax.jit(jax.vmap(store))(x), jax.jit(scan)(x)):
     for ours, other in zip(*map(jax.tree.leaves, (whole, made)), strict=True):
       if ours.dtype != jnp.uint8:
-        # Extremes of a block, and their difference over the number of steps.
+        # The tolerance allows for rounding in scales and offsets. They are
+        # extremes of a block, or the difference of two extremes divided by the
+        # number of steps.
         assert_close(ours, other, operations=2)
         continue
-      # Another program may round a value at a tie to the other neighbour: of
-      # two packed codes, in either half.
+      # The tolerance allows for a different program, in which a value half-way
+      # between two codes may round to the other one. A byte with two packed
+      # codes may differ in either half.
       off = np.asarray(ours) != np.asarray(other)
       assert off.mean() < 0.002
   layer = jax.tree.map(lambda y: y[1], jax.device_get(whole))
-  # A code times a scale, and an offset.
+  # The tolerance allows for multiplying a code by a scale and adding an offset.
   assert_close(
     blockwise.dequantize(layer),
     np.asarray(blockwise.dequantize(whole))[1],
@@ -209,7 +217,7 @@ def test_a_stack_is_its_slices(shape, store):
 def test_random_rounding_is_right_on_average():
   num, fraction = 100_000, 0.3
   x = np.full((num // 250, 250), 10 + fraction, np.float32)
-  x[:, 0] = 127.0  # A step is 1.
+  x[:, 0] = 127.0  # makes the quantization step 1
   q = quantize_linear(x, group=250, key=jax.random.key(1))
   up = np.asarray(blockwise.dequantize(q))[:, 1:] - 10
   assert set(np.unique(up)) == {0.0, 1.0}
@@ -222,6 +230,6 @@ def test_rounds_without_temporaries_of_the_size_of_a_table():
   compiled = blockwise.quantize_rows.lower(
     x, code='signed', block_size=256
   ).compile()
-  # 4 MiB is one float32 copy, which the CPU's maximum reads; [n, 256]
-  # comparisons would be 1 GiB.
+  # 4 MiB is one float32 copy, which the maximum reads on the CPU. A table of
+  # [n, 256] comparisons would need 1 GiB.
   assert compiled.memory_analysis().temp_size_in_bytes <= 2**22

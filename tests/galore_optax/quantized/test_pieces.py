@@ -1,4 +1,4 @@
-"""Leaf by leaf and piece by piece: the same numbers in less memory."""
+"""Updating by leaves and pieces gives the same results with less memory."""
 
 import chex
 import jax
@@ -43,7 +43,7 @@ def gradients(params, num, seed=1):
 
 
 def plain(inner):
-  """The whole state in float32 at once: what the numbers must equal."""
+  """Returns a reference update that dequantizes the whole state at once."""
 
   def update(updates, state, params):
     updates, new = inner.update(updates, decoded(state), params)
@@ -75,7 +75,7 @@ WHOLE = {
   'factored': optax.adafactor(0.1, min_dim_size_to_factor=32, momentum=0.9),
   'sm3': optax.sm3(0.1),
 }
-"""Inners that look at more than an element at a time."""
+"""Inner optimizers whose updates depend on more than single elements."""
 
 
 @each(
@@ -99,8 +99,9 @@ def test_leaf_by_leaf_equals_the_whole_tree(
     want = whole(grads, state, params)
     chex.clear_trace_counter()
     updates, new = update(grads, state, params)
-    # Compilers contract a * b + c differently, which moves a value at a tie
-    # to the next code; the updates read the old codes and see only rounding.
+    # The tolerance allows for compilers that contract a * b + c differently, so
+    # that a value half-way between two codes may round to the other one.
+    # Updates read the old codes and differ only by rounding.
     chex.assert_trees_all_close(updates, want[0], rtol=2e-4, atol=1e-6)
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
     pairs = zip(
@@ -119,9 +120,10 @@ def test_leaf_by_leaf_equals_the_whole_tree(
 @pytest.mark.parametrize(
   'shapes, share',
   [
-    # One leaf: less than a tenth of the two float32 moments.
+    # With one leaf, temporaries need less than a tenth of the two float32
+    # moments.
     ({'w': (8192, 1024)}, 0.1),
-    # Five leaves: about one of them at a time.
+    # With five leaves, about one of them is in float32 at a time.
     pytest.param(
       {f'w{i}': (1024, 1024) for i in range(5)}, 0.4, marks=pytest.mark.slow
     ),

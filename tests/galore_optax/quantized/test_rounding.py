@@ -1,4 +1,4 @@
-"""Stochastic rounding is right on average and exact where it can be."""
+"""Stochastic rounding is unbiased, and exact for representable sums."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ NUM = 200_000
 def test_a_quarter_ulp_moves_the_mean_by_a_quarter_ulp(weight, sign):
   params = jnp.full(NUM, weight, jnp.bfloat16)
   start = float(params[0])
-  # Spacing away from zero; -1 + something is finer, so use it outwards only.
+  # Below a power of two, the spacing of floats is halved. Use the spacing in
+  # the direction of the update.
   outward = np.sign(weight)
   ulp = float(jnp.nextafter(params[0], jnp.bfloat16(outward * 1e9))) - start
   share = 0.25 * sign
@@ -26,10 +27,10 @@ def test_a_quarter_ulp_moves_the_mean_by_a_quarter_ulp(weight, sign):
   new = apply_updates_stochastic(params, update, jax.random.key(0))
   moved = (np.asarray(new, np.float64) - start) / spacing
   assert set(np.unique(moved)) == {0.0, float(sign)}
-  # The count of moved weights is binomial with p = 1/4.
+  # The number of weights that moved is binomial with p = 1/4.
   sigma = np.sqrt(0.25 * 0.75 / NUM)
   assert abs(moved.mean() - share) < 5 * sigma
-  # To nearest, nothing moves at all.
+  # Rounding to nearest moves no weight at all.
   nearest = optax.apply_updates(params, update)
   np.testing.assert_array_equal(nearest, params)
 
@@ -40,14 +41,14 @@ def test_every_representable_sum_is_unchanged():
   new = apply_updates_stochastic(values, jnp.zeros(2**16), jax.random.key(1))
   want = np.asarray(values, np.float32)
   is_normal = (np.abs(want) >= np.finfo(np.float32).tiny) | (want == 0)
-  keep = is_normal | ~np.isfinite(want)  # Compilers flush subnormal sums.
+  keep = is_normal | ~np.isfinite(want)  # compilers flush subnormals to 0
   np.testing.assert_array_equal(np.asarray(new, np.float32)[keep], want[keep])
 
 
 def test_the_largest_value_does_not_round_to_infinity():
   largest = jnp.finfo(jnp.bfloat16).max
   params = jnp.full(1000, largest, jnp.bfloat16)
-  quarter = 0.25 * 2.0**120  # The spacing below 2^128.
+  quarter = 0.25 * 2.0**120  # quarter of the spacing below 2^128
   for sign in (1, -1):
     new = apply_updates_stochastic(
       sign * params, jnp.full(1000, sign * quarter), jax.random.key(2)

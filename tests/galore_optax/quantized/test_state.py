@@ -1,4 +1,4 @@
-"""`quantize_state`: what it stores, what it computes, what it takes."""
+"""`quantize_state`: which states it accepts, stores and computes."""
 
 import chex
 import jax
@@ -74,12 +74,12 @@ def codes(inner, params):
     (optax.adagrad(0.1), {'sum_of_squares': 'unsigned'}),
     (optax.lion(0.1), {'mu': 'signed'}),
     (optax.sgd(0.1, 0.9), {'trace': 'signed'}),
-    # v averages differences of gradients, n averages squares.
+    # Adan's v averages differences of gradients; its n averages squares.
     (
       optax.adan(0.1),
       {'m': 'signed', 'v': 'signed', 'n': 'unsigned', 'g': 'signed'},
     ),
-    # z is a copy of the weights and no moment.
+    # z is a copy of the weights, not a moment, and stays in full precision.
     (optax.contrib.schedule_free_adamw(0.1), {'nu': 'unsigned'}),
   ],
 )
@@ -122,7 +122,8 @@ def test_state_is_at_most_1_02_bytes_an_element_a_moment():
     for name, count in blocks.items():
       size = params[name].size
       assert moment[name].nbytes == size + 4 * count <= 1.02 * size
-    # Under min_size: float32, although the parameter is bfloat16.
+    # A moment smaller than min_size is stored in float32, although the
+    # parameter is bfloat16.
     assert moment['small'].dtype == jnp.float32
 
 
@@ -142,10 +143,10 @@ def test_init_allocates_no_float32_moment():
 
 
 def relative_update(store_nu):
-  """Update of an entry whose second moment is 1e-4 of its block's largest.
+  """Returns the Adam update of an entry after 50 steps of a constant gradient.
 
-  Adam's update of a constant gradient is the learning rate, whatever its
-  size; 50 steps.
+  Adam normalizes a constant gradient, so the exact update is 1 for entries of
+  any magnitude. The second moment of this entry is 1e-4 of the block's largest.
   """
   grads = jnp.full(4096, 1e-2).at[::256].set(1.0)
   tx = optax.scale_by_adam(eps=1e-12)
@@ -159,17 +160,22 @@ def relative_update(store_nu):
 
 
 def test_linear_codes_of_the_second_moment_are_seven_times_too_large():
-  # The reason for a dynamic code: 1e-4 rounds to 0 in 127 equal steps.
+  # This is why second moments use a dynamic code: a code with 127 equal steps
+  # rounds 1e-4 to 0.
   linear = relative_update(
     lambda x: dequantize(blockwise.quantize_linear(x, bits=8))
   )
-  # Only the last gradient is left: sqrt((1 - b2^50) / (1 - b2)).
+  # With equal steps, the second moment contains only the last squared gradient.
+  # The update is sqrt((1 - b2^50) / (1 - b2)) times too large.
   assert linear == pytest.approx(6.985, abs=0.01)
 
 
 @each('ratio', [1e-2, 1e-3, 1e-4, 1e-6], quick=[1e-2, 1e-4])
 def test_small_entries_of_a_block_get_no_larger_update(ratio):
-  """Ratio of gradients; that of second moments is its square."""
+  """Compares gradients of 1 and of `ratio` in the same block.
+
+  Their second moments have the ratio squared.
+  """
   params = {'w': jnp.zeros(4096)}
   grads = {'w': jnp.full(4096, ratio).at[::256].set(1.0)}
   tx = quantize_state(optax.scale_by_adam(eps=1e-15))
@@ -177,9 +183,10 @@ def test_small_entries_of_a_block_get_no_larger_update(ratio):
   for _ in range(50):
     updates, state = update(grads, state)
   got = float(updates['w'][1])
-  # Relative error of a code at ratio^2 and at ratio of the block's largest:
-  # 28% and 11% at 1e-2, so sqrt(1.28) * 1.11 = 1.26. Below a ratio of 3e-4
-  # the second moment is rounded up to 3.25e-7 and the update is smaller.
+  # The relative code errors at ratio^2 and at ratio, relative to the block's
+  # largest entry, are 28% and 11% for 1e-2. The bound is therefore sqrt(1.28) *
+  # 1.11 = 1.26. For ratios below 3e-4, the second moment is rounded up to
+  # 3.25e-7, which makes the update smaller.
   assert got < 1.26
   if ratio == 1e-2:
     assert got > 1 / 1.26
@@ -187,7 +194,7 @@ def test_small_entries_of_a_block_get_no_larger_update(ratio):
 
 
 def test_8_bit_adam_learns_what_adam_learns():
-  """Least squares: the loss after 200 steps, and the distance on the way."""
+  """Compares the weights and the losses after 200 steps of least squares."""
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)
   y = x @ jnp.asarray(rng.normal(size=(64, 96)), jnp.float32)
@@ -207,8 +214,9 @@ def test_8_bit_adam_learns_what_adam_learns():
 
   eight, w8 = train(quantize_state(optax.adam(0.02)))
   full, w32 = train(optax.adam(0.02))
-  # Small entries of a block are off by up to 28% (see `quantize`), and so are
-  # their updates. Measured: 0.050, and a loss of 0.415 against 0.372.
+  # Small entries of a block, and therefore their updates, have errors of up to
+  # 28% (see `quantize`). The measured distance is 0.050, and the losses are
+  # 0.415 and 0.372.
   assert distance(w8, w32) < 0.07
   assert eight < 1.25 * full
 
@@ -241,7 +249,7 @@ def test_what_looks_at_more_than_an_element_is_refused(inner, params):
 
 
 def test_a_momentum_called_nu_is_signed(params):
-  # sm3 keeps one under that name.
+  # The momentum of sm3 is called nu, but it can be negative.
   tx = quantize_state(optax.sm3(0.1), elementwise=False)
   assert tx.init(params)[0].nu['w'].code == 'signed'
 
@@ -275,7 +283,8 @@ def test_state_donates_shards_and_runs_in_control_flow(params):
   want = jax.jit(tx.update)(grads, state)
 
   def same(found, expected):
-    # A value at a tie has one of two codes, which are 1% apart.
+    # The tolerance allows for a value half-way between two codes, which are 1%
+    # apart. It may round to either.
     read = jax.jit(decoded)
     return distance(read(found), read(expected)) < 1e-3
 
@@ -314,7 +323,7 @@ def test_state_survives_a_checkpoint(params, tmp_path):
 
 
 def test_a_state_that_is_a_constant():
-  # optax returns a Python bool there.
+  # optax.optimistic_gradient_descent has a Python bool in its state.
   tx = quantize_state(optax.optimistic_gradient_descent(0.1))
   params = {'w': jnp.ones((64, 128))}
   _, state = tx.update(params, tx.init(params), params)
@@ -338,7 +347,7 @@ def test_galore_takes_it_as_inner(moments):
   for grads in gradients(params, 5):
     got, state = step(grads, state, params)
     expected, want = full_step(grads, want, params)
-  # Measured: 0.009 to 0.011, the codes' own error.
+  # The measured distance of 0.009 to 0.011 is the quantization error.
   assert distance(got['w'], expected['w']) < 0.03
   paths = by_path(state)
   assert sum(map(is_quantized, paths.values())) == 2
@@ -358,7 +367,10 @@ def test_map_params_tells_moments_from_counters(params):
 
 
 def test_the_slope_of_decay_is_finite_at_a_zero_gradient():
-  """A root of zero has no derivative, but no moment depends on the weights."""
+  """The derivative of a square root is infinite at zero.
+
+  The decay slope must stay finite because no moment depends on the weights.
+  """
   tx = galore(
     quantize_state(optax.adamw(0.5, weight_decay=0.5), min_size=1), rank=2
   )
@@ -366,5 +378,5 @@ def test_the_slope_of_decay_is_finite_at_a_zero_gradient():
   update = jax.jit(tx.update)
   updates, _ = update(optax.tree.zeros_like(w), tx.init(w), w)
   for name, weight in w.items():
-    # Powers of two.
+    # All factors are powers of two, so products are exact.
     np.testing.assert_array_equal(updates[name], -0.25 * weight)

@@ -1,4 +1,4 @@
-"""Every finder where a gradient is not finite, and at the sizes of models."""
+"""Every finder with non-finite gradients, and at the sizes of real models."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,10 @@ def normal(shape, seed=0):
 
 
 def gradients(bad):
-  """Of a stack of three, the second of which is bad at the second step."""
+  """Returns three gradients of a stack of three matrices.
+
+  The second gradient has a `bad` entry in the second matrix.
+  """
   grads = [{'w': normal((3, 11, 17), seed)} for seed in range(3)]
   grads[1]['w'][1, 2, 3] = bad
   return grads
@@ -79,7 +82,8 @@ def power_law(m, n, seed):
 @pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize(
-  # The 60M model's mlp and its longer side, and all of its attention's side.
+  # The MLP of the 60M model on its shorter and its longer side, and a basis as
+  # large as the projected side of its attention.
   'm, n, r, kind',
   [
     (512, 1376, 128, 'power law'),
@@ -89,7 +93,7 @@ def power_law(m, n, seed):
 )
 @pytest.mark.parametrize('name', DENSE)
 def test_rows_are_orthonormal_to_1e_5(name, m, n, r, kind):
-  """At the first refresh, and at one more that starts from it."""
+  """Checks the first refresh, and a second one that starts from its basis."""
   step = jax.jit(find, static_argnums=0)
   basis_rm = jnp.zeros((r, m))
   for seed in range(2):

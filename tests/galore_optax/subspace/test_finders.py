@@ -1,4 +1,4 @@
-"""Each way to find a basis: orthonormal, and how much of g it captures."""
+"""Each finder returns an orthonormal basis that captures most of the energy."""
 
 import chex
 import jax
@@ -74,7 +74,8 @@ def test_captured_energy(finder, share):
 
 
 def test_power_iteration_follows_a_moving_gradient():
-  # One warm step a refresh keeps the energy while the gradient drifts.
+  # One iteration per refresh, started from the last basis, keeps the energy
+  # while the gradient drifts.
   basis_rm = jnp.zeros((7, 29))
   drift = _power_law(seed=1)
   for t in range(4):
@@ -84,13 +85,14 @@ def test_power_iteration_follows_a_moving_gradient():
     assert _energy(basis_rm, g_mn) > 0.99 * best
 
 
-def test_power_iteration_leaves_an_invariant_subspace_alone():
+def test_power_iteration_does_not_move_an_invariant_subspace():
   g_mn = _power_law()
   exact_rm = FIND(Svd(), g_mn, jnp.zeros((7, 29)), KEY)
   gauge_rr, _ = jnp.linalg.qr(jax.random.normal(KEY, (7, 7)))
   basis_rm = gauge_rr @ exact_rm
   again_rm = FIND(PowerIteration(), g_mn, basis_rm, KEY)
-  # The shift's pull is zero here; what is left is rounding over the spread.
+  # The shift does not move an invariant subspace. The tolerance allows for
+  # rounding errors divided by the spread of the singular values.
   chex.assert_trees_all_close(again_rm, basis_rm, atol=1e-4)
 
 
@@ -106,7 +108,8 @@ def test_no_solver_is_called(finder):
 def test_power_iteration_without_a_gradient_returns_the_basis():
   basis_rm = FIND(RandomOrthogonal(), _power_law(), jnp.zeros((7, 29)), KEY)
   same_rm = FIND(PowerIteration(), jnp.zeros((29, 53)), basis_rm, KEY)
-  # Ten polynomials of products of up to 29 terms, which shrink an error.
+  # The tolerance allows for rounding in ten polynomials with sums of up to 29
+  # terms. The polynomials shrink earlier errors.
   assert_close(same_rm, basis_rm, operations=29)
 
 
@@ -114,7 +117,8 @@ def test_power_iteration_without_a_gradient_returns_the_basis():
 def test_power_iteration_from_a_basis_of_few_digits(dtype):
   g_mn = _power_law()
   exact_rm = FIND(Svd(), g_mn, jnp.zeros((7, 29)), KEY)
-  # Rounded by NumPy: XLA has no such conversion for CPUs without F16C.
+  # NumPy does the rounding, because XLA cannot convert to these types on CPUs
+  # without F16C.
   rough_rm = jnp.float32(np.asarray(exact_rm).astype(dtype))
   basis_rm = FIND(PowerIteration(), g_mn, rough_rm, KEY)
   chex.assert_trees_all_close(gram(basis_rm), jnp.eye(7), atol=ORTHONORMAL)
@@ -122,7 +126,8 @@ def test_power_iteration_from_a_basis_of_few_digits(dtype):
 
 
 def test_power_iteration_of_a_stack_is_a_loop():
-  # One starts cold and takes more steps than the other.
+  # The second matrix has no previous basis and takes more iterations than the
+  # first.
   g_kmn = jnp.stack([_power_law(seed=seed) for seed in range(2)])
   warm_rm = FIND(Svd(), g_kmn[0], jnp.zeros((7, 29)), KEY)
   old_krm = jnp.stack([warm_rm, 0 * warm_rm])
@@ -133,7 +138,8 @@ def test_power_iteration_of_a_stack_is_a_loop():
       for pair in zip(g_kmn, old_krm, strict=True)
     ]
   )
-  # A direction of share s is known to eps / s; the spectrum's end has 1e-3.
+  # The tolerance allows for an error of eps / s in a direction with a share s
+  # of the spectrum. The smallest share is 1e-3.
   batched = jax.jit(jax.vmap(power))(g_kmn, old_krm)
   chex.assert_trees_all_close(batched, loop, atol=1e-4)
   by_pair = lambda *pairs: jax.lax.map(lambda pair: power(*pair), pairs)
@@ -167,7 +173,7 @@ def test_a_random_subspace_takes_a_seed_and_changes_at_gap():
   params = {'w': _power_law(13, 17)}
   tx = galore(optax.sgd(1.0), rank=5, gap=2, scale=1.0, subspace='random')
   state = tx.init(params)
-  assert state.basis['w'].nbytes == 4  # A seed.
+  assert state.basis['w'].nbytes == 4  # the state stores only a seed
   step, seen = jax.jit(tx.update), []
   for _ in range(4):
     updates, state = step(params, state)

@@ -1,4 +1,4 @@
-"""The exact finders against NumPy, and the sign rule."""
+"""The exact finders against NumPy, and the sign rule for bases."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,8 @@ def test_the_leading_left_singular_vectors(finder, m, n, r):
   basis_rm = np.asarray(finder(jnp.asarray(g_mn), jnp.zeros((r, m)), KEY))
   u, _, _ = np.linalg.svd(g_mn.astype(np.float64))
   np.testing.assert_allclose(gram(basis_rm), np.eye(r), atol=ORTHONORMAL)
-  # Vector by vector, up to its sign; Gram squares, and so loses digits.
+  # Compare the singular vectors one by one, up to sign. The tolerance allows
+  # for the finder 'gram', which squares the gradient and so loses digits.
   np.testing.assert_allclose(abs(basis_rm), abs(u[:, :r].T), atol=1e-4)
 
 
@@ -50,7 +51,8 @@ def test_a_rank_deficient_gradient_is_spanned(finder):
   g_mn = normal((11, 2)) @ normal((2, 13), 1)
   basis_rm = found(finder, jnp.asarray(g_mn), 4)
   np.testing.assert_allclose(gram(basis_rm), np.eye(4), atol=ORTHONORMAL)
-  # Two sums of up to 11 terms. Gram squares, and so loses digits.
+  # The tolerance allows for two products with sums of up to 11 terms. The
+  # finder 'gram' also squares the gradient, which loses digits.
   spanned_mn = basis_rm.T @ (basis_rm @ g_mn)
   assert_close(spanned_mn, g_mn, operations=20 * 11)
 

@@ -1,4 +1,4 @@
-"""Subspaces that are found less often the less they move."""
+"""`Lazy` finds a basis less often if the subspace moves less."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,11 @@ from tests.galore_optax.program import ORTHONORMAL, Gauge
 
 
 def _run(moving, steps, finder=Svd()):  # noqa: B008
-  """Returns at which steps each matrix of a stack of two found a basis."""
+  """Returns whether each of two stacked matrices found a basis, per step.
+
+  The gradient of the first matrix is constant. That of the second is also
+  constant unless `moving`, in which case it is random at each step.
+  """
   lazy = Lazy(finder, threshold=0.6, memory=2)
   tx = galore(optax.sgd(1.0), rank=3, gap=1, subspace=lazy)
   still = np.random.default_rng(0).normal(size=(2, 11, 13))
@@ -32,7 +36,8 @@ def _run(moving, steps, finder=Svd()):  # noqa: B008
 
 def test_a_still_subspace_waits_twice_as_long_each_time():
   found, state = _run(moving=False, steps=20)
-  # Two overlaps must be seen first: refreshes 1 and 2 give them.
+  # The wait doubles only after two overlaps of successive bases are known,
+  # which refreshes 1 and 2 provide.
   assert np.flatnonzero(found[:, 0]).tolist() == [0, 1, 2, 4, 8, 16]
   overlaps_q = state.basis['w'].overlaps_q
   np.testing.assert_allclose(overlaps_q, 1.0, atol=ORTHONORMAL)

@@ -1,4 +1,4 @@
-"""Polar factors by matrix products."""
+"""`orthonormalise` computes polar factors by matrix products."""
 
 import functools
 
@@ -15,7 +15,7 @@ from tests.rounding import assert_close, units
 
 
 def _with_spread(r, m, spread):
-  """Returns rows of a given condition number, and their polar factor."""
+  """Returns rows with a given condition number, and their polar factor."""
   rng = np.random.default_rng(0)
   u_rr, _ = np.linalg.qr(rng.normal(size=(r, r)))
   v_mr, _ = np.linalg.qr(rng.normal(size=(m, r)))
@@ -28,9 +28,9 @@ def test_the_polynomials_bring_the_whole_range_to_one(low):
   x = np.geomspace(low, 1, 20001)
   for a, b, c in orthonormal._polynomials(low):
     x = a * x + b * x**3 + c * x**5
-    # Beyond 1 the next polynomial would throw it out.
+    # A value beyond 1 could diverge under the next polynomial.
     assert 0 < x.min() and x.max() < 1 + 1e-6
-  # Taylor's error from CLOSE on.
+  # From CLOSE on, the error of the final Taylor polynomial is below 3e-7.
   np.testing.assert_allclose(x, 1, atol=3e-7)
 
 
@@ -38,11 +38,13 @@ def test_the_polynomials_bring_the_whole_range_to_one(low):
 @pytest.mark.parametrize('spread', [1.0, 1e3, 1e5])
 def test_rows_are_orthonormal_and_nearest(r, m, spread):
   x_rm, polar_rm = _with_spread(r, m, spread)
-  # The ends are met to rounding alone.
+  # `low` is below the smallest singular value, and the factor 0.99 keeps the
+  # largest below 1. Rounding could otherwise move values out of the range.
   low = 0.9 / spread
   q_rm = jax.jit(functools.partial(orthonormalise, low=low))(0.99 * x_rm)
   chex.assert_trees_all_close(gram(q_rm), jnp.eye(r), atol=ORTHONORMAL)
-  # A direction of size s is known to eps / s.
+  # The tolerance allows for an error of eps / s in a singular direction of size
+  # s.
   tolerance = 1e-6 + 1e-7 * spread if r > 1 else 1e-6
   chex.assert_trees_all_close(q_rm, jnp.float32(polar_rm), atol=tolerance)
 
@@ -51,17 +53,20 @@ def test_a_low_bound_that_is_too_low_costs_no_digits():
   _, polar_rm = _with_spread(11, 29, 1.0)
   polar_rm = jnp.float32(polar_rm)
   for low in (0.9, 0.1, SMALLEST):
-    # The polynomials shrink what their sums of up to 29 terms round.
+    # The tolerance allows for sums of up to 29 terms. The polynomials shrink
+    # earlier rounding errors.
     f = jax.jit(functools.partial(orthonormalise, low=low))
     assert_close(f(polar_rm), polar_rm, operations=29)
 
 
 def test_the_leading_direction_keeps_its_digits():
-  # A value at 1 exactly would have its rounding grown by each polynomial.
+  # Each polynomial would amplify rounding errors of a singular value of exactly
+  # 1. The polynomials are therefore scaled to stay slightly below 1.
   x_1m = jnp.array([[0.3, 0.1, -0.5, 0.7, 0.2]])
   expected_1m = x_1m / jnp.linalg.norm(x_1m)
   q_1m = orthonormalise(x_1m, low=SMALLEST)
-  # The last polynomial rounds a few times; earlier errors shrink.
+  # The tolerance allows for the roundings of the last polynomial, since earlier
+  # errors shrink.
   assert_close(q_1m, expected_1m, operations=10)
 
 
@@ -70,7 +75,8 @@ def test_double_precision():
     x_rm = jnp.asarray(np.random.default_rng(0).normal(size=(7, 17))) / 10
     q_rm = orthonormalise(x_rm, low=0.05)
     assert q_rm.dtype == jnp.float64
-    # Sums of up to 17 terms, in each of a few polynomials.
+    # The tolerance allows for sums of up to 17 terms in each of a few
+    # polynomials.
     atol = units(20 * 17, np.float64)
     np.testing.assert_allclose(gram(q_rm), np.eye(7), atol=atol)
 
@@ -84,7 +90,8 @@ def test_a_stack_is_a_loop():
   f = jax.jit(functools.partial(orthonormalise, low=1e-3))
   x_krm = jnp.stack([_with_spread(7, 17, 10.0)[0], _with_spread(7, 17, 1e3)[0]])
   loop = jnp.stack([f(x) for x in x_krm])
-  # A direction of size s is known to eps / s.
+  # The tolerance allows for an error of eps / s in a singular direction of size
+  # s.
   chex.assert_trees_all_close(f(x_krm), loop, atol=units(1e3))
 
 
@@ -96,7 +103,7 @@ def test_the_cost_is_as_stated(low, count):
   analysis = f.lower(jnp.ones((r, m))).compile().cost_analysis()
   groups = -(-count // 3)
   products = 4 * groups * m * r**2 + (8 * count - 6 * groups) * r**3
-  # Sums of [r, r] matrices are lower order.
+  # Adding [r, r] matrices costs only terms of lower order.
   assert products <= analysis['flops'] < 1.1 * products
 
 
@@ -119,7 +126,8 @@ def test_random_rows_are_orthonormal(r, m):
   chex.assert_trees_all_close(
     gram_krr, jnp.broadcast_to(jnp.eye(r), gram_krr.shape), atol=ORTHONORMAL
   )
-  # Uniform: the mean of each entry is 0, its variance 1 / m; four sigmas.
+  # For uniformly distributed rows, each entry has mean 0 and variance 1 / m.
+  # The limit is four standard deviations.
   assert abs(float(q_krm[:, 0, 0].mean())) < 4 / np.sqrt(100 * m)
 
 

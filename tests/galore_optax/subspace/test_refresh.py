@@ -1,4 +1,4 @@
-"""When a basis is found, how often it is computed, and what is kept."""
+"""When a refresh happens, how often it computes bases, and which it keeps."""
 
 import dataclasses
 import itertools
@@ -26,7 +26,7 @@ def gradients(steps, seed=0, dtype=np.float32):
 
 
 def trail_of_states(tx, grads):
-  """Returns the state after each step, stacked, and the updates."""
+  """Returns the stacked states of all steps, and the updates."""
   params = jax.tree.map(lambda g: jnp.zeros_like(g[0]), grads)
 
   def step(state, g):
@@ -58,7 +58,8 @@ def test_a_basis_spans_the_gradient_of_its_own_step():
     basis = np.asarray(states.basis['tall'][step])
     np.testing.assert_allclose(gram(basis), np.eye(4), atol=ORTHONORMAL)
     want = vh[:4].T @ vh[:4]
-    # A subspace is known to eps / gap.
+    # The tolerance allows for the error of a subspace, which is eps divided by
+    # the distance between the singular values inside and outside of it.
     np.testing.assert_allclose(basis.T @ basis, want, atol=units(100))
 
 
@@ -71,7 +72,7 @@ def jaxprs(eqn):
 
 
 def find(jaxpr, name, inside=()):
-  """Yields each equation of a primitive with the primitives around it."""
+  """Yields each equation of a primitive, and the primitives that contain it."""
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == name:
       yield eqn, inside
@@ -88,12 +89,14 @@ def test_one_cond_guards_every_decomposition_and_a_stack_is_mapped():
   assert {eqn.invars[0].aval.shape for eqn, _ in svds} == {(7, 9), (5, 11)}
   for eqn, inside in svds:
     assert inside.count('cond') == 1
-    # Layer by layer: the workspace is one matrix's.
+    # A `scan` handles one layer at a time, so that the workspace has the size
+    # of one matrix.
     assert ('scan' in inside) == (eqn.invars[0].aval.shape == (7, 9))
   conds = [eqn for eqn, inside in find(jaxpr, 'cond') if not inside]
   assert len(conds) == 1
   assert conds[0].invars[0].aval.shape == ()
-  # What a refresh keeps is not copied through the cond.
+  # State that a refresh does not change is not passed through the `cond`, which
+  # would copy it.
   assert len(conds[0].outvars) < len(jax.tree.leaves(state))
 
 
@@ -109,7 +112,7 @@ def test_the_compiled_step_has_one_conditional_and_no_solver_outside_it():
 
 @dataclasses.dataclass(frozen=True)
 class Flipped:
-  """The exact basis, with signs as another LAPACK might leave them."""
+  """The exact basis with random signs, as another LAPACK might return them."""
 
   seed: int
 
@@ -128,7 +131,7 @@ def test_a_trajectory_does_not_depend_on_the_signs_of_a_decomposition(side):
     galore(optax.adam(0.1), rank=4, gap=2, side=side, subspace=finder), grads
   )
   (states, updates), (other_states, other) = run(Flipped(1)), run(Flipped(2))
-  # The flips themselves do differ.
+  # Make sure that the two finders do return different signs.
   g, none, key = jnp.eye(7, 9), jnp.zeros((4, 7)), jax.random.key(0)
   assert np.any(Flipped(1)(g, none, key) != Flipped(2)(g, none, key))
   chex.assert_trees_all_equal(updates, other)
@@ -192,7 +195,8 @@ def test_a_basis_that_a_finder_could_not_find_is_kept():
 
 @pytest.mark.parametrize('size', [1e-30, 1e30])
 def test_bases_do_not_depend_on_the_size_of_a_gradient(size):
-  # Squares of such entries leave float32's range; powers of two are exact.
+  # Squares of such entries leave float32's range. Scaling by powers of two is
+  # exact.
   size = 2.0 ** np.round(np.log2(size))
   grads = gradients(1)
   run = lambda grads: (
@@ -202,5 +206,7 @@ def test_bases_do_not_depend_on_the_size_of_a_gradient(size):
   )
   want = run(grads)
   ours = run(jax.tree.map(lambda g: g * np.float32(size), grads))
-  # Two programs: a singular vector is known to eps / gap.
+  # The tolerance allows for two programs that decompose the same matrix. The
+  # error of a singular vector is eps divided by its distance from the next
+  # singular value.
   chex.assert_trees_all_close(ours, want, atol=units(100))

@@ -1,4 +1,4 @@
-"""Matrices that take turns to refresh."""
+"""`Staggered` matrices refresh at different steps."""
 
 import chex
 import jax
@@ -18,7 +18,7 @@ def _grads(t):
 
 
 def _changes(gap, steps):
-  """Returns [steps, units]: which matrices found a new basis."""
+  """Returns [steps, matrices]: whether each matrix has a new basis."""
   tx = galore(optax.sgd(1.0), rank=2, gap=gap)
   state, step, rows = jax.jit(tx.init)(_grads(0)), jax.jit(tx.update), []
   old = jax.device_get(state.basis)
@@ -36,7 +36,8 @@ def test_all_at_step_0_then_each_every_gap():
   changes = _changes(Staggered(gap), 2 * gap + 1)
   assert changes[0].all()
   later = changes[1:]
-  # Thirteen matrices in forty steps: the golden section keeps them apart.
+  # Thirteen matrices refresh in forty steps. Spacing them by the golden ratio
+  # avoids collisions.
   assert later.sum(axis=1).max() == 1
   for unit in later.T:
     (turns,) = np.nonzero(unit)
@@ -52,7 +53,10 @@ def test_an_integer_gap_finds_all_at_once():
 @pytest.mark.slow
 @pytest.mark.parametrize('subspace', ['coordinates', 'random'])
 def test_one_layer_at_a_time_is_the_stack(subspace):
-  """What a layer-wise step sees, told the layer's index, takes its turns."""
+  """A layer-wise step passes one layer and its index.
+
+  The layer then refreshes at the same steps as in the whole stack.
+  """
   inner = optax.sgd(0.1, momentum=0.9)
   tx = galore(inner, rank=2, gap=Staggered(5), subspace=subspace)
   whole = {k: SHAPES[k] for k in ('down', 'q', 'up')}
@@ -66,8 +70,9 @@ def test_one_layer_at_a_time_is_the_stack(subspace):
     updates, state = step(pick(t), state)
     for i in range(4):
       u, layers[i] = one(layer(pick(t), i), layers[i], i)
-      # A product of a stack and of a matrix may sum its 11 terms in another
-      # order. Momentum adds up the errors of seven steps.
+      # The tolerance allows for rounding: a product of a stack and one of a
+      # single matrix may sum their 11 terms in a different order. Momentum
+      # accumulates the errors of seven steps.
       assert_close(u, layer(jax.device_get(updates), i), operations=7 * 11)
 
 
