@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import galore_optax as go
-from train import method
+from train import registry
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = ('galore_optax', 'train', 'models', 'configs', 'tests')
@@ -128,7 +128,7 @@ def test_the_first_page_names_the_commands():
 
 
 def test_the_table_of_methods_is_the_generated_one():
-  rows = method.table().splitlines()
+  rows = registry.table().splitlines()
   assert '\n'.join(rows) in text_of('galore_optax/README.md')
 
 
@@ -282,7 +282,7 @@ FEATURES = {
 def test_the_table_has_every_method_and_feature():
   known = {'`inject_hyperparams`', '8-bit moments'} | FEATURES.keys()
   assert set(HEAD[1:]) == known
-  presets = [row.preset.__name__ for row in method.ROWS if row.cells]
+  presets = [row.preset.__name__ for row in registry.ROWS if row.cells]
   wanted = ['galore(optax.adamw(lr))', *(f'{name}(lr)' for name in presets)]
   assert [row[0].strip('`') for row in ROWS] == wanted
 

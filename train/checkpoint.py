@@ -1,12 +1,14 @@
-"""Checkpoints: what they contain, saved and restored.
+"""Saves and restores checkpoints, and detects damaged files.
 
-One Orbax checkpoint has four items: the parameters, the optimizer's state
-with the step, the position in the data, and the configuration. A save copies
-the state to the host, and a thread writes it while training goes on: into a
-temporary directory that is renamed at the end, so a save that fails leaves the
-checkpoints before it as they were. The last file before that name holds the
-digest of every other: whoever reads a checkpoint compares them first, and
-takes the next one where a file is not as it was written.
+An Orbax checkpoint has four items: the parameters, the optimizer's state with
+the step, the position in the data, and the configuration. A save copies the
+state to host memory, and a thread writes it while training continues. The
+thread writes a temporary directory and renames it at the end, so a save that
+fails leaves earlier checkpoints intact.
+
+Before the rename, a file with the SHA-256 digests of all other files is
+written. Reading a checkpoint compares the digests first, and falls back to an
+earlier checkpoint if a file has changed.
 """
 
 import concurrent.futures
@@ -31,7 +33,7 @@ from train.mesh import leads, together
 from train.step import State
 from train.task import PyTree, Task
 
-# Checkpoints kept: the newest, one should that be damaged, and the best.
+# Checkpoints to keep: two, in case the newest is damaged, and the best.
 KEPT = preservation_policy.AnyPreservationPolicy(
   [
     preservation_policy.LatestN(2),
@@ -46,11 +48,13 @@ KEPT = preservation_policy.AnyPreservationPolicy(
 
 
 DIGESTS = 'digests.json'
+"""Name of the file that holds the digests of a checkpoint."""
 
-# Written by Orbax while it renames a checkpoint. Nothing is read from them.
+# Files without a digest: the digests themselves, and those that Orbax writes
+# during the rename. None of them is restored.
 UNREAD = {DIGESTS, '_CHECKPOINT_METADATA', 'commit_success.txt'}
 
-# Where the configuration lies in a checkpoint.
+# Path of the configuration inside a checkpoint.
 CONFIG = ('config', 'metadata')
 
 
@@ -58,17 +62,18 @@ CONFIG = ('config', 'metadata')
 def opened(
   directory: pathlib.Path, *, begun: int | None = None
 ) -> Iterator[ocp.CheckpointManager]:
-  """Yields the manager that saves to a directory; waits for the last save.
+  """Yields a manager that saves to a directory; waits for the last save.
 
   Args:
-    directory: of the checkpoints.
-    begun: the step that a run goes on from; it passed over those that lie
-      after it, which are moved out of the way of its own.
+    directory: the checkpoint directory.
+    begun: the step that a run continues from. Damaged checkpoints and those of
+      later steps move to the directory `damaged`, because the run will save
+      these steps again.
 
   Raises:
-    OSError: as of `save`.
+    OSError: a save failed, as in `save`.
   """
-  # None of the processes is still reading what is moved, or lists it.
+  # Wait until no process reads or lists the checkpoints that are moved.
   together('checkpoints are read')
   for step in steps(directory) if leads() else ():
     damaged = fault(directory / str(step), 'metrics') is not None
@@ -82,7 +87,7 @@ def opened(
     preservation_policy=KEPT,
     best_fn=lambda found: found['score'],
     best_mode='min',
-    # Of saves that were killed; there is no other at this time.
+    # Remove what interrupted saves left; no save is running at this time.
     cleanup_tmp_directories=True,
     async_options=written,
   )
@@ -95,8 +100,8 @@ def opened(
 
 @contextlib.contextmanager
 def reading(directory: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
-  """Yields a manager that changes nothing: a run may be saving there."""
-  # Orbax warns of what a manager that only reads would change.
+  """Yields a manager that changes nothing, since a run may be saving."""
+  # With other options, Orbax warns about changes that a reader skips.
   options = ocp.CheckpointManagerOptions(
     read_only=True,
     lightweight_initialize=True,
@@ -111,14 +116,14 @@ def reading(directory: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
 def quietly(
   directory: pathlib.Path, options: ocp.CheckpointManagerOptions
 ) -> Iterator[ocp.CheckpointManager]:
-  """Yields a manager; Orbax logs, with a traceback, what it raises too."""
+  """Yields a manager without Orbax's logs, which repeat raised errors."""
   logging.getLogger('absl').setLevel(logging.CRITICAL)
   with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
     yield manager
 
 
 def steps(directory: pathlib.Path) -> list[int]:
-  """Returns the steps whose checkpoints a directory has, the newest first."""
+  """Returns the steps of the checkpoints in a directory, the newest first."""
   if not directory.is_dir():
     return []
   names = (path.name for path in directory.iterdir() if path.is_dir())
@@ -126,18 +131,18 @@ def steps(directory: pathlib.Path) -> list[int]:
 
 
 def exists(directory: pathlib.Path) -> bool:
-  """Whether a directory holds a checkpoint."""
+  """Whether a directory contains a checkpoint."""
   return bool(steps(directory))
 
 
 def newest_sound(directory: pathlib.Path) -> pathlib.Path | None:
-  """Returns the newest checkpoint whose files are as they were written."""
+  """Returns the newest checkpoint without a damaged file; None if none is."""
   paths = (directory / str(step) for step in steps(directory))
   return next((path for path in paths if fault(path) is None), None)
 
 
 def set_aside(path: pathlib.Path) -> None:
-  """Moves a checkpoint that is damaged to the run's directory `damaged`."""
+  """Moves a checkpoint to the directory `damaged` of its run."""
   place = path.parent.parent / 'damaged'
   place.mkdir(exist_ok=True)
   taken = sum(x.name.split('.')[0] == path.name for x in place.iterdir())
@@ -145,8 +150,9 @@ def set_aside(path: pathlib.Path) -> None:
 
 
 def write_digests(directory: pathlib.Path) -> None:
-  """Writes the digests of a checkpoint that is not yet named."""
-  # A thread of Orbax does this, of the one save that there is at a time.
+  """Writes the digests of a checkpoint before it gets its final name."""
+  # Orbax calls this in a thread. Only one save runs at a time, so the temporary
+  # directory is the one of that save.
   for path in directory.glob('*.orbax-checkpoint-tmp'):
     files = digests(path)
     content = {'sha256': files, 'of_these': digest_of(files)}
@@ -154,7 +160,12 @@ def write_digests(directory: pathlib.Path) -> None:
 
 
 def digests(path: pathlib.Path, item: str = '') -> dict[str, str]:
-  """Returns the SHA-256 of each file in a checkpoint, or of one item's."""
+  """Returns the SHA-256 of each file of a checkpoint, or of one of its items.
+
+  Args:
+    path: the checkpoint.
+    item: name of the item; '' for all files.
+  """
   files = sorted(x for x in (path / item).rglob('*') if x.is_file())
   names = [x.relative_to(path).as_posix() for x in files]
   with concurrent.futures.ThreadPoolExecutor() as threads:
@@ -169,19 +180,21 @@ def digest(path: pathlib.Path) -> str:
 
 
 def digest_of(files: dict[str, str]) -> str:
-  """Returns the SHA-256 of the digests themselves."""
+  """Returns the SHA-256 of the digests, which protects their own file."""
   return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def checked(path: pathlib.Path) -> bool:
-  """Whether a checkpoint has digests: those of older versions have none."""
+  """Whether a checkpoint has digests; older versions wrote none."""
   return (path / DIGESTS).exists()
 
 
 def fault(path: pathlib.Path, item: str = '') -> str | None:
-  """Returns what is wrong with a checkpoint, or with one item of it.
+  """Describes the damage of a checkpoint, or of one of its items.
 
-  None where nothing is, or where it has no digests to tell by.
+  Returns:
+    A description; None if all files match their digests, or if the checkpoint
+    has none.
   """
   if not checked(path):
     return None
@@ -211,13 +224,14 @@ def save(
   config: Config,
   score: float | None = None,
 ) -> None:
-  """Saves everything that a run needs to go on; the state may then be donated.
+  """Saves everything that a run needs to continue.
 
-  Returns before it is written, and waits for the save before.
+  The function returns before the files are written; the state may then be
+  donated. It first waits for the previous save.
 
   Raises:
-    OSError: this save, or the one before, could not be written; the checkpoints
-      before it are intact.
+    OSError: this save, or the previous one, could not be written; earlier
+      checkpoints are intact.
   """
   finish(manager)
   step = int(state.step)
@@ -235,13 +249,13 @@ def save(
 
 
 def best_score(manager: ocp.CheckpointManager) -> float:
-  """Returns the lowest score of a checkpoint; infinity where none has one."""
+  """Returns the lowest score of any checkpoint; infinity if none has one."""
   return min(scores(manager).values(), default=math.inf)
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
-  """Waits until what was saved is written; OSError where it cannot be."""
-  # Orbax counts a checkpoint from when its save starts.
+  """Waits until the last save is written; raises OSError if it failed."""
+  # `latest_step` includes a save that is still running.
   with failures(manager, manager.latest_step()):
     manager.wait_until_finished()
 
@@ -250,11 +264,11 @@ def finish(manager: ocp.CheckpointManager) -> None:
 def failures(
   manager: ocp.CheckpointManager, step: int | None
 ) -> Iterator[None]:
-  """Tells the user what to do where a step cannot be saved."""
+  """Adds the step, and advice for the user, to errors of a save."""
   try:
     yield
   except (OSError, ValueError) as error:
-    # A full disk is a ValueError where an array did not fit.
+    # On a full disk, writing an array raises ValueError.
     raise OSError(
       f'cannot save step {step}: {error}. The checkpoints before it are '
       f'intact: make room, and go on with --run {manager.directory.parent} '
@@ -265,12 +279,13 @@ def failures(
 def restore(
   manager: ocp.CheckpointManager, state: State, batches: grain.DatasetIterator
 ) -> State:
-  """Returns the newest sound state, and moves `batches` to where it was.
+  """Returns the state of the newest intact checkpoint, and moves `batches`.
 
   Args:
-    manager: of a directory that holds a checkpoint.
-    state: shapes of what was saved, with the shardings to restore to.
-    batches: an iterator made as the saved one was.
+    manager: a manager of a directory that has a checkpoint.
+    state: shapes of the saved state, with the shardings to restore to.
+    batches: an iterator made like the saved one; it moves to the saved
+      position.
   """
   state = on_device(state)
   items = ocp.args.Composite(
@@ -287,13 +302,17 @@ def restore(
 def restore_params(
   directory: pathlib.Path, task: Task, *, best: bool = False
 ) -> PyTree:
-  """Returns the parameters of the newest sound checkpoint, and nothing else.
+  """Returns the parameters of the newest intact checkpoint.
 
   Args:
-    directory: of the checkpoints.
-    task: what was trained.
-    best: of the checkpoint whose validation was the best instead; the newest
-      where none was validated.
+    directory: the checkpoint directory.
+    task: the task that was trained.
+    best: whether to take the checkpoint with the best validation; if none was
+      validated, the newest is taken.
+
+  Raises:
+    FileNotFoundError: the directory has no checkpoint.
+    ValueError: no checkpoint can be read.
   """
   if not exists(directory):
     raise FileNotFoundError(f'no checkpoint in {directory} yet')
@@ -304,9 +323,10 @@ def restore_params(
 
 
 def restore_config(directory: pathlib.Path) -> Config | None:
-  """Returns the configuration of the newest sound checkpoint, if there is one.
+  """Returns the configuration of the newest intact checkpoint, if there is one.
 
-  It is read from its file: there is no task yet to read the others for.
+  It is read without Orbax, whose restore of the other items needs a task, and
+  the task needs a configuration.
   """
   for step in steps(directory):
     path = directory / str(step)
@@ -333,15 +353,17 @@ def read(
   *,
   best: bool = False,
 ) -> Any:
-  """Returns items of the newest sound checkpoint, or of the best one.
+  """Restores items of the newest intact checkpoint, or of the best one.
 
-  One line says which are passed over, and why.
+  Damaged checkpoints are skipped; a line on standard error names them.
 
   Raises:
-    ValueError: they are not what this version of the program would save, or no
-      checkpoint is sound.
+    ValueError: another version of the program wrote the checkpoint, or none is
+      intact.
+    FileNotFoundError: the directory has no checkpoint.
   """
-  directory, passed = pathlib.Path(manager.directory), []
+  directory = pathlib.Path(manager.directory)
+  skipped = []
   found = scores(manager) if best else {}
   order = sorted(found, key=lambda step: found[step])
   order += [step for step in steps(directory) if step not in found]
@@ -351,23 +373,23 @@ def read(
     if wrong is None:
       try:
         taken = manager.restore(step, args=items)
-      # Orbax and grain have no error of their own for another layout.
+      # Orbax and grain raise many types of errors for another layout.
       except Exception as error:
         reason = str(error).strip().split('\n')[0][:200]
         wrong = f'{type(error).__name__}: {reason}'
         if checked(path):
           raise other_layout(path, wrong) from error
       else:
-        tell(path, passed)
+        print_skipped(path, skipped)
         return taken
-    passed.append(f'checkpoint {step} is damaged ({wrong})')
-  if passed:
-    raise other_layout(directory / str(order[0]), '; '.join(passed))
+    skipped.append(f'checkpoint {step} is damaged ({wrong})')
+  if skipped:
+    raise other_layout(directory / str(order[0]), '; '.join(skipped))
   raise FileNotFoundError(f'no checkpoint in {directory} yet')
 
 
 def other_layout(path: pathlib.Path, reason: str) -> ValueError:
-  """Returns the error of a checkpoint that cannot be read."""
+  """Returns the error for a checkpoint that cannot be read."""
   return ValueError(
     f'cannot read the checkpoint {path}: it is damaged, or of another version '
     f'of this program, whose state has another layout ({reason}). Go on with '
@@ -375,9 +397,9 @@ def other_layout(path: pathlib.Path, reason: str) -> ValueError:
   )
 
 
-def tell(path: pathlib.Path, passed: list[str]) -> None:
-  """Says which checkpoint is taken, unless it is the first and was checked."""
-  lines = list(passed)
+def print_skipped(path: pathlib.Path, skipped: list[str]) -> None:
+  """Prints which checkpoints were skipped, or that one has no digests."""
+  lines = list(skipped)
   if not checked(path):
     lines.append(f'checkpoint {path.name} has no {DIGESTS} to check it by')
   if lines:
@@ -386,25 +408,26 @@ def tell(path: pathlib.Path, passed: list[str]) -> None:
 
 
 def on_device(shapes: PyTree) -> PyTree:
-  """Returns shapes that say where to restore to: else the first device."""
+  """Adds shardings to shapes without one: the first device."""
   first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  place = lambda x: getattr(x, 'sharding', None) or first
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), shapes
-  )
+
+  def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first)
+
+  return jax.tree.map(placed, shapes)
 
 
 class PositionHandler(ocp.CheckpointHandler):
-  """The position in the data: the same in all processes, so one file."""
+  """Saves the position in the data, which is the same in all processes."""
 
   def save(self, directory: Any, args: Any) -> None:
-    """Writes it, once."""
+    """Writes the position, in the first process only."""
     if leads():
       position = json.dumps(args.item.get_state(), indent=4)
       (directory / POSITION).write_text(position)
 
   def restore(self, directory: Any, args: Any) -> Any:
-    """Moves an iterator there, however many processes there were."""
+    """Moves an iterator to the saved position."""
     args.item.set_state(json.loads((directory / POSITION).read_text()))
     return args.item
 
@@ -412,18 +435,20 @@ class PositionHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(PositionHandler, for_save=True)
 @dataclasses.dataclass
 class PositionSave(ocp.args.CheckpointArgs):
-  """Saves where an iterator is."""
+  """Arguments to save the position of an iterator."""
 
   item: grain.DatasetIterator
+  """The iterator."""
 
 
 @ocp.args.register_with_handler(PositionHandler, for_restore=True)
 @dataclasses.dataclass
 class PositionRestore(ocp.args.CheckpointArgs):
-  """Moves an iterator to where one was."""
+  """Arguments to move an iterator to a saved position."""
 
   item: grain.DatasetIterator
+  """The iterator, which moves."""
 
 
-# As grain itself calls what a single process saves.
+# The name that grain itself uses for a single process.
 POSITION = 'process_0-of-1.json'

@@ -1,6 +1,6 @@
-"""What a classifier is measured by, and several seeds of it in one line.
+"""Metrics of a classifier, and their mean over several seeds.
 
-B rows of a batch, C labels, n rows of a split.
+Axes: B rows of a batch, C labels, n rows of a split.
 """
 
 import warnings
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from models import encoder
@@ -21,13 +22,13 @@ Logits: TypeAlias = Callable[[PyTree, Batch], jax.Array]
 def measure(
   logits: Logits, params: PyTree, *, batches: Iterable[Batch], num_labels: int
 ) -> Metrics:
-  """Returns the loss and the metrics of a split, over all rows at once.
+  """Computes the loss and the metrics of a split, over all rows at once.
 
   Args:
     logits: `(parameters, batch) -> [B, C]`.
     params: the model's parameters.
-    batches: of the split; rows of weight 0 do not count.
-    num_labels: C; 1 is a number to predict.
+    batches: the batches of the split; rows of weight 0 are padding.
+    num_labels: C; 1 means that the model predicts a number.
   """
   found = [(logits(params, batch), batch) for batch in batches]
   rows = [
@@ -36,7 +37,9 @@ def measure(
   ]
   logits_nC = np.concatenate([x[kept] for x, _, kept in rows])
   targets_n = np.concatenate([x[kept] for _, x, kept in rows])
-  cost_n = np.asarray(encoder.cost(logits_nC, targets_n, num_labels))
+  cost_n = np.asarray(
+    encoder.cost(jnp.asarray(logits_nC), jnp.asarray(targets_n), num_labels)
+  )
   metrics = {'loss': float(np.mean(cost_n, dtype=np.float64))}
   if num_labels == 1:
     return metrics | correlations(logits_nC[:, 0], targets_n)
@@ -44,9 +47,9 @@ def measure(
 
 
 def agreement(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
-  """Returns accuracy, F1 and Matthews' correlation of labels.
+  """Returns accuracy, F1 and Matthews' correlation coefficient.
 
-  F1 is that of label 1 where there are two labels, else the mean over labels.
+  F1 is that of label 1 if the labels are 0 and 1, else the mean over labels.
 
   >>> found = agreement(np.array([0, 1, 1, 1]), np.array([0, 1, 1, 0]))
   >>> {name: round(x, 3) for name, x in found.items()}
@@ -62,21 +65,20 @@ def agreement(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
   labels = {*found_n.tolist(), *targets_n.tolist()}
   average = 'binary' if labels <= {0, 1} else 'macro'
   with warnings.catch_warnings():
-    # Of a split, or answers, of one label; Matthews' is 0 then.
+    # scikit-learn warns if all rows have one label, and returns 0 for metrics
+    # that are not defined.
     warnings.simplefilter('ignore')
     return {
       'accuracy': float(metrics.accuracy_score(targets_n, found_n)),
-      'f1': float(
-        metrics.f1_score(targets_n, found_n, average=average, zero_division=0)
-      ),
+      'f1': float(metrics.f1_score(targets_n, found_n, average=average)),
       'matthews': float(metrics.matthews_corrcoef(targets_n, found_n)),
     }
 
 
 def correlations(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
-  """Returns the correlations of numbers, and of their ranks.
+  """Returns Pearson's and Spearman's correlations.
 
-  Where one side is constant they are 0.
+  They are 0 if all predictions, or all targets, are equal.
 
   >>> found = correlations(np.array([1.0, 2.0, 9.0]), np.array([0.0, 1.0, 2.0]))
   >>> {name: round(x, 3) for name, x in found.items()}
@@ -86,15 +88,15 @@ def correlations(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
 
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')
-    found = {
-      'pearson': stats.pearsonr(found_n, targets_n).statistic,
-      'spearman': stats.spearmanr(found_n, targets_n).statistic,
+    found: dict[str, Any] = {
+      'pearson': stats.pearsonr(found_n, targets_n)[0],
+      'spearman': stats.spearmanr(found_n, targets_n)[0],
     }
   return {name: float(np.nan_to_num(x)) for name, x in found.items()}
 
 
 def spread(values: Sequence[float]) -> str:
-  """Returns the mean of several seeds and the deviation of one of them.
+  """Formats the mean over seeds and the standard deviation of one seed.
 
   >>> spread([0.9, 0.92, 0.91])
   '0.9100 +- 0.0100 (3 seeds)'

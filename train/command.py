@@ -1,7 +1,7 @@
-"""The command line of the programs, and their one report of errors.
+"""The command line of all programs, and how they report errors of the user.
 
-`parse` lays `--KEY VALUE` over a config; `user_errors` ends a program with one
-line where the user asked the impossible.
+`parse` reads a config file and applies `--KEY VALUE` to it. `user_errors` ends
+a program with one line if a file or an option is wrong.
 """
 
 import argparse
@@ -15,13 +15,14 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import tyro
 
 from train import run as run_lib
 from train.config import Config, flatten, variants
-from train.method import CLASSES, projects
+from train.method import AdamW
+from train.registry import projects
 from train.run import Run
 
 USAGE = """usage: python -m {program} CONFIG [--KEY VALUE ...]
@@ -32,7 +33,22 @@ key with the value that CONFIG gives it.
 """
 
 
-Request = TypeVar('Request')
+class Program(Protocol):
+  """The options of a program, a dataclass whose other fields have defaults."""
+
+  program: ClassVar[str]
+  """Name of the module that runs the program."""
+
+  def __init__(self, config: Config) -> None:
+    """Sets the experiment."""
+
+  @property
+  def config(self) -> Config:
+    """The experiment."""
+    ...
+
+
+Request = TypeVar('Request', bound=Program)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +57,16 @@ class Launch:
 
   program: ClassVar[str] = 'train.pretrain'
   config: Annotated[Config, tyro.conf.arg(name='')]
-  """What is trained."""
+  """The experiment."""
   run: pathlib.Path | None = None
   """Directory to write to; None is runs/NAME, then runs/NAME-2 and so on."""
   resume: bool = False
-  """Continue the run in --run, or else the newest of this config, as it was
-  started; of other values it takes those of saving and validation alone."""
+  """Continue the run in --run, or else the newest run of this config, with the
+  values that it was started with. Only options of saving, validation and the
+  mesh may change."""
   branch: bool = False
   """Start a new run from the newest checkpoint of the run that --resume would
-  continue, with that run's values where no others are given."""
+  continue. Options that are not given keep that run's values."""
   tensorboard: bool = False
   """Write TensorBoard events too (needs the extra `tensorboard`)."""
   profile: bool = False
@@ -58,15 +75,15 @@ class Launch:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-  """Ends the program with one message where the user asked the impossible.
+  """Ends the program with one line if the user must change something.
 
-  Only preparation belongs inside: an error of training itself is ours, and
-  keeps its traceback.
+  Use it only for preparation. An error of training itself is a defect of this
+  program, and keeps its traceback.
   """
   try:
     yield
   except (ValueError, OSError, ImportError) as error:
-    # One line, whatever a library put into its message.
+    # Some libraries put several lines into a message.
     print('error:', ' '.join(str(error).split('\n')), file=sys.stderr)
     raise SystemExit(2) from error
 
@@ -83,11 +100,11 @@ def check_least(least: int, **values: int | None) -> None:
 def add_flag(
   options: argparse.ArgumentParser, name: str, *, help: str | None = None
 ) -> None:
-  """Adds `--NAME` and `--no-NAME`, the latter being the default."""
+  """Adds `--NAME` and `--no-NAME`; the default is False."""
   flag = options.add_argument(
     f'--{name}', action=argparse.BooleanOptionalAction, help=help
   )
-  # Set afterwards, so that the help does not repeat it.
+  # `add_argument(default=False)` would repeat the default in the help text.
   options.set_defaults(**{flag.dest: False})
 
 
@@ -96,14 +113,18 @@ def parse(
   kind: type[Request] = Launch,
   default: Callable[[str], Config] | None = None,
 ) -> Request:
-  """Returns what a command line asks for.
+  """Parses the command line of a training program.
 
   Args:
     argv: the path of a config file, then `--KEY VALUE ...`.
-    kind: a dataclass whose field `config` is the experiment and whose other
-      fields are the options of its `program`.
-    default: path to the config whose values the options replace; by default,
-      what the file holds.
+    kind: a dataclass whose field `config` is the experiment. Its other fields
+      are options of the program that `kind.program` names.
+    default: returns the config to which the options apply, from the path of the
+      config file; None loads the file.
+
+  Raises:
+    ValueError, OSError: the file or a value is wrong.
+    SystemExit: help was requested, or a key does not exist.
   """
   if not argv or argv[0].startswith('-'):
     wants_help = bool({'-h', '--help'} & set(argv))
@@ -135,9 +156,10 @@ def parse(
 
 
 def refusal(stop: BaseException) -> ValueError | None:
-  """Returns the error of a config's own check that made tyro end the program.
+  """Returns the ValueError of a config's own check, if it ended the program.
 
-  tyro frames it as it frames a key that does not exist, over many lines.
+  tyro catches such an error and prints it over many lines, as it does for a key
+  that does not exist.
   """
   error = stop.__context__
   while error is not None:
@@ -152,8 +174,8 @@ def refusal(stop: BaseException) -> ValueError | None:
 def source(argv: Sequence[str]) -> Run | None:
   """Returns the run that a command line resumes or branches from, if any.
 
-  It is looked up before the other options are read, as they replace values of
-  that run and not of the config file.
+  This is needed before the other options are parsed: they change the values of
+  that run, not those of the config file.
   """
   options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   options.add_argument('--run', type=pathlib.Path)
@@ -171,7 +193,7 @@ def load(path: str) -> Config:
   check_exists(path)
   try:
     config = runpy.run_path(path).get('config')
-  # Whatever a user's file raises is the user's to correct.
+  # A user's file can raise anything, and the user must correct it.
   except Exception as error:
     raise ValueError(f'{path}{line(error, path)}: {said(error)}') from error
   if not isinstance(config, Config):
@@ -180,7 +202,7 @@ def load(path: str) -> Config:
 
 
 def check_exists(path: str) -> None:
-  """Raises FileNotFoundError where there is no config file."""
+  """Raises FileNotFoundError if the config file does not exist."""
   if not pathlib.Path(path).is_file():
     found = sorted(str(file) for file in pathlib.Path('configs').glob('*.py'))
     raise FileNotFoundError(
@@ -189,7 +211,7 @@ def check_exists(path: str) -> None:
 
 
 def line(error: Exception, path: str) -> str:
-  """Returns the line of a file that an error came from, as far as is known."""
+  """Returns the line of a file that raised an error, '' if it is unknown."""
   if isinstance(error, SyntaxError):
     return f', line {error.lineno}'
   frames = traceback.extract_tb(error.__traceback__)
@@ -198,7 +220,7 @@ def line(error: Exception, path: str) -> str:
 
 
 def said(error: Exception) -> str:
-  """Returns an error's message, with its kind where it is none of ours.
+  """Returns an error's message, with its type unless it is a ValueError.
 
   >>> said(KeyError('width')), said(ValueError('steps must be ...'))
   ("KeyError: 'width'", 'steps must be ...')
@@ -210,12 +232,18 @@ def said(error: Exception) -> str:
 
 
 def choose(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
-  """Takes `--optimizer AdamW` and the like out of the arguments.
+  """Applies options that select a class, such as `--optimizer AdamW`.
 
-  Another method comes with its own defaults; what has none must follow, as in
-  `--corpus TextFiles --corpus.train 'text/*.txt'`. `--adapter None` is none.
-  An adapter comes with AdamW: the config's method may have a rank for whole
-  weights, which its factors do not reach.
+  The selected class has its own defaults. Fields without a default must follow,
+  as in `--corpus TextFiles --corpus.train 'text/*.txt'`. `--adapter None`
+  removes the adapter.
+
+  Adding an adapter also selects AdamW, unless an option names the optimizer:
+  the rank of the config's method may be meant for whole weights and be larger
+  than the adapter's factors.
+
+  Returns:
+    The changed config, and the remaining arguments.
   """
   begun = config.adapter
   kinds_by_name = choices()
@@ -241,15 +269,15 @@ def choose(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
   ):
     print(
       f'--adapter {shown(type(config.adapter))} is trained by AdamW instead of '
-      f'{shown(type(config.optimizer))}; --optimizer names another',
+      f'{shown(type(config.optimizer))}; select another with --optimizer',
       file=sys.stderr,
     )
-    config = dataclasses.replace(config, optimizer=CLASSES['AdamW']())
+    config = dataclasses.replace(config, optimizer=AdamW())
   return config, rest
 
 
 def spelled_apart(args: Sequence[str], names: Iterable[str]) -> list[str]:
-  """Returns arguments with `--NAME=VALUE` as two of them, for these names.
+  """Splits `--NAME=VALUE` into two arguments, for the given names only.
 
   >>> spelled_apart(['--seed=7', '--steps=9'], ['seed'])
   ['--seed', '7', '--steps=9']
@@ -263,7 +291,7 @@ def spelled_apart(args: Sequence[str], names: Iterable[str]) -> list[str]:
 
 
 def choices() -> dict[str, dict[str, type]]:
-  """Returns the fields of a config that have a choice of classes."""
+  """Returns, for each field with a choice, its classes by their names."""
   hints = typing.get_type_hints(Config)
   unions = {name: variants(hint) for name, hint in hints.items()}
   return {
@@ -274,7 +302,7 @@ def choices() -> dict[str, dict[str, type]]:
 
 
 def shown(kind: type) -> str:
-  """Returns what the command line calls one of the classes of a field.
+  """Returns the name of a class on the command line.
 
   >>> shown(types.NoneType), shown(Config)
   ('None', 'Config')
@@ -283,7 +311,7 @@ def shown(kind: type) -> str:
 
 
 def blank(kind: Any) -> Any:
-  """Returns an instance; the fields without a default are still to give."""
+  """Returns an instance with defaults; other fields are `tyro.MISSING`."""
   if kind is types.NoneType:
     return None
   required = [
@@ -295,17 +323,17 @@ def blank(kind: Any) -> Any:
 
 
 def describe(kind: type) -> str:
-  """Returns the help's first lines."""
+  """Returns the first lines of a program's help text."""
   lines = [
-    f'--{name} {{{",".join(kinds)}}}: another one, with its own defaults.'
+    f'--{name} {{{",".join(kinds)}}} selects a class, with its own defaults.'
     for name, kinds in choices().items()
   ]
-  lines.append('An --adapter is trained by AdamW unless --optimizer is given.')
+  lines.append('AdamW trains an --adapter unless --optimizer is given.')
   return '\n\n'.join([kind.__doc__ or '', *lines])
 
 
 def keys(config: Config, kind: type = Launch) -> list[str]:
-  """Returns every key that the command line takes with this config."""
+  """Returns all keys that the command line accepts for this config."""
   options = [field.name for field in dataclasses.fields(kind)][1:]
   named = dict.fromkeys(options) | flatten(config)
   nested = {
@@ -318,9 +346,10 @@ def keys(config: Config, kind: type = Launch) -> list[str]:
 
 
 def absent(config: Config) -> set[str]:
-  """Returns the parts that the model could have and has not: a file's to name.
+  """Returns optional parts of the model that are None in this config.
 
-  tyro takes the options of a part that is there, as of a scaling of waves.
+  tyro accepts the options of such a part, for example of a RoPE scaling, only
+  if the config file sets the part.
   """
   hints = typing.get_type_hints(type(config.model))
   return {

@@ -1,8 +1,8 @@
-"""The configuration of an experiment, and how it is written to JSON.
+"""The configuration of an experiment, and its JSON form.
 
-`Config` is what a file of configs/ holds; `train.method` has the optimizers
-that it can name, `train.data.corpus` the texts. `train.command` changes one
-from a command line.
+A file of configs/ holds one `Config`. `train.method` defines the optimizers
+that a config can name, `train.data.corpus` the texts, and `train.command`
+changes a config from a command line.
 """
 
 import dataclasses
@@ -24,95 +24,99 @@ from models.encoder import EncoderConfig
 from models.llama import Dtype, LlamaConfig
 from models.lowrank import Factored, Lora, Relora
 from train import adapter as adapter_lib
-from train import subspace
+from train import subspace_metrics
 from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, TextFiles, Tfds
 from train.data.labelled import LabelledFiles, LabelledTfds
+from train.growth import limit_growth
 from train.mesh import Mesh
-from train.method import CLASSES, Optimizer, limit_growth
+from train.method import Badam, Optimizer
 
 AnyText: TypeAlias = Chitchat | TextFiles | Tfds | Chats | ChitchatAnswers
 AnyCorpus: TypeAlias = AnyText | LabelledFiles | LabelledTfds
-"""What `Config.corpus` may be."""
+"""The types that `Config.corpus` accepts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-  """The model of `checkpoint`; what stands here is how it computes."""
+  """A language model read from `checkpoint`; the fields set how it computes."""
 
   dtype: Dtype | None = None
-  """Type of the activations and of the matmuls (None: the checkpoint's)."""
+  """Data type of activations and matmuls; None takes the checkpoint's."""
   param_dtype: Dtype | None = None
-  """Type of the parameters (None: the checkpoint's)."""
+  """Data type of the parameters; None takes the checkpoint's."""
   remat: bool = False
-  """Whether the backward pass recomputes each block from its input."""
+  """Whether the backward pass recomputes each layer from its input."""
   loss_chunk: int = 512
-  """Tokens whose logits exist at the same time."""
+  """Number of tokens whose logits are in memory at the same time."""
   attention: Literal['auto', 'cudnn', 'blockwise'] = 'auto'
-  """As of a LlamaConfig."""
+  """Implementation of attention, as in LlamaConfig."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-  """The encoder of `checkpoint`, with a head for these labels."""
+  """An encoder read from `checkpoint`, with a classification head."""
 
   num_labels: int = 2
-  """Labels to choose from; 1 is a number to predict."""
+  """Number of labels; 1 means that the model predicts a number."""
   labels: tuple[str, ...] | None = None
-  """Their names, in the data and in an export (None: numbers)."""
+  """Names of the labels, in the data and in an export; None uses numbers."""
   dropout: float | None = None
-  """As of an EncoderConfig (None: the checkpoint's)."""
+  """Dropout rate, as in EncoderConfig; None takes the checkpoint's."""
   dtype: Dtype | None = None
-  """Type of the activations and of the matmuls (None: the checkpoint's)."""
+  """Data type of activations and matmuls; None takes the checkpoint's."""
   param_dtype: Dtype | None = None
-  """Type of the parameters (None: the checkpoint's)."""
+  """Data type of the parameters; None takes the checkpoint's."""
   remat: bool = False
-  """Whether the backward pass recomputes each block from its input."""
+  """Whether the backward pass recomputes each layer from its input."""
   attention: Literal['auto', 'cudnn', 'blockwise'] = 'auto'
-  """As of a LlamaConfig."""
+  """Implementation of attention, as in LlamaConfig."""
 
 
 AnyModel: TypeAlias = LlamaConfig | EncoderConfig | Imported | Classifier
-"""What `Config.model` may be."""
+"""The types that `Config.model` accepts."""
 
-# What says how a model of a checkpoint computes.
+# The class that `Config.model` must have, by the type of a checkpoint's model.
 _READS = {LlamaConfig: Imported, EncoderConfig: Classifier}
 
 
 @dataclasses.dataclass(frozen=True)
 class WholeTree:
-  """All gradients first, then all updates."""
+  """Computes all gradients, then applies all updates."""
 
   accumulate: ClassVar[int] = 1
-  """The gradients of all microbatches are summed whole."""
+  """Always 1: `microbatches` sums gradients before the update."""
 
   def stored(self, dtype: str) -> Weights:
-    """Returns how weights are stored that compute in `dtype`."""
+    """Returns how weights are stored between steps; always as plain arrays."""
     del dtype
     return ARRAYS
 
 
 @dataclasses.dataclass(frozen=True)
 class Layerwise:
-  """Each weight is updated as its gradient appears; no two gradients exist."""
+  """Updates each weight in the backward pass, then frees its gradient."""
 
   clip: Literal['exact', 'previous'] = 'exact'
-  """Where the norm to clip by comes from: a second backward pass, or the step
-  before. The second pass also tells, before a weight changes, whether all
-  gradients are finite; clip_norm=inf has it and clips nothing."""
+  """How the global norm for clipping is found: 'exact' runs a second backward
+  pass, 'previous' uses the norm of the step before. The second pass also checks
+  that all gradients are finite before any weight changes; clip_norm=inf keeps
+  this check without clipping."""
   slices: int = 1
-  """Pieces in which the embedding and the head are updated."""
+  """Number of pieces in which the embedding and the head are updated."""
   weights: Literal['arrays', 'rounded', 'int8'] = 'arrays'
-  """How weights are stored: as they are; with sums rounded stochastically,
-  for bfloat16; or the layers' matrices in 8 bits."""
+  """How weights are stored: 'arrays' stores plain arrays, 'rounded' rounds each
+  update stochastically (for bfloat16), 'int8' quantizes the layers' matrices to
+  8 bits."""
   accumulate: int = 1
-  """Parts of a batch whose projected gradients are summed; a refresh sees the
-  first. Each part is cut further by the config's microbatches."""
+  """Number of parts of a batch whose projected gradients are accumulated. A
+  refresh uses the gradient of the first part only. Each part is divided again
+  into the config's microbatches."""
   sums: Literal['float32', 'bfloat16'] = 'float32'
-  """Type of these sums; bfloat16 ones are rounded stochastically."""
+  """Data type of the accumulated gradients; bfloat16 rounds stochastically."""
 
-  def __post_init__(self):
-    """Checks the counts."""
+  def __post_init__(self) -> None:
+    """Raises ValueError unless `slices` and `accumulate` are at least 1."""
     for name in ('slices', 'accumulate'):
       if getattr(self, name) < 1:
         raise ValueError(
@@ -120,18 +124,22 @@ class Layerwise:
         )
 
   def stored(self, dtype: str) -> Weights:
-    """Returns how weights are stored that compute in `dtype`."""
+    """Returns how weights are stored between steps.
+
+    Args:
+      dtype: data type of the arrays that the model computes with.
+    """
     if self.weights == 'int8':
       return quantized(bits=8, dtype=dtype)
     return {'arrays': ARRAYS, 'rounded': ROUNDED}[self.weights]
 
 
 Update: TypeAlias = WholeTree | Layerwise
-"""What `Config.update` may be."""
+"""The types that `Config.update` accepts."""
 
 
 def group_of(text: str) -> Group:
-  """Returns the group that a command line spells.
+  """Parses a group of parameters from a command line.
 
   >>> group_of('embed/.*=10'), group_of('.*norm/scale=1,0').decay
   (Group(pattern='embed/.*', rate=10.0, decay=1.0), 0.0)
@@ -150,12 +158,12 @@ def group_of(text: str) -> Group:
 
 
 def spelled(group: Group) -> str:
-  """Returns the group as a command line spells it.
+  """Formats a group as `group_of` parses it.
 
   >>> spelled(Group('embed/.*', 10))
   'embed/.*=10,1'
   """
-  # The shortest digits that read as the same number.
+  # The shortest decimal digits that parse to the same number.
   rate, decay = (
     np.format_float_positional(x, trim='-') for x in (group.rate, group.decay)
   )
@@ -187,86 +195,97 @@ Groups: TypeAlias = Annotated[
     str_from_instance=lambda groups: [*map(spelled, groups)],
   ),
 ]
-"""Groups of parameters, a word each on a command line."""
+"""Groups of parameters; on a command line each group is one word."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """One experiment, whole: a config file holds `config = Config(...)`."""
+  """The configuration of one experiment, as a config file defines it."""
 
   OLDER_RUNS: ClassVar[dict[str, Any]] = {'window': 0}
-  """Values in runs that were written before a field existed, where these differ
-  from its default."""
+  """Values of fields that an older run's config.json lacks, if they differ from
+  the field's default."""
 
   model: AnyModel
-  """The model; its vocab_size is also the size of a tokenizer trained here.
-  Where there is a checkpoint, that has the model, and this how it computes."""
+  """The model. A tokenizer that is trained here gets its vocab_size. With a
+  checkpoint, the weights and sizes come from the checkpoint, and this field
+  sets only how the model computes."""
   corpus: AnyCorpus
-  """Where the text comes from."""
+  """The training and validation data."""
   optimizer: Optimizer
-  """The optimizer and its options; the learning rate is the schedule's."""
+  """The optimizer and its options; `schedule` sets its learning rate."""
   steps: int
   """Number of updates."""
   learning_rate: float
-  """The highest learning rate, reached at the end of the warm-up."""
+  """Peak learning rate, reached at the end of the warm-up."""
   batch_size: int
-  """Sequences in an update."""
+  """Number of sequences in an update."""
   sequence_length: int
-  """Tokens in a sequence."""
+  """Number of tokens in a sequence."""
   window: int = 2**20
-  """Tokens of the window in which packed rows are shuffled, at most about an
-  epoch; each takes 24 bytes of host memory, and a resume fills the window again
-  (0: rows keep the order of packing)."""
+  """Size in tokens of the window in which packed rows are shuffled, at most
+  about an epoch. Each token takes 24 bytes of host memory, and a resumed run
+  fills the window again. 0 keeps the rows in the order in which they were
+  packed."""
   checkpoint: str | None = None
-  """A directory of transformers: weights and tokenizer to start from; None
-  starts from random weights."""
+  """Directory in the format of transformers with the initial weights and the
+  tokenizer; None starts from random weights."""
   update: Update = dataclasses.field(default_factory=WholeTree)
-  """Whether gradients exist all at once or one at a time."""
+  """Whether all gradients are in memory at once, or one layer's at a time."""
   adapter: Lora | Relora | Factored | None = None
-  """Factors of low rank beside the weights, or in their place."""
+  """Low-rank factors that are added to the weights, or that replace them."""
   microbatches: int = 1
   """Parts that a batch is computed in, one after another, to save memory."""
   warmup: float = 0.1
-  """Share of the steps, or of a cycle, in which the learning rate rises."""
+  """Fraction of the steps, or of a cycle, in which the learning rate rises."""
   final: float = 0.1
-  """Share of the highest learning rate where the cosine ends."""
+  """Learning rate at the end of the cosine, as a fraction of the peak."""
   cycles: int = 1
-  """Times that warm-up and cosine begin anew, at 0, in equal parts of the
-  steps, as in FRUGAL's pre-training."""
+  """Number of equal parts of the steps, each with a warm-up from 0 and a
+  cosine, as in FRUGAL's pre-training."""
   groups: Groups = ()
-  """Parameters with a learning rate and a weight decay of their own: a regex on
-  whole paths, and a multiplier of each. A rate of 0 freezes them."""
+  """Groups of parameters with multipliers of the learning rate and the weight
+  decay. A regex that must match a whole path selects each group. A rate of 0
+  freezes the parameters."""
   clip_norm: float | None = 1.0
-  """Global norm that a gradient is scaled down to; None leaves it alone."""
+  """Largest global norm of a gradient; a larger one is scaled down. None does
+  not clip."""
   tokenizer: str | None = None
-  """A sentencepiece .model file, or a directory of transformers; None is the
-  checkpoint's or, where there is none, trains one on the corpus."""
+  """A sentencepiece .model file, or a directory in the format of transformers.
+  None takes the checkpoint's tokenizer; without a checkpoint, it trains one on
+  the corpus."""
   norm_growth: float | None = None
-  """Largest growth of the norm of a weight's gradient from one step to the
-  next, as Fira limits its own; it is scaled down to that. None has no limit."""
+  """Largest growth of the gradient norm of a weight from one step to the next,
+  as in Fira; a gradient that grows more is scaled down. None sets no limit."""
   max_skipped: int = 10
-  """Steps in a row that may come to nothing, as loss or gradient are not
-  finite, before the run ends."""
+  """Number of successive steps that may be skipped because loss or gradient are
+  non-finite; one more ends the run."""
   eval_every: int = 100
-  """Steps between two validations."""
+  """Number of steps between two validations."""
   eval_batches: int | None = None
-  """Batches in a validation; None is the whole split."""
+  """Number of batches in a validation; None takes the whole split."""
   save_every: int = 500
-  """Steps between two checkpoints."""
+  """Number of steps between two checkpoints."""
   save_minutes: float | None = None
-  """Minutes after which a checkpoint is due even so; None has steps alone."""
+  """Largest number of minutes between two checkpoints; None sets no limit."""
   save_best: bool = False
-  """Whether the best validation so far is saved and kept, too."""
+  """Whether to save and keep the checkpoint with the best validation, too."""
   seed: int = 0
   """Seed of the initial weights and of the order of the documents."""
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
-  """The devices that share the work; nothing else depends on them."""
+  """The grid of devices that share the work; it does not change the result."""
 
-  def __post_init__(self):
-    """Checks what can be checked without data."""
+  def __post_init__(self) -> None:
+    """Raises ValueError for values that are wrong whatever the data are."""
     for name in (
-      *('steps', 'batch_size', 'sequence_length', 'microbatches'),
-      *('eval_every', 'eval_batches', 'save_every', 'cycles'),
+      'steps',
+      'batch_size',
+      'sequence_length',
+      'microbatches',
+      'eval_every',
+      'eval_batches',
+      'save_every',
+      'cycles',
     ):
       value = getattr(self, name)
       if value is not None and value < 1:
@@ -312,12 +331,17 @@ class Config:
       )
 
   def _check_growth(self) -> None:
-    """Raises ValueError for a limit that none can be, or that nothing keeps."""
+    """Checks `norm_growth`.
+
+    Raises:
+      ValueError: the limit is below 1, or the update does not compute the whole
+        gradient of each weight in each step.
+    """
     limit = self.norm_growth
     if limit is not None and not limit >= 1:
       raise ValueError(f'norm_growth must be at least 1, or None, got {limit}')
     layerwise = isinstance(self.update, Layerwise)
-    one_layer = layerwise and isinstance(self.optimizer, CLASSES['Badam'])
+    one_layer = layerwise and isinstance(self.optimizer, Badam)
     if limit is not None and (self.update.accumulate > 1 or one_layer):
       raise ValueError(
         f'norm_growth={limit} needs the gradient of each weight at each step: '
@@ -327,15 +351,24 @@ class Config:
 
   @property
   def parts(self) -> int:
-    """Number of parts that a batch is computed in."""
+    """Number of parts that a batch is computed in, one after another."""
     return self.microbatches * self.update.accumulate
 
+  @property
+  def resolved_model(self) -> LlamaConfig | EncoderConfig:
+    """The model, whose sizes are known once the config is `resolved`."""
+    assert isinstance(self.model, LlamaConfig | EncoderConfig)
+    return self.model
+
   def resolved(self) -> 'Config':
-    """Returns the config with its model read from its checkpoint.
+    """Returns a copy whose model has the sizes of its checkpoint's model.
+
+    A config without a checkpoint is returned unchanged.
 
     Raises:
-      FileNotFoundError: there is no such checkpoint.
-      ValueError: the model needs one, or its own is not implemented.
+      FileNotFoundError: the checkpoint does not exist.
+      ValueError: the config needs a checkpoint and has none, or the
+        checkpoint's model has another type or is not implemented.
     """
     if self.checkpoint is None:
       if isinstance(self.model, Imported | Classifier):
@@ -360,15 +393,16 @@ class Config:
     given = {
       name: x
       for name, x in kept.items()
-      # Names of other labels do not go with this number of them.
+      # The number of labels may have changed, so the checkpoint's names for
+      # them would be wrong.
       if x is not None or name == 'labels'
     }
     return dataclasses.replace(self, model=dataclasses.replace(found, **given))
 
   def schedule(self) -> optax.Schedule:
-    """Returns the learning rate by step: up from 0, then down a cosine.
+    """Returns the learning-rate schedule: linear warm-up, then a cosine.
 
-    ReLoRA's begins again at 0 after each merge.
+    With ReLoRA, the learning rate also rises again from 0 after each merge.
     """
     length = self.steps // self.cycles
     once = optax.warmup_cosine_decay_schedule(
@@ -387,27 +421,34 @@ class Config:
 
   def weights(self) -> Weights:
     """Returns how weights are stored between steps."""
-    return self.update.stored(self.model.param_dtype)
+    return self.update.stored(self.resolved_model.param_dtype)
 
   def rule(self) -> optax.GradientTransformation:
-    """Returns the optimizer of the trained weights, its subspaces watched."""
-    # The frozen ones are not among the trained weights.
+    """Returns the optimizer of the trained weights, without clipping.
+
+    GaLore's state also records the statistics of `train.subspace_metrics`.
+    """
+    # `train.task` leaves frozen weights out of the trained weights.
     groups = [group for group in self.groups if not group.frozen]
     return grouped(self._rule, groups)(self.schedule(), **vars(self.optimizer))
 
   def _rule(
     self, learning_rate: optax.Schedule, **options: Any
   ) -> optax.GradientTransformation:
-    """Returns the optimizer with a learning rate and options."""
+    """Returns the optimizer with some options replaced.
+
+    `grouped` calls it with the options of `Config.optimizer`, whose weight
+    decay it may have changed for a group.
+    """
     optimizer = dataclasses.replace(self.optimizer, **options)
-    rule = subspace.watched(optimizer.build(learning_rate))
+    rule = subspace_metrics.watched(optimizer.build(learning_rate))
     rule = adapter_lib.with_lomo(rule, self.adapter, learning_rate)
     if self.norm_growth is None:
       return rule
     return optax.chain(limit_growth(self.norm_growth), rule)
 
   def transformation(self) -> optax.GradientTransformation:
-    """Returns the optimizer, behind the clipping that is asked for."""
+    """Returns the optimizer of the trained weights, after clipping."""
     optimizer = self.rule()
     if self.clip_norm is None:
       return optimizer
@@ -415,7 +456,7 @@ class Config:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-  """Returns a dataclass as a dict; 'kind' names the class of a nested one.
+  """Converts a dataclass to a dict; 'kind' holds the name of its class.
 
   >>> to_json(Chitchat(holdout=0.1))
   {'kind': 'Chitchat', 'holdout': 0.1}
@@ -433,14 +474,15 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type, data: dict[str, Any]) -> Any:
-  """Returns the dataclass that `to_json` took apart.
+  """Builds a dataclass from the dict that `to_json` made.
 
-  A field that an older run did not write takes the value of `cls.OLDER_RUNS`,
-  or else its default.
+  A missing field, which an older run did not write, takes its value from
+  `cls.OLDER_RUNS`, or else its default.
 
   Raises:
-    KeyError, TypeError: a class or a field is of another version.
-    ValueError: a value is refused.
+    KeyError, TypeError: another version wrote the dict, with other classes or
+      fields.
+    ValueError: the dataclass rejects a value.
   """
   hints = typing.get_type_hints(cls)
   values = dict(getattr(cls, 'OLDER_RUNS', {}))
@@ -465,7 +507,7 @@ def from_json(cls: type, data: dict[str, Any]) -> Any:
 
 
 def variants(hint: Any) -> tuple[type, ...]:
-  """Returns the members of a union, or the one type that is none.
+  """Returns the members of a union; a type that is not a union is the only one.
 
   >>> [kind.__name__ for kind in variants(AnyText)]
   ['Chitchat', 'TextFiles', 'Tfds', 'Chats', 'ChitchatAnswers']
@@ -474,7 +516,7 @@ def variants(hint: Any) -> tuple[type, ...]:
 
 
 def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
-  """Returns every value by its dotted name; a nested class by its field's.
+  """Returns all values by dotted name; a nested class is named by its type.
 
   >>> flatten(Chitchat(holdout=0.1), 'corpus.')
   {'corpus.holdout': 0.1}
@@ -491,8 +533,9 @@ def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
 
 
 def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
-  """Returns the fields whose values differ, and both values."""
-  a, b = flatten(ours), flatten(theirs)
+  """Returns the values of both configs for each field in which they differ."""
+  a = flatten(ours)
+  b = flatten(theirs)
   missing = 'absent'
   return {
     name: (a.get(name, missing), b.get(name, missing))

@@ -1,7 +1,7 @@
 """Measures a model: `python -m train.evaluate PATH`.
 
-The validation split of a run, texts (`--text`), or questions with choices
-(`--choices`), whose answers are scored by likelihood.
+It measures the validation split of a run, the perplexity of texts (`--text`),
+or the accuracy on questions with choices (`--choices`), by likelihood.
 
 Axes: B rows of a batch, T tokens of a row, n pairs, q questions.
 """
@@ -40,18 +40,21 @@ from train.model import (
   shared,
 )
 from train.run import Run
-from train.task import Batch, Metrics, Text, perplexity, task_of
+from train.task import Batch, Metrics, PyTree, Text, perplexity, task_of
 
 CONTEXTS = ('question', 'prompt', 'context')
-"""What a line of questions may call the text before the choices."""
+"""The names that a question's text may have in a JSONL file."""
 
 
 class Question(NamedTuple):
-  """A text, and what may follow it."""
+  """A text and several continuations, one of which is right."""
 
   context: str
+  """The text before the choices."""
   choices: tuple[str, ...]
-  answer: int  # which choice is right
+  """The continuations."""
+  answer: int
+  """Index of the right choice."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,46 +90,47 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-  """Returns the options."""
+  """Returns the parser of the command line."""
   options = options_of('train.evaluate', main.__doc__)
   options.add_argument(
     '--batches',
     type=int,
-    help='number of batches of the validation split (default: all of it)',
+    help='number of batches of the validation split (default: the whole split)',
   )
   options.add_argument(
     '--text',
     nargs='+',
     default=[],
     metavar='FILE',
-    help='text files, each a document, or JSONL with a field text: perplexity '
-    'and bits per byte',
+    help='text files with one document each, or JSONL files with a field '
+    '"text"; prints the perplexity and the bits per byte',
   )
   options.add_argument(
     '--choices',
     nargs='+',
     default=[],
     metavar='FILE.jsonl',
-    help='lines {"question": TEXT, "choices": [TEXT, ...], "answer": number '
-    'from 0, letter or text}: accuracy of the most likely choice',
+    help='JSONL files with lines {"question": TEXT, "choices": [TEXT, ...], '
+    '"answer": index from 0, letter or text}; prints the accuracy of the most '
+    'likely choice',
   )
   options.add_argument(
     '--window',
     type=int,
-    help='tokens that the model looks back at (default: of a run its '
-    'sequence_length, else 512)',
+    help='number of tokens that the model reads at once (default: the '
+    'sequence_length of a run, else 512)',
   )
   options.add_argument(
     '--batch-size',
     type=int,
     default=8,
-    help='rows of a batch of texts or choices (default: 8)',
+    help='number of rows in a batch of texts or choices (default: 8)',
   )
   return options
 
 
 def validation(args: argparse.Namespace) -> Metrics:
-  """Returns what a run's checkpoint does on its validation split."""
+  """Computes the metrics of a run's checkpoint on its validation split."""
   if is_directory(args.path):
     raise ValueError(
       f'{args.path} is a directory of transformers, which has no validation '
@@ -144,7 +148,7 @@ def validation(args: argparse.Namespace) -> Metrics:
 
 
 def documents(pattern: str) -> Indexed:
-  """Returns the texts of files: a line of JSONL each, any other file whole."""
+  """Reads texts: each line of a JSONL file, and every other file as a whole."""
   texts = Texts(index(path, None) for path in expand(pattern))
   if not len(texts):
     raise ValueError(f'no text in {pattern!r}: name a file that is not blank')
@@ -154,10 +158,10 @@ def documents(pattern: str) -> Indexed:
 def text_perplexity(
   model: Model, texts: Indexed, window: int, batch_size: int
 ) -> Metrics:
-  """Returns loss, perplexity and bits per byte of texts.
+  """Computes loss, perplexity and bits per byte of texts.
 
-  They are laid end to end and cut into rows of `window` tokens, as in training;
-  a token is scored by those before it in its row and its text.
+  The texts are packed into rows of `window` tokens, as in training. The model
+  predicts a token from the preceding tokens of the same text in the same row.
   """
   batches = validation_batches(
     texts, model.tokenizer, batch_size=batch_size, sequence_length=window
@@ -169,8 +173,8 @@ def read_questions(path: str) -> list[Question]:
   """Reads a JSONL of questions.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: a line is no question; the message names it.
+    FileNotFoundError: the file does not exist.
+    ValueError: a line is not a question; the message names the line.
   """
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(f'no file {path!r}: name a JSONL of questions')
@@ -187,7 +191,7 @@ def read_questions(path: str) -> list[Question]:
 
 
 def question(fields: Any) -> Question:
-  """Returns the question that a line of JSON holds, or raises ValueError.
+  """Converts a line of JSON to a question; raises ValueError if it is wrong.
 
   >>> question({'question': '1 + 1 =', 'choices': ['1', '2'], 'answer': 'B'})
   Question(context='1 + 1 =', choices=('1', '2'), answer=1)
@@ -213,7 +217,7 @@ def question(fields: Any) -> Question:
 
 
 def answer(value: Any, choices: Sequence[str]) -> int:
-  """Returns the number of the choice that is named: by number, text, letter."""
+  """Returns the index of the choice that an index, a text or a letter names."""
   letters = string.ascii_uppercase[: len(choices)]
   if isinstance(value, int) and not isinstance(value, bool):
     if 0 <= value < len(choices):
@@ -230,16 +234,18 @@ def answer(value: Any, choices: Sequence[str]) -> int:
 
 
 class Pair(NamedTuple):
-  """A text and one that follows it, as tokens."""
+  """A text and its continuation, as tokens."""
 
   ids: list[int]
-  num_scored: int  # tokens at the end that belong to what follows
+  """The tokens of both."""
+  num_scored: int
+  """Number of tokens at the end that belong to the continuation."""
 
 
 def encoded(
   tokenizer: AnyTokenizer, path: str, questions: Sequence[Question], window: int
 ) -> list[Pair]:
-  """Returns each question with each of its choices, one after another.
+  """Returns a pair for each choice of each question, in order.
 
   Raises:
     ValueError: a choice has more tokens than the window.
@@ -253,16 +259,17 @@ def encoded(
           f'{path}, question {number}: a choice must have at most --window='
           f'{window} tokens, got {pair.num_scored}: {choice[:40]!r}'
         )
-      # The beginning of what is too long is left out.
+      # Drop the beginning of a text that is longer than the window.
       pairs.append(pair._replace(ids=pair.ids[-window - 1 :]))
   return pairs
 
 
 def joined(tokenizer: AnyTokenizer, context: str, choice: str) -> Pair:
-  """Returns the tokens of both, a space between them where there is none.
+  """Encodes a context and a choice as one text, with a space between them.
 
-  They are those of the whole text, so that a word may begin with its space;
-  scored is what differs from the context's own.
+  No space is added if the texts already have one. They are encoded together
+  because a token may contain the space before a word. The tokens that differ
+  from those of the context are scored.
   """
   before = context.rstrip()
   between = context[len(before) :]
@@ -271,39 +278,44 @@ def joined(tokenizer: AnyTokenizer, context: str, choice: str) -> Pair:
   known = tokenizer.encode(before).tolist()
   ids = tokenizer.encode(before + between + choice).tolist()
   same = min(shared(known, ids), len(ids) - 1)
-  begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  # Some token must come before the first that is scored.
-  begin = begin if begin or same else [tokenizer.eos_id]
-  return Pair([*begin, *ids], len(ids) - same)
+  num_scored = len(ids) - same
+  if tokenizer.bos_id is not None:
+    ids = [tokenizer.bos_id, *ids]
+  elif same == 0:
+    # The first scored token needs a token before it.
+    assert tokenizer.eos_id is not None
+    ids = [tokenizer.eos_id, *ids]
+  return Pair(ids, num_scored)
 
 
 def log_likelihoods(
   model: Model, pairs: Sequence[Pair], window: int, batch_size: int
 ) -> np.ndarray:
-  """Returns log p [n] of what follows, given what it follows.
+  """Returns log p [n] of each continuation, given the text before it.
 
-  Rows of about the same length make a batch; each length, a power of two, is
-  compiled once.
+  Rows of similar length form a batch. Lengths are powers of two, or the window,
+  and the program compiles once for each length.
   """
   layers = model.layers
 
   @jax.jit
-  def score(params, batch):
+  def score(params: PyTree, batch: Batch) -> jax.Array:
     nll_BT = layers.nll(params, batch)
     return -jnp.sum(jnp.where(batch['scored'], nll_BT, 0), axis=1)
 
   lengths = defaultdict(list)
   for i, pair in enumerate(pairs):
     lengths[min(window, bucket(len(pair.ids) - 1))].append(i)
-  found, at = [], []
+  found = []
+  order = []
   for length, members in sorted(lengths.items()):
     for start in range(0, len(members), batch_size):
       some = members[start : start + batch_size]
       batch = stacked([pairs[i] for i in some], batch_size, length)
       found.append(score(model.params, batch)[: len(some)])
-      at += some
+      order += some
   found_n = np.empty(len(pairs))
-  found_n[at] = np.concatenate(jax.device_get(found))
+  found_n[order] = np.concatenate(jax.device_get(found))
   return found_n
 
 
@@ -313,7 +325,8 @@ def stacked(pairs: Sequence[Pair], batch_size: int, length: int) -> Batch:
   scored_BT = np.zeros((batch_size, length), bool)
   for b, (ids, num_scored) in enumerate(pairs):
     last = len(ids) - 1
-    inputs_BT[b, :last], targets_BT[b, :last] = ids[:-1], ids[1:]
+    inputs_BT[b, :last] = ids[:-1]
+    targets_BT[b, :last] = ids[1:]
     scored_BT[b, last - num_scored : last] = True
   times_1T = np.arange(length, dtype=np.int32)[None]
   return {
@@ -328,15 +341,13 @@ def stacked(pairs: Sequence[Pair], batch_size: int, length: int) -> Batch:
 def accuracies(
   questions: Sequence[Question], log_p_n: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """Returns whether [q] the right choice is the best, by two measures.
+  """Returns whether the right choice has the highest score [q], by measure.
 
-  'accuracy' takes the most likely choice, 'accuracy per byte' that of the
-  highest log-likelihood for each byte of its text.
-
-  >>> question = Question('', ('ab', 'a'), 0)
-  >>> found = accuracies([question], np.array([-3.0, -2.0]))
-  >>> {name: right_q.tolist() for name, right_q in found.items()}
-  {'accuracy': [False], 'accuracy per byte': [True]}
+  'accuracy' compares the log-likelihoods of the choices, 'accuracy per byte'
+  the log-likelihoods divided by the number of bytes of each choice. >>>
+  question = Question('', ('ab', 'a'), 0) >>> found = accuracies([question],
+  np.array([-3.0, -2.0])) >>> {name: right_q.tolist() for name, right_q in
+  found.items()} {'accuracy': [False], 'accuracy per byte': [True]}
   """
   stops = np.cumsum([len(x.choices) for x in questions])
   rows = np.split(log_p_n, stops[:-1])
@@ -349,7 +360,7 @@ def accuracies(
 
 
 def described(right: dict[str, np.ndarray]) -> str:
-  """Returns shares with their standard errors, in words.
+  """Formats accuracies with their standard errors.
 
   >>> described({'accuracy': np.array([True, False, True])})
   'accuracy 0.6667 (standard error 0.3333), 3 questions'

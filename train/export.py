@@ -1,4 +1,4 @@
-"""Writes a run for transformers: `python -m train.export RUN DIR`."""
+"""Exports a run for transformers: `python -m train.export RUN DIR`."""
 
 from train import signals
 
@@ -31,21 +31,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     'python -m train.export', description=main.__doc__
   )
   parser.add_argument('run', type=pathlib.Path, help='directory of the run')
-  parser.add_argument('directory', type=pathlib.Path, help='to be made')
+  parser.add_argument('directory', type=pathlib.Path, help='directory to write')
   add_flag(
     parser,
     'newest',
-    help='the newest checkpoint (default: the best, if any was validated)',
+    help='export the newest checkpoint (default: the best one, if any was '
+    'validated)',
   )
   parser.add_argument(
     '--dtype',
     choices=('float32', 'bfloat16'),
-    help="type of the weights (default: the run's)",
+    help="data type of the weights (default: the run's)",
   )
   add_flag(
     parser,
     'adapter',
-    help="the factors of a LoRA alone, in PEFT's format (default: merged)",
+    help="write only the factors of a LoRA, in PEFT's format (default: merge "
+    'them into the weights)',
   )
   args = parser.parse_args(argv)
   with user_errors():
@@ -72,28 +74,30 @@ def export(
   dtype: str | None = None,
   factors: bool = False,
 ) -> None:
-  """Writes config.json, safetensors and the tokenizer's files.
+  """Writes config.json, the weights as safetensors, and the tokenizer's files.
 
-  Factors of low rank are merged into the weights. generation_config.json has
-  all tokens that end a text; the tokenizer's EOS is the one that ends an
-  answer, if the run was trained on chats.
+  Low-rank factors are merged into the weights. generation_config.json lists all
+  tokens that end a text. If the run was trained on chats, the tokenizer's EOS
+  is the token that ends an answer.
 
   Args:
-    run: what was trained.
-    directory: must hold no checkpoint.
-    best: whether the best validation is taken, and not the newest weights.
-    dtype: of the weights; None is the run's.
-    factors: whether they are written alone, for PEFT.
+    run: the run.
+    directory: where to write; it must not contain a checkpoint.
+    best: whether to export the checkpoint with the best validation instead of
+      the newest one.
+    dtype: data type of the weights; None keeps the run's.
+    factors: whether to write only the factors, in PEFT's format.
 
   Raises:
-    FileNotFoundError: there is no such run, or no checkpoint in it.
-    FileExistsError: the directory has a checkpoint.
-    ValueError: the run has no factors to write alone.
+    FileNotFoundError: the run does not exist, or has no checkpoint.
+    FileExistsError: the directory contains a checkpoint.
+    ValueError: the run has no factors that could be written by themselves.
   """
   config = run.config()
   adapter = config.adapter
-  alone = isinstance(config.model, LlamaConfig)
-  if factors and not (alone and isinstance(adapter, lowrank.Lora)):
+  writes_text = isinstance(config.model, LlamaConfig)
+  lora = adapter if writes_text and isinstance(adapter, lowrank.Lora) else None
+  if factors and lora is None:
     raise ValueError(
       f'{run.directory} has no factors beside the weights of a language model; '
       'leave out --adapter'
@@ -103,10 +107,10 @@ def export(
   params = checkpoint.restore_params(
     run.checkpoints_path, task_of(config), best=best
   )
-  read, model = config.weights().read, config.model
-  params = jax.tree.map(read, params, is_leaf=is_stored)
-  if factors:
-    lowrank.save_adapter(directory, params, adapter, base=config.checkpoint)
+  model = config.resolved_model
+  params = jax.tree.map(config.weights().read, params, is_leaf=is_stored)
+  if factors and lora is not None:
+    lowrank.save_adapter(directory, params, lora, base=config.checkpoint)
     return
   if adapter is not None:
     params = lowrank.merge(params, adapter)
@@ -117,26 +121,26 @@ def export(
   tokenizer = run.tokenizer()
   if run.source() is None:
     tokenizer.save(directory)
-    # Other programs have a clock of their own.
+    # Remove the run's fixed date: other programs render chats with today's.
     (directory / CLOCK).unlink(missing_ok=True)
-  elif alone:
-    # What the chats were rendered by need not be the checkpoint's own.
+  elif writes_text:
+    # The run's template may differ from the template of the checkpoint.
     template = tokenizer.files.get(TEMPLATE)
     if template is not None:
       (directory / TEMPLATE).write_bytes(template)
-  if alone:
+  if writes_text:
     write_ends(directory, tokenizer, is_chat=has_answers(config.corpus))
 
 
 def write_ends(
   directory: pathlib.Path, tokenizer: AnyTokenizer, *, is_chat: bool
 ) -> None:
-  """Writes the tokens that end a text to the files that have them.
+  """Writes the tokens that end a text to the files that list them.
 
   Args:
     directory: an exported checkpoint.
-    tokenizer: of the run.
-    is_chat: whether the run learned answers.
+    tokenizer: the run's tokenizer.
+    is_chat: whether the run was trained on answers of chats.
   """
   ids = list(tokenizer.stop_ids)
   template = tokenizer.chat_template
@@ -156,13 +160,15 @@ def write_ends(
 
 
 def eos_of(tokenizer: AnyTokenizer) -> str | None:
-  """Returns the text of the tokenizer's EOS."""
-  texts = {i: text for text, i in tokenizer.specials.items()}
-  return texts.get(tokenizer.eos_id)
+  """Returns the text of the tokenizer's EOS token."""
+  for text, token in tokenizer.specials.items():
+    if token == tokenizer.eos_id:
+      return text
+  return None
 
 
 def ids_of(path: pathlib.Path) -> set[int]:
-  """Returns the ids that end a text by a JSON file of a checkpoint."""
+  """Returns the token ids that end a text, according to a JSON file."""
   found = fields_of(path).get('eos_token_id')
   if found is None:
     return set()
@@ -170,19 +176,20 @@ def ids_of(path: pathlib.Path) -> set[int]:
 
 
 def fields_of(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the fields of a JSON file; none if it is not there."""
+  """Returns the fields of a JSON file; none if the file does not exist."""
   return json.loads(path.read_bytes()) if path.is_file() else {}
 
 
 def change(
   path: pathlib.Path, fields: Mapping[str, Any], *, make: bool = False
 ) -> None:
-  """Changes fields of a JSON file, which stays as it is if they are equal.
+  """Changes fields of a JSON file; does not write the file if nothing changes.
 
   Args:
-    path: of the file.
-    fields: new values. A token that is an object keeps its other properties.
-    make: whether fields are added, and the file made, if they are not there.
+    path: the file.
+    fields: new values. If the old value is an object that describes a token,
+      only its text changes.
+    make: whether to add missing fields, and to create a missing file.
   """
   found = fields_of(path)
   new = {}

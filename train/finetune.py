@@ -3,10 +3,10 @@
   python -m train.finetune configs/chat.py --checkpoint DIR \\
     --corpus.train chats.jsonl
 
-The model, the tokenizer and the chat's template come from the checkpoint, the
-weights go back into such a directory by `train.export`. `train.training` does
-the work. With --seeds 5 it is done for five seeds, one after another, and the
-best validation of each makes a mean and a spread.
+The model, the tokenizer and the chat template come from the checkpoint.
+`train.export` writes the trained weights in the same format. `train.training`
+does the work. `--seeds 5` trains with five seeds, one after another, and prints
+the mean and spread of their best validations.
 """
 
 from train import signals
@@ -44,11 +44,11 @@ class Finetune(Launch):
 
   program: ClassVar[str] = 'train.finetune'
   seeds: int = 1
-  """Number of runs, of --seed and those that follow it."""
+  """Number of runs, with the seeds --seed, --seed + 1 and so on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Trains; returns the exit code."""
+  """Fine-tunes a model once for each seed; returns the exit code."""
   argv = sys.argv[1:] if argv is None else argv
   found = []
 
@@ -103,7 +103,7 @@ def of_seeds(argv: Sequence[str]) -> list[Sequence[str]]:
 
 
 def best(setup: Setup) -> Metrics:
-  """Returns the metrics of a run's best validation."""
+  """Returns the metrics of the best validation of a run."""
   start = 'validation_'
   validations = [
     {
@@ -117,7 +117,11 @@ def best(setup: Setup) -> Metrics:
 
 
 def show_example(setup: Setup, console: Console) -> None:
-  """Prints one example, coloured by what is scored."""
+  """Prints an example of the data, with the scored tokens in colour.
+
+  Raises:
+    ValueError: the config has no checkpoint.
+  """
   if setup.config.checkpoint is None:
     raise ValueError(
       'fine-tuning starts from a checkpoint: name a directory of transformers '
@@ -127,7 +131,7 @@ def show_example(setup: Setup, console: Console) -> None:
 
 
 def show_export(setup: Setup, state: State, console: Console) -> None:
-  """Prints how the weights become a checkpoint of transformers."""
+  """Prints the command that exports the weights for transformers."""
   del state
   run = setup.run.directory
   words = ['python', '-m', 'train.export', str(run), f'{run}/export']

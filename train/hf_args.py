@@ -1,11 +1,11 @@
-"""What transformers' `TrainingArguments` say of an optimizer, in our words.
+"""Converts the optimizer of transformers' `TrainingArguments` to a config.
 
 `from_hf_args` reads `optim`, `optim_args` and `optim_target_modules`:
 
   Config(**from_hf_args('galore_adamw_8bit_layerwise', 'rank=512', MODULES),
          learning_rate=1e-5, ...)
 
-Names for people who come from elsewhere; a dash is what there is not:
+The names of other libraries; '-' marks an option that does not exist there:
 
 | here | galore-torch, transformers, axolotl | LLaMA-Factory |
 | --- | --- | --- |
@@ -22,23 +22,27 @@ Names for people who come from elsewhere; a dash is what there is not:
 | `switch_every` of BAdam | - | `badam_switch_interval` (50) |
 | `clip_norm` | `max_grad_norm` | `max_grad_norm` |
 
-What differs from there, for the same arguments:
+Differences for the same arguments:
 
-* Layer-wise, transformers refuses accumulation and DDP, clips gradients that
-  are gone already, and shows a dummy's learning rate;
-  `galore_adafactor_layerwise` does not start (`relative_step` stays on beside
-  a learning rate). Here it is the step of the whole tree, layer by layer,
-  clipped by the norm of all gradients.
-* `weight_decay`, betas and epsilon of `TrainingArguments` do not reach GaLore
-  there: it keeps its own, which in 8 bits are a decay of 0.01 and an epsilon of
-  1e-8 (APOLLO takes betas and epsilon, 1e-8 too). Here a preset's are its
-  arguments: `dataclasses.replace(found['optimizer'], weight_decay=0.01)`.
-* Their targets may pick some layers; here a stack of layers is one target, and
-  a pattern that picks some of them is an error. Full names of modules must
-  cover every layer up to the highest one, or `num_layers`.
-* A target that matches no linear module is an error here, and ignored there.
-* A rank that does not fit is an error here, and cut there.
-* APOLLO's sketch is made from a seed at each step; `proj=svd` is not here.
+* With layer-wise updates, transformers rejects gradient accumulation and DDP,
+  clips gradients that are already freed, and reports a dummy's learning rate.
+  Its `galore_adafactor_layerwise` does not start, because `relative_step` stays
+  on together with a learning rate. Here, a layer-wise step gives the result of
+  the whole-tree step, clipped by the global norm.
+* In transformers, GaLore ignores `weight_decay`, betas and epsilon of
+  `TrainingArguments` and uses its own; the 8-bit optimizer has a decay of 0.01
+  and an epsilon of 1e-8. (APOLLO reads betas and epsilon, which is 1e-8 too.)
+  Here they are arguments of the preset:
+  `dataclasses.replace(found['optimizer'], weight_decay=0.01)`.
+* In transformers, targets may select some of the layers. Here a stack of layers
+  is one target, and a pattern that selects only some layers is an error. Full
+  names of modules must cover every layer up to the highest one, or
+  `num_layers`.
+* A target that matches no linear module is an error here; transformers ignores
+  it.
+* A rank that is larger than a matrix is an error here; transformers reduces it.
+* APOLLO's sketch is drawn from a seed at each step. `proj=svd` is not
+  implemented.
 """
 
 import difflib
@@ -49,27 +53,30 @@ from typing import Any, NamedTuple
 
 from models import huggingface_config
 from train.config import Layerwise, WholeTree
-from train.method import CLASSES
+from train.registry import CLASSES
 
 _LAYERS = 128
-"""Layers whose names are tried if no target has the full name of a module."""
+"""Number of layers to try names of, if no target is a module's full name."""
 
 
 class _Key(NamedTuple):
-  """A key of optim_args."""
+  """A key of optim_args, and its meaning here."""
 
   option: str | None
-  """Of the preset; None where it has no choice."""
+  """Name of the preset's option; None if the preset has no such option."""
   default: str
-  """Of transformers."""
+  """Default of transformers, as text."""
   values: Callable[[str], Any] | Mapping[str, Any]
-  """Ours by theirs."""
+  """Converts the text of a value to the option's value."""
 
 
-# Their weights are [out, in]: what is on the left there is on the right here.
+# PyTorch's weights are [out, in], so left and right are exchanged.
 _SIDES = {
-  **{'std': 'std', 'reverse_std': 'reverse_std', 'full': 'full'},
-  **{'left': 'right', 'right': 'left'},
+  'std': 'std',
+  'reverse_std': 'reverse_std',
+  'full': 'full',
+  'left': 'right',
+  'right': 'left',
 }
 _GALORE = {
   'rank': _Key('rank', '128', int),
@@ -83,7 +90,8 @@ _APOLLO = _GALORE | {
   'proj': _Key(None, 'random', {'random': None}),
 }
 
-# Of `optim`, but for a suffix: our method, and what optim_args may say of it.
+# Values of `optim`, without the suffix '_layerwise': our method, and the keys
+# of optim_args that it accepts.
 _OPTIMIZERS = {
   'galore_adamw': ('Galore', _GALORE),
   'galore_adamw_8bit': ('Galore8bit', _GALORE),
@@ -107,25 +115,26 @@ def from_hf_args(
   model_type: str = 'llama',
   num_layers: int | None = None,
 ) -> dict[str, Any]:
-  """Returns fields of `Config` for what `TrainingArguments` say.
+  """Returns the fields of `Config` that match transformers' arguments.
 
-  The module has a table of names, and what differs.
+  The module's docstring lists names and differences.
 
   Args:
-    optim: the optimizer's name there.
+    optim: name of the optimizer in transformers.
     optim_args: 'rank=128,update_proj_gap=200,scale=0.25', or a mapping.
     targets: optim_target_modules: a regex that matches a module's whole name
       ('model.layers.0.self_attn.q_proj'), 'all-linear', or several strings,
-      each a part of a name or such a regex.
-    model_type: as in config.json; it names the modules.
-    num_layers: of the model. None counts the layers in full names of modules,
-      and requires other targets to match in every layer of any model.
+      each of which is a part of a name or such a regex.
+    model_type: as in config.json; it determines the names of the modules.
+    num_layers: number of layers of the model. None derives it from full names
+      of modules; without any, the targets must match in every layer of a model
+      of any depth.
 
   Returns:
-    The fields optimizer and update.
+    The fields `optimizer` and `update`.
 
   Raises:
-    ValueError: what is not known, or not here; the message names it.
+    ValueError: an argument is unknown, or not implemented here.
 
   Example:
     >>> found = from_hf_args('galore_adamw_layerwise', 'rank=64', ['mlp'])
@@ -144,19 +153,20 @@ def from_hf_args(
     raise ValueError(f'optim must be one of {names}, got {optim!r}')
   name, keys = _OPTIMIZERS[optim.removesuffix(_LAYERWISE)]
   options = _options(optim, keys, _parsed(optim_args))
-  if keys and targets is None:
-    raise ValueError(
-      f'{optim} needs targets, as it needs optim_target_modules there; '
-      f"give 'all-linear', or parts of {_modules(model_type)}"
-    )
-  if targets is not None and not keys:
-    raise ValueError(
-      f'targets are of what projects, got {targets!r} for {optim}; leave '
-      'them out'
-    )
-  if keys:
+  if targets is None:
+    if keys:
+      raise ValueError(
+        f'{optim} needs targets, as it needs optim_target_modules there; '
+        f"give 'all-linear', or parts of {_modules(model_type)}"
+      )
+  elif keys:
     given = targets if isinstance(targets, str) else list(targets)
     options['targets'] = _paths(given, model_type, num_layers)
+  else:
+    raise ValueError(
+      f'targets are for optimizers that project, got {targets!r} for {optim}; '
+      'leave them out'
+    )
   in_backward = optim.endswith(_LAYERWISE) or 'lomo' in optim
   return {
     'optimizer': CLASSES[name](**options),
@@ -164,8 +174,8 @@ def from_hf_args(
   }
 
 
-def _parsed(optim_args):
-  """Values by key, as transformers takes the string apart."""
+def _parsed(optim_args: str | Mapping[str, Any] | None) -> dict[str, str]:
+  """Parses optim_args to values by key, as transformers does."""
   if optim_args is None or isinstance(optim_args, Mapping):
     return {key: str(value) for key, value in (optim_args or {}).items()}
   pairs = [part for part in optim_args.replace(' ', '').split(',') if part]
@@ -177,8 +187,10 @@ def _parsed(optim_args):
   return dict(part.split('=') for part in pairs)
 
 
-def _options(optim, keys, given):
-  """Options of our preset, theirs by default where nothing is given."""
+def _options(
+  optim: str, keys: Mapping[str, _Key], given: Mapping[str, str]
+) -> dict[str, Any]:
+  """Returns the preset's options; missing keys get transformers' defaults."""
   for key in given:
     if key not in keys:
       near = difflib.get_close_matches(key, keys, 1, 0)
@@ -186,15 +198,18 @@ def _options(optim, keys, given):
       raise ValueError(
         f'optim_args of {optim} must be of {[*keys]}, got {key!r}{meant}'
       )
-  values = {
-    row.option: _value(key, given.get(key, row.default), row.values)
-    for key, row in keys.items()
-  }
-  return {name: value for name, value in values.items() if name is not None}
+  found = {}
+  for key, row in keys.items():
+    value = _value(key, given.get(key, row.default), row.values)
+    if row.option is not None:
+      found[row.option] = value
+  return found
 
 
-def _value(key, text, values):
-  """Our value for a text of theirs."""
+def _value(
+  key: str, text: str, values: Callable[[str], Any] | Mapping[str, Any]
+) -> Any:
+  """Converts the text of a value, or raises ValueError."""
   if isinstance(values, Mapping):
     if text in values:
       return values[text]
@@ -203,14 +218,14 @@ def _value(key, text, values):
     try:
       return values(text)
     except ValueError:
-      rule = {int: 'an integer', float: 'a number'}[values]
+      rule = 'an integer' if values is int else 'a number'
   raise ValueError(f'optim_args: {key} must be {rule}, got {text!r}')
 
 
 def _paths(
   targets: str | Sequence[str], model_type: str, num_layers: int | None
 ) -> tuple[str, ...]:
-  """Paths of our kernels whose modules transformers would pick."""
+  """Returns our paths of the kernels that transformers would select."""
   kinds = huggingface_config.ARCHITECTURES
   if model_type not in kinds:
     raise ValueError(f'model_type must be of {[*kinds]}, got {model_type!r}')
@@ -227,7 +242,8 @@ def _paths(
     if _picked([layer[path] for layer in layers], chosen, targets)
   ]
   if len(found) > 1 and found[-1] == 'lm_head/kernel':
-    # Where the model is tied there is none, and nothing else to be named.
+    # A tied model has no lm_head, and a pattern without a match is an error.
+    # Joined to another pattern, it always has a match.
     found[-2:] = ['|'.join(found[-2:])]
   return tuple(found)
 
@@ -235,9 +251,9 @@ def _paths(
 def _counted(
   targets: str | Sequence[str], first: Mapping[str, str]
 ) -> int | None:
-  """Number of layers that full names of modules have; None without them.
+  """Returns the number of layers that full names of modules imply, or None.
 
-  Names of layer 0 only are not a count: no model has a single layer.
+  Names of layer 0 only do not imply a number, since no model has one layer.
 
   >>> modules = huggingface_config.linear_modules('llama')
   >>> _counted(['model.layers.23.mlp.up_proj', 'q_proj'], modules)
@@ -247,7 +263,7 @@ def _counted(
   ends = [name.partition('.0.')[2] for name in first.values() if '.0.' in name]
   full = re.compile(rf'[\w.]*\.(\d+)\.(?:{"|".join(map(re.escape, ends))})')
   given = [targets] if isinstance(targets, str) else targets
-  # A name may be spelled as a regular expression.
+  # A name may be written as a regular expression, with escaped dots.
   matches = [full.fullmatch(target.replace(r'\.', '.')) for target in given]
   last = max((int(match[1]) for match in matches if match), default=0)
   return last + 1 if last else None
@@ -256,7 +272,7 @@ def _counted(
 def _chosen(
   targets: str | Sequence[str], names: set[str], model_type: str
 ) -> set[str]:
-  """Names of the modules that transformers picks, by its trainer's rules.
+  """Returns the modules that transformers' trainer selects.
 
   Raises:
     ValueError: a target matches no name.
@@ -279,8 +295,14 @@ def _chosen(
 
 
 def _matched(target: str, names: set[str], *, part: bool) -> set[str]:
-  """Names that a target matches; `part` of a name is enough in a list."""
-  # A full name matches itself only, as a regular expression too.
+  """Returns the names that a target matches.
+
+  Args:
+    target: a name or a regex.
+    names: names of modules.
+    part: whether a part of a name is enough, as in a list of targets.
+  """
+  # A full name selects only itself, whether its dots are escaped or not.
   if target.replace(r'\.', '.') in names:
     return {target.replace(r'\.', '.')}
   try:
@@ -299,7 +321,11 @@ def _matched(target: str, names: set[str], *, part: bool) -> set[str]:
 def _picked(
   names: Sequence[str], chosen: set[str], targets: str | Sequence[str]
 ) -> bool:
-  """Whether a module is picked in every layer, or in none."""
+  """Whether a module is selected in all layers.
+
+  Raises:
+    ValueError: it is selected in some layers, but not in all.
+  """
   picked = [name in chosen for name in names]
   if any(picked) and not all(picked):
     raise ValueError(
@@ -312,7 +338,7 @@ def _picked(
 
 
 def _shown(targets: str | Sequence[str]) -> str:
-  """Targets in words, the first four of many.
+  """Formats targets; if there are more than four, only the first four.
 
   >>> _shown(['a', 'b', 'c', 'd', 'e', 'f'])
   "['a', 'b', 'c', 'd'] and 2 more"
@@ -322,6 +348,6 @@ def _shown(targets: str | Sequence[str]) -> str:
   return f'{list(targets[:4])!r} and {len(targets) - 4} more'
 
 
-def _modules(model_type):
-  """The names of a layer's linear modules, and of the head."""
+def _modules(model_type: str) -> str:
+  """Returns the names of a layer's linear modules and of the head, as text."""
   return ', '.join(huggingface_config.linear_modules(model_type).values())

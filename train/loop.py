@@ -1,7 +1,7 @@
-"""The training loop: steps, validations, saves, and a stop that is asked for.
+"""The training loop: steps, validations, checkpoints, and stopping on a signal.
 
-It knows no model: `train.step` makes the step, `train.task` says what is
-validated, `train.signals` who asks.
+The loop does not depend on the model. `train.step` makes the step, `train.task`
+defines the validation, and `train.signals` handles Ctrl-C and SIGTERM.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from rich.progress import (
   TextColumn,
 )
 
-from train import machine, metrics, subspace
+from train import machine, metrics, subspace_metrics
 from train import mesh as mesh_lib
 from train.config import Config
 from train.metrics import Log
@@ -29,10 +29,10 @@ from train.step import State, Step
 from train.task import Batch, Metrics, PyTree, Task
 
 PROFILED = range(3, 6)
-"""Steps in a profile, counted from the start: the first one compiles."""
+"""Steps to profile, counted from the start; step 1 compiles."""
 
 WAITING = 0.5
-"""Share of the time that the data may take before the user is told."""
+"""A warning is printed if waiting for data takes more than this share."""
 
 
 def train(
@@ -51,28 +51,32 @@ def train(
   profile: pathlib.Path | None = None,
   clock: Callable[[], float] = time.monotonic,
 ) -> State:
-  """Returns the state after the last step, or where a signal stopped it.
+  """Trains until the last step, or until a signal; returns the last state.
 
   Args:
-    state: where to start; donated.
-    config: steps, and how often to validate and to save.
-    step: one update.
-    batches: one for each step.
-    validate: parameters to metrics.
+    state: the state to start from; donated.
+    config: sets the number of steps, and when to validate and to save.
+    step: computes one update.
+    batches: yields one batch for each step.
+    validate: computes metrics from parameters.
     save: writes a checkpoint, with its score if it was validated.
-    best: the lowest score that a checkpoint has; infinity where none has one.
-    log: takes the metrics of each step and each validation.
-    console: shows progress.
-    stop: what a signal sets.
-    task: says what a batch's weights count, and which validation is better.
-    profile: where the profiler's trace of some steps goes; None for no trace.
-    clock: tells when `save_minutes` have passed.
+    best: the lowest score of the existing checkpoints; infinity if none has a
+      score.
+    log: receives the metrics of each step and each validation.
+    console: displays the progress.
+    stop: holds the signal that arrived, if any.
+    task: counts a batch's units and flops, and scores a validation.
+    profile: directory for the profiler's trace of some steps; None for no
+      trace.
+    clock: returns seconds; `save_minutes` is measured with it.
 
   Raises:
-    FloatingPointError: more steps in a row than `max_skipped` came to nothing;
-      nothing after the first of them is saved.
+    FloatingPointError: more than `max_skipped` successive steps were skipped,
+      or updated only in part. No checkpoint was saved since the first of them.
   """
-  start, saved, late = int(state.step), clock(), False
+  start = int(state.step)
+  saved = clock()
+  late = False
   limit = math.inf if config.save_minutes is None else 60 * config.save_minutes
   with (
     progress(console, config.steps, start, task.unit) as show,
@@ -82,7 +86,7 @@ def train(
       show,
       log,
       task.unit,
-      machine.peak_flops(config.model.dtype),
+      machine.peak_flops(config.resolved_model.dtype),
       max_skipped=config.max_skipped,
     )
     for done in range(start + 1, config.steps + 1):
@@ -99,20 +103,21 @@ def train(
       stop.begun = True
       meter.add(done, found, task.flops(batch) if task.flops else None)
       last = done == config.steps
-      asked, score = of_any(stop), None
-      # By one process's clock for all: a save takes all of them.
+      asked = stopped_anywhere(stop)
+      score = None
+      # Use one process's clock for all: a save needs all processes.
       passed = math.isfinite(limit) and bool(
-        mesh_lib.of_any(int(clock() - saved >= limit))
+        mesh_lib.largest_of_all(int(clock() - saved >= limit))
       )
       due = {
         'eval': last or done % config.eval_every == 0,
         'save': last or done % config.save_every == 0 or late or passed,
       }
       if asked or any(due.values()):
-        # A step that came to nothing must come to light before a save.
+        # Flush first, so that a skipped step is detected before saving.
         meter.flush()
       if asked:
-        # Before a validation, for which there may be no time.
+        # Save before the validation, for which there may be no time left.
         save(state, None)
       if due['eval']:
         with meter.timed('evaluation'):
@@ -122,19 +127,20 @@ def train(
         console.print(f'step {done}: validation: {metrics.describe(values)}')
         if meter.waiting > WAITING:
           console.print(
-            f'{meter.waiting:.0%} of the time went by waiting for data: '
+            f'{meter.waiting:.0%} of the time was spent waiting for data: '
             f'{config.corpus} is too slow for this model',
             highlight=False,
           )
         score = task.score(values) if config.save_best else None
         if score is not None and score < best:
-          best, due['save'] = score, True
+          best = score
+          due['save'] = True
       if asked:
         break
-      asked = due['eval'] and of_any(stop)
+      asked = due['eval'] and stopped_anywhere(stop)
       due['save'] |= asked
-      # Where a step came to nothing the state may be why: no sound checkpoint
-      # makes room for it.
+      # After a skipped step, the state itself may be the cause. Postpone the
+      # save: it would replace an older, sound checkpoint.
       late = due['save'] and meter.skipped > 0 and not (asked or last)
       if due['save'] and not late:
         with meter.timed('save'):
@@ -148,23 +154,23 @@ def train(
   return state
 
 
-def of_any(stop: Stop) -> bool:
-  """Whether a signal asked any of the processes to stop; then all know it."""
-  number = mesh_lib.of_any(stop.signal)
+def stopped_anywhere(stop: Stop) -> bool:
+  """Whether any process received a signal to stop; informs all processes."""
+  number = mesh_lib.largest_of_all(stop.signal)
   if number is not None:
-    # Not otherwise: one may have come while the others were asked.
+    # Never set it to None: a signal may have arrived since the exchange.
     stop.signal = number
   return number is not None
 
 
 @contextlib.contextmanager
 def trace(directory: pathlib.Path, console: Console) -> Iterator[None]:
-  """Has the profiler watch, and says how to open what it wrote."""
+  """Records a profiler trace, then prints how to open it."""
   with jax.profiler.trace(str(directory), create_perfetto_trace=True):
     yield
   console.print(
     f'trace: {directory}; open its perfetto_trace.json.gz at '
-    'https://ui.perfetto.dev, or all of it with `tensorboard --logdir '
+    'https://ui.perfetto.dev, or the directory with `tensorboard --logdir '
     f"{directory}` and TensorBoard's plugin xprof",
     highlight=False,
     soft_wrap=True,
@@ -172,19 +178,27 @@ def trace(directory: pathlib.Path, console: Console) -> Iterator[None]:
 
 
 class Show(Protocol):
-  """Shows a step."""
+  """Displays the progress of training."""
 
   def __call__(self, step: int, values: Metrics, seconds: float | None) -> None:
-    """Takes its metrics, and the mean seconds of the steps so far."""
+    """Displays a step.
+
+    Args:
+      step: number of the step.
+      values: its metrics.
+      seconds: mean seconds per step so far; None if no step has been timed.
+    """
 
 
 class Meter:
   """Shows and logs the metrics of each step, one step late.
 
-  Reading a metric waits for its step; by then the next step is in the queue.
-  Time counts between two readings, so neither the first step, which compiles,
-  nor what `flush` and `restart` enclose is part of it. It is `data_seconds`,
-  where the loop waited for a batch, and `step_seconds`, the rest.
+  Reading a metric waits for its step. Reading it one step late leaves the next
+  step queued on the device meanwhile.
+
+  A step is timed from one reading to the next. The first step, which compiles,
+  is not timed, nor is the work between `flush` and `restart`. The time is split
+  into `data_seconds`, in which the loop waited for a batch, and `step_seconds`.
   """
 
   def __init__(
@@ -196,39 +210,55 @@ class Meter:
     clock: Callable[[], float] = time.perf_counter,
     *,
     max_skipped: int = 0,
-  ):
-    """Starts with nothing to show; `peak` is flops per second at most."""
-    self.skipped = 0  # the last steps, in a row, that came to nothing
+  ) -> None:
+    """Creates a meter.
+
+    Args:
+      show: displays the metrics of a step.
+      log: writes the metrics of a step.
+      unit: the unit of a batch's weight, 'tokens' or 'examples'.
+      peak: peak flops per second of all devices, if known.
+      clock: returns seconds.
+      max_skipped: number of successive steps that may be skipped.
+    """
+    # Number of latest successive steps that were skipped, whole or in part.
+    self.skipped = 0
     self._max_skipped = max_skipped
-    self._show, self._log, self._unit, self._clock = show, log, unit, clock
+    self._show = show
+    self._log = log
+    self._unit = unit
+    self._clock = clock
     self._pending: tuple[int, PyTree, float | None] | None = None
     self._since: float | None = None
-    self._seconds, self._waited, self._steps = 0.0, 0.0, 0
-    self._peak, self._spent = peak, {}
+    self._seconds = 0.0
+    self._waited = 0.0
+    self._steps = 0
+    self._peak = peak
+    self._spent: dict[str, float] = {}
 
   def add(self, step: int, values: PyTree, flops: float | None = None) -> None:
-    """Takes the metrics of a step, and shows those of the step before."""
+    """Queues the metrics of a step, and shows those of the step before."""
     previous, self._pending = self._pending, (step, values, flops)
     self._read(previous)
 
   @contextlib.contextmanager
   def timed(self, what: str) -> Iterator[None]:
-    """Counts the time inside for `spent`."""
+    """Adds the seconds spent in its body to the total that `spent` returns."""
     start = self._clock()
     yield
     self._spent[what] = self._spent.get(what, 0.0) + self._clock() - start
 
   def spent(self, what: str) -> Metrics:
-    """Returns the seconds that something took since this was asked last."""
+    """Returns the seconds of one kind of work since the last such call."""
     return {f'{what}_seconds': self._spent.pop(what, 0.0)}
 
   @property
   def waiting(self) -> float:
-    """The share of the time of all steps that went by waiting for data."""
+    """Fraction of the timed steps that was spent waiting for data."""
     return self._waited / self._seconds if self._seconds else 0.0
 
   def flush(self) -> None:
-    """Shows the last step, and stops the clock: what follows is no step."""
+    """Shows the last step and stops the clock; later work is not timed."""
     previous, self._pending = self._pending, None
     self._read(previous)
     self._since = None
@@ -243,7 +273,7 @@ class Meter:
       return
     step, found, flops = entry
     scalars = {k: x for k, x in found.items() if k != 'subspace'}
-    read = jax.device_get(scalars)  # all at once: one wait, one transfer
+    read = jax.device_get(scalars)  # all at once: one wait and one transfer
     values = {name: float(x) for name, x in read.items()}
     self._count(step, values)
     refreshed = values.pop('refreshed', 0)
@@ -261,12 +291,12 @@ class Meter:
     peak = machine.peak_bytes()
     if peak is not None:
       values['peak_bytes'] = peak
-    # JSON has no word for the others.
+    # JSON cannot represent non-finite numbers.
     noted: dict[str, Any] = {
       k: x for k, x in values.items() if math.isfinite(x)
     }
     if refreshed:
-      noted |= subspace.by_number(jax.device_get(found['subspace']))
+      noted |= subspace_metrics.by_number(jax.device_get(found['subspace']))
     self._log(step, noted)
     mean = self._seconds / self._steps if self._steps else None
     self._show(step, values, mean)
@@ -274,7 +304,7 @@ class Meter:
   def _speed(
     self, seconds: float, waited: float, weight: float, flops: float | None
   ) -> Metrics:
-    """Returns how fast a step was, and where its time went."""
+    """Returns the speed of a step, and where its time went."""
     values = {
       f'{self._unit}_per_second': weight / seconds,
       'data_seconds': waited,
@@ -287,7 +317,11 @@ class Meter:
     return values
 
   def _count(self, step: int, values: Metrics) -> None:
-    """Counts steps that came to nothing, whole or in part."""
+    """Counts successive steps that were skipped, whole or in part.
+
+    Raises:
+      FloatingPointError: there are more than `max_skipped` of them.
+    """
     norm = values.get('projected_grad_norm', values.get('grad_norm', 0.0))
     lost = not math.isfinite(values['loss'])
     if not lost and math.isfinite(norm):
@@ -304,7 +338,7 @@ class Meter:
 def progress(
   console: Console, steps: int, start: int, unit: str
 ) -> Iterator[Show]:
-  """Yields a function that moves the progress bar."""
+  """Displays a progress bar; yields the function that advances it."""
   with Progress(
     BarColumn(bar_width=20),
     MofNCompleteColumn(),
@@ -318,21 +352,21 @@ def progress(
     def show(step: int, values: Metrics, seconds: float | None) -> None:
       text = f'loss {values["loss"]:.3f}  lr {values["learning_rate"]:.2e}'
       if values.get('skipped_steps') or values.get('partial_steps'):
-        text += '  not applied: not finite'
+        text += '  not applied: non-finite'
       speed = values.get(f'{unit}_per_second')
       if speed:
         text += f'  {speed:,.0f} {unit}/s'
       if seconds:
-        text += f'  {left(seconds * (steps - step))} left'
+        text += f'  {clock_time(seconds * (steps - step))} left'
       display.update(task, completed=step, text=text)
 
     yield show
 
 
-def left(seconds: float) -> str:
-  """Returns a time that is still to go.
+def clock_time(seconds: float) -> str:
+  """Formats seconds as hours, minutes and seconds.
 
-  >>> left(3725.4)
+  >>> clock_time(3725.4)
   '1:02:05'
   """
   minutes, rest = divmod(round(seconds), 60)

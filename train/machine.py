@@ -1,4 +1,4 @@
-"""What the program runs on, its memory, and its cache of compiled steps."""
+"""The devices, their memory, and JAX's cache of compiled programs."""
 
 import os
 import pathlib
@@ -7,31 +7,31 @@ import shutil
 import jax
 
 MEMORY_SHARE = 0.95
-"""Of a card's memory that the programs take; the rest is the driver's.
+"""Fraction of a GPU's memory that JAX reserves; the driver needs the rest.
 
-JAX's own default of 0.75 leaves 17.7 GiB of 24 GB.
+JAX's default of 0.75 would use only 17.7 GiB of a 24 GB card.
 """
 
 
 def prepare() -> None:
-  """Sets what a program needs of JAX, unless the user did; called first."""
+  """Sets JAX's options unless the user has set them; call it first."""
   cache_compilations()
   names = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')
   if not any(name in os.environ for name in names):
-    # Read when the first array is made.
+    # JAX reads this when it makes the first array.
     os.environ[names[0]] = str(MEMORY_SHARE)
 
 
 def describe() -> str:
-  """Returns the device's name, and a remedy where a card is not used."""
+  """Describes the devices, with advice if JAX does not use an NVIDIA card."""
   first = jax.devices()[0]
   line = f'device: {jax.device_count()} x {first.device_kind}'
   if first.platform != 'cpu' or not nvidia():
     return line
-  if jax.config.jax_platforms:
+  platforms = jax.config.values['jax_platforms']
+  if platforms:
     return (
-      f'{line}, though an NVIDIA card is here: JAX_PLATFORMS is '
-      f'{jax.config.jax_platforms!r}'
+      f'{line}, though an NVIDIA card is here: JAX_PLATFORMS is {platforms!r}'
     )
   return (
     f'{line}, though an NVIDIA card is here, as this JAX has no CUDA; run '
@@ -40,18 +40,19 @@ def describe() -> str:
 
 
 def nvidia() -> bool:
-  """Whether the machine has a card of NVIDIA's."""
+  """Whether the machine has an NVIDIA card."""
   driver = pathlib.Path('/proc/driver/nvidia')
   return driver.exists() or shutil.which('nvidia-smi') is not None
 
 
 def peak_flops(dtype: str) -> float | None:
-  """Returns the flops per second of all devices; None where that is unknown.
+  """Returns the peak flops per second of all devices; None if unknown.
 
   Args:
-    dtype: of the products, 'float32' or 'bfloat16'; see `train.plan.cards.Gpu`.
+    dtype: data type of the matmuls, 'float32' or 'bfloat16'; see
+      `train.plan.cards.Gpu`.
   """
-  # Imported here: only a card has such a figure.
+  # Only GPUs have such a figure, so other programs need not import the table.
   from train.plan.cards import GPUS
 
   kind = jax.devices()[0].device_kind
@@ -63,17 +64,20 @@ def peak_flops(dtype: str) -> float | None:
 
 
 def peak_bytes() -> int | None:
-  """Returns the most memory that a device here has held; None where untold."""
+  """Returns the peak memory of any local device; None if it is not reported."""
   found = [device.memory_stats() or {} for device in jax.local_devices()]
-  peaks = [stats.get('peak_bytes_in_use') for stats in found]
-  return None if None in peaks else max(peaks)
+  name = 'peak_bytes_in_use'
+  if not all(name in stats for stats in found):
+    return None
+  return max(stats[name] for stats in found)
 
 
 def cache_compilations() -> None:
-  """Lets JAX keep what it compiles, unless the user said where or not to."""
-  if jax.config.jax_compilation_cache_dir is None:
+  """Turns on JAX's compilation cache, unless the user has set its directory."""
+  if jax.config.values['jax_compilation_cache_dir'] is None:
     home = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     cache = pathlib.Path(home).expanduser() / 'galore_optax' / 'jax'
     jax.config.update('jax_compilation_cache_dir', str(cache))
-    # A start compiles some hundred small programs too, for seconds in all.
+    # Also cache small programs: a start compiles about a hundred of them, which
+    # takes seconds in all.
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)

@@ -1,9 +1,9 @@
-"""Where each array lives: which devices hold which part of it.
+"""Shardings: which device holds which part of each array.
 
-Steps, validations, checkpoints and plans all ask here. Nothing is parallel by
-hand: what runs on a mesh is what runs on one device, of arrays that are cut,
-and the compiler moves between devices what it must. `join` and `agree` are for
-several processes, each with devices of its own.
+Steps, validations, checkpoints and plans take their shardings from here. The
+programs contain almost no explicit communication: the same code runs on one
+device and on a mesh, and the compiler inserts the communication.
+`join_cluster` and `agree` are for several processes, each with its own devices.
 
 Axes: B rows of a batch, L layers, D width, V vocabulary.
 """
@@ -13,7 +13,7 @@ import datetime
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -27,29 +27,31 @@ from models.lowrank import FACTORS
 PyTree: TypeAlias = Any
 
 ROWS = ('data', 'fsdp')
-"""The axes that the rows of a batch are dealt out over."""
+"""Mesh axes over which the rows of a batch are sharded."""
 
-# Matrices whose last side the tensor axis cuts, and those whose first: heads,
-# the mlp's hidden layer and the vocabulary are cut, the width is not.
+# Matrices whose last side the tensor axis shards, and those whose first side it
+# shards. It shards heads, the MLP's hidden units and the vocabulary, but not
+# the width.
 _LAST = frozenset(('q', 'k', 'v', 'gate', 'up', 'lm_head'))
 _FIRST = frozenset(('o', 'down', 'embedding'))
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Devices in a grid; what is trained does not depend on it."""
+  """A grid of devices; its sizes do not change the result."""
 
   data: int = 1
-  """Devices that have the same weights and other rows of a batch."""
+  """Number of groups of devices that have the same weights and other rows of a
+  batch."""
   fsdp: int = 1
-  """Devices that have other rows too, and a part of each weight and of its
-  optimizer state each."""
+  """Number of devices that have other rows of a batch, and each a part of every
+  weight and of its optimizer state."""
   tensor: int = 1
-  """Devices that have the same rows, and other heads, hidden units and tokens
-  of the vocabulary."""
+  """Number of devices that have the same rows, and other heads, hidden units
+  and tokens of the vocabulary."""
 
-  def __post_init__(self):
-    """Checks the sizes."""
+  def __post_init__(self) -> None:
+    """Raises ValueError unless each size is at least 1."""
     for name, value in dataclasses.asdict(self).items():
       if value < 1:
         raise ValueError(f'mesh.{name} must be at least 1, got {value}')
@@ -60,12 +62,13 @@ class Mesh:
     return self.data * self.fsdp * self.tensor
 
   def check(self, model: Any, batch_size: int, parts: int) -> None:
-    """Raises ValueError for a batch, or heads, that it does not divide.
+    """Raises ValueError unless the mesh divides the batch and the model.
 
     Args:
-      model: configuration of the model, as far as that is known.
+      model: configuration of the model; sizes that it lacks are not checked.
       batch_size: rows in an update.
-      parts: equal parts of them that are computed one after another.
+      parts: number of equal parts of a batch that are computed one after
+        another.
     """
     rows = self.data * self.fsdp
     if batch_size % (parts * rows):
@@ -86,10 +89,10 @@ class Mesh:
 
 @functools.cache
 def devices(sizes: Mesh) -> jax.sharding.Mesh:
-  """Returns the grid of this machine's devices, or of all processes'.
+  """Returns the mesh of this machine's devices, or of those of all processes.
 
   Raises:
-    ValueError: there are too few, or a process would have none.
+    ValueError: there are too few devices, or some process would have none.
   """
   there = jax.devices()
   if sizes.size > len(there):
@@ -107,26 +110,28 @@ def devices(sizes: Mesh) -> jax.sharding.Mesh:
 
 
 def grid(sizes: Mesh, there: Any) -> jax.sharding.Mesh:
-  """Returns devices as a mesh on which the compiler lays arrays out."""
+  """Arranges devices as a mesh on which the compiler shards arrays."""
   shape, names, kinds = _axes(sizes)
   return jax.make_mesh(shape, names, axis_types=kinds, devices=there)
 
 
 def absent(sizes: Mesh) -> jax.sharding.AbstractMesh:
-  """Returns a mesh of no devices, for shapes alone."""
+  """Returns a mesh without devices, to trace shapes."""
   shape, names, kinds = _axes(sizes)
   return jax.sharding.AbstractMesh(shape, names, axis_types=kinds)
 
 
-def _axes(sizes: Mesh):
-  """Lengths, names and types of the axes."""
+def _axes(
+  sizes: Mesh,
+) -> tuple[tuple[int, ...], tuple[str, ...], tuple[AxisType, ...]]:
+  """Returns lengths, names and types of the mesh axes."""
   sides = dataclasses.asdict(sizes)
   kinds = (AxisType.Auto,) * len(sides)
   return tuple(sides.values()), tuple(sides), kinds
 
 
 def described(sizes: Mesh) -> str:
-  """Returns the sides of a mesh in words.
+  """Returns the sizes of a mesh as text.
 
   >>> described(Mesh(fsdp=4, tensor=2))
   'data 1 x fsdp 4 x tensor 2'
@@ -136,7 +141,7 @@ def described(sizes: Mesh) -> str:
 
 
 def used(sizes: Mesh) -> str:
-  """Returns which of the devices there are do something, in words."""
+  """Returns a line about the mesh and about devices that it leaves idle."""
   idle = jax.device_count() - sizes.size
   line = f'mesh: {described(sizes)}'
   if idle:
@@ -145,32 +150,43 @@ def used(sizes: Mesh) -> str:
 
 
 def everywhere(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Returns the place of what each device has whole."""
+  """Returns the sharding of arrays that are replicated on all devices."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def of_params(params: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns where each parameter lives, by its name and its shape.
+def of_params(
+  params: PyTree, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> PyTree:
+  """Returns the sharding of each parameter, by its name and shape.
 
-  A matrix is cut along its width by the axis 'fsdp', where that divides it,
-  and along its other side by 'tensor'; vectors are everywhere. Layers are never
-  dealt out: a device has a part of each. Factors of low rank are cut along
-  their long side.
+  A matrix is sharded along its width by the axis 'fsdp', if that divides it,
+  and along its other side by 'tensor'. Vectors are replicated. The axis of
+  layers is never sharded: each device has a part of every layer. Low-rank
+  factors are sharded along their long side.
   """
 
-  def place(path, x):
-    names = {getattr(key, 'key', getattr(key, 'name', None)) for key in path}
+  def place(path: tuple[Any, ...], x: Any) -> NamedSharding:
+    names = {jax.tree_util.keystr((key,), simple=True) for key in path}
     return NamedSharding(mesh, _spec(names, x.shape, mesh.shape))
 
   return jax.tree_util.tree_map_with_path(place, params)
 
 
-def _spec(names, shape, sizes) -> PartitionSpec:
+def _spec(
+  names: set[str], shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> PartitionSpec:
+  """Returns how the mesh axes shard a parameter.
+
+  Args:
+    names: the keys in its path.
+    shape: its shape.
+    sizes: sizes of the mesh axes.
+  """
   if len(shape) - ('blocks' in names) < 2:
     return PartitionSpec()
-  cuts = {-2: (), -1: ()}
+  cuts: dict[int, tuple[str, ...]] = {-2: (), -1: ()}
   order = sorted(cuts, key=lambda side: -shape[side])
-  if not names & {*FACTORS}:
+  if names.isdisjoint(FACTORS):
     other = -1 if names & _LAST else -2 if names & _FIRST else None
     if other is not None:
       order = [-3 - other, other]
@@ -181,27 +197,29 @@ def _spec(names, shape, sizes) -> PartitionSpec:
     if shape[side] % np.prod([sizes[axis] for axis in axes]) == 0:
       cuts[side] = axes
       break
-  return PartitionSpec(*(None,) * (len(shape) - 2), cuts[-2], cuts[-1])
+  unsharded = [None] * (len(shape) - 2)
+  return PartitionSpec(*unsharded, cuts[-2], cuts[-1])
 
 
 def at(shapes: PyTree, places: PyTree) -> PyTree:
-  """Returns shapes that say where the arrays live."""
+  """Adds shardings to shapes."""
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    *(shapes, places),
+    shapes,
+    places,
   )
 
 
 def of_batch(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Returns where arrays [B, ...] of a batch live."""
+  """Returns the sharding of the arrays [B, ...] of a batch."""
   return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def deal(sizes: Mesh) -> Callable[[PyTree], PyTree]:
-  """Returns what deals the rows of a batch on the host out to the devices.
+  """Returns a function that moves a batch from host memory to the devices.
 
-  Every process makes the whole batch and takes the rows of its own devices, so
-  that a batch is the same however many processes and devices there are.
+  Every process builds the whole batch and takes the rows of its own devices, so
+  the number of processes and devices does not change a batch.
   """
   place = of_batch(devices(sizes))
 
@@ -211,61 +229,78 @@ def deal(sizes: Mesh) -> Callable[[PyTree], PyTree]:
   return functools.partial(jax.tree.map, put)
 
 
-def under(mesh: jax.sharding.Mesh, f: Callable) -> Callable:
-  """Returns a function that is traced with a mesh for `along_rows`."""
+def under(mesh: jax.sharding.Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns `f`, traced with a mesh that `along_rows` reads."""
 
-  def traced(*args):
+  def traced(*args: Any) -> Any:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return f(*args)
 
   return traced
 
 
-def measure(f: Callable, sizes: Mesh) -> Callable[[PyTree, PyTree], PyTree]:
-  """Returns `(parameters, batch) -> result`, jitted, of a batch on the host.
+def measure(
+  f: Callable[..., Any], sizes: Mesh
+) -> Callable[[PyTree, PyTree], PyTree]:
+  """Jits `(parameters, batch) -> result` for batches in host memory.
 
-  The result is whole on every device, so that each process can read it.
+  The result is replicated, so that every process can read it.
   """
-  mesh, put = devices(sizes), deal(sizes)
+  mesh = devices(sizes)
+  put = deal(sizes)
   jitted = jax.jit(under(mesh, f), out_shardings=everywhere(mesh))
   return lambda params, batch: jitted(params, put(batch))
 
 
 def along_rows(x: jax.Array, axis: int = 0) -> jax.Array:
-  """Keeps rows where the batch has them, if this is traced under a mesh."""
+  """Constrains rows to the sharding of a batch, if traced under a mesh.
+
+  Args:
+    x: an array whose axis `axis` is the rows.
+    axis: position of the rows.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  # Inside of `jax.shard_map` over 'data' a device has its own rows alone.
+  # Inside `jax.shard_map` over 'data', a device sees only its own rows.
   rows = tuple(name for name in ROWS if name not in mesh.manual_axes)
-  spec = PartitionSpec(*(None,) * axis, rows)
-  return jax.lax.with_sharding_constraint(x, spec)
+  before = [None] * axis
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*before, rows))
 
 
 def along_params(grads: PyTree) -> PyTree:
-  """Keeps gradients where their parameters live, if traced under a mesh.
+  """Constrains gradients to their parameters' shardings, if under a mesh.
 
-  What reads them wants them elsewhere: a refresh whole layers, for one. Asked
-  for both, the compiler might have every device sum all of a gradient.
+  Code that reads a gradient may need another sharding; for example, a refresh
+  needs whole layers. Without this constraint the compiler might sum the whole
+  gradient on every device.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return grads
-  keep = lambda g, place: jax.lax.with_sharding_constraint(g, place.spec)
-  return jax.tree.map(keep, grads, of_params(grads, mesh))
+  return jax.tree.map(
+    lambda g, place: jax.lax.with_sharding_constraint(g, place.spec),
+    grads,
+    of_params(grads, mesh),
+  )
 
 
-def keeping_rows(hook: Callable | None) -> Callable:
-  """Returns a linen interceptor that keeps rows from block to block of a model.
+def keeping_rows(hook: Callable[..., Any] | None) -> Callable[..., Any]:
+  """Returns a linen interceptor that keeps rows sharded from layer to layer.
 
-  The compiler is free to cut activations along the width that weights are cut
-  along, and might then have every device compute all rows.
+  Weights are sharded along the width. The compiler might shard activations
+  along it too, and make every device compute all rows.
 
   Args:
-    hook: another interceptor, to call inside.
+    hook: another interceptor, called inside; None for none.
   """
 
-  def intercept(next_fun, args, kwargs, context):
+  def intercept(
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: Any,
+  ) -> Any:
     if hook is None:
       y = next_fun(*args, **kwargs)
     else:
@@ -278,22 +313,22 @@ def keeping_rows(hook: Callable | None) -> Callable:
 
 
 def leads() -> bool:
-  """Whether this is the process that prints and writes for all of them."""
+  """Whether this process prints and writes files for all of them."""
   return jax.process_index() == 0
 
 
 def announce(line: str) -> None:
-  """Prints a line, once for all processes."""
+  """Prints a line in the first process only."""
   if leads():
     print(line, flush=True)
 
 
-def join() -> None:
-  """Joins the other processes of a cluster, before JAX looks for devices.
+def join_cluster() -> None:
+  """Connects to the other processes of a cluster; call it before using devices.
 
-  Where JAX detects one: SLURM, Open MPI, an indexed job of Kubernetes, a TPU
-  pod; or where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
-  name it.
+  JAX detects SLURM, Open MPI, an indexed job of Kubernetes and a TPU pod. For
+  other clusters, set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID. Without a cluster, this does nothing.
 
   Raises:
     ValueError: one of the three variables is missing.
@@ -311,44 +346,52 @@ def join() -> None:
           f'JAX_{name.upper()} must be a number beside JAX_COORDINATOR_ADDRESS,'
           f' got {value!r}: set it in each process, or unset both'
         )
-  # Its own handler of SIGTERM would take the place of the program's.
+  # JAX's own handler of SIGTERM would replace this program's handler.
   jax.config.update('jax_enable_preemption_service', False)
-  # Processes on CPUs wait for each other for ever where each begins with
-  # another one of several programs that are queued.
+  # On CPUs, processes can deadlock if they start several queued programs in
+  # different orders.
   jax.config.update('jax_cpu_enable_async_dispatch', False)
   jax.distributed.initialize(**given)
 
 
+# Callers outside this file still use the shorter name.
+join = join_cluster
+
+
 def _in_cluster() -> bool:
+  """Whether the environment describes a cluster."""
   return 'JAX_COORDINATOR_ADDRESS' in os.environ or _detected()
 
 
 def _detected() -> bool:
-  # With a task of its own, JAX would have each process take a single card.
+  """Whether JAX detects a cluster by itself."""
+  # JAX would restrict a process to one GPU in a SLURM job with a single task.
   if os.environ.get('SLURM_NTASKS') == '1':
     return False
-  # Any pod is in Kubernetes; only those of an indexed job have a number.
-  known = lambda kind: (
-    kind.name != 'k8s' or 'JOB_COMPLETION_INDEX' in os.environ
-  )
+  # Every pod runs in Kubernetes, but only pods of an indexed job have an index.
+  indexed = 'JOB_COMPLETION_INDEX' in os.environ
   return any(
     kind.is_env_present()
     for kind in ClusterEnv._cluster_types
-    if known(kind) and not kind.opt_in_only_method
+    if (kind.name != 'k8s' or indexed) and not kind.opt_in_only_method
   )
 
 
 def together(moment: str) -> None:
-  """Waits until all processes have come to a moment, which has a name."""
+  """Waits until all processes have reached a point, identified by its name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(moment)
 
 
 def agree(what: str, content: bytes) -> None:
-  """Waits for the other processes, and compares what they have.
+  """Waits for the other processes and compares their data.
+
+  Args:
+    what: name of the data, for the message.
+    content: the data of this process.
 
   Raises:
-    ValueError: it is not the same in all of them.
+    ValueError: the data differ between processes.
   """
   if jax.process_count() == 1:
     return
@@ -362,20 +405,22 @@ def agree(what: str, content: bytes) -> None:
 
 
 def clock() -> datetime.datetime:
-  """Returns the time of the first process, the same in all of them."""
+  """Returns the local time of the first process, the same in all processes."""
   now = datetime.datetime.now().replace(microsecond=0)
   if jax.process_count() == 1:
     return now
-  # Processes may have other time zones.
+  # Other processes may be in other time zones.
   parts = np.array(now.timetuple()[:6], np.int32)
   found = multihost_utils.broadcast_one_to_all(parts)
-  return datetime.datetime(*map(int, found))
+  year, month, day, hour, minute, second = map(int, found)
+  return datetime.datetime(year, month, day, hour, minute, second)
 
 
-def of_any(number: int | None) -> int | None:
-  """Returns the signal that any of the processes has got, None for none.
+def largest_of_all(number: int | None) -> int | None:
+  """Returns the largest number in any process; None if all are 0 or None.
 
-  All of them must leave the loop after the same step.
+  The training loop exchanges the numbers of signals by it, since all processes
+  must leave the loop after the same step.
   """
   if jax.process_count() == 1:
     return number

@@ -1,21 +1,26 @@
-"""Where metrics go: a JSONL file, TensorBoard, a line, a picture."""
+"""Writes metrics to a JSONL file, TensorBoard, a line of text or a picture."""
 
 import contextlib
 import importlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 
 class Log(Protocol):
-  """Takes the metrics of a step."""
+  """Writes the metrics of a step."""
 
   def __call__(self, step: int, values: dict[str, Any]) -> None:
-    """Writes them: numbers, or lists of numbers by the path of a weight."""
+    """Writes metrics.
+
+    Args:
+      step: number of the step.
+      values: by name, a number, or lists of numbers by the path of a weight.
+    """
 
 
 @contextlib.contextmanager
@@ -24,12 +29,13 @@ def opened(
 ) -> Iterator[Log]:
   """Yields the log of a run that has done `step` steps.
 
-  Lines of later steps, written before the run was resumed, are dropped.
+  Lines of later steps, which a run wrote before it was resumed at an earlier
+  step, are removed from the file.
 
   Args:
-    path: the JSONL file; TensorBoard's events go into its directory.
-    step: updates done so far.
-    tensorboard: whether to write events too.
+    path: the JSONL file; TensorBoard's events are written to its directory.
+    step: number of steps done.
+    tensorboard: whether to write TensorBoard events, too.
   """
   found, bad = parsed(path)
   if bad:
@@ -56,8 +62,8 @@ def opened(
     yield log
 
 
-def scalars(values: dict[str, Any]) -> dict[str, float]:
-  """Returns the mean of each list, by name and path, and numbers as they are.
+def scalars(values: Mapping[str, Any]) -> dict[str, float]:
+  """Flattens metrics to numbers by name and path; a list becomes its mean.
 
   >>> scalars({'loss': 2.0, 'captured_energy': {'q/kernel': [0.5, 0.75]}})
   {'loss': 2.0, 'captured_energy/q/kernel': 0.625}
@@ -72,7 +78,7 @@ def scalars(values: dict[str, Any]) -> dict[str, float]:
 
 
 def describe(values: dict[str, float]) -> str:
-  """Returns metrics in words.
+  """Formats metrics as text.
 
   >>> describe({'loss': 2.25, 'bits_per_byte': 1.5})
   'loss 2.2500, bits per byte 1.5000'
@@ -83,7 +89,11 @@ def describe(values: dict[str, float]) -> str:
 
 
 def event_writer() -> Any:
-  """Returns TensorBoard's writer class; ImportError without the extra."""
+  """Returns TensorBoard's writer class.
+
+  Raises:
+    ImportError: tensorboardX is not installed.
+  """
   try:
     return importlib.import_module('tensorboardX').SummaryWriter
   except ImportError as error:
@@ -94,20 +104,22 @@ def event_writer() -> Any:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the lines of a metrics file, none if there is no file."""
+  """Returns the lines of a metrics file; none if the file does not exist."""
   return parsed(path)[0]
 
 
 def parsed(path: pathlib.Path) -> tuple[list[dict[str, float]], list[int]]:
-  """Returns the lines of a metrics file, and the numbers of others in it."""
+  """Returns the lines of a metrics file, and the numbers of malformed lines."""
   if not path.exists():
     return [], []
-  found, bad = [], []
-  # A process that was killed may have left half a line at the end.
+  found = []
+  bad = []
+  # Skip the end of the file after the last newline: a process that was killed
+  # may have left half a line there.
   for number, text in enumerate(path.read_bytes().split(b'\n')[:-1], 1):
     try:
       line = json.loads(text)
-      line['step'] + 0
+      check_step(line['step'])
     except (ValueError, TypeError, KeyError):
       bad.append(number)
     else:
@@ -115,9 +127,15 @@ def parsed(path: pathlib.Path) -> tuple[list[dict[str, float]], list[int]]:
   return found, bad
 
 
+def check_step(step: Any) -> None:
+  """Raises TypeError unless a step is a number."""
+  if not isinstance(step, int | float):
+    raise TypeError(f'step must be a number, got {step!r}')
+
+
 def plot(metrics: pathlib.Path, picture: pathlib.Path, title: str) -> None:
-  """Draws the losses of a metrics file into a PNG."""
-  # Imported here: it takes a third of a second, which a start saves.
+  """Plots the losses in a metrics file as a PNG picture."""
+  # Import matplotlib only here: it takes a third of a second.
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(7, 4), dpi=150, layout='constrained')

@@ -1,6 +1,6 @@
-"""A trained model, whatever holds it: a run, or a directory of transformers.
+"""Opens a trained model: a run, or a directory in the format of transformers.
 
-`train.sample` and `train.evaluate` open what they are given here.
+`train.sample` and `train.evaluate` use it for the path in their command line.
 """
 
 import pathlib
@@ -21,49 +21,54 @@ from train.task import PyTree, language_model, stored_layers
 
 
 class Model(NamedTuple):
-  """What it takes to read text, and to write it."""
+  """A language model with everything that it takes to read and write text."""
 
   layers: Layers
+  """The model."""
   params: PyTree
-  """As `layers` reads them."""
+  """The parameters, as `layers` reads them."""
   tokenizer: AnyTokenizer
+  """The tokenizer."""
   window: int
-  """Tokens that the model was trained to look back at."""
+  """Number of tokens that the model was trained to read at once."""
 
 
 def options_of(program: str, description: str | None) -> ArgumentParser:
-  """Returns the options of a program that say what `opened` opens."""
+  """Returns a parser with the options that select a model for `opened`."""
   options = ArgumentParser(f'python -m {program}', description=description)
   options.add_argument(
     'path',
     type=pathlib.Path,
-    help='directory of a run, or of a model of transformers',
+    help='directory of a run, or of a model in the format of transformers',
   )
   add_flag(
     options,
     'best',
-    help='the checkpoint of the best validation of a run (default: newest)',
+    help='read the checkpoint of a run with the best validation (default: the '
+    'newest one)',
   )
   return options
 
 
 def opened(path: str | pathlib.Path, *, best: bool = False) -> Model:
-  """Reads a model, and its tokenizer.
+  """Reads a model and its tokenizer.
 
   Args:
-    path: a run, whose newest checkpoint it is, or a directory of transformers.
-    best: of a run, whether it is the checkpoint of the best validation instead.
+    path: a run, whose newest checkpoint is read, or a directory in the format
+      of transformers.
+    best: whether to read the checkpoint of a run with the best validation
+      instead.
 
   Raises:
-    FileNotFoundError: it is neither, or a file is missing.
-    ValueError: what is in it cannot be read; the message names it.
+    FileNotFoundError: the path is neither, or a file is missing.
+    ValueError: a file cannot be read; the message names it.
   """
   path = pathlib.Path(path)
   return of_directory(path) if is_directory(path) else of_run(Run(path), best)
 
 
 def is_directory(path: pathlib.Path) -> bool:
-  """Whether it is a directory of transformers; False says that it is a run.
+  """Whether a path is a directory of transformers; False if it is a run.
 
   Raises:
     FileNotFoundError: it is neither.
@@ -86,28 +91,29 @@ def is_directory(path: pathlib.Path) -> bool:
 
 
 def of_run(run: Run, best: bool) -> Model:
-  """Reads the newest checkpoint of a run, or the best."""
+  """Reads a run's newest checkpoint, or the one with the best validation."""
   config = run.config()
   check_writes(run.directory, config.model)
   params = checkpoint.restore_params(
     run.checkpoints_path, language_model(config), best=best
   )
-  layers, window = stored_layers(config), config.sequence_length
-  return Model(layers, params, of_config(run, config), window)
+  layers = stored_layers(config)
+  assert isinstance(layers, Layers)
+  return Model(layers, params, of_config(run, config), config.sequence_length)
 
 
 def of_config(run: Run, config: Config) -> AnyTokenizer:
-  """Returns the tokenizer of a run, for the rows that its model has."""
+  """Returns a run's tokenizer, checked against the model's vocabulary size."""
   return tokenizers.fitted(
     run.tokenizer(),
-    config.model.vocab_size,
+    config.resolved_model.vocab_size,
     origin=str(run.directory),
     remedy='restore the tokenizer that the run was saved with',
   )
 
 
 def of_directory(path: pathlib.Path) -> Model:
-  """Reads a directory of transformers."""
+  """Reads a model in the format of transformers."""
   tokenizer = tokenizers.load(path)
   config = huggingface.read_config(path)
   check_writes(path, config)
@@ -118,13 +124,14 @@ def of_directory(path: pathlib.Path) -> Model:
     remedy='copy the tokenizer of this model into it',
   )
   config, params = huggingface.load(path)
+  assert isinstance(config, LlamaConfig)
   fields = huggingface.read_json(path / 'config.json')
   window = fields.get('max_position_embeddings') or 2048
   return Model(Layers(config), params, tokenizer, window)
 
 
 def check_writes(path: pathlib.Path, config: Any) -> None:
-  """Raises ValueError for a model that is none of language."""
+  """Raises ValueError unless the model is a language model."""
   if not isinstance(config, LlamaConfig):
     raise ValueError(
       f'{path} must hold a model that writes text, got '
@@ -133,7 +140,7 @@ def check_writes(path: pathlib.Path, config: Any) -> None:
 
 
 def shared(row: list[int], old: list[int]) -> int:
-  """Returns how many tokens two rows begin with in common.
+  """Returns the length of the common beginning of two rows of tokens.
 
   >>> shared([1, 2, 3, 4], [1, 2, 7]), shared([1, 2], [1, 2, 3])
   (2, 2)

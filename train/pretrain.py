@@ -1,6 +1,6 @@
 """Pre-trains a model: `python -m train.pretrain configs/quickstart.py`.
 
-`train.training` does the work; at the end the model goes on with three texts.
+`train.training` does the work. Finally, the model continues three texts.
 """
 
 from train import signals
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import jax
 from rich.console import Console
 
-from models.llama import LlamaConfig
+from models.llama import Layers, LlamaConfig
 from train import training
 from train.command import Launch
 from train.sample import continuations
@@ -26,7 +26,7 @@ from train.training import Setup
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Trains; returns the exit code."""
+  """Pre-trains a model; returns the exit code."""
   return training.main(
     sys.argv[1:] if argv is None else argv,
     Launch,
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(setup: Setup, console: Console) -> None:
-  """Raises ValueError for a model that writes no text."""
+  """Raises ValueError unless the model is a language model."""
   del console
   if not isinstance(setup.config.model, LlamaConfig):
     raise ValueError(
@@ -46,14 +46,17 @@ def check(setup: Setup, console: Console) -> None:
 
 
 def show_samples(setup: Setup, state: State, console: Console) -> None:
-  """Prints three held-out documents' beginnings, and how the model goes on."""
-  config, text = setup.config, setup.text
-  if jax.process_count() > 1:  # a process has but a part of the model
+  """Prints how the model continues the beginnings of three held-out texts."""
+  config = setup.config
+  text = setup.text
+  if jax.process_count() > 1:  # each process has only a part of the weights
     return
   documents = text.validation.stream(seed=config.seed, repeat=False)
   prompts = [document[:60] for document in itertools.islice(documents, 3)]
+  layers = stored_layers(config)
+  assert isinstance(layers, Layers)
   texts = continuations(
-    stored_layers(config),
+    layers,
     state.params,
     text.tokenizer,
     prompts,

@@ -1,7 +1,7 @@
-"""A run as one HTML page: `python -m train.report RUN`.
+"""Reports a run as one HTML page: `python -m train.report RUN`.
 
-The page needs nothing beside itself: pictures are inside. `memory_table`, which
-is on it, is also what is printed before the first step.
+The page contains its pictures, so it needs no other file. `memory_table` is
+also printed before the first step of a training.
 """
 
 from train import signals
@@ -29,12 +29,12 @@ from rich.table import Table
 import galore_optax
 from galore_optax.memory import Row
 from galore_optax.paths import paths
-from train import metrics, subspace
+from train import metrics, subspace_metrics
+from train.baselines import adamw
 from train.command import user_errors
 from train.config import Config, flatten
-from train.method import adamw
 from train.run import Run
-from train.step import split
+from train.step import split_trained
 from train.task import Mask, PyTree, Task, array_shapes, everything, task_of
 
 Lines: TypeAlias = Sequence[Mapping[str, Any]]
@@ -57,17 +57,19 @@ _PARTS = {
   'evaluation_seconds': 'validation',
   'save_seconds': 'saving',
 }
-"""Where the time of a run goes, by what the log calls it."""
+"""Kinds of work that take a run's time, by their names in the log."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Writes what a run has done so far as one HTML page."""
+  """Writes an HTML page about a run, finished or not."""
   parser = argparse.ArgumentParser(
     'python -m train.report', description=main.__doc__
   )
   parser.add_argument('run', type=pathlib.Path, help='directory of the run')
   parser.add_argument(
-    '--output', type=pathlib.Path, help='the page (default: RUN/report.html)'
+    '--output',
+    type=pathlib.Path,
+    help='file to write (default: RUN/report.html)',
   )
   args = parser.parse_args(argv)
   run = Run(args.run)
@@ -78,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def page(run: Run) -> str:
-  """Returns the page of a run.
+  """Returns the HTML page of a run.
 
   Raises:
-    FileNotFoundError: it is no run, or has no metrics yet.
+    FileNotFoundError: the run does not exist, or has no metrics yet.
   """
   config = run.config()
   lines = metrics.read(run.metrics_path)
@@ -113,7 +115,7 @@ def page(run: Run) -> str:
 
 
 def summary(config: Config, lines: Lines) -> str:
-  """Returns where a run stands."""
+  """Returns a table of progress: steps, last metrics and median speed."""
   rows: dict[str, Any] = {
     'steps': f'{lines[-1]["step"]:,} of {config.steps:,}',
     'optimizer': type(config.optimizer).__name__,
@@ -128,7 +130,7 @@ def summary(config: Config, lines: Lines) -> str:
   ):
     found = values(lines, name)
     if found:
-      # A speed is the median: the last step may have waited for anything.
+      # Take the median speed: one step can be slow for many reasons.
       is_speed = name.endswith('_per_second') or name.startswith('share')
       rows[title] = form.format(np.median(found) if is_speed else found[-1])
   last = next((x for x in reversed(lines) if is_validation(x)), {})
@@ -139,12 +141,12 @@ def summary(config: Config, lines: Lines) -> str:
 
 
 def is_validation(line: Mapping[str, Any]) -> bool:
-  """Whether a line of the log is of a validation."""
+  """Whether a line of the log belongs to a validation."""
   return any(name.startswith('validation_') for name in line)
 
 
 def curves(lines: Lines) -> str:
-  """Returns pictures of loss, learning rate, norm of the gradient and speed."""
+  """Returns pictures of loss, learning rate, gradient norm and speed."""
   speeds = {x for line in lines for x in line if x.endswith('s_per_second')}
   (unit, *_) = sorted(speeds - {'flops_per_second'}) or ['tokens_per_second']
   shown = [
@@ -160,40 +162,41 @@ def curves(lines: Lines) -> str:
 
 
 def subspaces(lines: Lines) -> str:
-  """Returns energy and overlap of the subspaces, over time and at last."""
+  """Returns the energy and overlap of subspaces: pictures and a table."""
   flat = [{'step': x['step'], **metrics.scalars(x)} for x in lines]
-  shown, newest = [], {}
-  for name in subspace.NUMBERS:
+  shown = []
+  newest = {}
+  for name in subspace_metrics.NUMBERS:
     here = [line[name] for line in lines if name in line]
     if here:
       labels = {f'{name}/{path}': path for path in here[-1]}
       shown.append(picture(name.replace('_', ' '), flat, labels))
       newest[name] = here[-1]
   if not newest:
-    return '<p>No subspace that follows the gradient was found.</p>'
+    return '<p>No subspace was found from gradients.</p>'
   rows = {
     path: [
       f'{pick(found[path]):.3f}'
       for found in newest.values()
       for pick in (np.min, np.mean)
     ]
-    for path in newest[subspace.NUMBERS[0]]
+    for path in newest[subspace_metrics.NUMBERS[0]]
   }
   head = ['weight']
   for name in newest:
     head += [f'{name.replace("_", " ")}, lowest', 'mean']
   note = (
-    '<p class="note">Captured energy is the share of the gradient that a '
-    'subspace held when it was found: where it is low, a higher rank would '
-    'learn more. Overlap is what a new subspace shares with the one before, 1 '
-    'if they are the same: where it is near 1 a longer gap would do, where it '
-    'is low the old subspace had gone stale. Lines are means over layers.</p>'
+    '<p class="note">Captured energy is the share of the gradient in a '
+    'subspace when the subspace was found. If it is low, a higher rank would '
+    'learn more. Overlap is the share of a subspace in the subspace before, 1 '
+    'if they are equal. If it is near 1, a longer gap would suffice. If it is '
+    'low, the old subspace was out of date. Lines are means over layers.</p>'
   )
   return '\n'.join([note, *shown, table(rows, head)])
 
 
 def times(lines: Lines) -> str:
-  """Returns where the time went: steps, data, validation, saves."""
+  """Returns a table of the seconds that each kind of work took."""
   seconds = {title: sum(values(lines, name)) for name, title in _PARTS.items()}
   total = sum(seconds.values()) or 1.0
   rows = {
@@ -201,14 +204,14 @@ def times(lines: Lines) -> str:
     for title, spent in seconds.items()
   }
   note = (
-    '<p class="note">Without compilation: the first step after a start is not '
-    'timed.</p>'
+    '<p class="note">Compilation is not included: the first step after a '
+    'start is not timed.</p>'
   )
   return note + table(rows, ['', 'seconds', 'share'])
 
 
 def skipped(lines: Lines) -> str:
-  """Returns how many steps were skipped, and which, where the log tells."""
+  """Returns a table of skipped steps, whole or in part."""
   rows = {}
   for name in ('skipped_steps', 'partial_steps'):
     where = [line['step'] for line in lines if line.get(name)]
@@ -221,9 +224,9 @@ def skipped(lines: Lines) -> str:
 
 
 def samples(path: pathlib.Path) -> str:
-  """Returns how the model goes on with some prompts."""
+  """Returns the prompts and continuations that pre-training wrote, if any."""
   if not path.is_file():
-    return '<p>None: they are written at the end of a pre-training.</p>'
+    return '<p>None. Pre-training writes them at its end.</p>'
   pairs = json.loads(path.read_text())
   return '\n'.join(
     f'<pre style="white-space: pre-wrap"><b>{html.escape(prompt)}</b>'
@@ -233,14 +236,14 @@ def samples(path: pathlib.Path) -> str:
 
 
 def memory_text(config: Config) -> str:
-  """Returns the table of bytes of a config as text."""
-  console = Console(file=io.StringIO(), width=100)
-  console.print(memory_of(config, task_of(config)))
-  return console.file.getvalue()
+  """Returns the memory table of a config as text."""
+  text = io.StringIO()
+  Console(file=text, width=100).print(memory_of(config, task_of(config)))
+  return text.getvalue()
 
 
 def values(lines: Lines, name: str) -> list[float]:
-  """Returns a metric of all lines that have it.
+  """Returns the values of a metric from all lines that have it.
 
   >>> values([{'loss': 2.0}, {'step': 1}], 'loss')
   [2.0]
@@ -249,14 +252,14 @@ def values(lines: Lines, name: str) -> list[float]:
 
 
 def picture(title: str, lines: Lines, names: Mapping[str, str]) -> str:
-  """Returns an SVG of metrics by step inside an img; '' where there are none.
+  """Returns an HTML image of metrics by step, '' if no line has any of them.
 
   Args:
-    title: of the axis.
-    lines: of the log.
-    names: metrics, and what each is called.
+    title: title of the vertical axis.
+    lines: lines of the log.
+    names: names of the metrics, and their labels.
   """
-  # Imported here: it takes a third of a second, which a training saves.
+  # Import matplotlib only here: it takes a third of a second.
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(8, 3), layout='constrained')
@@ -281,7 +284,9 @@ def picture(title: str, lines: Lines, names: Mapping[str, str]) -> str:
 
 
 def table(rows: Mapping[str, Any], head: Sequence[str] = ()) -> str:
-  """Returns rows by their first cell as HTML; cells of lists are numbers.
+  """Formats rows as an HTML table; the key of a row is its first cell.
+
+  A row's value is the text of its second cell, or a list of numbers.
 
   >>> table({'a<b': 1})
   '<table><tr><td>a&lt;b</td><td>1</td></tr></table>'
@@ -297,7 +302,7 @@ def table(rows: Mapping[str, Any], head: Sequence[str] = ()) -> str:
 
 
 def memory_of(config: Config, task: Task) -> Table:
-  """Returns the table of a config's bytes."""
+  """Returns the memory table of a config."""
   return memory_table(
     array_shapes(config, task),
     jax.eval_shape(task.init, jax.random.key(0)),
@@ -317,19 +322,19 @@ def memory_table(
   *,
   has_groups: bool = False,
 ) -> Table:
-  """Returns each parameter's bytes under `tx`, next to plain AdamW's on all.
+  """Returns a table of each parameter's bytes, with AdamW's for comparison.
 
   Args:
     params: parameters or their shapes; nothing is allocated.
-    stored: the same as they are stored.
+    stored: the same parameters as they are stored.
     tx: the optimizer.
-    name: of the optimizer.
-    trained: as in `Task`; of what is not, `tx` keeps nothing.
-    has_groups: whether the table has multipliers even if `tx` has none, since
-      all groups are frozen.
+    name: name of the optimizer.
+    trained: as in `Task`; `tx` keeps no state for other parameters.
+    has_groups: whether to show multipliers even if `tx` has none because all
+      groups are frozen.
   """
-  described = galore_optax.describe(tx, split(params, trained)[0])
-  ours = with_still(described, params)
+  described = galore_optax.describe(tx, split_trained(params, trained)[0])
+  ours = with_frozen(described, params)
   baseline = galore_optax.describe(adamw(0.0), params)
   sizes = [
     sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(node))
@@ -339,7 +344,7 @@ def memory_table(
     (row, np.array([size, row.basis_bytes, row.moment_bytes, plain.bytes]))
     for row, plain, size in zip(ours, baseline, sizes, strict=True)
   ]
-  total = sum(numbers for _, numbers in rows)
+  total = np.sum([numbers for _, numbers in rows], axis=0)
   unit, size = ('GB', 1e9) if total[0] >= 1e10 else ('MB', 1e6)
   table = Table(
     title=f'Memory with {name}, in {unit}',
@@ -355,16 +360,18 @@ def memory_table(
   if has_groups and not factors:
     factors = dict.fromkeys([row.path for row in described], (1.0, 1.0))
   heads = ['shape', 'projected', 'weight', 'basis', 'moments', 'AdamW']
-  for head in heads + ['rate', 'decay'] * bool(factors):
+  if factors:
+    heads += ['rate', 'decay']
+  for head in heads:
     table.add_column(head, justify='right')
   for row, numbers in rows:
     low = by(row.projected_shape) if row.projected_shape else '-'
-    # A parameter that is not described is frozen.
-    own = map('{:g}'.format, factors.get(row.path, (0.0, 0.0)))
-    table.add_row(
-      *(row.path, by(row.shape), low, *decimals(numbers / size)),
-      *(own if factors else ()),
-    )
+    # Parameters without a described state are frozen.
+    own = [f'{x:g}' for x in factors.get(row.path, (0.0, 0.0))]
+    cells = [row.path, by(row.shape), low, *decimals(numbers / size)]
+    if factors:
+      cells += own
+    table.add_row(*cells)
   table.add_section()
   table.add_row('all', '', '', *decimals(total / size), style='bold')
   count = sum(math.prod(row.shape) for row in ours)
@@ -373,12 +380,13 @@ def memory_table(
   )
   projected = [numbers for row, numbers in rows if row.projected_shape]
   if projected:
-    table.caption += '\n' + compare('of projected weights', sum(projected))
+    part = np.sum(projected, axis=0)
+    table.caption += '\n' + compare('of projected weights', part)
   return table
 
 
-def with_still(rows: Iterable[Row], params: PyTree) -> list[Row]:
-  """Returns a row for each parameter: of those without one, of no bytes."""
+def with_frozen(rows: Iterable[Row], params: PyTree) -> list[Row]:
+  """Returns a row for each parameter; frozen ones have a state of 0 bytes."""
   known = {row.path: row for row in rows}
   return [
     known.get(path, Row(path, tuple(leaf.shape), None, 0, 0))
@@ -387,7 +395,7 @@ def with_still(rows: Iterable[Row], params: PyTree) -> list[Row]:
 
 
 def compare(what: str, numbers: np.ndarray) -> str:
-  """Returns the state's bytes in words."""
+  """Compares the bytes of two optimizer states, as text."""
   _, basis, moments, plain = numbers.tolist()
   return (
     f'{what}: {basis + moments:,} bytes; AdamW: {plain:,} '
@@ -396,7 +404,7 @@ def compare(what: str, numbers: np.ndarray) -> str:
 
 
 def decimals(numbers: np.ndarray) -> list[str]:
-  """Returns numbers with two decimals.
+  """Formats numbers with two decimals.
 
   >>> decimals(np.array([1234.567, 0.0]))
   ['1,234.57', '0.00']
@@ -405,7 +413,7 @@ def decimals(numbers: np.ndarray) -> list[str]:
 
 
 def by(shape: tuple[int, ...]) -> str:
-  """Returns a shape as text.
+  """Formats a shape.
 
   >>> by((8, 64, 256))
   '8x64x256'

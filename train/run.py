@@ -1,4 +1,4 @@
-"""A run's directory: what is in it, where it stands, what may change in it."""
+"""A run's directory: its files, finding it, and limits of a resume."""
 
 import dataclasses
 import functools
@@ -15,18 +15,24 @@ from train.config import Config, differences, from_json, to_json
 from train.data.tokenizer import SPACES, AnyTokenizer, load
 
 FREE = (
-  *('save_every', 'save_minutes', 'eval_every', 'eval_batches'),
-  *('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
+  'save_every',
+  'save_minutes',
+  'eval_every',
+  'eval_batches',
+  'mesh.data',
+  'mesh.fsdp',
+  'mesh.tensor',
   'max_skipped',
 )
-"""What a resumed run may change: nothing that is computed depends on it."""
+"""Fields that a resumed run may change, since they do not change the result."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The directory of one run, and the names in it."""
+  """The directory of a run, and the paths of its files."""
 
   directory: pathlib.Path
+  """The directory."""
 
   @property
   def config_path(self) -> pathlib.Path:
@@ -35,12 +41,12 @@ class Run:
 
   @property
   def source_path(self) -> pathlib.Path:
-    """What the checkpoint that a run began with has beside its weights."""
+    """Copies of the first checkpoint's config.json and tokenizer files."""
     return self.directory / 'source'
 
   @property
   def metrics_path(self) -> pathlib.Path:
-    """One JSON object a line; a validation and a save have a line too."""
+    """The metrics as JSONL: one line for each step, validation and save."""
     return self.directory / 'metrics.jsonl'
 
   @property
@@ -50,22 +56,22 @@ class Run:
 
   @property
   def samples_path(self) -> pathlib.Path:
-    """How the trained model goes on with some prompts, as JSON."""
+    """Prompts and the trained model's continuations, as JSON."""
     return self.directory / 'samples.json'
 
   @property
   def profile_path(self) -> pathlib.Path:
-    """The profiler's trace, if one was asked for."""
+    """The profiler's trace, if `--profile` was given."""
     return self.directory / 'profile'
 
   @property
   def report_path(self) -> pathlib.Path:
-    """The page that `train.report` writes."""
+    """The HTML page that `train.report` writes."""
     return self.directory / 'report.html'
 
   @property
   def checkpoints_path(self) -> pathlib.Path:
-    """Where Orbax keeps the checkpoints, one directory a step."""
+    """The checkpoint directory: Orbax writes one directory for each step."""
     return self.directory / 'checkpoints'
 
   def create(
@@ -74,39 +80,45 @@ class Run:
     tokenizer: AnyTokenizer,
     source: pathlib.Path | None = None,
   ) -> None:
-    """Writes the first files; nothing of a run exists before.
+    """Writes the first files of a new run.
 
     Args:
-      config: of the run.
-      tokenizer: of the run.
-      source: a directory of transformers whose small files are kept.
+      config: the experiment.
+      tokenizer: the tokenizer of the run.
+      source: directory in the format of transformers that the run starts from;
+        its config and tokenizer are copied.
     """
     self.directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(self.directory)
     if source is not None:
       huggingface.copy(source, self.source_path)
-    # Last: a directory is a run once it holds the configuration.
+    # Write the configuration last: it makes the directory a run.
     self.write(config)
 
   def write(self, config: Config) -> None:
-    """Writes the configuration, at once: a kill leaves the old one."""
+    """Replaces the configuration atomically: a kill leaves the old one."""
     new = self.config_path.with_suffix('.new')
     new.write_text(json.dumps(to_json(config), indent=2) + '\n')
     new.replace(self.config_path)
 
   def branch(self, source: 'Run', config: Config) -> None:
-    """Writes the first files of a run that goes on where `source` is."""
+    """Writes the first files of a run that continues the run `source`."""
     self.directory.mkdir(parents=True, exist_ok=True)
     if source.metrics_path.exists():
       shutil.copy(source.metrics_path, self.metrics_path)
     self.create(config, source.tokenizer(), source.source())
 
   def source(self) -> pathlib.Path | None:
-    """Returns its `source_path`; None where it began with no checkpoint."""
+    """Returns `source_path`; None if the run began with random weights."""
     return self.source_path if self.source_path.is_dir() else None
 
   def config(self) -> Config:
-    """Reads the configuration."""
+    """Reads the configuration.
+
+    Raises:
+      FileNotFoundError: the directory is not a run.
+      ValueError: another version wrote the file, or it is damaged.
+    """
     if not self.config_path.is_file():
       raise FileNotFoundError(
         f'{self.directory} is not a run: it has no {self.config_path.name}'
@@ -122,10 +134,10 @@ class Run:
       ) from error
 
   def tokenizer(self) -> AnyTokenizer:
-    """Reads the tokenizer, whose chat template is that of the run.
+    """Reads the tokenizer, with the chat template of the training.
 
-    A line on standard error names what has changed since an older version wrote
-    the run.
+    If an older version wrote the run, a line on standard error lists the
+    differences.
     """
     found = load(self.directory)
     if SPACES in found.files and not (self.directory / SPACES).is_file():
@@ -137,12 +149,13 @@ class Run:
         file=sys.stderr,
       )
     if found.chat_template is not None:
-      # The file that the config names may be another one by now.
+      # Keep the saved template: the file that the config names may have
+      # changed.
       found.chat_template.is_settled = True
     return found
 
   def check(self, config: Config) -> None:
-    """Raises ValueError where a resumed run would compute something else."""
+    """Raises ValueError if resuming with `config` would change the result."""
     differ = {
       name: values
       for name, values in differences(self.config(), config).items()
@@ -158,15 +171,23 @@ class Run:
 
 @functools.cache
 def salvaged(run: Run, reason: str) -> Config:
-  """Returns the configuration of a run whose own file is garbage."""
+  """Reads the configuration from a checkpoint, since config.json is damaged.
+
+  Args:
+    run: the run.
+    reason: the error from reading its config.json.
+
+  Raises:
+    ValueError: no checkpoint has a configuration, either.
+  """
   found = checkpoint.restore_config(run.checkpoints_path)
   if found is None:
     raise ValueError(
       f'{run.config_path} is no configuration ({reason}), and no checkpoint of '
-      'the run has one: write it anew, or start a new run'
+      'the run has one: write it again, or start a new run'
     )
   print(
-    f'{run.config_path} is no configuration ({reason}): taken are the values '
+    f'{run.config_path} is no configuration ({reason}): using the values '
     'that the newest checkpoint was saved with',
     file=sys.stderr,
   )
@@ -174,7 +195,7 @@ def salvaged(run: Run, reason: str) -> Config:
 
 
 def listed(differ: dict[str, tuple[Any, Any]]) -> str:
-  """Returns differences in words.
+  """Formats the differences between two configs.
 
   >>> listed({'steps': (8, 9)})
   'steps is 8 in the run and 9 now'
@@ -186,7 +207,11 @@ def listed(differ: dict[str, tuple[Any, Any]]) -> str:
 
 
 def new(directory: pathlib.Path | None, name: str) -> Run:
-  """Returns a run that does not exist yet: `directory`, or a free runs/name."""
+  """Returns a new run: in `directory`, or in an unused directory runs/name-N.
+
+  Raises:
+    ValueError: `directory` is a run already, or contains other files.
+  """
   if directory is None:
     taken = numbered(name)
     number = max(taken, default=0) + 1
@@ -205,10 +230,14 @@ def new(directory: pathlib.Path | None, name: str) -> Run:
 
 
 def old(directory: pathlib.Path | None, name: str) -> Run:
-  """Returns a run to resume: `directory`, or the newest of runs/name."""
+  """Returns a run to resume: in `directory`, or the newest of runs/name-N.
+
+  Raises:
+    FileNotFoundError: runs/ contains no such run.
+  """
   if directory is not None:
     return Run(directory)
-  # A directory without a configuration was given up before it was a run.
+  # A directory without a configuration failed before it became a run.
   runs = {
     number: found
     for number, path in numbered(name).items()
@@ -224,7 +253,7 @@ def old(directory: pathlib.Path | None, name: str) -> Run:
 
 
 def numbered(name: str) -> dict[int, pathlib.Path]:
-  """Returns the directories runs/name, runs/name-2, ... by their number."""
+  """Returns the directories runs/name, runs/name-2 and so on, by number."""
   pattern = re.compile(re.escape(name) + r'(?:-(\d+))?')
   found = {}
   for path in pathlib.Path('runs').glob(f'{name}*'):
@@ -235,5 +264,5 @@ def numbered(name: str) -> dict[int, pathlib.Path]:
 
 
 def empty(directory: pathlib.Path) -> bool:
-  """Whether nothing is in it."""
+  """Whether a directory is empty."""
   return not any(directory.iterdir())

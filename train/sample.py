@@ -1,4 +1,4 @@
-"""Continues texts, or talks: `python -m train.sample PATH --prompt '...'`.
+"""Samples text, or chats: `python -m train.sample PATH --prompt '...'`.
 
 Axes: B prompts, T tokens, V vocabulary, K candidates.
 """
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.llama import Layers
+from models.llama import Cache, Layers
 from train import machine
 from train.command import add_flag, check_least, user_errors
 from train.data.batches import bucket
@@ -29,28 +29,28 @@ from train.model import Model, opened, options_of, shared
 from train.task import PyTree
 
 CHUNK = 256
-"""Tokens of a prompt that are read at a time, at most."""
+"""Largest number of tokens of a prompt that are read at a time."""
 
 
 class Choice(NamedTuple):
-  """How a token is chosen."""
+  """How to choose a token from logits."""
 
   temperature: float = 0.8
-  """What logits are divided by; 0 takes the most likely token."""
+  """Divides the logits; 0 takes the most likely token."""
   top_k: int = 50
   """Number of most likely tokens to choose from."""
   top_p: float = 1.0
-  """Probability that those of them have together, at least, that are left:
-  as few as it takes."""
+  """Chooses from the fewest of these tokens that together have at least this
+  probability."""
 
 
 def candidates(
   logits_BV: jax.Array, choice: Choice
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns scores [B, K], most likely first, and which tokens [B, K] they are.
+  """Returns the scores [B, K] of the most likely tokens, and their ids [B, K].
 
-  A softmax of scores is the distribution to draw from; of what is not to be
-  drawn they are -inf.
+  The softmax of the scores is the distribution to sample from. Tokens that
+  `top_p` excludes have a score of -inf.
 
   >>> logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
   >>> scores, ids = candidates(logits, Choice(1.0, top_k=3, top_p=0.8))
@@ -59,7 +59,7 @@ def candidates(
   """
   num_kept = min(choice.top_k, logits_BV.shape[-1])
   best_BK, ids_BK = jax.lax.top_k(logits_BV, num_kept)
-  # Differences first: a small temperature makes no infinity of the best.
+  # Subtract before dividing: a small temperature could make the best infinite.
   scores_BK = (best_BK - best_BK[:, :1]) / choice.temperature
   p_BK = jax.nn.softmax(scores_BK, axis=-1)
   before_BK = jnp.cumsum(p_BK, axis=-1) - p_BK
@@ -67,8 +67,10 @@ def candidates(
 
 
 @functools.partial(jax.jit, static_argnames='choice')
-def choose(logits_BV: jax.Array, key: jax.Array, *, choice: Choice):
-  """Returns a token of each row [B]; the key and the row decide."""
+def choose(
+  logits_BV: jax.Array, key: jax.Array, *, choice: Choice
+) -> jax.Array:
+  """Samples a token for each row [B]; it depends on the key and the row."""
   if choice.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1)
   scores_BK, ids_BK = candidates(logits_BV, choice)
@@ -79,29 +81,41 @@ def choose(logits_BV: jax.Array, key: jax.Array, *, choice: Choice):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _extend(layers, params, cache, tokens_BT, lengths_B):
+def _extend(
+  layers: Layers,
+  params: PyTree,
+  cache: Cache,
+  tokens_BT: jax.Array,
+  lengths_B: jax.Array,
+) -> tuple[jax.Array, Cache]:
+  """Reads tokens; returns the logits [B, V] after them, and the cache."""
   return layers.extend(params, cache, tokens_BT, lengths_B)
 
 
 class Reader:
-  """A model that remembers the rows of tokens that it has read last."""
+  """Computes logits of growing rows of tokens, and caches earlier tokens."""
 
-  def __init__(self, layers: Layers, params: PyTree):
-    """Has read nothing."""
-    self._layers, self._params = layers, params
-    self._cache, self._rows = None, []
+  def __init__(self, layers: Layers, params: PyTree) -> None:
+    """Starts with an empty cache."""
+    self._layers = layers
+    self._params = params
+    self._cache: Cache | None = None
+    self._rows: list[list[int]] = []
 
   def read(self, rows: Sequence[list[int]], room: int) -> jax.Array:
-    """Returns the logits [B, V] after rows; known beginnings are not read.
+    """Returns the logits [B, V] after the last token of each row.
+
+    Tokens at the start of a row that are still in the cache are not read again.
 
     Args:
-      rows: tokens, at least one in each; as many rows each time.
-      room: tokens of a row that are to be remembered.
+      rows: tokens, at least one in each row; always the same number of rows.
+      room: number of tokens in a row that the cache must hold.
     """
     if self._cache is None or room > self._cache.keys.shape[2]:
       self._cache = self._layers.cache(len(rows), room)
       self._rows = [[] for _ in rows]
-    # The last token is read again if need be: its logits are asked for.
+    # The last token must be read even if it is cached, since its logits are
+    # needed.
     known = [
       min(shared(row, old), len(row) - 1)
       for row, old in zip(rows, self._rows, strict=True)
@@ -110,25 +124,29 @@ class Reader:
     self._cache = self._cache._replace(lengths=jnp.int32(np.array(known)))
     new = [row[n:] for row, n in zip(rows, known, strict=True)]
     longest = max(map(len, new))
-    # A prompt has one of few lengths, the token chosen last is alone.
+    # `bucket` limits the number of lengths to compile. After the prompt, rows
+    # grow by one token.
     size = 1 if longest == 1 else min(CHUNK, bucket(longest))
-    logits_BV = None
+    logits_BV: jax.Array | None = None
     for start in range(0, longest, size):
       tokens_BT, lengths_B = padded(
         [x[start : start + size] for x in new], size
       )
       found_BV, self._cache = _extend(
-        *(self._layers, self._params, self._cache, tokens_BT, lengths_B)
+        self._layers, self._params, self._cache, tokens_BT, lengths_B
       )
-      if start == 0:
-        logits_BV = found_BV
-      else:
-        logits_BV = jnp.where(lengths_B[:, None] > 0, found_BV, logits_BV)
+      if logits_BV is not None:
+        found_BV = jnp.where(lengths_B[:, None] > 0, found_BV, logits_BV)
+      logits_BV = found_BV
+    # At least the last token of each row is read.
+    assert logits_BV is not None
     return logits_BV
 
 
-def padded(rows: Sequence[list[int]], size: int):
-  """Returns rows with zeros after them, [B, size], and their lengths [B]."""
+def padded(
+  rows: Sequence[list[int]], size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Pads rows with zeros to [B, size]; returns them and their lengths [B]."""
   tokens_BT = np.zeros((len(rows), size), np.int32)
   for row, tokens_T in zip(rows, tokens_BT, strict=True):
     tokens_T[: len(row)] = row
@@ -147,22 +165,23 @@ def stream(
 ) -> Iterator[list[int | None]]:
   """Yields the next token of each row, as soon as it is known.
 
-  A row that has more tokens than the window forgets the older half of them,
-  the beginning first, and reads the rest anew.
+  A row with more tokens than the window drops its older half, and the rest is
+  read again.
 
   Args:
-    reader: of the model.
-    prompts: tokens to begin with, at least one in each row.
-    window: tokens that the model looks back at.
-    num_tokens: tokens to choose for a row, at most.
-    choice: how.
-    seed: of the choice; what a row says depends on no other row.
-    stop_ids: tokens that end a row. From there on it has None, and there are no
-      more where every row has.
+    reader: reads the rows with the model.
+    prompts: tokens to start with, at least one in each row.
+    window: number of tokens that the model can read.
+    num_tokens: largest number of tokens to sample for a row.
+    choice: how to choose a token.
+    seed: seed of the random choices; rows do not influence each other.
+    stop_ids: tokens that end a row. An ended row yields None; the iterator
+      stops once all rows have ended.
   """
   rows = [list(prompt[-window:]) for prompt in prompts]
   room = min(window, bucket(max(map(len, rows)) + num_tokens, least=256))
-  key, ended = jax.random.key(seed), [False] * len(rows)
+  key = jax.random.key(seed)
+  ended = [False] * len(rows)
   for step in range(num_tokens):
     logits_BV = reader.read(rows, room)
     new = choose(logits_BV, jax.random.fold_in(key, step), choice=choice)
@@ -185,11 +204,12 @@ def spoken(
   ids: list[int],
   stop: Sequence[str],
 ) -> tuple[str, bool]:
-  """Returns the text of tokens after a prompt, and whether it is all there is.
+  """Decodes the tokens after a prompt, up to the first stop string.
 
-  It ends before the first of the stop strings.
+  Returns:
+    The text, and whether a stop string ended it.
   """
-  # What comes before decides whether a first word begins with a space.
+  # The tokens before a word determine whether it is decoded with a space.
   context = prompt[-8:]
   text = tokenizer.decode([*context, *ids])[len(tokenizer.decode(context)) :]
   ends = [text.find(end) for end in stop if end in text]
@@ -197,9 +217,9 @@ def spoken(
 
 
 def settled(text: str, stop: Sequence[str]) -> str:
-  """Returns the beginning of a text that no further token changes.
+  """Returns the part of a text that no further token can change.
 
-  The rest is part of a character, or may be that of a stop string.
+  The remainder is an incomplete character, or may become a stop string.
 
   >>> settled('a cat <e', ['<end>']), settled('na\\ufffd', [])
   ('a cat ', 'na')
@@ -228,21 +248,22 @@ def continuations(
   stop: Sequence[str] = (),
   seed: int = 0,
 ) -> list[str]:
-  """Returns what the model says after each prompt.
+  """Returns the model's continuation of each prompt.
 
   Args:
     layers: the model.
     params: its parameters.
-    tokenizer: of the run.
+    tokenizer: the run's tokenizer.
     prompts: texts to continue.
-    window: tokens that the model looks back at, no more than it was trained on;
-      as in `stream`, older ones are forgotten.
-    num_tokens: tokens to sample at most; the end of a document ends it.
+    window: number of tokens that the model can read, at most as many as in
+      training; older tokens are dropped, as in `stream`.
+    num_tokens: largest number of tokens to sample; the end of a document ends a
+      continuation earlier.
     temperature: divides the logits; 0 takes the most likely token.
     top_k: number of most likely tokens to choose from.
     top_p: probability of the tokens to choose from, as in `Choice`.
-    stop: texts that end it, and are no part of it.
-    seed: of the choice.
+    stop: strings that end a continuation; they are not part of it.
+    seed: seed of the random choices.
   """
   rows = [beginning(tokenizer, prompt) for prompt in prompts]
   said = [[] for _ in rows]
@@ -268,11 +289,14 @@ def continuations(
 
 
 def beginning(tokenizer: AnyTokenizer, prompt: str) -> list[int]:
-  """Returns a prompt's tokens, at least one."""
+  """Encodes a prompt; returns at least one token."""
   ids = tokenizer.encode(prompt).tolist()
   if tokenizer.bos_id is not None:
     return [tokenizer.bos_id, *ids]
-  return ids or [tokenizer.eos_id]
+  if ids:
+    return ids
+  assert tokenizer.eos_id is not None
+  return [tokenizer.eos_id]
 
 
 def chat(
@@ -285,20 +309,21 @@ def chat(
   seed: int = 0,
   variables: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
-  """Returns the answers to lines, in pieces; each ends with a newline.
+  """Returns an iterator over pieces of the answers; a newline ends each answer.
 
-  The model's own template makes a prompt of the whole conversation, whose known
-  beginning is not read again. What no longer fits into the window is forgotten,
-  a line and its answer at a time.
+  The model's chat template renders the whole conversation as a prompt. Its
+  cached beginning is not read again. If it is too long for the window, the
+  oldest line and its answer are dropped.
 
   Args:
-    model: the model, and its tokenizer.
+    model: the model and its tokenizer.
     lines: messages of the user.
-    num_tokens: tokens of an answer, at most.
-    choice: how a token is chosen.
-    stop: texts that end an answer.
-    seed: of the choice.
-    variables: of the template, instead of those that it was saved with.
+    num_tokens: largest number of tokens of an answer.
+    choice: how to choose a token.
+    stop: strings that end an answer.
+    seed: seed of the random choices.
+    variables: variables of the template; None takes those that it was saved
+      with.
 
   Raises:
     ValueError: the model has no template, or it does not read a variable.
@@ -331,9 +356,10 @@ def answers(
   seed: int,
   variables: Mapping[str, Any] | None,
 ) -> Iterator[str]:
-  """Yields what `chat` returns."""
+  """Yields the pieces that `chat` returns."""
   tokenizer = model.tokenizer
-  reader, messages = Reader(model.layers, model.params), []
+  reader = Reader(model.layers, model.params)
+  messages = []
   room = min(num_tokens, model.window // 2)
   for turn, line in enumerate(lines):
     messages.append({'role': 'user', 'content': line})
@@ -341,7 +367,9 @@ def answers(
     while len(messages) > 1 and len(prompt) + room > model.window:
       messages = messages[2:]
       prompt = rendered(tokenizer, messages, variables)
-    ids, text, shown = [], '', ''
+    ids = []
+    text = ''
+    shown = ''
     for (token,) in stream(
       reader,
       [prompt],
@@ -367,22 +395,24 @@ def rendered(
   messages: list[dict[str, str]],
   variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-  """Returns the tokens of a conversation, up to where the answer begins."""
-  text = tokenizer.chat_template.render(
+  """Renders a conversation as tokens, up to the start of the next answer."""
+  template = tokenizer.chat_template
+  assert template is not None
+  text = template.render(
     messages, add_generation_prompt=True, context=variables
   )
   return tokenizer.encode(text, special=True).tolist()
 
 
 def typed() -> Iterator[str]:
-  """Yields the lines of standard input that are not blank, to its end."""
+  """Yields the lines of standard input that are not blank."""
   asked = sys.stdin.isatty()
   while True:
     try:
       line = input('> ' if asked else '')
     except EOFError:
       if asked:
-        print()  # the shell's prompt has a line of its own
+        print()  # so that the shell's prompt starts on a new line
       return
     if line.strip():
       yield line
@@ -424,32 +454,33 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-  """Returns the options."""
+  """Returns the parser of the command line."""
   options = options_of('train.sample', main.__doc__)
   options.add_argument(
     '--prompt',
     action='append',
     default=[],
-    help='text to continue; several times, to continue several at once',
+    help='text to continue; repeat the option for several texts',
   )
   add_flag(
     options,
     'chat',
-    help='answer the lines of standard input, with the template of the model; '
-    'Ctrl-D ends it',
+    help="answer the lines of standard input, with the model's chat template; "
+    'end with Ctrl-D',
   )
   options.add_argument(
     '--template-variables',
     nargs='+',
     default=[],
     metavar='NAME=VALUE',
-    help='variables of the template of --chat, such as enable_thinking=false '
+    help='variables of the chat template, such as enable_thinking=false '
     '(default: those of the run)',
   )
   options.add_argument(
     '--num-tokens',
     type=int,
-    help='tokens to choose at most (default: 80, of an answer 512)',
+    help='largest number of tokens of a text (default: 80) or an answer '
+    '(default: 512)',
   )
   options.add_argument(
     '--temperature', type=float, default=0.8, help='default: 0.8; 0 is greedy'
@@ -459,21 +490,21 @@ def parser() -> argparse.ArgumentParser:
     '--top-p',
     type=float,
     default=1.0,
-    help='choose from the fewest tokens that have this probability together '
+    help='choose from the fewest tokens that together have this probability '
     '(default: 1)',
   )
   options.add_argument(
     '--stop',
     action='append',
     default=[],
-    help='text that ends what is said; several times for several',
+    help='text that ends a continuation; repeat the option for several',
   )
   options.add_argument('--seed', type=int, default=0, help='default: 0')
   return options
 
 
 def check(args: argparse.Namespace) -> None:
-  """Raises ValueError for what means nothing."""
+  """Raises ValueError if an option is wrong, or contradicts another."""
   if bool(args.prompt) == args.chat:
     raise ValueError('give either --prompt or --chat')
   if args.template_variables and not args.chat:

@@ -1,12 +1,13 @@
-"""Ctrl-C and SIGTERM: an end that loses nothing, with the usual exit codes.
+"""Handles Ctrl-C and SIGTERM: saves before it ends, with the usual exit codes.
 
-Before training there is nothing to save, and the program ends
-(`end_quietly`), while the first step compiles too. While it trains it is told
-to stop after the step (`asked`), and answers at once, even where the
-interpreter waits for a device. The grace period that it needs is what is left
-of a step, or of a validation that runs, and one save. A second signal, and
-SIGKILL, lose what came after the last checkpoint that was finished, and no
-checkpoint.
+Before the first step is done there is nothing to save, and a signal ends the
+program (`end_quietly`). During training, the first signal stops the loop after
+the current step (`asked`). The answer is printed at once, even if the
+interpreter waits for a device. Stopping takes as long as the rest of a step or
+of a running validation, and one save.
+
+A second signal, or SIGKILL, ends the program at once. It loses the steps since
+the last finished checkpoint, but no checkpoint.
 """
 
 import contextlib
@@ -16,28 +17,29 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-  """Whether a signal asked the program to stop, and which."""
+  """The signal that stops the program, if one has arrived."""
 
-  def __init__(self):
-    """Nobody has asked, and nothing is done that is worth a save."""
+  def __init__(self) -> None:
+    """Starts without a signal, and without a step worth saving."""
     self.signal: int | None = None
     self.begun = False
 
   @property
   def code(self) -> int:
-    """The exit code: 0, or 128 and the signal's number, as of a shell."""
+    """The exit code: 0, or 128 plus the signal's number, as in a shell."""
     return 0 if self.signal is None else 128 + self.signal
 
 
 def end_quietly() -> None:
-  """Lets a signal end the program in one line, with the signal's exit code."""
+  """Makes signals end the program with one line and the signal's exit code."""
 
-  def end(number, frame):
+  def end(number: int, frame: Any) -> None:
     del frame
     print(f'{name(number)}: stopped, with nothing to save', file=sys.stderr)
     raise SystemExit(128 + number)
@@ -48,24 +50,25 @@ def end_quietly() -> None:
 
 @contextlib.contextmanager
 def asked() -> Iterator[Stop]:
-  """Yields what the first signal sets; the second one ends the program.
+  """Handles signals in its body; yields the `Stop` that the first signal sets.
 
-  So does the first, as long as nothing is `begun`.
+  The second signal ends the program. The first one ends it too, if `begun` is
+  still False.
 
-  Python runs a handler once the interpreter has its turn, which may be after
-  the step, or after its compilation. The number itself comes through a socket
-  at once, and a thread waits there.
+  Python calls a signal handler only between bytecodes, which may be after the
+  step or its compilation. `set_wakeup_fd` writes the signal's number to a
+  socket at once, and a thread waits for it there.
   """
   stop = Stop()
 
-  def ask(number, frame):
+  def ask(number: int, frame: Any) -> None:
     del frame
     stop.signal = number
 
   reader, writer = socket.socketpair()
   writer.setblocking(False)
 
-  def listen():
+  def listen() -> None:
     first = True
     while number := int.from_bytes(reader.recv(1)):
       if number not in SIGNALS:
@@ -74,7 +77,8 @@ def asked() -> Iterator[Stop]:
         say(f'{name(number)}: stopped, with nothing new to save')
       if not (first and stop.begun):
         os._exit(128 + number)
-      first, stop.signal = False, number
+      first = False
+      stop.signal = number
       say(f'{name(number)}: will save after this step; again ends at once')
 
   thread = threading.Thread(target=listen, daemon=True)
@@ -93,7 +97,7 @@ def asked() -> Iterator[Stop]:
 
 
 def say(line: str) -> None:
-  """Writes a line past all buffers, whose locks others may hold."""
+  """Writes a line without Python's buffers, whose locks may be held."""
   os.write(2, f'\n{line}\n'.encode())
 
 

@@ -1,7 +1,7 @@
-"""What is trained: a `Task`, and the language model, which is the first one.
+"""Tasks: a `Task` is a model together with the data that it learns from.
 
-`train.step` makes an update of a task and `train.loop` repeats it. Neither
-knows what is inside; a second task is a second function that returns a `Task`.
+There are two, `language_model` and `classification`. `train.step` makes the
+step of a task and `train.loop` repeats it; neither depends on the kind of task.
 
 Axes: B sequences of a batch, T tokens of a sequence.
 """
@@ -22,16 +22,15 @@ from galore_optax.paths import paths
 from galore_optax.presets.groups import assigned
 from models import encoder, huggingface, lowrank
 from models.encoder import EncoderConfig
-from models.llama import Layers
+from models.llama import Layers, LlamaConfig
 from train import adapter as adapter_lib
 from train import classify
 from train import mesh as mesh_lib
 from train.config import Config, Layerwise
 from train.data import labelled
 from train.data.batches import batches, shown, validation_batches
-from train.data.corpus import Documents
-from train.data.labelled import Examples, LabelledFiles, LabelledTfds
-from train.data.tokenizer import Tokenizer
+from train.data.labelled import LabelledFiles, LabelledTfds
+from train.data.tokenizer import AnyTokenizer
 
 PyTree: TypeAlias = Any
 Batch: TypeAlias = dict[str, Any]
@@ -40,19 +39,23 @@ Loss: TypeAlias = Callable[[PyTree, Batch], tuple[jax.Array, PyTree]]
 Mask: TypeAlias = Callable[[PyTree], PyTree]
 
 INPUTS = ('inputs', 'targets', 'weights', 'positions', 'segments')
-"""What a language model reads of a batch."""
+"""The arrays of a batch that a language model reads."""
 
 
 class Text(NamedTuple):
-  """A corpus, opened, and the tokenizer of the run."""
+  """The data and the tokenizer of a run."""
 
-  train: Documents | Examples | None  # None where nothing is trained
-  validation: Documents | Examples
-  tokenizer: Tokenizer
+  train: Any
+  """The training split; `Documents` of a language model, `Examples` of a
+  classifier, or None if nothing is trained."""
+  validation: Any
+  """The validation split, of the same type."""
+  tokenizer: AnyTokenizer
+  """The run's tokenizer."""
 
 
 def everything(params: PyTree) -> PyTree:
-  """Returns the mask of a task that trains all its weights.
+  """Returns a mask of True for every weight: the default of `Task.trained`.
 
   >>> everything({'w': 1})
   {'w': True}
@@ -62,44 +65,46 @@ def everything(params: PyTree) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A model and what it learns from; nothing of it exists yet."""
+  """A model, its loss and its data; no weight is allocated and no file read."""
 
   init: Callable[[jax.Array], PyTree]
   """`key -> parameters`, as they are stored between steps."""
   layers: Any
-  """The model one layer at a time, on arrays, as `layerwise` wants it."""
+  """The model as three functions on arrays, as `layerwise` reads it."""
   loss: Loss
-  """`(parameters, batch) -> (loss, sums)`, on stored parameters: a mean over
-  the positions of a batch, each times its entry of batch['weights']; and sums
-  that are linear in these weights, by the name that the log gives them."""
+  """`(parameters, batch) -> (loss, sums)`, on stored parameters. The loss is
+  the mean over positions, each multiplied by its entry of batch['weights']. The
+  sums are linear in these weights; the log uses their names."""
   batches: Callable[[Text], grain.DatasetIterator]
-  """Data to batches without end, whose position can be saved."""
+  """Returns the training batches, without end; their position can be saved."""
   evaluate: Callable[[Text], Callable[[PyTree], Metrics]]
-  """Data to `parameters -> metrics` of what is held out."""
+  """Returns a function that computes the validation metrics of parameters."""
   example: Callable[[Text], Any]
-  """Data to what shows an example of it, for a rich console."""
+  """Returns an example of the data that a rich console can print."""
   unit: str
-  """What a weight of 1 counts."""
+  """What the weights of a batch count: 'tokens' or 'examples'."""
   score: Callable[[Metrics], float] = lambda found: found['loss']
-  """A number of a validation; the lowest is the best."""
+  """Returns a number from the validation metrics; the lowest is the best."""
   inputs: Callable[[], Batch] | None = None
-  """Shapes of the largest batch that `batches` makes; a plan needs them."""
+  """Returns the shapes of the largest possible batch, which a plan needs."""
   read: Callable[[jax.Array], PyTree] | None = None
-  """As `init`, from the config's checkpoint; what that lacks is drawn."""
+  """`key -> parameters`, read from the config's checkpoint. The key initializes
+  weights that the checkpoint lacks."""
   large: tuple[str, ...] = ()
-  """Paths of the weights that `Layerwise.slices` cuts."""
+  """Paths of the weights that `Layerwise.slices` divides."""
   trained: Mask = everything
-  """Parameters to the same tree of whether each is trained; the others stay as
-  they are, without gradient or optimizer state."""
+  """Returns a tree of bools: whether each parameter is trained. All others stay
+  fixed, without gradient or optimizer state."""
   flops: Callable[[Batch], float] | None = None
-  """A batch to what its update costs, as `model_flops` counts."""
+  """Returns the flops of an update with a batch, as `model_flops` counts
+  them."""
 
 
 def task_of(config: Config) -> Task:
-  """Returns what a config trains: its model says which task it is.
+  """Builds the task of a config, whose model decides which task it is.
 
   Raises:
-    ValueError: its corpus is for the other one, or has another metric.
+    ValueError: the corpus, or its metric, does not fit the model.
   """
   encodes = isinstance(config.model, EncoderConfig)
   if encodes != isinstance(config.corpus, LabelledFiles | LabelledTfds):
@@ -113,57 +118,70 @@ def task_of(config: Config) -> Task:
 
 
 def counted(config: Config, task: Task) -> Callable[[Batch], float]:
-  """Returns what counts the flops of a batch of a config's task."""
-  # At the first batch: a plan or an evaluation asks for none.
+  """Returns a function that counts the flops of an update with a batch."""
+  # Compute shapes at the first batch: plans and evaluations never count flops.
   shapes = functools.cache(lambda: array_shapes(config, task))
   return lambda batch: model_flops(
-    config.model, shapes(), task.trained(shapes()), *batch['inputs'].shape
+    config.resolved_model,
+    shapes(),
+    task.trained(shapes()),
+    *batch['inputs'].shape,
   )
 
 
 def model_flops(
-  model: Any, params: PyTree, trained: PyTree, rows: int, length: int
+  model: LlamaConfig | EncoderConfig,
+  params: PyTree,
+  trained: PyTree,
+  rows: int,
+  length: int,
 ) -> float:
-  """Returns the flops of an update that the model needs, two a multiplication.
+  """Returns the flops that a model needs for an update.
 
-  A token is multiplied with N weights on its way forward (2 N flops), its
-  gradient with them on its way back (2 N), and both with each other for the
-  N_t weights that are trained (2 N_t): 6 N where all are. A row of T tokens has
-  12 L T D more of attention for each, D the width of all heads: T^2 products
-  forward and twice as many back, those that are masked included. What a program
-  computes again to save memory does not count, nor does the optimizer.
+  A multiply-add counts as two flops. A token is multiplied with N weights in
+  the forward pass (2 N flops). In the backward pass its gradient is multiplied
+  with these weights (2 N), and with its activations for the N_t trained weights
+  (2 N_t). If all weights are trained, these are 6 N flops. Attention over a row
+  of T tokens adds 12 L T D for each token, where D is the width of all heads:
+  T^2 products in the forward pass and twice as many in the backward pass,
+  masked ones included. Recomputation that saves memory does not count, nor does
+  the optimizer.
 
   Args:
     model: the config of the model.
-    params: its parameters or their shapes, factors of low rank included.
-    trained: the same tree, of whether each is trained.
-    rows: in the batch.
-    length: T, tokens in a row.
+    params: its parameters or their shapes, with low-rank factors.
+    trained: a tree of bools: whether each parameter is trained.
+    rows: number of rows in the batch.
+    length: T, the number of tokens in a row.
 
   References:
     Chowdhery et al., `PaLM <https://arxiv.org/abs/2204.02311>`_, 2022.
   """
   flat = zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True)
+  is_llama = isinstance(model, LlamaConfig)
   rate = 0
   for path, (w, moves) in zip(paths(params), flat, strict=True):
     head = path == 'lm_head/kernel'
-    tied = path == 'embed/embedding' and getattr(model, 'tied', False)
-    # The layers' matrices are stacked; what is looked up is not multiplied.
+    tied = path == 'embed/embedding' and is_llama and model.tied
+    # Layers are stacked, so their matrices have three axes. Embeddings are
+    # looked up, not multiplied, unless they are also the output head.
     if head or tied or w.ndim > 2:
       rate += (6 if moves else 4) * w.size
-  width = model.num_heads * getattr(
-    model, 'head_width', model.width // model.num_heads
-  )
-  seen = min(length, getattr(model, 'window', None) or length)
+  width = model.width
+  seen = length
+  if is_llama:
+    width = model.num_heads * model.head_width
+    seen = min(length, model.window or length)
   rate += 12 * model.num_layers * seen * width
   return float(rows * length * rate)
 
 
 def language_model(config: Config) -> Task:
-  """Returns the pre-training of a LLaMA on a corpus."""
-  layers, loss = layers_of(config), stored_layers(config)
+  """Returns the task of pre-training or fine-tuning a language model."""
+  layers = layers_of(config)
+  loss = stored_layers(config)
   return Task(
-    init=lambda key: as_stored(config, Layers(config.model).init(key), key),
+    init=lambda key: as_stored(config, layers.init(key), key),
     read=lambda key: as_stored(config, read_params(config, key), key),
     layers=layers,
     loss=loss,
@@ -190,31 +208,42 @@ def language_model(config: Config) -> Task:
     ),
     unit='tokens',
     inputs=lambda: text_shapes(config),
-    # A tied model has one of them.
+    # A tied model has only the first of them.
     large=('embed/embedding', 'lm_head/kernel'),
     trained=functools.partial(trained, config),
   )
 
 
 def classification(config: Config) -> Task:
-  """Returns the fine-tuning of an encoder on labelled texts."""
-  model, metric = config.model, config.corpus.metric
+  """Returns the task of fine-tuning an encoder on labelled texts."""
+  model = encoder_config(config)
+  assert isinstance(config.corpus, LabelledFiles | LabelledTfds)
+  metric = config.corpus.metric
   check_metric(metric, model.num_labels)
   if config.checkpoint is None and config.tokenizer is None:
     raise ValueError(
       'a classifier needs a tokenizer.json: name a directory that has one with '
       '--checkpoint, or with --tokenizer to start from random weights'
     )
-  layers, loss = layers_of(config), stored_layers(config)
+  layers = layers_of(config)
+  loss = stored_layers(config)
   labels = labelled.Labels(model.num_labels, model.labels)
-  held_out = lambda text: labelled.validation_batches(
-    text.validation,
-    text.tokenizer,
-    labels,
-    batch_size=config.batch_size,
-    sequence_length=config.sequence_length,
-    num_batches=config.eval_batches,
-  )
+
+  def evaluate(text: Text) -> Callable[[PyTree], Metrics]:
+    return functools.partial(
+      classify.measure,
+      mesh_lib.measure(loss.logits, config.mesh),
+      batches=labelled.validation_batches(
+        text.validation,
+        text.tokenizer,
+        labels,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        num_batches=config.eval_batches,
+      ),
+      num_labels=model.num_labels,
+    )
+
   return Task(
     init=lambda key: as_stored(config, layers.init(key), key),
     read=lambda key: as_stored(config, read_params(config, key), key),
@@ -230,12 +259,7 @@ def classification(config: Config) -> Task:
       noise=model.dropout > 0,
       put=mesh_lib.deal(config.mesh),
     ),
-    evaluate=lambda text: functools.partial(
-      classify.measure,
-      mesh_lib.measure(loss.logits, config.mesh),
-      batches=held_out(text),
-      num_labels=model.num_labels,
-    ),
+    evaluate=evaluate,
     example=lambda text: labelled.shown(
       text.train,
       text.tokenizer,
@@ -259,11 +283,12 @@ def text_shapes(config: Config) -> Batch:
 
 
 def labelled_shapes(config: Config) -> Batch:
-  """Returns the shapes of a classifier's batch of the longest rows.
+  """Returns the shapes of a classifier's largest batch.
 
-  A row has no more tokens than the model has positions.
+  A row has at most as many tokens as the model has positions.
   """
-  model, rows = config.model, config.batch_size
+  model = encoder_config(config)
+  rows = config.batch_size
   length = min(config.sequence_length, model.max_length)
   tokens = jax.ShapeDtypeStruct((rows, length), np.int32)
   label = np.float32 if model.num_labels == 1 else np.int32
@@ -278,7 +303,10 @@ def labelled_shapes(config: Config) -> Batch:
 
 
 def check_metric(metric: str, num_labels: int) -> None:
-  """Raises ValueError where a metric is not one of such labels."""
+  """Raises ValueError unless a metric fits the number of labels.
+
+  'pearson' and 'spearman' need a number to predict, all others need labels.
+  """
   numbers = metric in ('pearson', 'spearman')
   if numbers != (num_labels == 1):
     raise ValueError(
@@ -288,18 +316,18 @@ def check_metric(metric: str, num_labels: int) -> None:
 
 
 def trained(config: Config, params: PyTree) -> PyTree:
-  """Returns which parameters of a config are trained.
+  """Returns a tree of bools: which parameters of a config are trained.
 
   Raises:
     ValueError: a group matches no parameter that the adapter leaves trained,
-      two groups match the same one, or all are frozen, or all layers
-      if updates are layer-wise.
+      two groups match the same parameter, or the groups freeze all parameters.
+      With layer-wise updates, also if the groups freeze all layers.
   """
   chosen = by_adapter(config, params)
   if not config.groups:
     return chosen
   marks, treedef = jax.tree.flatten(chosen)
-  # Without the leaves that are not trained.
+  # A pattern must match a trained leaf, so hide the others from `assigned`.
   moving = treedef.unflatten([mark or None for mark in marks])
   groups = (*config.groups, Group('', 1.0))
   indices = iter(assigned(config.groups, moving))
@@ -320,82 +348,101 @@ def trained(config: Config, params: PyTree) -> PyTree:
 
 
 def by_adapter(config: Config, params: PyTree) -> PyTree:
-  """Returns which parameters the adapter of a config leaves trained."""
+  """Returns a tree of bools: which parameters an adapter leaves trained."""
   adapter = config.adapter
-  if adapter is None or getattr(adapter, 'lomo', 0):
+  if adapter is None or (isinstance(adapter, lowrank.Lora) and adapter.lomo):
     return everything(params)
   chosen = lowrank.optimized(params, adapter)
   if 'head' in chosen:
-    # Drawn at random for these labels: nothing is learned beside a frozen one.
+    # The head starts from random weights; frozen, it would stay random.
     chosen |= {'head': everything(params['head'])}
   return chosen
 
 
 def layers_of(config: Config) -> Layers | encoder.Layers:
-  """Returns the model of a config, with its adapter, on arrays."""
+  """Returns a config's model, with its adapter; it reads weights as arrays."""
   adapter = config.adapter
   hook = None if adapter is None else lowrank.hook(adapter)
   if config.mesh.size > 1:
     hook = mesh_lib.keeping_rows(hook)
-  encodes = isinstance(config.model, EncoderConfig)
-  kind = encoder.Layers if encodes else Layers
-  return kind(config.model, intercept=hook)
+  model = config.resolved_model
+  if isinstance(model, EncoderConfig):
+    return encoder.Layers(model, intercept=hook)
+  return Layers(model, intercept=hook)
+
+
+def encoder_config(config: Config) -> EncoderConfig:
+  """Returns the model of a classifier's config."""
+  assert isinstance(config.model, EncoderConfig)
+  return config.model
 
 
 def array_shapes(config: Config, task: Task) -> PyTree:
-  """Returns the shapes of a task's parameters as arrays, as gradients are."""
+  """Returns the shapes of a task's parameters as arrays, not quantized."""
   read = config.weights().read
-  arrays = lambda key: jax.tree.map(read, task.init(key), is_leaf=is_stored)
+
+  def arrays(key: jax.Array) -> PyTree:
+    return jax.tree.map(read, task.init(key), is_leaf=is_stored)
+
   return jax.eval_shape(arrays, jax.random.key(0))
 
 
 def stored_layers(config: Config) -> Layers | encoder.Layers:
-  """Returns the model that reads its weights as a config stores them.
+  """Returns a config's model; it reads weights as they are stored.
 
-  Layer by layer: no more than one layer of them exists as arrays.
+  It converts the weights of one layer at a time, so that no more than one
+  layer's weights exist as arrays.
   """
-  layers, weights = layers_of(config), config.weights()
+  layers = layers_of(config)
+  weights = config.weights()
   if weights is ARRAYS:
     return layers
-  read = lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_stored)
+
+  def read(layer_params: PyTree) -> PyTree:
+    return jax.tree.map(weights.read, layer_params, is_leaf=is_stored)
+
   return dataclasses.replace(layers, read=read)
 
 
 def as_stored(config: Config, params: PyTree, key: jax.Array) -> PyTree:
-  """Returns a model's weights as a config stores them, with its adapter."""
-  store, adapter = config.weights().store, config.adapter
+  """Converts initial weights to the stored form, and adds the adapter."""
+  adapter = config.adapter
   if adapter is not None:
     params = lowrank.adapt(params, adapter, adapter_lib.first_key(key))
-  is_factor = lambda path: path[-1].key in lowrank.FACTORS
-  blocks = jax.tree_util.tree_map_with_path(
-    lambda path, w: store(w) if w.ndim > 2 and not is_factor(path) else w,
-    params['blocks'],
-  )
+  store = config.weights().store
+
+  def stored(path: tuple[Any, ...], w: jax.Array) -> PyTree:
+    is_factor = path[-1].key in lowrank.FACTORS
+    return store(w) if w.ndim > 2 and not is_factor else w
+
+  blocks = jax.tree_util.tree_map_with_path(stored, params['blocks'])
   return params | {'blocks': blocks}
 
 
 def read_params(config: Config, key: jax.Array) -> PyTree:
-  """Returns the weights of a config's checkpoint, of the config's type.
+  """Reads the weights of a config's checkpoint, in the config's data type.
 
-  A head that it has not is drawn.
+  If the checkpoint lacks a head, the key initializes one.
   """
-  fields = ('param_dtype', 'num_labels', 'labels')
-  given = {
-    x: getattr(config.model, x) for x in fields if hasattr(config.model, x)
-  }
+  model = config.resolved_model
+  given: dict[str, Any] = {'param_dtype': model.param_dtype}
+  if isinstance(model, EncoderConfig):
+    given |= {'num_labels': model.num_labels, 'labels': model.labels}
+  assert config.checkpoint is not None
   plain = layers_of(dataclasses.replace(config, adapter=None))
   places = mesh_lib.of_params(
     jax.eval_shape(plain.init, key), mesh_lib.devices(config.mesh)
   )
-  return huggingface.load(
+  _, params = huggingface.load(
     config.checkpoint, key=key, shardings=places, **given
-  )[1]
+  )
+  return params
 
 
 def held_out(config: Config, text: Text) -> grain.IterDataset[Batch]:
-  """Returns the validation batches of a config, in parts as in training.
+  """Returns validation batches, each the size of one part of a training batch.
 
-  The rows are the same, however many parts there are.
+  The number of parts does not change the rows.
   """
   num_batches = config.eval_batches
   if num_batches is not None:
@@ -412,21 +459,23 @@ def held_out(config: Config, text: Text) -> grain.IterDataset[Batch]:
 def perplexity(
   loss: Loss, params: PyTree, *, batches: Iterable[Batch]
 ) -> Metrics:
-  """Returns the loss, the perplexity per token and the bits per byte.
+  """Computes the loss, the perplexity per token and the bits per byte.
 
-  Every scored token counts the same, whichever batch it falls into, and the
-  sum is divided by their number and nothing else. Nothing waits for the device
-  before all batches are in its queue.
+  Every scored token has the same weight: the sum over all batches is divided
+  once, by the number of scored tokens. All batches are queued on the device
+  before the first result is read.
   """
-  found, num_bytes = [], 0.0
+  found = []
+  num_bytes = 0.0
   for batch in batches:
     _, sums = loss(params, {name: batch[name] for name in INPUTS})
     found.append((sums['nll'], sums['weight']))
     num_bytes += float(np.sum(batch['weights'] * batch['bytes']))
-  nll, weight = np.sum(jax.device_get(found), axis=0, dtype=np.float64)
-  mean = float(nll / weight)
+  totals = np.array(jax.device_get(found), np.float64).sum(axis=0)
+  nll, weight = totals.tolist()
+  mean = nll / weight
   return {
     'loss': mean,
     'perplexity': math.exp(mean) if mean < 700 else math.inf,
-    'bits_per_byte': float(nll) / math.log(2) / num_bytes,
+    'bits_per_byte': nll / math.log(2) / num_bytes,
   }

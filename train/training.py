@@ -1,8 +1,8 @@
-"""From a command line to the last step: what the training programs share.
+"""Runs a training program from its command line to the last step.
 
-`prepare` checks everything that a user can get wrong and writes nothing;
-`begin` finds the state to start from, in the run or in a checkpoint of
-transformers; `train` hands both to the loop (`train.loop`).
+`prepare` checks everything that a user can get wrong and writes no file.
+`begin` returns the first state, from a checkpoint or from random weights.
+`train_and_report` passes both to the loop in `train.loop`.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grain
 import jax
@@ -25,7 +25,6 @@ from train import step as step_lib
 from train.command import Launch, parse, source, user_errors
 from train.config import Config, differences
 from train.data.chats import Dialogues
-from train.data.corpus import Documents
 from train.data.tokenizer import (
   AnyTokenizer,
   fitted,
@@ -40,25 +39,31 @@ from train.task import Metrics, PyTree, Task, Text, task_of
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """All that training needs, checked; nothing is written yet."""
+  """Everything that training needs, checked before any file is written."""
 
   config: Config
   run: Run
+  """The run's directory, which this program writes."""
   source: Run | None
-  """The run whose checkpoint this one starts from; itself, if resumed."""
+  """The run whose checkpoint is continued: `run` itself if it is resumed."""
   task: Task
   init: step_lib.Init
+  """`key -> state`, as `train.step.build` returns it."""
   step: step_lib.Step
+  """The step, jitted for the mesh."""
   places: State
-  """Where each array of the state lives."""
+  """Sharding of each array of the state."""
   text: Text
   batches: grain.DatasetIterator
+  """The training batches, without end."""
   validate: Callable[[PyTree], Metrics]
-  """Parameters to the metrics of the validation split."""
+  """Computes the metrics of the validation split from parameters."""
   memory: Table
+  """Bytes of each parameter and its optimizer state, to print."""
   warnings: tuple[str, ...]
-  """Warnings about data that the model would not learn as they mean it."""
+  """Warnings about chats that the model would not learn as intended."""
   launch: Launch
+  """The parsed command line."""
 
 
 Before: TypeAlias = Callable[[Setup, Console], None]
@@ -71,14 +76,15 @@ def main(
   """Runs a training program; returns the exit code.
 
   Args:
-    argv: its command line.
-    kind: its options.
-    before: shows what is to be trained; may raise as `prepare` does.
-    after: shows what was trained, if no signal stopped it.
+    argv: the arguments of the command line, starting with the config file.
+    kind: the dataclass of the program's options.
+    before: called before training, to print an example of the data or to check
+      the setup; it may raise the errors that `prepare` raises.
+    after: called with the last state, unless a signal stopped the training.
   """
   machine.prepare()
   with user_errors():
-    mesh_lib.join()
+    mesh_lib.join_cluster()
     console = Console(quiet=not mesh_lib.leads())
     setup = prepare(argv, kind)
     before(setup, console)
@@ -94,7 +100,7 @@ def main(
       console.print(step_lib.traffic(setup.config), highlight=False)
     state = begin(setup)
   try:
-    return train(setup, state, console, after, path=argv[0])
+    return train_and_report(setup, state, console, after, path=argv[0])
   except FloatingPointError as error:
     print(f'error: {error}', file=sys.stderr)
     newest = checkpoint.newest_sound(setup.run.checkpoints_path)
@@ -102,37 +108,47 @@ def main(
       rate = f'{setup.config.learning_rate / 2:g}'
       again = command(setup, argv[0], '--branch', '--learning-rate', rate)
       print(
-        f'the last sound checkpoint is {newest}; to go on from it with half '
+        f'the last sound checkpoint is {newest}; to continue from it with half '
         f'the learning rate:\n{again}',
         file=sys.stderr,
       )
   except OSError as error:
     print(f'error: {error}', file=sys.stderr)
-    # One of the system, from elsewhere than a save, which says so itself.
+    # The system sets errno. `checkpoint.save` raises an OSError without errno,
+    # whose message already contains this advice.
     if error.errno is not None and checkpoint.exists(
       setup.run.checkpoints_path
     ):
       print(
-        'the checkpoints are as they were: make room, or mend what it says, '
-        f'and go on with\n{command(setup, argv[0], "--resume")}',
+        'the checkpoints are as they were: make room, or fix the reported '
+        f'problem, and continue with\n{command(setup, argv[0], "--resume")}',
         file=sys.stderr,
       )
   return 1
 
 
 def command(setup: Setup, path: str, *options: str) -> str:
-  """Returns a command line that goes on from a run, for the user to copy."""
+  """Returns a command line that continues a run, for the user to copy."""
   words = ['python', '-m', setup.launch.program, path]
   return shlex.join([*words, '--run', str(setup.run.directory), *options])
 
 
 def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
-  """Checks everything that a user can get wrong."""
+  """Checks everything that a user can get wrong, and writes no file.
+
+  Args:
+    argv: the arguments of the command line, starting with the config file.
+    kind: the dataclass of the program's options.
+
+  Raises:
+    ValueError, OSError, ImportError: the user must change a value or a file, or
+      install a package.
+  """
   found = source(argv)
-  launch = parse(
-    argv, kind, None if found is None else lambda path: found.config()
-  )
-  config, name = launch.config, pathlib.Path(argv[0]).stem
+  default = None if found is None else lambda path: found.config()
+  launch = parse(argv, kind, default)
+  config = launch.config
+  name = pathlib.Path(argv[0]).stem
   if found is None:
     config = config.resolved()
   if launch.tensorboard:
@@ -156,7 +172,7 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
     of_config(found, config) if found else prepare_tokenizer(config, documents)
   )
   text = Text(documents, held_out, tokenizer)
-  # Both splits, so that no chat is refused first in the midst of a run.
+  # Check both splits now, so that no chat is rejected in the middle of a run.
   chats = [x for x in (documents, held_out) if isinstance(x, Dialogues)]
   warnings = dict.fromkeys(line for x in chats for line in x.check(tokenizer))
   return Setup(
@@ -177,31 +193,41 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
 
 
 def check_branch(source: Run, config: Config) -> None:
-  """Raises ValueError where a config cannot start from a run's checkpoint."""
+  """Checks that a config can start from a run's checkpoint.
+
+  Raises:
+    FileNotFoundError: the run has no checkpoint.
+    ValueError: the tokenizer or the shapes of the state differ.
+  """
   if not checkpoint.exists(source.checkpoints_path):
     raise FileNotFoundError(
       f'no checkpoint in {source.checkpoints_path} to start from: leave out '
-      '--branch to begin anew'
+      '--branch to start a new run'
     )
   theirs = source.config()
   differ = differences(theirs, config)
   if 'tokenizer' in differ or shapes(theirs) != shapes(config):
     raise ValueError(
-      f'--branch cannot start from {source.directory}, whose state or text is '
-      f'another one: {run_lib.listed(differ)}. Leave out what changes the model'
-      ' or what the optimizer keeps, or begin anew without --branch'
+      f'--branch cannot start from {source.directory}, whose state or text '
+      f'differs: {run_lib.listed(differ)}. Leave out options that change the '
+      'model or the optimizer state, or start a new run without --branch'
     )
 
 
 def shapes(config: Config) -> State:
-  """Returns the shapes of a config's state."""
+  """Returns the shapes of the training state of a config."""
   init, _ = step_lib.build(config, task_of(config))
   return jax.eval_shape(init, jax.random.key(0))
 
 
-def prepare_tokenizer(config: Config, documents: Documents) -> AnyTokenizer:
-  """Returns the tokenizer that is named, or one trained on the documents."""
-  vocab_size = config.model.vocab_size
+def prepare_tokenizer(config: Config, documents: Any) -> AnyTokenizer:
+  """Loads the tokenizer that the config names, or trains one on documents.
+
+  Args:
+    config: the experiment.
+    documents: the training split of its corpus.
+  """
+  vocab_size = config.resolved_model.vocab_size
   path = config.tokenizer or config.checkpoint
   if path is None:
     sample = documents.stream(seed=0, repeat=False)
@@ -219,9 +245,17 @@ def prepare_tokenizer(config: Config, documents: Documents) -> AnyTokenizer:
 
 
 def begin(setup: Setup) -> State:
-  """Returns the state to start from, and writes the run's first files."""
-  config, source, where = setup.config, setup.source, setup.run
-  key, places = jax.random.key(config.seed), setup.places
+  """Returns the state to start from, and writes the run's first files.
+
+  Raises:
+    ValueError: the processes have different setups, or the checkpoint to branch
+      from has already done `config.steps` steps.
+  """
+  config = setup.config
+  source = setup.source
+  where = setup.run
+  key = jax.random.key(config.seed)
+  places = setup.places
   agree(setup)
   state = None
   if source and checkpoint.exists(source.checkpoints_path):
@@ -230,6 +264,7 @@ def begin(setup: Setup) -> State:
       state = checkpoint.restore(manager, like, setup.batches)
   setup.batches.start_prefetch()  # while the step compiles
   if state is None and config.checkpoint is not None:
+    assert setup.task.read is not None
     params = jax.device_put(setup.task.read(key), places.params)
     start = step_lib.starter(config, setup.task)
     state = jax.jit(start, donate_argnums=0, out_shardings=places)(params)
@@ -250,9 +285,13 @@ def begin(setup: Setup) -> State:
 
 
 def agree(setup: Setup) -> None:
-  """Raises ValueError where processes would train something else each.
+  """Checks that all processes would train the same.
 
-  None of them writes before all have looked for what is there.
+  This also keeps every process from writing files until all processes have read
+  the existing ones.
+
+  Raises:
+    ValueError: configs, runs or tokenizers differ.
   """
   tokenizer = setup.text.tokenizer
   files = sorted(tokenizer.files.items())
@@ -263,22 +302,30 @@ def agree(setup: Setup) -> None:
 
 
 def write(setup: Setup) -> None:
-  """Writes a run's first files, or a resumed one's config."""
-  config, source, where = setup.config, setup.source, setup.run
+  """Writes a new run's first files, or the changed config of a resumed run."""
+  config = setup.config
+  source = setup.source
+  where = setup.run
   if source == where:
     where.write(config)
   elif source is None:
-    begun = config.checkpoint and pathlib.Path(config.checkpoint)
-    where.create(config, setup.text.tokenizer, begun)
+    checkpoint_path = None
+    if config.checkpoint is not None:
+      checkpoint_path = pathlib.Path(config.checkpoint)
+    where.create(config, setup.text.tokenizer, checkpoint_path)
   else:
     where.branch(source, config)
 
 
-def train(
+def train_and_report(
   setup: Setup, state: State, console: Console, after: After, *, path: str
 ) -> int:
-  """Trains to the last step, or until a signal; returns the exit code."""
-  config, where, task = setup.config, setup.run, setup.task
+  """Trains until the last step or a signal; returns the exit code.
+
+  After the last step it also plots the losses and calls `after`.
+  """
+  config = setup.config
+  where = setup.run
   leads = mesh_lib.leads()
   console.print(f'run: {where.directory}', highlight=False)
   with (
@@ -305,7 +352,7 @@ def train(
       log=log,
       console=console,
       stop=stop,
-      task=task,
+      task=setup.task,
       profile=where.profile_path if setup.launch.profile else None,
     )
   if stop.signal is None:
@@ -313,7 +360,7 @@ def train(
       metrics.plot(where.metrics_path, where.curves_path, str(where.directory))
     after(setup, state, console)
     console.print(
-      f'curves: {where.curves_path}; all of the run as a page: '
+      f'curves: {where.curves_path}; a page about the run: '
       f'python -m train.report {where.directory}',
       highlight=False,
       soft_wrap=True,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+import pathlib
+import pickle
 
 import chex
 import jax
@@ -11,7 +13,7 @@ import pytest
 
 import galore_optax
 from tests.galore_optax.program import each
-from train import method
+from train import method, method_stub, registry
 from train.method import (
   AdamW,
   Apollo,
@@ -24,6 +26,8 @@ from train.method import (
   GaloreAdafactor,
   OptaxGalore,
 )
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 SHAPES = {'blocks': {'up': (3, 14, 22)}, 'embed': (24, 14), 'norm': (14,)}
 
@@ -49,10 +53,11 @@ def updates(tx, num_steps=5):
   return found, state
 
 
-@pytest.mark.parametrize('name', method.METHODS)
+@pytest.mark.parametrize('name', registry.METHODS)
 def test_a_config_has_the_options_and_defaults_of_its_preset(name):
-  kind, preset = method.CLASSES[name], method.METHODS[name].preset
-  assert getattr(method, name) is kind
+  kind, preset = registry.CLASSES[name], registry.METHODS[name].preset
+  assert getattr(method, name) is kind and name in dir(method)
+  assert pickle.loads(pickle.dumps(kind())) == kind()
   parameters = inspect.signature(preset).parameters
   for field in dataclasses.fields(kind):
     assert field.default == parameters[field.name].default
@@ -86,7 +91,7 @@ def test_a_new_preset_needs_no_more_than_its_signature():
     assert clip_norm is None and mask is None and where is None
     return optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov)
 
-  kind = method.read('Sgd', sgd)
+  kind = registry.options_class('Sgd', sgd)
   names = [field.name for field in dataclasses.fields(kind)]
   assert names == ['momentum', 'nesterov', 'where']
   assert inspect.getdoc(kind) == 'Descends.'
@@ -192,13 +197,13 @@ def test_a_method_trains(name):
 
 
 @pytest.mark.parametrize(
-  'variant', [pytest.param(x, id=call) for call, x in method.lines()]
+  'variant', [pytest.param(x, id=call) for call, x in registry.table_lines()]
 )
 def test_bytes_of_state_are_those_of_the_table(variant):
   # The weight is large enough for 8-bit moments, and not a multiple of a block.
   m, n, r = 48, 260, 16
   w = jax.ShapeDtypeStruct((m, n), jnp.float32)
-  kind = method.CLASSES[variant.name]
+  kind = registry.CLASSES[variant.name]
   known = {field.name for field in dataclasses.fields(kind)}
   sized = {'rank': r, 'density': r / m, 'blocks': '.*'}
   options = {k: x for k, x in sized.items() if k in known} | variant.options
@@ -209,11 +214,27 @@ def test_bytes_of_state_are_those_of_the_table(variant):
   assert row.bytes == variant.num_bytes(m, n, r)
 
 
+def test_the_stub_declares_every_method():
+  written = (ROOT / 'train' / 'method.pyi').read_text()
+  assert written == method_stub.stub(), (
+    'run `python -m train.method_stub > train/method.pyi`'
+  )
+  for name, kind in registry.CLASSES.items():
+    assert f'\nclass {name}:\n' in written
+    for field in dataclasses.fields(kind):
+      assert f'\n  {field.name}: ' in written
+
+
+def test_a_name_that_is_no_method_is_an_attribute_error():
+  with pytest.raises(AttributeError, match='Adagrad'):
+    _ = method.Adagrad
+
+
 def test_every_preset_is_a_method():
   presets = {
     *('galore_adamw', 'galore_adamw_8bit', 'galore_adafactor', 'frugal'),
     *('badam', 'fira', 'apollo', 'apollo_mini', 'lomo', 'adalomo'),
     *('scale_sgd', 'galore_muon'),
   } & vars(galore_optax).keys()
-  rows = [row for row in method.METHODS.values() if row.cells]
+  rows = [row for row in registry.METHODS.values() if row.cells]
   assert {row.preset.__name__ for row in rows} == presets

@@ -12,7 +12,8 @@ import pytest
 from galore_optax import Staggered, galore, galore_adamw, quantize_bases
 from models.llama import LlamaConfig
 from tests.train.test_config import CONFIG
-from train import step, subspace
+from train import step
+from train import subspace_metrics as subspace
 from train.config import Layerwise, WholeTree
 from train.method import METHODS, AdamW
 from train.method import Galore as Optimizer
