@@ -127,6 +127,43 @@ def test_the_first_page_names_the_commands():
   assert targets > {'train', 'test', 'plan', 'docs', 'release'}
 
 
+def test_figures_stand_on_the_pages_that_their_paragraph_links_to():
+  checked = 0
+  for paragraph in BLOCK.sub('', text_of('README.md')).split('\n\n'):
+    links = [link.partition('#')[0] for link in LINK.findall(paragraph)]
+    pages = [x for x in links if x.startswith(('configs/', 'tests/bench/'))]
+    sources = ''.join(text_of(x) for x in pages if not x.endswith('.png'))
+    figures = re.findall(
+      r'(?<![\w.])(?:\d+(?:,\d{3})+|\d+\.\d+)(?![\w.%])', paragraph
+    )
+    if sources:
+      assert not [x for x in figures if x not in sources], paragraph
+      checked += len(figures)
+  assert checked > 12
+
+
+def test_differences_to_adamw_are_those_of_the_benchmark():
+  page = text_of('tests/bench/results/methods.md')
+  titles = {row.preset.__name__: row.title for row in registry.ROWS}
+  text = section('README.md', 'Which method should I use?')
+  rows = re.findall(r'^\| (.+) \| (.+) \| (.+) \| (.+) \|$', text, re.MULTILINE)
+  for name, megabytes, *differences in rows[2:]:
+    name = name.strip('`').partition(',')[0]
+    title = titles.get(name, name)
+    found = re.findall(
+      rf'^\| {title} \|.*\| (?:-|(\S+) \+- (\S+)) \| ([\d,]+) \|$',
+      page,
+      re.MULTILINE,
+    )
+    assert len(found) == 2, title
+    for shown, (mean, interval, kilobytes) in zip(
+      differences, found, strict=True
+    ):
+      size = float(kilobytes.replace(',', '')) / 1000
+      assert megabytes == f'{size:.1f}'
+      assert shown == (f'{mean} ± {interval}' if mean else '0')
+
+
 def test_the_table_of_methods_is_the_generated_one():
   rows = registry.table().splitlines()
   assert '\n'.join(rows) in text_of('galore_optax/README.md')
