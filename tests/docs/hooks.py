@@ -9,6 +9,8 @@ import ast
 import pathlib
 import re
 
+from mkdocs.structure.files import File
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 READMES = {
@@ -87,9 +89,6 @@ def on_config(config):
 
 def on_files(files, config):
   """Adds the pages, and every other file that one of them links to."""
-  # Imported here because pytest imports this file without MkDocs.
-  from mkdocs.structure.files import File
-
   def add(path):
     if path not in files.src_uris:
       source = str(ROOT / path)
