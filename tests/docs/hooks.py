@@ -89,6 +89,7 @@ def on_config(config):
 
 def on_files(files, config):
   """Adds the pages, and every other file that one of them links to."""
+
   def add(path):
     if path not in files.src_uris:
       source = str(ROOT / path)
