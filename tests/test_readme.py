@@ -117,7 +117,7 @@ def test_commands_name_files_and_targets_that_exist(name):
 
 
 def code_of(text):
-  """Returns what a page sets in code, in blocks or in lines."""
+  """Returns the code of a page, from blocks and from lines."""
   prose = BLOCK.sub('', text)
   return [x[1] for x in BLOCK.findall(text)] + re.findall('`([^`]+)`', prose)
 
@@ -220,7 +220,7 @@ def test_every_benchmark_and_result_is_listed():
     assert f'`tests.bench.{path.stem}`' in text, path.stem
 
 
-# What works together.
+# The table of features that work together.
 
 SHAPES = {
   'blocks': {'w': (2, 264, 520), 'norm': (2, 264)},

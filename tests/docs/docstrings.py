@@ -19,7 +19,7 @@ class Docstrings(griffe.Extension):
       obj.docstring.value = markdown(obj.docstring.value)
 
   def on_package(self, *, pkg, **_):
-    """Gives presets with `**options` the signatures that Python shows."""
+    """Gives presets with `**options` the signatures of `inspect.signature`."""
     # The site is built without the packages that the others import.
     library = pkg.name == 'galore_optax'
     functions = list(functions_of(pkg)) if library else []
