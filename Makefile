@@ -15,10 +15,11 @@ TRAIN := .venv/$(if $(CARD),train-cuda,train)
 # takes a tenth less time.
 train train-layerwise: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # Tests and plans run on the CPU, whatever the machine has.
-test slow optimized cpu plan card parity lowest newest: export JAX_PLATFORMS := cpu
+test slow optimized cpu plan card parity lowest newest docs release: \
+  export JAX_PLATFORMS := cpu
 
 .PHONY: train train-layerwise test slow optimized cpu plan card parity lowest \
-  newest lint clean
+  newest lint docs release clean
 
 train: $(TRAIN)
 	$(BIN)/python -m train.pretrain configs/quickstart.py $(ARGS)
@@ -82,6 +83,22 @@ lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# A site from the READMEs and the docstrings, in build/docs. A warning, such as a
+# broken link or a documented parameter that does not exist, is an error.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict --config-file tests/docs/mkdocs.yml $(ARGS)
+
+# The sdist and the wheel, in build/release. The wheel is then installed into an
+# environment of its own, where the first lines of README.md run.
+release: .venv/release
+	rm -rf build/release
+	$(BIN)/python -m build --outdir build/release
+	$(BIN)/twine check --strict build/release/galore_optax-*
+	$(PYTHON) -m venv build/release/venv
+	build/release/venv/bin/pip install -q build/release/*.whl
+	cd build/release && venv/bin/python -I ../../tests/release.py
 
 .venv/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -28,7 +28,6 @@ from train.method import (
 )
 
 ROOT = pathlib.Path(__file__).parents[2]
-README = ROOT / 'README.md'
 
 SHAPES = {'blocks': {'up': (3, 14, 22)}, 'embed': (24, 14), 'norm': (14,)}
 
@@ -239,9 +238,3 @@ def test_every_preset_is_a_method():
   } & vars(galore_optax).keys()
   rows = [row for row in registry.METHODS.values() if row.cells]
   assert {row.preset.__name__ for row in rows} == presets
-
-
-def test_the_table_stands_in_the_readme():
-  text = README.read_text().splitlines()
-  for line in registry.table().splitlines():
-    assert line in text
