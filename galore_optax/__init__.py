@@ -10,9 +10,9 @@ update of the form
   update = unproject(inner(project(G))) * scale + residual(rest of G) + decay
 """
 
-from galore_optax.galore import Apart as Apart, Galore as Galore, chain as chain
-from galore_optax.galore import GaloreState as GaloreState, galore as galore
-from galore_optax.galore import install_chain
+from galore_optax.chain import chain as chain, install_chain
+from galore_optax.galore import Galore as Galore, GaloreState as GaloreState
+from galore_optax.galore import Inners as Inners, galore as galore
 from galore_optax.galore import quantize_bases as quantize_bases
 from galore_optax.layerwise.step import layerwise as layerwise
 from galore_optax.memory import describe as describe
@@ -46,7 +46,7 @@ from galore_optax.subspace.finders import Gaussian as Gaussian, Gram as Gram
 from galore_optax.subspace.finders import PowerIteration as PowerIteration
 from galore_optax.subspace.finders import Randomized as Randomized, Svd as Svd
 from galore_optax.subspace.finders import RandomOrthogonal as RandomOrthogonal
-from galore_optax.subspace.kept import Lazy as Lazy, Packed as Packed
+from galore_optax.subspace.store import Lazy as Lazy, Packed as Packed
 from galore_optax.subspace.refresh import Staggered as Staggered
 
 

@@ -1,9 +1,10 @@
-"""Exact decoupled weight decay through a black-box inner.
+"""Exact decoupled weight decay through a black-box inner optimizer.
 
-An inner sees the low-rank gradient, whose shape is not the weight's, so what
-it would read from `params` is not there. If it reads them for decoupled decay
-alone, its update is `u(gradient) + slope * params`: the low-rank part runs with
-zeros for weights, and one forward derivative of that very run is the slope.
+The inner optimizer receives low-rank gradients. It cannot read the weights,
+because they have another shape. If an inner reads params only for decoupled
+weight decay, its update is `u(gradient) + slope * params`. So it runs once with
+zeros for the projected weights, and one forward derivative of that run is the
+slope. `galore` then adds the slope times the whole weight.
 """
 
 import functools
@@ -15,103 +16,120 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax.checks import check_params, is_zero
-from galore_optax.precision import close
-from galore_optax.projection import Projection, Whole, each
+from galore_optax.precision import allclose
+from galore_optax.projection import Projection, Whole, map_plans
 from galore_optax.trial import NeedsFunctionError, reaches, try_update
 
-# Steps at which an inner is tried: at some, a schedule may be zero.
+Plans = Sequence[Projection | Whole]
+
 COUNTS = (0, 1, 10, 100, 1_000)
+"""Steps at which an inner is tried. A schedule may be zero at some of them."""
 
 GRADIENTS = ((0.25, -1.0, 0.0, 0.5), (2.0, 1.0, 0.25, 3.0), (0.0,) * 4)
-# Entries of the 2 x 2 gradients and weights that an inner is tried on.
+"""Entries of the 2 x 2 gradients with which an inner is tried."""
 WEIGHTS = (0.5, -2.0, 1.5, -0.75)
+"""Entries of the 2 x 2 weights with which an inner is tried."""
 
-# The remedy for a part of an inner that needs whole weights.
 OUTSIDE = (
   'A part that needs whole weights goes outside, after a galore with its own'
   ' inner: optax.chain(galore(optax.adamw(lr), rank=512), part)'
 )
+"""The remedy for a part of an inner that needs whole weights."""
 
 
-def through(inner, plans, low, state, params, extra) -> tuple[Any, Any, Any]:
-  """Runs the inner on low-rank gradients.
+def run_inner(
+  inner: optax.GradientTransformationExtraArgs,
+  plans: Plans,
+  low: Any,
+  state: Any,
+  params: Any,
+  extra: dict[str, Any],
+) -> tuple[Any, Any, Any]:
+  """Runs the inner optimizer on low-rank gradients.
 
   Args:
-    inner: the transformation.
-    plans: of each leaf.
-    low: projected gradients; itself of a leaf that is whole.
-    state: of the inner.
+    inner: the inner optimizer.
+    plans: one for each leaf.
+    low: low-rank gradients [..., r, n]; whole gradients of leaves that are not
+      projected.
+    state: state of the inner.
     params: the weights in their own shapes, or None.
-    extra: arguments passed to the inner.
+    extra: extra arguments of the inner's update.
 
   Returns:
-    Its updates, the slopes of its decay (a tree of scalars, None without
-    params), its new state.
+    The inner's updates; the slopes of its decay, a tree of scalars (zeros if it
+    does not decay), or None without params; and its new state.
 
   Example:
     >>> plans, w = [Projection('', (3, 5), ((0,), (1,)), 2, (-2,))], jnp.ones
     >>> inner = optax.adamw(0.5, weight_decay=0.25)
     >>> inner = optax.with_extra_args_support(inner)
     >>> low = w((2, 5))
-    >>> through(inner, plans, low, inner.init(low), w((3, 5)), {})[1]
+    >>> run_inner(inner, plans, low, inner.init(low), w((3, 5)), {})[1]
     Array(-0.125, dtype=float32)
   """
   if params is None:
     updates, state = inner.update(low, state, None, **extra)
     return updates, None, state
-  at = each(lambda p, w: p.view(w), plans, params)
-  along = _along(plans, at)
-  update = lambda w: inner.update(low, state, w, **extra)
-  updates, slopes, state = jax.jvp(update, (at,), (along,), has_aux=True)
+  at = map_plans(lambda p, w: p.inner_params(w), plans, params)
+  updates, slopes, state = jax.jvp(
+    lambda w: inner.update(low, state, w, **extra),
+    (at,),
+    (_direction(plans, at),),
+    has_aux=True,
+  )
   return updates, jax.tree.map(lambda x: x.ravel()[0], slopes), state
 
 
-def _along(plans, tree):
-  """Returns ones of projected leaves, along which the slope is taken.
+def _direction(plans: Plans, tree: Any) -> Any:
+  """Returns the tangent of the weights: ones for projected leaves, else zeros.
 
-  Of others zeros: decay of the inner acts on the weight itself.
+  The inner receives other leaves themselves and decays them, so their slope is
+  not needed.
   """
-  return each(lambda p, x: jnp.full_like(x, _is_low(p)), plans, tree)
+  return map_plans(lambda p, x: jnp.full_like(x, _is_projected(p)), plans, tree)
 
 
-_is_low = lambda p: isinstance(p, Projection)
+def _is_projected(plan: Projection | Whole) -> bool:
+  return isinstance(plan, Projection)
 
 
-def check(inner: Any, plans: Sequence[Projection | Whole], params: Any) -> None:
-  """Raises if the inner reads params for more than decoupled decay.
+def check(inner: Any, plans: Plans, params: Any) -> None:
+  """Raises if the inner reads params for more than decoupled weight decay.
 
-  It is tried on 2 x 2 weights of both signs against zeros: its states must be
-  equal, and its updates differ by one slope times the weight, whatever the
-  gradient. State that no update reads may differ: `optax.snapshot` and
-  `optax.monitor` measure the low-rank updates that they see.
+  The inner runs on weights of both signs whose axes have length 2, and again on
+  zeros. Its states
+  must be equal, and its updates must differ by one slope times the weight for
+  every gradient. State that no update reads may differ: `optax.snapshot` and
+  `optax.monitor` store measurements of the low-rank updates.
 
   Args:
-    inner: the transformation.
-    plans: of each leaf.
-    params: parameters; only structure, ranks and types are read.
+    inner: the inner optimizer.
+    plans: one for each leaf.
+    params: parameters; only structure, numbers of axes and dtypes are read.
 
   Raises:
     ValueError: the update of a projected leaf is not affine in the weight
-      with one slope, something else depends on it, the inner has no forward
-      derivative, or it calls a function of the weights.
+      with one slope, another value depends on the weight, the inner does not
+      have a forward derivative, or it calls a function of the weights.
   """
 
-  def filled(values):
-    def of_leaf(p, x):
-      # What the inner sees of a weight has two axes beyond its batch.
+  def filled(values: Sequence[float]) -> Any:
+    def of_leaf(p: Projection | Whole, x: Any) -> jax.Array:
       ndim = x.ndim if isinstance(p, Whole) else len(p.low_shape)
       dtype = jnp.promote_types(x.dtype, jnp.float32)
       return jnp.resize(jnp.array(values, dtype), (2,) * ndim)
 
-    return each(of_leaf, plans, params)
+    return map_plans(of_leaf, plans, params)
 
   with jax.ensure_compile_time_eval():
     grads, w = list(map(filled, GRADIENTS)), filled(WEIGHTS)
-    # One program: operation by operation, compiling takes seconds.
-    both = jax.jit(lambda *run: _run_both(inner, plans, *run))
+    # One program for all runs: compiling operation by operation takes seconds.
+    both = jax.jit(functools.partial(_run_both, inner, plans))
     for count in COUNTS:
       try:
-        # With a learning rate of zero nothing can be seen: try the next.
+        # A learning rate of zero hides every difference: then the next count
+        # is tried.
         runs = [_with_note(both, g, w, count) for g in grads]
         if any([_compare(inner, plans, w, *run) for run in runs]):
           return
@@ -122,46 +140,63 @@ def check(inner: Any, plans: Sequence[Projection | Whole], params: Any) -> None:
           f' gradients. {OUTSIDE}'
         ) from error
       except TypeError:
-        # It needs extra args, which only `update` is given, or a hyperparameter
-        # is traced, and nothing can be compared.
+        # The inner needs extra arguments, which only `update` receives, or a
+        # hyperparameter is a tracer and no values can be compared.
         return
 
 
 def _with_note(run: Callable[..., Any], *args: Any) -> Any:
-  """Returns run(*args); an error of the inner gets a note of its origin."""
+  """Returns run(*args); notes in an error of the inner how it was called."""
   try:
     return run(*args)
   except TypeError:
-    raise  # It means that the inner cannot be tried.
+    # `check` handles it: the inner cannot be tried.
+    raise
   except Exception as error:
     error.add_note(f'galore tried its inner on weights of 2 x 2. {OUTSIDE}')
     raise
 
 
-def _run_both(inner, plans, g, weights, count):
-  """Runs an inner with weights, and with zeros and the decay added.
+def _run_both(
+  inner: Any, plans: Plans, g: Any, weights: Any, count: Any
+) -> tuple[Any, Any]:
+  """Runs an inner with the weights, and with zeros and the decay added.
 
-  Returns of each the updates, and the states before and after.
+  Returns:
+    For each of the two runs: the updates, and the states before and after.
   """
-  blind = each(lambda p, x: 0 * x if _is_low(p) else x, plans, weights)
-  along = _along(plans, weights)
-  state, other = (at_count(count, inner.init(x)) for x in (weights, blind))
+  zeros = map_plans(
+    lambda p, x: 0 * x if _is_projected(p) else x, plans, weights
+  )
+  state = with_counters_at(count, inner.init(weights))
+  other = with_counters_at(count, inner.init(zeros))
   seen, after = try_update(inner, g, state, weights)
-  update = functools.partial(try_update, inner, g, other)
   try:
-    unseen, slopes, then = jax.jvp(update, (blind,), (along,), has_aux=True)
+    unseen, slopes, then = jax.jvp(
+      functools.partial(try_update, inner, g, other),
+      (zeros,),
+      (_direction(plans, weights),),
+      has_aux=True,
+    )
   except (TypeError, NotImplementedError) as error:
     raise ValueError(
       f'the inner has no forward derivative, which tells its decay: {error}'
     ) from error
-  decayed = lambda p, u, s, w: u + s.ravel()[0] * w if _is_low(p) else u
-  expected = each(decayed, plans, unseen, slopes, weights)
+  expected = map_plans(
+    lambda p, u, s, w: u + s.ravel()[0] * w if _is_projected(p) else u,
+    plans,
+    unseen,
+    slopes,
+    weights,
+  )
   return (seen, state, after), (expected, other, then)
 
 
-def _compare(inner, plans, weights, ours, theirs):
-  """Compares two runs of an inner; returns whether they tell enough."""
-  depends = _what_depends(inner, plans, weights, ours, theirs)
+def _compare(
+  inner: Any, plans: Plans, weights: Any, ours: Any, theirs: Any
+) -> bool:
+  """Returns whether some projected leaf moved; raises if two runs differ."""
+  depends = _first_difference(inner, plans, weights, ours, theirs)
   if depends is not None:
     raise ValueError(
       'the inner reads params for more than decoupled weight decay (a trust'
@@ -169,28 +204,33 @@ def _compare(inner, plans, weights, ours, theirs):
       f' which has no low-rank form: {depends} depends on them. Use one without'
       f' it, such as optax.adamw. {OUTSIDE}'
     )
-  moved = each(lambda p, x: _is_low(p) and bool(jnp.any(x)), plans, ours[0])
+  moved = map_plans(
+    lambda p, x: _is_projected(p) and bool(jnp.any(x)), plans, ours[0]
+  )
   return any(jax.tree.leaves(moved))
 
 
-def _what_depends(
+def _first_difference(
   inner: optax.GradientTransformation,
-  plans: Sequence[Projection | Whole],
+  plans: Plans,
   weights: Any,
   ours: tuple[Any, Any, Any],
   theirs: tuple[Any, Any, Any],
 ) -> str | None:
-  """Returns the first difference of two runs that matters; None for none."""
+  """Returns the name of the first value that differs between two runs.
+
+  State that no update reads is not compared. Returns None if all are equal.
+  """
   (seen, *states), (expected, *others) = ours, theirs
   pairs = zip(plans, *map(jax.tree.leaves, (seen, expected)), strict=True)
   for p, x, y in pairs:
-    if not close(x, y):
+    if not allclose(x, y):
       return f'its update of {p.path}'
   differ = [
     path
     for state, other in zip(states, others, strict=True)
     for (path, x), (_, y) in zip(_by_path(state), _by_path(other), strict=True)
-    if not close(x, y)
+    if not allclose(x, y)
   ]
   if not differ or not _is_read(inner, seen, states[-1], weights, {*differ}):
     return None
@@ -210,7 +250,7 @@ def _is_read(
   weights: Any,
   some: set[str],
 ) -> bool:
-  """Whether updates, or the rest of the state, depend on some of the state."""
+  """Whether updates or other state depend on the state at the paths `some`."""
   trace = jax.make_jaxpr(
     functools.partial(try_update, inner), return_shape=True
   )
@@ -223,10 +263,10 @@ def _is_read(
   return any(x and not one for x, one in zip(found, outputs, strict=True))
 
 
-def at_count(count: int, state: Any) -> Any:
-  """Returns a state with its integer scalars, the counters, at `count`."""
+def with_counters_at(count: int | jax.Array, state: Any) -> Any:
+  """Returns a state whose integer scalars, its counters, are `count`."""
 
-  def of_leaf(x):
+  def of_leaf(x: Any) -> jax.Array:
     x = jnp.asarray(x)
     is_count = x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
     return jnp.full_like(x, count) if is_count else x
@@ -234,8 +274,8 @@ def at_count(count: int, state: Any) -> Any:
   return jax.tree.map(of_leaf, state)
 
 
-def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
-  """Returns a learning rate, or a schedule's at a step.
+def rate_at(learning_rate: optax.ScalarOrSchedule, count: Any) -> Any:
+  """Returns a learning rate, or the value of a schedule at a step.
 
   >>> rate_at(0.5, 3), rate_at(lambda count: 2 * count, 3)
   (0.5, 6)
@@ -244,23 +284,29 @@ def rate_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
 
 
 def add_decayed_weights(weight_decay: float) -> optax.GradientTransformation:
-  """Returns optax's, which asks for no params where the decay is zero.
+  """Returns `optax.add_decayed_weights`; an identity if the decay is zero.
+
+  Without decay, params are optional.
 
   >>> add_decayed_weights(0.0).update(jnp.ones(1), optax.EmptyState())[0]
   Array([1.], dtype=float32)
   """
-  none = is_zero(weight_decay)
-  return optax.identity() if none else optax.add_decayed_weights(weight_decay)
+  if is_zero(weight_decay):
+    return optax.identity()
+  return optax.add_decayed_weights(weight_decay)
 
 
 def decay_updated_weights(
   learning_rate: optax.ScalarOrSchedule, *, weight_decay: float
 ) -> optax.GradientTransformation:
-  """Decays the weights that the update makes: w' = (w + u) (1 - lr decay).
+  """Decays the updated weights: w' = (w + u) (1 - lr decay).
 
   Args:
     learning_rate: a number, or a schedule of the step.
-    weight_decay: the decay.
+    weight_decay: the decay rate.
+
+  Raises:
+    ValueError: `update` is called without params, and the decay is not zero.
 
   Example:
     >>> tx = decay_updated_weights(0.5, weight_decay=0.5)
@@ -270,16 +316,22 @@ def decay_updated_weights(
     Array(3., dtype=float32)
   """
 
-  init_fn = lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
+  def init_fn(params: Any) -> optax.ScaleByScheduleState:
+    del params
+    return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
 
-  def update_fn(updates, state, params=None):
-    # No params are asked for where no decay is; a traced one may be any.
+  def update_fn(
+    updates: Any, state: Any, params: Any = None
+  ) -> tuple[Any, optax.ScaleByScheduleState]:
+    # Without decay, params are optional. A traced decay may be nonzero, so it
+    # requires them.
     if not is_zero(weight_decay):
       check_params(params, 'weight decay')
       shrink = rate_at(learning_rate, state.count) * weight_decay
-      decayed = lambda u, w: u - (shrink * (w + u)).astype(u.dtype)
-      updates = jax.tree.map(decayed, updates, params)
-    count = optax.safe_increment(state.count)
+      updates = jax.tree.map(
+        lambda u, w: u - (shrink * (w + u)).astype(u.dtype), updates, params
+      )
+    count = jnp.asarray(optax.safe_increment(state.count))
     return updates, optax.ScaleByScheduleState(count=count)
 
   return optax.GradientTransformation(init_fn, update_fn)

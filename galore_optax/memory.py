@@ -12,7 +12,7 @@ import jax
 import optax
 
 from galore_optax import paths
-from galore_optax.projection import watched
+from galore_optax.projection import recording_plans
 
 
 class Row(NamedTuple):
@@ -83,7 +83,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
     b     (6,)    -             48
     w     (4, 6)  (2, 6)       128
   """
-  with watched() as seen:
+  with recording_plans() as recorded:
     # The lambda is new at each call. JAX would not run a function again that it
     # has traced before, and the plans would not be recorded.
     state = jax.eval_shape(lambda params: tx.init(params), params)
@@ -101,11 +101,12 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
   names = paths.paths(params)
   shapes = [tuple(leaf.shape) for _, leaf in leaves]
   low = [
-    seen.plans[name].low_shape if name in seen.plans else None for name in names
+    recorded.plans[name].low_shape if name in recorded.plans else None
+    for name in names
   ]
   indices = range(len(leaves))
   basis_bytes = [sizes[i, True] for i in indices]
   moment_bytes = [sizes[i, False] for i in indices]
   table = Table(map(Row, names, shapes, low, basis_bytes, moment_bytes))
-  table.multipliers = seen.multipliers
+  table.multipliers = recorded.multipliers
   return table

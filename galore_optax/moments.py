@@ -1,11 +1,12 @@
-"""What a refresh does to the inner state: keep it, reset it, or rotate it.
+"""Moments at a refresh: rules that keep, reset or rotate the inner's state.
 
-The moments of an inner are fields of NamedTuples, known by their names; what
-stands beside them under another name is refused at `init`. No inner is run.
+The moments of an inner optimizer are fields of NamedTuples. The rules find them
+by the names of these fields. At `init` the rules 'reset' and 'rotate' refuse an
+inner whose state has arrays under other names.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -13,28 +14,44 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax.checks import check_decay, check_one_of
-from galore_optax.quantized.array import full, is_coded, unpacked
-from galore_optax.quantized.state import repacked
+from galore_optax.quantized.array import (
+  dequantize_tree,
+  is_quantized,
+  quantized_full,
+)
+from galore_optax.quantized.state import quantize_tree
 
-# Fields of first and of second moments in optax's states.
-FIRST, SECOND = ('mu', 'trace', 'ema'), ('nu',)
+FIRST = ('mu', 'trace', 'ema')
+"""Fields of first moments in optax's states."""
 
-# Fields that start at zero, and that a reset takes back there.
-ZEROED = {*FIRST, *SECOND, *'v v_row v_col nu_max m n g'.split()}
+SECOND = ('nu',)
+"""Fields of second moments in optax's states."""
 
-# Counters of moments: a bias correction starts anew with them.
+ZEROED = {
+  *FIRST,
+  *SECOND,
+  *('v', 'v_row', 'v_col', 'nu_max', 'm', 'n', 'g'),
+}
+"""Fields that are zero at first. `reset` sets them to zero again."""
+
 COUNTS = {'count', 't'}
+"""Counters of moments. `reset` restarts the bias correction with them."""
 
-CONSTANTS = {'ns_coeffs'}  # fields of numbers that no gradient changes
+CONSTANTS = {'ns_coeffs'}
+"""Fields with numbers that no gradient changes."""
+
+Rotation: TypeAlias = Callable[[jax.Array, int], jax.Array]
+"""`(low, power) -> low`: the product with C = P_new P_old^T, its entries raised
+to a power."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotate:
-  """Carries the moments from the old basis to the new one.
+  """Maps the moments from the old basis to the new one.
 
-  With C = P_new P_old^T the first moment becomes C mu. The second follows its
-  variance: with both corrected for bias, |C^2 (nu - mu^2) + (C mu)^2|, where
-  C^2 has the squared entries of C.
+  With C = P_new P_old^T the first moment mu becomes C mu. The second moment nu
+  becomes |C^2 (nu - mu^2) + (C mu)^2|, where mu and nu are corrected for bias,
+  and C^2 has the squared entries of C.
 
   Example:
     >>> import galore_optax
@@ -45,80 +62,97 @@ class Rotate:
     Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024.
   """
 
-  b1: float = 0.9  # decay of the inner's first moment
-  b2: float = 0.999  # decay of its second moment
+  b1: float = 0.9
+  """Decay rate of the inner's first moment."""
+  b2: float = 0.999
+  """Decay rate of the inner's second moment."""
 
   def __post_init__(self) -> None:
-    """Raises ValueError for what is no decay."""
+    """Raises ValueError unless both decay rates are in [0, 1)."""
     check_decay(b1=self.b1, b2=self.b2)
 
-  def __call__(self, state: Any, treedef: Any, turns: Sequence) -> Any:
-    """Returns the inner state in the new basis.
+  def __call__(
+    self, state: Any, treedef: Any, rotations: Sequence[Rotation | None]
+  ) -> Any:
+    """Returns the inner's state in the new basis.
 
     Args:
-      state: of the inner.
-      treedef: of the parameters.
-      turns: of each leaf `turn(x, power)`, the product with C, its entries to a
-        power; None of a leaf that is not projected.
+      state: state of the inner optimizer.
+      treedef: structure of the parameters.
+      rotations: one for each leaf; None if the leaf is not projected.
     """
 
-    def of_node(node):
+    def of_node(node: Any) -> Any:
       fields = [f for f in FIRST + SECOND if f in node._fields]
       columns = [treedef.flatten_up_to(getattr(node, f)) for f in fields]
       count = getattr(node, 'count', None)
-      rows = zip(turns, *columns, strict=True)
-      new = [self._turned(fields, old, turn, count) for turn, *old in rows]
-      column = lambda f: treedef.unflatten([moments[f] for moments in new])
-      return node._replace(**{f: column(f) for f in fields})
+      new = [
+        self._rotated(dict(zip(fields, old, strict=True)), rotate, count)
+        for rotate, *old in zip(rotations, *columns, strict=True)
+      ]
+      return node._replace(
+        **{
+          f: treedef.unflatten([moments[f] for moments in new]) for f in fields
+        }
+      )
 
-    return _each_node(of_node, state)
+    return _map_moments(of_node, state)
 
-  def _turned(self, fields, old, turn, count):
-    """Returns the moments of one leaf, turned, by their names."""
-    old = dict(zip(fields, old, strict=True))
-    # Of two inners each has masks where the other's leaves are.
-    if turn is None or optax.MaskedNode in map(type, old.values()):
+  def _rotated(
+    self, old: dict[str, Any], rotate: Rotation | None, count: Any
+  ) -> dict[str, Any]:
+    """Returns the rotated moments of one leaf, by field."""
+    # Each of two inners has masks in place of the other's leaves.
+    if rotate is None or optax.MaskedNode in map(type, old.values()):
       return old
-    new, mu, turned = dict(old), 0.0, 0.0
+    new, mu, rotated_mu = dict(old), 0.0, 0.0
     for f in FIRST:
       if f in old:
-        mu = unpacked(old[f])
-        turned = turn(mu, 1)
-        new[f] = repacked(turned, old[f])
+        mu = dequantize_tree(old[f])
+        rotated_mu = rotate(mu, 1)
+        new[f] = quantize_tree(rotated_mu, old[f])
     if 'nu' in old:
       w1, w2 = 1.0, 1.0
-      # Bias corrections; without a count the inner makes none.
+      # Bias corrections. An inner without a counter does not correct.
       if count is not None:
         w1, w2 = (1 - b ** jnp.maximum(count, 1) for b in (self.b1, self.b2))
-      spread = turn(unpacked(old['nu']) / w2 - (mu / w1) ** 2, 2)
-      new['nu'] = repacked(w2 * jnp.abs(spread + (turned / w1) ** 2), old['nu'])
+      variance = rotate(dequantize_tree(old['nu']) / w2 - (mu / w1) ** 2, 2)
+      nu = w2 * jnp.abs(variance + (rotated_mu / w1) ** 2)
+      new['nu'] = quantize_tree(nu, old['nu'])
     return new
 
 
-# What a refresh does to moments; 'rotate' is `Rotate()`, Adam's decays.
 Moments: TypeAlias = Literal['keep', 'reset', 'rotate'] | Rotate
+"""The rule of a refresh; 'rotate' is `Rotate()`, with Adam's decay rates."""
 
 
-def checked(rule: Any, *, in_turns: bool) -> Any:
-  """Returns 'keep', 'reset' or an object that rotates.
+def checked(rule: Any, *, staggered: bool) -> Any:
+  """Returns 'keep', 'reset' or a `Rotate`.
 
-  >>> checked('rotate', in_turns=True)
+  Args:
+    rule: one of `Moments`.
+    staggered: whether each matrix has refresh steps of its own.
+
+  Raises:
+    ValueError: the rule is unknown, or it is 'reset' and `staggered` is true.
+
+  >>> checked('rotate', staggered=True)
   Rotate(b1=0.9, b2=0.999)
   """
   if isinstance(rule, Rotate):
     return rule
   check_one_of(('keep', 'reset', 'rotate'), moments=rule)
-  if rule == 'reset' and in_turns:
+  if rule == 'reset' and staggered:
     why = "moments='reset' restarts a counter of all matrices, so they cannot"
     raise ValueError(f'{why} take turns; give an integer gap, keep or rotate')
   return Rotate() if rule == 'rotate' else rule
 
 
 def check(rule: Any, state: Any) -> None:
-  """Raises ValueError where a rule would miss a moment of the state."""
+  """Raises ValueError if the state has moments that a rule does not know."""
   known, listing = {*FIRST, *SECOND}, 'mu, trace and nu'
   if rule == 'reset':
-    state, known = state.inner_states['low'], ZEROED
+    state, known = state.inner_states['projected'], ZEROED
     listing = ', '.join(sorted(known))
   for path, x in jax.tree_util.tree_leaves_with_path(state):
     names = {getattr(key, 'name', None) for key in path}
@@ -130,10 +164,10 @@ def check(rule: Any, state: Any) -> None:
 
 
 def reset(state: Any) -> Any:
-  """Returns the state with moments, and their counters, at zero.
+  """Returns the state with its moments and their counters set to zero.
 
-  A counter beside moments (Adam's) restarts; one that stands alone (a
-  learning-rate schedule's) goes on.
+  A counter in a NamedTuple with moments restarts (Adam's). Other counters go on
+  (those of a learning-rate schedule).
 
   Example:
     >>> params = {'w': jnp.ones((3, 5))}
@@ -144,29 +178,39 @@ def reset(state: Any) -> Any:
     (0, 1, Array(0., dtype=float32))
   """
 
-  zeros = lambda tree: jax.tree.map(_zeros, tree, is_leaf=is_coded)
-
-  def of_node(node):
+  def of_node(node: Any) -> Any:
     fields = (ZEROED | COUNTS).intersection(node._fields)
-    return node._replace(**{f: zeros(getattr(node, f)) for f in fields})
+    zeros = {
+      f: jax.tree.map(_zeros, getattr(node, f), is_leaf=is_quantized)
+      for f in fields
+    }
+    return node._replace(**zeros)
 
-  return _each_node(of_node, state)
-
-
-def reset_low(state: Any) -> Any:
-  """Returns the state of two inners with that of the 'low' leaves reset."""
-  low = state.inner_states['low']
-  return state._replace(inner_states={**state.inner_states, 'low': reset(low)})
+  return _map_moments(of_node, state)
 
 
-def _each_node(f, state):
-  """Returns the state with f(node) for its tuples of moments."""
-  is_node = lambda node: bool(ZEROED.intersection(getattr(node, '_fields', ())))
-  of = lambda node: f(node) if is_node(node) else node
-  return jax.tree.map(of, state, is_leaf=is_node)
+def reset_projected(state: Any) -> Any:
+  """Returns the state of two inners; that of the projected leaves is reset."""
+  inner_states = dict(state.inner_states)
+  inner_states['projected'] = reset(inner_states['projected'])
+  return state._replace(inner_states=inner_states)
 
 
-def _zeros(x):
-  if not is_coded(x):
+def _map_moments(f: Callable[[Any], Any], state: Any) -> Any:
+  """Returns the state with f(node) for each NamedTuple that has moments."""
+
+  def has_moments(node: Any) -> bool:
+    return bool(ZEROED.intersection(getattr(node, '_fields', ())))
+
+  return jax.tree.map(
+    lambda node: f(node) if has_moments(node) else node,
+    state,
+    is_leaf=has_moments,
+  )
+
+
+def _zeros(x: Any) -> Any:
+  """Returns an array of zeros like an array or a quantized array."""
+  if not is_quantized(x):
     return jnp.zeros_like(x)
-  return full(x.shape, 0.0, code=x.code, block_size=x.block_size)
+  return quantized_full(x.shape, 0.0, code=x.code, block_size=x.block_size)

@@ -133,7 +133,7 @@ def _why(
     return f'{function}() sets {name} itself.'
   ours = THEIRS.get(name, '')
   if {*re.findall(r'\w+', ours)} & {*names, *of_inner}:
-    return f'{name} is called {ours} here; README has a table.'
+    return f'{name} is called {ours} here; train/README.md has a table.'
   why = f'{function}() got an unexpected keyword argument {name!r}'
   if name in of_inner:
     return f'{why}, which is an option of its inner.'

@@ -124,10 +124,3 @@ def one_element(tree: Any, value: float) -> Any:
     return jnp.full((1,) * x.ndim, value, jnp.float32)
 
   return jax.tree.map(filled, tree)
-
-
-# The former names of these functions.
-full = at_least_float32
-wide = tree_at_least_float32
-close = allclose
-single = one_element

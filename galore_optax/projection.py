@@ -1,10 +1,11 @@
-"""The projection of one weight: which side, how, and back.
+"""How one weight is projected: its sides, its rank, and the two products.
 
-A leaf has a `Projection`, or a `Whole` where it is not projected: both have the
-same methods, so that nothing asks which it is. `plan` makes them.
+A leaf of the parameters has a plan: a `Projection`, or a `Whole` if it is not
+projected. Both have `inner_params`, `project` and `unproject`. The module
+`plan` makes them.
 
 Axes: i input (rows of a Flax kernel), o output (columns); m the projected
-side, n the other, r the rank. Leading axes (layers, experts) are batch.
+side, n the other side, r the rank. Leading axes (layers, experts) are batch.
 """
 
 import contextlib
@@ -17,49 +18,52 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from galore_optax.precision import full
+from galore_optax.precision import at_least_float32
 
-# For each projected side, orthonormal rows [..., r, m] or coordinates [..., r]
-# (integers).
 Basis: TypeAlias = tuple[jax.Array, ...]
+"""For each projected side: orthonormal rows [..., r, m], or indices [..., r] of
+coordinates. It is empty for a leaf that is not projected."""
 
-# The input and the output axes of a weight; all other axes are batch. As output
-# axes, `...` stands for all that are left.
 Axes: TypeAlias = tuple[int | Sequence[int], Any]
+"""The input axes and the output axes of a weight. All other axes are batch.
+`...` as output axes stands for all axes that are not input axes."""
 
-# Which side of a weight is projected.
-Side: TypeAlias = Literal['std', 'reverse_std', 'left', 'right', 'full']
+Side: TypeAlias = Literal['std', 'reverse_std', 'left', 'right', 'both', 'full']
+"""The side of a weight to project; 'full' is another name of 'both'."""
 
 ROWS, COLUMNS = -2, -1
-
-_watching: Any = contextvars.ContextVar('watching', default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-  """A leaf that is not projected: the inner sees it as it is, in float32."""
+  """The plan of a leaf that is not projected.
 
-  path: str  # path of the weight, keys joined by '/'
-  shape: tuple[int, ...]  # shape of the weight
+  The inner optimizer receives the leaf in its own shape, in float32 at least.
+  """
+
+  path: str
+  """Path of the weight, its keys joined by '/'."""
+  shape: tuple[int, ...]
+  """Shape of the weight."""
 
   rank, sides = None, ()
 
-  def view(self, w: Any) -> Any:
-    """Returns what the inner sees as parameter: the weight."""
-    return full(w)
+  def inner_params(self, w: Any) -> Any:
+    """Returns the parameter that the inner optimizer receives: the weight."""
+    return at_least_float32(w)
 
   def project(self, g: jax.Array, basis: Basis) -> jax.Array:
-    """Returns the gradient in float32."""
-    return full(g)
+    """Returns the gradient in float32 at least."""
+    return at_least_float32(g)
 
   def unproject(self, low: jax.Array, basis: Basis) -> jax.Array:
-    """Returns the update as it is."""
+    """Returns the update unchanged."""
     return low
 
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-  """How one weight is projected. Static: it holds no array.
+  """The plan of a projected leaf. It is static: it holds no array.
 
   Example:
     >>> p = Projection('w', (5, 3), ((0,), (1,)), 2, (COLUMNS,))
@@ -68,12 +72,16 @@ class Projection:
     ((2, 5), (5, 3))
   """
 
-  path: str  # path of the weight, keys joined by '/'
-  shape: tuple[int, ...]  # shape of the weight
-  # Its input and output axes, non-negative.
+  path: str
+  """Path of the weight, its keys joined by '/'."""
+  shape: tuple[int, ...]
+  """Shape of the weight."""
   axes: tuple[tuple[int, ...], tuple[int, ...]]
-  rank: int  # number r of basis vectors
-  sides: tuple[int, ...]  # projected axes of the matrix: ROWS, COLUMNS or both
+  """Input axes and output axes of the weight, non-negative."""
+  rank: int
+  """Number r of basis vectors."""
+  sides: tuple[int, ...]
+  """Projected axes of the matrix [i, o]: ROWS, COLUMNS, or both."""
 
   @property
   def batch_axes(self) -> tuple[int, ...]:
@@ -84,9 +92,8 @@ class Projection:
   @property
   def matrix_shape(self) -> tuple[int, ...]:
     """Shape [..., i, o] of the weight as a stack of matrices."""
-    sizes = lambda axes: [self.shape[axis] for axis in axes]
-    i, o = (math.prod(sizes(axes)) for axes in self.axes)
-    return (*sizes(self.batch_axes), i, o)
+    i, o = (math.prod(self.shape[axis] for axis in axes) for axes in self.axes)
+    return (*(self.shape[axis] for axis in self.batch_axes), i, o)
 
   @property
   def batch(self) -> tuple[int, ...]:
@@ -100,60 +107,71 @@ class Projection:
 
   @property
   def low_shape(self) -> tuple[int, ...]:
-    """Shape [..., r, n] of the projected gradient; [..., r, r] of both sides.
+    """Shape [..., r, n] of the projected gradient; [..., r, r] for both sides.
 
-    Whichever side is projected, so that rows are long: a block of 8 bits then
-    holds entries of one direction, which are of one size.
+    The side n comes last whichever side is projected. A block of 8-bit
+    codes then covers entries of one basis vector, which are of similar size.
     """
     both = len(self.sides) > 1
     n = self.rank if both else self.matrix_shape[-3 - self.sides[0]]
     return (*self.batch, self.rank, n)
 
-  def view(self, w: Any) -> jax.Array:
-    """Returns what the inner sees as parameter: zeros [..., r, n]."""
+  def inner_params(self, w: Any) -> jax.Array:
+    """Returns the parameter that the inner receives: zeros [..., r, n]."""
     return jnp.zeros(self.low_shape, jnp.promote_types(w.dtype, jnp.float32))
 
   def project(self, g: jax.Array, basis: Basis) -> jax.Array:
-    """Returns the low-rank gradient [..., r, n] in float32.
+    """Returns the low-rank gradient [..., r, n] in float32 at least.
+
+    Cost: at most 2 r i o flops a side.
 
     Args:
       g: gradient in the weight's shape.
-      basis: of each projected side.
-
-    Cost: 2 r i o flops a side.
+      basis: rows or indices of each projected side.
     """
-    return full(self.turn(orient(to_matrix(self, g), self.sides[0]), basis))
+    x_mn = orient(to_matrix(self, g), self.sides[0])
+    return at_least_float32(self.project_sides(x_mn, basis))
 
   def unproject(self, low: jax.Array, basis: Basis) -> jax.Array:
-    """Returns the weight-shaped array whose projection is `low`, in float32.
+    """Returns P^T low in the weight's shape, in float32 at least.
 
-    It inverts `project` on the span of the basis.
+    For a basis P with orthonormal rows, the projection of the result is `low`.
     """
     x = orient(low, self.sides[0])
     for side, rows_rm in zip(self.sides, basis, strict=True):
-      x = _back(x, rows_rm, side, self.matrix_shape[side])
+      x = _unproject_side(x, rows_rm, side, self.matrix_shape[side])
     return from_matrix(self, x)
 
-  def turn(self, low: jax.Array, turns: Sequence[jax.Array]) -> jax.Array:
-    """Returns `low` times a matrix [..., r, r] for each projected side."""
-    for side, turn_rr in zip(self.sides, turns, strict=True):
-      # The first side is second to last in [..., m, n]; of both, as in [i, o].
+  def project_sides(
+    self, x_mn: jax.Array, rows: Sequence[jax.Array]
+  ) -> jax.Array:
+    """Returns `x` with each projected side m replaced by r.
+
+    Args:
+      x_mn: a matrix [..., m, n] with the first projected side first.
+      rows: [..., r, m] for each projected side, or indices [..., r].
+    """
+    for side, rows_rm in zip(self.sides, rows, strict=True):
       axis = ROWS if side == self.sides[0] else COLUMNS
-      low = _through(low, turn_rr, axis)
-    return low
+      x_mn = _project_side(x_mn, rows_rm, axis)
+    return x_mn
 
 
-def each(f: Callable, plans: Sequence[Any], tree: Any, *trees: Any) -> Any:
+def map_plans(
+  f: Callable[..., Any], plans: Sequence[Any], tree: Any, *trees: Any
+) -> Any:
   """Returns a tree of f(plan, leaf, ...) for each leaf of `tree`.
 
   Args:
-    f: a function of a plan, a leaf and what the other trees have in its place.
-    plans: of each leaf.
+    f: a function of a plan, a leaf, and the subtrees of the other trees at the
+      place of that leaf.
+    plans: one for each leaf.
     tree: parameters or gradients.
-    *trees: trees that may go on where `tree` has a leaf.
+    *trees: trees with the structure of `tree`, or with subtrees as its leaves.
 
   Example:
-    >>> each(lambda p, x, y: p.rank or y, [Whole('w', ())], {'w': 0}, {'w': 3})
+    >>> plans = [Whole('w', ())]
+    >>> map_plans(lambda p, x, y: p.rank or y, plans, {'w': 0}, {'w': 3})
     {'w': 3}
   """
   leaves, treedef = jax.tree.flatten(tree)
@@ -161,65 +179,80 @@ def each(f: Callable, plans: Sequence[Any], tree: Any, *trees: Any) -> Any:
   return treedef.unflatten(map(f, plans, leaves, *rest))
 
 
-class Seen(NamedTuple):
-  """What transformations record at `init`, by path."""
+class Recorded(NamedTuple):
+  """The plans and multipliers that `init` records, by path."""
 
   plans: dict[str, Projection]
-  """How each projected leaf is projected."""
+  """The plan of each projected leaf."""
   multipliers: dict[str, tuple[Any, Any]]
-  """Multipliers of learning rate and weight decay, where there are groups."""
+  """Multipliers of learning rate and weight decay, if there are groups."""
+
+
+_recording: contextvars.ContextVar[Recorded | None] = contextvars.ContextVar(
+  'recording', default=None
+)
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Seen]:
-  """Yields dicts to which each `galore` adds its plans at `init`.
+def recording_plans() -> Iterator[Recorded]:
+  """Yields a record to which each `galore` adds its plans at `init`.
 
-  A description thereby finds the plans behind any wrapper. The state could not
-  hold them: flax's msgpack takes no static data, and a seed has no shape.
+  `describe` and `state_shardings` thereby find the plans behind any wrapper.
+  The plans cannot be part of the state: flax serializes arrays only, and a
+  seed does not have the shape of a basis.
   """
-  seen = Seen({}, {})
-  token = _watching.set(seen)
+  recorded = Recorded({}, {})
+  token = _recording.set(recorded)
   try:
-    yield seen
+    yield recorded
   finally:
-    _watching.reset(token)
+    _recording.reset(token)
 
 
-def show(plans: Sequence[Projection | Whole]) -> None:
-  """Records plans if a `watched()` context is active."""
-  seen = _watching.get()
-  if seen is not None:
-    found = {p.path: p for p in plans if isinstance(p, Projection)}
-    seen.plans.update(found)
+def record_plans(plans: Sequence[Projection | Whole]) -> None:
+  """Records the plans if a `recording_plans()` context is active."""
+  recorded = _recording.get()
+  if recorded is not None:
+    recorded.plans.update(
+      {p.path: p for p in plans if isinstance(p, Projection)}
+    )
 
 
-def show_multipliers(found: dict[str, tuple[Any, Any]]) -> None:
-  """Records the multipliers of leaves if a `watched()` context is active."""
-  seen = _watching.get()
-  if seen is not None:
-    seen.multipliers.update(found)
+def record_multipliers(multipliers: dict[str, tuple[Any, Any]]) -> None:
+  """Records multipliers if a `recording_plans()` context is active."""
+  recorded = _recording.get()
+  if recorded is not None:
+    recorded.multipliers.update(multipliers)
 
 
 def projected_sides(side: Side, i: int, o: int) -> tuple[int, ...]:
-  """Returns which axes of an [i, o] matrix `side` projects.
+  """Returns the axes of an [i, o] matrix that `side` projects.
 
-  'std' is the shorter side, ties to the input; 'reverse_std' the longer,
-  ties to the output: the PyTorch reference's rules on its (out, in) weights.
+  'std' is the shorter side (the input if both are equal). 'reverse_std' is
+  the longer side (the output if both are equal). These are the rules of the
+  PyTorch reference for its weights [out, in].
 
   >>> projected_sides('std', 32, 64) == (ROWS,)
   True
   >>> projected_sides('reverse_std', 32, 32) == (COLUMNS,)
   True
   """
-  fixed = {'left': (ROWS,), 'right': (COLUMNS,), 'full': (ROWS, COLUMNS)}
   shorter, longer = (ROWS, COLUMNS) if i <= o else (COLUMNS, ROWS)
-  return {'std': (shorter,), 'reverse_std': (longer,), **fixed}[side]
+  sides = {
+    'std': (shorter,),
+    'reverse_std': (longer,),
+    'left': (ROWS,),
+    'right': (COLUMNS,),
+    'both': (ROWS, COLUMNS),
+    'full': (ROWS, COLUMNS),
+  }
+  return sides[side]
 
 
 def orient(x: jax.Array, side: int) -> jax.Array:
   """Returns `x` with the projected side second to last: [..., m, n].
 
-  It is its own inverse.
+  The function is its own inverse.
 
   >>> orient(jnp.zeros((3, 4, 7)), COLUMNS).shape
   (3, 7, 4)
@@ -228,30 +261,32 @@ def orient(x: jax.Array, side: int) -> jax.Array:
 
 
 def to_matrix(projection: Projection, x: jax.Array) -> jax.Array:
-  """Returns a weight-shaped array as [..., i, o].
+  """Returns a weight-shaped array as a stack of matrices [..., i, o].
 
   >>> p = Projection('w', (2, 3, 5), ((0,), (1, 2)), 1, (ROWS,))
   >>> to_matrix(p, jnp.zeros((2, 3, 5))).shape
   (2, 15)
   """
-  x = x.transpose(projection.batch_axes + sum(projection.axes, ()))
+  x = x.transpose(
+    projection.batch_axes + projection.axes[0] + projection.axes[1]
+  )
   return x.reshape(projection.matrix_shape)
 
 
 def from_matrix(projection: Projection, x: jax.Array) -> jax.Array:
-  """Returns [..., i, o] in the weight's own shape; inverts `to_matrix`.
+  """Returns a stack [..., i, o] in the weight's shape; inverts `to_matrix`.
 
   >>> p = Projection('w', (2, 3, 5), ((0,), (1, 2)), 1, (ROWS,))
   >>> from_matrix(p, jnp.zeros((2, 15))).shape
   (2, 3, 5)
   """
-  order = projection.batch_axes + sum(projection.axes, ())
+  order = projection.batch_axes + projection.axes[0] + projection.axes[1]
   x = x.reshape([projection.shape[axis] for axis in order])
   return x.transpose([order.index(axis) for axis in range(len(order))])
 
 
 def overlap(new: jax.Array, old: jax.Array) -> jax.Array:
-  """Returns `P_new P_old^T` [..., r, r], of rows or of coordinates.
+  """Returns `P_new P_old^T` [..., r, r] for two bases of one side.
 
   >>> overlap(jnp.array([0, 2]), jnp.array([2, 3]))
   Array([[0., 0.],
@@ -262,38 +297,46 @@ def overlap(new: jax.Array, old: jax.Array) -> jax.Array:
   return _matmul(new, jnp.swapaxes(old, -2, -1))
 
 
-def _through(x, rows, axis):
-  """Returns `x` with an axis m replaced by r, through rows or coordinates."""
+def _project_side(x: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
+  """Returns `x` with an axis m replaced by r: the product with a basis."""
   x_mn = orient(x, axis)
-  if not jnp.issubdtype(rows.dtype, jnp.integer):
-    return orient(_matmul(rows, x_mn), axis)
-  return orient(jnp.take_along_axis(x_mn, rows[..., None], axis=-2), axis)
+  if jnp.issubdtype(rows.dtype, jnp.integer):
+    low_rn = jnp.take_along_axis(x_mn, rows[..., None], axis=-2)
+  else:
+    low_rn = _matmul(rows, x_mn)
+  return orient(low_rn, axis)
 
 
-def _back(x, rows, side, m):
-  """Returns `x` with a side r replaced by m; transposes `_through`."""
+def _unproject_side(
+  x: jax.Array, rows: jax.Array, side: int, m: int
+) -> jax.Array:
+  """Returns `x` with a side r replaced by m; transposes `_project_side`."""
   if jnp.issubdtype(rows.dtype, jnp.integer):
     return orient(_scatter(rows, orient(x, side), m), side)
   return _matmul(rows.mT, x) if side == ROWS else _matmul(x, rows)
 
 
-def _scatter(index_r, low_rn, m):
+def _scatter(index_r: jax.Array, low_rn: jax.Array, m: int) -> jax.Array:
   """Returns zeros [..., m, n] with the rows of `low` at the indices."""
   *batch, r, n = low_rn.shape
   zeros_mn = jnp.zeros((m, n), low_rn.dtype)
-  one = lambda index_r, low_rn: zeros_mn.at[index_r].set(low_rn)
-  whole = jax.vmap(one)(index_r.reshape(-1, r), low_rn.reshape(-1, r, n))
-  return whole.reshape(*batch, m, n)
+  whole_kmn = jax.vmap(
+    lambda index_r, low_rn: zeros_mn.at[index_r].set(low_rn)
+  )(index_r.reshape(-1, r), low_rn.reshape(-1, r, n))
+  return whole_kmn.reshape(*batch, m, n)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Returns `a @ b` with operands as they are stored, summed in float32."""
+  """Returns `a @ b`, summed in float32 at least."""
   dtype = jnp.promote_types(a.dtype, b.dtype)
-  wide = jnp.promote_types(dtype, jnp.float32)
-  as_wide = lambda a, b: a.astype(wide) @ b.astype(wide)
-  if dtype == wide:
-    return as_wide(a, b)
-  as_stored = lambda a, b: jnp.matmul(a, b, preferred_element_type=wide)
-  a, b = a.astype(dtype), b.astype(dtype)
-  # XLA's CPU backend has no bfloat16 product summed in float32 for all shapes.
-  return jax.lax.platform_dependent(a, b, cpu=as_wide, default=as_stored)
+  sum_dtype = jnp.promote_types(dtype, jnp.float32)
+  if dtype == sum_dtype:
+    return a.astype(dtype) @ b.astype(dtype)
+  # XLA's CPU backend does not compile bfloat16 products with float32 sums for
+  # every shape, so it multiplies float32 copies.
+  return jax.lax.platform_dependent(
+    a.astype(dtype),
+    b.astype(dtype),
+    cpu=lambda a, b: a.astype(sum_dtype) @ b.astype(sum_dtype),
+    default=lambda a, b: jnp.matmul(a, b, preferred_element_type=sum_dtype),
+  )

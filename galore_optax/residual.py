@@ -1,10 +1,10 @@
-"""What happens to the gradient outside the subspace.
+"""Residual rules: updates from the gradient outside the subspace.
 
-A rule is a frozen dataclass with two methods: `init(plan)` returns its state
-for one weight, `()` if it has none, and calling it returns what is added to the
-update, and the new state. It carries what it needs, a learning rate included.
+A rule is a frozen dataclass with two methods. `init(plan)` returns its state
+for one weight, or `()`. Calling it returns an array that is added to the
+update, and the new state. Options such as its learning rate are fields.
 
-Axes: i input, o output; m projected side, r rank; leading axes are batch.
+Axes: i input, o output; m projected side, r rank.
 """
 
 import dataclasses
@@ -22,39 +22,73 @@ from galore_optax.projection import Basis, Projection, to_matrix
 
 
 class Split(NamedTuple):
-  """One weight's gradient, split by the subspace, and the inner's answer."""
+  """The gradient of one weight, its projection, and the inner's update."""
 
-  g_io: jax.Array  # the gradient as a stack of matrices [..., i, o], float32
-  basis: Basis  # the basis that split it
-  low: jax.Array  # the projected gradient [..., r, n]
-  inner_update: jax.Array  # what the inner made of `low`
-  count: jax.Array  # [], int32: updates done before
+  g_io: jax.Array
+  """The whole gradient as a stack of matrices [..., i, o], float32."""
+  basis: Basis
+  """The basis of each projected side."""
+  low: jax.Array
+  """The projected gradient [..., r, n]."""
+  inner_update: jax.Array
+  """The update [..., r, n] that the inner optimizer returned for `low`."""
+  count: jax.Array
+  """[], int32: number of earlier updates."""
 
 
-# What is added to an update [..., i, o], and the new state.
 Added: TypeAlias = tuple[jax.Array, Any]
+"""An array [..., i, o] to add to the update, and the rule's new state."""
 
 
 class Residual(Protocol):
-  """How the rest of a gradient changes the weight."""
+  """A rule for the gradient outside the subspace."""
 
   def init(self, plan: Projection) -> Any:
     """Returns the state for one weight."""
+    ...
 
   def __call__(self, plan: Projection, split: Split, state: Any) -> Added:
-    """Returns what is added to the update [..., i, o], and the state."""
+    """Returns an array [..., i, o] to add to the update, and the new state."""
     ...
 
 
+def is_rule_or_none(residual: Any) -> bool:
+  """Whether a value is None, or an instance with the methods of `Residual`.
+
+  >>> is_rule_or_none(Sgd(0.1)), is_rule_or_none(Sgd), is_rule_or_none('sgd')
+  (True, False, False)
+  """
+  if residual is None:
+    return True
+  methods = residual, getattr(residual, 'init', None)
+  return all(map(callable, methods)) and not isinstance(residual, type)
+
+
 def outside(plan: Projection, split: Split, share: float = 1.0) -> jax.Array:
-  """Returns the gradient less a share of its projection: [..., i, o]."""
+  """Returns the gradient minus `share` times its projection: [..., i, o]."""
   inside = plan.unproject(share * split.low, split.basis)
   return split.g_io - to_matrix(plan, inside)
 
 
+def growth_factor(size: jax.Array, last: jax.Array, limit: Any) -> jax.Array:
+  """Returns the factor in [0, 1] that keeps a norm at most at `limit * last`.
+
+  Args:
+    size: the norm. If it is zero, the factor is finite.
+    last: the previous norm. Zero and infinity do not limit: a bound of zero
+      after one zero gradient would never end.
+    limit: the largest ratio of the two norms.
+
+  >>> growth_factor(jnp.float32(4), jnp.float32(1), 2).item()
+  0.5
+  """
+  bound = limit * jnp.where(last > 0, last, jnp.inf)
+  return jnp.minimum(bound / jnp.where(size > 0, size, 1), 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sgd:
-  """Plain gradient descent on the rest.
+  """Gradient descent on the gradient outside the subspace.
 
   Example:
     >>> import galore_optax
@@ -65,80 +99,86 @@ class Sgd:
     Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
   """
 
-  learning_rate: optax.ScalarOrSchedule  # a number, or a schedule of the step
+  learning_rate: optax.ScalarOrSchedule
+  """A number, or a schedule of the step."""
 
   def __post_init__(self) -> None:
-    """Raises ValueError for what is no learning rate."""
+    """Raises ValueError for a learning rate that is negative or not finite."""
     checks.check_learning_rate(learning_rate=self.learning_rate)
 
   def init(self, plan: Projection) -> Any:
-    """Returns no state."""
+    """Returns an empty state."""
     return ()
 
   def direction(self, rest_io: jax.Array) -> jax.Array:
-    """Returns the rest as it is."""
+    """Returns the gradient outside the subspace unchanged."""
     return rest_io
 
   def __call__(self, plan: Projection, split: Split, state: Any) -> Added:
-    """Returns the direction of the rest, down."""
+    """Returns minus the learning rate times the direction, and the state."""
     rest_io = self.direction(outside(plan, split))
     return -rate_at(self.learning_rate, split.count) * rest_io, state
 
 
 @dataclasses.dataclass(frozen=True)
 class Sign(Sgd):
-  """Descent along the sign of the rest.
+  """Descent along the sign of the gradient outside the subspace.
 
   References:
     Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024.
   """
 
   def direction(self, rest_io: jax.Array) -> jax.Array:
-    """Returns the sign."""
+    """Returns the sign of each entry."""
     return jnp.sign(rest_io)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scaled:
-  """The gradient, or its rest, scaled as the inner scaled the projection.
+  """The gradient, or the part outside, scaled as the inner scaled the rest.
 
   The factor is |inner update| / |projected gradient|, for each channel of the
-  side that is not projected or for the whole matrix. The norm of what comes
-  out grows by at most `limit` from one update to the next. The papers measure
-  it before the learning rate, which comes after the stage, and before the bias
-  correction of the inner, which is told. State: one number a matrix.
+  side that is not projected, or for the whole matrix. The norm of the scaled
+  array grows at most by the factor `limit` from one update to the next. The
+  papers measure this norm before the learning rate and before the inner's bias
+  correction. The learning rate comes after this stage, and `correction`
+  removes the bias correction. State: one number for each matrix.
 
   References:
     Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, scales the
-    rest by channel; Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_,
-    2024, scales the whole gradient by channel, APOLLO-Mini by matrix.
+    part outside by channel; Zhu et al., `APOLLO
+    <https://arxiv.org/abs/2412.05270>`_, 2024, scales the whole gradient by
+    channel, and APOLLO-Mini scales it by matrix.
   """
 
-  # Share of the projection that is taken off the gradient: 1 is the exact
-  # complement, 0 the whole gradient.
   inside: float = 1.0
-  # A factor for each channel rather than one for the matrix.
+  """Share of the projection that is subtracted from the gradient: 1 leaves the
+  exact complement, 0 leaves the whole gradient."""
   channels: bool = True
-  scale: float = 1.0  # multiplies the update
-  limit: float = 1.01  # largest growth of the update's norm, above 1
-  # `(updates done) -> factor` of the inner's bias correction; or None.
+  """Whether each channel has a factor; otherwise each matrix has one."""
+  scale: float = 1.0
+  """Multiplies the result."""
+  limit: float = 1.01
+  """Largest ratio of the norms of two consecutive results, at least 1."""
   correction: Callable[[jax.Array], Any] | None = None
+  """`(number of updates) -> factor` of the inner's bias correction, or None."""
 
   def __post_init__(self) -> None:
-    """Raises ValueError for a limit that lets nothing grow."""
+    """Raises ValueError for a limit below 1 or another option out of range."""
     checks.check_not_negative(scale=self.scale, inside=self.inside)
     checks.check_flag(channels=self.channels)
     rule = 'a number >= 1, the growth of a norm'
     checks.check_least(1, rule, limit=self.limit)
 
   def init(self, plan: Projection) -> Any:
-    """Returns the norm [...] of the last update: none yet, so no limit."""
-    # Not of weak type: the state of a second update would be of another.
+    """Returns the norm [...] of the last result; infinity does not limit."""
+    # The dtype is given so that the array is not weakly typed. Otherwise the
+    # state would change its type after the first update.
     return jnp.full(plan.batch, jnp.inf, float)
 
   def __call__(self, plan: Projection, split: Split, state: Any) -> Added:
-    """Returns the scaled gradient or rest, its norm's growth limited."""
-    # Of 'full' a channel is on no side: one factor for the matrix.
+    """Returns the scaled gradient with limited growth, and its norm."""
+    # If both sides are projected, there is no other side with channels.
     by_channel = self.channels and len(plan.sides) == 1
     axes = (-2,) if by_channel else (-2, -1)
     gain = 1.0 if self.correction is None else self.correction(split.count)
@@ -146,15 +186,14 @@ class Scaled:
     factor = factor / (norm(split.low, axes) + TINY)
     if by_channel and plan.sides == (-1,):
       factor = jnp.swapaxes(factor, -2, -1)
-    all_of_it = checks.is_zero(self.inside)
-    what_io = split.g_io if all_of_it else outside(plan, split, self.inside)
-    scaled_io = factor * what_io
+    unscaled_io = split.g_io
+    if not checks.is_zero(self.inside):
+      unscaled_io = outside(plan, split, self.inside)
+    scaled_io = factor * unscaled_io
     size = norm(scaled_io, (-2, -1))
-    # After a zero gradient a bound of zero would hold for ever.
-    last = jnp.where(state > 0, state, jnp.inf)[..., None, None]
-    # 0 / 0 of a zero update is no bound.
-    shrink = jnp.minimum(self.limit * last / jnp.where(size > 0, size, 1), 1)
+    shrink = growth_factor(size, state[..., None, None], self.limit)
     return self.scale * gain * shrink * scaled_io, (shrink * size)[..., 0, 0]
 
 
-TINY = 1e-8  # added to norms that are divided by
+TINY = 1e-8
+"""Added to norms before a division by them."""

@@ -1,57 +1,60 @@
-"""Where the arrays of a state live on a mesh of devices.
+"""Shardings of optimizer state on a mesh of devices.
 
-`state_shardings` tells it of any transformation. `placed` makes an `init` that
-follows it, `on_any_mesh` lets the compiler lay out what runs under a mesh with
-explicit axes.
+`state_shardings` returns them for any transformation. `placed` makes an `init`
+that follows them. `run_on_any_mesh` calls a function under a mesh with explicit
+axes.
 
 Axes: m projected side, n other side, r rank; leading axes are batch.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_optax import paths
-from galore_optax.checks import require
-from galore_optax.projection import Projection, watched
+from galore_optax.projection import Projection, recording_plans
 
-# Fields of 8-bit arrays.
-CODED = {'codes', 'scale', 'offset'}
+CODED = {'codes', 'scale'}
+"""Fields of 8-bit arrays."""
 
-_is_place = lambda x: isinstance(x, NamedSharding)
+MeshAxes = tuple[str, ...]
+"""Names of the mesh axes along which one dimension of an array is sharded."""
 
 
 def state_shardings(tx: Any, params: Any, shardings: Any) -> Any:
-  """Returns where each leaf of the state of `tx` lives.
+  """Returns the sharding of each leaf of the state of `tx`.
 
-  What has a weight's shape lives where the weight does. Of a projected weight,
-  moments [..., r, n] are cut along n and a basis [..., r, m] along m, over all
-  mesh axes that the weight is cut over, whichever side that is: a state is
-  never whole on a device. 8-bit codes of a stack, and their scales, are cut
-  along the stack where its length allows: along n a block might lie on two
-  devices. Nothing is cut along r. What no axis divides, and counters, are whole
-  on every device.
+  State with a weight's shape has the weight's sharding. For a projected weight,
+  moments [..., r, n] are sharded along n and a basis [..., r, m] along m, over
+  all mesh axes along which the weight is sharded. So no device holds a whole
+  copy of this state, whichever side is sharded. (If both sides are projected,
+  moments [..., r, r] are replicated.) 8-bit codes of a stack and their scales
+  are sharded along the stack if its length is divisible: along n, a
+  quantization block could be split between two devices. The axis r is sharded
+  only for a matrix with one column. Counters, and dimensions that no mesh axis
+  divides, are replicated.
 
-  NNX variables count as the arrays in them, and `flax.nnx.Optimizer` keeps
-  plain arrays: axes that a variable names are those of its weight alone. For
-  the same reason take linen's boxes off first, by `flax.linen.unbox`.
+  An NNX variable is treated as its array. `flax.nnx.Optimizer` keeps plain
+  arrays, so the axis names of a variable belong to its weight only. Remove the
+  boxes of linen with `flax.linen.unbox` first, for the same reason.
 
   Args:
-    tx: any transformation, or what else has an `init`, as `layerwise` does.
+    tx: any transformation, or another object with an `init`, such as
+      `layerwise`.
     params: parameters, or `jax.ShapeDtypeStruct`s of them.
     shardings: a `jax.sharding.NamedSharding` for each parameter.
 
   Returns:
-    A tree like `tx.init(params)`, of `NamedSharding`s: `out_shardings` of a
-    jitted `init`, which does not know of them. Called with sharded parameters,
-    an `init` that is not jitted follows them by itself.
+    A tree of `NamedSharding`s with the structure of `tx.init(params)`. Pass it
+    as `out_shardings` of a jitted `init`. An `init` that is not jitted, called
+    with sharded parameters, follows their shardings itself.
 
   Raises:
-    ValueError: a parameter has another kind of sharding.
+    ValueError: the sharding of a parameter is not a NamedSharding.
 
   Example:
     >>> import galore_optax, optax
@@ -66,28 +69,41 @@ def state_shardings(tx: Any, params: Any, shardings: Any) -> Any:
   return _shardings(tx.init, _unboxed(params), _unboxed(shardings))
 
 
+def _is_named(x: Any) -> bool:
+  return isinstance(x, NamedSharding)
+
+
 def _shardings(init: Callable[[Any], Any], params: Any, shardings: Any) -> Any:
-  with watched() as seen:
-    # Of bare shapes: where an operation's result lives need not be said. A new
-    # function: what was traced before would not be watched again.
-    bare = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    state = jax.eval_shape(lambda w: init(w), jax.tree.map(bare, params))
+  """Returns the sharding of each leaf of init(params)."""
+  with recording_plans() as recorded:
+    # The shapes are passed without shardings. With them, operations under
+    # explicit mesh axes would require an output sharding.
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params
+    )
+    # The lambda is a new function: JAX caches traces of `init`, and a cached
+    # trace would not record its plans again.
+    state = jax.eval_shape(lambda w: init(w), shapes)
   leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
   owners = [path for path, _ in leaves]
   names, places = paths.paths(params), treedef.flatten_up_to(shardings)
   for name, place in zip(names, places, strict=True):
-    require(f'a NamedSharding for {name}', _is_place, shardings=place)
+    if not _is_named(place):
+      raise ValueError(
+        f'shardings must be a NamedSharding for {name}, got {place!r}'
+      )
 
-  def of_leaf(path, x):
+  def of_leaf(path: Any, x: Any) -> NamedSharding:
     owner = paths.owner(path, owners)
     if owner is None:
       return NamedSharding(places[0].mesh, PartitionSpec())
     shape, place = leaves[owner][1].shape, places[owner]
-    cuts = [*map(_axes, place.spec), *((),) * len(shape)][: len(shape)]
-    plan = seen.plans.get(names[owner])
+    cuts = _cuts(place, len(shape))
+    plan = recorded.plans.get(names[owner])
     fields = {getattr(key, 'name', None) for key in path}
     if plan is not None:
-      shape, cuts = _of_low(plan, shape, cuts, basis=paths.BASIS in path)
+      is_basis = paths.BASIS in path
+      shape, cuts = _of_low(plan, shape, cuts, is_basis=is_basis)
       first = cuts[0] + cuts[-1]
       if plan.batch and fields & CODED and _fits(place.mesh, shape[0], first):
         cuts = [first, *cuts[1:-1], ()]
@@ -97,33 +113,58 @@ def _shardings(init: Callable[[Any], Any], params: Any, shardings: Any) -> Any:
   return jax.tree_util.tree_map_with_path(of_leaf, state)
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
-  """Returns the mesh axes that an entry of a partition names."""
-  return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+def _cuts(place: NamedSharding, ndim: int) -> list[MeshAxes]:
+  """Returns the mesh axes of each dimension of an array."""
+  cuts: list[MeshAxes] = []
+  for entry in place.spec:
+    if isinstance(entry, tuple):
+      cuts.append(entry)
+    else:
+      cuts.append((entry,) if entry else ())
+  # A PartitionSpec may be shorter than the array has dimensions.
+  missing: list[MeshAxes] = [()] * (ndim - len(cuts))
+  return cuts + missing
 
 
-def _of_low(plan: Projection, shape, cuts, *, basis: bool = False):
-  """Returns shape and axes of a projected gradient, or of a basis.
+def _of_low(
+  plan: Projection,
+  shape: Sequence[int],
+  cuts: list[MeshAxes],
+  *,
+  is_basis: bool = False,
+) -> tuple[tuple[int, ...], list[MeshAxes]]:
+  """Returns shape and mesh axes of a projected gradient, or of a basis.
 
-  A layer-wise step plans for one layer: axes before the plan's are a stack's.
+  Args:
+    plan: of the weight. A layer-wise step plans for one layer of a stack; the
+      weight then has more leading axes than the plan.
+    shape: of the weight.
+    cuts: mesh axes of each dimension of the weight.
+    is_basis: whether to return those of the basis.
   """
   num, side = len(shape) - len(plan.shape), plan.sides[0]
-  of = lambda axes: sum((cuts[num + axis] for axis in axes), ())
-  # The axes of an array's own side come first: less has to move.
-  near, far = of(plan.axes[side]), of(plan.axes[-3 - side])
+
+  def of_axes(axes: Sequence[int]) -> MeshAxes:
+    return tuple(name for axis in axes for name in cuts[num + axis])
+
+  # The axes of the array's own side come first, so that less data has to move.
+  near, far = of_axes(plan.axes[side]), of_axes(plan.axes[-3 - side])
   low = (*shape[:num], *plan.low_shape)
   batch = [*cuts[:num], *(cuts[num + axis] for axis in plan.batch_axes)]
-  # A single column, of entries one by one, has rows alone to cut.
+  # FRUGAL's single entries are a matrix with one column: only its rows can be
+  # sharded.
   rows = near + far if low[-1] == 1 else ()
-  if basis:
+  if is_basis:
     return (*low[:-1], plan.matrix_shape[side]), [*batch, rows, near + far]
   return low, [*batch, rows, far + near if len(plan.sides) == 1 else ()]
 
 
-def _fitted(mesh: Any, shape, cuts) -> PartitionSpec:
-  """Returns the partition, of no more axes than divide a dimension."""
+def _fitted(
+  mesh: Any, shape: Sequence[int], cuts: Sequence[MeshAxes]
+) -> PartitionSpec:
+  """Returns a partition that leaves out mesh axes that do not divide."""
 
-  def of_side(size, axes):
+  def of_side(size: int, axes: MeshAxes) -> MeshAxes | None:
     while not _fits(mesh, size, axes):
       axes = axes[:-1]
     return axes or None
@@ -131,97 +172,131 @@ def _fitted(mesh: Any, shape, cuts) -> PartitionSpec:
   return PartitionSpec(*map(of_side, shape, cuts))
 
 
-def _fits(mesh: Any, size: int, axes: tuple[str, ...]) -> bool:
+def _fits(mesh: Any, size: int, axes: MeshAxes) -> bool:
+  """Whether the number of devices along mesh axes divides a size."""
   return size % math.prod(mesh.shape[axis] for axis in axes) == 0
 
 
-def _like(fields, shape, whole, cuts) -> list[tuple[str, ...]]:
-  """Returns the axes of a leaf that follows an array of shape `whole`."""
+def _like(
+  fields: set[Any],
+  shape: Sequence[int],
+  whole: Sequence[int],
+  cuts: list[MeshAxes],
+) -> list[MeshAxes]:
+  """Returns the mesh axes of a leaf of state that belongs to an array.
+
+  Args:
+    fields: names of the fields on the path of the leaf.
+    shape: of the leaf.
+    whole: shape of the array: the weight, its projected gradient, or its basis.
+    cuts: mesh axes of each dimension of the array.
+  """
   if len(shape) == len(whole):
     return cuts
   if len(shape) == len(whole) - 1:
-    if fields & {'scale', 'offset'}:  # Numbers that elements share.
+    # Scales of quantization blocks: one number for several elements.
+    if 'scale' in fields:
       return [*cuts[:-2], cuts[-2] + cuts[-1]]
     for axis in (-2, -1) if 'v_col' in fields else (-1, -2):
       left = [i for i in range(len(whole)) if i != axis % len(whole)]
-      if shape == tuple(whole[i] for i in left):
+      if tuple(shape) == tuple(whole[i] for i in left):
         return [cuts[i] for i in left]
-  alike = shape == whole[: len(shape)]
+  alike = tuple(shape) == tuple(whole[: len(shape)])
   return cuts[: len(shape)] if alike else [()] * len(shape)
 
 
-def placed(init: Callable) -> Callable:
-  """Returns an `init` whose state lives where `state_shardings` says.
+def placed(init: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns an `init` whose state has the shardings of `state_shardings`.
 
-  It does where the places of its last argument, the parameters, are known:
-  of arrays, and of what is traced under a mesh with explicit axes.
+  It applies them if the shardings of its last argument, the parameters, are
+  known: for concrete arrays, and for tracers under explicit mesh axes.
   """
 
   @functools.wraps(init)
-  def init_fn(*args):
-    one, params = functools.partial(init, *args[:-1]), _unboxed(args[-1])
-    typed = jax.sharding.get_abstract_mesh().explicit_axes
+  def init_fn(*args: Any, **params_by_name: Any) -> Any:
+    *others, params = (*args, *params_by_name.values())
+    params = _unboxed(params)
+    of_params = functools.partial(init, *others)
+    explicit = jax.sharding.get_abstract_mesh().explicit_axes
+
+    def place(x: Any) -> Any:
+      # A tracer has a sharding only under explicit mesh axes, where it is part
+      # of its type.
+      typed = jax.typeof(x) if explicit else x
+      return getattr(typed, 'sharding', None)
+
     leaves = jax.tree.leaves(params)
-    # What is traced has a place by its type, under explicit axes, or none.
-    place = lambda x: getattr(jax.typeof(x) if typed else x, 'sharding', None)
-    known = lambda x: isinstance(x, jax.Array) and _is_place(place(x))
-    if not leaves or not all(map(known, leaves)):
-      return one(params)
-    places = _shardings(one, params, jax.tree.map(place, params))
-    if not typed:
-      return jax.jit(one, out_shardings=places)(params)
+    known = [isinstance(x, jax.Array) and _is_named(place(x)) for x in leaves]
+    if not leaves or not all(known):
+      return of_params(params)
+    places = _shardings(of_params, params, jax.tree.map(place, params))
+    if not explicit:
+      return jax.jit(of_params, out_shardings=places)(params)
     specs = jax.tree.map(lambda x: x.spec, places)
-    return jax.jit(jax.sharding.auto_axes(one, out_sharding=specs))(params)
+    run = jax.sharding.auto_axes(of_params, out_sharding=specs)
+    return jax.jit(run)(params)
 
   return init_fn
 
 
+@runtime_checkable
+class Variable(Protocol):
+  """A variable of `flax.nnx`, which this library does not import."""
+
+  def get_metadata(self) -> Any:
+    """Returns the metadata, such as the names of mesh axes."""
+    ...
+
+
 def _unboxed(params: Any) -> Any:
-  """Returns the arrays of NNX variables, and other leaves as they are.
+  """Returns the arrays of NNX variables; other leaves stay as they are.
 
-  A variable names the axes that cut it, and its optimizer would cut whatever
-  stands in a copy of it alike: a basis has other sides.
+  A variable names the mesh axes of its weight. In a copy of the variable they
+  would apply to a basis too, whose dimensions are different.
   """
-  is_variable = lambda x: hasattr(x, 'get_metadata')
-  one = lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x
-  return jax.tree.map(one, params, is_leaf=is_variable)
 
-
-def on_any_mesh(like: Callable) -> Callable[[Callable], Callable]:
-  """Lets the compiler lay out what a function does, whatever the mesh.
-
-  Under a mesh with explicit axes each operation would have to say where its
-  result lives: here the result of the whole does.
-
-  Args:
-    like: a function of the positional arguments: a tree of what lives where
-      the result does, arrays or partitions.
-  """
-  return lambda f: functools.wraps(f)(
-    lambda *args, **kwargs: _run(f, like, args, kwargs)
+  return jax.tree.map(
+    lambda x: jax.tree.leaves(x)[0] if isinstance(x, Variable) else x,
+    params,
+    is_leaf=lambda x: isinstance(x, Variable),
   )
 
 
-def _run(f, like, args, kwargs):
+def run_on_any_mesh(
+  f: Callable[..., Any], *args: Any, like: Callable[[], Any]
+) -> Any:
+  """Returns f(*args); the compiler chooses the shardings inside.
+
+  Under a mesh with explicit axes each operation of `f` would need an output
+  sharding. Here only the result of `f` has one.
+
+  Args:
+    f: a function.
+    *args: its arguments: trees with arrays and other leaves.
+    like: returns a tree with the structure of the result, whose leaves are
+      arrays or shardings: the shardings of the result. It is called under
+      explicit axes only.
+  """
   if not jax.sharding.get_abstract_mesh().explicit_axes:
-    return f(*args, **kwargs)
-  leaves, treedef = jax.tree.flatten((args, kwargs))
+    return f(*args)
+  leaves, treedef = jax.tree.flatten(args)
   every = dict(enumerate(leaves))
   arrays = {i: x for i, x in every.items() if isinstance(x, jax.Array)}
 
-  def run(arrays):
-    args, kwargs = treedef.unflatten((every | arrays).values())
-    return f(*args, **kwargs)
+  def run(arrays: dict[int, jax.Array]) -> Any:
+    return f(*treedef.unflatten((every | arrays).values()))
 
-  place = lambda x: x if _is_place(x) else jax.typeof(x).sharding
-  specs = jax.tree.map(lambda x: place(x).spec, like(*args))
+  def spec(x: Any) -> PartitionSpec:
+    return (x if _is_named(x) else jax.typeof(x).sharding).spec
+
+  specs = jax.tree.map(spec, like())
   return jax.sharding.auto_axes(run, out_sharding=specs)(arrays)
 
 
 def low_sharding(plan: Any, x: jax.Array) -> NamedSharding:
-  """Returns where a leaf's projected gradient lives, by the leaf's type."""
+  """Returns the sharding of a leaf's projected gradient, from its type."""
   place = jax.typeof(x).sharding
   if not isinstance(plan, Projection):
     return place
-  low = _of_low(plan, x.shape, [*map(_axes, place.spec)])
-  return NamedSharding(place.mesh, _fitted(place.mesh, *low))
+  low, cuts = _of_low(plan, x.shape, _cuts(place, x.ndim))
+  return NamedSharding(place.mesh, _fitted(place.mesh, low, cuts))

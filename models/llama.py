@@ -125,7 +125,7 @@ class LlamaConfig:
   kernel for the arrays, else 'blockwise'."""
 
   def __post_init__(self) -> None:
-    """Checks that sizes are positive and that the heads divide the width."""
+    """Checks that sizes are positive and that widths and heads fit."""
     sizes = ('vocab_size', 'width', 'mlp_width', 'num_heads', 'num_layers')
     others = ('num_kv_heads', 'head_dim', 'window', 'loss_chunk')
     for name in sizes + others:

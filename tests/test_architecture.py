@@ -81,8 +81,8 @@ FLOOR = {
   *('sharding', 'trial'),
 }
 CORE = {
-  *('galore', 'plan', 'decay', 'moments', 'residual', 'memory', 'clipping'),
-  'one_layer',
+  *('galore', 'stages', 'chain', 'plan', 'decay', 'moments', 'residual'),
+  *('memory', 'clipping', 'one_layer'),
 }
 INSIDE = {
   'quantized': FLOOR,

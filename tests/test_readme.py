@@ -237,7 +237,7 @@ HEAD, *ROWS = table('galore_optax/README.md', 'together')
 
 
 class Model:
-  """Residual layers of `w` and its transpose."""
+  """Layers x + norm tanh(x w) w^T with one matrix `w` each."""
 
   def embed(self, params, batch):
     return params['embed'][batch]

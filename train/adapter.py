@@ -141,7 +141,7 @@ def merge_into(
       total = lowrank.product(stack.take(a, layer), b, adapter.scale)
       return weights.write(stored, total, jax.random.fold_in(rounding, layer))
 
-    flat[path] = stack.each(add, flat[path], flat[of_b])
+    flat[path] = stack.map_layers(add, flat[path], flat[of_b])
     shape = (*a.shape[:-1], flat[of_b].shape[-1])
     # Use another key than for the rounding above.
     fresh = jax.random.fold_in(key, number + len(names))

@@ -95,7 +95,7 @@ class WholeTree:
 
 @dataclasses.dataclass(frozen=True)
 class Layerwise:
-  """Updates each weight in the backward pass, then frees its gradient."""
+  """Updates each layer in the backward pass, then frees its gradients."""
 
   clip: Literal['exact', 'previous'] = 'exact'
   """How the global norm for clipping is found: 'exact' runs a second backward

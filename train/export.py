@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from galore_optax.layerwise.weights import is_stored
+from galore_optax.quantized.array import is_quantized
 from models import huggingface, lowrank
 from models.llama import LlamaConfig
 from train import checkpoint
@@ -108,7 +108,7 @@ def export(
     run.checkpoints_path, task_of(config), best=best
   )
   model = config.resolved_model
-  params = jax.tree.map(config.weights().read, params, is_leaf=is_stored)
+  params = jax.tree.map(config.weights().read, params, is_leaf=is_quantized)
   if factors and lora is not None:
     lowrank.save_adapter(directory, params, lora, base=config.checkpoint)
     return

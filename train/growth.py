@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_optax.residual import growth_factor
+
 
 class GrowthState(NamedTuple):
   """State of `limit_growth`."""
@@ -56,24 +58,6 @@ def limit_growth(limit: float) -> optax.GradientTransformation:
     return jax.tree.map(_scaled, updates, factors), GrowthState(last)
 
   return optax.GradientTransformation(init, update)
-
-
-def growth_factor(norm: jax.Array, last: jax.Array, limit: float) -> jax.Array:
-  """Returns the factor, at most 1, that limits the growth of a norm.
-
-  Args:
-    norm: the new norm.
-    last: the norm of the step before, after scaling. If it is zero the new norm
-      is not limited: the limit would be zero in all later steps.
-    limit: largest ratio of the two norms.
-
-  Example:
-    >>> norms = jnp.array([4.0, 4.0, 4.0, 0.0])
-    >>> print(growth_factor(norms, jnp.array([2.0, 4.0, 0.0, 0.0]), 1.5))
-    [0.75 1.   1.   1.  ]
-  """
-  bound = limit * jnp.where(last > 0, last, jnp.inf)
-  return jnp.minimum(bound / jnp.where(norm > 0, norm, 1), 1)
 
 
 def _norm(g: jax.Array) -> jax.Array:

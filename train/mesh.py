@@ -354,10 +354,6 @@ def join_cluster() -> None:
   jax.distributed.initialize(**given)
 
 
-# Callers outside this file still use the shorter name.
-join = join_cluster
-
-
 def _in_cluster() -> bool:
   """Whether the environment describes a cluster."""
   return 'JAX_COORDINATOR_ADDRESS' in os.environ or _detected()

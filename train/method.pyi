@@ -27,7 +27,7 @@ class Galore:
   rank: int | float = 128
   gap: int = 200
   scale: float = 0.25
-  side: Literal['std', 'reverse_std', 'left', 'right', 'full'] = 'std'
+  side: Literal['std', 'reverse_std', 'left', 'right', 'both', 'full'] = 'std'
   subspace: Literal[
     'svd', 'gram', 'randomized', 'power', 'random', 'coordinates'
   ] = 'svd'
@@ -51,7 +51,7 @@ class Galore8bit:
   rank: int | float = 128
   gap: int = 200
   scale: float = 0.25
-  side: Literal['std', 'reverse_std', 'left', 'right', 'full'] = 'std'
+  side: Literal['std', 'reverse_std', 'left', 'right', 'both', 'full'] = 'std'
   subspace: Literal[
     'svd', 'gram', 'randomized', 'power', 'random', 'coordinates'
   ] = 'svd'
@@ -73,7 +73,7 @@ class GaloreAdafactor:
   rank: int | float = 128
   gap: int = 200
   scale: float = 0.25
-  side: Literal['std', 'reverse_std', 'left', 'right', 'full'] = 'std'
+  side: Literal['std', 'reverse_std', 'left', 'right', 'both', 'full'] = 'std'
   subspace: Literal[
     'svd', 'gram', 'randomized', 'power', 'random', 'coordinates'
   ] = 'svd'
@@ -94,7 +94,7 @@ class GaloreMuon:
   rank: int | float = 128
   gap: int = 200
   scale: float = 0.25
-  side: Literal['std', 'reverse_std', 'left', 'right', 'full'] = 'std'
+  side: Literal['std', 'reverse_std', 'left', 'right', 'both', 'full'] = 'std'
   subspace: Literal[
     'svd', 'gram', 'randomized', 'power', 'random', 'coordinates'
   ] = 'svd'
@@ -145,7 +145,7 @@ class Fira:
   bits: Literal[8] | None = None
   inner: Literal['adam', 'lion', 'sgdm'] | None = None
   rank: int | float = 128
-  side: Literal['std', 'reverse_std', 'left', 'right', 'full'] = 'std'
+  side: Literal['std', 'reverse_std', 'left', 'right', 'both', 'full'] = 'std'
   subspace: Literal[
     'svd', 'gram', 'randomized', 'power', 'random', 'coordinates'
   ] = 'svd'
@@ -171,7 +171,7 @@ class Apollo:
   weight_decay: float = 0.0
   bits: Literal[8] | None = None
   inner: Literal['adam', 'lion', 'sgdm'] | None = None
-  side: Literal['std', 'reverse_std', 'left', 'right', 'full'] = 'std'
+  side: Literal['std', 'reverse_std', 'left', 'right', 'both', 'full'] = 'std'
   moments: Literal['keep', 'reset', 'rotate'] = 'keep'
   targets: tuple[str, ...] | None = None
   def build(
@@ -192,7 +192,7 @@ class ApolloMini:
   weight_decay: float = 0.0
   bits: Literal[8] | None = None
   inner: Literal['adam', 'lion', 'sgdm'] | None = None
-  side: Literal['std', 'reverse_std', 'left', 'right', 'full'] = 'std'
+  side: Literal['std', 'reverse_std', 'left', 'right', 'both', 'full'] = 'std'
   moments: Literal['keep', 'reset', 'rotate'] = 'keep'
   targets: tuple[str, ...] | None = None
   def build(

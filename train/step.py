@@ -24,7 +24,7 @@ from galore_optax.clipping import global_norm
 from galore_optax.galore import Galore
 from galore_optax.layerwise import stack
 from galore_optax.layerwise.step import Layerwise, layerwise
-from galore_optax.layerwise.weights import is_stored
+from galore_optax.quantized.array import is_quantized
 from galore_optax.sharding import state_shardings
 from train import adapter as adapter_lib
 from train import mesh as mesh_lib
@@ -264,10 +264,6 @@ def split_trained(params: PyTree, trained: Mask) -> tuple[PyTree, PyTree]:
   return pick(True), pick(False)
 
 
-# Callers outside this file still use the shorter name.
-split = split_trained
-
-
 def join_trained(moving: PyTree, still: PyTree) -> PyTree:
   """Inverts `split_trained`: takes each leaf from the tree that has it.
 
@@ -278,7 +274,7 @@ def join_trained(moving: PyTree, still: PyTree) -> PyTree:
     lambda w, other: other if w is None else w,
     moving,
     still,
-    is_leaf=lambda x: x is None or is_stored(x),
+    is_leaf=lambda x: x is None or is_quantized(x),
   )
 
 
@@ -306,7 +302,7 @@ class WithFixedWeights(NamedTuple):
     mine = jax.tree.map(
       lambda w: self.read(stack.take(w, x['layer'])),
       self.still['blocks'],
-      is_leaf=is_stored,
+      is_leaf=is_quantized,
     )
     y = self.layers.block(join_trained(layer_params, mine), x['x'])
     return {'x': y, 'layer': x['layer'] + 1}
@@ -365,11 +361,12 @@ def make_layerwise_step(
     if jax.tree.leaves(still):
       model = WithFixedWeights(update.model, still, update.weights.read)
       run = dataclasses.replace(update, model=model)
-    moving, optimizer, found = run(moving, state.optimizer, batch)
+    inner: Any = state.optimizer
+    moving, optimizer, found = run(moving, inner, batch)
     params = join_trained(moving, still)
     metrics = {name: found[name] for name in NO_SUMS if name in found}
     metrics['learning_rate'] = jnp.asarray(schedule(state.step))
-    norm = found.get('projected_grad_norm', found.get('grad_norm'))
+    norm: Any = found.get('projected_grad_norm', found.get('grad_norm'))
     bad = ~jnp.isfinite(norm)
     lost = ~jnp.isfinite(found['loss'])
     metrics['skipped_steps'] = jnp.int32(lost if in_part else bad)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax.galore import Galore
-from galore_optax.subspace.kept import Seeds
+from galore_optax.subspace.store import StoredSeed
 
 BASIS = jax.tree_util.GetAttrKey('basis')
 
@@ -31,7 +31,7 @@ NUMBERS = ('captured_energy', 'subspace_overlap')
 
 @runtime_checkable
 class Wrapper(Protocol):
-  """A keeper that wraps another keeper, or a function that finds bases."""
+  """A basis store that wraps another store, or a function that finds bases."""
 
   finder: Any
   """The wrapped object."""
@@ -41,7 +41,7 @@ class Noted(NamedTuple):
   """The state that `Noting` keeps for one matrix."""
 
   basis: Any
-  """The state of the wrapped keeper."""
+  """The stored value of the wrapped basis store."""
   noted: jax.Array
   """The two `NUMBERS`, -1 if not known yet, and the number of refreshes; [3],
   float32."""
@@ -49,10 +49,10 @@ class Noted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Noting:
-  """Wraps a keeper and records the statistics of each new basis."""
+  """A basis store that records two statistics of each new basis."""
 
   finder: Any
-  """The wrapped keeper."""
+  """The wrapped basis store."""
 
   def first(self, r: int, m: int, dtype: Any) -> Noted:
     """Returns the first state; its numbers are not known yet."""
@@ -71,7 +71,7 @@ class Noting:
     return Noted(new, jnp.stack(noted).astype(jnp.float32))
 
   def rows(self, kept: Noted, r: int, m: int, dtype: Any) -> jax.Array:
-    """Returns the basis of the wrapped keeper as rows [r, m]."""
+    """Returns the basis of the wrapped store as rows [r, m]."""
     return self.finder.rows(kept.basis, r, m, dtype)
 
 
@@ -109,12 +109,15 @@ def watched(tx: Any) -> Any:
   return tx.with_keeper(noting) if isinstance(tx, Galore) else tx
 
 
-def noting(keeper: Any) -> Any:
-  """Wraps a keeper in `Noting`, unless its bases ignore the gradient."""
-  inside = keeper
-  while isinstance(inside, Wrapper) and not isinstance(inside, Seeds):
+def noting(store: Any) -> Any:
+  """Wraps a basis store in `Noting`, which records statistics of new bases.
+
+  Stores of random bases are returned unchanged.
+  """
+  inside = store
+  while isinstance(inside, Wrapper) and not isinstance(inside, StoredSeed):
     inside = inside.finder
-  return keeper if isinstance(inside, Seeds) else Noting(keeper)
+  return store if isinstance(inside, StoredSeed) else Noting(store)
 
 
 def health(optimizer: Any) -> dict[str, jax.Array]:

@@ -17,9 +17,10 @@ import jax
 import numpy as np
 
 from galore_optax import Group
-from galore_optax.layerwise.weights import ARRAYS, is_stored
+from galore_optax.layerwise.weights import ARRAYS
 from galore_optax.paths import paths
 from galore_optax.presets.groups import assigned
+from galore_optax.quantized.array import is_quantized
 from models import encoder, huggingface, lowrank
 from models.encoder import EncoderConfig
 from models.llama import Layers, LlamaConfig
@@ -60,7 +61,12 @@ def everything(params: PyTree) -> PyTree:
   >>> everything({'w': 1})
   {'w': True}
   """
-  return jax.tree.map(lambda _: True, params, is_leaf=is_stored)
+  return jax.tree.map(lambda _: True, params, is_leaf=is_quantized)
+
+
+def validation_loss(found: Metrics) -> float:
+  """Returns the loss, as the score of a checkpoint."""
+  return found['loss']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Task:
   """Returns an example of the data that a rich console can print."""
   unit: str
   """What the weights of a batch count: 'tokens' or 'examples'."""
-  score: Callable[[Metrics], float] = lambda found: found['loss']
+  score: Callable[[Metrics], float] = validation_loss
   """Returns a number from the validation metrics; the lowest is the best."""
   inputs: Callable[[], Batch] | None = None
   """Returns the shapes of the largest possible batch, which a plan needs."""
@@ -382,7 +388,7 @@ def array_shapes(config: Config, task: Task) -> PyTree:
   read = config.weights().read
 
   def arrays(key: jax.Array) -> PyTree:
-    return jax.tree.map(read, task.init(key), is_leaf=is_stored)
+    return jax.tree.map(read, task.init(key), is_leaf=is_quantized)
 
   return jax.eval_shape(arrays, jax.random.key(0))
 
@@ -399,7 +405,7 @@ def stored_layers(config: Config) -> Layers | encoder.Layers:
     return layers
 
   def read(layer_params: PyTree) -> PyTree:
-    return jax.tree.map(weights.read, layer_params, is_leaf=is_stored)
+    return jax.tree.map(weights.read, layer_params, is_leaf=is_quantized)
 
   return dataclasses.replace(layers, read=read)
 

@@ -18,7 +18,7 @@ from jax import lax
 
 from galore_optax.clipping import sum_of_squares
 from galore_optax.layerwise import stack
-from galore_optax.precision import full
+from galore_optax.precision import at_least_float32
 
 PyTree = Any
 # Index of a layer, or None for a weight outside the stack.
@@ -72,12 +72,12 @@ class Visit(Protocol):
 
 
 class Visited(NamedTuple):
-  """Results of the visits so far."""
+  """Values that the backward pass carries from one weight to the next."""
 
   entries: dict[str, Any]
-  """The entry of each weight, by path."""
+  """The entry of each weight, by path, as updated so far."""
   squares: jax.Array
-  """[], float32: the sum of squares of the gradients."""
+  """[], float32: the sum of squares of the gradients so far."""
 
 
 # A function `(visited, name, grad, layer) -> visited` that visits one weight.
@@ -390,6 +390,6 @@ def sum_over(
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, one), stacked
 
   like, _ = jax.eval_shape(f, first)
-  zeros = jax.tree.map(lambda a: jnp.zeros_like(full(a)), like)
+  zeros = jax.tree.map(lambda a: jnp.zeros_like(at_least_float32(a)), like)
   sums, stacked = lax.scan(body, zeros, parts)
   return jax.tree.map(lambda a, b: a.astype(b.dtype), sums, like), stacked

@@ -30,7 +30,7 @@ class Parts:
     {'blocks': {'q': None}, 'norm': 2}
   """
 
-  def __init__(self, params: PyTree):
+  def __init__(self, params: PyTree) -> None:
     """Reads the structure of a parameter tree."""
     weights, self.treedef = jax.tree.flatten(params, is_leaf=is_quantized)
     self.names = paths.paths(self.treedef.unflatten(range(len(weights))))
@@ -218,8 +218,3 @@ def unflat(vectors: PyTree, like: PyTree) -> PyTree:
   (2, 3)
   """
   return jax.tree.map(lambda v, a: v.reshape(a.shape), vectors, like)
-
-
-# Former names, kept until all imports use the new ones.
-in_stack = in_layer_stack
-each = map_layers

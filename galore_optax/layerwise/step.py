@@ -27,9 +27,9 @@ from galore_optax.layerwise import stack
 from galore_optax.layerwise.passes import Layer, Layers, Passes
 from galore_optax.layerwise.weights import ARRAYS, Weights
 from galore_optax.one_layer import OneLayerRule
-from galore_optax.precision import full
+from galore_optax.precision import at_least_float32
 from galore_optax.quantized.rounding import apply_updates_stochastic
-from galore_optax.sharding import on_any_mesh, placed
+from galore_optax.sharding import placed, run_on_any_mesh
 
 PyTree = Any
 # (stored weight, state of its transformation).
@@ -180,12 +180,21 @@ class Layerwise:
     inner: Any = {name: init_weight(name, w) for name, w in weights.items()}
     return LayerwiseState(jnp.int32(0), jnp.float32(0), inner)
 
-  # The metrics are replicated, like the step counter.
-  @on_any_mesh(lambda _, params, state, batch: (params, state, state.count))
   def __call__(
     self, params: PyTree, state: LayerwiseState, batch: PyTree
   ) -> tuple[PyTree, LayerwiseState, dict[str, Any]]:
     """Returns the parameters and the state after one step, and its metrics."""
+    return run_on_any_mesh(
+      self._step,
+      *(params, state, batch),
+      # The metrics are replicated, like the step counter.
+      like=lambda: (params, state, state.count),
+    )
+
+  def _step(
+    self, params: PyTree, state: LayerwiseState, batch: PyTree
+  ) -> tuple[PyTree, LayerwiseState, dict[str, Any]]:
+    """Returns the result of `__call__`."""
     tree = stack.Parts(params)
     summed = self.accumulate > 1
     step = self._in_parts if summed else self._at_once
@@ -402,7 +411,7 @@ class Layerwise:
       weight = self.weights.read(stored)
       projected = self.accumulate > 1 and name not in self.slices
       rule = self.tx.apply if projected else self._rule(name).update
-      g = grad if scale[1] is None else full(grad) * scale[1]
+      g = grad if scale[1] is None else at_least_float32(grad) * scale[1]
       if not projected:
         g = g.astype(weight.dtype)
       weight_tree = tree.alone(name, weight)

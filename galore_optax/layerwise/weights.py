@@ -20,9 +20,6 @@ from galore_optax.quantized.array import (
 )
 from galore_optax.quantized.rounding import apply_updates_stochastic
 
-# The former name, kept until all imports use the new one.
-is_stored = is_quantized
-
 
 class Weights(NamedTuple):
   """Three functions that store, read and update a weight."""

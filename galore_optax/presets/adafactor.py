@@ -6,6 +6,7 @@ of vectors [..., d] if its path names a norm, scale or bias, and a stack of
 matrices [..., r, n] otherwise (`paths.own_axes`).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Unpack
 
@@ -15,7 +16,7 @@ import optax
 
 from galore_optax import checks, paths
 from galore_optax.decay import rate_at
-from galore_optax.galore import galore, with_apply
+from galore_optax.galore import galore
 from galore_optax.options import names_options
 from galore_optax.plan import Plan
 from galore_optax.precision import at_least_float32, rms
@@ -23,6 +24,7 @@ from galore_optax.presets.galore_options import GaloreOptions
 from galore_optax.presets.inner import check_numbers
 from galore_optax.projection import Projection, from_matrix, to_matrix
 from galore_optax.sharding import placed
+from galore_optax.stages import Galore, Stages
 
 
 class FactoredState(NamedTuple):
@@ -217,36 +219,82 @@ def galore_adafactor(
   )
   tx: Any = galore(inner, **options)
 
-  def with_steps(apply: Callable[..., Any]) -> Callable[..., Any]:
-    # The step size multiplies before the inner's momentum, but it depends on
-    # the whole weight, which the inner does not receive. It is passed to the
-    # inner as an extra argument.
-    def apply_fn(
-      low: Any,
-      state: Any,
-      params: Any = None,
-      grads: Any = None,
-      **extra_args: Any,
-    ) -> tuple[Any, Any]:
-      checks.check_params(params, 'a step that follows the weights')
-      rate = rate_at(learning_rate, state.count)
+  return _with_step_sizes(
+    tx.stages, learning_rate, scale_parameter, eps[1], weight_decay
+  )
 
-      def step_size(plan: Plan, w: jax.Array) -> Any:
-        return rate * _scale(plan, w, eps[1]) if scale_parameter else rate * 1.0
 
-      def decayed(plan: Plan, u: jax.Array, w: jax.Array, size: Any) -> Any:
-        return _decayed(plan, u, w, size, weight_decay)
+def _with_step_sizes(
+  stages: Stages,
+  learning_rate: optax.ScalarOrSchedule,
+  scale_parameter: bool,
+  floor: float,
+  weight_decay: float,
+) -> Galore:
+  """Returns a `Galore` with a step size for each weight, and weight decay.
 
-      plans = jax.tree.structure(params).unflatten(tx.plan(params))
-      sizes = jax.tree.map(step_size, plans, params)
-      extra_args['step_size'] = sizes
-      grads = params if grads is None else grads
-      updates, state = apply(low, state, None, grads, **extra_args)
-      return jax.tree.map(decayed, plans, updates, params, sizes), state
+  The step size multiplies the update before the inner's momentum, but it
+  depends on the whole weight, which the inner does not receive. It is passed to
+  the inner as an extra argument.
 
-    return apply_fn
+  Args:
+    stages: of a `galore` whose inner needs the extra argument `step_size`.
+    learning_rate: a number, or a schedule of the step.
+    scale_parameter: whether to multiply it by the RMS of the weight.
+    floor: smallest RMS of a weight.
+    weight_decay: decay rate, multiplied by the step size.
+  """
 
-  return with_apply(tx, with_steps)
+  def step_sizes(state: Any, params: Any) -> Any:
+    checks.check_params(params, 'a step that follows the weights')
+    rate = rate_at(learning_rate, state.count)
+
+    def step_size(plan: Plan, w: jax.Array) -> Any:
+      return rate * _scale(plan, w, floor) if scale_parameter else rate * 1.0
+
+    return jax.tree.map(step_size, plans_of(params), params)
+
+  def plans_of(params: Any) -> Any:
+    return jax.tree.structure(params).unflatten(stages.plan(params))
+
+  def with_decay(updates: Any, params: Any, sizes: Any) -> Any:
+    def of_leaf(plan: Plan, u: jax.Array, w: jax.Array, size: Any) -> jax.Array:
+      return _decayed(plan, u, w, size, weight_decay)
+
+    return jax.tree.map(of_leaf, plans_of(params), updates, params, sizes)
+
+  def update(
+    updates: Any, state: Any, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    sizes = step_sizes(state, params)
+    extra_args['step_size'] = sizes
+    updates, state = stages.update(updates, state, None, **extra_args)
+    return with_decay(updates, params, sizes), state
+
+  def apply(
+    low: Any,
+    state: Any,
+    params: Any = None,
+    grads: Any = None,
+    **extra_args: Any,
+  ) -> tuple[Any, Any]:
+    sizes = step_sizes(state, params)
+    extra_args['step_size'] = sizes
+    like = params if grads is None else grads
+    updates, state = stages.apply(low, state, None, like, **extra_args)
+    return with_decay(updates, params, sizes), state
+
+  def with_keeper(f: Callable[[Any], Any]) -> Galore:
+    changed = stages.with_keeper(f).stages
+    return _with_step_sizes(
+      changed, learning_rate, scale_parameter, floor, weight_decay
+    )
+
+  return Galore.of(
+    dataclasses.replace(
+      stages, update=update, apply=apply, with_keeper=with_keeper
+    )
+  )
 
 
 def _scale_by_step_size() -> optax.GradientTransformationExtraArgs:

@@ -5,8 +5,9 @@ from typing import Any, Literal, Unpack
 import optax
 
 from galore_optax import checks
+from galore_optax.chain import chain
 from galore_optax.decay import decay_updated_weights
-from galore_optax.galore import chain, galore, quantize_bases
+from galore_optax.galore import galore, quantize_bases
 from galore_optax.options import names_options
 from galore_optax.presets.galore_options import (
   GaloreOptions,

@@ -26,7 +26,7 @@ from galore_optax.presets.inner import (
   check_numbers,
   require_no_learning_rate,
 )
-from galore_optax.sharding import on_any_mesh, placed
+from galore_optax.sharding import placed, run_on_any_mesh
 
 Rule: TypeAlias = optax.GradientTransformationExtraArgs
 Order: TypeAlias = Literal['random', 'ascending', 'descending', 'fixed']
@@ -197,12 +197,11 @@ def _in_turns(
     master = optax.tree.zeros_like(params) if master_weights else ()
     return TurnState(jnp.zeros([], jnp.int32), inner.init(params), master)
 
-  @on_any_mesh(lambda updates, state, *_, **__: (updates, state))
-  def update_fn(
+  def update(
     updates: optax.Updates,
     state: Any,
-    params: Any = None,
-    **extra_args: Any,
+    params: Any,
+    extra_args: dict[str, Any],
   ) -> tuple[Any, TurnState]:
     count = state.count
     # The state at count 0 is a placeholder, so it is reset in every case.
@@ -231,6 +230,18 @@ def _in_turns(
       steps = jax.tree.map(lambda m, w: m - w, master, params)
     count = jnp.asarray(optax.safe_increment(count))
     return steps, TurnState(count, inner_state, master)
+
+  def update_fn(
+    updates: optax.Updates,
+    state: Any,
+    params: Any = None,
+    **extra_args: Any,
+  ) -> tuple[Any, TurnState]:
+    return run_on_any_mesh(
+      update,
+      *(updates, state, params, extra_args),
+      like=lambda: (updates, state),
+    )
 
   return in_float32(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 

@@ -1,5 +1,6 @@
 """FRUGAL: an inner optimizer in a subspace, and sign descent outside it."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
@@ -9,7 +10,7 @@ import optax
 
 from galore_optax import checks, paths
 from galore_optax.decay import rate_at
-from galore_optax.galore import galore
+from galore_optax.galore import Inners, galore
 from galore_optax.options import names_options
 from galore_optax.plan import Planner
 from galore_optax.precision import in_float32
@@ -133,7 +134,10 @@ def frugal(
     optax.scale_by_sign() if residual == 'sign' else optax.identity(),
     optax.scale(residual_scale),
   )
-  return partition(in_float32(residual_rule), in_float32(inner_rule), targets)
+  inners = Inners(
+    projected=in_float32(residual_rule), other=in_float32(inner_rule)
+  )
+  return inners.partition(functools.partial(_is_target, targets))
 
 
 def _split_options(subspace: SubspaceName | Subspace) -> SplitOptions:
@@ -145,32 +149,14 @@ def _split_options(subspace: SubspaceName | Subspace) -> SplitOptions:
   return {'subspace': name_or_finder}
 
 
-def partition(
-  chosen: optax.GradientTransformation,
-  rest: optax.GradientTransformation,
-  targets: paths.Targets,
-) -> optax.GradientTransformationExtraArgs:
-  """Applies `chosen` to the targets and `rest` to all other leaves.
+def _is_target(targets: paths.Targets, params: optax.Params) -> Any:
+  """Returns a tree with a bool for each leaf: whether `targets` selects it.
 
-  Args:
-    chosen: the transformation of the targets.
-    rest: the transformation of all other leaves.
-    targets: as in `galore`.
-
-  Example:
-    >>> tx = partition(optax.sgd(1.0), optax.set_to_zero(), ['a'])
-    >>> params = {'a': jax.numpy.ones(2), 'b': jax.numpy.ones(2)}
-    >>> tx.update(params, tx.init(params))[0]['b']
-    Array([0., 0.], dtype=float32)
+  A regex may select any leaf, also a vector, because no basis is needed.
   """
-
-  def labels(params: optax.Params) -> Any:
-    if targets is None or callable(targets):
-      plans = Planner(1.0, targets=targets)(params)
-      marks = [isinstance(p, Projection) for p in plans]
-    else:
-      marks = paths.chosen(targets, params)
-    names = ['chosen' if mark else 'rest' for mark in marks]
-    return jax.tree.structure(params).unflatten(names)
-
-  return optax.partition({'chosen': chosen, 'rest': rest}, labels)
+  if targets is None or callable(targets):
+    plans = Planner(1.0, targets=targets)(params)
+    marks = [isinstance(p, Projection) for p in plans]
+  else:
+    marks = paths.chosen(targets, params)
+  return jax.tree.structure(params).unflatten(marks)

@@ -20,8 +20,9 @@ from galore_optax.paths import Targets
 from galore_optax.presets.inner import Inner
 from galore_optax.projection import Axes, Side
 from galore_optax.residual import Residual
-from galore_optax.subspace import finders, kept
+from galore_optax.subspace import finders
 from galore_optax.subspace.refresh import Staggered
+from galore_optax.subspace.store import BasisStore
 
 
 class LeafOptions(TypedDict, total=False):
@@ -39,7 +40,7 @@ class GaloreOptions(LeafOptions, total=False):
   rank: int | float
   gap: int | Staggered
   scale: float
-  subspace: finders.Name | finders.Subspace | kept.Keeper
+  subspace: finders.Name | finders.Subspace | BasisStore
   residual: Residual | None
 
 
@@ -60,7 +61,7 @@ class FiraOptions(ScaledOptions, total=False):
   """Options that `fira` forwards."""
 
   rank: int | float
-  subspace: finders.Name | finders.Subspace | kept.Keeper
+  subspace: finders.Name | finders.Subspace | BasisStore
 
 
 class ApolloMiniOptions(ScaledOptions, total=False):
@@ -74,7 +75,7 @@ class ScaledGaloreOptions(LeafOptions, total=False):
 
   rank: int | float
   scale: float
-  subspace: finders.Name | finders.Subspace | kept.Keeper
+  subspace: finders.Name | finders.Subspace | BasisStore
 
 
 Options = TypeVar('Options', bound=LeafOptions)

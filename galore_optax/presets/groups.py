@@ -20,12 +20,17 @@ import optax
 
 from galore_optax import checks, paths
 from galore_optax.clipping import ClippedTransformation, clipped
-from galore_optax.galore import Galore, from_stages
 from galore_optax.one_layer import OneLayerRule
 from galore_optax.plan import Plan
 from galore_optax.presets.badam import one_layer_rule
-from galore_optax.projection import Whole, show, show_multipliers, watched
+from galore_optax.projection import (
+  Whole,
+  record_multipliers,
+  record_plans,
+  recording_plans,
+)
 from galore_optax.sharding import placed
+from galore_optax.stages import Galore, Stages
 
 Preset: TypeAlias = Callable[..., Any]
 
@@ -276,7 +281,7 @@ def _joined(
     return [part if part is None else getattr(part, name) for part in parts]
 
   if isinstance(rest, Galore):
-    return from_stages(together)
+    return Galore.of(together.stages())
   if isinstance(rest, ClippedTransformation):
     # Clip by the norm of the gradient of all groups together.
     return clipped(_joined(groups, of_each('rule')), rest.clip_norm)
@@ -306,17 +311,26 @@ class _Together:
   strict: bool
   """Whether a pattern must match a parameter of the tree."""
 
-  @property
-  def linear(self) -> bool:
-    """Whether all parts read only the projection of a gradient."""
-    return all(part.linear for part in self._moving())
+  def stages(self) -> Stages:
+    """Returns the functions of a `Galore`; all parts are `Galore`s too."""
+    return Stages(
+      init=self.init,
+      update=self.update,
+      plan=self.plan,
+      due=self.due,
+      refresh=self.refresh,
+      project=self.project,
+      apply=self.apply,
+      linear=all(part.linear for part in self._moving()),
+      with_keeper=self.with_keeper,
+    )
 
   def with_keeper(self, f: Callable[[Any], Any]) -> Galore:
-    """Returns this transformation with f(keeper) as each part's keeper."""
+    """Returns this transformation with f(store) as each part's basis store."""
     parts = [
       part if part is None else part.with_keeper(f) for part in self.parts
     ]
-    return from_stages(dataclasses.replace(self, parts=tuple(parts)))
+    return Galore.of(dataclasses.replace(self, parts=tuple(parts)).stages())
 
   def check(self, params: Any) -> None:
     """Raises ValueError if a group or an option does not fit the tree."""
@@ -324,7 +338,7 @@ class _Together:
     if not paths.is_part(params):
       # `init` of a part checks less, because its tree has `Elsewhere` nodes.
       # Plans are not recorded here, because a frozen group must have none.
-      with watched():
+      with recording_plans():
         jax.eval_shape(self.parts[-1].init, params)
 
   @placed
@@ -333,7 +347,7 @@ class _Together:
     if self.strict:
       self.check(params)
     mine = self._indices(params)
-    with watched() as seen:
+    with recording_plans() as recorded:
       state = GroupedState(
         tuple(
           part.init(_share(params, mine, i))
@@ -342,15 +356,15 @@ class _Together:
           for i, part in enumerate(self.parts)
         )
       )
-    show(list(seen.plans.values()))
+    record_plans(list(recorded.plans.values()))
     factors = [(g.rate, g.decay) for g in self.groups] + [(1.0, 1.0)]
     multipliers = {}
     for name, index in zip(paths.paths(params), mine, strict=True):
       # A part that is grouped too has multipliers of its own.
-      rate, decay = seen.multipliers.get(name, (1.0, 1.0))
+      rate, decay = recorded.multipliers.get(name, (1.0, 1.0))
       by_rate, by_decay = factors[index]
       multipliers[name] = times(rate, by_rate), times(decay, by_decay)
-    show_multipliers(multipliers)
+    record_multipliers(multipliers)
     return state
 
   def update(
@@ -431,7 +445,7 @@ class _Together:
     return [part for part in self.parts if part is not None]
 
   def _indices(self, tree: Any) -> list[int]:
-    """Returns the index of each leaf's group; the tree may be a part."""
+    """Returns the index in `groups` of each leaf of a model or its part."""
     return assigned(self.groups, tree, strict=False)
 
   def _run(

@@ -123,7 +123,7 @@ def _check_no_learning_rate(
     # A learning-rate schedule may be zero at one step, which hides its sign.
     # Hence several counts are tried.
     for count in decay.COUNTS:
-      state = decay.at_count(count, inner.init(zeros))
+      state = decay.with_counters_at(count, inner.init(zeros))
       try:
         updates, _ = try_update(inner, ones, state, zeros)
         updates = [x.item() for x in jax.tree.leaves(updates)]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import checks
-from galore_optax.galore import Apart, galore
+from galore_optax.galore import Inners, galore
 from galore_optax.options import names_options
 from galore_optax.orthogonal import orthogonalise
 from galore_optax.presets.galore_options import (
@@ -125,4 +125,4 @@ def galore_muon(
   rate = learning_rate if adam_learning_rate is None else adam_learning_rate
   checks.check_learning_rate(adam_learning_rate=rate)
   adam = with_decay_and_rate(rate, weight_decay, optax.scale_by_adam())
-  return galore(Apart(muon, adam), **with_rotate_decays(options, beta))
+  return galore(Inners(muon, adam), **with_rotate_decays(options, beta))

@@ -7,8 +7,9 @@ import jax
 import optax
 
 from galore_optax import checks
+from galore_optax.chain import chain
 from galore_optax.decay import decay_updated_weights
-from galore_optax.galore import chain, galore
+from galore_optax.galore import galore
 from galore_optax.options import names_options
 from galore_optax.presets.galore_options import (
   ApolloMiniOptions,

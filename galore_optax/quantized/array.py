@@ -351,9 +351,3 @@ def dequantize_tree(tree: Any, dtype: DTypeLike = jnp.float32) -> Any:
     tree,
     is_leaf=is_quantized,
   )
-
-
-# Former names, kept until all imports use the new ones.
-is_coded = is_quantized
-unpacked = dequantize_tree
-full = quantized_full

@@ -19,7 +19,11 @@ from galore_optax.checks import (
   check_size,
   check_static,
 )
-from galore_optax.precision import close, single, wide
+from galore_optax.precision import (
+  allclose,
+  one_element,
+  tree_at_least_float32,
+)
 from galore_optax.quantized import array
 from galore_optax.quantized.array import (
   Quantized,
@@ -28,7 +32,7 @@ from galore_optax.quantized.array import (
   quantize,
 )
 from galore_optax.quantized.codes import Code
-from galore_optax.sharding import on_any_mesh, placed
+from galore_optax.sharding import placed, run_on_any_mesh
 from galore_optax.trial import NeedsFunctionError, try_update
 
 # States of wrappers that read several leaves at once. Such a wrapper must go
@@ -131,9 +135,8 @@ def quantize_state(
     # Under `jit` the float32 moments are not allocated before quantization.
     return jax.jit(init)(params)
 
-  @on_any_mesh(lambda updates, state, params=None: (updates, state))
-  def update_fn(
-    updates: Any, state: Any, params: Any = None, **extra_args: Any
+  def update(
+    updates: Any, state: Any, params: Any, extra_args: dict[str, Any]
   ) -> tuple[Any, Any]:
     def run(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
       return inner.update(grads, state, params, **extra_args)
@@ -141,9 +144,20 @@ def quantize_state(
     if elementwise:
       new, state = _leaf_by_leaf(run, Outer.of(inner), updates, state, params)
     else:
-      new, after = run(wide(updates), dequantize_tree(state), params)
+      new, after = run(
+        tree_at_least_float32(updates), dequantize_tree(state), params
+      )
       state = quantize_tree(after, state)
     return optax.tree.cast_like(new, updates), state
+
+  def update_fn(
+    updates: Any, state: Any, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    return run_on_any_mesh(
+      update,
+      *(updates, state, params, extra_args),
+      like=lambda: (updates, state),
+    )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -213,15 +227,18 @@ def _probe_leaves(
   The values of tracers are unknown, so their properties are assumed to hold.
   """
   with jax.ensure_compile_time_eval():
-    ones, twos = (inner.init(single(params, value)) for value in (1.0, 2.0))
+    ones, twos = (
+      inner.init(one_element(params, value)) for value in (1.0, 2.0)
+    )
     state = ones
     try:
       for g in (-1.0, -2.0):
-        weights = single(params, 1.0)
-        _, state = try_update(inner, single(params, g), state, weights)
+        weights = one_element(params, 1.0)
+        _, state = try_update(inner, one_element(params, g), state, weights)
     except TypeError:
-      # The inner requires extra arguments, which only `update` receives. Assume
-      # that every leaf can become negative.
+      # The inner requires extra arguments, which only `update` receives, so it
+      # cannot be tried. Assume that every leaf of its state can become negative
+      # and needs signed codes.
       state = jax.tree.map(lambda x: jnp.full_like(x, -1), ones)
     rows = zip(*map(jax.tree.leaves, (ones, twos, state)), strict=True)
     return [
@@ -250,7 +267,7 @@ def _quantized_init(
   min_size: int,
 ) -> Any:
   """Returns the inner's initial state with quantized moments."""
-  state = jax.tree.map(jnp.asarray, inner.init(wide(params)))
+  state = jax.tree.map(jnp.asarray, inner.init(tree_at_least_float32(params)))
   pairs = jax.tree_util.tree_leaves_with_path(params)
   like = {path: jnp.shape(x) for path, x in pairs}
 
@@ -307,7 +324,7 @@ def _leaf_by_leaf(
   def step(g: Any, m: Any, w: Any, store: Store = quantize) -> Any:
     """Dequantizes the moments, runs the inner and quantizes them again."""
     state = outer.join_state(dequantize_tree(m), counters)
-    u, after = run(wide(g), state, wide(w))
+    u, after = run(tree_at_least_float32(g), state, tree_at_least_float32(w))
     new, new_counters = outer.split_state(after)
     new_counters = quantize_tree(new_counters, counters, store)
     return u, quantize_tree(new, m, store), new_counters
@@ -442,10 +459,6 @@ def quantize_tree(new: Any, old: Any, store: Store = quantize) -> Any:
   return jax.tree.map(stored, old, new, is_leaf=is_quantized)
 
 
-# Former name, kept until all imports use the new one.
-repacked = quantize_tree
-
-
 def _is_local(arrays: Any) -> bool:
   """Whether the arrays are on one device, as far as their types show.
 
@@ -517,7 +530,7 @@ def _is_elementwise(inner: optax.GradientTransformation) -> bool:
   def is_separate(whole: list[jax.Array], row: int, column: int) -> bool:
     at = np.s_[row : row + 1, column : column + 1]
     cut = [x[at] if x.ndim == 2 else x for x in whole]
-    return all(map(close, update(g[at], w[at]), cut))
+    return all(map(allclose, update(g[at], w[at]), cut))
 
   with jax.ensure_compile_time_eval():
     try:

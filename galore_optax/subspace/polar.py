@@ -1,12 +1,14 @@
-"""This module holds the orthonormalisation of rows by matrix products alone.
+"""Orthonormalisation of rows by a polar decomposition.
 
-On a GPU a QR, a Cholesky or an eigen decomposition is a solver call with a
-workspace that no compiler plans. A polar decomposition needs products only.
+On a GPU, QR, Cholesky and eigenvalue decompositions call solvers that allocate
+a workspace, which XLA does not plan. A polar decomposition by polynomials needs
+matrix products only.
 
 Axes: r rows, m columns, r <= m; leading axes are batch.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,34 +16,40 @@ import numpy as np
 
 from galore_optax.orthogonal import apply_polynomials
 
-# Singular values below this share of the largest are rounding in float32.
 SMALLEST = 1e-6
-# It keeps roundings from 1, where each polynomial would grow them by 12.
+"""Singular values below this share of the largest are rounding errors in
+float32."""
 SLACK = 1.001
-# From here the Taylor polynomial is within 3e-7 of 1.
+"""Divides each polynomial, so that singular values stay below 1 despite
+rounding errors. Above 1 a polynomial would amplify an error by a factor of 12.
+"""
 CLOSE = 0.99
-# It is 1 at 1 with two derivatives zero: an error e becomes 2.5 e^3.
+"""If all singular values are at least `CLOSE`, the last polynomial maps them to
+within 3e-7 of 1."""
 TAYLOR = np.array([15, -10, 3]) / 8
+"""Coefficients of the last polynomial. At 1 it is 1 and its first two
+derivatives are zero, so it maps 1 - e to 1 - 2.5 e^3."""
 
 
 def orthonormalise(x_rm: jax.Array, *, low: float) -> jax.Array:
-  """Returns the orthonormal rows nearest to `x`, its polar factor.
+  """Returns the orthonormal rows closest to `x`: its polar factor.
 
-  The rows of an orthonormal x come back as they are, which is why moments
-  that are kept fit the new basis best under this rule.
+  If the rows of x are orthonormal already, they are returned unchanged. So the
+  new basis stays as close as possible to the old one, and moments that are kept
+  across a refresh fit it.
 
-  Odd polynomials of degree five raise the singular values to one, a few at a
-  time (`apply_polynomials`). Muon's five steps are another, rougher map:
-  `galore_optax.orthogonal.orthogonalise`.
+  A sequence of odd polynomials of degree five maps all singular values to one;
+  `apply_polynomials` applies several of them at a time. Muon's five steps are a
+  less accurate map (`galore_optax.orthogonal.orthogonalise`).
 
-  Guarantee: orthonormal to 1e-5 in float32. Cost: p polynomials, 4 for `low`
-  0.1 and 10 for 1e-5, in q = ceil(p / 3) groups: 4 q m r^2 + (8 p - 6 q) r^3
-  flops.
+  Error: the rows are orthonormal to 1e-5 in float32. Cost: 4 q m r^2 +
+  (8 p - 6 q) r^3 flops for p polynomials in q = ceil(p / 3) groups. p is 4 for
+  `low` = 0.1 and 10 for `low` = 1e-5.
 
   Args:
     x_rm: rows [..., r, m], r <= m, with singular values in [low, 1]; float32
       at least.
-    low: at least SMALLEST.
+    low: lower bound of the singular values, at least SMALLEST.
 
   Example:
     >>> x_rm = jnp.array([[1., 0., 0.], [0., .5, 0.]])
@@ -51,19 +59,22 @@ def orthonormalise(x_rm: jax.Array, *, low: float) -> jax.Array:
 
   References:
     Amsel et al., `The Polar Express <https://arxiv.org/abs/2505.16932>`_,
-    2025, of the polynomials.
+    2025, describes the polynomials.
   """
   polynomials = _polynomials(low) + [TAYLOR] * (x_rm.dtype == jnp.float64)
   return apply_polynomials(x_rm, polynomials)
 
 
-def random_rows(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+def random_rows(
+  key: jax.Array, shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
   """Returns orthonormal rows [r, m] of a uniformly random subspace.
 
-  They are the polar factor of a Gaussian matrix. Its singular values are known
-  beforehand: see `gaussian_range`.
+  They are the polar factor of a Gaussian matrix, whose singular values are
+  within the bounds of `gaussian_range`.
   """
-  low, high = gaussian_range(*shape)
+  r, m = shape
+  low, high = gaussian_range(r, m)
   x_rm = jax.random.normal(key, shape, dtype)
   return orthonormalise(x_rm / high, low=max(low / high, SMALLEST))
 
@@ -71,8 +82,8 @@ def random_rows(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
 def gaussian_range(r: int, m: int) -> tuple[float, float]:
   """Returns bounds of the singular values of a Gaussian [r, m] matrix.
 
-  One is passed by less than about one matrix in a million. The range is
-  narrow unless r is close to m.
+  About one matrix in a million has a singular value outside the bounds. The
+  range is narrow unless r is close to m.
 
   References:
     Rudelson and Vershynin, `Smallest singular value of a random rectangular
@@ -85,10 +96,11 @@ def gaussian_range(r: int, m: int) -> tuple[float, float]:
 
 @functools.lru_cache
 def _polynomials(low: float) -> list[np.ndarray]:
-  """Returns coefficients (a, b, c) of a x + b x^3 + c x^5, first to last.
+  """Returns coefficients (a, b, c) of polynomials a x + b x^3 + c x^5.
 
-  Each is the one that brings all of [low, 1] closest to a constant. It is
-  scaled so that 1 stays the upper end.
+  They are applied in the order of the list. Each polynomial maps the current
+  interval [low, 1] to values as close to a constant as possible. It is scaled
+  so that the largest value is 1 / SLACK.
   """
   found = []
   while low < CLOSE:
@@ -101,9 +113,10 @@ def _polynomials(low: float) -> list[np.ndarray]:
 
 
 def _nearest_to_one(low: float) -> tuple[np.ndarray, float]:
-  """Returns a minimax polynomial on [low, 1], and its distance to one.
+  """Returns the polynomial closest to one on [low, 1], and its largest error.
 
-  Remez: it is off by the same at both ends and at its two inner extrema.
+  This is Remez' algorithm: the error has the same magnitude at both ends and at
+  the two extrema between them.
   """
   inner = low + (1 - low) * np.array([1, 2]) / 3
   for _ in range(20):

@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax.precision import full
-from galore_optax.quantized.array import quantize, unpacked
+from galore_optax.precision import at_least_float32
+from galore_optax.quantized.array import dequantize_tree, quantize
 from tests.bench import methods
 from tests.bench.methods import RESULTS, Bench, Corpora, less
 from tests.bench.runs import Runs, save, until
@@ -49,7 +49,7 @@ Rounding: TypeAlias = Callable[[str, jax.Array], jax.Array]
 
 
 class Choice(NamedTuple):
-  """One row of the table: the difference to the base."""
+  """One row of the table: the difference to the unchanged method."""
 
   table: str
   """Name of the group of rows."""
@@ -75,7 +75,7 @@ class Job(NamedTuple):
 
 def to_bfloat16(_: str, x: jax.Array) -> jax.Array:
   """Rounds a moment to bfloat16 and returns it in float32."""
-  return full(x.astype(jnp.bfloat16))
+  return at_least_float32(x.astype(jnp.bfloat16))
 
 
 def to_8_bits(name: str, x: jax.Array, *, along: int = -1) -> jax.Array:
@@ -88,7 +88,7 @@ def to_8_bits(name: str, x: jax.Array, *, along: int = -1) -> jax.Array:
   code = 'unsigned' if name == 'nu' else 'signed'
   # Quantization forms blocks along the last axis.
   rows = jnp.swapaxes(x, -1, along)
-  rounded = unpacked(quantize(rows, code=code, block_size=256))
+  rounded = dequantize_tree(quantize(rows, code=code, block_size=256))
   return jnp.swapaxes(rounded, -1, along)
 
 

@@ -500,7 +500,7 @@ class Bench:
     config = self.config(job)
     task, method = language_model(config), METHODS[job.method]
     params = jax.eval_shape(task.init, jax.random.key(0))
-    moving, _ = step_lib.split(params, task.trained)
+    moving, _ = step_lib.split_trained(params, task.trained)
     tx = method.make(self.around(job.steps), 1.0)
     found = account(params, jax.eval_shape(lambda w: tx.init(w), moving))
     return {'weight_bytes': found.weights, 'state_bytes': found.state}

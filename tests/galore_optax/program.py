@@ -12,7 +12,7 @@ import pytest
 
 from galore_optax import Galore, Svd
 from galore_optax.projection import Projection
-from galore_optax.subspace.kept import Rows, keeping
+from galore_optax.subspace.store import StoredRows, as_store
 
 SHAPES = {'tall': (13, 7), 'wide': (6, 11), 'square': (8, 8), 'vector': (5,)}
 MATRICES = ('tall', 'wide', 'square')
@@ -136,7 +136,7 @@ def find(
   """
   size = jnp.max(jnp.abs(g_mn))
   g_mn = g_mn / jnp.where(size > 0, size, 1)
-  return Rows(finder).find(g_mn, basis_rm, key, ~jnp.any(basis_rm))
+  return StoredRows(finder).find(g_mn, basis_rm, key, ~jnp.any(basis_rm))
 
 
 def rows_of(
@@ -150,9 +150,9 @@ def rows_of(
   Finders such as 'random' store only seeds; their rows [T, r, m], or indices,
   are computed from the seeds in `basis`.
   """
-  keeper = keeping(finder)
+  store = as_store(finder)
   return {
-    p.path: keeper.rows(
+    p.path: store.rows(
       basis[p.path], p.rank, p.matrix_shape[p.sides[0]], basis_dtype(params)
     )
     for p in tx.plan(params)

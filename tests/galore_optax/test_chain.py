@@ -102,8 +102,8 @@ def test_without_a_stage_it_is_optax_chain(name):
     optax.chain(*WITHOUT_STAGE[name]),
     optax_chain(*WITHOUT_STAGE[name]),
   )
-  # If a chain starts with a `galore` that has its inner optimizer, it can also
-  # accumulate projected gradients and has a type of its own.
+  # A chain that starts with `galore(inner)` is a `Galore`, because it can also
+  # accumulate projected gradients.
   assert isinstance(ours, type(theirs))
   assert type(ours) is type(theirs) or name == 'galore with its inner'
   extra = {'value': jnp.float32(3.0)} if name == 'extra args' else {}

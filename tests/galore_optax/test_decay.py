@@ -245,7 +245,7 @@ def test_the_factor_follows_counters_and_hyperparameters():
     Projection('w', (6, 5), ((0,), (1,)), 3, (-2,)),
   ]
   weights = {'w': jnp.ones((6, 5)), 'b': jnp.ones(4)}
-  updates, slopes, _ = decay.through(inner, plans, params, state, weights, {})
+  updates, slopes, _ = decay.run_inner(inner, plans, params, state, weights, {})
   # For a leaf that is not projected, the inner optimizer applies the decay
   # itself.
   assert {k: float(x) for k, x in slopes.items()} == {'b': 0.0, 'w': -0.5}

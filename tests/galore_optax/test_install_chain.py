@@ -19,7 +19,7 @@ RAW = optax.chain.__wrapped__
 
 @pytest.fixture
 def unloaded():
-  """Unloads the library during a test, and restores it afterwards."""
+  """Unloads galore_optax during a test; restores it and `optax.chain` after."""
   ours = {k: m for k, m in sys.modules.items() if is_ours(k)}
   installed = optax.chain
   for name in ours:

@@ -45,7 +45,7 @@ def test_reset_restarts_only_projected_leaves():
   trail = states(optax.adamw(lr), 3, moments='reset')
   low, rest = (
     [s.inner.inner_states[name].inner_state for s in trail]
-    for name in ('low', 'rest')
+    for name in ('projected', 'other')
   )
   # Adam restarts its count for projected leaves at the refresh at step 2.
   assert [int(s[0].count) for s in low] == [1, 2, 1]

@@ -8,7 +8,7 @@ import optax
 from optax.contrib import _galore as theirs
 
 from galore_optax import galore
-from galore_optax.subspace import kept as subspace
+from galore_optax.subspace import store as subspace
 from tests.galore_optax.program import normal32
 from tests.rounding import distance
 

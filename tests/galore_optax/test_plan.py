@@ -153,7 +153,7 @@ def test_targets_that_select_nothing_raise(targets):
     ('gap', -200, 'an integer >= 1'),
     ('gap', 1.5, 'an integer >= 1'),
     ('gap', True, 'an integer >= 1'),
-    ('side', 'up', 'std, reverse_std, left, right, full'),
+    ('side', 'up', 'std, reverse_std, left, right, both, full'),
     ('subspace', 'magic', 'svd, gram'),
     ('moments', 'drop', 'keep, reset'),
   ],
@@ -181,7 +181,7 @@ def test_options_out_of_range_raise_at_once(option, value, rule):
 )
 def test_an_option_of_the_reference_is_told_its_name_here(option, ours, name):
   (theirs,) = option
-  message = f'{theirs} is called {ours} here; README'
+  message = f'{theirs} is called {ours} here; train/README'
   with pytest.raises(TypeError, match=message):
     galore(optax.sgd(0.1), **option)
   with pytest.raises(TypeError, match=message):

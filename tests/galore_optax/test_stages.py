@@ -1,5 +1,11 @@
 """The three stages of an update, and how often it runs its inner optimizer."""
 
+import collections
+import copy
+import dataclasses
+from typing import Any
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +14,7 @@ import pytest
 
 import galore_optax as go
 from galore_optax import Galore, Staggered, galore
+from galore_optax.plan import Planner
 from tests.galore_optax.program import each, normal32
 from tests.rounding import assert_same_program, distance, units
 
@@ -124,3 +131,74 @@ def test_an_update_traces_its_inner_once_a_group(make, most):
   traced.clear()
   jax.make_jaxpr(tx.update)(gradients(0), state, PARAMS)
   assert len(traced) == most
+
+
+@dataclasses.dataclass(frozen=True)
+class CountingStore:
+  """A store of bases that counts how often a basis is computed."""
+
+  store: Any
+  calls: collections.Counter
+
+  def first(self, r: int, m: int, dtype: Any) -> Any:
+    return self.store.first(r, m, dtype)
+
+  def find(self, g_mn: Any, stored: Any, key: Any, first: Any) -> Any:
+    return self.store.find(g_mn, stored, key, first)
+
+  def rows(self, stored: Any, r: int, m: int, dtype: Any) -> Any:
+    self.calls['rows'] += 1
+    return self.store.rows(stored, r, m, dtype)
+
+
+def test_plans_and_bases_are_made_once_an_update(monkeypatch):
+  calls = collections.Counter()
+  plan = Planner.__call__
+
+  def counted(self: Planner, tree: Any) -> Any:
+    calls['plans'] += 1
+    return plan(self, tree)
+
+  monkeypatch.setattr(Planner, '__call__', counted)
+  tx = galore(optax.adamw(0.1), rank=3)
+  tx = tx.with_keeper(lambda store: CountingStore(store, calls))
+  state = tx.init(PARAMS)
+  calls.clear()
+  tx.update(gradients(0), state, PARAMS)
+  # Two leaves are projected.
+  assert calls == {'plans': 1, 'rows': 2}
+
+
+@pytest.mark.parametrize('name', ['svd', 'spelled as a chain', 'adafactor'])
+def test_a_copy_is_the_transformation(name):
+  tx = TXS[name]()
+  same = copy.deepcopy(tx) if name == 'svd' else copy.copy(tx)
+  assert isinstance(same, Galore) and same.linear
+  assert same.plan(PARAMS) == tx.plan(PARAMS)
+
+
+def test_a_copied_stage_takes_an_inner():
+  tx = optax.chain(copy.copy(galore(rank=3)), optax.adam(0.1))
+  assert isinstance(tx, Galore)
+
+
+@each('name', TXS, quick=['svd', 'spelled as a chain'])
+def test_arguments_have_the_names_of_optax(name):
+  tx, g = TXS[name](), gradients(0)
+  state = tx.init(params=PARAMS)
+  ours = jax.eval_shape(
+    lambda g, s, w: tx.update(updates=g, state=s, params=w), g, state, PARAMS
+  )
+  assert jax.tree.structure(ours) == jax.tree.structure((g, state))
+
+
+def test_jax_rebuilds_a_transformation_from_its_functions():
+  # A NamedTuple is a tree to JAX. Equinox, for example, splits all arguments of
+  # a function into arrays and other leaves, and rebuilds them.
+  tx = optax.chain(galore(rank=3), optax.adam(0.1))
+  same = jax.tree.map(lambda x: x, tx)
+  assert same.init is tx.init and same.update is tx.update
+  jax.tree.map(lambda x: x, galore(rank=3))
+  step = eqx.filter_jit(lambda tx, g: tx.update(g, tx.init(PARAMS), PARAMS))
+  updates, _ = step(tx, gradients(0))
+  assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_optax.layerwise.weights import is_stored, quantized
+from galore_optax.layerwise.weights import quantized
+from galore_optax.quantized.array import is_quantized
 from models import cross_entropy, lowrank
 from models.llama import Layers, Llama3Scaling, LlamaConfig
 from tests.galore_optax.program import each
@@ -170,7 +171,7 @@ def test_stored_weights_are_read_layer_by_layer():
   weights = quantized(bits=8, dtype='float32')
   store = lambda w: weights.store(w) if w.ndim > 2 else w
   stored = jax.jit(lambda tree: jax.tree.map(store, tree))(params['blocks'])
-  read = lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_stored)
+  read = lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_quantized)
   arrays = params | {'blocks': jax.jit(read)(stored)}
   model = Layers(plain.config, read)
   tokens_BT = np.arange(10, dtype=np.int32).reshape(2, 5)

@@ -155,7 +155,9 @@ def test_layer_by_layer_is_the_whole_tree(adapter):
 def test_frozen_weights_have_no_gradient():
   config = changed(clip_norm=None)
   state, step = start(config)
-  moving, _ = step_lib.split(state.params, language_model(config).trained)
+  moving, _ = step_lib.split_trained(
+    state.params, language_model(config).trained
+  )
   assert set(by_role(moving)['beneath'].values()) == {None}
   _, metrics = step(state, example(0))
   state, _ = start(config)
@@ -208,8 +210,8 @@ def test_lomo_and_lora_add_up():
   moments = _state_of_factors(run(config, 2)[0].optimizer)
   tx = alone.transformation()
   trained = language_model(alone).trained
-  moving, _ = step_lib.split(start_at, trained)
-  moving_grads, _ = step_lib.split(grads, trained)
+  moving, _ = step_lib.split_trained(start_at, trained)
+  moving_grads, _ = step_lib.split_trained(grads, trained)
   updates, _ = tx.update(moving_grads, moments, moving)
   lora = by_role(optax.apply_updates(moving, updates))['factor']
   chex.assert_trees_all_close(got['factor'], lora, rtol=1e-5, atol=1e-6)

@@ -352,10 +352,10 @@ def test_a_cluster_is_joined_if_there_is_one(
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
   if message is None:
-    mesh.join()
+    mesh.join_cluster()
   else:
     with pytest.raises(ValueError, match=message):
-      mesh.join()
+      mesh.join_cluster()
   assert not asked
 
 
@@ -367,7 +367,7 @@ def test_slurm_is_detected(monkeypatch, asked):
   task = {'NTASKS': 2, 'JOB_ID': 7, 'PROCID': 1, 'LOCALID': 0}
   for name, value in {**task, 'STEP_NODELIST': 'a,b'}.items():
     monkeypatch.setenv(f'SLURM_{name}', str(value))
-  mesh.join()
+  mesh.join_cluster()
   assert asked == [{}]
 
 

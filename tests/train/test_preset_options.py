@@ -1,7 +1,7 @@
 """All descriptions of a preset's options agree.
 
 A type checker reads annotations and the TypedDict in `Unpack`. `help`,
-`optax.inject_hyperparams` and `train.method` read the signature.
+`optax.inject_hyperparams` and `train.registry` read the signature.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ import optax
 import pytest
 
 from galore_optax import Elsewhere
-from train import method
+from train import registry
 
 PRESETS = {
   name: row.preset
-  for name, row in method.METHODS.items()
+  for name, row in registry.METHODS.items()
   if row.preset.__module__.startswith('galore_optax')
 }
 
@@ -64,16 +64,17 @@ def test_all_descriptions_of_the_options_agree(name):
   assert re.findall(r'(\w+): ', heading) == [first.name, *names(options)]
 
   # Config fields: all options but those that no command line can express.
-  fields = dataclasses.fields(method.read(name, preset))
+  fields = dataclasses.fields(registry.options_class(name, preset))
   expressible = [
     x
     for x in options
-    if method.narrowed(types[x.name]) and x.name not in method.CONFIG_SETS
+    if registry.command_line_type(types[x.name])
+    and x.name not in registry.CONFIG_SETS
   ]
   assert names(fields) == names(expressible)
   for field, option in zip(fields, expressible, strict=True):
     kind, *_ = typing.get_args(field.type)
-    assert kind == method.narrowed(types[option.name])
+    assert kind == registry.command_line_type(types[option.name])
     assert field.default == option.default
 
   floats = {x.name for x in options if isinstance(x.default, float)}

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from galore_optax.layerwise.weights import is_stored
+from galore_optax.quantized.array import is_quantized
 from models.llama import Layers
 from tests.train.program import lines, saved, write_config
 from train import command, evaluate, metrics, pretrain, sample
@@ -81,7 +81,7 @@ def test_the_model_reads_dequantized_weights(tmp_path):
   config = launch.config
   stored = language_model(config).init(jax.random.key(0))
   read = config.weights().read
-  arrays = jax.tree.map(read, stored, is_leaf=is_stored)
+  arrays = jax.tree.map(read, stored, is_leaf=is_quantized)
   shape = (2, config.sequence_length)
   names = ('inputs', 'positions', 'segments')
   batch = {name: jnp.ones(shape, jnp.int32) for name in names}

@@ -1,4 +1,7 @@
-"""Flops of an update, counted from the shapes of its matrix products."""
+"""`model_flops` equals a count of the matrix products by hand.
+
+It counts one forward and one backward pass, without the optimizer.
+"""
 
 import dataclasses
 

@@ -259,8 +259,9 @@ class Finder:
     if before is None or before == whole or not whole.startswith(before):
       return first, whole[-_SHOWN:]
     expected = whole[len(before) :]
-    # A template that rewrites older messages leaves the end of the generation
-    # prompt in the text, or at least the beginning of that end.
+    # If a template rewrites older messages, the text does not begin with
+    # `whole`. It still contains `expected`, the generation prompt, or at least
+    # its beginning up to the first special token.
     header = self._template.special.search(expected)
     least = len(expected) if header is None else header.end()
     earliest = self._behind(i - 1, first)

@@ -580,7 +580,7 @@ def parse_line(line: bytes, score: Score = 'answers') -> Chat | Prose | None:
 
   Raises:
     ValueError, KeyError, TypeError, AttributeError: it has none of the forms in
-    `Chats`.
+      `Chats`.
 
   >>> parse_line(b'{"prompt": "1 + 1 =", "completion": " 2"}')
   Prose(pieces=(('1 + 1 =', False), (' 2', True)))

@@ -36,10 +36,10 @@ Source: TypeAlias = Sequence[Any] | grain.sources.RandomAccessDataSource[Any]
 T = TypeVar('T')
 U = TypeVar('U')
 
-# Number of tfrecord shards that are read at the same time, and of records that
-# are shuffled together. tfrecord has no random access, so that this replaces a
-# global shuffle.
+# A tfrecord file has no random access, so its records cannot be shuffled
+# globally. Instead, records of this many shards are read alternately.
 _INTERLEAVED_SHARDS = 16
+# This many of the records read are shuffled together.
 _SHUFFLED_RECORDS = 4096
 
 

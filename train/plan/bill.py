@@ -109,7 +109,7 @@ def whole_update(
   tx = config.transformation()
   task = task_of(config)
   _, state, _ = placed_step(config, task, mesh)
-  params, _ = step_lib.split(state.params, task.trained)
+  params, _ = step_lib.split_trained(state.params, task.trained)
 
   def update(
     params: PyTree, optimizer: PyTree, grads: PyTree

@@ -292,17 +292,21 @@ def batch(config: Config) -> Batch:
 def gradient_bytes(config: Config, task: Task, state: State, mesh: Any) -> int:
   """Returns the bytes of the gradients that exist at once, and of their sums.
 
-  The sums are those of a layer-wise update that accumulates gradients.
+  A layer-wise update has the gradients of one layer at a time, or the gradient
+  of one weight outside the stack. The sums are those of a layer-wise update
+  that accumulates gradients.
   """
-  moving, _ = step_lib.split(array_shapes(config, task), task.trained)
+  moving, _ = step_lib.split_trained(array_shapes(config, task), task.trained)
   placed = mesh_lib.at(moving, mesh_lib.of_params(moving, mesh))
-  leaves = jax.tree.leaves(part(placed))
+  tree = part(placed)
   if isinstance(config.update, WholeTree):
-    return sum(map(_size, leaves))
+    return sum(map(_size, jax.tree.leaves(tree)))
   update = step_lib.make_layerwise(config, task)
-  params, _ = step_lib.split(state.params, task.trained)
+  params, _ = step_lib.split_trained(state.params, task.trained)
   sums = jax.eval_shape(update.sums, params, state.optimizer)
-  largest = max(map(_size_of_layer, leaves))
+  layer = sum(_size(x) // x.shape[0] for x in jax.tree.leaves(tree['blocks']))
+  outside = {name: x for name, x in tree.items() if name != 'blocks'}
+  largest = max([layer, *map(_size, jax.tree.leaves(outside))])
   # The sums are sharded as the moments are, over the axes fsdp and tensor.
   shards = config.mesh.fsdp * config.mesh.tensor
   return largest + sum(map(_size, sums)) // shards
@@ -311,11 +315,6 @@ def gradient_bytes(config: Config, task: Task, state: State, mesh: Any) -> int:
 def _size(x: Any) -> int:
   """Returns the bytes of an array, or of a shape."""
   return x.size * x.dtype.itemsize
-
-
-def _size_of_layer(x: Any) -> int:
-  """Returns the bytes of one layer of a stack, or of a whole weight."""
-  return _size(x) // x.shape[0] if x.ndim == 3 else _size(x)
 
 
 def activation_bytes(config: Config, length: int) -> int:

@@ -45,18 +45,18 @@ SIZES = {'half of 7B': '16', 'one layer of 7B': '1'}
 
 
 def step(path: str, *argv: str) -> tuple[str, ...]:
-  """Returns the workload of a full training step of a config."""
+  """Returns the command that measures a full training step of a config."""
   return (OURS, 'step', path, *argv)
 
 
 def update(layers: str, *argv: str) -> tuple[str, ...]:
-  """Returns the workload of one optimizer update of some layers of LLaMA-7B."""
+  """Returns the command that measures an update of some layers of LLaMA-7B."""
   options = ('--model.num-layers', layers, '--clip-norm', 'None')
   return (OURS, 'update', 'configs/llama_7b.py', *options, *argv)
 
 
 def their_update(optimizer: str, dtype: str) -> tuple[str, ...]:
-  """Returns the PyTorch workload of one update of one layer of LLaMA-7B."""
+  """Returns the command that measures PyTorch's update of one layer of 7B."""
   options = (dtype, SIZES['one layer of 7B'])
   return (THEIRS, 'update', optimizer, 'configs/llama_7b.py', *options)
 

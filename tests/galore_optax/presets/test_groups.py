@@ -26,7 +26,7 @@ from tests.galore_optax.layerwise.program import (
 )
 from tests.galore_optax.program import each, normal32
 from tests.rounding import assert_close as assert_rounded
-from tests.rounding import assert_same_program, distance, units
+from tests.rounding import distance, units
 from train.method import adam_8bit, adamw
 
 RATE, DECAY = 0.1, 0.2
@@ -344,7 +344,11 @@ def test_the_stages_make_the_update():
     return tx.apply(tx.project(g, ready), ready, w, g)
 
   update = lambda g, state: tx.update(g, state, w)
-  assert_same_program((by_stages, g, state), (update, g, state))
+  # The stages finish one after another for all groups, and the update finishes
+  # one group after another, so the two programs may be rounded differently.
+  assert_rounded(
+    jax.jit(by_stages)(g, state), jax.jit(update)(g, state), operations=100
+  )
   assert bool(tx.due(state)) and not bool(tx.due(jax.jit(update)(g, state)[1]))
 
   @jax.jit
@@ -393,8 +397,8 @@ def test_multipliers_may_be_traced():
 
   ours = updates(optax.lion, 3.0)
   [want] = updates_of(optax.lion(RATE), steps=1)
-  # The tolerance allows for rounding five products and sums. The terms of each
-  # sum have the same sign.
+  # Five products and five sums are rounded, which are ten operations. The terms
+  # of each sum have the same sign, so they do not cancel.
   want['embed'] = 3 * want['embed']
   assert_rounded(ours, want, operations=10)
 

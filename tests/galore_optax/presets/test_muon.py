@@ -169,7 +169,7 @@ def test_a_stack_is_muons_and_not_adams():
   tx = galore_muon(1.0, rank=RANK, gap=GAP, scale=1.0)
   state = tx.init(g)
   updates, state = jax.jit(tx.update)(g, state, g)
-  adam = jax.tree.leaves(state.inner.inner_states['rest'])
+  adam = jax.tree.leaves(state.inner.inner_states['other'])
   assert max(x.size for x in adam) == 1
   # Muon moves all directions of the subspace equally. Adam does not.
   sizes = np.linalg.svd(updates['up'] / (0.2 * np.sqrt(11)), compute_uv=False)
@@ -186,13 +186,13 @@ def test_muon_trains_projected_leaves_of_any_axes():
   )
   state = tx.init(jax.eval_shape(lambda: draw(shapes, 0)))
   groups = state.inner.inner_states
-  mu = {k: optax.tree.get(groups[k], 'mu') for k in ('low', 'rest')}
+  mu = {k: optax.tree.get(groups[k], 'mu') for k in ('projected', 'other')}
   held = {
     k: {name for name, x in tree.items() if isinstance(x, jax.Array)}
     for k, tree in mu.items()
   }
-  assert held == {'low': muons, 'rest': {*shapes} - muons}
-  assert {*mu['low']['heads'].shape} == {RANK, 10}
+  assert held == {'projected': muons, 'other': {*shapes} - muons}
+  assert {*mu['projected']['heads'].shape} == {RANK, 10}
 
 
 def test_state_is_a_basis_and_one_momentum():

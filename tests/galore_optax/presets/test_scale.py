@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from galore_optax import Elsewhere, layerwise, scale_sgd
-from galore_optax.layerwise.stack import in_stack
+from galore_optax.layerwise.stack import in_layer_stack
 from galore_optax.paths import heads
 from tests.galore_optax.layerwise.test_step import (
   Residual,
@@ -191,7 +191,9 @@ def test_layer_by_layer_it_is_the_whole_tree(tied):
   # column of small entries by its RMS amplifies the difference.
   chex.assert_trees_all_close(ours, want, rtol=1e-4, atol=1e-5)
   sizes = {
-    name: sum(x.size for x in jax.tree.leaves(inner) if x.ndim > in_stack(name))
+    name: sum(
+      x.size for x in jax.tree.leaves(inner) if x.ndim > in_layer_stack(name)
+    )
     for name, inner in state.inner.items()
   }
   head = 'embed/table' if tied else 'head/w'

@@ -150,7 +150,7 @@ def test_zero_and_subnormal_blocks_become_zero(tiny):
 @pytest.mark.parametrize('value', [0.0, 0.1])
 def test_full_equals_quantize(shape, value):
   for code in ('signed', 'unsigned'):
-    made = blockwise.full(shape, value, code=code, block_size=64)
+    made = blockwise.quantized_full(shape, value, code=code, block_size=64)
     array = jnp.full(shape, value)
     want = blockwise.quantize(array, code=code, block_size=64)
     chex.assert_trees_all_equal(made, want)

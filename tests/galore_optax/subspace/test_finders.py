@@ -117,8 +117,8 @@ def test_power_iteration_without_a_gradient_returns_the_basis():
 def test_power_iteration_from_a_basis_of_few_digits(dtype):
   g_mn = _power_law()
   exact_rm = FIND(Svd(), g_mn, jnp.zeros((7, 29)), KEY)
-  # NumPy does the rounding, because XLA cannot convert to these types on CPUs
-  # without F16C.
+  # NumPy does the rounding, because XLA cannot convert to float8 on CPUs
+  # without the instruction set F16C.
   rough_rm = jnp.float32(np.asarray(exact_rm).astype(dtype))
   basis_rm = FIND(PowerIteration(), g_mn, rough_rm, KEY)
   chex.assert_trees_all_close(gram(basis_rm), jnp.eye(7), atol=ORTHONORMAL)

@@ -385,7 +385,7 @@ def opened(tmp_path, own, records, **options):
 
 
 def scored_text(found, tokenizer, i=0):
-  """Returns the scored text of a chat, including special tokens."""
+  """Returns the text of a chat that counts in the loss, with special tokens."""
   ids_n, scored_n, _ = found.encoder(tokenizer)(found.source[i])
   special = {i: text for text, i in tokenizer.specials.items()}
   return ''.join(
@@ -474,7 +474,7 @@ class TestRun:
       found.encoder(x)(found.source[0]) for x in (tokenizer, again)
     )
     np.testing.assert_array_equal(ours.ids_n, theirs.ids_n)
-    # A new run with that tokenizer sets another time.
+    # A new run with that tokenizer stores its own start time as the clock.
     assert found.templated(again).chat_template.clock > clock
     # A template without a date needs no time.
     (tmp_path / 'chat_clock.json').unlink()

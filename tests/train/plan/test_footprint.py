@@ -107,6 +107,17 @@ def test_sums_of_projected_gradients_are_counted():
   assert sums[2, 'bfloat16'] - sums[1, 'float32'] == 2 * elements
 
 
+def test_gradients_of_one_layer_exist_at_a_time():
+  config = load(str(SHIPPED['llama_7b']))
+  model = config.model
+  d, f = model.width, model.mlp_width
+  assert (d, f, model.vocab_size) == (4096, 11008, 32_000)
+  # Weights are bfloat16. Two norms are in each layer. The embedding, which is
+  # outside the stack, is smaller than a layer.
+  layer = 2 * (4 * d * d + 3 * d * f + 2 * d)
+  assert estimate(config).gradient_bytes == layer > 2 * model.vocab_size * d
+
+
 def test_cards_share_the_state():
   config = load(str(SHIPPED['llama_60m']))
   one = estimate(config)

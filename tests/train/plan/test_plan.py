@@ -324,7 +324,7 @@ def test_plots_a_bar_for_each_method(config, tmp_path, capsys):
     *compare.BARS,
     *('layer-wise 8-bit GaLore', 'LOMO'),
   ]
-  # A layer-wise update has only the largest matrix of a layer, others have all.
+  # A layer-wise update has only the gradients of one layer, others have all.
   gradients = [x['gradient_bytes'] for x in found]
   assert gradients[0] == gradients[3] > gradients[4] == gradients[5]
   assert path.read_bytes().startswith(b'\x89PNG')

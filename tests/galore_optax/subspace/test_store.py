@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from galore_optax import Gram, Svd
-from galore_optax.subspace import kept as subspace
+from galore_optax.subspace import store as subspace
 from tests.galore_optax.program import ORTHONORMAL, gram
 from tests.rounding import assert_close
 
@@ -21,7 +21,7 @@ def normal(shape, seed=0):
 
 
 def found(finder, g_mn, r):
-  keeper = subspace.keeping(finder)
+  keeper = subspace.as_store(finder)
   kept = keeper.first(r, len(g_mn), g_mn.dtype)
   return np.asarray(keeper.find(g_mn, kept, KEY, jnp.array(True)))
 
