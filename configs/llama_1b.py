@@ -12,8 +12,8 @@ trained on C4 here; the script uses that of T5. Perplexities per token are
 therefore not comparable. Compare bits per byte, or also train AdamW
 (--optimizer AdamW --learning-rate 0.001).
 Expected memory: 2.68 GB of weights and 3.82 GB of optimizer state, computed
-from shapes. 14.24 GiB in total on an RTX 4090, by the compiler's memory
-analysis (make plan ARGS=configs/llama_1b.py, 25 November 2026, jax 0.10.2).
+from shapes. 14.75 GiB in total on an RTX 4090, by the compiler's memory
+analysis (make plan ARGS=configs/llama_1b.py, 30 November 2026, jax 0.10.2).
 Expected time: not measured. 6 x parameters x tokens is 1.1e+20 floating-point
 operations, 195 hours at 150 TFLOP/s.
 Expected result: validation perplexity 15.64 in the paper (full-rank 15.56).

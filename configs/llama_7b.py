@@ -10,10 +10,10 @@ bits per number, gradients are clipped by the global norm of the step before,
 and a batch has 16 sequences. To train with the paper's batch, add --batch-size
 512 --update.accumulate 32 --update.sums bfloat16, which splits it into parts
 and sums their projected gradients.
-Expected memory: 18.83 GiB on an RTX 4090, or 17.73 GiB with --batch-size 2, by
-the compiler's memory analysis (make plan ARGS=configs/llama_7b.py, 26 November
-2026, jax 0.10.2). 12.96 GiB with --optimizer Lomo --batch-size 1
---sequence-length 512 (25 November 2026).
+Expected memory: 19.09 GiB on an RTX 4090, or 17.86 GiB with --batch-size 2, by
+the compiler's memory analysis (make plan ARGS=configs/llama_7b.py, 30 November
+2026, jax 0.10.2). 13.19 GiB with --optimizer Lomo --batch-size 1
+--sequence-length 512.
 Expected time: not measured.
 Expected result: perplexity 14.65 in the paper, after 19.7 billion tokens of C4
 in batches of 512 sequences.

@@ -7,8 +7,8 @@ each update. The embedding and the head remain bfloat16. Batches have 2
 sequences. Other settings are as in configs/llama_7b.py.
 Command: python -m train.pretrain configs/llama_7b_16gb.py
 This needs c4/en as prepared by TFDS; --corpus.data-dir is its directory.
-Expected memory: 11.32 GiB on an RTX 4090, by the compiler's memory analysis
-(make plan ARGS=configs/llama_7b_16gb.py, 26 November 2026, jax 0.10.2).
+Expected memory: 11.44 GiB on an RTX 4090, by the compiler's memory analysis
+(make plan ARGS=configs/llama_7b_16gb.py, 30 November 2026, jax 0.10.2).
 Q-GaLore reports 15.1 GB.
 Expected time and result: unknown.
 Status: not run yet.

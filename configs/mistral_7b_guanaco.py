@@ -9,8 +9,8 @@ Differences: the recipe does not use transformers' layer-wise optimizer, which
 does not learn and does not support gradient accumulation. Here, updates are
 layer-wise. A batch of 8 sequences is processed one sequence at a time, and the
 projected gradients are summed. Updated weights are rounded stochastically.
-Expected memory: 19.19 GiB on an RTX 4090, by the compiler's memory analysis
-(make plan ARGS=configs/mistral_7b_guanaco.py, 26 November 2026, jax 0.10.2).
+Expected memory: 19.37 GiB on an RTX 4090, by the compiler's memory analysis
+(make plan ARGS=configs/mistral_7b_guanaco.py, 30 November 2026, jax 0.10.2).
 Expected time and result: unknown.
 Status: not run yet.
 """
