@@ -24,7 +24,7 @@ test slow optimized cpu plan card parity lowest newest docs release: \
 train: $(TRAIN)
 	$(BIN)/python -m train.pretrain configs/quickstart.py $(ARGS)
 
-# The same model, each weight updated as its gradient appears.
+# The same model. Each layer is updated as soon as its gradients are computed.
 train-layerwise: $(TRAIN)
 	$(BIN)/python -m train.pretrain configs/quickstart.py --update Layerwise \
 	  --optimizer Galore8bit --optimizer.rank 64 --optimizer.gap 50 \
@@ -79,7 +79,7 @@ newest:
 	$(NEWEST)/python -m pytest tests/galore_optax tests/models galore_optax \
 	  models train $(ARGS)
 
-lint: .venv/lint
+lint: .venv/test .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
