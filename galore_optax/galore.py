@@ -476,30 +476,30 @@ class LowRank:
     **extra_args: Any,
   ) -> tuple[Any, GaloreState]:
     """Returns the updates and the next state; see `Stages`."""
-    return sharding.run_on_any_mesh(
-      self._update,
-      *(updates, state, params, layer, extra_args),
-      like=lambda: (updates, state),
-    )
+    run = sharding.on_any_mesh(self._update, like=lambda: (updates, state))
+    return run(updates, state, params, layer, extra_args)
 
   def refresh(
     self, grads: Any, state: GaloreState, *, layer: Any = 0
   ) -> GaloreState:
     """Returns the state with new bases; see `Stages`."""
-    return sharding.run_on_any_mesh(
-      lambda g, s, layer: self._refresh(self.planner(g), g, s, layer),
-      *(grads, state, layer),
-      like=lambda: state,
+    plans = self.planner(grads)
+    run = sharding.on_any_mesh(
+      functools.partial(self._refresh, plans), like=lambda: state
     )
+    return run(grads, state, layer)
 
   def project(self, grads: Any, state: GaloreState) -> Any:
     """Returns the projected gradients; see `Stages`."""
     plans = self.planner(grads)
-    return sharding.run_on_any_mesh(
-      lambda g, s: self._project(plans, g, self._bases(plans, g, s)),
-      *(grads, state),
-      like=lambda: map_plans(sharding.low_sharding, plans, grads),
+
+    def project(grads: Any, state: GaloreState) -> Any:
+      return self._project(plans, grads, self._bases(plans, grads, state))
+
+    run = sharding.on_any_mesh(
+      project, like=lambda: map_plans(sharding.low_sharding, plans, grads)
     )
+    return run(grads, state)
 
   def apply(
     self,
@@ -516,7 +516,7 @@ class LowRank:
     if grads is None:
       checks.check_params(params, 'apply without grads')
 
-    def run(
+    def apply(
       low: Any,
       state: GaloreState,
       params: Any,
@@ -529,11 +529,8 @@ class LowRank:
       return self._apply(plans, like, bases, low, state, params, layer, extra)
 
     like = params if grads is None else grads
-    return sharding.run_on_any_mesh(
-      run,
-      *(low, state, params, like, layer, extra_args),
-      like=lambda: (like, state),
-    )
+    run = sharding.on_any_mesh(apply, like=lambda: (like, state))
+    return run(low, state, params, like, layer, extra_args)
 
 
 def _rotate(

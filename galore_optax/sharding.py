@@ -1,8 +1,8 @@
 """Shardings of optimizer state on a mesh of devices.
 
 `state_shardings` returns them for any transformation. `placed` makes an `init`
-that follows them. `run_on_any_mesh` calls a function under a mesh with explicit
-axes.
+that follows them. `on_any_mesh` makes a function work under a mesh with
+explicit axes.
 
 Axes: m projected side, n other side, r rank; leading axes are batch.
 """
@@ -262,35 +262,39 @@ def _unboxed(params: Any) -> Any:
   )
 
 
-def run_on_any_mesh(
-  f: Callable[..., Any], *args: Any, like: Callable[[], Any]
-) -> Any:
-  """Returns f(*args); the compiler chooses the shardings inside.
+def on_any_mesh(
+  f: Callable[..., Any], *, like: Callable[[], Any]
+) -> Callable[..., Any]:
+  """Returns `f`; under explicit mesh axes, with automatic shardings inside.
 
   Under a mesh with explicit axes each operation of `f` would need an output
-  sharding. Here only the result of `f` has one.
+  sharding. The returned function sets the shardings of its result only, and the
+  compiler chooses all others. Without explicit axes it is `f` itself.
 
   Args:
-    f: a function.
-    *args: its arguments: trees with arrays and other leaves.
+    f: a function of positional arguments, trees with arrays and other leaves.
     like: returns a tree with the structure of the result, whose leaves are
       arrays or shardings: the shardings of the result. It is called under
       explicit axes only.
   """
   if not jax.sharding.get_abstract_mesh().explicit_axes:
-    return f(*args)
-  leaves, treedef = jax.tree.flatten(args)
-  every = dict(enumerate(leaves))
-  arrays = {i: x for i, x in every.items() if isinstance(x, jax.Array)}
-
-  def run(arrays: dict[int, jax.Array]) -> Any:
-    return f(*treedef.unflatten((every | arrays).values()))
+    return f
 
   def spec(x: Any) -> PartitionSpec:
     return (x if _is_named(x) else jax.typeof(x).sharding).spec
 
-  specs = jax.tree.map(spec, like())
-  return jax.sharding.auto_axes(run, out_sharding=specs)(arrays)
+  def run(*args: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(args)
+    every = dict(enumerate(leaves))
+    arrays = {i: x for i, x in every.items() if isinstance(x, jax.Array)}
+
+    def of_arrays(arrays: dict[int, jax.Array]) -> Any:
+      return f(*treedef.unflatten((every | arrays).values()))
+
+    specs = jax.tree.map(spec, like())
+    return jax.sharding.auto_axes(of_arrays, out_sharding=specs)(arrays)
+
+  return run
 
 
 def low_sharding(plan: Any, x: jax.Array) -> NamedSharding:

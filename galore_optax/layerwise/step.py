@@ -29,7 +29,7 @@ from galore_optax.layerwise.weights import ARRAYS, Weights
 from galore_optax.one_layer import OneLayerRule
 from galore_optax.precision import at_least_float32
 from galore_optax.quantized.rounding import apply_updates_stochastic
-from galore_optax.sharding import placed, run_on_any_mesh
+from galore_optax.sharding import on_any_mesh, placed
 
 PyTree = Any
 # (stored weight, state of its transformation).
@@ -184,12 +184,9 @@ class Layerwise:
     self, params: PyTree, state: LayerwiseState, batch: PyTree
   ) -> tuple[PyTree, LayerwiseState, dict[str, Any]]:
     """Returns the parameters and the state after one step, and its metrics."""
-    return run_on_any_mesh(
-      self._step,
-      *(params, state, batch),
-      # The metrics are replicated, like the step counter.
-      like=lambda: (params, state, state.count),
-    )
+    # The metrics are replicated, like the step counter.
+    run = on_any_mesh(self._step, like=lambda: (params, state, state.count))
+    return run(params, state, batch)
 
   def _step(
     self, params: PyTree, state: LayerwiseState, batch: PyTree

@@ -26,7 +26,7 @@ from galore_optax.presets.inner import (
   check_numbers,
   require_no_learning_rate,
 )
-from galore_optax.sharding import placed, run_on_any_mesh
+from galore_optax.sharding import on_any_mesh, placed
 
 Rule: TypeAlias = optax.GradientTransformationExtraArgs
 Order: TypeAlias = Literal['random', 'ascending', 'descending', 'fixed']
@@ -237,11 +237,8 @@ def _in_turns(
     params: Any = None,
     **extra_args: Any,
   ) -> tuple[Any, TurnState]:
-    return run_on_any_mesh(
-      update,
-      *(updates, state, params, extra_args),
-      like=lambda: (updates, state),
-    )
+    run = on_any_mesh(update, like=lambda: (updates, state))
+    return run(updates, state, params, extra_args)
 
   return in_float32(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 

@@ -32,7 +32,7 @@ from galore_optax.quantized.array import (
   quantize,
 )
 from galore_optax.quantized.codes import Code
-from galore_optax.sharding import placed, run_on_any_mesh
+from galore_optax.sharding import on_any_mesh, placed
 from galore_optax.trial import NeedsFunctionError, try_update
 
 # States of wrappers that read several leaves at once. Such a wrapper must go
@@ -153,11 +153,8 @@ def quantize_state(
   def update_fn(
     updates: Any, state: Any, params: Any = None, **extra_args: Any
   ) -> tuple[Any, Any]:
-    return run_on_any_mesh(
-      update,
-      *(updates, state, params, extra_args),
-      like=lambda: (updates, state),
-    )
+    run = on_any_mesh(update, like=lambda: (updates, state))
+    return run(updates, state, params, extra_args)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
