@@ -311,3 +311,11 @@ def test_a_predicate_is_asked_once():
   state = tx.init(params)
   tx.update(params, state, params)
   assert asked == ['w']
+
+
+def test_both_is_another_name_of_full():
+  params = {'w': jnp.ones((3, 5, 7)), 'v': jnp.ones((7, 5))}
+  both, full = (
+    galore(optax.sgd(1.0), rank=2, side=x) for x in ('both', 'full')
+  )
+  assert both.plan(params) == full.plan(params)

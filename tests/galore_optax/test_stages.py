@@ -55,9 +55,15 @@ def test_an_update_is_its_stages(name):
 
   update = lambda g, state: tx.update(g, state, PARAMS)
   state = tx.init(PARAMS)
-  assert_same_program(
-    (by_stages, gradients(0), state), (update, gradients(0), state)
-  )
+  if name == 'packed':
+    # The stages dequantize each basis twice, and the update does so once.
+    got, want = jax.jit(by_stages), jax.jit(update)
+    updates = [f(gradients(0), state)[0] for f in (got, want)]
+    assert distance(*updates) < units(1000)
+  else:
+    assert_same_program(
+      (by_stages, gradients(0), state), (update, gradients(0), state)
+    )
 
   @jax.jit
   def of_projections(g, state):

@@ -166,7 +166,9 @@ def test_resume_goes_on_with_the_runs_own_values(copied, monkeypatch, tmp_path):
   before = run.config()
   found = []
   monkeypatch.setattr(
-    training, 'train', lambda setup, *args, **options: found.append(setup) or 0
+    training,
+    'train_and_report',
+    lambda setup, *args, **options: found.append(setup) or 0,
   )
   assert pretrain.main([str(edited), '--resume']) == 0
   assert found[0].config == before == run.config()
@@ -371,7 +373,9 @@ def test_a_loss_that_is_not_a_number_ends_the_run(
   # The printed command must work exactly as printed, up to the first step.
   begun = []
   monkeypatch.setattr(
-    training, 'train', lambda setup, state, *_, **__: begun.append(state) or 0
+    training,
+    'train_and_report',
+    lambda setup, state, *_, **__: begun.append(state) or 0,
   )
   assert pretrain.main(shlex.split(err.splitlines()[-1])[3:]) == 0
   assert int(begun[0].step) == 5
