@@ -215,14 +215,16 @@ def test_compiled_bytes_add_up(config, capsys):
 
 
 PROMISE = re.compile(
-  r'memory: ([\d.]+) GiB on an [\w ]+, ([\d.]+) of them optimizer state, by '
-  r"the compiler \(make plan ARGS='?configs/\w+\.py([^,']*)"
+  r'memory: ([\d.]+) GiB on an [\w ]+, of which ([\d.]+) GiB is optimizer'
+  r" state, by the compiler's memory analysis \(make plan"
+  r" ARGS='?configs/\w+\.py([^,']*)"
 )
 PROMISES = [
   (str(path), *found)
   for path in sorted((ROOT / 'configs').glob('*.py'))
   for found in PROMISE.findall(' '.join(path.read_text().split()))
 ]
+assert len(PROMISES) == 10
 
 
 @needs_compiler
