@@ -29,7 +29,6 @@ import optax
 from galore_optax import checks, decay, projection, sharding
 from galore_optax import moments as moments_lib
 from galore_optax import residual as residual_lib
-from galore_optax.options import THEIRS as THEIRS
 from galore_optax.options import names_options
 from galore_optax.paths import Targets, is_part
 from galore_optax.plan import Plan, Planner
@@ -183,9 +182,9 @@ def galore(
   Raises:
     ValueError: an option is out of range. At `init`: a target or a regex of
       `axes` matches nothing, a target does not fit the rank, no leaf is
-      selected, the inner has a moment that 'reset' or 'rotate' does not know,
-      or it reads `params` for something else than decoupled decay (LAMB's trust
-      ratio).
+      selected, the inner has a moment that 'reset' or 'rotate' does not
+      support, or it reads `params` for something else than decoupled decay
+      (LAMB's trust ratio).
 
   Example:
     >>> tx = optax.chain(galore(rank=2, gap=10), optax.adamw(0.1))
@@ -397,8 +396,8 @@ class LowRank:
     Args:
       count: number of earlier updates.
       p: plan of the leaf.
-      x: the gradient, in the weight's shape. `apply` may pass the weight
-        instead, if there is no residual rule; then only shape and dtype matter.
+      x: the gradient, in the weight's shape. Without a residual rule, `apply`
+        may pass the weight instead; then only shape and dtype matter.
       basis: basis of each projected side.
       low: the projected gradient.
       step: the inner's update for `low`.
@@ -444,7 +443,7 @@ class LowRank:
     )
 
   def due(self, state: GaloreState, *, layer: Any = 0) -> jax.Array:
-    """Returns whether a refresh would find a basis: a scalar."""
+    """Returns whether a refresh is due: a scalar; see `Stages`."""
     return refresh.is_due(self.gap, state.phase, state.count, layer)
 
   def stages(self) -> Stages:
@@ -516,6 +515,9 @@ class LowRank:
     if grads is None:
       checks.check_params(params, 'apply without grads')
 
+    like = params if grads is None else grads
+    plans = self.planner(like)
+
     def apply(
       low: Any,
       state: GaloreState,
@@ -524,11 +526,9 @@ class LowRank:
       layer: Any,
       extra: Any,
     ) -> tuple[Any, GaloreState]:
-      plans = self.planner(like)
       bases = self._bases(plans, like, state)
       return self._apply(plans, like, bases, low, state, params, layer, extra)
 
-    like = params if grads is None else grads
     run = sharding.on_any_mesh(apply, like=lambda: (like, state))
     return run(low, state, params, like, layer, extra_args)
 
