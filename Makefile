@@ -1,5 +1,5 @@
-# Everything a fresh machine needs is installed into .venv, and for four other
-# purposes into .venv-plan, .venv-parity, .venv-lowest and .venv-newest.
+# All packages are installed into .venv. Four purposes have environments of their
+# own: .venv-plan, .venv-parity, .venv-lowest and .venv-newest.
 PYTHON ?= python3
 BIN := .venv/bin
 PLAN := .venv-plan/bin
@@ -7,14 +7,14 @@ PARITY := .venv-parity/bin
 LOWEST := .venv-lowest/bin
 NEWEST := .venv-newest/bin
 
-# The same program on the machine's card, if it has one.
+# If the machine has an NVIDIA GPU, the training program uses it.
 CARD := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
 TRAIN := .venv/$(if $(CARD),train-cuda,train)
 
-# Large pages: a step on the CPU, which gives its scratch memory back each time,
-# takes a tenth less time.
+# A step on the CPU allocates and frees its scratch memory each time. With huge
+# pages it takes a tenth less time.
 train train-layerwise: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
-# Tests and plans run on the CPU, whatever the machine has.
+# Tests and plans run on the CPU, also on a machine with a GPU.
 test slow optimized cpu plan card parity lowest newest docs release: \
   export JAX_PLATFORMS := cpu
 
@@ -37,14 +37,14 @@ slow: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow and not optimized' \
 	  tests $(ARGS)
 
-# Slow tests of the programs that users run: all others are compiled with fewer
-# optimizations, in less time.
+# Slow tests that compile with all optimizations, as users do. The other tests
+# compile with fewer optimizations, which takes less time.
 optimized: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m optimized tests $(ARGS)
 
-# The library's tests as another x86 CPU rounds: `CORE` selects the kernels of
-# OpenBLAS, which NumPy's products and XLA's decompositions use, and `ISA` bounds
-# the instructions that XLA emits.
+# Runs the library's tests with the rounding of another x86 CPU. `CORE` selects the
+# kernels of OpenBLAS, which NumPy's products and XLA's decompositions use. `ISA`
+# limits the instructions that XLA emits.
 CORE ?= Haswell
 ISA ?= AVX2
 cpu: export OPENBLAS_CORETYPE := $(CORE)
@@ -52,26 +52,26 @@ cpu: export XLA_FLAGS := --xla_cpu_max_isa=$(ISA)
 cpu: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/galore_optax $(ARGS)
 
-# What a step needs on a card that is not there:
+# Plans the memory of a step on an absent GPU:
 # make plan ARGS='configs/llama_7b.py --device rtx4090 --batch-size 2'
 plan: .venv-plan/plan
 	$(PLAN)/python -m train.plan $(ARGS)
 
-# Compiles for an RTX 4090: minutes.
+# Compiles for an RTX 4090, which takes minutes.
 card: .venv-plan/plan
 	$(PLAN)/python -m pytest -m card tests $(ARGS)
 
 parity: .venv-parity/parity
 	$(PARITY)/python -m pytest -m parity tests/parity $(ARGS)
 
-# The core with the lowest versions that pyproject.toml claims. The other
-# environments have the newest at the time of their installation.
+# Tests the core with the lowest versions that pyproject.toml allows. The other
+# environments have the newest versions at the time of their installation.
 lowest: .venv-lowest/lowest
 	$(LOWEST)/python -m pytest tests/galore_optax/test_chain.py \
 	  tests/galore_optax/test_galore.py $(ARGS)
 
-# The library, the models and all doctests with the newest versions, which each
-# call installs: make newest PYTHON=python3.13
+# Installs the newest versions, and runs the tests of the library and the models
+# and all doctests: make newest PYTHON=python3.13
 newest:
 	test -x $(NEWEST)/python || $(PYTHON) -m venv .venv-newest
 	$(NEWEST)/python -m pip install -q --upgrade --upgrade-strategy eager \
@@ -84,14 +84,14 @@ lint: .venv/test .venv/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# A site from the READMEs and the docstrings, in build/docs. A warning, such as a
-# broken link or a documented parameter that does not exist, is an error.
+# Builds a site from the READMEs and the docstrings, in build/docs. A warning, such
+# as a broken link or a documented parameter that does not exist, is an error.
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: .venv/docs
 	$(BIN)/mkdocs build --strict --config-file tests/docs/mkdocs.yml $(ARGS)
 
-# The sdist and the wheel, in build/release. The wheel is then installed into an
-# environment of its own, where the first lines of README.md run.
+# Builds the sdist and the wheel, in build/release. Then installs the wheel into a
+# new environment and runs the first lines of README.md there.
 release: .venv/release
 	rm -rf build/release
 	$(BIN)/python -m build --outdir build/release
@@ -105,13 +105,13 @@ release: .venv/release
 	$(BIN)/pip install -q -e '.[$*]'
 	touch $@
 
-# Without a card, every start of JAX here prints that it found none.
+# On a machine without a GPU, JAX prints an error at every start here.
 .venv-plan/plan: pyproject.toml
 	test -x $(PLAN)/python || $(PYTHON) -m venv .venv-plan
 	$(PLAN)/pip install -q -e '.[plan,test]'
 	touch $@
 
-# The CPU build of torch first: a bare `torch` would pull in CUDA's.
+# Install the CPU build of torch first: plain `torch` is a CUDA build.
 .venv-parity/parity: pyproject.toml
 	test -x $(PARITY)/python || $(PYTHON) -m venv .venv-parity
 	$(PARITY)/pip install -q torch==2.13.0

@@ -1,8 +1,8 @@
 """Moments at a refresh: rules that keep, reset or rotate the inner's state.
 
 The moments of an inner optimizer are fields of NamedTuples. The rules find them
-by the names of these fields. At `init` the rules 'reset' and 'rotate' refuse an
-inner whose state has arrays under other names.
+by the names of these fields. The rules 'reset' and 'rotate' refuse an inner at
+`init` if its state has arrays under other names.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ class Rotate:
     self, old: dict[str, Any], rotate: Rotation | None, count: Any
   ) -> dict[str, Any]:
     """Returns the rotated moments of one leaf, by field."""
-    # Each of two inners has masks in place of the other's leaves.
+    # Each of two inners has masks instead of the other's leaves.
     if rotate is None or optax.MaskedNode in map(type, old.values()):
       return old
     new, mu, rotated_mu = dict(old), 0.0, 0.0
@@ -149,7 +149,7 @@ def checked(rule: Any, *, staggered: bool) -> Any:
 
 
 def check(rule: Any, state: Any) -> None:
-  """Raises ValueError if the state has moments that a rule does not know."""
+  """Raises ValueError if the state has moments that a rule does not support."""
   known, listing = {*FIRST, *SECOND}, 'mu, trace and nu'
   if rule == 'reset':
     state, known = state.inner_states['projected'], ZEROED

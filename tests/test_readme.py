@@ -1,4 +1,4 @@
-"""The READMEs: their code runs, and what they name exists.
+"""The code of the READMEs runs, and the names and links in them exist.
 
 `galore_optax/README.md` has a table of features that work together. Each cell
 is tried here, on shapes only.

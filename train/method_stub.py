@@ -1,8 +1,8 @@
 """Writes the stub of `train.method`: `python -m train.method_stub`.
 
 The stub declares the classes that `train.method` makes from presets, so that
-type checkers and editors know their options. After a change of `train.registry`
-or of a preset's options, write it again:
+type checkers and editors can check their options. After a change of
+`train.registry` or of a preset's options, write it again:
 
   python -m train.method_stub > train/method.pyi
 """
@@ -49,7 +49,7 @@ def exports() -> str:
 
 
 def defining_module(name: str) -> str:
-  """Returns the module that defines a name; tables are of `train.registry`.
+  """Returns the module that defines a name; `train.registry` for a table.
 
   >>> defining_module('adamw'), defining_module('METHODS')
   ('train.baselines', 'train.registry')

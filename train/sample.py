@@ -138,7 +138,7 @@ class Reader:
       if logits_BV is not None:
         found_BV = jnp.where(lengths_B[:, None] > 0, found_BV, logits_BV)
       logits_BV = found_BV
-    # At least the last token of each row is read.
+    # The loop runs at least once: each row has a last token to read.
     assert logits_BV is not None
     return logits_BV
 

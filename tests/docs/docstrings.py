@@ -72,7 +72,7 @@ def parameter(name, default, functions):
 def markdown(text):
   """Returns a docstring as Markdown with the sections of Google's style."""
   text = LINK.sub(lambda x: f'[{" ".join(x[1].split())}]({x[2]})', text)
-  # Griffe knows this section by its plural.
+  # Griffe recognizes only the plural name of this section.
   text = re.sub(r'^Example:$', 'Examples:', text, flags=re.MULTILINE)
   text = re.sub(
     r'::\n\n((?:  .*\n?|\n)+)',
