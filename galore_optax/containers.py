@@ -1,7 +1,7 @@
 """Opening and closing the containers of parameters, gradients and state.
 
 Libraries put arrays into boxes: `flax.nnx.Variable`, the partitioned boxes of
-linen, `haliax.NamedArray`. A tree may also have leaves that no optimizer
+linen, the `NamedArray` of haliax. A tree may also have leaves that no optimizer
 trains, such as functions, step counters and arrays of size zero. The modules of
 this library see neither: every public function opens its trees with `opened`
 and closes its results with `closed`. An opened tree has only floating arrays

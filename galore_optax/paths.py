@@ -5,7 +5,6 @@ the words in its path (matrix, vector, embedding or head), or match paths with
 regexes and predicates.
 """
 
-import collections
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -30,8 +29,6 @@ TABLE = re.compile(r'(un)?embed\w*|wte|wpe')
 # word would include `multi_head_attention`.
 HEAD = re.compile(r'(\w+_)?(head|logits)|unembed\w*')
 
-# The key of the array in an NNX variable.
-VALUE = jax.tree_util.GetAttrKey('value')
 # The key of the bases in a `GaloreState`.
 BASIS = jax.tree_util.GetAttrKey('basis')
 
@@ -78,17 +75,10 @@ def paths(tree: PyTree) -> list[str]:
   >>> paths({'blocks': {'q': {'kernel': 0}}, 'norm': 1})
   ['blocks/q/kernel', 'norm']
   """
-  keys = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-  parents = collections.Counter(path[:-1] for path in keys)
-  found = []
-  for key in keys:
-    # `nnx.Optimizer` passes NNX variables, each a node around one array, at
-    # init, and arrays at update. Removing the variable's key makes both paths
-    # equal.
-    if key[-1:] == (VALUE,) and parents[key[:-1]] == 1:
-      key = key[:-1]
-    found.append(jax.tree_util.keystr(key, simple=True, separator='/'))
-  return found
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+  ]
 
 
 def owner(path: Any, owners: Sequence[Any]) -> int | None:
