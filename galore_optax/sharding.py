@@ -101,7 +101,7 @@ def _shardings(init: Callable[[Any], Any], params: Any, shardings: Any) -> Any:
     cuts = _cuts(place, len(shape))
     plan = recorded.plans.get(names[owner])
     fields = {getattr(key, 'name', None) for key in path}
-    if plan is not None:
+    if isinstance(plan, Projection):
       is_basis = paths.BASIS in path
       shape, cuts = _of_low(plan, shape, cuts, is_basis=is_basis)
       first = cuts[0] + cuts[-1]

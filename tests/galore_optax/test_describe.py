@@ -36,11 +36,13 @@ def test_rows():
 def test_text():
   text = str(describe(galore(optax.adam(0.1), rank=4), params()))
   assert text.splitlines() == [
-    'path         shape       projected   bytes',
-    'blocks/norm  (2, 9)      -             144',
-    'blocks/q     (2, 9, 13)  (2, 4, 13)  1,120',
-    'down         (17, 5)     (4, 17)       584',
-    'embed        (30, 9)     -           2,160',
+    'path         shape       projected   bytes  reason',
+    'blocks/norm  (2, 9)      -             144  norm',
+    'blocks/q     (2, 9, 13)  (2, 4, 13)  1,120  matrix',
+    'down         (17, 5)     (4, 17)       584  matrix',
+    'embed        (30, 9)     -           2,160  embedding',
+    'total: 4,008 bytes of state; optax.adamw: 4,516, with moments in bfloat16'
+    ' (here float32, or 8 bits)',
   ]
 
 
@@ -108,7 +110,7 @@ def test_bytes_go_to_their_parameter_in_any_tree(build, side):
 
 def test_a_bare_array_is_a_tree():
   (row,) = describe(galore(optax.adam(0.1), rank=3), jnp.zeros((9, 13)))
-  assert row == ('', (9, 13), (3, 13), 4 * 3 * 9, 8 * 3 * 13)
+  assert row == ('', (9, 13), (3, 13), 4 * 3 * 9, 8 * 3 * 13, 'matrix')
 
 
 def test_nothing_is_allocated():
@@ -121,4 +123,4 @@ def test_nothing_is_allocated():
 
 def test_without_galore_nothing_is_projected():
   table = describe(optax.adam(0.1), {'w': jnp.zeros((9, 13))})
-  assert table[0] == ('w', (9, 13), None, 0, 8 * 9 * 13)
+  assert table[0] == ('w', (9, 13), None, 0, 8 * 9 * 13, '')
