@@ -95,12 +95,12 @@ def _joins_to_width(shape: Shape) -> bool:
 
 
 def _heads_are_short(shape: Shape) -> bool:
-  """Whether head_dim is short of half of d in [heads, head_dim, d].
+  """Whether head_dim is at most half of d in [heads, head_dim, d].
 
   In a stack [layers, in, out] of output projections, the number of inputs is
   heads times head_dim, which is close to d.
   """
-  return 2 * shape[-2] < shape[-1]
+  return 2 * shape[-2] <= shape[-1]
 
 
 def _attention(
