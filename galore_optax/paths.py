@@ -40,7 +40,7 @@ class Optional:
 
   def __post_init__(self) -> None:
     """Raises ValueError unless the targets can select leaves."""
-    check_targets(self.targets)
+    _require_selection(self.targets, self.targets)
 
 
 Targets: TypeAlias = (
@@ -212,27 +212,28 @@ def required(
 def check_targets(targets: Any) -> None:
   """Raises ValueError unless `targets` has the type `Targets`.
 
-  An `Optional` has checked the targets inside it.
-
   >>> check_targets(['.*/kernel'])
   """
-  if isinstance(targets, Optional):
-    return
-  if not _is_targets(targets):
+  _require_selection(required(targets), targets)
+
+
+def _require_selection(selection: Any, given: Any) -> None:
+  """Raises ValueError, about `given`, unless a value can select leaves."""
+  if not _is_selection(selection):
     rule = (
       'None, a regex, regexes, a predicate (path, leaf) -> bool, or an Optional'
       ' of one of these'
     )
-    raise ValueError(f'targets must be {rule}, got {targets!r}')
+    raise ValueError(f'targets must be {rule}, got {given!r}')
 
 
-def _is_targets(targets: Any) -> bool:
-  """Whether a value can select leaves."""
-  if targets is None or isinstance(targets, str) or callable(targets):
+def _is_selection(value: Any) -> bool:
+  """Whether a value is None, a regex, regexes, or a predicate."""
+  if value is None or isinstance(value, str) or callable(value):
     return True
-  if isinstance(targets, Mapping) or not isinstance(targets, Collection):
+  if isinstance(value, Mapping) or not isinstance(value, Collection):
     return False
-  return all(isinstance(regex, str) for regex in targets)
+  return all(isinstance(regex, str) for regex in value)
 
 
 def heads(tree: PyTree) -> list[bool]:

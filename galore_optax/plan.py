@@ -74,15 +74,15 @@ class Planner:
     axes = list(self.axes or {})
     paths.matched(axes, tree, option='axes', optional=optional)
     plans = list(map(self._candidate, paths.paths(tree), leaves))
-    by_name = paths.required(self.targets) is not None
-    if by_name:
+    if paths.required(self.targets) is None:
+      final = list(map(self._if_default, plans))
+      is_empty = not any(isinstance(p, Projection) for p in final)
+    else:
       chosen = paths.chosen(self.targets, tree)
       final = list(map(self._if_chosen, leaves, plans, chosen))
-    else:
-      final = list(map(self._if_default, plans))
-    if not optional and plans and not paths.is_part(tree):
-      if not any(chosen if by_name else map(_is_projected, final)):
-        raise ValueError(self._nothing_selected(plans))
+      is_empty = not any(chosen)
+    if plans and is_empty and not (optional or paths.is_part(tree)):
+      raise ValueError(self._nothing_selected(plans))
     return final
 
   def _candidate(self, path: str, x: Any) -> Plan:
@@ -187,18 +187,15 @@ class Planner:
   def _nothing_selected(self, plans: list[Plan]) -> str:
     """Returns the message for a tree in which no leaf is selected."""
     shapes = ', '.join(f'{p.path} {p.shape}' for p in plans)
-    remedy = 'if that may be, pass targets=galore_optax.Optional(...)'
+    shapes = f'Parameters: {shapes}'
+    remedy = 'or allow it by targets=galore_optax.Optional(...)'
     if self.targets is not None:
-      return f'targets select no parameter; {remedy}. Parameters: {shapes}'
+      return f'targets select no parameter: correct them, {remedy}. {shapes}'
     return (
       f'rank {self.rank} projects no parameter: by default those with both'
-      ' last axes larger than rank, embeddings, heads, norms and biases'
-      f' excepted. Lower rank or name targets; {remedy}. Parameters: {shapes}'
+      ' sides larger than rank, embeddings, heads, norms and biases excepted.'
+      f' Lower rank or name targets, {remedy}. {shapes}'
     )
-
-
-def _is_projected(p: Plan) -> bool:
-  return isinstance(p, Projection)
 
 
 def _checked_rank(rank: Any) -> int | float:
