@@ -1,10 +1,10 @@
-"""What a leaf of a model is, by its path and its shape: one table.
+"""The table of names: kind and axes of each leaf, by its path and shape.
 
-`of` returns for each leaf whether it is an embedding, an output head, a norm or
-a bias, a convolution, an attention kernel or another matrix, and which of its
-axes are inputs and outputs of one matrix. `ROWS` contains the names that
-libraries for JAX use, and `STACKS` their names for stacked layers. The names
-were read in these versions; a source without a number is a commit:
+`of` returns whether a leaf is an embedding, an output head, a norm or a bias, a
+convolution, an attention kernel or another matrix, and which of its axes are
+inputs and outputs of one matrix. `ROWS` contains the names in libraries for
+JAX, and `STACKS` their names of stacked layers. The names are those of these
+versions or commits:
 
   flax 0.12.8 (linen, nnx, examples lm1b, wmt, imagenet, gemma at 18f8f31)
   Tunix 0.1.7, dm-haiku 0.0.17, Equinox 0.13.8, haliax 1.3
@@ -12,7 +12,7 @@ were read in these versions; a source without a number is a commit:
   MaxText e591f30, EasyDeL 0.3.0 (090a03b), T5X cc342d4
   big_vision 0127fb6, Levanter 1.2 (9263f81)
 
-A user's own model has such names too, or passes `axes` to `galore`.
+For a model with other names pass `axes` and `targets` to `galore`.
 """
 
 import functools
@@ -23,16 +23,16 @@ from typing import Literal, NamedTuple, TypeAlias
 Kind: TypeAlias = Literal[
   'vector', 'head', 'convolution', 'embedding', 'attention', 'matrix'
 ]
-"""What a leaf is. A stack of leaves has the kind of its elements."""
+"""The kind of a leaf. A stack has the kind of its elements."""
 
 Shape: TypeAlias = Sequence[int]
 
 
 class Leaf(NamedTuple):
-  """What the table states about a leaf."""
+  """The result of a lookup in the table."""
 
   kind: Kind
-  """What the leaf is."""
+  """Kind of the leaf."""
   label: str
   """The kind in words, for tables."""
   axes: tuple[tuple[int, ...], tuple[int, ...]]
@@ -41,10 +41,10 @@ class Leaf(NamedTuple):
 
 
 class Row(NamedTuple):
-  """A row of the table: names, and what leaves of these names are."""
+  """A row of the table: names, and the kind of leaves with these names."""
 
   kind: Kind
-  """What such a leaf is."""
+  """Kind of these leaves."""
   label: str
   """The kind in words."""
   names: str
@@ -140,12 +140,12 @@ ROWS = (
     r'.*/(linear(_\d+)?|query|key|value|[^/]*conv[^/]*)/b',
     'dm-haiku',
   ),
-  # `multi_head` may be a module of attention.
+  # `multi_head` is a module of attention, and `router_logits` a router.
   Row(
     'head',
     'output head',
     _part(
-      r'(?!multi_head)(\w+_)?(head|logits?|logits?_?dense)'
+      r'(?!multi_head|router)(\w+_)?(head|logits?|logits?_?dense)'
       r'|unembed\w*|classifier'
     ),
     'flax lm1b: logitdense; T5X, MaxText: logits_dense; dm-haiku: logits;'
@@ -305,7 +305,7 @@ STACKS = (
 
 @functools.lru_cache(maxsize=100_000)
 def of(path: str, shape: tuple[int, ...]) -> Leaf:
-  """Returns what a leaf is, and its input and output axes.
+  """Returns the kind of a leaf, and its input and output axes.
 
   Args:
     path: path of the leaf, its keys joined by '/'.

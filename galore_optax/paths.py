@@ -1,7 +1,7 @@
 """Paths of parameters, and functions that select parameters by path.
 
 `paths` returns the path of each leaf. The other functions match paths with
-regexes and predicates, or ask the table of `names` about them.
+regexes and predicates, or look them up in the table of `names`.
 """
 
 import collections
@@ -20,7 +20,7 @@ PyTree: TypeAlias = Any
 
 @dataclasses.dataclass(frozen=True)
 class Optional:
-  """Targets that may select no leaf; then the inner optimizer runs alone.
+  """Targets that may select no leaf; then only the inner optimizer runs.
 
   It is meant for programs whose trees do not always have a matrix. By default
   a selection without any leaf is an error, because it is nearly always one.

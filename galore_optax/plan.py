@@ -2,7 +2,7 @@
 
 A `Planner` holds the options. Called with a tree of parameters, it returns a
 `Projection` or a `Whole` for each leaf. The module `projection` defines both.
-The table in `names` states what a leaf is.
+The table in `names` gives kind and axes of a leaf.
 """
 
 import dataclasses

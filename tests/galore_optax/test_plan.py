@@ -260,7 +260,7 @@ def run(tx, params):
 
 
 class TestOptional:
-  """`Optional` targets may select no leaf: the inner optimizer runs alone."""
+  """`Optional` targets may select no leaf: then only the inner optimizer runs."""
 
   @pytest.mark.parametrize('targets', OPTIONAL)
   @pytest.mark.parametrize('moments', ['keep', 'reset'])
