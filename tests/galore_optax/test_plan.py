@@ -260,7 +260,7 @@ def run(tx, params):
 
 
 class TestOptional:
-  """`Optional` targets may select no leaf: then only the inner optimizer runs."""
+  """`Optional` targets may select no leaf; then only the inner runs."""
 
   @pytest.mark.parametrize('targets', OPTIONAL)
   @pytest.mark.parametrize('moments', ['keep', 'reset'])
