@@ -115,8 +115,10 @@ def _attention(
   return Row('attention', label, names, source, layout, fits)
 
 
-_IN_ATTENTION = r'.*/[^/]*att(n|ention)[^/]*/(.*/)?'
-"""Matches the parents of a leaf inside an attention module."""
+_OUT = r'(out(/kernel)?|(o|out)_proj/(w|kernel))'
+"""Matches the output projection of an attention module of flax or Tunix."""
+_IN_ATTENTION = r'[^/]*att(n|ention)[^/]*/(.*/)?'
+"""Matches an attention module and further parents of a leaf."""
 _IN_STACKED = r'.*/(stacked|blocks/\d+)/(.*/)?'
 """Matches the parents of a leaf inside haliax's `Stacked` or `BlockSeq`."""
 _ROOT = r'(/(params|model|module|network|net|transformer|decoder|lm|llm))*'
@@ -222,16 +224,26 @@ ROWS = (
     layout='iio',
   ),
   _attention(
-    r'.*/(out(/kernel)?|(o|out)_proj/(w|kernel))',
+    '.*/' + _OUT,
     'flax MultiHeadDotProductAttention, nnx.MultiHeadAttention, big_vision, T5X'
     '; MaxText; Tunix: o_proj',
     layout='iio',
     fits=_joins_to_width,
   ),
+  # If heads times head_dim is not d, three axes may also be a stack [layers,
+  # in, out] with fewer inputs than outputs. A path with the index of a layer is
+  # not a stack.
   _attention(
-    _IN_ATTENTION + r'(out(/kernel)?|(o|out)_proj/(w|kernel))',
-    'MaxText: Gemma; Tunix: Qwen 3 (heads times head_dim is not d)',
+    rf'.*([_/]\d+/(.*/)?{_IN_ATTENTION}|/(self|cross|encoder_decoder)_attention'
+    rf'[^/]*/){_OUT}',
+    'MaxText: Gemma; Tunix: Qwen 3; flax MultiHeadDotProductAttention',
     layout='iio',
+    fits=_heads_are_short,
+  ),
+  _attention(
+    f'.*/{_IN_ATTENTION}{_OUT}',
+    'flax MultiHeadDotProductAttention in a scan',
+    layout='biio',
     fits=_heads_are_short,
   ),
   # haliax's Linear has the axes (*Out, *In), or (*In, *Out).

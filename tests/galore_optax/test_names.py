@@ -202,6 +202,18 @@ def test_a_stack_of_square_matrices_stays_a_stack():
     assert of(f'blocks/{name}', 6, 512, 512).axes == ((1,), (2,))
 
 
+def test_an_output_projection_may_have_fewer_inputs_than_outputs():
+  # Only the names can decide: a stack of 12 layers, or 12 heads.
+  shape = 12, 256, 768
+  assert of('blocks/attention/out/kernel', *shape).axes == ((1,), (2,))
+  assert of('blocks_0/attention/out/kernel', *shape).axes == ((0, 1), (2,))
+  assert of('layers/0/attn/o_proj/w', *shape).axes == ((0, 1), (2,))
+  assert of('block/self_attention/out/kernel', *shape).axes == ((0, 1), (2,))
+  # With four axes one is the stack.
+  shape = 6, 12, 256, 768
+  assert of('blocks/attention/out/kernel', *shape).axes == ((1, 2), (3,))
+
+
 def test_moments_of_tunix_have_the_shape_of_one_matrix():
   llama3 = json.loads(PROJECTS[-1].read_text())['models']['Llama 3.2 1B']
   params = {path: leaf(entry) for path, entry in llama3['params'].items()}
