@@ -86,6 +86,26 @@ def unboxed(tree: Any) -> Any:
   return _map_contents(lambda x: x, tree)
 
 
+def arrays(tree: Any) -> Any:
+  """Returns a tree with None for each leaf that is not an array or a number.
+
+  `jax.eval_shape` does not accept such leaves.
+
+  >>> arrays({'w': 1.0, 'act': abs})
+  {'act': None, 'w': 1.0}
+  """
+  return jax.tree.map(lambda x: x if is_array(x) else None, tree)
+
+
+def is_array(x: Any) -> bool:
+  """Whether a leaf is an array or a number.
+
+  >>> is_array(jnp.ones(3)), is_array(2), is_array(abs)
+  (True, True, False)
+  """
+  return hasattr(x, 'dtype') or isinstance(x, int | float | complex)
+
+
 def is_trained(x: Any) -> bool:
   """Whether a leaf is a floating or complex array, or number, with elements.
 
