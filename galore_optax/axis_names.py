@@ -1,7 +1,7 @@
 """Names of axes in boxes of flax, for the arrays of optimizer state.
 
 A box of flax (`flax.linen.Partitioned`, `flax.linen.LogicallyPartitioned`, an
-`nnx.Variable` with `out_sharding`) names the mesh axes, or logical axes, of the
+`flax.nnx.Variable` with `out_sharding`) names the mesh axes, or logical axes, of the
 dimensions of a weight. Programs read the sharding of the whole training state
 from these boxes, and an array without a box is replicated. `boxed_state` puts
 the state of a boxed weight into boxes, with the names that `state_shardings`

@@ -241,4 +241,5 @@ def _no_update(x: Any) -> Any:
   if dtype == jax.dtypes.float0:
     # The gradient of integers. Python and JAX cannot add it to anything.
     return jnp.zeros(x.shape, bool)
-  return jnp.zeros_like(x) if jnp.issubdtype(dtype, jnp.number) else x
+  is_number = jnp.issubdtype(dtype, jnp.number) or dtype == bool
+  return jnp.zeros_like(x) if is_number else x

@@ -73,7 +73,7 @@ def at_edge(
   >>> tx = at_edge(optax.sgd(0.5))
   >>> params = {'w': 3.0, 'act': abs}
   >>> tx.update({'w': 1.0, 'act': None}, tx.init(params), params)[0]
-  {'act': None, 'w': Array(-0.5, dtype=float32, weak_type=True)}
+  {'act': None, 'w': Array(-0.5, dtype=float32)}
   """
   tx = optax.with_extra_args_support(tx)
   return optax.GradientTransformationExtraArgs(

@@ -136,7 +136,7 @@ def describe(tx: optax.GradientTransformation, params: optax.Params) -> Table:
     low = plan.low_shape if isinstance(plan, Projection) else None
     reason = plan.reason if plan else ''
     if recorded.plans and not containers.is_trained(leaf):
-      reason = 'not floating' if leaf.size else 'empty'
+      reason = f'not floating: {leaf.dtype}' if leaf.size else 'empty'
     shape = tuple(leaf.shape)
     rows.append(Row(name, shape, low, sizes[i, True], sizes[i, False], reason))
   table = Table(rows)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import galore_optax
-from galore_optax import Elsewhere, Optional, galore
+from galore_optax import Elsewhere, Optional, containers, galore
 from galore_optax import paths as selection
 
 W = jnp.zeros((9, 13))
@@ -379,10 +379,11 @@ class Attention:
 
 
 def test_an_attribute_named_value_is_a_component_among_others():
-  # NNX wraps each leaf in a node whose only attribute is `value`, which is left
-  # out of the path.
+  # NNX wraps each leaf in a node whose only attribute is `value`, which an
+  # opened tree does not have.
   params = {'a': Attention(W, W), 'variable': nnx.Param(W)}
-  assert selection.paths(params) == ['a/query', 'a/value', 'variable']
+  plain = containers.opened(params)
+  assert selection.paths(plain) == ['a/query', 'a/value', 'variable']
   # The state contains an array for the chosen paths.
   chosen = {'a/value', 'variable'}
   assert projected(params, targets='a/value|variable') == chosen
