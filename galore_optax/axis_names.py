@@ -1,11 +1,11 @@
 """Names of axes in boxes of flax, for the arrays of optimizer state.
 
-A box of flax (`flax.linen.Partitioned`, `flax.linen.LogicallyPartitioned`, an
-`flax.nnx.Variable` with `out_sharding`) names the mesh axes, or logical axes, of the
-dimensions of a weight. Programs read the sharding of the whole training state
-from these boxes, and an array without a box is replicated. `boxed_state` puts
-the state of a boxed weight into boxes, with the names that `state_shardings`
-would use.
+A box of flax names the mesh axes, or logical axes, of the dimensions of a
+weight. Such boxes are `flax.linen.Partitioned`,
+`flax.linen.LogicallyPartitioned` and a `flax.nnx.Variable` with `out_sharding`.
+Programs read the sharding of the whole training state from them, and an array
+without a box is replicated. `boxed_state` puts the state of a boxed weight into
+boxes, with the names that `state_shardings` would use.
 """
 
 import dataclasses

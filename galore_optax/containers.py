@@ -241,5 +241,7 @@ def _no_update(x: Any) -> Any:
   if dtype == jax.dtypes.float0:
     # The gradient of integers. Python and JAX cannot add it to anything.
     return jnp.zeros(x.shape, bool)
-  is_number = jnp.issubdtype(dtype, jnp.number) or dtype == bool
+  is_number = any(
+    jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_)
+  )
   return jnp.zeros_like(x) if is_number else x
