@@ -32,7 +32,12 @@ from galore_optax.quantized.array import (
   quantize,
 )
 from galore_optax.quantized.codes import Code
-from galore_optax.sharding import on_any_mesh, placed
+from galore_optax.sharding import (
+  alike,
+  compile_time_eval,
+  on_any_mesh,
+  placed,
+)
 from galore_optax.trial import NeedsFunctionError, try_update
 
 # States of wrappers that read several leaves at once. Such a wrapper must go
@@ -223,7 +228,7 @@ def _probe_leaves(
 
   The values of tracers are unknown, so their properties are assumed to hold.
   """
-  with jax.ensure_compile_time_eval():
+  with compile_time_eval():
     ones, twos = (
       inner.init(one_element(params, value)) for value in (1.0, 2.0)
     )
@@ -450,7 +455,8 @@ def quantize_tree(new: Any, old: Any, store: Store = quantize) -> Any:
 
   def stored(old: Any, new: Any) -> Any:
     if is_quantized(old):
-      return store(new, code=old.code, block_size=old.block_size)
+      new = store(new, code=old.code, block_size=old.block_size)
+      return alike(new, old)
     return jnp.asarray(new, jax.typeof(old).dtype)
 
   return jax.tree.map(stored, old, new, is_leaf=is_quantized)
@@ -529,7 +535,7 @@ def _is_elementwise(inner: optax.GradientTransformation) -> bool:
     cut = [x[at] if x.ndim == 2 else x for x in whole]
     return all(map(allclose, update(g[at], w[at]), cut))
 
-  with jax.ensure_compile_time_eval():
+  with compile_time_eval():
     try:
       whole = update(g, w)
     except NeedsFunctionError:
