@@ -8,6 +8,7 @@ Axes: m projected side, n other side, r rank; leading axes are batch.
 """
 
 import contextlib
+import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -324,29 +325,44 @@ def _explicit_mesh(tree: Any) -> Iterator[bool]:
     yield True
 
 
-def _entered(x: jax.Array) -> contextlib.AbstractContextManager[Any]:
-  """Returns a context with the mesh of an array."""
+_only_abstract: contextvars.ContextVar[bool] = contextvars.ContextVar(
+  'only_abstract', default=False
+)
+
+
+@contextlib.contextmanager
+def _entered(x: jax.Array) -> Iterator[None]:
+  """Enters the mesh of an array."""
   # Inside a traced function `jax.set_mesh` raises. Outside of it an abstract
   # mesh is not enough, because it does not determine the devices.
   if isinstance(x, Tracer) or isinstance(jnp.zeros([]), Tracer):
-    return jax.sharding.use_abstract_mesh(jax.typeof(x).sharding.mesh)
-  place: Any = x.sharding
-  return jax.set_mesh(place.mesh)
+    token = _only_abstract.set(True)
+    try:
+      with jax.sharding.use_abstract_mesh(jax.typeof(x).sharding.mesh):
+        yield
+    finally:
+      _only_abstract.reset(token)
+  else:
+    place: Any = x.sharding
+    with jax.set_mesh(place.mesh):
+      yield
 
 
 @contextlib.contextmanager
 def compile_time_eval() -> Iterator[None]:
-  """Enters `jax.ensure_compile_time_eval` without a mesh.
+  """Enters `jax.ensure_compile_time_eval`, where JAX can compute.
 
-  A traced function may know an abstract mesh only, on which JAX computes
-  nothing.
+  If this module has entered an abstract mesh, its devices are not known. The
+  context leaves this mesh. A mesh of `jax.set_mesh` has devices.
 
   >>> with compile_time_eval():
-  ...   jax.sharding.get_abstract_mesh().empty
-  True
+  ...   jax.numpy.ones(2)
+  Array([1., 1.], dtype=float32)
   """
-  none = jax.sharding.AbstractMesh((), ())
-  with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(none):
+  leave: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+  if _only_abstract.get():
+    leave = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+  with jax.ensure_compile_time_eval(), leave:
     yield
 
 
