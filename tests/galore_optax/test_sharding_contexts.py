@@ -212,7 +212,13 @@ def bytes_of(tree, device):
 @each(
   ('name', 'layout', 'jit'),
   [
-    *((name, layout, True) for name in STATES for layout in MESHES),
+    *((name, 'both', True) for name in STATES),
+    *(
+      (name, layout, True)
+      for name in ('svd', '8bit', 'packed', 'momentum', 'quantized')
+      for layout in MESHES
+      if layout != 'both'
+    ),
     *((name, 'rows', False) for name in ('svd', '8bit', 'quantized')),
   ],
   quick=[('8bit', 'rows', True), ('quantized', 'some', True)],
