@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
@@ -236,15 +237,17 @@ def placed(init: Callable[..., Any]) -> Callable[..., Any]:
       known = [isinstance(x, jax.Array) and _is_named(place(x)) for x in leaves]
       if not leaves or not all(known):
         return init(*others, params)
-      places = jax.tree.map(place, params)
-      places = _shardings(functools.partial(init, *others), params, places)
+      # The structure of a state may depend on hyperparameters, so `init` must
+      # not receive them as tracers.
+      f = closures.with_arrays(init, _without_mesh) if explicit else init
+      of_params = functools.partial(f, *others)
+      places = _shardings(of_params, params, jax.tree.map(place, params))
       if not explicit:
-        run = jax.jit(functools.partial(init, *others), out_shardings=places)
-        return run(params)
+        return jax.jit(of_params, out_shardings=places)(params)
       specs = jax.tree.map(lambda x: x.spec, places)
       # Only the parameters are arguments of the jitted function. Other
       # arguments may be static.
-      run = functools.partial(_in_auto_axes, init, specs, *others)
+      run = functools.partial(_in_auto_axes, f, specs, *others)
       return jax.jit(run)(params)
 
   return init_fn
@@ -369,6 +372,12 @@ def compile_time_eval() -> Iterator[None]:
 def _has_explicit(x: jax.Array) -> bool:
   """Whether the type of an array has a mesh with explicit axes."""
   return bool(jax.typeof(x).sharding.mesh.explicit_axes)
+
+
+def _without_mesh(x: jax.Array) -> Any:
+  """Returns a number in NumPy if its value is known; otherwise `x`."""
+  is_number = not isinstance(x, Tracer) and x.ndim == 0 and _has_explicit(x)
+  return np.asarray(x) if is_number else x
 
 
 def _in_auto_axes(f: Callable[..., Any], specs: Any, *args: Any) -> Any:
