@@ -4,6 +4,10 @@
 that follows them. `on_any_mesh` makes a function work on a mesh with explicit
 axes. `alike` keeps the sharding of a state that an update returns.
 
+To try a mesh on several CPU devices, set OPENBLAS_NUM_THREADS=1 before Python
+starts. Otherwise each device's decomposition uses all cores, the devices block
+each other, and XLA may end the process at the next all-gather.
+
 Axes: m projected side, n other side, r rank; leading axes are batch.
 """
 

@@ -147,13 +147,14 @@ def quantize_state(
       return inner.update(grads, state, params, **extra_args)
 
     if elementwise:
-      new, state = _leaf_by_leaf(run, Outer.of(inner), updates, state, params)
+      outer = Outer.of(inner)
+      new, after = _leaf_by_leaf(run, outer, updates, state, params)
     else:
       new, after = run(
         tree_at_least_float32(updates), dequantize_tree(state), params
       )
-      state = quantize_tree(after, state)
-    return optax.tree.cast_like(new, updates), state
+      after = quantize_tree(after, state)
+    return optax.tree.cast_like(new, updates), _alike_codes(after, state)
 
   def update_fn(
     updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -455,11 +456,19 @@ def quantize_tree(new: Any, old: Any, store: Store = quantize) -> Any:
 
   def stored(old: Any, new: Any) -> Any:
     if is_quantized(old):
-      new = store(new, code=old.code, block_size=old.block_size)
-      return alike(new, old)
+      return store(new, code=old.code, block_size=old.block_size)
     return jnp.asarray(new, jax.typeof(old).dtype)
 
   return jax.tree.map(stored, old, new, is_leaf=is_quantized)
+
+
+def _alike_codes(new: Any, old: Any) -> Any:
+  """Returns `new`, whose quantized arrays are sharded like those of `old`."""
+
+  def of_node(old: Any, new: Any) -> Any:
+    return alike(new, old) if is_quantized(old) else new
+
+  return jax.tree.map(of_node, old, new, is_leaf=is_quantized)
 
 
 def _is_local(arrays: Any) -> bool:
