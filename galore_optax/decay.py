@@ -18,6 +18,7 @@ import optax
 from galore_optax.checks import check_params, is_zero
 from galore_optax.precision import allclose
 from galore_optax.projection import Projection, Whole, map_plans
+from galore_optax.sharding import compile_time_eval
 from galore_optax.trial import NeedsFunctionError, reaches, try_update
 
 Plans = Sequence[Projection | Whole]
@@ -122,7 +123,7 @@ def check(inner: Any, plans: Plans, params: Any) -> None:
 
     return map_plans(of_leaf, plans, params)
 
-  with jax.ensure_compile_time_eval():
+  with compile_time_eval():
     grads, w = list(map(filled, GRADIENTS)), filled(WEIGHTS)
     # One program for all runs: compiling operation by operation takes seconds.
     both = jax.jit(functools.partial(_run_both, inner, plans))

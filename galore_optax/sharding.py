@@ -1,21 +1,31 @@
 """Shardings of optimizer state on a mesh of devices.
 
 `state_shardings` returns them for any transformation. `placed` makes an `init`
-that follows them. `on_any_mesh` makes a function work under a mesh with
-explicit axes.
+that follows them. `on_any_mesh` makes a function work on a mesh with explicit
+axes. `alike` keeps the sharding of a state that an update returns.
+
+To try a mesh on several CPU devices, set OPENBLAS_NUM_THREADS=1 before Python
+starts. Otherwise each device's decomposition uses all cores, the devices block
+each other, and XLA may end the process at the next all-gather.
 
 Axes: m projected side, n other side, r rank; leading axes are batch.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
 
-from galore_optax import containers, paths
+from galore_optax import closures, containers, paths
 from galore_optax.projection import Projection, recording_plans
 
 CODED = {'codes', 'scale'}
@@ -258,6 +268,9 @@ def _like(
       left = [i for i in range(len(whole)) if i != axis % len(whole)]
       if tuple(shape) == tuple(whole[i] for i in left):
         return [cuts[i] for i in left]
+    # State of one layer of a stack, as in `badam`.
+    if tuple(shape) == tuple(whole[1:]):
+      return cuts[1:]
   alike = tuple(shape) == tuple(whole[: len(shape)])
   return cuts[: len(shape)] if alike else [()] * len(shape)
 
@@ -274,24 +287,27 @@ def placed(init: Callable[..., Any]) -> Callable[..., Any]:
 
   @functools.wraps(init)
   def init_fn(params: Any) -> Any:
-    explicit = jax.sharding.get_abstract_mesh().explicit_axes
+    with _explicit_mesh(params) as explicit:
 
-    def place(x: Any) -> Any:
-      # A tracer has a sharding only under explicit mesh axes, where it is part
-      # of its type.
-      typed = jax.typeof(x) if explicit else x
-      return getattr(typed, 'sharding', None)
+      def place(x: Any) -> Any:
+        # A tracer has a sharding only under explicit mesh axes, where it is
+        # part of its type.
+        typed = jax.typeof(x) if explicit else x
+        return getattr(typed, 'sharding', None)
 
-    leaves = jax.tree.leaves(params)
-    known = [isinstance(x, jax.Array) and _is_named(place(x)) for x in leaves]
-    if not leaves or not all(known):
-      return init(params)
-    places = _shardings(init, params, jax.tree.map(place, params))
-    if not explicit:
-      return jax.jit(init, out_shardings=places)(params)
-    specs = jax.tree.map(lambda x: x.spec, places)
-    run = jax.sharding.auto_axes(init, out_sharding=specs)
-    return jax.jit(run)(params)
+      leaves = jax.tree.leaves(params)
+      known = [isinstance(x, jax.Array) and _is_named(place(x)) for x in leaves]
+      if not leaves or not all(known):
+        return init(params)
+      # The structure of a state may depend on hyperparameters, so `init` must
+      # not receive them as tracers.
+      f = closures.with_arrays(init, _without_mesh) if explicit else init
+      places = _shardings(f, params, jax.tree.map(place, params))
+      if not explicit:
+        return jax.jit(f, out_shardings=places)(params)
+      specs = jax.tree.map(lambda x: x.spec, places)
+      run = functools.partial(_in_auto_axes, f, specs)
+      return jax.jit(run)(params)
 
   return init_fn
 
@@ -299,11 +315,15 @@ def placed(init: Callable[..., Any]) -> Callable[..., Any]:
 def on_any_mesh(
   f: Callable[..., Any], *, like: Callable[[], Any]
 ) -> Callable[..., Any]:
-  """Returns `f`; under explicit mesh axes, with automatic shardings inside.
+  """Returns `f`; on a mesh with explicit axes, with automatic shardings inside.
 
-  Under a mesh with explicit axes each operation of `f` would need an output
-  sharding. The returned function sets the shardings of its result only, and the
-  compiler chooses all others. Without explicit axes it is `f` itself.
+  Under explicit mesh axes each operation of `f` would need an output sharding.
+  The returned function sets the shardings of its result only, and the compiler
+  chooses all others. Without explicit axes it calls `f` itself. The mesh is
+  that of `jax.set_mesh`, or else that of the arguments.
+
+  Arrays that `f` reads from a closure may be on the mesh too, such as the
+  hyperparameters of `optax.inject_hyperparams`.
 
   Args:
     f: a function of positional arguments, trees with arrays and other leaves.
@@ -311,24 +331,111 @@ def on_any_mesh(
       arrays or shardings: the shardings of the result. It is called under
       explicit axes only.
   """
-  if not jax.sharding.get_abstract_mesh().explicit_axes:
-    return f
 
   def spec(x: Any) -> PartitionSpec:
     return (x if _is_named(x) else jax.typeof(x).sharding).spec
 
   def run(*args: Any) -> Any:
-    leaves, treedef = jax.tree.flatten(args)
-    every = dict(enumerate(leaves))
-    arrays = {i: x for i, x in every.items() if isinstance(x, jax.Array)}
-
-    def of_arrays(arrays: dict[int, jax.Array]) -> Any:
-      return f(*treedef.unflatten((every | arrays).values()))
-
-    specs = jax.tree.map(spec, like())
-    return jax.sharding.auto_axes(of_arrays, out_sharding=specs)(arrays)
+    with _explicit_mesh(args) as explicit:
+      if not explicit:
+        return f(*args)
+      return _in_auto_axes(f, jax.tree.map(spec, like()), *args)
 
   return run
+
+
+@contextlib.contextmanager
+def _explicit_mesh(tree: Any) -> Iterator[bool]:
+  """Enters the mesh of the arrays; yields whether it has explicit axes.
+
+  A mesh that is set already, such as by `jax.set_mesh`, is not changed. If no
+  mesh is set and no array has explicit axes, none is entered.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty:
+    yield bool(mesh.explicit_axes)
+    return
+  leaves = jax.tree.leaves(tree)
+  arrays = [x for x in leaves if isinstance(x, jax.Array) and _has_explicit(x)]
+  if not arrays:
+    yield False
+    return
+  with _entered(arrays[0]):
+    yield True
+
+
+_only_abstract: contextvars.ContextVar[bool] = contextvars.ContextVar(
+  'only_abstract', default=False
+)
+
+
+@contextlib.contextmanager
+def _entered(x: jax.Array) -> Iterator[None]:
+  """Enters the mesh of an array."""
+  # Inside a traced function `jax.set_mesh` raises. Outside of it an abstract
+  # mesh is not enough, because it does not determine the devices.
+  if isinstance(x, Tracer) or isinstance(jnp.zeros([]), Tracer):
+    token = _only_abstract.set(True)
+    try:
+      with jax.sharding.use_abstract_mesh(jax.typeof(x).sharding.mesh):
+        yield
+    finally:
+      _only_abstract.reset(token)
+  else:
+    place: Any = x.sharding
+    with jax.set_mesh(place.mesh):
+      yield
+
+
+@contextlib.contextmanager
+def compile_time_eval() -> Iterator[None]:
+  """Enters `jax.ensure_compile_time_eval`, where JAX can compute.
+
+  If this module has entered an abstract mesh, its devices are not known. The
+  context leaves this mesh. A mesh of `jax.set_mesh` has devices.
+
+  >>> with compile_time_eval():
+  ...   jax.numpy.ones(2)
+  Array([1., 1.], dtype=float32)
+  """
+  leave: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+  if _only_abstract.get():
+    leave = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+  with jax.ensure_compile_time_eval(), leave:
+    yield
+
+
+def _has_explicit(x: jax.Array) -> bool:
+  """Whether the type of an array has a mesh with explicit axes."""
+  return bool(jax.typeof(x).sharding.mesh.explicit_axes)
+
+
+def _without_mesh(x: jax.Array) -> Any:
+  """Returns a number in NumPy if its value is known; otherwise `x`."""
+  is_number = not isinstance(x, Tracer) and x.ndim == 0 and _has_explicit(x)
+  return np.asarray(x) if is_number else x
+
+
+def _in_auto_axes(f: Callable[..., Any], specs: Any, *args: Any) -> Any:
+  """Returns f(*args) with the shardings `specs`, and any inside."""
+  closed: dict[int, jax.Array] = {}
+
+  def find(x: jax.Array) -> jax.Array:
+    if _has_explicit(x):
+      closed[id(x)] = x
+    return x
+
+  closures.with_arrays(f, find)
+  leaves, treedef = jax.tree.flatten(args)
+  every = dict(enumerate(leaves))
+  arrays = {i: x for i, x in every.items() if isinstance(x, jax.Array)}
+
+  def of_arrays(both: tuple[dict[int, jax.Array], dict[int, jax.Array]]) -> Any:
+    arrays, closed = both
+    inside = closures.with_arrays(f, lambda x: closed.get(id(x), x))
+    return inside(*treedef.unflatten((every | arrays).values()))
+
+  return jax.sharding.auto_axes(of_arrays, out_sharding=specs)((arrays, closed))
 
 
 def low_sharding(plan: Any, x: jax.Array) -> NamedSharding:
@@ -340,3 +447,29 @@ def low_sharding(plan: Any, x: jax.Array) -> NamedSharding:
   fits = functools.partial(_divides, place.mesh)
   axes = _fitted(fits, low, cuts)
   return NamedSharding(place.mesh, _spec(axes))
+
+
+def alike(new: Any, old: Any) -> Any:
+  """Returns `new` with the shardings of `old`, a tree of the same shapes.
+
+  An update passes its new state and its previous state. On a mesh with
+  automatic axes the compiler chooses the sharding of a result. It chooses
+  that of the arguments for moments, which are computed element by element. It
+  replicates quantized arrays, because a quantization block is a reshape.
+
+  Inside `jax.jit` the sharding of `old` is not known. `shard_alike` makes the
+  compiler use the same one for both. On one device nothing is added.
+
+  >>> alike(jax.numpy.zeros(2), jax.numpy.ones(2))
+  Array([0., 0.], dtype=float32)
+  """
+
+  def of_leaf(new: jax.Array, old: jax.Array) -> jax.Array:
+    mesh = jax.typeof(old).sharding.mesh
+    if not any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
+      return new
+    if isinstance(new, Tracer) or isinstance(old, Tracer):
+      return shard_alike(new, old)[0]
+    return jax.device_put(new, old.sharding)
+
+  return jax.tree.map(of_leaf, new, old)

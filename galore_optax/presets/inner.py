@@ -15,6 +15,7 @@ import optax
 
 from galore_optax import checks, decay, paths
 from galore_optax.precision import in_float32, one_element
+from galore_optax.sharding import compile_time_eval
 from galore_optax.trial import try_update
 
 # A short name, or a transformation without a learning rate.
@@ -117,7 +118,7 @@ def _check_no_learning_rate(
   inner: optax.GradientTransformation, params: optax.Params
 ) -> None:
   """Raises ValueError if an update has the opposite sign of the gradient."""
-  with jax.ensure_compile_time_eval():
+  with compile_time_eval():
     zeros = one_element(params, 0.0)
     ones = one_element(params, 1.0)
     # A learning-rate schedule may be zero at one step, which hides its sign.

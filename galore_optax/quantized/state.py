@@ -33,7 +33,7 @@ from galore_optax.quantized.array import (
   quantize,
 )
 from galore_optax.quantized.codes import Code
-from galore_optax.sharding import on_any_mesh
+from galore_optax.sharding import alike, compile_time_eval, on_any_mesh
 from galore_optax.trial import NeedsFunctionError, try_update
 
 # States of wrappers that read several leaves at once. Such a wrapper must go
@@ -142,13 +142,14 @@ def quantize_state(
       return inner.update(grads, state, params, **extra_args)
 
     if elementwise:
-      new, state = _leaf_by_leaf(run, Outer.of(inner), updates, state, params)
+      outer = Outer.of(inner)
+      new, after = _leaf_by_leaf(run, outer, updates, state, params)
     else:
       new, after = run(
         tree_at_least_float32(updates), dequantize_tree(state), params
       )
-      state = quantize_tree(after, state)
-    return optax.tree.cast_like(new, updates), state
+      after = quantize_tree(after, state)
+    return optax.tree.cast_like(new, updates), _alike_codes(after, state)
 
   def update_fn(
     updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -223,7 +224,7 @@ def _probe_leaves(
 
   The values of tracers are unknown, so their properties are assumed to hold.
   """
-  with jax.ensure_compile_time_eval():
+  with compile_time_eval():
     ones, twos = (
       inner.init(one_element(params, value)) for value in (1.0, 2.0)
     )
@@ -456,6 +457,15 @@ def quantize_tree(new: Any, old: Any, store: Store = quantize) -> Any:
   return jax.tree.map(stored, old, new, is_leaf=is_quantized)
 
 
+def _alike_codes(new: Any, old: Any) -> Any:
+  """Returns `new`, whose quantized arrays are sharded like those of `old`."""
+
+  def of_node(old: Any, new: Any) -> Any:
+    return alike(new, old) if is_quantized(old) else new
+
+  return jax.tree.map(of_node, old, new, is_leaf=is_quantized)
+
+
 def _is_local(arrays: Any) -> bool:
   """Whether the arrays are on one device, as far as their types show.
 
@@ -529,7 +539,7 @@ def _is_elementwise(inner: optax.GradientTransformation) -> bool:
     cut = [x[at] if x.ndim == 2 else x for x in whole]
     return all(map(allclose, update(g[at], w[at]), cut))
 
-  with jax.ensure_compile_time_eval():
+  with compile_time_eval():
     try:
       whole = update(g, w)
     except NeedsFunctionError:

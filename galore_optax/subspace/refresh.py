@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from galore_optax import paths, projection
@@ -275,6 +276,9 @@ def _jobs(
 def _find_in_stack(find: Find, jobs: Job) -> tuple[Stored, jax.Array]:
   """Finds the bases of a stack; the devices of a mesh share the matrices."""
   mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    # Without `jax.set_mesh` the type of an array has its mesh.
+    mesh = jax.typeof(jobs.g_mn).sharding.mesh
   k, axes = len(jobs.due), ()
   for axis in mesh.auto_axes:
     if mesh.shape[axis] > 1 and k % mesh.shape[axis] == 0:
@@ -282,12 +286,14 @@ def _find_in_stack(find: Find, jobs: Job) -> tuple[Stored, jax.Array]:
       # One axis at a time. For all axes at once the compiler may gather the
       # whole stack on every device.
       spec = P(axes, P.UNCONSTRAINED, P.UNCONSTRAINED)
-      g_mn = jax.lax.with_sharding_constraint(jobs.g_mn, spec)
+      place = NamedSharding(mesh, spec)
+      g_mn = jax.lax.with_sharding_constraint(jobs.g_mn, place)
       jobs = jobs._replace(g_mn=g_mn)
   find_share = functools.partial(jax.lax.map, find)
   if axes:
     find_share = jax.shard_map(
       find_share,
+      mesh=mesh,
       in_specs=P(axes),
       out_specs=P(axes),
       axis_names={*axes},

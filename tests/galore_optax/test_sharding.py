@@ -1,5 +1,6 @@
 """Steps and states on meshes of eight devices equal those of one device."""
 
+import contextlib
 import functools
 import math
 import re
@@ -431,23 +432,27 @@ def dealt(lines):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('name', 'layout', 'kind'),
+  ('name', 'layout', 'kind', 'is_set'),
   [
-    ('svd', 'in', 'Auto'),
-    ('svd', 'out', 'Explicit'),
-    ('fira', 'in', 'Auto'),
-    ('staggered', 'mixed', 'Auto'),
+    ('svd', 'in', 'Auto', True),
+    ('svd', 'in', 'Auto', False),
+    ('svd', 'out', 'Explicit', True),
+    ('svd', 'out', 'Explicit', False),
+    ('fira', 'in', 'Auto', True),
+    ('staggered', 'mixed', 'Auto', True),
+    ('staggered', 'mixed', 'Auto', False),
   ],
 )
 def test_a_refresh_deals_a_stack_out_and_gathers_one_matrix_at_a_time(
-  name, layout, kind
+  name, layout, kind, is_set
 ):
   mesh, tx = mesh_of(layout, AxisType[kind]), PRESETS[name]()
   params = {'up': (8, 64, 96), 'w': (64, 96), 'v': (64, 96)}
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
     params = put({k: jnp.ones(x) for k, x in params.items()}, layout, mesh)
     state = tx.init(params)
-    places = jax.tree.map(lambda x: x.sharding, (params, state))
+    places = jax.tree.map(lambda x: x.sharding, params)
+    places = places, go.state_shardings(tx, params, places)
     update = jax.jit(tx.update, out_shardings=places)
     text = update.lower(params, state, params).compile().as_text()
   parts = computations(text)
