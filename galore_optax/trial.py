@@ -2,13 +2,19 @@
 
 `decay`, `quantized.state` and `presets.inner` call an inner optimizer in this
 way at `init`, and raise if it would compute wrong updates with them.
+
+A model has hundreds of matrices, and an inner treats most of them alike. So a
+trial traces the inner with the whole tree, and compiles each operation that is
+applied to equal values only once: see `evaluate`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
+import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 # Names of primitives that run their body exactly once.
@@ -23,6 +29,9 @@ CALLS = {
   'custom_vjp_call',
   'custom_vjp_call_jaxpr',
 }
+
+# Those among them that no transformation of JAX treats in a special way.
+INLINED = {'jit', 'pjit', 'closed_call'}
 
 # Extra arguments of optax transformations that are functions of the weights.
 FUNCTIONS = ('value_fn', 'obj_fn', 'grad_fn')
@@ -126,3 +135,199 @@ def _through(eqn: Any, inputs: list[bool]) -> list[bool]:
   if name in CALLS and body is not None:
     return reaches(getattr(body, 'jaxpr', body), inputs)
   return [any(inputs)] * len(eqn.outvars)
+
+
+class Shared(NamedTuple):
+  """The structure of a tree in which several leaves may be one object."""
+
+  treedef: Any
+  """Structure of the tree."""
+  places: tuple[int, ...]
+  """For each leaf, its index in the list of distinct leaves."""
+
+  @classmethod
+  def of(cls, tree: Any) -> tuple[list[Any], 'Shared']:
+    """Returns the distinct leaves of a tree, and its structure.
+
+    >>> values, form = Shared.of(['a', 'b', 'a'])
+    >>> values, form.rebuild([1, 2])
+    (['a', 'b'], [1, 2, 1])
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    distinct = {id(x): x for x in leaves}
+    numbers = {key: i for i, key in enumerate(distinct)}
+    places = tuple(numbers[id(x)] for x in leaves)
+    return list(distinct.values()), cls(treedef, places)
+
+  def rebuild(self, values: Sequence[Any]) -> Any:
+    """Returns the tree with other distinct leaves."""
+    return self.treedef.unflatten([values[i] for i in self.places])
+
+
+class RunOnce:
+  """Compiles a function of trees, and preserves leaves that are one object.
+
+  Leaves of the arguments that are one object are one object inside the
+  function. Leaves of the result that are one object inside the function are one
+  array of the result.
+
+  Example:
+    >>> x, y = jnp.zeros(2), jnp.ones(2)
+    >>> a, b, c = RunOnce(lambda tree: tree)([x, y, x])
+    >>> a is c, a is b
+    (True, False)
+  """
+
+  def __init__(self, f: Callable[..., Any]) -> None:
+    """Does not run the function yet."""
+    forms: dict[Shared, Shared] = {}
+
+    def of_values(form: Shared, values: list[Any]) -> list[Any]:
+      results, forms[form] = Shared.of(f(*form.rebuild(values)))
+      return results
+
+    self._forms = forms
+    self._run = jax.jit(of_values, static_argnums=0)
+
+  def __call__(self, *args: Any) -> Any:
+    """Returns the result of the function."""
+    values, form = Shared.of(args)
+    results = self._run(form, values)
+    return self._forms[form].rebuild(results)
+
+
+def evaluate(f: Callable[..., Any], *args: Any) -> Any:
+  """Returns f(*args), and computes repeated operations only once.
+
+  `f` is traced with the whole trees. Two operations are equal if they are the
+  same primitive with the same parameters and the same operands. Leaves of
+  `args` are the same operand if they are one object. Equal operations compute
+  equal values, so this does not depend on what `f` is: a function that treats
+  one path in another way applies other operations to it.
+
+  Args:
+    f: a function of trees of arrays.
+    *args: its arguments.
+
+  Example:
+    >>> x, y = jnp.zeros(2), jnp.ones(2)
+    >>> a, b, c = evaluate(lambda tree: [jnp.sin(w) for w in tree], [x, x, y])
+    >>> a is b, a is c
+    (True, False)
+  """
+  return Traced(f, *args)(*args)
+
+
+def _abstract(x: Any) -> Any:
+  """Returns the type of an array; a type is returned unchanged."""
+  return x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+
+
+class Traced:
+  """A function that is traced once and evaluated as `evaluate` does."""
+
+  def __init__(self, f: Callable[..., Any], *args: Any) -> None:
+    """Traces f(*args); only shapes and dtypes of the arguments are read.
+
+    Args:
+      f: a function of trees of arrays.
+      *args: its arguments.
+    """
+    self.args = args
+    """The arguments of the trace."""
+    shapes = jax.tree.map(_abstract, args)
+    closed, out = jax.make_jaxpr(f, return_shape=True)(*shapes)
+    self.closed: Any = closed
+    """The program, a `jax.extend.core.ClosedJaxpr`."""
+    self.result = out
+    """The result, with shapes instead of arrays."""
+
+  def __call__(self, *args: Any) -> Any:
+    """Returns the result for arguments of the same structure and shapes."""
+    values = _interpret(self.closed, jax.tree.leaves(args), {})
+    return jax.tree.structure(self.result).unflatten(values)
+
+
+def _interpret(
+  closed: Any, args: Sequence[Any], known: dict[Hashable, Any]
+) -> list[Any]:
+  """Evaluates a program; equal operations are evaluated once.
+
+  Args:
+    closed: the program.
+    args: its inputs.
+    known: the operations so far, with their operands and results. The operands
+      are kept alive, so that the ids in the keys stay unique.
+
+  Returns:
+    The outputs.
+  """
+  jaxpr = closed.jaxpr
+  values: dict[Any, Any] = dict(
+    zip(jaxpr.constvars, closed.consts, strict=True)
+  )
+  values |= zip(jaxpr.invars, args, strict=True)
+
+  def read(atom: Any) -> Any:
+    # A literal has a key of its value, since each use is another object.
+    return (
+      _literal(atom, known) if isinstance(atom, jex.Literal) else values[atom]
+    )
+
+  for eqn in jaxpr.eqns:
+    operands = [read(atom) for atom in eqn.invars]
+    key = _key(eqn, operands)
+    if key is None or key not in known:
+      results = _apply(eqn, operands, known)
+      if key is None:
+        values |= zip(eqn.outvars, results, strict=True)
+        continue
+      known[key] = operands, results
+    values |= zip(eqn.outvars, known[key][1], strict=True)
+  return [read(atom) for atom in jaxpr.outvars]
+
+
+def _literal(atom: Any, known: dict[Hashable, Any]) -> Any:
+  """Returns the value of a literal: one object for equal values and types.
+
+  Each use of a literal has an object of its own.
+  """
+  value = np.asarray(atom.val)
+  key = 'literal', str(atom.aval), value.tobytes()
+  return known.setdefault(key, atom.val)
+
+
+def _key(eqn: Any, operands: Sequence[Any]) -> Hashable | None:
+  """Returns a key that equal operations share; None if there is none.
+
+  The key does not exist if the operation has an effect, or if its parameters
+  are not hashable.
+  """
+  key = (
+    eqn.primitive,
+    tuple(eqn.params.items()),
+    tuple(map(id, operands)),
+  )
+  try:
+    hash(key)
+  except TypeError:
+    return None
+  return None if eqn.effects else key
+
+
+def _apply(
+  eqn: Any, operands: Sequence[Any], known: dict[Hashable, Any]
+) -> Sequence[Any]:
+  """Returns the results of one operation."""
+  name, params = eqn.primitive.name, eqn.params
+  if name == 'optimization_barrier':
+    # The identity. Leaves that wait for each other are still alike.
+    return operands
+  if name in INLINED:
+    body = params['jaxpr'] if 'jaxpr' in params else params['call_jaxpr']
+    return _interpret(body, operands, known)
+  # Until JAX 0.9 the functions among the parameters were returned separately.
+  bound: Any = eqn.primitive.get_bind_params(params)
+  functions, params = bound if isinstance(bound, tuple) else ((), bound)
+  results = eqn.primitive.bind(*functions, *operands, **params)
+  return results if eqn.primitive.multiple_results else [results]
