@@ -8,11 +8,12 @@ slope. `galore` then adds the slope times the whole weight.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from galore_optax.checks import check_params, is_zero
@@ -23,9 +24,10 @@ from galore_optax.trial import (
   RunOnce,
   Shared,
   Traced,
-  evaluate,
+  map_once,
   reaches,
   try_update,
+  warn_untried,
 )
 
 Plans = Sequence[Projection | Whole]
@@ -83,19 +85,19 @@ def run_inner(
   updates, slopes, state = jax.jvp(
     lambda w: inner.update(low, state, w, **extra),
     (at,),
-    (map_plans(_direction, plans, at),),
+    (_direction(plans, at),),
     has_aux=True,
   )
   return updates, jax.tree.map(lambda x: x.ravel()[0], slopes), state
 
 
-def _direction(plan: Projection | Whole, x: jax.Array) -> jax.Array:
-  """Returns the tangent of a weight: ones if it is projected, else zeros.
+def _direction(plans: Plans, tree: Any) -> Any:
+  """Returns the tangent of the weights: ones for projected leaves, else zeros.
 
   The inner receives other leaves themselves and decays them, so their slope is
   not needed.
   """
-  return jnp.full_like(x, _is_projected(plan))
+  return map_plans(lambda p, x: jnp.full_like(x, _is_projected(p)), plans, tree)
 
 
 def _is_projected(plan: Projection | Whole) -> bool:
@@ -116,31 +118,52 @@ def check(inner: Any, plans: Plans, params: Any) -> None:
     plans: one for each leaf.
     params: parameters; only structure, numbers of axes and dtypes are read.
 
+  An inner that requires an extra argument without a meaning to optax cannot be
+  tried. A warning names the argument. If a hyperparameter is a tracer, nothing
+  is compared.
+
   Raises:
     ValueError: the update of a projected leaf is not affine in the weight
       with one slope, another value depends on the weight, the inner does not
       have a forward derivative, or it calls a function of the weights.
   """
+  if not any(map(_is_projected, plans)):
+    return
   with jax.ensure_compile_time_eval():
     *grads, w = (_filled(x, plans, params) for x in (*GRADIENTS, WEIGHTS))
-    try:
-      trial = _with_note(_Trial, inner, plans, w)
+  try:
+    trial = _with_note(_Trial, inner, plans, w)
+    with jax.ensure_compile_time_eval():
       for count in COUNTS:
         # A learning rate of zero hides every difference: then the next count
         # is tried.
         runs = [_with_note(trial, g, count) for g in grads]
         if any([_compare(trial, *run) for run in runs]):
           return
-    except NeedsFunctionError as error:
-      raise ValueError(
-        f'the inner calls {error}, a function of the whole weights (a line'
-        ' search, or a Hessian), and of projected leaves it has only low-rank'
-        f' gradients. {OUTSIDE}'
-      ) from error
-    except TypeError:
-      # The inner needs extra arguments, which only `update` receives, or a
-      # hyperparameter is a tracer and no values can be compared.
-      return
+  except NeedsFunctionError as error:
+    raise ValueError(
+      f'the inner calls {error}, a function of the whole weights (a line'
+      ' search, or a Hessian), and of projected leaves it has only low-rank'
+      f' gradients. {OUTSIDE}'
+    ) from error
+  except TypeError as error:
+    warn_untried(error, 'it reads params for decoupled weight decay only')
+
+
+def kinds(plans: Plans, params: Any) -> Hashable:
+  """Returns all that `check` reads of the plans and the parameters.
+
+  These are the structure of the tree, and for each leaf whether it is
+  projected, the number of its axes, and its dtype.
+  """
+  treedef = jax.tree.structure(params)
+  return treedef, tuple(map(_kind, plans, jax.tree.leaves(params)))
+
+
+def _kind(p: Projection | Whole, x: Any) -> tuple[bool, int, Any]:
+  """Returns all that `check` reads of one leaf."""
+  ndim = len(p.low_shape) if isinstance(p, Projection) else x.ndim
+  return _is_projected(p), ndim, jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _filled(values: Sequence[float], plans: Plans, params: Any) -> Any:
@@ -152,11 +175,9 @@ def _filled(values: Sequence[float], plans: Plans, params: Any) -> Any:
   made: dict[Any, jax.Array] = {}
 
   def of_leaf(p: Projection | Whole, x: Any) -> jax.Array:
-    ndim = len(p.low_shape) if isinstance(p, Projection) else x.ndim
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    kind = _is_projected(p), ndim, dtype
+    kind = _, ndim, dtype = _kind(p, x)
     if kind not in made:
-      made[kind] = jnp.resize(jnp.array(values, dtype), (2,) * ndim)
+      made[kind] = jnp.asarray(np.resize(values, (2,) * ndim), dtype)
     return made[kind]
 
   return map_plans(of_leaf, plans, params)
@@ -185,6 +206,7 @@ class _Trial:
     """Traces the inner for gradients with the types of the weights."""
     self.plans = plans
     self.weights = weights
+    self.projected = map_plans(lambda p, _: _is_projected(p), plans, weights)
     self.init = Traced(inner.init, weights)
     state = self.init.result
     self.update = Traced(
@@ -202,9 +224,9 @@ class _Trial:
     return self.run(grads, self.weights, count)
 
   def _run(self, grads: Any, weights: Any, count: Any) -> tuple[Any, Any]:
-    zeros = evaluate(self._map(_without_projected), weights)
-    state = evaluate(with_counters_at, count, self.init(weights))
-    other = evaluate(with_counters_at, count, self.init(zeros))
+    zeros = map_once(_without_projected, self.projected, weights)
+    state = with_counters_at(count, self.init(weights))
+    other = with_counters_at(count, self.init(zeros))
     seen, after = self.update(grads, state, weights)
     values, form = Shared.of(zeros)
     forms: list[Shared] = []
@@ -215,34 +237,29 @@ class _Trial:
       forms[:] = [form for _, form in results]
       return results[0][0], results[1][0]
 
-    plan_of = {
-      id(x): p for p, x in zip(self.plans, jax.tree.leaves(zeros), strict=True)
-    }
-    directions = [_direction(plan_of[id(x)], x) for x in values]
+    directions = map_once(jnp.full_like, zeros, self.projected)
+    by_value = zip(*map(jax.tree.leaves, (zeros, directions)), strict=True)
+    tangents = list({id(x): tangent for x, tangent in by_value}.values())
     try:
-      *results, then = jax.jvp(of_zeros, (values,), (directions,), has_aux=True)
+      *results, then = jax.jvp(of_zeros, (values,), (tangents,), has_aux=True)
     except (TypeError, NotImplementedError) as error:
       raise ValueError(
         f'the inner has no forward derivative, which tells its decay: {error}'
       ) from error
     unseen, slopes = map(forms[0].rebuild, results)
-    expected = evaluate(self._map(_with_decay), unseen, slopes, weights)
+    expected = map_once(_with_decay, self.projected, unseen, slopes, weights)
     return (seen, state, after), (expected, other, forms[1].rebuild(then))
 
-  def _map(self, f: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function of trees that maps f over plans and leaves."""
-    return functools.partial(map_plans, f, self.plans)
 
-
-def _without_projected(p: Projection | Whole, w: jax.Array) -> jax.Array:
-  return 0 * w if _is_projected(p) else w
+def _without_projected(is_projected: bool, w: jax.Array) -> jax.Array:
+  return 0 * w if is_projected else w
 
 
 def _with_decay(
-  p: Projection | Whole, u: jax.Array, slope: jax.Array, w: jax.Array
+  is_projected: bool, u: jax.Array, slope: jax.Array, w: jax.Array
 ) -> jax.Array:
   """Returns the update of a projected leaf plus the decay of its weight."""
-  return u + slope.ravel()[0] * w if _is_projected(p) else u
+  return u + slope.ravel()[0] * w if is_projected else u
 
 
 def _compare(trial: _Trial, ours: Any, theirs: Any) -> bool:
@@ -257,7 +274,7 @@ def _compare(trial: _Trial, ours: Any, theirs: Any) -> bool:
     )
   pairs = zip(trial.plans, jax.tree.leaves(ours[0]), strict=True)
   moved = {id(x): x for p, x in pairs if _is_projected(p)}
-  return any(bool(jnp.any(x)) for x in moved.values())
+  return any(np.any(np.asarray(x)) for x in moved.values())
 
 
 def _first_difference(
@@ -318,7 +335,7 @@ def with_counters_at(count: int | jax.Array, state: Any) -> Any:
     is_count = x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
     return jnp.full_like(x, count) if is_count else x
 
-  return jax.tree.map(of_leaf, state)
+  return map_once(of_leaf, state)
 
 
 def rate_at(learning_rate: optax.ScalarOrSchedule, count: Any) -> Any:

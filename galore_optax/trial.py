@@ -5,9 +5,11 @@ way at `init`, and raise if it would compute wrong updates with them.
 
 A model has hundreds of matrices, and an inner treats most of them alike. So a
 trial traces the inner with the whole tree, and compiles each operation that is
-applied to equal values only once: see `evaluate`.
+applied to equal values only once; see `Traced`.
 """
 
+import re
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -36,15 +38,27 @@ INLINED = {'jit', 'pjit', 'closed_call'}
 # Extra arguments of optax transformations that are functions of the weights.
 FUNCTIONS = ('value_fn', 'obj_fn', 'grad_fn')
 
+# Python's messages about the arguments of a call.
+REJECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+MISSING = re.compile(r'missing \d+ required [\w-]+ arguments?: (.*)')
+NAME = re.compile(r"'(\w+)'")
+
 
 class NeedsFunctionError(TypeError):
   """A transformation calls a function of the weights, such as the loss."""
+
+
+class CannotTryError(TypeError):
+  """A transformation needs an argument for which a trial has no value."""
 
 
 def try_update(
   inner: optax.GradientTransformation, grads: Any, state: Any, params: Any
 ) -> tuple[Any, Any]:
   """Calls an update with the extra arguments that optax transformations read.
+
+  These are the loss `value`, the gradient `grad`, and the functions `value_fn`,
+  `obj_fn` and `grad_fn`. The update receives those that its signature accepts.
 
   Args:
     inner: the transformation.
@@ -57,7 +71,9 @@ def try_update(
 
   Raises:
     NeedsFunctionError: the update calls `value_fn` or another function.
-    TypeError: the update requires an extra argument that optax does not have.
+    CannotTryError: the update requires another extra argument. The message is
+      that of Python, which names the argument.
+    TypeError: the update raises it for all sets of arguments.
 
   Example:
     >>> tx, g = optax.polyak_sgd(), jnp.array([2.0])
@@ -69,18 +85,62 @@ def try_update(
   extra |= {'value': jnp.ones([]), 'grad': grads}
   # A line search rejects arguments that `value_fn` does not have, and some
   # transformations accept only the arguments in their signature. Hence several
-  # sets of arguments are tried.
+  # sets of arguments are tried. The first error names a rejected argument.
   line_search = ('value', 'grad', 'value_fn')
   each_function = [(name,) for name in FUNCTIONS]
-  for names in [tuple(extra), line_search, *each_function, ()]:
+  sets: list[Sequence[str]] = [tuple(extra)]
+  others = [line_search, *each_function, (), ('value',)]
+  tried: set[Sequence[str]] = set()
+  missing: TypeError | None = None
+  last = TypeError('update was not called')
+  while sets or others:
+    names = sets.pop() if sets else others.pop(0)
+    if names in tried:
+      continue
+    tried.add(names)
     some = {name: extra[name] for name in names}
     try:
       return tx.update(grads, state, params, **some)
     except NeedsFunctionError:
       raise
-    except TypeError:
-      continue
-  return tx.update(grads, state, params, value=extra['value'])
+    except TypeError as error:
+      last = error
+      rejected = REJECTED.search(str(error))
+      if rejected and rejected[1] in names:
+        sets.append(tuple(x for x in names if x != rejected[1]))
+      lacks = MISSING.search(str(error))
+      if lacks and not set(NAME.findall(lacks[1])) & set(extra):
+        missing = error
+  if missing is not None:
+    raise CannotTryError(str(missing)) from missing
+  raise last
+
+
+# Errors of JAX for a tracer whose value Python reads.
+TRACED = (
+  jax.errors.ConcretizationTypeError,
+  jax.errors.TracerArrayConversionError,
+  jax.errors.TracerIntegerConversionError,
+)
+
+
+def warn_untried(error: TypeError, unchecked: str) -> None:
+  """Warns that an inner could not be tried, and why.
+
+  There is no warning if a hyperparameter is a tracer. `inject_hyperparams` and
+  a jitted `init` trace them, and their values are unknown then.
+
+  Args:
+    error: the error of the trial.
+    unchecked: the property of the inner that the trial would have checked.
+  """
+  if isinstance(error, TRACED):
+    return
+  warnings.warn(
+    f'the inner could not be tried at init ({error}), so nothing has checked'
+    f' that {unchecked}',
+    stacklevel=2,
+  )
 
 
 def _refused(name: str) -> Callable[..., Any]:
@@ -196,26 +256,41 @@ class RunOnce:
     return self._forms[form].rebuild(results)
 
 
-def evaluate(f: Callable[..., Any], *args: Any) -> Any:
-  """Returns f(*args), and computes repeated operations only once.
+def kinds(tree: Any) -> Hashable:
+  """Returns the structure of a tree and the kind of each leaf.
 
-  `f` is traced with the whole trees. Two operations are equal if they are the
-  same primitive with the same parameters and the same operands. Leaves of
-  `args` are the same operand if they are one object. Equal operations compute
-  equal values, so this does not depend on what `f` is: a function that treats
-  one path in another way applies other operations to it.
+  A trial reads nothing else of the parameters, so a transformation that passed
+  it passes it again for a tree with equal kinds.
 
-  Args:
-    f: a function of trees of arrays.
-    *args: its arguments.
+  >>> x = {'w': jnp.ones((2, 3)), 'b': jnp.ones(3)}
+  >>> kinds(x) == kinds({'w': jnp.ones((5, 7)), 'b': jnp.ones(7)})
+  True
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  return treedef, tuple((x.ndim, jnp.dtype(x.dtype)) for x in leaves)
+
+
+def map_once(f: Callable[..., Any], *trees: Any) -> Any:
+  """Returns `jax.tree.map(f, *trees)`; calls f once for equal arguments.
+
+  Arguments are equal if they are one object. Their results are then one object.
 
   Example:
-    >>> x, y = jnp.zeros(2), jnp.ones(2)
-    >>> a, b, c = evaluate(lambda tree: [jnp.sin(w) for w in tree], [x, x, y])
-    >>> a is b, a is c
-    (True, False)
+    >>> x = jnp.ones(2)
+    >>> a, b = map_once(jnp.sin, [x, x])
+    >>> a is b
+    True
   """
-  return Traced(f, *args)(*args)
+  # The arguments are kept alive, so that their ids stay unique.
+  known: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+  def of_leaves(*leaves: Any) -> Any:
+    key = tuple(map(id, leaves))
+    if key not in known:
+      known[key] = f(*leaves), leaves
+    return known[key][0]
+
+  return jax.tree.map(of_leaves, *trees)
 
 
 def _abstract(x: Any) -> Any:
@@ -224,7 +299,21 @@ def _abstract(x: Any) -> Any:
 
 
 class Traced:
-  """A function that is traced once and evaluated as `evaluate` does."""
+  """A traced function, in which repeated operations are computed only once.
+
+  The function is traced with the whole trees. Two operations are equal if they
+  are the same primitive with the same parameters and the same operands. Leaves
+  of the arguments are the same operand if they are one object. Equal operations
+  compute equal values, so this does not depend on what the function is: a
+  function that treats one path in another way applies other operations to it.
+
+  Example:
+    >>> x, y = jnp.zeros(2), jnp.ones(2)
+    >>> f = Traced(lambda tree: [jnp.sin(w) for w in tree], [x, x, y])
+    >>> a, b, c = f([x, x, y])
+    >>> a is b, a is c
+    (True, False)
+  """
 
   def __init__(self, f: Callable[..., Any], *args: Any) -> None:
     """Traces f(*args); only shapes and dtypes of the arguments are read.
@@ -236,7 +325,14 @@ class Traced:
     self.args = args
     """The arguments of the trace."""
     shapes = jax.tree.map(_abstract, args)
-    closed, out = jax.make_jaxpr(f, return_shape=True)(*shapes)
+    trace = jax.make_jaxpr(f, return_shape=True)
+    try:
+      closed, out = trace(*shapes)
+    except TypeError:
+      # The function reads the value of an array that depends on no argument.
+      # This mode computes such arrays at once, which takes longer.
+      with jax.ensure_compile_time_eval():
+        closed, out = trace(*shapes)
     self.closed: Any = closed
     """The program, a `jax.extend.core.ClosedJaxpr`."""
     self.result = out
@@ -246,6 +342,37 @@ class Traced:
     """Returns the result for arguments of the same structure and shapes."""
     values = _interpret(self.closed, jax.tree.leaves(args), {})
     return jax.tree.structure(self.result).unflatten(values)
+
+  def fills(self) -> list[float | None]:
+    """Returns for each leaf of the result the number that fills it, if any.
+
+    >>> Traced(lambda x: [jnp.zeros_like(x), 2 * x], jnp.ones(2)).fills()
+    [0.0, None]
+    """
+    return _fills(self.closed.jaxpr)
+
+
+def _fills(jaxpr: Any) -> list[float | None]:
+  """Returns for each output of a program the number that fills it, if any.
+
+  Only the operations of `jnp.full` are followed.
+  """
+  found: dict[Any, float | None] = {}
+
+  def read(atom: Any) -> float | None:
+    if not isinstance(atom, jex.Literal):
+      return found.get(atom)
+    return float(atom.val) if np.ndim(atom.val) == 0 else None
+
+  for eqn in jaxpr.eqns:
+    name = eqn.primitive.name
+    if name in INLINED and not eqn.invars:
+      body = eqn.params['jaxpr'] if 'jaxpr' in eqn.params else None
+      if body is not None:
+        found |= zip(eqn.outvars, _fills(body.jaxpr), strict=True)
+    if name == 'broadcast_in_dim':
+      found[eqn.outvars[0]] = read(eqn.invars[0])
+  return list(map(read, jaxpr.outvars))
 
 
 def _interpret(
