@@ -56,7 +56,7 @@ def boxed_state(init: Callable[[Any], Any], state: Any, params: Any) -> Any:
 
   def boxing(leaf: StateLeaf) -> Callable[[Any], Any]:
     one = None if leaf.owner is None else names[leaf.owner]
-    if one is None or not leaf.shape:
+    if one is None or leaf.owner is None or not leaf.shape:
       return lambda array: array
     return functools.partial(one.box, one.entries(leaf, shapes[leaf.owner]))
 

@@ -8,18 +8,28 @@ slope. `galore` then adds the slope times the whole weight.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from galore_optax.checks import check_params, is_zero
 from galore_optax.precision import allclose
 from galore_optax.projection import Projection, Whole, map_plans
 from galore_optax.sharding import compile_time_eval
-from galore_optax.trial import NeedsFunctionError, reaches, try_update
+from galore_optax.trial import (
+  NeedsFunctionError,
+  RunOnce,
+  Shared,
+  Traced,
+  map_once,
+  reaches,
+  try_update,
+  warn_untried,
+)
 
 Plans = Sequence[Projection | Whole]
 
@@ -99,51 +109,79 @@ def check(inner: Any, plans: Plans, params: Any) -> None:
   """Raises if the inner reads params for more than decoupled weight decay.
 
   The inner runs on weights of both signs whose axes have length 2, and again on
-  zeros. Its states
-  must be equal, and its updates must differ by one slope times the weight for
-  every gradient. State that no update reads may differ: `optax.snapshot` and
-  `optax.monitor` store measurements of the low-rank updates.
+  zeros. Its states must be equal, and its updates must differ by one slope
+  times the weight for every gradient. State that no update reads may differ:
+  `optax.snapshot` and `optax.monitor` store measurements of the low-rank
+  updates.
 
   Args:
     inner: the inner optimizer.
     plans: one for each leaf.
     params: parameters; only structure, numbers of axes and dtypes are read.
 
+  An inner that requires an extra argument without a meaning to optax cannot be
+  tried. A warning names the argument. If a hyperparameter is a tracer, nothing
+  is compared.
+
   Raises:
     ValueError: the update of a projected leaf is not affine in the weight
       with one slope, another value depends on the weight, the inner does not
       have a forward derivative, or it calls a function of the weights.
   """
-
-  def filled(values: Sequence[float]) -> Any:
-    def of_leaf(p: Projection | Whole, x: Any) -> jax.Array:
-      ndim = x.ndim if isinstance(p, Whole) else len(p.low_shape)
-      dtype = jnp.promote_types(x.dtype, jnp.float32)
-      return jnp.resize(jnp.array(values, dtype), (2,) * ndim)
-
-    return map_plans(of_leaf, plans, params)
-
+  if not any(map(_is_projected, plans)):
+    return
   with compile_time_eval():
-    grads, w = list(map(filled, GRADIENTS)), filled(WEIGHTS)
-    # One program for all runs: compiling operation by operation takes seconds.
-    both = jax.jit(functools.partial(_run_both, inner, plans))
-    for count in COUNTS:
-      try:
+    *grads, w = (_filled(x, plans, params) for x in (*GRADIENTS, WEIGHTS))
+  try:
+    trial = _with_note(_Trial, inner, plans, w)
+    with compile_time_eval():
+      for count in COUNTS:
         # A learning rate of zero hides every difference: then the next count
         # is tried.
-        runs = [_with_note(both, g, w, count) for g in grads]
-        if any([_compare(inner, plans, w, *run) for run in runs]):
+        runs = [_with_note(trial, g, count) for g in grads]
+        if any([_compare(trial, *run) for run in runs]):
           return
-      except NeedsFunctionError as error:
-        raise ValueError(
-          f'the inner calls {error}, a function of the whole weights (a line'
-          ' search, or a Hessian), and of projected leaves it has only low-rank'
-          f' gradients. {OUTSIDE}'
-        ) from error
-      except TypeError:
-        # The inner needs extra arguments, which only `update` receives, or a
-        # hyperparameter is a tracer and no values can be compared.
-        return
+  except NeedsFunctionError as error:
+    raise ValueError(
+      f'the inner calls {error}, a function of the whole weights (a line'
+      ' search, or a Hessian), and of projected leaves it has only low-rank'
+      f' gradients. {OUTSIDE}'
+    ) from error
+  except TypeError as error:
+    warn_untried(error, 'it reads params for decoupled weight decay only')
+
+
+def kinds(plans: Plans, params: Any) -> Hashable:
+  """Returns all that `check` reads of the plans and the parameters.
+
+  These are the structure of the tree, and for each leaf whether it is
+  projected, the number of its axes, and its dtype.
+  """
+  treedef = jax.tree.structure(params)
+  return treedef, tuple(map(_kind, plans, jax.tree.leaves(params)))
+
+
+def _kind(p: Projection | Whole, x: Any) -> tuple[bool, int, Any]:
+  """Returns all that `check` reads of one leaf."""
+  ndim = len(p.low_shape) if isinstance(p, Projection) else x.ndim
+  return _is_projected(p), ndim, jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _filled(values: Sequence[float], plans: Plans, params: Any) -> Any:
+  """Returns a tree of arrays whose axes have length 2.
+
+  Leaves of one kind are one array, so that the operations that are equal for
+  them are computed once.
+  """
+  made: dict[Any, jax.Array] = {}
+
+  def of_leaf(p: Projection | Whole, x: Any) -> jax.Array:
+    kind = _, ndim, dtype = _kind(p, x)
+    if kind not in made:
+      made[kind] = jnp.asarray(np.resize(values, (2,) * ndim), dtype)
+    return made[kind]
+
+  return map_plans(of_leaf, plans, params)
 
 
 def _with_note(run: Callable[..., Any], *args: Any) -> Any:
@@ -158,46 +196,76 @@ def _with_note(run: Callable[..., Any], *args: Any) -> Any:
     raise
 
 
-def _run_both(
-  inner: Any, plans: Plans, g: Any, weights: Any, count: Any
-) -> tuple[Any, Any]:
+class _Trial:
   """Runs an inner with the weights, and with zeros and the decay added.
 
-  Returns:
-    For each of the two runs: the updates, and the states before and after.
+  The inner is traced with the whole tree, once. All runs are one program, in
+  which leaves that the inner treats alike are computed once.
   """
-  zeros = map_plans(
-    lambda p, x: 0 * x if _is_projected(p) else x, plans, weights
-  )
-  state = with_counters_at(count, inner.init(weights))
-  other = with_counters_at(count, inner.init(zeros))
-  seen, after = try_update(inner, g, state, weights)
-  try:
-    unseen, slopes, then = jax.jvp(
-      functools.partial(try_update, inner, g, other),
-      (zeros,),
-      (_direction(plans, weights),),
-      has_aux=True,
+
+  def __init__(self, inner: Any, plans: Plans, weights: Any) -> None:
+    """Traces the inner for gradients with the types of the weights."""
+    self.plans = plans
+    self.weights = weights
+    self.projected = map_plans(lambda p, _: _is_projected(p), plans, weights)
+    self.init = Traced(inner.init, weights)
+    state = self.init.result
+    self.update = Traced(
+      functools.partial(try_update, inner), weights, state, weights
     )
-  except (TypeError, NotImplementedError) as error:
-    raise ValueError(
-      f'the inner has no forward derivative, which tells its decay: {error}'
-    ) from error
-  expected = map_plans(
-    lambda p, u, s, w: u + s.ravel()[0] * w if _is_projected(p) else u,
-    plans,
-    unseen,
-    slopes,
-    weights,
-  )
-  return (seen, state, after), (expected, other, then)
+    self.run = RunOnce(self._run)
+
+  def __call__(self, grads: Any, count: int) -> tuple[Any, Any]:
+    """Returns updates, and states before and after, for each of the two runs.
+
+    Args:
+      grads: the gradients.
+      count: value of the counters in the state.
+    """
+    return self.run(grads, self.weights, count)
+
+  def _run(self, grads: Any, weights: Any, count: Any) -> tuple[Any, Any]:
+    zeros = map_once(_without_projected, self.projected, weights)
+    state = with_counters_at(count, self.init(weights))
+    other = with_counters_at(count, self.init(zeros))
+    seen, after = self.update(grads, state, weights)
+    values, form = Shared.of(zeros)
+    forms: list[Shared] = []
+
+    def of_zeros(values: list[Any]) -> tuple[list[Any], list[Any]]:
+      updates, state = self.update(grads, other, form.rebuild(values))
+      results = Shared.of(updates), Shared.of(state)
+      forms[:] = [form for _, form in results]
+      return results[0][0], results[1][0]
+
+    directions = map_once(jnp.full_like, zeros, self.projected)
+    by_value = zip(*map(jax.tree.leaves, (zeros, directions)), strict=True)
+    tangents = list({id(x): tangent for x, tangent in by_value}.values())
+    try:
+      *results, then = jax.jvp(of_zeros, (values,), (tangents,), has_aux=True)
+    except (TypeError, NotImplementedError) as error:
+      raise ValueError(
+        f'the inner has no forward derivative, which tells its decay: {error}'
+      ) from error
+    unseen, slopes = map(forms[0].rebuild, results)
+    expected = map_once(_with_decay, self.projected, unseen, slopes, weights)
+    return (seen, state, after), (expected, other, forms[1].rebuild(then))
 
 
-def _compare(
-  inner: Any, plans: Plans, weights: Any, ours: Any, theirs: Any
-) -> bool:
+def _without_projected(is_projected: bool, w: jax.Array) -> jax.Array:
+  return 0 * w if is_projected else w
+
+
+def _with_decay(
+  is_projected: bool, u: jax.Array, slope: jax.Array, w: jax.Array
+) -> jax.Array:
+  """Returns the update of a projected leaf plus the decay of its weight."""
+  return u + slope.ravel()[0] * w if is_projected else u
+
+
+def _compare(trial: _Trial, ours: Any, theirs: Any) -> bool:
   """Returns whether some projected leaf moved; raises if two runs differ."""
-  depends = _first_difference(inner, plans, weights, ours, theirs)
+  depends = _first_difference(trial, ours, theirs)
   if depends is not None:
     raise ValueError(
       'the inner reads params for more than decoupled weight decay (a trust'
@@ -205,35 +273,39 @@ def _compare(
       f' which has no low-rank form: {depends} depends on them. Use one without'
       f' it, such as optax.adamw. {OUTSIDE}'
     )
-  moved = map_plans(
-    lambda p, x: _is_projected(p) and bool(jnp.any(x)), plans, ours[0]
-  )
-  return any(jax.tree.leaves(moved))
+  pairs = zip(trial.plans, jax.tree.leaves(ours[0]), strict=True)
+  moved = {id(x): x for p, x in pairs if _is_projected(p)}
+  return any(np.any(np.asarray(x)) for x in moved.values())
 
 
 def _first_difference(
-  inner: optax.GradientTransformation,
-  plans: Plans,
-  weights: Any,
-  ours: tuple[Any, Any, Any],
-  theirs: tuple[Any, Any, Any],
+  trial: _Trial, ours: tuple[Any, Any, Any], theirs: tuple[Any, Any, Any]
 ) -> str | None:
   """Returns the name of the first value that differs between two runs.
 
   State that no update reads is not compared. Returns None if all are equal.
   """
   (seen, *states), (expected, *others) = ours, theirs
-  pairs = zip(plans, *map(jax.tree.leaves, (seen, expected)), strict=True)
+  # Equal leaves are one array, and each pair of arrays is compared once.
+  compared: dict[tuple[int, int], bool] = {}
+
+  def is_close(x: Any, y: Any) -> bool:
+    key = id(x), id(y)
+    if key not in compared:
+      compared[key] = allclose(x, y)
+    return compared[key]
+
+  pairs = zip(trial.plans, *map(jax.tree.leaves, (seen, expected)), strict=True)
   for p, x, y in pairs:
-    if not allclose(x, y):
+    if not is_close(x, y):
       return f'its update of {p.path}'
   differ = [
     path
     for state, other in zip(states, others, strict=True)
     for (path, x), (_, y) in zip(_by_path(state), _by_path(other), strict=True)
-    if not allclose(x, y)
+    if not is_close(x, y)
   ]
-  if not differ or not _is_read(inner, seen, states[-1], weights, {*differ}):
+  if not differ or not _is_read(trial.update, {*differ}):
     return None
   return f'its state{differ[0]}'
 
@@ -244,23 +316,15 @@ def _by_path(tree: Any) -> list[tuple[str, Any]]:
   return [(jax.tree_util.keystr(path), x) for path, x in leaves]
 
 
-def _is_read(
-  inner: optax.GradientTransformation,
-  grads: Any,
-  state: Any,
-  weights: Any,
-  some: set[str],
-) -> bool:
+def _is_read(update: Traced, some: set[str]) -> bool:
   """Whether updates or other state depend on the state at the paths `some`."""
-  trace = jax.make_jaxpr(
-    functools.partial(try_update, inner), return_shape=True
-  )
-  closed, (_, new) = trace(grads, state, weights)
+  grads, state, weights = update.args
+  updates, new = update.result
   chosen = [path in some for path, _ in _by_path(state)]
   after = [path in some for path, _ in _by_path(new)]
   others = [[False] * len(jax.tree.leaves(x)) for x in (grads, weights)]
-  found = reaches(closed.jaxpr, others[0] + chosen + others[1])
-  outputs = [False] * len(others[0]) + after
+  found = reaches(update.closed.jaxpr, others[0] + chosen + others[1])
+  outputs = [False] * len(jax.tree.leaves(updates)) + after
   return any(x and not one for x, one in zip(found, outputs, strict=True))
 
 
@@ -272,7 +336,7 @@ def with_counters_at(count: int | jax.Array, state: Any) -> Any:
     is_count = x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
     return jnp.full_like(x, count) if is_count else x
 
-  return jax.tree.map(of_leaf, state)
+  return map_once(of_leaf, state)
 
 
 def rate_at(learning_rate: optax.ScalarOrSchedule, count: Any) -> Any:

@@ -19,7 +19,7 @@ are batch.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -237,6 +237,10 @@ class LowRank:
   """The residual rule, or None."""
   moments: Any
   """'keep', 'reset' or a `Rotate`; 'rotate' has been replaced by `Rotate()`."""
+  checked: set[Hashable] = dataclasses.field(
+    default_factory=set, compare=False, repr=False
+  )
+  """Cache: the kinds of trees that `decay.check` has accepted."""
 
   def init(self, params: Any) -> GaloreState:
     """Returns the state before the first update."""
@@ -245,8 +249,10 @@ class LowRank:
     inner = self._inner(plans, params)
     # Skip this check for a part of a model, as a layer-wise step passes it: the
     # check ran on the whole model before.
-    if any(isinstance(p, Projection) for p in plans) and not is_part(params):
+    kinds = decay.kinds(plans, params)
+    if kinds not in self.checked and not is_part(params):
       decay.check(inner, plans, params)
+      self.checked.add(kinds)
     inner_state = inner.init(
       map_plans(lambda p, w: p.inner_params(w), plans, params)
     )
@@ -261,6 +267,25 @@ class LowRank:
       residual=self._first_residual(plans, params),
       phase=refresh.phases(plans, params, self.gap),
     )
+
+  def _check_state(
+    self, plans: Sequence[Plan], like: Any, state: GaloreState
+  ) -> None:
+    """Raises ValueError if the state does not belong to `like` and the options.
+
+    Only structures and shapes are compared, so a compiled step does not pay.
+    """
+    leaves, treedef = jax.tree.flatten(like)
+    try:
+      stored = treedef.flatten_up_to(state.basis)
+    except ValueError as error:
+      raise ValueError(
+        'the state belongs to parameters of another structure; restore the'
+        f' state of this model, or start with tx.init(params): {error}'
+      ) from error
+    dtypes = [x.dtype for x in leaves]
+    refresh.check_stored(self.store, plans, stored, dtypes)
+    moments_lib.check_shapes(plans, like, state.inner)
 
   def _update(
     self, grads: Any, state: GaloreState, params: Any, layer: Any, extra: Any
@@ -340,9 +365,11 @@ class LowRank:
     The tuple has rows [..., r, m] or indices [..., r] for each side. It is
     empty for a leaf that is not projected.
     """
-    return map_plans(
-      lambda p, x, stored: refresh.basis_of(self.store, p, stored, x.dtype),
-      *(plans, like, state.basis),
+    leaves, treedef = jax.tree.flatten(like)
+    dtypes = [x.dtype for x in leaves]
+    stored = treedef.flatten_up_to(state.basis)
+    return treedef.unflatten(
+      refresh.bases_of(self.store, plans, stored, dtypes)
     )
 
   def _project(self, plans: Sequence[Plan], grads: Any, bases: Any) -> Any:
@@ -483,6 +510,7 @@ class LowRank:
     **extra_args: Any,
   ) -> tuple[Any, GaloreState]:
     """Returns the updates and the next state; see `Stages`."""
+    self._check_state(self.planner(updates), updates, state)
     run = sharding.on_any_mesh(self._update, like=lambda: (updates, state))
     return run(updates, state, params, layer, extra_args)
 
@@ -491,6 +519,7 @@ class LowRank:
   ) -> GaloreState:
     """Returns the state with new bases; see `Stages`."""
     plans = self.planner(grads)
+    self._check_state(plans, grads, state)
     run = sharding.on_any_mesh(
       functools.partial(self._refresh, plans), like=lambda: state
     )
@@ -499,6 +528,7 @@ class LowRank:
   def project(self, grads: Any, state: GaloreState) -> Any:
     """Returns the projected gradients; see `Stages`."""
     plans = self.planner(grads)
+    self._check_state(plans, grads, state)
 
     def project(grads: Any, state: GaloreState) -> Any:
       return self._project(plans, grads, self._bases(plans, grads, state))
@@ -525,6 +555,7 @@ class LowRank:
 
     like = params if grads is None else grads
     plans = self.planner(like)
+    self._check_state(plans, like, state)
 
     def apply(
       low: Any,

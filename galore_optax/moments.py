@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax.checks import check_decay, check_one_of
+from galore_optax.projection import Projection, Whole
 from galore_optax.quantized.array import (
   dequantize_tree,
   is_quantized,
@@ -160,6 +161,36 @@ def check(rule: Any, state: Any) -> None:
       raise ValueError(
         f'moments={rule!r} knows the moments {listing}, got'
         f' {jax.tree_util.keystr(path)}; use another of keep, reset and rotate'
+      )
+
+
+def check_shapes(
+  plans: Sequence[Projection | Whole], tree: Any, state: Any
+) -> None:
+  """Raises ValueError if a moment of a projected leaf has another rank.
+
+  Args:
+    plans: one for each leaf.
+    tree: parameters or gradients; only its paths are read.
+    state: state of the inner optimizer.
+  """
+  keys = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  plan_of = dict(zip(keys, plans, strict=True))
+  for path, x in jax.tree_util.tree_leaves_with_path(state):
+    if not ZEROED.intersection(getattr(key, 'name', None) for key in path):
+      continue
+    owners = (plan_of.get(path[i:]) for i in range(len(path)))
+    plan = next((p for p in owners if p is not None), None)
+    shape = jnp.shape(x)
+    if not isinstance(plan, Projection) or len(shape) != len(plan.low_shape):
+      continue
+    if shape != plan.low_shape:
+      raise ValueError(
+        f'the state has for {plan.path} a moment'
+        f' {jax.tree_util.keystr(path)} of shape {shape}, and rank'
+        f' {plan.rank} needs {plan.low_shape}. It was saved with another rank'
+        ' or side: restore it with the options of that run, or start with'
+        ' tx.init(params)'
       )
 
 

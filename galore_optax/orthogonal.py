@@ -26,6 +26,7 @@ STEPS = 3
 matmul = functools.partial(jnp.matmul, precision='highest')
 
 
+@jax.jit
 def orthogonalise(x: jax.Array) -> jax.Array:
   """Returns Muon's approximation of the orthogonal matrix nearest to `x`.
 

@@ -99,7 +99,7 @@ def allclose(x: Any, y: Any) -> bool:
   """
   if x.shape != y.shape or not jnp.issubdtype(x.dtype, jnp.number):
     return x.shape == y.shape
-  x, y = np.asarray(at_least_float32(x)), np.asarray(at_least_float32(y))
+  x, y = at_least_float32(np.asarray(x)), at_least_float32(np.asarray(y))
   atol = 1e-4 * np.max(np.abs(np.nan_to_num(x)), initial=0)
   return np.allclose(x, y, rtol=1e-4, atol=atol, equal_nan=True)
 
@@ -116,11 +116,17 @@ def tree_at_least_float32(tree: Any) -> Any:
 def one_element(tree: Any, value: float) -> Any:
   """Returns a tree of one-element arrays with as many axes as those of `tree`.
 
+  Leaves with the same number of axes are one array.
+
   >>> one_element({'w': jnp.ones((2, 3))}, 0.5)
   {'w': Array([[0.5]], dtype=float32)}
   """
 
+  made: dict[int, jax.Array] = {}
+
   def filled(x: Any) -> jax.Array:
-    return jnp.full((1,) * x.ndim, value, jnp.float32)
+    if x.ndim not in made:
+      made[x.ndim] = jnp.full((1,) * x.ndim, value, jnp.float32)
+    return made[x.ndim]
 
   return jax.tree.map(filled, tree)

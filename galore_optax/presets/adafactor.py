@@ -298,7 +298,7 @@ def _with_step_sizes(
 def _scale_by_step_size() -> optax.GradientTransformationExtraArgs:
   """Multiplies the update of each matrix by minus its step size.
 
-  Its update requires the extra argument `step_size`, a tree of step sizes.
+  Its update receives the extra argument `step_size`, a tree of step sizes.
   """
 
   def update_fn(
@@ -310,9 +310,8 @@ def _scale_by_step_size() -> optax.GradientTransformationExtraArgs:
     **extra_args: Any,
   ) -> tuple[optax.Updates, optax.OptState]:
     if step_size is None:
-      # `galore` tries its inner without extra arguments, and accepts an inner
-      # that raises TypeError.
-      raise TypeError('update needs the extra argument step_size')
+      # `galore` tries its inner without this argument.
+      return updates, state
 
     def scaled(u: jax.Array, size: Any) -> jax.Array:
       return jnp.asarray(-size, u.dtype) * u

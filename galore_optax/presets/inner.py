@@ -7,16 +7,24 @@ adds weight decay and the learning rate to such transformations, as in `frugal`
 and `muon`.
 """
 
+import functools
+from collections.abc import Hashable
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import checks, decay, paths
+from galore_optax import checks, decay, paths, trial
 from galore_optax.precision import in_float32, one_element
 from galore_optax.sharding import compile_time_eval
-from galore_optax.trial import try_update
+from galore_optax.trial import (
+  RunOnce,
+  Shared,
+  Traced,
+  try_update,
+  warn_untried,
+)
 
 # A short name, or a transformation without a learning rate.
 Inner: TypeAlias = (
@@ -103,12 +111,15 @@ def require_no_learning_rate(
       f' got {inner!r}'
     )
   tx = in_float32(named)
+  passed: set[Hashable] = set()
 
   def init_fn(params: optax.Params) -> optax.OptState:
     # Skip the check for a part of a model. The layer-wise step initializes the
     # whole model before it initializes the parts.
-    if not paths.is_part(params):
+    kinds = trial.kinds(params)
+    if kinds not in passed and not paths.is_part(params):
       _check_no_learning_rate(named, params)
+      passed.add(kinds)
     return tx.init(params)
 
   return optax.GradientTransformationExtraArgs(init_fn, tx.update)
@@ -121,26 +132,35 @@ def _check_no_learning_rate(
   with compile_time_eval():
     zeros = one_element(params, 0.0)
     ones = one_element(params, 1.0)
-    # A learning-rate schedule may be zero at one step, which hides its sign.
-    # Hence several counts are tried.
-    for count in decay.COUNTS:
-      state = decay.with_counters_at(count, inner.init(zeros))
-      try:
-        updates, _ = try_update(inner, ones, state, zeros)
-        updates = [x.item() for x in jax.tree.leaves(updates)]
-      except TypeError:
-        # Nothing can be checked: the inner optimizer requires extra arguments
-        # of `update`, or its update depends on a traced hyperparameter.
-        return
-      least = min(updates, default=0.0)
-      if least < 0:
-        raise ValueError(
-          f'the inner has a learning rate of its own (it makes {least:.3g} of a'
-          ' gradient of one), and the preset multiplies by learning_rate after'
-          " it; give 'adam', 'lion', 'sgdm' or such as optax.scale_by_adam()"
-        )
-      if any(x > 0 for x in updates):
-        return
+  try:
+    init = Traced(inner.init, zeros)
+    update = Traced(
+      functools.partial(try_update, inner), ones, init.result, zeros
+    )
+
+    def updates_at(count: Any, ones: Any, zeros: Any) -> Any:
+      state = decay.with_counters_at(count, init(zeros))
+      return update(ones, state, zeros)[0]
+
+    run = RunOnce(updates_at)
+    with compile_time_eval():
+      # A learning-rate schedule may be zero at one step, which hides its sign.
+      # Hence several counts are tried.
+      for count in decay.COUNTS:
+        values, _ = Shared.of(run(count, ones, zeros))
+        updates = [x.item() for x in values]
+        least = min(updates, default=0.0)
+        if least < 0:
+          raise ValueError(
+            'the inner has a learning rate of its own (it makes'
+            f' {least:.3g} of a gradient of one), and the preset multiplies by'
+            " learning_rate after it; give 'adam', 'lion', 'sgdm' or such as"
+            ' optax.scale_by_adam()'
+          )
+        if any(x > 0 for x in updates):
+          return
+  except TypeError as error:
+    warn_untried(error, 'it has no learning rate of its own')
 
 
 def check_numbers(

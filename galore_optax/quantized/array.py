@@ -232,14 +232,24 @@ def quantized_full(
   shape: tuple[int, ...], value: float, *, code: Code, block_size: int
 ) -> Quantized:
   """Returns `quantize(jnp.full(shape, value))`, but never makes that array."""
-  make = functools.partial(quantize, code=code, block_size=block_size)
-  like = jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.float32))
-  one = make(jnp.full(1, value))._replace(num_columns=shape[-1])
+  one, like = _quantized_fill(shape, value, code, block_size)
 
-  def fill(x: jax.Array, to: jax.ShapeDtypeStruct) -> jax.Array:
-    return jnp.full(to.shape, x.reshape(()), to.dtype)
+  def fill(x: np.ndarray, to: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.full(to.shape, x, to.dtype)
 
   return jax.tree.map(fill, one, like)
+
+
+@functools.lru_cache
+def _quantized_fill(
+  shape: tuple[int, ...], value: float, code: Code, block_size: int
+) -> tuple[Quantized, Quantized]:
+  """Returns the code and the scale of a constant array, and the shapes."""
+  make = functools.partial(quantize, code=code, block_size=block_size)
+  like = jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.float32))
+  with jax.ensure_compile_time_eval():
+    one = make(jnp.full(1, value, jnp.float32))._replace(num_columns=shape[-1])
+    return jax.tree.map(lambda x: np.asarray(x).reshape(()), one), like
 
 
 def _pack_nibbles(codes: jax.Array) -> jax.Array:

@@ -4,7 +4,8 @@
 its moments as `Quantized` nodes, which `array` defines.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from galore_optax import edge
+from galore_optax import edge, trial
 from galore_optax.checks import (
   check_count,
   check_flag,
@@ -22,6 +23,7 @@ from galore_optax.checks import (
 )
 from galore_optax.precision import (
   allclose,
+  at_least_float32,
   one_element,
   tree_at_least_float32,
 )
@@ -31,10 +33,18 @@ from galore_optax.quantized.array import (
   dequantize_tree,
   is_quantized,
   quantize,
+  quantized_full,
 )
 from galore_optax.quantized.codes import Code
 from galore_optax.sharding import alike, compile_time_eval, on_any_mesh
-from galore_optax.trial import NeedsFunctionError, try_update
+from galore_optax.trial import (
+  NeedsFunctionError,
+  RunOnce,
+  Traced,
+  map_once,
+  try_update,
+  warn_untried,
+)
 
 # States of wrappers that read several leaves at once. Such a wrapper must go
 # around `quantize_state`, which would otherwise run it leaf by leaf.
@@ -120,14 +130,21 @@ def quantize_state(
   check_size(min_size=min_size)
   check_flag(elementwise=elementwise)
   inner = optax.with_extra_args_support(inner)
+  is_elementwise = functools.cache(functools.partial(_is_elementwise, inner))
+  probed: dict[Hashable, list[Probe]] = {}
 
   def init_fn(params: Any) -> Any:
     if elementwise:
-      _check_elementwise(inner, params)
-    probes = _probe_leaves(inner, params)
+      _check_elementwise(inner, params, is_elementwise)
+    kinds = trial.kinds(params)
+    if kinds not in probed:
+      probed[kinds] = _probe_leaves(inner, params)
+    probes = probed[kinds]
+    shapes = jax.tree.map(_wide_shape, params)
+    fills = Traced(inner.init, shapes).fills()
 
     def init(params: Any) -> Any:
-      return _quantized_init(inner, params, probes, block_size, min_size)
+      return _quantized_init(inner, params, probes, fills, block_size, min_size)
 
     leaves = jax.tree.leaves(params)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
@@ -158,6 +175,11 @@ def quantize_state(
     return run(updates, state, params, extra_args)
 
   return edge.at_edge(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+
+
+def _wide_shape(x: Any) -> jax.ShapeDtypeStruct:
+  """Returns the shape of a parameter, with the dtype of its moments."""
+  return at_least_float32(jax.ShapeDtypeStruct(x.shape, x.dtype))
 
 
 def _zeros(x: Any) -> jax.Array:
@@ -225,24 +247,38 @@ def _probe_leaves(
   The values of tracers are unknown, so their properties are assumed to hold.
   """
   with compile_time_eval():
-    ones, twos = (
-      inner.init(one_element(params, value)) for value in (1.0, 2.0)
-    )
-    state = ones
-    try:
-      for g in (-1.0, -2.0):
-        weights = one_element(params, 1.0)
-        _, state = try_update(inner, one_element(params, g), state, weights)
-    except TypeError:
-      # The inner requires extra arguments, which only `update` receives, so it
-      # cannot be tried. Assume that every leaf of its state can become negative
-      # and needs signed codes.
-      state = jax.tree.map(lambda x: jnp.full_like(x, -1), ones)
-    rows = zip(*map(jax.tree.leaves, (ones, twos, state)), strict=True)
-    return [
-      Probe(_may_hold(jnp.all(one == two)), _may_hold(_any_negative(last)))
-      for one, two, last in rows
-    ]
+    ones, twos = (one_element(params, value) for value in (1.0, 2.0))
+  init, updates = Traced(inner.init, ones), list[Traced]()
+  try:
+    state = init.result
+    for _ in range(2):
+      updates.append(
+        Traced(functools.partial(try_update, inner), ones, state, ones)
+      )
+      state = updates[-1].result[1]
+  except TypeError:
+    # The inner cannot be tried. `_check_elementwise` warns about that.
+    updates = []
+
+  def probe(ones: Any, twos: Any) -> Any:
+    first = last = init(ones)
+    for update, g in zip(updates, (ones, twos), strict=False):
+      _, last = update(map_once(jnp.negative, g), last, ones)
+    if not updates:
+      # Assume that every leaf of the state can become negative and needs signed
+      # codes.
+      last = jax.tree.map(lambda x: jnp.full_like(x, -1), first)
+    columns = map(jax.tree.leaves, (first, init(twos), last))
+    return map_once(_measured, *columns)
+
+  with compile_time_eval():
+    rows = RunOnce(probe)(ones, twos)
+    return [Probe(*map(_may_hold, row)) for row in rows]
+
+
+def _measured(one: Any, two: Any, after: Any) -> tuple[jax.Array, jax.Array]:
+  """Returns the two properties of `Probe` for a leaf of the state."""
+  return jnp.all(one == two), _any_negative(after)
 
 
 def _any_negative(x: Any) -> jax.Array:
@@ -261,29 +297,45 @@ def _quantized_init(
   inner: optax.GradientTransformation,
   params: Any,
   probes: list[Probe],
+  fills: list[float | None],
   block_size: int,
   min_size: int,
 ) -> Any:
-  """Returns the inner's initial state with quantized moments."""
+  """Returns the inner's initial state with quantized moments.
+
+  Args:
+    inner: the inner optimizer.
+    params: its parameters.
+    probes: one for each leaf of the state.
+    fills: for each leaf of the state, the number that fills it, if there is
+      one.
+    block_size: as in `quantize_state`.
+    min_size: as in `quantize_state`.
+  """
   state = jax.tree.map(jnp.asarray, inner.init(tree_at_least_float32(params)))
   pairs = jax.tree_util.tree_leaves_with_path(params)
   like = {path: jnp.shape(x) for path, x in pairs}
 
-  def stored(path: Any, x: jax.Array, probe: Probe) -> Any:
+  def stored(path: Any, x: jax.Array, probe: Probe, fill: float | None) -> Any:
     same = any(like.get(path[i:]) == x.shape for i in range(len(path) + 1))
     is_float = jnp.issubdtype(x.dtype, jnp.floating) and x.ndim
     if not (same and probe.is_fixed and is_float and x.size >= min_size):
       return x
     squares = SQUARES & {getattr(key, 'name', None) for key in path}
     code: Code = 'unsigned' if squares and not probe.is_signed else 'signed'
+    if fill is not None:
+      # Quantizing zeros in a program takes long to compile for many leaves.
+      return quantized_full(x.shape, fill, code=code, block_size=block_size)
     # The barrier hides that x is constant. Otherwise the compiler takes half a
-    # minute to evaluate the quantization of zeros at compile time.
+    # minute to evaluate its quantization at compile time.
     x *= jax.lax.optimization_barrier(jnp.ones([], x.dtype))
     return quantize(x, code=code, block_size=block_size)
 
   leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
-  rows = zip(leaves, probes, strict=True)
-  return treedef.unflatten([stored(path, x, one) for (path, x), one in rows])
+  rows = zip(leaves, probes, fills, strict=True)
+  return treedef.unflatten(
+    [stored(path, x, probe, fill) for (path, x), probe, fill in rows]
+  )
 
 
 class Store(Protocol):
@@ -489,11 +541,13 @@ def _piece_size(num_rows: int, num_columns: int) -> int:
 
 
 def _check_elementwise(
-  inner: optax.GradientTransformation, params: Any
+  inner: optax.GradientTransformation,
+  params: Any,
+  is_elementwise: Callable[[], bool],
 ) -> None:
   """Raises ValueError unless the inner can run piece by piece."""
   try:
-    known = _has_plain_state(inner, params) and _is_elementwise(inner)
+    known = _has_plain_state(inner, params) and is_elementwise()
   except (ValueError, TypeError, LookupError, AttributeError):
     known = False
   if not known:
@@ -537,16 +591,18 @@ def _is_elementwise(inner: optax.GradientTransformation) -> bool:
   def is_separate(whole: list[jax.Array], row: int, column: int) -> bool:
     at = np.s_[row : row + 1, column : column + 1]
     cut = [x[at] if x.ndim == 2 else x for x in whole]
-    return all(map(allclose, update(g[at], w[at]), cut))
+    return all(map(allclose, compiled(g[at], w[at]), cut))
+
+  compiled = jax.jit(update)
 
   with compile_time_eval():
     try:
-      whole = update(g, w)
+      whole = compiled(g, w)
     except NeedsFunctionError:
       # A line search or a Hessian evaluates the loss for the whole tree.
       return False
-    except TypeError:
-      # The inner requires extra arguments, which only `update` receives.
+    except TypeError as error:
+      warn_untried(error, 'it updates each element by itself')
       return True
     if any(isinstance(x, Tracer) for x in whole):
       # A hyperparameter is traced, so the results cannot be compared.

@@ -31,6 +31,9 @@ from galore_optax.subspace.store import BasisStore, Stored, StoredSeed
 GOLDEN = 0.618033988749895
 """Multiples of this number, modulo one, are spread evenly over [0, 1)."""
 
+MOST_IN_LOOP = 2**24
+"""Largest number of elements of the bases that one loop computes from seeds."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Staggered:
@@ -150,19 +153,96 @@ def first_stored(
   )
 
 
-def basis_of(store: BasisStore, plan: Any, stored: Any, dtype: Any) -> Basis:
-  """Returns the basis of each projected side of a leaf.
+def check_stored(
+  store: BasisStore,
+  plans: Sequence[Projection | Whole],
+  stored: Sequence[Any],
+  dtypes: Sequence[Any],
+) -> None:
+  """Raises ValueError if the stored value of a leaf does not fit its plan.
+
+  `flax.serialization` restores arrays of any shape, so a state that was saved
+  with another rank would otherwise be used at that rank.
 
   Args:
     store: the store of bases.
-    plan: of the leaf. The result is empty if it is not projected.
-    stored: the state's value of the leaf.
-    dtype: of the weight.
+    plans: one for each leaf.
+    stored: the state's value of each leaf.
+    dtypes: dtypes of the weights.
   """
-  return tuple(
-    store.rows(one, plan.rank, plan.matrix_shape[side], dtype)
-    for one, side in zip(by_side(plan, stored), plan.sides, strict=True)
-  )
+  known: dict[Any, Any] = {}
+  for p, one, dtype in zip(plans, stored, dtypes, strict=True):
+    kind = p.rank, p.sides, getattr(p, 'matrix_shape', None), dtype
+    if kind not in known:
+      first = functools.partial(first_stored, store, p, dtype)
+      known[kind] = _shapes(jax.eval_shape(first))
+    (_, got), (_, want) = pair = _shapes(one), known[kind]
+    if pair[0] != pair[1]:
+      raise ValueError(
+        f'the state has for {p.path} of shape {p.shape} a basis of shapes'
+        f' {got}, and rank {p.rank} needs {want}. It was saved with another'
+        ' rank, side or subspace: restore it with the options of that run, or'
+        ' start with tx.init(params)'
+      )
+
+
+def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+  """Returns the structure of a tree, and the shapes of its leaves."""
+  leaves, treedef = jax.tree.flatten(tree)
+  return treedef, [jnp.shape(x) for x in leaves]
+
+
+def bases_of(
+  store: BasisStore,
+  plans: Sequence[Projection | Whole],
+  stored: Sequence[Any],
+  dtypes: Sequence[Any],
+) -> list[Basis]:
+  """Returns for each leaf the basis of each projected side.
+
+  Bases that are computed from seeds share one loop for each shape, so that
+  their program is compiled once for each shape and not for each leaf.
+
+  Args:
+    store: the store of bases.
+    plans: one for each leaf. The result of a leaf that is not projected is
+      empty.
+    stored: the state's value of each leaf.
+    dtypes: dtypes of the weights.
+  """
+  sides = {
+    (i, number): (p.rank, p.matrix_shape[p.sides[number]], dtypes[i], *p.batch)
+    for i, p in enumerate(plans)
+    if isinstance(p, Projection)
+    for number in range(len(p.sides))
+  }
+  alike: dict[Any, list[tuple[int, int]]] = collections.defaultdict(list)
+  if isinstance(store, StoredSeed):
+    for place, (rank, m, dtype, *batch) in sides.items():
+      if not batch:
+        alike[rank, m, dtype].append(place)
+  found: dict[tuple[int, int], jax.Array] = {}
+  for (rank, m, dtype), places in alike.items():
+    # The bases of one loop exist at the same time.
+    most = max(1, MOST_IN_LOOP // (rank * m))
+    for start in range(0, len(places), most):
+      some = places[start : start + most]
+      if len(some) == 1:
+        continue
+      seeds = [by_side(plans[i], stored[i])[number] for i, number in some]
+      rows = store.rows(jnp.stack(seeds), rank, m, dtype)
+      found |= {place: rows[k] for k, place in enumerate(some)}
+
+  def of_side(i: int, number: int) -> jax.Array:
+    if (i, number) in found:
+      return found[i, number]
+    rank, m, dtype, *_ = sides[i, number]
+    return store.rows(by_side(plans[i], stored[i])[number], rank, m, dtype)
+
+  return [
+    tuple(of_side(i, number) for number in range(len(p.sides)))
+    for i, p in enumerate(plans)
+  ]
 
 
 def changed(
