@@ -49,6 +49,7 @@ MAXTEXT_RULES = [
 # Sizes of the axes fsdp and tensor.
 SIZES = {'fsdp': (8, 1), 'tensor': (1, 8), 'both': (4, 2)}
 DIM, HIDDEN, VOCABULARY, LENGTH = 32, 64, 40, 8
+QUERY, OUT, MLP = 'btd,dhk->bthk', 'bthk,hkd->btd', 'btd,df->btf'
 
 
 def named(*names):
@@ -60,9 +61,9 @@ class Lm1bBlock(nn.Module):
   def __call__(self, x):
     scale = nn.with_logical_partitioning(nn.initializers.ones, ('embed',))
     y = nn.LayerNorm(scale_init=scale, use_bias=False)(x)
-    # The names of a kernel [32, 2, 16] are fewer than its axes.
+    # The names of a kernel [32, 8, 4] are fewer than its axes.
     y = nn.MultiHeadDotProductAttention(
-      num_heads=2, kernel_init=named('embed', 'kv'), use_bias=False
+      num_heads=8, kernel_init=named('embed', 'kv'), use_bias=False
     )(y, mask=nn.make_causal_mask(y[..., 0]))
     x += y
     y = nn.Dense(HIDDEN, kernel_init=named('embed', 'mlp'))(x)
@@ -86,26 +87,18 @@ class Lm1b(nn.Module):
 class MaxTextBlock(nn.Module):
   @nn.compact
   def __call__(self, x, _=None):
+    def product(name, names, shape, equation, x):
+      init = nn.with_logical_partitioning(nn.initializers.normal(0.2), names)
+      return jnp.einsum(equation, x, self.param(name, init, shape))
+
     scale = nn.with_logical_partitioning(nn.initializers.ones, ('norm',))
     y = nn.RMSNorm(scale_init=scale)(x)
-    q = nn.DenseGeneral(
-      (8, 4),
-      kernel_init=named('embed', 'heads', 'kv'),
-      use_bias=False,
-      name='query',
-    )(y)
-    out = nn.DenseGeneral(
-      DIM,
-      axis=(-2, -1),
-      kernel_init=named('heads', 'kv', 'embed'),
-      use_bias=False,
-      name='out',
-    )
-    x += out(jnp.tanh(q))
-    dense = functools.partial(nn.Dense, use_bias=False)
-    y = dense(HIDDEN, kernel_init=named('embed', 'mlp'), name='wi')(x)
-    wo = dense(DIM, kernel_init=named('mlp', 'embed'), name='wo')
-    return x + wo(nn.silu(y)), None
+    heads, kv = 8, DIM // 8
+    y = product('query', ('embed', 'heads', 'kv'), (DIM, heads, kv), QUERY, y)
+    x += product('out', ('heads', 'kv', 'embed'), (heads, kv, DIM), OUT, y)
+    y = product('wi', ('embed', 'mlp'), (DIM, HIDDEN), MLP, x)
+    x += product('wo', ('mlp', 'embed'), (HIDDEN, DIM), MLP, nn.silu(y))
+    return x, None
 
 
 class MaxText(nn.Module):
