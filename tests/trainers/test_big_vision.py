@@ -105,15 +105,19 @@ def test_training_lowers_the_loss(namespace, boxed):
   def init(key):
     return model.init(key, jnp.ones((1, 16)))['params']
 
-  shapes = jax.eval_shape(init, jax.random.key(0))
+  replicated = NamedSharding(mesh, PartitionSpec())
+  key = jax.device_put(jax.random.key(0), replicated)
+  shapes = jax.eval_shape(init, key)
   # The masks are made of arrays, but the state is made of boxes.
   tx = make(CONFIG, nn.unbox(shapes))
-  opt_shapes = jax.eval_shape(tx.init, shapes)
-  places = jax.tree.map(
-    functools.partial(fsdp, mesh), nn.unbox((shapes, opt_shapes))
-  )
-  params = jax.jit(init, out_shardings=places[0])(jax.random.key(0))
-  opt = jax.jit(tx.init, out_shardings=places[1])(params)
+  # big_vision raises an error for each implicit transfer to a device.
+  with jax.transfer_guard('disallow'):
+    opt_shapes = jax.eval_shape(tx.init, shapes)
+    places = jax.tree.map(
+      functools.partial(fsdp, mesh), nn.unbox((shapes, opt_shapes))
+    )
+    params = jax.jit(init, out_shardings=places[0])(key)
+    opt = jax.jit(tx.init, out_shardings=places[1])(params)
   state = nn.unbox((params, opt))
   whole = jax.eval_shape(optax.adamw(0.1).init, state[0])
   assert program.num_elements(opt) < program.num_elements(whole)
@@ -132,8 +136,10 @@ def test_training_lowers_the_loss(namespace, boxed):
     return (optax.apply_updates(params, updates), opt), loss
 
   losses = []
-  for batch in program.data(steps=8):
-    state, loss = update(state, batch)
+  by_rows = NamedSharding(mesh, PartitionSpec('data'))
+  for batch in jax.device_put(program.data(steps=8), by_rows):
+    with jax.transfer_guard('disallow'):
+      state, loss = update(state, batch)
     losses.append(float(loss))
   program.assert_falls(losses)
   # big_vision reads the step from the state of the schedule.
