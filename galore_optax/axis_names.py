@@ -1,6 +1,6 @@
 """Names of axes in boxes of flax, for the arrays of optimizer state.
 
-A box of flax (`linen.Partitioned`, `linen.LogicallyPartitioned`, an
+A box of flax (`flax.linen.Partitioned`, `flax.linen.LogicallyPartitioned`, an
 `nnx.Variable` with `out_sharding`) names the mesh axes, or logical axes, of the
 dimensions of a weight. Programs read the sharding of the whole training state
 from these boxes, and an array without a box is replicated. `boxed_state` puts

@@ -1,7 +1,7 @@
 """Opening and closing the containers of parameters, gradients and state.
 
 Libraries put arrays into boxes: `flax.nnx.Variable`, the partitioned boxes of
-linen, `haliax.NamedArray`. A tree may also have leaves that no optimizer
+linen, the `NamedArray` of haliax. A tree may also have leaves that no optimizer
 trains, such as functions, step counters and arrays of size zero. The modules of
 this library see neither: every public function opens its trees with `opened`
 and closes its results with `closed`. An opened tree has only floating arrays
@@ -84,6 +84,26 @@ def unboxed(tree: Any) -> Any:
   {'count': 3}
   """
   return _map_contents(lambda x: x, tree)
+
+
+def arrays(tree: Any) -> Any:
+  """Returns a tree with None for each leaf that is not an array or a number.
+
+  `jax.eval_shape` does not accept such leaves.
+
+  >>> arrays({'w': 1.0, 'act': abs})
+  {'act': None, 'w': 1.0}
+  """
+  return jax.tree.map(lambda x: x if is_array(x) else None, tree)
+
+
+def is_array(x: Any) -> bool:
+  """Whether a leaf is an array or a number.
+
+  >>> is_array(jnp.ones(3)), is_array(2), is_array(abs)
+  (True, True, False)
+  """
+  return hasattr(x, 'dtype') or isinstance(x, int | float | complex)
 
 
 def is_trained(x: Any) -> bool:

@@ -84,13 +84,9 @@ def at_edge(
 def _check_some_array(params: Any) -> None:
   """Raises TypeError if a tree has leaves, but none of them is an array."""
   leaves = jax.tree.leaves(params)
-  if leaves and not any(hasattr(x, 'dtype') or _is_number(x) for x in leaves):
+  if leaves and not any(map(containers.is_array, leaves)):
     types = ', '.join(sorted({type(x).__name__ for x in leaves}))
     raise TypeError(
       f'params must be a tree of arrays, got leaves of type {types}. A class is'
       ' a tree if it is registered in JAX (jax.tree_util.register_dataclass)'
     )
-
-
-def _is_number(x: Any) -> bool:
-  return isinstance(x, int | float | complex)

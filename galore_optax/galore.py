@@ -169,12 +169,16 @@ def galore(
     targets: regexes that match whole paths ('blocks/attention/q/kernel'), or
       a predicate `(path, leaf) -> bool`. Default: leaves whose input and output
       sizes are both larger than the rank (for a share: larger than 1), except
-      embeddings, heads, norms, scales and biases.
+      embeddings, heads, norms, scales and biases, by the table in
+      `galore_optax.names`. A selection without any leaf is an error, unless it
+      is a `galore_optax.Optional`.
     axes: input and output axes by a regex on the path, for kernels that are
       not [..., in, out]: `{'.*/proj/kernel': (0, (1, 2))}` for [d, heads,
       head_dim]. The other axes are batch: each index has a basis of its own.
-      Default: the last two axes; for query, key, value and out kernels with a
-      heads axis, as in flax's attention, all three axes.
+      Default: the last two axes. For attention kernels with a heads axis, for
+      convolutions and for layers on axis 1, `galore_optax.names` states the
+      axes, by the names that libraries for JAX use. `describe` prints the
+      result.
 
   Returns:
     The transformation, a `Galore`. Without `inner`, a `Stage`: `optax.chain`

@@ -70,7 +70,8 @@ def state_shardings(tx: Any, params: Any, shardings: Any) -> Any:
   found = _shardings(tx.init, plain, places)
   if not containers.has_boxes(params):
     return found
-  return containers.reboxed(found, jax.eval_shape(tx.init, params))
+  state = jax.eval_shape(tx.init, containers.arrays(params))
+  return containers.reboxed(found, state)
 
 
 def _is_named(x: Any) -> bool:
@@ -150,13 +151,14 @@ def map_state(
     plan = recorded.plans.get(names[owner])
     fields = {getattr(key, 'name', None) for key in path}
     is_basis = paths.BASIS in path
-    if plan is not None:
+    if isinstance(plan, Projection):
       shape, axes = _of_low(plan, shape, axes, is_basis=is_basis)
       first = axes[0] + axes[-1]
       if plan.batch and fields & CODED and fits_here(shape[0], first):
         axes = [first, *axes[1:-1], ()]
     axes = _fitted(fits_here, x.shape, _like(fields, x.shape, shape, axes))
-    return f(StateLeaf(owner, x.shape, axes, plan, is_basis))
+    projected = plan if isinstance(plan, Projection) else None
+    return f(StateLeaf(owner, x.shape, axes, projected, is_basis))
 
   return jax.tree_util.tree_map_with_path(of_leaf, state)
 

@@ -85,9 +85,8 @@ class Galore(optax.GradientTransformationExtraArgs):
     """The functions of this transformation."""
     if self._stages is None:
       raise AttributeError(
-        'this Galore was rebuilt from `init` and `update` (by `_replace`,'
-        ' jax.tree.map or copy), which are its only stages; call the stages of'
-        ' the original, or write optax.chain(tx, ...) around it'
+        'this transformation was rebuilt from its `init` and `update` (by'
+        ' `_replace` or jax.tree.map), so it has no stages; use the original'
       )
     return self._stages
 

@@ -155,7 +155,8 @@ def _is_target(targets: paths.Targets, params: optax.Params) -> Any:
 
   A regex may select any leaf, also a vector, because no basis is needed.
   """
-  if targets is None or callable(targets):
+  chosen_by = paths.required(targets)
+  if chosen_by is None or callable(chosen_by):
     plans = Planner(1.0, targets=targets)(params)
     marks = [isinstance(p, Projection) for p in plans]
   else:

@@ -356,7 +356,14 @@ class _Together:
           for i, part in enumerate(self.parts)
         )
       )
-    record_plans(list(recorded.plans.values()))
+    frozen = [
+      Whole(name, tuple(x.shape), 'frozen: rate 0')
+      for name, x, index in zip(
+        paths.paths(params), jax.tree.leaves(params), mine, strict=True
+      )
+      if self.parts[index] is None
+    ]
+    record_plans([*recorded.plans.values(), *frozen])
     factors = [(g.rate, g.decay) for g in self.groups] + [(1.0, 1.0)]
     multipliers = {}
     for name, index in zip(paths.paths(params), mine, strict=True):
