@@ -3,6 +3,7 @@
 Its state holds `nnx.State`s, without `nnx.Optimizer`.
 """
 
+import functools
 import re
 
 import jax
@@ -41,8 +42,8 @@ def update(tx, grads, state, params):
   return tx.update(updates=grads, state=state, params=params)
 
 
-def train(tx, graphdef, params, other, state):
-  @jax.jit
+def train(tx, graphdef, params, other, state, places=None):
+  @functools.partial(jax.jit, out_shardings=places)
   def step(params, state, batch):
     def loss_fn(params):
       model = nnx.merge(graphdef, params, other)
@@ -101,5 +102,7 @@ def test_state_sharded_by_rules_of_paths():
   places = jax.tree_util.tree_map_with_path(place, shapes)
   assert sum(not x.is_fully_replicated for x in jax.tree.leaves(places)) == 12
   state = jax.jit(tx.init, out_shardings=places)(params)
-  *_, losses = train(tx, graphdef, params, other, state)
+  of_params = jax.tree_util.tree_map_with_path(place, params)
+  params, places = jax.device_put(params, of_params), (of_params, places, None)
+  *_, losses = train(tx, graphdef, params, other, state, places)
   program.assert_falls(losses)

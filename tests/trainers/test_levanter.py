@@ -39,8 +39,8 @@ class Model(eqx.Module):
 
 METHODS = {
   'galore': program.line,
-  'muon': lambda: go.galore_muon(1e-2, rank=program.RANK, gap=2),
-  'frugal': lambda: go.frugal(1e-3, density=0.25, gap=2),
+  'muon': lambda: go.galore_muon(1e-1, rank=program.RANK, gap=2),
+  'frugal': lambda: go.frugal(1e-2, density=0.25, gap=2),
   'reset': lambda: go.galore(
     optax.adamw(1e-2), rank=program.RANK, gap=2, moments='reset'
   ),

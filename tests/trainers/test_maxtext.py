@@ -98,6 +98,7 @@ def test_parameters_that_are_not_trainable_have_no_state():
 
 RULES = [
   ['layers', 'stage'],
+  ['moe_layers', []],
   ['embed', ['fsdp', 'fsdp_transpose']],
   ['embed', ['fsdp']],
   ['mlp', ['fsdp_transpose', 'tensor']],
@@ -106,17 +107,16 @@ AXES = ('stage', 'fsdp', 'fsdp_transpose', 'tensor')
 
 
 class Decoder(nnx.Module):
-  """A stack of layers. The parameters name the axes of one layer."""
+  """A stack of layers, with the metadata of `add_scan_metadata`."""
 
-  def __init__(self, rngs):
+  def __init__(self, rngs, stack='layers'):
     def param(names, shape):
       return nnx.Param(
         jax.random.normal(rngs.params(), (3, *shape)) / 4,
-        out_sharding=names,
-        # MaxText inserts this name at this axis.
+        out_sharding=(stack, *names),
         param_scan_axis=0,
         eager_sharding=False,
-        **{nnx.PARTITION_NAME: 'layers'},
+        **{nnx.PARTITION_NAME: stack},
       )
 
     self.wi = param(('embed', 'mlp'), (16, 24))
@@ -139,6 +139,7 @@ def named_sharding(variable, mesh):
   metadata, value = variable.get_metadata(), variable.get_value()
   names = list(metadata.get('out_sharding') or ())
   if names and 'param_scan_axis' in metadata:
+    # MaxText inserts the name of the stack into names without it.
     if metadata[nnx.PARTITION_NAME] not in names:
       names.insert(metadata['param_scan_axis'], metadata[nnx.PARTITION_NAME])
   elif names:
@@ -147,14 +148,15 @@ def named_sharding(variable, mesh):
   return variable.replace(NamedSharding(mesh, spec or PartitionSpec()))
 
 
+@pytest.mark.parametrize('stack', ['layers', 'moe_layers'])
 @pytest.mark.parametrize('sizes', [(1, 8, 1, 1), (1, 1, 1, 8), (1, 4, 1, 2)])
-def test_the_nnx_state_is_sharded_as_state_shardings_has_it(sizes):
+def test_the_nnx_state_is_sharded_as_state_shardings_has_it(sizes, stack):
   # src/maxtext/utils/maxtext_utils.py, get_abstract_state_nnx.
   mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4)
   tx = program.line(8)
 
   def create():
-    model = Decoder(nnx.Rngs(0))
+    model = Decoder(nnx.Rngs(0), stack)
     return TrainState(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
 
   with nn.logical_axis_rules(RULES):
