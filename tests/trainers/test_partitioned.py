@@ -327,3 +327,18 @@ def test_names_of_mesh_axes_give_the_specs_of_state_shardings(sizes, rank):
     found,
     wanted,
   )
+
+
+@pytest.mark.parametrize('mesh_axes', ['tensor', ('tensor',), ['tensor']])
+def test_a_rule_may_give_its_axis_alone_or_in_a_list(mesh_axes):
+  mesh, rules = Trainer('lm1b', 'tensor').mesh, [['mlp', mesh_axes]]
+  model, tx = nn.Dense(HIDDEN, kernel_init=named(None, 'mlp')), line(8)
+
+  def init():
+    params = model.init(jax.random.key(0), jnp.ones((1, DIM)))['params']
+    return tx.init(params)
+
+  with partitioning.axis_rules(rules):
+    specs = nn.get_partition_spec(jax.eval_shape(init))
+  places = nn.logical_to_mesh_sharding(specs, mesh, rules)
+  assert places[0].basis['kernel'].spec == jax.P(None, 'tensor')
