@@ -130,13 +130,20 @@ class Names:
 
   def _entry(self, axes: MeshAxes) -> Any:
     """Returns the entry of one dimension."""
+    # The name of a stack is kept even if no mesh axis belongs to it: programs
+    # that find a stack without this name insert it.
+    axes = tuple(x for x in axes if not isinstance(x, Unassigned)) or axes[:1]
     if len(axes) != 1:
       return axes or None
     # Flax looks up a single name, but not several names, in the rules.
-    for name in self.names:
-      if self.rules and dict(self.rules).get(name) in (axes[0], axes):
+    for name, mesh_axes in self.rules:
+      if name in self.names and _as_axes(mesh_axes) == axes:
         return name
-    return axes[0]
+    return str(axes[0])
+
+
+class Unassigned(str):
+  """A logical name to which the rules assign no mesh axis."""
 
 
 def _of_params(params: Any) -> list[Names | None]:
@@ -225,7 +232,7 @@ def _by_rules(
 
   The first rule whose mesh axes are free determines the axes of a name. A mesh
   axis is assigned once for each array. Several names in one entry are mesh
-  axes.
+  axes. A name without mesh axes stays as it is.
 
   Args:
     cuts: names of each dimension.
@@ -241,8 +248,9 @@ def _by_rules(
     for i, cut in enumerate(cuts):
       if found[i] is None and cut == (name,) and not used & {*axes}:
         found[i], used = axes, used | {*axes}
+  known = {name for name, _ in rules}
   return [
-    (() if logical else cut) if axes is None else axes
+    axes or tuple(Unassigned(x) if logical or x in known else x for x in cut)
     for axes, cut in zip(found, cuts, strict=True)
   ]
 
