@@ -34,11 +34,14 @@ BOXES = (
 
 def plain(tree: Any) -> collections.OrderedDict[str, jax.Array]:
   """Returns a dict from the path of each array to the array, in leaf order."""
-  found = collections.OrderedDict()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    path = path[:-1] if path[-1] in BOXES else path
-    found[jax.tree_util.keystr(path, simple=True, separator='/')] = leaf
-  return found
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return collections.OrderedDict((name(path), leaf) for path, leaf in leaves)
+
+
+def name(path: Any) -> str:
+  """Returns a key path as text, without the key of a box."""
+  path = path[:-1] if path[-1] in BOXES else path
+  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def gradients(params: Any, i: int = 0) -> Any:
@@ -48,17 +51,12 @@ def gradients(params: Any, i: int = 0) -> Any:
 
 def bases(state: Any) -> dict[str, tuple[int, ...]]:
   """Returns the path of each projected weight and the shape of its basis."""
-
-  def has_basis(node: Any) -> bool:
-    return hasattr(node, '_fields') and 'basis' in node._fields
-
-  nodes = jax.tree.leaves(state, is_leaf=has_basis)
-  return {
-    path: x.shape
-    for node in nodes
-    if has_basis(node)
-    for path, x in plain(node.basis).items()
-  }
+  found = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    if 'basis' in keys:
+      found[name(path[keys.index('basis') + 1 :])] = leaf.shape
+  return found
 
 
 def assert_container_does_not_matter(
