@@ -17,7 +17,7 @@ from galore_optax.galore import quantize_bases as quantize_bases
 from galore_optax.layerwise.step import layerwise as layerwise
 from galore_optax.memory import describe as describe
 from galore_optax.moments import Rotate as Rotate
-from galore_optax.paths import Elsewhere as Elsewhere
+from galore_optax.paths import Elsewhere as Elsewhere, Optional as Optional
 from galore_optax.presets.adafactor import galore_adafactor as galore_adafactor
 from galore_optax.presets.adafactor import (
   scale_by_galore_factored_rms as scale_by_galore_factored_rms,

@@ -12,7 +12,7 @@ from typing import Any
 
 import optax
 
-from galore_optax.stages import Galore, Stage, Stages
+from galore_optax.stages import Galore, Stage, Stages, has_stages
 
 
 def _below_ours(found: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,12 +41,12 @@ def chain(
   """`optax.chain`, where everything after a `galore` stage is its inner."""
   for position, stage in enumerate(args):
     before, after = args[:position], args[position + 1 :]
-    if isinstance(stage, Stage) and after:
+    if isinstance(stage, Stage) and stage.around is not None and after:
       if any(isinstance(other, Stage) for other in after):
         several = 'for several ranks use optax.partition with a chain for each'
         raise ValueError(f'a chain takes one galore stage, got two; {several}')
       return chain(*before, stage.around(_optax_chain(*after)))
-  if args and isinstance(args[0], Galore):
+  if args and has_stages(args[0]):
     rest = _optax_chain(*args[1:]) if args[1:] else optax.identity()
     return followed_by(args[0], optax.with_extra_args_support(rest))
   return _optax_chain(*args)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_optax import edge
 from galore_optax.checks import check_above_zero
 from galore_optax.precision import at_least_float32
 
@@ -70,7 +71,9 @@ def clipped(
     updates = jax.tree.map(clip_leaf, updates)
     return tx.update(updates, state, params, **extra_args)
 
-  clipping = ClippedTransformation(tx.init, update_fn)
+  clipping = ClippedTransformation(
+    edge.at_init(tx.init), edge.at_update(update_fn)
+  )
   clipping.clip_norm = clip_norm
   clipping.rule = tx
   return clipping

@@ -19,7 +19,7 @@ are batch.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -42,7 +42,7 @@ from galore_optax.projection import (
   map_plans,
 )
 from galore_optax.residual import Residual, Split
-from galore_optax.stages import Galore, Stage, Stages
+from galore_optax.stages import Galore, Stage, Stages, has_stages
 from galore_optax.subspace import finders, refresh
 from galore_optax.subspace import store as store_lib
 from galore_optax.subspace.store import BasisStore
@@ -62,18 +62,20 @@ class Inners(NamedTuple):
   """The inner optimizer of all other leaves."""
 
   def partition(
-    self, is_projected: Any
+    self, is_projected: Callable[[Any], Any]
   ) -> optax.GradientTransformationExtraArgs:
     """Returns one transformation of the whole tree.
 
     Args:
-      is_projected: a tree with a bool for each leaf, or a function that returns
-        this tree for the parameters.
+      is_projected: a function that returns a tree with a bool for each leaf of
+        the parameters. It is a function because the tree may be callable, as
+        modules of Equinox are.
     """
 
     def labels(tree: Any) -> Any:
-      marks = is_projected(tree) if callable(is_projected) else is_projected
-      return jax.tree.map(lambda x: 'projected' if x else 'other', marks)
+      return jax.tree.map(
+        lambda x: 'projected' if x else 'other', is_projected(tree)
+      )
 
     inners: Any = self._asdict()
     return optax.partition(inners, labels, mask_compatible_extra_args=True)
@@ -167,12 +169,16 @@ def galore(
     targets: regexes that match whole paths ('blocks/attention/q/kernel'), or
       a predicate `(path, leaf) -> bool`. Default: leaves whose input and output
       sizes are both larger than the rank (for a share: larger than 1), except
-      embeddings, heads, norms, scales and biases.
+      embeddings, heads, norms, scales and biases, by the table in
+      `galore_optax.names`. A selection without any leaf is an error, unless it
+      is a `galore_optax.Optional`.
     axes: input and output axes by a regex on the path, for kernels that are
       not [..., in, out]: `{'.*/proj/kernel': (0, (1, 2))}` for [d, heads,
       head_dim]. The other axes are batch: each index has a basis of its own.
-      Default: the last two axes; for query, key, value and out kernels with a
-      heads axis, as in flax's attention, all three axes.
+      Default: the last two axes. For attention kernels with a heads axis, for
+      convolutions and for layers on axis 1, `galore_optax.names` states the
+      axes, by the names that libraries for JAX use. `describe` prints the
+      result.
 
   Returns:
     The transformation, a `Galore`. Without `inner`, a `Stage`: `optax.chain`
@@ -438,9 +444,11 @@ class LowRank:
     """Returns one inner optimizer for the whole tree."""
     if not isinstance(self.inner, Inners):
       return self.inner
-    return self.inner.partition(
-      map_plans(lambda p, _: isinstance(p, Projection), plans, like)
-    )
+
+    def is_projected(_: Any) -> Any:
+      return map_plans(lambda p, _: isinstance(p, Projection), plans, like)
+
+    return self.inner.partition(is_projected)
 
   def due(self, state: GaloreState, *, layer: Any = 0) -> jax.Array:
     """Returns whether a refresh is due: a scalar; see `Stages`."""
@@ -449,7 +457,7 @@ class LowRank:
   def stages(self) -> Stages:
     """Returns the functions of the transformation."""
     return Stages(
-      init=sharding.placed(self.init),
+      init=self.init,
       update=self.update,
       plan=self.planner,
       due=self.due,
@@ -602,7 +610,7 @@ def quantize_bases(
     >>> tx.init({'w': jnp.ones((512, 512))}).basis['w'].nbytes
     528
   """
-  if not isinstance(tx, Galore):
+  if not has_stages(tx):
     raise ValueError(
       'tx must be a galore, or an optax.chain that begins with one; apply other'
       f' wrappers afterwards, got {tx!r}'

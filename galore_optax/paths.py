@@ -1,11 +1,10 @@
 """Paths of parameters, and functions that select parameters by path.
 
-`paths` returns the path of each leaf. The other functions classify a leaf by
-the words in its path (matrix, vector, embedding or head), or match paths with
-regexes and predicates.
+`paths` returns the path of each leaf. The other functions match paths with
+regexes and predicates, or look them up in the table of `names`.
 """
 
-import collections
+import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -13,25 +12,42 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import optax
 
+from galore_optax import names
+
 PyTree: TypeAlias = Any
 
-# Selects weights: None for a default, regexes on whole paths, or a predicate
-# `(path, leaf) -> bool`.
-Targets: TypeAlias = str | Sequence[str] | Callable[[str, Any], bool] | None
 
-# Matches words that name a vector, such as a bias. With more than one axis such
-# a leaf is a stack of vectors.
-VECTOR = re.compile(r'\w*norm\w*|ln|scale|bias')
+@dataclasses.dataclass(frozen=True)
+class Optional:
+  """Targets that may select no leaf; then only the inner optimizer runs.
 
-# Matches words that name an embedding.
-TABLE = re.compile(r'(un)?embed\w*|wte|wpe')
+  It is meant for programs whose trees do not always have a matrix. By default
+  a selection without any leaf is an error, because it is nearly always one.
+  Inside `Optional` a regex may match no path, neither in `targets` nor in
+  `axes`. A selected leaf must still be a matrix that the rank fits.
 
-# Matches a whole path component that names the output head. A match of a single
-# word would include `multi_head_attention`.
-HEAD = re.compile(r'(\w+_)?(head|logits)|unembed\w*')
+  Example:
+    >>> import galore_optax, jax.numpy as jnp
+    >>> tx = galore_optax.galore(optax.sgd(1.0), targets=Optional())
+    >>> updates, _ = tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
+    >>> updates
+    Array([-1., -1., -1.], dtype=float32)
+  """
 
-# The key of the array in an NNX variable.
-VALUE = jax.tree_util.GetAttrKey('value')
+  targets: str | Sequence[str] | Callable[[str, Any], bool] | None = None
+  """The targets: regexes, a predicate, or None for the default."""
+
+  def __post_init__(self) -> None:
+    """Raises ValueError unless the targets can select leaves."""
+    _require_selection(self.targets, self.targets)
+
+
+Targets: TypeAlias = (
+  str | Sequence[str] | Callable[[str, Any], bool] | Optional | None
+)
+"""Selects weights: None for a default, regexes on whole paths, a predicate
+`(path, leaf) -> bool`, or one of these in an `Optional`."""
+
 # The key of the bases in a `GaloreState`.
 BASIS = jax.tree_util.GetAttrKey('basis')
 
@@ -78,17 +94,10 @@ def paths(tree: PyTree) -> list[str]:
   >>> paths({'blocks': {'q': {'kernel': 0}}, 'norm': 1})
   ['blocks/q/kernel', 'norm']
   """
-  keys = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-  parents = collections.Counter(path[:-1] for path in keys)
-  found = []
-  for key in keys:
-    # `nnx.Optimizer` passes NNX variables, each a node around one array, at
-    # init, and arrays at update. Removing the variable's key makes both paths
-    # equal.
-    if key[-1:] == (VALUE,) and parents[key[:-1]] == 1:
-      key = key[:-1]
-    found.append(jax.tree_util.keystr(key, simple=True, separator='/'))
-  return found
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+  ]
 
 
 def owner(path: Any, owners: Sequence[Any]) -> int | None:
@@ -126,32 +135,14 @@ def owner(path: Any, owners: Sequence[Any]) -> int | None:
 
 
 def is_matrix(path: str) -> bool:
-  """Whether no word of a path names an embedding, head, norm, scale or bias.
+  """Whether a path names no embedding, head, norm, scale or bias.
 
   >>> is_matrix('blocks/mlp/up/kernel'), is_matrix('LayerNorm_1/weight')
   (True, False)
   >>> is_matrix('multi_head_attention/query'), is_matrix('pos_embedding')
   (True, False)
   """
-  return not (is_vector(path) or _has_word(TABLE, path) or is_head(path))
-
-
-def is_vector(path: str) -> bool:
-  """Whether a word of a path names a norm, a scale or a bias.
-
-  >>> is_vector('blocks/attention/q_bias'), is_vector('biased/kernel')
-  (True, False)
-  """
-  return _has_word(VECTOR, path)
-
-
-def is_head(path: str) -> bool:
-  """Whether a component of a path names the output head of a model.
-
-  >>> is_head('lm_head/kernel'), is_head('heads/0')
-  (True, False)
-  """
-  return any(HEAD.fullmatch(part.lower()) for part in path.split('/'))
+  return not (names.is_vector(path) or in_vocabulary(path))
 
 
 def in_vocabulary(path: str) -> bool:
@@ -162,13 +153,7 @@ def in_vocabulary(path: str) -> bool:
   >>> in_vocabulary('lm_head/kernel'), in_vocabulary('blocks/mlp/up/kernel')
   (True, False)
   """
-  return _has_word(TABLE, path) or is_head(path)
-
-
-def _has_word(word: re.Pattern[str], path: str) -> bool:
-  """Whether a word of a path matches; LayerNorm_1 has the words layer, norm."""
-  snake = re.sub(r'(?<=[a-z])(?=[A-Z])', '_', path).lower()
-  return any(word.fullmatch(part) for part in re.split(r'[^a-z]+', snake))
+  return names.is_embedding(path) or names.is_head(path)
 
 
 def own_axes(path: str, ndim: int) -> tuple[int, ...]:
@@ -182,20 +167,36 @@ def own_axes(path: str, ndim: int) -> tuple[int, ...]:
   >>> own_axes('blocks/mlp_norm/scale', 2), own_axes('temperature', 0)
   ((-1,), ())
   """
-  return tuple(range(-min(1 if is_vector(path) else 2, ndim), 0))
+  return tuple(range(-min(1 if names.is_vector(path) else 2, ndim), 0))
 
 
 def chosen(targets: Targets, tree: PyTree) -> list[bool]:
   """Returns for each leaf of `tree` whether `targets` selects it.
 
+  None selects no leaf: the default rule belongs to the caller.
+
   Raises:
-    ValueError: a regex is malformed, or matches no path of a whole tree.
+    ValueError: a regex is malformed, or matches no path of a whole tree and the
+      targets are not an `Optional`.
   """
-  if callable(targets):
+  chosen_by = required(targets)
+  if callable(chosen_by):
     pairs = zip(paths(tree), jax.tree.leaves(tree), strict=True)
-    return [bool(targets(path, leaf)) for path, leaf in pairs]
-  patterns = [targets] if isinstance(targets, str) else list(targets or ())
-  return matched(patterns, tree)
+    return [bool(chosen_by(path, leaf)) for path, leaf in pairs]
+  is_one = isinstance(chosen_by, str)
+  patterns = [chosen_by] if is_one else list(chosen_by or ())
+  return matched(patterns, tree, optional=isinstance(targets, Optional))
+
+
+def required(
+  targets: Targets,
+) -> str | Sequence[str] | Callable[[str, Any], bool] | None:
+  """Returns the targets without `Optional`.
+
+  >>> required(Optional('.*/kernel')), required(None)
+  ('.*/kernel', None)
+  """
+  return targets.targets if isinstance(targets, Optional) else targets
 
 
 def check_targets(targets: Any) -> None:
@@ -203,18 +204,26 @@ def check_targets(targets: Any) -> None:
 
   >>> check_targets(['.*/kernel'])
   """
-  if not _is_targets(targets):
-    rule = 'None, a regex, regexes, or a predicate (path, leaf) -> bool'
-    raise ValueError(f'targets must be {rule}, got {targets!r}')
+  _require_selection(required(targets), targets)
 
 
-def _is_targets(targets: Any) -> bool:
-  """Whether a value has the type `Targets`."""
-  if targets is None or isinstance(targets, str) or callable(targets):
+def _require_selection(selection: Any, given: Any) -> None:
+  """Raises ValueError, about `given`, unless a value can select leaves."""
+  if not _is_selection(selection):
+    rule = (
+      'None, a regex, regexes, a predicate (path, leaf) -> bool, or an Optional'
+      ' of one of these'
+    )
+    raise ValueError(f'targets must be {rule}, got {given!r}')
+
+
+def _is_selection(value: Any) -> bool:
+  """Whether a value is None, a regex, regexes, or a predicate."""
+  if value is None or isinstance(value, str) or callable(value):
     return True
-  if isinstance(targets, Mapping) or not isinstance(targets, Collection):
+  if isinstance(value, Mapping) or not isinstance(value, Collection):
     return False
-  return all(isinstance(regex, str) for regex in targets)
+  return all(isinstance(regex, str) for regex in value)
 
 
 def heads(tree: PyTree) -> list[bool]:
@@ -234,12 +243,17 @@ def heads(tree: PyTree) -> list[bool]:
     return isinstance(node, Elsewhere | optax.MaskedNode)
 
   whole = paths(jax.tree.map(lambda _: 0, tree, is_leaf=is_hole))
-  of_head = is_head if any(map(is_head, whole)) else in_vocabulary
+  named = any(map(names.is_head, whole))
+  of_head = names.is_head if named else in_vocabulary
   return [of_head(path) for path in paths(tree)]
 
 
 def matched(
-  patterns: Sequence[str], tree: PyTree, *, option: str = 'targets'
+  patterns: Sequence[str],
+  tree: PyTree,
+  *,
+  option: str = 'targets',
+  optional: bool = False,
 ) -> list[bool]:
   """Returns for each leaf of `tree` whether a regex matches its whole path.
 
@@ -247,9 +261,11 @@ def matched(
     patterns: regexes on paths.
     tree: parameters; only paths are read.
     option: name of the option in error messages.
+    optional: whether a regex may match no path.
 
   Raises:
-    ValueError: a regex is malformed, or matches no path of a whole tree.
+    ValueError: a regex is malformed, or matches no path of a whole tree and is
+      not optional.
 
   >>> matched(['.*/kernel'], {'up': {'bias': 0, 'kernel': 1}})
   [False, True]
@@ -261,7 +277,7 @@ def matched(
     what = f'{error.pattern!r} is no regular expression'
     raise ValueError(f'{option}: {what}: {error}') from error
   unused = [r.pattern for r in regexes if not any(map(r.fullmatch, found))]
-  if unused and found and not is_part(tree):
+  if unused and found and not (optional or is_part(tree)):
     rule = 'match no parameter; a regex must match a whole path. Paths:'
     raise ValueError(f'{option} {unused} {rule} {", ".join(found)}')
   return [any(regex.fullmatch(name) for regex in regexes) for name in found]

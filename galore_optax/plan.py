@@ -2,6 +2,7 @@
 
 A `Planner` holds the options. Called with a tree of parameters, it returns a
 `Projection` or a `Whole` for each leaf. The module `projection` defines both.
+The table in `names` gives kind and axes of a leaf.
 """
 
 import dataclasses
@@ -12,13 +13,13 @@ from typing import Any, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
-from galore_optax import checks, paths, projection
+from galore_optax import checks, names, paths, projection
 from galore_optax.projection import Projection, Whole
 
 Plan: TypeAlias = Projection | Whole
 
-MANY_HEADS = re.compile(r'(?:.*/)?(query|key|value|out)(?:/kernel)?')
-"""Paths of attention kernels that may have a heads axis."""
+PROJECTED: tuple[names.Kind, ...] = ('attention', 'convolution', 'matrix')
+"""Kinds of leaves that are projected if `targets` is None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,27 +70,40 @@ class Planner:
     return self.made[key]
 
   def _plan(self, tree: Any, leaves: list[Any]) -> list[Plan]:
-    names = paths.paths(tree)
-    paths.matched(list(self.axes or {}), tree, option='axes')
-    plans = list(map(self._candidate, names, leaves))
-    if self.targets is None:
-      chosen = list(map(self._is_default, plans))
+    optional = isinstance(self.targets, paths.Optional)
+    axes = list(self.axes or {})
+    paths.matched(axes, tree, option='axes', optional=optional)
+    plans = list(map(self._candidate, paths.paths(tree), leaves))
+    if paths.required(self.targets) is None:
+      final = list(map(self._if_default, plans))
+      is_empty = not any(isinstance(p, Projection) for p in final)
     else:
       chosen = paths.chosen(self.targets, tree)
-    if names and not any(chosen) and not paths.is_part(tree):
+      final = list(map(self._if_chosen, leaves, plans, chosen))
+      is_empty = not any(chosen)
+    if plans and is_empty and not (optional or paths.is_part(tree)):
       raise ValueError(self._nothing_selected(plans))
-    return list(map(self._selected, leaves, plans, chosen))
+    return final
 
   def _candidate(self, path: str, x: Any) -> Plan:
     """Returns the plan of a leaf if it is selected.
 
-    A leaf with fewer than two axes, or whose dtype is not real floating, cannot
-    be projected.
+    A leaf with fewer than two axes, without elements, or whose dtype is not
+    real floating, cannot be projected.
     """
     shape = tuple(x.shape)
-    if len(shape) < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-      return Whole(path, shape)
-    leaf = Projection(path, shape, self._axes(path, shape), 1, ())
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return Whole(path, shape, f'not floating: {x.dtype}')
+    if 0 in shape:
+      return Whole(path, shape, 'empty')
+    found = names.of(path, shape)
+    if len(shape) < 2:
+      is_named = found.kind != 'matrix'
+      other = 'vector' if shape else 'scalar'
+      return Whole(path, shape, found.label if is_named else other)
+    axes = self._given_axes(path, shape)
+    reason = found.label if axes is None else f'{found.kind}, by axes'
+    leaf = Projection(path, shape, axes or found.axes, 1, (), reason)
     sides = projection.projected_sides(self.side, *leaf.matrix_shape[-2:])
     leaf = dataclasses.replace(leaf, sides=sides)
     rank = self.rank
@@ -103,10 +117,10 @@ class Planner:
     sides = leaf.sides if self.by_coordinates else (-2, -1)
     return min(leaf.matrix_shape[side] for side in sides)
 
-  def _axes(
+  def _given_axes(
     self, path: str, shape: tuple[int, ...]
-  ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns input and output axes of a leaf, non-negative."""
+  ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns the axes that the option `axes` names, non-negative, or None."""
     ndim = len(shape)
     for pattern, axes in (self.axes or {}).items():
       if not re.fullmatch(pattern, path):
@@ -121,24 +135,32 @@ class Planner:
           f' shape {shape}, got {axes!r}'
         )
       return tuple(x % ndim for x in i), tuple(x % ndim for x in o)
-    return _axes_of_heads(path, shape) or ((ndim - 2,), (ndim - 1,))
+    return None
 
-  def _is_default(self, p: Plan) -> bool:
-    """Whether a leaf is projected if `targets` is None."""
-    if isinstance(p, Whole) or not paths.is_matrix(p.path):
-      return False
+  def _if_default(self, p: Plan) -> Plan:
+    """Returns the final plan of a leaf if `targets` is None."""
+    if isinstance(p, Whole):
+      return p
+    found = names.of(p.path, p.shape)
+    if found.kind not in PROJECTED:
+      return Whole(p.path, p.shape, found.label)
+    least = 1 if isinstance(self.rank, float) else self.rank
     shape = p.shape if self.by_coordinates else p.matrix_shape
-    return min(shape[-2:]) > (1 if isinstance(self.rank, float) else self.rank)
+    if min(shape[-2:]) > least:
+      return dataclasses.replace(p, reason=p.reason + self._remark(p))
+    reason = f'rank {least} >= {min(shape[-2:])}{self._remark(p)}'
+    too_small = found.kind != 'convolution'
+    return Whole(p.path, p.shape, reason, too_small=too_small)
 
-  def _selected(self, leaf: Any, p: Plan, yes: bool) -> Plan:
-    """Returns the final plan of a leaf.
+  def _if_chosen(self, leaf: Any, p: Plan, yes: bool) -> Plan:
+    """Returns the final plan of a leaf that `targets` selects, or not.
 
     Raises:
-      ValueError: the leaf is a target, but it is not a matrix, or the rank does
+      ValueError: the leaf is selected, but it is not a matrix, or the rank does
         not fit it.
     """
-    if not yes or self.targets is None:
-      return p if yes else Whole(p.path, p.shape)
+    if not yes:
+      return Whole(p.path, p.shape, 'not selected by targets')
     of = f'{p.path} of shape {p.shape}'
     if isinstance(p, Whole):
       rule = 'is no matrix, two axes of real numbers. Leave it out of targets'
@@ -146,36 +168,34 @@ class Planner:
     largest = self._largest_rank(p)
     if p.rank > largest:
       raise ValueError(f'rank must be in 1..{largest} for {of}, got {p.rank!r}')
-    return p
+    reason = f'{p.reason}, selected by targets{self._remark(p)}'
+    return dataclasses.replace(p, reason=reason)
+
+  def _remark(self, p: Projection) -> str:
+    """Returns a remark on a leaf that is a stack of small matrices, or ''.
+
+    A batch axis that is longer than both sides of the matrix is rarely one of
+    layers or experts. More likely the table does not have the name.
+    """
+    matrix = p.matrix_shape[-2:]
+    if self._given_axes(p.path, p.shape) is not None:
+      return ''
+    if max(p.batch, default=0) <= max(matrix):
+      return ''
+    return f'; {p.num_matrices:,} matrices of {matrix}, see axes='
 
   def _nothing_selected(self, plans: list[Plan]) -> str:
     """Returns the message for a tree in which no leaf is selected."""
     shapes = ', '.join(f'{p.path} {p.shape}' for p in plans)
+    shapes = f'Parameters: {shapes}'
+    remedy = 'or allow it by targets=galore_optax.Optional(...)'
     if self.targets is not None:
-      return f'targets select no parameter. Parameters: {shapes}'
+      return f'targets select no parameter: correct them, {remedy}. {shapes}'
     return (
       f'rank {self.rank} projects no parameter: by default those with both'
-      ' last axes larger than rank, embeddings, heads, norms and biases'
-      f' excepted. Lower rank or name targets. Parameters: {shapes}'
+      ' sides larger than rank, embeddings, heads, norms and biases excepted.'
+      f' Lower rank or name targets, {remedy}. {shapes}'
     )
-
-
-def _axes_of_heads(
-  path: str, shape: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-  """Returns the axes of a kernel [d, heads, head_dim] or [heads, head_dim, d].
-
-  Returns None for other kernels. A kernel with such a name is a stack [L, in,
-  out] if its first axis is not longer than the second, or for 'out' if heads
-  times head_dim is not the last axis.
-  """
-  match = MANY_HEADS.fullmatch(path)
-  if match is None or len(shape) < 3:
-    return None
-  a, b, c = range(len(shape) - 3, len(shape))
-  if match[1] == 'out':
-    return ((a, b), (c,)) if shape[a] * shape[b] == shape[c] else None
-  return ((a,), (b, c)) if shape[a] > shape[b] else None
 
 
 def _checked_rank(rank: Any) -> int | float:

@@ -45,6 +45,12 @@ class Whole:
   """Path of the weight, its keys joined by '/'."""
   shape: tuple[int, ...]
   """Shape of the weight."""
+  reason: str = dataclasses.field(default='', compare=False)
+  """Why the leaf is not projected, for tables."""
+  too_small: bool = dataclasses.field(
+    default=False, compare=False, kw_only=True
+  )
+  """Whether the leaf is a matrix that is not projected because of its size."""
 
   rank, sides = None, ()
 
@@ -82,6 +88,8 @@ class Projection:
   """Number r of basis vectors."""
   sides: tuple[int, ...]
   """Projected axes of the matrix [i, o]: ROWS, COLUMNS, or both."""
+  reason: str = dataclasses.field(default='', compare=False)
+  """Why the leaf is projected, for tables."""
 
   @property
   def batch_axes(self) -> tuple[int, ...]:
@@ -182,8 +190,8 @@ def map_plans(
 class Recorded(NamedTuple):
   """The plans and multipliers that `init` records, by path."""
 
-  plans: dict[str, Projection]
-  """The plan of each projected leaf."""
+  plans: dict[str, Projection | Whole]
+  """The plan of each leaf, whether it is projected or not."""
   multipliers: dict[str, tuple[Any, Any]]
   """Multipliers of learning rate and weight decay, if there are groups."""
 
@@ -210,12 +218,17 @@ def recording_plans() -> Iterator[Recorded]:
 
 
 def record_plans(plans: Sequence[Projection | Whole]) -> None:
-  """Records the plans if a `recording_plans()` context is active."""
+  """Records the plans if a `recording_plans()` context is active.
+
+  A `Whole` does not replace a `Projection`: another `galore` in the same
+  transformation may project the leaf.
+  """
   recorded = _recording.get()
-  if recorded is not None:
-    recorded.plans.update(
-      {p.path: p for p in plans if isinstance(p, Projection)}
-    )
+  if recorded is None:
+    return
+  for p in plans:
+    if isinstance(p, Projection) or p.path not in recorded.plans:
+      recorded.plans[p.path] = p
 
 
 def record_multipliers(multipliers: dict[str, tuple[Any, Any]]) -> None:

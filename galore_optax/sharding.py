@@ -10,12 +10,12 @@ Axes: m projected side, n other side, r rank; leading axes are batch.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from galore_optax import paths
+from galore_optax import containers, paths
 from galore_optax.projection import Projection, recording_plans
 
 CODED = {'codes', 'scale'}
@@ -38,9 +38,8 @@ def state_shardings(tx: Any, params: Any, shardings: Any) -> Any:
   only for a matrix with one column. Counters, and dimensions that no mesh axis
   divides, are replicated.
 
-  An NNX variable is treated as its array. `flax.nnx.Optimizer` keeps plain
-  arrays, so the axis names of a variable belong to its weight only. Remove the
-  boxes of linen with `flax.linen.unbox` first, for the same reason.
+  Boxes of flax and haliax are treated as their arrays, in `params` and in
+  `shardings`.
 
   Args:
     tx: any transformation, or another object with an `init`, such as
@@ -66,7 +65,13 @@ def state_shardings(tx: Any, params: Any, shardings: Any) -> Any:
     >>> tuple(state.basis['w'].spec), tuple(state.inner[0].mu['w'].spec)
     ((None, 'fsdp'), (None, 'fsdp'))
   """
-  return _shardings(tx.init, _unboxed(params), _unboxed(shardings))
+  plain = containers.opened(params)
+  places = containers.like_gradients(containers.unboxed(shardings), plain)
+  found = _shardings(tx.init, plain, places)
+  if not containers.has_boxes(params):
+    return found
+  state = jax.eval_shape(tx.init, containers.arrays(params))
+  return containers.reboxed(found, state)
 
 
 def _is_named(x: Any) -> bool:
@@ -75,6 +80,56 @@ def _is_named(x: Any) -> bool:
 
 def _shardings(init: Callable[[Any], Any], params: Any, shardings: Any) -> Any:
   """Returns the sharding of each leaf of init(params)."""
+  leaves, treedef = jax.tree.flatten(params)
+  places = treedef.flatten_up_to(shardings)
+  for name, place in zip(paths.paths(params), places, strict=True):
+    if not _is_named(place):
+      raise ValueError(
+        f'shardings must be a NamedSharding for {name}, got {place!r}'
+      )
+  pairs = zip(places, leaves, strict=True)
+  cuts = [_cuts(place, len(x.shape)) for place, x in pairs]
+
+  def of_leaf(leaf: StateLeaf) -> NamedSharding:
+    return NamedSharding(places[leaf.owner or 0].mesh, _spec(leaf.axes))
+
+  def fits(owner: int, size: int, axes: MeshAxes) -> bool:
+    return _divides(places[owner].mesh, size, axes)
+
+  return map_state(of_leaf, init, params, cuts, fits)
+
+
+class StateLeaf(NamedTuple):
+  """An array of optimizer state, and how it is sharded."""
+
+  owner: int | None
+  """Index of the parameter to which the array belongs, or None."""
+  shape: tuple[int, ...]
+  """Shape of the array."""
+  axes: tuple[MeshAxes, ...]
+  """Mesh axes of each dimension; empty if it belongs to no parameter."""
+  plan: Projection | None
+  """Plan of the parameter; None if it is not projected."""
+  is_basis: bool
+  """Whether the array belongs to a basis."""
+
+
+def map_state(
+  f: Callable[[StateLeaf], Any],
+  init: Callable[[Any], Any],
+  params: Any,
+  cuts: Sequence[list[MeshAxes]],
+  fits: Callable[[int, int, MeshAxes], bool],
+) -> Any:
+  """Returns f(leaf) for each array of init(params).
+
+  Args:
+    f: a function of a leaf.
+    init: of a transformation.
+    params: parameters.
+    cuts: mesh axes of each dimension, for each parameter.
+    fits: `(owner, size, axes) -> bool`: whether mesh axes divide a dimension.
+  """
   with recording_plans() as recorded:
     # The shapes are passed without shardings. With them, operations under
     # explicit mesh axes would require an output sharding.
@@ -84,33 +139,33 @@ def _shardings(init: Callable[[Any], Any], params: Any, shardings: Any) -> Any:
     # The lambda is a new function: JAX caches traces of `init`, and a cached
     # trace would not record its plans again.
     state = jax.eval_shape(lambda w: init(w), shapes)
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-  owners = [path for path, _ in leaves]
-  names, places = paths.paths(params), treedef.flatten_up_to(shardings)
-  for name, place in zip(names, places, strict=True):
-    if not _is_named(place):
-      raise ValueError(
-        f'shardings must be a NamedSharding for {name}, got {place!r}'
-      )
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  owners, names = [path for path, _ in leaves], paths.paths(params)
 
-  def of_leaf(path: Any, x: Any) -> NamedSharding:
+  def of_leaf(path: Any, x: Any) -> Any:
     owner = paths.owner(path, owners)
     if owner is None:
-      return NamedSharding(places[0].mesh, PartitionSpec())
-    shape, place = leaves[owner][1].shape, places[owner]
-    cuts = _cuts(place, len(shape))
+      return f(StateLeaf(None, x.shape, (), None, False))
+    fits_here = functools.partial(fits, owner)
+    shape, axes = leaves[owner][1].shape, cuts[owner]
     plan = recorded.plans.get(names[owner])
     fields = {getattr(key, 'name', None) for key in path}
-    if plan is not None:
-      is_basis = paths.BASIS in path
-      shape, cuts = _of_low(plan, shape, cuts, is_basis=is_basis)
-      first = cuts[0] + cuts[-1]
-      if plan.batch and fields & CODED and _fits(place.mesh, shape[0], first):
-        cuts = [first, *cuts[1:-1], ()]
-    spec = _fitted(place.mesh, x.shape, _like(fields, x.shape, shape, cuts))
-    return NamedSharding(place.mesh, spec)
+    is_basis = paths.BASIS in path
+    if isinstance(plan, Projection):
+      shape, axes = _of_low(plan, shape, axes, is_basis=is_basis)
+      first = axes[0] + axes[-1]
+      if plan.batch and fields & CODED and fits_here(shape[0], first):
+        axes = [first, *axes[1:-1], ()]
+    axes = _fitted(fits_here, x.shape, _like(fields, x.shape, shape, axes))
+    projected = plan if isinstance(plan, Projection) else None
+    return f(StateLeaf(owner, x.shape, axes, projected, is_basis))
 
   return jax.tree_util.tree_map_with_path(of_leaf, state)
+
+
+def _spec(axes: Sequence[MeshAxes]) -> PartitionSpec:
+  """Returns the partition of an array with these mesh axes."""
+  return PartitionSpec(*(one or None for one in axes))
 
 
 def _cuts(place: NamedSharding, ndim: int) -> list[MeshAxes]:
@@ -160,19 +215,21 @@ def _of_low(
 
 
 def _fitted(
-  mesh: Any, shape: Sequence[int], cuts: Sequence[MeshAxes]
-) -> PartitionSpec:
-  """Returns a partition that leaves out mesh axes that do not divide."""
+  fits: Callable[[int, MeshAxes], bool],
+  shape: Sequence[int],
+  cuts: Sequence[MeshAxes],
+) -> tuple[MeshAxes, ...]:
+  """Returns the mesh axes of each dimension without those that do not fit."""
 
-  def of_side(size: int, axes: MeshAxes) -> MeshAxes | None:
-    while not _fits(mesh, size, axes):
+  def of_side(size: int, axes: MeshAxes) -> MeshAxes:
+    while axes and not fits(size, axes):
       axes = axes[:-1]
-    return axes or None
+    return axes
 
-  return PartitionSpec(*map(of_side, shape, cuts))
+  return tuple(map(of_side, shape, cuts))
 
 
-def _fits(mesh: Any, size: int, axes: MeshAxes) -> bool:
+def _divides(mesh: Any, size: int, axes: MeshAxes) -> bool:
   """Whether the number of devices along mesh axes divides a size."""
   return size % math.prod(mesh.shape[axis] for axis in axes) == 0
 
@@ -208,15 +265,15 @@ def _like(
 def placed(init: Callable[..., Any]) -> Callable[..., Any]:
   """Returns an `init` whose state has the shardings of `state_shardings`.
 
-  It applies them if the shardings of its last argument, the parameters, are
-  known: for concrete arrays, and for tracers under explicit mesh axes.
+  It applies them if the shardings of the parameters are known: for concrete
+  arrays, and for tracers under explicit mesh axes.
+
+  Args:
+    init: a function of opened parameters.
   """
 
   @functools.wraps(init)
-  def init_fn(*args: Any, **params_by_name: Any) -> Any:
-    *others, params = (*args, *params_by_name.values())
-    params = _unboxed(params)
-    of_params = functools.partial(init, *others)
+  def init_fn(params: Any) -> Any:
     explicit = jax.sharding.get_abstract_mesh().explicit_axes
 
     def place(x: Any) -> Any:
@@ -228,38 +285,15 @@ def placed(init: Callable[..., Any]) -> Callable[..., Any]:
     leaves = jax.tree.leaves(params)
     known = [isinstance(x, jax.Array) and _is_named(place(x)) for x in leaves]
     if not leaves or not all(known):
-      return of_params(params)
-    places = _shardings(of_params, params, jax.tree.map(place, params))
+      return init(params)
+    places = _shardings(init, params, jax.tree.map(place, params))
     if not explicit:
-      return jax.jit(of_params, out_shardings=places)(params)
+      return jax.jit(init, out_shardings=places)(params)
     specs = jax.tree.map(lambda x: x.spec, places)
-    run = jax.sharding.auto_axes(of_params, out_sharding=specs)
+    run = jax.sharding.auto_axes(init, out_sharding=specs)
     return jax.jit(run)(params)
 
   return init_fn
-
-
-@runtime_checkable
-class Variable(Protocol):
-  """A variable of `flax.nnx`, which this library does not import."""
-
-  def get_metadata(self) -> Any:
-    """Returns the metadata, such as the names of mesh axes."""
-    ...
-
-
-def _unboxed(params: Any) -> Any:
-  """Returns the arrays of NNX variables; other leaves stay as they are.
-
-  A variable names the mesh axes of its weight. In a copy of the variable they
-  would apply to a basis too, whose dimensions are different.
-  """
-
-  return jax.tree.map(
-    lambda x: jax.tree.leaves(x)[0] if isinstance(x, Variable) else x,
-    params,
-    is_leaf=lambda x: isinstance(x, Variable),
-  )
 
 
 def on_any_mesh(
@@ -303,4 +337,6 @@ def low_sharding(plan: Any, x: jax.Array) -> NamedSharding:
   if not isinstance(plan, Projection):
     return place
   low, cuts = _of_low(plan, x.shape, _cuts(place, x.ndim))
-  return NamedSharding(place.mesh, _fitted(place.mesh, low, cuts))
+  fits = functools.partial(_divides, place.mesh)
+  axes = _fitted(fits, low, cuts)
+  return NamedSharding(place.mesh, _spec(axes))

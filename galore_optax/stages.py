@@ -7,11 +7,12 @@ inner optimizer.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import optax
 
+from galore_optax import containers, edge
 from galore_optax.plan import Plan
 
 
@@ -30,7 +31,8 @@ class Stages:
   """`(updates, state, params=None, *, layer=0, **extra_args)` returns
   `(updates, state)`. The first argument has the gradients."""
   plan: Callable[[Any], list[Plan]]
-  """`(tree) -> plans`: one plan for each leaf of parameters or gradients."""
+  """`(tree) -> plans`: one plan for each leaf of parameters or gradients that
+  is trained: a floating array with at least one element."""
   due: Callable[..., jax.Array]
   """`(state, *, layer=0) -> []`, bool: whether a refresh is due."""
   refresh: Callable[..., Any]
@@ -39,7 +41,8 @@ class Stages:
   project: Callable[..., Any]
   """`(grads, state) -> low`: the projected gradients [..., r, n], and the whole
   gradients of other leaves, in float32 at least. A frozen group has a zero. The
-  function is linear in the gradients."""
+  result has arrays instead of boxes, because a box may name the axes of its
+  weight. The function is linear in the gradients."""
   apply: Callable[..., tuple[Any, Any]]
   """`(low, state, params=None, grads=None, *, layer=0, **extra_args) ->
   (updates, state)`. The gradients may be None if `linear` is true and params
@@ -59,20 +62,33 @@ class Galore(optax.GradientTransformationExtraArgs):
   `refresh`, `project`, then `apply`. See `Stages`.
   """
 
-  stages: Stages
-  """The functions of this transformation."""
+  _stages: Stages | None = None
 
   @classmethod
   def of(cls, stages: Stages) -> 'Galore':
     """Returns the transformation of the stages.
 
+    Its functions accept trees in any containers; those of `stages` receive
+    opened trees.
+
     The constructor takes `init` and `update`, as that of every transformation
     does: JAX rebuilds a NamedTuple from its fields. A rebuilt transformation
-    does not have `stages`.
+    does not have stages.
     """
+    stages = _at_edge(stages)
     tx = cls(stages.init, stages.update)
-    tx.stages = stages
+    tx._stages = stages
     return tx
+
+  @property
+  def stages(self) -> Stages:
+    """The functions of this transformation."""
+    if self._stages is None:
+      raise AttributeError(
+        'this transformation was rebuilt from its `init` and `update` (by'
+        ' `_replace` or jax.tree.map), so it has no stages; use the original'
+      )
+    return self._stages
 
   @property
   def plan(self) -> Callable[[Any], list[Plan]]:
@@ -110,11 +126,57 @@ class Galore(optax.GradientTransformationExtraArgs):
     return self.stages.with_keeper
 
 
+def has_stages(tx: Any) -> TypeGuard[Galore]:
+  """Whether a transformation is a `Galore` that was not rebuilt."""
+  return isinstance(tx, Galore) and tx._stages is not None
+
+
+def _at_edge(stages: Stages) -> Stages:
+  """Returns stages that accept trees in any containers."""
+
+  def due(state: Any, **layer: Any) -> jax.Array:
+    return stages.due(containers.unboxed(state), **layer)
+
+  def refresh(grads: Any, state: Any, **layer: Any) -> Any:
+    plain = containers.unboxed(state)
+    new = stages.refresh(containers.opened(grads), plain, **layer)
+    return containers.reboxed(new, state)
+
+  def project(grads: Any, state: Any) -> Any:
+    return stages.project(containers.opened(grads), containers.unboxed(state))
+
+  def apply(
+    low: Any,
+    state: Any,
+    params: Any = None,
+    grads: Any = None,
+    **extra_args: Any,
+  ) -> tuple[Any, Any]:
+    low = containers.opened(low)
+    weights = containers.like_gradients(containers.opened(params), low)
+    gradients = None if grads is None else containers.opened(grads)
+    plain = containers.unboxed(state)
+    new, after = stages.apply(low, plain, weights, gradients, **extra_args)
+    new = containers.closed(new, params if grads is None else grads)
+    return new, containers.reboxed(after, state)
+
+  return dataclasses.replace(
+    stages,
+    init=edge.at_init(stages.init),
+    update=edge.at_update(stages.update),
+    plan=lambda tree: stages.plan(containers.opened(tree)),
+    due=due,
+    refresh=refresh,
+    project=project,
+    apply=apply,
+  )
+
+
 class Stage(optax.GradientTransformationExtraArgs):
   """A `galore` without an inner optimizer; `chain` provides the inner."""
 
-  around: Callable[[optax.GradientTransformation], Galore]
-  """`(inner) -> Galore`."""
+  around: Callable[[optax.GradientTransformation], Galore] | None = None
+  """`(inner) -> Galore`; None if the stage was rebuilt from its fields."""
 
   @classmethod
   def of(

@@ -382,6 +382,7 @@ def memory_table(
   if projected:
     part = np.sum(projected, axis=0)
     table.caption += '\n' + compare('of projected weights', part)
+  table.caption = '\n'.join([table.caption, *described.notes])
   return table
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_optax import clipping
+from galore_optax import clipping, containers, edge
 from galore_optax.checks import check_count, check_one_of
 from galore_optax.galore import Galore
 from galore_optax.layerwise import stack
@@ -29,7 +29,7 @@ from galore_optax.layerwise.weights import ARRAYS, Weights
 from galore_optax.one_layer import OneLayerRule
 from galore_optax.precision import at_least_float32
 from galore_optax.quantized.rounding import apply_updates_stochastic
-from galore_optax.sharding import on_any_mesh, placed
+from galore_optax.sharding import on_any_mesh
 
 PyTree = Any
 # (stored weight, state of its transformation).
@@ -142,9 +142,13 @@ class Layerwise:
       its = f'accumulate={self.accumulate} sums projected gradients: tx must be'
       raise ValueError(f'{its} a galore without residual, or use microbatches')
 
-  @placed
   def init(self, params: PyTree) -> LayerwiseState:
     """Returns the state before the first step."""
+    # Stored weights may be integers, so only boxes are opened.
+    return edge.at_init(self._init, opened=containers.unboxed)(params)
+
+  def _init(self, params: PyTree) -> LayerwiseState:
+    """Returns the state for a tree without boxes."""
     tree = stack.Parts(params)
     read = self.weights.read
     weights = tree.weights(params)
@@ -184,9 +188,12 @@ class Layerwise:
     self, params: PyTree, state: LayerwiseState, batch: PyTree
   ) -> tuple[PyTree, LayerwiseState, dict[str, Any]]:
     """Returns the parameters and the state after one step, and its metrics."""
+    weights, plain = containers.unboxed(params), containers.unboxed(state)
     # The metrics are replicated, like the step counter.
-    run = on_any_mesh(self._step, like=lambda: (params, state, state.count))
-    return run(params, state, batch)
+    run = on_any_mesh(self._step, like=lambda: (weights, plain, plain.count))
+    weights, plain, metrics = run(weights, plain, batch)
+    new = containers.reboxed((weights, plain), (params, state))
+    return *new, metrics
 
   def _step(
     self, params: PyTree, state: LayerwiseState, batch: PyTree

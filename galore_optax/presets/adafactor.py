@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import checks, paths
+from galore_optax import checks, edge, paths
 from galore_optax.decay import rate_at
 from galore_optax.galore import galore
 from galore_optax.options import names_options
@@ -23,7 +23,6 @@ from galore_optax.precision import at_least_float32, rms
 from galore_optax.presets.galore_options import GaloreOptions
 from galore_optax.presets.inner import check_numbers
 from galore_optax.projection import Projection, from_matrix, to_matrix
-from galore_optax.sharding import placed
 from galore_optax.stages import Galore, Stages
 
 
@@ -77,7 +76,6 @@ def scale_by_galore_factored_rms(
   rule = 'a number > 0, infinity for no limit'
   checks.check_above_zero(rule, clip_threshold=clip_threshold)
 
-  @placed
   def init_fn(params: optax.Params) -> FactoredState:
     leaves, treedef = jax.tree.flatten(params)
     moments = list(map(_initial_moments, paths.paths(params), leaves))
@@ -102,7 +100,7 @@ def scale_by_galore_factored_rms(
     updates, v_row, v_col, v = _transpose(treedef, rescaled, 4)
     return updates, FactoredState(count, v_row, v_col, v)
 
-  return optax.GradientTransformation(init_fn, update_fn)
+  return edge.at_edge(optax.GradientTransformation(init_fn, update_fn))
 
 
 def _initial_moments(name: str, x: Any) -> tuple[Any, Any, Any]:

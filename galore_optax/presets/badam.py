@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_optax import checks, paths
+from galore_optax import checks, edge, paths
 from galore_optax.decay import rate_at
 from galore_optax.one_layer import OneLayerRule
 from galore_optax.options import names_options
@@ -26,7 +26,7 @@ from galore_optax.presets.inner import (
   check_numbers,
   require_no_learning_rate,
 )
-from galore_optax.sharding import on_any_mesh, placed
+from galore_optax.sharding import on_any_mesh
 
 Rule: TypeAlias = optax.GradientTransformationExtraArgs
 Order: TypeAlias = Literal['random', 'ascending', 'descending', 'fixed']
@@ -262,7 +262,6 @@ def one_layer_rule(
   """
   rest_rule = rest or optax.with_extra_args_support(optax.set_to_zero())
 
-  @placed
   def init_fn(params: Any) -> OneLayerState:
     if check is not None:
       check(params)
@@ -322,7 +321,7 @@ def one_layer_rule(
         + ', '.join(odd)
       )
 
-  tx = OneLayerRule(init_fn, update_fn)
+  tx = OneLayerRule(edge.at_init(init_fn), edge.at_update(update_fn))
   tx.rule = rule
   tx.rest = rest
   tx.active = active

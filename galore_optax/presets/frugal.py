@@ -10,6 +10,7 @@ import optax
 
 from galore_optax import checks, paths
 from galore_optax.decay import rate_at
+from galore_optax.edge import at_edge
 from galore_optax.galore import Inners, galore
 from galore_optax.options import names_options
 from galore_optax.plan import Planner
@@ -125,7 +126,7 @@ def frugal(
     **_split_options(subspace),
   )
   if density == 1:
-    return in_float32(inner_rule)
+    return at_edge(in_float32(inner_rule))
   if density > 0:
     return projected
   residual_rule = with_decay_and_rate(
@@ -137,7 +138,7 @@ def frugal(
   inners = Inners(
     projected=in_float32(residual_rule), other=in_float32(inner_rule)
   )
-  return inners.partition(functools.partial(_is_target, targets))
+  return at_edge(inners.partition(functools.partial(_is_target, targets)))
 
 
 def _split_options(subspace: SubspaceName | Subspace) -> SplitOptions:
@@ -154,7 +155,8 @@ def _is_target(targets: paths.Targets, params: optax.Params) -> Any:
 
   A regex may select any leaf, also a vector, because no basis is needed.
   """
-  if targets is None or callable(targets):
+  chosen_by = paths.required(targets)
+  if chosen_by is None or callable(chosen_by):
     plans = Planner(1.0, targets=targets)(params)
     marks = [isinstance(p, Projection) for p in plans]
   else:

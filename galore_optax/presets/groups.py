@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_optax import checks, paths
+from galore_optax import checks, edge, paths
 from galore_optax.clipping import ClippedTransformation, clipped
 from galore_optax.one_layer import OneLayerRule
 from galore_optax.plan import Plan
@@ -29,8 +29,7 @@ from galore_optax.projection import (
   record_plans,
   recording_plans,
 )
-from galore_optax.sharding import placed
-from galore_optax.stages import Galore, Stages
+from galore_optax.stages import Galore, Stages, has_stages
 
 Preset: TypeAlias = Callable[..., Any]
 
@@ -280,7 +279,7 @@ def _joined(
   def of_each(name: str) -> list[Any]:
     return [part if part is None else getattr(part, name) for part in parts]
 
-  if isinstance(rest, Galore):
+  if has_stages(rest):
     return Galore.of(together.stages())
   if isinstance(rest, ClippedTransformation):
     # Clip by the norm of the gradient of all groups together.
@@ -291,7 +290,9 @@ def _joined(
     return one_layer_rule(
       join(of_each('rule')), others, rest.active, rest.blocks, together.check
     )
-  return optax.GradientTransformationExtraArgs(together.init, together.update)
+  return edge.at_edge(
+    optax.GradientTransformationExtraArgs(together.init, together.update)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +342,6 @@ class _Together:
       with recording_plans():
         jax.eval_shape(self.parts[-1].init, params)
 
-  @placed
   def init(self, params: Any) -> GroupedState:
     """Returns the state of each group."""
     if self.strict:
@@ -356,7 +356,14 @@ class _Together:
           for i, part in enumerate(self.parts)
         )
       )
-    record_plans(list(recorded.plans.values()))
+    frozen = [
+      Whole(name, tuple(x.shape), 'frozen: rate 0')
+      for name, x, index in zip(
+        paths.paths(params), jax.tree.leaves(params), mine, strict=True
+      )
+      if self.parts[index] is None
+    ]
+    record_plans([*recorded.plans.values(), *frozen])
     factors = [(g.rate, g.decay) for g in self.groups] + [(1.0, 1.0)]
     multipliers = {}
     for name, index in zip(paths.paths(params), mine, strict=True):

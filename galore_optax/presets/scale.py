@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_optax import checks, paths
+from galore_optax.edge import at_edge
 from galore_optax.options import names_options
 from galore_optax.precision import in_float32, rms
 from galore_optax.presets.inner import with_decay_and_rate
@@ -72,7 +73,7 @@ def scale_sgd(
   head = optax.chain(optax.ema(momentum, debias=False), matrix)
   vector = with_decay_and_rate(rate, weight_decay, optax.scale_by_adam())
   rules: dict[Any, Any] = {'matrix': matrix, 'head': head, 'vector': vector}
-  return in_float32(optax.partition(rules, _kinds))
+  return at_edge(in_float32(optax.partition(rules, _kinds)))
 
 
 def _kinds(tree: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from galore_optax import edge
 from galore_optax.checks import (
   check_count,
   check_flag,
@@ -32,7 +33,7 @@ from galore_optax.quantized.array import (
   quantize,
 )
 from galore_optax.quantized.codes import Code
-from galore_optax.sharding import on_any_mesh, placed
+from galore_optax.sharding import on_any_mesh
 from galore_optax.trial import NeedsFunctionError, try_update
 
 # States of wrappers that read several leaves at once. Such a wrapper must go
@@ -120,7 +121,6 @@ def quantize_state(
   check_flag(elementwise=elementwise)
   inner = optax.with_extra_args_support(inner)
 
-  @placed
   def init_fn(params: Any) -> Any:
     if elementwise:
       _check_elementwise(inner, params)
@@ -156,7 +156,7 @@ def quantize_state(
     run = on_any_mesh(update, like=lambda: (updates, state))
     return run(updates, state, params, extra_args)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return edge.at_edge(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
 def _zeros(x: Any) -> jax.Array:

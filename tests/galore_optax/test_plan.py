@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 import galore_optax
-from galore_optax import Elsewhere, galore
+from galore_optax import Elsewhere, Optional, galore
 from galore_optax import paths as selection
 
 W = jnp.zeros((9, 13))
@@ -225,6 +226,124 @@ class TestElsewhere:
     assert jax.tree.leaves(Elsewhere()) == []
     one, two = (jax.tree.structure({'a': Elsewhere(), 'b': 1}) for _ in '12')
     assert one == two
+
+
+VECTORS = {'bias': jnp.ones(5), 'gain': jnp.full(3, 2.0)}
+
+OPTIONAL = [
+  Optional(),
+  Optional('.*/kernel'),
+  Optional(['.*/kernel', 'up']),
+  Optional(lambda path, leaf: leaf.ndim > 1),
+]
+
+
+PRESETS = [
+  *((name, {}) for name in ('galore_adamw', 'galore_adamw_8bit')),
+  *((name, {}) for name in ('galore_adafactor', 'galore_muon', 'fira')),
+  ('apollo', {'rank': 4}),
+  ('apollo_mini', {}),
+  *(('frugal', {'density': density}) for density in (0, 0.25, 1)),
+  *(('frugal', {'subspace': x}) for x in ('columns', 'rows', 'entries')),
+]
+"""Presets with the option `targets`, and options of theirs."""
+
+
+def run(tx, params):
+  """Returns the parameters after three steps on their own sines."""
+  state = tx.init(params)
+  for _ in range(3):
+    grads = jax.tree.map(jnp.sin, params)
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+class TestOptional:
+  """`Optional` targets may select no leaf; then only the inner runs."""
+
+  @pytest.mark.parametrize('targets', OPTIONAL)
+  @pytest.mark.parametrize('moments', ['keep', 'reset'])
+  def test_an_empty_selection_is_the_inner_alone(self, targets, moments):
+    inner = optax.adamw(0.1)
+    tx = galore(inner, targets=targets, moments=moments)
+    chex.assert_trees_all_equal(run(tx, VECTORS), run(inner, VECTORS))
+
+  @pytest.mark.parametrize('name, options', PRESETS)
+  def test_every_preset_with_targets_has_it(self, name, options):
+    preset = getattr(galore_optax, name)
+    tx = preset(0.1, targets=Optional(), **options)
+    updates, _ = tx.update(VECTORS, tx.init(VECTORS), VECTORS)
+    assert all(jnp.all(u < 0) for u in jax.tree.leaves(updates))
+    if options.get('density') not in (0, 1):
+      with pytest.raises(ValueError, match=r'targets=galore_optax.Optional'):
+        preset(0.1, **options).init(VECTORS)
+
+  @pytest.mark.slow
+  @pytest.mark.parametrize('name, options', PRESETS)
+  def test_vectors_move_as_they_do_next_to_a_matrix(self, name, options):
+    preset = getattr(galore_optax, name)
+    params = VECTORS | {'up': jnp.ones((150, 160))}
+    tx = preset(0.1, targets=Optional(), **options)
+    without, after = run(tx, VECTORS), run(tx, params)
+    expected = run(preset(0.1, **options), params)
+    chex.assert_trees_all_equal(after, expected)
+    assert not jnp.allclose(after['up'], params['up'])
+    # The programs differ, and so may the rounding of the last bits.
+    shared = {name: after[name] for name in VECTORS}
+    chex.assert_trees_all_close(without, shared, rtol=1e-5)
+
+  def test_what_it_selects_is_what_its_targets_select(self):
+    for targets in (None, '.*/kernel', ['embed'], lambda p, x: p == 'embed'):
+      assert projected(MODEL, targets=Optional(targets)) == projected(
+        MODEL, targets=targets
+      )
+    assert projected(MODEL, targets=Optional(['embed', 'absent'])) == {'embed'}
+
+  def test_frugal_without_a_subspace_selects_by_regex(self):
+    tx = galore_optax.frugal(0.1, density=0, targets=Optional('gain'))
+    signs = run(tx, VECTORS)['gain'] - VECTORS['gain']
+    np.testing.assert_allclose(signs, -0.3, rtol=1e-5)
+
+  def test_axes_may_match_nothing_too(self):
+    axes = {'.*/proj/kernel': (0, (1, 2))}
+    tx = galore(optax.sgd(0.1), targets=Optional(), axes=axes)
+    assert tx.init(VECTORS).count == 0
+    with pytest.raises(ValueError, match='match no parameter'):
+      galore(optax.sgd(0.1), axes=axes).init(VECTORS)
+
+  def test_a_selected_leaf_must_still_be_a_matrix_that_the_rank_fits(self):
+    assert 'is no matrix' in failure(targets=Optional('blocks/q/bias'))
+    message = failure(targets=Optional('embed'), rank=10)
+    assert 'rank must be in 1..9' in message
+
+  @pytest.mark.parametrize('targets', [3, {'a': 1}, Optional()])
+  def test_it_checks_the_targets_inside(self, targets):
+    with pytest.raises(ValueError, match='targets must be None, a regex'):
+      Optional(targets)
+
+  def test_groups_and_injected_hyperparameters_have_it(self):
+    grouped = galore_optax.grouped(
+      galore_optax.galore_adamw, [galore_optax.Group('bias', rate=0.5)]
+    )
+    run(grouped(0.1, targets=Optional()), VECTORS)
+    static = ('rank', 'gap', 'targets')
+    injected = optax.inject_hyperparams(
+      galore_optax.galore_adamw, static_args=static
+    )
+    tx = injected(0.1, rank=4, targets=Optional())
+    plain = galore_optax.galore_adamw(0.1, rank=4, targets=Optional())
+    chex.assert_trees_all_close(run(tx, VECTORS), run(plain, VECTORS))
+    assert tx.init(VECTORS).hyperparams['learning_rate'] == 0.1
+
+  def test_a_tree_without_leaves(self):
+    assert run(galore(optax.sgd(0.1), targets=Optional()), {}) == {}
+
+  def test_chain_and_describe(self):
+    tx = optax.chain(galore(targets=Optional()), optax.adam(0.1))
+    table = galore_optax.describe(tx, VECTORS)
+    assert [row.reason for row in table] == ['bias', 'vector']
+    assert [row.bytes for row in table] == [40, 24]
 
 
 @pytest.mark.parametrize(

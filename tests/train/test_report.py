@@ -27,8 +27,8 @@ MODEL = LlamaConfig(
 )
 
 
-def text(optimizer, width=100, stored='float32'):
-  shapes = jax.eval_shape(Layers(MODEL).init, jax.random.key(0))
+def text(optimizer, width=100, stored='float32', model=MODEL):
+  shapes = jax.eval_shape(Layers(model).init, jax.random.key(0))
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored), shapes)
   tx = optimizer.build(optax.constant_schedule(0.1))
   console = Console(file=io.StringIO(), width=width)
@@ -54,6 +54,14 @@ def test_weights_count_as_they_are_stored():
   number = 3 * (4 * 12 * 12 + 3 * 12 * 20) + 2 * 31 * 12 + 7 * 12
   found = text(Galore(rank=5), stored='bfloat16')
   assert f'{number:,} parameters, {2 * number:,} bytes' in found
+
+
+def test_a_note_says_that_many_weights_stay_whole():
+  # Keys and values [12, 6] are smaller than the rank: 2 of 16 parts of a layer.
+  model = dataclasses.replace(MODEL, num_kv_heads=1)
+  found = ' '.join(text(Galore(rank=8), model=model).split())
+  assert '12% of the weights in attention and MLP stay whole: lower' in found
+  assert 'stay whole' not in text(Galore(rank=8))
 
 
 def test_the_table_fits_a_terminal():

@@ -437,9 +437,10 @@ def test_describe_shows_the_multipliers_and_no_state_of_frozen_leaves():
   assert rows['embed'].bytes == 0 and rows['embed'].projected_shape is None
   assert rows['blocks/up'].projected_shape == (2, 3, 11)
   lines = {line.split()[0]: line.split() for line in str(table).split('\n')}
-  assert lines['path'][-2:] == ['rate', 'decay']
-  assert lines['blocks/up'][-2:] == ['0.5', '0.0']
-  assert lines['bias'][-2:] == ['1.0', '1.0']
+  assert lines['path'][-3:] == ['rate', 'decay', 'reason']
+  assert lines['blocks/up'][-3:] == ['0.5', '0.0', 'matrix']
+  assert lines['bias'][-3:] == ['1.0', '1.0', 'bias']
+  assert rows['embed'].reason == 'frozen: rate 0'
 
 
 def test_describe_shows_nested_groups_and_other_transformations() -> None:
@@ -449,11 +450,12 @@ def test_describe_shows_nested_groups_and_other_transformations() -> None:
   rules = {'grouped': outside(RATE), 'other': optax.sgd(RATE)}
   table = go.describe(optax.partition(rules, labels), params())
   shown = {
-    line.split()[0]: line.split()[-2:] for line in str(table).split('\n')
+    line.split()[0]: line.split()[-3:] for line in str(table).split('\n')
   }
-  assert shown['blocks/up'] == ['0.25', '0.0']
-  assert shown['blocks/down'] == ['0.5', '0.5']
-  assert shown['bias'] == ['0.5', '0.0'] and shown['embed'] == ['-', '-']
+  assert shown['blocks/up'] == ['0.25', '0.0', '-']
+  assert shown['blocks/down'] == ['0.5', '0.5', '-']
+  assert shown['bias'] == ['0.5', '0.0', '-']
+  assert shown['embed'] == ['-', '-', '-']
 
 
 @pytest.mark.parametrize(
