@@ -1,9 +1,10 @@
-# All packages are installed into .venv. Four purposes have environments of their
-# own: .venv-plan, .venv-parity, .venv-lowest and .venv-newest.
+# All packages are installed into .venv. Five purposes have environments of their
+# own: .venv-plan, .venv-parity, .venv-peers, .venv-lowest and .venv-newest.
 PYTHON ?= python3
 BIN := .venv/bin
 PLAN := .venv-plan/bin
 PARITY := .venv-parity/bin
+PEERS := .venv-peers/bin
 LOWEST := .venv-lowest/bin
 NEWEST := .venv-newest/bin
 
@@ -15,11 +16,11 @@ TRAIN := .venv/$(if $(CARD),train-cuda,train)
 # pages it takes a tenth less time.
 train train-layerwise: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # Tests and plans run on the CPU, also on a machine with a GPU.
-test slow optimized cpu plan card parity lowest newest docs release: \
+test slow optimized cpu plan card parity peers lowest newest docs release: \
   export JAX_PLATFORMS := cpu
 
-.PHONY: train train-layerwise test slow optimized cpu plan card parity lowest \
-  newest lint docs release clean
+.PHONY: train train-layerwise test slow optimized cpu plan card parity peers \
+  lowest newest lint docs release clean
 
 train: $(TRAIN)
 	$(BIN)/python -m train.pretrain configs/quickstart.py $(ARGS)
@@ -63,6 +64,13 @@ card: .venv-plan/plan
 
 parity: .venv-parity/parity
 	$(PARITY)/python -m pytest -m parity tests/parity $(ARGS)
+
+# Runs the library inside the trainers and solvers of other projects. Without slow
+# tests, programs are compiled with few optimizations, which takes a third of the
+# time.
+peers: .venv-peers/peers
+	$(PEERS)/python -m pytest -n 2 --dist loadfile -m 'peers and not slow' \
+	  tests/peers $(ARGS)
 
 # Tests the core with the lowest versions that pyproject.toml allows. The other
 # environments have the newest versions at the time of their installation.
@@ -118,6 +126,11 @@ release: .venv/release
 	$(PARITY)/pip install -q -e '.[parity,test]'
 	touch $@
 
+.venv-peers/peers: pyproject.toml
+	test -x $(PEERS)/python || $(PYTHON) -m venv .venv-peers
+	$(PEERS)/pip install -q -e '.[peers]'
+	touch $@
+
 .venv-lowest/lowest: pyproject.toml tests/lowest.py
 	test -x $(LOWEST)/python || $(PYTHON) -m venv .venv-lowest
 	$(LOWEST)/pip install -q $$($(LOWEST)/python tests/lowest.py chex pytest)
@@ -125,5 +138,5 @@ release: .venv/release
 	touch $@
 
 clean:
-	rm -rf .venv .venv-plan .venv-parity .venv-lowest .venv-newest runs build \
-	  *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-plan .venv-parity .venv-peers .venv-lowest .venv-newest \
+	  runs build *.egg-info .pytest_cache .ruff_cache

@@ -20,8 +20,9 @@ def lowest(project, tools=()):
   ['jax==0.8', 'pytest==8']
   """
   extras = itertools.chain(*project['optional-dependencies'].values())
-  named = [x for x in extras if re.split(r'[^\w-]', x)[0] in tools]
-  return [x.replace('>=', '==') for x in project['dependencies'] + named]
+  # Several extras may contain the same tool.
+  named = dict.fromkeys(x for x in extras if re.split(r'[^\w-]', x)[0] in tools)
+  return [x.replace('>=', '==') for x in [*project['dependencies'], *named]]
 
 
 if __name__ == '__main__':

@@ -46,7 +46,7 @@ def test_training_has_jax_for_the_card_that_is_there(
 
 
 @pytest.mark.parametrize(
-  'target', ['train', 'test', 'slow', 'lint', 'docs', 'release']
+  'target', ['train', 'test', 'slow', 'peers', 'lint', 'docs', 'release']
 )
 def test_the_cuda_compiler_stays_out_of_the_environment(tmp_path, target):
   # The plan extra installs the CUDA compiler. On a machine without a GPU, JAX

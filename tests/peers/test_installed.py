@@ -1,0 +1,17 @@
+"""The environment of the peers has all of them."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from tests.peers.conftest import PEERS
+
+pytestmark = pytest.mark.peers
+
+
+def test_no_peer_is_left_out():
+  here = pathlib.Path(__file__).parent
+  files = {path.name for path in here.glob('test_*.py')}
+  assert files == {*PEERS, 'test_installed.py', 'test_optax.py'}
+  assert all(map(importlib.util.find_spec, PEERS.values()))
