@@ -38,6 +38,7 @@ from galore_optax.quantized.array import (
 from galore_optax.quantized.codes import Code
 from galore_optax.sharding import on_any_mesh, placed
 from galore_optax.trial import (
+  TRACED,
   NeedsFunctionError,
   RunOnce,
   Traced,
@@ -590,16 +591,22 @@ def _check_elementwise(
   is_elementwise: Callable[[], bool],
 ) -> None:
   """Raises ValueError unless the inner can run piece by piece."""
+  remedy = (
+    'Masks, partitions, apply_if_finite, MultiSteps, snapshots and clipping by'
+    ' a norm go around quantize_state; for Adafactor, Muon or a trust ratio'
+    ' pass elementwise=False'
+  )
   try:
     known = _has_plain_state(inner, params) and is_elementwise()
-  except (ValueError, TypeError, LookupError, AttributeError):
-    known = False
+  except (ValueError, TypeError, LookupError, AttributeError) as error:
+    raise ValueError(
+      'quantize_state runs its inner piece by piece, and this one raises for a'
+      f' piece: {error}. {remedy}'
+    ) from error
   if not known:
     raise ValueError(
       'quantize_state runs its inner piece by piece, and this one looks at'
-      ' more than an element at a time. Masks, partitions, apply_if_finite,'
-      ' MultiSteps, snapshots and clipping by a norm go around quantize_state;'
-      ' for Adafactor, Muon or a trust ratio pass elementwise=False'
+      f' more than an element at a time. {remedy}'
     )
 
 
@@ -641,7 +648,12 @@ def _is_elementwise(inner: optax.GradientTransformation) -> bool:
 
   with jax.ensure_compile_time_eval():
     try:
-      whole = compiled(g, w)
+      try:
+        whole = compiled(g, w)
+      except TRACED:
+        # The inner reads values in Python, which a compiled one cannot.
+        compiled = update
+        whole = compiled(g, w)
     except NeedsFunctionError:
       # A line search or a Hessian evaluates the loss for the whole tree.
       return False
