@@ -99,6 +99,7 @@ def check_flag(**values: object) -> None:
 
   >>> check_flag(scale_parameter=True)
   """
+  check_static(**values)
   for name, x in values.items():
     if not isinstance(x, bool | np.bool_):
       raise ValueError(f'{name} must be True or False, got {x!r}')

@@ -82,8 +82,8 @@ def growth_factor(size: jax.Array, last: jax.Array, limit: Any) -> jax.Array:
   >>> growth_factor(jnp.float32(4), jnp.float32(1), 2).item()
   0.5
   """
-  bound = limit * jnp.where(last > 0, last, jnp.inf)
-  return jnp.minimum(bound / jnp.where(size > 0, size, 1), 1)
+  bounded = jnp.minimum(limit * last / jnp.where(size > 0, size, 1), 1)
+  return jnp.where(last > 0, bounded, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +171,9 @@ class Scaled:
     checks.check_least(1, rule, limit=self.limit)
 
   def init(self, plan: Projection) -> Any:
-    """Returns the norm [...] of the last result; infinity does not limit."""
-    # The dtype is given so that the array is not weakly typed. Otherwise the
-    # state would change its type after the first update.
-    return jnp.full(plan.batch, jnp.inf, float)
+    """Returns the norm [...] of the last result; zero does not limit."""
+    # Infinity would not limit either, but `jax_debug_infs` raises for it.
+    return jnp.zeros(plan.batch, float)
 
   def __call__(self, plan: Projection, split: Split, state: Any) -> Added:
     """Returns the scaled gradient with limited growth, and its norm."""

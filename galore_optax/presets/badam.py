@@ -110,6 +110,12 @@ def badam(
   References:
     Luo et al., `BAdam <https://arxiv.org/abs/2404.02827>`_, 2024.
   """
+  checks.check_static(
+    switch_every=switch_every,
+    train_rest=train_rest,
+    master_weights=master_weights,
+    start=start,
+  )
   checks.check_count(switch_every=switch_every)
   checks.check_one_of(get_args(Order), order=order)
   check_numbers(learning_rate, weight_decay)

@@ -38,6 +38,7 @@ from galore_optax.quantized.array import (
 from galore_optax.quantized.codes import Code
 from galore_optax.sharding import alike, compile_time_eval, on_any_mesh
 from galore_optax.trial import (
+  TRACED,
   NeedsFunctionError,
   RunOnce,
   Traced,
@@ -394,17 +395,18 @@ def _leaf_by_leaf(
     )
     new |= zip(plain, zip(u, *lists, strict=True), strict=True)
   last = None
-  for i in coded:
-    m = [m[i] for m in moments]
+  for some in _alike(grads, moments, weights, coded):
+    g, w = (_stacked([x[i] for i in some]) for x in (grads, weights))
+    m = [_stacked([m[i] for i in some]) for m in moments]
     if last is not None:
       # The barrier makes this leaf wait for the previous one. Otherwise the
       # compiler may dequantize all leaves at the start. `stop_gradient` keeps
       # the barrier from giving the moments tangents of zero. Adam takes their
       # square root, whose derivative at 0 is infinite, and 0 * inf is NaN.
       m, _ = jax.lax.optimization_barrier((m, jax.lax.stop_gradient(last)))
-    last = _update_leaf(step, grads[i], m, weights[i])
+    last = _update_leaf(step, g, m, w, in_loop=len(some) > 1)
     u, m, after = last
-    new[i] = (u, *m)
+    new |= zip(some, _unstacked((u, *m), len(some)), strict=True)
   if not grads:
     return updates, outer.join_state(trees, after)
   columns = zip(*(new[i] for i in range(num_leaves)), strict=True)
@@ -412,16 +414,68 @@ def _leaf_by_leaf(
   return u, outer.join_state(trees, after)
 
 
+def _alike(
+  grads: Sequence[Any],
+  moments: Sequence[Any],
+  weights: Sequence[Any],
+  leaves: Sequence[int],
+) -> list[list[int]]:
+  """Returns the leaves in groups that are updated together, as a stack.
+
+  Small matrices of one shape are a group, so that the update is compiled for
+  each shape and not for each leaf. A group has less than `DIVIDE_FROM`
+  elements, so a stack is no larger than a leaf that is updated in one piece.
+
+  Args:
+    grads: gradient of each leaf.
+    moments: for each moment tree, the moment of each leaf.
+    weights: weight of each leaf, or None.
+    leaves: indices of the leaves to group.
+  """
+  groups: list[list[int]] = []
+  latest: dict[Any, list[int]] = {}
+  for i in leaves:
+    arrays = grads[i], [m[i] for m in moments], weights[i]
+    types = [jax.typeof(x) for x in jax.tree.leaves(arrays)]
+    kind = jax.tree.structure(arrays), tuple(types)
+    group = latest.get(kind, [])
+    # Blocks of a vector would be laid out across the vectors of a stack.
+    fits = grads[i].ndim > 1 and _is_local(arrays)
+    if group and fits and (len(group) + 1) * grads[i].size < DIVIDE_FROM:
+      group.append(i)
+    else:
+      latest[kind] = [i]
+      groups.append(latest[kind])
+  return groups
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+  """Returns one tree with a leading axis; a single tree is returned as is."""
+  if len(trees) == 1:
+    return trees[0]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _unstacked(tree: Any, num: int) -> list[Any]:
+  """Inverts `_stacked` for `num` trees."""
+  if num == 1:
+    return [tree]
+  return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(num)]
+
+
 def _update_leaf(
-  step: Step, g: jax.Array, m: list[Any], w: Any
+  step: Step, g: jax.Array, m: list[Any], w: Any, *, in_loop: bool = False
 ) -> tuple[jax.Array, list[Any], Any]:
   """Returns the update of one leaf, its new moments, and the counters.
 
-  A large leaf is updated piece by piece, unless it is sharded.
+  A large leaf is updated piece by piece, unless it is sharded. A stack of small
+  leaves is too (`in_loop`): the compiler would fuse the update with each slice
+  of the result, and so compile it for each leaf.
   """
   first_coded = next(x for x in m if is_quantized(x))
   num_rows, num_columns = array.rows_shape(first_coded)
-  if g.size < DIVIDE_FROM or num_rows < 2 or not _is_local((g, m)):
+  is_small = g.size < DIVIDE_FROM and not in_loop
+  if is_small or num_rows < 2 or not _is_local((g, m)):
     return step(g, m, w)
   size = _piece_size(num_rows, num_columns)
   count, rest = divmod(num_rows, size)
@@ -546,16 +600,22 @@ def _check_elementwise(
   is_elementwise: Callable[[], bool],
 ) -> None:
   """Raises ValueError unless the inner can run piece by piece."""
+  remedy = (
+    'Masks, partitions, apply_if_finite, MultiSteps, snapshots and clipping by'
+    ' a norm go around quantize_state; for Adafactor, Muon or a trust ratio'
+    ' pass elementwise=False'
+  )
   try:
     known = _has_plain_state(inner, params) and is_elementwise()
-  except (ValueError, TypeError, LookupError, AttributeError):
-    known = False
+  except (ValueError, TypeError, LookupError, AttributeError) as error:
+    raise ValueError(
+      'quantize_state runs its inner piece by piece, and this one raises for a'
+      f' piece: {error}. {remedy}'
+    ) from error
   if not known:
     raise ValueError(
       'quantize_state runs its inner piece by piece, and this one looks at'
-      ' more than an element at a time. Masks, partitions, apply_if_finite,'
-      ' MultiSteps, snapshots and clipping by a norm go around quantize_state;'
-      ' for Adafactor, Muon or a trust ratio pass elementwise=False'
+      f' more than an element at a time. {remedy}'
     )
 
 
@@ -597,7 +657,12 @@ def _is_elementwise(inner: optax.GradientTransformation) -> bool:
 
   with compile_time_eval():
     try:
-      whole = compiled(g, w)
+      try:
+        whole = compiled(g, w)
+      except TRACED:
+        # The inner reads values in Python, which a compiled one cannot.
+        compiled = update
+        whole = compiled(g, w)
     except NeedsFunctionError:
       # A line search or a Hessian evaluates the loss for the whole tree.
       return False

@@ -1,0 +1,175 @@
+"""Error messages name the cause that the caller can change."""
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import galore_optax
+from galore_optax import galore, trial
+from galore_optax.quantized.state import quantize_state
+from tests.galore_optax.program import normal32
+
+OPTIONS = {'rank': 3, 'gap': 2}
+
+
+def tree():
+  return {'w': normal32((7, 9)), 'b': normal32((5,), 1)}
+
+
+def scaled_by_loss(strict):
+  """Scales updates by the norms of the weights; needs the loss."""
+
+  def update(updates, state, params=None, *, value, **extra):
+    scaled = jax.tree.map(
+      lambda u, w: u * jnp.linalg.norm(w) / value, updates, params
+    )
+    return scaled, state
+
+  def strict_update(updates, state, params=None, *, value):
+    return update(updates, state, params, value=value)
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: (), strict_update if strict else update
+  )
+
+
+NEED_VALUE = {
+  'momo': lambda: optax.chain(optax.clip(1.0), optax.contrib.momo(0.1)),
+  'masked': lambda: optax.masked(
+    optax.contrib.momo(0.1), {'w': True, 'b': False}
+  ),
+  'apply_if_finite': lambda: optax.apply_if_finite(optax.contrib.momo(0.1), 3),
+  'trust ratio': lambda: optax.chain(scaled_by_loss(False), optax.sgd(0.1)),
+  'strict': lambda: scaled_by_loss(True),
+  'strict in a chain': lambda: optax.chain(
+    scaled_by_loss(True), optax.sgd(0.1)
+  ),
+}
+
+
+@pytest.mark.parametrize('name', NEED_VALUE)
+def test_an_inner_that_needs_the_loss_is_checked_with_one(name):
+  with pytest.raises(ValueError, match='more than decoupled weight decay'):
+    galore(NEED_VALUE[name](), **OPTIONS).init(tree())
+
+
+def test_arguments_that_a_signature_lacks_are_left_out():
+  def update(updates, state, params=None, *, grad, value):
+    return jax.tree.map(lambda g: g * value, grad), state
+
+  tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+  assert trial.try_update(tx, 3.0, (), None)[0] == 3.0
+
+
+def needs(name):
+  def update(updates, state, params=None, **extra):
+    return jax.tree.map(lambda u: u * extra_of(**extra), updates), state
+
+  namespace = {}
+  exec(f'def extra_of(*, {name}, **_):\n  return {name}', namespace)
+  extra_of = namespace['extra_of']
+  return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+def test_an_inner_that_cannot_be_tried_is_named():
+  with pytest.raises(trial.CannotTryError, match="'batch_size'"):
+    trial.try_update(needs('batch_size'), 1.0, (), None)
+  with pytest.warns(UserWarning, match="tried at init.*'batch_size'.*decay"):
+    galore(needs('batch_size'), **OPTIONS).init(tree())
+  with pytest.warns(UserWarning, match="tried at init.*'batch_size'.*element"):
+    quantize_state(needs('batch_size')).init(tree())
+  with pytest.warns(UserWarning, match="tried at init.*'batch_size'.*rate"):
+    galore_optax.badam(0.1, blocks='s', inner=needs('batch_size')).init(
+      {'s': jnp.ones((2, 3, 4))}
+    )
+
+
+OTHER_RANK = {
+  'rows': lambda rank: galore(optax.adam(0.1), rank=rank),
+  'seeds': lambda rank: galore_optax.apollo(0.1, rank=rank),
+  '8 bits': lambda rank: galore_optax.galore_adamw_8bit(0.1, rank=rank),
+  'coordinates': lambda rank: galore(
+    optax.adam(0.1), rank=rank, subspace='coordinates'
+  ),
+  'both sides': lambda rank: galore(optax.sgd(0.1), rank=rank, side='both'),
+  'quantized': lambda rank: galore_optax.quantize_bases(
+    galore(optax.sgd(0.1), rank=rank)
+  ),
+}
+
+
+@pytest.mark.parametrize('name', OTHER_RANK)
+def test_a_state_of_another_rank_is_refused(name):
+  make, w = OTHER_RANK[name], tree()
+  data = flax.serialization.to_bytes(make(2).init(w))
+  other = flax.serialization.from_bytes(make(4).init(w), data)
+  with pytest.raises(ValueError, match=r'for w .*, and rank 4 needs .*\(4'):
+    make(4).update(w, other, w)
+  same = flax.serialization.from_bytes(make(2).init(w), data)
+  jax.eval_shape(make(2).update, w, same, w)
+
+
+def test_every_stage_refuses_a_state_of_another_rank_or_tree():
+  tx, w = galore(optax.adam(0.1), **OPTIONS), tree()
+  other = galore(optax.adam(0.1), rank=2).init(w)
+  low = tx.project(w, tx.init(w))
+  with pytest.raises(ValueError, match='rank 3 needs'):
+    tx.refresh(w, other)
+  with pytest.raises(ValueError, match='rank 3 needs'):
+    tx.project(w, other)
+  with pytest.raises(ValueError, match='rank 3 needs'):
+    tx.apply(low, other, w)
+  with pytest.raises(ValueError, match=r'of another structure.*tx\.init'):
+    tx.update({'v': w['w']}, tx.init(w))
+
+
+def test_a_line_search_inside_is_named():
+  with pytest.raises(ValueError, match='calls value_fn'):
+    galore(optax.lbfgs(), **OPTIONS).init(tree())
+  with pytest.raises(ValueError, match='calls obj_fn'):
+    galore(optax.contrib.sophia(0.1), **OPTIONS).init(tree())
+
+
+def test_a_snapshot_behind_adam_works():
+  norm = optax.snapshot('n', optax.tree.norm)
+  for parts in ((norm, optax.adam(0.1)), (optax.adam(0.1), norm)):
+    optax.chain(galore(**OPTIONS), *parts).init(tree())
+
+
+def test_8_bits_under_strict_promotion_names_the_dtypes():
+  with jax.numpy_dtype_promotion('strict'):
+    with pytest.raises(ValueError, match=r'raises for a piece: .*promotion'):
+      quantize_state(optax.adam(0.1)).init(tree())
+
+
+def test_static_options_of_badam_are_named():
+  injected = optax.inject_hyperparams(galore_optax.badam)
+  with pytest.raises(ValueError, match=r"static_args=.*'train_rest'"):
+    injected(0.1).init({'blocks': jnp.ones((2, 3, 4))})
+  static = ('switch_every', 'train_rest', 'master_weights', 'start', 'seed')
+  injected = optax.inject_hyperparams(galore_optax.badam, static_args=static)
+  injected(0.1).init({'blocks': {'w': jnp.ones((2, 3, 4))}})
+
+
+@pytest.mark.parametrize(
+  'wrapped',
+  [
+    lambda stage: optax.named_chain(('a', stage), ('b', optax.adam(0.1))),
+    lambda stage: optax.chain(optax.masked(stage, True), optax.adam(0.1)),
+    lambda stage: optax.chain(optax.chain(stage), optax.adam(0.1)),
+  ],
+  ids=['named_chain', 'masked', 'nested'],
+)
+def test_a_stage_inside_a_wrapper_is_told_the_spelling_that_works(wrapped):
+  with pytest.raises(TypeError, match=r'optax.adamw\(lr\), rank.*nested chain'):
+    wrapped(galore(**OPTIONS)).init(tree())
+
+
+def test_apollo_has_no_infinity_in_its_state():
+  tx, w = galore_optax.apollo(0.1, rank=3), tree()
+  with jax.debug_infs(True):
+    state = tx.init(w)
+    _, state = jax.jit(tx.update)(w, state, w)
+  assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state))
