@@ -392,7 +392,8 @@ def compile_time_eval() -> Iterator[None]:
   """Enters `jax.ensure_compile_time_eval`, where JAX can compute.
 
   If this module has entered an abstract mesh, its devices are not known. The
-  context leaves this mesh. A mesh of `jax.set_mesh` has devices.
+  context leaves this mesh. A mesh of `jax.set_mesh` has devices. Transfers to
+  the device are allowed, because the computations are small and happen once.
 
   >>> with compile_time_eval():
   ...   jax.numpy.ones(2)
@@ -401,7 +402,8 @@ def compile_time_eval() -> Iterator[None]:
   leave: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
   if _only_abstract.get():
     leave = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
-  with jax.ensure_compile_time_eval(), leave:
+  allowed = jax.transfer_guard('allow')
+  with jax.ensure_compile_time_eval(), leave, allowed:
     yield
 
 

@@ -456,5 +456,8 @@ def _apply(
   # Until JAX 0.9 the functions among the parameters were returned separately.
   bound: Any = eqn.primitive.get_bind_params(params)
   functions, params = bound if isinstance(bound, tuple) else ((), bound)
-  results = eqn.primitive.bind(*functions, *operands, **params)
+  # The context has the mesh of the operation, which may have other axis types
+  # than the mesh outside.
+  with eqn.ctx.manager:
+    results = eqn.primitive.bind(*functions, *operands, **params)
   return results if eqn.primitive.multiple_results else [results]
