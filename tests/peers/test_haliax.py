@@ -29,6 +29,15 @@ X = hax.named(normal32((16, 7), 8), (Batch, In))
 Y = hax.named(normal32((16, 5), 9), (Batch, Out))
 
 
+def dense(layer, x):
+  """Applies a linear layer to [Batch, In].
+
+  haliax 1.4.dev453 calls a function in its own products that JAX 0.12 removed.
+  """
+  product = hax.named(x.array @ layer.weight.array.T, (Batch, layer.Out))
+  return product if layer.bias is None else product + layer.bias
+
+
 class Block(eqx.Module):
   up: hax.nn.Linear
   down: hax.nn.Linear
@@ -42,7 +51,7 @@ class Block(eqx.Module):
     )
 
   def __call__(self, x):
-    return x + self.down(hax.tanh(self.up(x)))
+    return x + dense(self.down, hax.tanh(dense(self.up, x)))
 
 
 class Model(eqx.Module):
@@ -61,7 +70,7 @@ class Model(eqx.Module):
     )
 
   def __call__(self, x):
-    return self.out(self.blocks.fold(x))
+    return dense(self.out, self.blocks.fold(x))
 
 
 # The weights are [out, in], and each layer of the stack has a basis.
