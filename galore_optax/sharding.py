@@ -387,23 +387,30 @@ def _entered(x: jax.Array) -> Iterator[None]:
       yield
 
 
+def without_abstract_mesh() -> contextlib.AbstractContextManager[Any]:
+  """Returns a context that leaves an abstract mesh of this module.
+
+  The devices of such a mesh are not known, so nothing can be computed in it. A
+  mesh of `jax.set_mesh` has devices, and is not left.
+  """
+  if not _only_abstract.get():
+    return contextlib.nullcontext()
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
 @contextlib.contextmanager
 def compile_time_eval() -> Iterator[None]:
   """Enters `jax.ensure_compile_time_eval`, where JAX can compute.
 
-  If this module has entered an abstract mesh, its devices are not known. The
-  context leaves this mesh. A mesh of `jax.set_mesh` has devices. Transfers to
-  the device are allowed, because the computations are small and happen once.
+  Transfers to the device are allowed, because the computations are small and
+  happen once.
 
   >>> with compile_time_eval():
   ...   jax.numpy.ones(2)
   Array([1., 1.], dtype=float32)
   """
-  leave: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-  if _only_abstract.get():
-    leave = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
   allowed = jax.transfer_guard('allow')
-  with jax.ensure_compile_time_eval(), leave, allowed:
+  with jax.ensure_compile_time_eval(), without_abstract_mesh(), allowed:
     yield
 
 

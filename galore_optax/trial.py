@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from galore_optax.sharding import compile_time_eval, without_abstract_mesh
+
 # Names of primitives that run their body exactly once.
 CALLS = {
   'jit',
@@ -327,11 +329,12 @@ class Traced:
     shapes = jax.tree.map(_abstract, args)
     trace = jax.make_jaxpr(f, return_shape=True)
     try:
-      closed, out = trace(*shapes)
+      with without_abstract_mesh():
+        closed, out = trace(*shapes)
     except TypeError:
       # The function reads the value of an array that depends on no argument.
       # This mode computes such arrays at once, which takes longer.
-      with jax.ensure_compile_time_eval():
+      with compile_time_eval():
         closed, out = trace(*shapes)
     self.closed: Any = closed
     """The program, a `jax.extend.core.ClosedJaxpr`."""
