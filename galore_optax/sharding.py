@@ -394,6 +394,9 @@ def compile_time_eval() -> Iterator[None]:
   If this module has entered an abstract mesh, its devices are not known. The
   context leaves this mesh. A mesh of `jax.set_mesh` has devices.
 
+  The numbers of these computations are a few bytes, so they may be transferred
+  although `jax.transfer_guard` forbids transfers in the program.
+
   >>> with compile_time_eval():
   ...   jax.numpy.ones(2)
   Array([1., 1.], dtype=float32)
@@ -401,7 +404,7 @@ def compile_time_eval() -> Iterator[None]:
   leave: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
   if _only_abstract.get():
     leave = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
-  with jax.ensure_compile_time_eval(), leave:
+  with jax.ensure_compile_time_eval(), jax.transfer_guard('allow'), leave:
     yield
 
 
