@@ -122,7 +122,7 @@ class MaxText(nn.Module):
 
 
 class Trainer:
-  """What the two trainers do differently before the first step."""
+  """The steps of the two trainers before and during training."""
 
   def __init__(self, name, sizes):
     fsdp, tensor = SIZES[sizes]
