@@ -402,8 +402,8 @@ def without_abstract_mesh() -> contextlib.AbstractContextManager[Any]:
 def compile_time_eval() -> Iterator[None]:
   """Enters `jax.ensure_compile_time_eval`, where JAX can compute.
 
-  Transfers to the device are allowed, because the computations are small and
-  happen once.
+  Transfers to the device are allowed although `jax.transfer_guard` may forbid
+  them in the program: they are a few bytes, and happen once.
 
   >>> with compile_time_eval():
   ...   jax.numpy.ones(2)

@@ -247,7 +247,7 @@ def _quantized_fill(
   """Returns the code and the scale of a constant array, and the shapes."""
   make = functools.partial(quantize, code=code, block_size=block_size)
   like = jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.float32))
-  with jax.ensure_compile_time_eval():
+  with jax.ensure_compile_time_eval(), jax.transfer_guard('allow'):
     one = make(jnp.full(1, value, jnp.float32))._replace(num_columns=shape[-1])
     return jax.tree.map(lambda x: np.asarray(x).reshape(()), one), like
 

@@ -96,7 +96,6 @@ def assert_same_as_plain(
   params: Any,
   tx: Any = None,
   update: Callable[..., Any] | None = None,
-  in_dicts: bool = True,
 ) -> None:
   """Asserts that containers change neither the program nor the structure.
 
@@ -109,8 +108,6 @@ def assert_same_as_plain(
     tx: the transformation; `line()` by default.
     update: how the trainer calls `tx.update`: a function of tx, gradients,
       state and parameters.
-    in_dicts: whether to compare with dicts. Containers whose leaves are not in
-      the order of their names are compared with a dict in `test_levanter.py`.
   """
   tx = tx or line()
   update = update or (lambda tx, *args: tx.update(*args))
@@ -119,8 +116,6 @@ def assert_same_as_plain(
   updates, new_state = jax.eval_shape(lambda: update(tx, grads, state, params))
   assert jax.tree.structure(updates) == jax.tree.structure(grads)
   assert jax.tree.structure(new_state) == jax.tree.structure(state)
-  if not in_dicts:
-    return
   dicts = plain(params), plain(grads)
   of_dicts = tx.init(dicts[0])
   assert_same_program((tx.init, params), (tx.init, dicts[0]))

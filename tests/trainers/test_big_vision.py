@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import galore_optax as go
+from tests.galore_optax.program import each
 from tests.trainers import program
 
 
@@ -156,3 +157,20 @@ def test_frozen_parameters_have_no_state(namespace):
   paths = program.by_path(state)
   assert any('basis/model' in path for path in paths)
   assert not any('frozen' in path for path in paths)
+
+
+PRESETS = {
+  'chain': program.line,
+  '8bit': lambda: go.galore_adamw_8bit(0.1, rank=4, gap=2, min_size=0),
+  'muon': lambda: go.galore_muon(0.1, rank=4, gap=2),
+  'adalomo': lambda: go.adalomo(0.1),
+}
+
+
+@each('name', PRESETS, quick=['chain', '8bit'])
+def test_nothing_is_transferred_implicitly(name):
+  params, tx = {'w': jnp.ones((16, 24))}, PRESETS[name]()
+  with jax.transfer_guard('disallow'):
+    jax.eval_shape(tx.init, params)
+    state = jax.jit(tx.init)(params)
+    jax.jit(tx.update)(params, state, params)

@@ -1,5 +1,6 @@
 """The optimizer in flax's NNX examples (flax 0.12.8, commit 18f8f31)."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax.training import train_state
 from jax.sharding import AxisType
 
 import galore_optax as go
+from tests.galore_optax.program import each
 from tests.trainers import program
 
 
@@ -105,8 +107,11 @@ def test_an_nnx_optimizer():
 MESHES = {'fsdp': (8, 1), 'tensor': (1, 8), 'both': (4, 2)}
 
 
-@pytest.mark.parametrize('kind', [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize('sizes', MESHES)
+@each(
+  'kind, sizes',
+  itertools.product((AxisType.Auto, AxisType.Explicit), MESHES),
+  quick=[(AxisType.Auto, 'fsdp'), (AxisType.Explicit, 'both')],
+)
 def test_no_device_holds_a_whole_copy_of_the_state(sizes, kind):
   # examples/gemma/train.py makes model and optimizer under `jax.set_mesh`. The
   # names of a parameter are mesh axes.

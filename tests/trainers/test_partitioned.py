@@ -122,7 +122,7 @@ class MaxText(nn.Module):
 
 
 class Trainer:
-  """What the two trainers do differently before the first step."""
+  """The steps of the two trainers before and during training."""
 
   def __init__(self, name, sizes):
     fsdp, tensor = SIZES[sizes]
@@ -215,16 +215,12 @@ CASES = [
   for method in METHODS
   for rank in RANKS
 ]
-each_case = each(
-  'trainer, sizes, method, rank',
-  CASES,
-  quick=[
-    *(case for case in CASES if case[1:] == ('fsdp', 'galore', 8)),
-    *(case for case in CASES if case[1:] == ('both', 'galore', 7)),
-    ('lm1b', 'both', '8bit', 8),
-    ('maxtext', 'both', 'apollo', 7),
-  ],
-)
+NAMES = 'trainer, sizes, method, rank'
+QUICK = [
+  ('lm1b', 'fsdp', 'galore', 8),
+  ('maxtext', 'both', 'galore', 7),
+  ('maxtext', 'both', 'apollo', 7),
+]
 
 
 def num_bytes(shapes, places):
@@ -237,7 +233,7 @@ def num_bytes(shapes, places):
   )
 
 
-@each_case
+@each(NAMES, CASES, quick=QUICK)
 def test_specs_from_boxes_leave_no_more_bytes_than_state_shardings(
   trainer, sizes, method, rank
 ):
@@ -262,7 +258,7 @@ def test_specs_from_boxes_leave_no_more_bytes_than_state_shardings(
     assert excess == 0
 
 
-@each_case
+@each(NAMES, CASES, quick=QUICK[:2])
 def test_the_state_is_made_in_these_shardings(trainer, sizes, method, rank):
   trainer, tx = Trainer(trainer, sizes), METHODS[method](rank)
   state, places = trainer.create(tx)
@@ -274,7 +270,7 @@ def test_the_state_is_made_in_these_shardings(trainer, sizes, method, rank):
   assert set(found.values()) == {expected}
 
 
-@pytest.mark.parametrize('trainer', TRAINERS)
+@each('trainer', TRAINERS, quick=['maxtext'])
 def test_training_lowers_the_loss(trainer):
   trainer, tx = Trainer(trainer, 'both'), program.line()
   state, places = trainer.create(tx)
@@ -293,7 +289,7 @@ def test_training_lowers_the_loss(trainer):
     assert x.sharding.is_equivalent_to(place, x.ndim)
 
 
-@pytest.mark.parametrize('trainer', TRAINERS)
+@each('trainer', TRAINERS, quick=['maxtext'])
 def test_programs_that_keep_the_boxes(trainer):
   # flax's guide on scaling up keeps parameters and state in boxes, so that
   # gradients are in boxes too.
