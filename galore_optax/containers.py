@@ -10,7 +10,7 @@ that are not empty.
 This module imports none of those libraries. It recognises a box by its methods.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -56,8 +56,26 @@ class NamedArray(Protocol):
 
 
 def is_box(x: Any) -> bool:
-  """Whether a node of a tree is a box around one array."""
-  return isinstance(x, Variable | AxisMetadata | NamedArray)
+  """Whether a node of a tree is a box.
+
+  A box is a node around one array, or a mapping whose keys JAX does not see.
+  """
+  if isinstance(x, jax.Array | dict):
+    return False
+  return isinstance(x, Variable | AxisMetadata | NamedArray) or (
+    isinstance(x, Mapping) and _is_keyless(x)
+  )
+
+
+def _is_keyless(x: Mapping[Any, Any]) -> bool:
+  """Whether paths of leaves have numbers instead of the keys of a mapping.
+
+  Haiku registers its immutable mapping in this way. The names of weights would
+  not be known.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(x, is_leaf=lambda y: y is not x)
+  unnamed = jax.tree_util.FlattenedIndexKey
+  return any(isinstance(path[0], unnamed) for path, _ in leaves if path)
 
 
 def opened(tree: Any) -> Any:
@@ -186,8 +204,12 @@ def like_gradients(params: Any, grads: Any) -> Any:
 def contents(box: Any) -> tuple[Any, Callable[[Any], Any]]:
   """Returns the contents of a box, and a function that boxes other contents.
 
-  No method of the box is called: some of them add sharding constraints.
+  No method of a box around an array is called: some of them add sharding
+  constraints.
   """
+  if isinstance(box, Mapping) and not isinstance(box, AxisMetadata):
+    kind: Any = type(box)
+    return dict(box), kind
   nodes, treedef = jax.tree.flatten(box, is_leaf=lambda x: x is not box)
   (inside,) = nodes
   return inside, lambda x: treedef.unflatten([x])

@@ -4,6 +4,7 @@ The programs are compared, not their results: a container must not change an
 operation, so the jaxprs of an update have equal text.
 """
 
+import collections
 import copy
 import dataclasses
 import re
@@ -109,6 +110,17 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
+class Keyless(collections.UserDict):
+  """A mapping whose keys JAX does not see, as haiku's immutable mapping."""
+
+
+jax.tree_util.register_pytree_node(
+  Keyless,
+  lambda x: (tuple(x.values()), tuple(x)),
+  lambda keys, xs: Keyless(zip(keys, xs, strict=True)),
+)
+
+
 def plain(seed=0):
   """The stack 'b' has leading axes, as `badam` requires."""
   shapes = {
@@ -137,6 +149,9 @@ CONTAINERS = {
   'equinox': lambda tree: Model(*(Linear(**x) for x in tree.values())),
   'haliax': lambda tree: jax.tree.map(named, tree),
   'frozen': FrozenDict,
+  'keyless': lambda tree: Keyless(
+    {name: Keyless(part) for name, part in tree.items()}
+  ),
   'struct': lambda tree: Struct(**tree),
   'chex': lambda tree: Mappable(**tree),
 }

@@ -1,5 +1,6 @@
 """dm-haiku: `hk.transform`, and parameters that are partly frozen."""
 
+import chex
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -45,16 +46,20 @@ def test_three_steps_are_those_of_a_dict():
   steps.assert_same_steps(tx, initial())
 
 
-def test_immutable_parameters_are_converted_first():
-  """haiku's immutable mapping cannot hold a tree with masked leaves.
-
-  `optax.masked` and `optax.partition` do not accept it either.
-  """
-  tx = go.galore_adamw(0.1, weight_decay=0.1, rank=3, gap=2)
-  fixed = hk.data_structures.to_immutable_dict(initial())
-  params = hk.data_structures.to_haiku_dict(fixed)
-  assert steps.bases(tx.init(params)) == BASES
-  steps.assert_same_steps(tx, params)
+@pytest.mark.parametrize('preset', steps.PRESETS)
+def test_an_immutable_mapping_keeps_its_names(preset):
+  """Its leaves have numbers for JAX, and it cannot hold masked leaves."""
+  tx, params = steps.PRESETS[preset](), initial()
+  fixed = hk.data_structures.to_immutable_dict(params)
+  grads = steps.gradients(params)
+  fixed_grads = hk.data_structures.to_immutable_dict(grads)
+  state = tx.init(params)
+  chex.assert_trees_all_equal(state, tx.init(fixed))
+  updates, _ = tx.update(grads, state, params)
+  got, _ = tx.update(fixed_grads, state, fixed)
+  assert jax.tree.structure(got) == jax.tree.structure(fixed)
+  got = hk.data_structures.to_haiku_dict(got)
+  chex.assert_trees_all_equal(got, updates)
 
 
 def loss(params):
