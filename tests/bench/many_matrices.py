@@ -91,7 +91,7 @@ def measure(make: Callable[[], Any], params: Any) -> list[float]:
 
 def main() -> None:
   """Measures the transformations and prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser(description='Measures init and compilation.')
   parser.add_argument('names', nargs='*', default=list(TRANSFORMATIONS))
   table = rich.table.Table(
     'CPU seconds', 'init', 'eval_shape', 'describe', 'shardings', 'compile'

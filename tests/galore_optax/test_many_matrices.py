@@ -200,10 +200,8 @@ def test_initial_codes_are_those_of_the_initial_moments():
 
 def test_kinds_are_all_that_a_trial_reads():
   plans = galore(optax.sgd(0.1), rank=2).plan
-  a, b = (
-    model(2),
-    model(2, shapes={'q': (9, 9), 'up': (9, 12), 'down': (12, 9)}),
-  )
+  shapes = {'q': (9, 9), 'up': (9, 12), 'down': (12, 9)}
+  a, b = model(2), model(2, shapes=shapes)
   assert decay.kinds(plans(a), a) == decay.kinds(plans(b), b)
-  small = model(2, shapes=other | {'down': (12, 2)})
+  small = model(2, shapes=shapes | {'down': (12, 2)})
   assert decay.kinds(plans(a), a) != decay.kinds(plans(small), small)
