@@ -286,6 +286,7 @@ class LowRank:
   ) -> tuple[Any, GaloreState]:
     """Refreshes, projects, runs the inner optimizer and projects back."""
     plans = self.planner(grads)
+    self._check_state(plans, grads, state)
     state = self._refresh(plans, grads, state, layer)
     bases = self._bases(plans, grads, state)
     low = self._project(plans, grads, bases)
@@ -502,7 +503,6 @@ class LowRank:
     **extra_args: Any,
   ) -> tuple[Any, GaloreState]:
     """Returns the updates and the next state; see `Stages`."""
-    self._check_state(self.planner(updates), updates, state)
     run = sharding.on_any_mesh(self._update, like=lambda: (updates, state))
     return run(updates, state, params, layer, extra_args)
 
