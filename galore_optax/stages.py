@@ -191,9 +191,8 @@ class Stage(optax.GradientTransformationExtraArgs):
 def _raise_no_inner(*_: Any, **__: Any) -> Any:
   raise TypeError(
     'galore(...) has no inner transformation. Write'
-    ' galore(optax.adamw(lr), rank=512), which works inside any wrapper, or'
-    ' optax.chain(galore(rank=512), optax.adamw(lr)), in one optax.chain that'
-    ' is looked up after `import galore_optax` (or galore_optax.chain). Inside'
-    ' named_chain, masked, partition or a nested chain a galore without an'
-    ' inner does not receive the transformations after it'
+    ' optax.chain(galore(rank=512), optax.adamw(lr)), with optax.chain looked'
+    ' up after `import galore_optax` (or galore_optax.chain), or'
+    ' galore(optax.adamw(lr), rank=512). Only the second one works inside'
+    ' masked, named_chain or partition, or as the end of a nested chain'
   )

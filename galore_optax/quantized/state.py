@@ -253,9 +253,14 @@ def _probe_leaves(
   try:
     state = init.result
     for _ in range(2):
-      updates.append(
-        Traced(functools.partial(try_update, inner), ones, state, ones)
-      )
+      # The second update is the same program, unless the first one changes the
+      # dtype of a moment.
+      if not updates or _types(state) != _types(updates[-1].args[1]):
+        updates.append(
+          Traced(functools.partial(try_update, inner), ones, state, ones)
+        )
+      else:
+        updates.append(updates[-1])
       state = updates[-1].result[1]
   except TypeError:
     # The inner cannot be tried. `_check_elementwise` warns about that.
@@ -275,6 +280,11 @@ def _probe_leaves(
   with compile_time_eval():
     rows = RunOnce(probe)(ones, twos)
     return [Probe(*map(_may_hold, row)) for row in rows]
+
+
+def _types(tree: Any) -> list[Any]:
+  """Returns shape and dtype of each leaf."""
+  return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
 
 def _measured(one: Any, two: Any, after: Any) -> tuple[jax.Array, jax.Array]:

@@ -163,7 +163,9 @@ def test_static_options_of_badam_are_named():
   ids=['named_chain', 'masked', 'nested'],
 )
 def test_a_stage_inside_a_wrapper_is_told_the_spelling_that_works(wrapped):
-  with pytest.raises(TypeError, match=r'optax.adamw\(lr\), rank.*nested chain'):
+  with pytest.raises(
+    TypeError, match=r'optax\.adamw\(lr\), rank.*nested chain'
+  ):
     wrapped(galore(**OPTIONS)).init(tree())
 
 

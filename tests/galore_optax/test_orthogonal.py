@@ -76,7 +76,9 @@ def test_it_is_the_five_steps(name):
 def test_all_steps_in_one_gram_matrix_would_lose_digits(monkeypatch):
   x = np.float32(MATRICES['condition number 1e6'])
   monkeypatch.setattr(orthogonal, 'STEPS', 5)
-  assert distance(orthogonalise(jnp.asarray(x)), oracle(x)) > 3 * ROUNDING
+  # The compiled function may have been traced before, with other steps.
+  traced = orthogonalise.__wrapped__
+  assert distance(traced(jnp.asarray(x)), oracle(x)) > 3 * ROUNDING
 
 
 @each(
