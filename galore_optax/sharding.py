@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax.core import Tracer, eval_context
 from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -400,7 +400,10 @@ def without_abstract_mesh() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def compile_time_eval() -> Iterator[None]:
-  """Enters `jax.ensure_compile_time_eval`, where JAX can compute.
+  """Enters a context in which JAX computes, also inside of a traced function.
+
+  Unlike in `jax.ensure_compile_time_eval`, the constants of a jitted function
+  are not computed one by one, each by a program of its own.
 
   Transfers to the device are allowed although `jax.transfer_guard` may forbid
   them in the program: they are a few bytes, and happen once.
@@ -410,7 +413,7 @@ def compile_time_eval() -> Iterator[None]:
   Array([1., 1.], dtype=float32)
   """
   allowed = jax.transfer_guard('allow')
-  with jax.ensure_compile_time_eval(), without_abstract_mesh(), allowed:
+  with eval_context(), without_abstract_mesh(), allowed:
     yield
 
 

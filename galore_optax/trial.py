@@ -123,6 +123,7 @@ TRACED = (
   jax.errors.ConcretizationTypeError,
   jax.errors.TracerArrayConversionError,
   jax.errors.TracerIntegerConversionError,
+  jax.errors.UnexpectedTracerError,
 )
 
 
@@ -334,7 +335,7 @@ class Traced:
     except TypeError:
       # The function reads the value of an array that depends on no argument.
       # This mode computes such arrays at once, which takes longer.
-      with compile_time_eval():
+      with jax.ensure_compile_time_eval(), compile_time_eval():
         closed, out = trace(*shapes)
     self.closed: Any = closed
     """The program, a `jax.extend.core.ClosedJaxpr`."""

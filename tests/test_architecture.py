@@ -79,7 +79,7 @@ def test_no_other_top_level_names():
 FLOOR = {
   *('axis_names', 'checks', 'closures', 'containers', 'edge', 'names'),
   *('options', 'orthogonal', 'paths', 'precision', 'projection', 'sharding'),
-  'trial',
+  *('trial', 'unstack'),
 }
 CORE = {
   *('galore', 'stages', 'chain', 'plan', 'decay', 'moments', 'residual'),

@@ -46,6 +46,7 @@ from galore_optax.trial import (
   try_update,
   warn_untried,
 )
+from galore_optax.unstack import unstack
 
 # States of wrappers that read several leaves at once. Such a wrapper must go
 # around `quantize_state`, which would otherwise run it leaf by leaf.
@@ -416,7 +417,8 @@ def _leaf_by_leaf(
       m, _ = jax.lax.optimization_barrier((m, jax.lax.stop_gradient(last)))
     last = _update_leaf(step, g, m, w, in_loop=len(some) > 1)
     u, m, after = last
-    new |= zip(some, _unstacked((u, *m), len(some)), strict=True)
+    each = unstack((u, *m), len(some)) if len(some) > 1 else [(u, *m)]
+    new |= zip(some, each, strict=True)
   if not grads:
     return updates, outer.join_state(trees, after)
   columns = zip(*(new[i] for i in range(num_leaves)), strict=True)
@@ -464,13 +466,6 @@ def _stacked(trees: Sequence[Any]) -> Any:
   if len(trees) == 1:
     return trees[0]
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def _unstacked(tree: Any, num: int) -> list[Any]:
-  """Inverts `_stacked` for `num` trees."""
-  if num == 1:
-    return [tree]
-  return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(num)]
 
 
 def _update_leaf(

@@ -27,6 +27,7 @@ from galore_optax.checks import is_integer
 from galore_optax.precision import at_least_float32
 from galore_optax.projection import Basis, Projection, Whole
 from galore_optax.subspace.store import BasisStore, Stored, StoredSeed
+from galore_optax.unstack import unstack
 
 GOLDEN = 0.618033988749895
 """Multiples of this number, modulo one, are spread evenly over [0, 1)."""
@@ -231,7 +232,7 @@ def bases_of(
         continue
       seeds = [by_side(plans[i], stored[i])[number] for i, number in some]
       rows = store.rows(jnp.stack(seeds), rank, m, dtype)
-      found |= {place: rows[k] for k, place in enumerate(some)}
+      found |= zip(some, unstack(rows, len(some)), strict=True)
 
   def of_side(i: int, number: int) -> jax.Array:
     if (i, number) in found:
@@ -394,8 +395,7 @@ def _find_each(
     return find(jax.lax.switch(i, [lambda job=job: job for job in jobs]))
 
   stored, skips = jax.lax.map(find_number, jnp.arange(len(jobs)))
-  each = [jax.tree.map(lambda x, i=i: x[i], stored) for i in range(len(jobs))]
-  return each, jnp.sum(skips, dtype=jnp.int32)
+  return unstack(stored, len(jobs)), jnp.sum(skips, dtype=jnp.int32)
 
 
 def _find_one(

@@ -8,6 +8,7 @@ Axes: m projected side, n other side, r rank; leading axes are batch.
 """
 
 import dataclasses
+import functools
 from typing import (
   Any,
   Literal,
@@ -74,6 +75,12 @@ def by_coordinates(store: Any) -> bool:
   return getattr(store, 'by_coordinates', False)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _eye(r: int, m: int, dtype: Any) -> jax.Array:
+  """Returns `jnp.eye`, compiled as one program instead of five."""
+  return jnp.eye(r, m, dtype=dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredRows:
   """Stores the basis itself; the previous basis determines its signs."""
@@ -88,7 +95,7 @@ class StoredRows:
     """
     if by_coordinates(self):
       return jnp.arange(r, dtype=jnp.int32)
-    return jnp.eye(r, m, dtype=dtype)
+    return _eye(r, m, jnp.dtype(dtype))
 
   def find(
     self, g_mn: jax.Array, stored: Stored, key: jax.Array, first: Any
