@@ -281,7 +281,8 @@ class LowRank:
     except ValueError as error:
       raise ValueError(
         'the state belongs to parameters of another structure; restore the'
-        f' state of this model, or start with tx.init(params): {error}'
+        ' state of this model, or start with tx.init(params). A parameter that'
+        f' tx.init received needs a gradient, zero instead of None: {error}'
       ) from error
     dtypes = [x.dtype for x in leaves]
     refresh.check_stored(self.store, plans, stored, dtypes)

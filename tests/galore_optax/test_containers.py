@@ -399,3 +399,13 @@ def test_variables_keep_their_own_metadata():
   assert mu.get_metadata()['out_sharding'] == (None, ('y', 'x'))
   basis = state.basis['w'].get_metadata()['out_sharding']
   assert basis == (None, ('x', 'y'))
+
+
+def test_gradients_of_integers_may_be_floating():
+  params = {'w': jnp.asarray(normal32((8, 12))), 'step': jnp.int32(3)}
+  grads = {**params, 'step': jnp.float32(1)}
+  for make in TRANSFORMATIONS['galore_adamw'], TRANSFORMATIONS['apollo']:
+    tx = make()
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates['step'] == 0
+    assert optax.apply_updates(params, updates)['step'] == 3
