@@ -62,9 +62,10 @@ def is_box(x: Any) -> bool:
   """
   if isinstance(x, jax.Array | dict):
     return False
-  return isinstance(x, Variable | AxisMetadata | NamedArray) or (
-    isinstance(x, Mapping) and _is_keyless(x)
-  )
+  if isinstance(x, Variable | AxisMetadata | NamedArray):
+    # An object that JAX does not flatten is a leaf, whatever methods it has.
+    return not jax.tree_util.all_leaves([x])
+  return isinstance(x, Mapping) and _is_keyless(x)
 
 
 def _is_keyless(x: Mapping[Any, Any]) -> bool:

@@ -40,7 +40,8 @@ class Planner:
   made: dict[Any, list[Plan]] = dataclasses.field(
     default_factory=dict, compare=False, repr=False
   )
-  """Cache: the plans of each tree structure with its shapes."""
+  """Cache: the plans of each tree structure with its shapes and kinds of
+  dtypes."""
 
   def __post_init__(self) -> None:
     """Raises ValueError for an option that cannot fit any weight."""
@@ -64,7 +65,7 @@ class Planner:
         no leaf is selected.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    key = treedef, tuple(tuple(leaf.shape) for leaf in leaves)
+    key = treedef, tuple((tuple(x.shape), _is_real(x)) for x in leaves)
     if key not in self.made:
       self.made[key] = self._plan(tree, leaves)
     return self.made[key]
@@ -92,7 +93,7 @@ class Planner:
     real floating, cannot be projected.
     """
     shape = tuple(x.shape)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not _is_real(x):
       return Whole(path, shape, f'not floating: {x.dtype}')
     if 0 in shape:
       return Whole(path, shape, 'empty')
@@ -196,6 +197,11 @@ class Planner:
       ' sides larger than rank, embeddings, heads, norms and biases excepted.'
       f' Lower rank or name targets, {remedy}. {shapes}'
     )
+
+
+def _is_real(x: Any) -> bool:
+  """Whether an array is real floating, as a projected one must be."""
+  return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _checked_rank(rank: Any) -> int | float:

@@ -409,3 +409,15 @@ def test_gradients_of_integers_may_be_floating():
     updates, _ = tx.update(grads, tx.init(params), params)
     assert updates['step'] == 0
     assert optax.apply_updates(params, updates)['step'] == 3
+
+
+def test_a_box_that_jax_does_not_flatten_is_named():
+  class Box:
+    def unbox(self):
+      return 1.0
+
+    def replace_boxed(self, val):
+      return val
+
+  with pytest.raises(TypeError, match='got leaves of type Box'):
+    TRANSFORMATIONS['galore_adamw']().init({'w': Box()})
