@@ -62,9 +62,10 @@ def is_box(x: Any) -> bool:
   """
   if isinstance(x, jax.Array | dict):
     return False
-  return isinstance(x, Variable | AxisMetadata | NamedArray) or (
-    isinstance(x, Mapping) and _is_keyless(x)
-  )
+  if isinstance(x, Variable | AxisMetadata | NamedArray):
+    # An object that JAX does not flatten is a leaf, whatever methods it has.
+    return not jax.tree_util.all_leaves([x])
+  return isinstance(x, Mapping) and _is_keyless(x)
 
 
 def _is_keyless(x: Mapping[Any, Any]) -> bool:
@@ -144,15 +145,15 @@ def closed(plain: Any, like: Any) -> Any:
     like: the gradients, in their containers.
 
   Returns:
-    A tree with the structure of `like`. A leaf that is not trained has an
-    update of zero; if it is not an array, it is returned unchanged.
+    A tree with the structure of `like`. A leaf without a result has an update
+    of zero; if it is not an array, it is returned unchanged.
 
   >>> closed({'w': 2.0, 'step': None}, {'w': 1.0, 'step': jnp.int32(3)})
   {'step': Array(0, dtype=int32), 'w': 2.0}
   """
 
   def of_leaf(x: Any, result: Any) -> Any:
-    return result if is_trained(x) else _no_update(x)
+    return _no_update(x) if result is None else result
 
   return _map_boxes(of_leaf, like, plain)
 
@@ -198,6 +199,31 @@ def like_gradients(params: Any, grads: Any) -> Any:
     return None
   return jax.tree.map(
     lambda g, w: None if g is None else w, grads, params, is_leaf=_is_none
+  )
+
+
+def trained_together(grads: Any, params: Any) -> tuple[Any, Any]:
+  """Returns gradients and parameters at the places where there are both.
+
+  Programs often pass the whole model as parameters, but take gradients of a
+  part of it only. Others have gradients of integers, which are not trained.
+
+  Args:
+    grads: an opened tree.
+    params: an opened tree, or None.
+
+  >>> trained_together({'w': 3.0, 'frozen': None}, {'w': 1.0, 'frozen': 2.0})
+  ({'frozen': None, 'w': 3.0}, {'frozen': None, 'w': 1.0})
+  >>> trained_together({'w': 3.0, 'step': 0.0}, {'w': 1.0, 'step': None})
+  ({'step': None, 'w': 3.0}, {'step': None, 'w': 1.0})
+  """
+  if params is None:
+    return grads, None
+  return (
+    jax.tree.map(
+      lambda g, w: None if w is None else g, grads, params, is_leaf=_is_none
+    ),
+    like_gradients(params, grads),
   )
 
 

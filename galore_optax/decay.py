@@ -318,6 +318,9 @@ def _by_path(tree: Any) -> list[tuple[str, Any]]:
 
 def _is_read(update: Traced, some: set[str]) -> bool:
   """Whether updates or other state depend on the state at the paths `some`."""
+  if update.closed is None:
+    # Nothing is known about an inner that reads values in Python.
+    return True
   grads, state, weights = update.args
   updates, new = update.result
   chosen = [path in some for path, _ in _by_path(state)]

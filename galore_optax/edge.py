@@ -44,7 +44,8 @@ def at_update(update: Callable[..., Any]) -> Callable[..., Any]:
   """Returns an `update` that accepts trees in any containers.
 
   The updates have the containers of the gradients, and the next state has those
-  of the state. Parameters without a gradient are ignored.
+  of the state. Parameters without a gradient are ignored, and so are gradients
+  of parameters that are not trained.
 
   Args:
     update: `(updates, state, params, **extra_args) -> (updates, state)` of
@@ -55,8 +56,9 @@ def at_update(update: Callable[..., Any]) -> Callable[..., Any]:
   def update_fn(
     updates: Any, state: Any, params: Any = None, **extra_args: Any
   ) -> tuple[Any, Any]:
-    grads = containers.opened(updates)
-    weights = containers.like_gradients(containers.opened(params), grads)
+    grads, weights = containers.trained_together(
+      containers.opened(updates), containers.opened(params)
+    )
     plain = containers.unboxed(state)
     new, after = update(grads, plain, weights, **extra_args)
     new = containers.closed(new, updates)

@@ -275,13 +275,20 @@ class LowRank:
 
     Only structures and shapes are compared, so a compiled step does not pay.
     """
+    if not isinstance(state, GaloreState):
+      raise ValueError(
+        'the state must be a GaloreState, got a'
+        f' {type(state).__name__}; start with tx.init(params), also if another'
+        ' optimizer trained these weights before'
+      )
     leaves, treedef = jax.tree.flatten(like)
     try:
       stored = treedef.flatten_up_to(state.basis)
     except ValueError as error:
       raise ValueError(
         'the state belongs to parameters of another structure; restore the'
-        f' state of this model, or start with tx.init(params): {error}'
+        ' state of this model, or start with tx.init(params). A parameter that'
+        f' tx.init received needs a gradient, zero instead of None: {error}'
       ) from error
     dtypes = [x.dtype for x in leaves]
     refresh.check_stored(self.store, plans, stored, dtypes)

@@ -40,7 +40,8 @@ class Planner:
   made: dict[Any, list[Plan]] = dataclasses.field(
     default_factory=dict, compare=False, repr=False
   )
-  """Cache: the plans of each tree structure with its shapes."""
+  """Cache: the plans of each tree structure with its shapes and kinds of
+  dtypes."""
 
   def __post_init__(self) -> None:
     """Raises ValueError for an option that cannot fit any weight."""
@@ -64,7 +65,7 @@ class Planner:
         no leaf is selected.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    key = treedef, tuple(tuple(leaf.shape) for leaf in leaves)
+    key = treedef, tuple((tuple(x.shape), _is_real(x)) for x in leaves)
     if key not in self.made:
       self.made[key] = self._plan(tree, leaves)
     return self.made[key]
@@ -92,7 +93,7 @@ class Planner:
     real floating, cannot be projected.
     """
     shape = tuple(x.shape)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not _is_real(x):
       return Whole(path, shape, f'not floating: {x.dtype}')
     if 0 in shape:
       return Whole(path, shape, 'empty')
@@ -184,6 +185,16 @@ class Planner:
       return ''
     return f'; {p.num_matrices:,} matrices of {matrix}, see axes='
 
+  def _usable(self, plans: list[Plan]) -> str:
+    """Returns a sentence with the largest rank that projects some leaf."""
+    sizes = [
+      min(p.shape[-2:] if self.by_coordinates else p.matrix_shape[-2:])
+      for p in plans
+      if isinstance(p, Projection) and paths.is_matrix(p.path)
+    ]
+    largest = max(sizes, default=1) - 1
+    return f'The largest rank that fits is {largest}. ' if largest else ''
+
   def _nothing_selected(self, plans: list[Plan]) -> str:
     """Returns the message for a tree in which no leaf is selected."""
     shapes = ', '.join(f'{p.path} {p.shape}' for p in plans)
@@ -194,8 +205,13 @@ class Planner:
     return (
       f'rank {self.rank} projects no parameter: by default those with both'
       ' sides larger than rank, embeddings, heads, norms and biases excepted.'
-      f' Lower rank or name targets, {remedy}. {shapes}'
+      f' {self._usable(plans)}Name targets, {remedy}. {shapes}'
     )
+
+
+def _is_real(x: Any) -> bool:
+  """Whether an array is real floating, as a projected one must be."""
+  return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _checked_rank(rank: Any) -> int | float:

@@ -279,7 +279,8 @@ def placed(init: Callable[..., Any]) -> Callable[..., Any]:
   """Returns an `init` whose state has the shardings of `state_shardings`.
 
   It applies them if the shardings of the parameters are known: for concrete
-  arrays, and for tracers under explicit mesh axes.
+  arrays, and for tracers under explicit mesh axes. Beside parameters on a mesh
+  those on no device in particular, such as NumPy arrays, are replicated.
 
   Args:
     init: a function of opened parameters.
@@ -295,14 +296,18 @@ def placed(init: Callable[..., Any]) -> Callable[..., Any]:
         typed = jax.typeof(x) if explicit else x
         return getattr(typed, 'sharding', None)
 
-      leaves = jax.tree.leaves(params)
-      known = [isinstance(x, jax.Array) and _is_named(place(x)) for x in leaves]
-      if not leaves or not all(known):
+      leaves, treedef = jax.tree.flatten(params)
+      known = [place(x) for x in leaves]
+      meshes = [one.mesh for one in known if _is_named(one)]
+      if not meshes or not all(map(_is_placed, leaves, known)):
         return init(params)
+      # JAX replicates arrays that are on no device in particular.
+      rest = NamedSharding(meshes[0], PartitionSpec())
+      known = [one if _is_named(one) else rest for one in known]
       # The structure of a state may depend on hyperparameters, so `init` must
       # not receive them as tracers.
       f = closures.with_arrays(init, _without_mesh) if explicit else init
-      places = _shardings(f, params, jax.tree.map(place, params))
+      places = _shardings(f, params, treedef.unflatten(known))
       if not explicit:
         return jax.jit(f, out_shardings=places)(params)
       specs = jax.tree.map(lambda x: x.spec, places)
@@ -310,6 +315,15 @@ def placed(init: Callable[..., Any]) -> Callable[..., Any]:
       return jax.jit(run)(params)
 
   return init_fn
+
+
+def _is_placed(x: Any, place: Any) -> bool:
+  """Whether the place of a parameter beside parameters on a mesh is known."""
+  if _is_named(place):
+    return isinstance(x, jax.Array)
+  return not isinstance(x, Tracer | jax.ShapeDtypeStruct) and not getattr(
+    x, 'committed', False
+  )
 
 
 def on_any_mesh(

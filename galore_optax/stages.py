@@ -190,7 +190,8 @@ class Stage(optax.GradientTransformationExtraArgs):
 
 def _raise_no_inner(*_: Any, **__: Any) -> Any:
   raise TypeError(
-    'galore(...) has no inner transformation. Write'
+    'galore(...) has no inner transformation: it comes before the optimizer in'
+    ' a chain. Write'
     ' optax.chain(galore(rank=512), optax.adamw(lr)), with optax.chain looked'
     ' up after `import galore_optax` (or galore_optax.chain), or'
     ' galore(optax.adamw(lr), rank=512). Only the second one works inside'

@@ -8,6 +8,7 @@ trial traces the inner with the whole tree, and compiles each operation that is
 applied to equal values only once; see `Traced`.
 """
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -249,14 +250,21 @@ class RunOnce:
       results, forms[form] = Shared.of(f(*form.rebuild(values)))
       return results
 
+    self._f = f
     self._forms = forms
-    self._run = jax.jit(of_values, static_argnums=0)
+    self._run: Any = jax.jit(of_values, static_argnums=0)
 
   def __call__(self, *args: Any) -> Any:
     """Returns the result of the function."""
     values, form = Shared.of(args)
-    results = self._run(form, values)
-    return self._forms[form].rebuild(results)
+    if self._run is not None:
+      try:
+        results = self._run(form, values)
+        return self._forms[form].rebuild(results)
+      except TRACED:
+        # The function reads values in Python, which a compiled one cannot.
+        self._run = None
+    return map_once(jnp.asarray, self._f(*args))
 
 
 def kinds(tree: Any) -> Hashable:
@@ -301,6 +309,10 @@ def _abstract(x: Any) -> Any:
   return x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
 
 
+UNKNOWN = object()
+"""The result of a function that was not traced."""
+
+
 class Traced:
   """A traced function, in which repeated operations are computed only once.
 
@@ -309,6 +321,9 @@ class Traced:
   of the arguments are the same operand if they are one object. Equal operations
   compute equal values, so this does not depend on what the function is: a
   function that treats one path in another way applies other operations to it.
+
+  A function that reads values in Python cannot be traced. It is then called
+  with the arguments of each call.
 
   Example:
     >>> x, y = jnp.zeros(2), jnp.ones(2)
@@ -327,23 +342,30 @@ class Traced:
     """
     self.args = args
     """The arguments of the trace."""
+    self.closed: Any = None
+    """The program, a `jax.extend.core.ClosedJaxpr`; None if it is not known."""
+    self.result: Any = UNKNOWN
+    """The result, with shapes instead of arrays; `UNKNOWN` if it is not
+    known."""
+    self._f = f
+    if any(x is UNKNOWN for x in args):
+      return
     shapes = jax.tree.map(_abstract, args)
     trace = jax.make_jaxpr(f, return_shape=True)
-    try:
-      with without_abstract_mesh():
-        closed, out = trace(*shapes)
-    except TypeError:
-      # The function reads the value of an array that depends on no argument.
-      # This mode computes such arrays at once, which takes longer.
-      with jax.ensure_compile_time_eval(), compile_time_eval():
-        closed, out = trace(*shapes)
-    self.closed: Any = closed
-    """The program, a `jax.extend.core.ClosedJaxpr`."""
-    self.result = out
-    """The result, with shapes instead of arrays."""
+    with contextlib.suppress(*TRACED):
+      try:
+        with without_abstract_mesh():
+          self.closed, self.result = trace(*shapes)
+      except TypeError:
+        # The function reads the value of an array that depends on no argument.
+        # This mode computes such arrays at once, which takes longer.
+        with jax.ensure_compile_time_eval(), compile_time_eval():
+          self.closed, self.result = trace(*shapes)
 
   def __call__(self, *args: Any) -> Any:
     """Returns the result for arguments of the same structure and shapes."""
+    if self.closed is None:
+      return self._f(*args)
     values = _interpret(self.closed, jax.tree.leaves(args), {})
     return jax.tree.structure(self.result).unflatten(values)
 
@@ -353,6 +375,8 @@ class Traced:
     >>> Traced(lambda x: [jnp.zeros_like(x), 2 * x], jnp.ones(2)).fills()
     [0.0, None]
     """
+    if self.closed is None:
+      return [None] * len(jax.tree.leaves(jax.eval_shape(self._f, *self.args)))
     return _fills(self.closed.jaxpr)
 
 
@@ -366,7 +390,8 @@ def _fills(jaxpr: Any) -> list[float | None]:
   def read(atom: Any) -> float | None:
     if not isinstance(atom, jex.Literal):
       return found.get(atom)
-    return float(atom.val) if np.ndim(atom.val) == 0 else None
+    is_number = np.ndim(atom.val) == 0 and not np.iscomplexobj(atom.val)
+    return float(atom.val) if is_number else None
 
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name

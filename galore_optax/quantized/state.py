@@ -39,6 +39,7 @@ from galore_optax.quantized.codes import Code
 from galore_optax.sharding import alike, compile_time_eval, on_any_mesh
 from galore_optax.trial import (
   TRACED,
+  UNKNOWN,
   NeedsFunctionError,
   RunOnce,
   Traced,
@@ -255,14 +256,12 @@ def _probe_leaves(
     state = init.result
     for _ in range(2):
       # The second update is the same program, unless the first one changes the
-      # dtype of a moment.
-      if not updates or _types(state) != _types(updates[-1].args[1]):
-        updates.append(
-          Traced(functools.partial(try_update, inner), ones, state, ones)
-        )
-      else:
-        updates.append(updates[-1])
-      state = updates[-1].result[1]
+      # dtype of a moment, or is not traced.
+      update = updates[-1] if updates else None
+      if update is None or not _is_for(update, state):
+        update = Traced(functools.partial(try_update, inner), ones, state, ones)
+      updates.append(update)
+      state = UNKNOWN if update.closed is None else update.result[1]
   except TypeError:
     # The inner cannot be tried. `_check_elementwise` warns about that.
     updates = []
@@ -281,6 +280,13 @@ def _probe_leaves(
   with compile_time_eval():
     rows = RunOnce(probe)(ones, twos)
     return [Probe(*map(_may_hold, row)) for row in rows]
+
+
+def _is_for(update: Traced, state: Any) -> bool:
+  """Whether an update was traced for a state of these shapes and dtypes."""
+  if update.closed is None:
+    return False
+  return _types(state) == _types(update.args[1])
 
 
 def _types(tree: Any) -> list[Any]:

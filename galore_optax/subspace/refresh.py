@@ -173,6 +173,12 @@ def check_stored(
   """
   known: dict[Any, Any] = {}
   for p, one, dtype in zip(plans, stored, dtypes, strict=True):
+    if one is None:
+      raise ValueError(
+        f'there is a gradient for {p.path}, but tx.init received no floating'
+        ' array there: pass params to tx.update, or start with tx.init(params)'
+        ' of the parameters that have gradients'
+      )
     kind = p.rank, p.sides, getattr(p, 'matrix_shape', None), dtype
     if kind not in known:
       first = functools.partial(first_stored, store, p, dtype)

@@ -399,3 +399,25 @@ def test_variables_keep_their_own_metadata():
   assert mu.get_metadata()['out_sharding'] == (None, ('y', 'x'))
   basis = state.basis['w'].get_metadata()['out_sharding']
   assert basis == (None, ('x', 'y'))
+
+
+def test_gradients_of_integers_may_be_floating():
+  params = {'w': jnp.asarray(normal32((8, 12))), 'step': jnp.int32(3)}
+  grads = {**params, 'step': jnp.float32(1)}
+  for make in TRANSFORMATIONS['galore_adamw'], TRANSFORMATIONS['apollo']:
+    tx = make()
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates['step'] == 0
+    assert optax.apply_updates(params, updates)['step'] == 3
+
+
+def test_a_box_that_jax_does_not_flatten_is_named():
+  class Box:
+    def unbox(self):
+      return 1.0
+
+    def replace_boxed(self, val):
+      return val
+
+  with pytest.raises(TypeError, match='got leaves of type Box'):
+    TRANSFORMATIONS['galore_adamw']().init({'w': Box()})

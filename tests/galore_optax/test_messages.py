@@ -1,5 +1,6 @@
 """Error messages name the cause that the caller can change."""
 
+import chex
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -175,3 +176,79 @@ def test_apollo_has_no_infinity_in_its_state():
     state = tx.init(w)
     _, state = jax.jit(tx.update)(w, state, w)
   assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state))
+
+
+def reads_in_python(f):
+  """Multiplies updates by a number that Python reads: f(updates, params)."""
+
+  def update(updates, state, params=None):
+    factor = float(f(updates, params))
+    new = jax.tree.map(lambda u: factor * u, updates)
+    return new, {'is_first': False}
+
+  return optax.GradientTransformation(lambda _: {'is_first': True}, update)
+
+
+def clip_in_python():
+  return reads_in_python(lambda g, _: 1 / max(1.0, optax.tree.norm(g)))
+
+
+def norm_after_first():
+  """Reads a Python bool of its state, and scales by the norm of a weight."""
+
+  def update(updates, state, params=None):
+    if state['is_first']:
+      updates = jax.tree.map(
+        lambda u, w: u * jnp.linalg.norm(w), updates, params
+      )
+    return updates, {'is_first': False}
+
+  return optax.GradientTransformation(lambda _: {'is_first': True}, update)
+
+
+@pytest.mark.parametrize(
+  'inner',
+  [
+    norm_after_first(),
+    optax.chain(clip_in_python(), optax.scale_by_trust_ratio()),
+  ],
+)
+def test_an_inner_that_python_reads_is_checked(inner):
+  with pytest.raises(ValueError, match='reads params for more than'):
+    galore(inner, rank=3).init(tree())
+  with pytest.raises(ValueError, match='has no forward derivative'):
+    weight = reads_in_python(lambda _, w: optax.tree.norm(w))
+    galore(weight, rank=3).init(tree())
+
+
+def test_an_inner_that_python_reads_may_decay_weights():
+  tx = galore(optax.chain(clip_in_python(), optax.adamw(0.1)), rank=3)
+  same = optax.chain(clip_in_python(), galore(optax.adamw(0.1), rank=3))
+  params = tree()
+  found, want = (
+    one.update(params, one.init(params), params)[0] for one in (tx, same)
+  )
+  # Adam's first update does not depend on the norm of the gradient.
+  chex.assert_trees_all_close(found, want, rtol=1e-4)
+
+
+def test_an_inner_that_python_reads_has_no_learning_rate_of_its_own():
+  inner = optax.chain(clip_in_python(), optax.sgd(0.1))
+  tx = galore_optax.frugal(0.1, density=0.5, inner=inner)
+  with pytest.raises(ValueError, match='has a learning rate of its own'):
+    tx.init(tree())
+
+
+def test_a_gradient_without_a_parameter_is_named():
+  tx = galore(optax.sgd(0.1), rank=3)
+  state = tx.init({**tree(), 'step': jnp.int32(1)})
+  grads = {**tree(), 'step': jnp.float32(0)}
+  with pytest.raises(ValueError, match='gradient for step, but tx'):
+    tx.update(grads, state)
+
+
+def test_a_parameter_without_a_gradient_has_a_remedy():
+  tx = galore(optax.sgd(0.1), rank=3)
+  state = tx.init(tree())
+  with pytest.raises(ValueError, match='needs a gradient, zero instead of'):
+    tx.update({**tree(), 'b': None}, state)

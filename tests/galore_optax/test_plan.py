@@ -13,6 +13,7 @@ from flax import nnx
 import galore_optax
 from galore_optax import Elsewhere, Optional, containers, galore
 from galore_optax import paths as selection
+from galore_optax.projection import Projection, Whole
 
 W = jnp.zeros((9, 13))
 
@@ -439,3 +440,12 @@ def test_both_is_another_name_of_full():
     galore(optax.sgd(1.0), rank=2, side=x) for x in ('both', 'full')
   )
   assert both.plan(params) == full.plan(params)
+
+
+def test_plans_of_a_complex_tree_are_not_those_of_a_real_one():
+  plan = galore(optax.sgd(0.1), rank=2).plan
+  params = {'w': jnp.ones((4, 6)), 'v': jnp.ones((4, 6))}
+  assert all(isinstance(p, Projection) for p in plan(params))
+  params['v'] = params['v'].astype(jnp.complex64)
+  whole, projected = plan(params)
+  assert isinstance(projected, Projection) and isinstance(whole, Whole)

@@ -346,3 +346,15 @@ def test_eight_cpu_devices_refresh_with_one_thread_of_lapack_each():
   root = pathlib.Path(__file__).parent.parent.parent
   command = [sys.executable, '-c', MANY]
   subprocess.run(command, check=True, cwd=root, env=env, timeout=90)
+
+
+@pytest.mark.parametrize('bias', [np.ones(16), jnp.ones(16), 1.0])
+def test_an_array_on_no_mesh_does_not_unshard_the_state_of_others(bias):
+  mesh = mesh_of(8, kind=AxisType.Auto)
+  params = put(weights(shapes={'w': (24, 40)}), mesh) | {'bias': bias}
+  state = go.galore(optax.adam(0.1), **LOW).init(params)
+  fsdp = PartitionSpec(None, 'fsdp')
+  assert state.basis['w'].sharding.spec == fsdp
+  assert state.inner[0].mu['w'].sharding.spec == fsdp
+  assert state.inner[0].mu['bias'].sharding.is_fully_replicated
+  assert len(state.count.sharding.device_set) == 8

@@ -373,3 +373,10 @@ def test_the_slope_of_decay_is_finite_at_a_zero_gradient():
   for name, weight in w.items():
     # The numbers are powers of two, so that the result is exact.
     np.testing.assert_array_equal(updates[name], -0.25 * weight)
+
+
+def test_complex_moments_stay_complex():
+  params = {'w': jnp.ones((8, 12)), 'c': jnp.ones((8, 12), jnp.complex64)}
+  state = quantize_state(optax.adam(0.1), min_size=1).init(params)
+  assert state[0].mu['c'].dtype == jnp.complex64
+  assert is_quantized(state[0].mu['w'])
