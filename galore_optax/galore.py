@@ -300,6 +300,7 @@ class LowRank:
     """Refreshes, projects, runs the inner optimizer and projects back."""
     plans = self.planner(grads)
     self._check_state(plans, grads, state)
+    _check_params(plans, params)
     state = self._refresh(plans, grads, state, layer)
     bases = self._bases(plans, grads, state)
     low = self._project(plans, grads, bases)
@@ -563,6 +564,7 @@ class LowRank:
     like = params if grads is None else grads
     plans = self.planner(like)
     self._check_state(plans, like, state)
+    _check_params(plans, params)
 
     def apply(
       low: Any,
@@ -577,6 +579,18 @@ class LowRank:
 
     run = sharding.on_any_mesh(apply, like=lambda: (like, state))
     return run(low, state, params, like, layer, extra_args)
+
+
+def _check_params(plans: Sequence[Plan], params: Any) -> None:
+  """Raises ValueError unless weights have the shapes of their gradients."""
+  if params is None:
+    return
+  for p, w in zip(plans, jax.tree.leaves(params), strict=True):
+    if tuple(w.shape) != p.shape:
+      raise ValueError(
+        f'a gradient must have the shape of its weight, got {p.shape} for'
+        f' {p.path} of shape {tuple(w.shape)}'
+      )
 
 
 def _rotate(

@@ -185,15 +185,15 @@ class Planner:
       return ''
     return f'; {p.num_matrices:,} matrices of {matrix}, see axes='
 
-  def _usable(self, plans: list[Plan]) -> str:
-    """Returns a sentence with the largest rank that projects some leaf."""
+  def _at_most(self, plans: list[Plan]) -> str:
+    """Returns words for the largest rank that projects some leaf, if any."""
     sizes = [
       min(p.shape[-2:] if self.by_coordinates else p.matrix_shape[-2:])
       for p in plans
       if isinstance(p, Projection) and paths.is_matrix(p.path)
     ]
     largest = max(sizes, default=1) - 1
-    return f'The largest rank that fits is {largest}. ' if largest else ''
+    return f' to at most {largest}' if largest else ''
 
   def _nothing_selected(self, plans: list[Plan]) -> str:
     """Returns the message for a tree in which no leaf is selected."""
@@ -205,7 +205,7 @@ class Planner:
     return (
       f'rank {self.rank} projects no parameter: by default those with both'
       ' sides larger than rank, embeddings, heads, norms and biases excepted.'
-      f' {self._usable(plans)}Name targets, {remedy}. {shapes}'
+      f' Lower rank{self._at_most(plans)} or name targets, {remedy}. {shapes}'
     )
 
 

@@ -1,16 +1,17 @@
 """Measures `init` and compilation for a model of 224 separate matrices.
 
-`python -m tests.bench.many_matrices` prints the table: for each preset the CPU
-seconds of `init`, `jax.eval_shape(init)`, `describe` and `state_shardings`, and
-of tracing and compiling an update. The model has the matrices of a 7B model
-with unstacked layers: 32 layers of four [d, d], two [d, f] and one [f, d]. The
-sizes are smaller, because only the number of matrices matters. CPU seconds of
-the process are printed, and not the time, so that other programs disturb less.
-Caches are cleared before each measurement. `optax.adamw` and
-`optax.contrib.muon` are measured in the same run.
+`python -m tests.bench.many_matrices` writes results/matrices.md: for each
+preset the seconds of `init`, `jax.eval_shape(init)`, `describe` and
+`state_shardings`, and of tracing and compiling an update. The model has the
+matrices of a 7B model with unstacked layers: 32 layers of four [d, d], two [d,
+f] and one [f, d]. The sizes are smaller, because only the number of matrices
+matters. The caches of JAX are cleared before each measurement. `optax.adamw`
+and `optax.contrib.muon` are measured in the same run.
 """
 
 import argparse
+import datetime
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,13 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import rich.table
 from jax.sharding import NamedSharding, PartitionSpec
-from rich.console import Console
 
 import galore_optax
 from galore_optax import galore
 
+RESULTS = pathlib.Path(__file__).parent / 'results'
 NUM_LAYERS, D, F, RANK = 32, 128, 344, 32
 RATE = 1e-3
 OPTIONS: dict[str, Any] = {'rank': RANK, 'subspace': 'power'}
@@ -63,15 +63,15 @@ def model() -> dict[str, Any]:
 
 
 def seconds(f: Callable[[], Any]) -> float:
-  """Returns the CPU seconds of a call, with empty caches of JAX."""
+  """Returns the seconds of a call, with empty caches of JAX."""
   jax.clear_caches()
-  start = time.process_time()
-  f()
-  return time.process_time() - start
+  start = time.perf_counter()
+  jax.block_until_ready(f())
+  return time.perf_counter() - start
 
 
 def measure(make: Callable[[], Any], params: Any) -> list[float]:
-  """Returns the CPU seconds of each column; each has its own transformation."""
+  """Returns the seconds of each column; each has its own transformation."""
   mesh = jax.make_mesh((1,), ('x',))
   replicated = NamedSharding(mesh, PartitionSpec())
   shardings = jax.tree.map(lambda _: replicated, params)
@@ -89,19 +89,43 @@ def measure(make: Callable[[], Any], params: Any) -> list[float]:
   ]
 
 
+COLUMNS = ('init', 'eval_shape', 'describe', 'state_shardings', 'compile')
+
+PAGE = """# Many separate matrices
+
+Seconds of `init`, of `jax.eval_shape(init)`, `describe` and `state_shardings`,
+and of tracing and compiling an update, for {count} matrices of 4 kinds (d {d},
+f {f}, rank {rank}). Bases are found with 'power'. The caches of JAX are empty
+before each call. The command is `.venv/bin/python -m tests.bench.many_matrices`
+({date}, 2 cores, one run).
+
+{table}
+"""
+
+
 def main() -> None:
-  """Measures the transformations and prints the table."""
+  """Measures the transformations and writes the page."""
   parser = argparse.ArgumentParser(description='Measures init and compilation.')
   parser.add_argument('names', nargs='*', default=list(TRANSFORMATIONS))
-  table = rich.table.Table(
-    'CPU seconds', 'init', 'eval_shape', 'describe', 'shardings', 'compile'
-  )
+  parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
+  args = parser.parse_args()
   params = model()
-  for name in parser.parse_args().names:
+  # The first call of a process loads libraries.
+  measure(TRANSFORMATIONS['optax.adamw'], params)
+  rows = [('transformation', *COLUMNS), ('---',) * (len(COLUMNS) + 1)]
+  for name in args.names:
     values = measure(TRANSFORMATIONS[name], params)
-    print(name, *(f'{x:.2f}' for x in values), flush=True)
-    table.add_row(name, *(f'{x:.2f}' for x in values))
-  Console().print(table)
+    rows.append((f'`{name}`', *(f'{x:.2f}' for x in values)))
+    print(*rows[-1], flush=True)
+  page = PAGE.format(
+    count=7 * NUM_LAYERS,
+    d=D,
+    f=F,
+    rank=RANK,
+    date=f'{datetime.date.today():%-d %B %Y}',
+    table='\n'.join(f'| {" | ".join(row)} |' for row in rows),
+  )
+  (args.results / 'matrices.md').write_text(page)
 
 
 if __name__ == '__main__':

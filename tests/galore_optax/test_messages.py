@@ -252,3 +252,17 @@ def test_a_parameter_without_a_gradient_has_a_remedy():
   state = tx.init(tree())
   with pytest.raises(ValueError, match='needs a gradient, zero instead of'):
     tx.update({**tree(), 'b': None}, state)
+
+
+def test_the_state_of_another_optimizer_is_named():
+  tx, w = galore(optax.adam(0.1), rank=4), {'w': jnp.ones((9, 13))}
+  state = optax.adam(0.1).init(w)
+  with pytest.raises(ValueError, match='must be a GaloreState, got a tuple'):
+    tx.update(w, state, w)
+
+
+def test_a_gradient_of_another_shape_is_named():
+  tx, w = galore(optax.adam(0.1), rank=4), {'w': jnp.ones((9, 13))}
+  g = {'w': jnp.ones((13, 9))}
+  with pytest.raises(ValueError, match=r'got \(13, 9\) for w of shape'):
+    tx.update(g, tx.init(g), w)

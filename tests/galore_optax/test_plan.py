@@ -128,7 +128,7 @@ def test_rank_512_on_a_model_of_width_512_raises():
   params = {'q': jax.ShapeDtypeStruct((2, 512, 512), jnp.float32)}
   message = failure(params, rank=512)
   assert 'rank 512 projects no parameter' in message
-  assert 'Lower rank or name targets' in message
+  assert 'Lower rank to at most 511 or name targets' in message
   assert 'q (2, 512, 512)' in message
 
 
