@@ -277,9 +277,15 @@ def _probe_leaves(
     columns = map(jax.tree.leaves, (first, init(twos), last))
     return map_once(_measured, *columns)
 
-  with compile_time_eval():
-    rows = RunOnce(probe)(ones, twos)
-    return [Probe(*map(_may_hold, row)) for row in rows]
+  try:
+    with compile_time_eval():
+      rows = RunOnce(probe)(ones, twos)
+  except jax.errors.UnexpectedTracerError:
+    # A hyperparameter is a tracer. In this mode, values that depend on it are
+    # tracers too, and all others are computed.
+    with jax.ensure_compile_time_eval():
+      rows = RunOnce(probe)(ones, twos)
+  return [Probe(*map(_may_hold, row)) for row in rows]
 
 
 def _is_for(update: Traced, state: Any) -> bool:
