@@ -144,11 +144,21 @@ def quantize_state(
       probed[kinds] = _probe_leaves(inner, params)
     probes = probed[kinds]
     shapes = jax.tree.map(_wide_shape, params)
-    fills = Traced(inner.init, shapes).fills()
+    traced = Traced(inner.init, shapes)
+    fills = traced.fills()
+
+    def quantized(state: Any) -> Any:
+      return _quantized_init(state, params, probes, fills, block_size, min_size)
 
     def init(params: Any) -> Any:
-      return _quantized_init(inner, params, probes, fills, block_size, min_size)
+      state = inner.init(tree_at_least_float32(params))
+      return quantized(jax.tree.map(jnp.asarray, state))
 
+    if None not in fills and not any(
+      map(_is_weak, jax.tree.leaves(traced.result))
+    ):
+      # The whole state is constant, so nothing has to be compiled.
+      return quantized(traced.result)
     leaves = jax.tree.leaves(params)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
       return jax.jit(lambda: init(jax.tree.map(_zeros, params)))()
@@ -178,6 +188,11 @@ def quantize_state(
     return run(updates, state, params, extra_args)
 
   return edge.at_edge(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+
+
+def _is_weak(x: Any) -> bool:
+  """Whether the type of an array is weak, as that of a Python number."""
+  return getattr(x, 'weak_type', False)
 
 
 def _wide_shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -318,7 +333,7 @@ def _may_hold(condition: Any) -> bool:
 
 
 def _quantized_init(
-  inner: optax.GradientTransformation,
+  state: Any,
   params: Any,
   probes: list[Probe],
   fills: list[float | None],
@@ -328,15 +343,14 @@ def _quantized_init(
   """Returns the inner's initial state with quantized moments.
 
   Args:
-    inner: the inner optimizer.
-    params: its parameters.
+    state: the initial state; its shapes are enough if all leaves have a fill.
+    params: parameters of the inner.
     probes: one for each leaf of the state.
     fills: for each leaf of the state, the number that fills it, if there is
       one.
     block_size: as in `quantize_state`.
     min_size: as in `quantize_state`.
   """
-  state = jax.tree.map(jnp.asarray, inner.init(tree_at_least_float32(params)))
   pairs = jax.tree_util.tree_leaves_with_path(params)
   like = {path: jnp.shape(x) for path, x in pairs}
 
@@ -344,6 +358,8 @@ def _quantized_init(
     same = any(like.get(path[i:]) == x.shape for i in range(len(path) + 1))
     is_float = jnp.issubdtype(x.dtype, jnp.floating) and x.ndim
     if not (same and probe.is_fixed and is_float and x.size >= min_size):
+      if fill is not None and isinstance(x, jax.ShapeDtypeStruct):
+        return jnp.full(x.shape, fill, x.dtype)
       return x
     squares = SQUARES & {getattr(key, 'name', None) for key in path}
     code: Code = 'unsigned' if squares and not probe.is_signed else 'signed'
