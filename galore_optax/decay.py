@@ -21,6 +21,7 @@ from galore_optax.precision import allclose
 from galore_optax.projection import Projection, Whole, map_plans
 from galore_optax.sharding import compile_time_eval
 from galore_optax.trial import (
+  HasTracersError,
   NeedsFunctionError,
   RunOnce,
   Shared,
@@ -213,6 +214,8 @@ class _Trial:
     self.update = Traced(
       functools.partial(try_update, inner), weights, state, weights
     )
+    if self.init.reads_tracers or self.update.reads_tracers:
+      raise HasTracersError('the inner has a traced hyperparameter')
     self.run = RunOnce(self._run)
 
   def __call__(self, grads: Any, count: int) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from galore_optax.sharding import compile_time_eval, without_abstract_mesh
 
@@ -49,6 +50,10 @@ NAME = re.compile(r"'(\w+)'")
 
 class NeedsFunctionError(TypeError):
   """A transformation calls a function of the weights, such as the loss."""
+
+
+class HasTracersError(TypeError):
+  """A transformation reads a tracer of an outer function."""
 
 
 class CannotTryError(TypeError):
@@ -125,6 +130,7 @@ TRACED = (
   jax.errors.TracerArrayConversionError,
   jax.errors.TracerIntegerConversionError,
   jax.errors.UnexpectedTracerError,
+  HasTracersError,
 )
 
 
@@ -368,6 +374,15 @@ class Traced:
       return self._f(*args)
     values = _interpret(self.closed, jax.tree.leaves(args), {})
     return jax.tree.structure(self.result).unflatten(values)
+
+  @property
+  def reads_tracers(self) -> bool:
+    """Whether the function reads tracers of an outer function.
+
+    Their values are not known, so no program of values can be run.
+    """
+    consts = () if self.closed is None else self.closed.consts
+    return any(isinstance(x, Tracer) for x in consts)
 
   def fills(self) -> list[float | None]:
     """Returns for each leaf of the result the number that fills it, if any.

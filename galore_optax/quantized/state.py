@@ -292,14 +292,12 @@ def _probe_leaves(
     columns = map(jax.tree.leaves, (first, init(twos), last))
     return map_once(_measured, *columns)
 
-  try:
-    with compile_time_eval():
-      rows = RunOnce(probe)(ones, twos)
-  except jax.errors.UnexpectedTracerError:
-    # A hyperparameter is a tracer. In this mode, values that depend on it are
-    # tracers too, and all others are computed.
-    with jax.ensure_compile_time_eval():
-      rows = RunOnce(probe)(ones, twos)
+  has_tracers = any(one.reads_tracers for one in (init, *updates))
+  # If a hyperparameter is a tracer, values that depend on it are tracers too,
+  # and all others are computed one by one.
+  mode = jax.ensure_compile_time_eval if has_tracers else compile_time_eval
+  with mode():
+    rows = RunOnce(probe)(ones, twos)
   return [Probe(*map(_may_hold, row)) for row in rows]
 
 
@@ -690,6 +688,9 @@ def _is_elementwise(inner: optax.GradientTransformation) -> bool:
 
   with compile_time_eval():
     try:
+      if Traced(update, g, w).reads_tracers:
+        # A hyperparameter is traced, so no results can be compared.
+        return True
       try:
         whole = compiled(g, w)
       except TRACED:
@@ -701,8 +702,5 @@ def _is_elementwise(inner: optax.GradientTransformation) -> bool:
       return False
     except TypeError as error:
       warn_untried(error, 'it updates each element by itself')
-      return True
-    if any(isinstance(x, Tracer) for x in whole):
-      # A hyperparameter is traced, so the results cannot be compared.
       return True
     return all(is_separate(whole, *place) for place in np.ndindex(2, 2))
