@@ -66,6 +66,9 @@ SQUARES = {'nu', 'nu_max', 'v', 'n', 'sum_of_squares'}
 DIVIDE_FROM = 2**20
 # Largest number of elements in a piece: 16 MiB of float32 for each moment.
 PIECE_SIZE = 2**22
+# Fewest small leaves of one shape that are updated together. A stack saves
+# compilation time for many leaves, but each step has to copy it.
+FEWEST = 8
 
 
 def quantize_state(
@@ -484,7 +487,11 @@ def _alike(
     else:
       latest[kind] = [i]
       groups.append(latest[kind])
-  return groups
+  return [
+    some
+    for group in groups
+    for some in ([group] if len(group) >= FEWEST else [[i] for i in group])
+  ]
 
 
 def _stacked(trees: Sequence[Any]) -> Any:
