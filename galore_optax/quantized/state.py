@@ -295,12 +295,14 @@ def _probe_leaves(
     columns = map(jax.tree.leaves, (first, init(twos), last))
     return map_once(_measured, *columns)
 
-  has_tracers = any(one.reads_tracers for one in (init, *updates))
-  # If a hyperparameter is a tracer, values that depend on it are tracers too,
-  # and all others are computed one by one.
-  mode = jax.ensure_compile_time_eval if has_tracers else compile_time_eval
-  with mode():
-    rows = RunOnce(probe)(ones, twos)
+  if any(one.reads_tracers for one in (init, *updates)):
+    # A hyperparameter is a tracer. Values that depend on it are tracers too,
+    # and all others are computed one by one.
+    with jax.ensure_compile_time_eval():
+      rows = probe(ones, twos)
+  else:
+    with compile_time_eval():
+      rows = RunOnce(probe)(ones, twos)
   return [Probe(*map(_may_hold, row)) for row in rows]
 
 

@@ -161,3 +161,15 @@ def test_other_arrays_for_numbers_raise():
     optax.inject_hyperparams(
       galore_adamw_8bit, static_args=('rank', 'gap', 'block_size')
     )(0.1, rank=3).init(tree())
+
+
+def test_codes_do_not_depend_on_an_injected_learning_rate():
+  """Second moments have the unsigned code, also if `init` is jitted."""
+  make = lambda learning_rate: galore_adamw_8bit(
+    learning_rate, rank=4, min_size=0
+  )
+  params = {'w': jnp.ones((9, 13))}
+  injected = optax.inject_hyperparams(make)(learning_rate=0.1)
+  want = jax.tree.structure(make(0.1).init(params))
+  for init in (injected.init, jax.jit(injected.init)):
+    assert jax.tree.structure(init(params).inner_state) == want

@@ -13,5 +13,6 @@ pytestmark = pytest.mark.peers
 def test_no_peer_is_left_out():
   here = pathlib.Path(__file__).parent
   files = {path.name for path in here.glob('test_*.py')}
-  assert files == {*PEERS, 'test_installed.py', 'test_optax.py'}
+  others = {'test_installed.py', 'test_optax.py', 'test_page.py'}
+  assert files == {*PEERS, *others}
   assert all(map(importlib.util.find_spec, PEERS.values()))
