@@ -10,6 +10,7 @@ boxes, with the names that `state_shardings` would use.
 
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_optax import containers
 from galore_optax.containers import AxisMetadata, Variable
-from galore_optax.sharding import MeshAxes, StateLeaf, map_state
+from galore_optax.sharding import (
+  MeshAxes,
+  StateLeaf,
+  as_axes,
+  cuts_of,
+  map_state,
+)
 
 SHARDING = 'out_sharding'
 """Metadata of an NNX variable: the mesh axes of its dimensions."""
@@ -83,8 +90,7 @@ class Names:
 
   def cuts(self, ndim: int) -> list[MeshAxes]:
     """Returns the mesh axes, or else the logical names, of each dimension."""
-    cuts = list(map(_as_axes, self.names))[:ndim]
-    cuts += [()] * (ndim - len(cuts))
+    cuts = cuts_of(self.names, ndim)
     return _by_rules(cuts, self.rules, self.logical) if self.rules else cuts
 
   def fits(self, shape: Sequence[int], size: int, axes: MeshAxes) -> bool:
@@ -99,9 +105,8 @@ class Names:
       axes: the mesh axes.
     """
     if self.mesh is not None:
-      count = 1
-      for axis in axes:
-        count *= self.mesh.shape.get(axis, 1)
+      # A name without a rule is not an axis of the mesh.
+      count = math.prod(self.mesh.shape.get(axis, 1) for axis in axes)
       return size % count == 0
     whole = [
       length
@@ -137,7 +142,7 @@ class Names:
       return axes or None
     # Flax looks up a single name, but not several names, in the rules.
     for name, mesh_axes in self.rules:
-      if name in self.names and _as_axes(mesh_axes) == axes:
+      if name in self.names and as_axes(mesh_axes) == axes:
         return name
     return str(axes[0])
 
@@ -165,9 +170,9 @@ def _of_box(box: Any) -> Names | None:
     return None
 
   def renamed(names: tuple[Any, ...], x: Any) -> Any:
-    return dataclasses.replace(box_type, value=x, names=names)
+    return dataclasses.replace(some, value=x, names=names)
 
-  box_type: Any = box
+  some: Any = box
   logical = hasattr(box, 'rules')
   rules = (getattr(box, 'rules', None) or _context_rules()) if logical else ()
   mesh = getattr(box, 'mesh', None) or _context_mesh()
@@ -218,13 +223,6 @@ def _context_mesh() -> Any:
   return None if mesh.empty else mesh
 
 
-def _as_axes(entry: Any) -> MeshAxes:
-  """Returns the entry of one dimension as a tuple of names."""
-  if not entry or entry is PartitionSpec.UNCONSTRAINED:
-    return ()
-  return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
 def _by_rules(
   cuts: Sequence[MeshAxes], rules: Sequence[tuple[str, Any]], logical: bool
 ) -> list[MeshAxes]:
@@ -244,7 +242,7 @@ def _by_rules(
   ]
   used = {axis for cut in found for axis in cut or ()}
   for name, mesh_axes in rules:
-    axes = _as_axes(mesh_axes)
+    axes = as_axes(mesh_axes)
     for i, cut in enumerate(cuts):
       if found[i] is None and cut == (name,) and not used & {*axes}:
         found[i], used = axes, used | {*axes}

@@ -182,23 +182,20 @@ def has_boxes(tree: Any) -> bool:
   return any(map(is_box, jax.tree.leaves(tree, is_leaf=is_box)))
 
 
-def like_gradients(params: Any, grads: Any) -> Any:
-  """Returns the parameters at the places where there are gradients.
-
-  Programs often pass the whole model as parameters, but take gradients of a
-  part of it only.
+def where_present(tree: Any, like: Any) -> Any:
+  """Returns the leaves of a tree at the places where another tree has leaves.
 
   Args:
-    params: an opened tree, or None.
-    grads: an opened tree.
+    tree: an opened tree, or None.
+    like: an opened tree.
 
-  >>> like_gradients({'w': 1.0, 'frozen': 2.0}, {'w': 3.0, 'frozen': None})
+  >>> where_present({'w': 1.0, 'frozen': 2.0}, {'w': 3.0, 'frozen': None})
   {'frozen': None, 'w': 1.0}
   """
-  if params is None:
+  if tree is None:
     return None
   return jax.tree.map(
-    lambda g, w: None if g is None else w, grads, params, is_leaf=_is_none
+    lambda x, y: None if x is None else y, like, tree, is_leaf=_is_none
   )
 
 
@@ -219,12 +216,7 @@ def trained_together(grads: Any, params: Any) -> tuple[Any, Any]:
   """
   if params is None:
     return grads, None
-  return (
-    jax.tree.map(
-      lambda g, w: None if w is None else g, grads, params, is_leaf=_is_none
-    ),
-    like_gradients(params, grads),
-  )
+  return where_present(grads, params), where_present(params, grads)
 
 
 def contents(box: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -21,13 +21,13 @@ from galore_optax.precision import allclose
 from galore_optax.projection import Projection, Whole, map_plans
 from galore_optax.sharding import compile_time_eval
 from galore_optax.trial import (
-  HasTracersError,
   NeedsFunctionError,
   RunOnce,
   Shared,
   Traced,
   map_once,
   reaches,
+  require_values,
   try_update,
   warn_untried,
 )
@@ -214,8 +214,7 @@ class _Trial:
     self.update = Traced(
       functools.partial(try_update, inner), weights, state, weights
     )
-    if self.init.reads_tracers or self.update.reads_tracers:
-      raise HasTracersError('the inner has a traced hyperparameter')
+    require_values(self.init, self.update)
     self.run = RunOnce(self._run)
 
   def __call__(self, grads: Any, count: int) -> tuple[Any, Any]:
@@ -248,7 +247,8 @@ class _Trial:
       *results, then = jax.jvp(of_zeros, (values,), (tangents,), has_aux=True)
     except (TypeError, NotImplementedError) as error:
       raise ValueError(
-        f'the inner has no forward derivative, which tells its decay: {error}'
+        f'the inner has no forward derivative, from which its decay is'
+        f' computed: {error}'
       ) from error
     unseen, slopes = map(forms[0].rebuild, results)
     expected = map_once(_with_decay, self.projected, unseen, slopes, weights)

@@ -15,7 +15,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +76,7 @@ def state_shardings(tx: Any, params: Any, shardings: Any) -> Any:
     ((None, 'fsdp'), (None, 'fsdp'))
   """
   plain = containers.opened(params)
-  places = containers.like_gradients(containers.unboxed(shardings), plain)
+  places = containers.where_present(containers.unboxed(shardings), plain)
   found = _shardings(tx.init, plain, places)
   if not containers.has_boxes(params):
     return found
@@ -180,15 +180,34 @@ def _spec(axes: Sequence[MeshAxes]) -> PartitionSpec:
 
 def _cuts(place: NamedSharding, ndim: int) -> list[MeshAxes]:
   """Returns the mesh axes of each dimension of an array."""
-  cuts: list[MeshAxes] = []
-  for entry in place.spec:
-    if isinstance(entry, tuple):
-      cuts.append(entry)
-    else:
-      cuts.append((entry,) if entry else ())
-  # A PartitionSpec may be shorter than the array has dimensions.
+  return cuts_of(place.spec, ndim)
+
+
+def cuts_of(entries: Iterable[Any], ndim: int) -> list[MeshAxes]:
+  """Returns the names in each dimension of an array.
+
+  Args:
+    entries: for each dimension a name, several names, or None. There may be
+      fewer entries than dimensions.
+    ndim: number of dimensions.
+
+  >>> cuts_of(('x', None, ('y', 'z')), 4)
+  [('x',), (), ('y', 'z'), ()]
+  """
+  cuts = list(map(as_axes, entries))[:ndim]
   missing: list[MeshAxes] = [()] * (ndim - len(cuts))
   return cuts + missing
+
+
+def as_axes(entry: Any) -> MeshAxes:
+  """Returns the entry of one dimension as a tuple of names.
+
+  >>> as_axes('x'), as_axes(None), as_axes(['x', 'y'])
+  (('x',), (), ('x', 'y'))
+  """
+  if not entry or entry is PartitionSpec.UNCONSTRAINED:
+    return ()
+  return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _of_low(
@@ -318,7 +337,7 @@ def placed(init: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_placed(x: Any, place: Any) -> bool:
-  """Whether the place of a parameter beside parameters on a mesh is known."""
+  """Whether a parameter is on a mesh, or may be replicated on one."""
   if _is_named(place):
     return isinstance(x, jax.Array)
   return not isinstance(x, Tracer | jax.ShapeDtypeStruct) and not getattr(

@@ -153,7 +153,7 @@ def _at_edge(stages: Stages) -> Stages:
     **extra_args: Any,
   ) -> tuple[Any, Any]:
     low = containers.opened(low)
-    weights = containers.like_gradients(containers.opened(params), low)
+    weights = containers.where_present(containers.opened(params), low)
     gradients = None if grads is None else containers.opened(grads)
     plain = containers.unboxed(state)
     new, after = stages.apply(low, plain, weights, gradients, **extra_args)

@@ -124,7 +124,7 @@ def try_update(
   raise last
 
 
-# Errors of JAX for a tracer whose value Python reads.
+# Errors for a tracer whose value Python, or a trial, reads.
 TRACED = (
   jax.errors.ConcretizationTypeError,
   jax.errors.TracerArrayConversionError,
@@ -137,8 +137,8 @@ TRACED = (
 def warn_untried(error: TypeError, unchecked: str) -> None:
   """Warns that an inner could not be tried, and why.
 
-  There is no warning if a hyperparameter is a tracer. `inject_hyperparams` and
-  a jitted `init` trace them, and their values are unknown then.
+  A traced hyperparameter causes no warning. `inject_hyperparams` and a jitted
+  `init` trace hyperparameters, and their values are unknown then.
 
   Args:
     error: the error of the trial.
@@ -393,6 +393,12 @@ class Traced:
     if self.closed is None:
       return [None] * len(jax.tree.leaves(jax.eval_shape(self._f, *self.args)))
     return _fills(self.closed.jaxpr)
+
+
+def require_values(*programs: Traced) -> None:
+  """Raises HasTracersError if a program reads tracers of an outer function."""
+  if any(program.reads_tracers for program in programs):
+    raise HasTracersError('the inner has a traced hyperparameter')
 
 
 def _fills(jaxpr: Any) -> list[float | None]:

@@ -40,9 +40,9 @@ def unstack(tree: Any, num: int) -> list[Any]:
 
 
 def _hidden_positions(x: jax.Array, num: int) -> tuple[jax.Array, ...]:
-  """Returns 0, 1, ..., num - 1 as numbers that XLA does not know.
+  """Returns 0, 1, ..., num - 1 as numbers that XLA cannot fold.
 
-  A dynamic slice at a known position would become a slice at a constant one.
+  A dynamic slice at a constant position would become a slice.
   XLA does not evaluate the condition, because 0 times infinity is not 0. The
   condition is always false.
   """

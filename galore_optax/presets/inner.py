@@ -19,10 +19,10 @@ from galore_optax import checks, decay, paths, trial
 from galore_optax.precision import in_float32, one_element
 from galore_optax.sharding import compile_time_eval
 from galore_optax.trial import (
-  HasTracersError,
   RunOnce,
   Shared,
   Traced,
+  require_values,
   try_update,
   warn_untried,
 )
@@ -138,8 +138,7 @@ def _check_no_learning_rate(
     update = Traced(
       functools.partial(try_update, inner), ones, init.result, zeros
     )
-    if init.reads_tracers or update.reads_tracers:
-      raise HasTracersError('the inner has a traced hyperparameter')
+    require_values(init, update)
 
     def updates_at(count: Any, ones: Any, zeros: Any) -> Any:
       state = decay.with_counters_at(count, init(zeros))

@@ -437,7 +437,7 @@ def _leaf_by_leaf(
     )
     new |= zip(plain, zip(u, *lists, strict=True), strict=True)
   last = None
-  for some in _alike(grads, moments, weights, coded):
+  for some in _grouped(grads, moments, weights, coded):
     g, w = (_stacked([x[i] for i in some]) for x in (grads, weights))
     m = [_stacked([m[i] for i in some]) for m in moments]
     if last is not None:
@@ -457,7 +457,7 @@ def _leaf_by_leaf(
   return u, outer.join_state(trees, after)
 
 
-def _alike(
+def _grouped(
   grads: Sequence[Any],
   moments: Sequence[Any],
   weights: Sequence[Any],

@@ -83,6 +83,18 @@ def test_a_train_state_of_an_nnx_state():
   assert model.count[...] == 6
 
 
+@nnx.jit
+def step_of_optimizer(model, optimizer, x, y):
+  """One step of a model and its `nnx.Optimizer`, as flax's examples have it."""
+
+  def loss_fn(model):
+    return jnp.mean((model(x) - y) ** 2)
+
+  loss, grads = nnx.value_and_grad(loss_fn)(model)
+  optimizer.update(model, grads)
+  return loss
+
+
 def test_an_nnx_optimizer():
   # examples/mnist/train.py
   model = MLP(rngs=nnx.Rngs(0))
@@ -91,16 +103,10 @@ def test_an_nnx_optimizer():
     nnx.state(optimizer)['opt_state'], nnx.state(model, nnx.Param)
   )
 
-  @nnx.jit
-  def step(model, optimizer, x, y):
-    def loss_fn(model):
-      return jnp.mean((model(x) - y) ** 2)
-
-    loss, grads = nnx.value_and_grad(loss_fn)(model)
-    optimizer.update(model, grads)
-    return loss
-
-  losses = [float(step(model, optimizer, *b)) for b in program.data(steps=6)]
+  losses = [
+    float(step_of_optimizer(model, optimizer, *batch))
+    for batch in program.data(steps=6)
+  ]
   program.assert_falls(losses)
 
 
@@ -172,19 +178,11 @@ def test_gradients_of_a_state_sharded_on_a_mesh_train():
     model = MLP(rngs=nnx.Rngs(0), names=names)
     return model, nnx.Optimizer(model, program.line(), wrt=nnx.Param)
 
-  @nnx.jit
-  def step(model, optimizer, x, y):
-    def loss_fn(model):
-      return jnp.mean((model(x) - y) ** 2)
-
-    loss, grads = nnx.value_and_grad(loss_fn)(model)
-    optimizer.update(model, grads)
-    return loss
-
   with jax.set_mesh(mesh):
     model, optimizer = create()
     losses = []
     for batch in program.data(steps=6):
       place = jax.sharding.NamedSharding(mesh, jax.P('data'))
-      losses.append(step(model, optimizer, *jax.device_put(batch, place)))
+      batch = jax.device_put(batch, place)
+      losses.append(step_of_optimizer(model, optimizer, *batch))
   program.assert_falls([float(x) for x in losses])
