@@ -18,8 +18,8 @@ from tests.bench import methods, quickstart
 from tests.bench.methods import Job, Rung, Size
 from tests.bench.runs import save
 from tests.train.test_config import CONFIG
-from train.command import load
-from train.task import language_model
+from train.engine.command import load
+from train.engine.task import language_model
 
 SIZE = Size(
   width=32,

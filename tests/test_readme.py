@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import galore_optax as go
-from train import registry
+from train.optimizers import registry
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = ('galore_optax', 'train', 'models', 'configs', 'tests')

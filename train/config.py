@@ -1,9 +1,8 @@
 """The configuration of an experiment, and its JSON form.
 
 A file of configs/ holds one `Config`. `train.method` defines the optimizers
-that a config can name, `train.data.corpus` the texts, and `train.command`
-changes a config from a command line.
-"""
+that a config can name, `train.data.corpus` the texts, and
+`train.engine.command` changes a config from a command line."""
 
 import dataclasses
 import math
@@ -23,14 +22,14 @@ from models import huggingface
 from models.encoder import EncoderConfig
 from models.llama import Dtype, LlamaConfig
 from models.lowrank import Factored, Lora, Relora
-from train import adapter as adapter_lib
-from train import subspace_metrics
 from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, TextFiles, Tfds
 from train.data.labelled import LabelledFiles, LabelledTfds
-from train.growth import limit_growth
-from train.mesh import Mesh
+from train.engine.mesh import Mesh
 from train.method import Badam, Optimizer
+from train.optimizers import adapter as adapter_lib
+from train.optimizers import subspace_metrics
+from train.optimizers.growth import limit_growth
 
 AnyText: TypeAlias = Chitchat | TextFiles | Tfds | Chats | ChitchatAnswers
 AnyCorpus: TypeAlias = AnyText | LabelledFiles | LabelledTfds
@@ -426,9 +425,9 @@ class Config:
   def rule(self) -> optax.GradientTransformation:
     """Returns the optimizer of the trained weights, without clipping.
 
-    GaLore's state also records the statistics of `train.subspace_metrics`.
-    """
-    # `train.task` leaves frozen weights out of the trained weights.
+    GaLore's state also records the statistics of
+    `train.optimizers.subspace_metrics`."""
+    # `train.engine.task` leaves frozen weights out of the trained weights.
     groups = [group for group in self.groups if not group.frozen]
     return grouped(self._rule, groups)(self.schedule(), **vars(self.optimizer))
 

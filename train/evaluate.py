@@ -6,7 +6,7 @@ or the accuracy on questions with choices (`--choices`), by likelihood.
 Axes: B rows of a batch, T tokens of a row, n pairs, q questions.
 """
 
-from train import signals
+from train.engine import signals
 
 if __name__ == '__main__':
   signals.end_quietly()  # before the imports below, which take seconds
@@ -23,15 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import checkpoint, machine, metrics
-from train.command import check_least, user_errors
 from train.data import records
 from train.data.batches import bucket, validation_batches
 from train.data.corpus import Indexed
 from train.data.text_files import Texts, expand, index
 from train.data.tokenizer import AnyTokenizer, check_texts
-from train.mesh import Mesh
-from train.model import (
+from train.engine import checkpoint, machine, metrics
+from train.engine.command import check_least, user_errors
+from train.engine.mesh import Mesh
+from train.engine.run import Run
+from train.engine.task import Batch, Metrics, PyTree, Text, perplexity, task_of
+from train.tasks.text_model import (
   Model,
   is_directory,
   of_config,
@@ -39,8 +41,6 @@ from train.model import (
   options_of,
   shared,
 )
-from train.run import Run
-from train.task import Batch, Metrics, PyTree, Text, perplexity, task_of
 
 CONTEXTS = ('question', 'prompt', 'context')
 """The names that a question's text may have in a JSONL file."""

@@ -1,6 +1,6 @@
 """Exports a run for transformers: `python -m train.export RUN DIR`."""
 
-from train import signals
+from train.engine import signals
 
 if __name__ == '__main__':
   signals.end_quietly()  # before the imports below, which take seconds
@@ -17,12 +17,12 @@ import jax
 from galore_optax.quantized.array import is_quantized
 from models import huggingface, lowrank
 from models.llama import LlamaConfig
-from train import checkpoint
-from train.command import add_flag, user_errors
 from train.data.chats import has_answers
 from train.data.tokenizer import CLOCK, TEMPLATE, AnyTokenizer
-from train.run import Run
-from train.task import task_of
+from train.engine import checkpoint
+from train.engine.command import add_flag, user_errors
+from train.engine.run import Run
+from train.engine.task import task_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,12 +4,11 @@
     --corpus.train chats.jsonl
 
 The model, the tokenizer and the chat template come from the checkpoint.
-`train.export` writes the trained weights in the same format. `train.training`
-does the work. `--seeds 5` trains with five seeds, one after another, and prints
-the mean and spread of their best validations.
-"""
+`train.export` writes the trained weights in the same format.
+`train.engine.training` does the work. `--seeds 5` trains with five seeds, one
+after another, and prints the mean and spread of their best validations. """
 
-from train import signals
+from train.engine import signals
 
 if __name__ == '__main__':
   signals.end_quietly()  # before the imports below, which take seconds
@@ -23,9 +22,8 @@ from typing import ClassVar
 
 from rich.console import Console
 
-from train import mesh, metrics, training
-from train.classify import spread
-from train.command import (
+from train.engine import mesh, metrics, training
+from train.engine.command import (
   Launch,
   add_flag,
   check_least,
@@ -33,9 +31,10 @@ from train.command import (
   spelled_apart,
   user_errors,
 )
-from train.step import State
-from train.task import Metrics
-from train.training import Setup
+from train.engine.step import State
+from train.engine.task import Metrics
+from train.engine.training import Setup
+from train.tasks.text_metrics import spread
 
 
 @dataclasses.dataclass(frozen=True)

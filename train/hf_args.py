@@ -53,7 +53,7 @@ from typing import Any, NamedTuple
 
 from models import huggingface_config
 from train.config import Layerwise, WholeTree
-from train.registry import CLASSES
+from train.optimizers.registry import CLASSES
 
 _LAYERS = 128
 """Number of layers to try names of, if no target is a module's full name."""

@@ -1,17 +1,17 @@
 """The optimizers that a config can name: `from train.method import Galore`.
 
 A class such as `Galore(rank=64)` holds the options of a preset. Python makes
-these classes from the rows of `train.registry`. `method.pyi`, which `python -m
-train.method_stub` writes, declares them for type checkers and editors.
-"""
+these classes from the rows of `train.optimizers.registry`. `method.pyi`, which
+`python -m train.optimizers.stub` writes, declares them for type checkers and
+editors."""
 
 import functools
 import operator
 from typing import Any
 
-from train.baselines import adam_8bit, adamw, optax_galore
-from train.growth import limit_growth
-from train.registry import CLASSES, METHODS, VARIANTS
+from train.optimizers.baselines import adam_8bit, adamw, optax_galore
+from train.optimizers.growth import limit_growth
+from train.optimizers.registry import CLASSES, METHODS, VARIANTS
 
 __all__ = [
   'CLASSES',

@@ -1,6 +1,6 @@
 """The names of `train.method`.
 
-`python -m train.method_stub` writes this file. Do not edit it.
+`python -m train.optimizers.stub` writes this file. Do not edit it.
 """
 
 import dataclasses
@@ -8,13 +8,13 @@ from typing import Literal, TypeAlias
 
 import optax
 
-from train.baselines import adam_8bit as adam_8bit
-from train.baselines import adamw as adamw
-from train.baselines import optax_galore as optax_galore
-from train.growth import limit_growth as limit_growth
-from train.registry import CLASSES as CLASSES
-from train.registry import METHODS as METHODS
-from train.registry import VARIANTS as VARIANTS
+from train.optimizers.baselines import adam_8bit as adam_8bit
+from train.optimizers.baselines import adamw as adamw
+from train.optimizers.baselines import optax_galore as optax_galore
+from train.optimizers.growth import limit_growth as limit_growth
+from train.optimizers.registry import CLASSES as CLASSES
+from train.optimizers.registry import METHODS as METHODS
+from train.optimizers.registry import VARIANTS as VARIANTS
 
 @dataclasses.dataclass(frozen=True)
 class Galore:

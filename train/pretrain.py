@@ -1,9 +1,9 @@
 """Pre-trains a model: `python -m train.pretrain configs/quickstart.py`.
 
-`train.training` does the work. Finally, the model continues three texts.
+`train.engine.training` does the work. Finally, the model continues three texts.
 """
 
-from train import signals
+from train.engine import signals
 
 if __name__ == '__main__':
   signals.end_quietly()  # before the imports below, which take seconds
@@ -17,12 +17,12 @@ import jax
 from rich.console import Console
 
 from models.llama import Layers, LlamaConfig
-from train import training
-from train.command import Launch
+from train.engine import training
+from train.engine.command import Launch
+from train.engine.step import State
+from train.engine.task import stored_layers
+from train.engine.training import Setup
 from train.sample import continuations
-from train.step import State
-from train.task import stored_layers
-from train.training import Setup
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ The page contains its pictures, so it needs no other file. `memory_table` is
 also printed before the first step of a training.
 """
 
-from train import signals
+from train.engine import signals
 
 if __name__ == '__main__':
   signals.end_quietly()  # before the imports below, which take seconds
@@ -29,13 +29,21 @@ from rich.table import Table
 import galore_optax
 from galore_optax.memory import Row
 from galore_optax.paths import paths
-from train import metrics, subspace_metrics
-from train.baselines import adamw
-from train.command import user_errors
 from train.config import Config, flatten
-from train.run import Run
-from train.step import split_trained
-from train.task import Mask, PyTree, Task, array_shapes, everything, task_of
+from train.engine import metrics
+from train.engine.command import user_errors
+from train.engine.run import Run
+from train.engine.step import split_trained
+from train.engine.task import (
+  Mask,
+  PyTree,
+  Task,
+  array_shapes,
+  everything,
+  task_of,
+)
+from train.optimizers import subspace_metrics
+from train.optimizers.baselines import adamw
 
 Lines: TypeAlias = Sequence[Mapping[str, Any]]
 

@@ -3,7 +3,7 @@
 Axes: B prompts, T tokens, V vocabulary, K candidates.
 """
 
-from train import signals
+from train.engine import signals
 
 if __name__ == '__main__':
   signals.end_quietly()  # before the imports below, which take seconds
@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.llama import Cache, Layers
-from train import machine
-from train.command import add_flag, check_least, user_errors
 from train.data.batches import bucket
 from train.data.chats import variables_of
 from train.data.tokenizer import AnyTokenizer
-from train.model import Model, opened, options_of, shared
-from train.task import PyTree
+from train.engine import machine
+from train.engine.command import add_flag, check_least, user_errors
+from train.engine.task import PyTree
+from train.tasks.text_model import Model, opened, options_of, shared
 
 CHUNK = 256
 """Largest number of tokens of a prompt that are read at a time."""

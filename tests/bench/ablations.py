@@ -35,10 +35,10 @@ from galore_optax.quantized.array import dequantize_tree, quantize
 from tests.bench import methods
 from tests.bench.methods import RESULTS, Bench, Corpora, less
 from tests.bench.runs import Runs, save, until
-from train import step as step_lib
 from train.config import Config, Layerwise
+from train.engine import step as step_lib
+from train.engine.task import language_model
 from train.method import Apollo, Fira, Galore
-from train.task import language_model
 
 CORPUS = 'chitchat'
 FACTORS = (1.0, 1 / 3, 3.0)

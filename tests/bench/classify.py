@@ -39,14 +39,14 @@ from configs.glue_cola import TARGETS
 from models.lowrank import Lora
 from tests.bench.methods import missing, package
 from tests.bench.runs import Runs, save, until
-from train import machine
-from train import step as step_lib
-from train.classify import spread
 from train.config import Classifier, Config
 from train.data import tokenizer as tokenizer_lib
 from train.data.labelled import LabelledFiles
+from train.engine import machine
+from train.engine import step as step_lib
+from train.engine.task import Text, task_of
 from train.method import AdamW, Galore
-from train.task import Text, task_of
+from train.tasks.text_metrics import spread
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 

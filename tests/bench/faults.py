@@ -30,8 +30,8 @@ import chex
 import jax
 
 from tests.train.program import lines, saved, write_config
-from train import checkpoint
-from train.run import Run
+from train.engine import checkpoint
+from train.engine.run import Run
 
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'faults.json'
 STEPS_A_KILL = 60

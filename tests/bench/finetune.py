@@ -35,8 +35,8 @@ import numpy as np
 from models import gguf
 from tests.bench.methods import package
 from tests.bench.runs import save
-from train import metrics
 from train.data.chats import ChitchatAnswers
+from train.engine import metrics
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 STEPS = 30

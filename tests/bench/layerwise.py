@@ -24,7 +24,7 @@ from rich.console import Console
 
 from tests.bench.methods import RESULTS
 from tests.bench.quickstart import CONFIG
-from train import metrics
+from train.engine import metrics
 
 RULE = ['--optimizer', 'Galore8bit']
 RULE += ['--optimizer.rank', '64', '--optimizer.gap', '50']

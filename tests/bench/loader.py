@@ -18,11 +18,11 @@ from rich.console import Console
 
 from tests.bench.methods import RESULTS
 from tests.bench.quickstart import CONFIG
-from train.command import load
 from train.data.batches import batches
 from train.data.corpus import Chitchat, Documents, TextFiles
 from train.data.tokenizer import AnyTokenizer
-from train.training import prepare_tokenizer
+from train.engine.command import load
+from train.engine.training import prepare_tokenizer
 
 MODEL = 560
 """Approximate tokens per second of training configs/llama_60m.py on 2 cores."""

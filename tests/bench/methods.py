@@ -60,16 +60,16 @@ from models.llama import LlamaConfig
 from models.lowrank import Adapter, Factored, Lora, Relora
 from tests.bench import pictures
 from tests.bench.runs import Runs, save, until
-from train import adapter as adapter_lib
-from train import machine
-from train import step as step_lib
 from train.config import Config
 from train.data.batches import validation_batches
 from train.data.corpus import Chitchat, TextFiles
 from train.data.tokenizer import train_tokenizer
+from train.engine import machine
+from train.engine import step as step_lib
+from train.engine.task import INPUTS, Text, language_model
 from train.method import AdamW, adam_8bit, adamw, optax_galore
+from train.optimizers import adapter as adapter_lib
 from train.plan.account import account
-from train.task import INPUTS, Text, language_model
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 

@@ -19,8 +19,8 @@ from tests.bench.methods import (
   Rung,
   Size,
 )
-from train.command import load
 from train.config import Config
+from train.engine.command import load
 from train.method import AdamW
 
 CONFIG = 'configs/quickstart.py'

@@ -16,15 +16,15 @@ from typing import NamedTuple
 import jax
 
 from models.llama import LlamaConfig
-from train import mesh as mesh_lib
 from train.config import Config
 from train.data.corpus import Chitchat
-from train.mesh import Mesh
+from train.engine import mesh as mesh_lib
+from train.engine.mesh import Mesh
+from train.engine.task import language_model
 from train.method import AdamW, Apollo, Galore, Galore8bit
 from train.plan import program
 from train.plan.account import account
 from train.plan.footprint import part, placed_step
-from train.task import language_model
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 

@@ -24,10 +24,10 @@ from rich.console import Console
 
 from galore_optax import Staggered, galore_adamw
 from models.llama import Layers, llama
-from train import step as training
 from train.data.batches import Batch, batches
 from train.data.corpus import Chitchat
 from train.data.tokenizer import train_tokenizer
+from train.engine import step as training
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 

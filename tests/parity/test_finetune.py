@@ -16,7 +16,9 @@ from models import huggingface  # noqa: E402
 from models.llama import Layers, Llama3Scaling, LlamaConfig  # noqa: E402
 from tests.train.data.tiny import CHATML, write  # noqa: E402
 from tests.train.test_finetune import chats_file  # noqa: E402
-from train import export, finetune, metrics, model  # noqa: E402
+from train import export, finetune  # noqa: E402
+from train.engine import metrics  # noqa: E402
+from train.tasks import text_model as model  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from train import checkpoint, metrics, step
-from train.run import Run
-from train.task import Text, language_model
+from train.engine import checkpoint, metrics, step
+from train.engine.run import Run
+from train.engine.task import Text, language_model
 
 CONFIG = """
 from models.llama import LlamaConfig

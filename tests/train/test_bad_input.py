@@ -5,8 +5,9 @@ import re
 import pytest
 
 from tests.train.program import write_config
-from train import evaluate, pretrain, sample, training
-from train.run import Run, numbered
+from train import evaluate, pretrain, sample
+from train.engine import training
+from train.engine.run import Run, numbered
 
 
 def start(config, monkeypatch):

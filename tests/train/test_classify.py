@@ -12,23 +12,17 @@ from models import huggingface
 from models.encoder import EncoderConfig, Layers
 from models.lowrank import Lora
 from tests.train import glue
-from train import (
-  classify,
-  command,
-  evaluate,
-  export,
-  finetune,
-  metrics,
-  pretrain,
-)
-from train import step as step_lib
+from train import evaluate, export, finetune, pretrain
 from train.config import Classifier, Config, Layerwise
 from train.data import tokenizer as tokenizer_lib
 from train.data.corpus import Chitchat
 from train.data.labelled import LabelledFiles
+from train.engine import command, metrics
+from train.engine import step as step_lib
+from train.engine.run import Run
+from train.engine.task import Text, task_of
 from train.method import AdamW, Galore
-from train.run import Run
-from train.task import Text, task_of
+from train.tasks import text_metrics as classify
 
 
 @pytest.fixture(scope='module')

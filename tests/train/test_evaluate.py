@@ -14,7 +14,7 @@ from tests.train.data import tiny
 from train import evaluate
 from train.data.tokenizer import load
 from train.evaluate import Pair, Question
-from train.model import Model
+from train.tasks.text_model import Model
 
 CONFIG = LlamaConfig(
   vocab_size=400, width=16, mlp_width=24, num_heads=2, num_layers=2

@@ -22,20 +22,12 @@ from tests.train.data.tiny import (
   write,
 )
 from tests.train.program import saved
-from train import (
-  checkpoint,
-  evaluate,
-  export,
-  finetune,
-  mesh,
-  metrics,
-  sample,
-  training,
-)
+from train import evaluate, export, finetune, sample
 from train.data.chats import PLAIN
 from train.data.tokenizer import load
-from train.model import opened
-from train.run import Run
+from train.engine import checkpoint, mesh, metrics, training
+from train.engine.run import Run
+from train.tasks.text_model import opened
 
 SMALL = dict(width=16, mlp_width=24, num_heads=2, num_layers=2)
 MODELS = {

@@ -18,9 +18,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.train.program import lines, saved, write_config
-from train import evaluate, loop, metrics, pretrain, sample, training
-from train import step as step_lib
-from train.run import Run
+from train import evaluate, pretrain, sample
+from train.engine import loop, metrics, training
+from train.engine import step as step_lib
+from train.engine.run import Run
 
 
 @pytest.fixture(scope='module')
@@ -334,7 +335,7 @@ def test_a_process_that_is_stopped_while_it_imports(finished):
     stderr=subprocess.PIPE,
     text=True,
   )
-  while 'train.signals' not in (line := process.stderr.readline()):
+  while 'train.engine.signals' not in (line := process.stderr.readline()):
     assert line
   while 'jax' not in process.stderr.readline():
     pass

@@ -17,10 +17,11 @@ from rich.console import Console
 
 from models.llama import Layers, LlamaConfig
 from tests.train.test_config import CONFIG
-from train import metrics, report
+from train import report
 from train.config import flatten
+from train.engine import metrics
+from train.engine.run import Run
 from train.method import AdamW, Galore
-from train.run import Run
 
 MODEL = LlamaConfig(
   vocab_size=31, width=12, mlp_width=20, num_heads=2, num_layers=3

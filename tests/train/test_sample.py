@@ -15,8 +15,8 @@ from tests.train import glue
 from tests.train.data import tiny
 from train import sample
 from train.data.tokenizer import load
-from train.model import opened
 from train.sample import Choice, Reader, candidates, choose, continuations
+from train.tasks.text_model import opened
 
 CONFIG = LlamaConfig(
   vocab_size=400,

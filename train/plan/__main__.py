@@ -21,8 +21,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from train.command import load, parse, user_errors
 from train.config import Config
+from train.engine.command import load, parse, user_errors
 from train.plan import compare
 from train.plan.bill import ESTIMATED, Bill, make_bill
 from train.plan.cards import GPUS, GpuName

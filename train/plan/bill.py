@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import optax
 
-from train import step as step_lib
 from train.config import Config, WholeTree
+from train.engine import step as step_lib
+from train.engine.task import task_of
 from train.plan import cards as cards_lib
 from train.plan.cards import GPUS
 from train.plan.cost import Cost, cost_of
 from train.plan.footprint import Cards, mesh_of, on_card, placed_step, shared
-from train.task import task_of
 
 PyTree = Any
 
@@ -96,9 +96,9 @@ def whole_update(
 ) -> tuple[Callable, PyTree, PyTree, PyTree]:
   """Returns a jitted update of all weights at once, and its arguments.
 
-  It is the optimizer update inside `train.step.make_step`, without forward and
-  backward pass. It does not depend on the config's own update, which may be
-  layer-wise.
+  It is the optimizer update inside `train.engine.step.make_step`, without
+  forward and backward pass. It does not depend on the config's own update,
+  which may be layer-wise.
 
   Returns:
     A function from weights, optimizer state and gradients to the next weights

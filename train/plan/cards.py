@@ -17,7 +17,7 @@ import jax
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
-from train.mesh import Mesh, grid
+from train.engine.mesh import Mesh, grid
 from train.plan import program
 
 PyTree = Any

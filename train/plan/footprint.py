@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from models import attention
 from models.encoder import EncoderConfig
 from models.llama import LlamaConfig
-from train import mesh as mesh_lib
-from train import step as step_lib
-from train.command import check_least
 from train.config import Config, WholeTree
-from train.machine import MEMORY_SHARE
+from train.engine import mesh as mesh_lib
+from train.engine import step as step_lib
+from train.engine.command import check_least
+from train.engine.machine import MEMORY_SHARE
+from train.engine.step import State
+from train.engine.task import Batch, Task, array_shapes, task_of
 from train.plan import cards as cards_lib
 from train.plan.account import account
 from train.plan.cards import GPUS
-from train.step import State
-from train.task import Batch, Task, array_shapes, task_of
 
 PyTree = Any
 

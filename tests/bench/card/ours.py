@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import machine
-from train import step as step_lib
-from train.command import parse
-from train.mesh import devices
+from train.engine import machine
+from train.engine import step as step_lib
+from train.engine.command import parse
+from train.engine.mesh import devices
+from train.engine.task import language_model
 from train.plan.bill import whole_update
 from train.plan.footprint import batch
-from train.task import language_model
 
 PyTree = Any
 Found = dict[str, Any]

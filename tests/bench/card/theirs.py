@@ -12,7 +12,7 @@ from transformers import __version__ as VERSION
 
 from tests.bench.card.ours import timed
 from tests.bench.speed import theirs
-from train.command import load
+from train.engine.command import load
 
 CARD = 'cuda' if torch.cuda.is_available() else 'cpu'
 # JAX also multiplies float32 matrices on a GPU in TF32 by default.

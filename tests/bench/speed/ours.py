@@ -19,7 +19,7 @@ import optax
 
 import galore_optax
 from models.llama import Layers, llama
-from train import step as step_lib
+from train.engine import step as step_lib
 from train.method import METHODS, VARIANTS
 from train.plan.account import account
 

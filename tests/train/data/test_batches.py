@@ -16,7 +16,7 @@ from train.data import batches as batches_lib
 from train.data.batches import batches, validation_batches
 from train.data.corpus import Indexed
 from train.data.tokenizer import Tokenizer, train_tokenizer
-from train.task import Text, held_out
+from train.engine.task import Text, held_out
 
 # The documents have up to 40 sentences, so that many rows hold several
 # documents and many documents span several rows.

@@ -31,7 +31,7 @@ from train.data.tokenizer import (
   load,
   train_tokenizer,
 )
-from train.run import Run
+from train.engine.run import Run
 
 SMILE = '\U0001f600\u2581'
 CHATML_TEXT = '<|im_start|>user\nThe dog?<|im_end|>\n'

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from tests.train.data.test_chats import chats_file, make
-from train import checkpoint
 from train.data import batches as batches_lib
 from train.data import window as window_lib
 from train.data.batches import batches
 from train.data.chats import Chats
 from train.data.corpus import Indexed
+from train.engine import checkpoint
 
 LENGTH = 8
 

@@ -17,7 +17,7 @@ from galore_optax.layerwise.step import layerwise
 from galore_optax.subspace.finders import PowerIteration
 from models import attention
 from models.llama import Layers, LlamaConfig
-from train.mesh import Mesh
+from train.engine.mesh import Mesh
 from train.plan import cards
 from train.plan.cards import GPUS, GpuName
 

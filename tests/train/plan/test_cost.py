@@ -15,15 +15,15 @@ import jaxlib
 import pytest
 
 from models.llama import LlamaConfig
-from train import step as step_lib
 from train.config import Config, Layerwise
 from train.data.corpus import Chitchat
-from train.mesh import Mesh, devices
+from train.engine import step as step_lib
+from train.engine.mesh import Mesh, devices
+from train.engine.task import language_model
 from train.method import CLASSES, Galore, Galore8bit
 from train.plan.bill import whole_update
 from train.plan.cost import cost_of
 from train.plan.footprint import batch
-from train.task import language_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 

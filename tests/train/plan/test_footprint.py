@@ -7,12 +7,12 @@ import jax
 import pytest
 
 from models.llama import LlamaConfig
-from train import step
-from train.command import load
 from train.config import Layerwise
+from train.engine import step
+from train.engine.command import load
+from train.engine.task import language_model
 from train.method import Galore
 from train.plan.footprint import Cards, make_plan
-from train.task import language_model
 
 ROOT = pathlib.Path(__file__).parents[3]
 # Configs that contain their model. Others take the model of a checkpoint.

@@ -12,8 +12,8 @@ import pytest
 
 from models import huggingface_config
 from models.encoder import EncoderConfig, Layers
-from train import machine
-from train.command import load
+from train.engine import machine
+from train.engine.command import load
 from train.plan import __main__ as plan
 from train.plan import cards, compare
 from train.plan.bill import make_bill

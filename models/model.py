@@ -1,0 +1,142 @@
+"""What a model has to define, so that programs can train it.
+
+A model is a frozen dataclass that subclasses `ModelConfig`, such as
+`models.llama.LlamaConfig`. Its method `layers` returns the model as pure
+functions of a tree of parameters.
+"""
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias
+
+import jax
+
+PyTree: TypeAlias = Any
+
+Dtype: TypeAlias = Literal['float32', 'bfloat16']
+"""Data type of activations or parameters."""
+
+Params: TypeAlias = Mapping[str, Any]
+"""Nested dict of parameters."""
+
+Batch: TypeAlias = Mapping[str, Any]
+"""Arrays of a batch by their names, or their shapes. The first axis of each
+array is the rows. 'weights' has one number for each element of the loss."""
+
+Activations: TypeAlias = Any
+"""Input of a layer, and output of the layer before."""
+
+Sums: TypeAlias = dict[str, jax.Array]
+"""Sums over a batch that are linear in its weights, by the names in the log."""
+
+Read: TypeAlias = Callable[[Any], Any]
+"""Converts the stored parameters of one layer to arrays."""
+
+Intercept: TypeAlias = Callable[..., Any]
+"""A linen interceptor, as `flax.linen.intercept_methods` takes it."""
+
+
+class Layers(Protocol):
+  """A model as pure functions of its parameters."""
+
+  def init(self, key: jax.Array) -> Params:
+    """Returns random initial parameters."""
+    ...
+
+  def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
+    """Returns the loss and its sums.
+
+    The loss is sum(weights * cost) / weights.size. One of the sums is 'weight',
+    the sum of the weights.
+    """
+    ...
+
+
+class StackedLayers(Layers, Protocol):
+  """A model whose layers are stacked, as a layer-wise update needs it.
+
+  params['blocks'] has the parameters of all layers, with the layers as the
+  first axis.
+  """
+
+  def embed(self, params: Params, batch: Batch) -> Activations:
+    """Returns the input of the first layer."""
+    ...
+
+  def block(self, layer_params: Params, x: Activations) -> Activations:
+    """Applies one layer to the output of the layer before."""
+    ...
+
+  def loss(
+    self, params: Params, x: Activations, batch: Batch
+  ) -> tuple[jax.Array, Sums]:
+    """Returns the loss and its sums from the output of the last layer."""
+    ...
+
+
+class ModelConfig(abc.ABC):
+  """The configuration of a model; subclasses are frozen dataclasses."""
+
+  task: ClassVar[str]
+  """Name of the task that the model learns: a module of `train.tasks`, such as
+  'language', or the full name of another module that defines `Task`."""
+  is_stacked: ClassVar[bool] = False
+  """Whether `layers` returns `StackedLayers`."""
+  dtype: Dtype
+  """Type of the activations and of the matmuls."""
+  param_dtype: Dtype
+  """Type of the parameters and of their gradients."""
+
+  @abc.abstractmethod
+  def layers(
+    self, *, read: Read | None = None, intercept: Intercept | None = None
+  ) -> Any:
+    """Returns the model as pure functions: `Layers`, or `StackedLayers`.
+
+    Args:
+      read: converts the stored parameters of one layer to arrays. Functions
+        that run the whole model call it once per layer; `block` does not call
+        it. A model that is not stacked ignores it.
+      intercept: a linen interceptor under which everything is computed.
+    """
+
+  def flops(
+    self, params: PyTree, trained: PyTree, batch: Batch
+  ) -> float | None:
+    """Returns the flops that the model needs for an update, if it counts them.
+
+    Recomputation that saves memory does not count, nor does the optimizer.
+
+    Args:
+      params: the parameters or their shapes, with low-rank factors.
+      trained: a tree of bools: whether each parameter is trained.
+      batch: the batch or its shapes.
+    """
+    del params, trained, batch
+
+  def kept_bytes(self, batch: Batch) -> int:
+    """Returns the bytes of the layers' inputs that the backward pass needs.
+
+    Args:
+      batch: the batch, or the shapes, that one backward pass computes.
+    """
+    del batch
+    return 0
+
+  def on_gpu(self, batch: Batch) -> Self:
+    """Returns the model with implementations chosen as on an NVIDIA GPU.
+
+    Args:
+      batch: the shapes of a batch.
+    """
+    del batch
+    return self
+
+  @property
+  def attention_kind(self) -> str:
+    """Implementation of attention, or 'none'."""
+    return 'none'
+
+  def tensor_sizes(self) -> dict[str, int]:
+    """Returns the fields that the mesh axis 'tensor' must divide, by name."""
+    return {}

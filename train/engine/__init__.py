@@ -1,0 +1,1 @@
+"""The machinery that trains any task: loop, step, checkpoints and devices."""

@@ -1,0 +1,151 @@
+"""Opens a trained model: a run, or a directory in the format of transformers.
+
+`train.sample` and `train.evaluate` use it for the path in their command line.
+"""
+
+import pathlib
+from argparse import ArgumentParser
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models import huggingface
+from models.llama import Layers, LlamaConfig
+from train.config import Config
+from train.data import tokenizer as tokenizers
+from train.data.tokenizer import AnyTokenizer
+from train.engine import checkpoint
+from train.engine.command import add_flag
+from train.engine.run import Run
+from train.engine.task import PyTree, language_model, stored_layers
+
+
+class Model(NamedTuple):
+  """A language model with everything that it takes to read and write text."""
+
+  layers: Layers
+  """The model."""
+  params: PyTree
+  """The parameters, as `layers` reads them."""
+  tokenizer: AnyTokenizer
+  """The tokenizer."""
+  window: int
+  """Number of tokens that the model was trained to read at once."""
+
+
+def options_of(program: str, description: str | None) -> ArgumentParser:
+  """Returns a parser with the options that select a model for `opened`."""
+  options = ArgumentParser(f'python -m {program}', description=description)
+  options.add_argument(
+    'path',
+    type=pathlib.Path,
+    help='directory of a run, or of a model in the format of transformers',
+  )
+  add_flag(
+    options,
+    'best',
+    help='read the checkpoint of a run with the best validation (default: the '
+    'newest one)',
+  )
+  return options
+
+
+def opened(path: str | pathlib.Path, *, best: bool = False) -> Model:
+  """Reads a model and its tokenizer.
+
+  Args:
+    path: a run, whose newest checkpoint is read, or a directory in the format
+      of transformers.
+    best: whether to read the checkpoint of a run with the best validation
+      instead.
+
+  Raises:
+    FileNotFoundError: the path is neither, or a file is missing.
+    ValueError: a file cannot be read; the message names it.
+  """
+  path = pathlib.Path(path)
+  return of_directory(path) if is_directory(path) else of_run(Run(path), best)
+
+
+def is_directory(path: pathlib.Path) -> bool:
+  """Whether a path is a directory of transformers; False if it is a run.
+
+  Raises:
+    FileNotFoundError: it is neither.
+  """
+  file = path / 'config.json'
+  try:
+    fields = huggingface.read_json(file)
+  except (OSError, ValueError):
+    fields = None
+    if (path / 'checkpoints').is_dir():
+      return False
+  for name, found in (('model_type', True), ('kind', False)):
+    if fields is not None and name in fields:
+      return found
+  raise FileNotFoundError(
+    f'{path} is not a run (config.json and checkpoints/, as train.pretrain '
+    'writes them), nor a directory of transformers (config.json with a '
+    'model_type, *.safetensors and a tokenizer): name one of the two'
+  )
+
+
+def of_run(run: Run, best: bool) -> Model:
+  """Reads a run's newest checkpoint, or the one with the best validation."""
+  config = run.config()
+  check_writes(run.directory, config.model)
+  params = checkpoint.restore_params(
+    run.checkpoints_path, language_model(config), best=best
+  )
+  layers = stored_layers(config)
+  assert isinstance(layers, Layers)
+  return Model(layers, params, of_config(run, config), config.sequence_length)
+
+
+def of_config(run: Run, config: Config) -> AnyTokenizer:
+  """Returns a run's tokenizer, checked against the model's vocabulary size."""
+  return tokenizers.fitted(
+    run.tokenizer(),
+    config.resolved_model.vocab_size,
+    origin=str(run.directory),
+    remedy='restore the tokenizer that the run was saved with',
+  )
+
+
+def of_directory(path: pathlib.Path) -> Model:
+  """Reads a model in the format of transformers."""
+  tokenizer = tokenizers.load(path)
+  config = huggingface.read_config(path)
+  check_writes(path, config)
+  tokenizer = tokenizers.fitted(
+    tokenizer,
+    config.vocab_size,
+    origin=str(path),
+    remedy='copy the tokenizer of this model into it',
+  )
+  config, params = huggingface.load(path)
+  assert isinstance(config, LlamaConfig)
+  fields = huggingface.read_json(path / 'config.json')
+  window = fields.get('max_position_embeddings') or 2048
+  return Model(Layers(config), params, tokenizer, window)
+
+
+def check_writes(path: pathlib.Path, config: Any) -> None:
+  """Raises ValueError unless the model is a language model."""
+  if not isinstance(config, LlamaConfig):
+    raise ValueError(
+      f'{path} must hold a model that writes text, got '
+      f'{type(config).__name__}; python -m train.evaluate RUN measures one'
+    )
+
+
+def shared(row: list[int], old: list[int]) -> int:
+  """Returns the length of the common beginning of two rows of tokens.
+
+  >>> shared([1, 2, 3, 4], [1, 2, 7]), shared([1, 2], [1, 2, 3])
+  (2, 2)
+  """
+  length = min(len(row), len(old))
+  if row[:length] == old[:length]:
+    return length
+  return int(np.argmin(np.equal(row[:length], old[:length])))
