@@ -129,6 +129,36 @@ def attend_cached(
   return y_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
+def kind_on_gpu(
+  kind: Kind,
+  length: int,
+  *,
+  num_heads: int,
+  kv_heads: int,
+  head_width: int,
+  dtype: str,
+  window: int | None,
+  causal: bool,
+) -> Kind:
+  """Returns the implementation that 'auto' selects on an NVIDIA GPU.
+
+  Args:
+    kind: The configured implementation; all others than 'auto' are returned.
+    length: Number of time steps in a row.
+    num_heads: Number of query heads.
+    kv_heads: Number of key and value heads.
+    head_width: Size of a head.
+    dtype: Type of the activations.
+    window: Number of time steps that a query attends to, or None.
+    causal: Whether a query attends only to its own and earlier time steps.
+  """
+  if kind != 'auto':
+    return kind
+  q = jax.ShapeDtypeStruct((1, length, num_heads, head_width), dtype)
+  k = jax.ShapeDtypeStruct((1, length, kv_heads, head_width), dtype)
+  return 'blockwise' if refusal(q, k, window, causal) else 'cudnn'
+
+
 def refusal(
   q_BTNH: Abstract,
   k_BTKH: Abstract,

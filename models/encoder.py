@@ -11,27 +11,29 @@ C labels, L layers.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import attention, noise
-from models.llama import (
-  Activations,
+from models import attention, flops, noise
+from models.llama import Activations, Linear, apply
+from models.model import (
   Batch,
   Dtype,
-  Linear,
+  Intercept,
+  ModelConfig,
   Params,
+  PyTree,
+  Read,
   Sums,
-  apply,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(ModelConfig):
   """Dimensions and number formats of a BERT or a RoBERTa."""
 
   vocab_size: int
@@ -105,10 +107,65 @@ class EncoderConfig:
         f'dropout is a share of the entries in [0, 1), got {self.dropout}'
       )
 
+  task: ClassVar[str] = 'text_classification'
+  """Classifying texts, or predicting a number from them."""
+  is_stacked: ClassVar[bool] = True
+  """The layers are stacked."""
   causal: ClassVar[bool] = False
   """Whether a query attends only to its own and earlier tokens."""
   window: ClassVar[None] = None
   """Number of time steps that a query attends to; None is all."""
+
+  def layers(
+    self, *, read: Read | None = None, intercept: Intercept | None = None
+  ) -> 'Layers':
+    """Returns the model as pure functions."""
+    return Layers(self, read, intercept)
+
+  def flops(self, params: PyTree, trained: PyTree, batch: Batch) -> float:
+    """Returns the flops of an update, as `models.flops` counts them.
+
+    The head reads one token of a row, so it does not count.
+    """
+    rows, length = batch['inputs'].shape
+    return flops.transformer(
+      params,
+      trained,
+      rows=rows,
+      length=length,
+      seen=length,
+      width=self.width,
+      num_layers=self.num_layers,
+      is_product=frozenset[str]().__contains__,
+    )
+
+  def kept_bytes(self, batch: Batch) -> int:
+    """Returns the bytes of the activations at the input of each layer."""
+    size = flops.element_bytes(self.dtype) * self.width
+    return self.num_layers * batch['inputs'].size * size
+
+  def on_gpu(self, batch: Batch) -> Self:
+    """Returns the model with attention 'auto' resolved as on a GPU."""
+    kind = attention.kind_on_gpu(
+      self.attention,
+      batch['inputs'].shape[1],
+      num_heads=self.num_heads,
+      kv_heads=self.kv_heads,
+      head_width=self.head_width,
+      dtype=self.dtype,
+      window=self.window,
+      causal=self.causal,
+    )
+    return dataclasses.replace(self, attention=kind)
+
+  @property
+  def attention_kind(self) -> str:
+    """Implementation of attention."""
+    return self.attention
+
+  def tensor_sizes(self) -> dict[str, int]:
+    """Returns the sizes that the mesh axis 'tensor' must divide."""
+    return {'num_heads': self.num_heads, 'mlp_width': self.mlp_width}
 
   @property
   def head_width(self) -> int:

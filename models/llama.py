@@ -14,28 +14,35 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
+from typing import (
+  Any,
+  ClassVar,
+  Literal,
+  NamedTuple,
+  Protocol,
+  Self,
+  TypeAlias,
+)
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import attention, cross_entropy
-
-Dtype: TypeAlias = Literal['float32', 'bfloat16']
-
-Params: TypeAlias = Mapping[str, Any]
-"""Nested dict of parameters."""
-
-Batch: TypeAlias = Mapping[str, jax.Array]
-"""Arrays of a batch by name; `Layers` lists them."""
+from models import attention, cross_entropy, flops
+from models.model import (
+  Batch,
+  Dtype,
+  Intercept,
+  ModelConfig,
+  Params,
+  PyTree,
+  Read,
+  Sums,
+)
 
 Activations: TypeAlias = dict[str, jax.Array]
 """Input or output of a layer: the activations 'h', and arrays of the batch that
 each layer reads."""
-
-Sums: TypeAlias = dict[str, jax.Array]
-"""Scalars by name, which are summed over batches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(ModelConfig):
   """Dimensions and number formats of a LLaMA."""
 
   vocab_size: int
@@ -147,8 +154,67 @@ class LlamaConfig:
         'a divisor of num_heads'
       )
 
+  task: ClassVar[str] = 'language'
+  """Predicting the next token."""
+  is_stacked: ClassVar[bool] = True
+  """The layers are stacked."""
   causal: ClassVar[bool] = True
   """Whether a query attends only to its own and earlier tokens."""
+
+  def layers(
+    self, *, read: Read | None = None, intercept: Intercept | None = None
+  ) -> 'Layers':
+    """Returns the model as pure functions."""
+    return Layers(self, read, intercept)
+
+  def flops(self, params: PyTree, trained: PyTree, batch: Batch) -> float:
+    """Returns the flops of an update, as `models.flops` counts them."""
+    rows, length = batch['inputs'].shape
+    heads = {'lm_head/kernel'}
+    if self.tied:
+      heads.add('embed/embedding')
+    return flops.transformer(
+      params,
+      trained,
+      rows=rows,
+      length=length,
+      seen=min(length, self.window or length),
+      width=self.num_heads * self.head_width,
+      num_layers=self.num_layers,
+      is_product=heads.__contains__,
+    )
+
+  def kept_bytes(self, batch: Batch) -> int:
+    """Returns the bytes of the residual stream at the input of each layer."""
+    size = flops.element_bytes(self.dtype) * self.width
+    return self.num_layers * batch['inputs'].size * size
+
+  def on_gpu(self, batch: Batch) -> Self:
+    """Returns the model with attention 'auto' resolved as on a GPU."""
+    kind = attention.kind_on_gpu(
+      self.attention,
+      batch['inputs'].shape[1],
+      num_heads=self.num_heads,
+      kv_heads=self.kv_heads,
+      head_width=self.head_width,
+      dtype=self.dtype,
+      window=self.window,
+      causal=self.causal,
+    )
+    return dataclasses.replace(self, attention=kind)
+
+  @property
+  def attention_kind(self) -> str:
+    """Implementation of attention."""
+    return self.attention
+
+  def tensor_sizes(self) -> dict[str, int]:
+    """Returns the sizes that the mesh axis 'tensor' must divide."""
+    return {
+      'num_heads': self.num_heads,
+      'num_kv_heads': self.kv_heads,
+      'mlp_width': self.mlp_width,
+    }
 
   @property
   def head_width(self) -> int:

@@ -29,7 +29,7 @@ from train.method import (
 from train.optimizers import registry
 from train.optimizers import stub as method_stub
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 
 SHAPES = {'blocks': {'up': (3, 14, 22)}, 'embed': (24, 14), 'norm': (14,)}
 
