@@ -111,6 +111,8 @@ class EncoderConfig(ModelConfig):
   """Classifying texts, or predicting a number from them."""
   is_stacked: ClassVar[bool] = True
   """The layers are stacked."""
+  large: ClassVar[tuple[str, ...]] = ('embed/tokens/embedding',)
+  """Weights of the vocabulary."""
   causal: ClassVar[bool] = False
   """Whether a query attends only to its own and earlier tokens."""
   window: ClassVar[None] = None

@@ -123,6 +123,7 @@ def read_config(directory: str | pathlib.Path) -> AnyConfig:
 def load(
   directory: str | pathlib.Path,
   *,
+  config: AnyConfig | None = None,
   shardings: PyTree = None,
   key: jax.Array | None = None,
   **overrides: Any,
@@ -135,6 +136,8 @@ def load(
   Args:
     directory: Directory with config.json, and with model.safetensors or an
       index of several such files.
+    config: Configuration of the model, if it is not the one that config.json
+      describes, for example because it has another number of labels.
     shardings: Shardings of the parameters: one for all of them or a tree, as
       for `jax.jit(out_shardings=)`, on a mesh whose axes are Auto. None is the
       default device.
@@ -151,7 +154,9 @@ def load(
     ValueError: The config requires a feature that is not implemented, or the
       tensors do not fit the config. The message names the field or the tensor.
   """
-  config = dataclasses.replace(read_config(directory), **overrides)
+  if config is None:
+    config = read_config(directory)
+  config = dataclasses.replace(config, **overrides)
   tensors = _tensors(directory)
   try:
     return config, params_of(tensors, config, shardings, key)

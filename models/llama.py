@@ -158,6 +158,10 @@ class LlamaConfig(ModelConfig):
   """Predicting the next token."""
   is_stacked: ClassVar[bool] = True
   """The layers are stacked."""
+  large: ClassVar[tuple[str, ...]] = ('embed/embedding', 'lm_head/kernel')
+  """Weights of the vocabulary; a tied model has only the first of them."""
+  has_peft_names: ClassVar[bool] = True
+  """Factors can be written in PEFT's format."""
   causal: ClassVar[bool] = True
   """Whether a query attends only to its own and earlier tokens."""
 

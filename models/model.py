@@ -77,11 +77,17 @@ class StackedLayers(Layers, Protocol):
 class ModelConfig(abc.ABC):
   """The configuration of a model; subclasses are frozen dataclasses."""
 
+  __dataclass_fields__: ClassVar[dict[str, Any]]
   task: ClassVar[str]
   """Name of the task that the model learns: a module of `train.tasks`, such as
   'language', or the full name of another module that defines `Task`."""
   is_stacked: ClassVar[bool] = False
   """Whether `layers` returns `StackedLayers`."""
+  large: ClassVar[tuple[str, ...]] = ()
+  """Paths of large weights that are not in a layer, such as an embedding. A
+  layer-wise update may divide them into slices."""
+  has_peft_names: ClassVar[bool] = False
+  """Whether low-rank factors of the model can be written in PEFT's format."""
   dtype: Dtype
   """Type of the activations and of the matmuls."""
   param_dtype: Dtype

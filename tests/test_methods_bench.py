@@ -19,7 +19,7 @@ from tests.bench.methods import Job, Rung, Size
 from tests.bench.runs import save
 from tests.train.test_config import CONFIG
 from train.engine.command import load
-from train.engine.task import language_model
+from train.engine.task import task_of
 
 SIZE = Size(
   width=32,
@@ -258,7 +258,7 @@ def test_the_pattern_of_matrices_is_their_names():
       vocab_size=300, width=8, mlp_width=12, num_heads=2, num_layers=1
     )
     config = dataclasses.replace(CONFIG, model=model, adapter=adapter)
-    task = language_model(config)
+    task = task_of(config)
     params = jax.eval_shape(task.init, jax.random.key(0))
     for path in paths(params):
       assert bool(re.fullmatch(methods.MATRICES, path)) == is_matrix(path)

@@ -6,9 +6,7 @@ that a config can name, `train.data.corpus` the texts, and
 
 import dataclasses
 import math
-import types
-import typing
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import optax
@@ -20,10 +18,11 @@ from galore_optax.clipping import check_norm, clip_by_global_norm
 from galore_optax.layerwise.weights import ARRAYS, ROUNDED, Weights, quantized
 from models import huggingface
 from models.encoder import EncoderConfig
-from models.llama import Dtype, LlamaConfig
+from models.llama import LlamaConfig
 from models.lowrank import Factored, Lora, Relora
+from models.model import Dtype, Intercept, ModelConfig, Read
 from train.data.chats import Chats, ChitchatAnswers
-from train.data.corpus import Chitchat, TextFiles, Tfds
+from train.data.corpus import Chitchat, Corpus, TextFiles, Tfds
 from train.data.labelled import LabelledFiles, LabelledTfds
 from train.engine.mesh import Mesh
 from train.method import Badam, Optimizer
@@ -31,14 +30,40 @@ from train.optimizers import adapter as adapter_lib
 from train.optimizers import subspace_metrics
 from train.optimizers.growth import limit_growth
 
-AnyText: TypeAlias = Chitchat | TextFiles | Tfds | Chats | ChitchatAnswers
-AnyCorpus: TypeAlias = AnyText | LabelledFiles | LabelledTfds
-"""The types that `Config.corpus` accepts."""
+
+class FromCheckpoint(ModelConfig):
+  """A model whose sizes are read from `Config.checkpoint`.
+
+  The fields of a subclass, a frozen dataclass, replace those of the
+  checkpoint's model unless they are None. `Config.resolved` returns a config
+  with the checkpoint's model.
+  """
+
+  tasks: ClassVar[tuple[str, ...]]
+  """Tasks of the models that it stands for; see `ModelConfig.task`."""
+
+  def layers(
+    self, *, read: Read | None = None, intercept: Intercept | None = None
+  ) -> NoReturn:
+    """Raises TypeError: the sizes are not known."""
+    del read, intercept
+    raise unknown_sizes(self)
+
+
+def unknown_sizes(model: ModelConfig) -> TypeError:
+  """Returns the error for a model whose sizes are those of a checkpoint."""
+  return TypeError(
+    f'the sizes of a {type(model).__name__} are those of its checkpoint: call '
+    'config.resolved() first'
+  )
 
 
 @dataclasses.dataclass(frozen=True)
-class Imported:
+class Imported(FromCheckpoint):
   """A language model read from `checkpoint`; the fields set how it computes."""
+
+  tasks: ClassVar[tuple[str, ...]] = ('language',)
+  """It stands for language models."""
 
   dtype: Dtype | None = None
   """Data type of activations and matmuls; None takes the checkpoint's."""
@@ -53,15 +78,21 @@ class Imported:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classifier:
-  """An encoder read from `checkpoint`, with a classification head."""
+class Classifier(FromCheckpoint):
+  """A model read from `checkpoint`, with a classification head."""
+
+  tasks: ClassVar[tuple[str, ...]] = (
+    'text_classification',
+    'image_classification',
+  )
+  """It stands for encoders of texts and of images."""
 
   num_labels: int = 2
   """Number of labels; 1 means that the model predicts a number."""
   labels: tuple[str, ...] | None = None
   """Names of the labels, in the data and in an export; None uses numbers."""
   dropout: float | None = None
-  """Dropout rate, as in EncoderConfig; None takes the checkpoint's."""
+  """Dropout rate; None takes the checkpoint's."""
   dtype: Dtype | None = None
   """Data type of activations and matmuls; None takes the checkpoint's."""
   param_dtype: Dtype | None = None
@@ -72,11 +103,21 @@ class Classifier:
   """Implementation of attention, as in LlamaConfig."""
 
 
-AnyModel: TypeAlias = LlamaConfig | EncoderConfig | Imported | Classifier
-"""The types that `Config.model` accepts."""
+READERS = (Imported, Classifier)
+"""The classes for models that are read from a checkpoint."""
 
-# The class that `Config.model` must have, by the type of a checkpoint's model.
-_READS = {LlamaConfig: Imported, EncoderConfig: Classifier}
+MODELS = (LlamaConfig, EncoderConfig, Imported, Classifier)
+CORPORA = (
+  Chitchat,
+  TextFiles,
+  Tfds,
+  Chats,
+  ChitchatAnswers,
+  LabelledFiles,
+  LabelledTfds,
+)
+"""Models and corpora that a command line can select by the names of their
+classes. A config can also have others, which any module may define."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,11 +246,11 @@ class Config:
   """Values of fields that an older run's config.json lacks, if they differ from
   the field's default."""
 
-  model: AnyModel
+  model: ModelConfig
   """The model. A tokenizer that is trained here gets its vocab_size. With a
   checkpoint, the weights and sizes come from the checkpoint, and this field
   sets only how the model computes."""
-  corpus: AnyCorpus
+  corpus: Corpus
   """The training and validation data."""
   optimizer: Optimizer
   """The optimizer and its options; `schedule` sets its learning rate."""
@@ -219,8 +260,8 @@ class Config:
   """Peak learning rate, reached at the end of the warm-up."""
   batch_size: int
   """Number of sequences in an update."""
-  sequence_length: int
-  """Number of tokens in a sequence."""
+  sequence_length: int | None = None
+  """Number of tokens in a sequence, which tasks on texts need."""
   window: int = 2**20
   """Size in tokens of the window in which packed rows are shuffled, at most
   about an epoch. Each token takes 24 bytes of host memory, and a resumed run
@@ -315,7 +356,7 @@ class Config:
         'batch_size must be a multiple of microbatches x update.accumulate = '
         f'{self.parts}, got {self.batch_size}; --microbatches sets the first'
       )
-    self.mesh.check(self.model, self.batch_size, self.parts)
+    self.mesh.check(self.model.tensor_sizes(), self.batch_size, self.parts)
     if self.steps % self.cycles:
       raise ValueError(
         f'cycles must divide steps={self.steps}, got {self.cycles}'
@@ -354,9 +395,14 @@ class Config:
     return self.microbatches * self.update.accumulate
 
   @property
-  def resolved_model(self) -> LlamaConfig | EncoderConfig:
-    """The model, whose sizes are known once the config is `resolved`."""
-    assert isinstance(self.model, LlamaConfig | EncoderConfig)
+  def resolved_model(self) -> ModelConfig:
+    """The model, whose sizes are known once the config is `resolved`.
+
+    Raises:
+      TypeError: its sizes are those of a checkpoint, which must be read first.
+    """
+    if isinstance(self.model, FromCheckpoint):
+      raise unknown_sizes(self.model)
     return self.model
 
   def resolved(self) -> 'Config':
@@ -370,14 +416,14 @@ class Config:
         checkpoint's model has another type or is not implemented.
     """
     if self.checkpoint is None:
-      if isinstance(self.model, Imported | Classifier):
+      if isinstance(self.model, FromCheckpoint):
         raise ValueError(
           'the model is to be read from a checkpoint: name a directory of '
           'transformers with --checkpoint'
         )
       return self
     found = huggingface.read_config(self.checkpoint)
-    reads = _READS[type(found)]
+    (reads,) = [kind for kind in READERS if found.task in kind.tasks]
     if not isinstance(self.model, type(found) | reads):
       raise ValueError(
         f'the checkpoint {self.checkpoint} has a {type(found).__name__}, for '
@@ -385,13 +431,15 @@ class Config:
         f'{type(self.model).__name__}: take another checkpoint, or a config '
         'for such models'
       )
-    kept = {
+    known = {field.name for field in dataclasses.fields(found)}
+    given = {
       field.name: getattr(self.model, field.name)
       for field in dataclasses.fields(reads)
+      if field.name in known
     }
     given = {
       name: x
-      for name, x in kept.items()
+      for name, x in given.items()
       # The number of labels may have changed, so the checkpoint's names for
       # them would be wrong.
       if x is not None or name == 'labels'
@@ -452,92 +500,3 @@ class Config:
     if self.clip_norm is None:
       return optimizer
     return optax.chain(clip_by_global_norm(self.clip_norm), optimizer)
-
-
-def to_json(config: Any) -> dict[str, Any]:
-  """Converts a dataclass to a dict; 'kind' holds the name of its class.
-
-  >>> to_json(Chitchat(holdout=0.1))
-  {'kind': 'Chitchat', 'holdout': 0.1}
-  """
-
-  def as_json(value: Any) -> Any:
-    if isinstance(value, tuple):
-      return [*map(as_json, value)]
-    return to_json(value) if dataclasses.is_dataclass(value) else value
-
-  return {'kind': type(config).__name__} | {
-    field.name: as_json(getattr(config, field.name))
-    for field in dataclasses.fields(config)
-  }
-
-
-def from_json(cls: type, data: dict[str, Any]) -> Any:
-  """Builds a dataclass from the dict that `to_json` made.
-
-  A missing field, which an older run did not write, takes its value from
-  `cls.OLDER_RUNS`, or else its default.
-
-  Raises:
-    KeyError, TypeError: another version wrote the dict, with other classes or
-      fields.
-    ValueError: the dataclass rejects a value.
-  """
-  hints = typing.get_type_hints(cls)
-  values = dict(getattr(cls, 'OLDER_RUNS', {}))
-
-  def value_of(name: str, value: Any, hint: Any) -> Any:
-    if isinstance(value, dict):
-      kinds = {kind.__name__: kind for kind in variants(hint)}
-      if value['kind'] not in kinds:
-        raise TypeError(
-          f'{name} must be of {", ".join(kinds)}, got {value["kind"]!r}'
-        )
-      return from_json(kinds[value['kind']], value)
-    if isinstance(value, list):
-      items = next(iter(typing.get_args(hint)), None)
-      return tuple(value_of(name, x, items) for x in value)
-    return value
-
-  for name, value in data.items():
-    if name != 'kind':
-      values[name] = value_of(name, value, hints.get(name))
-  return cls(**values)
-
-
-def variants(hint: Any) -> tuple[type, ...]:
-  """Returns the members of a union; a type that is not a union is the only one.
-
-  >>> [kind.__name__ for kind in variants(AnyText)]
-  ['Chitchat', 'TextFiles', 'Tfds', 'Chats', 'ChitchatAnswers']
-  """
-  return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
-  """Returns all values by dotted name; a nested class is named by its type.
-
-  >>> flatten(Chitchat(holdout=0.1), 'corpus.')
-  {'corpus.holdout': 0.1}
-  """
-  flat = {}
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    if dataclasses.is_dataclass(value):
-      flat[prefix + field.name] = type(value).__name__
-      flat |= flatten(value, f'{prefix}{field.name}.')
-    else:
-      flat[prefix + field.name] = value
-  return flat
-
-
-def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
-  """Returns the values of both configs for each field in which they differ."""
-  a = flatten(ours)
-  b = flatten(theirs)
-  missing = 'absent'
-  return {
-    name: (a.get(name, missing), b.get(name, missing))
-    for name in a | b
-    if a.get(name, missing) != b.get(name, missing)
-  }

@@ -32,11 +32,11 @@ from train.engine import checkpoint, machine, metrics
 from train.engine.command import check_least, user_errors
 from train.engine.mesh import Mesh
 from train.engine.run import Run
-from train.engine.task import Batch, Metrics, PyTree, Text, perplexity, task_of
+from train.engine.task import Batch, Metrics, PyTree, task_of
+from train.tasks.language import perplexity
 from train.tasks.text_model import (
   Model,
   is_directory,
-  of_config,
   opened,
   options_of,
   shared,
@@ -141,8 +141,7 @@ def validation(args: argparse.Namespace) -> Metrics:
     run.config(), eval_batches=args.batches, mesh=Mesh()
   )
   task = task_of(config)
-  held_out = config.corpus.open('validation')
-  evaluate = task.evaluate(Text(None, held_out, of_config(run, config)))
+  evaluate = task.evaluate(task.held_out(run.directory))
   params = checkpoint.restore_params(run.checkpoints_path, task, best=args.best)
   return evaluate(params)
 

@@ -7,18 +7,13 @@ if __name__ == '__main__':
 
 import argparse
 import dataclasses
-import json
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 
 from galore_optax.quantized.array import is_quantized
 from models import huggingface, lowrank
-from models.llama import LlamaConfig
-from train.data.chats import has_answers
-from train.data.tokenizer import CLOCK, TEMPLATE, AnyTokenizer
 from train.engine import checkpoint
 from train.engine.command import add_flag, user_errors
 from train.engine.run import Run
@@ -74,11 +69,9 @@ def export(
   dtype: str | None = None,
   factors: bool = False,
 ) -> None:
-  """Writes config.json, the weights as safetensors, and the tokenizer's files.
+  """Writes config.json, the weights as safetensors, and the task's own files.
 
-  Low-rank factors are merged into the weights. generation_config.json lists all
-  tokens that end a text. If the run was trained on chats, the tokenizer's EOS
-  is the token that ends an answer.
+  Low-rank factors are merged into the weights.
 
   Args:
     run: the run.
@@ -95,8 +88,10 @@ def export(
   """
   config = run.config()
   adapter = config.adapter
-  writes_text = isinstance(config.model, LlamaConfig)
-  lora = adapter if writes_text and isinstance(adapter, lowrank.Lora) else None
+  model = config.resolved_model
+  lora = None
+  if model.has_peft_names and isinstance(adapter, lowrank.Lora):
+    lora = adapter
   if factors and lora is None:
     raise ValueError(
       f'{run.directory} has no factors beside the weights of a language model; '
@@ -104,10 +99,8 @@ def export(
     )
   if not factors:
     huggingface.check_new(directory)
-  params = checkpoint.restore_params(
-    run.checkpoints_path, task_of(config), best=best
-  )
-  model = config.resolved_model
+  task = task_of(config)
+  params = checkpoint.restore_params(run.checkpoints_path, task, best=best)
   params = jax.tree.map(config.weights().read, params, is_leaf=is_quantized)
   if factors and lora is not None:
     lowrank.save_adapter(directory, params, lora, base=config.checkpoint)
@@ -118,89 +111,7 @@ def export(
     model = dataclasses.replace(model, param_dtype=dtype)
     params = jax.tree.map(lambda w: w.astype(dtype), params)
   huggingface.save(directory, model, params, source=run.source())
-  tokenizer = run.tokenizer()
-  if run.source() is None:
-    tokenizer.save(directory)
-    # Remove the run's fixed date: other programs render chats with today's.
-    (directory / CLOCK).unlink(missing_ok=True)
-  elif writes_text:
-    # The run's template may differ from the template of the checkpoint.
-    template = tokenizer.files.get(TEMPLATE)
-    if template is not None:
-      (directory / TEMPLATE).write_bytes(template)
-  if writes_text:
-    write_ends(directory, tokenizer, is_chat=has_answers(config.corpus))
-
-
-def write_ends(
-  directory: pathlib.Path, tokenizer: AnyTokenizer, *, is_chat: bool
-) -> None:
-  """Writes the tokens that end a text to the files that list them.
-
-  Args:
-    directory: an exported checkpoint.
-    tokenizer: the run's tokenizer.
-    is_chat: whether the run was trained on answers of chats.
-  """
-  ids = list(tokenizer.stop_ids)
-  template = tokenizer.chat_template
-  end = template.end_of_turn if is_chat and template is not None else None
-  if end is not None:
-    first = tokenizer.specials[end]
-    ids = [first, *(i for i in ids if i != first)]
-    name = 'tokenizer_config.json'
-    change(directory / name, {'eos_token': end}, make=end != eos_of(tokenizer))
-    change(directory / 'special_tokens_map.json', {'eos_token': end})
-    if first not in ids_of(directory / 'config.json'):
-      change(directory / 'config.json', {'eos_token_id': first})
-  path = directory / 'generation_config.json'
-  if set(ids) != ids_of(path):
-    found = ids if len(ids) > 1 else ids[0]
-    change(path, {'eos_token_id': found}, make=True)
-
-
-def eos_of(tokenizer: AnyTokenizer) -> str | None:
-  """Returns the text of the tokenizer's EOS token."""
-  for text, token in tokenizer.specials.items():
-    if token == tokenizer.eos_id:
-      return text
-  return None
-
-
-def ids_of(path: pathlib.Path) -> set[int]:
-  """Returns the token ids that end a text, according to a JSON file."""
-  found = fields_of(path).get('eos_token_id')
-  if found is None:
-    return set()
-  return set(found) if isinstance(found, list) else {found}
-
-
-def fields_of(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the fields of a JSON file; none if the file does not exist."""
-  return json.loads(path.read_bytes()) if path.is_file() else {}
-
-
-def change(
-  path: pathlib.Path, fields: Mapping[str, Any], *, make: bool = False
-) -> None:
-  """Changes fields of a JSON file; does not write the file if nothing changes.
-
-  Args:
-    path: the file.
-    fields: new values. If the old value is an object that describes a token,
-      only its text changes.
-    make: whether to add missing fields, and to create a missing file.
-  """
-  found = fields_of(path)
-  new = {}
-  for name, value in fields.items():
-    old = found.get(name)
-    if isinstance(old, dict) and isinstance(value, str):
-      value = {**old, 'content': value}
-    if value != old and (name in found or make):
-      new[name] = value
-  if new:
-    path.write_text(json.dumps(found | new, indent=2) + '\n')
+  task.export(run.directory, directory)
 
 
 if __name__ == '__main__':

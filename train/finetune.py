@@ -8,7 +8,7 @@ The model, the tokenizer and the chat template come from the checkpoint.
 `train.engine.training` does the work. `--seeds 5` trains with five seeds, one
 after another, and prints the mean and spread of their best validations. """
 
-from train.engine import signals
+from train.engine import cluster, signals
 
 if __name__ == '__main__':
   signals.end_quietly()  # before the imports below, which take seconds
@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from rich.console import Console
 
-from train.engine import mesh, metrics, training
+from train.engine import metrics, training
 from train.engine.command import (
   Launch,
   add_flag,
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   def after(setup: Setup, state: State, console: Console) -> None:
     show_export(setup, state, console)
-    if mesh.leads():
+    if cluster.leads():
       found.append(best(setup))
 
   with user_errors():
@@ -126,7 +126,7 @@ def show_example(setup: Setup, console: Console) -> None:
       'fine-tuning starts from a checkpoint: name a directory of transformers '
       'with --checkpoint; train.pretrain starts from random weights'
     )
-  console.print(setup.task.example(setup.text))
+  console.print(setup.task.example(setup.data))
 
 
 def show_export(setup: Setup, state: State, console: Console) -> None:

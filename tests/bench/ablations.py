@@ -37,7 +37,7 @@ from tests.bench.methods import RESULTS, Bench, Corpora, less
 from tests.bench.runs import Runs, save, until
 from train.config import Config, Layerwise
 from train.engine import step as step_lib
-from train.engine.task import language_model
+from train.engine.task import task_of
 from train.method import Apollo, Fira, Galore
 
 CORPUS = 'chitchat'
@@ -241,7 +241,7 @@ class Runner:
     jax.clear_caches()
     job = methods.Job(CORPUS, 'GaLore', *self.rates, seed, self.size.steps)
     config = self.config(job, choice, factor)
-    task = language_model(config)
+    task = task_of(config)
     start, step = step_lib.build(config, task)
     if choice.keeps is not None:
       step = step_lib.make_step(

@@ -44,8 +44,9 @@ from train.data import tokenizer as tokenizer_lib
 from train.data.labelled import LabelledFiles
 from train.engine import machine
 from train.engine import step as step_lib
-from train.engine.task import Text, task_of
+from train.engine.task import task_of
 from train.method import AdamW, Galore
+from train.tasks.text import Text
 from train.tasks.text_metrics import spread
 
 RESULTS = pathlib.Path(__file__).parent / 'results'

@@ -22,7 +22,7 @@ from train.data.batches import batches
 from train.data.corpus import Chitchat, Documents, TextFiles
 from train.data.tokenizer import AnyTokenizer
 from train.engine.command import load
-from train.engine.training import prepare_tokenizer
+from train.tasks.text import prepare_tokenizer
 
 MODEL = 560
 """Approximate tokens per second of training configs/llama_60m.py on 2 cores."""

@@ -66,10 +66,12 @@ from train.data.corpus import Chitchat, TextFiles
 from train.data.tokenizer import train_tokenizer
 from train.engine import machine
 from train.engine import step as step_lib
-from train.engine.task import INPUTS, Text, language_model
+from train.engine.task import task_of
 from train.method import AdamW, adam_8bit, adamw, optax_galore
 from train.optimizers import adapter as adapter_lib
 from train.plan.account import account
+from train.tasks.language import INPUTS
+from train.tasks.text import Text
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 
@@ -385,7 +387,7 @@ class Bench:
 
   def _batches(self, corpus: str, seed: int) -> tuple[list, Iterator]:
     job = Job(corpus, BASELINE, 1.0, 1.0, seed, 1)
-    return [], language_model(self.config(job)).batches(self.text(corpus))
+    return [], task_of(self.config(job)).batches(self.text(corpus))
 
   def first_batches(self, job: Job) -> list[Any]:
     """Returns the batches of a run, which are the same for all methods."""
@@ -415,7 +417,7 @@ class Bench:
     # with the same gap share one program.
     config = self.config(Job('chitchat', name, 1.0, 1.0, 0, gap * 20))
     whole = dataclasses.replace(config, adapter=None).schedule()
-    task, around = language_model(config), Around(self.size.rank, gap)
+    task, around = task_of(config), Around(self.size.rank, gap)
 
     def optimizer(
       rates: tuple[Any, Any], steps: Any
@@ -498,7 +500,7 @@ class Bench:
   def sizes(self, job: Job) -> dict[str, int]:
     """Returns the bytes of the weights and of the optimizer state of a run."""
     config = self.config(job)
-    task, method = language_model(config), METHODS[job.method]
+    task, method = task_of(config), METHODS[job.method]
     params = jax.eval_shape(task.init, jax.random.key(0))
     moving, _ = step_lib.split_trained(params, task.trained)
     tx = method.make(self.around(job.steps), 1.0)

@@ -20,7 +20,7 @@ from train.config import Config
 from train.data.corpus import Chitchat
 from train.engine import mesh as mesh_lib
 from train.engine.mesh import Mesh
-from train.engine.task import language_model
+from train.engine.task import task_of
 from train.method import AdamW, Apollo, Galore, Galore8bit
 from train.plan import program
 from train.plan.account import account
@@ -91,7 +91,7 @@ def measured(
   """Returns the bytes of a device; those of collectives only if `compiles`."""
   config = dataclasses.replace(config, mesh=Mesh(**{axis: devices}))
   mesh = mesh_lib.devices(config.mesh)
-  step, state, batch = placed_step(config, language_model(config), mesh)
+  step, state, batch = placed_step(config, task_of(config), mesh)
   held = account(part(state.params), part(state.optimizer))
   row = Row(name, axis, devices, held.weights, held.state)
   if not compiles:

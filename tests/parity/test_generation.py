@@ -8,7 +8,7 @@ transformers = pytest.importorskip('transformers')
 
 from models import huggingface  # noqa: E402
 from models.llama import Layers  # noqa: E402
-from train.sample import Choice, Reader, stream  # noqa: E402
+from train.tasks.text_sampling import Choice, Reader, stream  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

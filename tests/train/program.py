@@ -10,7 +10,8 @@ import numpy as np
 
 from train.engine import checkpoint, metrics, step
 from train.engine.run import Run
-from train.engine.task import Text, language_model
+from train.engine.task import task_of
+from train.tasks.text import Text, stored_tokenizer
 
 CONFIG = """
 from models.llama import LlamaConfig
@@ -58,10 +59,12 @@ def write_config(directory: pathlib.Path) -> str:
 def saved(run: Run) -> tuple[step.State, Any]:
   """Returns the newest checkpoint's arrays, and the position in the data."""
   config = run.config()
-  task = language_model(config)
+  task = task_of(config)
   shapes = jax.eval_shape(step.build(config, task)[0], jax.random.key(0))
   documents = config.corpus.open('train')
-  data = task.batches(Text(documents, documents, run.tokenizer()))
+  data = task.batches(
+    Text(documents, documents, stored_tokenizer(run.directory))
+  )
   with checkpoint.opened(run.checkpoints_path) as manager:
     state = checkpoint.restore(manager, shapes, data)
   return jax.tree.map(np.asarray, state), data.get_state()

@@ -12,17 +12,18 @@ from models import huggingface
 from models.encoder import EncoderConfig, Layers
 from models.lowrank import Lora
 from tests.train import glue
-from train import evaluate, export, finetune, pretrain
+from train import evaluate, export, finetune
 from train.config import Classifier, Config, Layerwise
 from train.data import tokenizer as tokenizer_lib
 from train.data.corpus import Chitchat
 from train.data.labelled import LabelledFiles
-from train.engine import command, metrics
+from train.engine import metrics
 from train.engine import step as step_lib
 from train.engine.run import Run
-from train.engine.task import Text, task_of
+from train.engine.task import task_of
 from train.method import AdamW, Galore
 from train.tasks import text_metrics as classify
+from train.tasks.text import Text
 
 
 @pytest.fixture(scope='module')
@@ -185,7 +186,7 @@ def test_metrics_are_those_of_their_definitions():
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'corpus': Chitchat()}, r'must be LabelledFiles or .* got Chitchat'),
+    ({'corpus': Chitchat()}, 'must hold labelled texts, got Chitchat'),
     (
       {'corpus': LabelledFiles('x', metric='pearson')},
       r'metric must be none of pearson .*num_labels=2, got pearson',
@@ -207,13 +208,6 @@ def test_options_that_do_not_fit_are_refused(config, change, message):
 def test_several_seeds_are_new_runs(option):
   with pytest.raises(ValueError, match='3 starts as many new runs'):
     finetune.of_seeds(['a.py', '--seeds', '3', *option.split()])
-
-
-def test_pretraining_is_for_models_that_write(config, capsys, monkeypatch):
-  monkeypatch.setattr(command, 'load', lambda path: config)
-  with pytest.raises(SystemExit):
-    pretrain.main(['a.py'])
-  assert 'got EncoderConfig; train.finetune is for' in capsys.readouterr().err
 
 
 def test_a_model_from_nothing_needs_a_tokenizer(config):

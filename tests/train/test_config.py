@@ -8,9 +8,10 @@ import pytest
 from galore_optax import Group
 from models.llama import Llama3Scaling, LlamaConfig
 from models.lowrank import Factored
-from train.config import Config, differences, flatten, from_json, to_json
+from train.config import Config
 from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import TextFiles
+from train.engine.config_json import differences, flatten, from_json, to_json
 from train.method import AdamW, Galore
 
 CONFIG = Config(

@@ -6,7 +6,7 @@ import pytest
 
 from tests.train.data.tiny import CHATML, VICUNA, write
 from train.data.tokenizer import load
-from train.export import write_ends
+from train.tasks.text_export import write_ends
 
 IDS = {'<|endoftext|>': 0, '<|im_start|>': 1, '<|im_end|>': 2}
 

@@ -27,6 +27,7 @@ from train.data.chats import PLAIN
 from train.data.tokenizer import load
 from train.engine import checkpoint, mesh, metrics, training
 from train.engine.run import Run
+from train.tasks.text import stored_tokenizer
 from train.tasks.text_model import opened
 
 SMALL = dict(width=16, mlp_width=24, num_heads=2, num_layers=2)
@@ -305,7 +306,7 @@ def test_a_run_resumed_on_another_day_has_its_date(tmp_path, monkeypatch):
     with pytest.raises(Killed):
       tune(tmp_path, directory, chats, *args)
   run = Run(tmp_path / 'run')
-  assert run.tokenizer().chat_template.clock == clock
+  assert stored_tokenizer(run.directory).chat_template.clock == clock
   resume = ['configs/chat.py', '--run', str(run.directory), '--resume']
   assert finetune.main(resume) == 0
   chex.assert_trees_all_equal(saved(run), saved(whole))
@@ -405,9 +406,9 @@ def test_a_token_without_a_row_that_no_text_uses_is_harmless(tmp_path):
   with_pad(directory, special=True)
   rows = MODELS['llama'].vocab_size
   setup = prepared(directory, chats)
-  assert setup.text.tokenizer.vocab_size == rows + 1
+  assert setup.data.tokenizer.vocab_size == rows + 1
   assert int(next(setup.batches)['inputs'].max()) < rows
-  setup.task.example(setup.text)
+  setup.task.example(setup.data)
   # Evaluation, sampling and exports can read the directory as well.
   tokenizer = opened(directory).tokenizer
   assert (tokenizer.vocab_size, tokenizer.num_rows) == (rows + 1, rows)

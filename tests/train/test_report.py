@@ -18,8 +18,8 @@ from rich.console import Console
 from models.llama import Layers, LlamaConfig
 from tests.train.test_config import CONFIG
 from train import report
-from train.config import flatten
-from train.engine import metrics
+from train.engine import memory_table, metrics
+from train.engine.config_json import flatten
 from train.engine.run import Run
 from train.method import AdamW, Galore
 
@@ -33,7 +33,9 @@ def text(optimizer, width=100, stored='float32', model=MODEL):
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored), shapes)
   tx = optimizer.build(optax.constant_schedule(0.1))
   console = Console(file=io.StringIO(), width=width)
-  console.print(report.memory_table(shapes, like, tx, type(optimizer).__name__))
+  console.print(
+    memory_table.memory_table(shapes, like, tx, type(optimizer).__name__)
+  )
   return console.file.getvalue()
 
 

@@ -13,10 +13,16 @@ from models import huggingface
 from models.llama import Layers, LlamaConfig
 from tests.train import glue
 from tests.train.data import tiny
-from train import sample
 from train.data.tokenizer import load
-from train.sample import Choice, Reader, candidates, choose, continuations
+from train.tasks import text_sampling as sample
 from train.tasks.text_model import opened
+from train.tasks.text_sampling import (
+  Choice,
+  Reader,
+  candidates,
+  choose,
+  continuations,
+)
 
 CONFIG = LlamaConfig(
   vocab_size=400,

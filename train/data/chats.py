@@ -15,7 +15,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -30,6 +30,7 @@ from train.data.conversation import (
   unread_keys,
 )
 from train.data.corpus import (
+  Corpus,
   RandomAccess,
   Split,
   check_holdout,
@@ -363,7 +364,7 @@ def _replaced(
 
 
 @dataclasses.dataclass(frozen=True)
-class Chats:
+class Chats(Corpus):
   """Chats from your own files of records.
 
   A record has one of these forms:
@@ -397,6 +398,9 @@ class Chats:
   "train": false excludes a message, or a record, from the loss. A key of
   preference data is an error.
   """
+
+  holds: ClassVar[str] = 'chats'
+  """What the data are, for `Task.holds`."""
 
   train: str
   """Path or glob ('chats/*.jsonl') of the training files."""
@@ -447,8 +451,11 @@ class Chats:
 
 
 @dataclasses.dataclass(frozen=True)
-class ChitchatAnswers:
+class ChitchatAnswers(Corpus):
   """The dialogues of `Chitchat` as chats: every second turn is an answer."""
+
+  holds: ClassVar[str] = 'chats'
+  """What the data are, for `Task.holds`."""
 
   holdout: float = 0.05
   """Share of the dialogues that is held out for validation. They are the same
@@ -501,11 +508,6 @@ class ChitchatAnswers:
       self.template_variables,
       Reading(num_left_out=num_left_out),
     )
-
-
-def has_answers(corpus: Any) -> bool:
-  """Returns whether a corpus of a config consists of chats."""
-  return isinstance(corpus, Chats | ChitchatAnswers)
 
 
 class _Named:

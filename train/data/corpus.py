@@ -6,6 +6,7 @@ order fixed by a seed. `train.data.text_files` indexes plain files, and
 `train.data.batches` makes batches.
 """
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import (
   Any,
+  ClassVar,
   Generic,
   Literal,
   Protocol,
@@ -239,25 +241,31 @@ def _shuffled(source: Source, seed: int) -> grain.MapDataset[Any]:
   return grain.MapDataset.source(source).seed(seed).shuffle()
 
 
-class Corpus(Protocol):
-  """A source of documents that a config names."""
+class Corpus(abc.ABC):
+  """A source of data that a config names; subclasses are frozen dataclasses."""
 
-  def open(self, split: Split) -> Documents:
-    """Returns the documents of a split.
+  holds: ClassVar[str]
+  """What the data are, such as 'texts'. A task accepts some of these."""
+
+  @abc.abstractmethod
+  def open(self, split: Split) -> Any:
+    """Returns the examples of a split, such as `Documents`.
 
     Raises:
       FileNotFoundError, ValueError: the data do not exist or cannot be read.
     """
-    ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Chitchat:
+class Chitchat(Corpus):
   """7,168 dialogues, 12.7 MB (package chitchat-dataset, MIT licence).
 
   A document is a dialogue with one turn per line. A hash of its id decides
   whether it is in the validation split.
   """
+
+  holds: ClassVar[str] = 'texts'
+  """What the data are, for `Task.holds`."""
 
   holdout: float = 0.05
   """Share of the dialogues that is held out for validation."""
@@ -279,7 +287,7 @@ class Chitchat:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextFiles:
+class TextFiles(Corpus):
   """Your own text files: records with a field 'text', or plain text.
 
   The ending of a file's name decides its format. A .jsonl file has one JSON
@@ -292,6 +300,9 @@ class TextFiles:
   text and JSON lines are later read from their files. Other files are copied to
   the directory for temporary files ($TMPDIR) while the program runs.
   """
+
+  holds: ClassVar[str] = 'texts'
+  """What the data are, for `Task.holds`."""
 
   train: str
   """Path or glob ('corpus/**/*.jsonl') of the training files."""
@@ -328,13 +339,16 @@ class TextFiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tfds:
+class Tfds(Corpus):
   """A data set that TFDS has prepared, read without TensorFlow.
 
   Data in the format array_record are read by random access and shuffled
   globally. Data in the format tfrecord are streamed: the shards are read in
   random order and interleaved, and their records are shuffled within a window.
   """
+
+  holds: ClassVar[str] = 'texts'
+  """What the data are, for `Task.holds`."""
 
   name: str = 'c4/en'
   """Name as in tfds.load: name/config, with :version if a version is needed."""

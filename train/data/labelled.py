@@ -11,7 +11,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import grain
 import jax
@@ -100,8 +100,17 @@ class Labels(NamedTuple):
     )
 
 
+class Labelled(corpus.Corpus):
+  """A corpus of labelled texts."""
+
+  holds: ClassVar[str] = 'labelled texts'
+  """What the data are, for `Task.holds`."""
+  metric: Metric
+  """Metric that decides which validation result is the best."""
+
+
 @dataclasses.dataclass(frozen=True)
-class LabelledFiles:
+class LabelledFiles(Labelled):
   """Labelled texts in .csv, .tsv, .jsonl, .json or .parquet files.
 
   The first line of a .csv or .tsv file names the columns. Each line of a .jsonl
@@ -171,7 +180,7 @@ class LabelledFiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledTfds:
+class LabelledTfds(Labelled):
   """A labelled data set that TFDS has prepared, read without TensorFlow."""
 
   name: str = 'glue/cola'

@@ -28,8 +28,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from train.config import Config, from_json, to_json
-from train.engine.mesh import leads, together
+from train.config import Config
+from train.engine.cluster import leads, together
+from train.engine.config_json import from_json, to_json
 from train.engine.step import State
 from train.engine.task import PyTree, Task
 

@@ -19,8 +19,9 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import tyro
 
-from train.config import Config, flatten, variants
+from train.config import Config
 from train.engine import run as run_lib
+from train.engine.config_json import bases, choices, flatten
 from train.engine.run import Run
 from train.method import AdamW
 from train.optimizers.registry import projects
@@ -246,7 +247,7 @@ def choose(config: Config, args: Sequence[str]) -> tuple[Config, list[str]]:
     The changed config, and the remaining arguments.
   """
   begun = config.adapter
-  kinds_by_name = choices()
+  kinds_by_name = selectable()
   rest = spelled_apart(args, kinds_by_name)
   for name, kinds in kinds_by_name.items():
     while f'--{name}' in rest:
@@ -290,14 +291,15 @@ def spelled_apart(args: Sequence[str], names: Iterable[str]) -> list[str]:
   ]
 
 
-def choices() -> dict[str, dict[str, type]]:
+def selectable() -> dict[str, dict[str, type]]:
   """Returns, for each field with a choice, its classes by their names."""
   hints = typing.get_type_hints(Config)
-  unions = {name: variants(hint) for name, hint in hints.items()}
+  unions = {name: choices(hint) for name, hint in hints.items()}
   return {
     name: {shown(kind): kind for kind in kinds}
+    | ({'None': types.NoneType} if types.NoneType in bases(hints[name]) else {})
     for name, kinds in unions.items()
-    if sum(map(dataclasses.is_dataclass, kinds)) > 1
+    if len(kinds) > 1
   }
 
 
@@ -326,7 +328,7 @@ def describe(kind: type) -> str:
   """Returns the first lines of a program's help text."""
   lines = [
     f'--{name} {{{",".join(kinds)}}} selects a class, with its own defaults.'
-    for name, kinds in choices().items()
+    for name, kinds in selectable().items()
   ]
   lines.append('AdamW trains an --adapter unless --optimizer is given.')
   return '\n\n'.join([kind.__doc__ or '', *lines])
@@ -339,7 +341,7 @@ def keys(config: Config, kind: type = Launch) -> list[str]:
   nested = {
     name for name in named if any(x.startswith(f'{name}.') for x in named)
   }
-  without = (nested - choices().keys()) | absent(config)
+  without = (nested - selectable().keys()) | absent(config)
   return [
     '--' + name.replace('_', '-') for name in named if name not in without
   ]
@@ -356,5 +358,5 @@ def absent(config: Config) -> set[str]:
     f'model.{name}'
     for name, hint in hints.items()
     if getattr(config.model, name) is None
-    and any(map(dataclasses.is_dataclass, variants(hint)))
+    and any(map(dataclasses.is_dataclass, bases(hint)))
   }

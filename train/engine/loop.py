@@ -21,8 +21,7 @@ from rich.progress import (
 )
 
 from train.config import Config
-from train.engine import machine, metrics
-from train.engine import mesh as mesh_lib
+from train.engine import cluster, machine, metrics
 from train.engine.metrics import Log
 from train.engine.signals import Stop
 from train.engine.step import State, Step
@@ -108,7 +107,7 @@ def train(
       score = None
       # Use one process's clock for all: a save needs all processes.
       passed = math.isfinite(limit) and bool(
-        mesh_lib.largest_of_all(int(clock() - saved >= limit))
+        cluster.largest_of_all(int(clock() - saved >= limit))
       )
       due = {
         'eval': last or done % config.eval_every == 0,
@@ -157,7 +156,7 @@ def train(
 
 def stopped_anywhere(stop: Stop) -> bool:
   """Whether any process received a signal to stop; informs all processes."""
-  number = mesh_lib.largest_of_all(stop.signal)
+  number = cluster.largest_of_all(stop.signal)
   if number is not None:
     # Never set it to None: a signal may have arrived since the exchange.
     stop.signal = number

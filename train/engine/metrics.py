@@ -133,8 +133,17 @@ def check_step(step: Any) -> None:
     raise TypeError(f'step must be a number, got {step!r}')
 
 
-def plot(metrics: pathlib.Path, picture: pathlib.Path, title: str) -> None:
-  """Plots the losses in a metrics file as a PNG picture."""
+def plot(
+  metrics: pathlib.Path, picture: pathlib.Path, title: str, label: str = 'loss'
+) -> None:
+  """Plots the losses in a metrics file as a PNG picture.
+
+  Args:
+    metrics: the metrics file.
+    picture: the file to write.
+    title: title of the picture.
+    label: label of the vertical axis.
+  """
   # Import matplotlib only here: it takes a third of a second.
   from matplotlib.figure import Figure
 
@@ -152,7 +161,7 @@ def plot(metrics: pathlib.Path, picture: pathlib.Path, title: str) -> None:
   }.items():
     points = [(line['step'], line[name]) for line in lines if name in line]
     axes.plot(*zip(*points, strict=True), **style)
-  axes.set(xlabel='step', ylabel='loss (nats per token)', title=title)
+  axes.set(xlabel='step', ylabel=label, title=title)
   axes.grid(alpha=0.3)
   axes.legend()
   figure.savefig(picture)

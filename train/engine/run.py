@@ -10,9 +10,9 @@ import sys
 from typing import Any
 
 from models import huggingface
-from train.config import Config, differences, from_json, to_json
-from train.data.tokenizer import SPACES, AnyTokenizer, load
+from train.config import Config
 from train.engine import checkpoint
+from train.engine.config_json import differences, from_json, to_json
 
 FREE = (
   'save_every',
@@ -55,6 +55,11 @@ class Run:
     return self.directory / 'curves.png'
 
   @property
+  def images_path(self) -> pathlib.Path:
+    """A grid of images that the trained model made."""
+    return self.directory / 'samples.png'
+
+  @property
   def samples_path(self) -> pathlib.Path:
     """Prompts and the trained model's continuations, as JSON."""
     return self.directory / 'samples.json'
@@ -74,25 +79,18 @@ class Run:
     """The checkpoint directory: Orbax writes one directory for each step."""
     return self.directory / 'checkpoints'
 
-  def create(
-    self,
-    config: Config,
-    tokenizer: AnyTokenizer,
-    source: pathlib.Path | None = None,
-  ) -> None:
-    """Writes the first files of a new run.
+  def create(self, config: Config, source: pathlib.Path | None = None) -> None:
+    """Writes the configuration of a new run, which makes it a run.
 
     Args:
       config: the experiment.
-      tokenizer: the tokenizer of the run.
       source: directory in the format of transformers that the run starts from;
         its config and tokenizer are copied.
     """
     self.directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(self.directory)
     if source is not None:
       huggingface.copy(source, self.source_path)
-    # Write the configuration last: it makes the directory a run.
+    # Write the configuration last.
     self.write(config)
 
   def write(self, config: Config) -> None:
@@ -101,12 +99,11 @@ class Run:
     new.write_text(json.dumps(to_json(config), indent=2) + '\n')
     new.replace(self.config_path)
 
-  def branch(self, source: 'Run', config: Config) -> None:
-    """Writes the first files of a run that continues the run `source`."""
+  def continue_log(self, source: 'Run') -> None:
+    """Copies the metrics of the run that this run continues."""
     self.directory.mkdir(parents=True, exist_ok=True)
     if source.metrics_path.exists():
       shutil.copy(source.metrics_path, self.metrics_path)
-    self.create(config, source.tokenizer(), source.source())
 
   def source(self) -> pathlib.Path | None:
     """Returns `source_path`; None if the run began with random weights."""
@@ -133,27 +130,6 @@ class Run:
         'go on with the version that wrote it, or start a new run'
       ) from error
 
-  def tokenizer(self) -> AnyTokenizer:
-    """Reads the tokenizer, with the chat template of the training.
-
-    If an older version wrote the run, a line on standard error lists the
-    differences.
-    """
-    found = load(self.directory)
-    if SPACES in found.files and not (self.directory / SPACES).is_file():
-      print(
-        f'{self.directory} is of an older version, which put a space behind '
-        'every special token and ignored user-defined pieces and eos_token: '
-        'ids of its sentencepiece model are now those of transformers, and may '
-        'differ',
-        file=sys.stderr,
-      )
-    if found.chat_template is not None:
-      # Keep the saved template: the file that the config names may have
-      # changed.
-      found.chat_template.is_settled = True
-    return found
-
   def check(self, config: Config) -> None:
     """Raises ValueError if resuming with `config` would change the result."""
     differ = {
@@ -167,6 +143,29 @@ class Run:
         'Leave them out to go on as before, or add --branch to start a new run '
         'from its checkpoint'
       )
+
+
+def is_directory(path: pathlib.Path) -> bool:
+  """Whether a path is a directory of transformers; False if it is a run.
+
+  Raises:
+    FileNotFoundError: it is neither.
+  """
+  file = path / 'config.json'
+  try:
+    fields = huggingface.read_json(file)
+  except (OSError, ValueError):
+    fields = None
+    if (path / 'checkpoints').is_dir():
+      return False
+  for name, found in (('model_type', True), ('kind', False)):
+    if fields is not None and name in fields:
+      return found
+  raise FileNotFoundError(
+    f'{path} is not a run (config.json and checkpoints/, as train.pretrain '
+    'writes them), nor a directory of transformers (config.json with a '
+    'model_type, *.safetensors and a tokenizer): name one of the two'
+  )
 
 
 @functools.cache

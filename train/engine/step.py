@@ -318,7 +318,7 @@ def make_layerwise(config: Config, task: Task) -> Layerwise:
   assert not isinstance(update, WholeTree)
   slices = {}
   if update.slices > 1:
-    slices = dict.fromkeys(task.large, update.slices)
+    slices = dict.fromkeys(config.resolved_model.large, update.slices)
   return layerwise(
     task.layers,
     config.rule(),

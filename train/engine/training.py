@@ -11,31 +11,24 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grain
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from train import report
-from train.config import Config, differences
-from train.data.chats import Dialogues
-from train.data.tokenizer import (
-  AnyTokenizer,
-  fitted,
-  load,
-  train_tokenizer,
-)
-from train.engine import checkpoint, loop, machine, metrics, signals
+from train.config import Config
+from train.engine import checkpoint, cluster, loop, machine, metrics, signals
 from train.engine import mesh as mesh_lib
 from train.engine import run as run_lib
 from train.engine import step as step_lib
 from train.engine.command import Launch, parse, source, user_errors
+from train.engine.config_json import differences
+from train.engine.memory_table import memory_of
 from train.engine.run import Run
 from train.engine.step import State
-from train.engine.task import Metrics, PyTree, Task, Text, task_of
-from train.tasks.text_model import of_config
+from train.engine.task import Data, Metrics, PyTree, Task, task_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +47,7 @@ class Setup:
   """The step, jitted for the mesh."""
   places: State
   """Sharding of each array of the state."""
-  text: Text
+  data: Data
   batches: grain.DatasetIterator
   """The training batches, without end."""
   validate: Callable[[PyTree], Metrics]
@@ -62,7 +55,7 @@ class Setup:
   memory: Table
   """Bytes of each parameter and its optimizer state, to print."""
   warnings: tuple[str, ...]
-  """Warnings about chats that the model would not learn as intended."""
+  """Warnings about data that the model would not learn as intended."""
   launch: Launch
   """The parsed command line."""
 
@@ -85,8 +78,8 @@ def main(
   """
   machine.prepare()
   with user_errors():
-    mesh_lib.join_cluster()
-    console = Console(quiet=not mesh_lib.leads())
+    cluster.join_cluster()
+    console = Console(quiet=not cluster.leads())
     setup = prepare(argv, kind)
     before(setup, console)
     for text in setup.warnings:
@@ -166,16 +159,8 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
   mesh = mesh_lib.devices(config.mesh)
   init, step = step_lib.build(config, task)
   places = step_lib.shardings(init, config, task, mesh)
-  memory = report.memory_of(config, task)
-  documents = config.corpus.open('train')
-  held_out = config.corpus.open('validation')
-  tokenizer = (
-    of_config(found, config) if found else prepare_tokenizer(config, documents)
-  )
-  text = Text(documents, held_out, tokenizer)
-  # Check both splits now, so that no chat is rejected in the middle of a run.
-  chats = [x for x in (documents, held_out) if isinstance(x, Dialogues)]
-  warnings = dict.fromkeys(line for x in chats for line in x.check(tokenizer))
+  memory = memory_of(config, task)
+  data = task.open(None if found is None else found.directory)
   return Setup(
     config=config,
     run=where,
@@ -184,11 +169,11 @@ def prepare(argv: Sequence[str], kind: type[Launch] = Launch) -> Setup:
     init=init,
     step=step_lib.placed(step, mesh, places),
     places=places,
-    text=text,
-    batches=task.batches(text),
-    validate=task.evaluate(text),
+    data=data,
+    batches=task.batches(data),
+    validate=task.evaluate(data),
     memory=memory,
-    warnings=tuple(warnings),
+    warnings=tuple(task.warnings(data)),
     launch=launch,
   )
 
@@ -221,30 +206,6 @@ def shapes(config: Config) -> State:
   return jax.eval_shape(init, jax.random.key(0))
 
 
-def prepare_tokenizer(config: Config, documents: Any) -> AnyTokenizer:
-  """Loads the tokenizer that the config names, or trains one on documents.
-
-  Args:
-    config: the experiment.
-    documents: the training split of its corpus.
-  """
-  vocab_size = config.resolved_model.vocab_size
-  path = config.tokenizer or config.checkpoint
-  if path is None:
-    sample = documents.stream(seed=0, repeat=False)
-    tokenizer = train_tokenizer(sample, vocab_size=vocab_size)
-  else:
-    remedy = 'raise model.vocab_size, or name another with --tokenizer'
-    if config.checkpoint is not None:
-      remedy = (
-        'name a directory with the tokenizer of this model by --tokenizer'
-      )
-    tokenizer = fitted(load(path), vocab_size, origin=path, remedy=remedy)
-  if isinstance(documents, Dialogues):
-    return documents.templated(tokenizer, mesh_lib.clock())
-  return tokenizer
-
-
 def begin(setup: Setup) -> State:
   """Returns the state to start from, and writes the run's first files.
 
@@ -265,7 +226,6 @@ def begin(setup: Setup) -> State:
       state = checkpoint.restore(manager, like, setup.batches)
   setup.batches.start_prefetch()  # while the step compiles
   if state is None and config.checkpoint is not None:
-    assert setup.task.read is not None
     params = jax.device_put(setup.task.read(key), places.params)
     start = step_lib.starter(config, setup.task)
     state = jax.jit(start, donate_argnums=0, out_shardings=places)(params)
@@ -277,7 +237,7 @@ def begin(setup: Setup) -> State:
       f'steps must be more than {int(state.step)}, which {source.directory} '
       f'has done, got {config.steps}'
     )
-  if mesh_lib.leads():
+  if cluster.leads():
     write(setup)
   if branches:
     with checkpoint.opened(where.checkpoints_path) as manager:
@@ -292,13 +252,11 @@ def agree(setup: Setup) -> None:
   the existing ones.
 
   Raises:
-    ValueError: configs, runs or tokenizers differ.
+    ValueError: configs, runs or data differ.
   """
-  tokenizer = setup.text.tokenizer
-  files = sorted(tokenizer.files.items())
-  words = repr((setup.config, setup.run, setup.source, files)).encode()
-  mesh_lib.agree(
-    'config, run and tokenizer', words + tokenizer.bytes_V.tobytes()
+  words = repr((setup.config, setup.run, setup.source)).encode()
+  cluster.agree(
+    'config, run and tokenizer', words + setup.task.identity(setup.data)
   )
 
 
@@ -309,13 +267,16 @@ def write(setup: Setup) -> None:
   where = setup.run
   if source == where:
     where.write(config)
-  elif source is None:
-    checkpoint_path = None
-    if config.checkpoint is not None:
-      checkpoint_path = pathlib.Path(config.checkpoint)
-    where.create(config, setup.text.tokenizer, checkpoint_path)
-  else:
-    where.branch(source, config)
+    return
+  checkpoint_path = None
+  if source is not None:
+    where.continue_log(source)
+    checkpoint_path = source.source()
+  elif config.checkpoint is not None:
+    checkpoint_path = pathlib.Path(config.checkpoint)
+  where.directory.mkdir(parents=True, exist_ok=True)
+  setup.task.save(setup.data, where.directory)
+  where.create(config, checkpoint_path)
 
 
 def train_and_report(
@@ -327,7 +288,7 @@ def train_and_report(
   """
   config = setup.config
   where = setup.run
-  leads = mesh_lib.leads()
+  leads = cluster.leads()
   console.print(f'run: {where.directory}', highlight=False)
   with (
     signals.asked() as stop,
@@ -358,7 +319,12 @@ def train_and_report(
     )
   if stop.signal is None:
     if leads:
-      metrics.plot(where.metrics_path, where.curves_path, str(where.directory))
+      metrics.plot(
+        where.metrics_path,
+        where.curves_path,
+        str(where.directory),
+        setup.task.loss_label,
+      )
     after(setup, state, console)
     console.print(
       f'curves: {where.curves_path}; a page about the run: '

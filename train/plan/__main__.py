@@ -152,8 +152,7 @@ def planned(
 def show(plan: Plan, console: Console) -> None:
   """Prints the memory of one plan, and its largest temporaries if compiled."""
   table = Table(
-    title=f'{plan.config}, {plan.batch_size} x {plan.sequence_length} tokens, '
-    f'{where(plan)}',
+    title=f'{plan.config}, {plan.batch}, {where(plan)}',
     title_justify='left',
     box=box.SIMPLE_HEAD,
   )
@@ -186,6 +185,7 @@ def show(plan: Plan, console: Console) -> None:
 ATTENTION = {
   'cudnn': "attention: cuDNN's kernel; its own workspace is not included",
   'blockwise': 'attention: block by block',
+  'none': 'attention: none',
 }
 
 

@@ -84,7 +84,7 @@ def make_bill(
     method=method or type(config.optimizer).__name__,
     device=cards.device,
     devices=config.mesh.size,
-    attention=config.model.attention,
+    attention=config.resolved_model.attention_kind,
     elements=sum(x.size for x in jax.tree.leaves(params)),
     update=cost_of(cards_lib.optimized(update, params, optimizer, grads)),
     step=cost_of(cards_lib.optimized(*of_step)),

@@ -5,21 +5,20 @@ from the compiler. An estimate adds up sizes of shapes without a compiler.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from models import attention
-from models.encoder import EncoderConfig
-from models.llama import LlamaConfig
+import galore_optax
+from galore_optax.memory import Row
 from train.config import Config, WholeTree
 from train.engine import mesh as mesh_lib
 from train.engine import step as step_lib
 from train.engine.command import check_least
 from train.engine.machine import MEMORY_SHARE
 from train.engine.step import State
-from train.engine.task import Batch, Task, array_shapes, task_of
+from train.engine.task import Batch, Task, task_of
 from train.plan import cards as cards_lib
 from train.plan.account import account
 from train.plan.cards import GPUS
@@ -53,12 +52,14 @@ class Plan:
   devices: int
   """Number of GPUs that share the step."""
   batch_size: int
-  """Sequences in an update, on all devices together."""
-  sequence_length: int
-  """Tokens in a sequence."""
+  """Rows in an update, on all devices together."""
+  sequence_length: int | None
+  """Tokens in a row; None if the data have no tokens."""
+  batch: str
+  """The shape of a batch as text, such as '16 x 256 tokens'."""
   attention: str
-  """'cudnn' or 'blockwise'. A cuDNN kernel may allocate a workspace that the
-  plan does not include."""
+  """'cudnn', 'blockwise' or 'none'. cuDNN's kernel may allocate a workspace
+  that the plan does not include."""
   parameter_bytes: int
   """Weights except embeddings and head."""
   vocabulary_bytes: int
@@ -152,10 +153,9 @@ def make_plan(
   if not cards.estimate:
     compiled = cards_lib.compile_step(step, state, inputs)
   sums = account(part(state.params), part(state.optimizer))
-  rows, length = inputs['inputs'].shape
   gradients = gradient_bytes(config, task, state, mesh)
-  activations = activation_bytes(config, length)
-  workspace = workspace_bytes(config)
+  activations = activation_bytes(config, inputs)
+  workspace = workspace_bytes(config, task)
   total = sums.total + gradients + activations
   if compiled:
     total = compiled.total_bytes
@@ -166,9 +166,10 @@ def make_plan(
     method=method or type(config.optimizer).__name__,
     device=cards.device,
     devices=config.mesh.size,
-    batch_size=rows,
-    sequence_length=length,
-    attention=config.model.attention,
+    batch_size=config.batch_size,
+    sequence_length=task.length,
+    batch=task.describe_batch(),
+    attention=config.resolved_model.attention_kind,
     parameter_bytes=sums.parameters,
     vocabulary_bytes=sums.vocabulary,
     basis_bytes=sums.bases,
@@ -210,35 +211,8 @@ def on_card(config: Config) -> Config:
 
   Call it, and trace the step of the returned config, inside `cards.cudnn()`.
   """
-  model = config.model
-  if model.attention != 'auto':
-    return config
-  _, length = batch(config)['inputs'].shape
-  model = resolved_model(config)
-  q = jax.ShapeDtypeStruct(
-    (1, length, model.num_heads, model.head_width), model.dtype
-  )
-  k = jax.ShapeDtypeStruct(
-    (1, length, model.kv_heads, model.head_width), model.dtype
-  )
-  refused = attention.refusal(q, k, model.window, model.causal)
-  kind = 'blockwise' if refused else 'cudnn'
-  model = dataclasses.replace(model, attention=kind)
+  model = config.resolved_model.on_gpu(task_of(config).inputs())
   return dataclasses.replace(config, model=model)
-
-
-def resolved_model(config: Config) -> LlamaConfig | EncoderConfig:
-  """Returns the model of a config.
-
-  Raises:
-    TypeError: its sizes are those of a checkpoint, which must be read first.
-  """
-  if isinstance(config.model, LlamaConfig | EncoderConfig):
-    return config.model
-  raise TypeError(
-    f'a plan needs the sizes of a {type(config.model).__name__}: call '
-    'config.resolved() first'
-  )
 
 
 def mesh_of(config: Config, cards: Cards) -> jax.sharding.Mesh:
@@ -260,7 +234,7 @@ def placed_step(
   init, step = step_lib.build(config, task)
   places = step_lib.shardings(init, config, task, mesh)
   state = mesh_lib.at(jax.eval_shape(init, jax.random.key(0)), places)
-  inputs = batch(config)
+  inputs = task.inputs()
   rows = jax.tree.map(lambda _: mesh_lib.of_batch(mesh), inputs)
   step = step_lib.placed(step, mesh, places)
   return step, state, mesh_lib.at(inputs, rows)
@@ -274,21 +248,6 @@ def part(tree: PyTree) -> PyTree:
   )
 
 
-def batch(config: Config) -> Batch:
-  """Returns the shapes of a config's largest batch.
-
-  Raises:
-    ValueError: the config's task does not define them.
-  """
-  inputs = task_of(config).inputs
-  if inputs is None:
-    raise ValueError(
-      f'a plan needs the shapes of a batch, which the task of a '
-      f'{type(config.model).__name__} does not have: set Task.inputs'
-    )
-  return inputs()
-
-
 def gradient_bytes(config: Config, task: Task, state: State, mesh: Any) -> int:
   """Returns the bytes of the gradients that exist at once, and of their sums.
 
@@ -296,7 +255,7 @@ def gradient_bytes(config: Config, task: Task, state: State, mesh: Any) -> int:
   of one weight outside the stack. The sums are those of a layer-wise update
   that accumulates gradients.
   """
-  moving, _ = step_lib.split_trained(array_shapes(config, task), task.trained)
+  moving, _ = step_lib.split_trained(task.shapes, task.trained)
   placed = mesh_lib.at(moving, mesh_lib.of_params(moving, mesh))
   tree = part(placed)
   if isinstance(config.update, WholeTree):
@@ -317,39 +276,56 @@ def _size(x: Any) -> int:
   return x.size * x.dtype.itemsize
 
 
-def activation_bytes(config: Config, length: int) -> int:
+def activation_bytes(config: Config, inputs: Batch) -> int:
   """Returns the bytes of the layers' inputs in one backward pass of a device.
 
   Args:
     config: the training config.
-    length: tokens of a row.
+    inputs: the shapes of a batch.
   """
-  tokens = config.batch_size * length
+  parts = config.update.accumulate * config.mesh.data * config.mesh.fsdp
   if isinstance(config.update, WholeTree):
-    tokens //= config.microbatches
-  tokens //= config.update.accumulate * config.mesh.data * config.mesh.fsdp
-  model = resolved_model(config)
-  element = jnp.dtype(model.dtype).itemsize
-  return model.num_layers * tokens * model.width * element
+    parts *= config.microbatches
+
+  def of_device(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    rows, *others = x.shape
+    return jax.ShapeDtypeStruct((rows // parts, *others), x.dtype)
+
+  return config.resolved_model.kept_bytes(jax.tree.map(of_device, inputs))
 
 
-def workspace_bytes(config: Config) -> int:
+def workspace_bytes(config: Config, task: Task) -> int:
   """Returns an allowance for the solver that refreshes a basis.
 
   XLA's buffer assignment does not include this workspace. The sizes are those
-  of float32 arrays for the largest matrix, m x n with m <= n: `svd` and `gram`
-  use copies and vectors of size m x m, and `randomized` uses thin matrices.
-  `power` consists of matmuls and needs no workspace.
+  of float32 arrays for the largest projected matrix, m x n with m <= n: `svd`
+  and `gram` use copies and vectors of size m x m, and `randomized` uses thin
+  matrices. `power` consists of matmuls and needs no workspace.
   """
   finder = getattr(config.optimizer, 'subspace', None)
-  if finder is None:
+  if finder not in ('svd', 'gram', 'randomized'):
     return 0
-  model = resolved_model(config)
-  m = model.width
-  n = model.mlp_width
-  floats = {
+  moving, _ = step_lib.split_trained(task.shapes, task.trained)
+  rows = galore_optax.describe(config.transformation(), moving)
+  found = [_floats(finder, row) for row in rows if row.projected_shape]
+  return 4 * max(found, default=0)
+
+
+def _floats(finder: str, row: Row) -> int:
+  """Returns the number of floats in the workspace of a solver.
+
+  Args:
+    finder: name of the solver.
+    row: a projected weight.
+  """
+  assert row.projected_shape is not None
+  *batch, _, long = row.projected_shape
+  size = math.prod(row.shape) // math.prod(batch)
+  # If both sides are projected, the projected shape has neither of them.
+  n = long if long in row.shape else row.shape[-1]
+  m, n = sorted((n, size // n))
+  return {
     'svd': 2 * m * n + 3 * m * m,
     'gram': 3 * m * m,
     'randomized': m * n,
-  }
-  return 4 * floats.get(finder, 0)
+  }[finder]

@@ -1,1 +1,11 @@
-"""What can be trained: one module for each task."""
+"""What can be trained: one module for each task.
+
+A task is a subclass of `train.engine.task.Task`. A model names its task; see
+`models.model.ModelConfig.task`.
+"""
+
+TASKS = {
+  'language': 'train.tasks.language:LanguageModel',
+  'text_classification': 'train.tasks.text_classification:TextClassification',
+}
+"""The tasks by the names that models use, each as 'module:class'."""

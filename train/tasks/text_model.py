@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models import huggingface
-from models.llama import Layers, LlamaConfig
-from train.config import Config
+from models.llama import Layers
+from models.model import ModelConfig
 from train.data import tokenizer as tokenizers
 from train.data.tokenizer import AnyTokenizer
 from train.engine import checkpoint
 from train.engine.command import add_flag
-from train.engine.run import Run
-from train.engine.task import PyTree, language_model, stored_layers
+from train.engine.run import Run, is_directory
+from train.engine.task import PyTree
+from train.tasks.language import LanguageModel
+from train.tasks.text import tokenizer_of
 
 
 class Model(NamedTuple):
@@ -67,49 +69,14 @@ def opened(path: str | pathlib.Path, *, best: bool = False) -> Model:
   return of_directory(path) if is_directory(path) else of_run(Run(path), best)
 
 
-def is_directory(path: pathlib.Path) -> bool:
-  """Whether a path is a directory of transformers; False if it is a run.
-
-  Raises:
-    FileNotFoundError: it is neither.
-  """
-  file = path / 'config.json'
-  try:
-    fields = huggingface.read_json(file)
-  except (OSError, ValueError):
-    fields = None
-    if (path / 'checkpoints').is_dir():
-      return False
-  for name, found in (('model_type', True), ('kind', False)):
-    if fields is not None and name in fields:
-      return found
-  raise FileNotFoundError(
-    f'{path} is not a run (config.json and checkpoints/, as train.pretrain '
-    'writes them), nor a directory of transformers (config.json with a '
-    'model_type, *.safetensors and a tokenizer): name one of the two'
-  )
-
-
 def of_run(run: Run, best: bool) -> Model:
   """Reads a run's newest checkpoint, or the one with the best validation."""
   config = run.config()
-  check_writes(run.directory, config.model)
-  params = checkpoint.restore_params(
-    run.checkpoints_path, language_model(config), best=best
-  )
-  layers = stored_layers(config)
-  assert isinstance(layers, Layers)
-  return Model(layers, params, of_config(run, config), config.sequence_length)
-
-
-def of_config(run: Run, config: Config) -> AnyTokenizer:
-  """Returns a run's tokenizer, checked against the model's vocabulary size."""
-  return tokenizers.fitted(
-    run.tokenizer(),
-    config.resolved_model.vocab_size,
-    origin=str(run.directory),
-    remedy='restore the tokenizer that the run was saved with',
-  )
+  check_writes(run.directory, config.resolved_model)
+  task = LanguageModel(config)
+  params = checkpoint.restore_params(run.checkpoints_path, task, best=best)
+  tokenizer = tokenizer_of(run.directory, config)
+  return Model(task.stored_layers, params, tokenizer, task.sequence_length)
 
 
 def of_directory(path: pathlib.Path) -> Model:
@@ -117,22 +84,22 @@ def of_directory(path: pathlib.Path) -> Model:
   tokenizer = tokenizers.load(path)
   config = huggingface.read_config(path)
   check_writes(path, config)
+  model: Any = config
   tokenizer = tokenizers.fitted(
     tokenizer,
-    config.vocab_size,
+    model.vocab_size,
     origin=str(path),
     remedy='copy the tokenizer of this model into it',
   )
   config, params = huggingface.load(path)
-  assert isinstance(config, LlamaConfig)
   fields = huggingface.read_json(path / 'config.json')
   window = fields.get('max_position_embeddings') or 2048
-  return Model(Layers(config), params, tokenizer, window)
+  return Model(config.layers(), params, tokenizer, window)
 
 
-def check_writes(path: pathlib.Path, config: Any) -> None:
+def check_writes(path: pathlib.Path, config: ModelConfig) -> None:
   """Raises ValueError unless the model is a language model."""
-  if not isinstance(config, LlamaConfig):
+  if config.task != 'language':
     raise ValueError(
       f'{path} must hold a model that writes text, got '
       f'{type(config).__name__}; python -m train.evaluate RUN measures one'

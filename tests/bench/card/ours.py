@@ -19,7 +19,7 @@ from train.engine import machine
 from train.engine import step as step_lib
 from train.engine.command import parse
 from train.engine.mesh import devices
-from train.engine.task import language_model
+from train.engine.task import task_of
 from train.plan.bill import whole_update
 from train.plan.footprint import batch
 
@@ -30,7 +30,7 @@ Found = dict[str, Any]
 def step(steps: str, *argv: str) -> Iterator[Found]:
   """Measures the training step of a config, with made-up weights and tokens."""
   config = parse(argv).config.resolved()
-  init, run_step = step_lib.build(config, language_model(config))
+  init, run_step = step_lib.build(config, task_of(config))
   shapes = jax.eval_shape(init, jax.random.key(0))
   inputs = jax.tree.map(made_up, batch(config))
   # Compile before anything is allocated, so that compilation does not raise the

@@ -16,7 +16,8 @@ from train.data import batches as batches_lib
 from train.data.batches import batches, validation_batches
 from train.data.corpus import Indexed
 from train.data.tokenizer import Tokenizer, train_tokenizer
-from train.engine.task import Text, held_out
+from train.engine.task import task_of
+from train.tasks.text import Text
 
 # The documents have up to 40 sentences, so that many rows hold several
 # documents and many documents span several rows.
@@ -44,7 +45,7 @@ def test_parts_of_a_batch_hold_the_same_validation_rows():
   for parts in (1, 2):
     config = dataclasses.replace(CONFIG, microbatches=parts, eval_batches=2)
     text = Text(None, DOCUMENTS, tokenizer())
-    found = list(held_out(config, text))
+    found = list(task_of(config).validation_rows(text))
     rows.append(np.concatenate([batch['targets'] for batch in found]))
   np.testing.assert_array_equal(*rows)
 

@@ -32,6 +32,7 @@ from train.data.tokenizer import (
   train_tokenizer,
 )
 from train.engine.run import Run
+from train.tasks.text import stored_tokenizer
 
 SMILE = '\U0001f600\u2581'
 CHATML_TEXT = '<|im_start|>user\nThe dog?<|im_end|>\n'
@@ -242,8 +243,11 @@ class TestSpaces:
     (source / 'config.json').write_text('{"model_type": "mistral"}')
     tokenizer = load(source)
     run = Run(tmp_path / 'run')
-    run.create(CONFIG, tokenizer)
-    assert pieces_of(run.tokenizer(), text) == pieces_of(tokenizer, text)
+    run.create(CONFIG)
+    tokenizer.save(run.directory)
+    assert pieces_of(stored_tokenizer(run.directory), text) == pieces_of(
+      tokenizer, text
+    )
     again = tokenizer.with_template(MISTRAL)
     assert pieces_of(again, text) == pieces_of(tokenizer, text)
     (source / 'config.json').unlink()
@@ -255,12 +259,13 @@ class TestSpaces:
   ):
     source = write_sentencepiece(make(tmp_path / 'source'), _LLAMA)
     run = Run(tmp_path / 'run')
-    run.create(CONFIG, load(source))
-    run.tokenizer()
+    run.create(CONFIG)
+    load(source).save(run.directory)
+    stored_tokenizer(run.directory)
     assert capsys.readouterr().err == ''
     # Older versions did not store the rule.
     (run.directory / 'tokenizer_spaces.json').unlink()
-    assert run.tokenizer().encode('dog').tolist()
+    assert stored_tokenizer(run.directory).encode('dog').tolist()
     err = capsys.readouterr().err
     assert err.count('\n') == 1
     assert f'{run.directory} is of an older version' in err
@@ -270,7 +275,7 @@ class TestSpaces:
   ):
     tokenizer.save(tmp_path)
     assert [x.name for x in tmp_path.iterdir()] == ['tokenizer.model']
-    Run(tmp_path).tokenizer()
+    stored_tokenizer(tmp_path)
     assert capsys.readouterr().err == ''
 
   @pytest.mark.parametrize(
@@ -537,8 +542,9 @@ def test_a_run_keeps_its_tokenizer(tokenizer, tmp_path, kind):
     (tmp_path / 'checkpoint').mkdir()
     tokenizer = load(write(tmp_path / 'checkpoint', CHATML))
   run = Run(tmp_path / 'run')
-  run.create(CONFIG, tokenizer)
-  found = run.tokenizer()
+  run.create(CONFIG)
+  tokenizer.save(run.directory)
+  found = stored_tokenizer(run.directory)
   assert type(found) is type(tokenizer) and run.config() == CONFIG
   np.testing.assert_array_equal(found.encode(TEXT), tokenizer.encode(TEXT))
   assert found.stop_ids == tokenizer.stop_ids

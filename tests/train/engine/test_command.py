@@ -4,13 +4,14 @@ import pytest
 
 from models.llama import Llama3Scaling
 from tests.train.program import write_config
-from train import evaluate, export, sample
-from train.config import flatten
+from train import evaluate, export
 from train.data.corpus import Tfds
 from train.engine import command
+from train.engine.config_json import flatten
 from train.finetune import Finetune, of_seeds
 from train.method import AdamW, Galore
 from train.plan.__main__ import Request
+from train.tasks import text_sampling
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_help_has_both_spellings_of_every_flag(path, kind, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
   'program, names',
-  [(evaluate, ['best']), (sample, ['best', 'chat'])],
+  [(evaluate, ['best']), (text_sampling, ['best', 'chat'])],
 )
 def test_other_programs_have_both_spellings_too(program, names, capsys):
   options = program.parser()

@@ -19,8 +19,9 @@ from tests.train.test_config import CONFIG
 from train.engine import checkpoint, loop, metrics
 from train.engine import step as step_lib
 from train.engine.signals import Stop
-from train.engine.task import INPUTS, Task, language_model, perplexity
+from train.engine.task import Task
 from train.method import AdamW
+from train.tasks.language import INPUTS, LanguageModel, perplexity
 
 VALUES = {'loss': 1.0, 'weight': 8.0, 'learning_rate': 0.1, 'correct': 3.0}
 
@@ -32,6 +33,16 @@ class Clock:
 
   def __call__(self):
     return self.now
+
+
+class Uncounted(LanguageModel):
+  def flops(self, batch):
+    return None
+
+
+class Counted(LanguageModel):
+  def flops(self, batch):
+    return float(batch['inputs'].size)
 
 
 def meter(clock=None, peak=None):
@@ -104,7 +115,7 @@ def test_the_loop_reads_a_step_once_the_next_is_in_the_queue(tmp_path):
     log=lambda step, values: None,
     console=Console(file=io.StringIO()),
     stop=Stop(),
-    task=language_model(CONFIG),
+    task=Uncounted(CONFIG),
   )
   in_turn = [name for name, _ in itertools.groupby(events)]
   assert in_turn == [
@@ -135,7 +146,7 @@ def test_minutes_make_a_save_due():
     log=lambda step, values: None,
     console=Console(file=io.StringIO()),
     stop=Stop(),
-    task=language_model(CONFIG),
+    task=Uncounted(CONFIG),
     clock=clock,
   )
   assert saved == [2, 4, 5, 7]
@@ -165,7 +176,7 @@ def test_a_signal_saves_before_the_next_long_thing(when):
     log=lambda step, values: None,
     console=Console(file=io.StringIO()),
     stop=stop,
-    task=language_model(CONFIG),
+    task=Uncounted(CONFIG),
   )
   save = events.index('save 1')
   assert events.pop(save) and events == ['step', 'validation']
@@ -264,9 +275,7 @@ def looped(directory, *, steps, batches=None, profile=None):
     log=lambda step, values: lines.append((step, values)),
     console=console,
     stop=Stop(),
-    task=dataclasses.replace(
-      language_model(CONFIG), flops=lambda batch: float(batch['inputs'].size)
-    ),
+    task=Counted(CONFIG),
     profile=profile,
   )
   return console.file.getvalue(), lines
@@ -310,33 +319,42 @@ def test_a_loss_that_is_not_finite_names_its_step():
   assert not logged
 
 
-def test_a_second_task_needs_no_second_loop(tmp_path):
-  """The loop trains linear regression, without a model file, text or tokens."""
+class Regression(Task):
+  """Linear regression, without a model file, text or tokens."""
 
-  def loss(params, batch):
+  unit = 'examples'
+  holds = ('texts',)
+
+  def init(self, key):
+    return {'w': jnp.zeros(4)}
+
+  def loss(self, params, batch):
     error = batch['x'] @ params['w'] - batch['y']
     square = jnp.sum(batch['weights'] * error**2)
     return square / batch['weights'].size, {'square': square}
 
-  def batches():
+  def inputs(self):
+    raise NotImplementedError
+
+  def batches(self, data):
     random = np.random.default_rng(0)
     while True:
       x = random.normal(size=(6, 4)).astype(np.float32)
       weights = np.array([2, 1, 1, 1, 0, 0], np.float32)
       yield {'x': x, 'y': x.sum(1), 'weights': weights}
 
-  task = Task(
-    init=lambda key: {'w': jnp.zeros(4)},
-    layers=None,
-    loss=loss,
-    batches=lambda data: batches(),
-    evaluate=lambda data: lambda params: {'far': float(params['w'].sum())},
-    example=lambda data: None,
-    unit='examples',
-  )
+  def evaluate(self, data):
+    return lambda params: {'far': float(params['w'].sum())}
+
+  def flops(self, batch):
+    return None
+
+
+def test_a_second_task_needs_no_second_loop(tmp_path):
   config = dataclasses.replace(
     CONFIG, optimizer=AdamW(), microbatches=2, steps=3, eval_every=2
   )
+  task = Regression(config)
   init, step = step_lib.build(config, task)
   saved = []
   path = tmp_path / 'metrics.jsonl'

@@ -19,10 +19,10 @@ from tests.bench import faults, scaling
 from tests.train.program import lines, write_config
 from tests.train.test_config import CONFIG
 from train.config import Layerwise
-from train.engine import checkpoint, mesh, step, training
+from train.engine import checkpoint, cluster, mesh, step, training
 from train.engine.mesh import Mesh
 from train.engine.run import Run
-from train.engine.task import language_model
+from train.engine.task import task_of
 from train.method import AdamW, Fira
 from train.plan.account import account
 from train.plan.footprint import placed_step
@@ -56,7 +56,7 @@ def trained(setup, steps):
   for _ in range(steps):
     state, metrics = setup.step(state, next(setup.batches))
     found.append(metrics['loss'])
-  validated = setup.task.evaluate(setup.text)(state.params)
+  validated = setup.task.evaluate(setup.data)(state.params)
   return np.array([*jax.device_get(found), validated['loss']]), state
 
 
@@ -143,7 +143,7 @@ def test_projected_sums_are_a_quarter_of_whole_ones():
   for name, config in scaling.configs(width=64, num_layers=2).items():
     config = dataclasses.replace(config, mesh=Mesh(data=8))
     grid = mesh.devices(config.mesh)
-    task = language_model(config)
+    task = task_of(config)
     jitted, state, batch = placed_step(config, task, grid)
     text = jitted.lower(state, batch).compile().as_text()
     # All methods send the whole gradients of weights that are not projected.
@@ -352,10 +352,10 @@ def test_a_cluster_is_joined_if_there_is_one(
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
   if message is None:
-    mesh.join_cluster()
+    cluster.join_cluster()
   else:
     with pytest.raises(ValueError, match=message):
-      mesh.join_cluster()
+      cluster.join_cluster()
   assert not asked
 
 
@@ -367,17 +367,17 @@ def test_slurm_is_detected(monkeypatch, asked):
   task = {'NTASKS': 2, 'JOB_ID': 7, 'PROCID': 1, 'LOCALID': 0}
   for name, value in {**task, 'STEP_NODELIST': 'a,b'}.items():
     monkeypatch.setenv(f'SLURM_{name}', str(value))
-  mesh.join_cluster()
+  cluster.join_cluster()
   assert asked == [{}]
 
 
 def test_the_clock_is_that_of_the_first_process(monkeypatch):
-  assert mesh.clock().microsecond == 0
+  assert cluster.clock().microsecond == 0
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   theirs = np.array([2026, 1, 2, 3, 4, 5], np.int32)
   monkeypatch.setattr(
-    mesh.multihost_utils,
+    cluster.multihost_utils,
     'broadcast_one_to_all',
     lambda ours: theirs.astype(ours.dtype).reshape(ours.shape),
   )
-  assert mesh.clock() == datetime.datetime(2026, 1, 2, 3, 4, 5)
+  assert cluster.clock() == datetime.datetime(2026, 1, 2, 3, 4, 5)

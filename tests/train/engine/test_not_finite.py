@@ -21,6 +21,7 @@ from tests.galore_optax.layerwise.program import (
   make_batch,
   make_params,
 )
+from tests.train.engine.test_loop import Uncounted
 from tests.train.test_config import CONFIG
 from train.config import Layerwise
 from train.engine import loop
@@ -28,7 +29,6 @@ from train.engine import mesh as mesh_lib
 from train.engine import step as step_lib
 from train.engine.mesh import Mesh
 from train.engine.signals import Stop
-from train.engine.task import language_model
 from train.method import Badam, Galore, limit_growth
 
 
@@ -195,7 +195,7 @@ def trained(found, **options):
     log=lambda step, values: logged.append((step, values)),
     console=Console(file=io.StringIO()),
     stop=Stop(),
-    task=language_model(CONFIG),
+    task=Uncounted(CONFIG),
   )
   return run, saved, logged
 

@@ -15,10 +15,11 @@ from models.llama import Llama3Scaling, LlamaConfig
 from models.lowrank import Lora
 from tests.train import program
 from train import evaluate, export, pretrain, report, sample
-from train.config import Config, Layerwise, flatten, from_json
+from train.config import Config, Layerwise
 from train.data.chats import Chats
 from train.data.labelled import LabelledFiles
 from train.engine.command import load
+from train.engine.config_json import flatten, from_json
 from train.engine.run import Run
 from train.method import Galore, Galore8bit
 

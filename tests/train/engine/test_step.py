@@ -11,8 +11,9 @@ import galore_optax
 from train.config import Layerwise, WholeTree
 from train.engine import step as step_lib
 from train.engine.command import load
-from train.engine.task import INPUTS, language_model
+from train.engine.task import task_of
 from train.method import Galore, Galore8bit
+from train.tasks.language import INPUTS
 
 # A bigram model, because steps do not depend on the inside of a loss. Sizes are
 # vocabulary V, width D, rows B and tokens per row T.
@@ -128,7 +129,7 @@ def test_state_is_donated_and_the_step_compiles_once():
 )
 def test_every_donated_buffer_is_used(update, optimizer):
   config = dataclasses.replace(quickstart(), update=update, optimizer=optimizer)
-  task = language_model(config)
+  task = task_of(config)
   init, step = step_lib.build(config, task)
   state = jax.jit(init)(jax.random.key(0))
   tokens = np.ones((config.batch_size, config.sequence_length), np.int32)

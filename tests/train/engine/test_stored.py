@@ -12,7 +12,7 @@ from tests.train.program import lines, saved, write_config
 from train import evaluate, pretrain, sample
 from train.engine import command, metrics
 from train.engine.run import Run
-from train.engine.task import language_model, stored_layers
+from train.engine.task import task_of
 
 INT8 = (
   *('--update', 'Layerwise', '--update.weights', 'int8', '--update.slices'),
@@ -80,13 +80,13 @@ def test_evaluate_and_sample_read_them(finished, capsys):
 def test_the_model_reads_dequantized_weights(tmp_path):
   launch = command.parse([write_config(tmp_path), *INT8])
   config = launch.config
-  stored = language_model(config).init(jax.random.key(0))
+  stored = task_of(config).init(jax.random.key(0))
   read = config.weights().read
   arrays = jax.tree.map(read, stored, is_leaf=is_quantized)
   shape = (2, config.sequence_length)
   names = ('inputs', 'positions', 'segments')
   batch = {name: jnp.ones(shape, jnp.int32) for name in names}
-  ours, plain = stored_layers(config), Layers(config.model)
+  ours, plain = task_of(config).stored_layers, Layers(config.model)
   chex.assert_trees_all_equal(
     jax.jit(ours.logits)(stored, batch), jax.jit(plain.logits)(arrays, batch)
   )

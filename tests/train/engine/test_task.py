@@ -1,6 +1,6 @@
-"""`model_flops` equals a count of the matrix products by hand.
+"""The flops of a model equal a count of the matrix products by hand.
 
-It counts one forward and one backward pass, without the optimizer.
+They count one forward and one backward pass, without the optimizer.
 """
 
 import dataclasses
@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from models.encoder import EncoderConfig
-from models.encoder import Layers as EncoderLayers
-from models.llama import Layers, LlamaConfig
+from models.llama import LlamaConfig
 from models.lowrank import Lora
 from tests.train.test_config import CONFIG
-from train.engine.task import everything, language_model, model_flops, task_of
+from train.engine.task import everything, task_of
 
 B, T = 3, 10
 MODEL = LlamaConfig(
@@ -23,9 +22,12 @@ MODEL = LlamaConfig(
 )  # fmt: skip
 
 
-def count(model, kind=Layers, trained=everything):
-  shapes = jax.eval_shape(kind(model).init, jax.random.key(0))
-  return model_flops(model, shapes, trained(shapes), B, T)
+BATCH = {'inputs': np.zeros((B, T), np.int32)}
+
+
+def count(model, trained=everything):
+  shapes = jax.eval_shape(model.layers().init, jax.random.key(0))
+  return model.flops(shapes, trained(shapes), BATCH)
 
 
 def products(model):
@@ -54,7 +56,7 @@ def test_encoder():
   )  # fmt: skip
   linear = 2 * (4 * 12 * 12 + 2 * 12 * 20)
   pairs = B * T * (linear + 2 * 2 * T * 12)
-  assert count(model, EncoderLayers) == 6 * pairs
+  assert count(model) == 6 * pairs
 
 
 def test_a_task_has_the_shapes_of_its_batches():
@@ -76,12 +78,10 @@ def test_frozen_weights_have_no_gradient():
 
 def test_a_task_counts_its_batches():
   model = dataclasses.replace(MODEL, vocab_size=300)
-  batch = {'inputs': np.zeros((B, T), np.int32)}
   config = dataclasses.replace(CONFIG, model=model)
-  whole = task_of(config).flops(batch)
+  whole = task_of(config).flops(BATCH)
   assert whole == 6 * products(model)
   lora = dataclasses.replace(config, adapter=Lora(rank=2))
   # Frozen kernels save one third of the products. Factors and attention are
   # still differentiated.
-  assert 0.66 < task_of(lora).flops(batch) / whole < 0.9
-  assert language_model(config).flops is None
+  assert 0.66 < task_of(lora).flops(BATCH) / whole < 0.9

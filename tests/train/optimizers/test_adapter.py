@@ -17,14 +17,15 @@ from models import lowrank
 from models.llama import LlamaConfig
 from models.lowrank import Factored, Lora, Relora
 from tests.train import program
-from train import pretrain, report
-from train.config import Config, Layerwise, WholeTree, from_json, to_json
+from train import pretrain
+from train.config import Config, Layerwise, WholeTree
 from train.data.corpus import TextFiles
-from train.engine import loop
+from train.engine import loop, memory_table
 from train.engine import step as step_lib
 from train.engine.command import parse
+from train.engine.config_json import from_json, to_json
 from train.engine.run import Run
-from train.engine.task import array_shapes, language_model
+from train.engine.task import task_of
 from train.method import Adam8bit, AdamW, Galore
 from train.optimizers import adapter as adapter_lib
 from train.plan.footprint import Cards, make_plan
@@ -64,7 +65,7 @@ def changed(**options):
 
 
 def start(config):
-  init, step = step_lib.build(config, language_model(config))
+  init, step = step_lib.build(config, task_of(config))
   return init(jax.random.key(0)), step
 
 
@@ -156,14 +157,12 @@ def test_layer_by_layer_is_the_whole_tree(adapter):
 def test_frozen_weights_have_no_gradient():
   config = changed(clip_norm=None)
   state, step = start(config)
-  moving, _ = step_lib.split_trained(
-    state.params, language_model(config).trained
-  )
+  moving, _ = step_lib.split_trained(state.params, task_of(config).trained)
   assert set(by_role(moving)['beneath'].values()) == {None}
   _, metrics = step(state, example(0))
   state, _ = start(config)
   batch, _ = step_lib.with_mean_weight(example(0))
-  grads = jax.grad(lambda p: language_model(config).loss(p, batch)[0])
+  grads = jax.grad(lambda p: task_of(config).loss(p, batch)[0])
   of_factors = by_role(grads(state.params))['factor']
   # The norm must include only the gradients of the factors.
   np.testing.assert_allclose(
@@ -195,7 +194,7 @@ def test_lomo_and_lora_add_up():
   both, _ = run(config, 1, state)
 
   batch, _ = step_lib.with_mean_weight(example(2))
-  task = language_model(config)
+  task = task_of(config)
   grads = jax.jit(jax.grad(lambda p: task.loss(p, batch)[0]))(start_at)
   rate = 0.5 * float(config.schedule()(2))
   sgd = jax.tree.map(lambda w, g: w - rate * g, start_at, grads)
@@ -210,7 +209,7 @@ def test_lomo_and_lora_add_up():
   alone = changed(clip_norm=None)
   moments = _state_of_factors(run(config, 2)[0].optimizer)
   tx = alone.transformation()
-  trained = language_model(alone).trained
+  trained = task_of(alone).trained
   moving, _ = step_lib.split_trained(start_at, trained)
   moving_grads, _ = step_lib.split_trained(grads, trained)
   updates, _ = tx.update(moving_grads, moments, moving)
@@ -235,7 +234,7 @@ def test_a_merge_keeps_the_function_and_restarts_the_factors(update):
   never = dataclasses.replace(RELORA, every=7, restart_warmup=0)
   before, _ = run(dataclasses.replace(config, adapter=never))
   after, _ = run(config)
-  layers = language_model(config).layers
+  layers = task_of(config).layers
   chex.assert_trees_all_equal(
     by_role(before.params)['rest'], by_role(after.params)['rest']
   )
@@ -398,7 +397,7 @@ def test_an_optimizer_that_cannot_project_factors_names_adamw(
   optimizer, match, update
 ):
   config = changed(optimizer=optimizer, update=update)
-  init, _ = step_lib.build(config, language_model(config))
+  init, _ = step_lib.build(config, task_of(config))
   with pytest.raises(ValueError, match=match) as error:
     jax.eval_shape(init, jax.random.key(0))
   assert 'factors of rank 3: take --optimizer AdamW' in str(error.value)
@@ -406,7 +405,7 @@ def test_an_optimizer_that_cannot_project_factors_names_adamw(
 
 def test_without_factors_no_other_optimizer_is_named():
   config = changed(optimizer=Galore(rank=16), adapter=None)
-  init, _ = step_lib.build(config, language_model(config))
+  init, _ = step_lib.build(config, task_of(config))
   with pytest.raises(ValueError, match='rank 16 projects no') as error:
     jax.eval_shape(init, jax.random.key(0))
   assert 'AdamW' not in str(error.value)
@@ -468,9 +467,9 @@ def test_a_resumed_run_is_bit_equal_over_a_merge(update, tmp_path, monkeypatch):
 
 def test_the_memory_table_has_frozen_weights_without_state():
   config = changed(adapter=Lora(rank=3, targets=('.*/q/kernel',)))
-  task = language_model(config)
-  table = report.memory_table(
-    array_shapes(config, task),
+  task = task_of(config)
+  table = memory_table.memory_table(
+    task.shapes,
     jax.eval_shape(task.init, jax.random.key(0)),
     config.transformation(),
     'AdamW',

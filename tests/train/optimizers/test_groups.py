@@ -14,21 +14,15 @@ from galore_optax import Group
 from models.lowrank import Lora
 from tests.train.program import lines, saved, write_config
 from tests.train.test_config import CONFIG
-from train import pretrain, report
-from train.config import (
-  Config,
-  Layerwise,
-  differences,
-  from_json,
-  group_of,
-  spelled,
-  to_json,
-)
+from train import pretrain
+from train.config import Config, Layerwise, group_of, spelled
 from train.engine import loop, metrics
 from train.engine import step as step_lib
 from train.engine.command import load, parse
+from train.engine.config_json import differences, from_json, to_json
+from train.engine.memory_table import memory_of
 from train.engine.run import Run
-from train.engine.task import language_model
+from train.engine.task import task_of
 from train.method import Adam8bit, AdamW, Badam, Galore, ScaleSgd
 from train.plan.footprint import Cards, make_plan
 
@@ -52,7 +46,7 @@ def batch(config, seed=0):
 
 def trained(config, steps=2):
   """Returns the initial parameters, and the state and metrics after steps."""
-  init, step = step_lib.build(config, language_model(config))
+  init, step = step_lib.build(config, task_of(config))
   state = init(jax.random.key(0))
   first = jax.tree.map(np.asarray, state.params)
   for i in range(steps):
@@ -108,7 +102,7 @@ def test_without_groups_the_state_is_as_before():
   plain = dataclasses.replace(GROUPED, groups=())
   only_frozen = dataclasses.replace(GROUPED, groups=GROUPS[1:])
   for config in (plain, only_frozen):
-    init, _ = step_lib.build(config, language_model(config))
+    init, _ = step_lib.build(config, task_of(config))
     state = jax.eval_shape(init, jax.random.key(0))
     assert 'GroupedState' not in str(jax.tree.structure(state.optimizer))
 
@@ -164,7 +158,7 @@ def test_factors_have_groups_of_their_own():
 def test_groups_that_do_not_fit(groups, optimizer, message):
   config = dataclasses.replace(CONFIG, groups=groups, optimizer=optimizer)
   with pytest.raises(ValueError, match=message):
-    init, _ = step_lib.build(config, language_model(config))
+    init, _ = step_lib.build(config, task_of(config))
     jax.eval_shape(init, jax.random.key(0))
 
 
@@ -172,11 +166,11 @@ def test_layers_that_are_all_frozen_need_an_update_of_the_whole_tree() -> None:
   config = dataclasses.replace(
     CONFIG, optimizer=AdamW(), groups=(Group('blocks/.*', 0.0),)
   )
-  init, _ = step_lib.build(config, language_model(config))
+  init, _ = step_lib.build(config, task_of(config))
   jax.eval_shape(init, jax.random.key(0))
   config = dataclasses.replace(config, update=Layerwise())
   with pytest.raises(ValueError, match=r'every layer.*--update WholeTree'):
-    init, _ = step_lib.build(config, language_model(config))
+    init, _ = step_lib.build(config, task_of(config))
     jax.eval_shape(init, jax.random.key(0))
 
 
@@ -194,7 +188,7 @@ def test_every_rate_of_an_optimizer_is_multiplied() -> None:
 
 
 def test_the_table_of_memory_has_the_multipliers():
-  table = report.memory_of(GROUPED, language_model(GROUPED))
+  table = memory_of(GROUPED, task_of(GROUPED))
   columns = {str(c.header): [*c.cells] for c in table.columns}
   rates = dict(zip(columns['parameter'], columns['rate'], strict=True))
   assert rates['embed/embedding'] == '2' and rates['norm/scale'] == '0'
@@ -203,7 +197,7 @@ def test_the_table_of_memory_has_the_multipliers():
 
 def test_the_table_of_memory_has_frozen_groups() -> None:
   config = dataclasses.replace(GROUPED, groups=GROUPS[1:])
-  table = report.memory_of(config, language_model(config))
+  table = memory_of(config, task_of(config))
   columns = {str(c.header): [*c.cells] for c in table.columns}
   rates = dict(zip(columns['parameter'], columns['rate'], strict=True))
   assert rates['norm/scale'] == '0' and rates['embed/embedding'] == '1'

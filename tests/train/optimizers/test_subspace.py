@@ -14,7 +14,7 @@ from models.llama import LlamaConfig
 from tests.train.test_config import CONFIG
 from train.config import Layerwise, WholeTree
 from train.engine import step
-from train.engine.task import language_model
+from train.engine.task import task_of
 from train.method import METHODS, AdamW
 from train.method import Galore as Optimizer
 from train.optimizers import subspace_metrics as subspace
@@ -201,7 +201,7 @@ def batch(number):
 def run(update, number=5):
   """Returns the metrics of the first steps of a config."""
   config = config_of(update)
-  init, one = step.build(config, language_model(config))
+  init, one = step.build(config, task_of(config))
   state, found = init(jax.random.key(0)), []
   for i in range(number):
     state, metrics = one(state, batch(i))
@@ -230,7 +230,7 @@ def test_a_step_hands_them_on_at_refreshes():
 
 def test_a_method_without_a_subspace_logs_nothing():
   config = dataclasses.replace(config_of(WholeTree()), optimizer=AdamW())
-  init, one = step.build(config, language_model(config))
+  init, one = step.build(config, task_of(config))
   shapes = jax.eval_shape(init, jax.random.key(0))
   metrics = jax.eval_shape(one, shapes, batch(0))[1]
   assert not {'subspace', 'refreshed'} & metrics.keys()

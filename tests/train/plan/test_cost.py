@@ -19,11 +19,10 @@ from train.config import Config, Layerwise
 from train.data.corpus import Chitchat
 from train.engine import step as step_lib
 from train.engine.mesh import Mesh, devices
-from train.engine.task import language_model
+from train.engine.task import task_of
 from train.method import CLASSES, Galore, Galore8bit
 from train.plan.bill import whole_update
 from train.plan.cost import cost_of
-from train.plan.footprint import batch
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
@@ -62,8 +61,8 @@ STEPS = {
 
 def step(config):
   """Returns the step, and the shapes of its arguments."""
-  init, step = step_lib.build(config, language_model(config))
-  return step, jax.eval_shape(init, jax.random.key(0)), batch(config)
+  init, step = step_lib.build(config, task_of(config))
+  return step, jax.eval_shape(init, jax.random.key(0)), task_of(config).inputs()
 
 
 PROGRAMS = {

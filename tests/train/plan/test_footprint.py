@@ -10,7 +10,7 @@ from models.llama import LlamaConfig
 from train.config import Layerwise
 from train.engine import step
 from train.engine.command import load
-from train.engine.task import language_model
+from train.engine.task import task_of
 from train.method import Galore
 from train.plan.footprint import Cards, make_plan
 
@@ -44,7 +44,7 @@ def test_state_is_exact_to_the_byte(name):
   config = load(str(SHIPPED[name]))
   # The state of each config fits on this GPU.
   plan = make_plan(config, Cards('h100', estimate=True))
-  init, _ = step.build(config, language_model(config))
+  init, _ = step.build(config, task_of(config))
   state = jax.eval_shape(init, jax.random.key(0))
   assert plan.state_bytes == num_bytes((state.params, state.optimizer))
   weights = plan.parameter_bytes + plan.vocabulary_bytes
