@@ -150,8 +150,10 @@ def shown(examples: Images, *, seed: int = 0, counted: int = 1000) -> Table:
   height, width, channels = examples.shape
   caption = (
     f'{len(examples):,} images of {height} x {width} x {channels} in '
-    f'{examples.num_classes:,} classes, of which {len(labels_n):,} are counted'
+    f'{examples.num_classes:,} classes'
   )
+  if len(labels_n) < len(examples):
+    caption += f', of which {len(labels_n):,} are counted'
   if examples.left_out:
     caption += (
       f'; {len(examples.left_out):,} files that Pillow cannot read are left '

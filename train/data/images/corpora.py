@@ -145,6 +145,9 @@ class ImageFolders:
   Images are rotated by their EXIF orientation. They are decoded when they are
   read.
 
+  ImageNet, Imagenette and Food-101, for example, are distributed in such
+  folders.
+
   A path such as CLASS/NAME.jpg decides whether an image is held out, so copies
   of an image under other names can be in both splits.
   """
@@ -398,8 +401,13 @@ class IdxImages:
 class ImageTfds:
   """A set of labelled images that TFDS has prepared, read without TensorFlow.
 
-  Examples are `imagenet2012`, `cifar10` and `oxford_flowers102`. The format
-  array_record has random access. Pillow decodes images when they are read, and
+  Examples are `imagenet2012`, `cifar10` and `oxford_flowers102`. On a machine
+  with TensorFlow, tfds.builder(NAME, file_format='array_record')
+  .download_and_prepare() downloads and prepares a set. The archives of
+  imagenet2012 must be downloaded from image-net.org first. Sets in the format
+  tfrecord are read too, but are not shuffled globally.
+
+  Pillow decodes images when they are read, and
   they are rotated by their EXIF orientation.
   """
 

@@ -206,14 +206,9 @@ def random_box(
   ratio = np.exp(bounds[0] + uniform_4[1] * (bounds[1] - bounds[0]))
   columns = min(width, float(np.sqrt(area * ratio)))
   rows = min(height, float(np.sqrt(area / ratio)))
-  left = uniform_4[2] * (width - columns)
-  upper = uniform_4[3] * (height - rows)
-  return Box(
-    float(left),
-    float(upper),
-    min(width, float(left) + columns),
-    min(height, float(upper) + rows),
-  )
+  left = float(uniform_4[2]) * (width - columns)
+  upper = float(uniform_4[3]) * (height - rows)
+  return Box(left, upper, left + columns, upper + rows)
 
 
 def grid(
