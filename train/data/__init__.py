@@ -1,4 +1,4 @@
-"""Data pipeline from text to batches: corpora, tokenizers and packing.
+"""Data pipelines from texts and images to batches.
 
-Read `corpus` first.
+Read `corpus` first, and `images` for images.
 """

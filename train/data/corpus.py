@@ -72,6 +72,9 @@ class RandomAccess(Generic[T]):
   convert: Callable[[Any], T]
   """Converts an item into an example."""
 
+  num_threads: int = dataclasses.field(default=2, kw_only=True)
+  """Number of threads that read items; 0 is faster for items in memory."""
+
   def __len__(self) -> int:
     """Number of examples."""
     return len(self.source)
@@ -81,12 +84,19 @@ class RandomAccess(Generic[T]):
     shuffled = _shuffled(self.source, seed)
     ordered = shuffled.repeat() if repeat else shuffled
     return ordered.map(self.convert).to_iter_dataset(
-      grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
+      grain.ReadOptions(
+        num_threads=self.num_threads,
+        prefetch_buffer_size=64 if self.num_threads else 0,
+      )
     )
 
   def mapped(self, function: Callable[[T], U]) -> 'RandomAccess[U]':
     """Returns the examples with a function applied to each."""
-    return RandomAccess(self.source, lambda item: function(self.convert(item)))
+    return RandomAccess(
+      self.source,
+      lambda item: function(self.convert(item)),
+      num_threads=self.num_threads,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,7 +381,7 @@ class Tfds(Corpus):
       ValueError: it does not have this split, or no feature 'text'.
     """
     found = self.records(split)
-    features = self._builder().info.features
+    features = self.features()
     if 'text' not in features:
       raise ValueError(
         f"{self.name} has no feature 'text', but {sorted(features)}: name a "
@@ -379,10 +389,23 @@ class Tfds(Corpus):
       )
     return found.mapped(_text_of_example)
 
+  def features(self) -> Any:
+    """Returns the features of TFDS by name, which describe their types.
+
+    Raises:
+      FileNotFoundError: the data set is not prepared in `data_dir`.
+    """
+    return self._builder().info.features
+
   def records(
-    self, split: Split
+    self, split: Split, undecoded: str | None = None
   ) -> RandomAccess[dict[str, Any]] | Sharded[dict[str, Any]]:
     """Returns the examples of a split with all their features.
+
+    Args:
+      split: the split.
+      undecoded: a feature that stays as it is stored, as the bytes of an image
+        file.
 
     Raises:
       FileNotFoundError: the data set is not prepared in `data_dir`.
@@ -398,8 +421,9 @@ class Tfds(Corpus):
         f'{self.name} has no split {name!r}, but {sorted(splits)}: set '
         f"{split} to one of them, or to a slice such as 'train[99%:]'"
       ) from error
+    decoders = None if undecoded is None else {undecoded: _stored()}
     if builder.info.file_format.value != 'tfrecord':
-      records = builder.as_data_source(name)
+      records = builder.as_data_source(name, decoders=decoders)
       return RandomAccess(_Records(records, info.file_instructions), dict)
     if name not in splits:
       raise ValueError(
@@ -409,7 +433,9 @@ class Tfds(Corpus):
     return Sharded(
       tuple(str(path) for path in info.filepaths),
       info.num_examples,
-      builder.info.features.deserialize_example_np,
+      functools.partial(
+        builder.info.features.deserialize_example_np, decoders=decoders
+      ),
     )
 
   def _builder(self) -> Any:
@@ -524,6 +550,13 @@ def _prepared(name: str, data_dir: str | None) -> Any:
       f' expected {name}/VERSION/dataset_info.json there; set data_dir, or '
       'prepare it with tfds.builder(...).download_and_prepare()'
     ) from error
+
+
+def _stored() -> Any:
+  """Returns TFDS' decoder that leaves a feature as it is stored."""
+  from tensorflow_datasets.core import decode
+
+  return decode.SkipDecoding()
 
 
 def _text_of_example(example: dict[str, Any]) -> str:

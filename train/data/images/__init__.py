@@ -1,0 +1,4 @@
+"""Labelled images: corpora, batches, and the reading and writing of pixels.
+
+Read `corpora` first.
+"""
