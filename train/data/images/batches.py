@@ -3,7 +3,6 @@
 Shapes: B images of a batch, H rows, W columns and C channels of an image.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from train.data.batches import Batch, ahead
 from train.data.images import pixels
+from train.data.images.augment import Augment
 from train.data.images.corpora import BoxOf, Images, Stored
 
 # Number of random numbers that crop and flip an image.
@@ -27,41 +27,6 @@ _SHADES = np.array(list(' .:-=+*#%@'))
 _COLUMNS = 56
 # Largest number of classes in a table.
 _CLASSES = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Augment:
-  """Random changes of training images, which differ in each epoch."""
-
-  crop: int = 0
-  """Number of black pixels that are added at each edge before a random crop to
-  the old size. 4 is usual for images of 32 x 32."""
-
-  scale: tuple[float, float] | None = None
-  """Least and largest share of an image's area that is cropped at random, with
-  another width / height, and resized to the shape of the images. The share is
-  of the stored image, if that is larger. (0.08, 1.0) is usual for ImageNet.
-  Pillow resizes, which needs the extra `images`."""
-
-  flip: bool = False
-  """Whether half of the images are mirrored left to right."""
-
-  def __post_init__(self) -> None:
-    """Raises ValueError if the sizes contradict each other."""
-    if self.crop < 0:
-      raise ValueError(
-        f'augment.crop must be at least 0 pixels, got {self.crop}: 4 is usual'
-      )
-    scale = self.scale
-    if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
-      raise ValueError(
-        f'augment.scale must be two shares 0 < least <= largest <= 1 of the '
-        f"image's area, got {scale}: (0.08, 1.0) is usual"
-      )
-    if scale is not None and self.crop:
-      raise ValueError(
-        f'augment.crop={self.crop} and augment.scale={scale} both crop: set one'
-      )
 
 
 def batches(

@@ -6,6 +6,7 @@ A corpus is a dataclass that a config names, as in `train.data.corpus`. Its
 Shapes: n images of H rows, W columns and C channels.
 """
 
+import abc
 import dataclasses
 import functools
 import os
@@ -19,6 +20,7 @@ import numpy as np
 from train.data import corpus
 from train.data.corpus import RandomAccess, Sharded, Split
 from train.data.images import idx, pixels
+from train.data.images.augment import Augment
 from train.data.images.pixels import Box, Shape
 
 FASHION = (
@@ -135,8 +137,21 @@ class Images:
     return image if isinstance(image, np.ndarray) else pixels.to_array(image)
 
 
+class ImageCorpus(corpus.Corpus):
+  """A corpus of labelled images."""
+
+  holds: ClassVar[str] = 'images'
+  """What the data are, for `Task.holds`."""
+  augment: Augment
+  """Random changes of training images."""
+
+  @abc.abstractmethod
+  def open(self, split: Split) -> Images:
+    """Returns the images of a split."""
+
+
 @dataclasses.dataclass(frozen=True)
-class ImageFolders:
+class ImageFolders(ImageCorpus):
   """Your own images: a folder for each class.
 
   The names of the folders in `train`, in sorted order, are the classes. Every
@@ -151,8 +166,6 @@ class ImageFolders:
   A path such as CLASS/NAME.jpg decides whether an image is held out, so copies
   of an image under other names can be in both splits.
   """
-
-  holds: ClassVar[str] = 'images'
 
   train: str
   """Directory with the folders of the training images."""
@@ -176,6 +189,9 @@ class ImageFolders:
   skip_unreadable: bool = False
   """Whether to leave out files that Pillow cannot read. Each image is decoded
   once when the corpus is opened, to find them."""
+
+  augment: Augment = dataclasses.field(default_factory=Augment)
+  """Random changes of training images."""
 
   def open(self, split: Split) -> Images:
     """Returns the images of a split.
@@ -279,15 +295,13 @@ class ImageFolders:
 
 
 @dataclasses.dataclass(frozen=True)
-class IdxImages:
+class IdxImages(ImageCorpus):
   """Images in idx files, the format of MNIST; Fashion-MNIST by default.
 
   Debian's package dataset-fashion-mnist has its 60,000 training images and
   10,000 test images of 28 x 28 pixels (MIT licence). MNIST, KMNIST and EMNIST
   have files of the same format. All images are held in memory.
   """
-
-  holds: ClassVar[str] = 'images'
 
   directory: str = idx.FASHION_DIRECTORY
   """Directory of the files."""
@@ -313,6 +327,9 @@ class IdxImages:
   names: tuple[str, ...] | None = None
   """Names of the classes; None numbers them up to the largest training
   label. Those of Fashion-MNIST are `FASHION`."""
+
+  augment: Augment = dataclasses.field(default_factory=Augment)
+  """Random changes of training images."""
 
   def open(self, split: Split) -> Images:
     """Returns the images of a split.
@@ -398,7 +415,7 @@ class IdxImages:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageTfds:
+class ImageTfds(ImageCorpus):
   """A set of labelled images that TFDS has prepared, read without TensorFlow.
 
   Examples are `imagenet2012`, `cifar10` and `oxford_flowers102`. On a machine
@@ -410,8 +427,6 @@ class ImageTfds:
   Pillow decodes images when they are read, and
   they are rotated by their EXIF orientation.
   """
-
-  holds: ClassVar[str] = 'images'
 
   name: str = 'imagenet2012'
   """Name as in tfds.load: name/config, with :version if a version is needed."""
@@ -436,6 +451,9 @@ class ImageTfds:
 
   label: str = 'label'
   """Feature of the class."""
+
+  augment: Augment = dataclasses.field(default_factory=Augment)
+  """Random changes of training images."""
 
   def open(self, split: Split) -> Images:
     """Returns the images of a split.
