@@ -35,6 +35,6 @@ class Augment:
       )
     if scale is not None and self.crop:
       raise ValueError(
-        f'corpus.augment.crop={self.crop} and corpus.augment.scale={scale} both '
+        f'corpus.augment.crop={self.crop} and augment.scale={scale} both '
         'crop: set one'
       )
