@@ -9,18 +9,16 @@ C labels, L layers.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from models import attention, flops, noise
-from models.llama import Activations, Linear, apply
 from models.model import (
+  Activations,
   Batch,
   Dtype,
   Intercept,
@@ -29,6 +27,16 @@ from models.model import (
   PyTree,
   Read,
   Sums,
+)
+from models.modules import (
+  Attention,
+  LayerNorm,
+  Linear,
+  Mlp,
+  Table,
+  apply,
+  cost,
+  drop,
 )
 
 
@@ -168,6 +176,11 @@ class EncoderConfig(ModelConfig):
     return {'num_heads': self.num_heads, 'mlp_width': self.mlp_width}
 
   @property
+  def qkv_bias(self) -> bool:
+    """Whether the projections to queries, keys and values have a bias."""
+    return True
+
+  @property
   def head_width(self) -> int:
     """Size of one attention head."""
     return self.width // self.num_heads
@@ -186,89 +199,6 @@ class EncoderConfig(ModelConfig):
   def max_length(self) -> int:
     """Maximum number of tokens in a row: those that have a position."""
     return self.num_positions - self.first_position
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
-def normalize(
-  h: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float
-) -> jax.Array:
-  """Returns (h - mean) / sqrt(variance + eps) * scale + bias.
-
-  Computes in float32. Under `jax.checkpoint`, only the inputs are stored for
-  the backward pass.
-  """
-  x = h.astype(jnp.float32)
-  x -= jnp.mean(x, axis=-1, keepdims=True)
-  x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-  scale, bias = (
-    jnp.expand_dims(w.astype(jnp.float32), range(h.ndim - 1))
-    for w in (scale_D, bias_D)
-  )
-  return (x * scale + bias).astype(h.dtype)
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def gelu(x: jax.Array) -> jax.Array:
-  """Returns x times the standard normal distribution function at x.
-
-  This is the exact GELU with erf, not the approximation with tanh. Under
-  `jax.checkpoint`, only x is stored for the backward pass.
-  """
-  return jax.nn.gelu(x, approximate=False)
-
-
-def drop(
-  x: jax.Array, noise_B2: jax.Array | None, site: int, rate: float
-) -> jax.Array:
-  """Applies dropout: zeroes some entries and scales up the others.
-
-  Args:
-    x: Activations [B, ...].
-    noise_B2: One random key per row, so that the zeros of a row do not depend
-      on the rest of the batch. None disables dropout.
-    site: Number of this dropout within its layer; it is folded into the keys.
-    rate: Probability with which an entry is zeroed.
-
-  Returns:
-    An array like x.
-  """
-  if noise_B2 is None or not rate:
-    return x
-  return noise.drop(x, noise.folded(noise_B2, site), rate)
-
-
-class LayerNorm(nn.Module):
-  """Layer normalization with scale and bias. Computes in float32."""
-
-  config: EncoderConfig
-  """Provides `norm_eps` and `param_dtype`."""
-
-  @nn.compact
-  def __call__(self, h: jax.Array) -> jax.Array:
-    """Normalizes the last axis."""
-    config, init = self.config, nn.initializers
-    shape, dtype = h.shape[-1:], config.param_dtype
-    scale_D = self.param('scale', init.ones, shape, dtype)
-    bias_D = self.param('bias', init.zeros, shape, dtype)
-    return normalize(h, scale_D, bias_D, config.norm_eps)
-
-
-class Table(nn.Module):
-  """Embedding table with one row per token, position or token type."""
-
-  config: EncoderConfig
-  """Provides the width, the initialization and the types."""
-  size: int
-  """Number of rows."""
-
-  @nn.compact
-  def __call__(self, rows: jax.Array) -> jax.Array:
-    """Returns the given rows; a row outside the table returns NaN."""
-    config = self.config
-    init = nn.initializers.normal(config.init_std)
-    shape = (self.size, config.width)
-    table = self.param('embedding', init, shape, config.param_dtype)
-    return jnp.take(table, rows, axis=0, mode='fill').astype(config.dtype)
 
 
 class Embedding(nn.Module):
@@ -296,52 +226,6 @@ class Embedding(nn.Module):
     h_BTD += Table(config, config.num_positions, name='positions')(positions_1T)
     h_BTD = LayerNorm(config, name='norm')(h_BTD)
     return drop(h_BTD, batch.get('noise'), 0, config.dropout)
-
-
-class Attention(nn.Module):
-  """Bidirectional attention within segments."""
-
-  config: EncoderConfig
-  """Provides the sizes of the heads and the implementation of attention."""
-
-  @nn.compact
-  def __call__(self, h_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """Returns the mix [B, T, D] of the time steps of each segment."""
-    config, D, N = self.config, self.config.width, self.config.num_heads
-
-    def heads(name: str) -> jax.Array:
-      y_BTD = Linear(config, (D, D), True, name=name)(h_BTD)
-      return y_BTD.reshape(*h_BTD.shape[:2], N, D // N)
-
-    q_BTNH, k_BTNH, v_BTNH = heads('q'), heads('k'), heads('v')
-    if self.is_initializing():
-      # Initial parameters do not depend on the output of attention, and
-      # tracing attention would take most of the time of `init`.
-      y_BTNH = q_BTNH
-    else:
-      y_BTNH = attention.attend(
-        q_BTNH,
-        k_BTNH,
-        v_BTNH,
-        segments_BT,
-        kind=config.attention,
-        causal=False,
-      )
-    return Linear(config, (D, D), True, name='o')(y_BTNH.reshape(h_BTD.shape))
-
-
-class Mlp(nn.Module):
-  """Two linear maps with a GELU between them: down(gelu(up))."""
-
-  config: EncoderConfig
-  """Provides `width` and `mlp_width`."""
-
-  @nn.compact
-  def __call__(self, h_BTD: jax.Array) -> jax.Array:
-    """Returns [B, T, D], each time step computed from itself only."""
-    D, F = self.config.width, self.config.mlp_width
-    up_BTF = Linear(self.config, (D, F), True, name='up')(h_BTD)
-    return Linear(self.config, (F, D), True, name='down')(gelu(up_BTF))
 
 
 class TransformerLayer(nn.Module):
@@ -451,24 +335,6 @@ class Encoder(nn.Module):
     total = jnp.sum(weights_B * cost_B)
     sums = {'cost': total, 'weight': jnp.sum(weights_B)}
     return total / weights_B.size, sums
-
-
-def cost(
-  logits_BC: jax.Array | np.ndarray,
-  targets_B: jax.Array | np.ndarray,
-  num_labels: int,
-) -> jax.Array | np.ndarray:
-  """Returns the cost [B] of each row.
-
-  The cost is -log p(target), or the squared error if `num_labels` is 1.
-  """
-  if num_labels == 1:
-    return (logits_BC[:, 0] - targets_B.astype(jnp.float32)) ** 2
-  chosen_BC = (
-    targets_B.astype(jnp.int32)[:, None] == jnp.arange(num_labels)[None]
-  )
-  chosen_B = jnp.sum(jnp.where(chosen_BC, logits_BC, 0.0), axis=-1)
-  return jax.nn.logsumexp(logits_BC, axis=-1) - chosen_B
 
 
 @dataclasses.dataclass(frozen=True)
