@@ -303,29 +303,21 @@ def tensors_of(params: PyTree, config: AnyConfig) -> dict[str, np.ndarray]:
     Dict from checkpoint name to NumPy array, without `lm_head.weight` if the
     model is tied.
   """
-  return _tensors_of(params, _architecture(config))
+  return named_tensors(params, huggingface_config.model_type(config))
 
 
-def llama_tensors(params: PyTree) -> dict[str, np.ndarray]:
-  """Converts parameters of `models.llama`, or some of them, to tensors.
-
-  The names are those of the architecture 'llama', which has every parameter of
-  `models.llama`.
+def named_tensors(params: PyTree, kind: str) -> dict[str, np.ndarray]:
+  """Converts some parameters to tensors with the names of an architecture.
 
   Args:
     params: Parameters, or a part of their tree, on any device.
+    kind: The model_type whose names the tensors have.
 
   Returns:
     Dict from checkpoint name to NumPy array.
   """
-  return _tensors_of(params, huggingface_config.ARCHITECTURES['llama'])
-
-
-def _tensors_of(
-  params: PyTree, architecture: Architecture
-) -> dict[str, np.ndarray]:
   flat = _flatten(params)
-  parts = _parts(flat, architecture)
+  parts = _parts(flat, huggingface_config.ARCHITECTURES[kind])
   return {name: _tensor(flat, part) for name, part in parts.items()}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from galore_optax.quantized.array import is_quantized
-from models import huggingface, lowrank
+from models import huggingface, lowrank, peft
 from models.llama import LlamaConfig
 from train.data.chats import has_answers
 from train.data.tokenizer import CLOCK, TEMPLATE, AnyTokenizer
@@ -110,7 +110,7 @@ def export(
   model = config.resolved_model
   params = jax.tree.map(config.weights().read, params, is_leaf=is_quantized)
   if factors and lora is not None:
-    lowrank.save_adapter(directory, params, lora, base=config.checkpoint)
+    peft.save_adapter(directory, params, lora, base=config.checkpoint)
     return
   if adapter is not None:
     params = lowrank.merge(params, adapter)
