@@ -9,7 +9,7 @@ C labels, L layers.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from models import attention, flops, noise
+from models.architecture import Architecture
 from models.model import (
   Activations,
   Batch,
@@ -129,6 +130,13 @@ class EncoderConfig(ModelConfig):
   ) -> 'Layers':
     """Returns the model as pure functions."""
     return Layers(self, read, intercept)
+
+  @classmethod
+  def architectures(cls) -> Mapping[str, Architecture]:
+    """Returns the formats of the model's checkpoints, by model_type."""
+    from models import huggingface_encoder  # It imports this module.
+
+    return huggingface_encoder.ARCHITECTURES
 
   def flops(self, params: PyTree, trained: PyTree, batch: Batch) -> float:
     """Returns the flops of an update, as `models.flops` counts them.

@@ -12,7 +12,7 @@ L layers.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import (
   Any,
   ClassVar,
@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from models import attention, cross_entropy, flops
+from models.architecture import Architecture
 from models.model import (
   Batch,
   Dtype,
@@ -165,6 +166,13 @@ class LlamaConfig(ModelConfig):
   ) -> 'Layers':
     """Returns the model as pure functions."""
     return Layers(self, read, intercept)
+
+  @classmethod
+  def architectures(cls) -> Mapping[str, Architecture]:
+    """Returns the formats of the model's checkpoints, by model_type."""
+    from models import huggingface_llama  # It imports this module.
+
+    return huggingface_llama.ARCHITECTURES
 
   def flops(self, params: PyTree, trained: PyTree, batch: Batch) -> float:
     """Returns the flops of an update, as `models.flops` counts them."""

@@ -117,14 +117,14 @@ def of_directory(path: pathlib.Path) -> Model:
   tokenizer = tokenizers.load(path)
   config = huggingface.read_config(path)
   check_writes(path, config)
+  assert isinstance(config, LlamaConfig)
   tokenizer = tokenizers.fitted(
     tokenizer,
     config.vocab_size,
     origin=str(path),
     remedy='copy the tokenizer of this model into it',
   )
-  config, params = huggingface.load(path)
-  assert isinstance(config, LlamaConfig)
+  _, params = huggingface.load(path)
   fields = huggingface.read_json(path / 'config.json')
   window = fields.get('max_position_embeddings') or 2048
   return Model(Layers(config), params, tokenizer, window)
