@@ -24,7 +24,6 @@ from models.model import (
   Dtype,
   Intercept,
   ModelConfig,
-  Params,
   PyTree,
   Read,
   Sums,
@@ -34,10 +33,13 @@ from models.modules import (
   LayerNorm,
   Linear,
   Mlp,
+  ModuleLayers,
   Table,
-  apply,
   cost,
   drop,
+  layer_class,
+  run_layers,
+  weighted,
 )
 
 
@@ -295,24 +297,18 @@ class Encoder(nn.Module):
   def setup(self) -> None:
     """Declares the submodules; attribute names are keys of the parameters."""
     config = self.config
-    # `prevent_cse` is needed only outside of a scan: XLA does not merge
-    # computations across iterations of a loop.
-    layer = TransformerLayer
-    if config.remat:
-      layer = nn.remat(layer, prevent_cse=False)
-    if self.read is not None:
-      layer = nn.map_variables(layer, 'params', self.read)
+    layer = layer_class(TransformerLayer, remat=config.remat, read=self.read)
     self.embed = Embedding(config)
     self.blocks = layer(config)
     self.head = Head(config)
 
   def __call__(self, batch: Batch) -> tuple[jax.Array, Sums]:
     """Returns the loss of a batch and its sums; see `score`."""
-    return self.score(self.run_layers(self.enter(batch)), batch)
+    return self.score(self.last(batch), batch)
 
   def logits(self, batch: Batch) -> jax.Array:
     """Returns the logits [B, C] in float32."""
-    return self.head(self.run_layers(self.enter(batch)))
+    return self.head(self.last(batch))
 
   def enter(self, batch: Batch) -> Activations:
     """Returns x, the first layer's input, with noise if the batch has noise."""
@@ -321,32 +317,22 @@ class Encoder(nn.Module):
       x['noise'] = noise.following(batch['noise'])
     return x
 
-  def run_layers(self, x: Activations) -> Activations:
-    """Applies all layers by a scan over their stacked parameters."""
-    scan = nn.scan(
-      lambda layer, x: (layer(x), None),
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
-      length=self.config.num_layers,
-    )
-    return scan(self.blocks, x)[0]
+  def last(self, batch: Batch) -> Activations:
+    """Returns the output of the last layer."""
+    return run_layers(self.blocks, self.enter(batch), self.config.num_layers)
 
   def score(self, x: Activations, batch: Batch) -> tuple[jax.Array, Sums]:
     """Returns the loss and its sums from the output x of the last layer.
 
-    The loss is sum(weights * cost) / weights.size. The sums are {'cost': the
-    weighted sum, 'weight': the sum of the weights}.
+    `models.modules.weighted` defines them.
     """
     logits_BC = self.head(x)
     cost_B = cost(logits_BC, batch['targets'], self.config.num_labels)
-    weights_B = batch['weights']
-    total = jnp.sum(weights_B * cost_B)
-    sums = {'cost': total, 'weight': jnp.sum(weights_B)}
-    return total / weights_B.size, sums
+    return weighted(cost_B, batch['weights'])
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers:
+class Layers(ModuleLayers[EncoderConfig]):
   """The model as pure functions of a plain dict of parameters.
 
   A `batch` is a dict of 'inputs', 'types' and 'segments' [B, T] int32,
@@ -355,88 +341,21 @@ class Layers:
   Attention never crosses a segment; padding has another segment than tokens. An
   optional 'noise' [B, 2] uint32 (random bits) turns on `config.dropout`.
 
-  `embed`, `block` and `loss` compute the model one layer at a time. Calling the
-  object composes them, with a scan over the layers in params['blocks'].
+  Logits are [B, C]. The input of a layer is x = {'h': [B, T, D], 'segments'}.
   """
 
-  config: EncoderConfig
-  """Configuration of the model."""
-  read: Callable[[Any], Any] | None = None
-  """Converts one layer of params['blocks'] to arrays, if it is stored in
-  another form, such as 8-bit integers. Methods that run the whole model call
-  it once per layer; `block` does not call it."""
-  intercept: Callable[..., Any] | None = None
-  """A linen interceptor under which everything is computed, such as
-  `lowrank.hook`, or None."""
+  def whole(self) -> Encoder:
+    """Returns the module of the whole model."""
+    return Encoder(self.config, self.read)
 
-  def init(self, key: jax.Array) -> Params:
-    """Returns random initial parameters.
+  def layer(self) -> TransformerLayer:
+    """Returns the module of one layer."""
+    return TransformerLayer(self.config)
 
-    `jax.eval_shape` of this method returns their shapes and types.
-    """
+  def example(self) -> Batch:
+    """Returns a batch of zeros with one row of one token."""
     names: list[str] = ['inputs', 'types', 'segments']
     batch = dict.fromkeys(names, jnp.zeros((1, 1), jnp.int32))
     batch['targets'] = jnp.zeros(1, jnp.int32)
     batch['weights'] = jnp.zeros(1, jnp.float32)
-    return Encoder(self.config).init(key, batch)['params']
-
-  def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
-    """Returns (loss, {'cost', 'weight'}) of a batch; see `loss`."""
-    return self._apply(params, batch)
-
-  def logits(self, params: Params, batch: Batch) -> jax.Array:
-    """Returns the float32 logits [B, C] of a batch.
-
-    Reads the batch's inputs, types, segments and, if present, noise.
-    """
-    return self._apply(params, batch, method=Encoder.logits)
-
-  def embed(self, params: Params, batch: Batch) -> Activations:
-    """Returns x = {'h': [B, T, D], 'segments'}, the input of the first layer.
-
-    x has 'noise' if the batch has it. Reads only params['embed'].
-    """
-    return self._apply(params, batch, method=Encoder.enter)
-
-  def block(self, layer_params: Params, x: Activations) -> Activations:
-    """Applies one transformer layer.
-
-    Args:
-      layer_params: Parameters of one layer: an entry of params['blocks'] along
-        the leading axis, as arrays.
-      x: Input of the layer, as `embed` or the layer before returns it.
-
-    Returns:
-      x with an updated 'h'.
-    """
-    layer = TransformerLayer(self.config)
-    return apply(layer, self.intercept, {'params': layer_params}, x)
-
-  def loss(
-    self, params: Params, x: Activations, batch: Batch
-  ) -> tuple[jax.Array, Sums]:
-    """Returns the loss from the output of the last layer.
-
-    If the weights have mean 1 over a whole batch, the mean of this loss over
-    microbatches of equal size is the weighted mean of the batch.
-
-    Args:
-      params: The parameters; only params['head'] is read.
-      x: Output of the last layer.
-      batch: The batch from which x was computed; only its targets and weights
-        are read.
-
-    Returns:
-      sum(weights * cost) / weights.size, and the sums {'cost', 'weight'}.
-    """
-    return self._apply(params, x, batch, method=Encoder.score)
-
-  def _apply(
-    self,
-    params: Params,
-    *inputs: Any,
-    method: Callable[..., Any] | None = None,
-  ) -> Any:
-    model = Encoder(self.config, self.read)
-    variables = {'params': params}
-    return apply(model, self.intercept, variables, *inputs, method=method)
+    return batch

@@ -1,15 +1,18 @@
 """Linen modules and functions that several models share.
 
-`models.encoder` and `models.vit` are built of the same attention and mlp.
+`models.encoder` and `models.vit` are built of the same attention and mlp, and
+offer their layers by the same class, `ModuleLayers`.
 
 Shapes: B batch, T time, D width, F mlp width, N heads, H head dimension,
 C labels.
 """
 
+import abc
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
@@ -17,7 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import attention, cross_entropy, noise
-from models.model import Dtype
+from models.model import (
+  Activations,
+  Batch,
+  Dtype,
+  Intercept,
+  Params,
+  Read,
+  Sums,
+)
+
+Config = TypeVar('Config')
 
 
 def apply(
@@ -42,6 +55,158 @@ def apply(
   hook = nn.intercept_methods(intercept) if intercept else nullcontext()
   with hook:
     return module.apply(variables, *inputs, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleLayers(abc.ABC, Generic[Config]):
+  """A stacked model of linen modules, as pure functions of its parameters.
+
+  `embed`, `block` and `loss` compute the model one layer at a time. Calling the
+  object composes them, with a scan over the layers in params['blocks'].
+  """
+
+  config: Config
+  """Configuration of the model."""
+  read: Read | None = None
+  """Converts one layer of params['blocks'] to arrays, if it is stored in
+  another form, such as 8-bit integers. Methods that run the whole model call
+  it once per layer; `block` does not call it."""
+  intercept: Intercept | None = None
+  """A linen interceptor under which everything is computed, such as
+  `lowrank.hook`, or None."""
+
+  @abc.abstractmethod
+  def whole(self) -> nn.Module:
+    """Returns the module of the whole model.
+
+    Its methods are `__call__(batch)`, which returns the loss and its sums,
+    `logits(batch)`, `enter(batch)`, which returns the input of the first layer,
+    and `score(x, batch)`, which returns the loss from the last layer's output.
+    """
+
+  @abc.abstractmethod
+  def layer(self) -> nn.Module:
+    """Returns the module of one layer."""
+
+  @abc.abstractmethod
+  def example(self) -> Batch:
+    """Returns a batch of zeros with one row, which initializes the model."""
+
+  def init(self, key: jax.Array) -> Params:
+    """Returns random initial parameters.
+
+    `jax.eval_shape` of this method returns their shapes and types.
+    """
+    whole = dataclasses.replace(self, read=None).whole()
+    return whole.init(key, self.example())['params']
+
+  def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
+    """Returns (loss, sums) of a batch; see `loss`."""
+    return self._apply(params, batch)
+
+  def logits(self, params: Params, batch: Batch) -> jax.Array:
+    """Returns the float32 logits of a batch; reads no targets or weights."""
+    return self._apply(params, batch, method='logits')
+
+  def embed(self, params: Params, batch: Batch) -> Activations:
+    """Returns x, the input of the first layer.
+
+    x is a dict of activations 'h' [B, T, D] and arrays that each layer reads.
+    It has 'noise' if the batch has it. Reads only params['embed'].
+    """
+    return self._apply(params, batch, method='enter')
+
+  def block(self, layer_params: Params, x: Activations) -> Activations:
+    """Applies one transformer layer.
+
+    Args:
+      layer_params: Parameters of one layer: an entry of params['blocks'] along
+        the leading axis, as arrays.
+      x: Input of the layer, as `embed` or the layer before returns it.
+
+    Returns:
+      x with an updated 'h'.
+    """
+    return apply(self.layer(), self.intercept, {'params': layer_params}, x)
+
+  def loss(
+    self, params: Params, x: Activations, batch: Batch
+  ) -> tuple[jax.Array, Sums]:
+    """Returns the loss from the output of the last layer.
+
+    If the weights have mean 1 over a whole batch, the mean of this loss over
+    microbatches of equal size is the weighted mean of the batch.
+
+    Args:
+      params: The parameters; params['blocks'] and params['embed'] are not read.
+      x: Output of the last layer.
+      batch: The batch from which x was computed; only its targets and weights
+        are read.
+
+    Returns:
+      sum(weights * cost) / weights.size, and the sums {'cost', 'weight'}.
+    """
+    return self._apply(params, x, batch, method='score')
+
+  def _apply(
+    self, params: Params, *inputs: Any, method: str | None = None
+  ) -> Any:
+    variables = {'params': params}
+    return apply(
+      self.whole(), self.intercept, variables, *inputs, method=method
+    )
+
+
+def layer_class(
+  layer: type[nn.Module], *, remat: bool, read: Read | None
+) -> Callable[..., nn.Module]:
+  """Returns a class of layers, for a stack that `run_layers` scans.
+
+  Args:
+    layer: The class of one layer.
+    remat: Whether the backward pass recomputes each layer from its input.
+    read: Converts the stored parameters of one layer to arrays, or None.
+  """
+  # `prevent_cse` is needed only outside of a scan: XLA does not merge
+  # computations across iterations of a loop.
+  if remat:
+    layer = nn.remat(layer, prevent_cse=False)
+  if read is not None:
+    layer = nn.map_variables(layer, 'params', read)
+  return layer
+
+
+def run_layers(blocks: nn.Module, x: Activations, length: int) -> Activations:
+  """Applies all layers by a scan over their stacked parameters.
+
+  Args:
+    blocks: The module of the stack, an instance of `layer_class`.
+    x: Input of the first layer.
+    length: Number of layers.
+
+  Returns:
+    The output of the last layer.
+  """
+  scan = nn.scan(
+    lambda layer, x: (layer(x), None),
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    length=length,
+  )
+  return scan(blocks, x)[0]
+
+
+def weighted(
+  cost_B: jax.Array | np.ndarray, weights_B: jax.Array
+) -> tuple[jax.Array, Sums]:
+  """Returns the loss and its sums from the cost of each row.
+
+  The loss is sum(weights * cost) / weights.size. The sums are {'cost': the
+  weighted sum, 'weight': the sum of the weights}.
+  """
+  total = jnp.sum(weights_B * cost_B)
+  sums = {'cost': total, 'weight': jnp.sum(weights_B)}
+  return total / weights_B.size, sums
 
 
 class WeightConfig(Protocol):
