@@ -13,7 +13,7 @@ Fields: TypeAlias = dict[str, Any]
 
 
 class Companion(NamedTuple):
-  """A second JSON file of a checkpoint, beside config.json."""
+  """A second JSON file of a checkpoint, in addition to config.json."""
 
   name: str
   """Name of the file. A checkpoint may lack it."""
@@ -107,7 +107,7 @@ def names_of(modules: Mapping[str, str]) -> dict[str, str]:
   """
   names = {}
   for path, name in modules.items():
-    if path.endswith('embedding'):
+    if path.endswith('/embedding'):
       names[path] = name
     else:
       weight = 'scale' if path.endswith('norm') else 'kernel'

@@ -12,8 +12,9 @@ from models.architecture import Architecture, Fields
 from models.encoder import EncoderConfig
 from models.llama import LlamaConfig
 from models.model import ModelConfig
+from models.vit import VitConfig
 
-MODELS: tuple[type[ModelConfig], ...] = (LlamaConfig, EncoderConfig)
+MODELS: tuple[type[ModelConfig], ...] = (LlamaConfig, EncoderConfig, VitConfig)
 """Configurations whose checkpoints can be read."""
 
 _MODELS: Mapping[str, type[ModelConfig]] = {
