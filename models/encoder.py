@@ -9,26 +9,37 @@ C labels, L layers.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from models import attention, flops, noise
-from models.llama import Activations, Linear, apply
+from models.architecture import Architecture
 from models.model import (
+  Activations,
   Batch,
   Dtype,
   Intercept,
   ModelConfig,
-  Params,
   PyTree,
   Read,
   Sums,
+)
+from models.modules import (
+  Attention,
+  LayerNorm,
+  Linear,
+  Mlp,
+  ModuleLayers,
+  Table,
+  cost,
+  drop,
+  layer_class,
+  run_layers,
+  weighted,
 )
 
 
@@ -124,6 +135,13 @@ class EncoderConfig(ModelConfig):
     """Returns the model as pure functions."""
     return Layers(self, read, intercept)
 
+  @classmethod
+  def architectures(cls) -> Mapping[str, Architecture]:
+    """Returns the formats of the model's checkpoints, by model_type."""
+    from models import huggingface_encoder  # It imports this module.
+
+    return huggingface_encoder.ARCHITECTURES
+
   def flops(self, params: PyTree, trained: PyTree, batch: Batch) -> float:
     """Returns the flops of an update, as `models.flops` counts them.
 
@@ -170,6 +188,11 @@ class EncoderConfig(ModelConfig):
     return {'num_heads': self.num_heads, 'mlp_width': self.mlp_width}
 
   @property
+  def qkv_bias(self) -> bool:
+    """Whether the projections to queries, keys and values have a bias."""
+    return True
+
+  @property
   def head_width(self) -> int:
     """Size of one attention head."""
     return self.width // self.num_heads
@@ -188,89 +211,6 @@ class EncoderConfig(ModelConfig):
   def max_length(self) -> int:
     """Maximum number of tokens in a row: those that have a position."""
     return self.num_positions - self.first_position
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
-def normalize(
-  h: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float
-) -> jax.Array:
-  """Returns (h - mean) / sqrt(variance + eps) * scale + bias.
-
-  Computes in float32. Under `jax.checkpoint`, only the inputs are stored for
-  the backward pass.
-  """
-  x = h.astype(jnp.float32)
-  x -= jnp.mean(x, axis=-1, keepdims=True)
-  x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-  scale, bias = (
-    jnp.expand_dims(w.astype(jnp.float32), range(h.ndim - 1))
-    for w in (scale_D, bias_D)
-  )
-  return (x * scale + bias).astype(h.dtype)
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def gelu(x: jax.Array) -> jax.Array:
-  """Returns x times the standard normal distribution function at x.
-
-  This is the exact GELU with erf, not the approximation with tanh. Under
-  `jax.checkpoint`, only x is stored for the backward pass.
-  """
-  return jax.nn.gelu(x, approximate=False)
-
-
-def drop(
-  x: jax.Array, noise_B2: jax.Array | None, site: int, rate: float
-) -> jax.Array:
-  """Applies dropout: zeroes some entries and scales up the others.
-
-  Args:
-    x: Activations [B, ...].
-    noise_B2: One random key per row, so that the zeros of a row do not depend
-      on the rest of the batch. None disables dropout.
-    site: Number of this dropout within its layer; it is folded into the keys.
-    rate: Probability with which an entry is zeroed.
-
-  Returns:
-    An array like x.
-  """
-  if noise_B2 is None or not rate:
-    return x
-  return noise.drop(x, noise.folded(noise_B2, site), rate)
-
-
-class LayerNorm(nn.Module):
-  """Layer normalization with scale and bias. Computes in float32."""
-
-  config: EncoderConfig
-  """Provides `norm_eps` and `param_dtype`."""
-
-  @nn.compact
-  def __call__(self, h: jax.Array) -> jax.Array:
-    """Normalizes the last axis."""
-    config, init = self.config, nn.initializers
-    shape, dtype = h.shape[-1:], config.param_dtype
-    scale_D = self.param('scale', init.ones, shape, dtype)
-    bias_D = self.param('bias', init.zeros, shape, dtype)
-    return normalize(h, scale_D, bias_D, config.norm_eps)
-
-
-class Table(nn.Module):
-  """Embedding table with one row per token, position or token type."""
-
-  config: EncoderConfig
-  """Provides the width, the initialization and the types."""
-  size: int
-  """Number of rows."""
-
-  @nn.compact
-  def __call__(self, rows: jax.Array) -> jax.Array:
-    """Returns the given rows; a row outside the table returns NaN."""
-    config = self.config
-    init = nn.initializers.normal(config.init_std)
-    shape = (self.size, config.width)
-    table = self.param('embedding', init, shape, config.param_dtype)
-    return jnp.take(table, rows, axis=0, mode='fill').astype(config.dtype)
 
 
 class Embedding(nn.Module):
@@ -298,52 +238,6 @@ class Embedding(nn.Module):
     h_BTD += Table(config, config.num_positions, name='positions')(positions_1T)
     h_BTD = LayerNorm(config, name='norm')(h_BTD)
     return drop(h_BTD, batch.get('noise'), 0, config.dropout)
-
-
-class Attention(nn.Module):
-  """Bidirectional attention within segments."""
-
-  config: EncoderConfig
-  """Provides the sizes of the heads and the implementation of attention."""
-
-  @nn.compact
-  def __call__(self, h_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """Returns the mix [B, T, D] of the time steps of each segment."""
-    config, D, N = self.config, self.config.width, self.config.num_heads
-
-    def heads(name: str) -> jax.Array:
-      y_BTD = Linear(config, (D, D), True, name=name)(h_BTD)
-      return y_BTD.reshape(*h_BTD.shape[:2], N, D // N)
-
-    q_BTNH, k_BTNH, v_BTNH = heads('q'), heads('k'), heads('v')
-    if self.is_initializing():
-      # Initial parameters do not depend on the output of attention, and
-      # tracing attention would take most of the time of `init`.
-      y_BTNH = q_BTNH
-    else:
-      y_BTNH = attention.attend(
-        q_BTNH,
-        k_BTNH,
-        v_BTNH,
-        segments_BT,
-        kind=config.attention,
-        causal=False,
-      )
-    return Linear(config, (D, D), True, name='o')(y_BTNH.reshape(h_BTD.shape))
-
-
-class Mlp(nn.Module):
-  """Two linear maps with a GELU between them: down(gelu(up))."""
-
-  config: EncoderConfig
-  """Provides `width` and `mlp_width`."""
-
-  @nn.compact
-  def __call__(self, h_BTD: jax.Array) -> jax.Array:
-    """Returns [B, T, D], each time step computed from itself only."""
-    D, F = self.config.width, self.config.mlp_width
-    up_BTF = Linear(self.config, (D, F), True, name='up')(h_BTD)
-    return Linear(self.config, (F, D), True, name='down')(gelu(up_BTF))
 
 
 class TransformerLayer(nn.Module):
@@ -405,24 +299,18 @@ class Encoder(nn.Module):
   def setup(self) -> None:
     """Declares the submodules; attribute names are keys of the parameters."""
     config = self.config
-    # `prevent_cse` is needed only outside of a scan: XLA does not merge
-    # computations across iterations of a loop.
-    layer = TransformerLayer
-    if config.remat:
-      layer = nn.remat(layer, prevent_cse=False)
-    if self.read is not None:
-      layer = nn.map_variables(layer, 'params', self.read)
+    layer = layer_class(TransformerLayer, remat=config.remat, read=self.read)
     self.embed = Embedding(config)
     self.blocks = layer(config)
     self.head = Head(config)
 
   def __call__(self, batch: Batch) -> tuple[jax.Array, Sums]:
     """Returns the loss of a batch and its sums; see `score`."""
-    return self.score(self.run_layers(self.enter(batch)), batch)
+    return self.score(self.last(batch), batch)
 
   def logits(self, batch: Batch) -> jax.Array:
     """Returns the logits [B, C] in float32."""
-    return self.head(self.run_layers(self.enter(batch)))
+    return self.head(self.last(batch))
 
   def enter(self, batch: Batch) -> Activations:
     """Returns x, the first layer's input, with noise if the batch has noise."""
@@ -431,50 +319,22 @@ class Encoder(nn.Module):
       x['noise'] = noise.following(batch['noise'])
     return x
 
-  def run_layers(self, x: Activations) -> Activations:
-    """Applies all layers by a scan over their stacked parameters."""
-    scan = nn.scan(
-      lambda layer, x: (layer(x), None),
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
-      length=self.config.num_layers,
-    )
-    return scan(self.blocks, x)[0]
+  def last(self, batch: Batch) -> Activations:
+    """Returns the output of the last layer."""
+    return run_layers(self.blocks, self.enter(batch), self.config.num_layers)
 
   def score(self, x: Activations, batch: Batch) -> tuple[jax.Array, Sums]:
     """Returns the loss and its sums from the output x of the last layer.
 
-    The loss is sum(weights * cost) / weights.size. The sums are {'cost': the
-    weighted sum, 'weight': the sum of the weights}.
+    `models.modules.weighted` defines them.
     """
     logits_BC = self.head(x)
     cost_B = cost(logits_BC, batch['targets'], self.config.num_labels)
-    weights_B = batch['weights']
-    total = jnp.sum(weights_B * cost_B)
-    sums = {'cost': total, 'weight': jnp.sum(weights_B)}
-    return total / weights_B.size, sums
-
-
-def cost(
-  logits_BC: jax.Array | np.ndarray,
-  targets_B: jax.Array | np.ndarray,
-  num_labels: int,
-) -> jax.Array | np.ndarray:
-  """Returns the cost [B] of each row.
-
-  The cost is -log p(target), or the squared error if `num_labels` is 1.
-  """
-  if num_labels == 1:
-    return (logits_BC[:, 0] - targets_B.astype(jnp.float32)) ** 2
-  chosen_BC = (
-    targets_B.astype(jnp.int32)[:, None] == jnp.arange(num_labels)[None]
-  )
-  chosen_B = jnp.sum(jnp.where(chosen_BC, logits_BC, 0.0), axis=-1)
-  return jax.nn.logsumexp(logits_BC, axis=-1) - chosen_B
+    return weighted(cost_B, batch['weights'])
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers:
+class Layers(ModuleLayers[EncoderConfig]):
   """The model as pure functions of a plain dict of parameters.
 
   A `batch` is a dict of 'inputs', 'types' and 'segments' [B, T] int32,
@@ -483,88 +343,21 @@ class Layers:
   Attention never crosses a segment; padding has another segment than tokens. An
   optional 'noise' [B, 2] uint32 (random bits) turns on `config.dropout`.
 
-  `embed`, `block` and `loss` compute the model one layer at a time. Calling the
-  object composes them, with a scan over the layers in params['blocks'].
+  Logits are [B, C]. The input of a layer is x = {'h': [B, T, D], 'segments'}.
   """
 
-  config: EncoderConfig
-  """Configuration of the model."""
-  read: Callable[[Any], Any] | None = None
-  """Converts one layer of params['blocks'] to arrays, if it is stored in
-  another form, such as 8-bit integers. Methods that run the whole model call
-  it once per layer; `block` does not call it."""
-  intercept: Callable[..., Any] | None = None
-  """A linen interceptor under which everything is computed, such as
-  `lowrank.hook`, or None."""
+  def whole(self) -> Encoder:
+    """Returns the module of the whole model."""
+    return Encoder(self.config, self.read)
 
-  def init(self, key: jax.Array) -> Params:
-    """Returns random initial parameters.
+  def layer(self) -> TransformerLayer:
+    """Returns the module of one layer."""
+    return TransformerLayer(self.config)
 
-    `jax.eval_shape` of this method returns their shapes and types.
-    """
+  def example(self) -> Batch:
+    """Returns a batch of zeros with one row of one token."""
     names: list[str] = ['inputs', 'types', 'segments']
     batch = dict.fromkeys(names, jnp.zeros((1, 1), jnp.int32))
     batch['targets'] = jnp.zeros(1, jnp.int32)
     batch['weights'] = jnp.zeros(1, jnp.float32)
-    return Encoder(self.config).init(key, batch)['params']
-
-  def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
-    """Returns (loss, {'cost', 'weight'}) of a batch; see `loss`."""
-    return self._apply(params, batch)
-
-  def logits(self, params: Params, batch: Batch) -> jax.Array:
-    """Returns the float32 logits [B, C] of a batch.
-
-    Reads the batch's inputs, types, segments and, if present, noise.
-    """
-    return self._apply(params, batch, method=Encoder.logits)
-
-  def embed(self, params: Params, batch: Batch) -> Activations:
-    """Returns x = {'h': [B, T, D], 'segments'}, the input of the first layer.
-
-    x has 'noise' if the batch has it. Reads only params['embed'].
-    """
-    return self._apply(params, batch, method=Encoder.enter)
-
-  def block(self, layer_params: Params, x: Activations) -> Activations:
-    """Applies one transformer layer.
-
-    Args:
-      layer_params: Parameters of one layer: an entry of params['blocks'] along
-        the leading axis, as arrays.
-      x: Input of the layer, as `embed` or the layer before returns it.
-
-    Returns:
-      x with an updated 'h'.
-    """
-    layer = TransformerLayer(self.config)
-    return apply(layer, self.intercept, {'params': layer_params}, x)
-
-  def loss(
-    self, params: Params, x: Activations, batch: Batch
-  ) -> tuple[jax.Array, Sums]:
-    """Returns the loss from the output of the last layer.
-
-    If the weights have mean 1 over a whole batch, the mean of this loss over
-    microbatches of equal size is the weighted mean of the batch.
-
-    Args:
-      params: The parameters; only params['head'] is read.
-      x: Output of the last layer.
-      batch: The batch from which x was computed; only its targets and weights
-        are read.
-
-    Returns:
-      sum(weights * cost) / weights.size, and the sums {'cost', 'weight'}.
-    """
-    return self._apply(params, x, batch, method=Encoder.score)
-
-  def _apply(
-    self,
-    params: Params,
-    *inputs: Any,
-    method: Callable[..., Any] | None = None,
-  ) -> Any:
-    model = Encoder(self.config, self.read)
-    variables = {'params': params}
-    return apply(model, self.intercept, variables, *inputs, method=method)
+    return batch

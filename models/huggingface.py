@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import encoder, huggingface_config, llama
-from models.huggingface_config import AnyConfig, Architecture, Fields
+from models import huggingface_config
+from models.architecture import Architecture, Fields
+from models.huggingface_config import architecture_of
+from models.model import ModelConfig
 
 PyTree: TypeAlias = Any
 
@@ -50,12 +52,6 @@ class Tensor(Protocol):
     ...
 
 
-# Suffixes of tensor names in the oldest BERT checkpoints, and today's.
-_RENAMED = {
-  'LayerNorm.gamma': 'LayerNorm.weight',
-  'LayerNorm.beta': 'LayerNorm.bias',
-}
-
 _OTHERS = (
   'tokenizer.json',
   'tokenizer.model',
@@ -67,9 +63,10 @@ _OTHERS = (
   'chat_template.jinja',
   'chat_template.json',
   'generation_config.json',
+  'preprocessor_config.json',
 )
-"""Files that are copied with a checkpoint: those of the tokenizer, and the
-generation config."""
+"""Files that are copied with a checkpoint: those of the tokenizer, the
+generation config and the preprocessing of images."""
 
 _INDEX = 'model.safetensors.index.json'
 
@@ -88,7 +85,7 @@ _PIECE = 2**26
 one row is read."""
 
 
-def read_config(directory: str | pathlib.Path) -> AnyConfig:
+def read_config(directory: str | pathlib.Path) -> ModelConfig:
   """Returns the model that a checkpoint's config.json describes.
 
   Activations and parameters have the type that the config names. float16 is
@@ -108,9 +105,21 @@ def read_config(directory: str | pathlib.Path) -> AnyConfig:
       f'{file} is missing: a checkpoint is a directory with config.json and '
       f'*.safetensors{_other_kind(file.parent)}'
     )
+  config = _read(file, huggingface_config.parse)
+  companion = architecture_of(config).companion
+  if companion is None or not (file.parent / companion.name).is_file():
+    return config
+  read = functools.partial(companion.read, config)
+  return _read(file.parent / companion.name, read)
+
+
+def _read(
+  file: pathlib.Path, read: Callable[[Fields], ModelConfig]
+) -> ModelConfig:
+  """Returns `read` of the fields in a file, which errors name."""
   fields = read_json(file)
   try:
-    return huggingface_config.parse(fields)
+    return read(fields)
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from error
   except (AttributeError, KeyError, TypeError) as error:
@@ -123,11 +132,11 @@ def read_config(directory: str | pathlib.Path) -> AnyConfig:
 def load(
   directory: str | pathlib.Path,
   *,
-  config: AnyConfig | None = None,
+  config: ModelConfig | None = None,
   shardings: PyTree = None,
   key: jax.Array | None = None,
   **overrides: Any,
-) -> tuple[AnyConfig, PyTree]:
+) -> tuple[ModelConfig, PyTree]:
   """Reads a model from a checkpoint.
 
   Tensors are read and copied to their devices in pieces, so that host memory
@@ -141,13 +150,12 @@ def load(
     shardings: Shardings of the parameters: one for all of them or a tree, as
       for `jax.jit(out_shardings=)`, on a mesh whose axes are Auto. None is the
       default device.
-    key: Random key that initializes the head of an encoder if the checkpoint
+    key: Random key that initializes the head of a classifier if the checkpoint
       has no head.
     **overrides: Fields of the configuration to replace, such as param_dtype.
 
   Returns:
-    The configuration, and the parameters of `models.llama` or `models.encoder`
-    as `jax.Array`s.
+    The configuration, and the parameters of the model as `jax.Array`s.
 
   Raises:
     FileNotFoundError: A file is missing.
@@ -166,7 +174,7 @@ def load(
 
 def save(
   directory: str | pathlib.Path,
-  config: AnyConfig,
+  config: ModelConfig,
   params: PyTree,
   *,
   source: str | pathlib.Path | None = None,
@@ -198,11 +206,15 @@ def save(
   fields |= _sourced(source, fields['model_type'])
   check_new(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  parts = _parts(flat, _architecture(config))
-  _write_shards(directory, parts, flat, max_shard_bytes)
+  architecture = architecture_of(config)
+  _write_shards(directory, flat, architecture, max_shard_bytes)
   if source is not None:
     copy(source, directory)
   _write_json(directory / 'config.json', fields)
+  if (companion := architecture.companion) is not None:
+    file = directory / companion.name
+    before = read_json(file) if file.is_file() else {}
+    _write_json(file, companion.write(config, before))
 
 
 def check_new(directory: str | pathlib.Path) -> None:
@@ -235,7 +247,7 @@ def copy(source: str | pathlib.Path, directory: str | pathlib.Path) -> None:
 
 def params_of(
   tensors: Mapping[str, Tensor],
-  config: AnyConfig,
+  config: ModelConfig,
   shardings: PyTree = None,
   key: jax.Array | None = None,
   *,
@@ -258,14 +270,13 @@ def params_of(
   Raises:
     ValueError: The tensors do not fit the config. The message names a tensor.
   """
-  architecture = _architecture(config)
-  init, shapes = _layers(config).init, _shapes(config)
+  architecture = architecture_of(config)
+  init, shapes = config.layers().init, _shapes(config)
   places: Flat = dict.fromkeys(_flatten(shapes))
   if shardings is not None:
     places = _flatten(jax.tree.broadcast(shardings, shapes))
   shapes = _flatten(shapes)
-  num_layers = config.num_layers
-  names = {path: _names(architecture, path, num_layers) for path in shapes}
+  names = {path: _names(architecture, path, x) for path, x in shapes.items()}
   expected = {name for some in names.values() for name in some}
   _check_head(tensors, architecture, shapes)
   tensors = _named(tensors, architecture, expected)
@@ -275,7 +286,7 @@ def params_of(
   _check_names(tensors, needed, remedy)
   for path, some in names.items():
     for name in some:
-      shape = _checkpoint_shape(path, shapes[path].shape)
+      shape = _checkpoint_shape(architecture, path, shapes[path].shape)
       _check_tensor(name, tensors[name], shape)
   if fresh and key is None:
     raise ValueError(
@@ -293,11 +304,12 @@ def params_of(
       params[path] = jax.jit(draw, out_shardings=places[path])(key)
     else:
       stored = {name: tensors[name] for name in names[path]}
-      params[path] = _parameter(path, leaf, stored, places[path])
+      num_leading = architecture.leading.get(path, 0)
+      params[path] = _parameter(path, leaf, stored, places[path], num_leading)
   return flax.traverse_util.unflatten_dict(params, sep='/')
 
 
-def tensors_of(params: PyTree, config: AnyConfig) -> dict[str, np.ndarray]:
+def tensors_of(params: PyTree, config: ModelConfig) -> dict[str, np.ndarray]:
   """Converts parameters to a checkpoint's tensors, the inverse of `params_of`.
 
   Args:
@@ -308,22 +320,20 @@ def tensors_of(params: PyTree, config: AnyConfig) -> dict[str, np.ndarray]:
     Dict from checkpoint name to NumPy array, without `lm_head.weight` if the
     model is tied.
   """
-  return _tensors_of(params, _architecture(config))
+  return _tensors_of(params, architecture_of(config))
 
 
-def llama_tensors(params: PyTree) -> dict[str, np.ndarray]:
-  """Converts parameters of `models.llama`, or some of them, to tensors.
-
-  The names are those of the architecture 'llama', which has every parameter of
-  `models.llama`.
+def named_tensors(params: PyTree, kind: str) -> dict[str, np.ndarray]:
+  """Converts some parameters to tensors with the names of an architecture.
 
   Args:
     params: Parameters, or a part of their tree, on any device.
+    kind: The model_type whose names the tensors have.
 
   Returns:
     Dict from checkpoint name to NumPy array.
   """
-  return _tensors_of(params, huggingface_config.ARCHITECTURES['llama'])
+  return _tensors_of(params, huggingface_config.ARCHITECTURES[kind])
 
 
 def _tensors_of(
@@ -331,26 +341,15 @@ def _tensors_of(
 ) -> dict[str, np.ndarray]:
   flat = _flatten(params)
   parts = _parts(flat, architecture)
-  return {name: _tensor(flat, part) for name, part in parts.items()}
-
-
-def _architecture(config: AnyConfig) -> Architecture:
-  """Returns the description of a model's architecture."""
-  kind = huggingface_config.model_type(config)
-  return huggingface_config.ARCHITECTURES[kind]
-
-
-def _layers(config: AnyConfig) -> llama.Layers | encoder.Layers:
-  """Returns the model of a configuration, as pure functions."""
-  if isinstance(config, llama.LlamaConfig):
-    return llama.Layers(config)
-  return encoder.Layers(config)
+  return {
+    name: _tensor(flat, part, architecture) for name, part in parts.items()
+  }
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(config: AnyConfig) -> PyTree:
+def _shapes(config: ModelConfig) -> PyTree:
   """Returns the cached shapes of the parameters; do not change the dict."""
-  return jax.eval_shape(_layers(config).init, jax.random.key(0))
+  return jax.eval_shape(config.layers().init, jax.random.key(0))
 
 
 def _named(
@@ -358,14 +357,13 @@ def _named(
 ) -> dict[str, Tensor]:
   """Returns tensors by the names of a model with a head, without ignored ones.
 
-  Old names of LayerNorm's parameters are replaced. The architecture's prefix is
-  added to the names of a checkpoint that was saved without a head.
+  Names of other versions of transformers are replaced. The architecture's
+  prefix is added to the names of a checkpoint that was saved without a head.
   """
   named = {}
   for name, tensor in tensors.items():
-    for before, now in _RENAMED.items():
-      if name.endswith(before):
-        name = name.removesuffix(before) + now
+    for before, now in architecture.renamed.items():
+      name = re.sub(before, now, name)
     if architecture.prefix + name in expected:
       name = architecture.prefix + name
     if name in expected or not re.fullmatch(architecture.ignored, name):
@@ -505,9 +503,11 @@ def _parameter(
   leaf: jax.ShapeDtypeStruct,
   tensors: Mapping[str, Tensor],
   sharding: Any,
+  num_leading: int,
 ) -> jax.Array:
   """Copies a parameter to its devices, one piece of a tensor at a time."""
-  put = _put(_is_table(path), path.startswith('blocks/'), sharding)
+  is_stack = path.startswith('blocks/')
+  put = _put(_is_table(path), is_stack, num_leading, sharding)
   whole = _zeros(leaf.shape, leaf.dtype, sharding)()
   for layer, (name, tensor) in enumerate(tensors.items()):
     rows = max(1, _PIECE // math.prod(tensor.shape[1:]))
@@ -540,7 +540,7 @@ def _zeros(
 
 @functools.cache
 def _put(
-  is_table: bool, is_stack: bool, sharding: Any
+  is_table: bool, is_stack: bool, num_leading: int, sharding: Any
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """Returns a compiled function that writes rows of a tensor to a parameter.
 
@@ -548,9 +548,10 @@ def _put(
   It donates the old parameter.
 
   Args:
-    is_table: Whether the parameter has the tensor's layout. Otherwise, the rows
-      are transposed.
+    is_table: Whether the parameter has the tensor's layout. Otherwise, the axes
+      are those of `_from_checkpoint`.
     is_stack: Whether the parameter is stacked over layers.
+    num_leading: Number of axes of size 1 that the tensor has in front.
     sharding: Sharding of the parameter, or None.
   """
   outputs = sharding, None
@@ -559,7 +560,9 @@ def _put(
   def put(
     whole: jax.Array, rows: jax.Array, layer: jax.Array, start: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    piece = (rows if is_table else rows.T).astype(whole.dtype)
+    piece = rows.reshape(rows.shape[num_leading:]).astype(whole.dtype)
+    if not is_table:
+      piece = piece.transpose(_from_checkpoint(piece.ndim))
     at: list[int | jax.Array] = [0] * piece.ndim
     at[0 if is_table else -1] = start
     if is_stack:
@@ -573,11 +576,11 @@ def _put(
 
 def _write_shards(
   directory: pathlib.Path,
-  parts: Mapping[str, Part],
   flat: Flat,
+  architecture: Architecture,
   max_bytes: int,
 ) -> None:
-  """Writes tensors to one or more files of at most `max_bytes`.
+  """Writes parameters to one or more files of at most `max_bytes`.
 
   Several files get an index.
   """
@@ -585,7 +588,7 @@ def _write_shards(
 
   shards: list[dict[str, Part]] = [{}]
   sizes = [0]
-  for name, part in parts.items():
+  for name, part in _parts(flat, architecture).items():
     path, layer = part
     leaf = flat[path]
     size = leaf.nbytes if layer is None else leaf.nbytes // len(leaf)
@@ -598,7 +601,9 @@ def _write_shards(
   for number, shard in enumerate(shards, 1):
     file = f'model-{number:05}-of-{count:05}.safetensors'
     file = file if count > 1 else 'model.safetensors'
-    tensors = {name: _tensor(flat, part) for name, part in shard.items()}
+    tensors = {
+      name: _tensor(flat, part, architecture) for name, part in shard.items()
+    }
     # transformers rejects a file whose metadata do not name a framework.
     safetensors.save_file(tensors, directory / file, {'format': 'pt'})
     weight_map |= dict.fromkeys(shard, file)
@@ -617,22 +622,52 @@ def _parts(flat: Flat, architecture: Architecture) -> dict[str, Part]:
   for path, leaf in flat.items():
     stacked = path.startswith('blocks/')
     layers = range(len(leaf)) if stacked else [None]
-    names = _names(architecture, path, len(leaf))
+    names = _names(architecture, path, leaf)
     parts |= {name: (path, i) for name, i in zip(names, layers, strict=True)}
   return parts
 
 
-def _tensor(flat: Flat, part: Part) -> np.ndarray:
+def _tensor(flat: Flat, part: Part, architecture: Architecture) -> np.ndarray:
   """Returns one tensor of the checkpoint as a NumPy array."""
   path, layer = part
   leaf = flat[path] if layer is None else flat[path][layer]
-  return np.ascontiguousarray(leaf if _is_table(path) else leaf.T)
+  if not _is_table(path):
+    leaf = leaf.transpose(_to_checkpoint(leaf.ndim))
+  leading = (1,) * architecture.leading.get(path, 0)
+  return np.ascontiguousarray(leaf).reshape(leading + leaf.shape)
 
 
-def _checkpoint_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _checkpoint_shape(
+  architecture: Architecture, path: str, shape: tuple[int, ...]
+) -> tuple[int, ...]:
   """Returns the shape of a checkpoint's tensor, from our parameter's shape."""
   shape = shape[1:] if path.startswith('blocks/') else shape
-  return shape if _is_table(path) else shape[::-1]
+  if not _is_table(path):
+    shape = tuple(shape[axis] for axis in _to_checkpoint(len(shape)))
+  return (1,) * architecture.leading.get(path, 0) + shape
+
+
+def _to_checkpoint(ndim: int) -> tuple[int, ...]:
+  """Returns the order of our axes in a tensor of a checkpoint.
+
+  A kernel [in, out] becomes [out, in], and the kernel of a convolution
+  [height, width, in, out] becomes [out, in, height, width].
+
+  >>> _to_checkpoint(1), _to_checkpoint(2), _to_checkpoint(4)
+  ((0,), (1, 0), (3, 2, 0, 1))
+  """
+  axes = range(ndim)
+  return (*axes[-2:][::-1], *axes[:-2])
+
+
+def _from_checkpoint(ndim: int) -> tuple[int, ...]:
+  """Returns the inverse of `_to_checkpoint`.
+
+  >>> _from_checkpoint(1), _from_checkpoint(2), _from_checkpoint(4)
+  ((0,), (1, 0), (2, 3, 1, 0))
+  """
+  axes = range(ndim)
+  return (*axes[2:], *axes[:2][::-1])
 
 
 def _is_table(path: str) -> bool:
@@ -640,12 +675,12 @@ def _is_table(path: str) -> bool:
   return path.endswith('/embedding')
 
 
-def _names(architecture: Architecture, path: str, num_layers: int) -> list[str]:
+def _names(architecture: Architecture, path: str, leaf: Any) -> list[str]:
   """Returns the checkpoint's names of a parameter: one per layer if stacked."""
   name = architecture.names[path]
   if not path.startswith('blocks/'):
     return [name]
-  return [name.format(layer) for layer in range(num_layers)]
+  return [name.format(layer) for layer in range(leaf.shape[0])]
 
 
 def _check_names(
@@ -700,7 +735,7 @@ def _check_head(
     )
 
 
-def _check_params(flat: Flat, config: AnyConfig) -> None:
+def _check_params(flat: Flat, config: ModelConfig) -> None:
   shapes = _flatten(_shapes(config))
   if odd := sorted(shapes.keys() ^ flat.keys()):
     raise ValueError(f'params must be those of the config; check {odd[:4]}')

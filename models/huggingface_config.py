@@ -1,139 +1,32 @@
 """Converts a checkpoint's config.json to and from our configurations.
 
 A field of config.json is used, ignored because it does not change the model's
-output, or rejected by name. `ARCHITECTURES` has one description per supported
-architecture, with its fields and its names of tensors.
+output, or rejected by name. Each configuration describes its own architectures;
+`MODELS` lists the configurations.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias, get_type_hints
+from collections.abc import Mapping
+from typing import get_type_hints
 
+from models.architecture import Architecture, Fields
 from models.encoder import EncoderConfig
-from models.llama import Llama3Scaling, LlamaConfig
+from models.llama import LlamaConfig
+from models.model import ModelConfig
+from models.vit import VitConfig
 
-Fields: TypeAlias = dict[str, Any]
-AnyConfig: TypeAlias = LlamaConfig | EncoderConfig
+MODELS: tuple[type[ModelConfig], ...] = (LlamaConfig, EncoderConfig, VitConfig)
+"""Configurations whose checkpoints can be read."""
 
-
-class Architecture(NamedTuple):
-  """Description of one model_type of transformers."""
-
-  classes: tuple[str, ...]
-  """Classes of transformers that can be read. The first one is written."""
-  config: type
-  """Class of our configuration."""
-  fixed: Fields
-  """Our fields whose value follows from the model_type."""
-  needed: dict[str, str]
-  """Our fields that are copied from a field of config.json, to its name."""
-  optional: dict[str, str]
-  """As `needed`, for fields that may be missing from config.json."""
-  read: Callable[[Fields, str], Fields]
-  """`(config.json, model_type) -> our fields` that are not mere copies."""
-  write: Callable[[Any, str], Fields]
-  """`(our configuration, model_type) -> fields of config.json` that are not
-  mere copies."""
-  others: frozenset[str]
-  """Fields of config.json that `read` uses."""
-  neutral: Fields
-  """Fields of config.json that must have this value, or be absent or null."""
-  names: dict[str, str]
-  """Paths of our parameters to names of tensors; {} is the layer's number."""
-  required: tuple[str, ...] = ()
-  """Fields that config.json must have although our field has a default, because
-  transformers' default is another."""
-  prefix: str = ''
-  """Prefix of tensor names that is absent from a checkpoint without a head."""
-  head: str = ''
-  """Prefix of the paths of the head, which is initialized if a checkpoint does
-  not have it."""
-  ignored: str = ''
-  """Regular expression for names of tensors that the model does not use."""
-
-
-_LLAMA_NAMES = {
-  'embed/embedding': 'model.embed_tokens.weight',
-  'blocks/attention_norm/scale': 'model.layers.{}.input_layernorm.weight',
-  'blocks/attention/q/kernel': 'model.layers.{}.self_attn.q_proj.weight',
-  'blocks/attention/k/kernel': 'model.layers.{}.self_attn.k_proj.weight',
-  'blocks/attention/v/kernel': 'model.layers.{}.self_attn.v_proj.weight',
-  'blocks/attention/o/kernel': 'model.layers.{}.self_attn.o_proj.weight',
-  'blocks/attention/q/bias': 'model.layers.{}.self_attn.q_proj.bias',
-  'blocks/attention/k/bias': 'model.layers.{}.self_attn.k_proj.bias',
-  'blocks/attention/v/bias': 'model.layers.{}.self_attn.v_proj.bias',
-  'blocks/attention/q_norm/scale': 'model.layers.{}.self_attn.q_norm.weight',
-  'blocks/attention/k_norm/scale': 'model.layers.{}.self_attn.k_norm.weight',
-  'blocks/mlp_norm/scale': 'model.layers.{}.post_attention_layernorm.weight',
-  'blocks/mlp/gate/kernel': 'model.layers.{}.mlp.gate_proj.weight',
-  'blocks/mlp/up/kernel': 'model.layers.{}.mlp.up_proj.weight',
-  'blocks/mlp/down/kernel': 'model.layers.{}.mlp.down_proj.weight',
-  'norm/scale': 'model.norm.weight',
-  'lm_head/kernel': 'lm_head.weight',
-}
-_ENCODER_NAMES = {
-  'embed/tokens/embedding': 'embeddings.word_embeddings.weight',
-  'embed/types/embedding': 'embeddings.token_type_embeddings.weight',
-  'embed/positions/embedding': 'embeddings.position_embeddings.weight',
-  'embed/norm': 'embeddings.LayerNorm',
-  'blocks/attention/q': 'encoder.layer.{}.attention.self.query',
-  'blocks/attention/k': 'encoder.layer.{}.attention.self.key',
-  'blocks/attention/v': 'encoder.layer.{}.attention.self.value',
-  'blocks/attention/o': 'encoder.layer.{}.attention.output.dense',
-  'blocks/attention_norm': 'encoder.layer.{}.attention.output.LayerNorm',
-  'blocks/mlp/up': 'encoder.layer.{}.intermediate.dense',
-  'blocks/mlp/down': 'encoder.layer.{}.output.dense',
-  'blocks/mlp_norm': 'encoder.layer.{}.output.LayerNorm',
+_MODELS: Mapping[str, type[ModelConfig]] = {
+  kind: model for model in MODELS for kind in model.architectures()
 }
 
-
-def _encoder_names(prefix: str, dense: str, out: str) -> dict[str, str]:
-  """Returns the names of the tensors of an encoder and its head, by our paths.
-
-  Each module but the embedding tables has a weight and a bias.
-
-  Args:
-    prefix: Prefix of the encoder's names.
-    dense: Name of the head's first linear map.
-    out: Name of the head's last linear map.
-  """
-  modules = {path: prefix + name for path, name in _ENCODER_NAMES.items()} | {
-    'head/dense': dense,
-    'head/out': out,
-  }
-  names = {}
-  for path, name in modules.items():
-    if path.endswith('embedding'):
-      names[path] = name
-    else:
-      weight = 'scale' if path.endswith('norm') else 'kernel'
-      names[f'{path}/{weight}'] = f'{name}.weight'
-      names[f'{path}/bias'] = f'{name}.bias'
-  return names
-
-
-_NEEDED = {
-  'vocab_size': 'vocab_size',
-  'width': 'hidden_size',
-  'mlp_width': 'intermediate_size',
-  'num_layers': 'num_hidden_layers',
-  'num_heads': 'num_attention_heads',
+ARCHITECTURES: Mapping[str, Architecture] = {
+  kind: architecture
+  for model in MODELS
+  for kind, architecture in model.architectures().items()
 }
-_SCALING = {
-  'factor': 'factor',
-  'low_freq_factor': 'low_freq_factor',
-  'high_freq_factor': 'high_freq_factor',
-  'original_length': 'original_max_position_embeddings',
-}
-_DECODES = {
-  'is_encoder_decoder': False,
-  'add_cross_attention': False,
-  'chunk_size_feed_forward': 0,
-  'cross_attention_hidden_size': None,
-  'tie_encoder_decoder': False,
-  'pruned_heads': {},
-  'per_layer_config': {},
-  'use_bfloat16': False,
-}
+"""Supported architectures by model_type."""
 
 _GENERATION = {
   'assistant_confidence_threshold',
@@ -237,19 +130,6 @@ HARMLESS = (
 )
 """Fields for other programs, which do not change the model's output."""
 
-_HARMLESS_IN_ENCODERS = {
-  # Options of the training, and options of the first BERT's pooler that
-  # transformers does not use.
-  'attention_probs_dropout_prob',
-  'classifier_dropout',
-  'tie_word_embeddings',
-  'directionality',
-  'pooler_fc_size',
-  'pooler_num_attention_heads',
-  'pooler_num_fc_layers',
-  'pooler_size_per_head',
-  'pooler_type',
-}
 
 # Our type for each type of a checkpoint. The models do not support float16;
 # float32 can represent all of its values.
@@ -261,7 +141,7 @@ _DTYPES = {
 }
 
 
-def parse(fields: Fields) -> AnyConfig:
+def parse(fields: Fields) -> ModelConfig:
   """Converts the fields of a config.json to our configuration.
 
   Args:
@@ -282,16 +162,16 @@ def parse(fields: Fields) -> AnyConfig:
     for ours, theirs in architecture.optional.items()
     if fields.get(theirs) is not None
   }
-  _check_types(values, architecture)
+  _check_types(values, kind)
   name = fields.get('dtype') or fields.get('torch_dtype')
   if name not in _DTYPES:
     raise ValueError(f'dtype must be one of {[*_DTYPES][1:]}, got {name!r}')
   values |= {'dtype': _DTYPES[name], 'param_dtype': _DTYPES[name]}
   values |= architecture.read(fields, kind)
-  return architecture.config(**values)
+  return _MODELS[kind](**values)
 
 
-def fields_of(config: AnyConfig) -> Fields:
+def fields_of(config: ModelConfig) -> Fields:
   """Converts our configuration to the fields of a config.json.
 
   Args:
@@ -304,8 +184,7 @@ def fields_of(config: AnyConfig) -> Fields:
   Raises:
     ValueError: transformers has no architecture for the model.
   """
-  kind = model_type(config)
-  architecture = ARCHITECTURES[kind]
+  kind, architecture = model_type(config), architecture_of(config)
   fields = {
     'model_type': kind,
     'architectures': [architecture.classes[0]],
@@ -327,15 +206,16 @@ def linear_modules(kind: str, layer: int = 0) -> dict[str, str]:
     >>> linear_modules('llama', 3)['blocks/attention/q/kernel']
     'model.layers.3.self_attn.q_proj'
   """
+  architecture = ARCHITECTURES[kind]
   return {
     path: name.format(layer).removesuffix('.weight')
-    for path, name in ARCHITECTURES[kind].names.items()
-    if path.endswith('/kernel')
+    for path, name in architecture.names.items()
+    if path.endswith('/kernel') and path not in architecture.convolutions
   }
 
 
-def model_type(config: AnyConfig) -> str:
-  """Returns the first model_type of `ARCHITECTURES` that can express a config.
+def model_type(config: ModelConfig) -> str:
+  """Returns the first model_type of a model's architectures that expresses it.
 
   Args:
     config: Configuration of the model.
@@ -343,16 +223,44 @@ def model_type(config: AnyConfig) -> str:
   Raises:
     ValueError: No model_type can express it.
   """
-  for kind, architecture in ARCHITECTURES.items():
-    if isinstance(config, architecture.config) and all(
-      getattr(config, name) == value
-      for name, value in architecture.fixed.items()
-    ):
+  architectures = config.architectures()
+  for kind, architecture in architectures.items():
+    if _fixed(config, architecture) == architecture.fixed:
       return kind
+  name = type(config).__name__
+  if not architectures:
+    raise ValueError(
+      f'a {name} has no checkpoints of transformers; define its architectures()'
+    )
+  got: Fields = {}
+  for architecture in architectures.values():
+    got |= _fixed(config, architecture)
+  rules = (f'{_shown(x.fixed)} ({kind})' for kind, x in architectures.items())
   raise ValueError(
-    'no architecture has both qkv_bias and qk_norm; those that can be '
-    f'written are {", ".join(ARCHITECTURES)}'
+    f'a checkpoint of a {name} must have {" or ".join(rules)}, got '
+    f'{_shown(got)}: change the model'
   )
+
+
+def architecture_of(config: ModelConfig) -> Architecture:
+  """Returns the architecture of a model's `model_type`.
+
+  Args:
+    config: Configuration of the model.
+
+  Raises:
+    ValueError: No model_type can express the model.
+  """
+  return config.architectures()[model_type(config)]
+
+
+def _fixed(config: ModelConfig, architecture: Architecture) -> Fields:
+  """Returns a model's fields whose values follow from the model_type."""
+  return {name: getattr(config, name) for name in architecture.fixed}
+
+
+def _shown(fields: Fields) -> str:
+  return ', '.join(f'{name}={value!r}' for name, value in fields.items())
 
 
 def for_others(fields: Fields, kind: str) -> Fields:
@@ -397,9 +305,7 @@ def _check(fields: Fields, kind: str) -> None:
     raise ValueError(f'{missing[0]} is missing from a model_type {kind!r}')
   neutral = architecture.neutral
   accepted = _known(architecture) | neutral.keys() | HARMLESS
-  accepted |= {'dtype', 'torch_dtype'}
-  if architecture.config is EncoderConfig:
-    accepted |= _HARMLESS_IN_ENCODERS
+  accepted |= {'dtype', 'torch_dtype'} | architecture.harmless
   for name, value in fields.items():
     if name in neutral and value not in (None, neutral[name]):
       raise ValueError(
@@ -413,244 +319,14 @@ def _check(fields: Fields, kind: str) -> None:
       )
 
 
-def _check_types(values: Fields, architecture: Architecture) -> None:
+def _check_types(values: Fields, kind: str) -> None:
   """Raises ValueError if a copied value does not have the type of our field."""
-  hints = get_type_hints(architecture.config)
+  architecture, hints = ARCHITECTURES[kind], get_type_hints(_MODELS[kind])
   names = architecture.needed | architecture.optional
   rules = {bool: 'true or false', float: 'a number'}
   for ours, theirs in names.items():
-    kind = hints[ours]
-    rule = rules.get(kind, 'a whole number')
-    kind = kind | int if kind is float else kind
-    if ours in values and not isinstance(values[ours], kind):
+    hint = hints[ours]
+    rule = rules.get(hint, 'a whole number')
+    hint = hint | int if hint is float else hint
+    if ours in values and not isinstance(values[ours], hint):
       raise ValueError(f'{theirs} must be {rule}, got {values[ours]!r}')
-
-
-def _read_llama(fields: Fields, kind: str) -> Fields:
-  theta, scaling = _rope(fields)
-  values: Fields = {'rope_theta': theta, 'rope_scaling': scaling}
-  values['window'] = _window(fields, kind)
-  if fields.get('head_dim') == (
-    fields['hidden_size'] / fields['num_attention_heads']
-  ):
-    values['head_dim'] = None
-  return values
-
-
-def _write_llama(config: LlamaConfig, kind: str) -> Fields:
-  fields: Fields = {
-    'hidden_act': 'silu',
-    'rope_theta': config.rope_theta,
-    'num_key_value_heads': config.kv_heads,
-    'head_dim': config.head_width,
-  }
-  scaling = config.rope_scaling
-  if scaling is not None:
-    fields['rope_scaling'] = {'rope_type': 'llama3'} | {
-      theirs: getattr(scaling, ours) for ours, theirs in _SCALING.items()
-    }
-    length = int(scaling.factor * scaling.original_length)
-    fields['max_position_embeddings'] = length
-  if config.window is not None:
-    fields['sliding_window'] = config.window
-    if kind != 'mistral':
-      # Layers from this one on have the window.
-      fields |= {'use_sliding_window': True, 'max_window_layers': 0}
-  return fields
-
-
-def _read_encoder(fields: Fields, kind: str) -> Fields:
-  """Returns `num_labels` and the labels' names.
-
-  `labels` is None if config.json has only transformers' default names, or none.
-  """
-  del kind
-  named = fields.get('id2label') or {}
-  num_labels = fields.get('num_labels') or len(named) or 2
-  labels = tuple(named[key] for key in sorted(named, key=int))
-  if named and len(named) != num_labels:
-    raise ValueError(
-      f'id2label must name {num_labels} labels, got {len(named)}'
-    )
-  problem = 'regression' if num_labels == 1 else 'single_label_classification'
-  if fields.get('problem_type') not in (None, problem):
-    raise ValueError(
-      f'problem_type must be {problem!r} with {num_labels} labels, got '
-      f'{fields["problem_type"]!r}: nothing else is implemented'
-    )
-  unnamed = labels == _unnamed(num_labels)
-  return {
-    'num_labels': num_labels,
-    'labels': None if unnamed else labels or None,
-  }
-
-
-def _write_encoder(config: EncoderConfig, kind: str) -> Fields:
-  del kind
-  is_regression = config.num_labels == 1
-  labels = config.labels or _unnamed(config.num_labels)
-  return {
-    'hidden_act': 'gelu',
-    'attention_probs_dropout_prob': 0.0,
-    'id2label': {str(i): label for i, label in enumerate(labels)},
-    'label2id': {label: i for i, label in enumerate(labels)},
-    'problem_type': (
-      'regression' if is_regression else 'single_label_classification'
-    ),
-  }
-
-
-def _unnamed(num_labels: int) -> tuple[str, ...]:
-  return tuple(f'LABEL_{i}' for i in range(num_labels))
-
-
-def _rope(fields: Fields) -> tuple[float, Llama3Scaling | None]:
-  """Returns the rotary embedding's `rope_theta` and `rope_scaling`."""
-  rope = fields.get('rope_parameters') or fields.get('rope_scaling') or {}
-  rope = {name: value for name, value in rope.items() if value is not None}
-  # Depending on its version, transformers writes 'rope_type' or 'type', and
-  # puts 'rope_theta' inside this dict or outside of it.
-  kind = rope.pop('rope_type', rope.pop('type', 'default'))
-  theta = rope.pop('rope_theta', fields.get('rope_theta') or 10_000.0)
-  expected = {'default': [], 'llama3': [*_SCALING.values()]}
-  if kind not in expected:
-    raise ValueError(
-      f'rope_scaling must be of type llama3, or none, got {kind!r}'
-    )
-  if sorted(rope) != sorted(expected[kind]):
-    raise ValueError(
-      f'rope_scaling of type {kind} must have {expected[kind]}, got {rope}'
-    )
-  if kind == 'default':
-    return float(theta), None
-  values = {ours: rope[theirs] for ours, theirs in _SCALING.items()}
-  return float(theta), Llama3Scaling(**values)
-
-
-def _window(fields: Fields, kind: str) -> int | None:
-  """Returns the attention window, which all layers must share, or None."""
-  size = fields.get('sliding_window')
-  if kind == 'llama' and size is not None:
-    raise ValueError(
-      f'sliding_window is not implemented for a model_type llama, got {size!r}'
-    )
-  if kind == 'llama' or kind == 'mistral':
-    return size
-  if not fields.get('use_sliding_window', False):
-    return None
-  num_layers = fields['num_hidden_layers']
-  first = fields.get('max_window_layers', 28)  # transformers' default
-  kinds = ['full_attention'] * first + ['sliding_attention'] * num_layers
-  layers = fields.get('layer_types') or kinds[:num_layers]
-  if len(set(layers)) > 1:
-    raise ValueError(
-      'sliding_window must be of all layers or of none, got '
-      f'max_window_layers={first}, layer_types={layers}'
-    )
-  return size if layers[0] == 'sliding_attention' else None
-
-
-_LLAMA = Architecture(
-  classes=('LlamaForCausalLM',),
-  config=LlamaConfig,
-  fixed={'qkv_bias': False, 'qk_norm': False, 'window': None},
-  needed=_NEEDED,
-  optional={
-    'num_kv_heads': 'num_key_value_heads',
-    'head_dim': 'head_dim',
-    'norm_eps': 'rms_norm_eps',
-    'init_std': 'initializer_range',
-    'tied': 'tie_word_embeddings',
-  },
-  read=_read_llama,
-  write=_write_llama,
-  others=frozenset(
-    {
-      'rope_theta',
-      'rope_scaling',
-      'rope_parameters',
-      'sliding_window',
-      'use_sliding_window',
-      'max_window_layers',
-      'layer_types',
-    }
-  ),
-  neutral=_DECODES
-  | {
-    'hidden_act': 'silu',
-    'attention_bias': False,
-    'mlp_bias': False,
-    'attention_dropout': 0,
-    'partial_rotary_factor': 1,
-    'rope_interleaved': False,
-    'use_mrope': False,
-  },
-  names=_LLAMA_NAMES,
-  ignored=r'lm_head\.weight|.*rotary_emb\.inv_freq',
-)
-_BERT = Architecture(
-  classes=(
-    'BertForSequenceClassification',
-    'BertModel',
-    'BertForMaskedLM',
-    'BertForPreTraining',
-  ),
-  config=EncoderConfig,
-  fixed={'family': 'bert'},
-  needed=_NEEDED | {'num_positions': 'max_position_embeddings'},
-  optional={
-    'num_types': 'type_vocab_size',
-    'pad_id': 'pad_token_id',
-    'norm_eps': 'layer_norm_eps',
-    'init_std': 'initializer_range',
-    'dropout': 'hidden_dropout_prob',
-  },
-  read=_read_encoder,
-  write=_write_encoder,
-  others=frozenset({'num_labels', 'id2label', 'label2id', 'problem_type'}),
-  neutral=_DECODES
-  | {
-    'hidden_act': 'gelu',
-    'position_embedding_type': 'absolute',
-    'is_decoder': False,
-  },
-  names=_encoder_names('bert.', 'bert.pooler.dense', 'classifier'),
-  prefix='bert.',
-  head='head/',
-  ignored=r'(bert\.)?embeddings\.position_ids|cls\..*',
-)
-_QWEN2 = _LLAMA._replace(
-  classes=('Qwen2ForCausalLM',),
-  fixed={'qkv_bias': True, 'qk_norm': False},
-  required=('num_key_value_heads',),
-)
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-  'llama': _LLAMA,
-  'mistral': _LLAMA._replace(
-    classes=('MistralForCausalLM',),
-    fixed={'qkv_bias': False, 'qk_norm': False},
-    required=('num_key_value_heads', 'sliding_window'),
-  ),
-  'qwen2': _QWEN2,
-  'qwen3': _QWEN2._replace(
-    classes=('Qwen3ForCausalLM',),
-    fixed={'qkv_bias': False, 'qk_norm': True},
-    required=('num_key_value_heads', 'head_dim'),
-  ),
-  'bert': _BERT,
-  'roberta': _BERT._replace(
-    classes=(
-      'RobertaForSequenceClassification',
-      'RobertaModel',
-      'RobertaForMaskedLM',
-    ),
-    fixed={'family': 'roberta'},
-    required=('pad_token_id',),
-    names=_encoder_names('roberta.', 'classifier.dense', 'classifier.out_proj'),
-    prefix='roberta.',
-    ignored=r'(roberta\.)?(embeddings\.position_ids|pooler\..*)|lm_head\..*',
-  ),
-}
-"""Supported architectures by model_type. If several can express a model, it is
-written as the first of them."""

@@ -13,13 +13,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import (
   Any,
   ClassVar,
   Literal,
   NamedTuple,
-  Protocol,
   Self,
   TypeAlias,
 )
@@ -29,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from models import attention, cross_entropy, flops
+from models.architecture import Architecture
 from models.model import (
   Batch,
   Dtype,
@@ -39,6 +38,7 @@ from models.model import (
   Read,
   Sums,
 )
+from models.modules import Linear, apply
 
 Activations: TypeAlias = dict[str, jax.Array]
 """Input or output of a layer: the activations 'h', and arrays of the batch that
@@ -170,6 +170,13 @@ class LlamaConfig(ModelConfig):
   ) -> 'Layers':
     """Returns the model as pure functions."""
     return Layers(self, read, intercept)
+
+  @classmethod
+  def architectures(cls) -> Mapping[str, Architecture]:
+    """Returns the formats of the model's checkpoints, by model_type."""
+    from models import huggingface_llama  # It imports this module.
+
+    return huggingface_llama.ARCHITECTURES
 
   def flops(self, params: PyTree, trained: PyTree, batch: Batch) -> float:
     """Returns the flops of an update, as `models.flops` counts them."""
@@ -362,48 +369,6 @@ class RMSNorm(nn.Module):
       'scale', nn.initializers.ones, h_BTD.shape[-1:], config.param_dtype
     )
     return normalize(h_BTD, scale_D, config.norm_eps)
-
-
-class WeightConfig(Protocol):
-  """The fields of a configuration that describe a weight."""
-
-  @property
-  def init_std(self) -> float:
-    """Standard deviation of the normal initial weights."""
-    ...
-
-  @property
-  def param_dtype(self) -> Dtype:
-    """Type of the parameters."""
-    ...
-
-
-class Linear(nn.Module):
-  """Linear map with an optional bias, computed in the input's type."""
-
-  config: WeightConfig
-  """Provides `init_std` and `param_dtype`."""
-  shape: tuple[int, int]
-  """Shape [in, out] of the kernel."""
-  biased: bool = False
-  """Whether a bias [out] is added."""
-
-  def setup(self) -> None:
-    """Declares the kernel and, if `biased`, the bias."""
-    init, dtype = nn.initializers.normal, self.config.param_dtype
-    self.kernel = self.param(
-      'kernel', init(self.config.init_std), self.shape, dtype
-    )
-    if self.biased:
-      zeros = nn.initializers.zeros
-      self.bias = self.param('bias', zeros, self.shape[-1:], dtype)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps the last axis from `in` to `out`."""
-    y = cross_entropy.multiply(x, self.kernel)
-    if not self.biased:
-      return y
-    return y + jnp.expand_dims(self.bias.astype(y.dtype), range(y.ndim - 1))
 
 
 class Embedding(nn.Module):
@@ -640,30 +605,6 @@ class Llama(nn.Module):
     if self.config.tied:
       return self.embed.embedding.T
     return self.lm_head.kernel
-
-
-def apply(
-  module: nn.Module,
-  intercept: Callable[..., Any] | None,
-  variables: Mapping[str, Any],
-  *inputs: Any,
-  **options: Any,
-) -> Any:
-  """Calls `module.apply`, under a linen interceptor unless that is None.
-
-  Args:
-    module: The linen module.
-    intercept: The interceptor, as `nn.intercept_methods` takes it, or None.
-    variables: Collections of variables, such as {'params': ...}.
-    *inputs: Positional arguments of the called method.
-    **options: Keyword arguments of `module.apply`, such as `method`.
-
-  Returns:
-    The result of `module.apply`.
-  """
-  hook = nn.intercept_methods(intercept) if intercept else nullcontext()
-  with hook:
-    return module.apply(variables, *inputs, **options)
 
 
 @dataclasses.dataclass(frozen=True)

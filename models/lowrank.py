@@ -3,7 +3,7 @@
 `adapt` adds factors to a model's parameters, and `merge` multiplies them into
 the kernels. `hook` makes a model compute with its factors; pass it to
 `models.llama.Layers` as `intercept`. The linen modules themselves have no code
-for factors. `save_adapter` and `load_adapter` use PEFT's file format.
+for factors. `models.peft` reads and writes them as adapters.
 
 Shapes: L layers; in and out are the sides of a kernel [L, in, out]; r is the
 rank of its factors lora_a [L, in, r] and lora_b [L, r, out]; B batch.
@@ -13,23 +13,19 @@ al., `ReLoRA <https://arxiv.org/abs/2307.05695>`_, 2023.
 """
 
 import dataclasses
-import json
 import math
-import pathlib
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.module import InterceptorContext
 
-from models import cross_entropy, huggingface, noise
-from models.huggingface_config import linear_modules
+from models import cross_entropy, noise
 
 PyTree: TypeAlias = Any
 
@@ -39,35 +35,6 @@ Role: TypeAlias = Literal['factor', 'beneath', 'rest']
 
 FACTORS = ('lora_a', 'lora_b')
 """Names of the factors A and B in the dict that holds the kernel."""
-
-_PREFIX = 'base_model.model.'
-
-_FILES = ('adapter_config.json', 'adapter_model.safetensors')
-
-# Fields of PEFT's config that select variants of LoRA, which `Lora` does not
-# implement.
-_FOREIGN = (
-  'use_dora',
-  'use_rslora',
-  'use_qalora',
-  'use_bdlora',
-  'lora_bias',
-  'fan_in_fan_out',
-  'rank_pattern',
-  'alpha_pattern',
-  'modules_to_save',
-  'trainable_token_indices',
-  'target_parameters',
-  'layer_replication',
-  'alora_invocation_tokens',
-  'arrow_config',
-  'kasa_config',
-  'velora_config',
-  'monteclora_config',
-)
-
-# Initializations of PEFT that also change the kernels which have factors.
-_MOVED = ('pissa', 'olora', 'corda', 'loftq', 'lora_ga')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +166,7 @@ def adapt(params: PyTree, adapter: Adapter, key: jax.Array) -> PyTree:
     >>> jax.tree.map(jnp.shape, params['blocks']['up'])
     {'kernel': (2, 5, 7), 'lora_a': (2, 5, 3), 'lora_b': (2, 3, 7)}
   """
-  flat = _flatten(params)
+  flat = flatten(params)
   for number, path in enumerate(_targets(flat, adapter)):
     a, b = (f'{path.rpartition("/")[0]}/{name}' for name in FACTORS)
     kernel_key = jax.random.fold_in(key, number)
@@ -208,7 +175,7 @@ def adapt(params: PyTree, adapter: Adapter, key: jax.Array) -> PyTree:
     else:
       factors = fresh_factors(flat[path].shape, adapter.rank, kernel_key)
     flat[a], flat[b] = factors
-  return _unflatten(flat)
+  return unflatten(flat)
 
 
 def fresh_factors(
@@ -264,7 +231,7 @@ def merge(params: PyTree, adapter: Adapter) -> PyTree:
     Array([[4., 1.],
            [4., 1.]], dtype=float32)
   """
-  flat = _flatten(params)
+  flat = flatten(params)
   for path in [path for path in flat if path.endswith(FACTORS[0])]:
     parent = path.rpartition('/')[0]
     a, b = (flat.pop(f'{parent}/{name}') for name in FACTORS)
@@ -273,7 +240,7 @@ def merge(params: PyTree, adapter: Adapter) -> PyTree:
     if kernel is not None:
       total, dtype = kernel.astype(jnp.float32) + total, kernel.dtype
     flat[f'{parent}/kernel'] = total.astype(dtype)
-  return _unflatten(flat)
+  return unflatten(flat)
 
 
 def product(a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
@@ -293,7 +260,7 @@ def roles(params: PyTree) -> dict[str, Role]:
     {'up/kernel': 'beneath', 'up/lora_a': 'factor', 'up/lora_b': 'factor',
      'norm': 'rest'}
   """
-  flat = _flatten(params)
+  flat = flatten(params)
 
   def role(path: str) -> Role:
     parent, _, name = path.rpartition('/')
@@ -319,7 +286,7 @@ def optimized(params: PyTree, adapter: Adapter) -> PyTree:
   frozen = {'beneath'}
   if isinstance(adapter, Lora) and adapter.rest == 'frozen':
     frozen.add('rest')
-  return _unflatten(
+  return unflatten(
     {path: role not in frozen for path, role in roles(params).items()}
   )
 
@@ -435,188 +402,11 @@ def _matched(targets: Sequence[str], kernels: Sequence[str]) -> list[str]:
   return [path for path in kernels if any(x.fullmatch(path) for x in regexes)]
 
 
-def save_adapter(
-  directory: str | pathlib.Path,
-  params: PyTree,
-  adapter: Lora,
-  *,
-  base: str | None = None,
-) -> None:
-  """Writes only the factors, as an adapter that PEFT can load.
-
-  Args:
-    directory: Directory of the adapter. It is created if necessary, and must
-      not contain an adapter.
-    params: Parameters of `models.llama` with factors.
-    adapter: The adapter that they were made with.
-    base: Name or path of the base model's checkpoint, which is written to
-      adapter_config.json.
-
-  Raises:
-    FileExistsError: The directory contains an adapter.
-    ValueError: Other weights than the factors were trained as well.
-  """
-  from safetensors import numpy as safetensors
-
-  if not isinstance(adapter, Lora) or not _trains_only_factors(adapter):
-    raise ValueError(
-      'an adapter is saved alone where nothing else is trained: a Lora with '
-      f"rest='frozen' and lomo=0, got {adapter}; merge it, and save the model"
-    )
-  directory = pathlib.Path(directory)
-  for name in _FILES:
-    if (directory / name).exists():
-      raise FileExistsError(
-        f'{directory / name} exists; name another directory'
-      )
-  tensors = {}
-  for factor, letter in zip(FACTORS, 'AB', strict=True):
-    kernels = _factor_tree(params, factor)
-    for name, tensor in huggingface.llama_tensors(kernels).items():
-      tensors[_peft_name(name, letter)] = tensor
-  modules = {name.split('.lora_')[0].split('.')[-1] for name in tensors}
-  fields = {
-    'peft_type': 'LORA',
-    'bias': 'none',
-    'task_type': 'CAUSAL_LM',
-    'base_model_name_or_path': base,
-    'inference_mode': True,
-    'r': adapter.rank,
-    'lora_alpha': adapter.alpha,
-    'lora_dropout': adapter.dropout,
-    'target_modules': sorted(modules),
-  }
-  directory.mkdir(parents=True, exist_ok=True)
-  safetensors.save_file(tensors, directory / _FILES[1], {'format': 'pt'})
-  (directory / _FILES[0]).write_text(json.dumps(fields, indent=2) + '\n')
-
-
-def load_adapter(
-  directory: str | pathlib.Path, params: PyTree
-) -> tuple[PyTree, Lora]:
-  """Adds the factors of an adapter in PEFT's format to parameters.
-
-  Args:
-    directory: Directory with adapter_config.json and adapter_model.safetensors.
-    params: Parameters of `models.llama` without factors.
-
-  Returns:
-    The parameters with factors, and the `Lora` that describes them.
-
-  Raises:
-    FileNotFoundError: A file is missing.
-    ValueError: The adapter uses a variant that `Lora` does not implement, or
-      its tensors do not fit the model. The message names the field or tensor.
-  """
-  from safetensors import numpy as safetensors
-
-  config, weights = (pathlib.Path(directory) / name for name in _FILES)
-  for file in (config, weights):
-    if not file.is_file():
-      raise FileNotFoundError(f'{file} is missing; it is part of an adapter')
-  fields = huggingface.read_json(config)
-  _check_peft(config, fields)
-  tensors = safetensors.load_file(weights)
-  flat, targets = _flatten(params), []
-  for path, leaf in list(flat.items()):
-    if not (path.startswith('blocks/') and path.endswith('/kernel')):
-      continue
-    layers = range(leaf.shape[0])
-    names = [linear_modules('llama', layer)[path] for layer in layers]
-    if not any(_peft_name(name, 'A') in tensors for name in names):
-      continue
-    targets.append(path)
-    shape_a = (fields['r'], leaf.shape[1])
-    for letter, factor, shape in (
-      ('A', FACTORS[0], shape_a),
-      ('B', FACTORS[1], (leaf.shape[2], fields['r'])),
-    ):
-      flat[f'{path.rpartition("/")[0]}/{factor}'] = jnp.stack(
-        [
-          _peft_tensor(tensors, _peft_name(name, letter), shape)
-          for name in names
-        ]
-      )
-  if tensors:
-    raise ValueError(
-      f'{weights} has tensors that the model has no place for: '
-      f'{sorted(tensors)[:4]} ({len(tensors)} in all)'
-    )
-  adapter = Lora(
-    rank=fields['r'],
-    alpha=float(fields['lora_alpha']),
-    dropout=float(fields['lora_dropout']),
-    targets=tuple(map(re.escape, targets)),
-  )
-  return _unflatten(flat), adapter
-
-
-def _check_peft(file: pathlib.Path, fields: Mapping[str, Any]) -> None:
-  """Raises ValueError if PEFT's config requires more than `Lora` implements."""
-  for name, value in {'peft_type': 'LORA', 'bias': 'none'}.items():
-    if fields.get(name) != value:
-      raise ValueError(
-        f'{file}: {name} must be {value!r}, got {fields.get(name)!r}; '
-        'merge the adapter with PEFT, and load the model'
-      )
-  foreign = {name: fields[name] for name in _FOREIGN if fields.get(name)}
-  first = fields.get('init_lora_weights')
-  if isinstance(first, str) and first.lower().startswith(_MOVED):
-    foreign['init_lora_weights'] = first
-  if foreign:
-    raise ValueError(
-      f'{file}: plain LoRA has none of {foreign}; merge the adapter with PEFT, '
-      'and load the model'
-    )
-  absent = {'r', 'lora_alpha', 'lora_dropout'} - fields.keys()
-  if absent:
-    raise ValueError(f'{file} must have {sorted(absent)}')
-
-
-def _trains_only_factors(adapter: Lora) -> bool:
-  """Returns whether only the factors are trained, and never merged."""
-  merges = isinstance(adapter, Relora)
-  return adapter.rest == 'frozen' and not adapter.lomo and not merges
-
-
-def _factor_tree(params: PyTree, factor: str) -> PyTree:
-  """Returns the tree of all A (or all B) factors, with the key 'kernel'."""
-  flat = _flatten(params)
-  return _unflatten(
-    {
-      path.replace(factor, 'kernel'): np.asarray(leaf, np.float32)
-      for path, leaf in flat.items()
-      if path.endswith(f'/{factor}')
-    }
-  )
-
-
-def _peft_name(name: str, letter: str) -> str:
-  """Returns PEFT's name of a factor, from the checkpoint's name of a weight."""
-  return f'{_PREFIX}{name.removesuffix(".weight")}.lora_{letter}.weight'
-
-
-def _peft_tensor(
-  tensors: dict[str, np.ndarray], name: str, shape: tuple[int, int]
-) -> jax.Array:
-  """Removes one layer's factor from PEFT's tensors and returns it transposed.
-
-  The result has our layout: A [in, r] or B [r, out], in float32.
-  """
-  if name not in tensors:
-    raise ValueError(
-      f'{name} is missing: an adapter must have a kernel of all layers, or of '
-      'none'
-    )
-  tensor = tensors.pop(name)
-  if tensor.shape != shape:
-    raise ValueError(f'{name} must have the shape {shape}, got {tensor.shape}')
-  return jnp.asarray(tensor.T, jnp.float32)
-
-
-def _flatten(tree: PyTree) -> Flat:
+def flatten(tree: PyTree) -> Flat:
+  """Returns the leaves of a nested dict by their paths."""
   return dict(flax.traverse_util.flatten_dict(tree, sep='/'))
 
 
-def _unflatten(flat: Flat) -> PyTree:
+def unflatten(flat: Flat) -> PyTree:
+  """Returns a nested dict, the inverse of `flatten`."""
   return flax.traverse_util.unflatten_dict(flat, sep='/')

@@ -6,10 +6,13 @@ functions of a tree of parameters.
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias
 
 import jax
+
+from models.architecture import Architecture
 
 PyTree: TypeAlias = Any
 
@@ -77,7 +80,8 @@ class StackedLayers(Layers, Protocol):
 class ModelConfig(abc.ABC):
   """The configuration of a model; subclasses are frozen dataclasses."""
 
-  __dataclass_fields__: ClassVar[dict[str, Any]]
+  __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+  """Declares to type checkers that a configuration is a dataclass."""
   task: ClassVar[str]
   """Name of the task that the model learns: a module of `train.tasks`, such as
   'language', or the full name of another module that defines `Task`."""
@@ -105,6 +109,16 @@ class ModelConfig(abc.ABC):
         it. A model that is not stacked ignores it.
       intercept: a linen interceptor under which everything is computed.
     """
+
+  @classmethod
+  def architectures(cls) -> Mapping[str, Architecture]:
+    """Returns the formats of the model's checkpoints, by model_type.
+
+    The model_type is the name in config.json of transformers. If several can
+    express a model, it is written as the first of them. To be read, the model
+    must also be in `models.huggingface_config.MODELS`.
+    """
+    return {}
 
   def flops(
     self, params: PyTree, trained: PyTree, batch: Batch

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 
 from galore_optax.quantized.array import is_quantized
-from models import huggingface, lowrank
+from models import huggingface, lowrank, peft
 from train.engine import checkpoint
 from train.engine.command import add_flag, user_errors
 from train.engine.run import Run
@@ -103,7 +103,7 @@ def export(
   params = checkpoint.restore_params(run.checkpoints_path, task, best=best)
   params = jax.tree.map(config.weights().read, params, is_leaf=is_quantized)
   if factors and lora is not None:
-    lowrank.save_adapter(directory, params, lora, base=config.checkpoint)
+    peft.save_adapter(directory, params, lora, base=config.checkpoint)
     return
   if adapter is not None:
     params = lowrank.merge(params, adapter)

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 from galore_optax.layerwise.step import layerwise
-from models.encoder import EncoderConfig, Layers, drop
+from models.encoder import EncoderConfig, Layers
+from models.modules import drop
 from tests.rounding import assert_close, distance, units
 
 B, T = 4, 11

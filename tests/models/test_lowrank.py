@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import lowrank
+from models import lowrank, peft
 from models import noise as noise_lib
 from models.llama import Layers, LlamaConfig
 from models.lowrank import Factored, Lora, Relora
@@ -258,24 +258,24 @@ def test_bad_options(kind, options, match):
 def test_an_adapter_is_saved_and_read(tmp_path):
   adapter = Lora(rank=3, alpha=5.0, dropout=0.1, targets=('.*/[qv]/kernel',))
   params = weights(adapter, moved=True)
-  lowrank.save_adapter(tmp_path / 'new', params, adapter, base='here')
-  plain = lowrank._unflatten(
+  peft.save_adapter(tmp_path / 'new', params, adapter, base='here')
+  plain = lowrank.unflatten(
     {
       path: leaf
-      for path, leaf in lowrank._flatten(params).items()
+      for path, leaf in lowrank.flatten(params).items()
       if not path.endswith(lowrank.FACTORS)
     }
   )
-  found, again = lowrank.load_adapter(tmp_path / 'new', plain)
+  found, again = peft.load_adapter(tmp_path / 'new', plain)
   chex.assert_trees_all_equal(found, params)
   assert (again.rank, again.alpha, again.dropout) == (3, 5.0, 0.1)
   refitted = lowrank.adapt(plain, again, jax.random.key(0))
   chex.assert_trees_all_equal_shapes(refitted, params)
   with pytest.raises(FileExistsError, match=r'adapter_config\.json exists'):
-    lowrank.save_adapter(tmp_path / 'new', params, adapter)
+    peft.save_adapter(tmp_path / 'new', params, adapter)
   for other in (Relora(), Lora(rest='trained'), Lora(lomo=1.0), Factored()):
     with pytest.raises(ValueError, match='nothing else is trained'):
-      lowrank.save_adapter(tmp_path / 'other', params, other)
+      peft.save_adapter(tmp_path / 'other', params, other)
   assert not (tmp_path / 'other').exists()
 
 
@@ -283,8 +283,8 @@ def _broken(directory, change):
   from safetensors import numpy as safetensors
 
   adapter = Lora(rank=3, targets=('.*/[qv]/kernel',))
-  lowrank.save_adapter(directory, weights(adapter), adapter)
-  config, file = (directory / name for name in lowrank._FILES)
+  peft.save_adapter(directory, weights(adapter), adapter)
+  config, file = (directory / name for name in peft._FILES)
   fields, tensors = json.loads(config.read_text()), safetensors.load_file(file)
   change(fields, tensors)
   config.write_text(json.dumps(fields))
@@ -313,9 +313,9 @@ NAME = 'base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight'
 def test_an_adapter_that_is_another_is_told(change, match, tmp_path):
   _broken(tmp_path, change)
   with pytest.raises(ValueError, match=match):
-    lowrank.load_adapter(tmp_path, base())
+    peft.load_adapter(tmp_path, base())
 
 
 def test_a_missing_file_is_told(tmp_path):
   with pytest.raises(FileNotFoundError, match=r'config\.json is missing'):
-    lowrank.load_adapter(tmp_path, {})
+    peft.load_adapter(tmp_path, {})

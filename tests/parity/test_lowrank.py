@@ -11,6 +11,7 @@ peft = pytest.importorskip('peft')
 from models import huggingface, lowrank  # noqa: E402
 from models.llama import Layers  # noqa: E402
 from models.lowrank import Lora  # noqa: E402
+from models.peft import load_adapter, save_adapter  # noqa: E402
 
 pytestmark = [
   pytest.mark.parity,
@@ -71,7 +72,7 @@ def test_peft_reads_our_adapter(targets, tmp_path):
     w + 0.2 * jax.random.normal(key, w.shape) * (path[-1].key == 'lora_b')
     for (path, w), key in zip(factors, keys, strict=True)
   )
-  lowrank.save_adapter(tmp_path / 'adapter', params, adapter, base='base')
+  save_adapter(tmp_path / 'adapter', params, adapter, base='base')
   theirs = peft.PeftModel.from_pretrained(reference, tmp_path / 'adapter')
   expected = _logits(theirs.eval())
   assert np.abs(expected - plain).max() > 0.1
@@ -106,7 +107,7 @@ def test_we_read_an_adapter_of_peft(tmp_path):
   theirs = peft.get_peft_model(reference, fields).eval()
   theirs.save_pretrained(tmp_path / 'adapter')
   config, params = huggingface.load(tmp_path / 'base')
-  params, adapter = lowrank.load_adapter(tmp_path / 'adapter', params)
+  params, adapter = load_adapter(tmp_path / 'adapter', params)
   assert (adapter.rank, adapter.scale, adapter.dropout) == (4, 1.5, 0.05)
   found = _logits_of_ours(config, params, adapter)
   np.testing.assert_allclose(found, _logits(theirs), rtol=0, atol=1e-5)

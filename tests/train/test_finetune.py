@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file
 
-from models import huggingface, lowrank
+from models import huggingface, lowrank, peft
 from models.llama import Layers, LlamaConfig
 from tests.train.data.tiny import (
   CHATML,
@@ -184,7 +184,7 @@ def test_factors_are_exported_separately_or_merged(tmp_path, capsys):
   names = {file.name for file in alone.iterdir()}
   assert names == {'adapter_config.json', 'adapter_model.safetensors'}
   _, base = huggingface.load(directory)
-  with_factors, adapter = lowrank.load_adapter(alone, base)
+  with_factors, adapter = peft.load_adapter(alone, base)
   # Both are exported from the same checkpoint of the run.
   chex.assert_trees_all_close(
     lowrank.merge(with_factors, adapter), huggingface.load(merged)[1], rtol=1e-6

@@ -80,7 +80,7 @@ def run(config, num_steps=3, state=None):
 
 def by_role(params):
   """Groups weights into factors, frozen weights beneath them, and the rest."""
-  flat = lowrank._flatten(params)
+  flat = lowrank.flatten(params)
   found = {'factor': {}, 'beneath': {}, 'rest': {}}
   for path, role in lowrank.roles(params).items():
     found[role][path] = flat[path]
