@@ -21,8 +21,10 @@ from models.encoder import EncoderConfig
 from models.llama import LlamaConfig
 from models.lowrank import Factored, Lora, Relora
 from models.model import Dtype, Intercept, ModelConfig, Read
+from models.vit import VitConfig
 from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, Corpus, TextFiles, Tfds
+from train.data.images.corpora import IdxImages, ImageFolders, ImageTfds
 from train.data.labelled import LabelledFiles, LabelledTfds
 from train.engine.mesh import Mesh
 from train.method import Badam, Optimizer
@@ -106,7 +108,7 @@ class Classifier(FromCheckpoint):
 READERS = (Imported, Classifier)
 """The classes for models that are read from a checkpoint."""
 
-MODELS = (LlamaConfig, EncoderConfig, Imported, Classifier)
+MODELS = (LlamaConfig, EncoderConfig, VitConfig, Imported, Classifier)
 CORPORA = (
   Chitchat,
   TextFiles,
@@ -115,6 +117,9 @@ CORPORA = (
   ChitchatAnswers,
   LabelledFiles,
   LabelledTfds,
+  IdxImages,
+  ImageFolders,
+  ImageTfds,
 )
 """Models and corpora that a command line can select by the names of their
 classes. A config can also have others, which any module may define."""

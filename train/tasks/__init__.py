@@ -6,6 +6,9 @@ A task is a subclass of `train.engine.task.Task`. A model names its task; see
 
 TASKS = {
   'language': 'train.tasks.language:LanguageModel',
+  'image_classification': (
+    'train.tasks.image_classification:ImageClassification'
+  ),
   'text_classification': 'train.tasks.text_classification:TextClassification',
 }
 """The tasks by the names that models use, each as 'module:class'."""
