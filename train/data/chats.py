@@ -37,9 +37,9 @@ from train.data.corpus import (
   in_files,
   in_split,
 )
-from train.data.records import Record, parse_json, parse_object
+from train.data.records import Entry, parse_json, parse_object, records
 from train.data.template import ChatTemplate, Piece, with_defaults, with_end
-from train.data.text_files import index_records
+from train.data.text_files import index
 from train.data.tokenizer import AnyTokenizer
 
 PLAIN = (
@@ -136,14 +136,19 @@ class Reading:
   """Keys of messages that have an effect only if the chat template reads
   them."""
 
-  def see(self, record: Record, item: Chat | Prose | None, place: str) -> None:
-    """Counts a record's unused keys, and the record if it is left out."""
+  def see(self, entry: Entry, item: Chat | Prose | None) -> bool:
+    """Counts a record's unused keys, and the record if it is left out.
+
+    Returns:
+      Whether the record has an answer.
+    """
     self.num_left_out += item is None
-    for name in unread_keys(record):
-      self.keys.add(name, place)
+    for name in unread_keys(entry.record):
+      self.keys.add(name, entry.place)
     if isinstance(item, Chat):
       for name in set(keys_of_messages(item)).difference(_IDENTITIES):
-        self.message_keys.add(name, place)
+        self.message_keys.add(name, entry.place)
+    return item is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,7 +384,8 @@ class Chats:
   (.csv), TSV (.tsv), Parquet (.parquet) or Arrow (.arrow). Other files are JSON
   lines. A compressed file has .gz, .bz2 or .xz after that ending. While the
   program runs, it keeps a copy of files that are not plain JSON lines in the
-  directory for temporary files ($TMPDIR).
+  directory for temporary files ($TMPDIR). The package `datasets` reads Parquet
+  and Arrow, without a cache of its own.
 
   Messages are rendered by the checkpoint's chat template. Only the assistant's
   messages count in the loss, from the end of the generation prompt up to and
@@ -439,7 +445,7 @@ class Chats:
       self.train,
       self.validation,
       self.holdout,
-      lambda path: index_records(path, parse, RULE, reading.see),
+      lambda pattern: index(records(pattern), parse, RULE, reading.see),
     )
     return Dialogues(
       texts, self.template, self.score, self.template_variables, reading

@@ -28,7 +28,7 @@ from typing import (
 import grain
 import numpy as np
 
-from train.data.text_files import File, Texts, expand, index
+from train.data.text_files import Texts, index_texts
 
 Split: TypeAlias = Literal['train', 'validation']
 Source: TypeAlias = Sequence[Any] | grain.sources.RandomAccessDataSource[Any]
@@ -290,7 +290,9 @@ class TextFiles:
 
   Files are read once when the corpus is opened, to check and index them. Plain
   text and JSON lines are later read from their files. Other files are copied to
-  the directory for temporary files ($TMPDIR) while the program runs.
+  the directory for temporary files ($TMPDIR) while the program runs. The
+  package `datasets` reads Parquet and Arrow. It works offline and keeps no
+  cache: its temporary files are in that directory too, and are deleted.
   """
 
   train: str
@@ -322,7 +324,7 @@ class TextFiles:
         self.train,
         self.validation,
         self.holdout,
-        lambda path: index(path, self.separator),
+        lambda pattern: index_texts(pattern, self.separator),
       )
     )
 
@@ -407,7 +409,7 @@ def in_files(
   train: str,
   validation: str | None,
   holdout: float,
-  read: Callable[[str], File],
+  read: Callable[[str], Texts],
 ) -> Texts:
   """Returns the documents in the files of a split.
 
@@ -417,7 +419,7 @@ def in_files(
     validation: path or glob of the validation files; None holds out a share of
       the training documents.
     holdout: that share, chosen by a hash of the content.
-    read: indexes a file.
+    read: indexes the files of a path or glob.
 
   Raises:
     FileNotFoundError: no file matches.
@@ -425,19 +427,19 @@ def in_files(
   """
   check_holdout(holdout)
   pattern = train if split == 'train' or validation is None else validation
-  texts = Texts(read(path) for path in expand(pattern))
-  if not len(texts):
+  found = read(pattern)
+  if not len(found):
     raise ValueError(
       f'no document in the files of {pattern!r}: at least one that is not '
       'blank (of chats: with an answer) is needed; give files with text'
     )
   if validation is not None:
-    return texts
-  share = texts.where(lambda crcs_d: in_split(split, crcs_d, holdout))
+    return found
+  share = found.where(lambda crcs_d: in_split(split, crcs_d, holdout))
   if not len(share):
     raise ValueError(
       f'the {split} split of {pattern!r} is empty: holdout={holdout} of '
-      f'{len(texts)} documents; give a validation file, another holdout, or '
+      f'{len(found)} documents; give a validation file, another holdout, or '
       'more documents (a plain text file is split at `separator`)'
     )
   return share

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import grain
@@ -20,10 +20,10 @@ import tokenizers
 from rich.table import Table
 from rich.text import Text
 
-from train.data import corpus, records
+from train.data import corpus
 from train.data.batches import Batch, ahead, bucket
 from train.data.corpus import RandomAccess, Sharded, Split
-from train.data.text_files import expand
+from train.data.records import KINDS, expand, kind_of, records
 from train.data.tokenizer import (
   AnyTokenizer,
   JsonTokenizer,
@@ -102,11 +102,13 @@ class Labels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LabelledFiles:
-  """Labelled texts in .csv, .tsv, .jsonl, .json or .parquet files.
+  """Labelled texts in .csv, .tsv, .jsonl, .json, .parquet or .arrow files.
 
   The first line of a .csv or .tsv file names the columns. Each line of a .jsonl
   file is an object, and a .json file holds a list of objects. Files may be
-  compressed (.gz, .bz2, .xz). The texts are in columns such as `text`,
+  compressed (.gz, .bz2, .xz). The package `datasets` reads Parquet and Arrow;
+  its temporary files are in $TMPDIR. The rows are held in memory, because every
+  label is checked before training. The texts are in columns such as `text`,
   `sentence`, `sentence1` and `sentence2`, `premise` and `hypothesis`,
   `question` and `passage`.
   """
@@ -157,10 +159,10 @@ class LabelledFiles:
     return RandomAccess(kept, _itself)
 
   def _rows(self, pattern: str) -> list[Row]:
+    _check_kinds(pattern)
     rows = [
-      _row(record, self.texts, self.label, place)
-      for path in expand(pattern)
-      for record, place in _records(path)
+      _row(entry.record, self.texts, self.label, entry.place)
+      for entry in records(pattern)
     ]
     if not rows:
       raise ValueError(
@@ -492,13 +494,10 @@ def _scalar(label: Any) -> Any:
   return label.item() if isinstance(label, np.generic | np.ndarray) else label
 
 
-def _records(path: str) -> Iterator[tuple[dict[str, Any], str]]:
-  """Yields the records of a file, and the place of each."""
-  kinds = records.KINDS
-  if records.kind_of(path) not in kinds:
-    raise ValueError(
-      f'{path} must end in one of {", ".join(kinds)}: rename or convert it'
-    )
-  unit, numbered = records.read(path)
-  for number, record in numbered:
-    yield record, f'{path}, {unit} {number}'
+def _check_kinds(pattern: str) -> None:
+  """Raises ValueError unless each file's ending names a kind of records."""
+  for path in expand(pattern):
+    if kind_of(path) not in KINDS:
+      raise ValueError(
+        f'{path} must end in one of {", ".join(KINDS)}: rename or convert it'
+      )
