@@ -15,7 +15,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import grain
 import numpy as np
@@ -30,6 +30,8 @@ from train.data.conversation import (
   unread_keys,
 )
 from train.data.corpus import (
+  Documents,
+  Example,
   RandomAccess,
   Split,
   check_holdout,
@@ -40,7 +42,7 @@ from train.data.corpus import (
 from train.data.records import Entry, parse_json, parse_object, records
 from train.data.template import ChatTemplate, Piece, with_defaults, with_end
 from train.data.text_files import index
-from train.data.tokenizer import AnyTokenizer
+from train.data.tokenizer import AnyTokenizer, check_texts
 
 PLAIN = (
   '{{ bos_token }}{% for message in messages %}'
@@ -65,18 +67,6 @@ _IDENTITIES = ('id', 'index', 'name', 'tool_call_id')
 # places that it lists.
 _SHOWN = 40
 _LISTED = 5
-
-
-class Example(NamedTuple):
-  """A tokenized document or chat."""
-
-  ids_n: np.ndarray
-  """Token ids, int32."""
-  scored_n: np.ndarray
-  """Whether each token counts in the loss, bool. The first token is never a
-  target."""
-  bytes_n: np.ndarray
-  """Number of UTF-8 bytes of text that each token stands for, int32."""
 
 
 class Source(Protocol):
@@ -152,8 +142,14 @@ class Reading:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dialogues:
-  """The chats of one split."""
+class Dialogues(Documents):
+  """The chats of one split.
+
+  A chat does not continue in another row, because its answers depend on their
+  questions.
+  """
+
+  continues: ClassVar[bool] = False
 
   source: Source
   """The conversations, by random access."""
@@ -178,24 +174,28 @@ class Dialogues:
     """Number of chats."""
     return len(self.source)
 
-  def stream(self, **order: Any) -> grain.IterDataset[str]:
+  @property
+  def num_left_out(self) -> int:
+    """Number of lines, or dialogues, that have no answer."""
+    return self.reading.num_left_out
+
+  def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
     """Streams the chats as texts of the plain template, without special tokens.
 
     The arguments are those of `Documents.stream`.
     """
-    return RandomAccess(self.source, _plain_text).stream(**order)
+    texts = RandomAccess(self.source, _plain_text)
+    return texts.stream(seed=seed, repeat=repeat)
 
   def examples(
-    self, tokenizer: AnyTokenizer, **order: Any
+    self, tokenizer: AnyTokenizer, *, seed: int, repeat: bool
   ) -> grain.IterDataset[Example]:
     """Streams the chats as tokenized examples in an order fixed by a seed.
 
-    Args:
-      tokenizer: the tokenizer of the run.
-      **order: arguments of `Documents.stream`.
+    The arguments are those of `Documents.examples`.
     """
-    encode = self.encoder(tokenizer)
-    return RandomAccess(self.source, encode).stream(**order)
+    chats = RandomAccess(self.source, self.encoder(tokenizer))
+    return chats.stream(seed=seed, repeat=repeat)
 
   def check(self, tokenizer: AnyTokenizer) -> list[str]:
     """Renders every chat once, and collects warnings. Results are cached.
@@ -207,6 +207,8 @@ class Dialogues:
       ValueError: the template refuses a chat, or rewrites an answer of it. The
         message names file and line.
     """
+    texts = self.stream(seed=0, repeat=False)
+    check_texts(tokenizer, texts, special=True)
     template = self._template_of(tokenizer)
     reads_clock = 'strftime_now' in template.reads
     key = (template.source, str(template.clock) if reads_clock else '')

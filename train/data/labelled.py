@@ -22,7 +22,7 @@ from rich.text import Text
 
 from train.data import corpus
 from train.data.batches import Batch, ahead, bucket
-from train.data.corpus import RandomAccess, Sharded, Split
+from train.data.corpus import RandomAccess, Split
 from train.data.records import KINDS, expand, kind_of, records
 from train.data.tokenizer import (
   AnyTokenizer,
@@ -32,7 +32,6 @@ from train.data.tokenizer import (
   parsed,
 )
 
-Examples: TypeAlias = RandomAccess['Row'] | Sharded['Row']
 Metric: TypeAlias = Literal['accuracy', 'f1', 'matthews', 'pearson', 'spearman']
 
 EncodedRow: TypeAlias = dict[str, Any]
@@ -100,6 +99,15 @@ class Labels(NamedTuple):
     )
 
 
+class Examples(corpus.Examples[Row], corpus.TextSplit):
+  """The rows of one split."""
+
+  def check_labels(self, labels: Labels) -> None:
+    """Raises ValueError for an unknown label, if the rows are in memory."""
+    for row in self.found.in_memory():
+      labels.target(row)
+
+
 @dataclasses.dataclass(frozen=True)
 class LabelledFiles:
   """Labelled texts in .csv, .tsv, .jsonl, .json, .parquet or .arrow files.
@@ -144,7 +152,7 @@ class LabelledFiles:
     check_columns(self.texts)
     if self.validation is not None:
       pattern = self.train if split == 'train' else self.validation
-      return RandomAccess(self._rows(pattern), _itself)
+      return Examples(RandomAccess(self._rows(pattern), _itself))
     corpus.check_holdout(self.holdout)
     rows = self._rows(self.train)
     kept = [
@@ -156,7 +164,7 @@ class LabelledFiles:
         f'of {len(rows)} rows; give a validation file, another holdout, or '
         'more rows'
       )
-    return RandomAccess(kept, _itself)
+    return Examples(RandomAccess(kept, _itself))
 
   def _rows(self, pattern: str) -> list[Row]:
     _check_kinds(pattern)
@@ -213,7 +221,7 @@ class LabelledTfds:
     found = source.records(split)
     first = next(iter(found.stream(seed=0, repeat=False)))
     read(first)  # Raises ValueError now if a feature is missing.
-    return found.mapped(read)
+    return Examples(found.mapped(read))
 
 
 def check_columns(texts: Sequence[str] | None) -> None:
@@ -402,9 +410,7 @@ def _rows(
   repeat: bool,
 ) -> grain.IterDataset[EncodedRow]:
   """Returns encoded rows in an order fixed by a seed."""
-  if isinstance(examples, RandomAccess) and isinstance(examples.source, list):
-    for row in examples.source:
-      labels.target(row)
+  examples.check_labels(labels)
   encode = encoder(tokenizer, length)
   rows = examples.stream(seed=seed, repeat=False)
   texts = (text for row in rows for text in row.texts)

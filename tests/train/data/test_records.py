@@ -301,7 +301,7 @@ def test_labels_of_every_kind(tmp_path):
   expected = [(row['text'], row['label']) for row in ROWS]
   for name in ('a.jsonl', 'a.json', 'a.csv', 'a.csv.gz', 'a.jsonl.bz2'):
     path = write(tmp_path / name)
-    rows = LabelledFiles(path, path).open('train').source
+    rows = LabelledFiles(path, path).open('train').found.source
     assert [(row.texts[0], row.label) for row in rows] == expected
 
 
@@ -348,7 +348,7 @@ def test_runs_of_older_versions_keep_their_splits(tmp_path):
     '\n'.join(['premise,hypothesis,label', *(f'{x},b,0' for x in texts)])
   )
   rows = LabelledFiles(f'{tmp_path}/g.csv', holdout=0.3).open('validation')
-  found = {row.texts[0] for row in rows.source}
+  found = {row.texts[0] for row in rows.found.source}
   assert found == held(f'{text}\0b' for text in texts)
 
 
@@ -475,7 +475,7 @@ class TestParquet:
     source = TextFiles(path, path).open('train').source
     assert [source[i] for i in range(3)] == [row['text'] for row in ROWS]
     assert source.place(1) == f'{path}, row 2'
-    rows = LabelledFiles(path, path).open('train').source
+    rows = LabelledFiles(path, path).open('train').found.source
     assert [row.label for row in rows] == ['1', '0', '1']
     chat = [
       {'role': 'user', 'content': 'Who?'},
