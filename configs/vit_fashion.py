@@ -2,7 +2,7 @@
 
 The 60,000 training images and 10,000 test images are those of Debian's package
 dataset-fashion-mnist; `--corpus.directory` names another directory of idx
-files. """
+files."""
 
 from models.vit import VitConfig
 from train.config import Config

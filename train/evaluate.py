@@ -13,7 +13,6 @@ if __name__ == '__main__':
 
 import argparse
 import dataclasses
-import pathlib
 import string
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.data import records
 from train.data.batches import bucket, validation_batches
 from train.data.corpus import Indexed
-from train.data.text_files import Texts, expand, index
+from train.data.records import records
+from train.data.text_files import index_texts
 from train.data.tokenizer import AnyTokenizer, check_texts
 from train.engine import checkpoint, machine, metrics
 from train.engine.command import check_least, user_errors
@@ -109,10 +108,10 @@ def parser() -> argparse.ArgumentParser:
     '--choices',
     nargs='+',
     default=[],
-    metavar='FILE.jsonl',
-    help='JSONL files with lines {"question": TEXT, "choices": [TEXT, ...], '
-    '"answer": index from 0, letter or text}; prints the accuracy of the most '
-    'likely choice',
+    metavar='FILE',
+    help='files of records, such as JSONL, with lines {"question": TEXT, '
+    '"choices": [TEXT, ...], "answer": index from 0, letter or text}; prints '
+    'the accuracy of the most likely choice',
   )
   options.add_argument(
     '--window',
@@ -148,10 +147,10 @@ def validation(args: argparse.Namespace) -> Metrics:
 
 def documents(pattern: str) -> Indexed:
   """Reads texts: each line of a JSONL file, and every other file as a whole."""
-  texts = Texts(index(path, None) for path in expand(pattern))
-  if not len(texts):
+  found = index_texts(pattern, None)
+  if not len(found):
     raise ValueError(f'no text in {pattern!r}: name a file that is not blank')
-  return Indexed(texts)
+  return Indexed(found)
 
 
 def text_perplexity(
@@ -168,24 +167,21 @@ def text_perplexity(
   return perplexity(jax.jit(model.layers), model.params, batches=batches)
 
 
-def read_questions(path: str) -> list[Question]:
-  """Reads a JSONL of questions.
+def read_questions(pattern: str) -> list[Question]:
+  """Reads the questions in files of records, such as JSON lines.
 
   Raises:
-    FileNotFoundError: the file does not exist.
-    ValueError: a line is not a question; the message names the line.
+    FileNotFoundError: no file matches.
+    ValueError: a record is not a question; the message names file and line.
   """
-  if not pathlib.Path(path).is_file():
-    raise FileNotFoundError(f'no file {path!r}: name a JSONL of questions')
   questions = []
-  unit, numbered = records.read(path)
-  for number, record in numbered:
+  for entry in records(pattern):
     try:
-      questions.append(question(record))
+      questions.append(question(entry.record))
     except ValueError as error:
-      raise ValueError(f'{path}, {unit} {number}: {error}') from error
+      raise ValueError(f'{entry.place}: {error}') from error
   if not questions:
-    raise ValueError(f'{path} must have a question on a line, got none')
+    raise ValueError(f'{pattern} must have a question on a line, got none')
   return questions
 
 

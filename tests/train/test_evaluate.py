@@ -240,7 +240,7 @@ def test_texts_of_a_directory(directory, model, tmp_path, capsys):
   [
     ([], 'has no validation split: name --text or --choices'),
     (['--text', 'none.txt'], "no file matches 'none.txt'"),
-    (['--choices', 'none.jsonl'], "no file 'none.jsonl'"),
+    (['--choices', 'none.jsonl'], "no file matches 'none.jsonl'"),
     (['--window', '0'], '--window must be at least 1, got 0'),
     (['--batch-size', '0'], '--batch-size must be at least 1, got 0'),
   ],

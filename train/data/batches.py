@@ -16,9 +16,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from train.data.chats import Dialogues, Example
-from train.data.corpus import Documents
-from train.data.tokenizer import AnyTokenizer, check_texts
+from train.data.corpus import Documents, Example
+from train.data.tokenizer import AnyTokenizer
 from train.data.window import ConcatThenSplit, ShuffledRows, num_rows
 
 Batch = dict[str, np.ndarray]
@@ -34,7 +33,7 @@ _BEYOND = 50
 
 
 def batches(
-  documents: Documents | Dialogues,
+  documents: Documents,
   tokenizer: AnyTokenizer,
   *,
   batch_size: int,
@@ -108,7 +107,7 @@ def batches(
 
 
 def validation_batches(
-  documents: Documents | Dialogues,
+  documents: Documents,
   tokenizer: AnyTokenizer,
   *,
   batch_size: int,
@@ -172,7 +171,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 
 def _packed(
-  documents: Documents | Dialogues,
+  documents: Documents,
   tokenizer: AnyTokenizer,
   sequence_length: int,
   **order: Any,
@@ -187,13 +186,11 @@ def _packed(
       f'sequence_length must be at least 1, got {sequence_length}: 256 is a '
       'usual choice for a small model'
     )
-  texts = documents.stream(seed=0, repeat=False)
-  check_texts(tokenizer, texts, special=isinstance(documents, Dialogues))
+  documents.check(tokenizer)
   length = {'pairs': sequence_length}
   found = _pieces(documents, tokenizer, sequence_length, **order)
-  if not isinstance(documents, Dialogues):
+  if documents.continues:
     return ConcatThenSplit(found, length)
-  documents.check(tokenizer)
   _check_scored(documents, tokenizer, sequence_length)
   return grain.experimental.FirstFitPackIterDataset(
     found.filter(_has_pairs),
@@ -201,38 +198,6 @@ def _packed(
     num_packing_bins=_OPEN_ROWS,
     seed=order['seed'],
   )
-
-
-def examples(
-  documents: Documents | Dialogues, tokenizer: AnyTokenizer, **order: Any
-) -> grain.IterDataset[Example]:
-  """Returns whole examples in an order fixed by a seed.
-
-  Args:
-    documents: documents or chats of an opened corpus.
-    tokenizer: the tokenizer of the run.
-    **order: arguments of `Documents.stream`.
-  """
-  if isinstance(documents, Dialogues):
-    return documents.examples(tokenizer, **order)
-  encoded = functools.partial(_document, tokenizer=tokenizer)
-  return documents.stream(**order).map(encoded)
-
-
-def _document(document: str, *, tokenizer: AnyTokenizer) -> Example:
-  """Encodes a document as BOS text EOS; all of its tokens count in the loss.
-
-  The bytes of the tokens add up to the size of the document even if the
-  tokenizer adds a space in front or normalizes the text: the first token of the
-  text takes the difference.
-  """
-  begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  ids_n = np.array(
-    [*begin, *tokenizer.encode(document), tokenizer.eos_id], np.int32
-  )
-  bytes_n = tokenizer.bytes_V[ids_n]
-  bytes_n[len(begin)] += len(document.encode()) - bytes_n.sum()
-  return Example(ids_n, np.ones(len(ids_n), bool), bytes_n)
 
 
 def _pairs(example: Example) -> dict[str, np.ndarray]:
@@ -247,7 +212,7 @@ def _pairs(example: Example) -> dict[str, np.ndarray]:
 
 
 def _pieces(
-  documents: Documents | Dialogues,
+  documents: Documents,
   tokenizer: AnyTokenizer,
   length: int,
   **order: Any,
@@ -257,8 +222,8 @@ def _pieces(
   A chat is truncated to `length` pairs, or to none if none of these counts in
   the loss.
   """
-  found = examples(documents, tokenizer, **order).map(_pairs)
-  if not isinstance(documents, Dialogues):
+  found = documents.examples(tokenizer, **order).map(_pairs)
+  if documents.continues:
     return found
   return found.map(functools.partial(_cut, length))
 
@@ -273,17 +238,15 @@ def _has_pairs(row: dict[str, np.ndarray]) -> bool:
 
 
 def _check_scored(
-  documents: Dialogues, tokenizer: AnyTokenizer, sequence_length: int
+  documents: Documents, tokenizer: AnyTokenizer, sequence_length: int
 ) -> None:
   """Raises ValueError if every chat is left out: packing would never end."""
-  encode = documents.encoder(tokenizer)
-  for i in range(len(documents.source)):
-    example = encode(documents.source[i])
+  for example in documents.examples(tokenizer, seed=0, repeat=False):
     if example.scored_n[1 : sequence_length + 1].any():
       return
   raise ValueError(
-    f'sequence_length {sequence_length} ends each of the '
-    f'{len(documents.source)} chats before its first answer: raise it'
+    f'sequence_length {sequence_length} ends each of the {len(documents)} '
+    'chats before its first answer: raise it'
   )
 
 
@@ -320,7 +283,7 @@ def _training_batch(packed: dict[str, np.ndarray]) -> Batch:
 
 
 def shown(
-  documents: Documents | Dialogues,
+  documents: Documents,
   tokenizer: AnyTokenizer,
   *,
   sequence_length: int,
@@ -337,7 +300,7 @@ def shown(
     seed: seed of the order; the first example is shown.
     counted: number of examples for the statistics below the example.
   """
-  stream = examples(documents, tokenizer, seed=seed, repeat=False)
+  stream = documents.examples(tokenizer, seed=seed, repeat=False)
   found = list(itertools.islice(stream, counted))
   targets = [example.scored_n[1:] for example in found]
   long = sum(len(scored_n) > sequence_length for scored_n in targets)
@@ -348,11 +311,11 @@ def shown(
     f'{scored / total:.0%} of the tokens of {len(found):,} examples are scored;'
     f' {long:,} are longer than {sequence_length:,} tokens'
   )
-  is_cut = isinstance(documents, Dialogues)
+  is_cut = not documents.continues
   if is_cut:
     caption += (
       f'; {empty:,} have no answer before that and are left out, as '
-      f'{documents.reading.num_left_out:,} lines without an answer are'
+      f'{documents.num_left_out:,} lines without an answer are'
     )
   table = Table(
     title='an example: what is scored is green',

@@ -15,7 +15,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import grain
 import numpy as np
@@ -31,6 +31,8 @@ from train.data.conversation import (
 )
 from train.data.corpus import (
   Corpus,
+  Documents,
+  Example,
   RandomAccess,
   Split,
   check_holdout,
@@ -38,10 +40,10 @@ from train.data.corpus import (
   in_files,
   in_split,
 )
-from train.data.records import Record, parse_json, parse_object
+from train.data.records import Entry, parse_json, parse_object, records
 from train.data.template import ChatTemplate, Piece, with_defaults, with_end
-from train.data.text_files import index_records
-from train.data.tokenizer import AnyTokenizer
+from train.data.text_files import index
+from train.data.tokenizer import AnyTokenizer, check_texts
 
 PLAIN = (
   '{{ bos_token }}{% for message in messages %}'
@@ -66,18 +68,6 @@ _IDENTITIES = ('id', 'index', 'name', 'tool_call_id')
 # places that it lists.
 _SHOWN = 40
 _LISTED = 5
-
-
-class Example(NamedTuple):
-  """A tokenized document or chat."""
-
-  ids_n: np.ndarray
-  """Token ids, int32."""
-  scored_n: np.ndarray
-  """Whether each token counts in the loss, bool. The first token is never a
-  target."""
-  bytes_n: np.ndarray
-  """Number of UTF-8 bytes of text that each token stands for, int32."""
 
 
 class Source(Protocol):
@@ -137,19 +127,30 @@ class Reading:
   """Keys of messages that have an effect only if the chat template reads
   them."""
 
-  def see(self, record: Record, item: Chat | Prose | None, place: str) -> None:
-    """Counts a record's unused keys, and the record if it is left out."""
+  def see(self, entry: Entry, item: Chat | Prose | None) -> bool:
+    """Counts a record's unused keys, and the record if it is left out.
+
+    Returns:
+      Whether the record has an answer.
+    """
     self.num_left_out += item is None
-    for name in unread_keys(record):
-      self.keys.add(name, place)
+    for name in unread_keys(entry.record):
+      self.keys.add(name, entry.place)
     if isinstance(item, Chat):
       for name in set(keys_of_messages(item)).difference(_IDENTITIES):
-        self.message_keys.add(name, place)
+        self.message_keys.add(name, entry.place)
+    return item is not None
 
 
 @dataclasses.dataclass(frozen=True)
-class Dialogues:
-  """The chats of one split."""
+class Dialogues(Documents):
+  """The chats of one split.
+
+  A chat does not continue in another row, because its answers depend on their
+  questions.
+  """
+
+  continues: ClassVar[bool] = False
 
   source: Source
   """The conversations, by random access."""
@@ -174,24 +175,28 @@ class Dialogues:
     """Number of chats."""
     return len(self.source)
 
-  def stream(self, **order: Any) -> grain.IterDataset[str]:
+  @property
+  def num_left_out(self) -> int:
+    """Number of lines, or dialogues, that have no answer."""
+    return self.reading.num_left_out
+
+  def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
     """Streams the chats as texts of the plain template, without special tokens.
 
     The arguments are those of `Documents.stream`.
     """
-    return RandomAccess(self.source, _plain_text).stream(**order)
+    texts = RandomAccess(self.source, _plain_text)
+    return texts.stream(seed=seed, repeat=repeat)
 
   def examples(
-    self, tokenizer: AnyTokenizer, **order: Any
+    self, tokenizer: AnyTokenizer, *, seed: int, repeat: bool
   ) -> grain.IterDataset[Example]:
     """Streams the chats as tokenized examples in an order fixed by a seed.
 
-    Args:
-      tokenizer: the tokenizer of the run.
-      **order: arguments of `Documents.stream`.
+    The arguments are those of `Documents.examples`.
     """
-    encode = self.encoder(tokenizer)
-    return RandomAccess(self.source, encode).stream(**order)
+    chats = RandomAccess(self.source, self.encoder(tokenizer))
+    return chats.stream(seed=seed, repeat=repeat)
 
   def check(self, tokenizer: AnyTokenizer) -> list[str]:
     """Renders every chat once, and collects warnings. Results are cached.
@@ -203,6 +208,8 @@ class Dialogues:
       ValueError: the template refuses a chat, or rewrites an answer of it. The
         message names file and line.
     """
+    texts = self.stream(seed=0, repeat=False)
+    check_texts(tokenizer, texts, special=True)
     template = self._template_of(tokenizer)
     reads_clock = 'strftime_now' in template.reads
     key = (template.source, str(template.clock) if reads_clock else '')
@@ -380,7 +387,8 @@ class Chats(Corpus):
   (.csv), TSV (.tsv), Parquet (.parquet) or Arrow (.arrow). Other files are JSON
   lines. A compressed file has .gz, .bz2 or .xz after that ending. While the
   program runs, it keeps a copy of files that are not plain JSON lines in the
-  directory for temporary files ($TMPDIR).
+  directory for temporary files ($TMPDIR). The package `datasets` reads Parquet
+  and Arrow, without a cache of its own.
 
   Messages are rendered by the checkpoint's chat template. Only the assistant's
   messages count in the loss, from the end of the generation prompt up to and
@@ -443,7 +451,7 @@ class Chats(Corpus):
       self.train,
       self.validation,
       self.holdout,
-      lambda path: index_records(path, parse, RULE, reading.see),
+      lambda pattern: index(records(pattern), parse, RULE, reading.see),
     )
     return Dialogues(
       texts, self.template, self.score, self.template_variables, reading

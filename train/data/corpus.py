@@ -9,6 +9,7 @@ order fixed by a seed. `train.data.text_files` indexes plain files, and
 import abc
 import contextlib
 import dataclasses
+import datetime
 import functools
 import importlib.resources
 import json
@@ -20,7 +21,7 @@ from typing import (
   ClassVar,
   Generic,
   Literal,
-  Protocol,
+  NamedTuple,
   TypeAlias,
   TypeVar,
   cast,
@@ -30,7 +31,8 @@ from typing import (
 import grain
 import numpy as np
 
-from train.data.text_files import File, Texts, expand, index
+from train.data.text_files import Texts, index_texts
+from train.data.tokenizer import AnyTokenizer, check_texts
 
 Split: TypeAlias = Literal['train', 'validation']
 Source: TypeAlias = Sequence[Any] | grain.sources.RandomAccessDataSource[Any]
@@ -45,13 +47,62 @@ _INTERLEAVED_SHARDS = 16
 _SHUFFLED_RECORDS = 4096
 
 
-class Documents(Protocol):
-  """The documents of one split, each a str."""
+class Example(NamedTuple):
+  """A tokenized document or chat."""
 
+  ids_n: np.ndarray
+  """Token ids, int32."""
+  scored_n: np.ndarray
+  """Whether each token counts in the loss, bool. The first token is never a
+  target."""
+  bytes_n: np.ndarray
+  """Number of UTF-8 bytes of text that each token stands for, int32."""
+
+
+class TextSplit:
+  """One split of a corpus of texts of any kind."""
+
+  def templated(
+    self, tokenizer: AnyTokenizer, clock: datetime.datetime | None = None
+  ) -> AnyTokenizer:
+    """Returns the tokenizer with the chat template of the data, if any.
+
+    Args:
+      tokenizer: of a checkpoint, or trained on the data.
+      clock: start time of the run, for templates that print the date. None is
+        the current time.
+    """
+    return tokenizer
+
+  def check(self, tokenizer: AnyTokenizer) -> list[str]:
+    """Checks every example, so that none is rejected in the middle of a run.
+
+    Returns:
+      Warnings about data that the model would not learn as its author intended.
+
+    Raises:
+      ValueError: an example cannot be encoded.
+    """
+    return []
+
+
+class Documents(TextSplit, abc.ABC):
+  """The documents of one split, each a str, for a language model."""
+
+  continues: ClassVar[bool] = True
+  """Whether a document that does not fit into a row continues in the next row.
+  Otherwise rows are padded, and a longer document is truncated."""
+
+  @property
+  def num_left_out(self) -> int:
+    """Number of lines of the data that have nothing to learn."""
+    return 0
+
+  @abc.abstractmethod
   def __len__(self) -> int:
     """Number of documents."""
-    ...
 
+  @abc.abstractmethod
   def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[str]:
     """Streams the documents in an order fixed by `seed`.
 
@@ -60,7 +111,43 @@ class Documents(Protocol):
       repeat: whether to repeat forever, with another order in each epoch.
         Otherwise the stream is one pass.
     """
-    ...
+
+  def examples(
+    self, tokenizer: AnyTokenizer, *, seed: int, repeat: bool
+  ) -> grain.IterDataset[Example]:
+    """Streams tokenized examples in the order of `stream`.
+
+    A document becomes BOS text EOS, and all of its tokens count in the loss.
+
+    Args:
+      tokenizer: the tokenizer of the run.
+      seed: as in `stream`.
+      repeat: as in `stream`.
+    """
+    encode = functools.partial(_encoded, tokenizer=tokenizer)
+    return self.stream(seed=seed, repeat=repeat).map(encode)
+
+  def check(self, tokenizer: AnyTokenizer) -> list[str]:
+    """Raises ValueError if a text has a token that the model has no row for."""
+    texts = self.stream(seed=0, repeat=False)
+    check_texts(tokenizer, texts, special=False)
+    return []
+
+
+def _encoded(document: str, *, tokenizer: AnyTokenizer) -> Example:
+  """Encodes a document as BOS text EOS.
+
+  The bytes of the tokens add up to the size of the document even if the
+  tokenizer adds a space in front or normalizes the text: the first token of the
+  text takes the difference.
+  """
+  begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  ids_n = np.array(
+    [*begin, *tokenizer.encode(document), tokenizer.eos_id], np.int32
+  )
+  bytes_n = tokenizer.bytes_V[ids_n]
+  bytes_n[len(begin)] += len(document.encode()) - bytes_n.sum()
+  return Example(ids_n, np.ones(len(ids_n), bool), bytes_n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +177,11 @@ class RandomAccess(Generic[T]):
       )
     )
 
+  def in_memory(self) -> Sequence[T]:
+    """Returns the examples if they are in memory, otherwise none."""
+    items = self.source if isinstance(self.source, list) else []
+    return [self.convert(item) for item in items]
+
   def mapped(self, function: Callable[[T], U]) -> 'RandomAccess[U]':
     """Returns the examples with a function applied to each."""
     return RandomAccess(
@@ -100,7 +192,7 @@ class RandomAccess(Generic[T]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Indexed(RandomAccess[str]):
+class Indexed(RandomAccess[str], Documents):
   """Documents with random access, shuffled globally."""
 
   convert: Callable[[Any], str] = str
@@ -129,6 +221,10 @@ class Sharded(Generic[T]):
     """Number of examples."""
     return self.num_records
 
+  def in_memory(self) -> Sequence[T]:
+    """Returns none of the examples, because they are in files."""
+    return []
+
   def mapped(self, function: Callable[[T], U]) -> 'Sharded[U]':
     """Returns the examples with a function applied to each."""
     return Sharded(
@@ -153,6 +249,26 @@ class Sharded(Generic[T]):
     return grain.experimental.WindowShuffleIterDataset(
       records, window_size=window, seed=seed
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples(Generic[T]):
+  """Examples that have random access, or are in tfrecord shards."""
+
+  found: RandomAccess[T] | Sharded[T]
+  """The examples."""
+
+  def __len__(self) -> int:
+    """Number of examples."""
+    return len(self.found)
+
+  def stream(self, *, seed: int, repeat: bool) -> grain.IterDataset[T]:
+    """Streams the examples as `Documents.stream` does."""
+    return self.found.stream(seed=seed, repeat=repeat)
+
+
+class _Prepared(Examples[str], Documents):
+  """Documents of a data set of TFDS."""
 
 
 class _Shard(grain.IterDataset[T]):
@@ -308,7 +424,9 @@ class TextFiles(Corpus):
 
   Files are read once when the corpus is opened, to check and index them. Plain
   text and JSON lines are later read from their files. Other files are copied to
-  the directory for temporary files ($TMPDIR) while the program runs.
+  the directory for temporary files ($TMPDIR) while the program runs. The
+  package `datasets` reads Parquet and Arrow. It works offline and keeps no
+  cache: its temporary files are in that directory too, and are deleted.
   """
 
   holds: ClassVar[str] = 'texts'
@@ -343,7 +461,7 @@ class TextFiles(Corpus):
         self.train,
         self.validation,
         self.holdout,
-        lambda path: index(path, self.separator),
+        lambda pattern: index_texts(pattern, self.separator),
       )
     )
 
@@ -387,7 +505,7 @@ class Tfds(Corpus):
         f"{self.name} has no feature 'text', but {sorted(features)}: name a "
         'data set of texts'
       )
-    return found.mapped(_text_of_example)
+    return _Prepared(found.mapped(_text_of_example))
 
   def features(self) -> Any:
     """Returns the features of TFDS by name, which describe their types.
@@ -447,7 +565,7 @@ def in_files(
   train: str,
   validation: str | None,
   holdout: float,
-  read: Callable[[str], File],
+  read: Callable[[str], Texts],
 ) -> Texts:
   """Returns the documents in the files of a split.
 
@@ -457,7 +575,7 @@ def in_files(
     validation: path or glob of the validation files; None holds out a share of
       the training documents.
     holdout: that share, chosen by a hash of the content.
-    read: indexes a file.
+    read: indexes the files of a path or glob.
 
   Raises:
     FileNotFoundError: no file matches.
@@ -465,19 +583,19 @@ def in_files(
   """
   check_holdout(holdout)
   pattern = train if split == 'train' or validation is None else validation
-  texts = Texts(read(path) for path in expand(pattern))
-  if not len(texts):
+  found = read(pattern)
+  if not len(found):
     raise ValueError(
       f'no document in the files of {pattern!r}: at least one that is not '
       'blank (of chats: with an answer) is needed; give files with text'
     )
   if validation is not None:
-    return texts
-  share = texts.where(lambda crcs_d: in_split(split, crcs_d, holdout))
+    return found
+  share = found.where(lambda crcs_d: in_split(split, crcs_d, holdout))
   if not len(share):
     raise ValueError(
       f'the {split} split of {pattern!r} is empty: holdout={holdout} of '
-      f'{len(texts)} documents; give a validation file, another holdout, or '
+      f'{len(found)} documents; give a validation file, another holdout, or '
       'more documents (a plain text file is split at `separator`)'
     )
   return share

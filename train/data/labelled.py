@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import grain
@@ -20,10 +20,10 @@ import tokenizers
 from rich.table import Table
 from rich.text import Text
 
-from train.data import corpus, records
+from train.data import corpus
 from train.data.batches import Batch, ahead, bucket
-from train.data.corpus import RandomAccess, Sharded, Split
-from train.data.text_files import expand
+from train.data.corpus import RandomAccess, Split
+from train.data.records import KINDS, expand, kind_of, records
 from train.data.tokenizer import (
   AnyTokenizer,
   JsonTokenizer,
@@ -32,7 +32,6 @@ from train.data.tokenizer import (
   parsed,
 )
 
-Examples: TypeAlias = RandomAccess['Row'] | Sharded['Row']
 Metric: TypeAlias = Literal['accuracy', 'f1', 'matthews', 'pearson', 'spearman']
 
 EncodedRow: TypeAlias = dict[str, Any]
@@ -100,6 +99,15 @@ class Labels(NamedTuple):
     )
 
 
+class Examples(corpus.Examples[Row], corpus.TextSplit):
+  """The rows of one split."""
+
+  def check_labels(self, labels: Labels) -> None:
+    """Raises ValueError for an unknown label, if the rows are in memory."""
+    for row in self.found.in_memory():
+      labels.target(row)
+
+
 class Labelled(corpus.Corpus):
   """A corpus of labelled texts."""
 
@@ -111,11 +119,13 @@ class Labelled(corpus.Corpus):
 
 @dataclasses.dataclass(frozen=True)
 class LabelledFiles(Labelled):
-  """Labelled texts in .csv, .tsv, .jsonl, .json or .parquet files.
+  """Labelled texts in .csv, .tsv, .jsonl, .json, .parquet or .arrow files.
 
   The first line of a .csv or .tsv file names the columns. Each line of a .jsonl
   file is an object, and a .json file holds a list of objects. Files may be
-  compressed (.gz, .bz2, .xz). The texts are in columns such as `text`,
+  compressed (.gz, .bz2, .xz). The package `datasets` reads Parquet and Arrow;
+  its temporary files are in $TMPDIR. The rows are held in memory, because every
+  label is checked before training. The texts are in columns such as `text`,
   `sentence`, `sentence1` and `sentence2`, `premise` and `hypothesis`,
   `question` and `passage`.
   """
@@ -151,7 +161,7 @@ class LabelledFiles(Labelled):
     check_columns(self.texts)
     if self.validation is not None:
       pattern = self.train if split == 'train' else self.validation
-      return RandomAccess(self._rows(pattern), _itself)
+      return Examples(RandomAccess(self._rows(pattern), _itself))
     corpus.check_holdout(self.holdout)
     rows = self._rows(self.train)
     kept = [
@@ -163,13 +173,13 @@ class LabelledFiles(Labelled):
         f'of {len(rows)} rows; give a validation file, another holdout, or '
         'more rows'
       )
-    return RandomAccess(kept, _itself)
+    return Examples(RandomAccess(kept, _itself))
 
   def _rows(self, pattern: str) -> list[Row]:
+    _check_kinds(pattern)
     rows = [
-      _row(record, self.texts, self.label, place)
-      for path in expand(pattern)
-      for record, place in _records(path)
+      _row(entry.record, self.texts, self.label, entry.place)
+      for entry in records(pattern)
     ]
     if not rows:
       raise ValueError(
@@ -220,7 +230,7 @@ class LabelledTfds(Labelled):
     found = source.records(split)
     first = next(iter(found.stream(seed=0, repeat=False)))
     read(first)  # Raises ValueError now if a feature is missing.
-    return found.mapped(read)
+    return Examples(found.mapped(read))
 
 
 def check_columns(texts: Sequence[str] | None) -> None:
@@ -409,9 +419,7 @@ def _rows(
   repeat: bool,
 ) -> grain.IterDataset[EncodedRow]:
   """Returns encoded rows in an order fixed by a seed."""
-  if isinstance(examples, RandomAccess) and isinstance(examples.source, list):
-    for row in examples.source:
-      labels.target(row)
+  examples.check_labels(labels)
   encode = encoder(tokenizer, length)
   rows = examples.stream(seed=seed, repeat=False)
   texts = (text for row in rows for text in row.texts)
@@ -501,13 +509,10 @@ def _scalar(label: Any) -> Any:
   return label.item() if isinstance(label, np.generic | np.ndarray) else label
 
 
-def _records(path: str) -> Iterator[tuple[dict[str, Any], str]]:
-  """Yields the records of a file, and the place of each."""
-  kinds = records.KINDS
-  if records.kind_of(path) not in kinds:
-    raise ValueError(
-      f'{path} must end in one of {", ".join(kinds)}: rename or convert it'
-    )
-  unit, numbered = records.read(path)
-  for number, record in numbered:
-    yield record, f'{path}, {unit} {number}'
+def _check_kinds(pattern: str) -> None:
+  """Raises ValueError unless each file's ending names a kind of records."""
+  for path in expand(pattern):
+    if kind_of(path) not in KINDS:
+      raise ValueError(
+        f'{path} must end in one of {", ".join(KINDS)}: rename or convert it'
+      )

@@ -1,8 +1,8 @@
-"""Reads records from JSON lines, JSON lists, CSV, TSV, Parquet and Arrow files.
+"""Reads records from files: JSON lines, JSON lists, tables, Parquet, text.
 
-A record is a dict. `read` yields the records of a file of any kind, and
-`parse_object` parses one line of JSON. `train.data.text_files` gives random
-access to records.
+A record is a dict. `records` yields the records of all files that a pattern
+names, each with its place for errors. `train.data.text_files` gives random
+access to them.
 """
 
 import atexit
@@ -11,6 +11,7 @@ import contextlib
 import csv
 import datetime
 import decimal
+import errno
 import functools
 import glob
 import gzip
@@ -20,6 +21,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import sys
 import tempfile
 import zlib
@@ -50,18 +52,123 @@ _SPACE = re.compile(r'[ \t\r\n]*')
 
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class RecordError(ValueError):
   """An error for a record that can be parsed but must not be used."""
 
 
-class Records(NamedTuple):
-  """The records of a file, numbered for errors."""
+class Entry(NamedTuple):
+  """A record and its place."""
 
-  unit: str
-  """The unit of the numbers: 'line', 'item' (of a JSON list) or 'row'."""
-  numbered: Iterator[tuple[int, Record]]
-  """Pairs of a number, from 1, and a record."""
+  record: Record
+  """The record."""
+  path: str
+  """Path of the file."""
+  number: int
+  """Number of the line, item or row, from 1. For a table it is the record's
+  last line."""
+  unit: str = 'line'
+  """The unit of the number: 'line', 'item' (of a JSON list) or 'row'."""
+  raw: bytes | None = None
+  """The line or text that the record was parsed from. None if the record is
+  not a separate part of the file."""
+  start: int | None = None
+  """Offset of `raw` in the file, None if the file must be copied for random
+  access."""
+  is_text: bool = False
+  """Whether `raw` is plain text, not JSON."""
+
+  @property
+  def place(self) -> str:
+    """The place in words, for example file and line."""
+    return f'{self.path}, {self.unit} {self.number}'
+
+  @property
+  def content(self) -> bytes:
+    """The bytes from which `parse_content` makes the record again."""
+    if self.raw is not None:
+      return self.raw
+    return json.dumps(self.record, ensure_ascii=False).encode()
+
+
+def records(
+  pattern: str, *, plain_text: bool = False, separator: str | None = None
+) -> Iterator[Entry]:
+  r"""Yields the records of one or several files, in order.
+
+  The ending of a file's name decides its format:
+
+    .json               a JSON list of objects, or JSON lines
+    .csv, .tsv          the first line names the columns; .tsv has no quotes
+    .parquet, .arrow    rows, read by the package `datasets`
+    any other           JSON lines: an object on each line that is not blank
+
+  Each ending may be followed by .gz, .bz2 or .xz. Files are read as they are
+  consumed; only JSON lists and plain text are read into memory as a whole.
+
+  Values keep their exact form. Cells of CSV and TSV are strings, so `0012` and
+  `NA` stay as they are. Dates in JSON are strings, and dates in Parquet become
+  strings in ISO format. Fields of Parquet and Arrow that are null are left out,
+  because a column has a null where a JSON object would not have the key.
+
+  Args:
+    pattern: path of a file, or a glob, whose files are read in sorted order.
+    plain_text: whether to read a file without records of texts as plain text.
+      Such files have another ending, are tables without a column 'text', or
+      .json files without a list. Each document is a record {'text': document}.
+    separator: text between the documents of a plain text file; None or '' makes
+      the file one document. Its newlines also match '\r\n'.
+
+  Yields:
+    Each record with its file and the number of its line, item or row.
+
+  Raises:
+    FileNotFoundError: no file matches.
+    ImportError: Parquet and Arrow need the package `datasets`.
+    OSError: Parquet or Arrow needs more space for temporary files.
+    ValueError: a record or a file cannot be read. The message names the file,
+      and the line, item or row.
+
+  >>> with tempfile.TemporaryDirectory() as directory:
+  ...   path = os.path.join(directory, 'a.csv')
+  ...   with open(path, 'w') as file:
+  ...     _ = file.write('text,label\n0012,NA\n')
+  ...   [(entry.record, entry.unit, entry.number) for entry in records(path)]
+  [({'text': '0012', 'label': 'NA'}, 'line', 2)]
+  """
+  for path in expand(pattern):
+    if plain_text and not _has_texts(path):
+      yield from _documents(path, separator)
+      continue
+    kind = kind_of(path)
+    if kind in _ROWS:
+      yield from _rows(path, _ROWS[kind])
+    elif kind in _TABLES:
+      yield from _cells(path)
+    elif _is_list(path):
+      yield from _items(path)
+    else:
+      yield from _lines(path)
+
+
+def expand(pattern: str) -> list[str]:
+  """Returns the files of a path or glob, sorted.
+
+  Raises:
+    FileNotFoundError: no file matches.
+  """
+  pattern = os.path.expanduser(pattern)
+  found = [pattern] if os.path.exists(pattern) else []
+  found = found or sorted(glob.glob(pattern, recursive=True))
+  paths = [path for path in found if os.path.isfile(path)]
+  if not paths:
+    raise FileNotFoundError(
+      f'no file matches {pattern!r}: give the path of a text file, or a quoted '
+      "glob such as 'corpus/**/*.jsonl'"
+    )
+  return paths
 
 
 def kind_of(path: str) -> str:
@@ -74,73 +181,14 @@ def kind_of(path: str) -> str:
   return os.path.splitext(stem)[1] if ending in _COMPRESSED else ending
 
 
-def is_compressed(path: str) -> bool:
-  """Returns whether `open_bytes` decompresses the file."""
-  return os.path.splitext(path.lower())[1] in _COMPRESSED
-
-
-def open_bytes(path: str) -> IO[bytes]:
-  """Opens a file for reading its bytes, decompressed."""
-  ending = os.path.splitext(path.lower())[1]
-  return _COMPRESSED.get(ending, open)(path, 'rb')
-
-
-@contextlib.contextmanager
-def _open_text(path: str) -> Iterator[io.TextIOWrapper]:
-  with open_bytes(path) as file:
-    with io.TextIOWrapper(file, 'utf-8-sig', newline='') as text:
-      yield text
-
-
-def is_list(path: str) -> bool:
-  """Returns whether a .json file holds a list, not an object per line."""
-  if kind_of(path) != '.json':
-    return False
-  with naming(path), open_bytes(path) as file:
-    first = file.read(4096).decode('utf-8-sig', 'replace')
-  return first.lstrip().startswith('[')
-
-
-def has_lines(path: str) -> bool:
-  """Returns whether a file is JSON lines that can be read in place.
-
-  A file whose ending does not name another kind counts as JSON lines.
-  """
-  is_table = kind_of(path) in (*_TABLES, *_ROWS)
-  return not (is_compressed(path) or is_table or is_list(path))
-
-
-def header(path: str) -> list[str]:
-  """Returns the column names of a .csv or .tsv file."""
-  with naming(path), _open_text(path) as file:
-    first = file.readline()
-  return next(csv.reader([first], **_dialect(path)), [])
-
-
-def read(path: str) -> Records:
-  """Reads the records of a file.
-
-  Values keep their exact form. In CSV and TSV they are strings. Null values of
-  Parquet and Arrow are left out: a column has a null where a record of JSON
-  would not have the key.
+def parse_content(content: bytes, *, is_text: bool) -> Record:
+  """Returns the record of an entry from its content.
 
   Args:
-    path: path of the file. Its ending decides the format; files with an ending
-      that is not in `KINDS` are read as JSON lines.
-
-  Raises:
-    ImportError: Parquet needs the package `datasets`.
-    ValueError: while iterating, if a record or the file cannot be read. The
-      message names the file and the line, item or row.
+    content: `Entry.content`.
+    is_text: `Entry.is_text`.
   """
-  kind = kind_of(path)
-  if kind in _ROWS:
-    return Records('row', enumerate(_rows(path, _ROWS[kind]), 1))
-  if kind in _TABLES:
-    return Records('line', _table(path))
-  if is_list(path):
-    return Records('item', _items(path))
-  return Records('line', _lines(path))
+  return {'text': content.decode()} if is_text else parse_object(content)
 
 
 def parse_object(content: bytes) -> Record:
@@ -170,13 +218,46 @@ def parse_json(text: str) -> Any:
     return found
 
 
-def dump(record: Record) -> bytes:
-  """Returns a record as JSON that `parse_object` can parse."""
-  return json.dumps(record, ensure_ascii=False).encode()
+def _is_compressed(path: str) -> bool:
+  return os.path.splitext(path.lower())[1] in _COMPRESSED
+
+
+def _open_bytes(path: str) -> IO[bytes]:
+  """Opens a file for reading its bytes, decompressed."""
+  ending = os.path.splitext(path.lower())[1]
+  return _COMPRESSED.get(ending, open)(path, 'rb')
 
 
 @contextlib.contextmanager
-def naming(path: str) -> Iterator[None]:
+def _open_text(path: str) -> Iterator[io.TextIOWrapper]:
+  with _open_bytes(path) as file:
+    with io.TextIOWrapper(file, 'utf-8-sig', newline='') as text:
+      yield text
+
+
+def _is_list(path: str) -> bool:
+  """Returns whether a .json file holds a list, not an object per line."""
+  if kind_of(path) != '.json':
+    return False
+  with _naming(path), _open_bytes(path) as file:
+    first = file.read(4096).decode('utf-8-sig', 'replace')
+  return first.lstrip().startswith('[')
+
+
+def _has_texts(path: str) -> bool:
+  """Returns whether a file has records, and a table a column 'text'."""
+  kind = kind_of(path)
+  if kind in _TABLES:
+    with _naming(path), _open_text(path) as file:
+      first = file.readline()
+    return 'text' in next(csv.reader([first], **_dialect(path)), [])
+  if kind == '.json':
+    return _is_list(path)
+  return kind in KINDS
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
   """Names the file in errors that a library raises for damaged files."""
   try:
     yield
@@ -216,26 +297,36 @@ def _object(value: Any) -> Record:
   return value
 
 
-def _lines(path: str) -> Iterator[tuple[int, Record]]:
-  with naming(path), open_bytes(path) as file:
+def _lines(path: str) -> Iterator[Entry]:
+  """Yields the objects of JSON lines.
+
+  They are parsed one by one: `load_dataset('json')` would turn the string
+  "2024-01-02" into a date, add missing keys, and lose the numbers of lines.
+  """
+  is_copied = _is_compressed(path)
+  start = 0
+  with _naming(path), _open_bytes(path) as file:
     for number, line in enumerate(file, 1):
-      if not line.strip():
-        continue
-      try:
-        record = parse_object(line)
-      except ValueError as error:
-        raise ValueError(
-          f'{path}, line {number}: {error}: correct or remove it'
-        ) from error
-      yield number, record
+      if line.strip():
+        try:
+          record = parse_object(line)
+        except ValueError as error:
+          raise ValueError(
+            f'{path}, line {number}: {error}: correct or remove it'
+          ) from error
+        if is_copied:
+          yield Entry(record, path, number)
+        else:
+          yield Entry(record, path, number, raw=line, start=start)
+      start += len(line)
 
 
-def _items(path: str) -> Iterator[tuple[int, Record]]:
-  """Yields the objects of a JSON list, with their numbers.
+def _items(path: str) -> Iterator[Entry]:
+  """Yields the objects of a JSON list.
 
   Each item is parsed by itself, so that an error names the item.
   """
-  with naming(path), open_bytes(path) as file:
+  with _naming(path), _open_bytes(path) as file:
     text = file.read().decode('utf-8-sig')
   at = _skip_space(text, text.index('[') + 1)
   if text[at : at + 1] == ']':
@@ -247,7 +338,7 @@ def _items(path: str) -> Iterator[tuple[int, Record]]:
       raise ValueError(
         f'{path}, item {number}: {error}: correct or remove it'
       ) from error
-    yield number, record
+    yield Entry(record, path, number, 'item')
     if text[at] == ']':
       break
     at = _skip_space(text, at + 1)
@@ -289,9 +380,13 @@ def _dialect(path: str) -> dict[str, Any]:
   return {}
 
 
-def _table(path: str) -> Iterator[tuple[int, Record]]:
+def _cells(path: str) -> Iterator[Entry]:
+  """Yields the rows of a table; cells are strings.
+
+  `load_dataset('csv')` would turn 0012 into 12 and NA into null.
+  """
   csv.field_size_limit(sys.maxsize)
-  with naming(path), _open_text(path) as file:
+  with _naming(path), _open_text(path) as file:
     reader = csv.DictReader(file, **_dialect(path))
     for record in reader:
       if None in record or None in record.values():
@@ -300,31 +395,92 @@ def _table(path: str) -> Iterator[tuple[int, Record]]:
           f'{len(reader.fieldnames or ())} columns, as the first line has; '
           'correct it'
         )
-      yield reader.line_num, record
+      yield Entry(record, path, reader.line_num)
 
 
-def _rows(path: str, builder: str) -> Iterator[Record]:
-  """Streams the rows of a Parquet or Arrow file, without a copy on the disk."""
+def _documents(path: str, separator: str | None) -> Iterator[Entry]:
+  """Yields the documents between separators, stripped of white space."""
+  is_copied = _is_compressed(path)
+  with _naming(path), _open_bytes(path) as file:
+    content = file.read()
+  start = 0
+  counted = 0
+  number = 1
+  ends = (match.span() for match in _separator(separator).finditer(content))
+  for stop, after in itertools.chain(ends, [(len(content), len(content))]):
+    part = content[start:stop]
+    raw = part.strip()
+    if raw:
+      start += len(part) - len(part.lstrip())
+      number += content.count(b'\n', counted, start)
+      counted = start
+      record = _document(path, raw, start)
+      offset = None if is_copied else start
+      yield Entry(record, path, number, raw=raw, start=offset, is_text=True)
+    start = after
+
+
+def _document(path: str, raw: bytes, start: int) -> Record:
+  try:
+    return parse_content(raw, is_text=True)
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f'{path} must be UTF-8 text, got byte {raw[error.start]:#04x} at '
+      f'offset {start + error.start}: convert it, or leave it out of the glob'
+    ) from error
+
+
+def _separator(separator: str | None) -> re.Pattern[bytes]:
+  """Returns a pattern of the separator, for both conventions of newlines.
+
+  Without a separator, the pattern never matches.
+  """
+  if not separator:
+    return re.compile(rb'(?!)')
+  return re.compile(
+    rb'\r?\n'.join(map(re.escape, separator.encode().split(b'\n')))
+  )
+
+
+def _rows(path: str, builder: str) -> Iterator[Entry]:
+  """Streams the rows of a Parquet or Arrow file.
+
+  Nothing is left on the disk: `datasets` writes lock files into its cache even
+  when it streams, and a compressed file is decompressed to a temporary one.
+  """
   datasets = _datasets(path)
-  # `datasets` writes lock files into its cache even when it streams.
-  with tempfile.TemporaryDirectory() as cache:
-    try:
+  numbers = itertools.count(1)
+  try:
+    with tempfile.TemporaryDirectory() as scratch:
       stream = datasets.load_dataset(
         builder,
-        data_files=glob.escape(os.path.abspath(path)),
+        data_files=glob.escape(_decompressed(path, scratch)),
         split='train',
         streaming=True,
-        cache_dir=cache,
+        cache_dir=scratch,
       )
-      tables = stream.with_format('arrow').iter(batch_size=1000)
-      for table in tables:
-        yield from map(_exact, table.to_pylist())
-    # `datasets` raises errors of many types.
-    except Exception as error:
-      raise ValueError(
-        f'{path} cannot be read as {builder.capitalize()} '
-        f'({type(error).__name__}: {str(error)[:200]}): write it again'
-      ) from error
+      for table in stream.with_format('arrow').iter(batch_size=1000):
+        for row, number in zip(table.to_pylist(), numbers, strict=False):
+          yield Entry(_exact(row), path, number, 'row')
+  # `datasets` raises errors of many types.
+  except Exception as error:
+    if _is_full(error):
+      raise no_space(path, error) from error
+    reason = ' '.join(str(error).split())[:200]
+    raise ValueError(
+      f'{path} cannot be read as {builder.capitalize()} '
+      f'({type(error).__name__}: {reason}): write it again'
+    ) from error
+
+
+def _decompressed(path: str, scratch: str) -> str:
+  """Returns the path of a file, or of its decompressed copy in `scratch`."""
+  if not _is_compressed(path):
+    return os.path.abspath(path)
+  copied = os.path.join(scratch, f'decompressed{kind_of(path)}')
+  with _open_bytes(path) as source, open(copied, 'wb') as target:
+    shutil.copyfileobj(source, target)
+  return copied
 
 
 def _datasets(path: str) -> Any:
@@ -346,6 +502,8 @@ def _datasets(path: str) -> Any:
         del os.environ[name]
       else:
         os.environ[name] = value
+  # It would print each error before it raises it.
+  datasets.logging.set_verbosity(datasets.logging.CRITICAL)
   return datasets
 
 
@@ -369,6 +527,26 @@ def _exact(value: Any) -> Any:
   if isinstance(value, datetime.timedelta | decimal.Decimal):
     return str(value)
   return value
+
+
+def _is_full(error: BaseException | None) -> bool:
+  """Returns whether the cause of an error is a full disk."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in _FULL:
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def no_space(path: str, error: Exception) -> OSError:
+  """Returns the error for a file that cannot be copied for random access."""
+  where = tempfile.tempdir or os.environ.get('TMPDIR') or '/tmp'
+  reason = error.strerror if isinstance(error, OSError) else str(error)
+  return OSError(
+    f'{path} cannot be copied to the directory for temporary files, {where} '
+    f'({reason}): set TMPDIR to a directory with more space, or convert the '
+    'file to uncompressed JSON lines, which need no copy'
+  )
 
 
 class Spool:

@@ -1,23 +1,30 @@
-"""Random access to the documents in files, by an index of byte offsets.
+"""Random access to the records of files, by an index of byte offsets.
 
-A document is a part of a plain text file, or a record (`train.data.records`)
-that the caller parses.
+`train.data.records` reads the files. A document is made from a record by a
+function of the caller.
 
 Shapes: d documents of a file.
 """
 
+import array
 import dataclasses
-import glob
-import os
-import re
+import itertools
+import operator
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
-from train.data import records
-from train.data.records import Record, RecordError
+from train.data.records import (
+  Entry,
+  Record,
+  RecordError,
+  no_space,
+  parse_content,
+  records,
+  spool,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +41,13 @@ class File:
   """[d] int64, CRC-32 of the bytes."""
   numbers_d: np.ndarray
   """[d] int64, number of the line, item or row, from 1, for errors."""
-  parse: Callable[[bytes], Any]
-  """Converts the bytes of a document into the document."""
-  unit: str = 'line'
+  parse: Callable[[Record], Any]
+  """Converts a record into a document."""
+  unit: str
   """The unit of the numbers: 'line', 'item' or 'row'."""
-  is_copied: bool = False
+  is_text: bool
+  """Whether the bytes are plain text, not JSON."""
+  is_copied: bool
   """Whether the offsets are those of a copy in `train.data.records.spool`."""
 
   def read(self, i: int) -> Any:
@@ -50,16 +59,21 @@ class File:
     start = int(self.starts_d[i])
     stop = int(self.stops_d[i])
     if self.is_copied:
-      return self.parse(records.spool().read(start, stop))
+      content = spool().read(start, stop)
+    else:
+      content = self._read_in_place(start, stop, int(self.crcs_d[i]))
+    return self.parse(parse_content(content, is_text=self.is_text))
+
+  def _read_in_place(self, start: int, stop: int, crc: int) -> bytes:
     with open(self.path, 'rb') as file:
       file.seek(start)
       content = file.read(stop - start)
-    if zlib.crc32(content.strip()) != self.crcs_d[i]:
+    if zlib.crc32(content.strip()) != crc:
       raise OSError(
         f'{self.path} has changed since it was opened: other bytes at offset '
         f'{start:,}; put the old file back, or start a new run with it'
       )
-    return self.parse(content)
+    return content
 
   def place(self, i: int) -> str:
     """Returns the place of document i in words, for example file and line."""
@@ -87,7 +101,7 @@ class Texts:
 
   def __len__(self) -> int:
     """Number of documents."""
-    return int(self._stops[-1])
+    return int(self._stops[-1]) if self._files else 0
 
   def __getitem__(self, index: int) -> Any:
     """Reads a document from its file."""
@@ -111,214 +125,120 @@ class Texts:
     return self._files[f], index - int(self._stops[f])
 
 
-class _Span(NamedTuple):
-  """The place of a document."""
+def index_texts(pattern: str, separator: str | None) -> Texts:
+  """Indexes the texts in one or several files, and checks each of them.
 
-  start: int
-  """Offset of the first byte."""
-  stop: int
-  """Offset past the last byte."""
-  crc: int
-  """CRC-32 of the bytes."""
-  number: int
-  """Number of the line, item or row, from 1."""
+  Args:
+    pattern: path or glob. A file has records with a field "text", or it is
+      plain text, as `records(..., plain_text=True)` decides.
+    separator: as in `records`.
+
+  Raises:
+    FileNotFoundError, ImportError, OSError, ValueError: as in `index`.
+  """
+  return index(
+    records(pattern, plain_text=True, separator=separator),
+    _text_of_record,
+    'a record must be a JSON object whose field "text" is a string',
+    _is_kept,
+  )
 
 
-def expand(pattern: str) -> list[str]:
-  """Returns the files of a path or glob, sorted.
+def index(
+  entries: Iterable[Entry],
+  parse: Callable[[Record], Any],
+  rule: str,
+  is_kept: Callable[[Entry, Any], bool],
+) -> Texts:
+  """Indexes the records of files, and checks that each can be parsed.
+
+  Documents are not held in memory. Those of JSON lines and of plain text are
+  later read from their files; those of other files, and of compressed ones, are
+  copied to `train.data.records.spool`.
+
+  Args:
+    entries: result of `records`.
+    parse: converts a record into a document.
+    rule: the required form of a record, for the error that names file and line.
+    is_kept: `(entry, document) -> bool`, whether the document belongs to the
+      result. It is called once for each record.
 
   Raises:
     FileNotFoundError: no file matches.
-  """
-  pattern = os.path.expanduser(pattern)
-  found = [pattern] if os.path.exists(pattern) else []
-  found = found or sorted(glob.glob(pattern, recursive=True))
-  paths = [path for path in found if os.path.isfile(path)]
-  if not paths:
-    raise FileNotFoundError(
-      f'no file matches {pattern!r}: give the path of a text file, or a quoted '
-      "glob such as 'corpus/**/*.jsonl'"
-    )
-  return paths
-
-
-def index(path: str, separator: str | None) -> File:
-  """Indexes the documents of a file, and checks that each can be read.
-
-  Args:
-    path: path of the file. Records must have a field "text". A .csv or .tsv
-      file has records if its first line names a column "text", and a .json file
-      if it holds a list. Any other file is plain text.
-    separator: text between the documents of a plain text file; None makes the
-      file one document.
-
-  Raises:
     ImportError: Parquet needs the package `datasets`.
-    ValueError: the file or a record cannot be read. The message names it.
-  """
-  if _has_texts(path):
-    rule = 'a record must be a JSON object whose field "text" is a string'
-    return index_records(path, _text_of_record, rule)
-  with records.naming(path), records.open_bytes(path) as file:
-    content = file.read()
-  is_copied = records.is_compressed(path)
-  spans = (
-    _copied(span, text) if is_copied else span
-    for span, text in _parts(path, content, separator)
-  )
-  return _file(path, spans, bytes.decode, is_copied=is_copied)
-
-
-def index_records(
-  path: str,
-  parse: Callable[[Record], Any],
-  rule: str,
-  seen: Callable[[Record, Any, str], None] | None = None,
-) -> File:
-  """Indexes the records of a file, and checks that each can be parsed.
-
-  Args:
-    path: path of the file.
-    parse: converts a record into a document. If the document is false, the
-      record is left out. Blank lines are left out too.
-    rule: the required form of a record, for the error that names file and line.
-    seen: called with each record, its document and its place.
-
-  Raises:
-    ImportError: Parquet needs the package `datasets`.
+    OSError: the directory for temporary files has no space for a copy.
     ValueError: a record cannot be read, or `parse` raises ValueError, KeyError,
-      TypeError or AttributeError.
+      TypeError or AttributeError. The message names file and line.
   """
-  is_copied = not records.has_lines(path)
-  unit = 'line'
-  if is_copied:
-    unit, numbered = records.read(path)
-    found = _dumped(numbered)
-  else:
-    found = _lines(path)
-
-  def spans() -> Iterator[_Span]:
-    for span, content in found:
-      place = f'{path}, {unit} {span.number}'
-      record, item = _checked(parse, content, place, rule)
-      if seen is not None:
-        seen(record, item, place)
-      if item:
-        yield _copied(span, content) if is_copied else span
-
-  return _file(
-    path,
-    spans(),
-    lambda content: parse(records.parse_object(content)),
-    unit=unit,
-    is_copied=is_copied,
+  return Texts(
+    _file(path, group, parse, rule, is_kept)
+    for path, group in itertools.groupby(entries, operator.attrgetter('path'))
   )
 
 
 def _file(
   path: str,
-  spans: Iterable[_Span],
-  parse: Callable[[bytes], Any],
-  **options: Any,
+  entries: Iterable[Entry],
+  parse: Callable[[Record], Any],
+  rule: str,
+  is_kept: Callable[[Entry, Any], bool],
 ) -> File:
-  table = np.array(list(spans), np.int64).reshape(-1, 4)
-  starts_d, stops_d, crcs_d, numbers_d = table.T
-  return File(path, starts_d, stops_d, crcs_d, numbers_d, parse, **options)
+  """Indexes the records of one file, of which there is at least one."""
+  table = array.array('q')
+  entry = None
+  for entry in entries:
+    document = _checked(parse, entry, rule)
+    if not is_kept(entry, document):
+      continue
+    content = entry.content
+    start = _copied(path, content) if entry.start is None else entry.start
+    crc = zlib.crc32(content.strip())
+    table.extend((start, start + len(content), crc, entry.number))
+  assert entry is not None
+  starts_d, stops_d, crcs_d, numbers_d = (
+    np.array(table, np.int64).reshape(-1, 4).T
+  )
+  return File(
+    path,
+    starts_d,
+    stops_d,
+    crcs_d,
+    numbers_d,
+    parse,
+    unit=entry.unit,
+    is_text=entry.is_text,
+    is_copied=entry.start is None,
+  )
 
 
-def _lines(path: str) -> Iterator[tuple[_Span, bytes]]:
-  """Yields the place and the bytes of each line that is not blank."""
-  start = 0
-  with open(path, 'rb') as file:
-    for number, line in enumerate(file, 1):
-      stop = start + len(line)
-      if line.strip():
-        yield _Span(start, stop, zlib.crc32(line.strip()), number), line
-      start = stop
-
-
-def _dumped(
-  numbered: Iterable[tuple[int, Record]],
-) -> Iterator[tuple[_Span, bytes]]:
-  """Yields each record as JSON, with a place that has no offsets yet."""
-  for number, record in numbered:
-    content = records.dump(record)
-    yield _Span(0, 0, zlib.crc32(content), number), content
-
-
-def _copied(span: _Span, content: bytes) -> _Span:
-  """Copies a document to the spool, and returns its place there."""
-  start = records.spool().append(content)
-  return span._replace(start=start, stop=start + len(content))
-
-
-def _checked(
-  parse: Callable[[Record], Any], content: bytes, place: str, rule: str
-) -> tuple[Record, Any]:
+def _copied(path: str, content: bytes) -> int:
+  """Copies a document to the spool, and returns its offset there."""
   try:
-    record = records.parse_object(content)
-    return record, parse(record)
+    return spool().append(content)
+  except OSError as error:
+    raise no_space(path, error) from error
+
+
+def _checked(parse: Callable[[Record], Any], entry: Entry, rule: str) -> Any:
+  try:
+    return parse(entry.record)
   except RecordError as error:
-    raise ValueError(f'{place}: {error}') from error
+    raise ValueError(f'{entry.place}: {error}') from error
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    shown = content[:60].decode('utf-8', 'replace').strip()
+    shown = entry.content[:60].decode('utf-8', 'replace').strip()
     raise ValueError(
-      f'{place}: {rule}, got {shown!r} '
+      f'{entry.place}: {rule}, got {shown!r} '
       f'({type(error).__name__}: {error}): correct or remove the line'
     ) from error
 
 
-def _has_texts(path: str) -> bool:
-  kind = records.kind_of(path)
-  if kind in ('.csv', '.tsv'):
-    return 'text' in records.header(path)
-  if kind in ('.jsonl', '.ndjson', '.parquet', '.arrow'):
-    return True
-  return records.is_list(path)
-
-
 def _text_of_record(record: Record) -> str:
-  """Returns the document in a record, '' if it is blank."""
   text = record['text']
   if not isinstance(text, str):
     raise TypeError(f'got {text!r:.40}')
-  return text if text.strip() else ''
+  return text
 
 
-def _parts(
-  path: str, content: bytes, separator: str | None
-) -> Iterator[tuple[_Span, bytes]]:
-  """Yields the documents between separators, stripped of white space."""
-  try:
-    content.decode()
-  except UnicodeDecodeError as error:
-    raise ValueError(
-      f'{path} must be UTF-8 text, got byte {content[error.start]:#04x} at '
-      f'offset {error.start}: convert it, or leave it out of the glob'
-    ) from error
-  start = 0
-  counted = 0
-  number = 1
-  ends = [match.span() for match in _separator(separator).finditer(content)]
-  for stop, after in [*ends, (len(content), len(content))]:
-    part = content[start:stop]
-    text = part.strip()
-    if text:
-      start += len(part) - len(part.lstrip())
-      number += content.count(b'\n', counted, start)
-      counted = start
-      stop = start + len(text)
-      yield _Span(start, stop, zlib.crc32(text), number), text
-    start = after
-
-
-def _separator(separator: str | None) -> re.Pattern[bytes]:
-  """Returns a pattern of the separator, for both conventions of newlines.
-
-  Without a separator, the pattern never matches.
-  """
-  if not separator:
-    return re.compile(rb'(?!)')
-  return re.compile(
-    rb'\r?\n'.join(map(re.escape, separator.encode().split(b'\n')))
-  )
+def _is_kept(entry: Entry, text: str) -> bool:
+  """Leaves out blank texts of records. Plain text has no blank documents."""
+  return entry.is_text or bool(text.strip())

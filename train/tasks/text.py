@@ -11,7 +11,6 @@ from typing import Any
 
 from train.config import Config
 from train.data import tokenizer as tokenizers
-from train.data.chats import Dialogues
 from train.data.tokenizer import AnyTokenizer
 from train.engine import cluster
 from train.engine.task import Data, Task
@@ -69,10 +68,8 @@ class TextTask(Task):
 
   def warnings(self, data: Text) -> list[str]:
     """Checks both splits, so that training does not reject a chat later."""
-    chats = [
-      x for x in (data.train, data.validation) if isinstance(x, Dialogues)
-    ]
-    lines = (line for x in chats for line in x.check(data.tokenizer))
+    splits = (data.train, data.validation)
+    lines = (line for x in splits for line in x.check(data.tokenizer))
     return list(dict.fromkeys(lines))
 
   def save(self, data: Text, directory: pathlib.Path) -> None:
@@ -112,9 +109,7 @@ def prepare_tokenizer(config: Config, documents: Any) -> AnyTokenizer:
     tokenizer = tokenizers.fitted(
       tokenizers.load(path), size, origin=path, remedy=remedy
     )
-  if isinstance(documents, Dialogues):
-    return documents.templated(tokenizer, cluster.clock())
-  return tokenizer
+  return documents.templated(tokenizer, cluster.clock())
 
 
 def tokenizer_of(run: pathlib.Path, config: Config) -> AnyTokenizer:

@@ -13,7 +13,7 @@ import sentencepiece
 
 from tests.train.test_config import CONFIG
 from train.data import batches as batches_lib
-from train.data.batches import batches, validation_batches
+from train.data.batches import batches, shown, validation_batches
 from train.data.corpus import Indexed
 from train.data.tokenizer import Tokenizer, train_tokenizer
 from train.engine.task import task_of
@@ -82,6 +82,28 @@ def test_shapes_and_dtypes():
   for key, x_BT in batch.items():
     assert x_BT.shape == (4, 33)
     assert x_BT.dtype == (np.float32 if key == 'weights' else np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole(Indexed):
+  """Documents that do not continue in the next row."""
+
+  continues = False
+  num_left_out = 3
+
+
+def test_the_documents_decide_whether_they_continue_in_the_next_row():
+  documents = Whole(TEXTS)
+  found = [x for b in validation(documents=documents) for x in segments(b)]
+  longest = SHAPE['sequence_length']
+  encode = tokenizer().encode
+  sizes = sorted(min(longest, len(encode(text)) + 1) for text in TEXTS)
+  assert sorted(len(targets) for _, targets, _ in found) == sizes
+  assert {inputs[0] for inputs, *_ in found} == {tokenizer().bos_id}
+  caption = shown(documents, tokenizer(), sequence_length=longest).caption
+  assert caption.endswith('are left out, as 3 lines without an answer are')
+  caption = shown(DOCUMENTS, tokenizer(), sequence_length=longest).caption
+  assert 'left out' not in caption
 
 
 def test_targets_are_the_next_inputs_and_documents_come_back_whole():

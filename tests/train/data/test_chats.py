@@ -250,9 +250,6 @@ class TestLines:
   @pytest.mark.parametrize(
     'line',
     [
-      '{"messages": ',
-      '[1]',
-      '3',
       '{"body": "a"}',
       '{"prompt": "a"}',
       '{"prompt": "a", "completion": ["b"]}',
@@ -263,7 +260,6 @@ class TestLines:
       '{"messages": [{"role": "user", "content": null}]}',
       '{"messages": [{"role": 1, "content": "a"}]}',
       '{"conversations": [{"from": "human"}]}',
-      r'{"messages": [{"role": "assistant", "content": "\ud800"}]}',
     ],
   )
   def test_bad_line_is_named(self, tmp_path, line):
@@ -272,6 +268,27 @@ class TestLines:
       file.write('\n' + line)
     with pytest.raises(
       ValueError, match=r'a\.jsonl, line 4: a line must be .*correct or remove'
+    ):
+      Chats(path).open('train')
+
+  @pytest.mark.parametrize(
+    'line, reason',
+    [
+      ('{"messages": ', 'no JSON'),
+      ('[1]', r'must be a JSON object, got \[1\]'),
+      ('3', 'must be a JSON object, got 3'),
+      (
+        r'{"messages": [{"role": "assistant", "content": "\ud800"}]}',
+        'a string has half a surrogate pair',
+      ),
+    ],
+  )
+  def test_a_line_that_is_no_object_is_named(self, tmp_path, line, reason):
+    path = lines(tmp_path / 'a.jsonl', [{'text': 'a'}, {'text': 'b'}])
+    with open(path, 'a') as file:
+      file.write('\n' + line)
+    with pytest.raises(
+      ValueError, match=rf'a\.jsonl, line 4: {reason}.*: correct or remove it'
     ):
       Chats(path).open('train')
 

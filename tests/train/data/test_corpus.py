@@ -1,3 +1,4 @@
+import ast
 import json
 import pathlib
 import struct
@@ -5,7 +6,9 @@ import sys
 
 import pytest
 
+from train.data import chats, corpus, labelled
 from train.data.corpus import Chitchat, TextFiles, Tfds
+from train.data.tokenizer import train_tokenizer
 
 PARAGRAPHS = [f'Paragraph {i}.\nIts second line, \u00e9.' for i in range(60)]
 
@@ -35,8 +38,6 @@ class TestChitchat:
     assert first[1] == 'whats up MD im doing good how are you doing?'
 
   def test_missing_package_names_the_extra(self, monkeypatch):
-    from train.data import corpus
-
     monkeypatch.setitem(sys.modules, 'chitchat_dataset', None)
     corpus.dialogues.cache_clear()
     with pytest.raises(
@@ -138,6 +139,42 @@ class TestTextFiles:
     (tmp_path / 'a.txt').write_bytes(b'caf\xe9')
     with pytest.raises(ValueError, match=r'a\.txt must be UTF-8.* 0xe9 .* 3'):
       TextFiles(str(tmp_path / 'a.txt')).open('train')
+
+
+def test_only_its_own_module_knows_the_type_of_a_corpus():
+  """Other modules call methods of `Documents` and `TextSplit`."""
+  modules = [corpus, chats, labelled]
+  names = {
+    name: module.__name__
+    for module in modules
+    for name, value in vars(module).items()
+    if isinstance(value, type) and value.__module__ == module.__name__
+  }
+  for path in sorted(pathlib.Path(corpus.__file__).parent.glob('*.py')):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call) and ast.unparse(node.func) == 'isinstance':
+        used = {x.id for x in ast.walk(node.args[1]) if isinstance(x, ast.Name)}
+        owners = {names[name] for name in used & names.keys()}
+        assert owners <= {f'train.data.{path.stem}'}, ast.unparse(node)
+
+
+def test_every_split_of_texts_has_one_protocol(tmp_path):
+  path = str(tmp_path / 'a.jsonl')
+  rows = [{'text': f'text {i}', 'label': i % 2} for i in range(9)]
+  (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  (tmp_path / 'b.jsonl').write_text('{"text": "a"}\n')
+  tokenizer = train_tokenizer(PARAGRAPHS, vocab_size=300)
+  for opened in (
+    TextFiles(path, path).open('train'),
+    labelled.LabelledFiles(path, path).open('train'),
+    chats.Chats(f'{tmp_path}/b.jsonl', path).open('train'),
+  ):
+    assert isinstance(opened, corpus.TextSplit)
+    assert len(opened) == len(list(opened.stream(seed=0, repeat=False)))
+    templated = opened.templated(tokenizer)
+    has_template = isinstance(opened, chats.Dialogues)
+    assert (templated.chat_template is not None) == has_template
+    assert opened.check(templated) == []
 
 
 class TestOrder:

@@ -143,7 +143,7 @@ def test_each_row_of_an_epoch_is_read_once():
 def test_a_window_is_at_most_an_epoch():
   tokens = 24 * 16
   for window, expected in ((10**9, tokens), (80, 80), (0, LENGTH), (9, LENGTH)):
-    found = batches_lib.examples(EXACT, Letters(), seed=0, repeat=False)
+    found = EXACT.examples(Letters(), seed=0, repeat=False)
     sizes = (len(example.ids_n) - 1 for example in found)
     rows = window_lib.num_rows(sizes, len(EXACT), window, LENGTH)
     assert rows == expected // LENGTH
@@ -163,7 +163,7 @@ def test_the_window_of_chats_counts_the_tokens_of_their_rows(
   rows = batches_lib._packed(dialogues, tokenizer, length, seed=0, repeat=False)
   held = sum(np.count_nonzero(row['pairs_segment_ids']) for row in rows)
   assert sum(sizes) == held and len(sizes) == len(dialogues) and 0 in sizes
-  whole = batches_lib.examples(dialogues, tokenizer, seed=0, repeat=False)
+  whole = dialogues.examples(tokenizer, seed=0, repeat=False)
   assert sum(len(chat.ids_n) - 1 for chat in whole) > 2 * held
 
 
