@@ -299,6 +299,10 @@ class Config:
   """A sentencepiece .model file, or a directory in the format of transformers.
   None takes the checkpoint's tokenizer; without a checkpoint, it trains one on
   the corpus."""
+  average: float | None = None
+  """Decay rate of a moving average of the weights, such as 0.999. Validations,
+  samples and exports use the average, which is stored in float32 beside the
+  weights. None keeps none."""
   norm_growth: float | None = None
   """Largest growth of the gradient norm of a weight from one step to the next,
   as in Fira; a gradient that grows more is scaled down. None sets no limit."""
@@ -355,6 +359,7 @@ class Config:
       if not is_integer(value) or value < 0:
         raise ValueError(f'{name} must be an integer >= 0, got {value!r}')
     check_groups(self.groups)
+    self._check_average()
     self._check_growth()
     if self.batch_size % self.parts:
       raise ValueError(
@@ -373,6 +378,19 @@ class Config:
     if not 0 <= self.final <= 1:
       raise ValueError(
         f'final is a share of learning_rate in [0, 1], got {self.final}'
+      )
+
+  def _check_average(self) -> None:
+    """Raises ValueError unless `average` is a rate, for weights in arrays."""
+    rate = self.average
+    if rate is None:
+      return
+    if not 0 < rate < 1:
+      raise ValueError(f'average must be between 0 and 1, or None, got {rate}')
+    if isinstance(self.update, Layerwise) and self.update.weights == 'int8':
+      raise ValueError(
+        f'average={rate} needs weights in arrays, got update.weights=int8: '
+        'leave out one of the two'
       )
 
   def _check_growth(self) -> None:

@@ -37,7 +37,9 @@ def nothing(setup: Setup, console: Console) -> None:
 
 def show_samples(setup: Setup, state: State, console: Console) -> None:
   """Prints samples of the trained model, if it has any."""
-  for part in setup.task.samples(state.params, setup.data, setup.run.directory):
+  for part in setup.task.samples(
+    state.evaluated, setup.data, setup.run.directory
+  ):
     console.print(part, highlight=False)
 
 

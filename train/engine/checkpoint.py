@@ -25,6 +25,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -236,6 +237,9 @@ def save(
   """
   finish(manager)
   step = int(state.step)
+  average = {}
+  if state.average is not None:
+    average = {'average': ocp.args.StandardSave(state.average)}
   items = ocp.args.Composite(
     params=ocp.args.StandardSave(state.params),
     optimizer=ocp.args.StandardSave(
@@ -243,6 +247,7 @@ def save(
     ),
     data=PositionSave(batches),
     config=ocp.args.JsonSave(to_json(config)),
+    **average,
   )
   found = None if score is None else {'score': score}
   with failures(manager, step):
@@ -289,21 +294,32 @@ def restore(
       position.
   """
   state = on_device(state)
+  average = {}
+  if state.average is not None:
+    average = {'average': ocp.args.StandardRestore(state.average)}
   items = ocp.args.Composite(
     params=ocp.args.StandardRestore(state.params),
     optimizer=ocp.args.StandardRestore(
       {'step': state.step, 'state': state.optimizer}
     ),
     data=PositionRestore(batches),
+    **average,
   )
   found = read(manager, items)
-  return State(found.optimizer['step'], found.params, found.optimizer['state'])
+  return State(
+    found.optimizer['step'],
+    found.params,
+    found.optimizer['state'],
+    found.average if average else None,
+  )
 
 
 def restore_params(
   directory: pathlib.Path, task: Task, *, best: bool = False
 ) -> PyTree:
-  """Returns the parameters of the newest intact checkpoint.
+  """Returns the parameters of the newest intact checkpoint, or their average.
+
+  If the run keeps an average, it is returned in the types of the parameters.
 
   Args:
     directory: the checkpoint directory.
@@ -319,8 +335,16 @@ def restore_params(
     raise FileNotFoundError(f'no checkpoint in {directory} yet')
   shapes = on_device(jax.eval_shape(task.init, jax.random.key(0)))
   with reading(directory) as manager:
-    items = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
-    return read(manager, items, best=best).params
+    if task.config.average is None:
+      items = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
+      return read(manager, items, best=best).params
+    means = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding),
+      shapes,
+    )
+    items = ocp.args.Composite(average=ocp.args.StandardRestore(means))
+    found = read(manager, items, best=best).average
+    return jax.tree.map(lambda mean, x: mean.astype(x.dtype), found, shapes)
 
 
 def restore_config(directory: pathlib.Path) -> Config | None:

@@ -121,7 +121,7 @@ def train(
         save(state, None)
       if due['eval']:
         with meter.timed('evaluation'):
-          values = validate(state.params)
+          values = validate(state.evaluated)
         named = {f'validation_{name}': x for name, x in values.items()}
         log(done, named | meter.spent('evaluation'))
         console.print(f'step {done}: validation: {metrics.describe(values)}')

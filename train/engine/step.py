@@ -48,6 +48,13 @@ class State(NamedTuple):
   """The model's parameters, as they are stored between steps."""
   optimizer: optax.OptState
   """The optimizer's state for the trained parameters."""
+  average: PyTree = None
+  """The moving average of the parameters in float32, or None."""
+
+  @property
+  def evaluated(self) -> PyTree:
+    """The parameters that validations and samples use."""
+    return self.params if self.average is None else as_params(self)
 
 
 def build(config: Config, task: Task) -> tuple[Init, Step]:
@@ -83,6 +90,7 @@ def build(config: Config, task: Task) -> tuple[Init, Step]:
   if config.learning_rate == 0:
     step = without_updates(step)
   step = with_health(with_adapter(with_rates(step, config), config))
+  step = with_average(step, config.average)
   start = starter(config, task)
   return lambda key: start(task.init(key)), step
 
@@ -97,7 +105,7 @@ def starter(config: Config, task: Task) -> Callable[[PyTree], 'State']:
 
   def start(params: PyTree) -> 'State':
     try:
-      return init(params, tx, task.trained)
+      state = init(params, tx, task.trained)
     except ValueError as error:
       if config.adapter is None or not projects(config.optimizer):
         raise
@@ -106,6 +114,9 @@ def starter(config: Config, task: Task) -> Callable[[PyTree], 'State']:
         f'trains factors of rank {config.adapter.rank}: take --optimizer '
         'AdamW, or a rank and targets that fit them'
       ) from error
+    if config.average is None:
+      return state
+    return state._replace(average=as_float32(params))
 
   return start
 
@@ -141,7 +152,10 @@ def shardings(
   moving, _ = split_trained(params, task.trained)
   of_moving, _ = split_trained(places, lambda _: task.trained(params))
   optimizer = state_shardings(optimizer_of(config, task), moving, of_moving)
-  return shapes._replace(step=whole, params=places, optimizer=optimizer)
+  average = None if config.average is None else places
+  return shapes._replace(
+    step=whole, params=places, optimizer=optimizer, average=average
+  )
 
 
 def placed(step: Step, mesh: jax.sharding.Mesh, places: 'State') -> Step:
@@ -172,6 +186,50 @@ def init(params: PyTree, tx: Any, trained: Mask = everything) -> State:
   """Returns the training state before the first update."""
   moving, _ = split_trained(params, trained)
   return State(jnp.zeros([], jnp.int32), params, tx.init(moving))
+
+
+def as_float32(params: PyTree) -> PyTree:
+  """Returns parameters in float32."""
+  return jax.tree.map(lambda w: w.astype(jnp.float32), params)
+
+
+@jax.jit
+def as_params(state: State) -> PyTree:
+  """Returns the average in the data types of the parameters."""
+  return jax.tree.map(
+    lambda mean, w: mean.astype(w.dtype), state.average, state.params
+  )
+
+
+def with_average(step: Step, rate: float | None) -> Step:
+  """Adds a moving average of the parameters to a step.
+
+  In the first steps the rate is lower, so that the initial weights do not count
+  for long. A skipped step does not change the average.
+
+  Args:
+    step: the step.
+    rate: the decay rate, or None for no average.
+  """
+  if rate is None:
+    return step
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def around(state: State, batch: Batch) -> tuple[State, PyTree]:
+    old = state.average
+    done = state.step.astype(jnp.float32)
+    state, metrics = step(state._replace(average=None), batch)
+    decay = jnp.minimum(rate, (1 + done) / (10 + done))
+    share = jnp.where(metrics['skipped_steps'] > 0, 0.0, 1 - decay)
+
+    def moved(mean: jax.Array, w: jax.Array) -> jax.Array:
+      difference = w.astype(jnp.float32) - mean
+      return mean + jnp.where(share > 0, share * difference, 0)
+
+    average = jax.tree.map(moved, old, state.params)
+    return state._replace(average=average), metrics
+
+  return around
 
 
 def with_health(step: Step) -> Step:

@@ -67,7 +67,7 @@ class Plan:
   basis_bytes: int
   """Bases of the projections."""
   moment_bytes: int
-  """Moments and counters of the optimizer."""
+  """Moments and counters of the optimizer, and the average of the weights."""
   gradient_bytes: int
   """Gradients that exist at the same time. In a layer-wise update these are the
   largest one and the sums that accumulate gradients."""
@@ -153,10 +153,11 @@ def make_plan(
   if not cards.estimate:
     compiled = cards_lib.compile_step(step, state, inputs)
   sums = account(part(state.params), part(state.optimizer))
+  average = sum(map(_size, jax.tree.leaves(part(state.average))))
   gradients = gradient_bytes(config, task, state, mesh)
   activations = activation_bytes(config, inputs)
   workspace = workspace_bytes(config, task)
-  total = sums.total + gradients + activations
+  total = sums.total + average + gradients + activations
   if compiled:
     total = compiled.total_bytes
   total += workspace
@@ -173,7 +174,7 @@ def make_plan(
     parameter_bytes=sums.parameters,
     vocabulary_bytes=sums.vocabulary,
     basis_bytes=sums.bases,
-    moment_bytes=sums.moments + sums.counters,
+    moment_bytes=sums.moments + sums.counters + average,
     gradient_bytes=gradients,
     activation_bytes=activations,
     workspace_bytes=workspace,
