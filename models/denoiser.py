@@ -47,7 +47,7 @@ class DenoiserConfig(ModelConfig):
 
   image_size: int = 32
   """Height and width of the images, in pixels."""
-  channels: int = 3
+  num_channels: int = 3
   """Number of channels of the images."""
   num_classes: int | None = None
   """Number of classes with which sampling is conditioned (None: no labels). The
@@ -70,7 +70,7 @@ class DenoiserConfig(ModelConfig):
     """Checks that sizes are positive."""
     check_sizes(
       image_size=self.image_size,
-      channels=self.channels,
+      num_channels=self.num_channels,
       num_classes=self.num_classes,
     )
 
@@ -87,7 +87,7 @@ class DenoiserConfig(ModelConfig):
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """Shape [H, W, C] of an image."""
-    return (self.image_size, self.image_size, self.channels)
+    return (self.image_size, self.image_size, self.num_channels)
 
   def without_dropout(self) -> Self:
     """Returns the model of evaluation: with the same parameters, no dropout.
@@ -226,7 +226,7 @@ def draw(config: DenoiserConfig, batch: Batch) -> Drawn:
   if inputs.shape[1:] != config.image_shape:
     raise ValueError(
       f'images must have the shape {config.image_shape}, as image_size and '
-      f'channels of the model give it, got {inputs.shape[1:]}'
+      f'num_channels of the model give it, got {inputs.shape[1:]}'
     )
   x_0 = diffusion_lib.to_floats(inputs)
   keys_B = noise_lib.keys(batch['noise'])
@@ -356,7 +356,8 @@ class Layers(abc.ABC):
     `jax.eval_shape` of this method returns their shapes and types.
     """
     example = _example(self.config)
-    variables = self.module().init(key, *example, method='predict')
+    module = dataclasses.replace(self, read=None).module()
+    variables = module.init(key, *example, method='predict')
     return variables['params']
 
   def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, Sums]:

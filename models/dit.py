@@ -135,7 +135,7 @@ _SIZES = {
 def dit(size: str, **overrides: Any) -> DitConfig:
   """Returns a model of the DiT paper, for 1,000 classes and 32 x 32 inputs.
 
-  The paper's inputs are latents of an autoencoder, with `channels=4`.
+  The paper's inputs are latents of an autoencoder, with `num_channels=4`.
 
   Args:
     size: Size and patch size, such as 's/2', 'b/4', 'l/2' or 'xl/2'.
@@ -148,7 +148,7 @@ def dit(size: str, **overrides: Any) -> DitConfig:
     ValueError: The size is unknown.
 
   Example:
-    >>> dit('xl/2', channels=4, dtype='bfloat16').num_patches
+    >>> dit('xl/2', num_channels=4, dtype='bfloat16').num_patches
     256
   """
   name, _, patch = size.partition('/')
@@ -366,7 +366,7 @@ class Head(nn.Module):
     modulation = _linear(config, (D, 2 * D), 'modulation', std=0.0)
     shift, scale = jnp.split(modulation(nn.silu(x['c'])), 2, axis=-1)
     y_BTD = modulate(x['h'], shift, scale, config.norm_eps)
-    shape = (D, config.patch_size**2 * config.channels)
+    shape = (D, config.patch_size**2 * config.num_channels)
     y_BTP = _linear(config, shape, 'out', std=0.0)(y_BTD)
     return from_patches(y_BTP, config.patch_size).astype(jnp.float32)
 

@@ -364,7 +364,7 @@ class Unet(nn.Module):
       if level:
         h = Upsample(config, name=f'up{level}_upsample')(h)
     h = nn.silu(_norm(config, 'norm_out')(h))
-    out = _convolution(config, config.channels, 'conv_out', zero=True)
+    out = _convolution(config, config.num_channels, 'conv_out', zero=True)
     return out(h).astype(jnp.float32)
 
 

@@ -51,7 +51,7 @@ class _Config(DenoiserConfig):
 
 
 def _config(**changes):
-  return _Config(image_size=3, channels=2, **changes)
+  return _Config(image_size=3, num_channels=2, **changes)
 
 
 def _batch(rows=B, seed=0):
@@ -218,7 +218,7 @@ def test_images_of_another_size_are_refused():
     _draw(_config())(batch)
 
 
-@pytest.mark.parametrize('name', ['image_size', 'channels', 'num_classes'])
+@pytest.mark.parametrize('name', ['image_size', 'num_channels', 'num_classes'])
 def test_sizes_are_positive(name):
   with pytest.raises(ValueError, match=f'{name} must be at least 1, got 0'):
     dataclasses.replace(_config(), **{name: 0})

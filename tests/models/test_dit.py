@@ -30,7 +30,7 @@ def _config(**changes):
   changes = {'num_classes': 3, 'diffusion': Diffusion(steps=50)} | changes
   return DitConfig(
     image_size=6,
-    channels=2,
+    num_channels=2,
     patch_size=2,
     width=16,
     num_heads=4,
@@ -174,6 +174,10 @@ def test_stored_layers_are_read_one_at_a_time():
   found = jax.jit(config.layers(read=read))(stored, batch)
   assert_close(found, _loss(config)(params, batch), _ROUNDINGS)
   assert {*shapes} == {(16, 24)}
+  # The parameters are initialized as arrays.
+  shapes.clear()
+  jax.eval_shape(config.layers(read=read).init, jax.random.key(0))
+  assert not shapes
 
 
 @pytest.mark.slow
@@ -315,7 +319,7 @@ def test_attention_is_resolved_for_a_gpu(monkeypatch):
   ('size', 'millions'), [('s/2', 33), ('b/4', 130), ('l/2', 458), ('xl/2', 675)]
 )
 def test_sizes_are_those_of_the_paper(size, millions):
-  config = dit(size, channels=4)
+  config = dit(size, num_channels=4)
   params = jax.eval_shape(config.layers().init, jax.random.key(0))
   count = sum(x.size for x in jax.tree.leaves(params))
   assert round(count / 1e6) == pytest.approx(millions, abs=1)

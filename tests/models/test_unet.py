@@ -27,7 +27,7 @@ def _config(**changes):
   changes = {'num_classes': 3, 'diffusion': Diffusion(steps=50)} | changes
   sizes = {
     'image_size': 8,
-    'channels': 2,
+    'num_channels': 2,
     'width': 8,
     'multipliers': (1, 2),
     'num_blocks': 1,
