@@ -18,7 +18,7 @@ def folded(noise_B2: jax.Array, number: int) -> jax.Array:
   Returns:
     New keys [B, 2].
   """
-  folded_B = jax.vmap(jax.random.fold_in, (0, None))(_keys(noise_B2), number)
+  folded_B = jax.vmap(jax.random.fold_in, (0, None))(keys(noise_B2), number)
   return jax.random.key_data(folded_B)
 
 
@@ -28,7 +28,7 @@ def following(noise_B2: jax.Array) -> jax.Array:
   def split_one(key: jax.Array) -> jax.Array:
     return jax.random.split(key, 1)[0]
 
-  return jax.random.key_data(jax.vmap(split_one)(_keys(noise_B2)))
+  return jax.random.key_data(jax.vmap(split_one)(keys(noise_B2)))
 
 
 def drop(x: jax.Array, noise_B2: jax.Array, share: float) -> jax.Array:
@@ -48,10 +48,10 @@ def drop(x: jax.Array, noise_B2: jax.Array, share: float) -> jax.Array:
   def draw_kept(key: jax.Array) -> jax.Array:
     return jax.random.bernoulli(key, 1 - share, x.shape[1:])
 
-  return jnp.where(jax.vmap(draw_kept)(_keys(noise_B2)), x / (1 - share), 0)
+  return jnp.where(jax.vmap(draw_kept)(keys(noise_B2)), x / (1 - share), 0)
 
 
-def _keys(noise_B2: jax.Array) -> jax.Array:
+def keys(noise_B2: jax.Array) -> jax.Array:
   """Converts keys [B, 2] to typed keys [B] of JAX.
 
   The generator is fixed, so that results do not depend on JAX's default one,
