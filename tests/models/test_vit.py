@@ -263,6 +263,17 @@ def test_dropout_is_applied_only_with_noise():
   assert_close(_logits(config)(params, row), found[2:3], _ROUNDINGS)
 
 
+def test_layers_draw_differently():
+  """Each layer must return new noise, or all layers would drop the same."""
+  config = _config(dropout=0.5)
+  x = {'h': np.ones((1, 9, 12), np.float32), 'noise': np.uint32([[3, 4]])}
+  params = jax.tree.map(operator.itemgetter(0), _params(config)['blocks'])
+  found = jax.jit(config.layers().block)(params, x)
+  again = jax.jit(config.layers().block)(params, found)
+  noises = {tuple(np.ravel(y['noise'])) for y in (x, found, again)}
+  assert len(noises) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('dropout', [0.0, 0.3])
 def test_layer_wise_is_whole_tree(dropout):
