@@ -61,6 +61,9 @@ class Architecture(NamedTuple):
   renamed: Mapping[str, str] = {}
   """Regular expressions for parts of tensor names in other versions of
   transformers, to today's."""
+  tied: tuple[str, str] | None = None
+  """Paths of the head and of the embedding, if a model without the head uses
+  the embedding instead."""
   convolutions: frozenset[str] = frozenset()
   """Paths of the kernels of convolutions. All other kernels are linear maps."""
   leading: Mapping[str, int] = {}
@@ -143,7 +146,8 @@ def read_labels(fields: Fields) -> Fields:
     fields: The fields of config.json.
 
   Raises:
-    ValueError: The labels contradict each other, or are of another problem.
+    ValueError: The labels contradict each other, or the problem is not
+      implemented.
   """
   named = fields.get('id2label') or {}
   num_labels = fields.get('num_labels') or len(named) or 2

@@ -202,11 +202,11 @@ def save(
   directory = pathlib.Path(directory)
   flat = _flatten(params)
   _check_params(flat, config)
+  architecture = architecture_of(config)
   fields = huggingface_config.fields_of(config)
-  fields |= _sourced(source, fields['model_type'])
+  fields |= _sourced(source, architecture)
   check_new(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  architecture = architecture_of(config)
   _write_shards(directory, flat, architecture, max_shard_bytes)
   if source is not None:
     copy(source, directory)
@@ -716,10 +716,9 @@ def _check_head(
 
   Such a checkpoint may have a head only if it is equal to the embedding.
   """
-  table = architecture.names.get('embed/embedding')
-  head = architecture.names.get('lm_head/kernel')
-  if 'lm_head/kernel' in shapes or head is None or table is None:
+  if architecture.tied is None or architecture.tied[0] in shapes:
     return
+  head, table = (architecture.names[path] for path in architecture.tied)
   if head not in tensors or table not in tensors:
     return
   one, other = tensors[head], tensors[table]
@@ -747,14 +746,16 @@ def _check_params(flat: Flat, config: ModelConfig) -> None:
       raise ValueError(f'{path} must be {expected} by the config, got {got}')
 
 
-def _sourced(source: str | pathlib.Path | None, kind: str) -> Fields:
+def _sourced(
+  source: str | pathlib.Path | None, architecture: Architecture
+) -> Fields:
   """Returns the fields of a source's config.json for other programs."""
   if source is None:
     return {}
   file = pathlib.Path(source) / 'config.json'
   if not file.is_file():
     return {}
-  return huggingface_config.for_others(read_json(file), kind)
+  return huggingface_config.for_others(read_json(file), architecture)
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:

@@ -263,16 +263,16 @@ def _shown(fields: Fields) -> str:
   return ', '.join(f'{name}={value!r}' for name, value in fields.items())
 
 
-def for_others(fields: Fields, kind: str) -> Fields:
+def for_others(fields: Fields, architecture: Architecture) -> Fields:
   """Returns the fields of a config.json that a new checkpoint copies.
 
   These are fields that only other programs use, such as ids of special tokens.
 
   Args:
     fields: Fields of the source's config.json.
-    kind: The model_type of the new checkpoint.
+    architecture: The architecture of the new checkpoint.
   """
-  inherited = HARMLESS - _OF_THE_SOURCE - _known(ARCHITECTURES[kind])
+  inherited = HARMLESS - _OF_THE_SOURCE - _known(architecture)
   return {name: x for name, x in fields.items() if name in inherited}
 
 

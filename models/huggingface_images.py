@@ -1,7 +1,7 @@
 """Reads and writes preprocessor_config.json of transformers.
 
-The file accompanies config.json. It states how an image model normalizes
-images."""
+The file accompanies config.json. It states how a model normalizes images.
+"""
 
 import dataclasses
 import math

@@ -148,6 +148,7 @@ _LLAMA = Architecture(
     'use_mrope': False,
   },
   names=_NAMES,
+  tied=('lm_head/kernel', 'embed/embedding'),
   ignored=r'lm_head\.weight|.*rotary_emb\.inv_freq',
 )
 

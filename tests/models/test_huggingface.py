@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from models import encoder, huggingface
+from models import encoder, huggingface, huggingface_config
+from models.architecture import Architecture
 from models.llama import Layers, Llama3Scaling, LlamaConfig
+from models.model import Dtype, ModelConfig
 
 safetensors = pytest.importorskip('safetensors.numpy')
 
@@ -451,3 +453,73 @@ def test_an_encoder_without_a_head(tmp_path, kind):
   )
   with pytest.raises(ValueError, match=r"(missing|surplus) \['classifier\."):
     huggingface.load(tmp_path, key=key)
+
+
+class _ToyLayers:
+  """Two linear maps, the second of which is a stack."""
+
+  def init(self, key):
+    del key
+    return {
+      'scores': {'kernel': np.zeros((2, 3, 5, 7), np.float32)},
+      'blocks': {'up': {'kernel': np.zeros((2, 4, 5), np.float32)}},
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Toy(ModelConfig):
+  size: int
+  shape: str = 'round'
+  dtype: Dtype = 'float32'
+  param_dtype: Dtype = 'float32'
+
+  def layers(self, *, read=None, intercept=None):
+    return _ToyLayers()
+
+  @classmethod
+  def architectures(cls):
+    toy = Architecture(
+      classes=('ToyModel',),
+      fixed={'shape': 'round'},
+      needed={'size': 'hidden_size'},
+      optional={},
+      read=lambda fields, kind: {},
+      write=lambda config, kind: {'kind': kind},
+      others=frozenset({'kind'}),
+      neutral={},
+      names={
+        'scores/kernel': 'conv.weight',
+        'blocks/up/kernel': 'up.{}.weight',
+      },
+    )
+    square = toy._replace(fixed={'shape': 'square'})
+    return {'toy': toy, 'square_toy': square}
+
+
+def test_a_model_brings_its_own_format(tmp_path, monkeypatch):
+  """A new model needs no edit but its entry in the registry."""
+  params = jax.tree.map(
+    lambda x: np.arange(x.size, dtype='f4').reshape(x.shape),
+    _ToyLayers().init(None),
+  )
+  config = _Toy(6, shape='square')
+  huggingface.save(tmp_path, config, params)
+  tensors = safetensors.load_file(tmp_path / 'model.safetensors')
+  shapes = {name: x.shape for name, x in tensors.items()}
+  assert shapes == {
+    'conv.weight': (7, 5, 2, 3),
+    'up.0.weight': (5, 4),
+    'up.1.weight': (5, 4),
+  }
+  _assert_same(huggingface.params_of(tensors, config), params)
+  with pytest.raises(ValueError, match=r"model_type must .*got 'square_toy'"):
+    huggingface.read_config(tmp_path)
+  for kind, architecture in _Toy.architectures().items():
+    monkeypatch.setitem(huggingface_config.ARCHITECTURES, kind, architecture)
+    monkeypatch.setitem(huggingface_config._MODELS, kind, _Toy)
+  found, loaded = huggingface.load(tmp_path)
+  assert found == config
+  _assert_same(loaded, params)
+  message = r"have shape='round' \(toy\) or .*, got shape='flat': change"
+  with pytest.raises(ValueError, match=message):
+    huggingface.save(tmp_path / 'b', _Toy(6, shape='flat'), params)

@@ -228,7 +228,8 @@ def test_a_field_of_other_programs_is_ignored(name):
 
 
 def test_a_copy_does_not_inherit_what_holds_for_the_source():
-  found = huggingface_config.for_others(_LLAMA | _OF_OTHERS, 'llama')
+  llama = huggingface_config.ARCHITECTURES['llama']
+  found = huggingface_config.for_others(_LLAMA | _OF_OTHERS, llama)
   assert {'eos_token_id', 'temperature', 'tokenizer_class'} <= set(found)
   assert found.keys().isdisjoint(
     {'auto_map', '_commit_hash', '_flash_attn_2_enabled', 'hidden_size'}

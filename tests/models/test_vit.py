@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import galore_adamw
+from galore_optax import galore, galore_adamw
 from galore_optax.layerwise.step import layerwise
+from galore_optax.projection import Projection
 from models import lowrank
 from models.lowrank import Lora
 from models.vit import VitConfig
@@ -263,6 +264,17 @@ def test_dropout_is_applied_only_with_noise():
   assert_close(_logits(config)(params, row), found[2:3], _ROUNDINGS)
 
 
+def test_layers_draw_differently():
+  """Each layer must return new noise, or all layers would drop the same."""
+  config = _config(dropout=0.5)
+  x = {'h': np.ones((1, 9, 12), np.float32), 'noise': np.uint32([[3, 4]])}
+  params = jax.tree.map(operator.itemgetter(0), _params(config)['blocks'])
+  found = jax.jit(config.layers().block)(params, x)
+  again = jax.jit(config.layers().block)(params, found)
+  noises = {tuple(np.ravel(y['noise'])) for y in (x, found, again)}
+  assert len(noises) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('dropout', [0.0, 0.3])
 def test_layer_wise_is_whole_tree(dropout):
@@ -293,6 +305,16 @@ def test_lora_computes_with_its_factors():
   merged = lowrank.merge(with_factors, adapter)
   assert_close(found, _logits(config)(merged, batch), 2 * _ROUNDINGS)
   assert np.abs(found - _logits(config)(params, batch)).max() > 1e-3
+
+
+def test_which_weights_have_a_low_rank_state():
+  config = _config(pool='cls')
+  shapes = jax.eval_shape(config.layers().init, jax.random.key(0))
+  plans = galore(optax.sgd(1.0), rank=2).plan(shapes)
+  projected = {plan.path for plan in plans if isinstance(plan, Projection)}
+  blocks = {f'attention/{name}' for name in 'qkvo'} | {'mlp/up', 'mlp/down'}
+  expected = {f'blocks/{name}/kernel' for name in blocks}
+  assert projected == expected | {'embed/patch_embedding/kernel'}
 
 
 @pytest.mark.slow
