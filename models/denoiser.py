@@ -22,7 +22,7 @@ from models import attention as attention_lib
 from models import diffusion as diffusion_lib
 from models import noise as noise_lib
 from models.diffusion import Diffusion, Sampler
-from models.llama import apply
+from models.modules import apply, weighted
 from models.model import (
   Batch,
   Dtype,
@@ -270,20 +270,24 @@ def _uniform(keys_B: jax.Array, number: int) -> jax.Array:
   return jax.vmap(draw_one)(keys_B)
 
 
+def cost(output: jax.Array, drawn: Drawn) -> jax.Array:
+  """Returns the cost [B] of each row from the output of the network.
+
+  It is the mean squared error over the pixels and channels of the row, times
+  the weight of its time.
+  """
+  error = output.astype(jnp.float32) - drawn.target
+  return drawn.weights * jnp.mean(error * error, axis=(1, 2, 3))
+
+
 def score(
   output: jax.Array, drawn: Drawn, weights_B: jax.Array
 ) -> tuple[jax.Array, Sums]:
   """Returns the loss and its sums from the output of the network.
 
-  The cost of a row is the mean squared error over its pixels and channels,
-  times the weight of its time. The loss is sum(weights * cost) / weights.size.
-  The sums are {'cost': the weighted sum, 'weight': the sum of the weights}.
+  `cost` is the cost of a row. `models.modules.weighted` defines the sums.
   """
-  error = output.astype(jnp.float32) - drawn.target
-  cost_B = drawn.weights * jnp.mean(error * error, axis=(1, 2, 3))
-  total = jnp.sum(weights_B * cost_B)
-  sums = {'cost': total, 'weight': jnp.sum(weights_B)}
-  return total / weights_B.size, sums
+  return weighted(cost(output, drawn), weights_B)
 
 
 def embed_times(

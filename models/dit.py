@@ -24,7 +24,7 @@ import numpy as np
 
 from models import attention, denoiser
 from models.denoiser import DenoiserConfig, LabelTable
-from models.llama import Linear, apply
+from models.modules import Linear, apply
 from models.model import (
   Activations,
   Batch,

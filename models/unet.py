@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from models import attention, denoiser
 from models.denoiser import DenoiserConfig, LabelTable
-from models.encoder import drop
+from models.modules import drop
 from models.model import Batch, Intercept, Read, Sums
 
 _FIRST_SITE = 3

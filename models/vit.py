@@ -39,6 +39,7 @@ from models.model import (
   Dtype,
   Intercept,
   ModelConfig,
+  Params,
   PyTree,
   Read,
   Sums,
@@ -385,15 +386,21 @@ class Vit(nn.Module):
     """Returns the output of the last layer."""
     return run_layers(self.blocks, self.enter(batch), self.config.num_layers)
 
+  def features(self, batch: Batch) -> jax.Array:
+    """Returns the inputs of the head [B, D] in float32."""
+    return self.pooled(self.last(batch)).astype(jnp.float32)
+
   def classify(self, x: Activations) -> jax.Array:
     """Returns the logits [B, C] in float32 from the last layer's output x."""
+    return self.head(self.pooled(x)).astype(jnp.float32)
+
+  def pooled(self, x: Activations) -> jax.Array:
+    """Returns one vector for each image [B, D]."""
     if self.config.pool == 'cls':
-      pooled_BD = self.norm(x['h'][:, 0])
-    else:
-      h_BTD = self.norm(x['h'])
-      pooled_BD = jnp.mean(h_BTD, axis=1, dtype=jnp.float32)
-      pooled_BD = pooled_BD.astype(h_BTD.dtype)
-    return self.head(pooled_BD).astype(jnp.float32)
+      return self.norm(x['h'][:, 0])
+    h_BTD = self.norm(x['h'])
+    pooled_BD = jnp.mean(h_BTD, axis=1, dtype=jnp.float32)
+    return pooled_BD.astype(h_BTD.dtype)
 
   def score(self, x: Activations, batch: Batch) -> tuple[jax.Array, Sums]:
     """Returns the loss and its sums from the output x of the last layer.
@@ -424,6 +431,10 @@ class Layers(ModuleLayers[VitConfig]):
   def layer(self) -> TransformerLayer:
     """Returns the module of one layer."""
     return TransformerLayer(self.config)
+
+  def features(self, params: Params, batch: Batch) -> jax.Array:
+    """Returns the inputs of the head [B, D] in float32; reads only images."""
+    return self._apply(params, batch, method='features')
 
   def example(self) -> Batch:
     """Returns a batch with one black image."""

@@ -17,6 +17,8 @@ from galore_optax.checks import is_integer
 from galore_optax.clipping import check_norm, clip_by_global_norm
 from galore_optax.layerwise.weights import ARRAYS, ROUNDED, Weights, quantized
 from models import huggingface
+from models.dit import DitConfig
+from models.unet import UnetConfig
 from models.encoder import EncoderConfig
 from models.llama import LlamaConfig
 from models.lowrank import Factored, Lora, Relora
@@ -108,7 +110,15 @@ class Classifier(FromCheckpoint):
 READERS = (Imported, Classifier)
 """The classes for models that are read from a checkpoint."""
 
-MODELS = (LlamaConfig, EncoderConfig, VitConfig, Imported, Classifier)
+MODELS = (
+  LlamaConfig,
+  EncoderConfig,
+  VitConfig,
+  UnetConfig,
+  DitConfig,
+  Imported,
+  Classifier,
+)
 CORPORA = (
   Chitchat,
   TextFiles,

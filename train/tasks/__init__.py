@@ -5,6 +5,7 @@ A task is a subclass of `train.engine.task.Task`. A model names its task; see
 """
 
 TASKS = {
+  'diffusion': 'train.tasks.diffusion:Diffusion',
   'language': 'train.tasks.language:LanguageModel',
   'image_classification': (
     'train.tasks.image_classification:ImageClassification'

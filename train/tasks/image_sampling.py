@@ -1,0 +1,163 @@
+"""Draws images: `python -m train.sample RUN --num-images 64`.
+
+`train.sample` calls `main` for a diffusion model. `--classifier RUN` measures
+the squared Frechet distance between drawn and held-out images, in the features
+of a vision transformer that `train.pretrain` has trained.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from models import denoiser, diffusion, frechet
+from models.diffusion import Sampler
+from train.data.images import pixels
+from train.data.images.batches import validation_batches
+from train.engine import checkpoint, machine
+from train.engine.command import check_least, user_errors
+from train.engine.run import Run
+from train.engine.task import PyTree, task_of
+from train.tasks.diffusion import COLUMNS, Diffusion
+from train.tasks.image_classification import ImageClassification
+
+_AT_ONCE = 250
+"""Number of images that are drawn at the same time, for the distance."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Draws images from a diffusion model, and writes them as a PNG grid."""
+
+  path: tyro.conf.Positional[pathlib.Path]
+  """Directory of a run."""
+  best: bool = False
+  """Read the checkpoint with the best validation instead of the newest one."""
+  output: pathlib.Path | None = None
+  """File to write; None is RUN/drawn.png."""
+  num_images: int = 64
+  """Number of images in the grid."""
+  label: int | None = None
+  """Class of all images; None draws the classes in turns."""
+  seed: int = 0
+  """Seed of the noise."""
+  sampler: Annotated[Sampler, tyro.conf.arg(name='')] = dataclasses.field(
+    default_factory=lambda: Sampler()
+  )
+  """How images are drawn."""
+  classifier: pathlib.Path | None = None
+  """Run of a vision transformer, in whose features the squared Frechet distance
+  to held-out images is measured."""
+  num_measured: int = 5000
+  """Largest number of images, drawn and held out, for the distance."""
+
+
+def main(argv: Sequence[str]) -> None:
+  """Draws images."""
+  options = tyro.cli(Options, args=argv, prog='python -m train.sample')
+  machine.prepare()
+  with user_errors():
+    check_least(
+      1, num_images=options.num_images, num_measured=options.num_measured
+    )
+    run = Run(options.path)
+    task = Diffusion(run.config())
+    draw = drawing(task, options)
+    features = None
+    if options.classifier is not None:
+      features = features_of(Run(options.classifier), task)
+    params = checkpoint.restore_params(
+      run.checkpoints_path, task, best=options.best
+    )
+  key = jax.random.key(options.seed)
+  output = options.output or options.path / 'drawn.png'
+  images = draw(params, key, options.num_images)
+  pixels.write_png(str(output), pixels.grid(images, COLUMNS))
+  print(f'written: {output}')
+  if features is not None:
+    held_out = np.concatenate([*real(task, options.num_measured)])
+    drawn = draw(params, jax.random.fold_in(key, 1), len(held_out))
+    moments = [frechet.moments(features(x)) for x in (drawn, held_out)]
+    print(
+      f'squared Frechet distance: {frechet.distance(*moments):.4f} '
+      f'({len(held_out):,} drawn and held-out images)'
+    )
+
+
+def drawing(
+  task: Diffusion, options: Options
+) -> Callable[[PyTree, jax.Array, int], np.ndarray]:
+  """Returns `(parameters, key, n) -> images [n, H, W, C]`, uint8.
+
+  Raises:
+    ValueError: the sampler, or the label, does not fit the model.
+  """
+  num_classes = task.model.num_classes
+  label = options.label
+  if label is not None and not 0 <= label < (num_classes or 0):
+    expected = 'absent' if num_classes is None else f'in 0..{num_classes - 1}'
+    raise ValueError(f'--label must be {expected} for this model, got {label}')
+  size = min(_AT_ONCE, max(options.num_images, options.num_measured))
+  if options.classifier is None:
+    size = min(size, options.num_images)
+  sample = denoiser.make_sampler(task.evaluated_layers, options.sampler, size)
+
+  def draw(params: PyTree, key: jax.Array, number: int) -> np.ndarray:
+    found = []
+    for part in range(-(-number // size)):
+      labels_B: Any = None
+      if num_classes is not None:
+        labels_B = (np.arange(size) + part * size) % num_classes
+        labels_B = labels_B if label is None else np.full(size, label)
+      images = sample(params, jax.random.fold_in(key, part), labels_B)
+      found.append(np.asarray(diffusion.to_pixels(images)))
+    return np.concatenate(found)[:number]
+
+  return draw
+
+
+def real(task: Diffusion, number: int) -> Iterator[np.ndarray]:
+  """Yields at most `number` held-out images, in parts."""
+  held_out = task.corpus.open('validation')
+  for batch in validation_batches(held_out, batch_size=_AT_ONCE):
+    images = batch['inputs'][batch['weights'] > 0][:number]
+    number -= len(images)
+    yield images
+    if not number:
+      return
+
+
+def features_of(
+  run: Run, task: Diffusion
+) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns the features [n, D] of images, from a trained classifier.
+
+  Raises:
+    ValueError: the run is not a classifier of such images.
+  """
+  classifier = task_of(run.config())
+  if not isinstance(classifier, ImageClassification):
+    raise ValueError(
+      f'--classifier must be the run of an image classifier, got {run.directory}'
+    )
+  expected = task.model.image_shape
+  if classifier.model.image_shape != expected:
+    raise ValueError(
+      f'--classifier must read images of {expected}, got '
+      f'{classifier.model.image_shape} in {run.directory}'
+    )
+  params = checkpoint.restore_params(
+    run.checkpoints_path, classifier, best=True
+  )
+  found = jax.jit(classifier.stored_layers.features)
+
+  def features(images: np.ndarray) -> np.ndarray:
+    starts = range(0, len(images), _AT_ONCE)
+    parts = [images[start : start + _AT_ONCE] for start in starts]
+    return np.concatenate([found(params, {'inputs': x}) for x in parts])
+
+  return features
