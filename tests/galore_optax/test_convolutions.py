@@ -522,6 +522,17 @@ def test_a_state_of_the_other_form_is_refused():
     tx.update(params, state, params)
 
 
+def test_both_forms_of_one_shape_may_be_in_one_tree():
+  params = {name: conv(normal(KERNEL)) for name in ('matrices', 'shared')}
+  axes = {'matrices/.*': (2, 3), 'shared/.*': SharedBasis()}
+  tx = galore(optax.adam(0.1), rank=3, side='both', axes=axes)
+  state = jax.eval_shape(tx.init, params)
+  found = [x.shape for x in jax.tree.leaves(state.basis)]
+  assert found == [(3, 2, 3, 7), (3, 2, 3, 5), (3, 7), (3, 5)]
+  _, after = jax.eval_shape(tx.update, params, state, params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
 @pytest.mark.parametrize(
   ('make', 'message'),
   [
