@@ -36,7 +36,7 @@ class SharedBasis:
   """A value of `galore(axes=...)`: several matrices of a weight share a basis.
 
   Without axes it applies only to the convolutions that the regex matches. The
-  taps of a kernel share the basis of the input channels and that of the output
+  taps of a kernel share a basis for the input channels and one for the output
   channels. The table in `galore_optax.names` states which axes are taps.
 
   With `side='both'` this is the Tucker-2 decomposition: the projected gradient
@@ -58,9 +58,9 @@ class SharedBasis:
   elements, and the inner's state for kh kw a b elements.
 
   Example:
-    >>> import galore_optax, optax
-    >>> tucker = {'.*': SharedBasis(side='both')}
-    >>> tx = galore_optax.galore(optax.adam(0.1), rank=4, axes=tucker)
+    >>> import galore_optax as go, optax
+    >>> tucker = {'.*': go.SharedBasis(side='both')}
+    >>> tx = go.galore(optax.adam(0.1), rank=4, axes=tucker)
     >>> state = tx.init({'conv': {'kernel': jnp.ones((3, 3, 8, 16))}})
     >>> [x.shape for x in jax.tree.leaves(state.basis)]
     [(4, 8), (4, 16)]
