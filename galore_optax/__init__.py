@@ -39,6 +39,7 @@ from galore_optax.quantized.rounding import (
   apply_updates_stochastic as apply_updates_stochastic,
 )
 from galore_optax.quantized.state import quantize_state as quantize_state
+from galore_optax.projection import SharedBasis as SharedBasis
 from galore_optax.residual import Scaled as Scaled, Sgd as Sgd, Sign as Sign
 from galore_optax.sharding import state_shardings as state_shardings
 from galore_optax.subspace.finders import Coordinates as Coordinates

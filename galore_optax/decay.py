@@ -73,7 +73,7 @@ def run_inner(
     does not decay), or None without params; and its new state.
 
   Example:
-    >>> plans, w = [Projection('', (3, 5), ((0,), (1,)), 2, (-2,))], jnp.ones
+    >>> plans, w = [Projection('', (3, 5), ((0,), (1,)), (2,), (-2,))], jnp.ones
     >>> inner = optax.adamw(0.5, weight_decay=0.25)
     >>> inner = optax.with_extra_args_support(inner)
     >>> low = w((2, 5))

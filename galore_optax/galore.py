@@ -88,9 +88,10 @@ class GaloreState(NamedTuple):
   """[], int32: number of updates so far."""
   basis: Any
   """A tree like the parameters: the stored value of each basis. By default
-  these are orthonormal rows [..., r, m] in the weight's dtype. Other kinds of
-  `BasisStore` store indices, a seed, or quantized rows. It is a pair of values
-  if both sides are projected, and MaskedNode if the leaf is not projected."""
+  these are orthonormal rows [..., r, m] in the weight's dtype, without the axes
+  that share a basis. Other kinds of `BasisStore` store indices, a seed, or
+  quantized rows. It is a pair of values if both sides are projected, and
+  MaskedNode if the leaf is not projected."""
   inner: Any
   """State of the inner optimizer, for the low-rank shapes [..., r, n]."""
   skipped: jax.Array
@@ -169,16 +170,19 @@ def galore(
     targets: regexes that match whole paths ('blocks/attention/q/kernel'), or
       a predicate `(path, leaf) -> bool`. Default: leaves whose input and output
       sizes are both larger than the rank (for a share: larger than 1), except
-      embeddings, heads, norms, scales and biases, by the table in
-      `galore_optax.names`. A selection without any leaf is an error, unless it
-      is a `galore_optax.Optional`.
+      embeddings, heads, norms, scales, biases and depthwise convolutions, by
+      the table in `galore_optax.names`. A selection without any leaf is an
+      error, unless it is a `galore_optax.Optional`.
     axes: input and output axes by a regex on the path, for kernels that are
       not [..., in, out]: `{'.*/proj/kernel': (0, (1, 2))}` for [d, heads,
       head_dim]. The other axes are batch: each index has a basis of its own.
-      Default: the last two axes. For attention kernels with a heads axis, for
-      convolutions and for layers on axis 1, `galore_optax.names` states the
-      axes, by the names that libraries for JAX use. `describe` prints the
-      result.
+      A `galore_optax.SharedBasis` names batch axes that share their bases, such
+      as the taps of a convolution: `{'.*': SharedBasis(side='both')}` is the
+      Tucker-2 decomposition of all convolutions. Default: the last two axes.
+      For attention kernels with a heads axis, for convolutions and for layers
+      on axis 1, `galore_optax.names` states the axes, by the names that
+      libraries for JAX use. A convolution [kh, kw, in, out] is one matrix [kh
+      kw in, out]. `describe` prints the result.
 
   Returns:
     The transformation, a `Galore`. Without `inner`, a `Stage`: `optax.chain`
@@ -610,16 +614,16 @@ def _rotate(
     p: plan of the leaf.
     new: basis of each side after the refresh.
     old: basis of each side before the refresh.
-    changed: [..., 1, 1], bool: which matrices replace an earlier basis.
+    changed: [..., 1, 1], bool: which bases replace an earlier one.
     low: a low-rank array [..., r, n].
     power: exponent of the entries of C: 1 for first moments, 2 for second.
   """
-  eye_rr = jnp.broadcast_to(jnp.eye(p.rank), (*p.batch, p.rank, p.rank))
+  eyes = {r: jnp.broadcast_to(jnp.eye(r), (*p.bases, r, r)) for r in {*p.ranks}}
   # By default a GPU would round the factors to 11 bits, and moments with them.
   with jax.default_matmul_precision('highest'):
     rotations = [
-      jnp.where(changed, projection.overlap(a, b), eye_rr) ** power
-      for a, b in zip(new, old, strict=True)
+      jnp.where(changed, projection.overlap(a, b), eyes[r]) ** power
+      for a, b, r in zip(new, old, p.ranks, strict=True)
     ]
     return p.project_sides(low, rotations)
 

@@ -3,14 +3,35 @@
 `of` returns whether a leaf is an embedding, an output head, a norm or a bias, a
 convolution, an attention kernel or another matrix, and which of its axes are
 inputs and outputs of one matrix. `ROWS` contains the names in libraries for
-JAX, and `STACKS` their names of stacked layers. The names are those of these
-versions or commits:
+JAX, and `STACKS` their names of stacked layers.
+
+The kernel of a convolution is one matrix. Its inputs are the taps and the input
+channels, and its outputs are the output channels: [kh, kw, in, out] is the
+matrix [kh kw in, out]. Names decide, because experts [L, E, in, out] have the
+same shape:
+
+  [k, in, out], [kh, kw, in, out] and [kd, kh, kw, in, out] are kernels of one,
+  two and three dimensions: all axes before the channels are taps.
+  A module such as conv1d or Conv2D states the number of tap axes. Axes before
+  them are batch.
+  Inside a stack such as `blocks` or `layers`, without the index of a layer, the
+  first axis of [L, kh, kw, in, out] is batch. Four axes are a kernel of two
+  dimensions if the first two are equal, and a stack [L, k, in, out] otherwise.
+  A grouped convolution stores [kh, kw, in / groups, out], which is one matrix.
+  A depthwise convolution has one input channel for each output. It stays whole,
+  and so does the first convolution of gray images, which has the same shape. A
+  patch embedding with one input channel is a matrix, because it is never
+  depthwise.
+
+The names are those of these versions or commits:
 
   flax 0.12.8 (linen, nnx, examples lm1b, wmt, imagenet, gemma at 18f8f31)
   Tunix 0.1.7, dm-haiku 0.0.17, Equinox 0.13.8, haliax 1.3
   transformers 4.57.6 (the models in Flax)
   MaxText e591f30, EasyDeL 0.3.0 (090a03b), T5X cc342d4
   big_vision 0127fb6, Levanter 1.2 (9263f81)
+  diffusers 044d75a (the models in Flax), Scenic 4a38d47, Bonsai 3628425
+  jax-diffusion-transformer 821a7d6
 
 For a model with other names pass `axes` and `targets` to `galore`.
 """
@@ -21,7 +42,13 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 Kind: TypeAlias = Literal[
-  'vector', 'head', 'convolution', 'embedding', 'attention', 'matrix'
+  'vector',
+  'head',
+  'convolution',
+  'depthwise',
+  'embedding',
+  'attention',
+  'matrix',
 ]
 """The kind of a leaf. A stack has the kind of its elements."""
 
@@ -38,6 +65,8 @@ class Leaf(NamedTuple):
   axes: tuple[tuple[int, ...], tuple[int, ...]]
   """Input axes and output axes of the leaf as a matrix, non-negative. All other
   axes are batch. Both are empty for a leaf with fewer than two axes."""
+  taps: tuple[int, ...] = ()
+  """The input axes that are taps of a convolution, not channels."""
 
 
 class Row(NamedTuple):
@@ -52,12 +81,14 @@ class Row(NamedTuple):
   source: str
   """The projects that use the names."""
   layout: str = ''
-  """The last axes of a leaf: 'i' input, 'o' output, 'b' batch, '*' one or more
-  input axes. Axes before them are batch. The row applies to leaves with at
-  least as many axes. Without a layout it applies to all leaves, and the last
-  two axes are input and output."""
+  """The last axes of a leaf: 'i' input, 'o' output, 'b' batch, 't' tap of a
+  convolution, '*' one or more taps. Taps are inputs too. Axes before them are
+  batch. The row applies to leaves with at least as many axes. Without a layout
+  it applies to all leaves, and the last two axes are input and output."""
   fits: Callable[[Shape], bool] | None = None
   """Whether the row applies to a shape, if the same names occur with others."""
+  never_depthwise: bool = False
+  """Whether these convolutions are not depthwise if they have one input."""
 
 
 class Stack(NamedTuple):
@@ -103,6 +134,29 @@ def _heads_are_short(shape: Shape) -> bool:
   return 2 * shape[-2] <= shape[-1]
 
 
+def _taps_differ(shape: Shape) -> bool:
+  """Whether the first axes of [L, k, in, out] are not a square of taps."""
+  return shape[-4] != shape[-3]
+
+
+def _last_taps_differ(shape: Shape) -> bool:
+  """Whether the axes of [L, out, in, k] are not [out, in, k, k]."""
+  return shape[-2] != shape[-1]
+
+
+def _convolution(
+  names: str,
+  source: str,
+  *,
+  layout: str,
+  fits: Callable[[Shape], bool] | None = None,
+  never_depthwise: bool = False,
+) -> Row:
+  """Returns the row of a kernel of a convolution."""
+  label = 'convolution'
+  return Row(label, label, names, source, layout, fits, never_depthwise)
+
+
 def _attention(
   names: str,
   source: str,
@@ -123,12 +177,21 @@ _IN_STACKED = r'.*/(stacked|blocks/\d+)/(.*/)?'
 """Matches the parents of a leaf inside haliax's `Stacked` or `BlockSeq`."""
 _ROOT = r'(/(params|model|module|network|net|transformer|decoder|lm|llm))*'
 """Matches the parents of a leaf that is not inside a layer."""
+_LIST = r'([/._](layers/)?\d+)*'
+"""Matches the indices of an element of a list of modules."""
+_PATCHES = rf'.*/[^/]*patch_?embed[^/]*(/proj(ection)?)?{_LIST}'
+"""Matches the module of a patch embedding."""
 _CONVOLUTION = (
   r'.*/([^/]*(?<![a-z])[a-z]*conv(s|olutions?|transpose|d)?(?![a-z])[^/]*'
-  r'|[^/]*patch_?embed[^/]*(/proj(ection)?)?|stem(_\d+)?|downsample(_\d+)?)'
-  r'(/(layers/)?\d+)?'
+  rf'|stem|downsample(rs?)?(_layers)?){_LIST}'
 )
 """Matches the module of a convolution, or an element of a list of them."""
+_STATES_TAPS = r'.*/[^/]*(?<![a-z])[a-z]*conv_?{}_?d(?![a-z])[^/]*'
+"""Matches the module of a convolution that states its number of tap axes."""
+_IN_STACK = r'(?=.*/(blocks|layers|stack|scan[^/]*)/(?!\d|stacked/))'
+"""Matches before a path inside a stack of layers, without an index."""
+_LAST, _FIRST = '/(kernel|w)', '/weight'
+"""Match the array of a convolution: channels last, or channels first."""
 
 # The first row that applies to a leaf decides.
 ROWS = (
@@ -166,27 +229,74 @@ ROWS = (
     _ROOT + r'/(output(_layer)?|proj_out)(/(kernel|w|weight))?',
     'EasyDeL: proj_out of Whisper; LLaMA: output',
   ),
-  Row(
-    'convolution',
-    'convolution',
-    _CONVOLUTION + '/(kernel|w)',
-    'flax: Conv_0, conv_init; dm-haiku: conv2_d; big_vision: stem, conv_root;'
-    ' transformers: patch_embeddings/projection, conv1; EasyDeL: conv1',
+  _convolution(
+    _PATCHES + _LAST,
+    'transformers: patch_embeddings/projection; Scenic: patch_embed.proj',
+    layout='*io',
+    never_depthwise=True,
+  ),
+  _convolution(
+    _PATCHES + _FIRST,
+    'Equinox, PyTorch',
+    layout='oi*',
+    never_depthwise=True,
+  ),
+  _convolution(
+    rf'.*/[^/]*embed[^/]*(/proj(ection)?|{_LIST})/kernel',
+    'big_vision: vit.py; Tunix: SigLIP; MaxText: Gemma 3; Scenic: ViT, ViViT;'
+    ' Bonsai: pos_embeddings/projection, embedding_layer/layers/0',
+    layout='**io',
+    never_depthwise=True,
+  ),
+  _convolution(
+    r'.*/[^/]*conv\d_d_transpose[^/]*/w',
+    'dm-haiku: conv2_d_transpose',
+    layout='*oi',
+  ),
+  # The name states the number of taps.
+  *(
+    _convolution(
+      _STATES_TAPS.format(num) + array,
+      'flax: conv1d; dm-haiku: conv1_d, conv2_d, conv3_d; Equinox: conv1d',
+      layout=layout.format('t' * num),
+    )
+    for num in (1, 2, 3)
+    for array, layout in ((_LAST, '{}io'), (_FIRST, 'oi{}'))
+  ),
+  # A stack of kernels with one tap axis has as many axes as a kernel with two.
+  _convolution(
+    _IN_STACK + _CONVOLUTION + _LAST, 'flax nn.scan, nnx.vmap', layout='b*tio'
+  ),
+  _convolution(
+    _IN_STACK + _CONVOLUTION + _LAST,
+    'flax nn.scan, nnx.vmap',
+    layout='btio',
+    fits=_taps_differ,
+  ),
+  _convolution(
+    _IN_STACK + _CONVOLUTION + _FIRST,
+    'Equinox: eqx.filter_vmap',
+    layout='boi*t',
+  ),
+  _convolution(
+    _IN_STACK + _CONVOLUTION + _FIRST,
+    'Equinox: eqx.filter_vmap',
+    layout='boit',
+    fits=_last_taps_differ,
+  ),
+  _convolution(
+    _CONVOLUTION + _LAST,
+    'flax: Conv_0, conv_init; dm-haiku: initial_conv; big_vision: stem,'
+    ' conv_root; transformers: convolution, conv1; EasyDeL: conv1; diffusers:'
+    ' conv_in, conv_shortcut; Scenic: downsample_layers.1.1; Bonsai: dwconv,'
+    ' downsample_layers/1, downsamplers',
     layout='*io',
   ),
-  Row(
-    'convolution',
-    'convolution',
-    '.*/embedding/kernel',
-    'big_vision: vit.py; Tunix: SigLIP; MaxText: Gemma 3',
+  _convolution(_CONVOLUTION + _FIRST, 'Equinox, haliax, PyTorch', layout='oi*'),
+  _convolution(
+    r'.*/attentions_\d+/proj_(in|out)/kernel',
+    'diffusers: FlaxTransformer2DModel',
     layout='**io',
-  ),
-  Row(
-    'convolution',
-    'convolution',
-    _CONVOLUTION + '/weight',
-    'Equinox, haliax, PyTorch',
-    layout='oi*',
   ),
   Row(
     'embedding',
@@ -290,6 +400,9 @@ ROWS = (
   ),
 )
 
+DEPTHWISE = 'depthwise convolution: one input channel'
+"""The label of a convolution with one input channel."""
+
 _OTHER = Row('matrix', 'matrix', '.*', 'any other name')
 
 _SCANNED = (
@@ -329,8 +442,12 @@ def of(path: str, shape: tuple[int, ...]) -> Leaf:
   ((0, 1, 2), (3,))
   >>> of('conv/weight', (128, 64, 3, 3)).axes
   ((1, 2, 3), (0,))
+  >>> of('blocks/conv/kernel', (12, 3, 3, 64, 128)).axes
+  ((1, 2, 3), (4,))
+  >>> of('dwconv/kernel', (7, 7, 1, 96)).kind
+  'depthwise'
   >>> of('experts/up', (4, 8, 64, 128))
-  Leaf(kind='matrix', label='matrix', axes=((2,), (3,)))
+  Leaf(kind='matrix', label='matrix', axes=((2,), (3,)), taps=())
   """
   name = _snake(path)
   stack = _stack_axis(name, shape)
@@ -342,7 +459,14 @@ def of(path: str, shape: tuple[int, ...]) -> Leaf:
   if len(rest) < 2:
     # A stack of vectors has two axes: an option may select it as a matrix.
     free = list(range(len(shape)))
-  return Leaf(row.kind, row.label, _axes(row.layout, free))
+  axes = _axes(row.layout, free)
+  if row.kind != 'convolution':
+    return Leaf(row.kind, row.label, axes)
+  taps = _axes_of('t*', row.layout, free)
+  channels = [shape[axis] for axis in axes[0] if axis not in taps]
+  if channels == [1] and not row.never_depthwise:
+    return Leaf('depthwise', DEPTHWISE, axes, taps)
+  return Leaf(row.kind, row.label, axes, taps)
 
 
 def is_vector(path: str) -> bool:
@@ -425,14 +549,20 @@ def _axes(
   >>> _axes('iio', (0, 2, 3))
   ((0, 2), (3,))
   """
-  num = len(free)
-  if num < 2:
+  if len(free) < 2:
     return (), ()
   layout = layout or 'io'
-  letters = layout.replace('*', 'i' * (num - len(layout) + 1), 1)
-  letters = letters.replace('*', 'i').rjust(num, 'b')
-  i, o = (
-    tuple(axis for axis, x in zip(free, letters, strict=True) if x == letter)
-    for letter in 'io'
-  )
-  return i, o
+  return _axes_of('it*', layout, free), _axes_of('o', layout, free)
+
+
+def _axes_of(letters: str, layout: str, free: Sequence[int]) -> tuple[int, ...]:
+  """Returns the axes among `free` that have some letters in a layout.
+
+  >>> _axes_of('t*', '*io', (1, 2, 3, 4))
+  (1, 2)
+  """
+  num = len(free)
+  # The first '*' stands for all additional taps.
+  layout = layout.replace('*', 't' * (num - len(layout) + 1), 1)
+  found = zip(free, layout.rjust(num, 'b'), strict=True)
+  return tuple(axis for axis, letter in found if letter in letters)

@@ -6,6 +6,7 @@ The table in `names` gives kind and axes of a leaf.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias, get_args
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_optax import checks, names, paths, projection
-from galore_optax.projection import Projection, Whole
+from galore_optax.projection import Projection, SharedBasis, Whole, are_axes
 
 Plan: TypeAlias = Projection | Whole
 
@@ -75,6 +76,8 @@ class Planner:
     axes = list(self.axes or {})
     paths.matched(axes, tree, option='axes', optional=optional)
     plans = list(map(self._candidate, paths.paths(tree), leaves))
+    if plans and not (optional or paths.is_part(tree)):
+      self._check_shared(plans)
     if paths.required(self.targets) is None:
       final = list(map(self._if_default, plans))
       is_empty = not any(isinstance(p, Projection) for p in final)
@@ -102,41 +105,69 @@ class Planner:
       is_named = found.kind != 'matrix'
       other = 'vector' if shape else 'scalar'
       return Whole(path, shape, found.label if is_named else other)
-    axes = self._given_axes(path, shape)
-    reason = found.label if axes is None else f'{found.kind}, by axes'
-    leaf = Projection(path, shape, axes or found.axes, 1, (), reason)
-    sides = projection.projected_sides(self.side, *leaf.matrix_shape[-2:])
+    axes, shared, side = found.axes, (), self.side
+    reason = found.label
+    given = self._given(path, shape)
+    if given is not None:
+      axes, shared = _named_axes(given, path, shape)
+      reason = f'{found.kind}, by axes'
+    if isinstance(given, SharedBasis):
+      side = given.side or side
+      num = math.prod(shape[axis] for axis in shared)
+      reason = f'{reason}: a basis for {num} matrices'
+    leaf = Projection(path, shape, axes, (), (), reason, shared=shared)
+    sides = projection.projected_sides(side, *leaf.matrix_shape[-2:])
     leaf = dataclasses.replace(leaf, sides=sides)
-    rank = self.rank
-    if isinstance(rank, float):
-      longest = max(leaf.matrix_shape[side] for side in sides)
-      rank = min(max(1, int(rank * longest + 0.5)), self._largest_rank(leaf))
-    return dataclasses.replace(leaf, rank=rank)
+    return dataclasses.replace(leaf, ranks=self._ranks(leaf))
 
-  def _largest_rank(self, leaf: Projection) -> int:
-    """Returns min(i, o); for coordinates, the length of the projected side."""
-    sides = leaf.sides if self.by_coordinates else (-2, -1)
-    return min(leaf.matrix_shape[side] for side in sides)
+  def _ranks(self, leaf: Projection) -> tuple[int, ...]:
+    """Returns the number of basis vectors of each projected side."""
+    if not isinstance(self.rank, float):
+      return (self.rank,) * len(leaf.sides)
+    sizes = [leaf.matrix_shape[side] for side in leaf.sides]
+    if not leaf.shared:
+      # Both bases of a matrix come from one decomposition of it, so they have
+      # the same rank. Bases that are shared come from two unfoldings.
+      sizes = [max(sizes)] * len(sizes)
+    return tuple(
+      min(max(1, int(self.rank * size + 0.5)), largest)
+      for size, largest in zip(sizes, self._largest_ranks(leaf), strict=True)
+    )
 
-  def _given_axes(
-    self, path: str, shape: tuple[int, ...]
-  ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Returns the axes that the option `axes` names, non-negative, or None."""
-    ndim = len(shape)
+  def _largest_ranks(self, leaf: Projection) -> list[int]:
+    """Returns the largest rank of each projected side.
+
+    It is min(i, o) for a matrix, and min(m, K n) for K matrices that share a
+    basis. For coordinates it is the length of the projected side.
+    """
+    shape = leaf.matrix_shape
+    num = leaf.num_matrices // leaf.num_bases
+    largest = [
+      shape[side]
+      if self.by_coordinates
+      else min(shape[side], num * shape[-3 - side])
+      for side in leaf.sides
+    ]
+    return largest if leaf.shared else [min(largest)] * len(largest)
+
+  def _given(self, path: str, shape: tuple[int, ...]) -> projection.Axes | None:
+    """Returns the first value of the option `axes` for a leaf, or None."""
     for pattern, axes in (self.axes or {}).items():
-      if not re.fullmatch(pattern, path):
-        continue
-      i, o = _as_tuple(axes[0]), axes[1]
-      others = set(range(ndim)).difference(axis % ndim for axis in i)
-      o = tuple(sorted(others)) if o is ... else _as_tuple(o)
-      used = {axis % ndim for axis in i + o if -ndim <= axis < ndim}
-      if len(used) != len(i + o):
-        raise ValueError(
-          f'axes must be distinct and in {-ndim}..{ndim - 1} for {path} of'
-          f' shape {shape}, got {axes!r}'
-        )
-      return tuple(x % ndim for x in i), tuple(x % ndim for x in o)
+      if re.fullmatch(pattern, path) and _applies(axes, path, shape):
+        return axes
     return None
+
+  def _check_shared(self, plans: list[Plan]) -> None:
+    """Raises ValueError if a `SharedBasis()` applies to no convolution."""
+    for pattern, axes in (self.axes or {}).items():
+      of_pattern = [p for p in plans if re.fullmatch(pattern, p.path)]
+      if not any(_applies(axes, p.path, p.shape) for p in of_pattern):
+        shapes = ', '.join(f'{p.path} {p.shape}' for p in of_pattern)
+        raise ValueError(
+          f'axes {pattern!r}: SharedBasis() is for convolutions, and the table'
+          f' of names has none there: give SharedBasis(input, output, shared).'
+          f' Parameters: {shapes}'
+        )
 
   def _if_default(self, p: Plan) -> Plan:
     """Returns the final plan of a leaf if `targets` is None."""
@@ -146,12 +177,26 @@ class Planner:
     if found.kind not in PROJECTED:
       return Whole(p.path, p.shape, found.label)
     least = 1 if isinstance(self.rank, float) else self.rank
-    shape = p.shape if self.by_coordinates else p.matrix_shape
-    if min(shape[-2:]) > least:
+    size = self._smaller_side(p)
+    if size > least:
       return dataclasses.replace(p, reason=p.reason + self._remark(p))
-    reason = f'rank {least} >= {min(shape[-2:])}{self._remark(p)}'
+    reason = f'rank {least} >= {size}{self._remark(p)}'
     too_small = found.kind != 'convolution'
     return Whole(p.path, p.shape, reason, too_small=too_small)
+
+  def _smaller_side(self, p: Projection) -> int:
+    """Returns the side that the rank must not reach by default.
+
+    Coordinates may be of a matrix with one column, which `axes` names. Then it
+    is a side of the convolution in the table, or one of the last two axes.
+    """
+    if not self.by_coordinates:
+      return min(p.matrix_shape[-2:])
+    found = names.of(p.path, p.shape)
+    if not found.taps:
+      return min(p.shape[-2:])
+    table = dataclasses.replace(p, axes=found.axes, shared=())
+    return min(table.matrix_shape[-2:])
 
   def _if_chosen(self, leaf: Any, p: Plan, yes: bool) -> Plan:
     """Returns the final plan of a leaf that `targets` selects, or not.
@@ -166,8 +211,8 @@ class Planner:
     if isinstance(p, Whole):
       rule = 'is no matrix, two axes of real numbers. Leave it out of targets'
       raise ValueError(f'{of} and dtype {leaf.dtype} {rule}')
-    largest = self._largest_rank(p)
-    if p.rank > largest:
+    largest = min(self._largest_ranks(p))
+    if isinstance(self.rank, int) and self.rank > largest:
       raise ValueError(f'rank must be in 1..{largest} for {of}, got {p.rank!r}')
     reason = f'{p.reason}, selected by targets{self._remark(p)}'
     return dataclasses.replace(p, reason=reason)
@@ -179,7 +224,7 @@ class Planner:
     layers or experts. More likely the table does not have the name.
     """
     matrix = p.matrix_shape[-2:]
-    if self._given_axes(p.path, p.shape) is not None:
+    if self._given(p.path, p.shape) is not None:
       return ''
     if max(p.batch, default=0) <= max(matrix):
       return ''
@@ -188,7 +233,7 @@ class Planner:
   def _at_most(self, plans: list[Plan]) -> str:
     """Returns words for the largest rank that projects some leaf, if any."""
     sizes = [
-      min(p.shape[-2:] if self.by_coordinates else p.matrix_shape[-2:])
+      self._smaller_side(p)
       for p in plans
       if isinstance(p, Projection) and paths.is_matrix(p.path)
     ]
@@ -233,20 +278,68 @@ def _is_axes_or_none(axes: Any) -> bool:
   if not isinstance(axes, Mapping):
     return False
   return all(
-    isinstance(regex, str)
-    and isinstance(pair, tuple | list)
-    and len(pair) == 2
-    and _are_axes(pair[0])
-    and (pair[1] is ... or _are_axes(pair[1]))
-    for regex, pair in axes.items()
+    isinstance(regex, str) and _is_axes(value) for regex, value in axes.items()
   )
 
 
-def _are_axes(axes: Any) -> bool:
-  """Whether a value is an integer or several of them."""
-  if isinstance(axes, tuple | list):
-    return all(map(checks.is_integer, axes))
-  return checks.is_integer(axes)
+def _is_axes(value: Any) -> bool:
+  """Whether a value is a `SharedBasis`, or a pair of axes."""
+  if isinstance(value, SharedBasis):
+    return True
+  return (
+    isinstance(value, tuple | list)
+    and len(value) == 2
+    and are_axes(value[0])
+    and (value[1] is ... or are_axes(value[1]))
+  )
+
+
+def _applies(axes: projection.Axes, path: str, shape: tuple[int, ...]) -> bool:
+  """Whether a value of the option `axes` is for a leaf that its regex matches.
+
+  A `SharedBasis` without axes is for convolutions only.
+  """
+  if not isinstance(axes, SharedBasis) or axes.shared is not None:
+    return True
+  return bool(names.of(path, shape).taps)
+
+
+def _named_axes(
+  given: projection.Axes, path: str, shape: tuple[int, ...]
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]:
+  """Returns input and output axes, and axes that share a basis.
+
+  Args:
+    given: a value of the option `axes`.
+    path: path of the leaf.
+    shape: shape of the leaf.
+
+  Returns:
+    `((input axes, output axes), shared axes)`, non-negative.
+
+  Raises:
+    ValueError: an axis is out of range or named twice.
+  """
+  ndim = len(shape)
+  if not isinstance(given, SharedBasis):
+    i, o, shared = _as_tuple(given[0]), given[1], ()
+  elif given.shared is not None:
+    i, o, shared = map(_as_tuple, (given.input, given.output, given.shared))
+  else:
+    found = names.of(path, shape)
+    (i, o), shared = found.axes, found.taps
+    i = tuple(axis for axis in i if axis not in shared)
+  others = set(range(ndim)).difference(axis % ndim for axis in i)
+  o = tuple(sorted(others)) if o is ... else _as_tuple(o)
+  all_axes = i + o + shared
+  used = {axis % ndim for axis in all_axes if -ndim <= axis < ndim}
+  if len(used) != len(all_axes):
+    raise ValueError(
+      f'axes must be distinct and in {-ndim}..{ndim - 1} for {path} of'
+      f' shape {shape}, got {given!r}'
+    )
+  i, o, shared = (tuple(x % ndim for x in axes) for axes in (i, o, shared))
+  return (i, o), shared
 
 
 def _as_tuple(axes: Any) -> tuple[int, ...]:

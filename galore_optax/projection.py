@@ -6,6 +6,8 @@ projected. Both have `inner_params`, `project` and `unproject`. The module
 
 Axes: i input (rows of a Flax kernel), o output (columns); m the projected
 side, n the other side, r the rank. Leading axes (layers, experts) are batch.
+Batch axes may share a basis, as the taps of a convolution do in a Tucker-2
+decomposition; K is the number of matrices that share one.
 """
 
 import contextlib
@@ -13,23 +15,88 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 
+from galore_optax import checks
 from galore_optax.precision import at_least_float32
 
 Basis: TypeAlias = tuple[jax.Array, ...]
 """For each projected side: orthonormal rows [..., r, m], or indices [..., r] of
 coordinates. It is empty for a leaf that is not projected."""
 
-Axes: TypeAlias = tuple[int | Sequence[int], Any]
-"""The input axes and the output axes of a weight. All other axes are batch.
-`...` as output axes stands for all axes that are not input axes."""
-
 Side: TypeAlias = Literal['std', 'reverse_std', 'left', 'right', 'both', 'full']
 """The side of a weight to project; 'full' is another name of 'both'."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedBasis:
+  """A value of `galore(axes=...)`: several matrices of a weight share a basis.
+
+  Without axes it applies only to the convolutions that the regex matches. The
+  taps of a kernel share a basis for the input channels and one for the output
+  channels. The table in `galore_optax.names` states which axes are taps.
+
+  With `side='both'` this is the Tucker-2 decomposition: the projected gradient
+  of a kernel [kh, kw, in, out] is G_hwio A_ai B_bo, of shape [kh, kw, a, b].
+  The basis A [a, in] is found from the unfolding [in, kh kw out] of the
+  gradient, and B [b, out] from the unfolding [out, kh kw in], each by the
+  `subspace` of `galore`.
+
+  The rank of both sides is the integer `rank`, which both sides must exceed by
+  default. A share is the share of each side: rank=0.25 gives a = in / 4 and
+  b = out / 4, rounded, so that 1.0 loses nothing.
+
+  The inner optimizer receives the projected gradient as a stack of matrices,
+  one for each tap, and so does a residual rule. With explicit axes other
+  matrices share a basis: `SharedBasis(-2, -1, -3)` is one basis for all experts
+  [E, in, out].
+
+  State of a kernel [kh, kw, in, out] with both sides: bases of a in + b out
+  elements, and the inner's state for kh kw a b elements.
+
+  Example:
+    >>> import galore_optax as go, optax
+    >>> tucker = {'.*': go.SharedBasis(side='both')}
+    >>> tx = go.galore(optax.adam(0.1), rank=4, axes=tucker)
+    >>> state = tx.init({'conv': {'kernel': jnp.ones((3, 3, 8, 16))}})
+    >>> [x.shape for x in jax.tree.leaves(state.basis)]
+    [(4, 8), (4, 16)]
+    >>> state.inner[0].mu['conv']['kernel'].shape
+    (3, 3, 4, 4)
+
+  References:
+    Xiao et al., `COAP <https://arxiv.org/abs/2412.00071>`_, 2024.
+  """
+
+  input: int | Sequence[int] | None = None
+  """Input axes of each matrix; None for the channels of a convolution."""
+  output: Any = None
+  """Output axes of each matrix; None for the channels of a convolution."""
+  shared: int | Sequence[int] | None = None
+  """Axes of the matrices that share a basis; None for the taps of a
+  convolution. Each index of all other axes, such as layers, has a basis."""
+  side: Side | None = None
+  """The projected side of these weights; None for that of `galore`."""
+
+  def __post_init__(self) -> None:
+    """Raises ValueError unless the axes are integers, all of them or none."""
+    if self.side is not None:
+      checks.check_one_of(get_args(Side), side=self.side)
+    axes = self.input, self.output, self.shared
+    if axes != (None, None, None) and not all(map(are_axes, axes)):
+      raise ValueError(
+        'SharedBasis must have input, output and shared axes, each an integer'
+        f' or several, or none of them for a convolution, got {axes!r}'
+      )
+
+
+Axes: TypeAlias = tuple[int | Sequence[int], Any] | SharedBasis
+"""The input axes and the output axes of a weight. All other axes are batch.
+`...` as output axes stands for all axes that are not input axes. In a
+`SharedBasis` some batch axes share their bases."""
 
 ROWS, COLUMNS = -2, -1
 
@@ -72,7 +139,7 @@ class Projection:
   """The plan of a projected leaf. It is static: it holds no array.
 
   Example:
-    >>> p = Projection('w', (5, 3), ((0,), (1,)), 2, (COLUMNS,))
+    >>> p = Projection('w', (5, 3), ((0,), (1,)), (2,), (COLUMNS,))
     >>> low_rn = p.project(jnp.ones((5, 3)), (jnp.eye(2, 3),))
     >>> low_rn.shape, p.unproject(low_rn, (jnp.eye(2, 3),)).shape
     ((2, 5), (5, 3))
@@ -84,18 +151,26 @@ class Projection:
   """Shape of the weight."""
   axes: tuple[tuple[int, ...], tuple[int, ...]]
   """Input axes and output axes of the weight, non-negative."""
-  rank: int
-  """Number r of basis vectors."""
+  ranks: tuple[int, ...]
+  """Number r of basis vectors of each projected side."""
   sides: tuple[int, ...]
   """Projected axes of the matrix [i, o]: ROWS, COLUMNS, or both."""
   reason: str = dataclasses.field(default='', compare=False)
   """Why the leaf is projected, for tables."""
+  shared: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
+  """Batch axes of the matrices that share their bases, non-negative."""
+
+  @property
+  def rank(self) -> int:
+    """Number r of basis vectors of the first projected side."""
+    return self.ranks[0]
 
   @property
   def batch_axes(self) -> tuple[int, ...]:
-    """The axes that are neither input nor output."""
-    used = self.axes[0] + self.axes[1]
-    return tuple(axis for axis in range(len(self.shape)) if axis not in used)
+    """The axes that are neither input nor output, those that share last."""
+    used = self.axes[0] + self.axes[1] + self.shared
+    own = (axis for axis in range(len(self.shape)) if axis not in used)
+    return (*own, *self.shared)
 
   @property
   def matrix_shape(self) -> tuple[int, ...]:
@@ -114,6 +189,16 @@ class Projection:
     return math.prod(self.batch)
 
   @property
+  def bases(self) -> tuple[int, ...]:
+    """Shape of the stack of bases: the batch without the axes that share."""
+    return self.batch[: len(self.batch) - len(self.shared)]
+
+  @property
+  def num_bases(self) -> int:
+    """Number k of bases of a side."""
+    return math.prod(self.bases)
+
+  @property
   def low_shape(self) -> tuple[int, ...]:
     """Shape [..., r, n] of the projected gradient; [..., r, r] for both sides.
 
@@ -121,7 +206,7 @@ class Projection:
     codes then covers entries of one basis vector, which are of similar size.
     """
     both = len(self.sides) > 1
-    n = self.rank if both else self.matrix_shape[-3 - self.sides[0]]
+    n = self.ranks[-1] if both else self.matrix_shape[-3 - self.sides[0]]
     return (*self.batch, self.rank, n)
 
   def inner_params(self, w: Any) -> jax.Array:
@@ -146,7 +231,8 @@ class Projection:
     For a basis P with orthonormal rows, the projection of the result is `low`.
     """
     x = orient(low, self.sides[0])
-    for side, rows_rm in zip(self.sides, basis, strict=True):
+    for side, rows in zip(self.sides, basis, strict=True):
+      rows_rm = self._for_each_matrix(rows)
       x = _unproject_side(x, rows_rm, side, self.matrix_shape[side])
     return from_matrix(self, x)
 
@@ -157,12 +243,25 @@ class Projection:
 
     Args:
       x_mn: a matrix [..., m, n] with the first projected side first.
-      rows: [..., r, m] for each projected side, or indices [..., r].
+      rows: [..., r, m] for each projected side, or indices [..., r]. Axes that
+        share a basis are absent.
     """
-    for side, rows_rm in zip(self.sides, rows, strict=True):
+    for side, rows_of_side in zip(self.sides, rows, strict=True):
       axis = ROWS if side == self.sides[0] else COLUMNS
-      x_mn = _project_side(x_mn, rows_rm, axis)
+      x_mn = _project_side(x_mn, self._for_each_matrix(rows_of_side), axis)
     return x_mn
+
+  def _for_each_matrix(self, rows: jax.Array) -> jax.Array:
+    """Returns rows [..., r, m] or indices [..., r] with the axes that share."""
+    if not self.shared:
+      return rows
+    num = len(self.bases)
+    ones = (1,) * len(self.shared)
+    x = rows.reshape(*self.bases, *ones, *rows.shape[num:])
+    if jnp.issubdtype(rows.dtype, jnp.integer):
+      # Indices do not broadcast. They are small.
+      return jnp.broadcast_to(x, (*self.batch, *rows.shape[num:]))
+    return x
 
 
 def map_plans(
@@ -238,6 +337,17 @@ def record_multipliers(multipliers: dict[str, tuple[Any, Any]]) -> None:
     recorded.multipliers.update(multipliers)
 
 
+def are_axes(axes: Any) -> bool:
+  """Whether a value is an integer or several of them.
+
+  >>> are_axes(-1), are_axes((0, 1)), are_axes(None)
+  (True, True, False)
+  """
+  if isinstance(axes, tuple | list):
+    return all(map(checks.is_integer, axes))
+  return checks.is_integer(axes)
+
+
 def projected_sides(side: Side, i: int, o: int) -> tuple[int, ...]:
   """Returns the axes of an [i, o] matrix that `side` projects.
 
@@ -273,10 +383,30 @@ def orient(x: jax.Array, side: int) -> jax.Array:
   return x if side == ROWS else jnp.swapaxes(x, ROWS, COLUMNS)
 
 
+def unfold(x: jax.Array, side: int) -> jax.Array:
+  """Returns the matrices [k, m, K n] of which the bases of a side are found.
+
+  The matrices that share a basis are next to each other: a column for each of
+  their columns.
+
+  Args:
+    x: matrices [k, ..., i, o]; those of the axes between share a basis.
+    side: the projected side.
+
+  >>> unfold(jnp.zeros((4, 3, 3, 5, 7)), COLUMNS).shape
+  (4, 7, 45)
+  """
+  x = orient(x, side)
+  if x.ndim == 3:
+    return x
+  k, m = x.shape[0], x.shape[-2]
+  return jnp.moveaxis(x, -2, 1).reshape(k, m, -1)
+
+
 def to_matrix(projection: Projection, x: jax.Array) -> jax.Array:
   """Returns a weight-shaped array as a stack of matrices [..., i, o].
 
-  >>> p = Projection('w', (2, 3, 5), ((0,), (1, 2)), 1, (ROWS,))
+  >>> p = Projection('w', (2, 3, 5), ((0,), (1, 2)), (1,), (ROWS,))
   >>> to_matrix(p, jnp.zeros((2, 3, 5))).shape
   (2, 15)
   """
@@ -289,7 +419,7 @@ def to_matrix(projection: Projection, x: jax.Array) -> jax.Array:
 def from_matrix(projection: Projection, x: jax.Array) -> jax.Array:
   """Returns a stack [..., i, o] in the weight's shape; inverts `to_matrix`.
 
-  >>> p = Projection('w', (2, 3, 5), ((0,), (1, 2)), 1, (ROWS,))
+  >>> p = Projection('w', (2, 3, 5), ((0,), (1, 2)), (1,), (ROWS,))
   >>> from_matrix(p, jnp.zeros((2, 15))).shape
   (2, 3, 5)
   """

@@ -164,7 +164,8 @@ def map_state(
     if isinstance(plan, Projection):
       shape, axes = _of_low(plan, shape, axes, is_basis=is_basis)
       first = axes[0] + axes[-1]
-      if plan.batch and fields & CODED and fits_here(shape[0], first):
+      stacked = plan.bases if is_basis else plan.batch
+      if stacked and fields & CODED and fits_here(shape[0], first):
         axes = [first, *axes[1:-1], ()]
     axes = _fitted(fits_here, x.shape, _like(fields, x.shape, shape, axes))
     projected = plan if isinstance(plan, Projection) else None
@@ -235,6 +236,11 @@ def _of_low(
   near, far = of_axes(plan.axes[side]), of_axes(plan.axes[-3 - side])
   low = (*shape[:num], *plan.low_shape)
   batch = [*cuts[:num], *(cuts[num + axis] for axis in plan.batch_axes)]
+  if is_basis and plan.shared:
+    # Axes that share a basis are not among its own: their mesh axes cut m.
+    low = (*shape[:num], *plan.bases, *plan.low_shape[-2:])
+    batch = batch[: len(batch) - len(plan.shared)]
+    far += of_axes(plan.shared)
   # FRUGAL's single entries are a matrix with one column: only its rows can be
   # sharded.
   rows = near + far if low[-1] == 1 else ()

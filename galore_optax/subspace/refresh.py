@@ -1,10 +1,11 @@
 """Refreshes: when the bases of a tree are due, and the loop that finds them.
 
-Each matrix has a basis of its own: a stack of L layers is L matrices. The state
-stores for a leaf the `Stored` value of one matrix with the leaf's batch axes in
-front; a pair of such values if both sides are projected; and a MaskedNode if
-the leaf is not projected. `by_side` and `joined` convert between this form and
-a tuple over sides.
+Each matrix has a basis of its own: a stack of L layers is L matrices. Matrices
+of axes that share a basis, such as the taps of a convolution, count as one
+matrix: their unfolding. The state stores for a leaf the `Stored` value of one
+matrix with the leaf's other batch axes in front; a pair of such values if both
+sides are projected; and a MaskedNode if the leaf is not projected. `by_side`
+and `joined` convert between this form and a tuple over sides.
 
 Axes: k matrices of a stack, m projected side, n other side, r rank.
 """
@@ -107,8 +108,8 @@ def phases(plans: Sequence[Projection | Whole], tree: Any, gap: Gap) -> Any:
   def phase(p: Projection | Whole, place: int) -> Any:
     if isinstance(p, Whole):
       return optax.MaskedNode()
-    number_k = place + total * jnp.arange(p.num_matrices, dtype=jnp.int32)
-    return Phase(number_k, jnp.int32(total * p.num_matrices))
+    number_k = place + total * jnp.arange(p.num_bases, dtype=jnp.int32)
+    return Phase(number_k, jnp.int32(total * p.num_bases))
 
   return jax.tree.structure(tree).unflatten(map(phase, plans, places))
 
@@ -148,9 +149,10 @@ def first_stored(
   if isinstance(plan, Whole):
     return optax.MaskedNode()
   sizes = [plan.matrix_shape[side] for side in plan.sides]
-  firsts = [store.first(plan.rank, m, dtype) for m in sizes]
+  pairs = zip(plan.ranks, sizes, strict=True)
+  firsts = [store.first(r, m, dtype) for r, m in pairs]
   return jax.tree.map(
-    lambda x: jnp.broadcast_to(x, plan.batch + x.shape), joined(firsts)
+    lambda x: jnp.broadcast_to(x, plan.bases + x.shape), joined(firsts)
   )
 
 
@@ -179,7 +181,7 @@ def check_stored(
         ' array there: pass params to tx.update, or start with tx.init(params)'
         ' of the parameters that have gradients'
       )
-    kind = p.rank, p.sides, getattr(p, 'matrix_shape', None), dtype
+    kind = _kind(p), dtype
     if kind not in known:
       first = functools.partial(first_stored, store, p, dtype)
       known[kind] = _shapes(jax.eval_shape(first))
@@ -191,6 +193,13 @@ def check_stored(
         ' rank, side or subspace: restore it with the options of that run, or'
         ' start with tx.init(params)'
       )
+
+
+def _kind(p: Projection | Whole) -> Any:
+  """Returns all of a plan that determines the shapes of its bases."""
+  if isinstance(p, Whole):
+    return None
+  return p.ranks, p.sides, p.matrix_shape, p.bases
 
 
 def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
@@ -218,15 +227,15 @@ def bases_of(
     dtypes: dtypes of the weights.
   """
   sides = {
-    (i, number): (p.rank, p.matrix_shape[p.sides[number]], dtypes[i], *p.batch)
+    (i, number): (p.ranks[number], p.matrix_shape[side], dtypes[i], *p.bases)
     for i, p in enumerate(plans)
     if isinstance(p, Projection)
-    for number in range(len(p.sides))
+    for number, side in enumerate(p.sides)
   }
   alike: dict[Any, list[tuple[int, int]]] = collections.defaultdict(list)
   if isinstance(store, StoredSeed):
-    for place, (rank, m, dtype, *batch) in sides.items():
-      if not batch:
+    for place, (rank, m, dtype, *bases) in sides.items():
+      if not bases:
         alike[rank, m, dtype].append(place)
   found: dict[tuple[int, int], jax.Array] = {}
   for (rank, m, dtype), places in alike.items():
@@ -257,7 +266,7 @@ def changed(
 ) -> jax.Array:
   """Returns which matrices replace an earlier basis: [..., 1, 1], bool."""
   due = _due_k(gap, phase, count, layer) & (count > 0)
-  return jnp.broadcast_to(due, plan.num_matrices).reshape(*plan.batch, 1, 1)
+  return jnp.broadcast_to(due, plan.num_bases).reshape(*plan.bases, 1, 1)
 
 
 def find_bases(
@@ -340,8 +349,9 @@ def _jobs(
   layer: Any,
 ) -> Job:
   """Returns one side of a leaf's matrices as a `Job` with an axis [k, ...]."""
-  k = p.num_matrices
-  g_kio = projection.to_matrix(p, g).reshape(k, *p.matrix_shape[-2:])
+  k, shared = p.num_bases, p.batch[len(p.bases) :]
+  matrices = projection.to_matrix(p, g)
+  g_kio = matrices.reshape(k, *shared, *p.matrix_shape[-2:])
   # The path identifies the leaf. Its position would depend on whether the tree
   # is the whole model or one part of it.
   path, index_k = zlib.crc32(p.path.encode()), jnp.arange(k) + layer * k
@@ -351,9 +361,9 @@ def _jobs(
     return jnp.broadcast_to(jnp.asarray(x, dtype), k)
 
   return Job(
-    g_mn=projection.orient(g_kio, p.sides[number]),
+    g_mn=projection.unfold(g_kio, p.sides[number]),
     stored=jax.tree.map(
-      lambda x: x.reshape(k, *x.shape[len(p.batch) :]), stored
+      lambda x: x.reshape(k, *x.shape[len(p.bases) :]), stored
     ),
     seeds=tuple(for_each(x, jnp.uint32) for x in seeds),
     due=for_each(_due_k(gap, phase, count, layer), bool),

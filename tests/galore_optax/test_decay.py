@@ -242,7 +242,7 @@ def test_the_factor_follows_counters_and_hyperparameters():
   state.hyperparams['learning_rate'] = jnp.float32(2.0)
   plans = [
     Whole('b', (4,)),
-    Projection('w', (6, 5), ((0,), (1,)), 3, (-2,)),
+    Projection('w', (6, 5), ((0,), (1,)), (3,), (-2,)),
   ]
   weights = {'w': jnp.ones((6, 5)), 'b': jnp.ones(4)}
   updates, slopes, _ = decay.run_inner(inner, plans, params, state, weights, {})

@@ -47,6 +47,7 @@ def test_each_project_of_the_table_has_a_file_with_its_version():
   found = [json.loads(file.read_text()) for file in PROJECTS]
   assert {x['project'] for x in found} == {
     *('flax', 'Tunix', 'MaxText', 'EasyDeL', 'T5X', 'big_vision'),
+    *('diffusers', 'Scenic', 'Bonsai', 'jax-diffusion-transformer'),
     *('dm-haiku', 'Equinox', 'Levanter', 'transformers'),
   }
   assert all(x['version'] for x in found)
@@ -175,6 +176,56 @@ def test_a_convolution_is_one_matrix_if_the_rank_fits_it():
   assert row.projected_shape == (20, 144) and row.reason == 'convolution'
   updates, _ = tx.update(params, tx.init(params), params)
   assert updates['Conv_0']['kernel'].shape == (3, 3, 16, 32)
+
+
+def test_a_depthwise_kernel_stays_whole_and_the_table_says_why():
+  params = {
+    'dwconv': {'kernel': jnp.zeros((7, 7, 1, 96))},
+    'blocks': {'conv1d': {'kernel': jnp.zeros((4, 9, 1, 96))}},
+    'torch': {'conv': {'weight': jnp.zeros((96, 1, 7, 7))}},
+    'grouped_conv': {'kernel': jnp.zeros((3, 3, 4, 96))},
+    'patch_embed': {'kernel': jnp.zeros((4, 4, 1, 64))},
+  }
+  rows = {
+    row.path: row for row in describe(galore(optax.adam(0.1), rank=8), params)
+  }
+  for path in ('dwconv/kernel', 'blocks/conv1d/kernel', 'torch/conv/weight'):
+    assert rows[path].projected_shape is None
+    assert rows[path].reason == 'depthwise convolution: one input channel'
+  assert rows['grouped_conv/kernel'].projected_shape == (8, 96)
+  # No patch embedding is depthwise: its images are gray.
+  assert rows['patch_embed/kernel'].projected_shape == (8, 64)
+  # A named target is one matrix for each layer.
+  tx = galore(optax.adam(0.1), rank=8, targets='.*/conv1d/kernel|dwconv/.*')
+  rows = {row.path: row for row in describe(tx, params)}
+  assert rows['dwconv/kernel'].projected_shape == (8, 96)
+  assert rows['blocks/conv1d/kernel'].projected_shape == (4, 8, 96)
+
+
+def test_taps_are_counted_by_the_name_or_by_the_axes():
+  assert of('conv/kernel', 3, 16, 32).taps == (0,)
+  assert of('conv/kernel', 3, 3, 16, 32).taps == (0, 1)
+  assert of('conv/kernel', 3, 3, 3, 16, 32).taps == (0, 1, 2)
+  assert of('conv/weight', 32, 16, 3, 3).taps == (2, 3)
+  # Inside a stack the first axis is the layers.
+  for path in ('blocks/conv', 'layers/res/Conv_0', 'scan_blocks/conv_in'):
+    assert of(f'{path}/kernel', 6, 3, 3, 16, 32).taps == (1, 2)
+    assert of(f'{path}/kernel', 6, 3, 3, 3, 16, 32).taps == (1, 2, 3)
+    assert of(f'{path}/kernel', 6, 3, 16, 32).taps == (1,)
+    assert of(f'{path}/weight', 6, 32, 16, 3, 3).taps == (3, 4)
+    assert of(f'{path}/weight', 6, 32, 16, 3).taps == (3,)
+    # One layer, as a layer-wise step plans for it.
+    assert of(f'{path}/kernel', 3, 3, 16, 32).taps == (0, 1)
+    assert of(f'{path}/weight', 32, 16, 3, 3).taps == (2, 3)
+  # An element of a list of layers is not a stack.
+  assert of('layers/0/conv/kernel', 3, 3, 3, 16, 32).taps == (0, 1, 2)
+  assert of('blocks_0/conv/kernel', 5, 3, 3, 16, 32).taps == (0, 1, 2)
+  # The name states the number of axes.
+  for name in ('conv1d', 'Conv1D_0', 'conv1_d', 'causal_conv_1d'):
+    assert of(f'mixer/{name}/kernel', 3, 3, 16, 32).taps == (1,), name
+  assert of('blocks/conv2d/kernel', 7, 1, 16, 32).taps == (0, 1)
+  assert of('res/conv2d/kernel', 6, 3, 3, 16, 32).taps == (1, 2)
+  assert of('blocks/conv3d/weight', 32, 16, 3, 3, 3).taps == (2, 3, 4)
 
 
 def test_a_stack_is_found_by_its_name_before_its_shape():

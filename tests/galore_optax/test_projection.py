@@ -49,7 +49,7 @@ LAYOUTS = {
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_a_layout_goes_to_matrices_and_back(name):
   shape, i, o, spec = LAYOUTS[name]
-  p = lib.Projection(name, shape, (i, o), 3, (lib.ROWS,))
+  p = lib.Projection(name, shape, (i, o), (3,), (lib.ROWS,))
   x = normal(shape)
   matrices = np.einsum(spec, x).reshape(p.matrix_shape)
   np.testing.assert_array_equal(lib.to_matrix(p, jnp.asarray(x)), matrices)
@@ -64,7 +64,11 @@ def test_a_layout_goes_to_matrices_and_back(name):
 def test_project_and_unproject(sides, batch):
   i, o, r = 7, 11, 3
   p = lib.Projection(
-    'w', (*batch, i, o), ((len(batch),), (len(batch) + 1,)), r, sides
+    'w',
+    (*batch, i, o),
+    ((len(batch),), (len(batch) + 1,)),
+    (r,) * len(sides),
+    sides,
   )
   g = normal((*batch, i, o))
   left, right = np.eye(i, dtype=np.float32), np.eye(o, dtype=np.float32)
@@ -92,7 +96,7 @@ def test_project_and_unproject(sides, batch):
 @pytest.mark.parametrize('basis_dtype', [jnp.float32, jnp.bfloat16])
 def test_bfloat16_gradients_are_summed_in_float32(basis_dtype):
   # Summing 1,024 terms in bfloat16 would lose most of its 8 significant bits.
-  p = lib.Projection('w', (1024, 5), ((0,), (1,)), 2, (lib.ROWS,))
+  p = lib.Projection('w', (1024, 5), ((0,), (1,)), (2,), (lib.ROWS,))
   g = jnp.asarray(normal((1024, 5))).astype(jnp.bfloat16)
   basis_rm = jnp.asarray(rows(2, 1024)).astype(basis_dtype)
   low = jax.jit(lambda g, b: p.project(g, (b,)))(g, basis_rm)
