@@ -22,7 +22,6 @@ from models import attention as attention_lib
 from models import diffusion as diffusion_lib
 from models import noise as noise_lib
 from models.diffusion import Diffusion, Sampler
-from models.modules import apply, weighted
 from models.model import (
   Batch,
   Dtype,
@@ -33,6 +32,7 @@ from models.model import (
   Read,
   Sums,
 )
+from models.modules import apply, weighted
 
 _MAX_PERIOD = 10_000.0
 """Longest wavelength of the time embedding, divided by 2 pi, if the diffusion

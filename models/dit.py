@@ -24,7 +24,6 @@ import numpy as np
 
 from models import attention, denoiser
 from models.denoiser import DenoiserConfig, LabelTable
-from models.modules import Linear, apply
 from models.model import (
   Activations,
   Batch,
@@ -34,6 +33,7 @@ from models.model import (
   Read,
   Sums,
 )
+from models.modules import Linear, apply
 
 _TIME_FEATURES = 256
 """Number of cosines and sines of a time."""

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from models import attention, denoiser
 from models.denoiser import DenoiserConfig, LabelTable
-from models.modules import drop
 from models.model import Batch, Intercept, Read, Sums
+from models.modules import drop
 
 _FIRST_SITE = 3
 """Number of the first dropout. `denoiser.draw` folds smaller numbers into the

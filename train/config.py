@@ -18,11 +18,11 @@ from galore_optax.clipping import check_norm, clip_by_global_norm
 from galore_optax.layerwise.weights import ARRAYS, ROUNDED, Weights, quantized
 from models import huggingface
 from models.dit import DitConfig
-from models.unet import UnetConfig
 from models.encoder import EncoderConfig
 from models.llama import LlamaConfig
 from models.lowrank import Factored, Lora, Relora
 from models.model import Dtype, Intercept, ModelConfig, Read
+from models.unet import UnetConfig
 from models.vit import VitConfig
 from train.data.chats import Chats, ChitchatAnswers
 from train.data.corpus import Chitchat, Corpus, TextFiles, Tfds

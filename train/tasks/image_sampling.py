@@ -21,7 +21,7 @@ from train.data.images.batches import validation_batches
 from train.engine import checkpoint, machine
 from train.engine.command import check_least, user_errors
 from train.engine.run import Run
-from train.engine.task import PyTree, task_of
+from train.engine.task import PyTree
 from train.tasks.diffusion import COLUMNS, Diffusion
 from train.tasks.image_classification import ImageClassification
 
@@ -139,11 +139,13 @@ def features_of(
   Raises:
     ValueError: the run is not a classifier of such images.
   """
-  classifier = task_of(run.config())
-  if not isinstance(classifier, ImageClassification):
+  config = run.config()
+  if config.resolved_model.task != 'image_classification':
     raise ValueError(
-      f'--classifier must be the run of an image classifier, got {run.directory}'
+      '--classifier must be the run of an image classifier, got '
+      f'{run.directory}, which holds a {type(config.model).__name__}'
     )
+  classifier = ImageClassification(config)
   expected = task.model.image_shape
   if classifier.model.image_shape != expected:
     raise ValueError(
