@@ -18,7 +18,8 @@ from galore_optax.quantized.array import is_quantized
 from models import huggingface, lowrank
 from models.llama import LlamaConfig
 from train.data.chats import has_answers
-from train.data.tokenizer import CLOCK, TEMPLATE, AnyTokenizer
+from train.data.pretrained import CLOCK, TEMPLATE
+from train.data.tokenizer import AnyTokenizer
 from train.engine import checkpoint
 from train.engine.command import add_flag, user_errors
 from train.engine.run import Run

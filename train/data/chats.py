@@ -281,7 +281,7 @@ class Dialogues:
     found['keys'] = self.reading.keys
     message_keys = self.reading.message_keys
     for name, count in message_keys.counts.items():
-      if not template.mentions(name):
+      if not template.uses(name):
         found['message keys'].counts[name] = count
         found['message keys'].first[name] = message_keys.first[name]
     texts = [

@@ -23,14 +23,9 @@ from rich.text import Text
 from train.data import corpus, records
 from train.data.batches import Batch, ahead, bucket
 from train.data.corpus import RandomAccess, Sharded, Split
+from train.data.pretrained import parsed
 from train.data.text_files import expand
-from train.data.tokenizer import (
-  AnyTokenizer,
-  JsonTokenizer,
-  check_texts,
-  checked,
-  parsed,
-)
+from train.data.tokenizer import AnyTokenizer, check_texts, checked
 
 Examples: TypeAlias = RandomAccess['Row'] | Sharded['Row']
 Metric: TypeAlias = Literal['accuracy', 'f1', 'matthews', 'pearson', 'spearman']
@@ -375,17 +370,12 @@ def pad_id(tokenizer: AnyTokenizer) -> int:
 
 def _fast(tokenizer: AnyTokenizer) -> tokenizers.Tokenizer:
   """Returns the `tokenizers` object of tokenizer.json, template included."""
-  if not isinstance(tokenizer, JsonTokenizer):
-    raise ValueError(
-      "a classifier needs a tokenizer.json, whose template has the model's "
-      'special tokens; this tokenizer is a sentencepiece model: name a '
-      'directory that has a tokenizer.json with --tokenizer'
-    )
   fast = parsed(tokenizer.model)
   if not fast.num_special_tokens_to_add(True):
     raise ValueError(
-      'tokenizer.json must have a post_processor that adds special tokens, as '
-      'those of BERT and RoBERTa: save it again from transformers'
+      'a classifier needs a tokenizer.json with a post_processor that adds '
+      'special tokens, as those of BERT and RoBERTa: save it again from '
+      'transformers, or name a directory that has one with --tokenizer'
     )
   return fast
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from models import huggingface
 from train.config import Config, differences, from_json, to_json
-from train.data.tokenizer import SPACES, AnyTokenizer, load
+from train.data.pretrained import is_of_first_version
+from train.data.tokenizer import AnyTokenizer, load
 from train.engine import checkpoint
 
 FREE = (
@@ -140,7 +141,7 @@ class Run:
     differences.
     """
     found = load(self.directory)
-    if SPACES in found.files and not (self.directory / SPACES).is_file():
+    if is_of_first_version(self.directory):
       print(
         f'{self.directory} is of an older version, which put a space behind '
         'every special token and ignored user-defined pieces and eos_token: '
