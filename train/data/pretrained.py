@@ -95,7 +95,7 @@ def read(path: pathlib.Path) -> dict[str, bytes]:
       content = (directory / name).read_bytes()
       files[name] = content.removeprefix(codecs.BOM_UTF8)
   with located(directory):
-    if OWN in json_of(files, CONFIG):
+    if MODEL in files and OWN in json_of(files, CONFIG):
       return files
     for name in (CONFIG, _NAMES):
       files |= _without_blanks(files, name)
@@ -225,16 +225,11 @@ def _of_older_run(files: dict[str, bytes]) -> dict[str, bytes]:
   has no model_type.
   """
   config = json_of(files, CONFIG)
-  model = {}
-  rule = json_of(files, _RULE)
   if MODEL in files:
     config['tokenizer_class'] = PLAIN_CLASS
-  elif rule.get('normalizes') is False:
-    model['model_type'] = 'llama'
-  elif rule:
+  elif json_of(files, _RULE).get('normalizes'):
     config.pop('tokenizer_class', None)
-  changed = {CONFIG: config, 'config.json': model}
-  return files | {name: _dumped(x) for name, x in changed.items()}
+  return files | {CONFIG: _dumped(config), 'config.json': b'{}'}
 
 
 def _converted(files: dict[str, bytes], origin: str) -> dict[str, bytes]:
@@ -244,55 +239,87 @@ def _converted(files: dict[str, bytes], origin: str) -> dict[str, bytes]:
     files: contents by name.
     origin: where the files are from, for the error about a missing package.
   """
-  config = json_of(files, CONFIG)
+  from_pieces = _PIECES in files and MODEL not in files
   known, whole = _known_tokens(files, origin)
   tokenizer = _loaded(files, origin)
   backend = tokenizer.backend_tokenizer
-  named = {
+  _check_ids(files, backend)
+  # The ids of BOS and EOS in a checkpoint's config.json are kept here, because
+  # a run has a config.json of its own.
+  model = json_of(files, 'config.json')
+  ends = {name: model[name] for name in _ENDS if model.get(name) is not None}
+  generation = ends | json_of(files, GENERATION)
+  settings = {
+    'tokenizer_class': PLAIN_CLASS,
+    **_named(files, tokenizer, known, generation),
+    OWN: {'whole': whole},
+  }
+  # Without this setting, a sentencepiece model had BOS before transformers 5.
+  adds_bos = json_of(files, CONFIG).get('add_bos_token', from_pieces or None)
+  if adds_bos is not None:
+    settings['add_bos_token'] = adds_bos
+  template = _template(tokenizer, files)
+  if template is not None and TEMPLATE not in files:
+    settings['chat_template'] = template
+  kept = (TEMPLATE, CLOCK, _PIECES) if from_pieces else (TEMPLATE, CLOCK)
+  found = {name: files[name] for name in kept if name in files}
+  found |= {MODEL: backend.to_str().encode(), CONFIG: _dumped(settings)}
+  return found | ({GENERATION: _dumped(generation)} if generation else {})
+
+
+def _named(
+  files: Mapping[str, bytes],
+  tokenizer: Any,
+  known: set[str] | None,
+  generation: Mapping[str, Any],
+) -> dict[str, str]:
+  """Returns the texts of special tokens by name, such as 'eos_token'.
+
+  Args:
+    files: contents by name.
+    tokenizer: the tokenizer of transformers.
+    known: the tokens of the vocabulary, if known.
+    generation: the fields of generation_config.json.
+
+  Raises:
+    ValueError: the settings name a token that is not in the vocabulary.
+      transformers would give it an id that the model does not know.
+  """
+  declared = json_of(files, _NAMES) | json_of(files, CONFIG)
+  found = {
     name: text
     for name, text in tokenizer.special_tokens_map.items()
     if isinstance(text, str)
   }
-  declared = json_of(files, _NAMES) | config
-  added = _added(files)
-  for text, i in added.items():
-    if backend.token_to_id(text) != i:
-      raise ValueError(
-        f'the token {text!r} has the id {i} in the settings and the id '
-        f'{backend.token_to_id(text)} in transformers: save the tokenizer as a '
-        f'{MODEL} with the ids that the model was trained with'
-      )
-  if known is not None:
-    known |= added.keys()
-    for name in ('bos_token', 'eos_token'):
-      if name in named and named[name] not in known:
-        if declared.get(name):
-          raise ValueError(
-            f'the special token {named[name]!r} is not in the vocabulary of '
-            f'{MODEL if MODEL in files else _PIECES}: correct {CONFIG}'
-          )
-        # It is a default of the class in transformers.
-        del named[name]
-  generation = _ends(files) | json_of(files, GENERATION)
   for name in ('bos_token', 'eos_token'):
+    text = found.get(name)
+    if known is not None and text is not None and text not in known:
+      if declared.get(name):
+        raise ValueError(
+          f'the special token {text!r} is not in the vocabulary of '
+          f'{MODEL if MODEL in files else _PIECES}: correct {CONFIG}'
+        )
+      # It is a default of the class in transformers.
+      del found[name]
     ids = ids_of(generation.get(f'{name}_id'))
-    if ids and name not in declared:
-      text = backend.id_to_token(ids[0])
-      named |= {name: text} if text is not None else {}
-  found = {'tokenizer_class': PLAIN_CLASS, **named, OWN: {'whole': whole}}
-  adds_bos = config.get('add_bos_token', True if _PIECES in files else None)
-  if adds_bos is not None:
-    found['add_bos_token'] = adds_bos
-  template = _template(tokenizer, files)
-  if template is not None and TEMPLATE not in files:
-    found['chat_template'] = template
-  kept = (TEMPLATE, CLOCK, *(() if MODEL in files else (_PIECES,)))
-  return {
-    **{name: files[name] for name in kept if name in files},
-    MODEL: backend.to_str().encode(),
-    CONFIG: _dumped(found),
-    **({GENERATION: _dumped(generation)} if generation else {}),
-  }
+    text = tokenizer.backend_tokenizer.id_to_token(ids[0]) if ids else None
+    if text is not None and name not in declared:
+      found[name] = text
+  return found
+
+
+def _check_ids(
+  files: Mapping[str, bytes], backend: tokenizers.Tokenizer
+) -> None:
+  """Raises ValueError if transformers gives an added token another id."""
+  for text, i in _added(files).items():
+    found = backend.token_to_id(text)
+    if found != i:
+      raise ValueError(
+        f'the token {text!r} has the id {i} in the settings and the id {found} '
+        f'in transformers: save the tokenizer as a {MODEL} with the ids that '
+        'the model was trained with'
+      )
 
 
 def _loaded(files: Mapping[str, bytes], origin: str) -> Any:
@@ -337,8 +364,9 @@ def _known_tokens(
 
   The first value is None for a vocabulary that only transformers can read.
   """
+  added = set(_added(files))
   if MODEL in files:
-    return set(parsed(files[MODEL]).get_vocab()), []
+    return added.union(parsed(files[MODEL]).get_vocab()), []
   if not any(name.endswith('.model') for name in files):
     return None, []
   import_offline('sentencepiece', origin)
@@ -355,14 +383,16 @@ def _known_tokens(
       f'{_pointer(files[_PIECES]) or remedy}'
     ) from error
   whole = [x.piece for x in found if x.type == _USER_DEFINED]
-  return {x.piece for x in found}, whole
+  return added.union(x.piece for x in found), whole
 
 
 def _added(files: Mapping[str, bytes]) -> dict[str, int]:
   """Returns the ids of the tokens that the settings add to a vocabulary."""
-  listed = json_of(files, CONFIG).get('added_tokens_decoder', {})
-  found = {token['content']: int(i) for i, token in listed.items()}
-  found |= json_of(files, 'added_tokens.json')
+  listed = json_of(files, CONFIG).get('added_tokens_decoder')
+  if listed is None:
+    found = json_of(files, 'added_tokens.json')
+  else:
+    found = {token['content']: int(i) for i, token in listed.items()}
   return {text: i for text, i in found.items() if text}
 
 
@@ -377,16 +407,6 @@ def _without_blanks(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
     if not (key.endswith('_token') and x == '')
   }
   return {name: _dumped(found)} if name in files else {}
-
-
-def _ends(files: Mapping[str, bytes]) -> dict[str, Any]:
-  """Returns the ids of BOS and EOS in a checkpoint's config.json.
-
-  They are moved to generation_config.json: a run has a config.json of its own,
-  so it could not keep the checkpoint's.
-  """
-  model = json_of(files, 'config.json')
-  return {name: model[name] for name in _ENDS if model.get(name) is not None}
 
 
 def _template(tokenizer: Any, files: Mapping[str, bytes]) -> str | None:

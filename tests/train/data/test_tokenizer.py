@@ -757,6 +757,15 @@ class TestJson:
     # template.
     assert ('eos_token' in tokenizer.tokens) == (not eos_token)
 
+  def test_tokenizer_json_is_preferred_to_a_sentencepiece_model(self, tmp_path):
+    expected = load(write(tmp_path, CHATML, {'bos_token': SPECIALS[1]}))
+    write_sentencepiece(tmp_path)
+    found = load(tmp_path)
+    assert found.files == expected.files and found.bos_id is None
+    (tmp_path / 'tokenizer_config.json').unlink()
+    model = load(tmp_path / 'tokenizer.model')
+    assert model.bos_id == 1 and model.files['tokenizer.model']
+
   def test_a_blank_template_is_none(self, tmp_path):
     assert load(write(tmp_path, '')).chat_template is None
 
