@@ -26,7 +26,7 @@ from train.data.batches import bucket, validation_batches
 from train.data.corpus import Indexed
 from train.data.records import records
 from train.data.text_files import index_texts
-from train.data.tokenizer import AnyTokenizer, check_texts
+from train.data.tokenizer import Tokenizer, check_texts
 from train.engine import checkpoint, machine, metrics
 from train.engine.command import check_least, user_errors
 from train.engine.mesh import Mesh
@@ -238,7 +238,7 @@ class Pair(NamedTuple):
 
 
 def encoded(
-  tokenizer: AnyTokenizer, path: str, questions: Sequence[Question], window: int
+  tokenizer: Tokenizer, path: str, questions: Sequence[Question], window: int
 ) -> list[Pair]:
   """Returns a pair for each choice of each question, in order.
 
@@ -259,7 +259,7 @@ def encoded(
   return pairs
 
 
-def joined(tokenizer: AnyTokenizer, context: str, choice: str) -> Pair:
+def joined(tokenizer: Tokenizer, context: str, choice: str) -> Pair:
   """Encodes a context and a choice as one text, with a space between them.
 
   No space is added if the texts already have one. They are encoded together

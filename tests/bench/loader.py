@@ -20,7 +20,7 @@ from tests.bench.methods import RESULTS
 from tests.bench.quickstart import CONFIG
 from train.data.batches import batches
 from train.data.corpus import Chitchat, Documents, TextFiles
-from train.data.tokenizer import AnyTokenizer
+from train.data.tokenizer import Tokenizer
 from train.engine.command import load
 from train.tasks.text import prepare_tokenizer
 
@@ -50,7 +50,7 @@ def sources(directory: pathlib.Path) -> dict[str, Chitchat | TextFiles]:
 
 
 def measure(
-  documents: Documents, tokenizer: AnyTokenizer, seconds: float
+  documents: Documents, tokenizer: Tokenizer, seconds: float
 ) -> float:
   """Returns the tokens per second that the loader produces from a corpus."""
   made = batches(

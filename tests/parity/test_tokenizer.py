@@ -1,7 +1,6 @@
 """Tokenizers and chat templates agree with transformers on the same files."""
 
 import json
-import shlex
 
 import numpy as np
 import pytest
@@ -29,10 +28,11 @@ from tests.train.data.tiny import (  # noqa: E402
   write,
   write_other,
   write_sentencepiece,
+  write_settings,
 )
 from train.data.chats import Chats  # noqa: E402
 from train.data.template import ChatTemplate  # noqa: E402
-from train.data.tokenizer import load  # noqa: E402
+from train.data.tokenizer import load, train_tokenizer  # noqa: E402
 from train.export import write_ends  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -231,20 +231,52 @@ def test_ids_of_sentencepiece_are_equal(tmp_path, name):
   assert (ours.vocab_size, ours.eos_id) == (len(theirs), theirs.eos_token_id)
 
 
-def test_the_command_for_a_vocabulary_makes_a_tokenizer(tmp_path):
+def test_a_vocabulary_of_bert(tmp_path):
   words = '[PAD] [UNK] [CLS] [SEP] [MASK] the lazy dog ##s'.split()
   (tmp_path / 'vocab.txt').write_text('\n'.join(words))
   (tmp_path / 'config.json').write_text('{"model_type": "bert"}')
-  with pytest.raises(FileNotFoundError) as error:
-    load(tmp_path)
-  *_, python, option, code = shlex.split(str(error.value))
-  assert (python, option) == ('python', '-c')
-  exec(code, {})
   ours = load(tmp_path)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   text = 'The lazy dogs'
   expected = theirs(text, add_special_tokens=False).input_ids
   assert ours.encode(text).tolist() == expected == [5, 6, 7, 8]
+  assert [ours.bos_id, *expected, ours.eos_id] == theirs(text).input_ids
+
+
+# For some of these types, transformers replaces parts of the tokenizer.json.
+@pytest.mark.parametrize(
+  'settings', [{}, {'tokenizer_class': 'LlamaTokenizer'}], ids=['', 'class']
+)
+@pytest.mark.parametrize('kind', ['bytes', 'metaspace'])
+@pytest.mark.parametrize('model_type', ['llama', 'mistral', 'qwen2'])
+def test_the_type_of_the_model_counts(tmp_path, model_type, kind, settings):
+  if kind == 'bytes':
+    write(tmp_path, CHATML, {'bos_token': SPECIALS[1]} | settings)
+  else:
+    write_other(tmp_path, kind)
+    write_settings(tmp_path, {'eos_token': '</s>'} | settings)
+  config = tmp_path / 'config.json'
+  config.write_text(json.dumps({'model_type': model_type}))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  ours = load(tmp_path)
+  (tmp_path / 'run').mkdir()
+  ours.save(tmp_path / 'run')
+  for found in (ours, load(tmp_path / 'run')):
+    for text in (*_TEXTS, "it's 2024, isn't it?", 'a<|im_end|> b </s>c'):
+      expected = theirs(text, add_special_tokens=False).input_ids
+      assert found.encode(text, special=True).tolist() == expected
+
+
+@pytest.mark.parametrize('model_type', ['llama', 'mistral', 'qwen3'])
+def test_transformers_reads_what_is_trained_here(tmp_path, model_type):
+  ours = train_tokenizer(DOCUMENTS, vocab_size=320)
+  ours.save(tmp_path)
+  config = tmp_path / 'config.json'
+  config.write_text(json.dumps({'model_type': model_type}))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  for text in _TEXTS:
+    assert [ours.bos_id, *ours.encode(text)] == theirs(text).input_ids
+  assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, 0)
 
 
 def test_named_templates_and_files(tmp_path):
@@ -313,6 +345,25 @@ def test_tools_and_calls_are_rendered_alike(tmp_path):
   assert load(tmp_path).chat_template.render(
     messages, context={'tools': tools}
   ) == theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+
+
+@pytest.mark.parametrize('read', ['reasoning_content', 'thinking'])
+@pytest.mark.parametrize('key', ['reasoning_content', 'thinking', 'reasoning'])
+def test_thoughts_are_rendered_alike(tmp_path, key, read):
+  source = CHATML.replace(
+    "message['content'] +", f"(message.{read} or '') + message['content'] +"
+  )
+  messages = [*map(dict, CHAT[1:])]
+  messages[-1][key] = 'Hm.'
+  write(tmp_path, source)
+  theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+  template = load(tmp_path).chat_template
+  rendered = template.render(messages)
+  assert rendered == theirs.apply_chat_template(messages, tokenize=False)
+  assert 'Hm.' in rendered
+  flags = [False] * (len(messages) - 1) + [True]
+  _, (answer,) = template.answers(messages, flags)
+  assert rendered[answer.start :].startswith('Hm.')
 
 
 def test_transformers_stops_where_an_answer_ends(tmp_path):

@@ -376,16 +376,19 @@ def test_every_update_learns_the_answers(tmp_path, args):
   assert np.isfinite(found).all()
 
 
-def with_pad(directory, **flags):
-  """Adds a token to a checkpoint's tokenizer for which the model has no row."""
+def with_pad(directory, *, special):
+  """Adds a token to a checkpoint's tokenizer for which the model has no row.
+
+  transformers makes every token special that the settings name.
+  """
   path = str(directory / 'tokenizer.json')
   library = tokenizers.Tokenizer.from_file(path)
-  token = tokenizers.AddedToken('[PAD]', normalized=False, **flags)
+  token = tokenizers.AddedToken('[PAD]', normalized=False, special=special)
   assert library.get_vocab_size() == MODELS['llama'].vocab_size
   library.add_tokens([token])
   library.save(path)
   words = json.loads((directory / 'tokenizer_config.json').read_text())
-  words['pad_token'] = '[PAD]'
+  words |= {'pad_token': '[PAD]'} if special else {}
   (directory / 'tokenizer_config.json').write_text(json.dumps(words))
 
 

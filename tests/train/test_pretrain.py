@@ -63,8 +63,8 @@ def test_a_run_leaves_its_files(finished):
   _, run = finished
   names = {path.name for path in run.directory.iterdir()}
   assert names == {
-    *('config.json', 'tokenizer.model', 'metrics.jsonl', 'curves.png'),
-    *('samples.json', 'checkpoints'),
+    *('config.json', 'tokenizer.json', 'tokenizer_config.json'),
+    *('metrics.jsonl', 'curves.png', 'samples.json', 'checkpoints'),
   }
   steps = [line['step'] for line in lines(run) if 'loss' in line]
   assert steps == list(range(1, 9))

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train.data.corpus import Documents, Example
-from train.data.tokenizer import AnyTokenizer
+from train.data.tokenizer import Tokenizer
 from train.data.window import ConcatThenSplit, ShuffledRows, num_rows
 
 Batch = dict[str, np.ndarray]
@@ -34,7 +34,7 @@ _BEYOND = 50
 
 def batches(
   documents: Documents,
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   *,
   batch_size: int,
   sequence_length: int,
@@ -108,7 +108,7 @@ def batches(
 
 def validation_batches(
   documents: Documents,
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   *,
   batch_size: int,
   sequence_length: int,
@@ -172,7 +172,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 def _packed(
   documents: Documents,
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   sequence_length: int,
   **order: Any,
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
@@ -213,7 +213,7 @@ def _pairs(example: Example) -> dict[str, np.ndarray]:
 
 def _pieces(
   documents: Documents,
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   length: int,
   **order: Any,
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
@@ -238,7 +238,7 @@ def _has_pairs(row: dict[str, np.ndarray]) -> bool:
 
 
 def _check_scored(
-  documents: Documents, tokenizer: AnyTokenizer, sequence_length: int
+  documents: Documents, tokenizer: Tokenizer, sequence_length: int
 ) -> None:
   """Raises ValueError if every chat is left out: packing would never end."""
   for example in documents.examples(tokenizer, seed=0, repeat=False):
@@ -284,7 +284,7 @@ def _training_batch(packed: dict[str, np.ndarray]) -> Batch:
 
 def shown(
   documents: Documents,
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   *,
   sequence_length: int,
   seed: int = 0,
@@ -331,7 +331,7 @@ def shown(
 
 def _coloured(
   example: Example,
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   sequence_length: int,
   is_cut: bool,
 ) -> Text:

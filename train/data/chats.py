@@ -43,7 +43,7 @@ from train.data.corpus import (
 from train.data.records import Entry, parse_json, parse_object, records
 from train.data.template import ChatTemplate, Piece, with_defaults, with_end
 from train.data.text_files import index
-from train.data.tokenizer import AnyTokenizer, check_texts
+from train.data.tokenizer import Tokenizer, check_texts
 
 PLAIN = (
   '{{ bos_token }}{% for message in messages %}'
@@ -189,7 +189,7 @@ class Dialogues(Documents):
     return texts.stream(seed=seed, repeat=repeat)
 
   def examples(
-    self, tokenizer: AnyTokenizer, *, seed: int, repeat: bool
+    self, tokenizer: Tokenizer, *, seed: int, repeat: bool
   ) -> grain.IterDataset[Example]:
     """Streams the chats as tokenized examples in an order fixed by a seed.
 
@@ -198,7 +198,7 @@ class Dialogues(Documents):
     chats = RandomAccess(self.source, self.encoder(tokenizer))
     return chats.stream(seed=seed, repeat=repeat)
 
-  def check(self, tokenizer: AnyTokenizer) -> list[str]:
+  def check(self, tokenizer: Tokenizer) -> list[str]:
     """Renders every chat once, and collects warnings. Results are cached.
 
     Returns:
@@ -218,8 +218,8 @@ class Dialogues(Documents):
     return self._notes[key]
 
   def templated(
-    self, tokenizer: AnyTokenizer, clock: datetime.datetime | None = None
-  ) -> AnyTokenizer:
+    self, tokenizer: Tokenizer, clock: datetime.datetime | None = None
+  ) -> Tokenizer:
     """Returns the tokenizer with the chat template of these chats.
 
     The template is saved with a run, so that training, sampling and an exported
@@ -243,9 +243,7 @@ class Dialogues(Documents):
     clock = datetime.datetime.now() if clock is None else clock
     return tokenizer.with_template(None if is_own else template.source, clock)
 
-  def encoder(
-    self, tokenizer: AnyTokenizer
-  ) -> Callable[[Chat | Prose], Example]:
+  def encoder(self, tokenizer: Tokenizer) -> Callable[[Chat | Prose], Example]:
     """Returns a function from an item of `source` to an example."""
     return functools.partial(
       _encoded,
@@ -254,14 +252,14 @@ class Dialogues(Documents):
       score=self.score,
     )
 
-  def _template_of(self, tokenizer: AnyTokenizer) -> ChatTemplate:
+  def _template_of(self, tokenizer: Tokenizer) -> ChatTemplate:
     """Returns the template that a run has saved, or would save."""
     own = tokenizer.chat_template
     if own is not None and own.is_settled:
       return own
     return self._build(tokenizer)
 
-  def _build(self, tokenizer: AnyTokenizer) -> ChatTemplate:
+  def _build(self, tokenizer: Tokenizer) -> ChatTemplate:
     """Returns the chosen template, with variables set and an end of turn."""
     template = template_of(tokenizer, self.template)
     variables = variables_of(self.template_variables)
@@ -289,7 +287,7 @@ class Dialogues(Documents):
     found['keys'] = self.reading.keys
     message_keys = self.reading.message_keys
     for name, count in message_keys.counts.items():
-      if not template.mentions(name):
+      if not template.uses(name):
         found['message keys'].counts[name] = count
         found['message keys'].first[name] = message_keys.first[name]
     texts = [
@@ -362,7 +360,7 @@ def _tally(
 
 
 def _replaced(
-  template: ChatTemplate, source: str, tokenizer: AnyTokenizer
+  template: ChatTemplate, source: str, tokenizer: Tokenizer
 ) -> ChatTemplate:
   """Returns a template with the same clock and another source."""
   return ChatTemplate(
@@ -535,7 +533,7 @@ class _Named:
 
 
 def template_of(
-  tokenizer: AnyTokenizer, template: str | None = None
+  tokenizer: Tokenizer, template: str | None = None
 ) -> ChatTemplate:
   """Returns the chosen template, without variables or an added end of turn.
 
@@ -635,7 +633,7 @@ def _plain_text(item: Chat | Prose) -> str:
 def _encoded(
   item: Chat | Prose,
   *,
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   template: ChatTemplate,
   score: Score,
 ) -> Example:
@@ -662,7 +660,7 @@ def _pieces(item: Chat, template: ChatTemplate, score: Score) -> list[Piece]:
 
 
 def _ended(
-  ids_n: np.ndarray, scored_n: np.ndarray, tokenizer: AnyTokenizer
+  ids_n: np.ndarray, scored_n: np.ndarray, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
   """Adds BOS and EOS to token ids, unless the text already has them."""
   bos = tokenizer.bos_id

@@ -32,7 +32,7 @@ import grain
 import numpy as np
 
 from train.data.text_files import Texts, index_texts
-from train.data.tokenizer import AnyTokenizer, check_texts
+from train.data.tokenizer import Tokenizer, check_texts
 
 Split: TypeAlias = Literal['train', 'validation']
 Source: TypeAlias = Sequence[Any] | grain.sources.RandomAccessDataSource[Any]
@@ -63,8 +63,8 @@ class TextSplit:
   """One split of a corpus of texts of any kind."""
 
   def templated(
-    self, tokenizer: AnyTokenizer, clock: datetime.datetime | None = None
-  ) -> AnyTokenizer:
+    self, tokenizer: Tokenizer, clock: datetime.datetime | None = None
+  ) -> Tokenizer:
     """Returns the tokenizer with the chat template of the data, if any.
 
     Args:
@@ -74,7 +74,7 @@ class TextSplit:
     """
     return tokenizer
 
-  def check(self, tokenizer: AnyTokenizer) -> list[str]:
+  def check(self, tokenizer: Tokenizer) -> list[str]:
     """Checks every example, so that none is rejected in the middle of a run.
 
     Returns:
@@ -113,7 +113,7 @@ class Documents(TextSplit, abc.ABC):
     """
 
   def examples(
-    self, tokenizer: AnyTokenizer, *, seed: int, repeat: bool
+    self, tokenizer: Tokenizer, *, seed: int, repeat: bool
   ) -> grain.IterDataset[Example]:
     """Streams tokenized examples in the order of `stream`.
 
@@ -127,14 +127,14 @@ class Documents(TextSplit, abc.ABC):
     encode = functools.partial(_encoded, tokenizer=tokenizer)
     return self.stream(seed=seed, repeat=repeat).map(encode)
 
-  def check(self, tokenizer: AnyTokenizer) -> list[str]:
+  def check(self, tokenizer: Tokenizer) -> list[str]:
     """Raises ValueError if a text has a token that the model has no row for."""
     texts = self.stream(seed=0, repeat=False)
     check_texts(tokenizer, texts, special=False)
     return []
 
 
-def _encoded(document: str, *, tokenizer: AnyTokenizer) -> Example:
+def _encoded(document: str, *, tokenizer: Tokenizer) -> Example:
   """Encodes a document as BOS text EOS.
 
   The bytes of the tokens add up to the size of the document even if the

@@ -23,14 +23,9 @@ from rich.text import Text
 from train.data import corpus
 from train.data.batches import Batch, ahead, bucket
 from train.data.corpus import RandomAccess, Split
+from train.data.pretrained import parsed
 from train.data.records import KINDS, expand, kind_of, records
-from train.data.tokenizer import (
-  AnyTokenizer,
-  JsonTokenizer,
-  check_texts,
-  checked,
-  parsed,
-)
+from train.data.tokenizer import Tokenizer, check_texts, checked
 
 Metric: TypeAlias = Literal['accuracy', 'f1', 'matthews', 'pearson', 'spearman']
 
@@ -241,7 +236,7 @@ def check_columns(texts: Sequence[str] | None) -> None:
 
 def batches(
   examples: Examples,
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   labels: Labels,
   *,
   batch_size: int,
@@ -290,7 +285,7 @@ def batches(
 
 def validation_batches(
   examples: Examples,
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   labels: Labels,
   *,
   batch_size: int,
@@ -315,7 +310,7 @@ def validation_batches(
 
 def shown(
   examples: Examples,
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   labels: Labels,
   *,
   sequence_length: int,
@@ -353,7 +348,7 @@ def shown(
 
 
 def encoder(
-  tokenizer: AnyTokenizer, length: int
+  tokenizer: Tokenizer, length: int
 ) -> Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]:
   """Returns `texts -> (ids, types)`, both [n], with special tokens.
 
@@ -379,7 +374,7 @@ def encoder(
   return encode
 
 
-def pad_id(tokenizer: AnyTokenizer) -> int:
+def pad_id(tokenizer: Tokenizer) -> int:
   """Returns the id of the padding token, 0 if the tokenizer has none."""
   name = tokenizer.tokens.get('pad_token')
   found = None if name is None else _fast(tokenizer).token_to_id(name)
@@ -392,26 +387,21 @@ def pad_id(tokenizer: AnyTokenizer) -> int:
   return found or 0
 
 
-def _fast(tokenizer: AnyTokenizer) -> tokenizers.Tokenizer:
+def _fast(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
   """Returns the `tokenizers` object of tokenizer.json, template included."""
-  if not isinstance(tokenizer, JsonTokenizer):
-    raise ValueError(
-      "a classifier needs a tokenizer.json, whose template has the model's "
-      'special tokens; this tokenizer is a sentencepiece model: name a '
-      'directory that has a tokenizer.json with --tokenizer'
-    )
   fast = parsed(tokenizer.model)
   if not fast.num_special_tokens_to_add(True):
     raise ValueError(
-      'tokenizer.json must have a post_processor that adds special tokens, as '
-      'those of BERT and RoBERTa: save it again from transformers'
+      'a classifier needs a tokenizer.json with a post_processor that adds '
+      'special tokens, as those of BERT and RoBERTa: save it again from '
+      'transformers, or name a directory that has one with --tokenizer'
     )
   return fast
 
 
 def _rows(
   examples: Examples,
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   labels: Labels,
   length: int,
   *,

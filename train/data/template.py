@@ -1,7 +1,8 @@
 """Chat templates: they render messages as text, and answers are found in it.
 
 A template is the Jinja text of a checkpoint. It is rendered as transformers
-does: in a sandbox, with the same filters and functions.
+does: in a sandbox, with the same filters and functions. transformers renders
+with the current time, while the text of a run must not depend on the time.
 """
 
 import datetime
@@ -56,8 +57,9 @@ _ARGUMENTS = (
   'strftime_now',
 )
 
-# Keys of messages for thoughts that are separate from the content.
-_THOUGHTS = ('reasoning_content', 'reasoning', 'thinking')
+# Keys of messages for thoughts that are separate from the content, in the order
+# in which transformers prefers them.
+_THOUGHTS = ('reasoning_content', 'thinking', 'reasoning')
 
 
 class ChatTemplate:
@@ -218,6 +220,11 @@ class ChatTemplate:
   def mentions(self, name: str) -> bool:
     """Returns whether a name, such as a key of messages, is in the template."""
     return re.search(rf'\b{re.escape(name)}\b', self.source) is not None
+
+  def uses(self, key: str) -> bool:
+    """Returns whether a key of messages can change the text."""
+    keys = (key, *_THOUGHTS[:2]) if key in _THOUGHTS else (key,)
+    return any(map(self.mentions, keys))
 
   def check_variables(self, variables: Iterable[str]) -> None:
     """Raises ValueError for a variable that the template does not read."""
@@ -381,9 +388,29 @@ class ChatTemplate:
 
   def _adapted(self, message: Message) -> Message:
     """Returns a message in the form that the template expects."""
+    message = _with_thoughts(message)
     if not message.get('tool_calls') or self._form_of_call is None:
       return message
     return self._form_of_call(message)
+
+
+def _with_thoughts(message: Message) -> Message:
+  """Returns a message with its thoughts at the keys that templates read.
+
+  These are the keys that transformers fills.
+
+  >>> sorted(_with_thoughts({'role': 'assistant', 'reasoning': 'Hm.'}))
+  ['reasoning', 'reasoning_content', 'role', 'thinking']
+  """
+  thoughts = (message.get(name) for name in _THOUGHTS)
+  found = next((x for x in thoughts if x is not None), None)
+  if found is None:
+    return message
+  filled = {
+    'reasoning_content': found,
+    'thinking': message.get('thinking', found),
+  }
+  return {**message, **filled}
 
 
 def _of_form(

@@ -11,7 +11,8 @@ from typing import Any
 
 from train.config import Config
 from train.data import tokenizer as tokenizers
-from train.data.tokenizer import AnyTokenizer
+from train.data.pretrained import is_of_first_version
+from train.data.tokenizer import Tokenizer
 from train.engine import cluster
 from train.engine.task import Data, Task
 
@@ -20,7 +21,7 @@ from train.engine.task import Data, Task
 class Text(Data):
   """The data and the tokenizer of a run."""
 
-  tokenizer: AnyTokenizer
+  tokenizer: Tokenizer
   """The run's tokenizer."""
 
 
@@ -88,7 +89,7 @@ def vocab_size(config: Config) -> int:
   return model.vocab_size
 
 
-def prepare_tokenizer(config: Config, documents: Any) -> AnyTokenizer:
+def prepare_tokenizer(config: Config, documents: Any) -> Tokenizer:
   """Loads the tokenizer that the config names, or trains one on documents.
 
   Args:
@@ -112,7 +113,7 @@ def prepare_tokenizer(config: Config, documents: Any) -> AnyTokenizer:
   return documents.templated(tokenizer, cluster.clock())
 
 
-def tokenizer_of(run: pathlib.Path, config: Config) -> AnyTokenizer:
+def tokenizer_of(run: pathlib.Path, config: Config) -> Tokenizer:
   """Returns a run's tokenizer, checked against the model's vocabulary size."""
   return tokenizers.fitted(
     stored_tokenizer(run),
@@ -122,15 +123,14 @@ def tokenizer_of(run: pathlib.Path, config: Config) -> AnyTokenizer:
   )
 
 
-def stored_tokenizer(run: pathlib.Path) -> AnyTokenizer:
+def stored_tokenizer(run: pathlib.Path) -> Tokenizer:
   """Reads the tokenizer of a run, with the chat template of the training.
 
   If an older version wrote the run, a line on standard error lists the
   differences.
   """
   found = tokenizers.load(run)
-  spaces = tokenizers.SPACES
-  if spaces in found.files and not (run / spaces).is_file():
+  if is_of_first_version(run):
     print(
       f'{run} is of an older version, which put a space behind '
       'every special token and ignored user-defined pieces and eos_token: '

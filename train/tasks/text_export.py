@@ -5,12 +5,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from train.data.tokenizer import CLOCK, TEMPLATE, AnyTokenizer
+from train.data.pretrained import CLOCK, TEMPLATE
+from train.data.tokenizer import Tokenizer
 from train.engine.run import Run
 from train.tasks.text import stored_tokenizer
 
 
-def write_tokenizer(run: pathlib.Path, directory: pathlib.Path) -> AnyTokenizer:
+def write_tokenizer(run: pathlib.Path, directory: pathlib.Path) -> Tokenizer:
   """Writes a run's tokenizer beside exported weights, and returns it.
 
   The tokenizer of a checkpoint has been copied already.
@@ -45,7 +46,7 @@ def write_language(
 
 
 def write_ends(
-  directory: pathlib.Path, tokenizer: AnyTokenizer, *, is_chat: bool
+  directory: pathlib.Path, tokenizer: Tokenizer, *, is_chat: bool
 ) -> None:
   """Writes the tokens that end a text to the files that list them.
 
@@ -71,7 +72,7 @@ def write_ends(
     change(path, {'eos_token_id': found}, make=True)
 
 
-def eos_of(tokenizer: AnyTokenizer) -> str | None:
+def eos_of(tokenizer: Tokenizer) -> str | None:
   """Returns the text of the tokenizer's EOS token."""
   for text, token in tokenizer.specials.items():
     if token == tokenizer.eos_id:

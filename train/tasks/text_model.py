@@ -13,7 +13,7 @@ from models import huggingface
 from models.llama import Layers
 from models.model import ModelConfig
 from train.data import tokenizer as tokenizers
-from train.data.tokenizer import AnyTokenizer
+from train.data.tokenizer import Tokenizer
 from train.engine import checkpoint
 from train.engine.command import add_flag
 from train.engine.run import Run, is_directory
@@ -29,7 +29,7 @@ class Model(NamedTuple):
   """The model."""
   params: PyTree
   """The parameters, as `layers` reads them."""
-  tokenizer: AnyTokenizer
+  tokenizer: Tokenizer
   """The tokenizer."""
   window: int
   """Number of tokens that the model was trained to read at once."""

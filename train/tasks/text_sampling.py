@@ -19,7 +19,7 @@ import numpy as np
 from models.llama import Cache, Layers
 from train.data.batches import bucket
 from train.data.chats import variables_of
-from train.data.tokenizer import AnyTokenizer
+from train.data.tokenizer import Tokenizer
 from train.engine import machine
 from train.engine.command import add_flag, check_least, user_errors
 from train.engine.task import PyTree
@@ -196,7 +196,7 @@ def stream(
 
 
 def spoken(
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   prompt: list[int],
   ids: list[int],
   stop: Sequence[str],
@@ -234,7 +234,7 @@ def settled(text: str, stop: Sequence[str]) -> str:
 def continuations(
   layers: Layers,
   params: PyTree,
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   prompts: Sequence[str],
   *,
   window: int,
@@ -285,7 +285,7 @@ def continuations(
   return [text for text, _ in found]
 
 
-def beginning(tokenizer: AnyTokenizer, prompt: str) -> list[int]:
+def beginning(tokenizer: Tokenizer, prompt: str) -> list[int]:
   """Encodes a prompt; returns at least one token."""
   ids = tokenizer.encode(prompt).tolist()
   if tokenizer.bos_id is not None:
@@ -388,7 +388,7 @@ def answers(
 
 
 def rendered(
-  tokenizer: AnyTokenizer,
+  tokenizer: Tokenizer,
   messages: list[dict[str, str]],
   variables: Mapping[str, Any] | None = None,
 ) -> list[int]:

@@ -15,7 +15,7 @@ from tests.train.test_config import CONFIG
 from train.data import batches as batches_lib
 from train.data.batches import batches, shown, validation_batches
 from train.data.corpus import Indexed
-from train.data.tokenizer import Tokenizer, train_tokenizer
+from train.data.tokenizer import load, train_tokenizer
 from train.engine.task import task_of
 from train.tasks.text import Text
 
@@ -206,7 +206,7 @@ def test_bytes_are_exact_for_a_tokenizer_that_changes_the_text(tmp_path):
     minloglevel=2,
   )
   texts = [*TEXTS, '  \u2581 \ufb01 \u4e2d  twice  spaced ', ' ']
-  tokenizer_ = Tokenizer.load(tmp_path / 'nfkc.model')
+  tokenizer_ = load(tmp_path / 'nfkc.model')
   assert tokenizer_.decode(tokenizer_.encode(texts[-2])) != texts[-2]
   found = validation(tokenizer_, Indexed(texts))
   num_bytes = sum((b['weights'] * b['bytes']).sum() for b in found)

@@ -5,8 +5,10 @@ field that a later version adds is missing in them and takes its default.
 """
 
 import json
+import pathlib
 import re
 import shutil
+import tarfile
 
 import pytest
 
@@ -18,10 +20,12 @@ from train import evaluate, export, pretrain, report, sample
 from train.config import Config, Layerwise
 from train.data.chats import Chats
 from train.data.labelled import LabelledFiles
+from train.data.tokenizer import load as read_tokenizer
 from train.engine.command import load
 from train.engine.config_json import flatten, from_json
 from train.engine.run import Run
 from train.method import Galore, Galore8bit
+from train.tasks.text import stored_tokenizer
 
 PRETRAINED = """
 {"kind": "Config", "model": {"kind": "LlamaConfig", "vocab_size": 320,
@@ -190,3 +194,55 @@ def test_programs_read_a_run_of_an_older_version(tmp_path, monkeypatch, capsys):
     for run in ('new', 'old')
   )
   assert one == other
+
+
+# A run of the config of `program`. The version that wrote it trained tokenizers
+# with sentencepiece. Do not change it: the expected ids and texts are those of
+# that version.
+STORED = pathlib.Path(__file__).with_name('older_run.tar.xz')
+
+ODD = 'a\u2581b \u00e9 \U0001f600\n\nZebra  </s> <s> x '
+
+IDS_OF_ODD = (
+  *(307, 264, 299, 199, 173, 299, 244, 163, 156, 132, 14, 14, 94, 300, 311),
+  *(302, 307, 299, 299, 64, 51, 301, 66, 299, 64, 301, 66, 299, 124, 299),
+)
+
+
+def unpack(directory):
+  with tarfile.open(STORED) as file:
+    file.extractall(directory, filter='data')
+
+
+def test_a_stored_sentencepiece_model_has_the_same_ids(tmp_path):
+  unpack(tmp_path)
+  tokenizer = stored_tokenizer(tmp_path / 'run')
+  assert tuple(tokenizer.encode(ODD)) == IDS_OF_ODD
+  assert tokenizer.decode(IDS_OF_ODD) == ODD.replace('\u2581', ' ')
+  assert tokenizer.bytes_V[list(IDS_OF_ODD)].sum() == len(
+    ODD.replace('\u2581', ' ').encode()
+  )
+  assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (
+    1,
+    2,
+    320,
+  )
+
+
+@pytest.mark.slow
+def test_programs_read_a_stored_run(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  config = program.write_config(tmp_path)
+  unpack(tmp_path)
+  evaluate.main(['run'])
+  sample.main(['run', '--prompt', 'the red house', '--num-tokens', '9'])
+  assert capsys.readouterr() == (
+    'validation: loss 5.2864, perplexity 197.6215, bits per byte 4.1260\n'
+    'the red house r somev b r+> dogn\n',
+    '',
+  )
+  export.main(['run', 'out'])
+  exported = {file.name for file in pathlib.Path('out').iterdir()}
+  assert {'model.safetensors', 'tokenizer.json', 'tokenizer.model'} < exported
+  assert tuple(read_tokenizer('out').encode(ODD)) == IDS_OF_ODD
+  assert pretrain.main([config, '--run', 'run', '--resume']) == 0
