@@ -409,3 +409,31 @@ def test_collectives_of_a_shared_step(config, capsys):
   assert all(row['bytes'] > 0 for row in found['collectives'])
   # Each GPU updates its shard in place.
   assert found['output_bytes'] - found['alias_bytes'] < 2**12
+
+
+def test_an_encoder_is_planned(tmp_path, capsys):
+  path = tmp_path / 'encoder.py'
+  path.write_text(f"""
+from models.encoder import EncoderConfig
+from train.config import Config
+from train.data.labelled import LabelledFiles
+from train.method import Galore
+
+config = Config(
+  model=EncoderConfig(
+    vocab_size=300, width=24, mlp_width=56, num_heads=2, num_layers=2,
+    num_positions=20, dropout=0.1,
+  ),
+  corpus=LabelledFiles('x.csv'),
+  tokenizer={str(tmp_path)!r},
+  optimizer=Galore(rank=8),
+  steps=8,
+  learning_rate=0.01,
+  batch_size=12,
+  sequence_length=32,
+)
+""")
+  found = report(capsys, str(path), '--estimate')
+  # Two layers keep the inputs of 12 rows, which have a position each.
+  assert found['activation_bytes'] == 4 * 2 * 12 * 20 * 24
+  assert found['batch'] == '12 x 20 tokens'
