@@ -258,8 +258,10 @@ class Runner:
     state = start(jax.random.key(seed))
     for batch in self.methods.first_batches(job):
       state, _ = step(state, batch)
-    loss = functools.partial(jax.jit(task.loss), state.params)
-    found = self.methods.measured(CORPUS, loss)
+    score = jax.jit(self.methods.study.score(task))
+    found = self.methods.measured(
+      CORPUS, functools.partial(score, state.params)
+    )
     return found | {'changes': repr(choice.changes)}
 
 

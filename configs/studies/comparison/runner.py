@@ -85,7 +85,7 @@ class Runner:
   def _compiled(
     self, name: str, around: Around
   ) -> tuple[Callable, Callable, Any]:
-    """Returns a method's jitted `key -> state`, its step and its loss."""
+    """Returns a method's jitted `key -> state`, its step and its score."""
     # Otherwise the programs of all methods would stay in memory.
     jax.clear_caches()
     method = self.study.methods[name]
@@ -126,12 +126,12 @@ class Runner:
       )
       return step_lib.with_adapter(run, config)(state, batch)
 
-    return start, step, jax.jit(task.loss)
+    return start, step, jax.jit(self.study.score(task))
 
   def run(self, job: Job) -> dict[str, Any]:
     """Trains one run and returns its record."""
     around = self.study.around(job.steps)
-    start, step, loss = self.compiled(job.method, around)
+    start, step, score = self.compiled(job.method, around)
     batches, rates = self.first_batches(job), (job.matrix, job.rest)
     # Compile first, so that the measured time does not contain compilation.
     jax.block_until_ready(
@@ -146,7 +146,7 @@ class Runner:
     last = float(metrics['loss'])
     seconds = (time.perf_counter() - clock) / job.steps
     return {
-      **self.measured(job.corpus, functools.partial(loss, state.params)),
+      **self.measured(job.corpus, functools.partial(score, state.params)),
       'loss': finite(last),
       self.study.unit: self.study.amount(job.steps),
       'seconds': seconds,

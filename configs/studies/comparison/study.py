@@ -16,6 +16,7 @@ import optax
 
 from models.lowrank import Adapter
 from train.config import Config
+from train.engine.task import Task
 
 
 class Rung(NamedTuple):
@@ -62,8 +63,8 @@ class Job(NamedTuple):
 Done: TypeAlias = dict[Job, dict[str, Any]]
 """The records of all finished runs."""
 
-Score: TypeAlias = Callable[[Any], tuple[Any, Any]]
-"""`batch -> loss, sums`, as `Task.loss` at the trained weights."""
+Score: TypeAlias = Callable[[Any], Any]
+"""`batch -> result`, as `Study.score` at the trained weights."""
 
 
 class Around(NamedTuple):
@@ -174,6 +175,13 @@ class Study(abc.ABC):
   def held_out(self, config: Config, data: Any) -> Sequence[Any]:
     """Returns the held-out data, which score the weights of all runs."""
 
+  def score(self, task: Task) -> Callable[[Any, Any], Any]:
+    """Returns the function of weights and a batch that `measured` calls.
+
+    It is compiled. By default it returns the task's loss and its sums.
+    """
+    return task.loss
+
   @abc.abstractmethod
   def measured(self, held_out: Sequence[Any], score: Score) -> dict[str, Any]:
     """Returns the numbers of a run on the held-out data.
@@ -183,7 +191,7 @@ class Study(abc.ABC):
 
     Args:
       held_out: the result of `held_out`.
-      score: loss and sums of a batch at the trained weights.
+      score: the function that `score` returns, at the trained weights.
     """
 
   @abc.abstractmethod
