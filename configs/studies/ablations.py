@@ -43,7 +43,7 @@ from galore_optax.precision import at_least_float32
 from galore_optax.quantized.array import dequantize_tree, quantize
 from train.config import Config, Layerwise
 from train.engine import step as step_lib
-from train.engine.task import language_model
+from train.engine.task import task_of
 from train.method import Apollo, Fira, Galore
 
 CORPUS = 'chitchat'
@@ -247,7 +247,7 @@ class Runner:
     jax.clear_caches()
     job = MethodJob(CORPUS, 'GaLore', *self.rates, seed, self.size.steps)
     config = self.config(job, choice, factor)
-    task = language_model(config)
+    task = task_of(config)
     start, step = step_lib.build(config, task)
     if choice.keeps is not None:
       step = step_lib.make_step(

@@ -36,6 +36,7 @@ from configs.studies.comparison.command import RESULTS
 from configs.studies.comparison.packages import package
 from configs.studies.comparison.runs import save
 from models import gguf
+from train import method
 from train.data.chats import ChitchatAnswers
 from train.data.corpus import Split
 from train.engine import metrics
@@ -56,6 +57,7 @@ SHARED = [
   '--window',
   '0',
 ]
+EIGHT_BITS = method.METHODS['Galore8bit'].preset.__name__
 GALORE = ['--optimizer', 'Galore8bit', '--optimizer.subspace', 'power']
 WHOLE = ['--update', 'WholeTree']
 LORA = ['--adapter', 'Lora', '--adapter.rank', '8', '--optimizer', 'AdamW']
@@ -73,8 +75,8 @@ class Row(NamedTuple):
 METHODS = [
   Row('nothing', [*WHOLE, '--optimizer', 'Lomo'], (0.0,)),
   Row('AdamW', [*WHOLE, '--optimizer', 'AdamW'], (2e-5, 1e-4, 5e-4)),
-  Row('galore_adamw_8bit', [*WHOLE, *GALORE], (5e-5, 2e-4, 1e-3)),
-  Row('galore_adamw_8bit, layer-wise', GALORE, (5e-5, 2e-4, 1e-3)),
+  Row(EIGHT_BITS, [*WHOLE, *GALORE], (5e-5, 2e-4, 1e-3)),
+  Row(f'{EIGHT_BITS}, layer-wise', GALORE, (5e-5, 2e-4, 1e-3)),
   Row('LoRA, rank 8', [*WHOLE, *LORA], (3e-4, 1e-3, 3e-3, 1e-2)),
   Row('LOMO', ['--optimizer', 'Lomo'], (0.1, 0.5)),
   Row('LOMO + LoRA', [*LORA, '--adapter.lomo', '500'], (3e-4, 1e-3)),
@@ -98,7 +100,9 @@ PARTS = {'methods': METHODS, 'recipe': RECIPE}
 
 def main() -> None:
   """Runs the missing rows and writes the tables."""
-  parser = argparse.ArgumentParser(description=main.__doc__)
+  parser = argparse.ArgumentParser(
+    'python -m configs.studies.finetune', description=main.__doc__
+  )
   parser.add_argument('--only', choices=PARTS)
   parser.add_argument('--again', help='name of a row to run again')
   args = parser.parse_args()
