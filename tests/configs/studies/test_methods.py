@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import re
 
+import chex
 import jax
 import pytest
 
@@ -60,6 +61,19 @@ def test_calls_at_one_time_lose_no_run(tmp_path):
   done = command.runs_of(tmp_path, SMALL).done
   assert {*done} == {*jobs}
   assert all(run['bits_per_byte'] == job.seed for job, run in done.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', METHODS)
+def test_every_method_has_a_step(tmp_path, name):
+  runner = Runner(SMALL, tmp_path)
+  config = runner.config(Job('chitchat', name, 1.0, 1.0, seed=0, steps=4))
+  batch = task_of(config).inputs()
+  start, step, _ = runner.compiled(name, SMALL.around(4))
+  state = jax.eval_shape(start, jax.random.key(0))
+  after, metrics = jax.eval_shape(step, state, batch, (0.01, 0.1), 4)
+  chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+  assert metrics['loss'].shape == ()
 
 
 @pytest.mark.slow
