@@ -99,7 +99,7 @@ class Runner:
     def optimizer(
       rates: tuple[Any, Any], steps: Any
     ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-      schedule: optax.Schedule = stretched(whole, config.steps / steps)
+      schedule: optax.Schedule = stretched(whole, config.steps, steps)
       if isinstance(config.adapter, Relora):
         schedule = adapter_lib.jagged(schedule, config.adapter)
       matrix, rest = rates
@@ -169,6 +169,14 @@ class Runner:
     return {'weight_bytes': found.weights, 'state_bytes': found.state}
 
 
-def stretched(schedule: optax.Schedule, factor: Any) -> optax.Schedule:
-  """Returns a schedule that is read at `factor` times the step."""
-  return lambda count: schedule(count * factor)
+def stretched(
+  schedule: optax.Schedule, length: int, steps: Any
+) -> optax.Schedule:
+  """Returns a schedule of `length` steps, stretched to another number of steps.
+
+  Args:
+    schedule: a schedule of `length` steps.
+    length: its number of steps.
+    steps: the new number of steps, which may be traced.
+  """
+  return lambda count: schedule(count * (length / steps))
