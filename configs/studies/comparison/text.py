@@ -93,7 +93,7 @@ class TextStudy(Study):
         data.validation,
         data.tokenizer,
         batch_size=1,
-        sequence_length=config.sequence_length,
+        sequence_length=self.size.sequence_length,
         num_batches=self.size.eval_rows,
       )
     )
