@@ -85,7 +85,7 @@ newest:
 	$(NEWEST)/python -m pip install -q --upgrade --upgrade-strategy eager \
 	  -e '.[test]'
 	$(NEWEST)/python -m pytest tests/galore_optax tests/models galore_optax \
-	  models train $(ARGS)
+	  models train configs/studies $(ARGS)
 
 lint: .venv/test .venv/lint
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ config = Config(
   ),
   corpus=Chitchat(),
   # 'gram' computes the subspace of the SVD in a fraction of the SVD's time. The
-  # benchmark tests.bench.quickstart found this pair of scale and learning rate
+  # study configs.studies.quickstart found this pair of scale and learning rate
   # to be the best: 0.003 for projected matrices, 0.1 for all other weights.
   optimizer=Galore(rank=64, gap=50, subspace='gram', scale=0.03),
   steps=300,

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from train.method import METHODS
+
 ROOT = pathlib.Path(__file__).parent.parent
-OURS = {'galore_optax', 'models', 'train', 'configs'}
+OURS = {'galore_optax', 'models', 'train', 'configs', 'tests'}
 HEAVY = {'flax', 'orbax', 'grain', 'tensorflow', 'tensorflow_datasets'}
 
 # Maps each package to the packages of this repository that it may import.
@@ -17,11 +19,12 @@ ARROWS = {
   'models': {'models'},
   'train': {'train', 'models', 'galore_optax'},
   'configs': {'configs', 'train', 'models'},
+  'configs/studies': {'configs', 'train', 'models', 'galore_optax'},
 }
 
 FILES = {
   *('pyproject.toml', 'README.md', 'LICENSE', 'Makefile', 'CHANGELOG.md'),
-  *('.ci', '.gitignore', 'tests', *OURS),
+  *('.ci', '.gitignore', *OURS),
 }
 
 
@@ -41,10 +44,19 @@ def modules(package):
   return found
 
 
-@pytest.mark.parametrize('package', sorted(OURS))
+@pytest.mark.parametrize('package', sorted(ARROWS))
 def test_arrows(package):
+  inside = [ROOT / name for name in ARROWS if name.startswith(f'{package}/')]
   for path in modules(package):
-    assert set(imports(path)) & OURS <= ARROWS[package], path
+    if not any(path.is_relative_to(folder) for folder in inside):
+      assert set(imports(path)) & OURS <= ARROWS[package], path
+
+
+def test_configs_do_not_import_studies():
+  for path in (ROOT / 'configs').glob('*.py'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.ImportFrom):
+        assert not (node.module or '').startswith('configs.studies'), path
 
 
 def test_the_library_needs_only_jax_and_optax():
@@ -122,6 +134,68 @@ def test_arrows_inside_the_library(path):
 def test_folders_of_the_library_are_one_level_deep():
   for path in modules('galore_optax'):
     assert len(path.relative_to(ROOT).parts) <= 3
+
+
+# Places that name presets: the library, the list of methods, tests of single
+# presets, and calls and options of other packages.
+NAME_PRESETS = (
+  'galore_optax/__init__.py',
+  'galore_optax/presets/',
+  'train/optimizers/registry.py',
+  'tests/galore_optax/presets/',
+  # Calls as other packages write them.
+  'tests/parity/',
+  'tests/peers/',
+  'tests/trainers/',
+  # Values of `optim` in transformers.
+  'train/hf_args.py',
+  'tests/train/test_hf_args.py',
+)
+
+
+def named_presets(path, presets):
+  """Yields the presets that the code of a file names.
+
+  A name is imported, is an attribute, or is a whole string. Names without an
+  underscore are common words, so they count only as attributes of the library.
+  """
+  tree = ast.parse(path.read_text())
+  library = {
+    alias.asname or alias.name
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Import)
+    for alias in node.names
+    if alias.name == 'galore_optax'
+  }
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom):
+      if (node.module or '').split('.')[0] == 'galore_optax':
+        yield from presets & {alias.name for alias in node.names}
+    elif isinstance(node, ast.Attribute) and node.attr in presets:
+      base = node.value.id if isinstance(node.value, ast.Name) else ''
+      if '_' in node.attr or base in library:
+        yield node.attr
+    elif isinstance(node, ast.Constant) and node.value in presets:
+      if '_' in node.value:
+        yield node.value
+
+
+def test_presets_are_listed_once():
+  presets = {
+    row.preset.__name__
+    for row in METHODS.values()
+    if row.preset.__module__.startswith('galore_optax')
+  }
+  assert len(presets) > 10
+  found = {
+    str(path.relative_to(ROOT)): sorted(names)
+    for package in sorted(OURS)
+    for path in modules(package)
+    if (names := {*named_presets(path, presets)})
+  }
+  assert 'train/optimizers/registry.py' in found
+  others = {k: x for k, x in found.items() if not k.startswith(NAME_PRESETS)}
+  assert not others, 'name presets by their classes in train.method'
 
 
 def test_functions_are_shorter_than_a_screen_and_a_half():

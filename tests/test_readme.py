@@ -95,6 +95,7 @@ def anchors(path):
   [
     *(ROOT / name for name in [*READMES, 'CHANGELOG.md']),
     *sorted(ROOT.glob('tests/bench/**/*.md')),
+    *sorted(ROOT.glob('configs/**/results/*.md')),
   ],
   ids=lambda path: str(path.relative_to(ROOT)),
 )
@@ -147,7 +148,7 @@ def test_figures_stand_on_the_pages_that_their_paragraph_links_to():
 
 
 def test_differences_to_adamw_are_those_of_the_benchmark():
-  page = text_of('tests/bench/results/methods.md')
+  page = text_of('configs/studies/results/methods.md')
   titles = {row.preset.__name__: row.title for row in registry.ROWS}
   text = section('README.md', 'Which method should I use?')
   rows = re.findall(r'^\| (.+) \| (.+) \| (.+) \| (.+) \|$', text, re.MULTILINE)
@@ -207,21 +208,30 @@ def test_every_config_is_listed_with_figures_of_its_docstring():
       assert figure in text_of(f'configs/{name}'), f'{name}: {figure}'
 
 
-def test_every_benchmark_and_result_is_listed():
-  text = text_of('tests/README.md')
-  for path in ROOT.glob('tests/bench/results/*.md'):
-    assert f'](bench/results/{path.name})' in text, path.name
+@pytest.mark.parametrize(
+  'page, folder, least', [('tests', 'bench', 10), ('configs', 'studies', 6)]
+)
+def test_every_program_and_result_is_listed(page, folder, least):
+  text = text_of(f'{page}/README.md')
+  for path in ROOT.glob(f'{page}/{folder}/results/*.md'):
+    assert f']({folder}/results/{path.name})' in text, path.name
   programs = [
-    *(path.parent for path in ROOT.glob('tests/bench/*/__main__.py')),
+    *(path.parent for path in ROOT.glob(f'{page}/{folder}/*/__main__.py')),
     *(
       path
-      for path in ROOT.glob('tests/bench/*.py')
+      for path in ROOT.glob(f'{page}/{folder}/*.py')
       if "__name__ == '__main__'" in path.read_text()
     ),
   ]
-  assert len(programs) > 10
+  assert len(programs) >= least
   for path in programs:
-    assert f'`tests.bench.{path.stem}`' in text, path.stem
+    assert f'`{page}.{folder}.{path.stem}`' in text, path.stem
+
+
+def test_every_page_of_results_names_its_command():
+  for path in ROOT.glob('configs/studies/results/*.md'):
+    command = f'`python -m configs.studies.{path.stem}'
+    assert command in path.read_text(), path.name
 
 
 # The table of features that work together.
@@ -329,7 +339,9 @@ def test_the_table_has_every_method_and_feature():
 
 
 # The others take seconds each.
-QUICK = {'lomo', 'scale_sgd'}
+QUICK = {
+  registry.METHODS[name].preset.__name__ for name in ('Lomo', 'ScaleSgd')
+}
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ import numpy as np
 import rich.table
 from rich.console import Console
 
-from tests.bench.methods import RESULTS
-from tests.bench.quickstart import CONFIG
 from train.engine import metrics
+
+CONFIG = 'configs/quickstart.py'
+RESULTS = pathlib.Path(__file__).parent / 'results'
 
 RULE = ['--optimizer', 'Galore8bit']
 RULE += ['--optimizer.rank', '64', '--optimizer.gap', '50']

@@ -16,13 +16,14 @@ import time
 import rich.table
 from rich.console import Console
 
-from tests.bench.methods import RESULTS
-from tests.bench.quickstart import CONFIG
 from train.data.batches import batches
 from train.data.corpus import Chitchat, Documents, TextFiles
 from train.data.tokenizer import Tokenizer
 from train.engine.command import load
 from train.tasks.text import prepare_tokenizer
+
+CONFIG = 'configs/quickstart.py'
+RESULTS = pathlib.Path(__file__).parent / 'results'
 
 MODEL = 560
 """Approximate tokens per second of training configs/llama_60m.py on 2 cores."""

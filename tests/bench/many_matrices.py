@@ -11,6 +11,8 @@ and `optax.contrib.muon` are measured in the same run.
 
 import argparse
 import datetime
+import functools
+import inspect
 import pathlib
 import time
 from collections.abc import Callable
@@ -23,26 +25,33 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import galore_optax
 from galore_optax import galore
+from train.method import METHODS
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 NUM_LAYERS, D, F, RANK = 32, 128, 344, 32
 RATE = 1e-3
 OPTIONS: dict[str, Any] = {'rank': RANK, 'subspace': 'power'}
 
+
+def known_options(preset: Callable[..., Any]) -> dict[str, Any]:
+  """Returns the options of this benchmark that a preset has."""
+  names = inspect.signature(preset).parameters
+  # FRUGAL has no rank, and keeps its default subspace.
+  given = OPTIONS if 'rank' in names else {}
+  return {name: x for name, x in given.items() if name in names}
+
+
 TRANSFORMATIONS: dict[str, Callable[[], Any]] = {
   'optax.adamw': lambda: optax.adamw(RATE),
   'optax.contrib.muon': lambda: optax.contrib.muon(RATE),
-  'galore_adamw': lambda: galore_optax.galore_adamw(RATE, **OPTIONS),
-  'galore_adamw_8bit': lambda: galore_optax.galore_adamw_8bit(RATE, **OPTIONS),
-  'galore_adafactor': lambda: galore_optax.galore_adafactor(RATE, **OPTIONS),
-  'galore_muon': lambda: galore_optax.galore_muon(RATE, **OPTIONS),
-  'frugal': lambda: galore_optax.frugal(RATE),
-  'fira': lambda: galore_optax.fira(RATE, **OPTIONS),
-  'apollo': lambda: galore_optax.apollo(RATE, rank=RANK),
-  'apollo_mini': lambda: galore_optax.apollo_mini(RATE),
-  'lomo': lambda: galore_optax.lomo(RATE),
-  'adalomo': lambda: galore_optax.adalomo(RATE),
-  'scale_sgd': lambda: galore_optax.scale_sgd(RATE),
+  **{
+    row.preset.__name__: functools.partial(
+      row.preset, RATE, **known_options(row.preset)
+    )
+    for row in METHODS.values()
+    # BAdam requires a stack of layers. The baselines are above.
+    if row.num_bytes is not None and row.name != 'Badam'
+  },
   'chain(galore, adamw)': lambda: optax.chain(
     galore(**OPTIONS), optax.adamw(RATE)
   ),

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from galore_optax import describe, galore_adamw, galore_adamw_8bit, lomo
+from galore_optax import describe
 from models import encoder
 from models.llama import Layers, llama
-from train.method import adam_8bit, adamw
+from train.method import Galore, Galore8bit, Lomo, adam_8bit, adamw
 from train.plan.account import Account, account, elements
 
 PAGE = pathlib.Path(__file__).parent / 'results' / 'memory.md'
@@ -106,7 +106,7 @@ def kept(params: Any, tx: Any) -> Account:
 
 def sizes(params: Any, rank: int, targets: Any = None) -> Sizes:
   """Returns the numbers of elements that the papers' formulas use."""
-  tx = galore_adamw(0.1, rank=rank, targets=targets)
+  tx = Galore(rank=rank, targets=targets).build(0.1)
   found = elements(params, jax.eval_shape(tx.init, params))
   rows = [row for row in describe(tx, params) if row.projected_shape]
   projected = sum(math.prod(row.shape) for row in rows)
@@ -142,7 +142,7 @@ def split() -> list[Section]:
     return kept(models[size], adamw(0.1)).state
 
   def galore(size: str) -> int:
-    return kept(models[size], galore_adamw(0.1, rank=RANKS[size])).state
+    return kept(models[size], Galore(rank=RANKS[size]).build(0.1)).state
 
   def weights(size: str) -> int:
     return 2 * counts[size].weights
@@ -206,8 +206,8 @@ def largest() -> Section:
   params = shapes('7b')
   count = sizes(params, 1024)
   adam = 4 * count.weights
-  eight = kept(params, galore_adamw_8bit(0.1, rank=1024)).state
-  packed = kept(params, galore_adamw_8bit(0.1, rank=1024, basis_bits=8)).state
+  eight = kept(params, Galore8bit(rank=1024).build(0.1)).state
+  packed = kept(params, Galore8bit(rank=1024, basis_bits=8).build(0.1)).state
   plain = kept(params, adam_8bit(0.1)).state
   one = 2 * max(math.prod(x.shape[-2:]) for x in jax.tree.leaves(params))
 
@@ -260,7 +260,7 @@ def glue() -> Section:
   for rank, galore, lora in ((4, 253, 257), (8, 257, 264)):
     count = sizes(params, rank, targets)
     low = count.low - 2 * count.rest
-    here = kept(params, galore_adamw(0.1, rank=rank, targets=targets))
+    here = kept(params, Galore(rank=rank, targets=targets).build(0.1))
     whole = 2 * count.weights
     rows += [
       Row(
@@ -297,7 +297,7 @@ def lomo_table() -> Section:
     Row('gradients, LOMO', 0.24, 2 * one / GIB, 2 * one / GIB),
     Row('state, AdamW', 75.31, 12 * weights / GIB, adam),
     Row('state, SGD', 25.10, 4 * weights / GIB),
-    Row('state, LOMO', 0.0, 0.0, kept(params, lomo(0.1)).state / GIB),
+    Row('state, LOMO', 0.0, 0.0, kept(params, Lomo().build(0.1)).state / GIB),
   ]
   return Section(
     "LOMO's Table 1, LLaMA 7B (GiB)",

@@ -18,8 +18,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from tests.bench.methods import RESULTS
 from train.plan.cards import GPUS
+
+RESULTS = pathlib.Path(__file__).parent / 'results'
 
 GIB = 2**30
 KEYS = (

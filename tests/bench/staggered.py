@@ -22,12 +22,13 @@ import optax
 import rich.table
 from rich.console import Console
 
-from galore_optax import Staggered, galore_adamw
+from galore_optax import Staggered
 from models.llama import Layers, llama
 from train.data.batches import Batch, batches
 from train.data.corpus import Chitchat
 from train.data.tokenizer import train_tokenizer
 from train.engine import step as training
+from train.method import METHODS
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 
@@ -56,7 +57,8 @@ def start(
 ) -> tuple[Callable, training.State]:
   """Returns the compiled step and the initial state of one run."""
   layers = Layers(MODEL)
-  tx = galore_adamw(RATE, rank=128, gap=gap, subspace=subspace)
+  preset = METHODS['Galore'].preset
+  tx = preset(RATE, rank=128, gap=gap, subspace=subspace)
   state = training.init(layers.init(jax.random.key(0)), tx)
   step = training.make_step(layers, tx, schedule=optax.constant_schedule(RATE))
   return step.lower(state, batch).compile(), state

@@ -32,7 +32,13 @@ LINK = re.compile(r'\]\((?!\w+:|#)([^)\s#]+)')
 
 def texts():
   """Returns the Markdown files that become pages, by title."""
-  results = sorted((ROOT / 'tests/bench/results').glob('*.md'))
+  results = sorted(
+    [
+      *ROOT.glob('configs/studies/results/*.md'),
+      *ROOT.glob('tests/bench/results/*.md'),
+    ],
+    key=lambda path: path.stem,
+  )
   return {
     **READMES,
     'Results': {path.stem: str(path.relative_to(ROOT)) for path in results},

@@ -23,6 +23,7 @@ from flax.core import FrozenDict
 
 import galore_optax as go
 from galore_optax import containers
+from tests.galore_optax.every import PRESETS, build, maker, makers
 from tests.galore_optax.program import each, normal32
 
 TRANSFORMATIONS = {
@@ -35,25 +36,14 @@ TRANSFORMATIONS = {
   'inners': lambda: go.galore(
     go.Inners(optax.lion(0.1), optax.sgd(0.1)), rank=4
   ),
-  'galore_adamw': lambda: go.galore_adamw(0.1, rank=4, weight_decay=0.1),
-  'galore_adamw_8bit': lambda: go.galore_adamw_8bit(0.1, rank=4, min_size=1),
-  'galore_adafactor': lambda: go.galore_adafactor(
-    0.1, rank=4, scale_parameter=True, weight_decay=0.1
+  **makers(
+    rank=4, weight_decay=0.1, min_size=1, scale_parameter=True, blocks='b/.*'
   ),
-  'galore_muon': lambda: go.galore_muon(0.1, rank=4),
-  'frugal': lambda: go.frugal(0.1),
-  'frugal_0': lambda: go.frugal(0.1, density=0),
-  'frugal_1': lambda: go.frugal(0.1, density=1),
-  'fira': lambda: go.fira(0.1, rank=4),
-  'apollo': lambda: go.apollo(0.1, rank=4),
-  'apollo_mini': lambda: go.apollo_mini(0.1),
-  'badam': lambda: go.badam(0.1, blocks='b/.*'),
-  'lomo': lambda: go.lomo(0.1),
-  'adalomo': lambda: go.adalomo(0.1),
-  'scale_sgd': lambda: go.scale_sgd(0.1),
+  'density 0': maker('Frugal', density=0),
+  'density 1': maker('Frugal', density=1),
   'quantize_state': lambda: go.quantize_state(optax.adamw(0.1), min_size=1),
   'grouped': lambda: go.grouped(
-    go.galore_adamw, [go.Group('.*/bias', rate=0.5)]
+    PRESETS['Galore'], [go.Group('.*/bias', rate=0.5)]
   )(0.1, rank=4),
 }
 
@@ -122,7 +112,7 @@ jax.tree_util.register_pytree_node(
 
 
 def plain(seed=0):
-  """The stack 'b' has leading axes, as `badam` requires."""
+  """The stack 'b' has leading axes, as BAdam requires."""
   shapes = {
     'a': {'bias': (2, 9), 'kernel': (13, 9)},
     'b': {'bias': (2, 9), 'kernel': (2, 9, 17)},
@@ -170,8 +160,8 @@ PAIRS = [(name, kind) for name in TRANSFORMATIONS for kind in CONTAINERS]
   PAIRS,
   quick=[
     *((name, 'nnx') for name in TRANSFORMATIONS),
-    *((name, 'equinox') for name in ('reset', 'inners', 'galore_muon')),
-    *((name, 'equinox') for name in ('frugal', 'frugal_0')),
+    *((name, 'equinox') for name in ('reset', 'inners', 'GaloreMuon')),
+    *((name, 'equinox') for name in ('Frugal', 'density 0')),
     *(('line', kind) for kind in CONTAINERS),
   ],
 )
@@ -194,10 +184,8 @@ def test_a_container_changes_no_operation(name, kind):
 
 @each(
   'name, kind',
-  [
-    pair for pair in PAIRS if pair[0] in ('line', 'galore_adafactor', 'grouped')
-  ],
-  quick=[('line', 'nnx'), ('line', 'haliax'), ('galore_adafactor', 'nnx')],
+  [pair for pair in PAIRS if pair[0] in ('line', 'GaloreAdafactor', 'grouped')],
+  quick=[('line', 'nnx'), ('line', 'haliax'), ('GaloreAdafactor', 'nnx')],
 )
 def test_stages_take_containers(name, kind):
   tx, into = TRANSFORMATIONS[name](), CONTAINERS[kind]
@@ -245,7 +233,7 @@ def test_layerwise_takes_containers(kind):
   batch = normal32((4, 6))
   results = []
   for w in (params, boxed):
-    step = go.layerwise(Layers(), go.galore_adamw(0.1, rank=4))
+    step = go.layerwise(Layers(), build('Galore', rank=4))
     new, state, _ = jax.jit(step)(w, step.init(w), batch)
     assert jax.tree.structure(new) == jax.tree.structure(w)
     results.append(jax.tree.leaves((new, state)))
@@ -263,7 +251,7 @@ ODD = {
 }
 
 
-@each('name', TRANSFORMATIONS, quick=['line', 'adalomo', 'galore_adamw_8bit'])
+@each('name', TRANSFORMATIONS, quick=['line', 'AdaLomo', 'Galore8bit'])
 def test_leaves_that_are_not_trained_are_left_out(name):
   tx = TRANSFORMATIONS[name]()
   w, g = plain(), plain(1)
@@ -285,7 +273,7 @@ def test_leaves_that_are_not_trained_are_left_out(name):
     if jnp.issubdtype(x.dtype, jnp.inexact)
   ]
   # The first norm of a residual rule may be infinite.
-  assert all(finite) or name in ('fira', 'apollo', 'apollo_mini')
+  assert all(finite) or name in ('Fira', 'Apollo', 'ApolloMini')
 
 
 def test_a_gradient_of_integers_has_a_zero_update():
@@ -299,7 +287,7 @@ def test_a_gradient_of_integers_has_a_zero_update():
 
 
 def test_numbers_are_weights():
-  tx = go.galore_adamw(0.1, rank=4)
+  tx = build('Galore', rank=4)
   w = {'w': normal32((9, 13)), 'gain': 1.0}
   state = tx.init(w)
   updates, after = tx.update({'w': w['w'], 'gain': 0.5}, state, w)
@@ -354,7 +342,7 @@ REBUILD = {
 @each(
   'name, way',
   [(name, way) for name in TRANSFORMATIONS for way in REBUILD],
-  quick=[*(('line', way) for way in REBUILD), ('badam', '_replace')],
+  quick=[*(('line', way) for way in REBUILD), ('Badam', '_replace')],
 )
 def test_a_rebuilt_transformation_works_in_a_chain(name, way):
   tx = TRANSFORMATIONS[name]()
@@ -404,7 +392,7 @@ def test_variables_keep_their_own_metadata():
 def test_gradients_of_integers_may_be_floating():
   params = {'w': jnp.asarray(normal32((8, 12))), 'step': jnp.int32(3)}
   grads = {**params, 'step': jnp.float32(1)}
-  for make in TRANSFORMATIONS['galore_adamw'], TRANSFORMATIONS['apollo']:
+  for make in TRANSFORMATIONS['Galore'], TRANSFORMATIONS['Apollo']:
     tx = make()
     updates, _ = tx.update(grads, tx.init(params), params)
     assert updates['step'] == 0
@@ -420,4 +408,4 @@ def test_a_box_that_jax_does_not_flatten_is_named():
       return val
 
   with pytest.raises(TypeError, match='got leaves of type Box'):
-    TRANSFORMATIONS['galore_adamw']().init({'w': Box()})
+    TRANSFORMATIONS['Galore']().init({'w': Box()})

@@ -8,7 +8,8 @@ import orbax.checkpoint
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from galore_optax import galore, galore_adamw
+from galore_optax import galore
+from tests.galore_optax.every import maker
 from tests.galore_optax.program import normal32
 from tests.rounding import distance, units
 
@@ -16,7 +17,7 @@ KINDS = {
   'keep': lambda: galore(optax.adamw(0.1), rank=4, gap=2),
   'reset': lambda: galore(optax.adamw(0.1), rank=4, gap=2, moments='reset'),
   'full': lambda: galore(optax.adamw(0.1), rank=4, gap=2, side='full'),
-  'gram': lambda: galore_adamw(0.1, rank=4, gap=2, subspace='gram'),
+  'gram': maker('Galore', rank=4, gap=2, subspace='gram'),
 }
 every_kind = pytest.mark.parametrize(
   'kind',

@@ -4,6 +4,8 @@ The NumPy oracle below computes the decomposition in float64: projection, Adam,
 refresh and rotation of moments.
 """
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import galore_optax as go
 from galore_optax import SharedBasis, describe, galore
+from tests.galore_optax.every import PRESETS, PROJECTING, build
 from tests.galore_optax.program import Adam, each, normal, trajectory
 
 KERNEL = (3, 2, 7, 5)
@@ -69,8 +72,8 @@ RULES = {
   'rotate': lambda **axes: galore(
     optax.adamw(0.1), side='both', moments='rotate', **LOW, **axes
   ),
-  '8 bits': lambda **axes: go.galore_adamw_8bit(0.1, min_size=0, **LOW, **axes),
-  'fira': lambda **axes: go.fira(0.1, **LOW, **axes),
+  '8 bits': lambda **axes: build('Galore8bit', min_size=0, **LOW, **axes),
+  'fira': lambda **axes: build('Fira', **LOW, **axes),
 }
 
 
@@ -150,7 +153,7 @@ def test_a_convolution_that_the_rank_does_not_fit_is_measured_as_a_matrix():
 
 def test_coordinates_of_a_kernel_with_channels_first_are_selected():
   params = conv(normal((16, 12, 1, 1)), 'weight')
-  (row,) = describe(go.frugal(0.1, density=0.25, subspace='columns'), params)
+  (row,) = describe(build('Frugal', density=0.25, subspace='columns'), params)
   assert row.projected_shape == (3, 16)
 
 
@@ -270,7 +273,7 @@ def test_the_projection_is_linear_and_its_transpose_unprojects():
 @pytest.mark.parametrize('tx', [
   galore(optax.adam(0.1), rank=3, axes=TUCKER),
   galore(optax.adam(0.1), rank=0.5, axes=TUCKER, moments='rotate'),
-  go.galore_adamw_8bit(0.1, rank=3, axes=TUCKER, min_size=0),
+  build('Galore8bit', rank=3, axes=TUCKER, min_size=0),
 ])  # fmt: skip
 def test_the_state_has_the_bytes_that_describe_states(tx):
   with jax.enable_x64(False):
@@ -376,20 +379,17 @@ def test_each_subspace_shares_one_basis(subspace):
       assert np.all(np.sum(used, axis=1) == 2)
 
 
-PRESETS = {
-  'galore_adamw': go.galore_adamw,
-  'galore_adamw_8bit': go.galore_adamw_8bit,
-  'galore_adafactor': go.galore_adafactor,
-  'galore_muon': go.galore_muon,
-  'fira': go.fira,
-  'apollo': go.apollo,
-}
+RANKED = [
+  name
+  for name in PROJECTING
+  if {'rank', 'axes'} <= inspect.signature(PRESETS[name]).parameters.keys()
+]
 
 
-@each('name', PRESETS, quick=['galore_muon'])
+@each('name', RANKED, quick=['GaloreMuon'])
 def test_presets_accept_shared_bases(name):
   params = {'blocks': conv(normal((2, *KERNEL))), 'w': jnp.ones((9, 8))}
-  tx = PRESETS[name](0.1, rank=3, gap=2, axes=TUCKER)
+  tx = build(name, rank=3, gap=2, axes=TUCKER)
   rows = {row.path: row for row in describe(tx, params)}
   assert rows['blocks/conv/kernel'].projected_shape == (2, 3, 2, 3, 3)
   state, step = tx.init(params), jax.jit(tx.update)

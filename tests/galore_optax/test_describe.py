@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-import galore_optax
 from galore_optax import describe, galore
+from tests.galore_optax.every import maker
 
 
 def params():
@@ -55,7 +55,7 @@ WRAPPED = {
   'verbatim': lambda: optax.chain(galore(rank=4), optax.adamw(0.1)),
   'full': lambda: galore(optax.adam(0.1), rank=4, side='full'),
   'reset': lambda: galore(optax.adam(0.1), rank=4, moments='reset'),
-  'galore_adamw': lambda: galore_optax.galore_adamw(0.1, rank=4),
+  'preset': maker('Galore', rank=4),
   'masked': masked,
   'MultiSteps': lambda: optax.MultiSteps(
     galore(optax.adam(0.1), rank=4), 2

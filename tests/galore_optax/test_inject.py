@@ -9,41 +9,37 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import (
-  Staggered,
-  apollo,
-  apollo_mini,
-  fira,
-  galore,
-  galore_adafactor,
-  galore_adamw,
-  galore_adamw_8bit,
-)
+from galore_optax import Staggered, galore
+from tests.galore_optax.every import PRESETS
 from tests.galore_optax.program import normal32
 
+# Presets with the options of `galore`, b1 and weight decay, and their options
+# that determine shapes.
 STATIC = {
-  galore_adamw: ('rank', 'gap'),
-  galore_adamw_8bit: ('rank', 'gap', 'block_size', 'min_size'),
-  galore_adafactor: ('rank', 'gap'),
-  fira: ('rank', 'gap'),
-  apollo: ('rank', 'gap'),
-  apollo_mini: ('gap',),
+  preset: [x for x in ('rank', 'gap', 'block_size', 'min_size') if x in options]
+  for preset in PRESETS.values()
+  for options in [inspect.signature(preset).parameters]
+  if options.keys() >= {'gap', 'scale', 'b1', 'weight_decay'}
 }
+GALORE, EIGHT_BITS, FIRA, APOLLO, MINI = (
+  PRESETS[name]
+  for name in ('Galore', 'Galore8bit', 'Fira', 'Apollo', 'ApolloMini')
+)
 FIXED = {
-  fira: {'residual'},
-  apollo: {'subspace', 'residual'},
-  apollo_mini: {'rank', 'subspace', 'residual'},
+  FIRA: {'residual'},
+  APOLLO: {'subspace', 'residual'},
+  MINI: {'rank', 'subspace', 'residual'},
 }
 DEFAULTS = {
-  apollo: {'rank': 256, 'scale': 1.0},
-  apollo_mini: {'scale': 128.0},
+  APOLLO: {'rank': 256, 'scale': 1.0},
+  MINI: {'scale': 128.0},
 }
 every_preset = pytest.mark.parametrize(
   'preset',
   [
     pytest.param(
       preset,
-      marks=() if preset in (galore_adamw, fira) else pytest.mark.slow,
+      marks=() if preset in (GALORE, FIRA) else pytest.mark.slow,
     )
     for preset in STATIC
   ],
@@ -145,7 +141,7 @@ def test_numbers_change_between_steps_and_nothing_is_compiled_again(preset):
 )
 def test_a_rank_or_gap_that_is_injected_raises(preset, name):
   static = {*STATIC[preset]} - {name}
-  options = {} if preset is apollo_mini else {'rank': 3}
+  options = {} if preset is MINI else {'rank': 3}
   tx = optax.inject_hyperparams(preset, static_args=static)(0.1, **options)
   message = rf"{name} must be .* static_args=\('rank', 'gap'\)"
   with pytest.raises(ValueError, match=message):
@@ -159,15 +155,13 @@ def test_other_arrays_for_numbers_raise():
     galore(gap=Staggered(jnp.array(3)))
   with pytest.raises(ValueError, match=r'min_size must be .* static_args'):
     optax.inject_hyperparams(
-      galore_adamw_8bit, static_args=('rank', 'gap', 'block_size')
+      EIGHT_BITS, static_args=('rank', 'gap', 'block_size')
     )(0.1, rank=3).init(tree())
 
 
 def test_codes_do_not_depend_on_an_injected_learning_rate():
   """Second moments have the unsigned code, also if `init` is jitted."""
-  make = lambda learning_rate: galore_adamw_8bit(
-    learning_rate, rank=4, min_size=0
-  )
+  make = lambda learning_rate: EIGHT_BITS(learning_rate, rank=4, min_size=0)
   params = {'w': jnp.ones((9, 13))}
   injected = optax.inject_hyperparams(make)(learning_rate=0.1)
   want = jax.tree.structure(make(0.1).init(params))

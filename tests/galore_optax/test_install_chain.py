@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import galore_optax
+from tests.galore_optax.every import PRESETS, PROJECTING
 from tests.galore_optax.program import each, normal32
 from tests.rounding import assert_close
 
@@ -187,8 +188,9 @@ def test_presets_do_not_need_optax_chain(unloaded, monkeypatch):
     return optax.GradientTransformation(*chain(*args))
 
   monkeypatch.setattr(optax, 'chain', plain)
-  for make in (library.galore_adamw, library.fira, library.apollo):
-    assert isinstance(make(0.1, rank=2), library.Galore)
+  for name in PROJECTING:
+    preset = getattr(library, PRESETS[name].__name__)
+    assert isinstance(preset(0.1), library.Galore)
 
 
 def test_nothing_was_left_behind():

@@ -12,6 +12,7 @@ import galore_optax
 from galore_optax import decay, galore, trial
 from galore_optax.quantized import array
 from galore_optax.quantized.state import quantize_state
+from tests.galore_optax.every import build, maker
 from tests.galore_optax.program import normal32
 
 SHAPES = {'q': (8, 8), 'up': (8, 20), 'down': (20, 8)}
@@ -61,10 +62,10 @@ def test_an_inner_is_tried_once_for_a_tree():
 @pytest.mark.parametrize(
   'make',
   [
-    lambda: galore_optax.galore_adamw(0.1, rank=2),
-    lambda: galore_optax.galore_adafactor(0.1, rank=2),
-    lambda: galore_optax.galore_muon(0.1, rank=2),
-    lambda: galore_optax.apollo(0.1, rank=2),
+    maker('Galore', rank=2),
+    maker('GaloreAdafactor', rank=2),
+    maker('GaloreMuon', rank=2),
+    maker('Apollo', rank=2),
     lambda: galore(quantize_state(optax.adam(0.1)), rank=2),
   ],
   ids=['adamw', 'adafactor', 'muon', 'apollo', '8 bits'],
@@ -153,7 +154,7 @@ def lowered(tx, params):
 
 def test_a_random_basis_is_compiled_once_for_a_shape():
   numbers = [
-    len(re.findall('erf_inv', lowered(galore_optax.apollo(0.1, rank=2), p)))
+    len(re.findall('erf_inv', lowered(build('Apollo', rank=2), p)))
     for p in (model(2), model(5))
   ]
   assert numbers[0] == numbers[1] > 0

@@ -10,6 +10,7 @@ import pytest
 import galore_optax
 from galore_optax import galore, trial
 from galore_optax.quantized.state import quantize_state
+from tests.galore_optax.every import PRESETS, build
 from tests.galore_optax.program import normal32
 
 OPTIONS = {'rank': 3, 'gap': 2}
@@ -82,15 +83,15 @@ def test_an_inner_that_cannot_be_tried_is_named():
   with pytest.warns(UserWarning, match="tried at init.*'batch_size'.*element"):
     quantize_state(needs('batch_size')).init(tree())
   with pytest.warns(UserWarning, match="tried at init.*'batch_size'.*rate"):
-    galore_optax.badam(0.1, blocks='s', inner=needs('batch_size')).init(
+    build('Badam', blocks='s', inner=needs('batch_size')).init(
       {'s': jnp.ones((2, 3, 4))}
     )
 
 
 OTHER_RANK = {
   'rows': lambda rank: galore(optax.adam(0.1), rank=rank),
-  'seeds': lambda rank: galore_optax.apollo(0.1, rank=rank),
-  '8 bits': lambda rank: galore_optax.galore_adamw_8bit(0.1, rank=rank),
+  'seeds': lambda rank: build('Apollo', rank=rank),
+  '8 bits': lambda rank: build('Galore8bit', rank=rank),
   'coordinates': lambda rank: galore(
     optax.adam(0.1), rank=rank, subspace='coordinates'
   ),
@@ -146,11 +147,11 @@ def test_8_bits_under_strict_promotion_names_the_dtypes():
 
 
 def test_static_options_of_badam_are_named():
-  injected = optax.inject_hyperparams(galore_optax.badam)
+  injected = optax.inject_hyperparams(PRESETS['Badam'])
   with pytest.raises(ValueError, match=r"static_args=.*'train_rest'"):
     injected(0.1).init({'blocks': jnp.ones((2, 3, 4))})
   static = ('switch_every', 'train_rest', 'master_weights', 'start', 'seed')
-  injected = optax.inject_hyperparams(galore_optax.badam, static_args=static)
+  injected = optax.inject_hyperparams(PRESETS['Badam'], static_args=static)
   injected(0.1).init({'blocks': {'w': jnp.ones((2, 3, 4))}})
 
 
@@ -171,7 +172,7 @@ def test_a_stage_inside_a_wrapper_is_told_the_spelling_that_works(wrapped):
 
 
 def test_apollo_has_no_infinity_in_its_state():
-  tx, w = galore_optax.apollo(0.1, rank=3), tree()
+  tx, w = build('Apollo', rank=3), tree()
   with jax.debug_infs(True):
     state = tx.init(w)
     _, state = jax.jit(tx.update)(w, state, w)
@@ -234,7 +235,7 @@ def test_an_inner_that_python_reads_may_decay_weights():
 
 def test_an_inner_that_python_reads_has_no_learning_rate_of_its_own():
   inner = optax.chain(clip_in_python(), optax.sgd(0.1))
-  tx = galore_optax.frugal(0.1, density=0.5, inner=inner)
+  tx = build('Frugal', density=0.5, inner=inner)
   with pytest.raises(ValueError, match='has a learning rate of its own'):
     tx.init(tree())
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-import galore_optax
 from galore_optax import describe, galore, names
 from galore_optax.plan import Planner
 from galore_optax.projection import Projection
 from models import encoder, llama, lowrank
+from tests.galore_optax.every import build
 
 FILES = sorted((pathlib.Path(__file__).parent / 'names').glob('*.json'))
 OWN = next(file for file in FILES if file.stem == 'own_models')
@@ -288,6 +288,6 @@ def test_axes_decide_before_the_table():
 def test_names_of_vectors_hold_for_factored_moments():
   # A stack of haiku's biases [L, d] has one moment for each element.
   params = {'layers/linear': {'b': jnp.ones((6, 8)), 'w': jnp.ones((6, 8, 9))}}
-  tx = galore_optax.adalomo(0.1)
+  tx = build('AdaLomo')
   rows = {row.path: row for row in describe(tx, params)}
   assert rows['layers/linear/b'].bytes == 4 * 6 * 8

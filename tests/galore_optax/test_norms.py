@@ -4,8 +4,6 @@
 of some JAX versions.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +14,9 @@ import galore_optax as go
 from galore_optax.clipping import clip_by_global_norm, global_norm
 from galore_optax.precision import norm
 from galore_optax.subspace.finders import NAMES
+from tests.galore_optax.every import build, maker, makers
 from tests.galore_optax.layerwise.program import Residual, make_params, run
-from tests.galore_optax.presets.test_contract import PRESETS, params
+from tests.galore_optax.presets.test_contract import params
 from tests.galore_optax.program import each, normal, normal32
 from tests.rounding import assert_close
 
@@ -39,15 +38,13 @@ def without_library_norms(monkeypatch):
         monkeypatch.setattr(module, name, refuse)
 
 
-TRANSFORMATIONS = PRESETS | {
+TRANSFORMATIONS = {
+  **makers(rank=3, gap=2),
   **{
-    f'subspace {name}': functools.partial(
-      go.galore_adamw, 0.1, rank=3, subspace=name
-    )
-    for name in NAMES
+    f'subspace {name}': maker('Galore', rank=3, subspace=name) for name in NAMES
   },
-  'lazy': lambda: go.galore_adamw(0.1, rank=3, subspace=go.Lazy()),
-  'both sides': lambda: go.galore_muon(0.1, rank=3, side='full'),
+  'lazy': maker('Galore', rank=3, subspace=go.Lazy()),
+  'both sides': maker('GaloreMuon', rank=3, side='full'),
   'clipping': lambda: optax.chain(
     clip_by_global_norm(1.0), go.galore(rank=3), optax.adamw(0.1)
   ),
@@ -57,7 +54,7 @@ TRANSFORMATIONS = PRESETS | {
 @each(
   'name',
   TRANSFORMATIONS,
-  quick=['galore_adamw', 'fira', 'galore_muon', 'lazy', 'clipping'],
+  quick=['Galore', 'Fira', 'GaloreMuon', 'lazy', 'clipping'],
 )
 def test_no_update_takes_a_norm_of_a_library(name, without_library_norms):
   tx, w = TRANSFORMATIONS[name](), params()
@@ -74,7 +71,7 @@ def test_the_fixture_refuses(without_library_norms):
 
 @pytest.mark.parametrize('clip', ['exact', 'previous'])
 def test_a_layerwise_step_takes_none_either(clip, without_library_norms):
-  tx = go.galore_muon(0.1, rank=2)
+  tx = build('GaloreMuon', rank=2)
   step = go.layerwise(Residual(), tx, clip_norm=1.0, clip=clip)
   jax.eval_shape(lambda: run(step, steps=1, params=make_params())[0])
 

@@ -1,6 +1,7 @@
 """Which leaves are projected; errors contain a value, a rule and a remedy."""
 
 import dataclasses
+import inspect
 
 import chex
 import jax
@@ -14,6 +15,8 @@ import galore_optax
 from galore_optax import Elsewhere, Optional, containers, galore
 from galore_optax import paths as selection
 from galore_optax.projection import Projection, Whole
+from tests.galore_optax.every import PRESETS as EVERY
+from tests.galore_optax.every import build
 
 W = jnp.zeros((9, 13))
 
@@ -178,8 +181,7 @@ def test_options_out_of_range_raise_at_once(option, value, rule):
   ],
 )
 @pytest.mark.parametrize(
-  'name',
-  ['galore_adamw', 'galore_adamw_8bit', 'galore_adafactor', 'apollo_mini'],
+  'name', ['Galore', 'Galore8bit', 'GaloreAdafactor', 'ApolloMini']
 )
 def test_an_option_of_the_reference_is_told_its_name_here(option, ours, name):
   (theirs,) = option
@@ -187,7 +189,7 @@ def test_an_option_of_the_reference_is_told_its_name_here(option, ours, name):
   with pytest.raises(TypeError, match=message):
     galore(optax.sgd(0.1), **option)
   with pytest.raises(TypeError, match=message):
-    getattr(galore_optax, name)(0.1, **option)
+    EVERY[name](0.1, **option)
 
 
 def test_another_option_is_refused_as_ever():
@@ -240,12 +242,13 @@ OPTIONAL = [
 
 
 PRESETS = [
-  *((name, {}) for name in ('galore_adamw', 'galore_adamw_8bit')),
-  *((name, {}) for name in ('galore_adafactor', 'galore_muon', 'fira')),
-  ('apollo', {'rank': 4}),
-  ('apollo_mini', {}),
-  *(('frugal', {'density': density}) for density in (0, 0.25, 1)),
-  *(('frugal', {'subspace': x}) for x in ('columns', 'rows', 'entries')),
+  *(
+    (name, {'rank': 4} if name == 'Apollo' else {})
+    for name, preset in EVERY.items()
+    if 'targets' in inspect.signature(preset).parameters
+  ),
+  *(('Frugal', {'density': density}) for density in (0, 1)),
+  *(('Frugal', {'subspace': x}) for x in ('columns', 'rows', 'entries')),
 ]
 """Presets with the option `targets`, and options of theirs."""
 
@@ -272,7 +275,7 @@ class TestOptional:
 
   @pytest.mark.parametrize('name, options', PRESETS)
   def test_every_preset_with_targets_has_it(self, name, options):
-    preset = getattr(galore_optax, name)
+    preset = EVERY[name]
     tx = preset(0.1, targets=Optional(), **options)
     updates, _ = tx.update(VECTORS, tx.init(VECTORS), VECTORS)
     assert all(jnp.all(u < 0) for u in jax.tree.leaves(updates))
@@ -283,7 +286,7 @@ class TestOptional:
   @pytest.mark.slow
   @pytest.mark.parametrize('name, options', PRESETS)
   def test_vectors_move_as_they_do_next_to_a_matrix(self, name, options):
-    preset = getattr(galore_optax, name)
+    preset = EVERY[name]
     params = VECTORS | {'up': jnp.ones((150, 160))}
     tx = preset(0.1, targets=Optional(), **options)
     without, after = run(tx, VECTORS), run(tx, params)
@@ -302,7 +305,7 @@ class TestOptional:
     assert projected(MODEL, targets=Optional(['embed', 'absent'])) == {'embed'}
 
   def test_frugal_without_a_subspace_selects_by_regex(self):
-    tx = galore_optax.frugal(0.1, density=0, targets=Optional('gain'))
+    tx = build('Frugal', density=0, targets=Optional('gain'))
     signs = run(tx, VECTORS)['gain'] - VECTORS['gain']
     np.testing.assert_allclose(signs, -0.3, rtol=1e-5)
 
@@ -325,15 +328,13 @@ class TestOptional:
 
   def test_groups_and_injected_hyperparameters_have_it(self):
     grouped = galore_optax.grouped(
-      galore_optax.galore_adamw, [galore_optax.Group('bias', rate=0.5)]
+      EVERY['Galore'], [galore_optax.Group('bias', rate=0.5)]
     )
     run(grouped(0.1, targets=Optional()), VECTORS)
     static = ('rank', 'gap', 'targets')
-    injected = optax.inject_hyperparams(
-      galore_optax.galore_adamw, static_args=static
-    )
+    injected = optax.inject_hyperparams(EVERY['Galore'], static_args=static)
     tx = injected(0.1, rank=4, targets=Optional())
-    plain = galore_optax.galore_adamw(0.1, rank=4, targets=Optional())
+    plain = build('Galore', rank=4, targets=Optional())
     chex.assert_trees_all_close(run(tx, VECTORS), run(plain, VECTORS))
     assert tx.init(VECTORS).hyperparams['learning_rate'] == 0.1
 

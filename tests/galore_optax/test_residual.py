@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import PowerIteration, Sign, frugal, galore
+from galore_optax import PowerIteration, Sign, galore
+from tests.galore_optax.every import build, maker
 from tests.galore_optax.program import each, normal, trajectory
 
 W = {'w': jnp.zeros((6, 9)), 'b': jnp.zeros(4)}
@@ -63,8 +64,11 @@ def test_density_one_is_the_inner_and_zero_the_rule(residual):
     optax.scale_by_learning_rate(LR),
   )
   want, _ = trajectory(adam, W, grads)
-  one, _ = trajectory(frugal(LR, density=1.0, **options), W, grads)
-  none, states = trajectory(frugal(LR, density=0.0, **options), W, grads)
+  one_rule, zero_rule = (
+    build('Frugal', LR, density=density, **options) for density in (1.0, 0.0)
+  )
+  one, _ = trajectory(one_rule, W, grads)
+  none, states = trajectory(zero_rule, W, grads)
   for name in W:
     np.testing.assert_array_equal(one[name], want[name])
   # The tolerance allows for one ulp, because XLA fuses the program differently.
@@ -92,8 +96,8 @@ CELLS = {
     residual=Sign(0.05),
     moments='reset',
   ),
-  'sgdm in, sgd out': lambda: frugal(
-    0.1,
+  'sgdm in, sgd out': maker(
+    'Frugal',
     gap=5,
     subspace='columns',
     inner=optax.trace(0.5),

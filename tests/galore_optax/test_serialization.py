@@ -18,6 +18,7 @@ from flax.training.train_state import TrainState
 import galore_optax as go
 from galore_optax.layerwise.weights import quantized
 from galore_optax.quantized.array import Quantized, quantize_linear
+from tests.galore_optax.every import PRESETS, build, maker, makers
 from tests.galore_optax.layerwise.program import Residual
 from tests.galore_optax.program import each, normal32
 
@@ -47,8 +48,7 @@ def galore(**options):
 
 
 STATES = {
-  'galore_adamw': lambda: go.galore_adamw(0.1, **LOW),
-  'galore_adamw_8bit': lambda: go.galore_adamw_8bit(0.1, **EIGHT_BITS, **LOW),
+  **makers(**LOW, **EIGHT_BITS, bits=8, master_weights=True),
   'bases of 4 bits': lambda: go.quantize_bases(galore(), bits=4),
   'bases of 8 bits': lambda: go.quantize_bases(galore(), bits=8),
   'both sides': lambda: go.quantize_bases(galore(side='full')),
@@ -57,20 +57,14 @@ STATES = {
   'two inners': lambda: galore(moments='reset'),
   'rotate': lambda: galore(moments='rotate'),
   'coordinates': lambda: galore(subspace='coordinates'),
-  'factored': lambda: go.galore_adafactor(0.1, **LOW),
-  'galore_muon': lambda: go.galore_muon(0.1, **LOW),
-  'frugal': lambda: go.frugal(0.1, inner=scale_by_adam_8bit()),
-  'fira': lambda: go.fira(0.1, bits=8, **LOW),
-  'apollo': lambda: go.apollo(0.1, **LOW),
-  'badam': lambda: go.badam(0.1, master_weights=True),
-  'adalomo': lambda: go.adalomo(0.1),
-  'scale_sgd': lambda: go.scale_sgd(0.1),
+  'inner in 8 bits': maker('Frugal', inner=scale_by_adam_8bit()),
+  'seeds': maker('Apollo', **LOW),
   'masked': lambda: optax.masked(
     galore(targets='blocks/up'), {'blocks': True, 'down': False, 'embed': True}
   ),
   'chain': lambda: optax.chain(optax.clip(1.0), galore()),
   'injected': lambda: optax.inject_hyperparams(
-    go.galore_adamw_8bit, static_args=('rank', 'gap', *EIGHT_BITS)
+    PRESETS['Galore8bit'], static_args=('rank', 'gap', *EIGHT_BITS)
   )(0.1, **EIGHT_BITS, **LOW),
 }
 CHANGES = {
@@ -111,7 +105,7 @@ def check_round_trips(tree):
   check_same(pickle.loads(pickle.dumps(jax.device_get(tree))), tree)
 
 
-@each('name', STATES, quick=['badam'])
+@each('name', STATES, quick=['Badam'])
 def test_a_state_round_trips(name):
   state = filled(jax.eval_shape(STATES[name]().init, params()))
   check_round_trips(state)
@@ -146,7 +140,7 @@ def test_a_layerwise_step_with_stored_weights_round_trips(bits, eight_bits):
 
 
 def test_a_restored_TrainState_goes_on():
-  tx = go.galore_adamw_8bit(0.1, basis_bits=4, **EIGHT_BITS, **LOW)
+  tx = build('Galore8bit', basis_bits=4, **EIGHT_BITS, **LOW)
   w = {'w': normal32((17, 33))}
   state = TrainState.create(apply_fn=None, params=w, tx=tx)
   step = jax.jit(lambda state, g: state.apply_gradients(grads=g))

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import galore_optax as go
+from tests.galore_optax.every import PROJECTING, build, maker, makers
 from tests.galore_optax.program import each, normal
 from tests.rounding import distance, units
 
@@ -43,26 +44,17 @@ GALORE = {
   'staggered': dict(gap=go.Staggered(2)),
 }
 PRESETS = {
-  name: lambda options=options: go.galore_adamw(0.1, **LOW | options)
-  for name, options in GALORE.items()
+  name: maker('Galore', **LOW | options) for name, options in GALORE.items()
 } | {
   'reset': lambda: go.galore(optax.adamw(0.1), moments='reset', **LOW),
   'chain': lambda: optax.chain(go.galore(**LOW), optax.adamw(0.1)),
-  '8bit': lambda: go.galore_adamw_8bit(0.1, min_size=0, block_size=5, **LOW),
-  'packed': lambda: go.galore_adamw_8bit(0.1, basis_bits=4, **LOW),
-  'adafactor': lambda: go.galore_adafactor(0.1, scale_parameter=True, **LOW),
-  'muon': lambda: go.galore_muon(0.1, **LOW),
-  'fira': lambda: go.fira(0.1, **LOW),
-  'apollo': lambda: go.apollo(0.1, **LOW),
-  'apollo_mini': lambda: go.apollo_mini(0.1, gap=2),
-  'frugal': lambda: go.frugal(0.1, gap=2),
-  'columns': lambda: go.frugal(0.1, gap=2, subspace='columns'),
-  'entries': lambda: go.frugal(0.1, gap=2, subspace='entries'),
-  'sign': lambda: go.frugal(0.1, density=0),
-  'badam': lambda: go.badam(0.1, switch_every=1),
-  'lomo': lambda: go.lomo(0.1),
-  'adalomo': lambda: go.adalomo(0.1),
-  'scale': lambda: go.scale_sgd(0.1),
+  **makers(
+    **LOW, min_size=0, block_size=5, scale_parameter=True, switch_every=1
+  ),
+  'packed': maker('Galore8bit', basis_bits=4, **LOW),
+  'columns': maker('Frugal', gap=2, subspace='columns'),
+  'entries': maker('Frugal', gap=2, subspace='entries'),
+  'sign': maker('Frugal', density=0),
 }
 
 
@@ -102,10 +94,10 @@ def run(tx, params, grads, *, jit=True):
   return params
 
 
-CODES = ('8bit', 'packed')
+CODES = ('Galore8bit', 'packed')
 # These presets run on all layouts and kinds of mesh. The others run only on the
 # most general layout.
-CORE = ('svd', '8bit', 'adafactor', 'fira')
+CORE = ('svd', 'Galore8bit', 'GaloreAdafactor', 'Fira')
 KINDS = ('Explicit', 'Auto')
 CASES = [
   *((name, 'mixed', 'Explicit', True) for name in PRESETS),
@@ -116,14 +108,14 @@ CASES = [
     for kind in KINDS
     if (layout, kind) != ('mixed', 'Explicit')
   ),
-  *((name, 'mixed', 'Explicit', False) for name in (*CORE, 'lomo')),
+  *((name, 'mixed', 'Explicit', False) for name in (*CORE, 'Lomo')),
 ]
 
 
 @each(
   ('name', 'layout', 'kind', 'jit'),
   CASES,
-  quick=[('svd', 'in', 'Explicit', True), ('lomo', 'mixed', 'Explicit', False)],
+  quick=[('svd', 'in', 'Explicit', True), ('Lomo', 'mixed', 'Explicit', False)],
 )
 def test_a_mesh_is_one_device(name, layout, kind, jit):
   check_one_device(name, layout, kind, SHAPES, jit=jit)
@@ -175,14 +167,18 @@ class Deep:
 
 DEEP = {'blocks': {'up': (3, 16, 24), 'down': (3, 24, 16)}}
 DEEP |= {'w': (16, 40), 'embed': (16, 16)}
-BADAM = go.badam(0.1, switch_every=1)
+ONE_LAYER = build('Badam', switch_every=1)
 WAYS = {
   'plain': lambda: go.layerwise(Deep(), PRESETS['svd']()),
-  'clipped': lambda: go.layerwise(Deep(), PRESETS['8bit'](), clip_norm=0.1),
-  'parts': lambda: go.layerwise(Deep(), PRESETS['adafactor'](), microbatches=2),
+  'clipped': lambda: go.layerwise(
+    Deep(), PRESETS['Galore8bit'](), clip_norm=0.1
+  ),
+  'parts': lambda: go.layerwise(
+    Deep(), PRESETS['GaloreAdafactor'](), microbatches=2
+  ),
   'sums': lambda: go.layerwise(Deep(), PRESETS['staggered'](), accumulate=2),
-  'sliced': lambda: go.layerwise(Deep(), go.lomo(0.1), slices={'w': 2}),
-  'one layer': lambda: go.layerwise(Deep(), BADAM),
+  'sliced': lambda: go.layerwise(Deep(), build('Lomo'), slices={'w': 2}),
+  'one layer': lambda: go.layerwise(Deep(), ONE_LAYER),
 }
 
 
@@ -255,7 +251,7 @@ def test_moments_are_cut_along_n_and_bases_along_m(cut):
   mesh = jax.make_mesh((8,), ('fsdp',))
   place = NamedSharding(mesh, PartitionSpec(*cut))
   params = {'w': jax.ShapeDtypeStruct((24, 40), 'float32')}
-  tx = go.galore_adamw_8bit(0.1, block_size=5, min_size=0, **LOW)
+  tx = build('Galore8bit', block_size=5, min_size=0, **LOW)
   state, _ = go.state_shardings(tx, params, {'w': place})
   spec = lambda x: tuple(x.spec)
   assert spec(state.basis['w']) == (None, 'fsdp')
@@ -264,16 +260,14 @@ def test_moments_are_cut_along_n_and_bases_along_m(cut):
   assert spec(state.count) == spec(state.inner[0].count) == ()
   # 25 is not divisible by 8, so these moments are replicated.
   params = {'w': jax.ShapeDtypeStruct((24, 25), 'float32')}
-  state, _ = go.state_shardings(
-    go.galore_adamw(0.1, **LOW), params, {'w': place}
-  )
+  state, _ = go.state_shardings(build('Galore', **LOW), params, {'w': place})
   assert spec(state.basis['w']) == (None, 'fsdp')
   assert spec(state.inner[0].mu['w']) == (None, None)
 
 
 def test_codes_of_a_stack_are_cut_along_it():
   mesh = jax.make_mesh((8,), ('fsdp',))
-  tx = go.galore_adamw_8bit(0.1, block_size=5, min_size=0, **LOW)
+  tx = build('Galore8bit', block_size=5, min_size=0, **LOW)
   # 16 layers are divisible by 8 devices and are sharded. Three layers are not,
   # so codes are sharded along n instead.
   for length, cut in ((16, ('fsdp', None, None)), (3, (None, None, 'fsdp'))):
@@ -288,26 +282,21 @@ def test_codes_of_a_stack_are_cut_along_it():
 def test_a_place_that_is_no_partition_raises():
   params = {'w': jnp.ones((24, 40))}
   with pytest.raises(ValueError, match='must be a NamedSharding for w, got'):
-    go.state_shardings(go.galore_adamw(0.1, rank=4), params, {'w': None})
+    go.state_shardings(build('Galore', rank=4), params, {'w': None})
 
 
 WIDE = dict(rank=64)
 BILL = {
-  'galore': lambda: go.galore_adamw(0.1, **WIDE),
-  'fira': lambda: go.fira(0.1, **WIDE),
-  'apollo': lambda: go.apollo(0.1, **WIDE),
-  'frugal': lambda: go.frugal(0.1),
-  'entries': lambda: go.frugal(0.1, subspace='entries'),
-  'adafactor': lambda: go.galore_adafactor(0.1, **WIDE),
-  '8bit': lambda: go.galore_adamw_8bit(0.1, **WIDE),
-  'packed': lambda: go.galore_adamw_8bit(0.1, basis_bits=4, **WIDE),
+  **{k: make for k, make in makers(**WIDE).items() if k in PROJECTING},
+  'entries': maker('Frugal', subspace='entries'),
+  'packed': maker('Galore8bit', basis_bits=4, **WIDE),
 }
 
 
 @each(
   ('name', 'cut'),
   [(name, cut) for name in BILL for cut in ('in', 'out')],
-  quick=[('galore', 'in'), ('adafactor', 'out')],
+  quick=[('Galore', 'in'), ('GaloreAdafactor', 'out')],
 )
 def test_a_device_holds_an_eighth_of_the_state(name, cut):
   mesh = jax.make_mesh((8,), ('fsdp',))
@@ -324,7 +313,7 @@ def test_a_device_holds_an_eighth_of_the_state(name, cut):
   assert share <= 1.05 * whole / 8
 
 
-@each('name', PRESETS, quick=['svd', 'adafactor', 'badam', 'scale'])
+@each('name', PRESETS, quick=['svd', 'GaloreAdafactor', 'Badam', 'ScaleSgd'])
 def test_optax_finds_the_state_that_is_like_parameters(name):
   tx = PRESETS[name]()
   state = jax.eval_shape(tx.init, weights())
@@ -334,7 +323,7 @@ def test_optax_finds_the_state_that_is_like_parameters(name):
   chex.assert_trees_all_equal_structs(back, state)
   # The remaining leaves are counters.
   rest = len(jax.tree.leaves(state)) - len(seen)
-  assert rest <= 5 and (seen or name in ('sign', 'lomo'))
+  assert rest <= 5 and (seen or name in ('sign', 'Lomo'))
 
 
 class Layer(nnx.Module):
@@ -349,7 +338,7 @@ def test_flax_optimizer_has_its_state_in_place(kind):
   with jax.set_mesh(mesh):
     graph, state = nnx.split(Layer())
     model = nnx.merge(graph, jax.device_put(state, rows))
-    tx = go.galore_adamw(0.1, **LOW)
+    tx = build('Galore', **LOW)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     def places():
@@ -366,7 +355,7 @@ def test_flax_optimizer_has_its_state_in_place(kind):
     assert places() == [((4, 24), cut), ((4, 40), cut)]
 
 
-@each('name', ['chain', '8bit', 'adafactor'], quick=['chain'])
+@each('name', ['chain', 'Galore8bit', 'GaloreAdafactor'], quick=['chain'])
 def test_axis_names_of_flax_apply_only_to_weights(name):
   # nnx.Optimizer copies the axis names of a variable to its state, whose arrays
   # have other dimensions.
@@ -438,7 +427,7 @@ def dealt(lines):
     ('svd', 'in', 'Auto', False),
     ('svd', 'out', 'Explicit', True),
     ('svd', 'out', 'Explicit', False),
-    ('fira', 'in', 'Auto', True),
+    ('Fira', 'in', 'Auto', True),
     ('staggered', 'mixed', 'Auto', True),
     ('staggered', 'mixed', 'Auto', False),
   ],

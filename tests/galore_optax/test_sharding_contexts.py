@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import os
 import pathlib
 import subprocess
@@ -17,8 +18,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import galore_optax as go
 from galore_optax import closures
+from tests.galore_optax.every import PRESETS as EVERY
+from tests.galore_optax.every import maker
 from tests.galore_optax.program import each, normal32
-from tests.galore_optax.test_sharding import PRESETS
+from tests.galore_optax.test_sharding import CORE, PRESETS
 
 SHAPES = {'blocks': {'up': (3, 16, 24)}, 'w': (24, 40)}
 LOW = dict(rank=4, gap=2)
@@ -63,20 +66,22 @@ def inject(f, *static):
   return optax.inject_hyperparams(f, static_args=static)
 
 
-SIZES = ('rank', 'gap', 'min_size', 'block_size')
+def injected(name):
+  """Returns a preset whose floating-point options are injected."""
+  preset = EVERY[name]
+  defaults = {
+    x.name: x.default for x in inspect.signature(preset).parameters.values()
+  }
+  static = {key for key, x in defaults.items() if not isinstance(x, float)}
+  # The density determines shapes.
+  static = (static | {'density'}) & defaults.keys() - {'learning_rate'}
+  sizes = {**LOW, **SMALL, 'switch_every': 1}
+  options = {key: x for key, x in sizes.items() if key in defaults}
+  return inject(preset, *static)(0.1, **options)
+
+
 INJECTED = {
-  'adamw': lambda: inject(go.galore_adamw, *SIZES[:2])(0.1, **LOW),
-  '8bit': lambda: inject(go.galore_adamw_8bit, *SIZES)(0.1, **LOW, **SMALL),
-  'adafactor': lambda: inject(go.galore_adafactor, *SIZES[:2])(0.1, **LOW),
-  'muon': lambda: inject(lambda rate: go.galore_muon(rate, **LOW))(0.1),
-  'fira': lambda: inject(go.fira, *SIZES[:2])(0.1, **LOW),
-  'apollo': lambda: inject(go.apollo, *SIZES[:2])(0.1, **LOW),
-  'apollo_mini': lambda: inject(go.apollo_mini, 'gap')(0.1, gap=2),
-  'frugal': lambda: inject(lambda rate: go.frugal(rate, gap=2))(0.1),
-  'badam': lambda: inject(lambda rate: go.badam(rate, switch_every=1))(0.1),
-  'lomo': lambda: inject(go.lomo)(0.1),
-  'adalomo': lambda: inject(go.adalomo)(0.1),
-  'scale': lambda: inject(lambda rate: go.scale_sgd(rate))(0.1),
+  **{name: functools.partial(injected, name) for name in EVERY},
   'chain': lambda: inject(
     lambda rate: optax.chain(go.galore(**LOW), optax.adamw(rate))
   )(0.1),
@@ -93,7 +98,7 @@ INJECTED = {
   'inner': lambda: go.galore(inject(optax.adamw)(0.1), **LOW),
   'stage': lambda: optax.chain(go.galore(**LOW), inject(optax.adamw)(0.1)),
 }
-QUICK = ('adamw', 'chain', 'badam')
+QUICK = ('Galore', 'chain', 'Badam')
 # Each preset on both kinds of mesh, and some of them without `jit`.
 CASES = [
   *((name, is_set, True) for name in INJECTED for is_set in (True, False)),
@@ -104,7 +109,7 @@ CASES = [
 @each(
   ('name', 'is_set', 'jit'),
   CASES,
-  quick=[('chain', True, True), ('badam', False, True)],
+  quick=[('chain', True, True), ('Badam', False, True)],
 )
 def test_injected_numbers_work_on_an_explicit_mesh(name, is_set, jit):
   mesh = mesh_of(8)
@@ -134,9 +139,9 @@ def test_describe_reads_injected_numbers_on_an_explicit_mesh():
   ('name', 'jit'),
   [
     *((name, True) for name in PRESETS),
-    *((name, False) for name in ('svd', '8bit', 'adafactor', 'fira', 'badam')),
+    *((name, False) for name in (*CORE, 'Badam')),
   ],
-  quick=[('svd', True), ('adafactor', True), ('badam', False)],
+  quick=[('svd', True), ('GaloreAdafactor', True), ('Badam', False)],
 )
 def test_without_a_set_mesh_the_arrays_determine_it(name, jit):
   mesh = mesh_of(8)
@@ -183,11 +188,9 @@ LARGER = {
 }
 WIDE = dict(rank=16, gap=2)
 STATES = PRESETS | {
-  '8bit': lambda: go.galore_adamw_8bit(0.1, min_size=0, **WIDE),
-  'short blocks': lambda: go.galore_adamw_8bit(
-    0.1, min_size=0, block_size=24, **WIDE
-  ),
-  'packed': lambda: go.galore_adamw_8bit(0.1, min_size=0, basis_bits=4, **WIDE),
+  'Galore8bit': maker('Galore8bit', min_size=0, **WIDE),
+  'short blocks': maker('Galore8bit', min_size=0, block_size=24, **WIDE),
+  'packed': maker('Galore8bit', min_size=0, basis_bits=4, **WIDE),
   'momentum': lambda: optax.chain(
     go.galore(**WIDE), go.quantize_state(optax.trace(0.9), min_size=0)
   ),
@@ -215,13 +218,13 @@ def bytes_of(tree, device):
     *((name, 'both', True) for name in STATES),
     *(
       (name, layout, True)
-      for name in ('svd', '8bit', 'packed', 'momentum', 'quantized')
+      for name in ('svd', 'Galore8bit', 'packed', 'momentum', 'quantized')
       for layout in MESHES
       if layout != 'both'
     ),
-    *((name, 'rows', False) for name in ('svd', '8bit', 'quantized')),
+    *((name, 'rows', False) for name in ('svd', 'Galore8bit', 'quantized')),
   ],
-  quick=[('8bit', 'rows', True), ('quantized', 'some', True)],
+  quick=[('Galore8bit', 'rows', True), ('quantized', 'some', True)],
 )
 def test_updates_keep_the_sharding_of_the_state(name, layout, jit):
   sizes, cut = MESHES[layout]
@@ -237,7 +240,7 @@ def test_updates_keep_the_sharding_of_the_state(name, layout, jit):
 
 
 def test_a_state_that_stays_sharded_compiles_once():
-  mesh, tx = mesh_of(8, kind=AxisType.Auto), STATES['8bit']()
+  mesh, tx = mesh_of(8, kind=AxisType.Auto), STATES['Galore8bit']()
   params = put(weights(shapes={'w': (64, 192)}), mesh)
   traces = []
 
@@ -286,7 +289,7 @@ def test_quantized_state_is_updated_inside_transformations(way):
 
 def test_state_of_one_layer_is_sharded_like_its_weight():
   mesh = mesh_of(8, kind=AxisType.Auto)
-  state = PRESETS['badam']().init(put(weights(), mesh))
+  state = PRESETS['Badam']().init(put(weights(), mesh))
   assert tuple(state.block.inner.mu['blocks']['up'].sharding.spec) == (
     'fsdp',
     None,
@@ -320,14 +323,14 @@ def test_arrays_are_replaced_in_everything_that_holds_a_function():
 
 
 MANY = """
-import jax, numpy as np, galore_optax
+import jax, numpy as np, optax, galore_optax
 from jax.sharding import NamedSharding, PartitionSpec
 mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,))
 rows = NamedSharding(mesh, PartitionSpec(None, 'fsdp'))
 shapes = [(3, 256, 256), (3, 256, 768), (3, 768, 256)]
 rng = np.random.default_rng(0)
 params = [jax.device_put(rng.normal(size=x).astype('f'), rows) for x in shapes]
-tx = galore_optax.galore_adamw(0.1, rank=32, gap=2)
+tx = galore_optax.galore(optax.adamw(0.1), rank=32, gap=2)
 state, update = tx.init(params), jax.jit(tx.update)
 for _ in range(3):
   _, state = jax.block_until_ready(update(params, state, params))

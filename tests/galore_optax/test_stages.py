@@ -15,6 +15,7 @@ import pytest
 import galore_optax as go
 from galore_optax import Galore, Staggered, galore
 from galore_optax.plan import Planner
+from tests.galore_optax.every import build, maker
 from tests.galore_optax.program import each, normal32
 from tests.rounding import assert_same_program, distance, units
 
@@ -39,8 +40,8 @@ TXS = {
   'spelled as a chain': lambda: optax.chain(
     galore(rank=3, gap=2), optax.adam(0.1)
   ),
-  'adafactor': lambda: go.galore_adafactor(0.1, rank=3, gap=2),
-  'packed': lambda: go.quantize_bases(go.galore_adamw(0.1, rank=3, gap=2)),
+  'adafactor': maker('GaloreAdafactor', rank=3, gap=2),
+  'packed': lambda: go.quantize_bases(build('Galore', rank=3, gap=2)),
 }
 
 
@@ -117,11 +118,11 @@ def test_a_residual_rule_reads_the_gradient_itself():
   'make, most',
   [
     (lambda inner: galore(inner, rank=3), 1),
-    (lambda inner: go.frugal(0.1, inner=inner), 2),
-    (lambda inner: go.fira(0.1, rank=3, inner=inner), 1),
-    (lambda inner: go.apollo(0.1, rank=3, inner=inner), 1),
+    (lambda inner: build('Frugal', inner=inner), 2),
+    (lambda inner: build('Fira', rank=3, inner=inner), 1),
+    (lambda inner: build('Apollo', rank=3, inner=inner), 1),
   ],
-  ids=['galore', 'frugal', 'fira', 'apollo'],
+  ids=['galore', 'Frugal', 'Fira', 'Apollo'],
 )
 def test_an_update_traces_its_inner_once_a_group(make, most):
   # Decay, learning rate and counters must all come from a single run of the

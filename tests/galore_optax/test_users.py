@@ -14,7 +14,8 @@ from flax import nnx
 from flax.core import FrozenDict
 from flax.training.train_state import TrainState
 
-from galore_optax import galore, galore_adamw
+from galore_optax import galore
+from tests.galore_optax.every import build
 from tests.galore_optax.program import each, normal32
 from tests.rounding import assert_close, assert_same_program, distance, units
 
@@ -110,11 +111,11 @@ def test_MultiSteps():
 @pytest.mark.parametrize('jitted', [False, True])
 def test_inject_hyperparams(jitted):
   tx = optax.inject_hyperparams(
-    lambda learning_rate, scale: galore_adamw(
-      learning_rate, scale=scale, **OPTIONS
+    lambda learning_rate, scale: build(
+      'Galore', learning_rate, scale=scale, **OPTIONS
     )
   )(optax.constant_schedule(0.1), scale=0.5)
-  want = galore_adamw(0.1, scale=0.5, **OPTIONS)
+  want = build('Galore', scale=0.5, **OPTIONS)
   params = tree()
   state = (jax.jit(tx.init) if jitted else tx.init)(params)
   assert float(state.hyperparams['scale']) == 0.5

@@ -20,6 +20,7 @@ from models.llama import (
   frequencies,
   llama,
 )
+from tests.galore_optax.every import build
 from tests.models.program import drawn
 from tests.rounding import assert_close, units
 
@@ -182,7 +183,7 @@ def test_biases_and_norms_of_heads_are_vectors_beside_the_kernels():
     'q_norm': {'scale': (3, 8)},
     'k_norm': {'scale': (3, 8)},
   }
-  rows = galore_optax.describe(galore_optax.galore_adamw(0.1, rank=2), params)
+  rows = galore_optax.describe(build('Galore', rank=2), params)
   projected = {row.path for row in rows if row.projected_shape}
   kernels = ('attention/q', 'attention/k', 'attention/v', 'attention/o')
   names = (*kernels, 'mlp/gate', 'mlp/up', 'mlp/down')

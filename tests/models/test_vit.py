@@ -11,12 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import galore, galore_adamw
+from galore_optax import galore
 from galore_optax.layerwise.step import layerwise
 from galore_optax.projection import Projection
 from models import lowrank
 from models.lowrank import Lora
 from models.vit import VitConfig
+from tests.galore_optax.every import build
 from tests.models.program import drawn
 from tests.rounding import assert_close, distance, units
 
@@ -328,7 +329,7 @@ def test_galore_trains_it():
     i, j = 5 * (target // 3), 5 * (target % 3)
     image[i : i + 5, j : j + 5] += 150
   batch = {'inputs': images, 'targets': targets, 'weights': np.ones(32, 'f4')}
-  model, tx = config.layers(), galore_adamw(0.03, rank=4, gap=20)
+  model, tx = config.layers(), build('Galore', 0.03, rank=4, gap=20)
   params = jax.jit(model.init)(jax.random.key(0))
   state = tx.init(params)
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import galore_optax
 from galore_optax.layerwise import stack
 from galore_optax.layerwise.weights import Weights
 from models import lowrank
 from models.lowrank import Adapter, Lora, Relora
+from train.method import Lomo
 
 PyTree: TypeAlias = Any
 
@@ -39,9 +39,7 @@ def with_lomo(
   """
   if not isinstance(adapter, Lora) or not adapter.lomo:
     return optimizer
-  beneath = galore_optax.lomo(
-    lambda count: adapter.lomo * schedule(count), clip_norm=None
-  )
+  beneath = Lomo().build(lambda count: adapter.lomo * schedule(count))
 
   def labels(params: PyTree) -> PyTree:
     chosen = lowrank.optimized(params, adapter)

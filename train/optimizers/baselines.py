@@ -89,8 +89,28 @@ def optax_galore(
       lambda w: 'projected' if w.ndim == 2 else 'plain', params
     )
 
-  tx = optax.partition({'projected': projected, 'plain': plain}, labels)
+  tx = optax.partition(
+    {'projected': skipping_empty(projected), 'plain': plain}, labels
+  )
   return masking_none(tx)
+
+
+def skipping_empty(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Returns a transformation that leaves a tree without arrays as it is.
+
+  optax.contrib.galore raises for such a tree.
+  """
+
+  def update(
+    updates: Any, state: optax.OptState, params: Any = None
+  ) -> tuple[Any, optax.OptState]:
+    if not jax.tree.leaves(updates):
+      return updates, state
+    return tx.update(updates, state, params)
+
+  return optax.GradientTransformation(tx.init, update)
 
 
 def masking_none(

@@ -11,6 +11,7 @@ import galore_optax
 from galore_optax import Galore, quantize_bases
 from galore_optax.clipping import clip_coefficient
 from galore_optax.layerwise import layerwise
+from tests.galore_optax.every import build
 from tests.galore_optax.layerwise.program import (
   Residual,
   galore_rule,
@@ -52,11 +53,17 @@ def test_parts_are_one_large_batch_over_three_refreshes(microbatches):
   'rule',
   [
     galore_rule,
-    lambda: galore_optax.galore_adamw(
-      0.01, rank=3, gap=2, weight_decay=0.1, targets=['blocks/.*']
+    lambda: build(
+      'Galore', 0.01, rank=3, gap=2, weight_decay=0.1, targets=['blocks/.*']
     ),
-    lambda: galore_optax.galore_adafactor(
-      0.01, rank=3, gap=2, b1=0.9, scale_parameter=True, targets=['blocks/.*']
+    lambda: build(
+      'GaloreAdafactor',
+      0.01,
+      rank=3,
+      gap=2,
+      b1=0.9,
+      scale_parameter=True,
+      targets=['blocks/.*'],
     ),
     lambda: galore_optax.galore(
       optax.sgd(0.1, momentum=0.9),
@@ -156,15 +163,15 @@ def test_quantized_bases_and_slices_and_bfloat16_sums():
 
 def test_a_preset_accumulates_if_its_update_is_linear_in_the_gradient():
   yes = (
-    galore_optax.galore_adamw(0.1, rank=2),
-    galore_optax.galore_adamw_8bit(0.1, rank=2),
-    galore_optax.galore_adafactor(0.1, rank=2),
+    build('Galore', rank=2),
+    build('Galore8bit', rank=2),
+    build('GaloreAdafactor', rank=2),
     optax.chain(galore_optax.galore(rank=2), optax.adamw(0.1)),
   )
   assert all(isinstance(tx, Galore) and tx.linear for tx in yes)
   no = (
-    galore_optax.fira(0.1, rank=2),
-    galore_optax.frugal(0.1),
+    build('Fira', rank=2),
+    build('Frugal'),
     optax.adamw(0.1),
     optax.chain(
       optax.clip_by_global_norm(1.0), galore_optax.galore(rank=2), optax.sgd(1)

@@ -14,6 +14,7 @@ from galore_optax.layerwise import layerwise
 from galore_optax.layerwise.weights import quantized
 from galore_optax.quantized.array import is_quantized
 from galore_optax.quantized.state import quantize_state
+from tests.galore_optax.every import build
 from tests.galore_optax.layerwise.program import (
   D,
   F,
@@ -164,8 +165,8 @@ def test_weights_in_eight_bits_are_read_and_written():
 def test_badam_equals_the_whole_tree_step(train_rest):
   # Rounding errors stay small with SGD. The steps include the turn of every
   # layer and the first turn of the next cycle.
-  tx = galore_optax.badam(
-    0.1,
+  tx = build(
+    'Badam',
     switch_every=2,
     inner=optax.trace(0.9),
     weight_decay=0.1,
@@ -187,7 +188,7 @@ def test_badam_equals_the_whole_tree_step(train_rest):
 
 def test_badam_has_the_norm_of_what_it_trains():
   model, bound = Residual(), 1e-3
-  tx = galore_optax.badam(0.1, order='fixed', start=1, inner=optax.identity())
+  tx = build('Badam', order='fixed', start=1, inner=optax.identity())
   params, _, metrics = run(layerwise(model, tx, clip_norm=bound), steps=1)
   start = make_params()
   grads = run_whole_tree(model, tx, steps=1)[1]['grads']['blocks']
@@ -212,9 +213,7 @@ def test_badam_computes_the_weight_gradient_of_one_layer():
     program = jax.make_jaxpr(step)(params, state, make_batch())
     return str(program).count('dot_general')
 
-  one, rest = (
-    galore_optax.badam(0.1, train_rest=rest) for rest in (False, True)
-  )
+  one, rest = (build('Badam', train_rest=rest) for rest in (False, True))
   # The forward loop has two matmuls per layer. The loop over passed layers has
   # four: it recomputes these two and has two for the gradient of the layer's
   # input. The active layer has two more, for the gradients of its weights. The
@@ -278,7 +277,7 @@ def test_rejects_what_it_cannot_do():
     layerwise(
       Residual(), galore_optax.galore(optax.sgd(0.1), rank=2, targets=['x'])
     ).init(make_params())
-  part = layerwise(Residual(), galore_optax.badam(0.1, blocks='blocks/u'))
+  part = layerwise(Residual(), build('Badam', blocks='blocks/u'))
   with pytest.raises(
     ValueError, match=r'whole layer stack.*not so for blocks/w'
   ):

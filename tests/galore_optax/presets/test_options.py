@@ -5,6 +5,7 @@ name the list of all options.
 """
 
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import pytest
 
 import galore_optax as go
 from galore_optax.options import THEIRS
+from tests.galore_optax import every
+from tests.galore_optax.presets import test_contract, test_groups
 
 # Every function of the package whose first parameter is `learning_rate`.
 PRESETS = [
@@ -41,11 +44,13 @@ def options(preset):
 
 
 def test_all_presets_are_found():
-  assert {preset.__name__ for preset in PRESETS} == {
-    *('galore_adamw', 'galore_adamw_8bit', 'galore_adafactor', 'galore_muon'),
-    *('fira', 'apollo', 'apollo_mini', 'frugal', 'badam'),
-    *('lomo', 'adalomo', 'scale_sgd'),
-  }
+  assert {*PRESETS} == {*every.PRESETS.values()}
+
+
+def test_all_presets_have_the_tests_of_the_contract_and_of_groups():
+  names = {preset.__name__ for preset in PRESETS}
+  for cases in (test_contract.PRESETS, test_groups.PRESETS):
+    assert names <= {re.split('[-,]', name)[0] for name in cases}
 
 
 def refusal(preset, name, value=None):

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import galore_adamw, galore_adamw_8bit
 from galore_optax.quantized.array import Quantized
 from models.llama import Layers, LlamaConfig
+from tests.galore_optax.every import build
 from train.data.batches import batches
 from train.data.corpus import Chitchat
 from train.data.tokenizer import train_tokenizer
@@ -51,8 +51,8 @@ def test_200_steps_track_float32_on_the_gradients_of_a_llama():
 
     return jax.jit(move)
 
-  full = galore_adamw(schedule, **OPTIONS)
-  eight = galore_adamw_8bit(schedule, **OPTIONS)
+  full = build('Galore', schedule, **OPTIONS)
+  eight = build('Galore8bit', schedule, **OPTIONS)
   move, move_eight = mover(full), mover(eight)
   start = jax.jit(layers.init)(jax.random.key(0))
   float32 = start, full.init(start)

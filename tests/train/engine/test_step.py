@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-import galore_optax
+from tests.galore_optax.every import build
 from train.config import Layerwise, WholeTree
 from train.engine import step as step_lib
 from train.engine.command import load
@@ -104,7 +104,7 @@ def test_microbatches_keep_types():
 
 
 def test_state_is_donated_and_the_step_compiles_once():
-  tx = galore_optax.galore_adamw(optax.constant_schedule(0.01), rank=4, gap=2)
+  tx = build('Galore', optax.constant_schedule(0.01), rank=4, gap=2)
   step = step_lib.make_step(
     chex.assert_max_traces(loss, n=1), tx, schedule=lambda count: 0.1 * count
   )

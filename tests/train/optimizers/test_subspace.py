@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import Staggered, galore, galore_adamw, quantize_bases
+from galore_optax import Staggered, galore, quantize_bases
 from models.llama import LlamaConfig
+from tests.galore_optax.every import build
 from tests.train.test_config import CONFIG
 from train.config import Layerwise, WholeTree
 from train.engine import step
@@ -119,7 +120,7 @@ def test_a_gradient_of_zeros_has_no_energy():
   'moments', [pytest.param('keep', marks=pytest.mark.slow), 'rotate']
 )
 def test_watching_changes_no_update(moments):
-  tx = galore_adamw(0.1, rank=3, gap=2, moments=moments)
+  tx = build('Galore', rank=3, gap=2, moments=moments)
   params = jax.tree.map(jnp.zeros_like, gradients(0))
   plain, seen = tx.init(params), subspace.watched(tx).init(params)
   for i in range(4):

@@ -9,6 +9,7 @@ import galore_optax
 from galore_optax import quantize_bases
 from galore_optax.quantized.state import quantize_state
 from models.llama import Layers, llama
+from tests.galore_optax.every import build
 from train.plan.account import account, elements
 
 GIB = 2**30
@@ -68,7 +69,7 @@ def test_memory_column_of_frugal(size, adamw, galore, quarter, sign):
   # FRUGAL keeps moments for a share of each matrix, as does BAdam in the same
   # row. With density 0, the matrices of layers have no moments.
   for density, printed in ((0.25, quarter), (0.0, sign)):
-    tx = galore_optax.frugal(0.1, density=density, subspace='random')
+    tx = build('Frugal', density=density, subspace='random')
     share = account(params, jax.eval_shape(tx.init, params))
     assert round(share.moments / GIB, 2) == printed
     assert share.bases <= 4 * 7 * 24  # one seed per matrix

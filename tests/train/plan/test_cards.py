@@ -11,12 +11,12 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from galore_optax import fira, frugal
 from galore_optax.galore import galore
 from galore_optax.layerwise.step import layerwise
 from galore_optax.subspace.finders import PowerIteration
 from models import attention
 from models.llama import Layers, LlamaConfig
+from tests.galore_optax.every import maker
 from train.engine.mesh import Mesh
 from train.plan import cards
 from train.plan.cards import GPUS, GpuName
@@ -33,8 +33,8 @@ RULES = {
   ),
   # FRUGAL and Fira also use the residual of the gradient, for which XLA chooses
   # other layouts.
-  'frugal': lambda: frugal(0.1, subspace=PowerIteration()),
-  'fira': lambda: fira(0.1, rank=64, subspace=PowerIteration()),
+  'Frugal': maker('Frugal', subspace=PowerIteration()),
+  'Fira': maker('Fira', rank=64, subspace=PowerIteration()),
 }
 
 
@@ -94,7 +94,7 @@ def test_temporaries_and_program_do_not_grow_with_depth():
 
 @needs_compiler
 @pytest.mark.card
-@pytest.mark.parametrize('rule', ['frugal', 'fira'])
+@pytest.mark.parametrize('rule', ['Frugal', 'Fira'])
 def test_no_stack_is_copied(rule):
   few, many = compile_layers(4, rule), compile_layers(32, rule)
   kept = 28 * 2 * 64 * 256 * 2  # inputs of the layers, bfloat16

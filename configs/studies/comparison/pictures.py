@@ -1,10 +1,10 @@
-"""Pictures of benchmark results, which other modules write to files."""
+"""Pictures of the results of studies: `scatter` and `ranking`."""
 
 import itertools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,7 +14,6 @@ from matplotlib.transforms import Bbox
 DPI = 200
 """Pixels per inch. A picture 8 inches wide is sharp at 800 and 1,600 pixels."""
 
-BITS = 'validation bits per byte (lower is better)'
 MEMORY = 'weights and optimizer state, MB (lower is better)'
 
 PLACES = tuple(
@@ -41,27 +40,29 @@ class Point(NamedTuple):
   """The result of one method."""
 
   megabytes: float
-  bits: float
+  score: float
+  """The mean of the metric over all seeds."""
   low: float
-  """The lowest bits per byte of all seeds."""
+  """The lowest value of all seeds."""
   high: float
-  """The highest bits per byte of all seeds."""
+  """The highest value of all seeds."""
 
 
 def scatter(
-  panels: Mapping[str, Mapping[str, Point]], path: pathlib.Path
+  panels: Mapping[str, Mapping[str, Point]], label: str, path: pathlib.Path
 ) -> None:
-  """Draws bits per byte against memory, with the Pareto front.
+  """Draws a metric against memory, with the Pareto front.
 
   Args:
     panels: the results of each method, by the title of the panel.
+    label: the text at the axis of the metric.
     path: where the picture is written.
   """
   width = max(8.0, 4.8 * len(panels))
   figure = Figure(figsize=(width, 4.5), dpi=DPI, layout='constrained')
   grid = figure.subplots(1, len(panels), squeeze=False)[0]
   for axes, (title, points) in zip(grid, panels.items(), strict=True):
-    draw_points(axes, [*points.values()])
+    draw_points(axes, [*points.values()], label)
     axes.set_title(title, fontsize=10)
   # Text boxes have a size in pixels only once the layout is final.
   FigureCanvasAgg(figure)
@@ -71,7 +72,7 @@ def scatter(
   figure.savefig(path)
 
 
-def draw_points(axes: Axes, points: Sequence[Point]) -> None:
+def draw_points(axes: Axes, points: Sequence[Point], label: str) -> None:
   """Draws points, their ranges over seeds, the Pareto front and the axes."""
   megabytes = [point.megabytes for point in points]
   lows, highs = [x.low for x in points], [x.high for x in points]
@@ -87,10 +88,10 @@ def draw_points(axes: Axes, points: Sequence[Point]) -> None:
       alpha=0.5,
       label='range over seeds',
     )
-  axes.scatter(megabytes, [x.bits for x in points], s=18, zorder=3)
+  axes.scatter(megabytes, [x.score for x in points], s=18, zorder=3)
   axes.margins(x=0.15, y=0.08)
   axes.set_xlabel(MEMORY, fontsize=9)
-  axes.set_ylabel(BITS, fontsize=9)
+  axes.set_ylabel(label, fontsize=9)
   axes.tick_params(labelsize=8)
   axes.legend(fontsize=8, loc='upper right', frameon=False)
 
@@ -101,8 +102,8 @@ def front_corners(points: Sequence[Point]) -> list[tuple[float, float]]:
   >>> front_corners([Point(1, 5, 5, 5), Point(2, 4, 4, 4), Point(3, 6, 6, 6)])
   [(1, 5), (2, 5), (2, 4), (3, 4), (3, 4)]
   """
-  order = sorted((point.megabytes, point.bits) for point in points)
-  lowest = [*itertools.accumulate((bits for _, bits in order), min)]
+  order = sorted((point.megabytes, point.score) for point in points)
+  lowest = [*itertools.accumulate((score for _, score in order), min)]
   corners = [order[0]]
   for (x, _), before, now in zip(order[1:], lowest, lowest[1:], strict=False):
     corners += [(x, before), (x, now)]
@@ -117,9 +118,10 @@ def write_names(axes: Axes, points: Mapping[str, Point]) -> None:
   lines = [*itertools.pairwise(front_corners([*points.values()]))]
   for point in points.values():
     lines.append(((point.megabytes, point.low), (point.megabytes, point.high)))
-    lines.append(((point.megabytes, point.bits),) * 2)
+    place = point.megabytes, point.score
+    lines.append((place, place))
   pixels = {
-    name: axes.transData.transform((point.megabytes, point.bits))
+    name: axes.transData.transform((point.megabytes, point.score))
     for name, point in points.items()
   }
   # Boxes around all lines and points, in pixels.
@@ -128,12 +130,12 @@ def write_names(axes: Axes, points: Mapping[str, Point]) -> None:
   if legend is not None:
     taken.append(legend.get_window_extent())
   # From top to bottom, so that the names of close points are in their order.
-  for name, point in sorted(points.items(), key=lambda item: -item[1].bits):
+  for name, point in sorted(points.items(), key=lambda item: -item[1].score):
     unclear = None
     for dx, dy, ha, va in PLACES:
       text = axes.annotate(
         name,
-        (point.megabytes, point.bits),
+        (point.megabytes, point.score),
         (dx, dy),
         textcoords='offset points',
         ha=ha,
@@ -155,12 +157,14 @@ def write_names(axes: Axes, points: Mapping[str, Point]) -> None:
       if unclear is None or (free and not unclear[0]):
         unclear = free, text, box
     else:
+      # No place is clear: take the first free place, or the first of all.
+      assert unclear is not None
       _, text, box = unclear
       text.set_visible(True)
     taken.append(box)
 
 
-def gap(box: Bbox, pixel: Sequence[float]) -> float:
+def gap(box: Bbox, pixel: Any) -> float:
   """Returns the distance of a point from a box, both in pixels.
 
   >>> gap(Bbox.from_bounds(3, 0, 2, 9), (0, 5))
@@ -176,7 +180,8 @@ class Ranked(NamedTuple):
   """The result of one method in a ranking."""
 
   name: str
-  bits: float
+  score: float
+  """The value of the metric."""
   weights: float
   """Megabytes of the weights."""
   state: float
@@ -184,26 +189,38 @@ class Ranked(NamedTuple):
 
 
 def ranking(
-  rows: Sequence[Ranked], baseline: str, title: str, path: pathlib.Path
+  rows: Sequence[Ranked],
+  baseline: str,
+  title: str,
+  label: str,
+  path: pathlib.Path,
 ) -> None:
-  """Draws methods in the order of their bits per byte, with their memory."""
-  rows = sorted(rows, key=lambda row: -row.bits)
+  """Draws methods in the order of a metric, with their memory.
+
+  Args:
+    rows: the results of the methods.
+    baseline: name of the method that a line marks.
+    title: title of the picture.
+    label: the text at the axis of the metric.
+    path: where the picture is written.
+  """
+  rows = sorted(rows, key=lambda row: -row.score)
   names = [row.name for row in rows]
   height = 1.3 + 0.2 * len(rows)
   figure = Figure(figsize=(8, height), dpi=DPI, layout='constrained')
-  bits, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-  known = [row.bits for row in rows if row.name == baseline]
+  scores, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+  known = [row.score for row in rows if row.name == baseline]
   for value in known:
-    bits.axvline(value, color='0.75', linewidth=1, zorder=0)
-  bits.scatter(
-    [row.bits for row in rows],
+    scores.axvline(value, color='0.75', linewidth=1, zorder=0)
+  scores.scatter(
+    [row.score for row in rows],
     names,
     color=['tab:orange' if x == baseline else 'tab:blue' for x in names],
     s=22,
   )
-  bits.grid(axis='y', color='0.92')
-  bits.set_axisbelow(True)
-  bits.set_xlabel(BITS, fontsize=9)
+  scores.grid(axis='y', color='0.92')
+  scores.set_axisbelow(True)
+  scores.set_xlabel(label, fontsize=9)
   weights = [row.weights for row in rows]
   memory.barh(names, weights, color='0.7', label='weights')
   memory.barh(
@@ -222,8 +239,8 @@ def ranking(
     ncols=2,
     frameon=False,
   )
-  for axes in (bits, memory):
+  for axes in (scores, memory):
     axes.tick_params(labelsize=8)
-  bits.set_ylim(-0.7, len(rows) - 0.3)
-  bits.set_title(title, fontsize=10)
+  scores.set_ylim(-0.7, len(rows) - 0.3)
+  scores.set_title(title, fontsize=10)
   figure.savefig(path)

@@ -1,21 +1,21 @@
 """Measures the effect of single design choices of GaLore on the loss.
 
-`python -m tests.bench.ablations` trains the model of `tests.bench.methods` on
-chitchat-dataset, with 1 M tokens for each run. The base run is GaLore with the
-best two learning rates of that benchmark. Each other run changes one choice of
-it: the rounding of weights and moments, b1, b2, gap, rank, scale, the moments
-at a refresh, the gradient that a refresh uses, the projected side, the
-projected weights, or the axis of 8-bit blocks. Further runs replace GaLore by
-Fira or APOLLO. A change may need another learning rate, so each choice
-can run at 1, 1/3 and 3 times the base's rate for matrices, and the table has
-the best of these runs. The base runs with three seeds, which measure how much
-of a difference is random.
+`python -m configs.studies.ablations` trains the model of
+`configs.studies.methods` on chitchat-dataset, with 1 M tokens for each run. The
+base run is GaLore with the best two learning rates of that study. Each other
+run changes one choice of it: the rounding of weights and moments, b1, b2, gap,
+rank, scale, the moments at a refresh, the gradient that a refresh uses, the
+projected side, the projected weights, or the axis of 8-bit blocks. Further runs
+replace GaLore by Fira or APOLLO. A change may need another learning rate, so
+each choice can run at 1, 1/3 and 3 times the base's rate for matrices, and the
+table has the best of these runs. The base runs with three seeds, which measure
+how much of a difference is random.
 
-Each run is added to tests/bench/results/ablations.json when it ends. Runs that
-are in this file are skipped, so an interrupted benchmark continues. The table
-is written to ablations.md. `--hours` limits the duration of a call and `--only`
-selects groups of rows. A run uses the config of `tests.bench.methods`, with the
-changes that are stored in its record.
+Each run is added to results/ablations.json when it ends. Runs that are in this
+file are skipped, so an interrupted study continues. The table is written to
+ablations.md. `--hours` limits the duration of a call and `--only`
+selects groups of rows. A run uses the config of `configs.studies.methods`, with
+the changes that are stored in its record.
 """
 
 import argparse
@@ -30,11 +30,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from configs.studies.comparison import command
+from configs.studies.comparison.intervals import less
+from configs.studies.comparison.results import firsts, machines
+from configs.studies.comparison.runner import Runner as MethodRunner
+from configs.studies.comparison.runs import Runs, save, until
+from configs.studies.comparison.study import Job as MethodJob
+from configs.studies.comparison.text import Size as ModelSize
+from configs.studies.comparison.text import unshuffled
+from configs.studies.methods import Methods
 from galore_optax.precision import at_least_float32
 from galore_optax.quantized.array import dequantize_tree, quantize
-from tests.bench import methods
-from tests.bench.methods import RESULTS, Bench, Corpora, less
-from tests.bench.runs import Runs, save, until
 from train.config import Config, Layerwise
 from train.engine import step as step_lib
 from train.engine.task import task_of
@@ -207,7 +213,7 @@ class Size(NamedTuple):
   steps: int = 1000
   gap: int = 50
   seeds: int = 3
-  model: methods.Size = methods.Size()
+  model: ModelSize = ModelSize()
 
 
 SIZE = Size()
@@ -224,13 +230,13 @@ class Runner:
       rates: the base's learning rates of the matrices and of all other weights.
     """
     self.size, self.rates = size, rates
-    self.bench = Bench(size.model, Corpora(pathlib.Path()))
+    self.methods = MethodRunner(Methods(size.model), pathlib.Path())
 
-  def config(self, job: methods.Job, choice: Choice, factor: float) -> Config:
+  def config(self, job: MethodJob, choice: Choice, factor: float) -> Config:
     """Returns the config of a run."""
     rank, scale = self.size.model.rank, factor * job.matrix / job.rest
     base = dataclasses.replace(
-      self.bench.config(job),
+      self.methods.config(job),
       optimizer=choice.optimizer(rank=rank, gap=self.size.gap, scale=scale),
       learning_rate=job.rest,
     )
@@ -239,7 +245,7 @@ class Runner:
   def run(self, choice: Choice, factor: float, seed: int) -> dict[str, Any]:
     """Trains one run and returns its record."""
     jax.clear_caches()
-    job = methods.Job(CORPUS, 'GaLore', *self.rates, seed, self.size.steps)
+    job = MethodJob(CORPUS, 'GaLore', *self.rates, seed, self.size.steps)
     config = self.config(job, choice, factor)
     task = task_of(config)
     start, step = step_lib.build(config, task)
@@ -250,10 +256,12 @@ class Runner:
         schedule=config.schedule(),
       )
     state = start(jax.random.key(seed))
-    for batch in self.bench.first_batches(job):
+    for batch in self.methods.first_batches(job):
       state, _ = step(state, batch)
-    loss = functools.partial(jax.jit(task.loss), state.params)
-    found = self.bench.measured(CORPUS, loss)
+    score = jax.jit(self.methods.study.score(task))
+    found = self.methods.measured(
+      CORPUS, functools.partial(score, state.params)
+    )
     return found | {'changes': repr(choice.changes)}
 
 
@@ -285,10 +293,10 @@ def page(size: Size, rates: tuple[float, float], done: Done) -> str:
   lines = [
     '# Single design choices of GaLore',
     '',
-    *methods.unshuffled(size.model),
-    'By `python -m tests.bench.ablations`, whose docstring explains the runs: '
-    f'{len(done)} runs of {tokens:,} tokens of chitchat-dataset, on '
-    f'{methods.machines(done.values())}. The base is GaLore with rank '
+    *unshuffled(size.model),
+    'By `python -m configs.studies.ablations`, whose docstring explains the '
+    f'runs: {len(done)} runs of {tokens:,} tokens of chitchat-dataset, on '
+    f'{machines(done.values())}. The base is GaLore with rank '
     f'{size.model.rank} of {size.model.width}, gap {size.gap}, float32, and '
     f'learning rates {rates[0]:g} of the matrices and {rates[1]:g} of the '
     f'rest. It has {min(seeds):.4f} to {max(seeds):.4f} bits per byte with '
@@ -318,13 +326,14 @@ def page(size: Size, rates: tuple[float, float], done: Done) -> str:
 
 
 def known_rates(directory: pathlib.Path) -> tuple[float, float]:
-  """Returns GaLore's best rates in the first round of `tests.bench.methods`."""
-  size = methods.Size()
-  best = methods.firsts(size, methods.runs_of(directory, size).done)
+  """Returns GaLore's best rates in the first round of the study `methods`."""
+  methods = Methods()
+  best = firsts(methods, command.runs_of(directory, methods).done)
   if 'GaLore' not in best:
     raise SystemExit(
       f'{directory}/methods.json has no rates of GaLore: run python -m '
-      'tests.bench.methods --only GaLore first, or give --rates MATRICES REST'
+      'configs.studies.methods --only GaLore first, or give --rates MATRICES '
+      'REST'
     )
   return best['GaLore']['matrix'], best['GaLore']['rest']
 
@@ -357,17 +366,17 @@ def bench(
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Trains the missing runs and writes the table."""
-  parser = argparse.ArgumentParser('python -m tests.bench.ablations')
+  parser = argparse.ArgumentParser('python -m configs.studies.ablations')
   parser.add_argument(
     '--hours', type=float, help='start no run after this time'
   )
-  parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
+  parser.add_argument('--results', type=pathlib.Path, default=command.RESULTS)
   parser.add_argument(
     '--rates',
     type=float,
     nargs=2,
     metavar=('MATRICES', 'REST'),
-    help="default: GaLore's best rates of tests.bench.methods",
+    help="default: GaLore's best rates of configs.studies.methods",
   )
   tables = [*dict.fromkeys(choice.table for choice in CHOICES)]
   parser.add_argument(
@@ -379,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     help=f'groups of rows that run, from {", ".join(map(repr, tables))}',
   )
   args = parser.parse_args(argv)
-  methods.repeatable()
+  command.repeatable()
   rates = tuple(args.rates) if args.rates else known_rates(args.results)
   choices = [choice for choice in CHOICES if choice.table in args.only]
   bench(args.results, rates, choices=choices, hours=args.hours)

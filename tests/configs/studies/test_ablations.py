@@ -1,13 +1,16 @@
-"""The ablation benchmark: all choices run, and its baseline is plain GaLore."""
+"""The study of ablations: all choices run, and its baseline is plain GaLore."""
 
 import dataclasses
 import json
 
 import pytest
 
-from tests.bench import ablations, methods
-from tests.bench.ablations import BASE, CHOICES, Choice, Runner, Size
-from tests.test_methods_bench import SIZE
+from configs.studies import ablations
+from configs.studies.ablations import BASE, CHOICES, Choice, Runner, Size
+from configs.studies.comparison.runner import Runner as MethodRunner
+from configs.studies.comparison.study import Job
+from configs.studies.methods import Methods
+from tests.configs.studies.comparison.small import SIZE
 
 RATES = (3e-3, 1e-2)
 # The batch needs four rows, because one choice trains with a quarter of it.
@@ -46,9 +49,9 @@ def test_the_base_is_galore_of_the_bench_of_methods(tmp_path):
   # steps give both a warm-up of whole steps.
   runner = Runner(SMALL._replace(gap=25, steps=20), RATES)
   ours = runner.run(BASE, 1.0, 0)
-  bench = methods.Bench(MODEL, methods.Corpora(tmp_path))
-  job = methods.Job('chitchat', 'GaLore', *RATES, 0, 20)
-  theirs = bench.run(job)
+  runner_of_methods = MethodRunner(Methods(MODEL), tmp_path)
+  job = Job('chitchat', 'GaLore', *RATES, 0, 20)
+  theirs = runner_of_methods.run(job)
   assert ours['bits_per_byte'] == pytest.approx(theirs['bits_per_byte'], 1e-5)
   # A choice whose rounding function returns its input must reproduce the run
   # exactly.
@@ -74,8 +77,8 @@ TRIED = {
 def test_apollo_is_that_of_the_bench_of_methods(tmp_path):
   runner = Runner(SMALL._replace(gap=25, steps=20), RATES)
   choice = next(c for c in CHOICES if c.name == 'APOLLO')
-  bench = methods.Bench(MODEL, methods.Corpora(tmp_path))
-  theirs = bench.run(methods.Job('chitchat', 'APOLLO', *RATES, 0, 20))
+  runner_of_methods = MethodRunner(Methods(MODEL), tmp_path)
+  theirs = runner_of_methods.run(Job('chitchat', 'APOLLO', *RATES, 0, 20))
   ours = runner.run(choice, 1.0, 0)
   assert ours['bits_per_byte'] == pytest.approx(theirs['bits_per_byte'], 1e-5)
 

@@ -1,13 +1,15 @@
-"""The benchmark of the papers' claims: when a difference confirms a claim."""
+"""The study of the papers' claims: when a difference confirms a claim."""
 
 import numpy as np
 import pytest
 
-from tests.bench import claims
-from tests.bench.claims import Claim, Kind, Pair
-from tests.bench.methods import CORPORA, Job, Rung, Size
+from configs.studies import claims
+from configs.studies.claims import Claim, Kind, Pair
+from configs.studies.comparison.study import Job, Rung
+from configs.studies.comparison.text import Size
+from configs.studies.methods import Methods
 
-SIZE = Size(first=(Rung(4, 1),), final=6, seeds=2)
+STUDY = Methods(Size(first=(Rung(4, 1),), final=6, seeds=2))
 ROWS = np.linspace(2.0, 2.2, 8)
 NOISE = np.array([1, -1, 1, -1, 1, -1, 1, -1]) * 1e-3
 
@@ -57,27 +59,31 @@ def test_equality_within_a_large_error_is_not_confirmed():
 def test_finals_go_before_the_first_round():
   claim = Claim('GaLore', Kind.BETTER, 'LoRA', 'x')
   done = runs('GaLore', ROWS) | runs('LoRA', ROWS + 0.1)
-  (first,) = claims.pairs(claim, SIZE, done)
+  (first,) = claims.pairs(claim, STUDY, done)
   assert first.where == 'first round'
   assert first.difference == pytest.approx(-0.1)
   for name, more in (('GaLore', 0.3), ('LoRA', 0.1)):
-    last = {'corpus': CORPORA[1], 'steps': SIZE.final, 'seeds': SIZE.seeds}
+    last = {
+      'corpus': STUDY.corpora[1],
+      'steps': STUDY.size.final,
+      'seeds': STUDY.size.seeds,
+    }
     done |= runs(name, ROWS + more, **last)
-  (final,) = claims.pairs(claim, SIZE, done)
-  assert final.where == f'{CORPORA[1]}, 2 seeds'
+  (final,) = claims.pairs(claim, STUDY, done)
+  assert final.where == f'{STUDY.corpora[1]}, 2 seeds'
   assert final.difference == pytest.approx(0.2)
 
 
 def test_the_front_excludes_methods_that_another_beats_in_size_and_score():
   done = runs('SCALE', ROWS, state=50) | runs('AdamW', ROWS - 1, state=51)
-  assert not claims.on_front('SCALE', SIZE, done)
+  assert not claims.on_front('SCALE', STUDY, done)
   done |= runs('LOMO', ROWS - 0.1 + NOISE, state=0)
-  assert claims.on_front('SCALE', SIZE, done) == ['LOMO']
+  assert claims.on_front('SCALE', STUDY, done) == ['LOMO']
 
 
 def test_the_page_has_each_claim():
   done = runs('GaLore', ROWS) | runs('AdamW', ROWS + NOISE)
-  page = claims.page(SIZE, done, {'chitchat': 3.0})
+  page = claims.page(STUDY, done, {'chitchat': 3.0})
   assert page.count('not yet run') == len(claims.CLAIMS) - 1
   (line,) = [x for x in page.splitlines() if '| GaLore within' in x]
   assert line.endswith('| confirmed |')
