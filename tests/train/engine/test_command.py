@@ -7,7 +7,7 @@ import pytest
 
 from models.llama import Llama3Scaling
 from tests.train.program import write_config
-from train import evaluate, export
+from train import evaluate, export, report
 from train.data.corpus import Tfds
 from train.engine import command
 from train.engine.config_json import flatten
@@ -114,6 +114,7 @@ PROGRAMS = {
   evaluate: ['runs/a'],
   text_sampling: ['runs/a', '--prompt', 'b'],
   export: ['runs/a', 'b'],
+  report: ['runs/a'],
 }
 """A command line of each program that takes no config."""
 
