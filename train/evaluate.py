@@ -11,16 +11,17 @@ from train.engine import signals
 if __name__ == '__main__':
   signals.end_quietly()  # before the imports below, which take seconds
 
-import argparse
 import dataclasses
 import string
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from train.data.batches import bucket, validation_batches
 from train.data.corpus import Indexed
@@ -28,21 +29,58 @@ from train.data.records import records
 from train.data.text_files import index_texts
 from train.data.tokenizer import Tokenizer, check_texts
 from train.engine import checkpoint, machine, metrics
-from train.engine.command import check_least, user_errors
+from train.engine.command import (
+  check_given,
+  check_least,
+  parse_options,
+  user_errors,
+)
 from train.engine.mesh import Mesh
 from train.engine.run import Run
 from train.engine.task import Batch, Metrics, PyTree, task_of
 from train.tasks.language import perplexity
 from train.tasks.text_model import (
   Model,
+  ModelOptions,
   is_directory,
   opened,
-  options_of,
   shared,
 )
 
 CONTEXTS = ('question', 'prompt', 'context')
 """The names that a question's text may have in a JSONL file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(ModelOptions):
+  """Measures a checkpoint of a run, or a model of transformers."""
+
+  program: ClassVar[str] = 'train.evaluate'
+  batches: int | None = None
+  """Number of batches of the validation split; None is the whole split."""
+  text: Annotated[
+    tuple[str, ...] | None, tyro.conf.arg(metavar='FILE [FILE ...]')
+  ] = None
+  """Text files with one document each, or JSONL files with a field "text";
+  prints the perplexity and the bits per byte."""
+  choices: Annotated[
+    tuple[str, ...] | None, tyro.conf.arg(metavar='FILE [FILE ...]')
+  ] = None
+  """Files of records, such as JSONL, with lines {"question": TEXT, "choices":
+  [TEXT, ...], "answer": index from 0, letter or text}; prints the accuracy of
+  the most likely choice."""
+  window: int | None = None
+  """Number of tokens that the model reads at once; None is the sequence_length
+  of a run, else 512."""
+  batch_size: int = 8
+  """Number of rows in a batch of texts or choices."""
+
+  def __post_init__(self) -> None:
+    """Raises ValueError if an option is wrong."""
+    check_least(
+      1, batches=self.batches, window=self.window, batch_size=self.batch_size
+    )
+    check_given(text=self.text, choices=self.choices)
 
 
 class Question(NamedTuple):
@@ -58,21 +96,18 @@ class Question(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures a checkpoint of a run, or a model of transformers."""
-  args = parser().parse_args(argv)
-  machine.prepare()
   with user_errors():
-    check_least(
-      1, batches=args.batches, window=args.window, batch_size=args.batch_size
-    )
-    if not args.text and not args.choices:
+    args = parse_options(Options, sys.argv[1:] if argv is None else argv)
+    machine.prepare()
+    if args.text is None and args.choices is None:
       print(f'validation: {metrics.describe(validation(args))}')
       return
-    questions = {path: read_questions(path) for path in args.choices}
+    questions = {path: read_questions(path) for path in args.choices or ()}
     model = opened(args.path, best=args.best)
     window = args.window
     if window is None:
       window = 512 if is_directory(args.path) else model.window
-    texts = {name: documents(name) for name in args.text}
+    texts = {name: documents(name) for name in args.text or ()}
     for some in texts.values():
       stream = some.stream(seed=0, repeat=False)
       check_texts(model.tokenizer, stream, special=False)
@@ -88,47 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f'{path}: {described(accuracies(some, found_n))}')
 
 
-def parser() -> argparse.ArgumentParser:
-  """Returns the parser of the command line."""
-  options = options_of('train.evaluate', main.__doc__)
-  options.add_argument(
-    '--batches',
-    type=int,
-    help='number of batches of the validation split (default: the whole split)',
-  )
-  options.add_argument(
-    '--text',
-    nargs='+',
-    default=[],
-    metavar='FILE',
-    help='text files with one document each, or JSONL files with a field '
-    '"text"; prints the perplexity and the bits per byte',
-  )
-  options.add_argument(
-    '--choices',
-    nargs='+',
-    default=[],
-    metavar='FILE',
-    help='files of records, such as JSONL, with lines {"question": TEXT, '
-    '"choices": [TEXT, ...], "answer": index from 0, letter or text}; prints '
-    'the accuracy of the most likely choice',
-  )
-  options.add_argument(
-    '--window',
-    type=int,
-    help='number of tokens that the model reads at once (default: the '
-    'sequence_length of a run, else 512)',
-  )
-  options.add_argument(
-    '--batch-size',
-    type=int,
-    default=8,
-    help='number of rows in a batch of texts or choices (default: 8)',
-  )
-  return options
-
-
-def validation(args: argparse.Namespace) -> Metrics:
+def validation(args: Options) -> Metrics:
   """Computes the metrics of a run's checkpoint on its validation split."""
   if is_directory(args.path):
     raise ValueError(

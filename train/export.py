@@ -5,52 +5,58 @@ from train.engine import signals
 if __name__ == '__main__':
   signals.end_quietly()  # before the imports below, which take seconds
 
-import argparse
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
 import jax
+import tyro
 
 from galore_optax.quantized.array import is_quantized
 from models import huggingface, lowrank, peft
 from train.engine import checkpoint
-from train.engine.command import add_flag, user_errors
+from train.engine.command import parse_options, user_errors
 from train.engine.run import Run
 from train.engine.task import task_of
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
   """Writes the weights of a run as a directory that transformers reads."""
-  parser = argparse.ArgumentParser(
-    'python -m train.export', description=main.__doc__
-  )
-  parser.add_argument('run', type=pathlib.Path, help='directory of the run')
-  parser.add_argument('directory', type=pathlib.Path, help='directory to write')
-  add_flag(
-    parser,
-    'newest',
-    help='export the newest checkpoint (default: the best one, if any was '
-    'validated)',
-  )
-  parser.add_argument(
-    '--dtype',
-    choices=('float32', 'bfloat16'),
-    help="data type of the weights (default: the run's)",
-  )
-  add_flag(
-    parser,
-    'adapter',
-    help="write only the factors of a LoRA, in PEFT's format (default: merge "
-    'them into the weights)',
-  )
-  args = parser.parse_args(argv)
-  with user_errors():
-    if args.adapter and args.dtype:
+
+  program: ClassVar[str] = 'train.export'
+  run: Annotated[
+    pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar='RUN')
+  ]
+  """Directory of the run."""
+  directory: Annotated[
+    pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar='DIRECTORY')
+  ]
+  """Directory to write."""
+  newest: bool = False
+  """Export the newest checkpoint instead of the best one, if any was
+  validated."""
+  dtype: Literal['float32', 'bfloat16'] | None = None
+  """Data type of the weights; None is the run's."""
+  adapter: bool = False
+  """Write only the factors of a LoRA, in PEFT's format, instead of merging them
+  into the weights."""
+
+  def __post_init__(self) -> None:
+    """Raises ValueError if an option contradicts another."""
+    if self.adapter and self.dtype:
       raise ValueError(
-        f'--dtype {args.dtype} is of weights, and --adapter writes none: leave '
+        f'--dtype {self.dtype} is of weights, and --adapter writes none: leave '
         'out one of the two'
       )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Writes the weights of a run as a directory that transformers reads."""
+  with user_errors():
+    args = parse_options(Options, sys.argv[1:] if argv is None else argv)
     export(
       Run(args.run),
       args.directory,

@@ -13,7 +13,6 @@ from train.engine import cluster, signals
 if __name__ == '__main__':
   signals.end_quietly()  # before the imports below, which take seconds
 
-import argparse
 import dataclasses
 import shlex
 import sys
@@ -24,11 +23,11 @@ from rich.console import Console
 
 from train.engine import metrics, training
 from train.engine.command import (
+  Continued,
   Launch,
-  add_flag,
   check_least,
   load,
-  spelled_apart,
+  parse_some,
   user_errors,
 )
 from train.engine.step import State
@@ -44,6 +43,16 @@ class Finetune(Launch):
   program: ClassVar[str] = 'train.finetune'
   seeds: int = 1
   """Number of runs, with the seeds --seed, --seed + 1 and so on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Seeds(Continued):
+  """The options that decide which runs a command line starts."""
+
+  seeds: int = 1
+  """Number of runs."""
+  seed: int | None = None
+  """Seed of the first run; None is the config's."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,13 +83,7 @@ def of_seeds(argv: Sequence[str]) -> list[Sequence[str]]:
   >>> of_seeds(['a.py', '--seeds', '2', '--seed', '7'])[1]
   ['a.py', '--seeds', '2', '--seed', '8']
   """
-  options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  options.add_argument('--seeds', type=int, default=1)
-  options.add_argument('--seed', type=int)
-  options.add_argument('--run')
-  for name in ('resume', 'branch'):
-    add_flag(options, name)
-  asked, _ = options.parse_known_args(argv)
+  asked, rest = parse_some(Seeds, argv)
   check_least(1, seeds=asked.seeds)
   if asked.seeds == 1:
     return [argv]
@@ -92,12 +95,9 @@ def of_seeds(argv: Sequence[str]) -> list[Sequence[str]]:
   first = asked.seed
   if first is None:
     first = load(argv[0]).seed
-  rest = spelled_apart(argv, ['seed'])
-  while '--seed' in rest:
-    at = rest.index('--seed')
-    del rest[at : at + 2]
   return [
-    [*rest, '--seed', str(seed)] for seed in range(first, first + asked.seeds)
+    [*rest, '--seeds', str(asked.seeds), '--seed', str(seed)]
+    for seed in range(first, first + asked.seeds)
   ]
 
 

@@ -1,6 +1,7 @@
 """Reports a run as one HTML page: `python -m train.report RUN`.
 
-The page contains its pictures, so it needs no other file.
+The page contains its pictures, so it needs no other file. This module collects
+its contents, and `report.html.jinja` is its form.
 """
 
 from train.engine import signals
@@ -8,21 +9,23 @@ from train.engine import signals
 if __name__ == '__main__':
   signals.end_quietly()  # before the imports below, which take seconds
 
-import argparse
 import base64
-import html
+import dataclasses
 import io
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias
 
+import jinja2
 import numpy as np
+import tyro
 from rich.console import Console
 
 from train.config import Config
 from train.engine import metrics
-from train.engine.command import user_errors
+from train.engine.command import parse_options, user_errors
 from train.engine.config_json import flatten
 from train.engine.memory_table import memory_of
 from train.engine.run import Run
@@ -30,18 +33,11 @@ from train.engine.task import task_of
 from train.optimizers import subspace_metrics
 
 Lines: TypeAlias = Sequence[Mapping[str, Any]]
+Row: TypeAlias = tuple[Any, ...]
+"""The cells of a table's row; the first one is the name of the row."""
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem;
-  margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; margin: 0.5rem 0; }
-th, td { padding: 0.1rem 0.8rem 0.1rem 0; text-align: left;
-  border-bottom: 1px solid #ddd; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { overflow-x: auto; font-size: 12px; line-height: 1.35; }
-img { max-width: 100%; } .note { color: #555; }
-"""
+TEMPLATE = pathlib.Path(__file__).with_name('report.html.jinja')
+"""The page without its contents."""
 
 _PARTS = {
   'step_seconds': 'steps',
@@ -52,21 +48,45 @@ _PARTS = {
 """Kinds of work that take a run's time, by their names in the log."""
 
 
+class Picture(NamedTuple):
+  """A picture that the page contains."""
+
+  title: str
+  """Text for readers who do not see the picture."""
+  source: str
+  """The file as a data URI."""
+
+
+class Subspaces(NamedTuple):
+  """The energy and overlap of subspaces."""
+
+  pictures: list[Picture]
+  """Means over layers by step, a picture for each metric."""
+  head: list[str]
+  """Titles of the table's columns."""
+  rows: list[Row]
+  """The newest values of each weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Writes an HTML page about a run, finished or not."""
+
+  program: ClassVar[str] = 'train.report'
+  run: Annotated[
+    pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar='RUN')
+  ]
+  """Directory of the run."""
+  output: pathlib.Path | None = None
+  """File to write; None is RUN/report.html."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Writes an HTML page about a run, finished or not."""
-  parser = argparse.ArgumentParser(
-    'python -m train.report', description=main.__doc__
-  )
-  parser.add_argument('run', type=pathlib.Path, help='directory of the run')
-  parser.add_argument(
-    '--output',
-    type=pathlib.Path,
-    help='file to write (default: RUN/report.html)',
-  )
-  args = parser.parse_args(argv)
-  run = Run(args.run)
-  where = args.output or run.report_path
   with user_errors():
+    args = parse_options(Options, sys.argv[1:] if argv is None else argv)
+    run = Run(args.run)
+    where = args.output or run.report_path
     where.write_text(page(run), encoding='utf-8')
   print(f'written: {where}')
 
@@ -83,39 +103,36 @@ def page(run: Run) -> str:
     raise FileNotFoundError(
       f'no metrics in {run.metrics_path} yet: wait for the first steps'
     )
-  sections = {
-    'Summary': summary(config, lines),
-    'Curves': curves(lines),
-    'Subspaces': subspaces(lines),
-    'Time': times(lines),
-    'Skipped steps': skipped(lines),
-    'Memory': f'<pre>{html.escape(memory_text(config))}</pre>',
-    'Samples': samples(run),
-    'Configuration': table(flatten(config)),
-  }
-  body = '\n'.join(
-    f'<section id="{title.split()[0].lower()}"><h2>{title}</h2>\n{inside}\n'
-    '</section>'
-    for title, inside in sections.items()
+  environment = jinja2.Environment(
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
   )
-  title = html.escape(str(run.directory))
-  return (
-    '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
-    f'<title>{title}</title>\n<style>{_STYLE}</style></head>\n'
-    f'<body><h1>{title}</h1>\n{body}\n</body>\n</html>\n'
+  template = environment.from_string(TEMPLATE.read_text(encoding='utf-8'))
+  return template.render(
+    title=run.directory,
+    summary=summary(config, lines),
+    curves=curves(lines),
+    subspaces=subspaces(lines),
+    times=times(lines),
+    skipped=skipped(lines),
+    memory=memory_text(config),
+    texts=sampled_texts(run),
+    samples=sampled_images(run),
+    configuration=flatten(config),
   )
 
 
-def summary(config: Config, lines: Lines) -> str:
-  """Returns a table of progress: steps, last metrics and median speed."""
-  rows: dict[str, Any] = {
+def summary(config: Config, lines: Lines) -> dict[str, str]:
+  """Returns the progress by title: steps, last metrics and median speed."""
+  rows = {
     'steps': f'{lines[-1]["step"]:,} of {config.steps:,}',
     'optimizer': type(config.optimizer).__name__,
   }
   for title, name, form in (
     ('last loss', 'loss', '{:.4f}'),
-    ('examples per second', 'examples_per_second', '{:,.0f}'),
-    ('tokens per second', 'tokens_per_second', '{:,.0f}'),
+    *((name.replace('_', ' '), name, '{:,.0f}') for name in rates(lines)),
     ('model flops per second', 'flops_per_second', '{:.3g}'),
     ("share of the card's peak", 'share_of_peak', '{:.1%}'),
     ('most bytes on a device', 'peak_bytes', '{:,.0f}'),
@@ -129,7 +146,18 @@ def summary(config: Config, lines: Lines) -> str:
   for name, value in last.items():
     if name.startswith('validation_'):
       rows[name.replace('_', ' ')] = f'{value:.4f}'
-  return table(rows)
+  return rows
+
+
+def rates(lines: Lines) -> list[str]:
+  """Returns the names of speeds in the log, except flops.
+
+  >>> rates([{'step': 1}, {'images_per_second': 9.0, 'flops_per_second': 1e9}])
+  ['images_per_second']
+  """
+  names = {name for line in lines for name in line}
+  speeds = {name for name in names if name.endswith('_per_second')}
+  return sorted(speeds - {'flops_per_second'})
 
 
 def is_validation(line: Mapping[str, Any]) -> bool:
@@ -137,24 +165,20 @@ def is_validation(line: Mapping[str, Any]) -> bool:
   return any(name.startswith('validation_') for name in line)
 
 
-def curves(lines: Lines) -> str:
-  """Returns pictures of loss, learning rate, gradient norm and speed."""
-  speeds = {x for line in lines for x in line if x.endswith('s_per_second')}
-  (unit, *_) = sorted(speeds - {'flops_per_second'}) or ['tokens_per_second']
-  shown = [
-    picture('loss', lines, {'loss': 'training', 'validation_loss': 'held out'}),
-    picture('learning rate', lines, {'learning_rate': ''}),
-    picture('norm of the gradient', lines, {'grad_norm': ''}),
-    picture(
-      'norm of the projected gradient', lines, {'projected_grad_norm': ''}
-    ),
-    picture(unit.replace('_', ' '), lines, {unit: ''}),
-  ]
-  return '\n'.join(filter(None, shown))
+def curves(lines: Lines) -> list[Picture]:
+  """Returns pictures of loss, learning rate, gradient norms and speed."""
+  names = {
+    'loss': {'loss': 'training', 'validation_loss': 'held out'},
+    'learning rate': {'learning_rate': ''},
+    'norm of the gradient': {'grad_norm': ''},
+    'norm of the projected gradient': {'projected_grad_norm': ''},
+    **{name.replace('_', ' '): {name: ''} for name in rates(lines)},
+  }
+  return drawn((picture(title, lines, found) for title, found in names.items()))
 
 
-def subspaces(lines: Lines) -> str:
-  """Returns the energy and overlap of subspaces: pictures and a table."""
+def subspaces(lines: Lines) -> Subspaces | None:
+  """Returns the energy and overlap of subspaces; None if none was found."""
   flat = [{'step': x['step'], **metrics.scalars(x)} for x in lines]
   shown = []
   newest = {}
@@ -165,71 +189,51 @@ def subspaces(lines: Lines) -> str:
       shown.append(picture(name.replace('_', ' '), flat, labels))
       newest[name] = here[-1]
   if not newest:
-    return '<p>No subspace was found from gradients.</p>'
-  rows = {
-    path: [
-      f'{pick(found[path]):.3f}'
-      for found in newest.values()
-      for pick in (np.min, np.mean)
-    ]
-    for path in newest[subspace_metrics.NUMBERS[0]]
-  }
+    return None
+  rows = []
+  for path in newest[subspace_metrics.NUMBERS[0]]:
+    layers = [found[path] for found in newest.values()]
+    numbers = [pick(x) for x in layers for pick in (np.min, np.mean)]
+    rows.append((path, *(f'{number:.3f}' for number in numbers)))
   head = ['weight']
   for name in newest:
     head += [f'{name.replace("_", " ")}, lowest', 'mean']
-  note = (
-    '<p class="note">Captured energy is the share of the gradient in a '
-    'subspace when the subspace was found. If it is low, a higher rank would '
-    'learn more. Overlap is the share of a subspace in the subspace before, 1 '
-    'if they are equal. If it is near 1, a longer gap would suffice. If it is '
-    'low, the old subspace was out of date. Lines are means over layers.</p>'
-  )
-  return '\n'.join([note, *shown, table(rows, head)])
+  return Subspaces(drawn(shown), head, rows)
 
 
-def times(lines: Lines) -> str:
-  """Returns a table of the seconds that each kind of work took."""
+def times(lines: Lines) -> list[Row]:
+  """Returns the seconds that each kind of work took, and their shares."""
   seconds = {title: sum(values(lines, name)) for name, title in _PARTS.items()}
   total = sum(seconds.values()) or 1.0
-  rows = {
-    title: [f'{spent:,.1f}', f'{spent / total:.1%}']
+  return [
+    (title, f'{spent:,.1f}', f'{spent / total:.1%}')
     for title, spent in seconds.items()
-  }
-  note = (
-    '<p class="note">Compilation is not included: the first step after a '
-    'start is not timed.</p>'
-  )
-  return note + table(rows, ['', 'seconds', 'share'])
+  ]
 
 
-def skipped(lines: Lines) -> str:
-  """Returns a table of skipped steps, whole or in part."""
-  rows = {}
+def skipped(lines: Lines) -> list[Row]:
+  """Returns the number and the places of steps skipped, whole or in part."""
+  rows = []
   for name in ('skipped_steps', 'partial_steps'):
     where = [line['step'] for line in lines if line.get(name)]
     if where:
       steps = ', '.join(f'{step:,}' for step in where)
-      rows[name.replace('_', ' ')] = [f'{len(where):,}', steps]
-  if not rows:
-    return '<p>None.</p>'
-  return table(rows, ['', 'number', 'at step'])
+      rows.append((name.replace('_', ' '), f'{len(where):,}', steps))
+  return rows
 
 
-def samples(run: Run) -> str:
-  """Returns the texts or images that pre-training wrote, if any."""
-  found = []
-  if run.samples_path.is_file():
-    found += [
-      f'<pre style="white-space: pre-wrap"><b>{html.escape(prompt)}</b>'
-      f'{html.escape(said)}</pre>'
-      for prompt, said in json.loads(run.samples_path.read_text())
-    ]
-  if run.images_path.is_file():
-    code = base64.b64encode(run.images_path.read_bytes()).decode()
-    found.append(f'<img alt="samples" src="data:image/png;base64,{code}">')
-  if not found:
-    return '<p>None. Pre-training writes them at its end.</p>'
-  return '\n'.join(found)
+def sampled_texts(run: Run) -> list[tuple[str, str]]:
+  """Returns the prompts and texts that pre-training wrote, if any."""
+  if not run.samples_path.is_file():
+    return []
+  return json.loads(run.samples_path.read_text())
+
+
+def sampled_images(run: Run) -> list[Picture]:
+  """Returns the grid of images that pre-training wrote, if any."""
+  if not run.images_path.is_file():
+    return []
+  return [Picture('samples', data_uri(run.images_path.read_bytes(), 'png'))]
 
 
 def memory_text(config: Config) -> str:
@@ -248,8 +252,15 @@ def values(lines: Lines, name: str) -> list[float]:
   return [line[name] for line in lines if name in line]
 
 
-def picture(title: str, lines: Lines, names: Mapping[str, str]) -> str:
-  """Returns an HTML image of metrics by step, '' if no line has any of them.
+def drawn(pictures: Iterable[Picture | None]) -> list[Picture]:
+  """Leaves out the pictures that show nothing."""
+  return [picture for picture in pictures if picture is not None]
+
+
+def picture(
+  title: str, lines: Lines, names: Mapping[str, str]
+) -> Picture | None:
+  """Draws metrics by step; returns None if no line has any of them.
 
   Args:
     title: title of the vertical axis.
@@ -268,34 +279,23 @@ def picture(title: str, lines: Lines, names: Mapping[str, str]) -> str:
       style = {'marker': 'o', 'markersize': 3} if few else {}
       axes.plot(*zip(*points, strict=True), linewidth=0.9, label=label, **style)
   if not axes.lines:
-    return ''
+    return None
   axes.set(xlabel='step', ylabel=title)
   axes.grid(alpha=0.3)
   if len(axes.lines) > 1:
     axes.legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, 0.5))
   file = io.BytesIO()
   figure.savefig(file, format='svg', metadata={'Date': None})
-  code = base64.b64encode(file.getvalue()).decode()
-  alt = html.escape(title)
-  return f'<img alt="{alt} by step" src="data:image/svg+xml;base64,{code}">'
+  return Picture(f'{title} by step', data_uri(file.getvalue(), 'svg+xml'))
 
 
-def table(rows: Mapping[str, Any], head: Sequence[str] = ()) -> str:
-  """Formats rows as an HTML table; the key of a row is its first cell.
+def data_uri(image: bytes, kind: str) -> str:
+  """Returns an image file as a data URI.
 
-  A row's value is the text of its second cell, or a list of numbers.
-
-  >>> table({'a<b': 1})
-  '<table><tr><td>a&lt;b</td><td>1</td></tr></table>'
+  >>> data_uri(b'abc', 'png')
+  'data:image/png;base64,YWJj'
   """
-  titles = ''.join(f'<th>{html.escape(title)}</th>' for title in head)
-  found = [f'<tr>{titles}</tr>'] if head else []
-  for name, cells in rows.items():
-    kind = ' class="number"' if isinstance(cells, list) else ''
-    cells = cells if isinstance(cells, list) else [cells]
-    texts = [f'<td{kind}>{html.escape(str(cell))}</td>' for cell in cells]
-    found.append(f'<tr><td>{html.escape(name)}</td>{"".join(texts)}</tr>')
-  return f'<table>{"".join(found)}</table>'
+  return f'data:image/{kind};base64,{base64.b64encode(image).decode()}'
 
 
 if __name__ == '__main__':

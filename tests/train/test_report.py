@@ -195,6 +195,21 @@ def test_a_run_that_has_just_begun_has_a_page(run):
   assert 'No subspace' in page.texts['Subspaces'][0]
 
 
+def test_speeds_and_images_of_any_task_are_on_the_page(run):
+  with metrics.opened(run.metrics_path, step=8, tensorboard=False) as log:
+    log(9, {'loss': 1.5, 'images_per_second': 1234.0})
+  run.images_path.write_bytes(b'a picture')
+  text = report.page(run)
+  cells = Page(text.replace('image/png', 'image/svg+xml')).texts['Summary']
+  assert cells[cells.index('images per second') + 1] == '1,234'
+  assert cells[cells.index('tokens per second') + 1] == '99'
+  for alt in ('images per second by step', 'tokens per second by step'):
+    assert f'<img alt="{alt}" src="data:image/svg' in text
+  code = base64.b64encode(b'a picture').decode()
+  assert f'<img alt="samples" src="data:image/png;base64,{code}">' in text
+  assert 'Pre-training writes them' not in text
+
+
 @pytest.mark.parametrize('missing', ['config_path', 'metrics_path'])
 def test_a_directory_without_a_run_has_no_page(missing, run, capsys):
   getattr(run, missing).unlink()

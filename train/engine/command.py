@@ -1,20 +1,23 @@
 """The command line of all programs, and how they report errors of the user.
 
-`parse` reads a config file and applies `--KEY VALUE` to it. `user_errors` ends
-a program with one line if a file or an option is wrong.
+`parse_options` parses the options of a program, a dataclass. `parse` does so
+for a program of a config file, and applies `--KEY VALUE` to the config.
+`user_errors` ends a program with one line if a file or an option is wrong.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
+import os
 import pathlib
+import re
 import runpy
 import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import tyro
@@ -34,11 +37,15 @@ key with the value that CONFIG gives it.
 """
 
 
-class Program(Protocol):
-  """The options of a program, a dataclass whose other fields have defaults."""
+class Options(Protocol):
+  """The options of a program: a dataclass whose docstrings are its help."""
 
   program: ClassVar[str]
   """Name of the module that runs the program."""
+
+
+class Program(Options, Protocol):
+  """The options of a program that takes a config; the others have defaults."""
 
   def __init__(self, config: Config) -> None:
     """Sets the experiment."""
@@ -49,16 +56,19 @@ class Program(Protocol):
     ...
 
 
+Some = TypeVar('Some')
+Given = TypeVar('Given', bound=Options)
 Request = TypeVar('Request', bound=Program)
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
-  """Pre-trains a model."""
+class UsageError(ValueError):
+  """A command line that does not fit the options of a program."""
 
-  program: ClassVar[str] = 'train.pretrain'
-  config: Annotated[Config, tyro.conf.arg(name='')]
-  """The experiment."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continued:
+  """The options that name the run which a program writes or continues."""
+
   run: pathlib.Path | None = None
   """Directory to write to; None is runs/NAME, then runs/NAME-2 and so on."""
   resume: bool = False
@@ -68,6 +78,15 @@ class Launch:
   branch: bool = False
   """Start a new run from the newest checkpoint of the run that --resume would
   continue. Options that are not given keep that run's values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch(Continued):
+  """Pre-trains a model."""
+
+  program: ClassVar[str] = 'train.pretrain'
+  config: Annotated[Config, tyro.conf.arg(name='')]
+  """The experiment."""
   tensorboard: bool = False
   """Write TensorBoard events too (needs the extra `tensorboard`)."""
   profile: bool = False
@@ -98,15 +117,116 @@ def check_least(least: int, **values: int | None) -> None:
       )
 
 
-def add_flag(
-  options: argparse.ArgumentParser, name: str, *, help: str | None = None
-) -> None:
-  """Adds `--NAME` and `--no-NAME`; the default is False."""
-  flag = options.add_argument(
-    f'--{name}', action=argparse.BooleanOptionalAction, help=help
-  )
-  # `add_argument(default=False)` would repeat the default in the help text.
-  options.set_defaults(**{flag.dest: False})
+def check_given(**values: Sequence[str] | None) -> None:
+  """Raises ValueError for an option of a program without any value."""
+  for name, value in values.items():
+    if value is not None and not value:
+      raise ValueError(f'--{name.replace("_", "-")} needs a value, got none')
+
+
+def parse_options(kind: type[Given], argv: Sequence[str]) -> Given:
+  """Parses the command line of a program.
+
+  Args:
+    kind: the dataclass of the program's options. Its docstring describes the
+      program, and the docstrings of its fields describe the options.
+    argv: the arguments.
+
+  Raises:
+    ValueError: an option does not exist, or has a wrong value.
+    SystemExit: help was requested.
+  """
+  with usage_errors(argv):
+    return tyro.cli(
+      kind,
+      args=argv,
+      prog=f'python -m {kind.program}',
+      description=kind.__doc__,
+    )
+
+
+def parse_some(kind: type[Some], argv: Sequence[str]) -> tuple[Some, list[str]]:
+  """Parses the options of a dataclass, and returns the other arguments.
+
+  Raises:
+    ValueError: an option has a wrong value.
+  """
+  with usage_errors(argv):
+    return tyro.cli(kind, args=argv, return_unknown_args=True, add_help=False)
+
+
+@contextlib.contextmanager
+def usage_errors(argv: Sequence[str]) -> Iterator[None]:
+  """Raises a ValueError of one line if tyro rejects the arguments.
+
+  tyro prints its errors over several lines, and ends the program.
+
+  Args:
+    argv: the arguments that tyro parses.
+
+  Raises:
+    UsageError: an option does not exist, or has a value of another type.
+    ValueError: the check of a dataclass rejects a value.
+  """
+  printed = io.StringIO()
+  columns = {} if {'-h', '--help'} & set(argv) else {'COLUMNS': '9999'}
+  try:
+    with contextlib.redirect_stderr(printed), environment(columns):
+      yield
+  except SystemExit as stop:
+    if not stop.code:
+      raise
+    error = refusal(stop) or UsageError(sentence(printed.getvalue()))
+    raise error from None
+
+
+@contextlib.contextmanager
+def environment(changes: Mapping[str, str]) -> Iterator[None]:
+  """Changes environment variables for a while."""
+  before = {name: os.environ.get(name) for name in changes}
+  os.environ.update(changes)
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      if value is None:
+        del os.environ[name]
+      else:
+        os.environ[name] = value
+
+
+def sentence(box: str) -> str:
+  """Returns the text of an error that tyro prints as a box, as one line.
+
+  It is the text up to the first blank row or rule, and the names of similar
+  options. The terminal must be so wide that no row is wrapped.
+
+  >>> rows = [' Title', ' ---', '  No --promt.', '  ---', '      --prompt STR']
+  >>> sentence('\\n'.join(rows))
+  'No --promt.; similar options: --prompt'
+  """
+  # The first line is the title. A terminal without UTF-8 has rules, but no
+  # borders.
+  rows = [line[2:].rstrip(' \u2502') for line in box.splitlines()[1:]]
+  parts = [
+    list(part) for is_text, part in itertools.groupby(rows, has_text) if is_text
+  ]
+  if not parts:
+    return ' '.join(box.split())
+  text = ' '.join(row.strip() for row in parts[0])
+  # An error about a value documents its option in the form of a similar one.
+  if 'Argument helptext:' in rows:
+    return text
+  names = [
+    re.match(r' {4}(--[^ ,]+)', row) for part in parts[1:] for row in part
+  ]
+  similar = ', '.join(name[1] for name in names if name)
+  return f'{text}; similar options: {similar}' if similar else text
+
+
+def has_text(row: str) -> bool:
+  """Whether a row of a box is neither blank nor a rule."""
+  return bool(row.strip('-\u2500\u256f'))
 
 
 def parse(
@@ -136,9 +256,8 @@ def parse(
     raise SystemExit(0 if wants_help else 2)
   path, *rest = argv
   config, rest = choose((default or load)(path), rest)
-  printed = io.StringIO()
   try:
-    with contextlib.redirect_stderr(printed):
+    with usage_errors(rest):
       return tyro.cli(
         kind,
         default=kind(config),
@@ -147,13 +266,10 @@ def parse(
         description=describe(kind),
         config=(tyro.conf.AvoidSubcommands,),
       )
-  except SystemExit as stop:
-    if refused := refusal(stop):
-      raise refused from None
-    print(printed.getvalue(), end='', file=sys.stderr)
-    if stop.code:
-      print(f'valid keys: {", ".join(keys(config, kind))}', file=sys.stderr)
-    raise
+  except UsageError as error:
+    print(f'error: {error}', file=sys.stderr)
+    print(f'valid keys: {", ".join(keys(config, kind))}', file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def refusal(stop: BaseException) -> ValueError | None:
@@ -178,11 +294,7 @@ def source(argv: Sequence[str]) -> Run | None:
   This is needed before the other options are parsed: they change the values of
   that run, not those of the config file.
   """
-  options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  options.add_argument('--run', type=pathlib.Path)
-  for name in ('resume', 'branch'):
-    add_flag(options, name)
-  found, _ = options.parse_known_args(argv)
+  found, _ = parse_some(Continued, argv)
   if not (found.resume or found.branch) or not argv or argv[0].startswith('-'):
     return None
   check_exists(argv[0])
@@ -336,8 +448,9 @@ def describe(kind: type) -> str:
 
 def keys(config: Config, kind: type = Launch) -> list[str]:
   """Returns all keys that the command line accepts for this config."""
-  options = [field.name for field in dataclasses.fields(kind)][1:]
+  options = [field.name for field in dataclasses.fields(kind)]
   named = dict.fromkeys(options) | flatten(config)
+  del named['config']
   nested = {
     name for name in named if any(x.startswith(f'{name}.') for x in named)
   }

@@ -3,11 +3,12 @@
 `train.sample` and `train.evaluate` use it for the path in their command line.
 """
 
+import dataclasses
 import pathlib
-from argparse import ArgumentParser
 from typing import Any, NamedTuple
 
 import numpy as np
+import tyro
 
 from models import huggingface
 from models.llama import Layers
@@ -15,7 +16,6 @@ from models.model import ModelConfig
 from train.data import tokenizer as tokenizers
 from train.data.tokenizer import Tokenizer
 from train.engine import checkpoint
-from train.engine.command import add_flag
 from train.engine.run import Run, is_directory
 from train.engine.task import PyTree
 from train.tasks.language import LanguageModel
@@ -35,21 +35,15 @@ class Model(NamedTuple):
   """Number of tokens that the model was trained to read at once."""
 
 
-def options_of(program: str, description: str | None) -> ArgumentParser:
-  """Returns a parser with the options that select a model for `opened`."""
-  options = ArgumentParser(f'python -m {program}', description=description)
-  options.add_argument(
-    'path',
-    type=pathlib.Path,
-    help='directory of a run, or of a model in the format of transformers',
-  )
-  add_flag(
-    options,
-    'best',
-    help='read the checkpoint of a run with the best validation (default: the '
-    'newest one)',
-  )
-  return options
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+  """The options that select a model for `opened`."""
+
+  path: tyro.conf.Positional[pathlib.Path]
+  """Directory of a run, or of a model in the format of transformers."""
+  best: bool = False
+  """Read the checkpoint of a run with the best validation instead of the newest
+  one."""
 
 
 def opened(path: str | pathlib.Path, *, best: bool = False) -> Model:

@@ -5,25 +5,31 @@
 Axes: B prompts, T tokens, V vocabulary, K candidates.
 """
 
-import argparse
+import dataclasses
 import functools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from models.llama import Cache, Layers
 from train.data.batches import bucket
 from train.data.chats import variables_of
 from train.data.tokenizer import Tokenizer
 from train.engine import machine
-from train.engine.command import add_flag, check_least, user_errors
+from train.engine.command import (
+  check_given,
+  check_least,
+  parse_options,
+  user_errors,
+)
 from train.engine.task import PyTree
-from train.tasks.text_model import Model, opened, options_of, shared
+from train.tasks.text_model import Model, ModelOptions, opened, shared
 
 CHUNK = 256
 """Largest number of tokens of a prompt that are read at a time."""
@@ -415,12 +421,60 @@ def typed() -> Iterator[str]:
       yield line
 
 
+@dataclasses.dataclass(frozen=True)
+class Options(ModelOptions):
+  """Continues prompts, or answers in a chat, with a run or a checkpoint."""
+
+  program: ClassVar[str] = 'train.sample'
+  prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+  """Text to continue; repeat the option for several texts."""
+  chat: bool = False
+  """Answer the lines of standard input, with the model's chat template; end
+  with Ctrl-D."""
+  template_variables: Annotated[
+    tuple[str, ...] | None, tyro.conf.arg(metavar='NAME=VALUE [NAME=VALUE ...]')
+  ] = None
+  """Variables of the chat template, such as enable_thinking=false; None takes
+  those of the run."""
+  num_tokens: int | None = None
+  """Largest number of tokens; None is 80 for a text, and 512 for an answer."""
+  temperature: float = 0.8
+  """Divides the logits; 0 takes the most likely token."""
+  top_k: int = 50
+  """Number of most likely tokens to choose from."""
+  top_p: float = 1.0
+  """Choose from the fewest tokens that together have this probability."""
+  stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+  """Text that ends a continuation; repeat the option for several."""
+  seed: int = 0
+  """Seed of the random choices."""
+
+  def __post_init__(self) -> None:
+    """Raises ValueError if an option is wrong, or contradicts another."""
+    if bool(self.prompt) == self.chat:
+      raise ValueError('give either --prompt or --chat')
+    check_given(template_variables=self.template_variables)
+    if self.template_variables and not self.chat:
+      raise ValueError('--template-variables are of --chat: leave them out')
+    check_least(1, num_tokens=self.num_tokens, top_k=self.top_k)
+    if not 0 <= self.temperature < math.inf:
+      raise ValueError(
+        '--temperature must be finite and not negative (0 is greedy), got '
+        f'{self.temperature}'
+      )
+    if not 0 < self.top_p <= 1:
+      raise ValueError(
+        f'--top-p is a probability in (0, 1], got {self.top_p}; 1 leaves all'
+      )
+    if '' in self.stop:
+      raise ValueError('--stop must be a text that is not empty')
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Continues prompts, or answers in a chat, with a run or a checkpoint."""
-  args = parser().parse_args(argv)
-  machine.prepare()
   with user_errors():
-    check(args)
+    args = parse_options(Options, sys.argv[1:] if argv is None else argv)
+    machine.prepare()
     model = opened(args.path, best=args.best)
     choice = Choice(args.temperature, args.top_k, args.top_p)
     options = {'stop': args.stop, 'seed': args.seed}
@@ -431,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         typed(),
         num_tokens=num_tokens,
         choice=choice,
-        variables=variables_of(args.template_variables),
+        variables=variables_of(args.template_variables or ()),
         **options,
       )
   if args.chat:
@@ -448,73 +502,3 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   said = [x + text for x, text in zip(args.prompt, texts, strict=True)]
   print('\n---\n'.join(said))
-
-
-def parser() -> argparse.ArgumentParser:
-  """Returns the parser of the command line."""
-  options = options_of('train.sample', main.__doc__)
-  options.add_argument(
-    '--prompt',
-    action='append',
-    default=[],
-    help='text to continue; repeat the option for several texts',
-  )
-  add_flag(
-    options,
-    'chat',
-    help="answer the lines of standard input, with the model's chat template; "
-    'end with Ctrl-D',
-  )
-  options.add_argument(
-    '--template-variables',
-    nargs='+',
-    default=[],
-    metavar='NAME=VALUE',
-    help='variables of the chat template, such as enable_thinking=false '
-    '(default: those of the run)',
-  )
-  options.add_argument(
-    '--num-tokens',
-    type=int,
-    help='largest number of tokens of a text (default: 80) or an answer '
-    '(default: 512)',
-  )
-  options.add_argument(
-    '--temperature', type=float, default=0.8, help='default: 0.8; 0 is greedy'
-  )
-  options.add_argument('--top-k', type=int, default=50, help='default: 50')
-  options.add_argument(
-    '--top-p',
-    type=float,
-    default=1.0,
-    help='choose from the fewest tokens that together have this probability '
-    '(default: 1)',
-  )
-  options.add_argument(
-    '--stop',
-    action='append',
-    default=[],
-    help='text that ends a continuation; repeat the option for several',
-  )
-  options.add_argument('--seed', type=int, default=0, help='default: 0')
-  return options
-
-
-def check(args: argparse.Namespace) -> None:
-  """Raises ValueError if an option is wrong, or contradicts another."""
-  if bool(args.prompt) == args.chat:
-    raise ValueError('give either --prompt or --chat')
-  if args.template_variables and not args.chat:
-    raise ValueError('--template-variables are of --chat: leave them out')
-  check_least(1, num_tokens=args.num_tokens, top_k=args.top_k)
-  if not 0 <= args.temperature < math.inf:
-    raise ValueError(
-      '--temperature must be finite and not negative (0 is greedy), got '
-      f'{args.temperature}'
-    )
-  if not 0 < args.top_p <= 1:
-    raise ValueError(
-      f'--top-p is a probability in (0, 1], got {args.top_p}; 1 leaves all'
-    )
-  if '' in args.stop:
-    raise ValueError('--stop must be a text that is not empty')

@@ -1,10 +1,13 @@
 import dataclasses
+import functools
+import pathlib
+import re
 
 import pytest
 
 from models.llama import Llama3Scaling
 from tests.train.program import write_config
-from train import evaluate, export
+from train import evaluate, export, report
 from train.data.corpus import Tfds
 from train.engine import command
 from train.engine.config_json import flatten
@@ -107,22 +110,108 @@ def test_help_has_both_spellings_of_every_flag(path, kind, capsys, monkeypatch):
     assert f'{spelled(name, True)}, {spelled(name, False)}' in out
 
 
+PROGRAMS = {
+  evaluate: ['runs/a'],
+  text_sampling: ['runs/a', '--prompt', 'b'],
+  export: ['runs/a', 'b'],
+  report: ['runs/a'],
+}
+"""A command line of each program that takes no config."""
+
+
 @pytest.mark.parametrize(
   'program, names',
-  [(evaluate, ['best']), (text_sampling, ['best', 'chat'])],
+  [
+    (evaluate, ['best']),
+    (text_sampling, ['best', 'chat']),
+    (export, ['newest', 'adapter']),
+  ],
 )
 def test_other_programs_have_both_spellings_too(program, names, capsys):
-  options = program.parser()
+  parse = functools.partial(command.parse_options, program.Options)
   for name in names:
-    for value in (True, False):
-      found = options.parse_args(['runs/a', spelled(name, value)])
-      assert getattr(found, name) is value
-    assert getattr(options.parse_args(['runs/a']), name) is False
-    assert f'--{name}, --no-{name}' in options.format_help()
-  with pytest.raises(SystemExit):
-    export.main(['--help'])
+    # A program either continues prompts or chats.
+    args = ['runs/a'] if name == 'chat' else PROGRAMS[program]
+    assert getattr(parse([*args, spelled(name, True)]), name) is True
+    args = PROGRAMS[program]
+    assert getattr(parse([*args, spelled(name, False)]), name) is False
+    assert getattr(parse(args), name) is False
+  with pytest.raises(SystemExit) as stop:
+    program.main(['--help'])
+  assert not stop.value.code
   out = capsys.readouterr().out
-  assert '--newest, --no-newest' in out and '--adapter, --no-adapter' in out
+  for name in names:
+    assert f'--{name}, --no-{name}' in out
+
+
+@pytest.mark.parametrize('program', PROGRAMS)
+def test_options_are_documented_and_spelled_both_ways(program, capsys):
+  with pytest.raises(SystemExit) as stop:
+    program.main(['--help'])
+  assert not stop.value.code
+  out = ' '.join(capsys.readouterr().out.replace('\u2502', ' ').split())
+  assert program.Options.__doc__ in out
+  for field in dataclasses.fields(program.Options):
+    assert field.name.upper() in out or spelled(field.name, True) in out
+  if program is text_sampling:
+    more = [
+      *('--top_k', '7', '--top-p=0.5', '--stop', 'a', '--stop', ' b'),
+      *('--prompt', '- c', '--temperature', '0', '--num_tokens=9', '--no_best'),
+    ]
+    assert command.parse_options(
+      program.Options, [*PROGRAMS[program], *more]
+    ) == program.Options(
+      pathlib.Path('runs/a'),
+      **{'prompt': ('b', '- c'), 'stop': ('a', ' b'), 'num_tokens': 9},
+      **{'temperature': 0.0, 'top_k': 7, 'top_p': 0.5},
+    )
+
+
+LONG = f'/tmp/{"a" * 90}/b,c'
+
+
+@pytest.mark.parametrize('program', PROGRAMS)
+@pytest.mark.parametrize(
+  'args, message',
+  [
+    ([LONG], f'Unrecognized options: {LONG}'),
+    (['--stepz', '3'], 'Unrecognized options: --stepz, 3'),
+    ('', 'Missing from python -m '),
+  ],
+)
+def test_a_wrong_command_line_is_one_line(program, args, message, capsys):
+  given = [*PROGRAMS[program], *args] if args else []
+  with pytest.raises(SystemExit) as stop:
+    program.main(given)
+  assert stop.value.code == 2
+  out, err = capsys.readouterr()
+  assert out == '' and err.startswith(f'error: {message}')
+  assert err.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+  'program, args, message',
+  [
+    (text_sampling, ['--top-k', 'x'], "--top-k: .* int.* 'x'"),
+    (text_sampling, ['--seed'], 'Missing value for argument .*--seed'),
+    (text_sampling, ['--promt', 'x'], '--promt, x; similar options: --prompt'),
+    (text_sampling, ['--chat'], 'give either --prompt or --chat'),
+    (text_sampling, ['--stop', ''], '--stop must be a text that is not empty'),
+    (text_sampling, ['--template-variables'], 'variables needs a value'),
+    (evaluate, ['--batches', 'x'], "--batches: .* got|--batches: .*'x'"),
+    (evaluate, ['--text', '--best'], '--text needs a value, got none'),
+    (evaluate, ['--choices'], '--choices needs a value, got none'),
+    (export, ['--dtype', 'int8'], "invalid choice 'int8' .*'bfloat16'"),
+    (export, ['--dtype', 'float32', '--adapter'], 'leave out one of the two'),
+  ],
+)
+def test_a_wrong_value_is_one_line(program, args, message, capsys):
+  with pytest.raises(SystemExit) as stop:
+    program.main([*PROGRAMS[program], *args])
+  assert stop.value.code == 2
+  out, err = capsys.readouterr()
+  assert out == '' and err.startswith('error: ') and err.count('\n') == 1
+  assert re.search(message, err), err
 
 
 @pytest.mark.parametrize('flag', ['--save-best', '--no-save-best'])
@@ -131,6 +220,7 @@ def test_the_same_command_again_resumes(path, flag):
   again = command.parse([path, flag, '--resume'], default=lambda _: begun)
   assert again.resume and again.config == begun
   assert command.source([path, '--no-resume', flag]) is None
+  assert command.source([path, '--no_branch', flag]) is None
 
 
 def test_a_choice_may_be_spelled_with_an_equals_sign(path):
@@ -141,6 +231,25 @@ def test_a_choice_may_be_spelled_with_an_equals_sign(path):
   lines = of_seeds([path, '--seeds=2', '--seed=7'])
   assert [line[-2:] for line in lines] == [['--seed', '7'], ['--seed', '8']]
   assert not any('--seed=7' in line for line in lines)
+  for args, message in (
+    (['--seeds', 'x'], "--seeds: .* 'x'"),
+    (['--seeds', '0'], '--seeds must be at least 1, got 0'),
+    (['--seeds', '2', '--seed'], 'Missing value for argument .*--seed'),
+  ):
+    with pytest.raises(ValueError, match=message) as caught:
+      of_seeds([path, *args])
+    assert '\n' not in str(caught.value)
+
+
+def test_options_that_are_parsed_first_leave_the_others_as_they_are(path):
+  others = [path, '--steps=200', '--optimizer.targets', 'x', '--x_y', '-1e-3']
+  flags = ['--optimizer.no-channels', '--help']
+  chosen = ['--run', 'runs/a b', '--no_resume']
+  found, rest = command.parse_some(
+    command.Continued, [*others, *chosen, *flags]
+  )
+  assert found == command.Continued(run=pathlib.Path('runs/a b'))
+  assert rest == [*others, *flags]
 
 
 def test_the_scaling_of_waves_has_keys_where_a_file_has_one(path):
@@ -162,9 +271,8 @@ def test_wrong_keys_end_with_the_valid_ones(path, args, capsys):
   with pytest.raises(SystemExit) as stop:
     command.parse([path, *args])
   assert stop.value.code == 2
-  err = capsys.readouterr().err
-  assert args[0] in err
-  last = err.strip().splitlines()[-1]
+  first, last = capsys.readouterr().err.strip().splitlines()
+  assert first.startswith('error: ') and args[0] in first
   assert last.startswith('valid keys: --run, --resume')
   assert '--optimizer.rank' in last and '--model.width' in last
 
