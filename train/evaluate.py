@@ -334,10 +334,12 @@ def accuracies(
   """Returns whether the right choice has the highest score [q], by measure.
 
   'accuracy' compares the log-likelihoods of the choices, 'accuracy per byte'
-  the log-likelihoods divided by the number of bytes of each choice. >>>
-  question = Question('', ('ab', 'a'), 0) >>> found = accuracies([question],
-  np.array([-3.0, -2.0])) >>> {name: right_q.tolist() for name, right_q in
-  found.items()} {'accuracy': [False], 'accuracy per byte': [True]}
+  the log-likelihoods divided by the number of bytes of each choice.
+
+  >>> question = Question('', ('ab', 'a'), 0)
+  >>> found = accuracies([question], np.array([-3.0, -2.0]))
+  >>> {name: right_q.tolist() for name, right_q in found.items()}
+  {'accuracy': [False], 'accuracy per byte': [True]}
   """
   stops = np.cumsum([len(x.choices) for x in questions])
   rows = np.split(log_p_n, stops[:-1])

@@ -8,7 +8,7 @@ of a vision transformer that `train.pretrain` has trained.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from models.diffusion import Sampler
 from train.data.images import pixels
 from train.data.images.batches import validation_batches
 from train.engine import checkpoint, machine
-from train.engine.command import check_least, user_errors
+from train.engine.command import check_least, parse_options, user_errors
 from train.engine.run import Run
 from train.engine.task import PyTree
 from train.tasks.diffusion import COLUMNS, Diffusion
@@ -33,6 +33,7 @@ _AT_ONCE = 250
 class Options:
   """Draws images from a diffusion model, and writes them as a PNG grid."""
 
+  program: ClassVar[str] = 'train.sample'
   path: tyro.conf.Positional[pathlib.Path]
   """Directory of a run."""
   best: bool = False
@@ -58,9 +59,9 @@ class Options:
 
 def main(argv: Sequence[str]) -> None:
   """Draws images."""
-  options = tyro.cli(Options, args=argv, prog='python -m train.sample')
   machine.prepare()
   with user_errors():
+    options = parse_options(Options, argv)
     check_least(
       1, num_images=options.num_images, num_measured=options.num_measured
     )
