@@ -52,8 +52,10 @@ def is_written(name):
       names |= {alias.asname or alias.name for alias in node.names}
     elif isinstance(node, ast.Assign):
       names |= {x.id for x in node.targets if isinstance(x, ast.Name)}
+    elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+      names.add(node.target.id)
     else:
-      names.add(getattr(node, 'name', getattr(node, 'target', None)))
+      names.add(getattr(node, 'name', None))
   return parts[0] in names
 
 

@@ -21,7 +21,6 @@ from train.engine.command import parse
 from train.engine.mesh import devices
 from train.engine.task import task_of
 from train.plan.bill import whole_update
-from train.plan.footprint import batch
 
 PyTree = Any
 Found = dict[str, Any]
@@ -30,9 +29,10 @@ Found = dict[str, Any]
 def step(steps: str, *argv: str) -> Iterator[Found]:
   """Measures the training step of a config, with made-up weights and tokens."""
   config = parse(argv).config.resolved()
-  init, run_step = step_lib.build(config, task_of(config))
+  task = task_of(config)
+  init, run_step = step_lib.build(config, task)
   shapes = jax.eval_shape(init, jax.random.key(0))
-  inputs = jax.tree.map(made_up, batch(config))
+  inputs = jax.tree.map(made_up, task.inputs())
   # Compile before anything is allocated, so that compilation does not raise the
   # peak memory of the step.
   compiled = run_step.lower(shapes, inputs).compile()
