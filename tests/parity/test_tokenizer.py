@@ -33,7 +33,7 @@ from tests.train.data.tiny import (  # noqa: E402
 from train.data.chats import Chats  # noqa: E402
 from train.data.template import ChatTemplate  # noqa: E402
 from train.data.tokenizer import load, train_tokenizer  # noqa: E402
-from train.export import write_ends  # noqa: E402
+from train.tasks.text_export import write_ends  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
