@@ -1,8 +1,8 @@
-"""Helpers of the optimizer tests: small odd-sized trees and a compiled loop."""
+"""Helpers of the optimizer tests: small odd-sized trees and training loops."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,65 @@ def tree(
     name: jnp.asarray(normal((*leading, *shape), seed + i), dtype)
     for i, (name, shape) in enumerate(shapes.items())
   }
+
+
+def gradients(
+  like: Any, i: int = 0, dtype: jax.typing.DTypeLike | None = None
+) -> Any:
+  """Returns the gradients of step `i`: sines of the leaves of a tree."""
+
+  def sine(x: jax.Array) -> jax.Array:
+    g = jnp.sin(x * (i + 2))
+    return g if dtype is None else g.astype(dtype)
+
+  return jax.tree.map(sine, like)
+
+
+def random_gradients(like: Any, num: int, seed: int = 1) -> Iterator[Any]:
+  """Yields gradients with the shapes and dtypes of the leaves of a tree."""
+  rng = np.random.default_rng(seed)
+  for _ in range(num):
+    yield jax.tree.map(
+      lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), like
+    )
+
+
+class Step(NamedTuple):
+  updates: optax.Updates
+  params: optax.Params
+  """The weights after the step."""
+  state: optax.OptState
+
+
+def run(
+  tx: optax.GradientTransformation,
+  params: optax.Params,
+  grads: Iterable[Any],
+  *,
+  state: optax.OptState | None = None,
+  apply: bool = True,
+  jit: bool = True,
+) -> list[Step]:
+  """Returns each step of a Python loop. It compiles `tx.update` once.
+
+  Args:
+    tx: The transformation.
+    params: The initial weights.
+    grads: The gradients of each step, or functions that compute them from the
+      weights at that step.
+    state: The initial state. By default it is `tx.init(params)`.
+    apply: Whether updates are added to the weights.
+    jit: Whether `tx.update` is compiled.
+  """
+  state = tx.init(params) if state is None else state
+  update, steps = jax.jit(tx.update) if jit else tx.update, []
+  for g in grads:
+    g = g(params) if callable(g) else g
+    updates, state = update(g, state, params)
+    if apply:
+      params = optax.apply_updates(params, updates)
+    steps.append(Step(updates, params, state))
+  return steps
 
 
 def each(

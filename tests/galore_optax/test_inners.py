@@ -8,13 +8,9 @@ import optax
 import pytest
 
 from galore_optax import galore
-from tests.galore_optax.program import each, normal32
+from tests.galore_optax.program import each, tree
 
 SHAPES = {'wide': (7, 11), 'tall': (13, 5), 'bias': (6,)}
-
-
-def tree(seed=0):
-  return {k: normal32(s, seed + i) for i, (k, s) in enumerate(SHAPES.items())}
 
 
 def warmup(count):
@@ -68,12 +64,12 @@ INNERS = {
 )
 def test_an_inner_sees_the_projected_gradients_and_no_more(name):
   """Compares with P^T inner(P g), computed explicitly over two refreshes."""
-  inner, params = INNERS[name], tree()
+  inner, params = INNERS[name], tree(SHAPES)
   tx = galore(inner, rank=3, gap=2, scale=0.5)
   state, step = tx.init(params), jax.jit(tx.update)
   low_state, by_hand = None, jax.jit(inner.update)
   for i in range(4):
-    g = tree(10 + i)
+    g = tree(SHAPES, 10 + i)
     ours, state = step(g, state, params)
     p, q = state.basis['wide'], state.basis['tall']
     low = {'wide': p @ g['wide'], 'tall': q @ g['tall'].T, 'bias': g['bias']}
@@ -118,11 +114,11 @@ WITH_DECAY = {
 )
 def test_decay_of_an_inner_is_that_of_the_whole_weight(name):
   """The effect of params on an update equals the inner's on whole weights."""
-  inner, params = WITH_DECAY[name](), tree()
+  inner, params = WITH_DECAY[name](), tree(SHAPES)
   zeros = jax.tree.map(jnp.zeros_like, params)
   tx = galore(inner, rank=3)
   step, by_hand = jax.jit(tx.update), jax.jit(inner.update)
-  g, state, whole = tree(10), tx.init(params), inner.init(params)
+  g, state, whole = tree(SHAPES, 10), tx.init(params), inner.init(params)
   ours = jax.tree.map(
     jnp.subtract, step(g, state, params)[0], step(g, state, zeros)[0]
   )
@@ -135,9 +131,8 @@ def test_decay_of_an_inner_is_that_of_the_whole_weight(name):
   chex.assert_trees_all_close(ours, want, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_lbfgs_needs_more_than_a_gradient():
-  params = tree()
+  params = tree(SHAPES)
   tx = galore(optax.lbfgs(), rank=3)
   with pytest.raises(ValueError, match='value_fn, a function of the whole'):
     tx.update(params, tx.init(params), params)

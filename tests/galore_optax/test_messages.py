@@ -11,13 +11,10 @@ import galore_optax
 from galore_optax import galore, trial
 from galore_optax.quantized.state import quantize_state
 from tests.galore_optax.every import PRESETS, build
-from tests.galore_optax.program import normal32
+from tests.galore_optax.program import tree
 
 OPTIONS = {'rank': 3, 'gap': 2}
-
-
-def tree():
-  return {'w': normal32((7, 9)), 'b': normal32((5,), 1)}
+SHAPES = {'w': (7, 9), 'b': (5,)}
 
 
 def scaled_by_loss(strict):
@@ -54,7 +51,7 @@ NEED_VALUE = {
 @pytest.mark.parametrize('name', NEED_VALUE)
 def test_an_inner_that_needs_the_loss_is_checked_with_one(name):
   with pytest.raises(ValueError, match='more than decoupled weight decay'):
-    galore(NEED_VALUE[name](), **OPTIONS).init(tree())
+    galore(NEED_VALUE[name](), **OPTIONS).init(tree(SHAPES))
 
 
 def test_arguments_that_a_signature_lacks_are_left_out():
@@ -79,9 +76,9 @@ def test_an_inner_that_cannot_be_tried_is_named():
   with pytest.raises(trial.CannotTryError, match="'batch_size'"):
     trial.try_update(needs('batch_size'), 1.0, (), None)
   with pytest.warns(UserWarning, match="tried at init.*'batch_size'.*decay"):
-    galore(needs('batch_size'), **OPTIONS).init(tree())
+    galore(needs('batch_size'), **OPTIONS).init(tree(SHAPES))
   with pytest.warns(UserWarning, match="tried at init.*'batch_size'.*element"):
-    quantize_state(needs('batch_size')).init(tree())
+    quantize_state(needs('batch_size')).init(tree(SHAPES))
   with pytest.warns(UserWarning, match="tried at init.*'batch_size'.*rate"):
     build('Badam', blocks='s', inner=needs('batch_size')).init(
       {'s': jnp.ones((2, 3, 4))}
@@ -104,7 +101,7 @@ OTHER_RANK = {
 
 @pytest.mark.parametrize('name', OTHER_RANK)
 def test_a_state_of_another_rank_is_refused(name):
-  make, w = OTHER_RANK[name], tree()
+  make, w = OTHER_RANK[name], tree(SHAPES)
   data = flax.serialization.to_bytes(make(2).init(w))
   other = flax.serialization.from_bytes(make(4).init(w), data)
   with pytest.raises(ValueError, match=r'for w .*, and rank 4 needs .*\(4'):
@@ -114,7 +111,7 @@ def test_a_state_of_another_rank_is_refused(name):
 
 
 def test_every_stage_refuses_a_state_of_another_rank_or_tree():
-  tx, w = galore(optax.adam(0.1), **OPTIONS), tree()
+  tx, w = galore(optax.adam(0.1), **OPTIONS), tree(SHAPES)
   other = galore(optax.adam(0.1), rank=2).init(w)
   low = tx.project(w, tx.init(w))
   with pytest.raises(ValueError, match='rank 3 needs'):
@@ -129,21 +126,21 @@ def test_every_stage_refuses_a_state_of_another_rank_or_tree():
 
 def test_a_line_search_inside_is_named():
   with pytest.raises(ValueError, match='calls value_fn'):
-    galore(optax.lbfgs(), **OPTIONS).init(tree())
+    galore(optax.lbfgs(), **OPTIONS).init(tree(SHAPES))
   with pytest.raises(ValueError, match='calls obj_fn'):
-    galore(optax.contrib.sophia(0.1), **OPTIONS).init(tree())
+    galore(optax.contrib.sophia(0.1), **OPTIONS).init(tree(SHAPES))
 
 
 def test_a_snapshot_behind_adam_works():
   norm = optax.snapshot('n', optax.tree.norm)
   for parts in ((norm, optax.adam(0.1)), (optax.adam(0.1), norm)):
-    optax.chain(galore(**OPTIONS), *parts).init(tree())
+    optax.chain(galore(**OPTIONS), *parts).init(tree(SHAPES))
 
 
 def test_8_bits_under_strict_promotion_names_the_dtypes():
   with jax.numpy_dtype_promotion('strict'):
     with pytest.raises(ValueError, match=r'raises for a piece: .*promotion'):
-      quantize_state(optax.adam(0.1)).init(tree())
+      quantize_state(optax.adam(0.1)).init(tree(SHAPES))
 
 
 def test_static_options_of_badam_are_named():
@@ -168,11 +165,11 @@ def test_a_stage_inside_a_wrapper_is_told_the_spelling_that_works(wrapped):
   with pytest.raises(
     TypeError, match=r'optax\.adamw\(lr\), rank.*nested chain'
   ):
-    wrapped(galore(**OPTIONS)).init(tree())
+    wrapped(galore(**OPTIONS)).init(tree(SHAPES))
 
 
 def test_apollo_has_no_infinity_in_its_state():
-  tx, w = build('Apollo', rank=3), tree()
+  tx, w = build('Apollo', rank=3), tree(SHAPES)
   with jax.debug_infs(True):
     state = tx.init(w)
     _, state = jax.jit(tx.update)(w, state, w)
@@ -216,16 +213,19 @@ def norm_after_first():
 )
 def test_an_inner_that_python_reads_is_checked(inner):
   with pytest.raises(ValueError, match='reads params for more than'):
-    galore(inner, rank=3).init(tree())
+    galore(inner, rank=3).init(tree(SHAPES))
+
+
+def test_an_inner_that_python_reads_from_a_weight_is_named():
   with pytest.raises(ValueError, match='has no forward derivative'):
     weight = reads_in_python(lambda _, w: optax.tree.norm(w))
-    galore(weight, rank=3).init(tree())
+    galore(weight, rank=3).init(tree(SHAPES))
 
 
 def test_an_inner_that_python_reads_may_decay_weights():
   tx = galore(optax.chain(clip_in_python(), optax.adamw(0.1)), rank=3)
   same = optax.chain(clip_in_python(), galore(optax.adamw(0.1), rank=3))
-  params = tree()
+  params = tree(SHAPES)
   found, want = (
     one.update(params, one.init(params), params)[0] for one in (tx, same)
   )
@@ -237,22 +237,22 @@ def test_an_inner_that_python_reads_has_no_learning_rate_of_its_own():
   inner = optax.chain(clip_in_python(), optax.sgd(0.1))
   tx = build('Frugal', density=0.5, inner=inner)
   with pytest.raises(ValueError, match='has a learning rate of its own'):
-    tx.init(tree())
+    tx.init(tree(SHAPES))
 
 
 def test_a_gradient_without_a_parameter_is_named():
   tx = galore(optax.sgd(0.1), rank=3)
-  state = tx.init({**tree(), 'step': jnp.int32(1)})
-  grads = {**tree(), 'step': jnp.float32(0)}
+  state = tx.init({**tree(SHAPES), 'step': jnp.int32(1)})
+  grads = {**tree(SHAPES), 'step': jnp.float32(0)}
   with pytest.raises(ValueError, match='gradient for step, but tx'):
     tx.update(grads, state)
 
 
 def test_a_parameter_without_a_gradient_has_a_remedy():
   tx = galore(optax.sgd(0.1), rank=3)
-  state = tx.init(tree())
+  state = tx.init(tree(SHAPES))
   with pytest.raises(ValueError, match='needs a gradient, zero instead of'):
-    tx.update({**tree(), 'b': None}, state)
+    tx.update({**tree(SHAPES), 'b': None}, state)
 
 
 def test_the_state_of_another_optimizer_is_named():

@@ -8,24 +8,17 @@ import optax
 import pytest
 
 from galore_optax import galore, moments
-from tests.galore_optax.program import each, normal32
+from tests.galore_optax.program import each, normal32, run, tree
 from tests.rounding import assert_close, distance, units
 
 PARAMS = {'w': (7, 9), 'stack': (2, 11, 5), 'b': (4,)}
 
 
-def tree(seed=0):
-  return {k: normal32(s, seed + i) for i, (k, s) in enumerate(PARAMS.items())}
-
-
 def states(inner, steps, **options):
   """Returns the state after each step."""
-  tx, params = galore(inner, rank=3, gap=2, **options), tree()
-  state, step, out = tx.init(params), jax.jit(tx.update), []
-  for i in range(steps):
-    _, state = step(tree(10 + i), state, params)
-    out.append(state)
-  return out
+  tx, params = galore(inner, rank=3, gap=2, **options), tree(PARAMS)
+  grads = [tree(PARAMS, 10 + i) for i in range(steps)]
+  return [step.state for step in run(tx, params, grads, apply=False)]
 
 
 def test_keep_leaves_the_inner_state_to_the_inner():
@@ -33,7 +26,7 @@ def test_keep_leaves_the_inner_state_to_the_inner():
   adam = third.inner[0]
   assert int(adam.count) == 3
   # mu only decays and adds the gradient in the new basis.
-  g = tree(12)['w']
+  g = tree(PARAMS, 12)['w']
   want = 0.9 * second.inner[0].mu['w'] + 0.1 * third.basis['w'] @ g
   # The tolerance allows for rounding in sums of seven terms.
   assert_close(adam.mu['w'], want, operations=10)
@@ -53,7 +46,7 @@ def test_reset_restarts_only_projected_leaves():
   # A refresh does not restart learning-rate schedules.
   for group in (low, rest):
     assert [int(s[2].count) for s in group] == [1, 2, 3]
-  g = tree(12)
+  g = tree(PARAMS, 12)
   mu = low[2][0].mu
   # The tolerance allows for rounding in sums of seven terms.
   want = 0.1 * trail[2].basis['w'] @ g['w']
@@ -65,12 +58,12 @@ def test_reset_restarts_only_projected_leaves():
 def test_reset_leaves_other_leaves_on_their_own_trajectory():
   # Leaves that are not projected must get the updates that they would get if
   # the tree contained only them.
-  inner, params = optax.adam(0.1), tree()
+  inner, params = optax.adam(0.1), tree(PARAMS)
   tx = galore(inner, rank=3, gap=2, moments='reset')
   state, alone = tx.init(params), inner.init(params['b'])
   step, step_alone = jax.jit(tx.update), jax.jit(inner.update)
   for i in range(5):
-    g = tree(10 + i)
+    g = tree(PARAMS, 10 + i)
     ours, state = step(g, state, params)
     want, alone = step_alone(g['b'], alone)
     # The tolerance allows for five steps of Adam in two programs.
@@ -97,11 +90,12 @@ INNERS = {
 
 @each('name', INNERS, quick=['adam', 'adafactor'])
 def test_after_a_reset_the_projected_updates_are_those_of_a_first_step(name):
-  tx, params = galore(INNERS[name], rank=3, gap=2, moments='reset'), tree()
+  tx = galore(INNERS[name], rank=3, gap=2, moments='reset')
+  params = tree(PARAMS)
   state, step = tx.init(params), jax.jit(tx.update)
   for i in range(2):
-    _, state = step(tree(10 + i), state, params)
-  g = tree(20)
+    _, state = step(tree(PARAMS, 10 + i), state, params)
+  g = tree(PARAMS, 20)
   after_reset, _ = step(g, state, params)
   fresh = galore(INNERS[name], rank=3, gap=2)
   # A new basis takes its signs from the old one, so both must start with the
@@ -116,7 +110,7 @@ def test_after_a_reset_the_projected_updates_are_those_of_a_first_step(name):
 
 def test_a_restart_zeroes_moments_and_their_counters():
   inner = optax.adam(optax.linear_schedule(1.0, 0.0, 5))
-  params = tree()
+  params = tree(PARAMS)
   _, state = inner.update(params, inner.init(params))
   adam, schedule = moments.reset(state)
   chex.assert_trees_all_equal(adam, inner.init(params)[0])
@@ -134,4 +128,4 @@ def test_a_reset_of_moments_that_are_not_known_raises():
   # The accumulator of Adagrad starts above zero, so zeros would not reset it.
   tx = galore(optax.adagrad(0.1), rank=3, moments='reset')
   with pytest.raises(ValueError, match="reset' knows the moments"):
-    tx.init(tree())
+    tx.init(tree(PARAMS))

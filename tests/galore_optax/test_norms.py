@@ -89,13 +89,13 @@ def test_a_norm_is_the_root_of_a_sum_of_squares():
 
 
 def test_a_norm_of_many_bfloat16_leaves_is_summed_in_float32():
-  tree = {str(i): jnp.ones(1, jnp.bfloat16) for i in range(600)}
+  tree = {str(i): jnp.ones(1, jnp.bfloat16) for i in range(300)}
   found = global_norm(tree)
   assert found.dtype == jnp.float32
   # In bfloat16, optax's sum of ones stops at 256, because 257 rounds to 256.
   assert optax.tree.norm(tree) == 16
   # The float32 sum of ones is exact; only its root is rounded.
-  np.testing.assert_allclose(found, np.sqrt(600), rtol=1e-6)
+  np.testing.assert_allclose(found, np.sqrt(300), rtol=1e-6)
   tx = clip_by_global_norm(1.0)
   updates, _ = tx.update(tree, tx.init(tree))
   total = np.sqrt(sum(float(x[0]) ** 2 for x in updates.values()))

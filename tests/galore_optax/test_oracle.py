@@ -9,16 +9,12 @@ from optax.contrib import _galore as theirs
 
 from galore_optax import galore
 from galore_optax.subspace import store as subspace
-from tests.galore_optax.program import normal32
+from tests.galore_optax.program import tree
 from tests.rounding import distance
 
 # No shape is square: for square matrices, optax projects the rows and the
 # PyTorch reference the output axis.
 SHAPES = {'tall': (23, 11), 'wide': (11, 29), 'bias': (5,)}
-
-
-def tree(seed=0):
-  return {k: normal32(s, seed + i) for i, (k, s) in enumerate(SHAPES.items())}
 
 
 def positive_peaks(x, axis):
@@ -51,11 +47,11 @@ def test_the_longer_side_is_that_of_optax(monkeypatch):
   reference = optax.contrib.scale_by_galore(
     rank=4, update_proj_gap=3, scale=0.5, base_optimizer=inner
   )
-  params = tree()
+  params = tree(SHAPES)
   state, want_state = ours.init(params), reference.init(params)
   step, want_step = jax.jit(ours.update), jax.jit(reference.update)
   for i in range(8):  # refreshes at steps 0, 3 and 6
-    g = tree(10 + i)
+    g = tree(SHAPES, 10 + i)
     updates, state = step(g, state)
     want, want_state = want_step(g, want_state)
     for name, update in updates.items():

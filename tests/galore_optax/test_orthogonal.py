@@ -206,7 +206,6 @@ def test_a_trajectory_is_optaxs(shape):
     chex.assert_trees_all_close(state, want_state, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   'shape, share', [((512, 1376), 0.4), ((4, 256, 1024), 0.7)]
 )

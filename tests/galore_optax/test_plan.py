@@ -1,6 +1,7 @@
 """Which leaves are projected; errors contain a value, a rule and a remedy."""
 
 import dataclasses
+import functools
 import inspect
 
 import chex
@@ -17,6 +18,8 @@ from galore_optax import paths as selection
 from galore_optax.projection import Projection, Whole
 from tests.galore_optax.every import PRESETS as EVERY
 from tests.galore_optax.every import build
+from tests.galore_optax.program import each, run
+from tests.rounding import assert_same_program
 
 W = jnp.zeros((9, 13))
 
@@ -253,14 +256,10 @@ PRESETS = [
 """Presets with the option `targets`, and options of theirs."""
 
 
-def run(tx, params):
+def after_three_steps(tx, params, *, jit=False):
   """Returns the parameters after three steps on their own sines."""
-  state = tx.init(params)
-  for _ in range(3):
-    grads = jax.tree.map(jnp.sin, params)
-    updates, state = tx.update(grads, state, params)
-    params = optax.apply_updates(params, updates)
-  return params
+  sines = functools.partial(jax.tree.map, jnp.sin)
+  return run(tx, params, 3 * [sines], jit=jit)[-1].params
 
 
 class TestOptional:
@@ -271,7 +270,9 @@ class TestOptional:
   def test_an_empty_selection_is_the_inner_alone(self, targets, moments):
     inner = optax.adamw(0.1)
     tx = galore(inner, targets=targets, moments=moments)
-    chex.assert_trees_all_equal(run(tx, VECTORS), run(inner, VECTORS))
+    chex.assert_trees_all_equal(
+      after_three_steps(tx, VECTORS), after_three_steps(inner, VECTORS)
+    )
 
   @pytest.mark.parametrize('name, options', PRESETS)
   def test_every_preset_with_targets_has_it(self, name, options):
@@ -283,15 +284,19 @@ class TestOptional:
       with pytest.raises(ValueError, match=r'targets=galore_optax.Optional'):
         preset(0.1, **options).init(VECTORS)
 
-  @pytest.mark.slow
-  @pytest.mark.parametrize('name, options', PRESETS)
+  @each('name, options', PRESETS, quick=PRESETS[:1])
   def test_vectors_move_as_they_do_next_to_a_matrix(self, name, options):
     preset = EVERY[name]
     params = VECTORS | {'up': jnp.ones((150, 160))}
     tx = preset(0.1, targets=Optional(), **options)
-    without, after = run(tx, VECTORS), run(tx, params)
-    expected = run(preset(0.1, **options), params)
-    chex.assert_trees_all_equal(after, expected)
+    # Next to a matrix, the program is that of the default targets.
+    plain = preset(0.1, **options)
+    assert_same_program(
+      (tx.update, params, tx.init(params), params),
+      (plain.update, params, plain.init(params), params),
+    )
+    without = after_three_steps(tx, VECTORS, jit=True)
+    after = after_three_steps(tx, params, jit=True)
     assert not jnp.allclose(after['up'], params['up'])
     # The programs differ, and so may the rounding of the last bits.
     shared = {name: after[name] for name in VECTORS}
@@ -306,7 +311,7 @@ class TestOptional:
 
   def test_frugal_without_a_subspace_selects_by_regex(self):
     tx = build('Frugal', density=0, targets=Optional('gain'))
-    signs = run(tx, VECTORS)['gain'] - VECTORS['gain']
+    signs = after_three_steps(tx, VECTORS)['gain'] - VECTORS['gain']
     np.testing.assert_allclose(signs, -0.3, rtol=1e-5)
 
   def test_axes_may_match_nothing_too(self):
@@ -330,16 +335,20 @@ class TestOptional:
     grouped = galore_optax.grouped(
       EVERY['Galore'], [galore_optax.Group('bias', rate=0.5)]
     )
-    run(grouped(0.1, targets=Optional()), VECTORS)
+    after_three_steps(grouped(0.1, targets=Optional()), VECTORS)
     static = ('rank', 'gap', 'targets')
     injected = optax.inject_hyperparams(EVERY['Galore'], static_args=static)
     tx = injected(0.1, rank=4, targets=Optional())
     plain = build('Galore', rank=4, targets=Optional())
-    chex.assert_trees_all_close(run(tx, VECTORS), run(plain, VECTORS))
+    chex.assert_trees_all_close(
+      after_three_steps(tx, VECTORS), after_three_steps(plain, VECTORS)
+    )
     assert tx.init(VECTORS).hyperparams['learning_rate'] == 0.1
 
   def test_a_tree_without_leaves(self):
-    assert run(galore(optax.sgd(0.1), targets=Optional()), {}) == {}
+    assert (
+      after_three_steps(galore(optax.sgd(0.1), targets=Optional()), {}) == {}
+    )
 
   def test_chain_and_describe(self):
     tx = optax.chain(galore(targets=Optional()), optax.adam(0.1))

@@ -8,9 +8,10 @@ import pytest
 
 from galore_optax import PowerIteration, Sign, galore
 from tests.galore_optax.every import build, maker
-from tests.galore_optax.program import each, normal, trajectory
+from tests.galore_optax.program import each, normal, trajectory, tree
 
-W = {'w': jnp.zeros((6, 9)), 'b': jnp.zeros(4)}
+SHAPES = {'w': (6, 9), 'b': (4,)}
+W = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
 LR = optax.linear_schedule(0.0, 0.25, 4)
 INNERS = {
   'adamw': lambda: optax.adamw(LR, weight_decay=0.0),
@@ -18,13 +19,6 @@ INNERS = {
   'momentum': lambda: optax.sgd(LR, momentum=0.9),
   'injected': lambda: optax.inject_hyperparams(optax.adam)(learning_rate=LR),
 }
-
-
-def gradients(steps):
-  return {
-    'w': jnp.asarray(normal((steps, 6, 9)), jnp.float32),
-    'b': jnp.asarray(normal((steps, 4), 1), jnp.float32),
-  }
 
 
 @each('name', INNERS, quick=['adamw', 'momentum'])
@@ -35,7 +29,7 @@ def test_the_sign_has_the_learning_rate_of_the_step(name):
     ),
     INNERS[name](),
   )
-  steps, grads = 4, gradients(4)
+  steps, grads = 4, tree(SHAPES, leading=(4,))
   weights, states = trajectory(line, W, grads)
   kept = np.asarray(states[0].basis['w'][0])
   out = np.setdiff1d(np.arange(6), kept)
@@ -57,7 +51,8 @@ def test_the_sign_has_the_learning_rate_of_the_step(name):
 
 @pytest.mark.parametrize('residual', ['sign', 'sgd'])
 def test_density_one_is_the_inner_and_zero_the_rule(residual):
-  grads, options = gradients(3), dict(residual=residual, weight_decay=0.1)
+  grads = tree(SHAPES, leading=(3,))
+  options = dict(residual=residual, weight_decay=0.1)
   adam = optax.chain(
     optax.scale_by_adam(),
     optax.add_decayed_weights(0.1),

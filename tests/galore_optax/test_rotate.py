@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from galore_optax import Rotate, Staggered, galore
-from tests.galore_optax.program import Gauge, normal32
+from tests.galore_optax.program import Gauge, each, normal32, run
 from tests.rounding import assert_close
 
 PARAMS = {
@@ -20,38 +20,35 @@ GRADS = [
 ]
 
 
-def _run(inner, grads=GRADS, **options):
+def updates_of(inner, grads=GRADS, **options):
   tx = galore(inner, rank=4, **options)
-  state, step, out = tx.init(PARAMS), jax.jit(tx.update), []
-  for g in grads:
-    updates, state = step(g, state, PARAMS)
-    out.append(updates)
-  return out, state
+  trail = run(tx, PARAMS, grads, apply=False)
+  return [step.updates for step in trail], trail[-1].state
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('side', ['std', 'full'])
-@pytest.mark.parametrize('gap', [3, Staggered(3)], ids=['all', 'turns'])
+@each('side', ['std', 'full'], quick=['std'])
+@each('gap', [3, Staggered(3)], quick=[Staggered(3)])
 def test_momentum_does_not_depend_on_the_gauge(side, gap):
   inner = optax.sgd(0.1, momentum=0.9)
-  run = lambda **options: _run(inner, gap=gap, side=side, **options)[0]
-  rotated = run(moments='rotate')
+  updates = lambda **options: updates_of(inner, gap=gap, side=side, **options)[
+    0
+  ]
+  rotated = updates(moments='rotate')
   # The tolerance allows for rounding in eight steps with two sums of up to 19
   # terms each, and in three rotations.
-  found = run(moments='rotate', subspace=Gauge())
+  found = updates(moments='rotate', subspace=Gauge())
   assert_close(found, rotated, operations=8 * 2 * 19)
-  kept = run(moments='keep', subspace=Gauge())
+  kept = updates(moments='keep', subspace=Gauge())
   assert not np.allclose(kept[-1]['q'], rotated[-1]['q'], atol=1e-2)
 
 
-@pytest.mark.slow
 def test_the_second_moment_follows_its_variance():
   """Compares with the rule of LDAdam in float64."""
   b1, b2, gap = 0.9, 0.99, 3
   inner = optax.scale_by_adam(b1, b2)
-  rotate = Rotate(b1, b2)
-  _, before = _run(inner, GRADS[:gap], gap=gap, moments=rotate)
-  _, after = _run(inner, GRADS[: gap + 1], gap=gap, moments=rotate)
+  tx = galore(inner, rank=4, gap=gap, moments=Rotate(b1, b2))
+  trail = run(tx, PARAMS, GRADS[: gap + 1], apply=False)
+  before, after = trail[-2].state, trail[-1].state
   c = np.float64(after.basis['t']) @ np.float64(before.basis['t']).T
   m, v = (np.float64(x['t']) for x in (before.inner.mu, before.inner.nu))
   w1, w2 = 1 - b1**gap, 1 - b2**gap
@@ -83,10 +80,10 @@ def test_nothing_moves_when_the_basis_stays():
   # small one, which Adam divides by eps or more.
   eps, grads = 0.1, GRADS[:1] * 5
   inner = optax.adam(0.1, eps=eps)
-  expected, _ = _run(inner, grads, gap=100)
+  expected, _ = updates_of(inner, grads, gap=100)
   largest = max(np.linalg.norm(g, axis=-1).max() for g in grads[0].values())
   for moments in ('keep', 'rotate'):
-    updates, _ = _run(inner, grads, gap=2, moments=moments)
+    updates, _ = updates_of(inner, grads, gap=2, moments=moments)
     # The tolerance allows for two refreshes with sums of up to 17 terms each,
     # and for the division by eps.
     assert_close(updates, expected, operations=2 * 17 * largest / eps)
@@ -95,7 +92,7 @@ def test_nothing_moves_when_the_basis_stays():
 def test_schedules_inside_the_inner_go_on():
   schedule = optax.linear_schedule(0.1, 0.0, 100)
   adam = optax.inject_hyperparams(optax.adam)(schedule)
-  _, state = _run(adam, gap=3, moments='rotate')
+  _, state = updates_of(adam, gap=3, moments='rotate')
   assert int(state.inner.count) == len(GRADS)
 
 

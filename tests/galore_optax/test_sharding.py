@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import galore_optax as go
 from tests.galore_optax.every import PROJECTING, build, maker, makers
-from tests.galore_optax.program import each, normal
+from tests.galore_optax.program import each, normal, run
 from tests.rounding import distance, units
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -78,20 +78,20 @@ def put(tree, layout, mesh):
   return jax.tree.map(of_leaf, tree)
 
 
-def run(tx, params, grads, *, jit=True):
-  def update(g, state, params):
-    updates, state = tx.update(g, state, params)
-    return optax.apply_updates(params, updates), state
+def one_by_one(jit):
+  """Returns a context in which operations outside of `jit` wait for each other.
 
-  init, step = map(jax.jit, (tx.init, update)) if jit else (tx.init, update)
-  # On the CPU without jit, more than 32 programs may be queued that wait for a
-  # device. If the program that they wait for is not among the first 32, XLA
-  # ends the process. debug_nans waits for each operation, which avoids this.
-  with jax.debug_nans(not jit):
-    state = init(params)
-    for g in grads:
-      params, state = step(g, state, params)
-  return params
+  On the CPU without jit, more than 32 programs may be queued that wait for a
+  device. If the program that they wait for is not among the first 32, XLA ends
+  the process. debug_nans waits for each operation, which avoids this.
+  """
+  return jax.debug_nans(not jit)
+
+
+def last_weights(tx, params, grads, *, jit=True):
+  with one_by_one(jit):
+    state = (jax.jit(tx.init) if jit else tx.init)(params)
+    return run(tx, params, grads, state=state, jit=jit)[-1].params
 
 
 CODES = ('Galore8bit', 'packed')
@@ -125,9 +125,15 @@ def test_a_mesh_is_one_device(name, layout, kind, jit):
 STACKS = {'eight': (8, 16, 24), 'six': (6, 16, 24)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('name', ['svd', 'full', 'rotate', 'staggered'])
+@each(
+  'name, layout',
+  [
+    (name, layout)
+    for name in ('svd', 'full', 'rotate', 'staggered')
+    for layout in LAYOUTS
+  ],
+  quick=[('svd', 'mixed')],
+)
 def test_a_stack_that_is_dealt_out_is_one_device(name, layout):
   check_one_device(name, layout, 'Explicit', STACKS)
 
@@ -137,10 +143,10 @@ def check_one_device(name, layout, kind, shapes, *, jit=True):
   with jax.enable_x64(True):
     tx, start = PRESETS[name](), weights(0, shapes)
     grads = [weights(seed, shapes) for seed in (10, 20, 30)]
-    want = run(tx, start, grads)
+    want = last_weights(tx, start, grads)
     with jax.set_mesh(mesh):
       grads = [put(g, layout, mesh) for g in grads]
-      ours = run(tx, put(start, layout, mesh), grads, jit=jit)
+      ours = last_weights(tx, put(start, layout, mesh), grads, jit=jit)
   if name in CODES:
     # The tolerance allows for float32 scales, and for values half-way between
     # two codes, which may round to either. About one entry in a thousand may be
@@ -188,12 +194,12 @@ WAYS = {
     *((way, 'mixed', kind) for way in WAYS for kind in KINDS),
     *(('plain', cut, 'Explicit') for cut in LAYOUTS if cut != 'mixed'),
   ],
-  quick=[],
+  quick=[('sliced', 'mixed', 'Explicit')],
 )
 def test_a_layerwise_step_on_a_mesh_is_that_of_one_device(way, layout, kind):
   step, mesh = WAYS[way](), mesh_of(layout, AxisType[kind])
 
-  def run(params, batch):
+  def three_steps(params, batch):
     state, found = step.init(params), []
     for _ in range(3):
       params, state, metrics = jax.jit(step)(params, state, batch)
@@ -204,10 +210,10 @@ def test_a_layerwise_step_on_a_mesh_is_that_of_one_device(way, layout, kind):
     data = {'x': (16, 16), 'y': (16, 40)}
     small = functools.partial(jax.tree.map, lambda x: 0.1 * x)
     params, batch = small((weights(0, DEEP), weights(1, data)))
-    want = run(params, batch)
+    want = three_steps(params, batch)
     with jax.set_mesh(mesh):
       rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
-      ours = run(put(params, layout, mesh), jax.device_put(batch, rows))
+      ours = three_steps(put(params, layout, mesh), jax.device_put(batch, rows))
   if kind == 'Explicit':
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(ours[1]))
     specs = lambda tree: [x.sharding.spec for x in jax.tree.leaves(tree)]
@@ -419,8 +425,7 @@ def dealt(lines):
   return [sum(map(elements, re.findall(r'\w\[([\d,]*)\]', x))) for x in found]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+@each(
   ('name', 'layout', 'kind', 'is_set'),
   [
     ('svd', 'in', 'Auto', True),
@@ -431,6 +436,7 @@ def dealt(lines):
     ('staggered', 'mixed', 'Auto', True),
     ('staggered', 'mixed', 'Auto', False),
   ],
+  quick=[('svd', 'out', 'Explicit', True)],
 )
 def test_a_refresh_deals_a_stack_out_and_gathers_one_matrix_at_a_time(
   name, layout, kind, is_set

@@ -7,7 +7,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -16,7 +15,7 @@ import galore_optax as go
 from galore_optax import Galore, Staggered, galore
 from galore_optax.plan import Planner
 from tests.galore_optax.every import build, maker
-from tests.galore_optax.program import each, normal32
+from tests.galore_optax.program import each, gradients, normal32
 from tests.rounding import assert_same_program, distance, units
 
 PARAMS = {
@@ -24,10 +23,6 @@ PARAMS = {
   'down': normal32((11, 4), 1),
   'norm': normal32((3, 5), 2),
 }
-
-
-def gradients(i):
-  return jax.tree.map(lambda x: jnp.sin(x * (i + 2)), PARAMS)
 
 
 TXS = {
@@ -59,11 +54,11 @@ def test_an_update_is_its_stages(name):
   if name == 'packed':
     # The stages dequantize each basis twice, and the update does so once.
     got, want = jax.jit(by_stages), jax.jit(update)
-    updates = [f(gradients(0), state)[0] for f in (got, want)]
+    updates = [f(gradients(PARAMS), state)[0] for f in (got, want)]
     assert distance(*updates) < units(1000)
   else:
     assert_same_program(
-      (by_stages, gradients(0), state), (update, gradients(0), state)
+      (by_stages, gradients(PARAMS), state), (update, gradients(PARAMS), state)
     )
 
   @jax.jit
@@ -74,11 +69,11 @@ def test_an_update_is_its_stages(name):
 
   whole = jax.jit(update)
   for i in range(3):
-    want, after = whole(gradients(i), state)
+    want, after = whole(gradients(PARAMS, i), state)
     # Projection is linear, so a sum of projections replaces the gradient. The
     # tolerance allows for one more rounding, which Adam amplifies for entries
     # that nearly cancel.
-    got, _ = of_projections(gradients(i), state)
+    got, _ = of_projections(gradients(PARAMS, i), state)
     assert distance(got, want) < units(1000)
     state = after
 
@@ -88,16 +83,17 @@ def test_due_says_when_a_refresh_changes_a_basis():
   state, step = tx.init(PARAMS), jax.jit(tx.update)
   for i in range(7):
     seen.append(bool(tx.due(state)))
-    _, state = step(gradients(i), state)
+    _, state = step(gradients(PARAMS, i), state)
   assert seen == [True, False, False, True, False, False, True]
 
 
 def test_matrices_that_take_turns_are_due_one_by_one():
   tx, found = galore(optax.sgd(0.1), rank=3, gap=Staggered(8)), []
   state, step = tx.init(PARAMS), jax.jit(tx.update)
+  is_due = jax.jit(tx.due)
   for i in range(17):
-    due, before = bool(tx.due(state)), jax.device_get(state.basis)
-    _, state = step(gradients(i), state)
+    due, before = bool(is_due(state)), jax.device_get(state.basis)
+    _, state = step(gradients(PARAMS, i), state)
     after = jax.device_get(state.basis)
     same = jax.tree.map(np.array_equal, before, after)
     changed = not all(jax.tree.leaves(same))
@@ -136,7 +132,7 @@ def test_an_update_traces_its_inner_once_a_group(make, most):
   tx = make(optax.GradientTransformation(adam.init, update))
   state = tx.init(PARAMS)
   traced.clear()
-  jax.make_jaxpr(tx.update)(gradients(0), state, PARAMS)
+  jax.make_jaxpr(tx.update)(gradients(PARAMS), state, PARAMS)
   assert len(traced) == most
 
 
@@ -171,7 +167,7 @@ def test_plans_and_bases_are_made_once_an_update(monkeypatch):
   tx = tx.with_keeper(lambda store: CountingStore(store, calls))
   state = tx.init(PARAMS)
   calls.clear()
-  tx.update(gradients(0), state, PARAMS)
+  tx.update(gradients(PARAMS), state, PARAMS)
   # Two leaves are projected.
   assert calls == {'plans': 1, 'rows': 2}
 
@@ -191,7 +187,7 @@ def test_a_copied_stage_takes_an_inner():
 
 @each('name', TXS, quick=['svd', 'spelled as a chain'])
 def test_arguments_have_the_names_of_optax(name):
-  tx, g = TXS[name](), gradients(0)
+  tx, g = TXS[name](), gradients(PARAMS)
   state = tx.init(params=PARAMS)
   ours = jax.eval_shape(
     lambda g, s, w: tx.update(updates=g, state=s, params=w), g, state, PARAMS
@@ -207,5 +203,5 @@ def test_jax_rebuilds_a_transformation_from_its_functions():
   assert same.init is tx.init and same.update is tx.update
   jax.tree.map(lambda x: x, galore(rank=3))
   step = eqx.filter_jit(lambda tx, g: tx.update(g, tx.init(PARAMS), PARAMS))
-  updates, _ = step(tx, gradients(0))
+  updates, _ = step(tx, gradients(PARAMS))
   assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)

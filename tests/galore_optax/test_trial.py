@@ -11,20 +11,17 @@ import pytest
 from galore_optax import galore
 from galore_optax.quantized.state import quantize_state
 from galore_optax.trial import NeedsFunctionError, reaches, try_update
-from tests.galore_optax.program import each, normal32
+from tests.galore_optax.program import each, tree
 from tests.rounding import distance, units
 
 OPTIONS = {'rank': 3, 'gap': 2}
-
-
-def tree(seed=0):
-  return {'w': normal32((7, 9), seed), 'b': normal32((5,), seed + 1)}
+SHAPES = {'w': (7, 9), 'b': (5,)}
 
 
 def first_update(tx, **extra):
-  w = tree()
+  w = tree(SHAPES)
   state = tx.init(w)
-  updates, state = tx.update(tree(5), state, w, **extra)
+  updates, state = tx.update(tree(SHAPES, 5), state, w, **extra)
   return updates, state
 
 
@@ -82,7 +79,7 @@ def test_a_measurement_changes_nothing(name):
 def test_a_snapshot_measures_the_low_rank_gradient():
   tx = optax.chain(galore(**OPTIONS), norm(), optax.adam(1e-2))
   _, state = first_update(tx)
-  low = tx.project(tree(5), state)
+  low = tx.project(tree(SHAPES, 5), state)
   assert low['w'].shape == (3, 9)
   # The tolerance allows for a norm of about forty squares, each of a sum of up
   # to nine terms.
@@ -134,7 +131,7 @@ def scaled_by_state():
 def test_state_that_an_update_reads_must_not_depend_on_weights(make, where):
   tx = galore(optax.chain(make(), optax.sgd(0.1)), **OPTIONS)
   with pytest.raises(ValueError, match=f'more than decoupled .*{where}'):
-    tx.init(tree())
+    tx.init(tree(SHAPES))
 
 
 def loss(params):
@@ -164,14 +161,16 @@ def test_an_inner_that_calls_the_loss_is_refused(name):
     inner = optax.chain(optax.sgd(0.1), inner)
   tx = galore(inner, **OPTIONS)
   with pytest.raises(ValueError, match=f'calls {function}, a function of the'):
-    tx.init(tree())
+    tx.init(tree(SHAPES))
   with pytest.raises(ValueError, match='elementwise=False'):
-    quantize_state(make()).init(tree())
+    quantize_state(make()).init(tree(SHAPES))
 
 
 def test_an_error_of_an_inner_has_a_note():
   with pytest.raises(AttributeError, match='fast') as caught:
-    galore(optax.lookahead(optax.adam(0.1), 5, 0.5), **OPTIONS).init(tree())
+    galore(optax.lookahead(optax.adam(0.1), 5, 0.5), **OPTIONS).init(
+      tree(SHAPES)
+    )
   assert 'goes outside' in ' '.join(caught.value.__notes__)
 
 
@@ -179,13 +178,13 @@ def test_an_error_of_an_inner_has_a_note():
 def test_an_inner_that_takes_a_loss_is_tried_with_one(name):
   make = getattr(optax.contrib, name)
   with pytest.raises(ValueError, match='more than decoupled weight decay'):
-    galore(make(0.1), **OPTIONS).init(tree())
+    galore(make(0.1), **OPTIONS).init(tree(SHAPES))
 
 
 def test_a_loss_that_no_weight_enters_is_fine():
   tx = galore(optax.polyak_sgd(), scale=1.0, **OPTIONS)
   updates, state = first_update(tx, value=jnp.float32(2.0))
-  low = tx.project(tree(5), state)
+  low = tx.project(tree(SHAPES, 5), state)
   step = min(1.0, 2.0 / float(optax.tree.norm(low, squared=True)))
   # The tolerance allows for a norm of about forty squares, each of a sum of up
   # to nine terms.
@@ -193,12 +192,17 @@ def test_a_loss_that_no_weight_enters_is_fine():
 
 
 def test_the_remedy_of_the_message_works():
-  w = tree()
+  w = tree(SHAPES)
   inner = galore(optax.adam(0.1), **OPTIONS)
   search = optax.scale_by_backtracking_linesearch(3)
   tx = optax.chain(inner, search)
-  extra = dict(value=loss(w), grad=jax.grad(loss)(w), value_fn=loss)
-  updates, _ = tx.update(extra['grad'], tx.init(w), w, **extra)
+
+  @jax.jit
+  def update(state, w):
+    value, g = jax.value_and_grad(loss)(w)
+    return tx.update(g, state, w, value=value, grad=g, value_fn=loss)
+
+  updates, _ = update(tx.init(w), w)
   assert loss(optax.apply_updates(w, updates)) < loss(w)
   for outside in (optax.keep_params_nonnegative(), optax.adaptive_grad_clip(1)):
     with pytest.raises(ValueError, match='goes outside'):

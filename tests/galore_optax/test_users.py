@@ -1,6 +1,7 @@
 """Transformations around `galore`, and libraries that use it."""
 
 import dataclasses
+import functools
 
 import chex
 import equinox as eqx
@@ -16,7 +17,7 @@ from flax.training.train_state import TrainState
 
 from galore_optax import galore
 from tests.galore_optax.every import build
-from tests.galore_optax.program import each, normal32
+from tests.galore_optax.program import each, normal32, run, tree
 from tests.rounding import assert_close, assert_same_program, distance, units
 
 OPTIONS = {'rank': 3, 'gap': 2}
@@ -26,34 +27,35 @@ OPTIONS = {'rank': 3, 'gap': 2}
 ANOTHER_PROGRAM = units(4 * 13 * 10)
 
 
-def tree(seed=0):
-  return {
-    'w': normal32((7, 11), seed),
-    'v': normal32((13, 5), seed + 1),
-    'b': normal32(6),
-  }
+def weights(seed=0):
+  return tree({'w': (7, 11), 'v': (13, 5)}, seed) | {'b': normal32(6)}
 
 
-def run(tx, steps=4, params=None):
+def updates_of(tx, steps=4, params=None):
   """Returns the updates of each step, and the last state."""
-  params = tree() if params is None else params
-  state, step, trail = tx.init(params), jax.jit(tx.update), []
-  for i in range(steps):
-    g = jax.tree.map(lambda x: jnp.sin(3 * x + i), params)  # noqa: B023
-    updates, state = step(g, state, params)
-    trail.append(updates)
-  return trail, state
+  params = weights() if params is None else params
+  grads = [
+    jax.tree.map(lambda x, i=i: jnp.sin(3 * x + i), params)
+    for i in range(steps)
+  ]
+  trail = run(tx, params, grads, apply=False)
+  return [step.updates for step in trail], trail[-1].state
 
 
 def direct():
   return galore(optax.adamw(0.1), **OPTIONS)
 
 
+@functools.cache
+def without_v():
+  """Returns the updates of each step for a tree without the leaf 'v'."""
+  return updates_of(direct(), params={k: weights()[k] for k in 'wb'})[0]
+
+
 def test_masked():
   mask = {'w': True, 'v': False, 'b': True}
-  trail, state = run(optax.masked(direct(), mask))
-  part, _ = run(direct(), params={k: tree()[k] for k in 'wb'})
-  for ours, want in zip(trail, part, strict=True):
+  trail, state = updates_of(optax.masked(direct(), mask))
+  for ours, want in zip(trail, without_v(), strict=True):
     assert distance({k: ours[k] for k in 'wb'}, want) < ANOTHER_PROGRAM
   assert set(jax.tree.leaves(state.inner_state.basis)[0].shape) == {3, 7}
 
@@ -61,13 +63,12 @@ def test_masked():
 def test_partition():
   labels = {'w': 'low', 'v': 'full', 'b': 'low'}
   tx = optax.partition({'low': direct(), 'full': optax.sgd(0.5)}, labels)
-  trail, _ = run(tx)
-  part, _ = run(direct(), params={k: tree()[k] for k in 'wb'})
-  for ours, want in zip(trail, part, strict=True):
+  trail, _ = updates_of(tx)
+  for ours, want in zip(trail, without_v(), strict=True):
     assert distance({k: ours[k] for k in 'wb'}, want) < ANOTHER_PROGRAM
   # The tolerance allows for two products, and for a sine that XLA computes to a
   # few ulps.
-  want = -0.5 * np.sin(3 * np.float64(tree()['v']))
+  want = -0.5 * np.sin(3 * np.float64(weights()['v']))
   assert_close(trail[0]['v'], want, operations=10)
 
 
@@ -77,7 +78,7 @@ def test_two_ranks_by_partition():
     k: optax.chain(galore(rank=r), optax.adam(0.1))
     for k, r in (('a', 2), ('b', 4))
   }
-  _, state = run(optax.partition(stages, labels))
+  _, state = updates_of(optax.partition(stages, labels))
   shapes = [
     x.shape
     for k in 'ab'
@@ -88,7 +89,7 @@ def test_two_ranks_by_partition():
 
 def test_MultiSteps():
   tx = optax.MultiSteps(direct(), 2)
-  params = tree()
+  params = weights()
   state, step = tx.init(params), jax.jit(tx.update)
   want_tx = direct()
   want_state, want_step = want_tx.init(params), jax.jit(want_tx.update)
@@ -108,29 +109,29 @@ def test_MultiSteps():
   assert int(state.inner_opt_state.count) == 3
 
 
-@pytest.mark.parametrize('jitted', [False, True])
-def test_inject_hyperparams(jitted):
+def test_inject_hyperparams():
   tx = optax.inject_hyperparams(
     lambda learning_rate, scale: build(
       'Galore', learning_rate, scale=scale, **OPTIONS
     )
   )(optax.constant_schedule(0.1), scale=0.5)
   want = build('Galore', scale=0.5, **OPTIONS)
-  params = tree()
-  state = (jax.jit(tx.init) if jitted else tx.init)(params)
-  assert float(state.hyperparams['scale']) == 0.5
-  g = tree(5)
-  ours, _ = jax.jit(tx.update)(g, state, params)
+  params = weights()
+  g, step = weights(5), jax.jit(tx.update)
   expected, _ = jax.jit(want.update)(g, want.init(params), params)
-  assert distance(ours, expected) < ANOTHER_PROGRAM
+  for init in (tx.init, jax.jit(tx.init)):
+    state = init(params)
+    assert float(state.hyperparams['scale']) == 0.5
+    ours, _ = step(g, state, params)
+    assert distance(ours, expected) < ANOTHER_PROGRAM
 
 
 def test_apply_if_finite_skips_the_whole_step():
   tx = optax.apply_if_finite(direct(), 5)
-  params = tree()
+  params = weights()
   state, step = tx.init(params), jax.jit(tx.update)
-  _, state = step(tree(3), state, params)
-  bad = tree(4) | {'w': jnp.full((7, 11), jnp.nan)}
+  _, state = step(weights(3), state, params)
+  bad = weights(4) | {'w': jnp.full((7, 11), jnp.nan)}
   updates, after = step(bad, state, params)
   assert not np.any(updates['w'])
   chex.assert_trees_all_equal(after.inner_state, state.inner_state)
@@ -139,42 +140,42 @@ def test_apply_if_finite_skips_the_whole_step():
 def test_named_chain():
   tx = optax.named_chain(('clip', optax.clip(0.5)), ('galore', direct()))
   want = optax.chain(optax.clip(0.5), direct())
-  w, state, other = tree(), tx.init(tree()), want.init(tree())
+  w, state, other = weights(), tx.init(weights()), want.init(weights())
   assert_same_program((tx.update, w, state, w), (want.update, w, other, w))
   assert state['galore'].basis['w'].shape == (3, 7)
 
 
 def test_flatten_leaves_no_matrix():
   with pytest.raises(ValueError, match='projects no parameter'):
-    optax.flatten(direct()).init(tree())
+    optax.flatten(direct()).init(weights())
 
 
 def test_schedule_free_around():
   tx = optax.contrib.schedule_free(
     galore(optax.sgd(0.1), scale=1.0, **OPTIONS), 0.1, b1=0.9
   )
-  trail, state = run(tx)
+  trail, state = updates_of(tx)
   assert state.base_optimizer_state.basis['w'].shape == (3, 7)
   # The average of the iterates at step one equals the iterate, so the update
   # equals galore's.
-  want, _ = run(galore(optax.sgd(0.1), scale=1.0, **OPTIONS), steps=1)
+  want, _ = updates_of(galore(optax.sgd(0.1), scale=1.0, **OPTIONS), steps=1)
   assert distance(trail[0], want[0]) < ANOTHER_PROGRAM
 
 
 def test_lookahead_around():
   tx = optax.lookahead(direct(), sync_period=2, slow_step_size=0.5)
-  params = optax.LookaheadParams.init_synced(tree())
-  updates, _ = jax.jit(tx.update)(tree(3), tx.init(params), params)
-  want, _ = run_one(direct(), tree(3))
+  params = optax.LookaheadParams.init_synced(weights())
+  updates, _ = jax.jit(tx.update)(weights(3), tx.init(params), params)
+  want, _ = run_one(direct(), weights(3))
   assert distance(updates.fast, want) < ANOTHER_PROGRAM
 
 
 def run_one(tx, g):
-  return jax.jit(tx.update)(g, tx.init(tree()), tree())
+  return jax.jit(tx.update)(g, tx.init(weights()), weights())
 
 
 def test_frozen_dict():
-  tx, w = direct(), tree()
+  tx, w = direct(), weights()
   frozen, state = FrozenDict(w), tx.init(w)
   frozen_state = tx.init(frozen)
   assert_same_program(
@@ -198,12 +199,12 @@ def test_a_module_that_is_a_pytree():
   leaf = Module(normal32((13, 5), 1), None)
   params = Module(normal32((7, 11)), normal32(6), (leaf, leaf))
   tx = galore(optax.adamw(0.1), targets=r'children/.*/weight', **OPTIONS)
-  trail, state = run(tx, params=params)
+  trail, state = updates_of(tx, params=params)
   assert isinstance(trail[0], Module)
   assert state.basis.children[1].weight.shape == (3, 5)
   assert state.basis.weight == optax.MaskedNode()
   named = {'0': leaf.weight, '1': leaf.weight}
-  want, _ = run(direct(), params=named)
+  want, _ = updates_of(direct(), params=named)
   found = trail[-1].children[1].weight
   assert distance(found, want[-1]['1']) < ANOTHER_PROGRAM
 
@@ -214,11 +215,11 @@ def test_a_haiku_dict_has_slashes_in_its_keys():
     'mlp/~/layer_norm': {'scale': normal32(7), 'offset': normal32(7)},
     'mlp/~/embed': {'embeddings': normal32((13, 5))},
   }
-  _, state = run(direct(), params=params)
+  _, state = updates_of(direct(), params=params)
   bases = jax.tree_util.tree_leaves_with_path(state.basis)
   assert [p[0].key for p, _ in bases] == ['mlp/~/linear_0']
   named = galore(optax.adam(0.1), targets='mlp/~/embed/embeddings', **OPTIONS)
-  _, state = run(named, params=params)
+  _, state = updates_of(named, params=params)
   assert state.basis['mlp/~/embed']['embeddings'].shape == (3, 5)
 
 
@@ -241,7 +242,7 @@ def projected_names(basis):
 
 def test_a_flax_TrainState_learns():
   model = Linen()
-  params = model.init(jax.random.key(0), X)['params']
+  params = jax.jit(model.init)(jax.random.key(0), X)['params']
   tx = optax.chain(galore(rank=3, gap=10), optax.adamw(0.03))
   state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 

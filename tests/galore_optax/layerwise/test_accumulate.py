@@ -1,5 +1,7 @@
 """The sum of projected gradients equals the projection of their sum."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from tests.galore_optax.layerwise.program import (
   make_params,
   run,
 )
+from tests.galore_optax.program import each
 from tests.rounding import units
 
 
@@ -27,14 +30,18 @@ def seed_rule():
   return galore_rule(subspace='random')
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('microbatches', [1, 2])
+@functools.cache
+def in_three_parts(microbatches=1):
+  return layerwise(
+    Residual(), seed_rule(), accumulate=3, microbatches=microbatches
+  )
+
+
+@each('microbatches', [1, 2], quick=[1])
 def test_parts_are_one_large_batch_over_three_refreshes(microbatches):
-  model, tx = Residual(), seed_rule()
   options = dict(steps=6, examples=12)
-  step = layerwise(model, tx, accumulate=3, microbatches=microbatches)
-  parts, state, metrics = run(step, **options)
-  whole, _, expected = run(layerwise(model, tx), **options)
+  parts, state, metrics = run(in_three_parts(microbatches), **options)
+  whole, _, expected = run(layerwise(Residual(), seed_rule()), **options)
   # The sums over examples are computed in another order.
   chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-6)
   for name in ('loss', 'nll'):
@@ -48,39 +55,38 @@ def test_parts_are_one_large_batch_over_three_refreshes(microbatches):
   assert state.count == 6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  'rule',
-  [
-    galore_rule,
-    lambda: build(
-      'Galore', 0.01, rank=3, gap=2, weight_decay=0.1, targets=['blocks/.*']
-    ),
-    lambda: build(
-      'GaloreAdafactor',
-      0.01,
-      rank=3,
-      gap=2,
-      b1=0.9,
-      scale_parameter=True,
-      targets=['blocks/.*'],
-    ),
-    lambda: galore_optax.galore(
-      optax.sgd(0.1, momentum=0.9),
-      **dict(rank=6, gap=2, moments='rotate', targets=['blocks/w']),
-    ),
-    lambda: galore_optax.galore(
-      optax.adam(0.01, eps=1e-3),
-      **dict(rank=2, gap=2, side='full', moments='reset', targets=['.*/u']),
-    ),
-  ],
-  ids=['momentum', 'adamw', 'adafactor', 'rotate', 'full'],
-)
-def test_equal_parts_are_one_of_them(rule):
+RULES = {
+  'momentum': galore_rule,
+  'adamw': lambda: build(
+    'Galore', 0.01, rank=3, gap=2, weight_decay=0.1, targets=['blocks/.*']
+  ),
+  'adafactor': lambda: build(
+    'GaloreAdafactor',
+    0.01,
+    rank=3,
+    gap=2,
+    b1=0.9,
+    scale_parameter=True,
+    targets=['blocks/.*'],
+  ),
+  'rotate': lambda: galore_optax.galore(
+    optax.sgd(0.1, momentum=0.9),
+    **dict(rank=6, gap=2, moments='rotate', targets=['blocks/w']),
+  ),
+  'full': lambda: galore_optax.galore(
+    optax.adam(0.01, eps=1e-3),
+    **dict(rank=2, gap=2, side='full', moments='reset', targets=['.*/u']),
+  ),
+}
+
+
+@each('name', RULES, quick=['momentum'])
+def test_equal_parts_are_one_of_them(name):
   # Both parts are equal, so the basis of the first part is that of the batch.
   model, batch = Residual(), make_batch(0)
   twice = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), batch)
-  two, one = layerwise(model, rule(), accumulate=2), layerwise(model, rule())
+  two = layerwise(model, RULES[name](), accumulate=2)
+  one = layerwise(model, RULES[name]())
 
   def steps(step, batch):
     params = make_params()
@@ -96,7 +102,6 @@ def test_equal_parts_are_one_of_them(rule):
   )
 
 
-@pytest.mark.slow
 def test_a_refresh_sees_the_first_part():
   model, tx = Residual(), galore_rule()
   params, batch = make_params(), make_batch(0, 12)
@@ -113,52 +118,57 @@ def test_a_refresh_sees_the_first_part():
     np.testing.assert_allclose(basis, want, atol=units(1000))
 
 
-@pytest.mark.slow
 def test_clips_by_the_norm_of_what_is_summed():
-  model, bound = Residual(), 0.2
-  options = dict(steps=1, examples=12)
-  step = layerwise(model, seed_rule(), accumulate=3, clip_norm=bound)
+  bound, options = 0.2, dict(steps=1, examples=12)
+  step = layerwise(Residual(), seed_rule(), accumulate=3, clip_norm=bound)
   clipped, _, metrics = run(step, **options)
   norm = metrics['projected_grad_norm']
   assert norm > bound
   factor = clip_coefficient(norm, bound)
-  free, _, _ = run(layerwise(model, seed_rule(), accumulate=3), **options)
+  free, _, _ = run(in_three_parts(), **options)
   start = make_params()
   expected = jax.tree.map(lambda p, q: p + factor * (q - p), start, free)
   # The first step of SGD with momentum is linear in the gradient.
   chex.assert_trees_all_close(clipped, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_quantized_bases_and_slices_and_bfloat16_sums():
-  # 8-bit bases are not exactly orthonormal, so projecting the sum a second time
-  # would change it.
-  model = Residual()
-  tx = quantize_bases(galore_rule(), bits=8, group=4)
-  options = dict(steps=1, examples=12)
-  whole, _, _ = run(
-    layerwise(model, tx, accumulate=3, slices={'head/w': 3}), **options
-  )
-  params, batch = make_params(), make_batch(0, 12)
-  state = tx.init(params)
+# 8-bit bases are not exactly orthonormal, so projecting the sum a second time
+# would change it.
+QUANTIZED = quantize_bases(galore_rule(), bits=8, group=4)
+
+
+@pytest.fixture(scope='module')
+def quantized_step():
+  """Returns the weights after a step with the basis of the first of 3 parts."""
+  model, params, batch = Residual(), make_params(), make_batch(0, 12)
   first = jax.tree.map(lambda x: x[::3], batch)
-  # Compute the basis from the first part, then the update from all parts.
-  grads = jax.grad(model, has_aux=True)(params, first)[0]
-  state = tx.refresh(grads, state)
-  grads = jax.grad(model, has_aux=True)(params, batch)[0]
-  updates, _ = tx.apply(tx.project(grads, state), state, params)
-  expected = optax.apply_updates(params, updates)
+  gradient = jax.jit(lambda batch: jax.grad(model, has_aux=True)(params, batch))
+
+  @jax.jit
+  def expected(first, whole):
+    state = QUANTIZED.refresh(first, QUANTIZED.init(params))
+    low = QUANTIZED.project(whole, state)
+    return optax.apply_updates(params, QUANTIZED.apply(low, state, params)[0])
+
+  return expected(gradient(first)[0], gradient(batch)[0])
+
+
+def test_quantized_bases_and_slices(quantized_step):
+  step = layerwise(Residual(), QUANTIZED, accumulate=3, slices={'head/w': 3})
+  whole, _, _ = run(step, steps=1, examples=12)
   # The sums over examples are computed in another order and multiplied by 8-bit
   # bases.
-  chex.assert_trees_all_close(whole, expected, rtol=1e-4, atol=1e-5)
-  rounded, _, _ = run(
-    layerwise(model, tx, accumulate=3, sums_dtype=jnp.bfloat16), **options
-  )
+  chex.assert_trees_all_close(whole, quantized_step, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_in_bfloat16(quantized_step):
+  step = layerwise(Residual(), QUANTIZED, accumulate=3, sums_dtype=jnp.bfloat16)
+  rounded, _, _ = run(step, steps=1, examples=12)
   # A sum of gradients below 1 is rounded three times, each by at most 2^-8.
   # The learning rate is 0.1.
-  chex.assert_trees_all_close(rounded, expected, atol=3 * 2**-8 * 0.1)
+  chex.assert_trees_all_close(rounded, quantized_step, atol=3 * 2**-8 * 0.1)
   with pytest.raises(AssertionError):
-    chex.assert_trees_all_close(rounded, expected, atol=1e-6)
+    chex.assert_trees_all_close(rounded, quantized_step, atol=1e-6)
 
 
 def test_a_preset_accumulates_if_its_update_is_linear_in_the_gradient():

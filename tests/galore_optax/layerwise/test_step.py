@@ -27,6 +27,7 @@ from tests.galore_optax.layerwise.program import (
   run,
   run_whole_tree,
 )
+from tests.galore_optax.program import each
 from tests.rounding import assert_close, units
 
 # The two programs add in different orders. This is the number of terms in a
@@ -36,10 +37,18 @@ SUMS = 28 * 3
 STEPS = 3 * (SUMS / 10 + 1)
 
 
-def test_equals_the_whole_tree_step():
-  # Momentum is linear, so rounding errors stay small.
-  model, tx = Residual(), optax.sgd(0.1, momentum=0.9)
-  params, state, metrics = run(layerwise(model, tx))
+# Momentum is linear, so rounding errors stay small.
+MOMENTUM = optax.sgd(0.1, momentum=0.9)
+
+
+@pytest.fixture(scope='module')
+def with_momentum():
+  return run(layerwise(Residual(), MOMENTUM))
+
+
+def test_equals_the_whole_tree_step(with_momentum):
+  model, tx = Residual(), MOMENTUM
+  params, state, metrics = with_momentum
   whole, expected = run_whole_tree(model, tx)
   assert_close(params, whole, STEPS)
   assert_close(metrics['loss'], expected['loss'], SUMS)
@@ -79,7 +88,6 @@ def test_clips_by_the_norm_of_the_whole_gradient():
     assert_close(params, whole, operations=SUMS / 100 + 1)
 
 
-@pytest.mark.slow
 def test_previous_norm_is_that_of_the_step_before():
   model, bound = Residual(), 0.2
   tx = optax.sgd(0.1)
@@ -87,7 +95,7 @@ def test_previous_norm_is_that_of_the_step_before():
   step = layerwise(model, tx, clip_norm=bound, clip='previous')
   batch = make_batch(1)
   params, _, _ = jax.jit(step)(start, state, batch)
-  grads = jax.grad(model, has_aux=True)(start, batch)[0]
+  grads = jax.jit(jax.grad(model, has_aux=True))(start, batch)[0]
   factor = clip_coefficient(metrics['grad_norm'], bound)
   expected = jax.tree.map(lambda p, g: p - 0.1 * factor * g, start, grads)
   # XLA fuses the operations of the two programs differently.
@@ -113,22 +121,21 @@ def test_microbatches_are_one_large_batch_over_three_refreshes():
     assert_close(three[2][name], whole[2][name], 3 * SUMS)
 
 
-def test_slices_change_nothing_but_the_scratch():
-  model, tx = Residual(), optax.sgd(0.1, momentum=0.9)
-  plain = run(layerwise(model, tx))
+def test_slices_change_nothing_but_the_scratch(with_momentum):
+  model, tx = Residual(), MOMENTUM
   cut = run(layerwise(model, tx, slices={'head/w': 3}))
-  assert_close(cut[0], plain[0], STEPS)
+  assert_close(cut[0], with_momentum[0], STEPS)
   assert cut[1].inner['head/w'][0].trace['head']['w'].shape == (3, D // 3, V)
   with pytest.raises(ValueError, match='must divide'):
     layerwise(model, tx, slices={'head/w': 4}).init(make_params())
 
 
-@pytest.mark.slow
 def test_state_comes_back_from_a_checkpoint_bit_by_bit(tmp_path):
-  step = layerwise(Residual(), quantize_state(optax.adam(0.01), min_size=32))
+  inner = optax.sgd(0.01, momentum=0.9)
+  step = layerwise(Residual(), quantize_state(inner, min_size=32))
   start = make_params()
   go = jax.jit(step)
-  params, state, _ = go(start, jax.jit(step.init)(start), make_batch())
+  params, state, _ = go(start, step.init(start), make_batch())
   saved = {'params': params, 'state': state}
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / 'step', saved)
@@ -142,7 +149,6 @@ def test_state_comes_back_from_a_checkpoint_bit_by_bit(tmp_path):
   chex.assert_trees_all_equal(on, again)
 
 
-@pytest.mark.slow
 def test_weights_in_eight_bits_are_read_and_written():
   weights = quantized(bits=8, group=32, dtype=jnp.float32)
   params = make_params()
@@ -160,8 +166,7 @@ def test_weights_in_eight_bits_are_read_and_written():
   assert gap.max() > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('train_rest', [False, True])
+@each('train_rest', [False, True], quick=[True])
 def test_badam_equals_the_whole_tree_step(train_rest):
   # Rounding errors stay small with SGD. The steps include the turn of every
   # layer and the first turn of the next cycle.
@@ -224,7 +229,6 @@ def test_badam_computes_the_weight_gradient_of_one_layer():
   assert products(rest) == products(one) + 1 + 4
 
 
-@pytest.mark.slow
 def test_matrices_take_turns_as_in_the_whole_tree():
   model, tx = Residual(), galore_rule(gap=galore_optax.Staggered(3))
   params, state, _ = run(layerwise(model, tx), steps=5)

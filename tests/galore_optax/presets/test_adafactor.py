@@ -134,9 +134,13 @@ def test_equals_float64_oracle(b1, scale_parameter, weight_decay):
         )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('moments', ['keep', 'reset'])
-@pytest.mark.parametrize('scale_parameter', [False, True])
+@each(
+  'scale_parameter, moments',
+  [
+    (scale, moments) for scale in (False, True) for moments in ('keep', 'reset')
+  ],
+  quick=[(True, 'reset')],
+)
 def test_stack_equals_loop(scale_parameter, moments):
   layers = 3
   shapes = {

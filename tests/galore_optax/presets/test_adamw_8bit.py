@@ -10,22 +10,15 @@ import pytest
 from galore_optax import galore_adamw, galore_adamw_8bit
 from galore_optax.quantized.array import Quantized
 from models.llama import Layers, llama
-from tests.galore_optax.program import normal, normal32
+from tests.galore_optax.program import normal, normal32, run, tree
 from tests.rounding import distance, units
 
 OPTIONS = dict(rank=9, gap=2, weight_decay=0.1)
 
 
-def tree(seed=0):
-  """Returns a stack and a matrix with moments of at least 4,096 elements.
-
-  Smaller moments are not quantized.
-  """
-  return {
-    'stack': normal32((3, 12, 600), seed),
-    'tall': normal32((560, 13), seed + 1),
-    'bias': normal32(7, seed + 2),
-  }
+# The moments of the stack and of the matrix have at least 4,096 elements.
+# Smaller moments are not quantized.
+SHAPES = {'stack': (3, 12, 600), 'tall': (560, 13), 'bias': (7,)}
 
 
 def is_code(x):
@@ -41,18 +34,17 @@ def trail(tx, steps=4, pick=lambda tree: tree):
 
   It also asserts that the update is traced once.
   """
-  params = pick(tree())
+  params = pick(tree(SHAPES))
   state = tx.init(params)
   update = jax.jit(chex.assert_max_traces(tx.update, n=1))
   chex.clear_trace_counter()
   updates = []
   for i in range(steps):
-    now, state = update(pick(tree(10 * i + 3)), state, params)
+    now, state = update(pick(tree(SHAPES, 10 * i + 3)), state, params)
     updates.append(now)
   return updates, state
 
 
-@pytest.mark.slow
 def test_with_no_leaf_large_enough_it_is_galore_adamw():
   ours, state = trail(galore_adamw_8bit(0.1, min_size=10**9, **OPTIONS))
   want, want_state = trail(galore_adamw(0.1, **OPTIONS))
@@ -77,7 +69,6 @@ def test_codes_stand_for_the_moments_and_nothing_else_changes():
       assert distance(now[name], x) < 0.03
 
 
-@pytest.mark.slow
 def test_a_stack_is_its_layers():
   tx = galore_adamw_8bit(0.1, **OPTIONS)
   ours, state = trail(tx, pick=lambda tree: {'w': tree['stack']})
@@ -90,6 +81,24 @@ def test_a_stack_is_its_layers():
       # round to either.
       off = np.abs(np.int32(stacked.codes[i]) - np.int32(one.codes))
       assert off.max() <= 1 and off.mean() < 0.002
+
+
+def test_a_transposed_weight_has_the_transposed_update():
+  """Blocks run along the long side of wide and of tall low-rank moments."""
+  tx = galore_adamw_8bit(0.1, rank=3, gap=2, min_size=1, block_size=8)
+  grads = [normal32((7, 40), seed) for seed in range(4)]
+  wide, tall = (
+    run(tx, jnp.zeros(shape), gs, apply=False)
+    for shape, gs in (((7, 40), grads), ((40, 7), [g.T for g in grads]))
+  )
+  for one, other in zip(wide, tall, strict=True):
+    assert distance(other.updates.T, one.updates) < units(1000)
+  for one, other in zip(codes(wide[-1]), codes(tall[-1]), strict=True):
+    # The tolerance allows for values half-way between two codes, which may
+    # round to either.
+    off = np.abs(np.int32(one.codes) - np.int32(other.codes))
+    assert one.shape == other.shape == (3, 40)
+    assert off.max() <= 1 and off.mean() < 0.02
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 
 from galore_optax import badam
 from galore_optax.presets.badam import layer_of_turn
-from tests.galore_optax.program import Adam, normal, trajectory
+from tests.galore_optax.program import Adam, normal, run, trajectory
 
 LAYERS, EVERY, DECAY = 3, 2, 0.25
 STEPS = 2 * LAYERS * EVERY + 1
@@ -108,21 +108,13 @@ def test_a_resumed_run_goes_on_with_the_cycle():
   weights = jax.tree.map(jnp.float32, model())
   grads = jax.tree.map(jnp.float32, model(20, (8,)))
   tx = badam(0.1, switch_every=EVERY)
-  step = jax.jit(tx.update)
-
-  def run(w, state, steps):
-    for t in steps:
-      g = jax.tree.map(lambda x: x[t], grads)  # noqa: B023
-      updates, state = step(g, state, w)
-      w = jax.tree.map(jnp.add, w, updates)
-    return w, state
-
-  whole = run(weights, tx.init(weights), range(8))
-  w, state = run(weights, tx.init(weights), range(5))
-  leaves, treedef = jax.tree.flatten((w, state))
+  grads = [jax.tree.map(lambda x, t=t: x[t], grads) for t in range(8)]
+  whole = run(tx, weights, grads)[-1]
+  part = run(tx, weights, grads[:5])[-1]
+  leaves, treedef = jax.tree.flatten((part.params, part.state))
   saved = [np.asarray(x) for x in leaves]
-  again = treedef.unflatten([jnp.asarray(x) for x in saved])
-  chex.assert_trees_all_equal(run(*again, range(5, 8)), whole)
+  w, state = treedef.unflatten([jnp.asarray(x) for x in saved])
+  chex.assert_trees_all_equal(run(tx, w, grads[5:], state=state)[-1], whole)
 
 
 def test_it_keeps_the_moments_of_one_layer():

@@ -18,7 +18,7 @@ from tests.galore_optax.layerwise.program import (
   run,
   run_whole_tree,
 )
-from tests.galore_optax.program import each, normal32
+from tests.galore_optax.program import each, gradients, normal32
 from tests.rounding import distance
 
 L, STEPS = 3, 5
@@ -81,10 +81,6 @@ def stack():
 def params(dtype=jnp.float32):
   rest = {'embed': normal32((13, 6), 3), 'bias': normal32((5,), 4)}
   return jax.tree.map(lambda x: x.astype(dtype), stack() | rest)
-
-
-def gradients(like, i=0):
-  return jax.tree.map(lambda x: jnp.sin(x * (i + 2)), like)
 
 
 def types(tree):

@@ -92,7 +92,6 @@ def test_no_odd_gradient_stops_a_matrix_for_ever():
   assert norms[1, 0] == 0 and norms[-1, 0] > 0
 
 
-@pytest.mark.slow
 def test_its_state_in_eight_bits():
   m, n, r = 64, 96, 48
   make = lambda inner: fira(0.1, rank=r, gap=3, scale=1.0, inner=inner)

@@ -24,7 +24,7 @@ from tests.galore_optax.layerwise.program import (
   run,
   run_whole_tree,
 )
-from tests.galore_optax.program import each, normal32
+from tests.galore_optax.program import each, gradients, normal32
 from tests.rounding import assert_close as assert_rounded
 from tests.rounding import distance, units
 from train.method import adam_8bit, adamw
@@ -87,10 +87,6 @@ def params():
     'embed': normal32((13, 6), 3),
     'bias': normal32((5,), 4),
   }
-
-
-def gradients(like, i=0):
-  return jax.tree.map(lambda x: jnp.sin(x * (i + 2)), like)
 
 
 def updates_of(tx, steps=3):
@@ -320,7 +316,6 @@ def test_layerwise_clips_by_the_norm_of_all_groups():
   assert_rounded(ours, want, operations=4)
 
 
-@pytest.mark.slow
 def test_projected_gradients_are_summed():
   groups = [Group('blocks/w'), Group('head/.*', rate=0.0)]
   options = dict(rank=3, gap=2)

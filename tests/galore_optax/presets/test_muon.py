@@ -239,7 +239,6 @@ def test_it_accumulates_projected_gradients():
   close(*both(g, tx.init(g)))
 
 
-@pytest.mark.slow
 def test_numbers_may_be_injected():
   weights, grads = draw(SHAPES, 0), draw(SHAPES, 10, (STEPS,))
   numbers = {'beta': 0.75, 'weight_decay': 0.5, 'consistent_rms': 0.25}

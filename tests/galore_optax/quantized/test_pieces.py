@@ -10,7 +10,7 @@ import pytest
 from galore_optax.quantized import state as leafwise
 from galore_optax.quantized.array import Quantized, dequantize, quantize
 from galore_optax.quantized.state import quantize_state
-from tests.galore_optax.program import each
+from tests.galore_optax.program import each, random_gradients
 
 
 def is_quantized(x):
@@ -32,14 +32,6 @@ def params():
   return {
     k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()
   }
-
-
-def gradients(params, num, seed=1):
-  rng = np.random.default_rng(seed)
-  for _ in range(num):
-    yield jax.tree.map(
-      lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params
-    )
 
 
 def plain(inner):
@@ -95,7 +87,7 @@ def test_leaf_by_leaf_equals_the_whole_tree(
   update = jax.jit(chex.assert_max_traces(tx.update, 1))
   whole, read = jax.jit(plain(inner)), jax.jit(decoded)
   state = jax.jit(tx.init)(params)
-  for grads in gradients(params, 3):
+  for grads in random_gradients(params, 3):
     want = whole(grads, state, params)
     chex.clear_trace_counter()
     updates, new = update(grads, state, params)

@@ -19,7 +19,7 @@ def normal(shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def gradients(bad):
+def with_a_bad_entry(bad):
   """Returns three gradients of a stack of three matrices.
 
   The second gradient has a `bad` entry in the second matrix.
@@ -47,8 +47,8 @@ def test_options_of_a_finder_are_checked(make, message):
 @each('name', STORED, quick=['svd', 'power'])
 def test_a_basis_is_kept_and_the_skip_counted(name, bad):
   tx = galore(optax.sgd(1.0), rank=4, gap=1, subspace=name)
-  state, step, trail = tx.init(gradients(bad)[0]), jax.jit(tx.update), []
-  for g in gradients(bad):
+  state, step, trail = tx.init(with_a_bad_entry(bad)[0]), jax.jit(tx.update), []
+  for g in with_a_bad_entry(bad):
     _, state = step(g, state)
     trail.append(state)
   first, second, third = (np.asarray(state.basis['w']) for state in trail)
@@ -63,8 +63,8 @@ def test_a_basis_is_kept_and_the_skip_counted(name, bad):
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 def test_a_basis_from_a_seed_has_nothing_to_keep(bad):
   tx = galore(optax.sgd(1.0), rank=4, gap=1, subspace='random')
-  state, step = tx.init(gradients(bad)[0]), jax.jit(tx.update)
-  for g, good in zip(gradients(bad), [True, False, True], strict=True):
+  state, step = tx.init(with_a_bad_entry(bad)[0]), jax.jit(tx.update)
+  for g, good in zip(with_a_bad_entry(bad), [True, False, True], strict=True):
     updates, state = step(g, state)
     assert np.all(np.isfinite(updates['w'])) == good
     assert np.all(np.isfinite(updates['w'][0]))

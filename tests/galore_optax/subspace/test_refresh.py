@@ -11,18 +11,18 @@ import optax
 import pytest
 
 from galore_optax import Svd, galore
-from tests.galore_optax.program import ORTHONORMAL, each, gram
+from tests.galore_optax.program import ORTHONORMAL, each, gram, random_gradients
 from tests.rounding import units
 
 SHAPES = {'stack': (3, 7, 9), 'tall': (11, 5)}
 
 
-def gradients(steps, seed=0, dtype=np.float32):
-  rng = np.random.default_rng(seed)
-  return {
-    k: jnp.asarray(rng.normal(size=(steps, *s)), dtype)
-    for k, s in SHAPES.items()
+def stacked_gradients(steps):
+  shapes = {
+    name: jax.ShapeDtypeStruct((steps, *shape), jnp.float32)
+    for name, shape in SHAPES.items()
   }
+  return next(random_gradients(shapes, 1, seed=0))
 
 
 def trail_of_states(tx, grads):
@@ -39,7 +39,7 @@ def trail_of_states(tx, grads):
 @pytest.mark.parametrize('subspace', ['svd', 'gram'])
 def test_bases_change_at_0_gap_and_2_gap_and_only_there(subspace):
   tx = galore(optax.adam(0.1), rank=4, gap=3, subspace=subspace)
-  states, _ = trail_of_states(tx, gradients(8))
+  states, _ = trail_of_states(tx, stacked_gradients(8))
   for name in SHAPES:
     basis = np.asarray(states.basis[name])
     same = [np.array_equal(a, b) for a, b in itertools.pairwise(basis)]
@@ -49,7 +49,7 @@ def test_bases_change_at_0_gap_and_2_gap_and_only_there(subspace):
 
 
 def test_a_basis_spans_the_gradient_of_its_own_step():
-  grads = gradients(4)
+  grads = stacked_gradients(4)
   tx = galore(optax.sgd(1.0), rank=4, gap=3)
   states, _ = trail_of_states(tx, grads)
   for step in (0, 3):
@@ -123,10 +123,9 @@ class Flipped:
     return rows_rm * sign_r1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('side', ['std', 'full'])
+@each('side', ['std', 'full'], quick=['std'])
 def test_a_trajectory_does_not_depend_on_the_signs_of_a_decomposition(side):
-  grads = gradients(7)
+  grads = stacked_gradients(5)
   run = lambda finder: trail_of_states(
     galore(optax.adam(0.1), rank=4, gap=2, side=side, subspace=finder), grads
   )
@@ -139,7 +138,7 @@ def test_a_trajectory_does_not_depend_on_the_signs_of_a_decomposition(side):
 
 
 def test_signs_follow_the_previous_basis():
-  grads = gradients(2)
+  grads = stacked_gradients(2)
   tx = galore(optax.sgd(1.0), rank=4, gap=1)
   states, _ = trail_of_states(tx, grads)
   for name in SHAPES:
@@ -156,7 +155,7 @@ def test_signs_follow_the_previous_basis():
 def test_a_gradient_that_is_not_finite_keeps_the_basis_of_its_matrix(
   bad, side, bases
 ):
-  grads = gradients(5)
+  grads = stacked_gradients(5)
   grads['stack'] = grads['stack'].at[2, 1, 0, 0].set(bad)
   tx = galore(optax.sgd(1.0), rank=4, gap=2, side=side)
   states, _ = trail_of_states(tx, grads)
@@ -172,7 +171,7 @@ def test_a_gradient_that_is_not_finite_keeps_the_basis_of_its_matrix(
 
 
 def test_a_first_gradient_that_is_not_finite_leaves_a_valid_basis():
-  grads = jax.tree.map(lambda g: g.at[0].set(jnp.nan), gradients(3))
+  grads = jax.tree.map(lambda g: g.at[0].set(jnp.nan), stacked_gradients(3))
   tx = galore(optax.sgd(1.0), rank=4, gap=2)
   states, _ = trail_of_states(tx, grads)
   np.testing.assert_array_equal(states.skipped, [4, 4, 4])
@@ -188,7 +187,7 @@ def test_a_first_gradient_that_is_not_finite_leaves_a_valid_basis():
 def test_a_basis_that_a_finder_could_not_find_is_kept():
   broken = lambda g_mn, basis_rm, key: jnp.full_like(basis_rm, jnp.nan)
   tx = galore(optax.sgd(1.0), rank=4, gap=1, subspace=broken)
-  states, updates = trail_of_states(tx, gradients(2))
+  states, updates = trail_of_states(tx, stacked_gradients(2))
   np.testing.assert_array_equal(states.skipped, [4, 8])
   assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
 
@@ -198,7 +197,7 @@ def test_bases_do_not_depend_on_the_size_of_a_gradient(size):
   # Squares of such entries leave float32's range. Scaling by powers of two is
   # exact.
   size = 2.0 ** np.round(np.log2(size))
-  grads = gradients(1)
+  grads = stacked_gradients(1)
   run = lambda grads: (
     trail_of_states(galore(optax.sgd(1.0), rank=4, subspace='gram'), grads)[
       0

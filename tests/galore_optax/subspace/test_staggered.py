@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from galore_optax import Staggered, galore
+from tests.galore_optax.program import each
 from tests.rounding import assert_close
 
 SHAPES = {'down': (4, 11, 7), 'q': (4, 7, 7), 'up': (4, 7, 11), 'w': (9, 8)}
@@ -50,8 +51,7 @@ def test_an_integer_gap_finds_all_at_once():
   chex.assert_trees_all_equal(changes.any(axis=1), np.arange(7) % 3 == 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('subspace', ['coordinates', 'random'])
+@each('subspace', ['coordinates', 'random'], quick=['coordinates'])
 def test_one_layer_at_a_time_is_the_stack(subspace):
   """A layer-wise step passes one layer and its index.
 
