@@ -43,6 +43,11 @@ pre { overflow-x: auto; font-size: 12px; line-height: 1.35; }
 img { max-width: 100%; } .note { color: #555; }
 """
 
+_MOST_LABELS = 14
+"""Largest number of lines of a picture that has a legend. A longer legend would
+leave no room for the picture. A model whose layers are not stacked has a line
+for each weight, which the table below the picture names."""
+
 _PARTS = {
   'step_seconds': 'steps',
   'data_seconds': 'waiting for data',
@@ -271,7 +276,7 @@ def picture(title: str, lines: Lines, names: Mapping[str, str]) -> str:
     return ''
   axes.set(xlabel='step', ylabel=title)
   axes.grid(alpha=0.3)
-  if len(axes.lines) > 1:
+  if 1 < len(axes.lines) <= _MOST_LABELS:
     axes.legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, 0.5))
   file = io.BytesIO()
   figure.savefig(file, format='svg', metadata={'Date': None})

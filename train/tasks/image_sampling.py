@@ -5,8 +5,11 @@ the squared Frechet distance between drawn and held-out images, in the features
 of a vision transformer that `train.pretrain` has trained.
 """
 
+import contextlib
 import dataclasses
+import io
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
@@ -19,10 +22,10 @@ from models.diffusion import Sampler
 from train.data.images import pixels
 from train.data.images.batches import validation_batches
 from train.engine import checkpoint, machine
-from train.engine.command import check_least, user_errors
+from train.engine.command import check_least, refusal, user_errors
 from train.engine.run import Run
 from train.engine.task import PyTree
-from train.tasks.diffusion import COLUMNS, Diffusion
+from train.tasks.diffusion import COLUMNS, Diffusion, check_writable
 from train.tasks.image_classification import ImageClassification
 
 _AT_ONCE = 250
@@ -58,14 +61,14 @@ class Options:
 
 def main(argv: Sequence[str]) -> None:
   """Draws images."""
-  options = tyro.cli(Options, args=argv, prog='python -m train.sample')
-  machine.prepare()
   with user_errors():
-    check_least(
-      1, num_images=options.num_images, num_measured=options.num_measured
-    )
+    options = parse(argv)
+    machine.prepare()
+    output = options.output or options.path / 'drawn.png'
+    check(options, output)
     run = Run(options.path)
     task = Diffusion(run.config())
+    check_writable(task.model)
     draw = drawing(task, options)
     features = None
     if options.classifier is not None:
@@ -73,18 +76,60 @@ def main(argv: Sequence[str]) -> None:
     params = checkpoint.restore_params(
       run.checkpoints_path, task, best=options.best
     )
+    held_out = None
+    if features is not None:
+      held_out = np.concatenate([*real(task, options.num_measured)])
   key = jax.random.key(options.seed)
-  output = options.output or options.path / 'drawn.png'
   images = draw(params, key, options.num_images)
   pixels.write_png(str(output), pixels.grid(images, COLUMNS))
   print(f'written: {output}')
-  if features is not None:
-    held_out = np.concatenate([*real(task, options.num_measured)])
+  if features is not None and held_out is not None:
     drawn = draw(params, jax.random.fold_in(key, 1), len(held_out))
     moments = [frechet.moments(features(x)) for x in (drawn, held_out)]
     print(
       f'squared Frechet distance: {frechet.distance(*moments):.4f} '
       f'({len(held_out):,} drawn and held-out images)'
+    )
+
+
+def parse(argv: Sequence[str]) -> Options:
+  """Parses the command line.
+
+  Raises:
+    ValueError: a value of the sampler is wrong.
+    SystemExit: help was requested, or an option does not exist.
+  """
+  printed = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(printed):
+      return tyro.cli(Options, args=argv, prog='python -m train.sample')
+  except SystemExit as stop:
+    if refused := refusal(stop):
+      raise refused from None
+    print(printed.getvalue(), end='', file=sys.stderr)
+    raise
+
+
+def check(options: Options, output: pathlib.Path) -> None:
+  """Checks options that do not depend on the model.
+
+  Raises:
+    FileNotFoundError: the directory of the output does not exist.
+    IsADirectoryError: the output is a directory.
+    ValueError: a number is too small.
+  """
+  check_least(1, num_images=options.num_images)
+  # A covariance needs two images.
+  check_least(2, num_measured=options.num_measured)
+  check_least(0, seed=options.seed)
+  if output.is_dir():
+    raise IsADirectoryError(
+      f'--output must be a file, got the directory {output}: add a name such '
+      'as drawn.png'
+    )
+  if not output.absolute().parent.is_dir():
+    raise FileNotFoundError(
+      f'--output {output}: there is no directory {output.parent}; make it first'
     )
 
 
