@@ -23,7 +23,7 @@ from train.data.images import pixels
 from train.data.images.batches import validation_batches
 from train.engine import checkpoint, machine
 from train.engine.command import check_least, refusal, user_errors
-from train.engine.run import Run
+from train.engine.run import Run, is_directory
 from train.engine.task import PyTree
 from train.tasks.diffusion import COLUMNS, Diffusion, check_writable
 from train.tasks.image_classification import ImageClassification
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     draw = drawing(task, options)
     features = None
     if options.classifier is not None:
-      features = features_of(Run(options.classifier), task)
+      features = features_of(options.classifier, task)
     params = checkpoint.restore_params(
       run.checkpoints_path, task, best=options.best
     )
@@ -177,13 +177,20 @@ def real(task: Diffusion, number: int) -> Iterator[np.ndarray]:
 
 
 def features_of(
-  run: Run, task: Diffusion
+  directory: pathlib.Path, task: Diffusion
 ) -> Callable[[np.ndarray], np.ndarray]:
   """Returns the features [n, D] of images, from a trained classifier.
 
   Raises:
+    FileNotFoundError: the directory is not a run.
     ValueError: the run is not a classifier of such images.
   """
+  if is_directory(directory):
+    raise ValueError(
+      '--classifier must be the run of an image classifier, got '
+      f'{directory}, which is a directory of transformers'
+    )
+  run = Run(directory)
   config = run.config()
   if config.resolved_model.task != 'image_classification':
     raise ValueError(
