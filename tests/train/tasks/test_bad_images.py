@@ -58,15 +58,23 @@ def saved(path, where):
   return str(where)
 
 
+class Runs(dict):
+  """Untrained runs of each model by name, which are made on first use."""
+
+  def __init__(self, idx, where):
+    super().__init__()
+    self._idx, self._where = idx, where
+
+  def __missing__(self, name):
+    found = images.config(MODELS[name], GALORE, self._idx)
+    path = images.write(self._where / f'{name}.py', found)
+    self[name] = saved(path, self._where / name)
+    return self[name]
+
+
 @pytest.fixture(scope='module')
 def runs(idx, tmp_path_factory):
-  """Untrained runs of each model, by name."""
-  where = tmp_path_factory.mktemp('runs')
-  found = {}
-  for name, model in MODELS.items():
-    path = images.write(where / f'{name}.py', images.config(model, GALORE, idx))
-    found[name] = saved(path, where / name)
-  return found
+  return Runs(idx, tmp_path_factory.mktemp('runs'))
 
 
 def check(capsys, main, args, message):
@@ -236,7 +244,11 @@ def test_a_classifier_of_another_kind(config_of, directories, capsys):
 @pytest.mark.parametrize(
   'name, message',
   [
-    ('unet', 'a UnetConfig has no checkpoints of transformers'),
+    pytest.param(
+      'unet',
+      'a UnetConfig has no checkpoints of transformers',
+      marks=pytest.mark.slow,
+    ),
     ('dit', 'a DitConfig has no checkpoints of transformers'),
     ('mean', "must have pool='cls' .* got pool='mean'"),
   ],
@@ -265,7 +277,7 @@ def test_export(runs, name, message, tmp_path, capsys):
     ('dit', ['--output', 'no/a.png'], 'there is no directory no; make it'),
     ('dit', ['--output', '.'], '--output must be a file, got the directory'),
     ('dit', ['--classifier', 'none'], 'none is not a run'),
-    ('dit', ['--classifier', '{unet}'], 'must be the run of an image class'),
+    ('dit', ['--classifier', '{free}'], 'must be the run of an image class'),
     ('dit', ['--classifier', '{directory}'], 'must be the run of an image cl'),
   ],
 )
@@ -273,7 +285,7 @@ def test_sampling(
   runs, directories, name, args, message, monkeypatch, tmp_path, capsys
 ):
   monkeypatch.chdir(tmp_path)
-  places = runs | {'directory': directories['vit']}
+  places = {'free': runs['free'], 'directory': directories['vit']}
   before = contents(tmp_path)
   args = [runs[name], *(x.format(**places) for x in args)]
   check(capsys, sample.main, args, message)
