@@ -39,6 +39,11 @@ Row: TypeAlias = tuple[Any, ...]
 TEMPLATE = pathlib.Path(__file__).with_name('report.html.jinja')
 """The page without its contents."""
 
+_MOST_LABELS = 14
+"""Largest number of lines of a picture that has a legend. A longer legend would
+leave no room for the picture. A model whose layers are not stacked has a line
+for each weight, which the table below the picture names."""
+
 _PARTS = {
   'step_seconds': 'steps',
   'data_seconds': 'waiting for data',
@@ -282,7 +287,7 @@ def picture(
     return None
   axes.set(xlabel='step', ylabel=title)
   axes.grid(alpha=0.3)
-  if len(axes.lines) > 1:
+  if 1 < len(axes.lines) <= _MOST_LABELS:
     axes.legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, 0.5))
   file = io.BytesIO()
   figure.savefig(file, format='svg', metadata={'Date': None})

@@ -18,8 +18,7 @@ from models import huggingface
 from models.model import ModelConfig
 from train.engine.command import user_errors
 from train.engine.run import Run, is_directory
-from train.engine.task import Task, task_class
-from train.tasks.language import LanguageModel
+from train.engine.task import task_class
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,23 +32,38 @@ def main(argv: Sequence[str] | None = None) -> None:
 def sampler_for(argv: Sequence[str]) -> Callable[[Sequence[str]], None]:
   """Returns the program that samples from the model on a command line.
 
+  Other words may name directories too, such as a prompt, or the run of a
+  classifier. The model is therefore the first that has something to sample.
   Without a path, it is the program of language models, which prints how it is
   used.
 
   Raises:
+    FileNotFoundError: the first directory has no model.
     ValueError: a model of this kind has nothing to sample.
   """
-  task: type[Task] = LanguageModel
-  path = next(filter(pathlib.Path.is_dir, map(pathlib.Path, argv)), None)
-  if path is not None:
-    model = model_at(path)
-    task = task_class(model)
-  if task.sampler is None:
+  refused: Exception | None = None
+  for path in filter(pathlib.Path.is_dir, map(pathlib.Path, argv)):
+    try:
+      return sampler_of(path)
+    except (FileNotFoundError, ValueError) as error:
+      refused = refused or error
+  if refused is not None:
+    raise refused
+  from train.tasks import text_sampling
+
+  return text_sampling.main
+
+
+def sampler_of(path: pathlib.Path) -> Callable[[Sequence[str]], None]:
+  """Returns the program that samples from the model in a directory."""
+  model = model_at(path)
+  sampler = task_class(model).sampler
+  if sampler is None:
     raise ValueError(
       f'{path} must hold a model that makes samples, got '
       f'{type(model).__name__}; python -m train.evaluate RUN measures one'
     )
-  return importlib.import_module(task.sampler).main
+  return importlib.import_module(sampler).main
 
 
 def model_at(path: pathlib.Path) -> ModelConfig:

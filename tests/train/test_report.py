@@ -28,6 +28,18 @@ MODEL = LlamaConfig(
 )
 
 
+def test_a_picture_of_many_weights_has_no_legend():
+  # A legend of 60 names would leave no room, and matplotlib would warn.
+  paths = [f'level_{i}/block/first/kernel' for i in range(60)]
+  found = {}
+  for number in (3, 60):
+    lines = [{'step': 1, **dict.fromkeys(paths[:number], 0.5)}] * 2
+    image = report.picture('energy', lines, {x: x for x in paths[:number]})
+    svg = base64.b64decode(re.search('base64,(.+)"', image)[1]).decode()
+    found[number] = 'legend' in svg
+  assert found == {3: True, 60: False}
+
+
 def text(optimizer, width=100, stored='float32', model=MODEL):
   shapes = jax.eval_shape(Layers(model).init, jax.random.key(0))
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored), shapes)

@@ -432,6 +432,7 @@ def blank(kind: Any) -> Any:
     field.name
     for field in dataclasses.fields(kind)
     if field.default is dataclasses.MISSING
+    and field.default_factory is dataclasses.MISSING
   ]
   return kind(**dict.fromkeys(required, tyro.MISSING))
 

@@ -55,7 +55,11 @@ class Diffusion(Task):
     return cast(ImageCorpus, self.config.corpus)
 
   def open(self, run: pathlib.Path | None) -> Data:
-    """Opens both splits, and checks that they fit the network."""
+    """Opens both splits, and checks that they fit the network.
+
+    It also checks that the trained network's images can be written.
+    """
+    check_writable(self.model)
     data = super().open(run)
     for images in (data.train, data.validation):
       check_fit(self.model, images)
@@ -146,6 +150,17 @@ class Diffusion(Task):
     return [Text(f'samples: {path}')]
 
 
+def check_writable(model: DenoiserConfig) -> None:
+  """Checks that images of a network can be written as PNG files.
+
+  Raises:
+    ImportError: Pillow is not installed.
+    ValueError: no PNG file has this number of channels.
+  """
+  pixels.check_channels(model.num_channels)
+  pixels.pillow()
+
+
 def check_fit(model: DenoiserConfig, images: Any) -> None:
   """Raises ValueError if images have another shape or more classes."""
   if images.shape != model.image_shape:
@@ -173,19 +188,24 @@ def with_labels(model: DenoiserConfig, batch: Batch) -> Batch:
 def with_times(
   model: DenoiserConfig, batches: Iterable[Batch]
 ) -> Iterator[Batch]:
-  """Yields batches with a fixed time, level and noise for each row."""
-  rng = np.random.default_rng(0)
+  """Yields batches with a fixed time, level and noise for each row.
+
+  They depend only on the number of rows before, not on the batch size.
+  """
+  # Two generators, because one would alternate between the two kinds of numbers
+  # once a batch.
+  times_rng, noise_rng = (np.random.default_rng([0, i]) for i in range(2))
   steps = model.diffusion.steps
   first = 0
   for batch in batches:
     rows = len(batch['inputs'])
     level_B = np.arange(first, first + rows, dtype=np.int32) % NUM_LEVELS
     first += rows
-    share_B = (level_B + rng.random(rows)) / NUM_LEVELS
+    share_B = (level_B + times_rng.random(rows)) / NUM_LEVELS
     yield with_labels(model, batch) | {
       'times': (steps * share_B).astype(np.int32),
       'levels': level_B,
-      'noise': rng.integers(2**32, size=(rows, 2), dtype=np.uint32),
+      'noise': noise_rng.integers(2**32, size=(rows, 2), dtype=np.uint32),
     }
 
 

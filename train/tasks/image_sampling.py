@@ -20,9 +20,9 @@ from train.data.images import pixels
 from train.data.images.batches import validation_batches
 from train.engine import checkpoint, machine
 from train.engine.command import check_least, parse_options, user_errors
-from train.engine.run import Run
+from train.engine.run import Run, is_directory
 from train.engine.task import PyTree
-from train.tasks.diffusion import COLUMNS, Diffusion
+from train.tasks.diffusion import COLUMNS, Diffusion, check_writable
 from train.tasks.image_classification import ImageClassification
 
 _AT_ONCE = 250
@@ -59,33 +59,57 @@ class Options:
 
 def main(argv: Sequence[str]) -> None:
   """Draws images."""
-  machine.prepare()
   with user_errors():
     options = parse_options(Options, argv)
-    check_least(
-      1, num_images=options.num_images, num_measured=options.num_measured
-    )
+    machine.prepare()
+    output = options.output or options.path / 'drawn.png'
+    check(options, output)
     run = Run(options.path)
     task = Diffusion(run.config())
+    check_writable(task.model)
     draw = drawing(task, options)
     features = None
     if options.classifier is not None:
-      features = features_of(Run(options.classifier), task)
+      features = features_of(options.classifier, task)
     params = checkpoint.restore_params(
       run.checkpoints_path, task, best=options.best
     )
+    held_out = None
+    if features is not None:
+      held_out = np.concatenate([*real(task, options.num_measured)])
   key = jax.random.key(options.seed)
-  output = options.output or options.path / 'drawn.png'
   images = draw(params, key, options.num_images)
   pixels.write_png(str(output), pixels.grid(images, COLUMNS))
   print(f'written: {output}')
-  if features is not None:
-    held_out = np.concatenate([*real(task, options.num_measured)])
+  if features is not None and held_out is not None:
     drawn = draw(params, jax.random.fold_in(key, 1), len(held_out))
     moments = [frechet.moments(features(x)) for x in (drawn, held_out)]
     print(
       f'squared Frechet distance: {frechet.distance(*moments):.4f} '
       f'({len(held_out):,} drawn and held-out images)'
+    )
+
+
+def check(options: Options, output: pathlib.Path) -> None:
+  """Checks options that do not depend on the model.
+
+  Raises:
+    FileNotFoundError: the directory of the output does not exist.
+    IsADirectoryError: the output is a directory.
+    ValueError: a number is too small.
+  """
+  check_least(1, num_images=options.num_images)
+  # A covariance needs two images.
+  check_least(2, num_measured=options.num_measured)
+  check_least(0, seed=options.seed)
+  if output.is_dir():
+    raise IsADirectoryError(
+      f'--output must be a file, got the directory {output}: add a name such '
+      'as drawn.png'
+    )
+  if not output.absolute().parent.is_dir():
+    raise FileNotFoundError(
+      f'--output {output}: there is no directory {output.parent}; make it first'
     )
 
 
@@ -133,13 +157,20 @@ def real(task: Diffusion, number: int) -> Iterator[np.ndarray]:
 
 
 def features_of(
-  run: Run, task: Diffusion
+  directory: pathlib.Path, task: Diffusion
 ) -> Callable[[np.ndarray], np.ndarray]:
   """Returns the features [n, D] of images, from a trained classifier.
 
   Raises:
+    FileNotFoundError: the directory is not a run.
     ValueError: the run is not a classifier of such images.
   """
+  if is_directory(directory):
+    raise ValueError(
+      '--classifier must be the run of an image classifier, got '
+      f'{directory}, which is a directory of transformers'
+    )
+  run = Run(directory)
   config = run.config()
   if config.resolved_model.task != 'image_classification':
     raise ValueError(

@@ -264,7 +264,8 @@ class TestFolders:
     file.write_bytes(sound[:-40] if content == 'truncated' else content)
     message = r'b/01\.png: Pillow cannot read it .*corpus\.skip_unreadable'
     corpus = ImageFolders(str(folders), str(folders), size=size)
-    with pytest.raises(ValueError, match=message):
+    # Without a size, headers are read when the corpus is opened.
+    with pytest.raises((ValueError, OSError), match=message):
       next(batches(corpus.open('train'), batch_size=40, seed=0))
 
   def test_unreadable_images_are_skipped_on_request(self, folders):
@@ -473,7 +474,7 @@ class TestTfds:
 
   def test_an_unreadable_image_is_named(self, tmp_path):
     prepare(tmp_path, bad=7)
-    with pytest.raises(ValueError, match=r'toy, image 7\.png: Pillow cannot'):
+    with pytest.raises(OSError, match=r'toy, image 7\.png: Pillow cannot'):
       read(ImageTfds('toy', str(tmp_path)).open('train'))
 
   def test_no_image_feature(self, tmp_path):

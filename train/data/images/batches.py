@@ -58,8 +58,9 @@ def batches(
       `weights` [B] float32 ones, and with `noise`, `noise` [B, 2] uint32.
 
   Raises:
-    ValueError: the batch size is wrong. While iterating: Pillow cannot read an
-      image, or it has another size.
+    ValueError: the batch size is wrong. While iterating: an image has another
+      size.
+    OSError: while iterating, Pillow cannot read an image.
   """
   _check_batch_size(batch_size)
   augment = augment or Augment()

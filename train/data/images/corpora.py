@@ -118,7 +118,8 @@ class Images:
         the largest centred one if images are resized, otherwise the whole.
 
     Raises:
-      ValueError: Pillow cannot read the image, or it has another shape.
+      OSError: Pillow cannot read the image.
+      ValueError: the image has another shape.
     """
     height, width, channels = self.shape
     image, found = stored.data, self.shape
@@ -126,7 +127,9 @@ class Images:
       try:
         image = pixels.decode(image, channels)
       except ValueError as error:
-        raise ValueError(f'{stored.place}: {error}; {self.remedy}') from error
+        # `train.engine.training` prints an OSError as one line, also in the
+        # middle of a run.
+        raise OSError(f'{stored.place}: {error}; {self.remedy}') from error
       found = (image.height, image.width, channels)
     if box_of is None and self.is_resized:
       box_of = functools.partial(pixels.centred_box, aspect=width / height)
