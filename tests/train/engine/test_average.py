@@ -58,6 +58,7 @@ def test_it_follows_the_recurrence():
   assert means[1] == means[2]
 
 
+@pytest.mark.slow
 def test_validations_use_the_average(run):
   config = run.config()
   task = task_of(config)
@@ -75,6 +76,7 @@ def test_validations_use_the_average(run):
   )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_equal(run, config_path, tmp_path):
   copy = tmp_path / 'run'
   shutil.copytree(run.directory, copy)

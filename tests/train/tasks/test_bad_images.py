@@ -82,6 +82,9 @@ def check(capsys, main, args, message):
   assert re.search(message, err), err
 
 
+@pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, args, message',
   [
@@ -224,6 +227,7 @@ def test_a_checkpoint_of_another_model(
   check(capsys, finetune.main, [path], message)
 
 
+@pytest.mark.slow
 def test_a_classifier_of_another_kind(config_of, directories, capsys):
   model = Classifier(num_labels=3)
   path = config_of('vit', model=model, checkpoint=directories['encoder'])
@@ -292,6 +296,7 @@ def test_sampling(
   assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_sampling_of_other_models(runs, directories, tmp_path, capsys):
   for args, message in (
     ([directories['vit']], 'model that makes samples, got VitConfig'),
@@ -303,6 +308,7 @@ def test_sampling_of_other_models(runs, directories, tmp_path, capsys):
     check(capsys, sample.main, args, message)
 
 
+@pytest.mark.slow
 def test_a_classifier_of_other_images(config_of, runs, tmp_path, capsys):
   folder = images.write_idx(tmp_path / 'large', side=12)
   model = dataclasses.replace(VIT, image_size=12)
@@ -313,6 +319,7 @@ def test_a_classifier_of_other_images(config_of, runs, tmp_path, capsys):
   check(capsys, sample.main, [runs['dit'], '--classifier', where], message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('option', ['--text', '--choices'])
 @pytest.mark.parametrize('name', ['vit', 'dit'])
 def test_texts_for_a_model_of_images(runs, option, name, tmp_path, capsys):
@@ -322,6 +329,7 @@ def test_texts_for_a_model_of_images(runs, option, name, tmp_path, capsys):
   check(capsys, evaluate.main, [runs[name], option, str(file)], message)
 
 
+@pytest.mark.slow
 def test_without_pillow(config_of, runs, tmp_path, capsys, monkeypatch):
   for name in ('PIL', 'PIL.Image', 'PIL.ExifTags', 'PIL.ImageOps'):
     monkeypatch.setitem(sys.modules, name, None)

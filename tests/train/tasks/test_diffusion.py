@@ -165,6 +165,7 @@ def test_it_is_reported_with_its_samples(run):
   assert f'validation loss 2</td><td>{last:.4f}' in page
 
 
+@pytest.mark.slow
 def test_the_average_is_drawn(run, tmp_path):
   state, _ = images.restored(run)
   task = task_of(run.config())
@@ -291,6 +292,7 @@ def test_the_loss_by_level_is_that_of_each_image():
   assert found['loss'] == pytest.approx(np.mean(means), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('batch_size', [5, 22, 64])
 def test_the_loss_by_level_is_that_of_any_batch_size(batch_size):
   expected, _ = hand_made(1)

@@ -138,6 +138,7 @@ def test_it_is_reported(run):
   assert 'images per second' in page and 'blocks/mlp/up/kernel' in page
 
 
+@pytest.mark.slow
 def test_it_is_exported(run, exported):
   model, params = huggingface.load(exported)
   # The data type and the names of the labels are part of the format.
@@ -282,6 +283,7 @@ def test_two_devices_train_as_one_does(config_path, tmp_path, axis):
   np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['vit_fashion', 'vit_s16_imagenet'])
 def test_the_configs_are_estimated(name, capsys):
   assert plan([f'configs/{name}.py', '--estimate', '--json']) == 0
