@@ -9,7 +9,7 @@ This needs imagenet2012 as prepared by TFDS; --corpus.data-dir is its directory.
 It also needs Pillow: pip install 'galore-optax[train,images]'.
 Differences: there is no autoencoder, so the network reads pixels, in patches of
 8 x 8. It predicts v instead of noise and variances. Li and He, 2025
-(arXiv 2511.13720) report that predicting noise or v fails for patches of 16 x
+(arXiv 2511.13720) report that predicting noise or v can fail for patches of 16 x
 16 pixels, whose 768 numbers are too many. The bases have 8 bits per number, and
 a warm-up of 10,000 steps precedes the constant learning rate.
 Expected memory: 6.89 GiB on an RTX 4090, by the compiler's memory analysis
