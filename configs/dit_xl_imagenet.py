@@ -14,7 +14,7 @@ bases have 8 bits per number, and a warm-up of 10,000 steps precedes the
 constant learning rate. Expected memory: 6.89 GiB on an RTX 4090, by the
 compiler's memory analysis (make plan ARGS=configs/dit_xl_imagenet.py, 30
 November 2026, jax 0.10.2), 2.50 GiB of it for the moving average. Expected
-time: not measured. Expected result: unknown. Status: not run yet. """
+time: not measured. Expected result: unknown. Status: not run yet."""
 
 from models.diffusion import Diffusion
 from models.dit import dit
