@@ -28,6 +28,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple, TypeAlias
 
+from train.data.hub import import_offline
+
 Record: TypeAlias = dict[str, Any]
 
 _COMPRESSED: dict[str, Callable[..., IO[Any]]] = {
@@ -484,24 +486,8 @@ def _decompressed(path: str, scratch: str) -> str:
 
 
 def _datasets(path: str) -> Any:
-  """Imports the library `datasets` with its use of the network turned off."""
-  names = ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE')
-  before = {name: os.environ.get(name) for name in names}
-  os.environ.update(dict.fromkeys(names, '1'))
-  try:
-    # This import takes seconds, which other kinds of files need not spend.
-    import datasets
-  except ImportError as error:
-    raise ImportError(
-      f'{path} needs the package datasets, which is not installed: pip install '
-      "'galore-optax[data]'"
-    ) from error
-  finally:
-    for name, value in before.items():
-      if value is None:
-        del os.environ[name]
-      else:
-        os.environ[name] = value
+  """Imports the library `datasets`, which takes seconds."""
+  datasets = import_offline('datasets', path)
   # It would print each error before it raises it.
   datasets.logging.set_verbosity(datasets.logging.CRITICAL)
   return datasets
