@@ -85,6 +85,7 @@ def check(capsys, main, args, message):
 @pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, args, message',
   [
@@ -139,6 +140,7 @@ def test_training(config_of, name, args, message, tmp_path, capsys):
   assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_images_for_a_language_model(config_of, tmp_path, capsys):
   path = write_config(tmp_path)
   message = 'corpus of a LlamaConfig must hold .*, got IdxImages, which holds i'
@@ -346,6 +348,7 @@ def test_without_pillow(config_of, runs, tmp_path, capsys, monkeypatch):
   check(capsys, pretrain.main, [config_of('vit'), *scale], message)
 
 
+@pytest.mark.slow
 def test_planning(config_of, capsys):
   path = config_of('dit')
   args = [path, '--estimate', '--model.patch-size', '3']
