@@ -21,6 +21,9 @@ from train.data.images.corpora import ImageFolders
 from train.engine import checkpoint, training
 from train.plan.__main__ import main as plan
 
+# Together these tests take half a minute.
+pytestmark = pytest.mark.slow
+
 MODELS = {
   'vit': VIT,
   'mean': dataclasses.replace(VIT, pool='mean'),
@@ -82,10 +85,6 @@ def check(capsys, main, args, message):
   assert re.search(message, err), err
 
 
-@pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, args, message',
   [
@@ -140,7 +139,6 @@ def test_training(config_of, name, args, message, tmp_path, capsys):
   assert contents(tmp_path) == before
 
 
-@pytest.mark.slow
 def test_images_for_a_language_model(config_of, tmp_path, capsys):
   path = write_config(tmp_path)
   message = 'corpus of a LlamaConfig must hold .*, got IdxImages, which holds i'
@@ -165,7 +163,6 @@ def test_an_unreadable_image(config_of, tmp_path, capsys):
   assert contents(tmp_path) == before
 
 
-@pytest.mark.slow
 def test_an_image_that_is_unreadable_when_it_is_trained_on(
   config_of, tmp_path, capsys
 ):
@@ -229,7 +226,6 @@ def test_a_checkpoint_of_another_model(
   check(capsys, finetune.main, [path], message)
 
 
-@pytest.mark.slow
 def test_a_classifier_of_another_kind(config_of, directories, capsys):
   model = Classifier(num_labels=3)
   path = config_of('vit', model=model, checkpoint=directories['encoder'])
@@ -298,7 +294,6 @@ def test_sampling(
   assert contents(tmp_path) == before
 
 
-@pytest.mark.slow
 def test_sampling_of_other_models(runs, directories, tmp_path, capsys):
   for args, message in (
     ([directories['vit']], 'model that makes samples, got VitConfig'),
@@ -310,7 +305,6 @@ def test_sampling_of_other_models(runs, directories, tmp_path, capsys):
     check(capsys, sample.main, args, message)
 
 
-@pytest.mark.slow
 def test_a_classifier_of_other_images(config_of, runs, tmp_path, capsys):
   folder = images.write_idx(tmp_path / 'large', side=12)
   model = dataclasses.replace(VIT, image_size=12)
@@ -321,7 +315,6 @@ def test_a_classifier_of_other_images(config_of, runs, tmp_path, capsys):
   check(capsys, sample.main, [runs['dit'], '--classifier', where], message)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('option', ['--text', '--choices'])
 @pytest.mark.parametrize('name', ['vit', 'dit'])
 def test_texts_for_a_model_of_images(runs, option, name, tmp_path, capsys):
@@ -331,7 +324,6 @@ def test_texts_for_a_model_of_images(runs, option, name, tmp_path, capsys):
   check(capsys, evaluate.main, [runs[name], option, str(file)], message)
 
 
-@pytest.mark.slow
 def test_without_pillow(config_of, runs, tmp_path, capsys, monkeypatch):
   for name in ('PIL', 'PIL.Image', 'PIL.ExifTags', 'PIL.ImageOps'):
     monkeypatch.setitem(sys.modules, name, None)
@@ -348,7 +340,6 @@ def test_without_pillow(config_of, runs, tmp_path, capsys, monkeypatch):
   check(capsys, pretrain.main, [config_of('vit'), *scale], message)
 
 
-@pytest.mark.slow
 def test_planning(config_of, capsys):
   path = config_of('dit')
   args = [path, '--estimate', '--model.patch-size', '3']

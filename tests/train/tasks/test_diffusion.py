@@ -292,7 +292,6 @@ def test_the_loss_by_level_is_that_of_each_image():
   assert found['loss'] == pytest.approx(np.mean(means), rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('batch_size', [5, 22, 64])
 def test_the_loss_by_level_is_that_of_any_batch_size(batch_size):
   expected, _ = hand_made(1)
@@ -356,6 +355,7 @@ def test_a_run_of_two_devices_is_drawn_on_one(config_path, run, tmp_path):
   assert np.abs(found - expected).max() < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name', ['ddpm_fashion', 'dit_fashion', 'dit_xl_imagenet']
 )
