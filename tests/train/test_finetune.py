@@ -25,7 +25,7 @@ from tests.train.program import saved
 from train import evaluate, export, finetune, sample
 from train.data.chats import PLAIN
 from train.data.tokenizer import load
-from train.engine import checkpoint, mesh, metrics, training
+from train.engine import checkpoint, cluster, metrics, training
 from train.engine.run import Run
 from train.tasks.text import stored_tokenizer
 from train.tasks.text_model import opened
@@ -300,7 +300,7 @@ def test_a_run_resumed_on_another_day_has_its_date(tmp_path, monkeypatch):
 
   (tmp_path / 'whole').mkdir()
   with monkeypatch.context() as patch:
-    patch.setattr(mesh, 'clock', lambda: clock)
+    patch.setattr(cluster, 'clock', lambda: clock)
     _, whole = tune(tmp_path / 'whole', directory, chats, *args)
     patch.setattr(metrics, 'describe', crash)
     with pytest.raises(Killed):
