@@ -13,7 +13,7 @@ those of a cache, or of a block.
 Source: Dao et al., `FlashAttention <https://arxiv.org/abs/2205.14135>`_, 2022.
 """
 
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,24 @@ Abstract: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 
 _Residuals: TypeAlias = tuple[jax.Array, ...]
 """Arrays that the forward pass stores for the backward pass."""
+
+
+class Call(NamedTuple):
+  """The sizes of an attention in a model."""
+
+  length: int
+  """Number of time steps in a row, T."""
+  num_heads: int
+  """Number of query heads, N."""
+  kv_heads: int
+  """Number of key-value heads, K."""
+  head_width: int
+  """Size of a head, H."""
+  window: int | None = None
+  """Number of time steps that a query attends to; None is all."""
+  causal: bool = False
+  """Whether later keys are masked."""
+
 
 BLOCK = 128
 """Maximum number of time steps in a block."""
@@ -127,36 +145,6 @@ def attend_cached(
   y_BTKGH = _product('bkgts,bskh->btkgh', p[..., :S], values_BSKH)
   y_BTKGH += _product('bkgts,bskh->btkgh', p[..., S:], v_BTKH)
   return y_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
-
-
-def kind_on_gpu(
-  kind: Kind,
-  length: int,
-  *,
-  num_heads: int,
-  kv_heads: int,
-  head_width: int,
-  dtype: str,
-  window: int | None,
-  causal: bool,
-) -> Kind:
-  """Returns the implementation that 'auto' selects on an NVIDIA GPU.
-
-  Args:
-    kind: The configured implementation; all others than 'auto' are returned.
-    length: Number of time steps in a row.
-    num_heads: Number of query heads.
-    kv_heads: Number of key and value heads.
-    head_width: Size of a head.
-    dtype: Type of the activations.
-    window: Number of time steps that a query attends to, or None.
-    causal: Whether a query attends only to its own and earlier time steps.
-  """
-  if kind != 'auto':
-    return kind
-  q = jax.ShapeDtypeStruct((1, length, num_heads, head_width), dtype)
-  k = jax.ShapeDtypeStruct((1, length, kv_heads, head_width), dtype)
-  return 'blockwise' if refusal(q, k, window, causal) else 'cudnn'
 
 
 def refusal(

@@ -23,10 +23,10 @@ from models import diffusion as diffusion_lib
 from models import noise as noise_lib
 from models.diffusion import Diffusion, Sampler
 from models.model import (
+  AttentionConfig,
   Batch,
   Dtype,
   Intercept,
-  ModelConfig,
   Params,
   PyTree,
   Read,
@@ -40,7 +40,7 @@ has 1,000 steps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DenoiserConfig(ModelConfig):
+class DenoiserConfig(AttentionConfig):
   """Fields of all networks that reverse a diffusion of images."""
 
   task: ClassVar[str] = 'diffusion'
@@ -97,27 +97,10 @@ class DenoiserConfig(ModelConfig):
     diffusion = dataclasses.replace(self.diffusion, label_dropout=0.0)
     return dataclasses.replace(self, diffusion=diffusion)
 
-  def on_gpu(self, batch: Batch) -> Self:
-    """Returns the model with attention 'auto' resolved as on an NVIDIA GPU.
-
-    The result is 'cudnn' only if cuDNN has a kernel for each attention of the
-    network.
-
-    Args:
-      batch: the shapes of a batch.
-    """
-    del batch
-    if self.attention != 'auto' or not self.attention_shapes:
-      return self
-    queries = [
-      jax.ShapeDtypeStruct((1, *shape), self.dtype)
-      for shape in self.attention_shapes
-    ]
-    refused = any(
-      attention_lib.refusal(q, q, None, False) for q in dict.fromkeys(queries)
-    )
-    kind = 'blockwise' if refused else 'cudnn'
-    return dataclasses.replace(self, attention=kind)
+  def attention_calls(self, batch: Batch) -> list[attention_lib.Call]:
+    """Returns the sizes of each attention in the network."""
+    del batch  # All images have the same size.
+    return [attention_lib.Call(T, N, N, H) for T, N, H in self.attention_shapes]
 
   def flops(self, params: PyTree, trained: PyTree, batch: Batch) -> float:
     """Returns the flops that the model needs for an update.

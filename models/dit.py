@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import attention, denoiser
+from models import denoiser
 from models.denoiser import DenoiserConfig, LabelTable
 from models.model import (
   Activations,
@@ -33,7 +33,7 @@ from models.model import (
   Read,
   Sums,
 )
-from models.modules import Linear, apply
+from models.modules import Linear, apply, attend, layer_class, run_layers
 
 _TIME_FEATURES = 256
 """Number of cosines and sines of a time."""
@@ -298,19 +298,8 @@ class Attention(nn.Module):
       _linear(config, (D, D), name)(h_BTD).reshape(B, T, config.num_heads, -1)
       for name in ('q', 'k', 'v')
     )
-    if self.is_initializing():
-      # Initial parameters do not depend on the output of attention, and
-      # tracing attention would take most of the time of `init`.
-      y_BTNH = q_BTNH
-    else:
-      y_BTNH = attention.attend(
-        q_BTNH,
-        k_BTNH,
-        v_BTNH,
-        jnp.zeros((B, T), jnp.int32),
-        kind=config.attention,
-        causal=False,
-      )
+    one_BT = jnp.zeros((B, T), jnp.int32)
+    y_BTNH = attend(self, q_BTNH, k_BTNH, v_BTNH, one_BT, kind=config.attention)
     return _linear(config, (D, D), 'o')(y_BTNH.reshape(B, T, D))
 
 
@@ -382,41 +371,29 @@ class Dit(nn.Module):
   def setup(self) -> None:
     """Declares the submodules; attribute names are keys of the parameters."""
     config = self.config
-    # `prevent_cse` is needed only outside of a scan: XLA does not merge
-    # computations across iterations of a loop.
-    layer = TransformerLayer
-    if config.remat:
-      layer = nn.remat(layer, prevent_cse=False)
-    if self.read is not None:
-      layer = nn.map_variables(layer, 'params', self.read)
+    layer = layer_class(TransformerLayer, remat=config.remat, read=self.read)
     self.embed = Embedding(config)
     self.blocks = layer(config)
     self.head = Head(config)
 
   def __call__(self, batch: Batch) -> tuple[jax.Array, Sums]:
     """Returns the loss of a batch and its sums; see `score`."""
-    return self.score(self.run_layers(self.enter(batch)), batch)
+    return self.score(self._run_layers(self.enter(batch)), batch)
 
   def predict(
     self, x_t: jax.Array, times_B: jax.Array, labels_B: jax.Array | None
   ) -> jax.Array:
     """Returns the output [B, H, W, C] in float32."""
-    return self.head(self.run_layers(self.embed(x_t, times_B, labels_B)))
+    return self.head(self._run_layers(self.embed(x_t, times_B, labels_B)))
 
   def enter(self, batch: Batch) -> Activations:
     """Returns x = {'h', 'c'}, the input of the first layer."""
     drawn = denoiser.draw(self.config, batch)
     return self.embed(drawn.x_t, drawn.times, drawn.labels)
 
-  def run_layers(self, x: Activations) -> Activations:
-    """Applies all layers by a scan over their stacked parameters."""
-    scan = nn.scan(
-      lambda layer, x: (layer(x), None),
-      variable_axes={'params': 0},
-      split_rngs={'params': True},
-      length=self.config.num_layers,
-    )
-    return scan(self.blocks, x)[0]
+  def _run_layers(self, x: Activations) -> Activations:
+    """Applies all layers."""
+    return run_layers(self.blocks, x, self.config.num_layers)
 
   def score(self, x: Activations, batch: Batch) -> tuple[jax.Array, Sums]:
     """Returns the loss and its sums from the output x of the last layer.

@@ -10,20 +10,21 @@ C labels, L layers.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import attention, flops, noise
+from models import flops, noise
 from models.architecture import Architecture
+from models.attention import Call
 from models.model import (
   Activations,
+  AttentionConfig,
   Batch,
   Dtype,
   Intercept,
-  ModelConfig,
   PyTree,
   Read,
   Sums,
@@ -44,7 +45,7 @@ from models.modules import (
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig(ModelConfig):
+class EncoderConfig(AttentionConfig):
   """Dimensions and number formats of a BERT or a RoBERTa."""
 
   vocab_size: int
@@ -124,10 +125,6 @@ class EncoderConfig(ModelConfig):
   """The layers are stacked."""
   large: ClassVar[tuple[str, ...]] = ('embed/tokens/embedding',)
   """Weights of the vocabulary."""
-  causal: ClassVar[bool] = False
-  """Whether a query attends only to its own and earlier tokens."""
-  window: ClassVar[None] = None
-  """Number of time steps that a query attends to; None is all."""
 
   def layers(
     self, *, read: Read | None = None, intercept: Intercept | None = None
@@ -164,24 +161,11 @@ class EncoderConfig(ModelConfig):
     size = flops.element_bytes(self.dtype) * self.width
     return self.num_layers * batch['inputs'].size * size
 
-  def on_gpu(self, batch: Batch) -> Self:
-    """Returns the model with attention 'auto' resolved as on a GPU."""
-    kind = attention.kind_on_gpu(
-      self.attention,
-      batch['inputs'].shape[1],
-      num_heads=self.num_heads,
-      kv_heads=self.kv_heads,
-      head_width=self.head_width,
-      dtype=self.dtype,
-      window=self.window,
-      causal=self.causal,
-    )
-    return dataclasses.replace(self, attention=kind)
-
-  @property
-  def attention_kind(self) -> str:
-    """Implementation of attention."""
-    return self.attention
+  def attention_calls(self, batch: Batch) -> list[Call]:
+    """Returns the sizes of attention, which all layers share."""
+    length = batch['inputs'].shape[1]
+    N = self.num_heads
+    return [Call(length, N, N, self.head_width)]
 
   def tensor_sizes(self) -> dict[str, int]:
     """Returns the sizes that the mesh axis 'tensor' must divide."""
@@ -196,11 +180,6 @@ class EncoderConfig(ModelConfig):
   def head_width(self) -> int:
     """Size of one attention head."""
     return self.width // self.num_heads
-
-  @property
-  def kv_heads(self) -> int:
-    """Number of key and value heads: as many as query heads."""
-    return self.num_heads
 
   @property
   def first_position(self) -> int:

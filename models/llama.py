@@ -18,7 +18,6 @@ from typing import (
   ClassVar,
   Literal,
   NamedTuple,
-  Self,
   TypeAlias,
 )
 
@@ -28,11 +27,12 @@ import jax.numpy as jnp
 
 from models import attention, cross_entropy, flops
 from models.architecture import Architecture
+from models.attention import Call
 from models.model import (
+  AttentionConfig,
   Batch,
   Dtype,
   Intercept,
-  ModelConfig,
   Params,
   PyTree,
   Read,
@@ -80,7 +80,7 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig(ModelConfig):
+class LlamaConfig(AttentionConfig):
   """Dimensions and number formats of a LLaMA."""
 
   vocab_size: int
@@ -162,8 +162,6 @@ class LlamaConfig(ModelConfig):
   """Weights of the vocabulary; a tied model has only the first of them."""
   has_peft_names: ClassVar[bool] = True
   """Factors can be written in PEFT's format."""
-  causal: ClassVar[bool] = True
-  """Whether a query attends only to its own and earlier tokens."""
 
   def layers(
     self, *, read: Read | None = None, intercept: Intercept | None = None
@@ -200,24 +198,11 @@ class LlamaConfig(ModelConfig):
     size = flops.element_bytes(self.dtype) * self.width
     return self.num_layers * batch['inputs'].size * size
 
-  def on_gpu(self, batch: Batch) -> Self:
-    """Returns the model with attention 'auto' resolved as on a GPU."""
-    kind = attention.kind_on_gpu(
-      self.attention,
-      batch['inputs'].shape[1],
-      num_heads=self.num_heads,
-      kv_heads=self.kv_heads,
-      head_width=self.head_width,
-      dtype=self.dtype,
-      window=self.window,
-      causal=self.causal,
-    )
-    return dataclasses.replace(self, attention=kind)
-
-  @property
-  def attention_kind(self) -> str:
-    """Implementation of attention."""
-    return self.attention
+  def attention_calls(self, batch: Batch) -> list[Call]:
+    """Returns the sizes of attention, which all layers share."""
+    length = batch['inputs'].shape[1]
+    sizes = (length, self.num_heads, self.kv_heads, self.head_width)
+    return [Call(*sizes, self.window, causal=True)]
 
   def tensor_sizes(self) -> dict[str, int]:
     """Returns the sizes that the mesh axis 'tensor' must divide."""

@@ -1,4 +1,4 @@
-"""What a model has to define, so that programs can train it.
+"""The interface by which programs train a model.
 
 A model is a frozen dataclass that subclasses `ModelConfig`, such as
 `models.llama.LlamaConfig`. Its method `layers` returns the model as pure
@@ -7,12 +7,14 @@ functions of a tree of parameters.
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias
 
 import jax
 
+from models import attention
 from models.architecture import Architecture
+from models.attention import Call, Kind
 
 PyTree: TypeAlias = Any
 
@@ -160,3 +162,50 @@ class ModelConfig(abc.ABC):
   def tensor_sizes(self) -> dict[str, int]:
     """Returns the fields that the mesh axis 'tensor' must divide, by name."""
     return {}
+
+
+class AttentionConfig(ModelConfig):
+  """The configuration of a model with attention."""
+
+  attention: Kind
+  """Implementation of attention: 'cudnn' is cuDNN's kernel, 'blockwise' is
+  plain JAX in blocks of time steps. 'auto' is 'cudnn' on a GPU if cuDNN has a
+  kernel for the arrays, else 'blockwise'."""
+
+  @abc.abstractmethod
+  def attention_calls(self, batch: Batch) -> Sequence[Call]:
+    """Returns the sizes of each attention in the model.
+
+    Args:
+      batch: the batch or its shapes.
+    """
+
+  def on_gpu(self, batch: Batch) -> Self:
+    """Returns the model with attention 'auto' resolved as on an NVIDIA GPU.
+
+    The result is 'cudnn' only if cuDNN has a kernel for each attention of the
+    model.
+
+    Args:
+      batch: the shapes of a batch.
+    """
+    calls = dict.fromkeys(self.attention_calls(batch))
+    if self.attention != 'auto' or not calls:
+      return self
+    dtype = self.dtype
+    refused = any(
+      attention.refusal(
+        jax.ShapeDtypeStruct((1, x.length, x.num_heads, x.head_width), dtype),
+        jax.ShapeDtypeStruct((1, x.length, x.kv_heads, x.head_width), dtype),
+        x.window,
+        x.causal,
+      )
+      for x in calls
+    )
+    kind = 'blockwise' if refused else 'cudnn'
+    return dataclasses.replace(self, attention=kind)
+
+  @property
+  def attention_kind(self) -> str:
+    """Implementation of attention."""
+    return self.attention

@@ -373,6 +373,36 @@ def drop(
   return noise.drop(x, noise.folded(noise_B2, site), rate)
 
 
+def attend(
+  module: nn.Module,
+  q_BTNH: jax.Array,
+  k_BTNH: jax.Array,
+  v_BTNH: jax.Array,
+  segments_BT: jax.Array,
+  *,
+  kind: attention.Kind,
+) -> jax.Array:
+  """Returns bidirectional attention within segments, [B, T, N, H].
+
+  While the module is initialized, it returns the queries. Initial parameters do
+  not depend on the output of attention, and tracing attention would take most
+  of the time of `init`.
+
+  Args:
+    module: The module that computes attention.
+    q_BTNH: Queries.
+    k_BTNH: Keys.
+    v_BTNH: Values.
+    segments_BT: Integers. A query attends only to keys of the same integer.
+    kind: Implementation of attention.
+  """
+  if module.is_initializing():
+    return q_BTNH
+  return attention.attend(
+    q_BTNH, k_BTNH, v_BTNH, segments_BT, kind=kind, causal=False
+  )
+
+
 class Attention(nn.Module):
   """Bidirectional attention within segments."""
 
@@ -388,20 +418,8 @@ class Attention(nn.Module):
       y_BTD = Linear(config, (D, D), config.qkv_bias, name=name)(h_BTD)
       return y_BTD.reshape(*h_BTD.shape[:2], N, D // N)
 
-    q_BTNH, k_BTNH, v_BTNH = heads('q'), heads('k'), heads('v')
-    if self.is_initializing():
-      # Initial parameters do not depend on the output of attention, and
-      # tracing attention would take most of the time of `init`.
-      y_BTNH = q_BTNH
-    else:
-      y_BTNH = attention.attend(
-        q_BTNH,
-        k_BTNH,
-        v_BTNH,
-        segments_BT,
-        kind=config.attention,
-        causal=False,
-      )
+    qkv = heads('q'), heads('k'), heads('v')
+    y_BTNH = attend(self, *qkv, segments_BT, kind=config.attention)
     return Linear(config, (D, D), True, name='o')(y_BTNH.reshape(h_BTD.shape))
 
 

@@ -16,10 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import attention, denoiser
+from models import denoiser
 from models.denoiser import DenoiserConfig, LabelTable
 from models.model import Batch, Intercept, Read, Sums
-from models.modules import drop
+from models.modules import attend, drop
 
 _FIRST_SITE = 3
 """Number of the first dropout. `denoiser.draw` folds smaller numbers into the
@@ -262,19 +262,8 @@ class Attention(nn.Module):
       _linear(config, C, name)(normed_BTC).reshape(B, H * W, N, C // N)
       for name in ('q', 'k', 'v')
     )
-    if self.is_initializing():
-      # Initial parameters do not depend on the output of attention, and
-      # tracing attention would take much of the time of `init`.
-      y_BTNH = q_BTNH
-    else:
-      y_BTNH = attention.attend(
-        q_BTNH,
-        k_BTNH,
-        v_BTNH,
-        jnp.zeros((B, H * W), jnp.int32),
-        kind=config.attention,
-        causal=False,
-      )
+    one_BT = jnp.zeros((B, H * W), jnp.int32)
+    y_BTNH = attend(self, q_BTNH, k_BTNH, v_BTNH, one_BT, kind=config.attention)
     y = _linear(config, C, 'o', zero=True)(y_BTNH.reshape(B, H * W, C))
     return h + y.reshape(h.shape)
 

@@ -14,13 +14,13 @@ Source: Dosovitskiy et al., `An Image is Worth 16x16 Words
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from models import attention, flops, noise
+from models import flops, noise
 from models.architecture import (
   LABELS,
   ONE_STACK,
@@ -31,14 +31,15 @@ from models.architecture import (
   read_labels,
   write_labels,
 )
+from models.attention import Call
 from models.cross_entropy import multiply
 from models.huggingface_images import PREPROCESSOR, side_of
 from models.model import (
   Activations,
+  AttentionConfig,
   Batch,
   Dtype,
   Intercept,
-  ModelConfig,
   Params,
   PyTree,
   Read,
@@ -60,7 +61,7 @@ from models.modules import (
 
 
 @dataclasses.dataclass(frozen=True)
-class VitConfig(ModelConfig):
+class VitConfig(AttentionConfig):
   """Dimensions and number formats of a vision transformer."""
 
   image_size: int
@@ -198,25 +199,11 @@ class VitConfig(ModelConfig):
     size = flops.element_bytes(self.dtype) * self.width
     return self.num_layers * tokens * size
 
-  def on_gpu(self, batch: Batch) -> Self:
-    """Returns the model with attention 'auto' resolved as on a GPU."""
+  def attention_calls(self, batch: Batch) -> list[Call]:
+    """Returns the sizes of attention, which all layers share."""
     del batch  # All images have the same number of patches.
-    kind = attention.kind_on_gpu(
-      self.attention,
-      self.length,
-      num_heads=self.num_heads,
-      kv_heads=self.num_heads,
-      head_width=self.width // self.num_heads,
-      dtype=self.dtype,
-      window=None,
-      causal=False,
-    )
-    return dataclasses.replace(self, attention=kind)
-
-  @property
-  def attention_kind(self) -> str:
-    """Implementation of attention."""
-    return self.attention
+    N = self.num_heads
+    return [Call(self.length, N, N, self.width // N)]
 
   def tensor_sizes(self) -> dict[str, int]:
     """Returns the sizes that the mesh axis 'tensor' must divide."""
