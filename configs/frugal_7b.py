@@ -8,7 +8,7 @@ Command: python -m train.pretrain configs/frugal_7b.py
 This needs c4/en as prepared by TFDS; --corpus.data-dir is its directory.
 Differences: documents are packed here; the script cuts or pads each to 256
 tokens. The tokenizer is trained on C4 here; the script uses that of T5.
-Expected memory: 53.56 GiB on an H100, of which 1.96 GiB is optimizer state, by
+Expected memory: 53.03 GiB on an H100, of which 1.96 GiB is optimizer state, by
 the compiler's memory analysis (make plan ARGS='configs/frugal_7b.py --device
 h100', 26 November 2026, jax 0.10.2).
 Expected time: not measured. 6 x parameters x tokens is 7.9e+20 floating-point
