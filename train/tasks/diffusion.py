@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import grain
 import jax
@@ -21,10 +21,11 @@ from models import denoiser, diffusion
 from models.denoiser import DenoiserConfig
 from models.diffusion import Sampler
 from train.data.images import pixels
-from train.data.images.batches import batches, shown, validation_batches
-from train.data.images.corpora import ImageCorpus
+from train.data.images.batches import batches
+from train.data.images.corpora import Images
 from train.engine import mesh as mesh_lib
-from train.engine.task import Batch, Data, Metrics, PyTree, Task
+from train.engine.task import Batch, Data, Metrics, PyTree
+from train.tasks.images import ImageTask
 
 NUM_LEVELS = 4
 """Number of equal ranges of times whose held-out loss is measured, K."""
@@ -36,11 +37,9 @@ COLUMNS = 8
 """Number of images in a row of a grid."""
 
 
-class Diffusion(Task):
+class Diffusion(ImageTask):
   """Predicting the noise of noisy images, from which images are drawn."""
 
-  unit: ClassVar[str] = 'images'
-  holds: ClassVar[tuple[str, ...]] = ('images',)
   sampler: ClassVar[str | None] = 'train.tasks.image_sampling'
   loss_label: ClassVar[str] = 'loss (mean squared error)'
 
@@ -50,43 +49,35 @@ class Diffusion(Task):
     return cast(DenoiserConfig, self.config.resolved_model)
 
   @property
-  def corpus(self) -> ImageCorpus:
-    """The corpus."""
-    return cast(ImageCorpus, self.config.corpus)
+  def image_shape(self) -> tuple[int, int, int]:
+    """Height, width and channels of the images that the network reads."""
+    return self.model.image_shape
+
+  def check_classes(self, images: Images) -> None:
+    """Raises ValueError if the network has fewer classes."""
+    known = self.model.num_classes
+    if known is not None and images.num_classes > known:
+      raise ValueError(
+        f'model.num_classes must be at least {images.num_classes}, the number '
+        f'of classes in the corpus, got {known}'
+      )
 
   def open(self, run: pathlib.Path | None) -> Data:
-    """Opens both splits, and checks that they fit the network.
-
-    It also checks that the trained network's images can be written.
-    """
+    """Opens both splits, and checks that samples can be written."""
     check_writable(self.model)
-    data = super().open(run)
-    for images in (data.train, data.validation):
-      check_fit(self.model, images)
-    return data
-
-  def held_out(self, run: pathlib.Path) -> Data:
-    """Opens the validation split, and checks that it fits the network."""
-    data = super().held_out(run)
-    check_fit(self.model, data.validation)
-    return data
+    return super().open(run)
 
   def inputs(self) -> Batch:
     """Returns the shapes of a batch."""
     rows = self.config.batch_size
     shapes = {
-      'inputs': jax.ShapeDtypeStruct((rows, *self.model.image_shape), np.uint8),
+      'inputs': jax.ShapeDtypeStruct((rows, *self.image_shape), np.uint8),
       'weights': jax.ShapeDtypeStruct((rows,), np.float32),
       'noise': jax.ShapeDtypeStruct((rows, 2), np.uint32),
     }
     if self.model.num_classes is not None:
       shapes['labels'] = jax.ShapeDtypeStruct((rows,), np.int32)
     return shapes
-
-  def describe_batch(self) -> str:
-    """Returns the shape of a batch as text."""
-    height, width, _ = self.model.image_shape
-    return f'{self.config.batch_size} images of {height} x {width}'
 
   def batches(self, data: Data) -> grain.DatasetIterator:
     """Returns batches of images with the bits of their noise, without end."""
@@ -107,17 +98,12 @@ class Diffusion(Task):
     Each image has one fixed time and one fixed noise. The times of the images
     alternate between the levels. Labels are not dropped.
     """
-    config = self.config
-    rows = validation_batches(
-      data.validation,
-      batch_size=config.batch_size,
-      num_batches=config.eval_batches,
-    )
     model = self.model.without_dropout()
     sums = functools.partial(level_sums, model, self.evaluated_layers)
+    rows = self.validation_rows(data)
     return functools.partial(
       losses,
-      mesh_lib.measure(sums, config.mesh),
+      mesh_lib.measure(sums, self.config.mesh),
       batches=lambda: with_times(model, rows),
     )
 
@@ -127,10 +113,6 @@ class Diffusion(Task):
     model = self.model.without_dropout()
     config = dataclasses.replace(self.config, model=model)
     return type(self)(config).stored_layers
-
-  def example(self, data: Data) -> RenderableType:
-    """Returns the classes, and an image."""
-    return shown(data.train, seed=self.config.seed)
 
   def samples(
     self, params: PyTree, data: Data, run: pathlib.Path
@@ -159,22 +141,6 @@ def check_writable(model: DenoiserConfig) -> None:
   """
   pixels.check_channels(model.num_channels)
   pixels.pillow()
-
-
-def check_fit(model: DenoiserConfig, images: Any) -> None:
-  """Raises ValueError if images have another shape or more classes."""
-  if images.shape != model.image_shape:
-    raise ValueError(
-      f'the images must have the shape {model.image_shape} of the model, got '
-      f'{images.shape}: set model.image_size and model.num_channels, or '
-      'corpus.size and corpus.channels'
-    )
-  known = model.num_classes
-  if known is not None and images.num_classes > known:
-    raise ValueError(
-      f'model.num_classes must be at least {images.num_classes}, the number of '
-      f'classes in the corpus, got {known}'
-    )
 
 
 def with_labels(model: DenoiserConfig, batch: Batch) -> Batch:
@@ -216,15 +182,25 @@ def level_sums(
   batch: Batch,
 ) -> dict[str, jax.Array]:
   """Returns the sums of cost and weight [K] of each noise level."""
-  drawn = denoiser.draw(model, batch)
-  output = layers.predict(params, drawn.x_t, drawn.times, drawn.labels)
-  cost_B = denoiser.cost(output, drawn)
+  cost_B = costs(model, layers, params, batch)
   is_at_BK = batch['levels'][:, None] == jnp.arange(NUM_LEVELS)[None]
   weights_BK = batch['weights'][:, None] * is_at_BK
   return {
     'cost': jnp.sum(weights_BK * cost_B[:, None], axis=0),
     'weight': jnp.sum(weights_BK, axis=0),
   }
+
+
+def costs(
+  model: DenoiserConfig,
+  layers: denoiser.Layers,
+  params: PyTree,
+  batch: Batch,
+) -> jax.Array:
+  """Returns the cost [B] of each image of a batch from `with_times`."""
+  drawn = denoiser.draw(model, batch)
+  output = layers.predict(params, drawn.x_t, drawn.times, drawn.labels)
+  return denoiser.cost(output, drawn)
 
 
 def losses(

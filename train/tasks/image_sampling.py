@@ -126,9 +126,8 @@ def drawing(
   if label is not None and not 0 <= label < (num_classes or 0):
     expected = 'absent' if num_classes is None else f'in 0..{num_classes - 1}'
     raise ValueError(f'--label must be {expected} for this model, got {label}')
-  size = min(_AT_ONCE, max(options.num_images, options.num_measured))
-  if options.classifier is None:
-    size = min(size, options.num_images)
+  measured = 0 if options.classifier is None else options.num_measured
+  size = min(_AT_ONCE, max(options.num_images, measured))
   sample = denoiser.make_sampler(task.evaluated_layers, options.sampler, size)
 
   def draw(params: PyTree, key: jax.Array, number: int) -> np.ndarray:
