@@ -1,10 +1,11 @@
 """Saves and restores checkpoints, and detects damaged files.
 
 An Orbax checkpoint has four items: the parameters, the optimizer's state with
-the step, the position in the data, and the configuration. A save copies the
-state to host memory, and a thread writes it while training continues. The
-thread writes a temporary directory and renames it at the end, so a save that
-fails leaves earlier checkpoints intact.
+the step, the position in the data, and the configuration. If a run keeps a
+moving average of the parameters, it is a fifth item. A save copies the state to
+host memory, and a thread writes it while training continues. The thread writes
+a temporary directory and renames it at the end, so a save that fails leaves
+earlier checkpoints intact.
 
 Before the rename, a file with the SHA-256 digests of all other files is
 written. Reading a checkpoint compares the digests first, and falls back to an
@@ -20,7 +21,7 @@ import logging
 import math
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -237,21 +238,26 @@ def save(
   """
   finish(manager)
   step = int(state.step)
-  average = {}
-  if state.average is not None:
-    average = {'average': ocp.args.StandardSave(state.average)}
   items = ocp.args.Composite(
-    params=ocp.args.StandardSave(state.params),
-    optimizer=ocp.args.StandardSave(
-      {'step': state.step, 'state': state.optimizer}
-    ),
+    **array_items(state, ocp.args.StandardSave),
     data=PositionSave(batches),
     config=ocp.args.JsonSave(to_json(config)),
-    **average,
   )
   found = None if score is None else {'score': score}
   with failures(manager, step):
     manager.save(step, args=items, metrics=found)
+
+
+def array_items(
+  state: State, wrap: Callable[[PyTree], ocp.args.CheckpointArgs]
+) -> dict[str, ocp.args.CheckpointArgs]:
+  """Returns the items of a checkpoint that hold the arrays of a state."""
+  items = {
+    'params': state.params,
+    'optimizer': {'step': state.step, 'state': state.optimizer},
+    'average': state.average,
+  }
+  return {name: wrap(x) for name, x in items.items() if x is not None}
 
 
 def best_score(manager: ocp.CheckpointManager) -> float:
@@ -293,24 +299,16 @@ def restore(
     batches: an iterator made like the saved one; it moves to the saved
       position.
   """
-  state = on_device(state)
-  average = {}
-  if state.average is not None:
-    average = {'average': ocp.args.StandardRestore(state.average)}
   items = ocp.args.Composite(
-    params=ocp.args.StandardRestore(state.params),
-    optimizer=ocp.args.StandardRestore(
-      {'step': state.step, 'state': state.optimizer}
-    ),
+    **array_items(on_device(state), ocp.args.StandardRestore),
     data=PositionRestore(batches),
-    **average,
   )
   found = read(manager, items)
   return State(
     found.optimizer['step'],
     found.params,
     found.optimizer['state'],
-    found.average if average else None,
+    None if state.average is None else found.average,
   )
 
 
