@@ -1,8 +1,9 @@
 """Imports the libraries of Hugging Face with their use of the network off."""
 
 import importlib
-import os
 from typing import Any
+
+from train.engine.environment import environment
 
 _OFFLINE = {
   'HF_HUB_OFFLINE': '1',
@@ -25,18 +26,11 @@ def import_offline(name: str, needed_by: str) -> Any:
   Raises:
     ImportError: the library is not installed.
   """
-  before = {variable: os.environ.get(variable) for variable in _OFFLINE}
-  os.environ.update(_OFFLINE)
   try:
-    return importlib.import_module(name)
+    with environment(_OFFLINE):
+      return importlib.import_module(name)
   except ImportError as error:
     raise ImportError(
       f'{needed_by} needs {name}, which is not installed ({error}): pip '
       "install 'galore-optax[data]'"
     ) from error
-  finally:
-    for variable, value in before.items():
-      if value is None:
-        del os.environ[variable]
-      else:
-        os.environ[variable] = value

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import os
 import pathlib
 import re
 import runpy
@@ -17,7 +16,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import tyro
@@ -25,6 +24,7 @@ import tyro
 from train.config import Config
 from train.engine import run as run_lib
 from train.engine.config_json import bases, choices, flatten
+from train.engine.environment import environment
 from train.engine.run import Run
 from train.method import AdamW
 from train.optimizers.registry import projects
@@ -178,21 +178,6 @@ def usage_errors(argv: Sequence[str]) -> Iterator[None]:
       raise
     error = refusal(stop) or UsageError(sentence(printed.getvalue()))
     raise error from None
-
-
-@contextlib.contextmanager
-def environment(changes: Mapping[str, str]) -> Iterator[None]:
-  """Changes environment variables for a while."""
-  before = {name: os.environ.get(name) for name in changes}
-  os.environ.update(changes)
-  try:
-    yield
-  finally:
-    for name, value in before.items():
-      if value is None:
-        del os.environ[name]
-      else:
-        os.environ[name] = value
 
 
 def sentence(box: str) -> str:
