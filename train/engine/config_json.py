@@ -5,7 +5,7 @@ holds the class of a dataclass.
 """
 
 import dataclasses
-import importlib
+import pkgutil
 import types
 import typing
 from typing import Any
@@ -92,14 +92,10 @@ def class_of(kind: str, hint: Any, name: str) -> type:
     TypeError: the field does not accept the class, or it does not exist.
   """
   known = {cls.__name__: cls for cls in choices(hint)}
-  module, colon, path = kind.partition(':')
-  if colon:
-    found: Any = None
+  if ':' in kind:
     try:
-      found = importlib.import_module(module)
-      for part in path.split('.'):
-        found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+      found = pkgutil.resolve_name(kind)
+    except (ImportError, AttributeError, ValueError) as error:
       raise TypeError(f'{name} is {kind!r}: {error}') from error
     if isinstance(found, type) and issubclass(found, bases(hint)):
       return found

@@ -7,8 +7,8 @@ subclasses. The model of a config decides which of them is used.
 import abc
 import dataclasses
 import functools
-import importlib
 import pathlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
@@ -35,7 +35,7 @@ Mask: TypeAlias = Callable[[PyTree], PyTree]
 
 
 def everything(params: PyTree) -> PyTree:
-  """Returns a mask of True for every weight: the default of `Task.trained`.
+  """Returns a mask of True for every weight.
 
   >>> everything({'w': 1})
   {'w': True}
@@ -59,7 +59,7 @@ class Task(abc.ABC):
 
   The base class derives the model and its parameters from the config. A
   subclass defines the data, the batches, the validation and, if there are any,
-  the samples and the files that a run keeps beside the weights.
+  the samples and the other files of a run, such as a tokenizer.
 
   Creating a task allocates no weight and reads no file.
   """
@@ -86,15 +86,12 @@ class Task(abc.ABC):
         f'{" or ".join(self.holds)}, got {type(corpus).__name__}, which holds '
         f'{corpus.holds}; --corpus takes another'
       )
-    if isinstance(self.config.update, Layerwise) and not self._is_stacked:
+    model = self.config.resolved_model
+    if isinstance(self.config.update, Layerwise) and not model.is_stacked:
       raise ValueError(
         'update Layerwise needs a model whose layers are stacked, got '
-        f'{type(self.config.model).__name__}: take --update WholeTree'
+        f'{type(model).__name__}: take --update WholeTree'
       )
-
-  @property
-  def _is_stacked(self) -> bool:
-    return self.config.resolved_model.is_stacked
 
   @abc.abstractmethod
   def inputs(self) -> Batch:
@@ -136,7 +133,7 @@ class Task(abc.ABC):
     return Data(corpus.open('train'), corpus.open('validation'))
 
   def held_out(self, run: pathlib.Path) -> Data:
-    """Opens only what a validation of a run's checkpoint needs."""
+    """Opens the validation split, to validate a run's checkpoint."""
     del run
     return Data(None, self.config.corpus.open('validation'))
 
@@ -151,7 +148,7 @@ class Task(abc.ABC):
     return ''
 
   def save(self, data: Any, directory: pathlib.Path) -> None:
-    """Writes what a run keeps beside weights and config; `open` reads it."""
+    """Writes other files of a run, such as a tokenizer; `open` reads them."""
     del data, directory
 
   def identity(self, data: Any) -> bytes:
@@ -172,13 +169,14 @@ class Task(abc.ABC):
     samples.png.
 
     Returns:
-      What to print. Nothing is written and printed if the model has no samples.
+      Renderables to print. It is empty, and no file is written, if the model
+      has no samples.
     """
     del params, data, run
     return []
 
   def export(self, run: pathlib.Path, directory: pathlib.Path) -> None:
-    """Writes files beside the exported weights, such as a tokenizer."""
+    """Adds files to an export, such as a tokenizer."""
     del run, directory
 
   # The model. Subclasses need not change any of the following.
@@ -270,15 +268,15 @@ def task_class(model: ModelConfig) -> type[Task]:
   Raises:
     ValueError: `model.task` names no task.
   """
-  module, _, name = TASKS.get(model.task, model.task).partition(':')
+  if model.task in TASKS:
+    return pkgutil.resolve_name(TASKS[model.task])
   try:
-    found = getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(model.task)
   except (ImportError, AttributeError, ValueError) as error:
     raise ValueError(
       f'{type(model).__name__}.task must be one of {", ".join(TASKS)}, or '
       f"'module:class' of a Task, got {model.task!r} ({error})"
     ) from error
-  return found
 
 
 def trained(config: Config, params: PyTree) -> PyTree:
