@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-from galore_optax import galore
 from galore_optax.layerwise.step import layerwise
 from models import dit as lib
 from models import lowrank
@@ -18,6 +17,7 @@ from models.denoiser import make_sampler
 from models.diffusion import Diffusion, Sampler
 from models.dit import DitConfig, dit
 from tests.models import jaxpr_flops
+from tests.models.program import trained_on_two_images
 from tests.rounding import assert_close, distance, units
 
 B = 4
@@ -336,32 +336,11 @@ def test_it_learns_a_toy_distribution(prediction, share):
   """GaLore trains it on two images, one of each class, and it draws them."""
   diffusion = Diffusion(steps=50, prediction=prediction)
   config = dataclasses.replace(_config(num_classes=2), diffusion=diffusion)
-  layers = config.layers()
-  rng = np.random.default_rng(5)
-  images = rng.integers(0, 2, (2, 6, 6, 2)) * 2 - 1
-  tx = galore(optax.adam(1e-2), rank=4, gap=20, scale=1.0)
-
-  @jax.jit
-  def step(params, state, batch):
-    (loss, _), grads = jax.value_and_grad(layers, has_aux=True)(params, batch)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, loss
-
-  params = jax.jit(layers.init)(jax.random.key(0))
-  state = tx.init(params)
-  losses = []
-  for _ in range(200):
-    labels = rng.integers(0, 2, 32, dtype=np.int32)
-    batch = {
-      'inputs': np.float32(images[labels]),
-      'labels': labels,
-      'noise': rng.integers(0, 2**32, (32, 2), dtype=np.uint32),
-      'weights': np.ones(32, np.float32),
-    }
-    params, state, loss = step(params, state, batch)
-    losses.append(float(loss))
+  params, losses, images = trained_on_two_images(config, 32)
   assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
-  draw_images = make_sampler(layers, Sampler(steps=20, guidance=2.0), 8)
+  draw_images = make_sampler(
+    config.layers(), Sampler(steps=20, guidance=2.0), 8
+  )
   labels = np.int32([0, 1] * 4)
   found = draw_images(params, jax.random.key(1), labels)
   # The signs of most pixels are those of the image of the class.

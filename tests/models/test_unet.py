@@ -6,15 +6,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from galore_optax import galore, names
+from galore_optax import names
 from models import unet as lib
 from models.denoiser import make_sampler
 from models.diffusion import Diffusion, Sampler
 from models.unet import UnetConfig
 from tests.models import jaxpr_flops
+from tests.models.program import trained_on_two_images
 from tests.rounding import assert_close, distance, units
 
 B = 3
@@ -267,32 +267,9 @@ def test_it_learns_a_toy_distribution():
   """GaLore trains it on two images, one of each class, and it draws them."""
   diffusion = Diffusion(steps=50, prediction='v')
   config = _config(num_classes=2, multipliers=(1,), diffusion=diffusion)
-  layers = config.layers()
-  rng = np.random.default_rng(5)
-  images = rng.integers(0, 2, (2, 8, 8, 2)) * 2 - 1
-  tx = galore(optax.adam(1e-2), rank=4, gap=20, scale=1.0)
-
-  @jax.jit
-  def step(params, state, batch):
-    (loss, _), grads = jax.value_and_grad(layers, has_aux=True)(params, batch)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, loss
-
-  params = jax.jit(layers.init)(jax.random.key(0))
-  state = tx.init(params)
-  losses = []
-  for _ in range(200):
-    labels = rng.integers(0, 2, 16, dtype=np.int32)
-    batch = {
-      'inputs': np.float32(images[labels]),
-      'labels': labels,
-      'noise': rng.integers(0, 2**32, (16, 2), dtype=np.uint32),
-      'weights': np.ones(16, np.float32),
-    }
-    params, state, loss = step(params, state, batch)
-    losses.append(float(loss))
+  params, losses, images = trained_on_two_images(config, 16)
   assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
-  draw_images = make_sampler(layers, Sampler(steps=20), 4)
+  draw_images = make_sampler(config.layers(), Sampler(steps=20), 4)
   labels = np.int32([0, 1] * 2)
   found = draw_images(params, jax.random.key(1), labels)
   assert found.shape == (4, 8, 8, 2) and np.isfinite(found).all()

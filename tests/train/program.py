@@ -3,15 +3,16 @@
 import pathlib
 import random
 import re
+import shutil
 from typing import Any
 
 import jax
 import numpy as np
 
+from train import pretrain
 from train.engine import checkpoint, metrics, step
 from train.engine.run import Run
 from train.engine.task import task_of
-from train.tasks.text import Text, stored_tokenizer
 
 CONFIG = """
 from models.llama import LlamaConfig
@@ -61,13 +62,23 @@ def saved(run: Run) -> tuple[step.State, Any]:
   config = run.config()
   task = task_of(config)
   shapes = jax.eval_shape(step.build(config, task)[0], jax.random.key(0))
-  documents = config.corpus.open('train')
-  data = task.batches(
-    Text(documents, documents, stored_tokenizer(run.directory))
-  )
+  data = task.batches(task.open(run.directory))
   with checkpoint.opened(run.checkpoints_path) as manager:
     state = checkpoint.restore(manager, shapes, data)
   return jax.tree.map(np.asarray, state), data.get_state()
+
+
+def resumed(run: Run, path: str, directory: pathlib.Path, newest: int) -> Run:
+  """Copies a run without its newest checkpoint, and resumes the copy."""
+  shutil.copytree(run.directory, directory)
+  shutil.rmtree(directory / 'checkpoints' / str(newest))
+  assert pretrain.main([path, '--resume', '--run', str(directory)]) == 0
+  return Run(directory)
+
+
+def assert_same_end(ours: Run, theirs: Run) -> None:
+  """Raises AssertionError unless the newest checkpoints are bit-equal."""
+  jax.tree.map(np.testing.assert_array_equal, saved(ours), saved(theirs))
 
 
 def lines(run: Run) -> list[dict[str, Any]]:

@@ -1,22 +1,21 @@
 """A task that is defined in tests/ only passes through every program."""
 
 import json
-import shutil
 
-import jax
 import numpy as np
 import pytest
 
+from tests.train.program import assert_same_end, resumed
 from tests.train.toy import StripeImages, StripeNet
 from train import evaluate, finetune, pretrain, report, sample
 from train.config import Config
-from train.engine import checkpoint, metrics, step
+from train.engine import metrics
 from train.engine.config_json import from_json, to_json
 from train.engine.run import Run
-from train.engine.task import task_of
 from train.plan.__main__ import main as plan
 
 CONFIG = """
+from tests.train.program import assert_same_end, resumed
 from tests.train.toy import StripeImages, StripeNet
 from train.config import Config
 from train.method import Galore
@@ -48,16 +47,6 @@ def run(config_path, tmp_path_factory):
   return Run(where)
 
 
-def arrays(run):
-  config = run.config()
-  task = task_of(config)
-  shapes = jax.eval_shape(step.build(config, task)[0], jax.random.key(0))
-  data = task.batches(task.open(run.directory))
-  with checkpoint.opened(run.checkpoints_path) as manager:
-    state = checkpoint.restore(manager, shapes, data)
-  return jax.tree.map(np.asarray, state), data.get_state()
-
-
 def test_it_trains(run):
   lines = metrics.read(run.metrics_path)
   losses = [x['validation_loss'] for x in lines if 'validation_loss' in x]
@@ -66,12 +55,8 @@ def test_it_trains(run):
   assert run.curves_path.stat().st_size > 1000
 
 
-def test_a_resumed_run_is_bit_equal(run, config_path, tmp_path, capsys):
-  copy = tmp_path / 'run'
-  shutil.copytree(run.directory, copy)
-  shutil.rmtree(copy / 'checkpoints' / '8')
-  assert pretrain.main([config_path, '--resume', '--run', str(copy)]) == 0
-  jax.tree.map(np.testing.assert_array_equal, arrays(run), arrays(Run(copy)))
+def test_a_resumed_run_is_bit_equal(run, config_path, tmp_path):
+  assert_same_end(run, resumed(run, config_path, tmp_path / 'run', 8))
 
 
 def test_its_config_is_stored_with_its_modules(run):

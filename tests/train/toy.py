@@ -1,4 +1,4 @@
-"""A model, a corpus and a task of images that no file of train/ knows.
+"""A model, a corpus and a task of images that train/ does not contain.
 
 An image of 6 x 5 pixels has a bright stripe along one of three columns, and the
 model finds the column.

@@ -6,21 +6,17 @@ on the right, which is its class.
 
 import gzip
 import json
-import shutil
 import struct
 
 import jax
 import numpy as np
 from PIL import Image
 
-from train import pretrain
 from train.config import Config
 from train.data.images.augment import Augment
 from train.data.images.corpora import IdxImages
-from train.engine import checkpoint, metrics, step
+from train.engine import metrics, training
 from train.engine.config_json import to_json
-from train.engine.run import Run
-from train.engine.task import task_of
 
 NAMES = ('left', 'middle', 'right')
 SIDE = 8
@@ -95,23 +91,15 @@ def write(path, found):
   return str(path)
 
 
-def restored(run):
-  """Returns the newest checkpoint's arrays, and the position in the data."""
-  found = run.config()
-  task = task_of(found)
-  shapes = jax.eval_shape(step.build(found, task)[0], jax.random.key(0))
-  data = task.batches(task.open(run.directory))
-  with checkpoint.opened(run.checkpoints_path) as manager:
-    state = checkpoint.restore(manager, shapes, data)
-  return jax.tree.map(np.asarray, state), data.get_state()
-
-
-def resume(run, path, directory, newest):
-  """Copies a run without its newest checkpoint, and resumes the copy."""
-  shutil.copytree(run.directory, directory)
-  shutil.rmtree(directory / 'checkpoints' / str(newest))
-  assert pretrain.main([path, '--resume', '--run', str(directory)]) == 0
-  return Run(directory)
+def first_steps(path, directory, *options):
+  """Returns the losses of six steps, and the metrics of a validation then."""
+  setup = training.prepare([path, '--run', str(directory), *options])
+  state, losses = training.begin(setup), []
+  for _ in range(6):
+    state, found = setup.step(state, next(setup.batches))
+    losses.append(found['loss'])
+  validation = setup.validate(state.evaluated)
+  return [*jax.device_get(losses), *validation.values()]
 
 
 def values(run, name):

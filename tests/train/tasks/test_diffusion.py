@@ -15,9 +15,10 @@ from models.diffusion import Diffusion, Sampler
 from models.dit import DitConfig
 from models.unet import UnetConfig
 from models.vit import VitConfig
+from tests.train.program import assert_same_end, resumed, saved
 from tests.train.tasks import images
 from train import evaluate, pretrain, report, sample
-from train.engine import metrics, training
+from train.engine import metrics
 from train.engine.command import load
 from train.engine.run import Run
 from train.engine.task import task_of
@@ -136,10 +137,8 @@ def test_it_learns(run):
 
 
 def test_a_resumed_run_is_bit_equal(run, config_path, tmp_path):
-  again = images.resume(run, config_path, tmp_path / 'run', LAST)
-  jax.tree.map(
-    np.testing.assert_array_equal, images.restored(run), images.restored(again)
-  )
+  again = resumed(run, config_path, tmp_path / 'run', LAST)
+  assert_same_end(run, again)
   first, second = (x.images_path.read_bytes() for x in (run, again))
   assert first == second
 
@@ -167,7 +166,7 @@ def test_it_is_reported_with_its_samples(run):
 
 @pytest.mark.slow
 def test_the_average_is_drawn(run, tmp_path):
-  state, _ = images.restored(run)
+  state, _ = saved(run)
   task = task_of(run.config())
   by_weights = {}
   for name in ('params', 'average'):
@@ -319,30 +318,17 @@ def test_a_dit_is_the_same_layer_by_layer(dit_path, tmp_path):
   losses = images.values(found['Layerwise'], 'loss')
   assert np.mean(losses[-5:]) < losses[0]
   layerwise = found['Layerwise']
-  again = images.resume(layerwise, dit_path, tmp_path / 'again', LAST)
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    images.restored(layerwise),
-    images.restored(again),
-  )
+  again = resumed(layerwise, dit_path, tmp_path / 'again', LAST)
+  assert_same_end(layerwise, again)
   draw(layerwise, tmp_path / 'drawn.png', '--guidance', '2')
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('axis', ['data', 'fsdp'])
 def test_two_devices_train_as_one_does(config_path, tmp_path, axis):
-  found = []
-  for name, options in (('one', ()), ('two', (f'--mesh.{axis}', '2'))):
-    setup = training.prepare(
-      [config_path, '--run', str(tmp_path / name), *options]
-    )
-    state, losses = training.begin(setup), []
-    for _ in range(6):
-      state, found_metrics = setup.step(state, next(setup.batches))
-      losses.append(found_metrics['loss'])
-    validation = setup.validate(state.evaluated)
-    found.append([*jax.device_get(losses), *validation.values()])
-  np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+  one = images.first_steps(config_path, tmp_path / 'one')
+  two = images.first_steps(config_path, tmp_path / 'two', f'--mesh.{axis}', '2')
+  np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -10,11 +10,12 @@ import pytest
 from models import huggingface
 from models.lowrank import Lora
 from models.vit import VitConfig
+from tests.train.program import assert_same_end, resumed, saved
 from tests.train.tasks import images
 from train import evaluate, export, finetune, pretrain, report
 from train.config import Classifier
 from train.data.images.corpora import ImageFolders
-from train.engine import checkpoint, metrics, training
+from train.engine import checkpoint, metrics
 from train.engine.command import load
 from train.engine.run import Run
 from train.engine.task import task_of
@@ -95,10 +96,8 @@ def test_it_learns(run):
 
 
 def test_a_resumed_run_is_bit_equal(run, config_path, tmp_path):
-  again = images.resume(run, config_path, tmp_path / 'run', LAST)
-  jax.tree.map(
-    np.testing.assert_array_equal, images.restored(run), images.restored(again)
-  )
+  again = resumed(run, config_path, tmp_path / 'run', LAST)
+  assert_same_end(run, again)
 
 
 def test_it_is_evaluated(run, capsys):
@@ -192,12 +191,8 @@ def test_layer_wise_it_is_the_same(config_path, run, tmp_path):
       rtol=2e-3,
       err_msg=name,
     )
-  again = images.resume(found, config_path, tmp_path / 'again', LAST)
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    images.restored(found),
-    images.restored(again),
-  )
+  again = resumed(found, config_path, tmp_path / 'again', LAST)
+  assert_same_end(found, again)
 
 
 @pytest.mark.slow
@@ -210,7 +205,7 @@ def test_with_layers_in_8_bits_it_learns(config_path, tmp_path, capsys):
     *('--optimizer.scale', '1.0', '--optimizer.gap', '20'),
   )
   assert images.values(found, 'validation_accuracy')[-1] > 0.9
-  kernel = images.restored(found)[0].params['blocks']['mlp']['up']['kernel']
+  kernel = saved(found)[0].params['blocks']['mlp']['up']['kernel']
   assert {x.dtype.name for x in jax.tree.leaves(kernel)} == {'float32', 'uint8'}
   capsys.readouterr()
   evaluate.main([str(found.directory)])
@@ -237,7 +232,7 @@ def test_factors_are_trained_and_merged(exported, config, tmp_path):
   )
   where = tmp_path / 'run'
   assert finetune.main([path, '--run', str(where)]) == 0
-  state, _ = images.restored(Run(where))
+  state, _ = saved(Run(where))
   _, before = huggingface.load(exported)
   block = state.params['blocks']['attention']['q']
   np.testing.assert_array_equal(
@@ -269,18 +264,9 @@ def test_folders_of_images_are_learned(config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('axis', ['data', 'fsdp', 'tensor'])
 def test_two_devices_train_as_one_does(config_path, tmp_path, axis):
-  found = []
-  for name, options in (('one', ()), ('two', (f'--mesh.{axis}', '2'))):
-    setup = training.prepare(
-      [config_path, '--run', str(tmp_path / name), *options]
-    )
-    state, losses = training.begin(setup), []
-    for _ in range(6):
-      state, metrics_of_step = setup.step(state, next(setup.batches))
-      losses.append(metrics_of_step['loss'])
-    validation = setup.validate(state.params)
-    found.append([*jax.device_get(losses), *validation.values()])
-  np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+  one = images.first_steps(config_path, tmp_path / 'one')
+  two = images.first_steps(config_path, tmp_path / 'two', f'--mesh.{axis}', '2')
+  np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
 @pytest.mark.slow
