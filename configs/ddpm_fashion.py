@@ -1,7 +1,7 @@
 """Trains the U-Net of DDPM to draw the clothes of Fashion-MNIST.
 
 Source: Ho et al., `DDPM <https://arxiv.org/abs/2006.11239>`_, 2020, for the
-architecture; the sizes are of this repository. The 60,000 training images are
+architecture; this repository chose the sizes. The 60,000 training images are
 those of Debian's package dataset-fashion-mnist; --corpus.directory is another
 directory of idx files. 3,750 batches of 32 are 2 epochs.
 Command: python -m train.pretrain configs/ddpm_fashion.py

@@ -1,7 +1,7 @@
 """Trains a diffusion transformer to draw one of ten kinds of clothes.
 
 Source: Peebles and Xie, `DiT <https://arxiv.org/abs/2212.09748>`_, 2022, for
-the architecture; the sizes are of this repository. It learns Fashion-MNIST from
+the architecture; this repository chose the sizes. It learns Fashion-MNIST from
 nothing, with dropped labels for classifier-free guidance. The 60,000 training
 images are those of Debian's package dataset-fashion-mnist; --corpus.directory
 is another directory of idx files. 4,500 batches of 64 are 4.8 epochs.

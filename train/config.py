@@ -2,7 +2,8 @@
 
 A file of configs/ holds one `Config`. `train.method` defines the optimizers
 that a config can name, `train.data.corpus` the texts, and
-`train.engine.command` changes a config from a command line."""
+`train.engine.command` changes a config from a command line.
+"""
 
 import dataclasses
 import math
@@ -311,8 +312,8 @@ class Config:
   the corpus."""
   average: float | None = None
   """Decay rate of a moving average of the weights, such as 0.999. Validations,
-  samples and exports use the average, which is stored in float32 beside the
-  weights. None keeps none."""
+  samples and exports use the average, which is stored in float32 in addition to
+  the weights. None stores no average."""
   norm_growth: float | None = None
   """Largest growth of the gradient norm of a weight from one step to the next,
   as in Fira; a gradient that grows more is scaled down. None sets no limit."""
@@ -507,7 +508,8 @@ class Config:
     """Returns the optimizer of the trained weights, without clipping.
 
     GaLore's state also records the statistics of
-    `train.optimizers.subspace_metrics`."""
+    `train.optimizers.subspace_metrics`.
+    """
     # `train.engine.task` leaves frozen weights out of the trained weights.
     groups = [group for group in self.groups if not group.frozen]
     return grouped(self._rule, groups)(self.schedule(), **vars(self.optimizer))

@@ -6,7 +6,8 @@
 The model, the tokenizer and the chat template come from the checkpoint.
 `train.export` writes the trained weights in the same format.
 `train.engine.training` does the work. `--seeds 5` trains with five seeds, one
-after another, and prints the mean and spread of their best validations. """
+after another, and prints the mean and spread of their best validations.
+"""
 
 from train.engine import cluster, signals
 

@@ -3,7 +3,8 @@
 A class such as `Galore(rank=64)` holds the options of a preset. Python makes
 these classes from the rows of `train.optimizers.registry`. `method.pyi`, which
 `python -m train.optimizers.stub` writes, declares them for type checkers and
-editors."""
+editors.
+"""
 
 import functools
 import operator

@@ -1,6 +1,6 @@
 """Samples from a trained model: `python -m train.sample PATH`.
 
-The task of the model decides what a sample is: a language model continues
+A sample depends on the task of the model: a language model continues
 texts, or chats (`train.tasks.text_sampling`).
 """
 

@@ -283,7 +283,7 @@ def _named(
 
   Raises:
     ValueError: the settings name a token that is not in the vocabulary.
-      transformers would give it an id that the model does not know.
+      transformers would give it an id without a row in the embedding.
   """
   declared = json_of(files, _NAMES) | json_of(files, CONFIG)
   found = {

@@ -2,7 +2,8 @@
 
 The loop does not depend on the model. `train.engine.step` makes the step,
 `train.engine.task` defines the validation, and `train.engine.signals` handles
-Ctrl-C and SIGTERM."""
+Ctrl-C and SIGTERM.
+"""
 
 import contextlib
 import math

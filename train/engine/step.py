@@ -7,7 +7,8 @@ before it detects this; see `make_layerwise_step`.
 `build` makes the step of a `train.engine.task.Task`, which `train.engine.loop`
 repeats. The step updates all weights at once or, with `galore_optax.layerwise`,
 one layer after another. Weights that the task does not train stay fixed: they
-have neither gradients nor optimizer state."""
+have neither gradients nor optimizer state.
+"""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What can be trained: one module for each task.
+"""The tasks, one in each module.
 
 A task is a subclass of `train.engine.task.Task`. A model names its task; see
 `models.model.ModelConfig.task`.

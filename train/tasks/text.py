@@ -1,4 +1,4 @@
-"""What all tasks on texts share: data with a tokenizer.
+"""The base of tasks on texts: data with a tokenizer.
 
 A run directory keeps the tokenizer, so that a later version of the corpus or of
 the checkpoint does not change the ids.
@@ -84,7 +84,7 @@ class TextTask(Task):
 
 
 def vocab_size(config: Config) -> int:
-  """Returns the number of tokens that the model of a text task knows."""
+  """Returns the size of the vocabulary of a text task's model."""
   model: Any = config.resolved_model
   return model.vocab_size
 

@@ -1,4 +1,4 @@
-"""Files that an exported text model has beside its weights."""
+"""Writes the tokenizer and related files of an exported text model."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ from train.tasks.text import stored_tokenizer
 
 
 def write_tokenizer(run: pathlib.Path, directory: pathlib.Path) -> Tokenizer:
-  """Writes a run's tokenizer beside exported weights, and returns it.
+  """Adds a run's tokenizer to an export, and returns it.
 
   The tokenizer of a checkpoint has been copied already.
   """
