@@ -17,8 +17,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from models import huggingface
 from tests.train.program import lines, saved, write_config
-from train import evaluate, pretrain, sample
+from train import evaluate, export, pretrain, sample
+from train.data import tokenizer as tokenizer_lib
 from train.engine import loop, metrics, training
 from train.engine import step as step_lib
 from train.engine.run import Run
@@ -124,6 +126,22 @@ def test_resume_is_bit_equal_to_no_stop(
   chex.assert_trees_all_equal(ours, theirs)
   assert position == its_position
   assert lines(run) == lines(whole)
+
+
+def test_an_export_has_no_files_of_the_run(finished, tmp_path):
+  """A run has a config.json too, and a tokenizer that is its own."""
+  _, run = finished
+  out = tmp_path / 'exported'
+  export.main([str(run.directory), str(out)])
+  fields = json.loads((out / 'config.json').read_text())
+  assert fields['model_type'] == 'llama'
+  model, params = huggingface.load(out)
+  trained = run.config().resolved_model
+  assert (model.width, model.vocab_size) == (trained.width, trained.vocab_size)
+  state, _ = saved(run)
+  chex.assert_trees_all_equal(params, state.params)
+  ids = [tokenizer_lib.load(x).encode('hello') for x in (out, run.directory)]
+  np.testing.assert_array_equal(*ids)
 
 
 @pytest.mark.slow

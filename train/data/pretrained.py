@@ -96,6 +96,8 @@ def read(path: pathlib.Path) -> dict[str, bytes]:
       files[name] = content.removeprefix(codecs.BOM_UTF8)
   with located(directory):
     if MODEL in files and OWN in json_of(files, CONFIG):
+      # It is the config of a run or of another model.
+      files.pop('config.json', None)
       return files
     for name in (CONFIG, _NAMES):
       files |= _without_blanks(files, name)
