@@ -454,8 +454,8 @@ def absent(config: Config) -> set[str]:
   """
   hints = typing.get_type_hints(type(config.model))
   return {
-    f'model.{name}'
-    for name, hint in hints.items()
-    if getattr(config.model, name) is None
-    and any(map(dataclasses.is_dataclass, bases(hint)))
+    f'model.{field.name}'
+    for field in dataclasses.fields(config.model)
+    if getattr(config.model, field.name) is None
+    and any(map(dataclasses.is_dataclass, bases(hints[field.name])))
   }

@@ -277,6 +277,17 @@ def test_wrong_keys_end_with_the_valid_ones(path, args, capsys):
   assert '--optimizer.rank' in last and '--model.width' in last
 
 
+@pytest.mark.parametrize('name', ['chat', 'glue_cola', 'vit_fashion'])
+def test_a_model_from_a_checkpoint_has_keys_too(name, capsys):
+  """Its class has no value for some class variables, such as `task`."""
+  with pytest.raises(SystemExit) as stop:
+    command.parse([f'configs/{name}.py', '--steps', 'x'])
+  assert stop.value.code == 2
+  first, last = capsys.readouterr().err.strip().splitlines()
+  assert first.startswith('error: ') and '--steps' in first
+  assert last.startswith('valid keys: --run, --resume')
+
+
 def test_without_a_config_the_usage_is_shown(capsys):
   for args, code in [([], 2), (['--help'], 0)]:
     with pytest.raises(SystemExit) as stop:
