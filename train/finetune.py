@@ -22,6 +22,7 @@ from typing import ClassVar
 
 from rich.console import Console
 
+from train.data.classifier_metrics import spread
 from train.engine import metrics, training
 from train.engine.command import (
   Continued,
@@ -34,7 +35,6 @@ from train.engine.command import (
 from train.engine.step import State
 from train.engine.task import Metrics
 from train.engine.training import Setup
-from train.tasks.text_metrics import spread
 
 
 @dataclasses.dataclass(frozen=True)

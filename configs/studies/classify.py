@@ -42,13 +42,13 @@ from configs.studies.comparison.search import missing
 from models.lowrank import Lora
 from train.config import Classifier, Config
 from train.data import tokenizer as tokenizer_lib
+from train.data.classifier_metrics import spread
 from train.data.labelled import LabelledFiles
 from train.engine import machine
 from train.engine import step as step_lib
 from train.engine.task import task_of
 from train.method import AdamW, Galore
 from train.tasks.text import Text
-from train.tasks.text_metrics import spread
 
 LABELS = ('bad', 'good')
 

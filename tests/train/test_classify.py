@@ -14,6 +14,7 @@ from models.lowrank import Lora
 from tests.train import glue
 from train import evaluate, export, finetune
 from train.config import Classifier, Config, Layerwise
+from train.data import classifier_metrics as classify
 from train.data import tokenizer as tokenizer_lib
 from train.data.corpus import Chitchat
 from train.data.labelled import LabelledFiles
@@ -22,7 +23,6 @@ from train.engine import step as step_lib
 from train.engine.run import Run
 from train.engine.task import task_of
 from train.method import AdamW, Galore
-from train.tasks import text_metrics as classify
 from train.tasks.text import Text
 
 

@@ -381,12 +381,9 @@ class Chats(Corpus):
     {"text": "### Human: ...### Assistant: ..."}  as openassistant-guanaco's
     {"text": "..."}
 
-  The ending of a file's name decides its format: a JSON list (.json), CSV
-  (.csv), TSV (.tsv), Parquet (.parquet) or Arrow (.arrow). Other files are JSON
-  lines. A compressed file has .gz, .bz2 or .xz after that ending. While the
-  program runs, it keeps a copy of files that are not plain JSON lines in the
-  directory for temporary files ($TMPDIR). The package `datasets` reads Parquet
-  and Arrow, without a cache of its own.
+  Files may have any format that `train.data.records` reads. While the program
+  runs, it keeps a copy of files that are not uncompressed JSON lines in the
+  directory for temporary files ($TMPDIR).
 
   Messages are rendered by the checkpoint's chat template. Only the assistant's
   messages count in the loss, from the end of the generation prompt up to and

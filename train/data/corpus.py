@@ -416,17 +416,12 @@ class Chitchat(Corpus):
 class TextFiles(Corpus):
   """Your own text files: records with a field 'text', or plain text.
 
-  The ending of a file's name decides its format. A .jsonl file has one JSON
-  object per line, a .parquet or .arrow file has rows, and a .json file may hold
-  a list of objects. The field 'text' of each object or row is a document. A
-  .csv or .tsv file with a column 'text' has a document in each row. Any other
-  file is plain UTF-8 text. Files may be compressed (.gz, .bz2, .xz).
+  Records may have any format that `train.data.records` reads. The field or
+  column 'text' of a record is a document. All other files are plain UTF-8 text.
 
   Files are read once when the corpus is opened, to check and index them. Plain
   text and JSON lines are later read from their files. Other files are copied to
-  the directory for temporary files ($TMPDIR) while the program runs. The
-  package `datasets` reads Parquet and Arrow. It works offline and keeps no
-  cache: its temporary files are in that directory too, and are deleted.
+  the directory for temporary files ($TMPDIR) while the program runs.
   """
 
   holds: ClassVar[str] = 'texts'

@@ -11,7 +11,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import grain
 import jax
@@ -22,12 +22,11 @@ from rich.text import Text
 
 from train.data import corpus
 from train.data.batches import Batch, ahead, bucket
+from train.data.classifier_metrics import Metric
 from train.data.corpus import RandomAccess, Split
 from train.data.pretrained import parsed
-from train.data.records import KINDS, expand, kind_of, records
+from train.data.records import READERS, expand, kind_of, records
 from train.data.tokenizer import Tokenizer, check_texts, checked
-
-Metric: TypeAlias = Literal['accuracy', 'f1', 'matthews', 'pearson', 'spearman']
 
 EncodedRow: TypeAlias = dict[str, Any]
 """The arrays 'ids', 'types' and 'targets' of a row, and 'noise' if wanted."""
@@ -114,15 +113,11 @@ class Labelled(corpus.Corpus):
 
 @dataclasses.dataclass(frozen=True)
 class LabelledFiles(Labelled):
-  """Labelled texts in .csv, .tsv, .jsonl, .json, .parquet or .arrow files.
+  """Labelled texts in files of any format that `train.data.records` reads.
 
-  The first line of a .csv or .tsv file names the columns. Each line of a .jsonl
-  file is an object, and a .json file holds a list of objects. Files may be
-  compressed (.gz, .bz2, .xz). The package `datasets` reads Parquet and Arrow;
-  its temporary files are in $TMPDIR. The rows are held in memory, because every
-  label is checked before training. The texts are in columns such as `text`,
-  `sentence`, `sentence1` and `sentence2`, `premise` and `hypothesis`,
-  `question` and `passage`.
+  The rows are held in memory, because every label is checked before training.
+  The texts are in columns such as `text`, `sentence`, `sentence1` and
+  `sentence2`, `premise` and `hypothesis`, `question` and `passage`.
   """
 
   train: str
@@ -502,7 +497,7 @@ def _scalar(label: Any) -> Any:
 def _check_kinds(pattern: str) -> None:
   """Raises ValueError unless each file's ending names a kind of records."""
   for path in expand(pattern):
-    if kind_of(path) not in KINDS:
+    if kind_of(path) not in READERS:
       raise ValueError(
-        f'{path} must end in one of {", ".join(KINDS)}: rename or convert it'
+        f'{path} must end in one of {", ".join(READERS)}: rename or convert it'
       )

@@ -40,13 +40,6 @@ _COMPRESSED: dict[str, Callable[..., IO[Any]]] = {
 
 _TABLES = ('.csv', '.tsv')
 
-# Names of the builders of `datasets` that read these files.
-_ROWS = {'.parquet': 'parquet', '.arrow': 'arrow'}
-
-KINDS = ('.jsonl', *_TABLES, '.json', '.ndjson', *_ROWS)
-"""Endings of the names of record files. Each may be followed by .gz, .bz2 or
-.xz."""
-
 # An escape of half a surrogate pair. The other half usually follows.
 _SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 
@@ -69,8 +62,8 @@ class Entry(NamedTuple):
   path: str
   """Path of the file."""
   number: int
-  """Number of the line, item or row, from 1. For a table it is the record's
-  last line."""
+  """Number of the line, item or row, from 1. A record of CSV may have several
+  lines; this is the last one."""
   unit: str = 'line'
   """The unit of the number: 'line', 'item' (of a JSON list) or 'row'."""
   raw: bytes | None = None
@@ -104,7 +97,8 @@ def records(
 
     .json               a JSON list of objects, or JSON lines
     .csv, .tsv          the first line names the columns; .tsv has no quotes
-    .parquet, .arrow    rows, read by the package `datasets`
+    .parquet, .arrow    rows, read by the package `datasets`, which works
+                        offline and leaves no cache
     any other           JSON lines: an object on each line that is not blank
 
   Each ending may be followed by .gz, .bz2 or .xz. Files are read as they are
@@ -117,9 +111,10 @@ def records(
 
   Args:
     pattern: path of a file, or a glob, whose files are read in sorted order.
-    plain_text: whether to read a file without records of texts as plain text.
-      Such files have another ending, are tables without a column 'text', or
-      .json files without a list. Each document is a record {'text': document}.
+    plain_text: whether files that hold no records of texts are plain text. They
+      are files with an ending that is not in the list above, tables without a
+      column 'text', and .json files that are not a list. Each document of a
+      plain text file is a record {'text': document}.
     separator: text between the documents of a plain text file; None or '' makes
       the file one document. Its newlines also match '\r\n'.
 
@@ -144,15 +139,8 @@ def records(
     if plain_text and not _has_texts(path):
       yield from _documents(path, separator)
       continue
-    kind = kind_of(path)
-    if kind in _ROWS:
-      yield from _rows(path, _ROWS[kind])
-    elif kind in _TABLES:
-      yield from _cells(path)
-    elif _is_list(path):
-      yield from _items(path)
-    else:
-      yield from _lines(path)
+    read = READERS.get(kind_of(path), _lines)
+    yield from read(path)
 
 
 def expand(pattern: str) -> list[str]:
@@ -255,7 +243,7 @@ def _has_texts(path: str) -> bool:
     return 'text' in next(csv.reader([first], **_dialect(path)), [])
   if kind == '.json':
     return _is_list(path)
-  return kind in KINDS
+  return kind in READERS
 
 
 @contextlib.contextmanager
@@ -297,6 +285,11 @@ def _object(value: Any) -> Record:
   if not isinstance(value, dict):
     raise ValueError(f'must be a JSON object, got {value!r:.40}')
   return value
+
+
+def _list_or_lines(path: str) -> Iterator[Entry]:
+  """Yields the objects of a .json file, which is a list or JSON lines."""
+  yield from _items(path) if _is_list(path) else _lines(path)
 
 
 def _lines(path: str) -> Iterator[Entry]:
@@ -444,13 +437,15 @@ def _separator(separator: str | None) -> re.Pattern[bytes]:
   )
 
 
-def _rows(path: str, builder: str) -> Iterator[Entry]:
+def _rows(path: str) -> Iterator[Entry]:
   """Streams the rows of a Parquet or Arrow file.
 
   Nothing is left on the disk: `datasets` writes lock files into its cache even
   when it streams, and a compressed file is decompressed to a temporary one.
   """
   datasets = _datasets(path)
+  # The name of its builder of such files.
+  builder = kind_of(path).removeprefix('.')
   numbers = itertools.count(1)
   try:
     with tempfile.TemporaryDirectory() as scratch:
@@ -533,6 +528,19 @@ def no_space(path: str, error: Exception) -> OSError:
     f'({reason}): set TMPDIR to a directory with more space, or convert the '
     'file to uncompressed JSON lines, which need no copy'
   )
+
+
+READERS: dict[str, Callable[[str], Iterator[Entry]]] = {
+  '.jsonl': _lines,
+  '.csv': _cells,
+  '.tsv': _cells,
+  '.json': _list_or_lines,
+  '.ndjson': _lines,
+  '.parquet': _rows,
+  '.arrow': _rows,
+}
+"""Endings of the names of record files, to the function that reads such a file.
+Each may be followed by .gz, .bz2 or .xz."""
 
 
 class Spool:

@@ -1,24 +1,27 @@
 """Fine-tuning of encoders on labelled texts.
 
-Axes: B rows of a batch, T tokens of a row.
+Axes: B rows of a batch, T tokens of a row, C labels, n rows of a split.
 """
 
 import functools
 import pathlib
-from collections.abc import Callable
-from typing import ClassVar, cast
+from collections.abc import Callable, Iterable
+from typing import ClassVar, TypeAlias, cast, get_args
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import RenderableType
 
+from models import encoder
 from models.encoder import EncoderConfig
-from train.data import labelled
+from train.data import classifier_metrics, labelled
 from train.engine import mesh as mesh_lib
 from train.engine.task import Batch, Metrics, PyTree
-from train.tasks import text_metrics
 from train.tasks.text import Text, TextTask
+
+Logits: TypeAlias = Callable[[PyTree, Batch], jax.Array]
 
 
 class TextClassification(TextTask):
@@ -98,7 +101,7 @@ class TextClassification(TextTask):
       num_batches=config.eval_batches,
     )
     return functools.partial(
-      text_metrics.measure,
+      measure,
       mesh_lib.measure(self.stored_layers.logits, config.mesh),
       batches=rows,
       num_labels=self.model.num_labels,
@@ -125,14 +128,43 @@ class TextClassification(TextTask):
     text_export.write_tokenizer(run, directory)
 
 
+def measure(
+  logits: Logits, params: PyTree, *, batches: Iterable[Batch], num_labels: int
+) -> Metrics:
+  """Computes the loss and the metrics of a split, over all rows at once.
+
+  Args:
+    logits: `(parameters, batch) -> [B, C]`.
+    params: the model's parameters.
+    batches: the batches of the split; rows of weight 0 are padding.
+    num_labels: C; 1 means that the model predicts a number.
+  """
+  found = [(logits(params, batch), batch) for batch in batches]
+  rows = [
+    (np.asarray(logits_BC), batch['targets'], batch['weights'] > 0)
+    for logits_BC, batch in found
+  ]
+  logits_nC = np.concatenate([x[kept] for x, _, kept in rows])
+  targets_n = np.concatenate([x[kept] for _, x, kept in rows])
+  cost_n = np.asarray(
+    encoder.cost(jnp.asarray(logits_nC), jnp.asarray(targets_n), num_labels)
+  )
+  metrics = {'loss': float(np.mean(cost_n, dtype=np.float64))}
+  if num_labels == 1:
+    return metrics | classifier_metrics.correlations(logits_nC[:, 0], targets_n)
+  labels_n = np.argmax(logits_nC, axis=-1)
+  return metrics | classifier_metrics.agreement(labels_n, targets_n)
+
+
 def check_metric(metric: str, num_labels: int) -> None:
   """Raises ValueError unless a metric fits the number of labels.
 
-  'pearson' and 'spearman' need a number to predict, all others need labels.
+  Correlations need a number to predict, all others need labels.
   """
-  numbers = metric in ('pearson', 'spearman')
-  if numbers != (num_labels == 1):
+  correlations = get_args(classifier_metrics.Correlation)
+  if (metric in correlations) != (num_labels == 1):
     raise ValueError(
       f'corpus.metric must be {"one" if num_labels == 1 else "none"} of '
-      f'pearson and spearman for model.num_labels={num_labels}, got {metric}'
+      f'{" and ".join(correlations)} for model.num_labels={num_labels}, got '
+      f'{metric}'
     )

@@ -1,49 +1,23 @@
-"""Metrics of a classifier, and their mean over several seeds.
+"""Metrics of a text classifier, and their mean over several seeds.
 
-Axes: B rows of a batch, C labels, n rows of a split.
+To add a metric, add its name to `Agreement` or `Correlation`, and its value to
+`agreement` or `correlations`.
+
+Axes: n rows of a split.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from models import encoder
-from train.data.labelled import Batch
-
-PyTree: TypeAlias = Any
+Agreement: TypeAlias = Literal['accuracy', 'f1', 'matthews']
+"""Metrics of a model that chooses a label."""
+Correlation: TypeAlias = Literal['pearson', 'spearman']
+"""Metrics of a model that predicts a number."""
+Metric: TypeAlias = Literal[Agreement, Correlation]
 Metrics: TypeAlias = dict[str, float]
-Logits: TypeAlias = Callable[[PyTree, Batch], jax.Array]
-
-
-def measure(
-  logits: Logits, params: PyTree, *, batches: Iterable[Batch], num_labels: int
-) -> Metrics:
-  """Computes the loss and the metrics of a split, over all rows at once.
-
-  Args:
-    logits: `(parameters, batch) -> [B, C]`.
-    params: the model's parameters.
-    batches: the batches of the split; rows of weight 0 are padding.
-    num_labels: C; 1 means that the model predicts a number.
-  """
-  found = [(logits(params, batch), batch) for batch in batches]
-  rows = [
-    (np.asarray(logits_BC), batch['targets'], batch['weights'] > 0)
-    for logits_BC, batch in found
-  ]
-  logits_nC = np.concatenate([x[kept] for x, _, kept in rows])
-  targets_n = np.concatenate([x[kept] for _, x, kept in rows])
-  cost_n = np.asarray(
-    encoder.cost(jnp.asarray(logits_nC), jnp.asarray(targets_n), num_labels)
-  )
-  metrics = {'loss': float(np.mean(cost_n, dtype=np.float64))}
-  if num_labels == 1:
-    return metrics | correlations(logits_nC[:, 0], targets_n)
-  return metrics | agreement(np.argmax(logits_nC, axis=-1), targets_n)
 
 
 def agreement(found_n: np.ndarray, targets_n: np.ndarray) -> Metrics:
