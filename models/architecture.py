@@ -30,7 +30,9 @@ class Architecture(NamedTuple):
   classes: tuple[str, ...]
   """Classes of transformers that can be read. The first one is written."""
   fixed: Fields
-  """Our fields whose value follows from the model_type."""
+  """Our fields whose value follows from the model_type. All model types that
+  share a configuration fix the fields in which they differ, so that a model is
+  not written as another type."""
   needed: dict[str, str]
   """Our fields that are copied from a field of config.json, to its name."""
   optional: dict[str, str]
@@ -48,7 +50,7 @@ class Architecture(NamedTuple):
   """Paths of our parameters to names of tensors; {} is the layer's number."""
   required: tuple[str, ...] = ()
   """Fields that config.json must have although our field has a default, because
-  transformers' default is another."""
+  transformers has another default."""
   harmless: frozenset[str] = frozenset()
   """Fields of config.json that do not change the output of these models."""
   prefix: str = ''

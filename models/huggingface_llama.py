@@ -173,5 +173,5 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     required=('num_key_value_heads', 'head_dim'),
   ),
 }
-"""The architectures by model_type. If several can express a model, it is
-written as the first of them."""
+"""The architectures by model_type. If a model fits several of them, it is
+written as the first one that it fits."""

@@ -85,8 +85,8 @@ class ModelConfig(abc.ABC):
   __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
   """Declares to type checkers that a configuration is a dataclass."""
   task: ClassVar[str]
-  """Name of the task that the model learns: a module of `train.tasks`, such as
-  'language', or the full name of another module that defines `Task`."""
+  """The task that the model learns: a key of `train.tasks.TASKS`, such as
+  'language', or the name 'module:class' of a subclass of `Task`."""
   is_stacked: ClassVar[bool] = False
   """Whether `layers` returns `StackedLayers`."""
   large: ClassVar[tuple[str, ...]] = ()
@@ -116,9 +116,9 @@ class ModelConfig(abc.ABC):
   def architectures(cls) -> Mapping[str, Architecture]:
     """Returns the formats of the model's checkpoints, by model_type.
 
-    The model_type is the name in config.json of transformers. If several can
-    express a model, it is written as the first of them. To be read, the model
-    must also be in `models.huggingface_config.MODELS`.
+    The model_type is the name in config.json of transformers. If a
+    model fits several of them, it is written as the first one that it fits. To
+    be read, the model must also be in `models.huggingface_config.MODELS`.
     """
     return {}
 

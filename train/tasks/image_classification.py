@@ -9,6 +9,7 @@ from typing import cast
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from models.modules import cost, weighted
@@ -97,7 +98,7 @@ def scores(
   """Returns the cost of each image, and whether its answer is right: [B]."""
   logits_BC = task.stored_layers.logits(params, batch)
   cost_B = cost(logits_BC, batch['targets'], task.model.num_labels)
-  return cost_B, logits_BC.argmax(axis=-1) == batch['targets']
+  return cost_B, jnp.equal(logits_BC.argmax(axis=-1), batch['targets'])
 
 
 def accuracy(
