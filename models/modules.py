@@ -441,13 +441,13 @@ def cost(
   logits_BC: jax.Array | np.ndarray,
   targets_B: jax.Array | np.ndarray,
   num_labels: int,
-) -> jax.Array | np.ndarray:
+) -> jax.Array:
   """Returns the cost [B] of each row.
 
   The cost is -log p(target), or the squared error if `num_labels` is 1.
   """
   if num_labels == 1:
-    return (logits_BC[:, 0] - targets_B.astype(jnp.float32)) ** 2
+    return jnp.square(logits_BC[:, 0] - targets_B.astype(jnp.float32))
   chosen_BC = (
     targets_B.astype(jnp.int32)[:, None] == jnp.arange(num_labels)[None]
   )
