@@ -64,7 +64,7 @@ def train(
     value = f'{found[study.metric.key]:.4f} {study.metric.title}'
     print(f'{job}: {value}', flush=True)
   if firsts(study, runs.done):
-    draw(study, runs.done, directory / f'{study.name}.png')
+    draw(study, runs.done, directory)
   if more and (left := waiting(study, runs.done)):
     print(f'the final round needs the first round of {", ".join(left)}')
   if runs.done:

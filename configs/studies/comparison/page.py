@@ -16,7 +16,7 @@ from configs.studies.comparison.results import (
   machines,
   rows_of,
 )
-from configs.studies.comparison.study import Done, Study
+from configs.studies.comparison.study import Done, Metric, Study
 
 
 def first_table(study: Study, done: Done) -> list[str]:
@@ -116,7 +116,7 @@ def by_length(corpus: str, study: Study, done: Done) -> list[str]:
   """Returns the table of differences to the baseline, by length of the run."""
   size, key = study.size, study.metric.key
   lengths = [size.tuned, size.final]
-  if corpus == study.corpora[0]:
+  if corpus == study.corpora[0] and size.tuned != size.first[-1].steps:
     lengths = [size.first[-1].steps, *lengths]
   best = [best_at(corpus, steps, study, done) for steps in lengths]
   base = [found.get(study.baseline) for found in best]
@@ -140,25 +140,22 @@ def by_length(corpus: str, study: Study, done: Done) -> list[str]:
   ]
 
 
-def draw(study: Study, done: Done, path: pathlib.Path) -> None:
-  """Draws the first metric against memory, of the finals or the first round.
+def picture(study: Study, metric: Metric) -> str:
+  """Returns the file name of the picture of a metric against memory."""
+  first = metric == study.metric
+  return f'{study.name}.png' if first else f'{study.name}_{metric.key}.png'
 
-  If there are finals, a second picture with the suffix `_first` has the first
-  round.
+
+def draw(study: Study, done: Done, directory: pathlib.Path) -> None:
+  """Draws each metric against memory, of the finals or the first round.
+
+  If there are finals, another picture, whose name ends in `_first`, has the
+  first round.
   """
-  first, label = firsts(study, done), f'validation {study.metric.title}'
-  label += ' (lower is better)'
-  amount = study.amount(study.size.first[-1].steps)
-  unit = study.unit
-  title = f'First round: {study.corpora[0]}, {amount:,} {unit}, 1 seed'
-  panels = {}
-  for corpus in study.corpora:
-    found = finals(corpus, study, done).items()
-    best = {name: point(study, runs) for name, runs in found}
-    if best:
-      amount = study.amount(study.size.final)
-      panels[f'{corpus}, {amount:,} {unit}, {study.size.seeds} seeds'] = best
-  if panels:
+  for metric in study.metrics:
+    path = directory / picture(study, metric)
+    pictures.scatter(panels(study, done, metric), label(metric), path)
+  if any(finals(corpus, study, done) for corpus in study.corpora):
     rows = [
       pictures.Ranked(
         name,
@@ -166,18 +163,58 @@ def draw(study: Study, done: Done, path: pathlib.Path) -> None:
         run['weight_bytes'] / 1e6,
         run['state_bytes'] / 1e6,
       )
-      for name, run in first.items()
+      for name, run in firsts(study, done).items()
     ]
-    first_path = path.with_stem(f'{path.stem}_first')
-    pictures.ranking(rows, study.baseline, title, label, first_path)
-  else:
-    panels[title] = {name: point(study, [run]) for name, run in first.items()}
-  pictures.scatter(panels, label, path)
+    pictures.ranking(
+      rows,
+      study.baseline,
+      first_title(study),
+      label(study.metric),
+      directory / f'{study.name}_first.png',
+    )
 
 
-def point(study: Study, runs: Sequence[dict[str, Any]]) -> pictures.Point:
+def panels(
+  study: Study, done: Done, metric: Metric
+) -> dict[str, dict[str, pictures.Point]]:
+  """Returns the points of each corpus in the finals, else of the first round.
+
+  Args:
+    study: defines corpora and sizes.
+    done: the records.
+    metric: the metric of the points.
+
+  Returns:
+    The point of each method, by the title of the panel.
+  """
+  amount = f'{study.amount(study.size.final):,} {study.unit}'
+  found = {}
+  for corpus in study.corpora:
+    of_corpus = finals(corpus, study, done)
+    if of_corpus:
+      found[f'{corpus}, {amount}, {study.size.seeds} seeds'] = {
+        name: point(metric, runs) for name, runs in of_corpus.items()
+      }
+  first = {name: [run] for name, run in firsts(study, done).items()}
+  return found or {
+    first_title(study): {name: point(metric, x) for name, x in first.items()}
+  }
+
+
+def first_title(study: Study) -> str:
+  """Returns the title of a picture of the first round."""
+  amount = study.amount(study.size.first[-1].steps)
+  return f'First round: {study.corpora[0]}, {amount:,} {study.unit}, 1 seed'
+
+
+def label(metric: Metric) -> str:
+  """Returns the text at the axis of a metric."""
+  return f'validation {metric.title} (lower is better)'
+
+
+def point(metric: Metric, runs: Sequence[dict[str, Any]]) -> pictures.Point:
   """Returns the point of a method from its runs with several seeds."""
-  values = [run[study.metric.key] for run in runs]
+  values = [run[metric.key] for run in runs]
   return pictures.Point(
     held(runs[0]) / 1e6, float(np.mean(values)), min(values), max(values)
   )

@@ -8,6 +8,7 @@ matrices. Studies tune the rate of the matrices separately, so the scale is 1.
 The rows "AdamW, one rate" and "GaLore, one rate" have one rate as in the paper.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 import optax
 
 from configs.studies.comparison.study import Around, Method
-from galore_optax import Staggered
+from galore_optax import Staggered, names
 from galore_optax.paths import is_matrix, paths
 from models.lowrank import Factored, Lora, Relora
 from train import method
@@ -89,22 +90,36 @@ def longer_side(around: Around, rate: Any) -> optax.GradientTransformation:
 
 
 def muon(around: Around, rate: Any) -> optax.GradientTransformation:
-  """Muon for the matrices of the layers, with updates as large as Adam's."""
+  """Muon for the matrices of the layers, with updates as large as Adam's.
+
+  The kernel of a convolution is one matrix [kh kw in, out]. First and last
+  convolutions with one channel are trained with Adam.
+  """
   del around
-  matrix = optax.contrib.MuonDimensionNumbers(-2, -1)
 
   def sides(tree: Any) -> Any:
-    return jax.tree.map(lambda yes: matrix if yes else None, matrices(tree))
+    leaves = zip(paths(tree), jax.tree.leaves(tree), strict=True)
+    found = [dimensions(path, leaf.shape) for path, leaf in leaves]
+    return jax.tree.structure(tree).unflatten(found)
 
   return optax.contrib.muon(
     rate, consistent_rms=0.2, muon_weight_dimension_numbers=sides
   )
 
 
-def matrices(tree: Any) -> Any:
-  """Returns a tree of bools that marks layer matrices and their factors."""
-  marks = [is_matrix(path) for path in paths(tree)]
-  return jax.tree.structure(tree).unflatten(marks)
+def dimensions(
+  path: str, shape: tuple[int, ...]
+) -> optax.contrib.MuonDimensionNumbers | None:
+  """Returns the axes of a matrix of the layers, None for other weights."""
+  leaf = names.of(path, shape)
+  if not is_matrix(path) or leaf.kind == 'depthwise':
+    return None
+  if leaf.kind != 'convolution':
+    return optax.contrib.MuonDimensionNumbers(-2, -1)
+  inputs, outputs = leaf.axes
+  if math.prod(shape[axis] for axis in outputs) == 1:
+    return None
+  return optax.contrib.MuonDimensionNumbers(inputs, outputs)
 
 
 def _factored(around: Around) -> Factored:
