@@ -15,7 +15,7 @@ import jax
 import tyro
 
 from galore_optax.quantized.array import is_quantized
-from models import huggingface, lowrank, peft
+from models import huggingface, huggingface_config, lowrank, peft
 from train.engine import checkpoint
 from train.engine.command import parse_options, user_errors
 from train.engine.run import Run
@@ -104,7 +104,9 @@ def export(
       'leave out --adapter'
     )
   if not factors:
+    # Both raise errors before the weights are read, which takes long.
     huggingface.check_new(directory)
+    huggingface_config.architecture_of(model)
   task = task_of(config)
   params = checkpoint.restore_params(run.checkpoints_path, task, best=best)
   params = jax.tree.map(config.weights().read, params, is_leaf=is_quantized)
