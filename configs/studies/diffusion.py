@@ -16,7 +16,7 @@ how to interrupt, continue and repeat runs.
 
 Reductions for two CPU cores: the images are small, the last runs have 0.17
 epochs, and the weights are not averaged. The learning rates are selected on the
-test images, after a quarter of the steps. No images are drawn, because models
+test images, after half of the steps. No images are drawn, because models
 after so few steps draw no clothes.
 """
 

@@ -7,7 +7,7 @@ protocol is that of `configs.studies.diffusion`. The rank is swept with GaLore:
 
 Reductions for two CPU cores: the last runs have 1.4 epochs, the model has 16
 patches and width 64, and the weights are not averaged. The learning rates are
-selected on the test images, after a quarter of the steps.
+selected on the test images, after half of the steps.
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ to interrupt, continue and repeat runs.
 
 Reductions for two CPU cores: the last runs have 1.4 epochs, and the model has
 16 patches and width 64. There is no weight decay, and the learning rates are
-selected on the test images, after a quarter of the steps.
+selected on the test images, after half of the steps.
 """
 
 import dataclasses

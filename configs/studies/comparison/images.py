@@ -62,16 +62,15 @@ def size(
   """Returns the size of a study in which every method is in the finals.
 
   Args:
-    steps: steps of the last runs. Runs that tune rates have at most a quarter.
+    steps: steps of the last runs. Runs that tune finalists have half of them.
     num_methods: number of methods.
     batch_size: images in a batch.
     eval_images: number of held-out images that score each run.
     rank: the rank of low-rank methods.
   """
-  tuned = steps // 4
   return Size(
-    first=(Rung(steps // 16, 12), Rung(steps // 8, 4), Rung(tuned, 2)),
-    tuned=tuned,
+    first=(Rung(steps // 16, 12), Rung(steps // 8, 4), Rung(steps // 4, 2)),
+    tuned=steps // 2,
     final=steps,
     finalists=num_methods - 1,
     seeds=3,
@@ -137,24 +136,27 @@ class ImageStudy(Study):
     rungs = ', '.join(
       f'{rung.pairs} pairs for {rung.steps} steps' for rung in size.first
     )
+    first = self.amount(size.first[-1].steps)
     text = [
       f'# {self.title}',
       '',
-      f'By `python -m configs.studies.{self.name}`, whose docstring lists '
-      f'the reductions for a small machine. There are {len(done)} runs, and '
+      f'By `python -m configs.studies.{self.name}`, whose docstring lists the '
+      f'reductions for a small machine. There are {len(done)} runs, and '
       f'{self.name}.json has the command of each. The model has {weights:,} '
-      'weights in float32. '
-      f'Low-rank methods have rank {size.rank} unless their name states '
-      'another, a new basis every '
-      f'{size.gap} steps and a scale of 1, and FRUGAL has density 0.25. Two '
-      'learning rates are tuned for each method, one for the matrices of the '
-      f'layers and one for all other weights: {rungs}, and neighbours outside '
-      'the grid if the best pair is at its edge. Lower is better in all '
-      f'columns. The held-out data are {size.eval_images:,} test images; they '
-      'also selected the learning rates. Seconds are the minimum over the runs '
-      'of a method, on one core of a machine that had other work.',
+      f'weights in float32. Low-rank methods have rank {size.rank} unless '
+      f'their name states another, a new basis every {size.gap} steps and a '
+      'scale of 1, and FRUGAL has density 0.25. Lower is better in all '
+      'columns. Seconds are the minimum over the runs of a method, on one core '
+      'of a machine that had other work.',
       '',
-      f'## First round: {self.amount(size.tuned):,} images, one seed, on '
+      'Two learning rates are tuned for each method, one for the matrices of '
+      f'the layers and one for all other weights: {rungs}, and neighbours '
+      'outside the grid if the best pair is at its edge. The finals tune them '
+      f'again for {size.tuned} steps, with neighbours of the best pair. The '
+      f'held-out data are {size.eval_images:,} test images, which also select '
+      'the learning rates.',
+      '',
+      f'## First round: {first:,} images, one seed, on '
       f'{machines(done.values())}',
       '',
       *page.first_table(self, done),

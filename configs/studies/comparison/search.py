@@ -8,8 +8,10 @@ tries its neighbours outside the grid. There are two rounds:
 * First: all methods on the first corpus, with one seed.
 * Final: the baseline, the best other methods and those that the caller names,
   on all corpora. Each method trains its three best pairs of the first round
-  again, and then the best of these with several seeds. This round starts once
-  the first round of all methods is complete.
+  again, for more steps. While a neighbour of the best pair has not been tried,
+  it is tried too, because good rates depend on the number of steps. The best
+  pair is then trained with several seeds. This round starts once the first
+  round of all methods is complete.
 
 The functions are generators: the caller adds each run to `done` before it takes
 the next one.
@@ -33,6 +35,9 @@ Pair: TypeAlias = tuple[float, float]
 """Learning rates of the matrices and of all other parameters."""
 Search: TypeAlias = Generator[Job, None, list[Pair]]
 """Yields missing runs, and returns the pairs of rates, the best first."""
+ROUNDS = 4
+"""Number of rounds that tune a finalist: the first has its best pairs, the
+others have neighbours of the best pair so far."""
 
 
 def pairs(method: Method) -> list[Pair]:
@@ -92,6 +97,22 @@ def beyond(
   return found
 
 
+def neighbours(pair: Pair, tied: float | None = None) -> list[Pair]:
+  """Returns the pairs with one rate that is a place higher or lower.
+
+  >>> neighbours((0.1, 0.01))
+  [(0.03, 0.01), (0.3, 0.01), (0.1, 0.003), (0.1, 0.03)]
+  >>> neighbours((0.01, 0.01), tied=1.0)
+  [(0.003, 0.003), (0.03, 0.03)]
+  """
+  matrix, rest = pair
+  rests = [rung(rest, -1), rung(rest, 1)]
+  if tied is not None:
+    return [(tied * rest, rest) for rest in rests]
+  matrices = [rung(matrix, -1), rung(matrix, 1)]
+  return [(x, rest) for x in matrices] + [(matrix, x) for x in rests]
+
+
 def missing(jobs: Iterable[T], done: Collection[T]) -> Iterator[T]:
   """Yields the jobs that have no record yet."""
   yield from (job for job in jobs if job not in done)
@@ -126,6 +147,36 @@ def tuned(name: str, study: Study, done: Done) -> Search:
   return order
 
 
+def retuned(
+  tries: Sequence[Job], study: Study, done: Done
+) -> Generator[Job, None, Job]:
+  """Yields missing runs of some jobs, and of neighbours of the best of them.
+
+  Args:
+    tries: jobs with different pairs of rates.
+    study: defines the metric.
+    done: the records so far.
+
+  Returns:
+    The best job (the generator's return value).
+  """
+  tied = study.methods[tries[0].method].tied
+  tried = list(tries)
+  best = tries[0]
+  for _ in range(ROUNDS):
+    yield from missing(tried, done)
+    best = min(tried, key=lambda job: done[job][study.metric.key])
+    near = [
+      best._replace(matrix=matrix, rest=rest)
+      for matrix, rest in neighbours((best.matrix, best.rest), tied)
+    ]
+    more = [job for job in near if job not in tried]
+    if not more:
+      break
+    tried += more
+  return best
+
+
 def todo(
   names: Sequence[str], study: Study, done: Done, more: Sequence[str] = ()
 ) -> Iterator[Job]:
@@ -154,8 +205,7 @@ def todo(
     order = yield from tuned(name, study, done)
     for corpus in study.corpora:
       tries = [Job(corpus, name, *p, 0, size.tuned) for p in order[:3]]
-      yield from missing(tries, done)
-      best = min(tries, key=lambda job: done[job][key])
+      best = yield from retuned(tries, study, done)
       last_job = best._replace(steps=size.final)
       seeds = [last_job._replace(seed=seed) for seed in range(size.seeds)]
       yield from missing(seeds, done)

@@ -66,7 +66,7 @@ SMALL = {
 def test_all_methods_are_in_the_finals(study):
   assert study.baseline in study.methods
   assert study.size.finalists == len(study.methods) - 1
-  assert study.size.tuned == study.size.first[-1].steps < study.size.final
+  assert study.size.first[-1].steps < study.size.tuned < study.size.final
   assert study.size.eval_images % study.size.batch_size == 0
 
 

@@ -57,6 +57,28 @@ def test_a_best_at_an_edge_moves_on():
   assert end.value.value[0] == far
 
 
+def test_finals_tune_the_rates_of_their_own_length():
+  """The best pair of long runs is two places from that of short ones."""
+  names = [*METHODS]
+  longest = SIZE.first[-1].steps
+
+  def best(job):
+    pair = search.pairs(METHODS[job.method])[4]
+    places = 0 if job.steps <= longest else -2
+    if METHODS[job.method].tied is None:
+      return (pair[0], search.rung(pair[1], places))
+    rest = search.rung(pair[1], places)
+    return (METHODS[job.method].tied * rest, rest)
+
+  done = {}
+  while (job := next(search.todo(names, SMALL, done), None)) is not None:
+    done[job] = pretended(job, best(job))
+  last = [job for job in done if job.steps == SIZE.final]
+  assert last
+  for job in last:
+    assert (job.matrix, job.rest) == best(job), job
+
+
 def test_finals_are_of_the_pair_that_tuning_has_ahead():
   runs = lambda pair, bits, steps, seeds: {
     (job := Job('chitchat', 'GaLore', *pair, seed, steps)): {
