@@ -10,7 +10,7 @@ The page is results/vision.md. `configs.studies.comparison.command` explains how
 to interrupt, continue and repeat runs.
 
 Reductions for two CPU cores: the last runs have 1.4 epochs, and the model has
-16 patches and width 64. There is no weight decay, and the learning rates are
+16 patches and width 64. The weights do not decay, and the learning rates are
 selected on the test images, after half of the steps.
 """
 
