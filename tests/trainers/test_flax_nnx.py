@@ -116,7 +116,7 @@ MESHES = {'fsdp': (8, 1), 'tensor': (1, 8), 'both': (4, 2)}
 @each(
   'kind, sizes',
   itertools.product((AxisType.Auto, AxisType.Explicit), MESHES),
-  quick=[(AxisType.Auto, 'fsdp'), (AxisType.Explicit, 'both')],
+  quick=[(AxisType.Explicit, 'both')],
 )
 def test_no_device_holds_a_whole_copy_of_the_state(sizes, kind):
   # examples/gemma/train.py makes model and optimizer under `jax.set_mesh`. The

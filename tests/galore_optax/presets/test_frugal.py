@@ -244,7 +244,7 @@ def test_options_are_checked_for_every_density(density):
 
 def test_params_are_required_only_for_decay():
   w = {'w': jnp.ones((5, 7))}
-  tx = frugal(0.1)
+  tx = frugal(0.1, subspace='columns')
   update, state = jax.jit(tx.update), tx.init(w)
   # The update is the sign of the gradient times the rate, which is exact.
   (blind, _), (seen, _) = update(w, state), update(w, state, w)
