@@ -317,7 +317,7 @@ def test_channels_first_are_channels_last():
   chex.assert_trees_all_equal(named['w'], ours['conv']['weight'])
 
 
-@pytest.mark.parametrize('side', ['std', 'left', 'right'])
+@each('side', ['std', 'left', 'right'], quick=['left', 'right'])
 def test_one_side_may_be_shared(side):
   # The kernel [kh, kw, in, out] with a shared basis of the inputs is a matrix
   # [in, kh kw out], and that of the outputs is a matrix [kh kw in, out].

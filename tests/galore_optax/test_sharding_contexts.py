@@ -108,7 +108,7 @@ CASES = [
 @each(
   ('name', 'is_set', 'jit'),
   CASES,
-  quick=[('chain', True, True), ('Badam', False, True)],
+  quick=[('Badam', False, True)],
 )
 def test_injected_numbers_work_on_an_explicit_mesh(name, is_set, jit):
   mesh = mesh_of(8)

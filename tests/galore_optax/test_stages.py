@@ -40,7 +40,7 @@ TXS = {
 }
 
 
-@each('name', TXS, quick=['svd', 'spelled as a chain'])
+@each('name', TXS, quick=['svd'])
 def test_an_update_is_its_stages(name):
   tx = TXS[name]()
   assert isinstance(tx, Galore) and tx.linear

@@ -113,7 +113,9 @@ def assert_same_as_plain(
   update = update or (lambda tx, *args: tx.update(*args))
   grads = jax.eval_shape(lambda tree: jax.tree.map(jnp.sin, tree), params)
   state = jax.eval_shape(tx.init, params)
-  updates, new_state = jax.eval_shape(lambda: update(tx, grads, state, params))
+  updates, new_state = jax.eval_shape(
+    lambda *args: update(tx, *args), grads, state, params
+  )
   assert jax.tree.structure(updates) == jax.tree.structure(grads)
   assert jax.tree.structure(new_state) == jax.tree.structure(state)
   dicts = plain(params), plain(grads)

@@ -98,7 +98,7 @@ def fsdp(mesh, x):
   return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-@pytest.mark.parametrize('boxed', [False, True])
+@each('boxed', [False, True], quick=[True])
 def test_training_lowers_the_loss(namespace, boxed):
   mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
   model = Classifier(boxed)

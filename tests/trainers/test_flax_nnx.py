@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import pytest
 from flax import nnx
 from flax.training import train_state
 from jax.sharding import AxisType
@@ -137,7 +136,7 @@ def test_no_device_holds_a_whole_copy_of_the_state(sizes, kind):
     assert {s.data.size for s in x.addressable_shards} == {x.size // 8}
 
 
-@pytest.mark.parametrize('sizes', MESHES)
+@each('sizes', MESHES, quick=['both'])
 def test_specs_of_an_abstract_optimizer_are_those_of_state_shardings(sizes):
   # nnx.get_partition_spec of an abstract model and optimizer, as in flax's
   # guides and in MaxText's NNX path.

@@ -320,6 +320,8 @@ def test_traces_once(moments):
     _, state = step(params, state, params)
 
 
+# test_contract.py has quick cases of a checkpoint.
+@pytest.mark.slow
 def test_orbax_round_trip_resumes_bit_equal(tmp_path):
   params = {
     'up': jnp.float32(normal(0, (2, 5, 9))),

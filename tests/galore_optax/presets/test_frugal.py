@@ -212,6 +212,7 @@ def squared_gradients(rate, noise, w, goal, curvature):
   return jax.lax.scan(step, ({'w': w}, tx.init({'w': w})), keys)[1]
 
 
+@pytest.mark.slow
 def test_sgdm_inside_and_sgd_outside_converge_as_proved():
   """Checks the bound O(f(0) / (rate k) + SMOOTHNESS rate noise^2)."""
   goal = jnp.asarray(normal((7, 9)), jnp.float32)
@@ -244,7 +245,7 @@ def test_options_are_checked_for_every_density(density):
 
 def test_params_are_required_only_for_decay():
   w = {'w': jnp.ones((5, 7))}
-  tx = frugal(0.1, subspace='columns')
+  tx = frugal(0.1)
   update, state = jax.jit(tx.update), tx.init(w)
   # The update is the sign of the gradient times the rate, which is exact.
   (blind, _), (seen, _) = update(w, state), update(w, state, w)

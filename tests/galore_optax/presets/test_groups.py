@@ -316,6 +316,8 @@ def test_layerwise_clips_by_the_norm_of_all_groups():
   assert_rounded(ours, want, operations=4)
 
 
+# `test_the_stages_make_the_update` proves this for the whole tree.
+@pytest.mark.slow
 def test_projected_gradients_are_summed():
   groups = [Group('blocks/w'), Group('head/.*', rate=0.0)]
   options = dict(rank=3, gap=2)
