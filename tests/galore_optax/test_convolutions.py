@@ -80,7 +80,7 @@ RULES = {
 @each(
   ('rule', 'name', 'stack'),
   [(r, n, s) for r in RULES for n in ('kernel', 'weight') for s in ((), (4,))],
-  quick=[('8 bits', 'kernel', ()), ('svd', 'weight', (4,))],
+  quick=[('svd', 'kernel', ()), ('svd', 'weight', (4,))],
 )
 def test_a_convolution_is_bit_for_bit_the_reshaped_matrix(rule, name, stack):
   torch = name == 'weight'
@@ -256,15 +256,15 @@ def test_gradients_of_low_multilinear_rank_lose_nothing():
 def test_the_projection_is_linear_and_its_transpose_unprojects():
   tx = galore(optax.sgd(1.0), rank=3, scale=1.0, axes=TUCKER)
   x, y = conv(normal(KERNEL)), conv(normal(KERNEL, 1))
-  state = tx.refresh(x, tx.init(x))
-  low = [tx.project(g, state)['conv']['kernel'] for g in (x, y)]
+  state, project = jax.jit(tx.refresh)(x, tx.init(x)), jax.jit(tx.project)
+  low = [project(g, state)['conv']['kernel'] for g in (x, y)]
   mixed = jax.tree.map(lambda x, y: 2 * x - 3 * y, x, y)
-  found = tx.project(mixed, state)['conv']['kernel']
+  found = project(mixed, state)['conv']['kernel']
   assert found.shape == (3, 2, 3, 3)
   close(found, 2 * low[0] - 3 * low[1])
-  updates, _ = tx.apply(tx.project(x, state), state, x, x)
+  updates, _ = jax.jit(tx.apply)(project(x, state), state, x, x)
   inside = jax.tree.map(jnp.negative, updates)
-  close(tx.project(inside, state)['conv']['kernel'], low[0])
+  close(project(inside, state)['conv']['kernel'], low[0])
   # <project(x), project(y)> = <x, unproject(project(y))> for such a pair.
   dot = jnp.vdot(inside['conv']['kernel'], y['conv']['kernel'])
   close(dot, jnp.vdot(low[0], low[1]))
@@ -292,13 +292,13 @@ def test_the_state_has_the_bytes_that_describe_states(tx):
 @each('moments', ['keep', 'rotate'], quick=['rotate'])
 def test_a_stack_is_a_loop_over_its_layers(moments):
   tx = galore(optax.adamw(0.1), rank=3, gap=2, axes=TUCKER, moments=moments)
-  start, grads = normal((4, *KERNEL)), normal((5, 4, *KERNEL), 1)
+  start, grads = normal((2, *KERNEL)), normal((5, 2, *KERNEL), 1)
   ours, state = updates_of(tx, {'blocks': conv(start)}, {'blocks': conv(grads)})
-  assert state.basis['blocks']['conv']['kernel'][0].shape == (4, 3, 7)
+  assert state.basis['blocks']['conv']['kernel'][0].shape == (2, 3, 7)
   layers = {f'layers_{i}': conv(x) for i, x in enumerate(start)}
-  of_layers = {f'layers_{i}': conv(grads[:, i]) for i in range(4)}
+  of_layers = {f'layers_{i}': conv(grads[:, i]) for i in range(2)}
   want, _ = updates_of(tx, layers, of_layers)
-  for i in range(4):
+  for i in range(2):
     found = ours['blocks']['conv']['kernel'][:, i]
     close(found, want[f'layers_{i}']['conv']['kernel'])
 
@@ -317,7 +317,7 @@ def test_channels_first_are_channels_last():
   chex.assert_trees_all_equal(named['w'], ours['conv']['weight'])
 
 
-@pytest.mark.parametrize('side', ['std', 'left', 'right'])
+@each('side', ['std', 'left', 'right'], quick=['left', 'right'])
 def test_one_side_may_be_shared(side):
   # The kernel [kh, kw, in, out] with a shared basis of the inputs is a matrix
   # [in, kh kw out], and that of the outputs is a matrix [kh kw in, out].
@@ -353,7 +353,7 @@ def test_experts_may_share_a_basis():
   'subspace',
   ['gram', 'randomized', 'power', 'random', 'coordinates', go.Gaussian()]
   + [go.Lazy(memory=1), go.Packed('svd', bits=8)],
-  quick=['coordinates', 'random'],
+  quick=['coordinates'],
 )
 def test_each_subspace_shares_one_basis(subspace):
   tx = galore(

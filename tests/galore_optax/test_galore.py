@@ -128,10 +128,12 @@ def test_a_stack_is_a_loop_over_its_layers():
   for name, shape in shapes.items():
     flat_p = params[name].reshape(-1, *shape[-2:])
     flat_g = grads[name].reshape(7, -1, *shape[-2:])
-    loop = {str(i): w for i, w in enumerate(flat_p)}
-    loop_g = {str(i): flat_g[:, i] for i in range(len(flat_p))}
-    each, _ = trajectory(tx, loop, loop_g)
-    stacked = jnp.stack([each[str(i)] for i in range(len(flat_p))], 1)
+    # All layers of a stack run the same program.
+    each = [
+      trajectory(tx, {'w': w}, {'w': flat_g[:, i]})[0]['w']
+      for i, w in enumerate(flat_p)
+    ]
+    stacked = np.stack(each, 1)
     close(ours[name], stacked.reshape(ours[name].shape))
 
 
@@ -139,7 +141,7 @@ def test_a_stack_is_a_loop_over_its_layers():
   'side, mirrored',
   [('std', 'std'), ('reverse_std', 'reverse_std')]
   + [('left', 'right'), ('full', 'full')],
-  quick=[('std', 'std'), ('full', 'full')],
+  quick=[('std', 'std')],
 )
 def test_a_transposed_weight_has_the_transposed_update(side, mirrored):
   # Square weights are excluded, because 'std' and 'reverse_std' project the

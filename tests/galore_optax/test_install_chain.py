@@ -135,11 +135,11 @@ def test_reloads_do_not_stack(unloaded, inside):
   calls = []
   if inside:
     optax.chain = wrapped(RAW, calls)
-  for _ in range(3):
+  for _ in range(2):
     library = importlib.reload(load())
     assert optax.chain is library.chain
     assert depth(optax.chain) == 1 + inside
-  for _ in range(3):
+  for _ in range(2):
     for name in filter(is_ours, list(sys.modules)):
       del sys.modules[name]
     library = load()
@@ -158,7 +158,7 @@ def test_reloads_between_two_wrappers_do_not_stack(unloaded):
   optax.chain = wrapped(RAW, calls)
   load()
   optax.chain = wrapped(optax.chain, later)
-  for _ in range(3):
+  for _ in range(2):
     for name in filter(is_ours, list(sys.modules)):
       del sys.modules[name]
     library = load()

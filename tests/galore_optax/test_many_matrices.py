@@ -44,17 +44,17 @@ def counting(inner):
 
 def test_an_inner_is_tried_once_for_a_tree():
   inner, calls = counting(optax.adamw(0.1))
-  tx, params = galore(inner, rank=2), model(32)
+  tx, params = galore(inner, rank=2), model(8)
   tx.init(params)
   assert calls == ['init', 'update', 'init']
   # Other shapes of the same kinds, and abstract ones, need no further trial.
   calls.clear()
   tx.init(params)
   jax.eval_shape(tx.init, params)
-  tx.init(model(32, shapes={'q': (9, 9), 'up': (9, 12), 'down': (12, 9)}))
+  tx.init(model(8, shapes={'q': (9, 9), 'up': (9, 12), 'down': (12, 9)}))
   galore_optax.describe(tx, params)
   assert calls == ['init'] * 4
-  tx.init(model(32, jnp.float16))
+  tx.init(model(8, jnp.float16))
   tx.init(model(2))
   assert calls.count('update') == 1
 
@@ -155,17 +155,17 @@ def lowered(tx, params):
 def test_a_random_basis_is_compiled_once_for_a_shape():
   numbers = [
     len(re.findall('erf_inv', lowered(build('Apollo', rank=2), p)))
-    for p in (model(2), model(5))
+    for p in (model(1), model(2))
   ]
   assert numbers[0] == numbers[1] > 0
 
 
 def test_an_8_bit_update_is_compiled_once_for_a_shape():
-  tx = galore(quantize_state(optax.adam(0.1), min_size=0), rank=4)
+  tx = galore(quantize_state(optax.sgd(0.1, 0.9), min_size=0), rank=4)
   shapes = {'up': (8, 20)}
   numbers = [
     len(re.findall('call @quantize_rows', lowered(tx, model(n, shapes=shapes))))
-    for n in (9, 12)
+    for n in (9, 10)
   ]
   assert numbers[0] == numbers[1] > 0
 

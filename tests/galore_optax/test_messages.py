@@ -11,7 +11,7 @@ import galore_optax
 from galore_optax import galore, trial
 from galore_optax.quantized.state import quantize_state
 from tests.galore_optax.every import PRESETS, build
-from tests.galore_optax.program import tree
+from tests.galore_optax.program import each, tree
 
 OPTIONS = {'rank': 3, 'gap': 2}
 SHAPES = {'w': (7, 9), 'b': (5,)}
@@ -48,7 +48,7 @@ NEED_VALUE = {
 }
 
 
-@pytest.mark.parametrize('name', NEED_VALUE)
+@each('name', NEED_VALUE, quick=['masked', 'strict', 'strict in a chain'])
 def test_an_inner_that_needs_the_loss_is_checked_with_one(name):
   with pytest.raises(ValueError, match='more than decoupled weight decay'):
     galore(NEED_VALUE[name](), **OPTIONS).init(tree(SHAPES))
@@ -99,7 +99,11 @@ OTHER_RANK = {
 }
 
 
-@pytest.mark.parametrize('name', OTHER_RANK)
+@each(
+  'name',
+  OTHER_RANK,
+  quick=[name for name in OTHER_RANK if name != '8 bits'],
+)
 def test_a_state_of_another_rank_is_refused(name):
   make, w = OTHER_RANK[name], tree(SHAPES)
   data = flax.serialization.to_bytes(make(2).init(w))
@@ -208,7 +212,10 @@ def norm_after_first():
   'inner',
   [
     norm_after_first(),
-    optax.chain(clip_in_python(), optax.scale_by_trust_ratio()),
+    pytest.param(
+      optax.chain(clip_in_python(), optax.scale_by_trust_ratio()),
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_an_inner_that_python_reads_is_checked(inner):

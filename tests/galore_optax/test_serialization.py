@@ -145,9 +145,11 @@ def test_a_restored_TrainState_goes_on():
   tx = build('Galore8bit', basis_bits=4, **EIGHT_BITS, **LOW)
   w = {'w': normal32((17, 33))}
   state = TrainState.create(apply_fn=None, params=w, tx=tx)
+  # `create` sets the step to a Python number, which would be traced again.
+  state = state.replace(step=jnp.int32(0))
   step = jax.jit(lambda state, g: state.apply_gradients(grads=g))
   state = step(state, w)
-  zeros = jax.tree.map(jnp.zeros_like, state)
+  zeros = jax.tree.map(lambda x: jnp.asarray(np.zeros_like(x)), state)
   back = serialization.from_bytes(zeros, serialization.to_bytes(state))
   check_same(step(back, w), step(state, w))
 

@@ -21,7 +21,7 @@ SHAPES = {'w': (7, 9), 'b': (5,)}
 def first_update(tx, **extra):
   w = tree(SHAPES)
   state = tx.init(w)
-  updates, state = tx.update(tree(SHAPES, 5), state, w, **extra)
+  updates, state = jax.jit(tx.update)(tree(SHAPES, 5), state, w, **extra)
   return updates, state
 
 

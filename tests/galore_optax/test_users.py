@@ -240,6 +240,8 @@ def projected_names(basis):
   }
 
 
+# tests/trainers/test_flax_linen.py trains another TrainState.
+@pytest.mark.slow
 def test_a_flax_TrainState_learns():
   model = Linen()
   params = jax.jit(model.init)(jax.random.key(0), X)['params']
@@ -263,6 +265,8 @@ def test_a_flax_TrainState_learns():
   }
 
 
+# tests/trainers/test_levanter.py trains another model of Equinox.
+@pytest.mark.slow
 def test_an_equinox_model_learns():
   model = eqx.nn.MLP(7, 5, 11, depth=2, key=jax.random.key(0))
   tx = optax.chain(galore(rank=3, gap=10), optax.adamw(0.03))
@@ -327,7 +331,8 @@ def train_nnx(model, tx):
     ('NNX', 'up/kernel', {(3, 7)}),
     ('linen', None, {(3, 7), (3, 9)}),
   ],
-  quick=[('linen', None, {(3, 7), (3, 9)})],
+  # tests/trainers/test_flax_nnx.py trains with an optimizer of NNX.
+  quick=[],
 )
 def test_an_nnx_optimizer_learns(kind, targets, bases):
   if kind == 'NNX':

@@ -111,13 +111,15 @@ def assert_same_as_plain(
   """
   tx = tx or line()
   update = update or (lambda tx, *args: tx.update(*args))
-  grads = jax.tree.map(jnp.sin, params)
-  state = tx.init(params)
-  updates, new_state = jax.eval_shape(lambda: update(tx, grads, state, params))
+  grads = jax.eval_shape(lambda tree: jax.tree.map(jnp.sin, tree), params)
+  state = jax.eval_shape(tx.init, params)
+  updates, new_state = jax.eval_shape(
+    lambda *args: update(tx, *args), grads, state, params
+  )
   assert jax.tree.structure(updates) == jax.tree.structure(grads)
   assert jax.tree.structure(new_state) == jax.tree.structure(state)
   dicts = plain(params), plain(grads)
-  of_dicts = tx.init(dicts[0])
+  of_dicts = jax.eval_shape(tx.init, dicts[0])
   assert_same_program((tx.init, params), (tx.init, dicts[0]))
   assert_same_program(
     (lambda *args: update(tx, *args), grads, state, params),

@@ -98,7 +98,7 @@ def fsdp(mesh, x):
   return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-@pytest.mark.parametrize('boxed', [False, True])
+@each('boxed', [False, True], quick=[True])
 def test_training_lowers_the_loss(namespace, boxed):
   mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
   model = Classifier(boxed)
@@ -150,8 +150,8 @@ def test_training_lowers_the_loss(namespace, boxed):
 
 
 def test_frozen_parameters_have_no_state(namespace):
-  key = jax.random.key(0)
-  params = Classifier().init(key, jnp.ones((1, 16)))['params']
+  init = jax.jit(Classifier().init)
+  params = init(jax.random.key(0), jnp.ones((1, 16)))['params']
   params = {'model': params, 'frozen': {'w': jnp.ones((16, 24))}}
   state = make(CONFIG, params).init(params)
   paths = program.by_path(state)

@@ -3,6 +3,7 @@
 `lm1b`, which partitions its parameters, is in `test_partitioned.py`.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -30,9 +31,13 @@ class TrainState(train_state.TrainState):
   dynamic_scale: Any = None
 
 
+@functools.cache
+def init():
+  return jax.jit(Net().init)(jax.random.key(0), jnp.ones((1, 16)))
+
+
 def create(tx, dynamic_scale=None):
-  model = Net()
-  variables = model.init(jax.random.key(0), jnp.ones((1, 16)))
+  model, variables = Net(), init()
   return TrainState.create(
     apply_fn=model.apply,
     params=variables['params'],

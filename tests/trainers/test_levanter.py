@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import galore_optax as go
+from tests.galore_optax.program import each
 from tests.trainers import program
 
 
@@ -56,7 +56,7 @@ def update(tx, grads, state, params, **extra):
   return tx.update(grads, state, params=params, **extra)
 
 
-@pytest.mark.parametrize('method', METHODS)
+@each('method', METHODS, quick=['galore'])
 def test_training_lowers_the_loss(method):
   model, tx = Model(jax.random.key(0)), METHODS[method]()
   state = tx.init(trainable(model))
@@ -80,7 +80,7 @@ def test_training_lowers_the_loss(method):
   program.assert_falls(losses)
 
 
-@pytest.mark.parametrize('whole', [False, True])
+@each('whole', [False, True], quick=[True])
 def test_updates_are_bit_equal_to_those_of_dicts(whole):
   # `whole`: many programs pass the whole model as parameters.
   model, tx = Model(jax.random.key(0)), program.line()

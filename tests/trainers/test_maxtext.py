@@ -149,7 +149,14 @@ def named_sharding(variable, mesh):
 
 
 @pytest.mark.parametrize('stack', ['layers', 'moe_layers'])
-@pytest.mark.parametrize('sizes', [(1, 8, 1, 1), (1, 1, 1, 8), (1, 4, 1, 2)])
+@pytest.mark.parametrize(
+  'sizes',
+  [
+    pytest.param((1, 8, 1, 1), marks=pytest.mark.slow),
+    pytest.param((1, 1, 1, 8), marks=pytest.mark.slow),
+    (1, 4, 1, 2),
+  ],
+)
 def test_the_nnx_state_is_sharded_as_state_shardings_has_it(sizes, stack):
   # src/maxtext/utils/maxtext_utils.py, get_abstract_state_nnx.
   mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4)

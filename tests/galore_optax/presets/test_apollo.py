@@ -64,6 +64,7 @@ def test_it_is_the_papers_algorithm(mini, moments):
   assert all(x.shape == (STEPS,) for x in jax.tree.leaves(states[0].basis))
 
 
+@pytest.mark.slow
 def test_its_state_in_eight_bits():
   m, n, r = 64, 96, 48
   make = lambda inner: apollo(0.1, rank=r, gap=3, inner=inner)

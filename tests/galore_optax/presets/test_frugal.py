@@ -212,6 +212,7 @@ def squared_gradients(rate, noise, w, goal, curvature):
   return jax.lax.scan(step, ({'w': w}, tx.init({'w': w})), keys)[1]
 
 
+@pytest.mark.slow
 def test_sgdm_inside_and_sgd_outside_converge_as_proved():
   """Checks the bound O(f(0) / (rate k) + SMOOTHNESS rate noise^2)."""
   goal = jnp.asarray(normal((7, 9)), jnp.float32)

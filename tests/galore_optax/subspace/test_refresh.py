@@ -36,7 +36,7 @@ def trail_of_states(tx, grads):
   return jax.jit(lambda: jax.lax.scan(step, tx.init(params), grads)[1])()
 
 
-@pytest.mark.parametrize('subspace', ['svd', 'gram'])
+@each('subspace', ['svd', 'gram'], quick=['svd'])
 def test_bases_change_at_0_gap_and_2_gap_and_only_there(subspace):
   tx = galore(optax.adam(0.1), rank=4, gap=3, subspace=subspace)
   states, _ = trail_of_states(tx, stacked_gradients(8))
