@@ -1,10 +1,13 @@
 """A model, a corpus and a config that are so small that a run takes seconds."""
 
+import contextlib
 import pathlib
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -68,12 +71,49 @@ def saved(run: Run) -> tuple[step.State, Any]:
   return jax.tree.map(np.asarray, state), data.get_state()
 
 
+_built: dict[Any, Any] = {}
+_placed: dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def shared_steps() -> Iterator[None]:
+  """Lets runs of equal configs share a compiled step.
+
+  Tracing and compiling a step takes most of the time of a short run. A test
+  that changes the inside of a step must not use this.
+  """
+  build, placed = step.build, step.placed
+
+  def build_once(config, task):
+    if config not in _built:
+      _built[config] = build(config, task)
+    return _built[config]
+
+  def place_once(function, mesh, places):
+    # The config, of which there is one function, determines the others.
+    if function not in _placed:
+      _placed[function] = placed(function, mesh, places)
+    return _placed[function]
+
+  with (
+    mock.patch.object(step, 'build', build_once),
+    mock.patch.object(step, 'placed', place_once),
+  ):
+    yield
+
+
+def trained(path: str, directory: pathlib.Path, *options: str) -> Run:
+  """Pretrains a config, without a picture of its losses."""
+  with shared_steps(), mock.patch.object(metrics, 'plot'):
+    assert pretrain.main([path, '--run', str(directory), *options]) == 0
+  return Run(directory)
+
+
 def resumed(run: Run, path: str, directory: pathlib.Path, newest: int) -> Run:
   """Copies a run without its newest checkpoint, and resumes the copy."""
   shutil.copytree(run.directory, directory)
   shutil.rmtree(directory / 'checkpoints' / str(newest))
-  assert pretrain.main([path, '--resume', '--run', str(directory)]) == 0
-  return Run(directory)
+  return trained(path, directory, '--resume')
 
 
 def assert_same_end(ours: Run, theirs: Run) -> None:

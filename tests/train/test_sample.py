@@ -40,7 +40,9 @@ def model():
   """Returns a model whose next token depends on its whole context."""
   layers = Layers(CONFIG)
   params = jax.jit(layers.init)(jax.random.key(3))
-  return layers, jax.tree.map(lambda w: 20 * w if w.ndim > 1 else w, params)
+  return layers, jax.tree.map(
+    lambda w: 20 * w if w.ndim > 1 else w, jax.device_get(params)
+  )
 
 
 @pytest.fixture(scope='module')
