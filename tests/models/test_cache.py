@@ -28,6 +28,12 @@ _VARIANTS = {
   'one key head': {'num_kv_heads': 1, 'tied': True},
   'biases': {'qkv_bias': True, 'num_kv_heads': 2},
   'norms of heads': {'qk_norm': True, 'head_dim': 8, 'num_kv_heads': 2},
+  'biases and norms of heads': {
+    'qkv_bias': True,
+    'qk_norm': True,
+    'head_dim': 8,
+    'num_kv_heads': 2,
+  },
   'window': {'window': 5, 'num_kv_heads': 2},
   'scaled waves': {'rope_scaling': Llama3Scaling(8.0, 1.0, 4.0, 64)},
   'remat': {'remat': True},
@@ -104,7 +110,7 @@ def _check(model, params, prompts_B, pieces, cache, tolerance):
   return cache
 
 
-@each('variant', _VARIANTS, quick=['biases', 'norms of heads'])
+@each('variant', _VARIANTS, quick=['biases and norms of heads'])
 def test_pieces_give_the_logits_of_the_whole(variant):
   model, params = _model(**_VARIANTS[variant])
   cache = model.cache(3, 16)

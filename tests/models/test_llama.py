@@ -503,7 +503,9 @@ def test_norm_rounds_once():
   np.testing.assert_allclose(np.float32(found), exact, rtol=rtol)
 
 
-@pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'param_dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)]
+)
 def test_each_number_has_its_type(param_dtype):
   model, params = _model(dtype='bfloat16', param_dtype=param_dtype)
   batch = _batch()

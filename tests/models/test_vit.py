@@ -160,7 +160,9 @@ def test_uint8_images_are_normalized():
   assert_close(found, expected, _ROUNDINGS)
 
 
-@_POOLS
+@pytest.mark.parametrize(
+  'pool', [pytest.param('mean', marks=pytest.mark.slow), 'cls']
+)
 def test_the_pieces_are_the_model(pool):
   config = _config(pool=pool, remat=True)
   model, batch = config.layers(), _batch(config)
