@@ -5,6 +5,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -72,11 +73,11 @@ def test_likelihoods_do_not_depend_on_the_batch(model):
 
 
 def test_a_length_is_compiled_once(model, monkeypatch):
-  traced, nll = [], Layers.nll
+  traced = []
 
   def counted(self, params, batch):
     traced.append(batch['inputs'].shape)
-    return nll(self, params, batch)
+    return jnp.zeros(batch['inputs'].shape)
 
   monkeypatch.setattr(Layers, 'nll', counted)
   pairs = [Pair(list(range(n)), 1) for n in (3, 40, 5, 17, 18, 16, 30, 9, 41)]

@@ -18,7 +18,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from models import huggingface
-from tests.train.program import lines, saved, shared_steps, write_config
+from tests.train.program import (
+  SOME_KERNELS,
+  lines,
+  saved,
+  shared_steps,
+  write_config,
+)
 from train import evaluate, export, pretrain, sample
 from train.data import tokenizer as tokenizer_lib
 from train.engine import loop, metrics, training
@@ -30,7 +36,7 @@ from train.engine.run import Run
 def printed(tmp_path_factory):
   """Returns a completed run of 8 steps with its config and its output."""
   directory = tmp_path_factory.mktemp('finished')
-  config = write_config(directory)
+  config = write_config(directory, SOME_KERNELS)
   run = Run(directory / 'run')
   with shared_steps(), contextlib.redirect_stdout(io.StringIO()) as out:
     assert pretrain.main([config, '--run', str(run.directory)]) == 0

@@ -297,8 +297,8 @@ def test_a_reset_reaches_the_moments_of_every_optimizer(optimizer, update):
   init, _ = step_lib.build(config, task_of(config))
   shapes = jax.eval_shape(init, jax.random.key(0)).optimizer
   ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
-  reset_moments = jax.jit(adapter_lib.reset_moments, static_argnums=1)
-  reset = jax.device_get(reset_moments(ones, 1.0, jax.random.key(0)))
+  reset = adapter_lib.reset_moments(ones, 1.0, jax.random.key(0))
+  reset = jax.device_get(reset)
   names = jax.tree_util.tree_leaves_with_path(reset)
   zeroed = [path for path, leaf in names if not leaf.any()]
   # Each kernel has two factors with two moments each.
@@ -309,19 +309,15 @@ def test_a_reset_reaches_the_moments_of_every_optimizer(optimizer, update):
 
 def test_a_merge_into_8_bits_adds_the_product_of_the_factors():
   weights = changed(update=Layerwise(weights='int8')).weights()
-  merge, merge_into = (
-    jax.jit(f, static_argnums=static)
-    for f, static in ((lowrank.merge, 1), (adapter_lib.merge_into, (1, 2)))
-  )
   kernel = jax.random.normal(jax.random.key(0), (2, 16, 32))
   params = {'blocks': {'up': {'kernel': kernel}}}
   params = lowrank.adapt(params, RELORA, jax.random.key(1))
   up = params['blocks']['up']
   up['lora_b'] = jax.random.normal(jax.random.key(2), up['lora_b'].shape)
-  expected = merge(params, RELORA)['blocks']['up']['kernel']
+  expected = lowrank.merge(params, RELORA)['blocks']['up']['kernel']
   up['kernel'] = weights.store(kernel)
   key = jax.random.key(3)
-  found = merge_into(params, RELORA, weights, key)
+  found = adapter_lib.merge_into(params, RELORA, weights, key)
   got = weights.read(found['blocks']['up']['kernel'])
   assert float(jnp.abs(expected - kernel).max()) > 1
   # The tolerance is two quantization steps, each 1 / 127 of the block's largest

@@ -87,6 +87,8 @@ def test_it_learns(run):
   )
 
 
+# A DiT's run, which is quick, resumes with its noise, too.
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_equal(run, config_path, tmp_path):
   again = resumed(run, config_path, tmp_path / 'run', LAST)
   assert_same_end(run, again)
@@ -121,6 +123,7 @@ def test_the_best_validation_has_the_highest_accuracy(run):
   assert task.score(high) < task.score(low)
 
 
+@pytest.mark.slow
 def test_it_is_reported(run):
   report.main([str(run.directory)])
   page = run.report_path.read_text()
