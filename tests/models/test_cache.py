@@ -28,6 +28,12 @@ _VARIANTS = {
   'one key head': {'num_kv_heads': 1, 'tied': True},
   'biases': {'qkv_bias': True, 'num_kv_heads': 2},
   'norms of heads': {'qk_norm': True, 'head_dim': 8, 'num_kv_heads': 2},
+  'biases and norms of heads': {
+    'qkv_bias': True,
+    'qk_norm': True,
+    'head_dim': 8,
+    'num_kv_heads': 2,
+  },
   'window': {'window': 5, 'num_kv_heads': 2},
   'scaled waves': {'rope_scaling': Llama3Scaling(8.0, 1.0, 4.0, 64)},
   'remat': {'remat': True},
@@ -36,6 +42,10 @@ _VARIANTS = {
 _FLOAT32 = {'rtol': 1e-4, 'atol': 2e-5}
 
 
+# The model is cached, so that tests of one model share its compiled programs.
+# For the same reason, most tests read pieces of four tokens into two rows with
+# room for eight.
+@functools.cache
 def _model(**changes):
   """Returns a model and its random parameters, also norm scales and biases."""
   model = Layers(dataclasses.replace(_SMALL, **changes))
@@ -100,7 +110,7 @@ def _check(model, params, prompts_B, pieces, cache, tolerance):
   return cache
 
 
-@each('variant', _VARIANTS, quick=['biases', 'norms of heads'])
+@each('variant', _VARIANTS, quick=['biases and norms of heads'])
 def test_pieces_give_the_logits_of_the_whole(variant):
   model, params = _model(**_VARIANTS[variant])
   cache = model.cache(3, 16)
@@ -129,9 +139,10 @@ def test_bfloat16_is_close_and_keeps_its_type():
 
 def test_a_row_of_no_tokens_stays_as_it_was():
   model, params = _model(num_kv_heads=2)
-  tokens_BT = np.arange(12, dtype=np.int32).reshape(2, 6)
+  tokens_BT = np.arange(16, dtype=np.int32).reshape(2, 8)
   extend = _extend(model)
-  _, cache = extend(params, model.cache(2, 9), tokens_BT, np.int32([3, 3]))
+  read = tokens_BT[:, :4], np.int32([3, 3])
+  _, cache = extend(params, model.cache(2, 8), *read)
   junk_BT = tokens_BT[:, :1] + 40
   _, cache = extend(params, cache, junk_BT, np.int32([1, 0]))
   np.testing.assert_array_equal(cache.lengths, [4, 3])
@@ -143,13 +154,16 @@ def test_a_row_of_no_tokens_stays_as_it_was():
 
 def test_a_row_can_go_back():
   model, params = _model()
-  tokens_BT = np.arange(6, dtype=np.int32)[None]
-  extend = _extend(model)
-  _, cache = extend(params, model.cache(1, 8), tokens_BT + 30, np.int32([6]))
-  cache = cache._replace(lengths=jnp.zeros(1, jnp.int32))
-  logits_BV, _ = extend(params, cache, tokens_BT, np.int32([6]))
+  tokens_BT = np.arange(16, dtype=np.int32).reshape(2, 8)
+  extend, lengths_B = _extend(model), np.int32([4, 4])
+  other_BT = tokens_BT[:, :4] + 30
+  _, cache = extend(params, model.cache(2, 8), other_BT, lengths_B)
+  cache = cache._replace(lengths=jnp.int32([0, 4]))
+  read = tokens_BT[:, :4], lengths_B
+  logits_BV, _ = extend(params, cache, *read)
   expected_BTV = _whole(model, params, tokens_BT)
-  np.testing.assert_allclose(logits_BV, expected_BTV[:, -1], **_FLOAT32)
+  np.testing.assert_allclose(logits_BV[0], expected_BTV[0, 3], **_FLOAT32)
+  assert np.max(np.abs(logits_BV[1] - expected_BTV[1, 3])) > 1e-2
 
 
 def test_the_cache_is_changed_in_place():
@@ -174,8 +188,8 @@ def test_stored_weights_are_read_layer_by_layer():
   read = lambda tree: jax.tree.map(weights.read, tree, is_leaf=is_quantized)
   arrays = params | {'blocks': jax.jit(read)(stored)}
   model = Layers(plain.config, read)
-  tokens_BT = np.arange(10, dtype=np.int32).reshape(2, 5)
-  args = tokens_BT, np.int32([5, 2])
+  tokens_BT = np.arange(8, dtype=np.int32).reshape(2, 4)
+  args = tokens_BT, np.int32([4, 2])
   found, _ = _extend(model)(
     params | {'blocks': stored}, model.cache(2, 8), *args
   )
@@ -190,11 +204,11 @@ def test_stored_weights_are_read_layer_by_layer():
 )
 def test_factors_take_part(adapter):
   plain, params = _model(num_kv_heads=2)
-  params = lowrank.adapt(params, adapter, jax.random.key(1))
+  adapt = jax.jit(lowrank.adapt, static_argnums=1)
+  params = adapt(params, adapter, jax.random.key(1))
+  rng = np.random.default_rng(2)
   draw = lambda path, w: (
-    jax.random.normal(jax.random.key(2), w.shape)
-    if path[-1].key == 'lora_b'
-    else w
+    np.float32(rng.normal(size=w.shape)) if path[-1].key == 'lora_b' else w
   )
   params = jax.tree_util.tree_map_with_path(draw, params)
   model = Layers(plain.config, intercept=lowrank.hook(adapter))
@@ -204,24 +218,24 @@ def test_factors_take_part(adapter):
 def test_losses_of_tokens_sum_to_the_loss():
   model, params = _model(loss_chunk=6)
   rng = np.random.default_rng(5)
-  draw = lambda: rng.integers(61, size=(2, 7), dtype=np.int32)
+  draw = lambda: rng.integers(61, size=(2, 8), dtype=np.int32)
   batch = {
     'inputs': draw(),
     'targets': draw(),
-    'positions': np.tile(np.arange(7, dtype=np.int32), (2, 1)),
-    'segments': np.zeros((2, 7), np.int32),
-    'weights': rng.random((2, 7), np.float32),
+    'positions': np.tile(np.arange(8, dtype=np.int32), (2, 1)),
+    'segments': np.zeros((2, 8), np.int32),
+    'weights': rng.random((2, 8), np.float32),
   }
-  nll_BT = jax.jit(model.nll)(params, batch)
-  _, sums = jax.jit(model)(params, batch)
+  both = lambda *args: (model.nll(*args), model(*args)[1])
+  nll_BT, sums = jax.jit(both)(params, batch)
   # The tolerance allows for sums of up to 40 terms, four per layer.
   total = np.sum(batch['weights'] * nll_BT)
   np.testing.assert_allclose(total, sums['nll'], rtol=units(3 * 4 * 40))
-  logits_BTV = _whole(model, params, batch['inputs'])
+  logits_BTV = _whole(*_model(), batch['inputs'])
   log_p_BTV = logits_BTV - np.logaddexp.reduce(logits_BTV, -1, keepdims=True)
   picked = np.take_along_axis(log_p_BTV, batch['targets'][..., None], -1)
   np.testing.assert_allclose(nll_BT, -picked[..., 0], **_FLOAT32)
-  h_BTD, kernel_DV = rng.random((2, 7, 3)), rng.random((3, 61))
+  h_BTD, kernel_DV = rng.random((2, 8, 3)), rng.random((3, 61))
   inputs = np.float32(h_BTD), np.float32(kernel_DV), batch['targets']
   one = lambda n: jax.jit(cross_entropy.in_chunks, static_argnums=3)(*inputs, n)
   # Each token's result has a sum of 61 terms, whose order may differ.

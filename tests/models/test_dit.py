@@ -63,12 +63,16 @@ def _loss(config):
   return jax.jit(config.layers())
 
 
+@functools.cache
+def _network(config):
+  return jax.jit(config.layers().predict)
+
+
 def _predict(config, params, rows=slice(None)):
   """Returns the output of the network for noisy images, times and labels."""
   x = np.float32(np.random.default_rng(2).standard_normal((B, 6, 6, 2)))
   times, labels = np.int32([0, 7, 30, 49]), np.int32([0, 2, 3, 1])
-  predict = jax.jit(config.layers().predict)
-  return predict(params, x[rows], times[rows], labels[rows])
+  return _network(config)(params, x[rows], times[rows], labels[rows])
 
 
 def test_each_layer_is_the_identity_initially():
@@ -148,17 +152,14 @@ def test_the_pieces_are_the_model(remat):
   config = _config(remat=remat)
   model, batch = config.layers(), _batch()
 
-  @jax.jit
-  def pieces(params):
-    x = model.embed({'embed': params['embed']}, batch)
-    for layer in range(config.num_layers):
-      x = model.block(
-        jax.tree.map(operator.itemgetter(layer), params['blocks']), x
-      )
-    return model.loss({'head': params['head']}, x, batch)
-
   params = _params(config)
-  assert_close(pieces(params), _loss(config)(params, batch), _ROUNDINGS)
+  x = jax.jit(model.embed)({'embed': params['embed']}, batch)
+  block = jax.jit(model.block)
+  for layer in range(config.num_layers):
+    x = block(jax.tree.map(operator.itemgetter(layer), params['blocks']), x)
+  head = {'head': params['head']}
+  found = jax.jit(model.loss)(head, x, batch)
+  assert_close(found, _loss(config)(params, batch), _ROUNDINGS)
 
 
 def test_stored_layers_are_read_one_at_a_time():
@@ -218,8 +219,8 @@ def test_an_image_depends_only_on_itself():
 
 def test_time_and_label_condition_the_output():
   config = _config()
-  predict = jax.jit(config.layers().predict)
-  params, x = _params(config), jnp.ones((1, 6, 6, 2))
+  predict = _network(config)
+  params, x = _params(config), np.ones((1, 6, 6, 2), np.float32)
   outputs = [
     predict(params, x, np.int32([time]), np.int32([label]))
     for time, label in ((5, 0), (6, 0), (5, 1), (5, 3))

@@ -54,6 +54,12 @@ def logits(adapter=None):
   return jax.jit((model(adapter) if adapter else Layers(CONFIG)).logits)
 
 
+# A compiled function takes less time than its operations one by one, each of
+# which would be compiled for each shape.
+adapt = jax.jit(lowrank.adapt, static_argnums=1)
+merge = jax.jit(lowrank.merge, static_argnums=1)
+
+
 @functools.cache
 def base():
   return jax.jit(Layers(CONFIG).init)(jax.random.key(0))
@@ -66,13 +72,12 @@ def weights(adapter, *, moved=False):
     adapter: The adapter.
     moved: Whether to add noise to all parameters, as if they had been trained.
   """
-  params = lowrank.adapt(base(), adapter, jax.random.key(1))
+  params = adapt(base(), adapter, jax.random.key(1))
   if not moved:
     return params
   rng = np.random.default_rng(2)
-  return jax.tree.map(
-    lambda w: w + 0.2 * rng.normal(size=w.shape).astype('f4'), params
-  )
+  draw = lambda w: w + np.float32(0.2 * rng.normal(size=w.shape))
+  return jax.tree.map(draw, jax.device_get(params))
 
 
 @pytest.mark.slow
@@ -106,7 +111,7 @@ def test_at_start_the_function_is_the_same():
 def test_merged_weights_are_the_same_function(adapter):
   params = weights(adapter, moved=True)
   found = logits(adapter)(params, example())
-  merged = lowrank.merge(params, adapter)
+  merged = merge(params, adapter)
   shapes = jax.eval_shape(Layers(CONFIG).init, jax.random.key(0))
   chex.assert_trees_all_equal_shapes_and_dtypes(merged, shapes)
   expected = logits()(merged, example())
@@ -114,9 +119,7 @@ def test_merged_weights_are_the_same_function(adapter):
   # x (W + A B) and x W + (x A) B differ by roundings of sums of tens of float32
   # numbers, in two layers.
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-  unscaled = lowrank.merge(
-    params, dataclasses.replace(adapter, rank=adapter.rank + 1)
-  )
+  unscaled = merge(params, dataclasses.replace(adapter, rank=adapter.rank + 1))
   other = logits()(unscaled, example())
   if not isinstance(adapter, Factored):
     assert np.abs(other - expected).max() > 1e-2
@@ -140,7 +143,7 @@ def test_gradients_of_the_factors_follow_from_that_of_the_weight():
   params = weights(adapter, moved=True)
   grad = lambda layers: jax.jit(jax.grad(lambda p: layers(p, example())[0]))
   ours = grad(model(adapter))(params)
-  whole = grad(Layers(CONFIG))(lowrank.merge(params, adapter))
+  whole = grad(Layers(CONFIG))(merge(params, adapter))
   for part in names:
     for name in names[part]:
       leaf, got = params['blocks'][part][name], ours['blocks'][part][name]
@@ -164,9 +167,9 @@ def test_factored_has_no_kernel_and_starts_as_wide():
   kernel = jax.random.normal(jax.random.key(3), (2, 90, 110), jnp.bfloat16)
   params = {'blocks': {'up': {'kernel': 0.02 * kernel}}}
   adapter = Factored(rank=40)
-  params = lowrank.adapt(params, adapter, jax.random.key(4))
+  params = adapt(params, adapter, jax.random.key(4))
   assert params['blocks']['up']['lora_a'].dtype == jnp.bfloat16
-  merged = lowrank.merge(params, adapter)['blocks']['up']['kernel']
+  merged = merge(params, adapter)['blocks']['up']['kernel']
   # The sample has about 20,000 entries, each a sum of 40 products.
   assert float(jnp.std(merged.astype(jnp.float32))) == pytest.approx(
     0.02, rel=0.05

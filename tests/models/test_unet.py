@@ -242,7 +242,9 @@ def test_types_are_those_of_the_config():
   assert products and all('bf16' in line for line in products)
 
 
-@pytest.mark.parametrize('head_dim', [None, 4])
+@pytest.mark.parametrize(
+  'head_dim', [pytest.param(None, marks=pytest.mark.slow), 4]
+)
 def test_flops_are_those_of_the_products(head_dim):
   config = _config(attention_sizes=(4,), head_dim=head_dim)
   params = _shapes(config)

@@ -160,25 +160,21 @@ def test_uint8_images_are_normalized():
   assert_close(found, expected, _ROUNDINGS)
 
 
-@_POOLS
+@pytest.mark.parametrize(
+  'pool', [pytest.param('mean', marks=pytest.mark.slow), 'cls']
+)
 def test_the_pieces_are_the_model(pool):
   config = _config(pool=pool, remat=True)
   model, batch = config.layers(), _batch(config)
 
-  @jax.jit
-  def pieces(params):
-    x = model.embed({'embed': params['embed']}, batch)
-    for layer in range(config.num_layers):
-      x = model.block(
-        jax.tree.map(operator.itemgetter(layer), params['blocks']), x
-      )
-    return model.loss(
-      {'head': params['head'], 'norm': params['norm']}, x, batch
-    )
-
   params = _params(config)
-  expected = _loss(config)(params, batch)
-  assert_close(pieces(params), expected, _ROUNDINGS)
+  x = jax.jit(model.embed)({'embed': params['embed']}, batch)
+  block = jax.jit(model.block)
+  for layer in range(config.num_layers):
+    x = block(jax.tree.map(operator.itemgetter(layer), params['blocks']), x)
+  head = {'head': params['head'], 'norm': params['norm']}
+  found = jax.jit(model.loss)(head, x, batch)
+  assert_close(found, _loss(config)(params, batch), _ROUNDINGS)
 
 
 def test_the_layers_are_read_one_by_one():
@@ -260,9 +256,11 @@ def test_dropout_is_applied_only_with_noise():
   assert_close(plain, _logits(_config())(params, batch), _ROUNDINGS)
   found = _logits(config)(params, _with_noise(batch))
   assert np.abs(found - plain).max() > 1e-3
-  # The zeros of a row depend only on its own noise.
-  row = {name: x[2:3] for name, x in _with_noise(batch).items()}
-  assert_close(_logits(config)(params, row), found[2:3], _ROUNDINGS)
+  # The zeros of a row depend only on its own noise, not on its place or on the
+  # other rows.
+  order = np.array([2, 1, 1, 0])
+  moved = {name: x[order] for name, x in _with_noise(batch).items()}
+  assert_close(_logits(config)(params, moved), found[order], _ROUNDINGS)
 
 
 def test_layers_draw_differently():
@@ -297,13 +295,16 @@ def test_lora_computes_with_its_factors():
   config = _config()
   adapter = Lora(rank=2, targets=('.*/(q|up)/kernel',))
   params, batch = _params(config), _batch(config)
-  with_factors = lowrank.adapt(params, adapter, jax.random.key(0))
+  adapt, merge = (
+    jax.jit(f, static_argnums=1) for f in (lowrank.adapt, lowrank.merge)
+  )
+  with_factors = adapt(params, adapter, jax.random.key(0))
   up = with_factors['blocks']['mlp']['up']
   assert up['lora_a'].shape == (3, 12, 2)
   up['lora_b'] = jnp.full_like(up['lora_b'], 0.2)
   hooked = config.layers(intercept=lowrank.hook(adapter))
   found = jax.jit(hooked.logits)(with_factors, batch)
-  merged = lowrank.merge(with_factors, adapter)
+  merged = merge(with_factors, adapter)
   assert_close(found, _logits(config)(merged, batch), 2 * _ROUNDINGS)
   assert np.abs(found - _logits(config)(params, batch)).max() > 1e-3
 

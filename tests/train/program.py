@@ -1,10 +1,13 @@
 """A model, a corpus and a config that are so small that a run takes seconds."""
 
+import contextlib
 import pathlib
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -25,7 +28,7 @@ config = Config(
     vocab_size=320, width=16, mlp_width=40, num_heads=2, num_layers=2
   ),
   corpus=TextFiles(train={corpus!r}, holdout=0.2),
-  optimizer=Galore(rank=4, gap=3, subspace='power'),
+  optimizer={optimizer},
   steps=8,
   learning_rate=0.01,
   warmup=0.25,
@@ -44,7 +47,14 @@ WORDS = (
 ).split()
 
 
-def write_config(directory: pathlib.Path) -> str:
+ALL_KERNELS = "Galore(rank=4, gap=3, subspace='power')"
+# A step with two kinds of projected kernels compiles faster than with seven.
+SOME_KERNELS = (
+  "Galore(rank=4, gap=3, subspace='power', targets=('.*/(q|up)/kernel',))"
+)
+
+
+def write_config(directory: pathlib.Path, optimizer: str = ALL_KERNELS) -> str:
   """Writes a corpus and a config, and returns the path of the config."""
   choice = random.Random(0)
   documents = [
@@ -53,7 +63,7 @@ def write_config(directory: pathlib.Path) -> str:
   corpus = directory / 'corpus.txt'
   corpus.write_text('\n\n'.join(documents))
   config = directory / 'tiny.py'
-  config.write_text(CONFIG.format(corpus=str(corpus)))
+  config.write_text(CONFIG.format(corpus=str(corpus), optimizer=optimizer))
   return str(config)
 
 
@@ -68,12 +78,49 @@ def saved(run: Run) -> tuple[step.State, Any]:
   return jax.tree.map(np.asarray, state), data.get_state()
 
 
+_built: dict[Any, Any] = {}
+_placed: dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def shared_steps() -> Iterator[None]:
+  """Lets runs of equal configs share a compiled step.
+
+  Tracing and compiling a step takes most of the time of a short run. A test
+  that changes the inside of a step must not use this.
+  """
+  build, placed = step.build, step.placed
+
+  def build_once(config, task):
+    if config not in _built:
+      _built[config] = build(config, task)
+    return _built[config]
+
+  def place_once(function, mesh, places):
+    # The config, of which there is one function, determines the others.
+    if function not in _placed:
+      _placed[function] = placed(function, mesh, places)
+    return _placed[function]
+
+  with (
+    mock.patch.object(step, 'build', build_once),
+    mock.patch.object(step, 'placed', place_once),
+  ):
+    yield
+
+
+def trained(path: str, directory: pathlib.Path, *options: str) -> Run:
+  """Pretrains a config, without a picture of its losses."""
+  with shared_steps(), mock.patch.object(metrics, 'plot'):
+    assert pretrain.main([path, '--run', str(directory), *options]) == 0
+  return Run(directory)
+
+
 def resumed(run: Run, path: str, directory: pathlib.Path, newest: int) -> Run:
   """Copies a run without its newest checkpoint, and resumes the copy."""
   shutil.copytree(run.directory, directory)
   shutil.rmtree(directory / 'checkpoints' / str(newest))
-  assert pretrain.main([path, '--resume', '--run', str(directory)]) == 0
-  return Run(directory)
+  return trained(path, directory, '--resume')
 
 
 def assert_same_end(ours: Run, theirs: Run) -> None:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.train.program import write_config
+from tests.train.program import shared_steps, write_config
 from train import evaluate, pretrain, sample
 from train.engine import training
 from train.engine.run import Run, numbered
@@ -12,19 +12,25 @@ from train.engine.run import Run, numbered
 
 def start(config, monkeypatch):
   """Writes the first files of a run without training."""
-  with monkeypatch.context() as patch:
+  with monkeypatch.context() as patch, shared_steps():
     patch.setattr(training, 'train_and_report', lambda *args, **options: 0)
     assert pretrain.main([config]) == 0
 
 
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+  """Returns the path of a config, of which all runs share their functions."""
+  return write_config(tmp_path_factory.mktemp('config'))
+
+
 @pytest.fixture
-def config(tmp_path, monkeypatch):
-  """Returns the path of a config, with its directory as working directory.
+def config(written, tmp_path, monkeypatch):
+  """Returns the path of a config, with an empty working directory.
 
   Tests check that the program creates no files there.
   """
   monkeypatch.chdir(tmp_path)
-  return write_config(tmp_path)
+  return written
 
 
 def refusal(capsys, main, args):

@@ -18,7 +18,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from models import huggingface
-from tests.train.program import lines, saved, write_config
+from tests.train.program import (
+  SOME_KERNELS,
+  lines,
+  saved,
+  shared_steps,
+  write_config,
+)
 from train import evaluate, export, pretrain, sample
 from train.data import tokenizer as tokenizer_lib
 from train.engine import loop, metrics, training
@@ -30,9 +36,9 @@ from train.engine.run import Run
 def printed(tmp_path_factory):
   """Returns a completed run of 8 steps with its config and its output."""
   directory = tmp_path_factory.mktemp('finished')
-  config = write_config(directory)
+  config = write_config(directory, SOME_KERNELS)
   run = Run(directory / 'run')
-  with contextlib.redirect_stdout(io.StringIO()) as out:
+  with shared_steps(), contextlib.redirect_stdout(io.StringIO()) as out:
     assert pretrain.main([config, '--run', str(run.directory)]) == 0
   return config, run, out.getvalue()
 
@@ -112,7 +118,7 @@ def test_resume_is_bit_equal_to_no_stop(
       os.kill(os.getpid(), stop)
     show(meter, step, metrics, *rest)
 
-  with monkeypatch.context() as patch:
+  with monkeypatch.context() as patch, shared_steps():
     patch.setattr(loop.Meter, 'add', interrupt)
     assert pretrain.main(args) == 128 + stop
   out, err = capfd.readouterr()
@@ -121,7 +127,8 @@ def test_resume_is_bit_equal_to_no_stop(
   # The printed command must resume the run exactly as printed.
   assert 'stopped and saved at step 4; to go on:' in out
   line = out[out.index('python -m train.pretrain') :].splitlines()[0]
-  assert pretrain.main(shlex.split(line)[3:]) == 0
+  with shared_steps():
+    assert pretrain.main(shlex.split(line)[3:]) == 0
   (ours, position), (theirs, its_position) = saved(run), saved(whole)
   chex.assert_trees_all_equal(ours, theirs)
   assert position == its_position

@@ -91,14 +91,15 @@ def test_adamw_projects_nothing():
 @pytest.mark.parametrize('rank', [pytest.param(4, marks=pytest.mark.slow), 5])
 def test_nothing_is_allocated(rank):
   def stacks():
-    gc.collect()  # arrays of earlier tests may be in reference cycles
     # Only stacked kernels have three axes. A thread of another test may still
     # create batches, which have fewer.
-    return sum(x.ndim > 2 for x in jax.live_arrays())
+    return {id(x): x for x in jax.live_arrays() if x.ndim > 2}
 
-  before = stacks()
+  before = stacks()  # keeps arrays of earlier tests, and so their ids
   text(Galore(rank=rank))
-  assert stacks() == before
+  if stacks().keys() > before.keys():
+    gc.collect()  # an array in a reference cycle is not held
+  assert stacks().keys() <= before.keys()
 
 
 TITLES = [

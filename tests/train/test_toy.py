@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.train.program import assert_same_end, resumed
+from tests.train.program import assert_same_end, resumed, shared_steps
 from tests.train.toy import StripeImages, StripeNet
 from train import evaluate, finetune, pretrain, report, sample
 from train.config import Config
@@ -15,7 +15,6 @@ from train.engine.run import Run
 from train.plan.__main__ import main as plan
 
 CONFIG = """
-from tests.train.program import assert_same_end, resumed
 from tests.train.toy import StripeImages, StripeNet
 from train.config import Config
 from train.method import Galore
@@ -43,7 +42,8 @@ def config_path(tmp_path_factory):
 @pytest.fixture(scope='module')
 def run(config_path, tmp_path_factory):
   where = tmp_path_factory.mktemp('toy') / 'run'
-  assert pretrain.main([config_path, '--run', str(where)]) == 0
+  with shared_steps():
+    assert pretrain.main([config_path, '--run', str(where)]) == 0
   return Run(where)
 
 

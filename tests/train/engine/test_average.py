@@ -87,9 +87,10 @@ def test_the_average_of_bfloat16_weights_is_in_float32(config_path):
   model = dataclasses.replace(config.model, param_dtype='bfloat16')
   config = dataclasses.replace(config, model=model, average=0.9)
   init, _ = step_lib.build(config, task_of(config))
-  state = init(jax.random.key(0))
+  state = jax.eval_shape(init, jax.random.key(0))
   assert {x.dtype.name for x in jax.tree.leaves(state.average)} == {'float32'}
-  kept = {x.dtype.name for x in jax.tree.leaves(state.evaluated)}
+  evaluated = jax.eval_shape(lambda state: state.evaluated, state)
+  kept = {x.dtype.name for x in jax.tree.leaves(evaluated)}
   assert kept == {'bfloat16'}
 
 

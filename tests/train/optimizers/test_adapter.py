@@ -66,7 +66,7 @@ def changed(**options):
 
 def start(config):
   init, step = step_lib.build(config, task_of(config))
-  return init(jax.random.key(0)), step
+  return jax.jit(init)(jax.random.key(0)), step
 
 
 def run(config, num_steps=3, state=None):
@@ -109,8 +109,11 @@ UPDATES = [WholeTree(), pytest.param(LAYERWISE, marks=pytest.mark.slow)]
 )
 def test_which_weights_are_trained(update, adapter, frozen):
   config = changed(adapter=adapter, update=update)
-  before = by_role(jax.device_get(start(config)[0].params))
-  after = by_role(jax.device_get(run(config)[0].params))
+  state, step = start(config)
+  before = by_role(jax.device_get(state.params))
+  for seed in range(3):
+    state, _ = step(state, example(seed))
+  after = by_role(jax.device_get(state.params))
   for role in before:
     for path, weight in before[role].items():
       same = np.array_equal(after[role][path], weight)
@@ -119,7 +122,9 @@ def test_which_weights_are_trained(update, adapter, frozen):
 
 @pytest.mark.parametrize('update', [WholeTree(), LAYERWISE])
 def test_the_optimizer_keeps_moments_only_of_trained_weights(update):
-  state, _ = start(changed(update=update))
+  config = changed(update=update)
+  init, _ = step_lib.build(config, task_of(config))
+  state = jax.eval_shape(init, jax.random.key(0))
   factors = by_role(state.params)['factor']
   assert len(factors) == 2 * KERNELS
   numbers = sum(x.size for x in factors.values())
@@ -289,9 +294,11 @@ def _counters(optimizer):
 @pytest.mark.parametrize('update', UPDATES)
 def test_a_reset_reaches_the_moments_of_every_optimizer(optimizer, update):
   config = changed(optimizer=optimizer, update=update)
-  state = start(config)[0].optimizer
-  ones = jax.tree.map(jnp.ones_like, state)
+  init, _ = step_lib.build(config, task_of(config))
+  shapes = jax.eval_shape(init, jax.random.key(0)).optimizer
+  ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
   reset = adapter_lib.reset_moments(ones, 1.0, jax.random.key(0))
+  reset = jax.device_get(reset)
   names = jax.tree_util.tree_leaves_with_path(reset)
   zeroed = [path for path, leaf in names if not leaf.any()]
   # Each kernel has two factors with two moments each.

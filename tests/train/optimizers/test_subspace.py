@@ -121,11 +121,13 @@ def test_a_gradient_of_zeros_has_no_energy():
 )
 def test_watching_changes_no_update(moments):
   tx = build('Galore', rank=3, gap=2, moments=moments)
-  params = jax.tree.map(jnp.zeros_like, gradients(0))
-  plain, seen = tx.init(params), subspace.watched(tx).init(params)
+  watched = subspace.watched(tx)
+  params = jax.tree.map(np.zeros_like, gradients(0))
+  plain, seen = tx.init(params), watched.init(params)
+  update, watched_update = jax.jit(tx.update), jax.jit(watched.update)
   for i in range(4):
-    ours, seen = subspace.watched(tx).update(gradients(i), seen, params)
-    theirs, plain = tx.update(gradients(i), plain, params)
+    ours, seen = watched_update(gradients(i), seen, params)
+    theirs, plain = update(gradients(i), plain, params)
     chex.assert_trees_all_equal(ours, theirs)
 
 
@@ -203,7 +205,7 @@ def run(update, number=5):
   """Returns the metrics of the first steps of a config."""
   config = config_of(update)
   init, one = step.build(config, task_of(config))
-  state, found = init(jax.random.key(0)), []
+  state, found = jax.jit(init)(jax.random.key(0)), []
   for i in range(number):
     state, metrics = one(state, batch(i))
     found.append(jax.device_get(metrics))

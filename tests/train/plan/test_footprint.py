@@ -25,9 +25,10 @@ SHIPPED = {
 
 def marked(name):
   # Large models are slow, because a layer-wise state is traced weight by
-  # weight. One size of each paper is enough.
+  # weight. One size of each paper is enough, and two sizes of GaLore's.
   large = '7b' in name or '8b' in name
   another = name.startswith(('scale', 'frugal'))
+  another |= name in ('llama_130m', 'llama_350m')
   return pytest.param(name, marks=[pytest.mark.slow] * (large or another))
 
 
@@ -73,7 +74,7 @@ def moment_elements(model, rank):
   return low + 2 * model.vocab_size * d + (2 * layers + 1) * d
 
 
-@pytest.mark.parametrize('name', GALORE)
+@pytest.mark.parametrize('name', [marked(n) for n in GALORE])
 def test_state_is_what_the_paper_counts(name):
   """Table 1 of the paper: m r + 2 n r elements for a weight [m, n], m <= n."""
   config = load(str(SHIPPED[name]))

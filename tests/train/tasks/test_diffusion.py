@@ -15,7 +15,7 @@ from models.diffusion import Diffusion, Sampler
 from models.dit import DitConfig
 from models.unet import UnetConfig
 from models.vit import VitConfig
-from tests.train.program import assert_same_end, resumed, saved
+from tests.train.program import assert_same_end, resumed, saved, trained
 from tests.train.tasks import images
 from train import evaluate, pretrain, report, sample
 from train.engine import metrics
@@ -82,9 +82,7 @@ def config_path(request, unet_path, dit_path):
 
 @pytest.fixture(scope='module')
 def run(config_path, tmp_path_factory):
-  where = tmp_path_factory.mktemp('diffusion') / 'run'
-  assert pretrain.main([config_path, '--run', str(where)]) == 0
-  return Run(where)
+  return trained(config_path, tmp_path_factory.mktemp('diffusion') / 'run')
 
 
 @pytest.fixture(scope='module')

@@ -10,9 +10,9 @@ import pytest
 from models import huggingface
 from models.lowrank import Lora
 from models.vit import VitConfig
-from tests.train.program import assert_same_end, resumed, saved
+from tests.train.program import assert_same_end, resumed, saved, trained
 from tests.train.tasks import images
-from train import evaluate, export, finetune, pretrain, report
+from train import evaluate, export, finetune, report
 from train.config import Classifier
 from train.data.images.corpora import ImageFolders
 from train.engine import checkpoint, metrics
@@ -59,9 +59,7 @@ def config_path(config, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def run(config_path, tmp_path_factory):
-  where = tmp_path_factory.mktemp('vit') / 'run'
-  assert pretrain.main([config_path, '--run', str(where)]) == 0
-  return Run(where)
+  return trained(config_path, tmp_path_factory.mktemp('vit') / 'run')
 
 
 @pytest.fixture(scope='module')
@@ -69,12 +67,6 @@ def exported(run, tmp_path_factory):
   """A directory of transformers with the trained model."""
   where = tmp_path_factory.mktemp('vit') / 'export'
   export.main([str(run.directory), str(where)])
-  return where
-
-
-def train(config_path, directory, *options):
-  where = Run(directory)
-  assert pretrain.main([config_path, '--run', str(directory), *options]) == 0
   return where
 
 
@@ -95,6 +87,8 @@ def test_it_learns(run):
   )
 
 
+# A DiT's run, which is quick, resumes with its noise, too.
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_equal(run, config_path, tmp_path):
   again = resumed(run, config_path, tmp_path / 'run', LAST)
   assert_same_end(run, again)
@@ -129,6 +123,7 @@ def test_the_best_validation_has_the_highest_accuracy(run):
   assert task.score(high) < task.score(low)
 
 
+@pytest.mark.slow
 def test_it_is_reported(run):
   report.main([str(run.directory)])
   page = run.report_path.read_text()
@@ -183,7 +178,7 @@ def test_it_is_fine_tuned_from_its_export(
 
 @pytest.mark.slow
 def test_layer_wise_it_is_the_same(config_path, run, tmp_path):
-  found = train(config_path, tmp_path / 'run', '--update', 'Layerwise')
+  found = trained(config_path, tmp_path / 'run', '--update', 'Layerwise')
   for name in ('loss', 'grad_norm', 'validation_loss'):
     np.testing.assert_allclose(
       images.values(found, name)[:20],
@@ -197,7 +192,7 @@ def test_layer_wise_it_is_the_same(config_path, run, tmp_path):
 
 @pytest.mark.slow
 def test_with_layers_in_8_bits_it_learns(config_path, tmp_path, capsys):
-  found = train(
+  found = trained(
     config_path,
     tmp_path / 'run',
     *('--update', 'Layerwise', '--update.weights', 'int8'),
@@ -257,7 +252,7 @@ def test_folders_of_images_are_learned(config, tmp_path):
   path = images.write(
     tmp_path / 'folders.py', dataclasses.replace(config, corpus=corpus)
   )
-  found = train(path, tmp_path / 'run')
+  found = trained(path, tmp_path / 'run')
   assert images.values(found, 'validation_accuracy')[-1] > 0.9
 
 
