@@ -164,6 +164,9 @@ class ImageStudy(Study):
     if finals(corpus, self, done):
       text += ['', f'![First round, best method first]({self.name}_first.png)']
     text += page.final_section(corpus, self, done)
+    missing = self.methods.keys() - finals(corpus, self, done).keys()
+    if missing:
+      text += ['', f'Not yet in the finals: {", ".join(sorted(missing))}.']
     for metric in self.metrics:
       file = page.picture(self, metric)
       text += ['', f'![{metric.title} against memory]({file})']

@@ -135,6 +135,11 @@ def test_a_study_trains_and_writes_its_page(tmp_path, name):
   for line in page.splitlines():
     if line.startswith('!['):
       assert (tmp_path / line[line.index('(') + 1 : -1]).exists()
+  assert 'Not yet in the finals' not in page
+  done = command.runs_of(tmp_path, study).done
+  last = Job(*(finals[-1][name] for name in Job._fields))
+  del done[last]
+  assert f'Not yet in the finals: {last.method}.' in study.page(done)
 
 
 @pytest.mark.slow
