@@ -30,7 +30,11 @@ import numpy as np
 import galore_optax as go
 from configs.ddpm_fashion import config as given
 from configs.studies.comparison import command, images, table
-from configs.studies.comparison.images import ImageStudy, Size
+from configs.studies.comparison.images import (
+  ImageStudy,
+  Size,
+  means_by_batch,
+)
 from configs.studies.comparison.runs import finite
 from configs.studies.comparison.study import Method, Metric, Score
 from models.denoiser import DenoiserConfig
@@ -69,11 +73,11 @@ class DiffusionStudy(ImageStudy):
     return lambda params, batch: costs(model, layers, params, batch)
 
   def measured(self, held_out: Sequence[Batch], score: Score) -> dict[str, Any]:
-    """Returns the held-out loss in total and by image."""
-    cost_n = np.concatenate([score(batch) for batch in held_out])
+    """Returns the held-out loss in total and by batch."""
+    found = [score(batch) for batch in held_out]
     return {
-      'error': finite(cost_n.mean()),
-      'rows': [round(finite(x), 4) for x in cost_n],
+      'error': finite(np.concatenate(found).mean()),
+      'rows': means_by_batch(found),
     }
 
 

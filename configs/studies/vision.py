@@ -21,7 +21,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from configs.studies.comparison import command, images
-from configs.studies.comparison.images import ImageStudy, Size
+from configs.studies.comparison.images import (
+  ImageStudy,
+  Size,
+  means_by_batch,
+)
 from configs.studies.comparison.runs import finite
 from configs.studies.comparison.study import Method, Metric, Score
 from configs.vit_fashion import config as given
@@ -65,7 +69,7 @@ class Vision(ImageStudy):
     return lambda params, batch: scores(task, params, batch)
 
   def measured(self, held_out: Sequence[Batch], score: Score) -> dict[str, Any]:
-    """Returns the cross-entropy in total and by image, and the error rate."""
+    """Returns the cross-entropy in total and by batch, and the error rate."""
     found = [score(batch) for batch in held_out]
     cost_n, is_right_n = (
       np.concatenate(parts) for parts in zip(*found, strict=True)
@@ -73,7 +77,7 @@ class Vision(ImageStudy):
     return {
       'cross_entropy': finite(cost_n.mean()),
       'errors': 100 * float(1 - is_right_n.mean()),
-      'rows': [round(finite(x), 4) for x in cost_n],
+      'rows': means_by_batch(cost for cost, _ in found),
     }
 
 

@@ -3,11 +3,12 @@
 import abc
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from configs.studies.comparison import page, table
 from configs.studies.comparison.results import finals, machines
+from configs.studies.comparison.runs import finite
 from configs.studies.comparison.study import (
   Around,
   Done,
@@ -80,6 +81,11 @@ def size(
   )
 
 
+def means_by_batch(costs: Iterable[Any]) -> list[float]:
+  """Returns the mean cost of each batch, from arrays [B] of costs."""
+  return [round(finite(cost_B.mean()), 5) for cost_B in costs]
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageStudy(Study):
   """A study of a model of images on Fashion-MNIST."""
@@ -87,7 +93,7 @@ class ImageStudy(Study):
   size: Size
 
   corpora: ClassVar[Sequence[str]] = ('Fashion-MNIST',)
-  rows: ClassVar[str] = 'images'
+  rows: ClassVar[str] = 'batches of test images'
   unit: ClassVar[str] = 'images'
   matrices: ClassVar[str] = 'blocks/.*kernel'
   title: ClassVar[str]

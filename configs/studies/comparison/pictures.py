@@ -93,7 +93,7 @@ def draw_points(axes: Axes, points: Sequence[Point], label: str) -> None:
   axes.set_xlabel(MEMORY, fontsize=9)
   axes.set_ylabel(label, fontsize=9)
   axes.tick_params(labelsize=8)
-  axes.legend(fontsize=8, loc='upper right', frameon=False)
+  axes.legend(fontsize=8, loc='best', frameon=False)
 
 
 def front_corners(points: Sequence[Point]) -> list[tuple[float, float]]:
