@@ -157,3 +157,24 @@ def test_the_score_is_the_loss_of_the_task(tmp_path, name):
   assert found[study.metric.key] == pytest.approx(expected['loss'], rel=1e-5)
   if 'errors' in found:
     assert found['errors'] == pytest.approx(100 * (1 - expected['accuracy']))
+
+
+def test_better_rates_of_the_baseline_are_named():
+  study = vision.STUDY
+  size = study.size
+
+  def runs(matrix, tuned, final):
+    jobs = [
+      Job('Fashion-MNIST', 'AdamW', matrix, 0.1, seed, size.final)
+      for seed in range(size.seeds)
+    ]
+    tried = jobs[0]._replace(steps=size.tuned)
+    values = {tried: tuned} | dict.fromkeys(jobs, final)
+    return {
+      job: {**job._asdict(), 'cross_entropy': x} for job, x in values.items()
+    }
+
+  selected = runs(0.01, tuned=0.5, final=0.45)
+  assert not study.unselected(selected)
+  remark = study.unselected(selected | runs(0.03, tuned=0.6, final=0.4))
+  assert 'with 0.03 and 0.1 the mean of its final runs is 0.4000' in remark[1]
