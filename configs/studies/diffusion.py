@@ -8,16 +8,15 @@ with bases that all taps share (`galore_optax.SharedBasis`). Its rank 16 stores
 about as much as rank 8 of a matrix.
 
 The search is that of `configs.studies.comparison.search`, with two learning
-rates for each method. All methods are in the final round, with three seeds. The
-rank is swept with GaLore: 4 and 16, besides the 8 of all methods.
+rates for each method. All methods are in the final round, with three seeds.
+They have rank 8, and GaLore also has ranks 4 and 16.
 
 The page is results/diffusion.md. `configs.studies.comparison.command` explains
 how to interrupt, continue and repeat runs.
 
 Reductions for two CPU cores: the images are small, the last runs have 0.17
 epochs, and the weights are not averaged. The learning rates are selected on the
-test images, after half of the steps. No images are drawn, because models
-after so few steps draw no clothes.
+test images, after half of the steps. No images are drawn.
 """
 
 import dataclasses

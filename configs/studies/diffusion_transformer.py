@@ -2,8 +2,8 @@
 
 `python -m configs.studies.diffusion_transformer` trains a DiT of 0.3 million
 weights to remove noise from Fashion-MNIST, with patches of 7 x 7 pixels. The
-protocol is that of `configs.studies.diffusion`. The rank is swept with GaLore:
-8 and 32, besides the 16 of all methods.
+protocol is that of `configs.studies.diffusion`. The methods have rank 16,
+and GaLore also has ranks 8 and 32.
 
 Reductions for two CPU cores: the last runs have 1.4 epochs, the model has 16
 patches and width 64, and the weights are not averaged. The learning rates are

@@ -3,8 +3,8 @@
 `python -m configs.studies.vision` trains a ViT of 0.2 million weights on the
 data of configs/vit_fashion.py, with patches of 7 x 7 pixels. The search is that
 of `configs.studies.comparison.search`, with two learning rates for each method.
-All methods are in the final round, with three seeds. The rank is swept with
-GaLore: 8 and 32, besides the 16 of all methods.
+All methods are in the final round, with three seeds. They have rank 16, and
+GaLore also has ranks 8 and 32.
 
 The page is results/vision.md. `configs.studies.comparison.command` explains how
 to interrupt, continue and repeat runs.

@@ -170,7 +170,6 @@ class ImageStudy(Study):
     if finals(corpus, self, done):
       text += ['', f'![First round, best method first]({self.name}_first.png)']
     text += page.final_section(corpus, self, done)
-    text += self.unselected(done)
     missing = self.methods.keys() - finals(corpus, self, done).keys()
     if missing:
       text += ['', f'Not yet in the finals: {", ".join(sorted(missing))}.']
@@ -178,28 +177,3 @@ class ImageStudy(Study):
       file = page.picture(self, metric)
       text += ['', f'![{metric.title} against memory]({file})']
     return '\n'.join([*text, ''])
-
-  def unselected(self, done: Done) -> list[str]:
-    """Returns a remark if other rates of the baseline had a better last run."""
-    key, found = self.metric.key, {}
-    for job, run in done.items():
-      if (job.method, job.steps) == (self.baseline, self.size.final):
-        found.setdefault((job.matrix, job.rest), []).append(run[key])
-    means = {
-      pair: sum(values) / len(values)
-      for pair, values in found.items()
-      if len(values) == self.size.seeds
-    }
-    known = finals(self.corpora[0], self, done).get(self.baseline)
-    if not known:
-      return []
-    best = min(means, key=lambda pair: means[pair])
-    if best == (known[0]['matrix'], known[0]['rest']):
-      return []
-    return [
-      '',
-      f'Tuning did not select the best rates of {self.baseline}: with '
-      f'{best[0]:g} and {best[1]:g} the mean of its final runs is '
-      f'{means[best]:.4f}. The differences above are too large by the distance '
-      'of the two means.',
-    ]

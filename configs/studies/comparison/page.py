@@ -13,6 +13,7 @@ from configs.studies.comparison.results import (
   finals,
   firsts,
   held,
+  last_runs,
   machines,
   rows_of,
 )
@@ -101,6 +102,7 @@ def final_section(corpus: str, study: Study, done: Done) -> list[str]:
     ' weights and state, kB |',
     '| --- ' * (6 + len(study.metrics)) + '|',
     *rows,
+    *unselected(corpus, study, done),
     '',
     f'### With more {study.unit}',
     '',
@@ -112,11 +114,39 @@ def final_section(corpus: str, study: Study, done: Done) -> list[str]:
   ]
 
 
+def unselected(corpus: str, study: Study, done: Done) -> list[str]:
+  """Returns a remark if other rates of the baseline had better last runs."""
+
+  def mean(runs: Sequence[dict[str, Any]]) -> float:
+    return float(np.mean([run[study.metric.key] for run in runs]))
+
+  selected = finals(corpus, study, done).get(study.baseline)
+  if selected is None:
+    return []
+  best = min(
+    (
+      runs
+      for job, runs in last_runs(corpus, study, done).items()
+      if job.method == study.baseline
+    ),
+    key=mean,
+  )
+  if mean(best) >= mean(selected):
+    return []
+  return [
+    '',
+    f'Tuning did not select the best rates of {study.baseline}: with '
+    f'{best[0]["matrix"]:g} and {best[0]["rest"]:g} the mean of its last runs '
+    f'is {mean(best):.4f}. The differences above are too favourable to other '
+    f'methods by {mean(selected) - mean(best):.4f}.',
+  ]
+
+
 def by_length(corpus: str, study: Study, done: Done) -> list[str]:
   """Returns the table of differences to the baseline, by length of the run."""
   size, key = study.size, study.metric.key
   lengths = [size.tuned, size.final]
-  if corpus == study.corpora[0] and size.tuned != size.first[-1].steps:
+  if corpus == study.corpora[0]:
     lengths = [size.first[-1].steps, *lengths]
   best = [best_at(corpus, steps, study, done) for steps in lengths]
   base = [found.get(study.baseline) for found in best]

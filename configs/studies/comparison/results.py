@@ -26,21 +26,30 @@ def best_at(
   return found
 
 
-def finals(corpus: str, study: Study, done: Done) -> dict[str, list[dict]]:
-  """Returns each method's last runs on a corpus, one for each seed."""
+def last_runs(corpus: str, study: Study, done: Done) -> dict[Job, list[dict]]:
+  """Returns the last runs on a corpus, by the job that tuned their rates.
+
+  Runs of which a seed is missing are left out.
+  """
   found: dict[Job, list[dict]] = {}
   for job, run in done.items():
     if job.corpus == corpus and job.steps == study.size.final:
       tried = job._replace(seed=0, steps=study.size.tuned)
       found.setdefault(tried, []).append(run)
-  whole = [job for job, runs in found.items() if len(runs) == study.size.seeds]
+  seeds = study.size.seeds
+  return {job: runs for job, runs in found.items() if len(runs) == seeds}
+
+
+def finals(corpus: str, study: Study, done: Done) -> dict[str, list[dict]]:
+  """Returns each method's last runs on a corpus, one for each seed."""
+  found = last_runs(corpus, study, done)
 
   def score(job: Job) -> float:
     return done[job][study.metric.key] if job in done else math.inf
 
   # If a method has two pairs of rates, the later key of the dict wins, so the
   # pair that was better in tuning comes last.
-  order = sorted(whole, key=score, reverse=True)
+  order = sorted(found, key=score, reverse=True)
   return {
     job.method: sorted(found[job], key=lambda run: run['seed']) for job in order
   }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs.studies import diffusion, diffusion_transformer, vision
-from configs.studies.comparison import command, table
+from configs.studies.comparison import command, page, table
 from configs.studies.comparison.runner import Runner
 from configs.studies.comparison.study import Job, Rung
 from galore_optax import names
@@ -19,6 +19,7 @@ from tests.train.tasks.images import write_idx
 from train.data.images.corpora import IdxImages
 from train.engine.task import task_of
 
+NAMES = ('AdamW', 'GaLore')
 STUDIES = (vision.STUDY, diffusion.STUDY, diffusion_transformer.STUDY)
 
 
@@ -37,10 +38,8 @@ def small(study, **model):
   )
 
   class Small(type(study)):
-    usual = ('AdamW', 'GaLore')
-    methods: ClassVar = {
-      name: study.methods[name] for name in ('AdamW', 'GaLore')
-    }
+    usual = NAMES
+    methods: ClassVar = {name: study.methods[name] for name in NAMES}
 
     @property
     def model(self):
@@ -130,12 +129,12 @@ def test_a_study_trains_and_writes_its_page(tmp_path, name):
       run[study.metric.key], abs=1e-4
     )
     assert len(run['rows']) * 4 == study.size.eval_images
-  page = (tmp_path / f'{name}.md').read_text()
-  assert '## Final round on Fashion-MNIST: 12 images, 2 seeds' in page
-  for line in page.splitlines():
+  text = (tmp_path / f'{name}.md').read_text()
+  assert '## Final round on Fashion-MNIST: 12 images, 2 seeds' in text
+  for line in text.splitlines():
     if line.startswith('!['):
       assert (tmp_path / line[line.index('(') + 1 : -1]).exists()
-  assert 'Not yet in the finals' not in page
+  assert 'Not yet in the finals' not in text
   done = command.runs_of(tmp_path, study).done
   last = Job(*(finals[-1][name] for name in Job._fields))
   del done[last]
@@ -174,7 +173,11 @@ def test_better_rates_of_the_baseline_are_named():
       job: {**job._asdict(), 'cross_entropy': x} for job, x in values.items()
     }
 
+  def remark(done):
+    return ''.join(page.unselected('Fashion-MNIST', study, done))
+
   selected = runs(0.01, tuned=0.5, final=0.45)
-  assert not study.unselected(selected)
-  remark = study.unselected(selected | runs(0.03, tuned=0.6, final=0.4))
-  assert 'with 0.03 and 0.1 the mean of its final runs is 0.4000' in remark[1]
+  assert not remark(selected)
+  found = remark(selected | runs(0.03, tuned=0.6, final=0.4))
+  assert 'with 0.03 and 0.1 the mean of its last runs is 0.4000' in found
+  assert 'too favourable to other methods by 0.0500' in found
