@@ -1,4 +1,6 @@
-"""Random parameters, and a toy training, for the tests of models."""
+"""Parameters, pieces and a toy training, for the tests of models."""
+
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,12 @@ import numpy as np
 import optax
 
 from galore_optax import galore
+from models import lowrank
+
+# A compiled function takes less time than its operations one by one, each of
+# which would be compiled for each shape.
+adapt = jax.jit(lowrank.adapt, static_argnums=1)
+merge = jax.jit(lowrank.merge, static_argnums=1)
 
 
 def drawn(model, std):
@@ -23,6 +31,20 @@ def drawn(model, std):
     return jnp.asarray(rng.normal(mean, std, leaf.shape), leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def loss_of_pieces(model, params, batch):
+  """Returns the loss and the sums of a stacked model, computed in pieces."""
+  x = jax.jit(model.embed)({'embed': params['embed']}, batch)
+  block = jax.jit(model.block)
+  for layer in range(model.config.num_layers):
+    x = block(jax.tree.map(operator.itemgetter(layer), params['blocks']), x)
+  last = {
+    name: part
+    for name, part in params.items()
+    if name not in ('embed', 'blocks')
+  }
+  return jax.jit(model.loss)(last, x, batch)
 
 
 def trained_on_two_images(config, num_rows):

@@ -12,7 +12,7 @@ from galore_optax.quantized.array import is_quantized
 from models import cross_entropy, lowrank
 from models.llama import Layers, Llama3Scaling, LlamaConfig
 from tests.galore_optax.program import each
-from tests.models.program import drawn
+from tests.models.program import adapt, drawn
 from tests.rounding import units
 
 _SMALL = LlamaConfig(
@@ -204,7 +204,6 @@ def test_stored_weights_are_read_layer_by_layer():
 )
 def test_factors_take_part(adapter):
   plain, params = _model(num_kv_heads=2)
-  adapt = jax.jit(lowrank.adapt, static_argnums=1)
   params = adapt(params, adapter, jax.random.key(1))
   rng = np.random.default_rng(2)
   draw = lambda path, w: (

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from models.denoiser import make_sampler
 from models.diffusion import Diffusion, Sampler
 from models.dit import DitConfig, dit
 from tests.models import jaxpr_flops
-from tests.models.program import trained_on_two_images
+from tests.models.program import loss_of_pieces, trained_on_two_images
 from tests.rounding import assert_close, distance, units
 
 B = 4
@@ -153,12 +152,7 @@ def test_the_pieces_are_the_model(remat):
   model, batch = config.layers(), _batch()
 
   params = _params(config)
-  x = jax.jit(model.embed)({'embed': params['embed']}, batch)
-  block = jax.jit(model.block)
-  for layer in range(config.num_layers):
-    x = block(jax.tree.map(operator.itemgetter(layer), params['blocks']), x)
-  head = {'head': params['head']}
-  found = jax.jit(model.loss)(head, x, batch)
+  found = loss_of_pieces(model, params, batch)
   assert_close(found, _loss(config)(params, batch), _ROUNDINGS)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import pytest
 from galore_optax.layerwise.step import layerwise
 from models.encoder import EncoderConfig, Layers
 from models.modules import drop
+from tests.models.program import loss_of_pieces
 from tests.rounding import assert_close, distance, units
 
 B, T = 4, 11
@@ -126,12 +126,7 @@ def test_the_pieces_are_the_model(changes):
   model, batch = Layers(config), _batch(config)
 
   params = _params(config)
-  x = jax.jit(model.embed)({'embed': params['embed']}, batch)
-  block = jax.jit(model.block)
-  for layer in range(config.num_layers):
-    x = block(jax.tree.map(operator.itemgetter(layer), params['blocks']), x)
-  head = {'head': params['head']}
-  found = jax.jit(model.loss)(head, x, batch)
+  found = loss_of_pieces(model, params, batch)
   assert_close(found, _loss(config)(params, batch), _ROUNDINGS)
 
 

@@ -14,6 +14,7 @@ from models import lowrank, peft
 from models import noise as noise_lib
 from models.llama import Layers, LlamaConfig
 from models.lowrank import Factored, Lora, Relora
+from tests.models.program import adapt, merge
 from tests.rounding import assert_close
 
 CONFIG = LlamaConfig(
@@ -52,12 +53,6 @@ def model(adapter, **overrides):
 def logits(adapter=None):
   """Returns the compiled logits function of a model, which may have factors."""
   return jax.jit((model(adapter) if adapter else Layers(CONFIG)).logits)
-
-
-# A compiled function takes less time than its operations one by one, each of
-# which would be compiled for each shape.
-adapt = jax.jit(lowrank.adapt, static_argnums=1)
-merge = jax.jit(lowrank.merge, static_argnums=1)
 
 
 @functools.cache

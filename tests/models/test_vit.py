@@ -18,7 +18,7 @@ from models import lowrank
 from models.lowrank import Lora
 from models.vit import VitConfig
 from tests.galore_optax.every import build
-from tests.models.program import drawn
+from tests.models.program import adapt, drawn, loss_of_pieces, merge
 from tests.rounding import assert_close, distance, units
 
 B = 4
@@ -168,12 +168,7 @@ def test_the_pieces_are_the_model(pool):
   model, batch = config.layers(), _batch(config)
 
   params = _params(config)
-  x = jax.jit(model.embed)({'embed': params['embed']}, batch)
-  block = jax.jit(model.block)
-  for layer in range(config.num_layers):
-    x = block(jax.tree.map(operator.itemgetter(layer), params['blocks']), x)
-  head = {'head': params['head'], 'norm': params['norm']}
-  found = jax.jit(model.loss)(head, x, batch)
+  found = loss_of_pieces(model, params, batch)
   assert_close(found, _loss(config)(params, batch), _ROUNDINGS)
 
 
@@ -295,9 +290,6 @@ def test_lora_computes_with_its_factors():
   config = _config()
   adapter = Lora(rank=2, targets=('.*/(q|up)/kernel',))
   params, batch = _params(config), _batch(config)
-  adapt, merge = (
-    jax.jit(f, static_argnums=1) for f in (lowrank.adapt, lowrank.merge)
-  )
   with_factors = adapt(params, adapter, jax.random.key(0))
   up = with_factors['blocks']['mlp']['up']
   assert up['lora_a'].shape == (3, 12, 2)
