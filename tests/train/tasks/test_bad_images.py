@@ -246,11 +246,7 @@ def test_a_classifier_of_another_kind(config_of, directories, capsys):
 @pytest.mark.parametrize(
   'name, message',
   [
-    pytest.param(
-      'unet',
-      'a UnetConfig has no checkpoints of transformers',
-      marks=pytest.mark.slow,
-    ),
+    ('unet', 'a UnetConfig has no checkpoints of transformers'),
     ('dit', 'a DitConfig has no checkpoints of transformers'),
     ('mean', "must have pool='cls' .* got pool='mean'"),
   ],
