@@ -10,7 +10,7 @@ Differences: documents are packed here; the script cuts or pads each to 256
 tokens. The tokenizer is trained on C4 here; the script uses that of T5.
 Expected memory: 53.03 GiB on an H100, of which 1.96 GiB is optimizer state, by
 the compiler's memory analysis (make plan ARGS='configs/frugal_7b.py --device
-h100', 26 November 2026, jax 0.10.2).
+h100', 30 November 2026, jax 0.10.2).
 Expected time: not measured. 6 x parameters x tokens is 7.9e+20 floating-point
 operations, 1472 hours at 150 TFLOP/s.
 Expected result: unknown.

@@ -116,9 +116,9 @@ class ModelConfig(abc.ABC):
   def architectures(cls) -> Mapping[str, Architecture]:
     """Returns the formats of the model's checkpoints, by model_type.
 
-    The model_type is the name in config.json of transformers. If a
-    model fits several of them, it is written as the first one that it fits. To
-    be read, the model must also be in `models.huggingface_config.MODELS`.
+    The model_type is the name in config.json of transformers. If a model fits
+    several of them, it is written as the first one that it fits. To be read,
+    the model must also be in `models.huggingface_config.MODELS`.
     """
     return {}
 

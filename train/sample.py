@@ -1,7 +1,7 @@
 """Samples from a trained model: `python -m train.sample PATH`.
 
-A sample depends on the task of the model: a language model continues
-texts, or chats (`train.tasks.text_sampling`).
+A sample depends on the task of the model: a language model continues texts, or
+chats (`train.tasks.text_sampling`).
 """
 
 from train.engine import signals

@@ -444,7 +444,7 @@ def _rows(path: str) -> Iterator[Entry]:
   when it streams, and a compressed file is decompressed to a temporary one.
   """
   datasets = _datasets(path)
-  # The name of its builder of such files.
+  # Its builders are named after the endings.
   builder = kind_of(path).removeprefix('.')
   numbers = itertools.count(1)
   try:
