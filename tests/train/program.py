@@ -91,12 +91,12 @@ def shared_steps() -> Iterator[None]:
   """
   build, placed = step.build, step.placed
 
-  def build_once(config, task):
+  def build_once(config: Any, task: Any) -> Any:
     if config not in _built:
       _built[config] = build(config, task)
     return _built[config]
 
-  def place_once(function, mesh, places):
+  def place_once(function: Any, mesh: Any, places: Any) -> Any:
     # The config, of which there is one function, determines the others.
     if function not in _placed:
       _placed[function] = placed(function, mesh, places)
